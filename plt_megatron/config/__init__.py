@@ -1,0 +1,1 @@
+"""Typed run configuration: `schema` (the settings), `loader` (YAML, overrides), `validation`, `derived`."""

@@ -1,0 +1,103 @@
+"""What follows from a configuration: sizes that are stated as `None` or not at all.
+
+Every function assumes a configuration that `validation.validate` accepts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from plt_megatron.config.schema import ModelConfig, RunConfig
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Channels of one attention head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def num_query_groups(model: ModelConfig) -> int:
+    """Key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def has_gates(model: ModelConfig) -> bool:
+    """Whether the layers carry gate parameters: only loops >= 2 use them."""
+    return model.loop_count > 1 and model.gated_window
+
+
+def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel_size: int = 1) -> int:
+    """Rows of the embedding table for a tokenizer of `vocab_size` ids, as megatron-core pads them."""
+    multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def model_parallel_size(config: RunConfig) -> int:
+    """Processes that share one copy of the model."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+
+
+def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
+    """Copies of the model. Without a `world_size` to fill, the configured number, else one."""
+    if config.parallel.data_parallel_size is not None:
+        return config.parallel.data_parallel_size
+    return 1 if world_size is None else world_size // model_parallel_size(config)
+
+
+def required_world_size(config: RunConfig) -> int:
+    """Processes the layout asks for when nothing else fixes their number."""
+    return model_parallel_size(config) * data_parallel_size(config)
+
+
+def num_microbatches(config: RunConfig, world_size: int | None = None) -> int:
+    """Microbatches each copy of the model runs per optimizer step."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of one optimizer step."""
+    return config.training.global_batch_size * config.data.sequence_length
+
+
+def train_iters(config: RunConfig) -> int:
+    """Optimizer steps of the run: as given, or as many whole ones as `train_tokens` holds, at least one."""
+    training = config.training
+    if training.train_iters is not None:
+        return training.train_iters
+    assert training.train_tokens is not None, "validate() asks for train_iters or train_tokens"
+    return max(1, training.train_tokens // tokens_per_step(config))
+
+
+def lr_decay_iters(config: RunConfig) -> int:
+    """Steps over which the learning rate falls, warm-up included."""
+    return config.optimizer.lr_decay_iters or train_iters(config)
+
+
+def lr_wsd_decay_iters(config: RunConfig) -> int:
+    """WSD: the last steps of `lr_decay_iters`, over which the rate falls; by default a tenth of them."""
+    given = config.optimizer.lr_wsd_decay_iters
+    return max(1, lr_decay_iters(config) // 10) if given is None else given
+
+
+def validation_loop_counts(config: RunConfig) -> list[int]:
+    """Loop counts the validation loss is measured at; by default the model's own."""
+    return config.validation.loop_counts or [config.model.loop_count]
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where everything the run writes lies."""
+    return Path(config.output_dir) / config.name
+
+
+def split_shares(split: str) -> tuple[float, float, float] | None:
+    """`"95,5,0"` to three shares that sum to one; None if not three numbers >= 0 with a positive sum."""
+    try:
+        shares = [float(part) for part in split.split(",")]
+    except ValueError:
+        return None
+    total = sum(shares)
+    if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or not total > 0:
+        return None
+    train, validation, test = (share / total for share in shares)
+    return train, validation, test

@@ -1,0 +1,163 @@
+"""The run configuration: every setting of a run, its type, its default and its meaning.
+
+Plain dataclasses and nothing else: this module imports no torch, so that a bad configuration is
+answered in milliseconds. Loading is in `loader`, checking in `validation`.
+Names are megatron-core's where it has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """A Parallel Loop Transformer (arXiv 2510.24824): a decoder whose layers run `loop_count` times.
+
+    `loop_count: 1` is a plain transformer (RMSNorm, SwiGLU, GQA, RoPE, no biases), no parameter added.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 128
+    ffn_hidden_size: int = 384
+    num_attention_heads: int = 4
+    num_query_groups: int | None = None  # key/value heads; None: as many as attention heads
+    kv_channels: int | None = None  # head dimension; None: hidden_size // num_attention_heads
+    vocab_size: int | None = None  # None: the tokenizer's
+    make_vocab_size_divisible_by: int = 128  # the embedding is padded to a multiple of this times TP
+    share_embeddings_and_output_weights: bool = True  # tied embeddings
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    qk_layernorm: bool = False  # RMSNorm on each head's Q and K
+    ffn_output_norm: bool = False  # RMSNorm on the FFN's output, before the residual is added
+    init_method_std: float = 0.02
+    # The loop (paper section 3; published variants: see docs/model.md).
+    loop_count: int = 2
+    cross_loop_parallel: bool = True  # loop l reads E + shift(h of loop l-1); False: h itself
+    share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
+    gated_window: bool = True  # ... and, gated per head, to a window of their own
+    window_size: int = 64  # keys a query sees in the local attention, itself included
+    gate_input: Literal["query", "hidden"] = "query"
+    gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
+    norm_between_loops: bool = False  # the final norm after every loop instead of after the last
+    embedding_scale: float = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
+    hidden_scale: float = 1.0
+    backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out over processes. Data parallelism takes what the others leave."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1  # loops are its virtual stages
+    data_parallel_size: int | None = None  # None: world size / (TP * PP); launch/local.py: 1
+    sequence_parallel: bool = False
+    overlap_grad_reduce: bool = False
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    recompute_num_layers: int = 1  # layers per recomputed unit, for "full"
+    distributed_timeout_minutes: float = 10.0
+
+
+@dataclass
+class DataSource:
+    """One tokenized source of a data mix: the path prefix of its .bin and .idx."""
+
+    path: str = ""
+    weight: float = 1.0
+    name: str | None = None
+    max_epochs: float | None = None
+
+
+@dataclass
+class DataConfig:
+    """What is read. Either `sources` cut by `split`, or one list per part."""
+
+    sources: list[DataSource] = field(default_factory=list)
+    split: str = "95,5,0"  # train, validation, test shares of `sources`
+    train_sources: list[DataSource] = field(default_factory=list)
+    validation_sources: list[DataSource] = field(default_factory=list)
+    test_sources: list[DataSource] = field(default_factory=list)
+    tokenizer: str | None = None  # a sentencepiece .model or a Hugging Face tokenizer.json
+    sequence_length: int = 256
+    reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
+    index_cache: str | None = None  # where sample indices lie; None: beside the run
+    index_timeout_minutes: float = 30.0
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule, in optimizer steps."""
+
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    lr_warmup_iters: int = 0
+    lr_decay_iters: int | None = None  # None: train_iters
+    lr_wsd_decay_iters: int | None = None  # WSD: the last steps, over which the rate falls; None: a tenth
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0  # 0: no clipping
+
+
+@dataclass
+class TrainingConfig:
+    """How long and in which batches. Exactly one of `train_iters` and `train_tokens` is given."""
+
+    micro_batch_size: int = 1  # sequences
+    global_batch_size: int = 8  # sequences per optimizer step
+    train_iters: int | None = None
+    train_tokens: int | None = None
+    seed: int = 1234
+    precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
+    deterministic: bool = False
+    threads_per_process: int | None = None  # CPU only; None: this machine's cores / processes
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on held-out text, for the same weights at each of `loop_counts`."""
+
+    interval: int = 0  # steps; 0: only after the last
+    iters: int = 8  # global batches; 0: no validation
+    loop_counts: list[int] = field(default_factory=list)  # empty: the model's own
+
+
+@dataclass
+class CheckpointConfig:
+    """megatron-core distributed checkpoints in `<run folder>/checkpoints`."""
+
+    save_interval: int = 0  # steps; 0: only after the last
+    keep_last: int = 2
+    load: str | None = None  # another run's folder or checkpoint to start from; None: resume this run's own
+    enabled: bool = True
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go. metrics.jsonl is always written."""
+
+    log_interval: int = 10  # steps
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    peak_tflops: float | None = None  # one device's dense peak for MFU; None: datasheet, or measured on a CPU
+
+
+@dataclass
+class RunConfig:
+    """The whole configuration; what a YAML file in configs/runs resolves to."""
+
+    name: str = "run"
+    output_dir: str = "runs"  # the run folder is <output_dir>/<name>
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

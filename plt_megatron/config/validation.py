@@ -1,0 +1,350 @@
+"""Every check of a configuration that needs no torch: done before a process group or a model exists.
+
+`validate` collects all problems, so that one run of a command shows them all. Checks that relate settings to
+one another assume that each setting is in its own range, so they run only when `_check_ranges` finds nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataSource, RunConfig
+from plt_megatron.errors import UserError
+
+MAX_LOOP_COUNT = 8
+
+
+def validate(
+    config: RunConfig,
+    *,
+    world_size: int | None = None,
+    check_files: bool = True,
+    have_te: bool | None = None,
+) -> None:
+    """Raise one `UserError` whose message holds one line per problem, if there is any.
+
+    `world_size`: number of processes the run gets; None: as many as the layout asks for (launch/local.py).
+    `check_files`: also check what belongs to this machine: data files, tokenizer, folders, optional packages.
+    `have_te`: whether Transformer Engine is installed; None: look (without importing it).
+    """
+    problems = find_problems(config, world_size=world_size, check_files=check_files, have_te=have_te)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def find_problems(
+    config: RunConfig,
+    *,
+    world_size: int | None = None,
+    check_files: bool = True,
+    have_te: bool | None = None,
+) -> list[str]:
+    """The problems `validate` would raise, one line each."""
+    problems = list(_check_ranges(config))
+    problems += _check_required(config)
+    if not problems:
+        problems += _check_model(config)
+        problems += _check_layout(config, world_size)
+        problems += _check_schedule(config)
+        problems += _check_validation(config)
+    if check_files:
+        problems += _check_files(config)
+        problems += _check_packages(config, have_te)
+    return problems
+
+
+# ---------------------------------------------------------------- each setting by itself
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    low: float
+    high: float = math.inf
+    low_excluded: bool = False
+    high_excluded: bool = False
+
+    def problem(self, value: float) -> str | None:
+        if not math.isfinite(value):
+            return f"must be a finite number, got {value}"
+        too_low = value <= self.low if self.low_excluded else value < self.low
+        too_high = value >= self.high if self.high_excluded else value > self.high
+        return f"must be {self}, got {value}" if too_low or too_high else None
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.low_excluded else f"at least {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.high_excluded else 'at most'} {self.high:g}"
+
+
+_AT_LEAST_1 = _Range(1)
+_NOT_NEGATIVE = _Range(0)
+_POSITIVE = _Range(0, low_excluded=True)
+_ANY = _Range(-math.inf)
+_LOOPS = _Range(1, MAX_LOOP_COUNT)
+
+# A number in the schema that is missing here is an error of this module (a test asks).
+_RANGES: dict[str, _Range] = {
+    "model.num_layers": _AT_LEAST_1,
+    "model.hidden_size": _AT_LEAST_1,
+    "model.ffn_hidden_size": _AT_LEAST_1,
+    "model.num_attention_heads": _AT_LEAST_1,
+    "model.num_query_groups": _AT_LEAST_1,
+    "model.kv_channels": _AT_LEAST_1,
+    "model.vocab_size": _AT_LEAST_1,
+    "model.make_vocab_size_divisible_by": _AT_LEAST_1,
+    "model.rotary_base": _POSITIVE,
+    "model.layernorm_epsilon": _POSITIVE,
+    "model.init_method_std": _POSITIVE,
+    "model.loop_count": _LOOPS,
+    "model.window_size": _AT_LEAST_1,
+    "model.embedding_scale": _ANY,
+    "model.hidden_scale": _ANY,
+    "parallel.tensor_model_parallel_size": _AT_LEAST_1,
+    "parallel.pipeline_model_parallel_size": _AT_LEAST_1,
+    "parallel.data_parallel_size": _AT_LEAST_1,
+    "parallel.recompute_num_layers": _AT_LEAST_1,
+    "parallel.distributed_timeout_minutes": _POSITIVE,
+    "data.sequence_length": _AT_LEAST_1,
+    "data.index_timeout_minutes": _POSITIVE,
+    "training.micro_batch_size": _AT_LEAST_1,
+    "training.global_batch_size": _AT_LEAST_1,
+    "training.train_iters": _AT_LEAST_1,
+    "training.train_tokens": _AT_LEAST_1,
+    "training.seed": _Range(1, 2**31 - 1),  # megatron-core refuses 0, numpy more than 32 bits
+    "training.threads_per_process": _AT_LEAST_1,
+    "optimizer.lr": _POSITIVE,
+    "optimizer.min_lr": _NOT_NEGATIVE,
+    "optimizer.lr_warmup_iters": _NOT_NEGATIVE,
+    "optimizer.lr_decay_iters": _AT_LEAST_1,
+    "optimizer.lr_wsd_decay_iters": _AT_LEAST_1,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.adam_beta1": _Range(0, 1, high_excluded=True),
+    "optimizer.adam_beta2": _Range(0, 1, high_excluded=True),
+    "optimizer.adam_eps": _POSITIVE,
+    "optimizer.clip_grad": _NOT_NEGATIVE,
+    "validation.interval": _NOT_NEGATIVE,
+    "validation.iters": _NOT_NEGATIVE,
+    "validation.loop_counts": _LOOPS,
+    "checkpoint.save_interval": _NOT_NEGATIVE,
+    "checkpoint.keep_last": _AT_LEAST_1,
+    "logging.log_interval": _AT_LEAST_1,
+    "logging.peak_tflops": _POSITIVE,
+    "weight": _POSITIVE,
+    "max_epochs": _POSITIVE,
+}
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every number of a configuration with its dotted key."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{key}[{index}]")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield key, value
+
+
+def _check_ranges(config: RunConfig) -> Iterator[str]:
+    for key, number in _numbers(config, ""):
+        name = key.rpartition("].")[2] if "]." in key else key.partition("[")[0]
+        problem = _RANGES[name].problem(number)
+        if problem:
+            yield f"{key} {problem}"
+
+
+def _check_required(config: RunConfig) -> Iterator[str]:
+    """Settings of which one or exactly one must be given."""
+    training, data = config.training, config.data
+    if (training.train_iters is None) == (training.train_tokens is None):
+        given = "neither is" if training.train_iters is None else "both are"
+        yield f"training: give exactly one of train_iters and train_tokens; {given} given"
+    by_part = data.train_sources or data.validation_sources or data.test_sources
+    if data.sources and by_part:
+        yield "data: give either sources (cut by split) or train_sources/validation_sources, not both"
+    elif by_part and not data.train_sources:
+        yield "data.train_sources is empty: there is nothing to train on"
+    elif not data.sources and not by_part:
+        yield "data.sources is empty: name at least one tokenized source (tools/preprocess_data.py makes one)"
+    shares = derived.split_shares(data.split)
+    if shares is None:
+        yield f"data.split must be three numbers >= 0 with a positive sum, as in 95,5,0; got {data.split!r}"
+    elif data.sources and shares[0] == 0:
+        yield f"data.split {data.split} leaves nothing to train on"
+    if data.tokenizer is None and config.model.vocab_size is None:
+        yield "give data.tokenizer, or model.vocab_size if the tokenized data needs none"
+    if not config.name or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        yield f"name must be a folder name below output_dir, got {config.name!r}"
+
+
+# ---------------------------------------------------------------- settings against one another
+
+
+def _check_model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"model.hidden_size {model.hidden_size} is not divisible by model.num_attention_heads {heads}; "
+            "change one, or set model.kv_channels"
+        )
+    elif derived.head_dim(model) % 2:
+        yield f"the head dimension (model.kv_channels) must be even for RoPE, got {derived.head_dim(model)}"
+    if heads % groups:
+        yield f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {groups}"
+    if model.loop_count > 1 and model.gated_window and not model.share_kv:
+        yield (
+            "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
+            "their own; set model.gated_window=false or model.share_kv=true"
+        )
+
+
+def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", derived.num_query_groups(model)),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if size % tp:
+            yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
+    if model.num_layers % pp:
+        yield (f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size {pp}")
+    if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > model.num_layers // pp:
+        yield (
+            f"parallel.recompute_num_layers {parallel.recompute_num_layers} is more than the "
+            f"{model.num_layers // pp} layers of a pipeline stage"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
+    elif parallel.sequence_parallel and config.data.sequence_length % tp:
+        yield (
+            f"data.sequence_length {config.data.sequence_length} is not divisible by "
+            f"parallel.tensor_model_parallel_size {tp}, which parallel.sequence_parallel needs"
+        )
+    yield from _check_batches(config, world_size)
+
+
+def _check_batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    parallel, training = config.parallel, config.training
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layout = f"tensor {tp} x pipeline {pp}"
+    if world_size is not None:
+        if parallel.data_parallel_size is None and world_size % (tp * pp):
+            yield f"{world_size} processes: {layout} parallel needs a multiple of {tp * pp}"
+            return
+        expected = tp * pp * derived.data_parallel_size(config, world_size)
+        if expected != world_size:
+            yield (
+                f"{layout} x data {parallel.data_parallel_size} parallel needs {expected} processes, got {world_size}"
+            )
+    dp = derived.data_parallel_size(config, world_size)
+    step = training.micro_batch_size * dp
+    if training.global_batch_size % step:
+        yield (
+            f"training.global_batch_size {training.global_batch_size} is not divisible by {step} "
+            f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {dp})"
+        )
+        return
+    microbatches = training.global_batch_size // step
+    if microbatches % pp:
+        yield (
+            f"{microbatches} microbatches per step are not divisible by "
+            f"parallel.pipeline_model_parallel_size {pp}: "
+            "change training.global_batch_size or training.micro_batch_size"
+        )
+
+
+def _check_schedule(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
+    if optimizer.lr < optimizer.min_lr:
+        yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
+    if warmup >= steps:
+        yield f"optimizer.lr_warmup_iters {warmup} must be below the schedule's {steps} steps"
+    elif optimizer.lr_decay_style == "WSD" and warmup + derived.lr_wsd_decay_iters(config) > steps:
+        yield (
+            f"optimizer.lr_warmup_iters {warmup} and optimizer.lr_wsd_decay_iters "
+            f"{derived.lr_wsd_decay_iters(config)} together exceed the schedule's {steps} steps"
+        )
+
+
+def _check_validation(config: RunConfig) -> Iterator[str]:
+    if config.model.loop_count == 1 and any(count != 1 for count in config.validation.loop_counts):
+        yield (
+            f"validation.loop_counts {config.validation.loop_counts}: a model of model.loop_count 1 "
+            "has no gates, so it can only be validated at [1]"
+        )
+    if config.validation.iters == 0:
+        return
+    shares = derived.split_shares(config.data.split)
+    if config.data.sources and shares is not None and shares[1] == 0:
+        yield f"data.split {config.data.split} keeps nothing for validation: set validation.iters=0"
+    elif config.data.train_sources and not config.data.validation_sources:
+        yield "data.validation_sources is empty; name one or set validation.iters=0"
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def _check_files(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    for name in ("sources", "train_sources", "validation_sources", "test_sources"):
+        for index, source in enumerate(getattr(data, name)):
+            yield from _check_source(source, f"data.{name}[{index}].path")
+    if data.tokenizer is not None and not Path(data.tokenizer).exists():
+        yield f"data.tokenizer: {data.tokenizer} not found (paths are relative to the current directory)"
+    if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
+        yield f"checkpoint.load: {config.checkpoint.load} not found"
+    yield from _check_writable(derived.run_folder(config), "output_dir")
+
+
+def _check_source(source: DataSource, key: str) -> Iterator[str]:
+    if not source.path:
+        yield f"{key} is empty: give the path prefix of a .bin and .idx pair"
+        return
+    missing = [suffix for suffix in (".bin", ".idx") if not Path(source.path + suffix).is_file()]
+    if not missing:
+        return
+    root, suffix = os.path.splitext(source.path)
+    if suffix in (".bin", ".idx") and Path(root + ".bin").is_file():
+        yield f"{key}: give the prefix without {suffix}: {root}"
+        return
+    names = " and ".join(source.path + suffix for suffix in missing)
+    yield (
+        f"{key}: {names} not found (paths are relative to the current directory; tools/preprocess_data.py makes them)"
+    )
+
+
+def _check_writable(folder: Path, key: str) -> Iterator[str]:
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    if not existing.is_dir():
+        yield f"{key}: the run folder {folder} cannot be made: {existing} is not a folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"{key}: the run folder {folder} cannot be written: no permission for {existing}"
+
+
+def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
+    if config.model.backend == "te":
+        if have_te is None:
+            have_te = importlib.util.find_spec("transformer_engine") is not None
+        if not have_te:
+            yield (
+                "model.backend te needs Transformer Engine, which is not installed; install it "
+                "(the `gpu` extra) or set model.backend=torch"
+            )
+    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        yield (
+            "logging.wandb_project needs the wandb package; install it (the `track` extra) or set "
+            "logging.wandb_project=null"
+        )

@@ -1,0 +1,1 @@
+"""Figures on paper, without torch: parameters, FLOPs, hardware peaks."""

@@ -1,0 +1,99 @@
+"""The one formula for model FLOPs, loops included: times tokens/s it is model FLOP/s, over a peak it is MFU.
+
+Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads and `g` key/value heads of
+`c` channels, `f` FFN width, `w` window, `V` padded vocabulary, and a multiply-add as 2 FLOPs:
+
+    projections   2 d c (h + 2 g) + 2 h c d          per layer and loop
+    ffn           2 * 3 d f                          per layer and loop
+    global        4 h c K(n)                         per layer and loop: Q K^T, and its softmax times V
+    local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window
+    gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
+    output        2 d V                              once
+
+`K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
+K(n, w) = w - w (w - 1) / (2 n).
+
+Training costs three forward passes: itself and a backward pass of two. Recomputation adds nothing: these are
+model FLOPs, the work the mathematics asks for, not what the hardware did. The embedding is a lookup; norms,
+RoPE, softmax, activations and the loop's shift are left out. A sequence counts as one document: with
+`reset_at_document_boundaries` attention does less work than is counted. With `share_kv` and without
+`gated_window`, loops >= 2 use no K and V of their own, so those projections are not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.estimate import parameters
+
+TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs per token by component, summed over layers and loops."""
+
+    projections: float
+    ffn: float
+    global_attention: float
+    local_attention: float
+    gate: float
+    output: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def looped(self) -> float:
+        """The transformer stack's part: everything but the output layer."""
+        return self.total - self.output
+
+    def times(self, factor: float) -> Flops:
+        return Flops(*(factor * part for part in dataclasses.astuple(self)))
+
+
+def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
+    """Keys a query sees, itself included and within the window if any: the mean over a sequence."""
+    n = sequence_length
+    w = n if window_size is None else min(window_size, n)
+    return w - w * (w - 1) / (2 * n)
+
+
+def forward_flops_per_token(
+    model: ModelConfig,
+    sequence_length: int,
+    padded_vocab_size: int,
+    loop_count: int | None = None,
+) -> Flops:
+    """FLOPs per token of one forward pass, logits included. `loop_count` None: the model's own."""
+    loops = model.loop_count if loop_count is None else loop_count
+    layers, later_loops = model.num_layers, loops - 1
+    attention_width = model.num_attention_heads * derived.head_dim(model)
+    projections = loops * 2 * (parameters.qkv_parameters(model) + parameters.projection_parameters(model))
+    if model.share_kv and not model.gated_window:
+        unused = 2 * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
+        projections -= later_loops * 2 * unused
+    windows = later_loops if model.gated_window else 0
+    return Flops(
+        projections=layers * projections,
+        ffn=layers * loops * 2 * 3 * model.hidden_size * model.ffn_hidden_size,
+        global_attention=layers * loops * 4 * attention_width * mean_keys(sequence_length),
+        local_attention=layers * windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
+        gate=layers * windows * 2 * model.num_attention_heads * parameters.gate_input_size(model),
+        output=2 * model.hidden_size * padded_vocab_size,
+    )
+
+
+def training_flops_per_token(
+    model: ModelConfig,
+    sequence_length: int,
+    padded_vocab_size: int,
+    loop_count: int | None = None,
+) -> Flops:
+    """Model FLOPs per token of one training step (forward and backward, no recomputation)."""
+    forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count)
+    return forward.times(TRAINING_OVER_FORWARD)

@@ -1,0 +1,88 @@
+"""Parameters of a model by component: exactly those of the model that `plt_megatron.model` builds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Number of parameters of each component, over all layers. Loops share them, so they count once."""
+
+    embedding: int  # padded vocabulary x hidden_size
+    attention: int  # Q, K, V and output projections
+    ffn: int  # gate, up and down projections
+    norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
+    gates: int  # G-SWA: none in a model of one loop
+    final_norm: int
+    output_layer: int  # 0 when tied to the embedding
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def non_embedding(self) -> int:
+        """Without the embedding table and the output layer."""
+        return self.total - self.embedding - self.output_layer
+
+
+def count_parameters(
+    model: ModelConfig, vocab_size: int | None = None, tensor_model_parallel_size: int = 1
+) -> ParameterCount:
+    """Count the parameters of `model`.
+
+    `vocab_size` is the tokenizer's; None: `model.vocab_size`, which must then be given.
+    The vocabulary is padded to a multiple that depends on `tensor_model_parallel_size`.
+    """
+    vocab_size = model.vocab_size if vocab_size is None else vocab_size
+    if vocab_size is None:
+        raise ValueError("vocab_size is neither an argument nor in the model configuration")
+    layers, hidden = model.num_layers, model.hidden_size
+    table = derived.padded_vocab_size(model, vocab_size, tensor_model_parallel_size) * hidden
+    return ParameterCount(
+        embedding=table,
+        attention=layers * (qkv_parameters(model) + projection_parameters(model)),
+        ffn=layers * 3 * hidden * model.ffn_hidden_size,
+        norms=layers * _layer_norms(model),
+        gates=layers * _layer_gate(model),
+        final_norm=hidden,
+        output_layer=0 if model.share_embeddings_and_output_weights else table,
+    )
+
+
+def qkv_parameters(model: ModelConfig) -> int:
+    """One layer's fused Q, K and V projection."""
+    heads_out = model.num_attention_heads + 2 * derived.num_query_groups(model)
+    return model.hidden_size * heads_out * derived.head_dim(model)
+
+
+def projection_parameters(model: ModelConfig) -> int:
+    """One layer's attention output projection."""
+    return model.num_attention_heads * derived.head_dim(model) * model.hidden_size
+
+
+def gate_input_size(model: ModelConfig) -> int:
+    """Width of what one head's gate reads: the head's query, or the layer's input."""
+    return derived.head_dim(model) if model.gate_input == "query" else model.hidden_size
+
+
+def _layer_norms(model: ModelConfig) -> int:
+    norms = 2 * model.hidden_size  # input, pre-FFN
+    if model.qk_layernorm:
+        norms += 2 * derived.head_dim(model)
+    if model.ffn_output_norm:
+        norms += model.hidden_size
+    return norms
+
+
+def _layer_gate(model: ModelConfig) -> int:
+    """One weight row and one bias per head; a gate that reads the layer's input norms it first."""
+    if not derived.has_gates(model):
+        return 0
+    gate = model.num_attention_heads * (gate_input_size(model) + 1)
+    return gate + (model.hidden_size if model.gate_input == "hidden" else 0)

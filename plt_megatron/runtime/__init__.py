@@ -1,0 +1,1 @@
+"""Devices, process groups and the CPU runtime."""

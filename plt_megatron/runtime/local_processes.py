@@ -1,0 +1,197 @@
+"""Starts the processes of a run on this machine and watches over them. Imports no torch.
+
+What torchrun does for one machine, with three differences that matter here: it starts in milliseconds, the
+exit status of the process that failed first is the status of the whole (torchrun makes every failure 1, and a
+preempted run must not look like a broken one), and Ctrl-C or a preemption signal reaches every process once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+EXIT_PREEMPTED = 75  # the trainer saved its state and stopped because it was asked to
+_PEACEFUL = (0, EXIT_PREEMPTED)  # statuses that do not make the others stop
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_POLL_SECONDS = 0.05
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def run_processes(
+    command: Sequence[str],
+    count: int,
+    *,
+    env: Mapping[str, str] | None = None,
+    grace_seconds: float = 10.0,
+) -> int:
+    """Run `count` copies of `command` as one distributed job and return its exit status.
+
+    Each gets `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` on top of
+    `env` (default: this process's). SIGTERM, SIGINT and SIGUSR1 are passed on to all of them; a second SIGINT
+    kills them (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
+
+    Returns 0 if all finished, 75 if some were preempted and none failed, else the status of the first to
+    fail, 128 + n if signal n killed it. Must be called from the main thread.
+    """
+    base = dict(os.environ if env is None else env)
+    with _reserved_port() as port:
+        job = _Job(grace_seconds)
+        with job.signals_forwarded():
+            try:
+                for rank in range(count):
+                    job.start(command, base | _rank_environment(rank, count, port))
+                return job.wait()
+            finally:
+                job.kill()
+
+
+def threads_per_process(count: int) -> int:
+    """This machine's usable cores shared out over `count` processes, at least one each."""
+    return max(1, usable_cores() // count)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: its CPU affinity, within the container's CPU limit if there is one."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):  # not Linux, or cgroups of another version
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+@contextlib.contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free TCP port that stays ours until rank 0 listens on it.
+
+    The socket is bound but never listens: with SO_REUSEADDR, which torch's store sets too, rank 0 may bind
+    the same port, while the kernel gives it to nobody who asks for any free one.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+class _Job:
+    """The running processes; a process's rank is its index."""
+
+    def __init__(self, grace_seconds: float) -> None:
+        self.grace_seconds = grace_seconds
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.received: list[int] = []
+
+    def start(self, command: Sequence[str], env: dict[str, str]) -> None:
+        # A process group of its own: the terminal's Ctrl-C then reaches a process through us only, once.
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_parent
+        )
+        self.processes.append(process)
+        for number in self.received:  # before this process was there to hear it
+            process.send_signal(number)
+
+    def wait(self) -> int:
+        """Block until all processes are done or one has failed; the status of the job."""
+        while True:
+            running = self.running()
+            failed = [(r, p.returncode) for r, p in enumerate(self.processes) if _has_failed(p)]
+            if failed:
+                for rank, returncode in failed:
+                    print(f"rank {rank} {_describe(returncode)}", file=sys.stderr, flush=True)
+                self.stop()
+                return _exit_status([returncode for _, returncode in failed])
+            if not running:
+                return max((p.returncode for p in self.processes), default=0)
+            if self._killed_by_user():
+                return 128 + signal.SIGINT
+            time.sleep(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Ask the processes that still run to stop; kill those that do not in time."""
+        running = self.running()
+        if not running:
+            return
+        print(f"stopping the other {len(running)} process(es)", file=sys.stderr, flush=True)
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + self.grace_seconds
+        while self.running() and not self._killed_by_user() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def kill(self) -> None:
+        """End what still runs, with its children."""
+        for process in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def running(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self.processes if process.poll() is None]
+
+    @contextlib.contextmanager
+    def signals_forwarded(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self._killed_by_user():
+            return  # the waiting loop sees it and kills
+        for process in self.processes:
+            process.send_signal(number)
+
+    def _killed_by_user(self) -> bool:
+        return self.received.count(signal.SIGINT) > 1
+
+
+def _die_with_parent() -> None:
+    """Have the kernel send SIGTERM to this child if its parent is killed, so that no rank is left behind."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _has_failed(process: subprocess.Popen[bytes]) -> bool:
+    return process.returncode is not None and process.returncode not in _PEACEFUL
+
+
+def _exit_status(returncodes: Sequence[int]) -> int:
+    """The status that says most: a 1 beside another status is often only the echo of the other's failure."""
+    returncode = next((code for code in returncodes if code != 1), 1)
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _describe(returncode: int) -> str:
+    if returncode >= 0:
+        return f"failed with exit status {returncode}"
+    name = signal.Signals(-returncode).name
+    hint = " (out of memory?)" if -returncode == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"

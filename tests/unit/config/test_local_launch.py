@@ -1,0 +1,129 @@
+"""launch/local.py from the outside: answers fast and without torch, statuses, the saved configuration."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+
+ROOT = Path(__file__).resolve().parents[3]
+LAUNCH = ROOT / "launch" / "local.py"
+
+# Stands in for the trainer: `python -m plt_megatron.train.main` finds this one first.
+FAKE_TRAINER = """
+import os, sys
+keys = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
+with open(f"seen.{os.environ.get('RANK', 'alone')}", "w") as stream:
+    print(sys.argv[1], *(os.environ.get(key, "-") for key in keys), file=stream)
+sys.exit(int(os.environ["FAKE_STATUS"]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("corpus.bin", "corpus.idx", "tokenizer.model"):
+        (tmp_path / name).touch()
+    (tmp_path / "run.yaml").write_text(
+        "name: try\ndata: {sources: [{path: corpus}], tokenizer: tokenizer.model}\ntraining: {train_iters: 3}\n"
+    )
+    package = tmp_path / "plt_megatron" / "train"
+    package.mkdir(parents=True)
+    (package / "main.py").write_text(FAKE_TRAINER)
+    (package / "__init__.py").touch()
+    (package.parent / "__init__.py").touch()
+    return tmp_path
+
+
+def launch(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, str(LAUNCH), *arguments],
+        cwd=folder,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 0), (["run.yaml", "model.window_size=0"], 2), (["run.yaml", "--dry-run"], 0)],
+)
+def test_answers_in_under_a_second_without_torch(folder, arguments, status):
+    started = time.monotonic()
+    result = launch(folder, *arguments, PYTHONPROFILEIMPORTTIME="1")
+    assert time.monotonic() - started < 1.0
+    assert result.returncode == status
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert "argparse" in imported and "plt_megatron.errors" in imported
+    assert not {name.partition(".")[0] for name in imported} & {"torch", "megatron", "numpy"}
+
+
+def test_a_rejected_configuration_is_one_line_each(folder):
+    result = launch(folder, "run.yaml", "model.window_size=0", "training.train_iters=0", "data.tokenizer=no.model")
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert result.stdout == "" and not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("arguments", [["gone.yaml"], ["run.yaml", "modle.x=1"], ["run.yaml", "model.num_layers=x"]])
+def test_a_file_or_key_that_cannot_be_read(folder, arguments):
+    result = launch(folder, *arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_print_config_can_be_run_again(folder):
+    result = launch(folder, "run.yaml", "--print-config", "model.num_layers=6")
+    assert result.returncode == 0
+    (folder / "printed.yaml").write_text(result.stdout)
+    assert load_config(folder / "printed.yaml") == load_config(folder / "run.yaml", ["model.num_layers=6"])
+    assert not (folder / "runs").exists()
+
+
+def test_dry_run_says_what_would_run_and_does_nothing(folder):
+    result = launch(folder, "run.yaml", "--dry-run", "parallel.tensor_model_parallel_size=2", "model.vocab_size=500")
+    assert result.returncode == 0
+    assert "2 (tensor 2 x pipeline 1 x data 1)" in result.stdout
+    assert "3 of 2,048 tokens" in result.stdout
+    assert "plt_megatron.train.main" in result.stdout
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75])
+def test_one_process_becomes_the_trainer(folder, status):
+    result = launch(folder, "run.yaml", "optimizer.lr=1e-3", FAKE_STATUS=str(status))
+    assert result.returncode == status
+    saved, rank, world_size, threads = (folder / "seen.alone").read_text().split()
+    assert (saved, rank, world_size) == ("runs/try/config.yaml", "-", "-")
+    assert int(threads) >= 1
+    assert load_config(folder / saved) == load_config(folder / "run.yaml", ["optimizer.lr=1e-3"])
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75])
+def test_several_processes_pass_the_status_through(folder, status):
+    result = launch(
+        folder,
+        "run.yaml",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.data_parallel_size=2",
+        "training.threads_per_process=3",
+        FAKE_STATUS=str(status),
+    )
+    assert result.returncode == status
+    if status == 0:
+        for rank in range(4):
+            assert (folder / f"seen.{rank}").read_text().split()[1:] == [str(rank), "4", "3"]
+
+
+def test_threads_of_the_environment_are_kept(folder):
+    assert launch(folder, "run.yaml", FAKE_STATUS="0", OMP_NUM_THREADS="5").returncode == 0
+    assert (folder / "seen.alone").read_text().split()[-1] == "5"

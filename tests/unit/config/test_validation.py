@@ -1,0 +1,342 @@
+"""Each check of a configuration, by what it says; and that a good configuration passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config import derived, validation
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import DataSource, RunConfig
+from plt_megatron.config.validation import find_problems, validate
+from plt_megatron.errors import UserError
+
+
+def good() -> RunConfig:
+    config = RunConfig()
+    config.data.sources = [DataSource("corpus")]
+    config.data.tokenizer = "tokenizer.model"
+    config.training.train_iters = 100
+    return config
+
+
+def change(config: RunConfig, **settings: object) -> RunConfig:
+    """Set dotted keys, written with `__` for the dot."""
+    for key, value in settings.items():
+        section, _, name = key.rpartition("__")
+        target = getattr(config, section) if section else config
+        assert hasattr(target, name)
+        setattr(target, name, value)
+    return config
+
+
+def problems(world_size: int | None = None, **settings: object) -> list[str]:
+    return find_problems(change(good(), **settings), world_size=world_size, check_files=False)
+
+
+def test_a_good_configuration_passes():
+    assert problems() == []
+    assert problems(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True) == []
+    assert problems(parallel__pipeline_model_parallel_size=4) == []
+    assert problems(model__loop_count=1, model__share_kv=False) == []
+    assert problems(model__gated_window=False, model__share_kv=False, model__cross_loop_parallel=False) == []
+    assert problems(world_size=4, parallel__tensor_model_parallel_size=2) == []
+    assert problems(validation__loop_counts=[1, 2, 8]) == []
+    assert problems(data__split="1,0,0", validation__iters=0) == []
+    assert problems(data__tokenizer=None, model__vocab_size=512) == []
+    assert problems(name="sweep/loops_2") == []
+
+
+TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model__loop_count": 0}, "model.loop_count must be at least 1 and at most 8, got 0"),
+        ({"model__loop_count": 9}, "model.loop_count must be at least 1 and at most 8, got 9"),
+        ({"model__window_size": 0}, "model.window_size must be at least 1, got 0"),
+        ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
+        (
+            {"model__hidden_size": 130},
+            "model.hidden_size 130 is not divisible by model.num_attention_heads 4",
+        ),
+        ({"model__kv_channels": 33}, "head dimension (model.kv_channels) must be even for RoPE, got 33"),
+        ({"model__hidden_size": 12}, "must be even for RoPE, got 3"),
+        (
+            {"model__num_query_groups": 3},
+            "num_attention_heads 4 is not divisible by model.num_query_groups 3",
+        ),
+        ({"model__embedding_scale": float("nan")}, "model.embedding_scale must be a finite number, got nan"),
+        ({"model__rotary_base": float("inf")}, "model.rotary_base must be a finite number, got inf"),
+        ({"model__layernorm_epsilon": 0.0}, "model.layernorm_epsilon must be above 0, got 0.0"),
+        ({"parallel__sequence_parallel": True}, "needs parallel.tensor_model_parallel_size > 1"),
+        (
+            {"parallel__recompute_granularity": "full", "parallel__recompute_num_layers": 5},
+            "parallel.recompute_num_layers 5 is more than the 4 layers of a pipeline stage",
+        ),
+        (
+            {"parallel__pipeline_model_parallel_size": 3, "training__global_batch_size": 9},
+            "model.num_layers 4 is not divisible by parallel.pipeline_model_parallel_size 3",
+        ),
+        ({"parallel__distributed_timeout_minutes": 0.0}, "distributed_timeout_minutes must be above 0"),
+        ({"training__global_batch_size": 9, "training__micro_batch_size": 2}, "9 is not divisible by 2"),
+        ({"training__train_iters": None}, "exactly one of train_iters and train_tokens; neither is given"),
+        ({"training__train_tokens": 10}, "exactly one of train_iters and train_tokens; both are given"),
+        ({"training__train_iters": 0}, "training.train_iters must be at least 1, got 0"),
+        ({"training__seed": 0}, "training.seed must be at least 1"),
+        ({"optimizer__lr": 1e-6}, "optimizer.lr 1e-06 is below optimizer.min_lr 3e-05"),
+        ({"optimizer__lr": 0.0}, "optimizer.lr must be above 0"),
+        ({"optimizer__lr_warmup_iters": 100}, "lr_warmup_iters 100 must be below the schedule's 100 steps"),
+        ({"optimizer__lr_warmup_iters": 8, "optimizer__lr_decay_iters": 7}, "below the schedule's 7 steps"),
+        ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ({"optimizer__clip_grad": -1.0}, "optimizer.clip_grad must be at least 0"),
+        (
+            {
+                "optimizer__lr_decay_style": "WSD",
+                "optimizer__lr_warmup_iters": 60,
+                "optimizer__lr_wsd_decay_iters": 41,
+            },
+            "lr_warmup_iters 60 and optimizer.lr_wsd_decay_iters 41 together exceed the schedule's 100 steps",
+        ),
+        ({"validation__loop_counts": [0]}, "validation.loop_counts[0] must be at least 1 and at most 8"),
+        ({"validation__loop_counts": [2, 9]}, "validation.loop_counts[1] must be"),
+        ({"validation__loop_counts": [1, 2], "model__loop_count": 1}, "has no gates"),
+        ({"data__sources": []}, "data.sources is empty"),
+        ({"data__train_sources": [DataSource("a")]}, "not both"),
+        (TWO_PARTS, "data.validation_sources is empty"),
+        ({"data__sources": [], "data__test_sources": [DataSource("a")]}, "data.train_sources is empty"),
+        ({"data__sources": [DataSource("a", weight=0.0)]}, "data.sources[0].weight must be above 0"),
+        (
+            {"data__sources": [DataSource("a"), DataSource("b", max_epochs=-1.0)]},
+            "data.sources[1].max_epochs",
+        ),
+        ({"data__split": "90,10"}, "data.split must be three numbers"),
+        ({"data__split": "90,10,x"}, "data.split must be three numbers"),
+        ({"data__split": "0,0,0"}, "data.split must be three numbers"),
+        ({"data__split": "90,-10,20"}, "data.split must be three numbers"),
+        ({"data__split": "inf,1,1"}, "data.split must be three numbers"),
+        ({"data__split": "nan,1,1"}, "data.split must be three numbers"),
+        ({"data__split": "1,0,0"}, "keeps nothing for validation: set validation.iters=0"),
+        ({"data__split": "0,1,0"}, "leaves nothing to train on"),
+        ({"data__tokenizer": None}, "give data.tokenizer, or model.vocab_size"),
+        ({"logging__peak_tflops": 0.0}, "logging.peak_tflops must be above 0"),
+        ({"checkpoint__keep_last": 0}, "checkpoint.keep_last must be at least 1"),
+        ({"name": ""}, "name must be a folder name below output_dir"),
+        ({"name": "../x"}, "name must be a folder name below output_dir"),
+        ({"name": "/x"}, "name must be a folder name below output_dir"),
+    ],
+)
+def test_one_problem_is_one_line(settings, expected):
+    (line,) = problems(**settings)
+    assert expected in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model__num_attention_heads": 6, "model__hidden_size": 96}, "model.num_attention_heads 6"),
+        ({"model__num_query_groups": 2}, "model.num_query_groups 2"),
+        ({"model__ffn_hidden_size": 386}, "model.ffn_hidden_size 386"),
+        ({"data__sequence_length": 254, "parallel__sequence_parallel": True}, "data.sequence_length 254"),
+    ],
+)
+def test_what_tensor_parallelism_must_divide(settings, expected):
+    lines = problems(parallel__tensor_model_parallel_size=4, **settings)
+    assert any(expected in line and "parallel.tensor_model_parallel_size 4" in line for line in lines)
+
+
+def test_pipelines_need_a_multiple_of_microbatches():
+    settings = {"parallel__pipeline_model_parallel_size": 4, "training__micro_batch_size": 4}
+    (line,) = problems(**settings, training__global_batch_size=8)
+    assert "2 microbatches per step are not divisible by parallel.pipeline_model_parallel_size 4" in line
+    assert problems(**settings, training__global_batch_size=32) == []
+    (line,) = problems(world_size=8, **settings, training__global_batch_size=24)  # DP 2: 3 microbatches
+    assert "3 microbatches" in line
+
+
+def test_world_size_against_the_layout():
+    two_by_two = {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}
+    assert problems(world_size=8, **two_by_two) == []
+    (line,) = problems(world_size=6, **two_by_two)
+    assert "6 processes: tensor 2 x pipeline 2 parallel needs a multiple of 4" in line
+    (line,) = problems(world_size=2, **two_by_two)
+    assert "2 processes" in line
+    (line,) = problems(world_size=4, parallel__data_parallel_size=2, **two_by_two)
+    assert "tensor 2 x pipeline 2 x data 2 parallel needs 8 processes, got 4" in line
+    (line,) = problems(world_size=3)
+    assert "global_batch_size 8 is not divisible by 3" in line
+
+
+def test_all_problems_are_reported_at_once():
+    config = change(good(), model__window_size=0, training__train_iters=None, data__split="1")
+    with pytest.raises(UserError) as caught:
+        validate(config, check_files=False)
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_every_number_of_the_schema_has_a_range():
+    """Else `_check_ranges` would meet a key it does not know, when somebody first sets it."""
+    from typing import get_args, get_type_hints
+
+    def number_keys(cls: type, prefix: str) -> list[str]:
+        keys = []
+        for name, hint in get_type_hints(cls).items():
+            members = get_args(hint) or (hint,)
+            inner = next((m for m in members if hasattr(m, "__dataclass_fields__")), None)
+            if inner is not None:
+                keys += number_keys(inner, "" if inner is DataSource else f"{name}.")
+            elif int in members or float in members:
+                keys.append(prefix + name)
+        return keys
+
+    assert set(number_keys(RunConfig, "")) == set(validation._RANGES)
+
+
+# ---------------------------------------------------------------- files and packages
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus.bin", "corpus.idx", "tokenizer.model"):
+        Path(name).touch()
+    return tmp_path
+
+
+def test_files_that_are_there(here):
+    validate(good())
+
+
+def test_missing_files_are_named(here):
+    config = good()
+    config.data.sources += [DataSource("gone"), DataSource("corpus.bin"), DataSource("")]
+    config.data.tokenizer = "nope.json"
+    config.checkpoint.load = "other-run"
+    Path("half.bin").touch()
+    config.data.sources.append(DataSource("half"))
+    lines = find_problems(config)
+    for line, expected in zip(
+        lines,
+        [
+            "data.sources[1].path: gone.bin and gone.idx not found",
+            "data.sources[2].path: give the prefix without .bin: corpus",
+            "data.sources[3].path is empty",
+            "data.sources[4].path: half.idx not found",
+            "data.tokenizer: nope.json not found",
+            "checkpoint.load: other-run not found",
+        ],
+        strict=True,
+    ):
+        assert expected in line
+
+
+def test_the_run_folder_must_be_possible(here):
+    Path("file").touch()
+    (line,) = find_problems(change(good(), output_dir="file"))
+    assert "file is not a folder" in line
+    (line,) = find_problems(change(good(), output_dir="file/deeper"))
+    assert "file is not a folder" in line
+    assert find_problems(change(good(), output_dir="new/deeper")) == []
+
+
+def test_the_run_folder_must_be_writable(here, monkeypatch):
+    Path("closed").mkdir()
+    monkeypatch.setattr(validation.os, "access", lambda path, mode: str(path) != "closed")  # root may all
+    (line,) = find_problems(change(good(), output_dir="closed"))
+    assert "no permission" in line
+
+
+def test_transformer_engine_is_asked_for_only_where_needed(here):
+    config = change(good(), model__backend="te")
+    (line,) = find_problems(config, have_te=False)
+    assert "model.backend te needs Transformer Engine" in line
+    assert find_problems(config, have_te=True) == []
+    assert find_problems(change(good(), model__backend="auto"), have_te=False) == []
+
+
+def test_wandb_must_be_installed_when_used(here, monkeypatch):
+    monkeypatch.setattr(validation.importlib.util, "find_spec", lambda name: None)
+    (line,) = find_problems(change(good(), logging__wandb_project="p"))
+    assert "logging.wandb_project needs the wandb package" in line
+
+
+# ---------------------------------------------------------------- derived values
+
+
+def test_derived_values():
+    config = good()
+    model = config.model
+    assert derived.head_dim(model) == 32 and derived.num_query_groups(model) == 4
+    model.kv_channels, model.num_query_groups = 64, 2
+    assert derived.head_dim(model) == 64 and derived.num_query_groups(model) == 2
+    assert derived.padded_vocab_size(model, 1) == 128
+    assert derived.padded_vocab_size(model, 256, 2) == 256
+    assert derived.padded_vocab_size(model, 257, 2) == 512
+    assert derived.required_world_size(config) == 1
+    config.parallel.tensor_model_parallel_size = 2
+    config.parallel.pipeline_model_parallel_size = 2
+    assert derived.required_world_size(config) == 4
+    assert derived.data_parallel_size(config, world_size=16) == 4
+    assert derived.num_microbatches(config, world_size=16) == 2
+    assert derived.num_microbatches(config) == 8
+    config.parallel.data_parallel_size = 2
+    assert derived.required_world_size(config) == 8
+    assert derived.split_shares("969, 30, 1") == pytest.approx((0.969, 0.03, 0.001))
+    assert derived.run_folder(config) == Path("runs/run")
+
+
+def test_tokens_become_whole_steps():
+    config = good()
+    config.training.train_iters = None
+    step = 8 * 256
+    for tokens, steps in ((1, 1), (step, 1), (2 * step - 1, 1), (2 * step, 2), (10**12, 10**12 // step)):
+        config.training.train_tokens = tokens
+        assert derived.train_iters(config) == steps
+    config.training.train_tokens = 50 * step
+    assert derived.lr_decay_iters(config) == 50 and derived.lr_wsd_decay_iters(config) == 5
+
+
+def test_gates_and_validation_loops():
+    config = good()
+    assert derived.has_gates(config.model) and derived.validation_loop_counts(config) == [2]
+    config.model.loop_count = 1
+    assert not derived.has_gates(config.model) and derived.validation_loop_counts(config) == [1]
+
+
+# ---------------------------------------------------------------- shipped configurations
+
+ROOT = Path(__file__).resolve().parents[3]
+RUNS = sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+ABLATION_ROWS = [
+    [],
+    ["model.loop_count=1"],
+    ["model.gated_window=false"],
+    ["model.share_kv=false", "model.gated_window=false"],
+    ["model.cross_loop_parallel=false", "model.share_kv=false", "model.gated_window=false"],
+]
+
+
+def test_the_shipped_runs_are_there():
+    names = {path.stem for path in RUNS}
+    assert names >= {"plt2_tiny", "plt2_demo", "plt2_1b", "plt2_ablation", "loopcoder_7b"}
+
+
+@pytest.mark.parametrize("row", ABLATION_ROWS, ids=["plt2", "vanilla", "clp_kv", "clp", "loop"])
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_shipped_runs_and_their_ablations_are_valid(path, row):
+    config = load_config(path, row)
+    validate(config, check_files=False, have_te=False)
+    assert config.name == path.stem
+
+
+def test_the_large_runs_fit_a_cluster():
+    validate(load_config(ROOT / "configs/runs/plt2_1b.yaml"), world_size=128, check_files=False)
+    validate(load_config(ROOT / "configs/runs/loopcoder_7b.yaml"), world_size=64, check_files=False)
+
+
+def test_loopcoder_warms_up_over_a_twentieth():
+    config = load_config(ROOT / "configs/runs/loopcoder_7b.yaml")
+    assert config.optimizer.lr_warmup_iters / derived.train_iters(config) == pytest.approx(0.05, rel=1e-3)
