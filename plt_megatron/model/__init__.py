@@ -1,0 +1,1 @@
+"""The Parallel Loop Transformer on megatron-core's layers."""

@@ -1,0 +1,155 @@
+"""PLT's attention: first-loop K/V sharing and the gated sliding window (paper sections 3.2 and 3.3).
+
+`GatedSlidingWindowAttention` is the `core_attention` of an otherwise stock megatron-core layer. It receives Q, K and V
+after RoPE. In the first loop it is plain causal attention and publishes K and V. In later loops:
+
+    y_global = Attn(Q, K_1, V_1)        the first loop's K and V, causal
+    y_local  = SWA(Q, K, V, w)          this loop's own, a window of w keys
+    y        = g * y_local + (1 - g) * y_global
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from plt_megatron.model.gate import HiddenGate, QueryGate
+from plt_megatron.model.loop_context import Documents, LoopContext
+from plt_megatron.model.te_attention import TEAttention
+from plt_megatron.model.torch_attention import causal_attention, window_attention
+from plt_megatron.model.transformer_config import PLTTransformerConfig
+
+
+class TorchAttention(nn.Module):
+    """Causal attention in plain torch, within a window where `window_size` is given."""
+
+    def __init__(self, softmax_scale: float | None, window_size: int | None) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.window_size = window_size
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads, d]."""
+        kwargs: dict[str, Any] = {"softmax_scale": self.softmax_scale, "documents": documents}
+        if self.window_size is None:
+            return causal_attention(query, key, value, **kwargs)
+        return window_attention(query, key, value, window_size=self.window_size, **kwargs)
+
+
+class GatedSlidingWindowAttention(MegatronModule):
+    """megatron-core `core_attention` of a PLT layer; which loop runs comes with each call, in `packed_seq_params`.
+
+    Subclasses say which kernels the two attentions use.
+    """
+
+    def __init__(
+        self,
+        config: PLTTransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        self.plt = config.plt
+        self.layer_number = layer_number
+        self.head_dim = config.kv_channels
+        build = {"softmax_scale": softmax_scale, "pg_collection": pg_collection}
+        self.global_attention = self._build(config, None, **build)
+        self.local_attention: nn.Module | None = None
+        self.plt_gate: nn.Module | None = None
+        if self.plt.loop_count > 1 and self.plt.gated_window:
+            self.local_attention = self._build(config, self.plt.window_size, **build)
+            gate = QueryGate if self.plt.gate_input == "query" else HiddenGate
+            self.plt_gate = gate(config, pg_collection.tp)
+
+    def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: LoopContext | None = None,
+    ) -> Tensor:
+        """Attention of one loop.
+
+        Args:
+            query: [s, b, heads / TP, d], with one more channel, the gate's logit, where the gate reads hidden states.
+            key, value: [s, b, groups / TP, d].
+            packed_seq_params: the loop's context; None stands for the only loop of a plain transformer.
+
+        Returns:
+            [s, b, heads / TP * d].
+        """
+        assert attention_mask is None and attention_bias is None, "PLT attention is causal, nothing else"
+        context = packed_seq_params or LoopContext()
+        logits = None
+        if isinstance(self.plt_gate, HiddenGate):
+            query, logits = query[..., : self.head_dim], query[..., self.head_dim]
+        out = self._attend(query, key, value, logits, context)
+        return out.reshape(*out.shape[:2], -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
+        shares = self.plt.share_kv and self.plt.loop_count > 1
+        if context.loop == 1 or not shares:
+            if shares:
+                key, value = context.first_loop_kv.publish(self.layer_number, key, value)
+            return self.global_attention(query, key, value, context.documents)
+        y_global = self.global_attention(query, *context.first_loop_kv.read(self.layer_number), context.documents)
+        if self.plt_gate is None or self.local_attention is None:
+            return y_global
+        y_local = self.local_attention(query, key, value, context.documents)
+        gate = torch.sigmoid(self.plt_gate(query) if logits is None else logits).unsqueeze(-1)
+        if self.plt.gate_side == "local":
+            return torch.lerp(y_global, y_local, gate)
+        return torch.lerp(y_local, y_global, gate)
+
+
+class TorchGatedAttention(GatedSlidingWindowAttention):
+    """Both attentions in plain torch."""
+
+    def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
+        return TorchAttention(kwargs["softmax_scale"], window_size)
+
+
+class TEGatedAttention(GatedSlidingWindowAttention):
+    """Both attentions from Transformer Engine: the global one in FP8 where configured, the local one in BF16."""
+
+    def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
+        return TEAttention(
+            config,
+            self.layer_number,
+            window_size,
+            attn_mask_type=AttnMaskType.causal,
+            attention_type="self",
+            **kwargs,
+        )
+
+
+class PLTSelfAttention(SelfAttention):
+    """megatron-core's self-attention, which also lets the `hidden` gate read the residual stream.
+
+    The gate's logit rides as one more channel of each head's query: RoPE leaves channels beyond the head dimension
+    alone, and recomputation treats it as the tensor argument that it is.
+    """
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As megatron-core's, with query [s, b, heads / TP, d + 1] where the gate reads hidden states."""
+        query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        gate = getattr(self.core_attention, "plt_gate", None)
+        if isinstance(gate, HiddenGate):
+            query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
+        return query, key, value

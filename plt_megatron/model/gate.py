@@ -1,0 +1,76 @@
+"""The gate of the gated sliding-window attention: one scalar per head and token (paper section 3.3).
+
+`query`: g = sigmoid(w_h . Q_h + b_h), the paper's. `hidden`: g = sigmoid(w_h . RMSNorm(x) + b_h) with x the layer's
+input residual stream and a norm of its own, LoopCoder-v2's. Weights start at zero, so that g = 1/2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from plt_megatron.model.norms import norm_weight, rms_norm
+
+
+def _zeros(config: TransformerConfig, *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
+
+
+class QueryGate(nn.Module):
+    """Gate logits from each head's query. Weight [heads / TP, head_dim], bias [heads / TP]."""
+
+    def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__()
+        assert config.kv_channels is not None
+        heads = config.num_attention_heads // tp_group.size()
+        self.weight = _zeros(config, heads, config.kv_channels)
+        self.bias = _zeros(config, heads)
+        for parameter in (self.weight, self.bias):
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+
+    def forward(self, query: Tensor) -> Tensor:
+        """query [s, b, heads / TP, head_dim], after RoPE -> logits [s, b, heads / TP]."""
+        return (query * self.weight).sum(dim=-1) + self.bias
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Both parameters are split over the tensor-parallel ranks by head."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
+
+
+class HiddenGate(nn.Module):
+    """Gate logits from the residual stream. Weight [heads, hidden], bias [heads], norm [hidden], whole on every rank:
+    each computes all heads for its rows, and only the logits travel."""
+
+    def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__()
+        self.tp_group = tp_group
+        self.sequence_parallel = config.sequence_parallel
+        self.eps = config.layernorm_epsilon
+        self.weight = _zeros(config, config.num_attention_heads, config.hidden_size)
+        self.bias = _zeros(config, config.num_attention_heads)
+        self.gate_norm = nn.ParameterDict({"weight": norm_weight(config, config.hidden_size)})
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states [s (/ TP), b, hidden] -> logits [s, b, heads / TP]."""
+        normed = rms_norm(hidden_states, self.gate_norm["weight"], self.eps)
+        logits = nn.functional.linear(normed, self.weight, self.bias)
+        if self.sequence_parallel:
+            # Every rank's gradient covers all heads after the scatter's backward, so no reduction is due here.
+            logits = gather_from_sequence_parallel_region(
+                logits, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)

@@ -1,0 +1,91 @@
+"""Layer specs: stock megatron-core layers with PLT's attention, for plain torch and for Transformer Engine."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.model.attention import PLTSelfAttention, TEGatedAttention, TorchGatedAttention
+from plt_megatron.model.norms import NormColumnParallelLinear, RMSNorm
+from plt_megatron.model.te_attention import require_transformer_engine
+from plt_megatron.model.transformer_config import resolve_backend
+
+
+class OutputNormMLP(MLP):
+    """megatron-core's MLP with an RMSNorm on its output, before the residual is added (the paper's dense models)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config: Any = self.config
+        norm = norm_class(resolve_backend(config.plt))
+        self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's: ([s (/ TP), b, h], bias or None)."""
+        output, bias = super().forward(*args, **kwargs)
+        assert bias is None
+        return self.output_norm(output), None
+
+
+def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
+    """The spec of a PLT layer on `backend` (`torch` or `te`).
+
+    Raises:
+        ImportError: `te` without Transformer Engine.
+    """
+    if backend == "torch":
+        return _layer_spec(model, NormColumnParallelLinear, RowParallelLinear, RMSNorm, TorchGatedAttention)
+    require_transformer_engine()
+    from megatron.core.extensions.transformer_engine import (
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return _layer_spec(model, TELayerNormColumnParallelLinear, TERowParallelLinear, TENorm, TEGatedAttention)
+
+
+def norm_class(backend: str) -> type:
+    """The RMSNorm of `backend`."""
+    if backend == "torch":
+        return RMSNorm
+    require_transformer_engine()
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def _layer_spec(model: ModelConfig, norm_linear: type, row_linear: type, norm: type, attention: type) -> ModuleSpec:
+    qk_norm = norm if model.qk_layernorm else IdentityOp
+    mlp = MLPSubmodules(linear_fc1=norm_linear, linear_fc2=row_linear)
+    mlp_class = OutputNormMLP if model.ffn_output_norm else MLP
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=PLTSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=norm_linear,
+                    core_attention=attention,
+                    linear_proj=row_linear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=partial(mlp_class.as_mlp_submodule, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

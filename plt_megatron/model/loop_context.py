@@ -1,0 +1,62 @@
+"""What a layer must know about the pass it is in: which loop runs, the first loop's K and V, document boundaries.
+
+It travels as the `packed_seq_params` argument, which megatron-core hands to `core_attention` on every path, activation
+recomputation included. An argument, never a global: recomputation and pipelines run a loop again later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from plt_megatron.model.kv_mailbox import FirstLoopKV
+
+
+class Documents:
+    """The documents packed into a microbatch's rows.
+
+    Attributes:
+        starts: bool [b, s], True at each document's first token. A row's first token starts a document always.
+        segments: int [b, s], the index of a token's document within its row.
+        lengths: the documents' lengths in tokens, row after row; they add up to b * s.
+    """
+
+    def __init__(self, starts: Tensor) -> None:
+        self.starts = starts.clone()
+        self.starts[:, 0] = True
+        self.segments = self.starts.cumsum(dim=1)
+        flat = torch.nonzero(self.starts.flatten()).flatten().tolist()
+        self.lengths = [end - start for start, end in zip(flat, [*flat[1:], starts.numel()], strict=True)]
+        self._cu_seqlens: Tensor | None = None
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [documents + 1]: where each document begins in the rows laid end to end."""
+        if self._cu_seqlens is None:
+            bounds = [0]
+            for length in self.lengths:
+                bounds.append(bounds[-1] + length)
+            self._cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.starts.device)
+        return self._cu_seqlens
+
+
+@dataclass
+class LoopContext(PackedSeqParams):
+    """One loop's pass over one microbatch.
+
+    Attributes:
+        loop: 1 for the first loop.
+        first_loop_kv: K and V of this microbatch's first loop.
+        documents: the packed documents, or None where a row is one text.
+    """
+
+    loop: int = 1
+    first_loop_kv: FirstLoopKV = field(default_factory=FirstLoopKV)
+    documents: Documents | None = None
+
+    def at_loop(self, loop: int) -> LoopContext:
+        """The same microbatch's context in another loop."""
+        return replace(self, loop=loop)

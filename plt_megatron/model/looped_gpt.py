@@ -1,0 +1,235 @@
+"""The looped GPT: one stack of layers, run `loop_count` times (paper section 3).
+
+With E the token embeddings and f the shared stack,
+
+    h^(1) = f(E),    h^(l) = f(E + shift(h^(l-1)))    for l = 2 .. L,    logits = Head(norm(h^(L))).
+
+`LoopedGPT` holds one pipeline stage of it: its share of the layers, once, and the embedding or the head at the ends.
+`run_loop` is one loop through this stage; `forward` chains all of them where one stage holds everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from plt_megatron.model.layer_specs import layer_spec, norm_class
+from plt_megatron.model.loop_context import Documents, LoopContext
+from plt_megatron.model.shift import shift
+from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
+
+
+@dataclass
+class MicroBatch:
+    """One microbatch's inputs, all [b, s].
+
+    Attributes:
+        tokens: int64 token ids.
+        position_ids: int64; None: 0 .. s-1 in every row.
+        labels: int64, or None for logits instead of losses.
+        loss_mask: float, 1 where a token counts in the loss; None: everywhere.
+        document_starts: bool, True at each packed document's first token; None: a row is one text.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor | None = None
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    document_starts: Tensor | None = None
+
+    def context(self) -> LoopContext:
+        """A fresh context for this microbatch's loops."""
+        documents = None if self.document_starts is None else Documents(self.document_starts)
+        return LoopContext(documents=documents)
+
+
+class LoopedGPT(LanguageModule):
+    """One pipeline stage of a (Parallel) Loop Transformer.
+
+    Args:
+        config: the layers' configuration; `config.plt` says how the loops are joined.
+        vocab_size: the tokenizer's.
+        padded_vocab_size: rows of the embedding table, what the tensor-parallel layout needs. Padding never takes part
+            in the softmax, so that every layout computes the same loss.
+        max_sequence_length: tokens of a row.
+        pre_process: whether this stage holds the embedding.
+        post_process: whether it holds the final norm and the output layer.
+    """
+
+    def __init__(
+        self,
+        config: PLTTransformerConfig,
+        vocab_size: int,
+        max_sequence_length: int,
+        *,
+        padded_vocab_size: int | None = None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.plt = config.plt
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded_vocab_size or vocab_size
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = self.plt.share_embeddings_and_output_weights
+        self.model_type = ModelType.encoder_or_decoder
+        backend = resolve_backend(self.plt)
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=self.padded_vocab_size,
+                max_sequence_length=max_sequence_length,
+                position_embedding_type="rope",
+                tp_group=self.pg_collection.tp,
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=self.plt.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+        )
+        # The final norm is the model's, not the block's: it closes the last loop only, or every loop.
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=layer_spec(self.plt, backend),
+            post_layer_norm=False,
+            pre_process=True,
+            post_process=post_process,
+            pg_collection=self.pg_collection,
+        )
+        if post_process:
+            self._build_head(backend)
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def _build_head(self, backend: str) -> None:
+        config = self.config
+        self.final_layernorm = norm_class(backend)(
+            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        )
+        self.output_layer = tensor_parallel.ColumnParallelLinear(
+            config.hidden_size,
+            self.padded_vocab_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def forward(self, batch: MicroBatch, loop_count: int | None = None) -> Tensor:
+        """All loops, where this stage is the whole model.
+
+        Args:
+            batch: the microbatch.
+            loop_count: fewer or more loops than the model was built with, for evaluation.
+
+        Returns:
+            Loss of each token, float32 [b, s], or logits [b, s, vocab / TP] where `batch` has no labels.
+        """
+        assert self.pre_process and self.post_process, "a pipeline stage runs loop by loop"
+        loop_count = loop_count or self.plt.loop_count
+        context, embeddings = batch.context(), self.embed(batch)
+        hidden_states: Tensor | None = None
+        for loop in range(1, loop_count + 1):
+            hidden_states = self.run_loop(
+                batch, context.at_loop(loop), hidden_states, last_loop=loop == loop_count, embeddings=embeddings
+            )
+        assert hidden_states is not None
+        return hidden_states
+
+    def run_loop(
+        self,
+        batch: MicroBatch,
+        context: LoopContext,
+        hidden_states: Tensor | None,
+        *,
+        last_loop: bool,
+        embeddings: Tensor | None = None,
+    ) -> Tensor:
+        """One loop through this stage.
+
+        Args:
+            context: the loop's; the same first-loop K/V in all loops of a microbatch.
+            hidden_states: [s (/ TP), b, h], what the stage before sent: the previous stage's output of this loop or,
+                on the first stage, the last stage's of the loop before. None in the first stage's first loop.
+            last_loop: whether the head follows.
+            embeddings: E, where it has been computed for an earlier loop.
+
+        Returns:
+            Hidden states for the next stage or, from the last stage's last loop, what `forward` returns.
+        """
+        if self.pre_process:
+            hidden_states = self._loop_input(batch, context, hidden_states, embeddings)
+        assert hidden_states is not None
+        hidden_states = self.decoder(
+            hidden_states=hidden_states,
+            attention_mask=None,
+            rotary_pos_emb=self._rotary_embedding(batch),
+            packed_seq_params=context,
+        )
+        if not self.post_process:
+            return hidden_states
+        if last_loop or self.plt.norm_between_loops:
+            hidden_states = self.final_layernorm(hidden_states)
+        return self._head(hidden_states, batch.labels) if last_loop else hidden_states
+
+    def embed(self, batch: MicroBatch) -> Tensor:
+        """Token embeddings E, [s (/ TP), b, h]."""
+        return self.embedding(input_ids=batch.tokens, position_ids=None)
+
+    def _loop_input(
+        self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor | None, embeddings: Tensor | None
+    ) -> Tensor:
+        """The stack's input: E in the first loop, then E + shift(h) or, without cross-loop parallelism, h."""
+        if context.loop > 1 and not self.plt.cross_loop_parallel:
+            assert hidden_states is not None
+            return hidden_states
+        if embeddings is None:
+            embeddings = self.embed(batch)
+        if context.loop == 1:
+            return embeddings
+        assert hidden_states is not None
+        starts = context.documents.starts if context.documents is not None else None
+        group = self.pg_collection.tp if self.config.sequence_parallel else None
+        shifted = shift(hidden_states, starts, group)
+        return _scaled(embeddings, self.plt.embedding_scale) + _scaled(shifted, self.plt.hidden_scale)
+
+    def _rotary_embedding(self, batch: MicroBatch) -> Tensor:
+        """RoPE angles, [s, 1 or b, 1, head_dim]: the token's own index in every loop."""
+        angles = self.rotary_pos_emb(batch.tokens.shape[1])
+        if batch.position_ids is None or batch.document_starts is None:
+            return angles
+        return angles[:, 0, 0][batch.position_ids.transpose(0, 1)].unsqueeze(2)
+
+    def _head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        own_rows = logits.shape[-1]
+        real_rows = self.vocab_size - self.pg_collection.tp.rank() * own_rows
+        if real_rows < own_rows:
+            logits[..., max(real_rows, 0) :] = float("-inf")
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Part of what megatron-core's schedules ask of a model; one whole stage has no input from another."""
+        assert not input_tensor or all(tensor is None for tensor in input_tensor)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor * scale

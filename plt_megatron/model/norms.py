@@ -1,0 +1,60 @@
+"""RMSNorm for the torch backend, alone and in front of a column-parallel linear layer.
+
+megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, so that megatron-core sums the
+weight's gradient over the tensor-parallel ranks. Parameter names are Transformer Engine's: weights move between the
+two backends without renaming.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, returned in x's dtype."""
+    if hidden_states.dtype == torch.float32:
+        return torch.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, eps)
+    wide = hidden_states.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale).to(hidden_states.dtype) * weight
+
+
+def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
+    """A norm's weight, ones, marked for megatron-core's gradient reduction over sequence-parallel ranks."""
+    weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return weight
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = norm_weight(config, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and dtype."""
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm, then a column-parallel linear layer, as Transformer Engine's TELayerNormColumnParallelLinear.
+
+    One module, so that self-attention sees the residual stream itself (the `hidden` gate reads it).
+    """
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = norm_weight(config, input_size)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """[s (/ TP), b, input_size] -> ([s, b, output_size / TP], bias or None)."""
+        return super().forward(rms_norm(input_, self.layer_norm_weight, self.eps), *args, **kwargs)

@@ -1,0 +1,75 @@
+"""The two attentions of a PLT layer on Transformer Engine's kernels.
+
+The global one follows the configuration, FP8 included; the local one is a second TEDotProductAttention whose window
+is set at construction and which always computes in BF16, since Hopper has no FP8 sliding-window kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from plt_megatron.model.loop_context import Documents
+
+
+def require_transformer_engine() -> None:
+    """Raise ImportError unless Transformer Engine can be used.
+
+    Without it megatron-core's TE classes are mocks that compute nothing, silently.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if not HAVE_TE:
+        raise ImportError(
+            "model.backend: te needs Transformer Engine (pip install 'plt-megatron[gpu]'), or use model.backend: torch"
+        )
+
+
+class TEAttention(nn.Module):
+    """One TEDotProductAttention over [s, b, heads, d], causal, optionally within a window."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, window_size: int | None, **kwargs: Any) -> None:
+        super().__init__()
+        require_transformer_engine()
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        config = copy.copy(config)
+        config.window_size = None if window_size is None else (window_size - 1, 0)
+        config.window_attn_skip_freq = None
+        self.local = window_size is not None
+        self.attention = TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads, d]."""
+        s, b, heads, d = query.shape
+        packed = None
+        if documents is not None:
+            # Rows laid end to end: [b * s, heads, d], one entry of cu_seqlens a document.
+            query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+            longest = max(documents.lengths)
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=documents.cu_seqlens,
+                cu_seqlens_kv=documents.cu_seqlens,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+        mask = AttnMaskType.causal if packed is None else AttnMaskType.padding_causal
+        with self._precision():
+            out = self.attention(query, key, value, None, attn_mask_type=mask, packed_seq_params=packed)
+        if packed is not None:
+            return out.view(b, s, heads, d).transpose(0, 1)
+        return out.view(s, b, heads, d)
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if not self.local:
+            return contextlib.nullcontext()
+        import transformer_engine.pytorch as te
+
+        return te.autocast(enabled=False)

@@ -1,0 +1,99 @@
+"""Our run configuration as megatron-core's TransformerConfig."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class PLTTransformerConfig(TransformerConfig):
+    """megatron-core's configuration of a layer stack, and PLT's own beside it as `plt`."""
+
+    plt: ModelConfig = field(default_factory=ModelConfig)
+
+
+def resolve_backend(model: ModelConfig) -> str:
+    """`torch` or `te`: what `model.backend: auto` means on this machine."""
+    if model.backend != "auto":
+        return model.backend
+    if is_cpu_runtime():
+        return "torch"
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return "te" if HAVE_TE else "torch"
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, precision: str = "fp32", deterministic: bool = False
+) -> PLTTransformerConfig:
+    """The layers' configuration.
+
+    It has no virtual pipeline size: a stage holds its layers once, however many loops run through them.
+    """
+    dtype = DTYPES[precision]
+    backend = resolve_backend(model)
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    full = parallel.recompute_granularity == "full"
+    return PLTTransformerConfig(
+        plt=model,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        recompute_granularity=None if parallel.recompute_granularity == "none" else parallel.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=parallel.recompute_num_layers if full else None,
+        # Initialisation is ours (model/initialization.py), the same in every layout.
+        perform_initialization=False,
+        use_cpu_initialization=is_cpu_runtime(),
+        # The mean over the global batch's tokens, however they fall into microbatches and ranks.
+        calculate_per_token_loss=True,
+        deterministic_mode=deterministic,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=backend == "te",
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        attention_backend=AttnBackend.auto if backend == "te" else AttnBackend.local,
+        # With batched p2p and two stages the interleaved schedule mixes up messages between the ranks, silently.
+        batch_p2p_comm=False,
+        overlap_p2p_comm=pipelined,
+    )
+
+
+def schedule_config(config: PLTTransformerConfig, loop_count: int) -> PLTTransformerConfig:
+    """The pipeline schedule's view of the configuration: the loops are virtual stages."""
+    config = copy.copy(config)
+    if config.pipeline_model_parallel_size > 1 and loop_count > 1:
+        config.virtual_pipeline_model_parallel_size = loop_count
+    else:
+        config.overlap_p2p_comm = False
+    return config

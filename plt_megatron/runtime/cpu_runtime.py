@@ -1,0 +1,189 @@
+"""Running megatron-core without CUDA.
+
+megatron-core asks `torch.cuda` for its device, its stream and its random state, and creates tensors with
+`device="cuda"`. `enter_cpu_runtime` answers these few calls for a process that has no GPU, so that tensor, sequence,
+pipeline and data parallelism and the distributed optimizer run for real, with gloo, on any machine.
+
+Entered once, before megatron is imported (some of its modules look at the device when imported). On a machine with a
+working GPU it does nothing. The "CUDA" random state is the CPU's own, so data code must keep generators of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "arange", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones", "ones_like",
+    "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "as_tensor", "zeros", "zeros_like",
+)  # fmt: skip
+_TENSOR_METHODS = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "new_empty_strided")
+
+_entered = False
+
+
+def enter_cpu_runtime(force: bool = False) -> bool:
+    """Answer megatron-core's `torch.cuda` calls on the CPU; does nothing where a GPU can be used.
+
+    Args:
+        force: enter although a GPU is there (the parity tests).
+
+    Returns:
+        Whether this process now runs on the CPU runtime.
+    """
+    global _entered
+    if _entered:
+        return True
+    if torch.cuda.is_available() and not force:
+        return False
+    _entered = True
+    # TE's and megatron's fused paths would otherwise compile kernels for a device that is not there.
+    os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
+    _replace_device_queries()
+    _replace_random_state()
+    _replace_factories()
+    _replace_tensor_methods()
+    return True
+
+
+def is_cpu_runtime() -> bool:
+    """Whether `enter_cpu_runtime` took effect in this process."""
+    return _entered
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+def _to_cpu(device: Any) -> Any:
+    return torch.device("cpu") if _is_cuda(device) else device
+
+
+class _Stream:
+    """A stream on a device that has none: everything queued has already run."""
+
+    device = torch.device("cpu")
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+class _Event:
+    """An event that has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_device_queries() -> None:
+    cuda = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    cuda.device_count = lambda: 1
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
+    cuda.default_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
+    cuda.Stream = _Stream  # type: ignore[assignment,misc]
+    cuda.Event = _Event  # type: ignore[assignment,misc]
+    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
+    cuda.empty_cache = lambda: None
+
+
+def _replace_random_state() -> None:
+    # The stock setters do not raise without a GPU: they queue a call that never runs, silently.
+    def get_rng_state(device: Any = "cpu") -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(new_state: torch.Tensor, device: Any = "cpu") -> None:
+        torch.set_rng_state(new_state)
+
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state = get_rng_state  # type: ignore[attr-defined]
+        module.set_rng_state = set_rng_state  # type: ignore[attr-defined]
+        module.manual_seed = torch.manual_seed  # type: ignore[attr-defined]
+        module.manual_seed_all = torch.manual_seed  # type: ignore[attr-defined]
+
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    def set_cuda_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    megatron_random._set_cuda_rng_state = set_cuda_rng_state
+
+
+def _map_device_keyword(function: Callable) -> Callable:
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            if "device" in kwargs:
+                kwargs["device"] = _to_cpu(kwargs["device"])
+            kwargs.pop("pin_memory", None)  # page-locked memory needs a GPU
+        return function(*args, **kwargs)
+
+    return on_cpu
+
+
+def _replace_factories() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _map_device_keyword(getattr(torch, name)))
+
+
+def _replace_tensor_methods() -> None:
+    tensor = torch.Tensor
+    for name in _TENSOR_METHODS:
+        setattr(tensor, name, _map_device_keyword(getattr(tensor, name)))
+    to, type_of = tensor.to, tensor.type
+
+    @functools.wraps(to)
+    def to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        return to(self, *(_to_cpu(argument) for argument in args), **kwargs)
+
+    @functools.wraps(type_of)
+    def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # megatron's optimizer groups gradients by the names of CUDA tensor types.
+        if dtype is None:
+            return type_of(self).replace("torch.", "torch.cuda.", 1)
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.", 1)
+        return type_of(self, dtype, *args, **kwargs)
+
+    tensor.to = to_cpu  # type: ignore[method-assign,assignment]
+    tensor.type = cuda_type  # type: ignore[method-assign,assignment]
+    tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]

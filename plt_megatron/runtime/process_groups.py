@@ -1,0 +1,57 @@
+"""Process groups: torch.distributed from the launcher's environment, then megatron-core's parallel groups."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from plt_megatron.config.schema import ParallelConfig
+from plt_megatron.errors import UserError
+
+
+def init_process_groups(parallel: ParallelConfig) -> None:
+    """Join the job that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe (absent: a job of one
+    process) and build the tensor, pipeline and data-parallel groups.
+
+    Raises:
+        UserError: the world size is no multiple of TP times PP.
+    """
+    from megatron.core import parallel_state
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_parallel:
+        raise UserError(
+            f"parallel: {world_size} processes cannot hold tensor_model_parallel_size x pipeline_model_parallel_size = "
+            f"{model_parallel}; start a multiple of {model_parallel}"
+        )
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        _init_torch_distributed(world_size, timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
+    )
+
+
+def _init_torch_distributed(world_size: int, timeout: timedelta) -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def destroy_process_groups() -> None:
+    """Leave the job; the process can join another."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
