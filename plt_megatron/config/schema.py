@@ -15,7 +15,7 @@ from typing import Literal
 class ModelConfig:
     """A Parallel Loop Transformer (arXiv 2510.24824): a decoder whose layers run `loop_count` times.
 
-    `loop_count: 1` is a plain transformer (RMSNorm, SwiGLU, GQA, RoPE, no biases), no parameter added.
+    `loop_count: 1` is a plain transformer (RMSNorm, SwiGLU, GQA, RoPE), no parameter added.
     """
 
     num_layers: int = 4
@@ -28,9 +28,13 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128  # the embedding is padded to a multiple of this times TP
     share_embeddings_and_output_weights: bool = True  # tied embeddings
     rotary_base: float = 10000.0
+    rope_scaling_factor: float | None = None  # Llama 3.1's scaling, from 8,192 tokens to this many times as many
     layernorm_epsilon: float = 1e-5
+    qkv_bias: bool = False  # biases on the Q, K and V projections (Qwen2)
     qk_layernorm: bool = False  # RMSNorm on each head's Q and K
     ffn_output_norm: bool = False  # RMSNorm on the FFN's output, before the residual is added
+    # post: no norms on the inputs of attention and FFN but on their outputs, and qk_layernorm over all heads (OLMo-2)
+    norm_placement: Literal["pre", "post"] = "pre"
     init_method_std: float = 0.02
     # The loop (paper section 3; published variants: see docs/model.md).
     loop_count: int = 2
@@ -116,6 +120,13 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
     deterministic: bool = False
     threads_per_process: int | None = None  # CPU only; None: this machine's cores / processes
+    # A step that goes wrong is reported in <run folder>/incidents. skip: the weights stay as they were;
+    # rollback: back to the last checkpoint, then on with the data that comes after the bad step.
+    on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or no number
+    on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
+    spike_threshold: float = 6.0  # standard deviations above the mean loss of the last `spike_window` steps
+    spike_window: int = 128  # steps; none counts as a spike before there are a quarter as many
+    max_skipped_steps: int = 10  # in a row, and as often altogether per 1,000 steps: more end the run
 
 
 @dataclass
@@ -133,7 +144,12 @@ class CheckpointConfig:
 
     save_interval: int = 0  # steps; 0: only after the last
     keep_last: int = 2
+    keep_every: int = 0  # steps whose multiples are kept for good; 0: none
+    async_save: bool = False  # write while training goes on; published at a later step
     load: str | None = None  # another run's folder or checkpoint to start from; None: resume this run's own
+    weights_only: bool = False  # of `load`: weights alone; optimizer, schedule, data and step start anew
+    allow_other_data: bool = False  # go on although data, tokenizer or sampling are not the checkpoint's
+    allow_other_schedule: bool = False  # go on although the optimizer's settings are not the checkpoint's
     enabled: bool = True
 
 

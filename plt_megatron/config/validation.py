@@ -101,6 +101,7 @@ _RANGES: dict[str, _Range] = {
     "model.vocab_size": _AT_LEAST_1,
     "model.make_vocab_size_divisible_by": _AT_LEAST_1,
     "model.rotary_base": _POSITIVE,
+    "model.rope_scaling_factor": _AT_LEAST_1,
     "model.layernorm_epsilon": _POSITIVE,
     "model.init_method_std": _POSITIVE,
     "model.loop_count": _LOOPS,
@@ -120,6 +121,9 @@ _RANGES: dict[str, _Range] = {
     "training.train_tokens": _AT_LEAST_1,
     "training.seed": _Range(1, 2**31 - 1),  # megatron-core refuses 0, numpy more than 32 bits
     "training.threads_per_process": _AT_LEAST_1,
+    "training.spike_threshold": _POSITIVE,
+    "training.spike_window": _Range(2),
+    "training.max_skipped_steps": _NOT_NEGATIVE,
     "optimizer.lr": _POSITIVE,
     "optimizer.min_lr": _NOT_NEGATIVE,
     "optimizer.lr_warmup_iters": _NOT_NEGATIVE,
@@ -135,6 +139,7 @@ _RANGES: dict[str, _Range] = {
     "validation.loop_counts": _LOOPS,
     "checkpoint.save_interval": _NOT_NEGATIVE,
     "checkpoint.keep_last": _AT_LEAST_1,
+    "checkpoint.keep_every": _NOT_NEGATIVE,
     "logging.log_interval": _AT_LEAST_1,
     "logging.peak_tflops": _POSITIVE,
     "weight": _POSITIVE,
@@ -201,6 +206,8 @@ def _check_model(config: RunConfig) -> Iterator[str]:
         yield f"the head dimension (model.kv_channels) must be even for RoPE, got {derived.head_dim(model)}"
     if heads % groups:
         yield f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {groups}"
+    if model.norm_placement == "post" and model.ffn_output_norm:
+        yield "model.norm_placement post already norms the FFN's output: set model.ffn_output_norm=false"
     if model.loop_count > 1 and model.gated_window and not model.share_kv:
         yield (
             "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "

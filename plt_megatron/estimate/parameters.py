@@ -14,7 +14,7 @@ class ParameterCount:
     """Number of parameters of each component, over all layers. Loops share them, so they count once."""
 
     embedding: int  # padded vocabulary x hidden_size
-    attention: int  # Q, K, V and output projections
+    attention: int  # Q, K, V and output projections, and biases where there are some
     ffn: int  # gate, up and down projections
     norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
     gates: int  # G-SWA: none in a model of one loop
@@ -46,7 +46,7 @@ def count_parameters(
     table = derived.padded_vocab_size(model, vocab_size, tensor_model_parallel_size) * hidden
     return ParameterCount(
         embedding=table,
-        attention=layers * (qkv_parameters(model) + projection_parameters(model)),
+        attention=layers * (qkv_parameters(model) + _qkv_biases(model) + projection_parameters(model)),
         ffn=layers * 3 * hidden * model.ffn_hidden_size,
         norms=layers * _layer_norms(model),
         gates=layers * _layer_gate(model),
@@ -56,9 +56,8 @@ def count_parameters(
 
 
 def qkv_parameters(model: ModelConfig) -> int:
-    """One layer's fused Q, K and V projection."""
-    heads_out = model.num_attention_heads + 2 * derived.num_query_groups(model)
-    return model.hidden_size * heads_out * derived.head_dim(model)
+    """One layer's fused Q, K and V projection, without biases."""
+    return model.hidden_size * _qkv_width(model)
 
 
 def projection_parameters(model: ModelConfig) -> int:
@@ -71,10 +70,22 @@ def gate_input_size(model: ModelConfig) -> int:
     return derived.head_dim(model) if model.gate_input == "query" else model.hidden_size
 
 
+def _qkv_width(model: ModelConfig) -> int:
+    heads_out = model.num_attention_heads + 2 * derived.num_query_groups(model)
+    return heads_out * derived.head_dim(model)
+
+
+def _qkv_biases(model: ModelConfig) -> int:
+    return _qkv_width(model) if model.qkv_bias else 0
+
+
 def _layer_norms(model: ModelConfig) -> int:
-    norms = 2 * model.hidden_size  # input, pre-FFN
+    norms = 2 * model.hidden_size  # attention's and the FFN's, on inputs or outputs
     if model.qk_layernorm:
-        norms += 2 * derived.head_dim(model)
+        heads = 2
+        if model.norm_placement == "post":
+            heads = model.num_attention_heads + derived.num_query_groups(model)
+        norms += heads * derived.head_dim(model)
     if model.ffn_output_norm:
         norms += model.hidden_size
     return norms

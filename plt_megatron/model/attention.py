@@ -113,6 +113,8 @@ class GatedSlidingWindowAttention(MegatronModule):
             return y_global
         y_local = self.local_attention(query, key, value, context.documents)
         gate = torch.sigmoid(self.plt_gate(query) if logits is None else logits).unsqueeze(-1)
+        if context.statistics is not None:
+            context.statistics.add_gate(context.loop, self.layer_number, gate)
         if self.plt.gate_side == "local":
             return torch.lerp(y_global, y_local, gate)
         return torch.lerp(y_local, y_global, gate)

@@ -34,9 +34,12 @@ def global_names(stage: LoopedGPT) -> Iterator[tuple[str, nn.Parameter]]:
 
 def initialize(stage: LoopedGPT, seed: int) -> None:
     """Draw this stage's weights: normal with `init_method_std`, divided by sqrt(2 * num_layers) where a layer writes
-    into the residual stream (Megatron's scaled initialisation); norms are ones and gates zeros as built."""
+    into the residual stream (Megatron's scaled initialisation); biases, norms and gates stay as built."""
     config = stage.config
     for name, parameter in global_names(stage):
+        if name.endswith("linear_qkv.bias"):
+            with torch.no_grad():
+                parameter.zero_()
         if parameter.dim() < 2 or ".plt_gate." in name:
             continue
         std = config.init_method_std
@@ -58,10 +61,13 @@ def _split_axis(name: str) -> int:
 
 
 def _draw(name: str, seed: int, shape: tuple[int, ...], std: float) -> Tensor:
-    # The embedding's padding rows must not move the others: draw row by row from one stream, in fp32.
+    # The embedding's padding rows must not move the others: one stream, in fp32. torch draws it in blocks of 16 and
+    # draws the last 16 anew where they are no whole block: ask for whole ones.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    size = math.prod(shape)
+    whole_blocks = torch.empty(-(-size // 16) * 16, dtype=torch.float32)
+    return whole_blocks.normal_(0.0, std, generator=generator)[:size].view(shape)
 
 
 def _own_part(whole: Tensor, name: str, stage: LoopedGPT) -> Tensor:

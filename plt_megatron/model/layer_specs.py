@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -15,15 +15,33 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.attention import PLTSelfAttention, TEGatedAttention, TorchGatedAttention
-from plt_megatron.model.norms import NormColumnParallelLinear, RMSNorm
+from plt_megatron.model.norms import AllHeadsRMSNorm, NormColumnParallelLinear, RMSNorm
 from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import resolve_backend
 
 
 class OutputNormMLP(MLP):
-    """megatron-core's MLP with an RMSNorm on its output, before the residual is added (the paper's dense models)."""
+    """megatron-core's MLP with an RMSNorm on its output, before the residual is added (the paper's dense models;
+    `norm_placement: post`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config: Any = self.config
+        norm = norm_class(resolve_backend(config.plt))
+        self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As megatron-core's: ([s (/ TP), b, h], bias or None)."""
+        output, bias = super().forward(*args, **kwargs)
+        assert bias is None
+        return self.output_norm(output), None
+
+
+class OutputNormSelfAttention(PLTSelfAttention):
+    """Self-attention with an RMSNorm on its output, before the residual is added (`norm_placement: post`)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,16 +62,20 @@ def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
     Raises:
         ImportError: `te` without Transformer Engine.
     """
+    post = model.norm_placement == "post"
     if backend == "torch":
-        return _layer_spec(model, NormColumnParallelLinear, RowParallelLinear, RMSNorm, TorchGatedAttention)
+        linear = ColumnParallelLinear if post else NormColumnParallelLinear
+        return _layer_spec(model, linear, RowParallelLinear, RMSNorm, TorchGatedAttention)
     require_transformer_engine()
     from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
         TELayerNormColumnParallelLinear,
         TENorm,
         TERowParallelLinear,
     )
 
-    return _layer_spec(model, TELayerNormColumnParallelLinear, TERowParallelLinear, TENorm, TEGatedAttention)
+    linear = TEColumnParallelLinear if post else TELayerNormColumnParallelLinear
+    return _layer_spec(model, linear, TERowParallelLinear, TENorm, TEGatedAttention)
 
 
 def norm_class(backend: str) -> type:
@@ -66,22 +88,30 @@ def norm_class(backend: str) -> type:
     return TENorm
 
 
-def _layer_spec(model: ModelConfig, norm_linear: type, row_linear: type, norm: type, attention: type) -> ModuleSpec:
-    qk_norm = norm if model.qk_layernorm else IdentityOp
-    mlp = MLPSubmodules(linear_fc1=norm_linear, linear_fc2=row_linear)
-    mlp_class = OutputNormMLP if model.ffn_output_norm else MLP
+def _all_heads_norms(model: ModelConfig) -> tuple[partial, partial]:
+    """Q's and K's norm over all heads together."""
+    heads = (model.num_attention_heads, derived.num_query_groups(model))
+    query_norm, key_norm = (partial(AllHeadsRMSNorm, num_heads=count) for count in heads)
+    return query_norm, key_norm
+
+
+def _layer_spec(model: ModelConfig, linear: type, row_linear: type, norm: type, attention: type) -> ModuleSpec:
+    post = model.norm_placement == "post"
+    q_norm, k_norm = (_all_heads_norms(model) if post else (norm, norm)) if model.qk_layernorm else (IdentityOp,) * 2
+    mlp = MLPSubmodules(linear_fc1=linear, linear_fc2=row_linear)
+    mlp_class = OutputNormMLP if post or model.ffn_output_norm else MLP
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=PLTSelfAttention,
+                module=OutputNormSelfAttention if post else PLTSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=norm_linear,
+                    linear_qkv=linear,
                     core_attention=attention,
                     linear_proj=row_linear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
+                    q_layernorm=q_norm,
+                    k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

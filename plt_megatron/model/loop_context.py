@@ -13,6 +13,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from plt_megatron.model.kv_mailbox import FirstLoopKV
+from plt_megatron.model.loop_statistics import LoopStatistics
 
 
 class Documents:
@@ -33,6 +34,12 @@ class Documents:
         self._cu_seqlens: Tensor | None = None
 
     @property
+    def position_ids(self) -> Tensor:
+        """int64 [b, s]: a token's index within its document."""
+        index = torch.arange(self.starts.shape[1], device=self.starts.device).expand_as(self.starts)
+        return index - torch.where(self.starts, index, 0).cummax(dim=1).values
+
+    @property
     def cu_seqlens(self) -> Tensor:
         """int32 [documents + 1]: where each document begins in the rows laid end to end."""
         if self._cu_seqlens is None:
@@ -51,11 +58,13 @@ class LoopContext(PackedSeqParams):
         loop: 1 for the first loop.
         first_loop_kv: K and V of this microbatch's first loop.
         documents: the packed documents, or None where a row is one text.
+        statistics: where to leave what is logged of the loops, or None.
     """
 
     loop: int = 1
     first_loop_kv: FirstLoopKV = field(default_factory=FirstLoopKV)
     documents: Documents | None = None
+    statistics: LoopStatistics | None = None
 
     def at_loop(self, loop: int) -> LoopContext:
         """The same microbatch's context in another loop."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from plt_megatron.model.layer_specs import layer_spec, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
+from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
 
@@ -34,10 +35,11 @@ class MicroBatch:
 
     Attributes:
         tokens: int64 token ids.
-        position_ids: int64; None: 0 .. s-1 in every row.
+        position_ids: int64; None: 0, 1, 2 .. from the start of each row or document.
         labels: int64, or None for logits instead of losses.
         loss_mask: float, 1 where a token counts in the loss; None: everywhere.
         document_starts: bool, True at each packed document's first token; None: a row is one text.
+        statistics: where to leave what is logged of the loops, or None.
     """
 
     tokens: Tensor
@@ -45,11 +47,12 @@ class MicroBatch:
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
     document_starts: Tensor | None = None
+    statistics: LoopStatistics | None = None
 
     def context(self) -> LoopContext:
         """A fresh context for this microbatch's loops."""
         documents = None if self.document_starts is None else Documents(self.document_starts)
-        return LoopContext(documents=documents)
+        return LoopContext(documents=documents, statistics=self.statistics)
 
 
 class LoopedGPT(LanguageModule):
@@ -97,6 +100,8 @@ class LoopedGPT(LanguageModule):
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
             rotary_base=self.plt.rotary_base,
+            rope_scaling=self.plt.rope_scaling_factor is not None,
+            rope_scaling_factor=self.plt.rope_scaling_factor or 1.0,
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
         )
@@ -178,14 +183,17 @@ class LoopedGPT(LanguageModule):
         hidden_states = self.decoder(
             hidden_states=hidden_states,
             attention_mask=None,
-            rotary_pos_emb=self._rotary_embedding(batch),
+            rotary_pos_emb=self._rotary_embedding(batch, context),
             packed_seq_params=context,
         )
         if not self.post_process:
             return hidden_states
+        normed = hidden_states
         if last_loop or self.plt.norm_between_loops:
-            hidden_states = self.final_layernorm(hidden_states)
-        return self._head(hidden_states, batch.labels) if last_loop else hidden_states
+            normed = self.final_layernorm(hidden_states)
+        if context.statistics is not None:
+            context.statistics.add_hidden(context.loop, normed if self.plt.norm_between_loops else hidden_states)
+        return self._head(normed, batch.labels) if last_loop else normed
 
     def embed(self, batch: MicroBatch) -> Tensor:
         """Token embeddings E, [s (/ TP), b, h]."""
@@ -201,6 +209,8 @@ class LoopedGPT(LanguageModule):
         if embeddings is None:
             embeddings = self.embed(batch)
         if context.loop == 1:
+            if context.statistics is not None and self.post_process:
+                context.statistics.add_hidden(0, embeddings)
             return embeddings
         assert hidden_states is not None
         starts = context.documents.starts if context.documents is not None else None
@@ -208,12 +218,13 @@ class LoopedGPT(LanguageModule):
         shifted = shift(hidden_states, starts, group)
         return _scaled(embeddings, self.plt.embedding_scale) + _scaled(shifted, self.plt.hidden_scale)
 
-    def _rotary_embedding(self, batch: MicroBatch) -> Tensor:
+    def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """RoPE angles, [s, 1 or b, 1, head_dim]: the token's own index in every loop."""
         angles = self.rotary_pos_emb(batch.tokens.shape[1])
-        if batch.position_ids is None or batch.document_starts is None:
+        if context.documents is None:
             return angles
-        return angles[:, 0, 0][batch.position_ids.transpose(0, 1)].unsqueeze(2)
+        positions = context.documents.position_ids if batch.position_ids is None else batch.position_ids
+        return angles[:, 0, 0][positions.transpose(0, 1)].unsqueeze(2)
 
     def _head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None

@@ -10,7 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
@@ -42,6 +47,31 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
         return rms_norm(hidden_states, self.weight, self.eps)
+
+
+class AllHeadsRMSNorm(nn.Module):
+    """One root-mean-square norm over the channels of all heads (OLMo-2's Q and K norm), whose heads are split over the
+    tensor-parallel ranks. The weight [num_heads * head_dim] is whole on every rank: megatron-core sums the gradients
+    of Q's and K's norms over the ranks, by their names."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = norm_weight(config, num_heads * hidden_size)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """[s, b, heads / TP, head_dim] -> the same shape and dtype."""
+        group = parallel_state.get_tensor_model_parallel_group()
+        flat = heads.flatten(2).float()
+        squares = flat.square().sum(dim=-1, keepdim=True)
+        if group.size() > 1:
+            # Summed forwards, and its gradient backwards: every rank's output depends on every rank's heads.
+            squares = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(squares, group=group), group=group
+            )
+        scale = torch.rsqrt(squares / self.weight.numel() + self.eps)
+        own = self.weight.chunk(group.size())[group.rank()]
+        return ((flat * scale).to(heads.dtype) * own).view(heads.shape)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):

@@ -47,7 +47,7 @@ class LoopChunk(nn.Module):
 
     def __init__(self, stage: LoopedGPT, config: Any, loop: int | None, loop_count: int) -> None:
         super().__init__()
-        self.__dict__["stage"] = stage  # a view: not a submodule
+        self._stage = (stage,)  # in a tuple, so that it is no submodule: a chunk is a view
         self.config = config
         self.loop = loop
         self.loop_count = loop_count
@@ -71,10 +71,10 @@ class LoopChunk(nn.Module):
         index, self._next = self._next, self._next + 1
         batch = batches.batches[index]
         if self.loop is None:
-            return self.stage(batch, self.loop_count), batch
+            return self._stage[0](batch, self.loop_count), batch
         last_loop = self.loop == self.loop_count
         context = batches.context(index, self.loop, last_loop)
-        hidden_states = self.stage.run_loop(batch, context, self.input_tensor, last_loop=last_loop)
+        hidden_states = self._stage[0].run_loop(batch, context, self.input_tensor, last_loop=last_loop)
         return hidden_states, batch
 
 

@@ -130,11 +130,15 @@ def _replace_random_state() -> None:
     def set_rng_state(new_state: torch.Tensor, device: Any = "cpu") -> None:
         torch.set_rng_state(new_state)
 
+    def manual_seed(seed: int) -> None:
+        # Not torch.manual_seed, which calls torch.cuda.manual_seed_all in its turn.
+        torch.default_generator.manual_seed(int(seed))
+
     for module in (torch.cuda, torch.cuda.random):
         module.get_rng_state = get_rng_state  # type: ignore[attr-defined]
         module.set_rng_state = set_rng_state  # type: ignore[attr-defined]
-        module.manual_seed = torch.manual_seed  # type: ignore[attr-defined]
-        module.manual_seed_all = torch.manual_seed  # type: ignore[attr-defined]
+        module.manual_seed = manual_seed  # type: ignore[attr-defined]
+        module.manual_seed_all = manual_seed  # type: ignore[attr-defined]
 
     import megatron.core.tensor_parallel.random as megatron_random
 
@@ -157,6 +161,9 @@ def _map_device_keyword(function: Callable) -> Callable:
 
 
 def _replace_factories() -> None:
+    # `with torch.device("meta")` (transformers builds models in it) knows the factories by what they are when it first
+    # looks: it must have looked before they are replaced.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _map_device_keyword(getattr(torch, name)))
 
@@ -186,4 +193,4 @@ def _replace_tensor_methods() -> None:
     tensor.type = cuda_type  # type: ignore[method-assign,assignment]
     tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
+    tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign,assignment]

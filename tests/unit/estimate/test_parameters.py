@@ -49,6 +49,9 @@ def test_llama_style_layer_by_hand():
     assert count_parameters(by_hidden).total == expected + 3 * count([(8, 96), (8,), (96,)])
     normed = dataclasses.replace(looped, qk_layernorm=True, ffn_output_norm=True)
     assert count_parameters(normed).total == count_parameters(looped).total + 3 * count([(16,), (16,), (96,)])
+    biased = dataclasses.replace(looped, qkv_bias=True)
+    biases = [(8 * 16,), (2 * 16,), (2 * 16,)]
+    assert count_parameters(biased).total == count_parameters(looped).total + 3 * count(biases)
 
 
 def test_the_baselines_have_no_extra_parameters():
@@ -126,6 +129,7 @@ def test_the_built_model_has_exactly_these_parameters():
         dataclasses.replace(base, gated_window=False),
         dataclasses.replace(base, gate_input="hidden", share_embeddings_and_output_weights=False),
         dataclasses.replace(base, qk_layernorm=True, ffn_output_norm=True, num_query_groups=None),
+        dataclasses.replace(base, qkv_bias=True),
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(

@@ -32,16 +32,8 @@ def test_each_process_knows_its_place(tmp_path):
     code = f"{RANK} open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').write(repr(dict(os.environ)))"
     assert run(code, 3) == 0
     environments = [eval((tmp_path / str(rank)).read_text()) for rank in range(3)]
-    assert (
-        [env["RANK"] for env in environments]
-        == [env["LOCAL_RANK"] for env in environments]
-        == ["0", "1", "2"]
-    )
-    assert (
-        {env["WORLD_SIZE"] for env in environments}
-        == {env["LOCAL_WORLD_SIZE"] for env in environments}
-        == {"3"}
-    )
+    assert [env["RANK"] for env in environments] == [env["LOCAL_RANK"] for env in environments] == ["0", "1", "2"]
+    assert {env["WORLD_SIZE"] for env in environments} == {env["LOCAL_WORLD_SIZE"] for env in environments} == {"3"}
     assert {env["MASTER_ADDR"] for env in environments} == {"127.0.0.1"}
     assert len({env["MASTER_PORT"] for env in environments}) == 1
 
@@ -110,9 +102,7 @@ def test_a_killed_process_is_named_with_its_signal(capfd):
 def test_preemption_of_one_does_not_stop_the_others(tmp_path):
     """Rank 0 may still be writing the checkpoint when rank 1 has left with status 75."""
     done = tmp_path / "done"
-    code = (
-        f"{RANK} rank == 1 and sys.exit(75); time.sleep(0.3); open({str(done)!r}, 'w').close(); sys.exit(75)"
-    )
+    code = f"{RANK} rank == 1 and sys.exit(75); time.sleep(0.3); open({str(done)!r}, 'w').close(); sys.exit(75)"
     assert run(code) == 75
     assert done.exists()
 
@@ -226,9 +216,7 @@ def test_cores_are_shared_out(monkeypatch):
     assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("", 8)]
-)
+@pytest.mark.parametrize(("text", "cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("", 8)])
 def test_a_containers_cpu_limit_counts(monkeypatch, text, cores):
     monkeypatch.setattr(local_processes.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.setattr(local_processes.Path, "read_text", lambda self, encoding: text)

@@ -1,0 +1,55 @@
+# Everything a developer does here, one target each. `make` lists them.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/installed
+PYTEST_ARGS ?=
+# Distributed tests start processes of their own, so more workers than one seldom help: `make test WORKERS=4`
+# pays on a machine of many cores.
+WORKERS ?= 0
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
+
+export PYTHON PIP_ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint format bench doctor clean clean-all
+
+help: ## this list
+	@echo "make TARGET, where TARGET is one of"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "PYTHON=path picks the Python (3.12 or 3.13) that the environment is built with."
+
+venv: $(READY) ## build or update the virtual environment in .venv (a 3 GB download, once)
+
+$(READY): pyproject.toml tools/make_venv.sh
+	@tools/make_venv.sh $(VENV)
+
+demo: $(READY) ## train a small PLT on text this machine has, and its one-loop baseline (under 10 minutes)
+	@$(PY) tools/demo.py
+
+test: $(READY) ## the test suite (under 15 minutes on 2 cores)
+	$(PYTEST) -m "not slow and not bench"
+
+test-all: $(READY) ## every test, the slow ones too
+	$(PYTEST)
+
+lint: $(READY) ## style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY) ## rewrite the sources in the project's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(READY) ## benchmarks/train.py: training speed against plain megatron-core; wants a quiet machine
+	$(PY) benchmarks/train.py
+
+doctor: $(READY) ## what this machine can run, and what is missing for the rest
+	@$(PY) tools/doctor.py
+
+clean: ## remove caches and the demo's files; environment and runs stay
+	rm -rf .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-all: clean ## remove the environment as well
+	rm -rf $(VENV)

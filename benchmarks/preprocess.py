@@ -1,0 +1,276 @@
+#!/usr/bin/env python3
+"""Tokenizing speed and memory, against the plain way of doing it and against the tokenizer itself.
+
+The plain way, as most training code bases have it: a pool of processes that encode one document at a time, and the
+parent process writing what they send back (megatron-core's IndexedDatasetBuilder). Same documents, same tokenizer,
+same number of workers, repetitions interleaved, medians; both outputs must be the same bytes. Exits with status 1
+when a bar is missed:
+
+  speed    >= 2x the tokens/s of the plain way
+  encode   >= 80 % of the rate of the tokenizer's own batch encoding (sentencepiece, as many threads as workers)
+  memory   1 GB of text in under 2 GB, of all processes together, and flat: at most 1.3x of that for an eighth of it
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+
+def python_sources() -> Iterator[str]:
+    """Texts of the Python files of this interpreter and its packages, in a fixed order."""
+    folders = dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib"))
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("*.py")):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text.strip() and len(text) < 1 << 20:
+                yield text
+
+
+def write_corpus(path: Path, size: int) -> int:
+    """At least `size` bytes of JSONL, repeating itself only where the machine has less text; the size."""
+    written = 0
+    with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else open(path, "wb") as file:
+        while written < size:
+            for text in python_sources():
+                line = json.dumps({"text": text}).encode() + b"\n"
+                file.write(line)
+                written += len(line)
+                if written >= size:
+                    break
+    return written
+
+
+# The plain way.
+
+_processor: Any = None
+
+
+def _start_plain_worker(model: str) -> None:
+    import sentencepiece
+
+    global _processor
+    _processor = sentencepiece.SentencePieceProcessor(model_file=model)
+
+
+def _encode_plain(line: str) -> tuple[list[int], int]:
+    ids = _processor.encode(json.loads(line)["text"])
+    ids.append(_processor.eos_id())
+    return ids, len(line)
+
+
+def plain(corpus: Path, model: Path, prefix: str, workers: int) -> float:
+    """Seconds the plain way takes, start of the pool included."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    started = time.perf_counter()
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers, _start_plain_worker, (str(model),)) as pool, open(corpus, encoding="utf-8") as lines:
+        for ids, _ in pool.imap(_encode_plain, lines, 32):
+            builder.add_document(ids, [len(ids)])
+    builder.finalize(prefix + ".idx")
+    return time.perf_counter() - started
+
+
+# Ours, and where its time goes.
+
+
+def ours(corpus: Path, model: Path, prefix: str, workers: int) -> float:
+    """Seconds of `preprocess`, worker start, hashes, merge and manifest included."""
+    from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+
+    started = time.perf_counter()
+    shard_bytes = min(64 << 20, max(1 << 20, corpus.stat().st_size // (4 * workers)))
+    preprocess(PreprocessOptions([str(corpus)], prefix, str(model), workers, shard_bytes=shard_bytes))
+    return time.perf_counter() - started
+
+
+def batch_encode(texts: list[str], model: Path, workers: int) -> float:
+    """Seconds of sentencepiece's batch encoding of the same texts, already in memory."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    started = time.perf_counter()
+    processor.encode(texts, out_type="numpy", num_threads=workers)
+    return time.perf_counter() - started
+
+
+def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
+    """CPU seconds of the phases in one process."""
+    from plt_megatron.data.indexed import concatenate
+    from plt_megatron.data.shards import Settings, Shard, encode_shard
+    from plt_megatron.data.sources import ReadOptions, Span, expand_sources, read_span
+    from plt_megatron.data.tokenizer import load_tokenizer
+
+    source = expand_sources([str(corpus)])[0]
+    settings = Settings(str(model), None, True, ReadOptions(), False)
+    seconds = {}
+
+    def phase(name: str, work: Callable[[], Any]) -> Any:
+        started = time.process_time()
+        result = work()
+        seconds[name] = time.process_time() - started
+        return result
+
+    documents = phase("read and parse", lambda: list(read_span(Span(source), settings.read)))
+    texts = [document.text for document in documents]
+    tokenizer = phase("load the tokenizer", lambda: load_tokenizer(model))
+    phase("encode, empty cache", lambda: tokenizer.encode_flat(texts))
+    phase("encode, full cache", lambda: tokenizer.encode_flat(texts))
+    shard = Shard("0", (Span(source),), (0,), (source.size,))
+    phase("a shard, all in all", lambda: encode_shard(shard, settings, load_tokenizer(model), folder))
+    phase("merge", lambda: concatenate([folder / "0.bin"], folder / "merged"))
+    return seconds
+
+
+# Memory.
+
+
+def peak_memory(command: list[str]) -> tuple[int, float]:
+    """Largest sum of the resident memory of a command's processes, in bytes, and its seconds."""
+    import psutil
+
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    parent = psutil.Process(process.pid)
+    peak = 0
+    while process.poll() is None:
+        total = 0
+        try:
+            for member in [parent, *parent.children(recursive=True)]:
+                total += member.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+        peak = max(peak, total)
+        time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{process.stderr.read() if process.stderr else ''}")
+    return peak, time.perf_counter() - started
+
+
+def memory(folder: Path, model: Path, size: int, workers: int) -> tuple[int, float]:
+    """Peak and seconds for a corpus of `size` bytes, a quarter of it in a .gz file."""
+    parts = [folder / "memory.jsonl", folder / "memory.jsonl.gz"]
+    write_corpus(parts[0], size * 3 // 4)
+    write_corpus(parts[1], size // 4)
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *map(str, parts)]
+    command += ["--tokenizer", str(model), "--output-prefix", str(folder / f"memory{size}"), "--overwrite"]
+    result = peak_memory([*command, "--workers", str(workers)])
+    for path in parts:
+        path.unlink()
+    return result
+
+
+# The report.
+
+
+def speed(folder: Path, arguments: argparse.Namespace, model: Path, corpus: Path) -> dict[str, float]:
+    """Median tokens/s of the three, and the ratio of each pair of neighbours in time."""
+    from plt_megatron.data.indexed import read_index
+
+    with open(corpus, encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    times: dict[str, list[float]] = {"plain": [], "ours": [], "batch": []}
+    for repeat in range(arguments.repeats):
+        for name in ("plain", "ours"):
+            for suffix in (".bin", ".idx", ".manifest.json"):
+                Path(f"{folder / name}{suffix}").unlink(missing_ok=True)
+        times["plain"].append(plain(corpus, model, str(folder / "plain"), arguments.workers))
+        times["ours"].append(ours(corpus, model, str(folder / "ours"), arguments.workers))
+        times["batch"].append(batch_encode(texts, model, arguments.workers))
+        print(f"  repetition {repeat + 1}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in times.items()))
+    for suffix in (".bin", ".idx"):
+        if Path(f"{folder / 'plain'}{suffix}").read_bytes() != Path(f"{folder / 'ours'}{suffix}").read_bytes():
+            raise SystemExit(f"the two {suffix} files differ")
+    tokens = read_index(folder / "ours").tokens
+    rates = {name: tokens / statistics.median(values) for name, values in times.items()}
+    speedups = [a / b for a, b in zip(times["plain"], times["ours"], strict=True)]
+    shares = [a / b for a, b in zip(times["batch"], times["ours"], strict=True)]
+    return {**rates, "speedup": statistics.median(speedups), "share": statistics.median(shares), "tokens": tokens}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--mb", type=int, default=48, help="size of the corpus for speed")
+    parser.add_argument("--memory-mb", type=int, default=1000, help="size of the corpus for memory; 0: no memory test")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here as well")
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="plt_preprocess_"))
+    try:
+        figures, bars = measure(folder, arguments)
+    finally:
+        shutil.rmtree(folder)
+    for name, value, bar, met in bars:
+        print(f"{'ok    ' if met else 'MISSED'} {name}: {value} (bar: {bar})")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(met for *_, met in bars) else 1
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str, str, bool]]]:
+    """All figures, and the bars: name, value, bar, met."""
+    from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
+
+    corpus = folder / "corpus.jsonl"
+    size = write_corpus(corpus, arguments.mb * 1_000_000)
+    options = TrainingOptions([str(corpus)], str(folder), arguments.vocab_size, arguments.model_type)
+    result = train_tokenizer(options)
+    print(f"corpus: {size / 1e6:.1f} MB of Python sources; {describe(result)}")
+    figures: dict[str, Any] = {"workers": arguments.workers, "model_type": arguments.model_type, "corpus_bytes": size}
+    rates = speed(folder, arguments, result.model, corpus)
+    figures |= rates
+    for name, label in (
+        ("plain", "one document at a time"),
+        ("ours", "preprocess_data"),
+        ("batch", "batch encode alone"),
+    ):
+        rate = rates[name]
+        print(f"  {label:24} {rate / 1e6:6.2f}M tokens/s  {rate * size / rates['tokens'] / 1e6:6.1f} MB/s")
+    figures["seconds"] = breakdown(corpus, result.model, folder)
+    print(
+        "  one process, CPU time: " + ", ".join(f"{name} {value:.2f} s" for name, value in figures["seconds"].items())
+    )
+    bars = [
+        ("speed", f"{rates['speedup']:.2f}x the plain way", ">= 2x", rates["speedup"] >= 2),
+        ("encode", f"{rates['share']:.0%} of the batch-encode rate", ">= 80 %", rates["share"] >= 0.8),
+    ]
+    if arguments.memory_mb:
+        small, _ = memory(folder, result.model, arguments.memory_mb * 125_000, arguments.workers)
+        large, seconds = memory(folder, result.model, arguments.memory_mb * 1_000_000, arguments.workers)
+        figures |= {"memory_small": small, "memory_large": large, "memory_seconds": seconds}
+        print(
+            f"  memory: {arguments.memory_mb / 8:,.0f} MB of text in {small / 1e6:,.0f} MB, "
+            f"{arguments.memory_mb:,} MB in {large / 1e6:,.0f} MB ({seconds:.0f} s)"
+        )
+        bars.append(("memory", f"{large / 1e6:,.0f} MB", "< 2 GB", large < 2e9))
+        bars.append(("flat", f"{large / small:.2f}x of an eighth's", "<= 1.3x", large <= 1.3 * small))
+    return figures, bars
+
+
+if __name__ == "__main__":
+    sys.exit(main())

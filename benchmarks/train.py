@@ -1,0 +1,255 @@
+#!/usr/bin/env python3
+"""Training speed: what does looping cost, and how close does the looped part come to this machine's matrix rate?
+
+    python benchmarks/train.py                  # fp32 and bf16, with the bars; exit status 1 if one is missed
+    python benchmarks/train.py --quick          # a tiny model, no bars: does the benchmark run?
+
+One process on all cores. PLT-2 with N layers against megatron-core's own GPTModel with 2N layers of the same width and
+length, given the same attention and norm modules, so that the ratio is the loop's overhead alone. A step is forward and
+backward, with gradients added up in DistributedDataParallel's buffers as in training; the optimizer is left out, since
+PLT-2 has half the weights to update and would look better for it. Repetitions are interleaved, ratios are taken between
+neighbours in time, figures are medians. "Model FLOP/s" follows plt_megatron/estimate/flops.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+MIN_SPEED_RATIO = 0.97
+MIN_MATMUL_SHARE = {"fp32": 0.72, "bf16": 0.50}
+MIN_PARAMETERS = 50_000_000
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--precision", choices=("fp32", "bf16", "both"), default="both")
+    parser.add_argument("--num-layers", type=int, default=4, help="layers of PLT-2; the baseline has twice as many")
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, operator by operator")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and no bars")
+    return parser.parse_args()
+
+
+ARGUMENTS = parse_arguments() if __name__ == "__main__" else None
+
+import torch  # noqa: E402
+
+from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime  # noqa: E402
+
+warnings.filterwarnings("ignore")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+enter_cpu_runtime()
+
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+
+from plt_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
+from plt_megatron.estimate.flops import training_flops_per_token  # noqa: E402
+from plt_megatron.estimate.parameters import count_parameters  # noqa: E402
+from plt_megatron.model.initialization import initialize  # noqa: E402
+from plt_megatron.model.layer_specs import layer_spec  # noqa: E402
+from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
+from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config  # noqa: E402
+from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
+from plt_megatron.train.engine import wrap_ddp  # noqa: E402
+from plt_megatron.train.throughput import measure_matmul_tflops  # noqa: E402
+
+VOCAB_SIZE = 8192
+
+
+class Contest:
+    """PLT-2 and its baseline in one precision, and the work both do."""
+
+    def __init__(self, arguments: argparse.Namespace, precision: str) -> None:
+        self.precision = precision
+        self.tokens = arguments.micro_batch_size * arguments.sequence_length
+        self.length = arguments.sequence_length
+        self.model = ModelConfig(
+            num_layers=arguments.num_layers,
+            hidden_size=arguments.hidden_size,
+            ffn_hidden_size=arguments.hidden_size * 11 // 4,
+            num_attention_heads=max(1, arguments.hidden_size // 128),
+            kv_channels=128,
+            vocab_size=VOCAB_SIZE,
+            loop_count=2,
+        )
+        generator = torch.Generator().manual_seed(0)
+        shape = (arguments.micro_batch_size, arguments.sequence_length + 1)
+        text = torch.randint(0, VOCAB_SIZE, shape, generator=generator)
+        self.batch = MicroBatch(text[:, :-1].contiguous(), labels=text[:, 1:].contiguous())
+        self.stage = self._stage()
+        self.plt = wrap_ddp(self.stage, overlap_grad_reduce=False)
+        self.gpt = wrap_ddp(self._gpt(), overlap_grad_reduce=False)
+
+    def _config(self, model: ModelConfig):
+        return transformer_config(model, ParallelConfig(), precision=self.precision)
+
+    def _stage(self) -> LoopedGPT:
+        stage = LoopedGPT(self._config(self.model), VOCAB_SIZE, self.length)
+        initialize(stage, seed=1)
+        return stage.to(DTYPES[self.precision])
+
+    def _gpt(self) -> GPTModel:
+        """megatron-core's GPTModel with twice the layers and our attention and norm modules."""
+        plain = dataclasses.replace(self.model, num_layers=2 * self.model.num_layers, loop_count=1)
+        model = GPTModel(
+            self._config(plain),
+            layer_spec(plain, resolve_backend(plain)),
+            VOCAB_SIZE,
+            self.length,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope",
+        )
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model.to(DTYPES[self.precision])
+
+    def step_plt(self) -> None:
+        """Forward and backward of PLT-2."""
+        self.plt.zero_grad_buffer()
+        self.plt(self.batch).float().mean().backward()
+
+    def step_gpt(self) -> None:
+        """Forward and backward of the baseline."""
+        self.gpt.zero_grad_buffer()
+        self.gpt(self.batch.tokens, None, None, labels=self.batch.labels).float().mean().backward()
+
+    def step_loops(self) -> None:
+        """Forward and backward of the looped part alone: embeddings in, the last loop's hidden states out."""
+        self.plt.zero_grad_buffer()
+        context, hidden = self.batch.context(), None
+        embeddings = self.stage.embed(self.batch)
+        for loop in (1, 2):
+            hidden = self.stage.decoder(
+                hidden_states=self.stage._loop_input(self.batch, context.at_loop(loop), hidden, embeddings),
+                attention_mask=None,
+                rotary_pos_emb=self.stage._rotary_embedding(self.batch),
+                packed_seq_params=context.at_loop(loop),
+            )
+        hidden.backward(torch.ones_like(hidden))
+
+
+def timed(step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def saved_activation_bytes(step) -> int:
+    """Bytes that autograd keeps between forward and backward, counted once per storage."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
+
+
+def measure(contest: Contest, repetitions: int) -> dict[str, float]:
+    """Median seconds of each step, and this machine's matrix rate, all in turns."""
+    steps = {"plt": contest.step_plt, "gpt": contest.step_gpt, "loops": contest.step_loops}
+    dtype = DTYPES[contest.precision]
+    for step in steps.values():
+        step()
+    samples: dict[str, list[float]] = {name: [] for name in (*steps, "matmul", "ratio", "share")}
+    flops = training_flops_per_token(contest.model, contest.length, VOCAB_SIZE).looped * contest.tokens / 1e12
+    for _ in range(repetitions):
+        rates = [measure_matmul_tflops(dtype, size=2048, repetitions=3)]
+        for name, step in steps.items():
+            samples[name].append(timed(step))
+        rates.append(measure_matmul_tflops(dtype, size=2048, repetitions=3))
+        samples["matmul"].append(statistics.mean(rates))
+        # Ratios of neighbours in time: what else the machine does weighs on both.
+        samples["ratio"].append(samples["gpt"][-1] / samples["plt"][-1])
+        samples["share"].append(flops / samples["loops"][-1] / samples["matmul"][-1])
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def report(contest: Contest, seconds: dict[str, float], bars: bool) -> list[str]:
+    """Print the figures; returns the bars missed."""
+    parameters = count_parameters(contest.model, vocab_size=VOCAB_SIZE)
+    one = dataclasses.replace(contest.model, loop_count=1)
+    with_two = saved_activation_bytes(contest.step_plt)
+    contest.stage.plt.loop_count, kept = 1, contest.stage.plt.loop_count
+    with_one = saved_activation_bytes(contest.step_plt)
+    contest.stage.plt.loop_count = kept
+    flops = training_flops_per_token(contest.model, contest.length, VOCAB_SIZE)
+    first = training_flops_per_token(one, contest.length, VOCAB_SIZE)
+    share, bar = seconds["share"], MIN_MATMUL_SHARE[contest.precision]
+    local = flops.local_attention + flops.gate
+    lines = {
+        "PLT-2 parameters": f"{parameters.total:,}",
+        "PLT-2 / 2N-layer GPT, tokens/s": f"{seconds['ratio']:.3f} (bar {MIN_SPEED_RATIO})",
+        "PLT-2, tokens/s": f"{contest.tokens / seconds['plt']:,.0f}",
+        "2N-layer GPT, tokens/s": f"{contest.tokens / seconds['gpt']:,.0f}",
+        "matrix rate": f"{1e3 * seconds['matmul']:.0f} GFLOP/s",
+        "looped part, model FLOP/s": f"{100 * share:.1f} % of it (bar {100 * bar:.0f} %)",
+        "local attention and gate": f"{100 * local / flops.looped:.1f} % of looped FLOPs",
+        "saved activations": f"{with_one / 2**20:.0f} MiB for one loop, {with_two / 2**20:.0f} MiB for two "
+        f"(x{with_two / with_one:.2f}; FLOPs x{flops.total / first.total:.2f})",
+    }
+    print(f"\n{contest.precision}: {contest.model.num_layers} layers x 2 loops, hidden {contest.model.hidden_size}, "
+          f"sequence {contest.length}, {torch.get_num_threads()} threads")  # fmt: skip
+    for name, value in lines.items():
+        print(f"  {name:<32} {value}")
+    missed = []
+    if bars and parameters.total < MIN_PARAMETERS:
+        missed.append(f"{contest.precision}: {parameters.total:,} parameters, the bars want {MIN_PARAMETERS:,}")
+    if bars and seconds["ratio"] < MIN_SPEED_RATIO:
+        missed.append(f"{contest.precision}: {seconds['ratio']:.3f} x the baseline's tokens/s, bar {MIN_SPEED_RATIO}")
+    if bars and share < bar:
+        missed.append(f"{contest.precision}: looped part at {100 * share:.1f} % of the matrix rate")
+    return missed
+
+
+def where_time_goes(contest: Contest, rows: int) -> str:
+    """The operators of a PLT-2 step by their own time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        contest.step_plt()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    lines = [f"    {event.self_cpu_time_total / total:6.1%}  {event.count:5d} x {event.key}" for event in events[:rows]]
+    return "  where a PLT-2 step's time goes:\n" + "\n".join(lines)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.quick:
+        arguments.num_layers, arguments.hidden_size, arguments.sequence_length = 1, 128, 128
+        arguments.repetitions = min(arguments.repetitions, 2)
+    init_process_groups(ParallelConfig())
+    precisions = ("fp32", "bf16") if arguments.precision == "both" else (arguments.precision,)
+    missed, figures = [], {}
+    for precision in precisions:
+        contest = Contest(arguments, precision)
+        seconds = measure(contest, arguments.repetitions)
+        missed += report(contest, seconds, bars=not arguments.quick)
+        print(where_time_goes(contest, 25 if arguments.profile else 8))
+        figures[precision] = seconds
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n")
+    destroy_process_groups()
+    for bar in missed:
+        print(f"missed: {bar}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    assert ARGUMENTS is not None
+    sys.exit(main(ARGUMENTS))

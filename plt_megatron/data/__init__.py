@@ -1,0 +1,1 @@
+"""From raw text to resumable batches: tokenizers, preprocessing, datasets, sampling."""

@@ -1,0 +1,114 @@
+"""Reading gzip and zstandard files as plain binary streams."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from pathlib import Path
+from typing import IO, Any, cast
+
+from plt_megatron.errors import UserError
+
+_READ = 1 << 20
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstandard"}
+
+
+class BrokenStream(Exception):
+    """A compressed file ends early or is damaged; the message says how."""
+
+
+def import_zstandard() -> Any:
+    """The zstandard module, or a `UserError` that says how to install it."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError("reading .zst files needs the package zstandard: pip install 'plt-megatron[data]'") from error
+    return zstandard
+
+
+def open_stream(path: str | Path) -> io.BufferedReader:
+    """Open a file, decompressing by suffix. Damage shows as `BrokenStream` while reading."""
+    try:
+        raw = open(path, "rb", buffering=_READ)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    suffix = Path(path).suffix
+    if suffix == ".gz":
+        return io.BufferedReader(_Gzip(raw), _READ)
+    if suffix == ".zst":
+        return io.BufferedReader(_Zstandard(raw), _READ)
+    assert isinstance(raw, io.BufferedReader)
+    return raw
+
+
+class _Decompressing(io.RawIOBase):
+    """A readable stream over a compressed one. `compressed_offset()` tells how far it has read."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def compressed_offset(self) -> int:
+        return self._raw.tell()
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Gzip(_Decompressing):
+    def __init__(self, raw: IO[bytes]) -> None:
+        super().__init__(raw)
+        self._file = gzip.GzipFile(fileobj=raw, mode="rb")
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._file.read1(len(buffer))  # `readinto` would lose what comes before damage
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise BrokenStream(f"broken gzip data ({error})") from error
+        buffer[: len(content)] = content
+        return len(content)
+
+
+class _Zstandard(_Decompressing):
+    """zstandard's own stream reader takes a truncated file for a complete one, so frames are followed here."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        super().__init__(raw)
+        self._module = import_zstandard()
+        self._frame: Any = None  # the decompressor of the frame being read
+        self._pending = b""  # compressed bytes after the end of the last frame
+        self._output = memoryview(b"")
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            chunk = self._pending or self._raw.read(_READ // 8)
+            self._pending = b""
+            if not chunk:
+                if self._frame is not None:
+                    raise BrokenStream("broken zstandard data (the file ends in the middle of a frame)")
+                return 0
+            if self._frame is None:
+                self._frame = self._module.ZstdDecompressor().decompressobj()
+            try:
+                self._output = memoryview(self._frame.decompress(chunk))
+            except self._module.ZstdError as error:
+                raise BrokenStream(f"broken zstandard data ({error})") from error
+            if self._frame.eof:
+                self._pending, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size] = self._output[:size]
+        self._output = self._output[size:]
+        return size
+
+
+def compressed_offset(stream: io.BufferedReader) -> int:
+    """How many bytes of the file on disk have been read."""
+    raw = stream.raw
+    if isinstance(raw, _Decompressing):
+        return raw.compressed_offset()
+    return cast(int, stream.tell())

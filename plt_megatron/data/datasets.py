@@ -1,0 +1,305 @@
+"""Training samples out of tokenized sources, on megatron-core's blended datasets.
+
+The sample index of a run (which tokens form which sample) is built once, on rank 0, into a folder named after all
+it depends on, the content of the data included, and published by renaming: never half an index, never a stale one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.data.mix import (
+    PARTS,
+    check_tokenizer,
+    content_hash,
+    describe_mix,
+    fingerprint,
+    mix_shares,
+    part_sources,
+    split_matrix,
+)
+from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.errors import UserError
+
+__all__ = ["Samples", "build_datasets", "describe_mix", "fingerprint", "index_folder", "required_samples"]
+
+logger = logging.getLogger(__name__)
+
+
+def required_samples(config: RunConfig) -> tuple[int, int, int]:
+    """Samples a run draws of train, validation and test; every validation reads the same ones."""
+    batch = config.training.global_batch_size
+    return derived.train_iters(config) * batch, config.validation.iters * batch, 0
+
+
+def index_folder(config: RunConfig) -> str:
+    """Where a run's sample index lies."""
+    return config.data.index_cache or str(derived.run_folder(config) / "index_cache")
+
+
+@dataclass
+class _DatasetConfig(GPTDatasetConfig):
+    reset_at_document_boundaries: bool = False
+
+
+class _DocumentDataset(GPTDataset):
+    """A GPTDataset whose samples know where their documents begin."""
+
+    def __getitem__(self, idx: int | None) -> dict[str, Any]:
+        text, _, document_lengths = self._query_document_sample_shuffle_indices(int(idx or 0))
+        return make_sample(text, document_lengths, reset=self.config.reset_at_document_boundaries)
+
+    def documents(self, idx: int) -> list[int]:
+        """Indices, in the source, of the documents that a sample is cut from."""
+        return [int(document) for document in self._query_document_sample_shuffle_indices(idx)[1]]
+
+
+def make_sample(text: np.ndarray, document_lengths: Sequence[int], *, reset: bool) -> dict[str, Tensor]:
+    """A sample from `text`, int64 [s + 1]: the tokens of consecutive (parts of) documents of the given lengths.
+
+    Returns `tokens` and `labels` (int64 [s]; a label is the next token), `loss_mask` (float32 [s]) and
+    `position_ids` (int64 [s]). With `reset` also `document_starts` (bool [s]): True where a document's part begins,
+    the sample's first token included; positions restart there, and where the label belongs to the next document,
+    as after each end-of-document token, the loss mask is 0: nothing predicts the start of an unrelated document.
+    """
+    tokens = torch.from_numpy(text[:-1].astype(np.int64))
+    labels = torch.from_numpy(text[1:].astype(np.int64))
+    size = len(text) - 1
+    loss_mask = torch.ones(size, dtype=torch.float32)
+    positions = torch.arange(size)
+    sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
+    if not reset:
+        return sample
+    starts = torch.zeros(size + 1, dtype=torch.bool)
+    begin = 0
+    for length in document_lengths:
+        starts[begin] = True
+        begin += int(length)
+    assert begin == size + 1, "the documents' parts make up the sample"
+    loss_mask[starts[1:]] = 0.0
+    starts = starts[:-1].clone()
+    last_start = torch.cummax(torch.where(starts, positions, 0), dim=0).values
+    return {**sample, "position_ids": positions - last_start, "document_starts": starts}
+
+
+class Samples(Dataset):
+    """One part of the data: `len` samples in a fixed, shuffled order. Items are those of `make_sample`."""
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, names: Sequence[str], size: int) -> None:
+        assert len(dataset) >= size, "megatron-core builds at least the samples asked for"
+        self._dataset = dataset
+        self._names = list(names)
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self._size:
+            raise IndexError(f"sample {index} of {self._size}")
+        sample = dict(self._dataset[index])
+        sample.pop("dataset_id", None)
+        return sample
+
+    def documents(self, index: int) -> tuple[str, list[int]]:
+        """The source a sample comes from, and the indices there of the documents it is cut from."""
+        if isinstance(self._dataset, BlendedDataset):
+            which = int(self._dataset.dataset_index[index])
+            inner = int(self._dataset.dataset_sample_index[index])
+            return self._names[which], self._dataset.datasets[which].documents(inner)
+        return self._names[0], self._dataset.documents(index)
+
+
+Parts = tuple[Samples | None, Samples | None, Samples | None]
+
+
+def build_datasets(
+    data: DataConfig,
+    *,
+    num_samples: tuple[int, int, int],
+    seed: int,
+    cache_dir: str,
+    tokenizer: Tokenizer | None,
+) -> Parts:
+    """The train, validation and test samples; a part of which 0 samples are asked for is None.
+
+    Called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is not
+    there, the others wait for up to `data.index_timeout_minutes`. Raises `UserError`, on all ranks, if the data is
+    missing or damaged, was made with another tokenizer, or cannot give the samples.
+    """
+    folder = Path(cache_dir).absolute()
+    outcome: list[Any] = [None]
+    failure: Exception | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = [("built", _build_index(data, num_samples, seed, folder, tokenizer))]
+        except (UserError, OSError) as error:
+            failure = error if isinstance(error, UserError) else UserError(_index_failure(folder, error))
+            outcome = [("failed", str(failure))]
+        except Exception as error:  # whatever it is, the others must not wait for it
+            failure = error
+            outcome = [("failed", f"rank 0 could not build the sample index: {error!r}")]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        outcome = _broadcast(outcome, data.index_timeout_minutes)
+    if failure is not None:
+        raise failure
+    state, value = outcome[0]
+    if state == "failed":
+        raise UserError(value)
+    if not os.path.isdir(value):
+        raise UserError(
+            f"the sample index {value} that rank 0 built cannot be seen by rank {dist.get_rank()}: set "
+            "data.index_cache to a folder all machines share"
+        )
+    return _load(data, num_samples, seed, value, tokenizer)
+
+
+def _index_failure(folder: Path, error: OSError) -> str:
+    return f"the sample index cannot be written: {error.filename or folder}: {error.strerror or error}"
+
+
+def _broadcast(outcome: list[Any], minutes: float) -> list[Any]:
+    """Rank 0's outcome, on all ranks. The group is its own, for a time-out of its own."""
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+    try:
+        dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: raise "
+            "data.index_timeout_minutes, or build it ahead with tools/preprocess_data.py --build-index "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    dist.destroy_process_group(group)
+    return outcome
+
+
+def _index_key(data: DataConfig, num_samples: Sequence[int], seed: int, tokenizer: Tokenizer | None) -> str:
+    paths = dict.fromkeys(os.path.abspath(source.path) for part in part_sources(data) for source in part)
+    content = {path: content_hash(path) for path in paths}
+    key = [fingerprint(data, tokenizer, seed=seed, num_samples=list(num_samples)), content]
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _build_index(
+    data: DataConfig, num_samples: tuple[int, int, int], seed: int, folder: Path, tokenizer: Tokenizer | None
+) -> str:
+    """Check the data and build the index unless it is there; the folder it is in."""
+    mix_shares(data, num_samples)
+    if tokenizer is not None:
+        check_tokenizer(data, tokenizer)
+    target = folder / _index_key(data, num_samples, seed, tokenizer)
+    if target.is_dir():
+        return str(target)
+    started = time.monotonic()
+    logger.info("building the sample index in %s", target)
+    temporary = folder / f"{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _load(data, num_samples, seed, str(temporary), tokenizer)
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if not target.is_dir():  # or another run has built the same one meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("built the sample index in %.1f s", time.monotonic() - started)
+    return str(target)
+
+
+def _load(
+    data: DataConfig, num_samples: tuple[int, int, int], seed: int, cache: str, tokenizer: Tokenizer | None
+) -> Parts:
+    config = _DatasetConfig(
+        random_seed=seed,
+        sequence_length=data.sequence_length,
+        path_to_cache=cache,
+        tokenizer=_MegatronTokenizer(tokenizer),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        reset_at_document_boundaries=data.reset_at_document_boundaries,
+        num_dataset_builder_threads=min(8, os.cpu_count() or 1),
+        **_blend(data, num_samples),
+    )
+    if data.sources:  # cut by megatron-core's own numbers, but only the parts that are used
+        bounds = split_matrix(data)
+        config.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
+    built = _Builder(_DocumentDataset, list(num_samples), lambda: True, config).build()
+    names = [[source.name or os.path.basename(source.path) for source in part] for part in part_sources(data)]
+    train, validation, test = (
+        None if dataset is None or not size else Samples(dataset, name, size)
+        for dataset, name, size in zip(built, names, num_samples, strict=True)
+    )
+    return train, validation, test
+
+
+def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
+    """megatron-core's description of the mix."""
+
+    def blend(sources: Sequence[Any]) -> tuple[list[str], list[float] | None]:
+        weights = [float(source.weight) for source in sources]
+        return [os.path.abspath(source.path) for source in sources], weights if len(weights) > 1 else None
+
+    if data.sources:
+        return {"blend": blend(data.sources), "split": data.split}
+    parts = zip(part_sources(data), num_samples, strict=True)
+    return {"blend_per_split": [blend(sources) if sources and size else None for sources, size in parts]}
+
+
+class _MegatronTokenizer:
+    """The little of a tokenizer that megatron-core's datasets want. No padding token: samples are never padded."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.eod = tokenizer.eod if tokenizer else None
+        self.vocab_size = tokenizer.vocab_size if tokenizer else None
+        self.unique_identifiers = tokenizer.unique_identifiers if tokenizer else OrderedDict(none=None)
+
+
+class _Builder(BlendedMegatronDatasetBuilder):
+    """megatron-core's builder without its barriers: ranks are kept in order by `build_datasets`, whose wait has a
+    time-out and passes errors on."""
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: list[Any], sizes_per_dataset: list[list[int]]
+    ) -> list[list[Any]]:
+        def build(prefix: str, sizes: list[int]) -> list[Any]:
+            return self._build_megatron_dataset_splits(prefix, split, sizes, synchronize_ranks=False)
+
+        with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
+            per_source = list(pool.map(build, prefixes, sizes_per_dataset))
+        return [list(part) for part in zip(*per_source, strict=True)]

@@ -1,0 +1,103 @@
+"""A corpus out of what every machine has: the sources of Python's standard library, one file a document."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.errors import UserError, run_command
+
+# Not prose and not code that one would want to continue: tests, generated tables, and what pip put there.
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+}
+_HELD_OUT = 16  # one file in so many is for validation
+
+
+@dataclass(frozen=True)
+class DemoCorpus:
+    """Where the two JSONL files lie (field `text`), and how much is in them."""
+
+    train: Path
+    validation: Path
+    documents: int
+    bytes: int
+
+
+def write_demo_corpus(folder: str | Path, max_bytes: int = 1 << 40) -> DemoCorpus:
+    """Write `train.jsonl` and `validation.jsonl` to `folder`, at most `max_bytes` of text altogether.
+
+    The same Python gives the same files in the same order, each file's place and part being decided by a hash of its
+    name; a file that is there and as it should be is not touched.
+    """
+    parts: dict[str, list[str]] = {"train": [], "validation": []}
+    documents = size = 0
+    for order, name, text in _documents(Path(sysconfig.get_path("stdlib"))):
+        length = len(text.encode("utf-8"))
+        if size + length > max_bytes:
+            continue
+        part = "validation" if int(order[:8], 16) % _HELD_OUT == 0 else "train"
+        parts[part].append(json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n")
+        documents, size = documents + 1, size + length
+    if not all(parts.values()):
+        raise UserError(f"no text for the demo corpus in {sysconfig.get_path('stdlib')} (limit: {max_bytes} bytes)")
+    folder = Path(folder)
+    paths = {part: folder / f"{part}.jsonl" for part in parts}
+    for part, lines in parts.items():
+        _write(paths[part], "".join(lines).encode("utf-8"))
+    return DemoCorpus(paths["train"], paths["validation"], documents, size)
+
+
+def _documents(root: Path) -> Iterator[tuple[str, str, str]]:
+    """Hash of the name, name and text of every usable source file, in the order of the hashes."""
+    names = []
+    for parent, folders, files in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in _SKIPPED_FOLDERS]
+        paths = [Path(parent, file) for file in files if file.endswith(".py")]
+        names += [path.relative_to(root).as_posix() for path in paths]
+    for order, name in sorted((hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(), name) for name in names):
+        try:
+            text = (root / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if text.strip():
+            yield order, name, text
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        if path.is_file() and path.read_bytes() == content:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m plt_megatron.data.demo_corpus", description=__doc__)
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--max-mb", type=float, default=1e6, help="at most this much text, in MB (default: all)")
+    arguments = parser.parse_args()
+    corpus = write_demo_corpus(arguments.output, int(arguments.max_mb * 1e6))
+    print(f"{corpus.train.parent}: {corpus.documents:,} documents, {corpus.bytes / 1e6:.1f} MB of Python sources")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(_main))

@@ -1,0 +1,170 @@
+"""A sentencepiece model as a Hugging Face `tokenizer.json`, and the proof that it encodes the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.data.segments import COARSE, crosses_no_piece
+from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.errors import UserError
+
+_SPACE = "\u2581"
+# Below any real score, so that the name of a control or byte token in a text never wins over its characters.
+_NEVER = -1e9
+
+
+def build_tokenizer_json(model: Path) -> dict[str, str]:
+    """The contents of `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model of ours.
+
+    Only models without normalization and with byte fallback can be expressed; others raise `UserError`.
+    Control tokens are part of the vocabulary and not "added tokens": like in sentencepiece, their names in a text
+    are just text. The configuration tells transformers the same (`split_special_tokens`).
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    proto = ModelProto()
+    proto.ParseFromString(model.read_bytes())
+    normalizer = proto.normalizer_spec
+    if normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces:
+        raise UserError(f"{model}: only models without normalization can be written as tokenizer.json")
+    kind = proto.SentencePiece
+    splittable = crosses_no_piece(COARSE, [piece.piece for piece in proto.pieces if piece.type == kind.NORMAL])
+    return {
+        "tokenizer.json": json.dumps(_tokenizer(proto, splittable), ensure_ascii=False, indent=1) + "\n",
+        "tokenizer_config.json": json.dumps(_config(proto), ensure_ascii=False, indent=1) + "\n",
+    }
+
+
+def _tokenizer(proto: Any, splittable: bool) -> dict[str, Any]:
+    kind = proto.SentencePiece
+    bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE
+    user_defined = [(i, piece.piece) for i, piece in enumerate(proto.pieces) if piece.type == kind.USER_DEFINED]
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": rf"\n|{_SPACE}+[^{_SPACE}\n]*|[^{_SPACE}\n]+"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": False,
+            }
+            for index, text in user_defined
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        # Changes no id, but lets the library cache words.
+        "pre_tokenizer": split if splittable else None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": _bpe(proto) if bpe else _unigram(proto),
+    }
+
+
+def _bpe(proto: Any) -> dict[str, Any]:
+    """Sentencepiece joins the neighbours whose joint piece has the best score: every way to split a piece into two
+    pieces is a merge, in the order of scores."""
+    kind = proto.SentencePiece
+    rank = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == kind.NORMAL}
+    merges = []
+    for piece in proto.pieces:
+        text = piece.piece
+        if piece.type == kind.NORMAL:
+            pairs = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+            known = [pair for pair in pairs if pair[0] in rank and pair[1] in rank]
+            known.sort(key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+            merges += [(-piece.score, pair) for pair in known]
+    merges.sort(key=lambda merge: merge[0])
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": proto.pieces[proto.trainer_spec.unk_id].piece,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": {piece.piece: index for index, piece in enumerate(proto.pieces)},
+        "merges": [list(pair) for _, pair in merges],
+    }
+
+
+def _unigram(proto: Any) -> dict[str, Any]:
+    kind = proto.SentencePiece
+    vocab = [[piece.piece, piece.score if piece.type == kind.NORMAL else _NEVER] for piece in proto.pieces]
+    return {"type": "Unigram", "unk_id": proto.trainer_spec.unk_id, "byte_fallback": True, "vocab": vocab}
+
+
+def _config(proto: Any) -> dict[str, Any]:
+    spec = proto.trainer_spec
+    ids = {
+        "unk_token": spec.unk_id,
+        "bos_token": spec.bos_id,
+        "eos_token": spec.eos_id,
+        "pad_token": spec.pad_id,
+    }
+    named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
+    control = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.CONTROL]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **named,
+        "additional_special_tokens": [piece for piece in control if piece not in named.values()],
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
+
+
+def first_difference(tokenizer: Tokenizer, model: bytes, tokenizer_json: str, texts: Sequence[str]) -> str | None:
+    """Where `tokenizer`, sentencepiece itself and the `tokenizers` library do not give the same ids for a text, or
+    the ids do not decode to it; None if nowhere."""
+    import sentencepiece
+    import tokenizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    fast = tokenizers.Tokenizer.from_str(tokenizer_json)
+    for start in range(0, len(texts), 256):
+        batch = list(texts[start : start + 256])
+        ours = tokenizer.encode_batch(batch)
+        reference = processor.encode(batch, num_threads=1)
+        theirs = [encoding.ids for encoding in fast.encode_batch_fast(batch, add_special_tokens=False)]
+        for text, *ids in zip(batch, ours, reference, theirs, strict=True):
+            if not ids[0] == ids[1] == ids[2]:
+                return _show_difference(text, ids)
+            if tokenizer.decode(ids[0]) != text.replace(_SPACE, " "):
+                return f"{text[:80]!r} does not decode to itself"
+            if fast.decode(ids[0]) != text.replace(_SPACE, " "):
+                return f"{text[:80]!r} does not decode to itself with tokenizer.json"
+    return None
+
+
+def _show_difference(text: str, ids: Sequence[Sequence[int]]) -> str:
+    ours, reference, theirs = ids
+    place = next(
+        (i for i, same in enumerate(zip(ours, reference, theirs, strict=False)) if len(set(same)) > 1),
+        min(map(len, ids)),
+    )
+    window = slice(max(0, place - 2), place + 4)
+    return (
+        f"at token {place} of {text[:80]!r}: sentencepiece {list(reference[window])}, "
+        f"tokenizer.json {list(theirs[window])}, in segments {list(ours[window])}"
+    )

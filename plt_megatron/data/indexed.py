@@ -1,0 +1,119 @@
+"""megatron-core's indexed format (`.bin` and `.idx`), written and read without importing megatron-core.
+
+Layout of `.idx` (little endian): `MMIDIDX\\0\\0`, version 1 (uint64), dtype code (uint8), number of sequences and of
+document ends (uint64 each), lengths (int32), byte offsets (int64), document ends (int64, starting with 0).
+`.bin` is the tokens of all documents, one after the other. Here every document is one sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")
+_CODES: dict[int, type] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """What a `.idx` says. `lengths` is memory-mapped int32, tokens per document."""
+
+    prefix: str
+    dtype: np.dtype[Any]
+    lengths: np.ndarray
+
+    @property
+    def documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+
+def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
+    """Open `prefix`.idx and check it against the size of `prefix`.bin; `UserError` if anything is amiss."""
+    prefix = os.fspath(prefix)
+    for suffix in (".idx", ".bin"):
+        if not os.path.isfile(prefix + suffix):
+            raise UserError(f"{prefix}{suffix} not found: tokenize the data with tools/preprocess_data.py")
+    try:
+        with open(prefix + ".idx", "rb") as file:
+            magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)
+        idx_bytes, bin_bytes = os.path.getsize(prefix + ".idx"), os.path.getsize(prefix + ".bin")
+        if magic != _MAGIC or len(header) < _HEADER.size:
+            raise UserError(f"{prefix}.idx is not an index of megatron-core's indexed format")
+        version, code, sequences, documents = _HEADER.unpack(header)
+        if version != 1 or code not in _CODES:
+            raise UserError(f"{prefix}.idx has version {version} and dtype code {code}, which are unknown")
+        offset = len(_MAGIC) + _HEADER.size
+        if idx_bytes < offset + 12 * sequences + 8 * documents:
+            raise UserError(f"{prefix}.idx is cut short at {idx_bytes} bytes: tokenize the data again")
+        lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,)) if sequences else np.empty(0)
+    except OSError as error:
+        raise UserError(f"{prefix}.idx cannot be read ({error.strerror})") from error
+    index = IndexedFile(prefix, np.dtype(_CODES[code]), lengths.astype(np.int32, copy=False))
+    expected = index.tokens * index.dtype.itemsize
+    if bin_bytes != expected:
+        raise UserError(
+            f"{prefix}.bin has {bin_bytes} bytes where its index expects {expected}: tokenize the data again"
+        )
+    return index
+
+
+def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:
+    """Write a `.idx`. `lengths()` yields the int32 lengths part by part, each time from the start.
+
+    Memory does not grow with the number of documents, as long as a part fits.
+    """
+    code = next(code for code, kind in _CODES.items() if kind == dtype)
+    count = sum(map(len, lengths()))
+    item = np.dtype(dtype).itemsize
+    with open(path, "wb") as file:
+        file.write(_MAGIC + _HEADER.pack(1, code, count, count + 1))
+        for part in lengths():
+            file.write(np.asarray(part, np.int32).tobytes())
+        start = 0
+        for part in lengths():
+            ends = start + np.cumsum(part, dtype=np.int64) * item
+            file.write(np.concatenate(([start], ends[:-1])).astype(np.int64).tobytes() if len(part) else b"")
+            start = int(ends[-1]) if len(part) else start
+        for first in range(0, count + 1, 1 << 20):
+            file.write(np.arange(first, min(first + (1 << 20), count + 1), dtype=np.int64).tobytes())
+        sync(file)
+
+
+def concatenate(parts: Sequence[Path], target: Path) -> str:
+    """Write the bytes of `parts`, one file after the other, to `target`; their SHA-256."""
+    digest = hashlib.sha256()
+    with open(target, "wb") as output:
+        for part in parts:
+            with open(part, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    output.write(block)
+        sync(output)
+    return digest.hexdigest()
+
+
+def sync(file: Any) -> None:
+    """Flush a file to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,272 @@
+"""What a data mix amounts to: tokens and epochs of each source, checks before training, and its fingerprint.
+
+Reads the indices only, and neither torch nor megatron-core.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data.indexed import IndexedFile, read_index
+from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.errors import UserError
+
+PARTS = ("train", "validation", "test")
+_BLOCKS = 64  # of a .bin or .idx that enter its fingerprint
+_BLOCK = 1 << 16  # bytes
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """One source's share of one part of the data.
+
+    `weight` is normalized over the part. `first` and `last` (exclusive) are the documents of the source that belong
+    to the part, `tokens` theirs; `samples` are drawn from it, which is `epochs` passes over its tokens.
+    """
+
+    part: str
+    name: str
+    path: str
+    weight: float
+    first: int
+    last: int
+    tokens: int
+    samples: int
+    epochs: float
+    max_epochs: float | None
+
+    @property
+    def documents(self) -> int:
+        return self.last - self.first
+
+
+def part_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource], list[DataSource]]:
+    """The sources of train, validation and test."""
+    if data.sources:
+        return data.sources, data.sources, data.sources
+    return data.train_sources, data.validation_sources, data.test_sources
+
+
+def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
+    """Where each part begins and ends in every source, as megatron-core cuts them; None for a part without share."""
+    if not data.sources:
+        return [(0.0, 1.0) if sources else None for sources in part_sources(data)]
+    shares = derived.split_shares(data.split)
+    if shares is None:
+        raise UserError(f"data.split must be three numbers >= 0 with a positive sum, got {data.split!r}")
+    ends = [0.0]
+    for share in shares:
+        ends.append(ends[-1] + share)
+    return [(begin, end) if end > begin else None for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare]:
+    """What each source contributes to each part that is asked for (`num_samples` [3], 0: not at all).
+
+    Raises `UserError` if a file is missing or damaged, a part has no text, or `max_epochs` is exceeded.
+    """
+    matrix = split_matrix(data)
+    indices: dict[str, IndexedFile] = {}
+    shares: list[SourceShare] = []
+    for part, sources, bounds, samples in zip(PARTS, part_sources(data), matrix, num_samples, strict=True):
+        if not samples:
+            continue
+        if not sources or bounds is None:
+            raise UserError(f"the data has no {part} part: give it a share of data.split, or data.{part}_sources")
+        for source in sources:
+            if source.path not in indices:
+                indices[source.path] = read_index(source.path)
+            share = _share(data, part, source, sources, indices[source.path], bounds, samples)
+            _check_share(share, data)
+            shares.append(share)
+    return shares
+
+
+def _share(
+    data: DataConfig,
+    part: str,
+    source: DataSource,
+    sources: Sequence[DataSource],
+    index: IndexedFile,
+    bounds: tuple[float, float],
+    samples: int,
+) -> SourceShare:
+    if not source.weight > 0:
+        raise UserError(f"data source {source.path}: weight {source.weight} must be above 0; leave the source out")
+    weight = source.weight / sum(other.weight for other in sources)
+    first, last = (int(round(bound * float(index.documents))) for bound in bounds)
+    tokens = int(index.lengths[first:last].sum(dtype=np.int64))
+    drawn = samples if len(sources) == 1 else math.ceil(samples * weight)
+    return SourceShare(
+        part=part,
+        name=source.name or os.path.basename(source.path),
+        path=source.path,
+        weight=weight,
+        first=first,
+        last=last,
+        tokens=tokens,
+        samples=drawn,
+        epochs=(drawn * data.sequence_length + 1) / tokens if tokens else math.inf,
+        max_epochs=source.max_epochs,
+    )
+
+
+def _check_share(share: SourceShare, data: DataConfig) -> None:
+    if share.tokens == 0:
+        raise UserError(
+            f"{share.path} has no text for the {share.part} part ({share.documents} documents fall to it): change "
+            "data.split or use more data"
+        )
+    if share.max_epochs is not None and share.epochs > share.max_epochs:
+        raise UserError(
+            f"data source {share.name}: {share.samples:,} {share.part} samples of {data.sequence_length} tokens are "
+            f"{share.epochs:.2f} epochs of its {share.tokens:,} tokens, over max_epochs {share.max_epochs:g}: "
+            "train for less, lower its weight, or raise max_epochs"
+        )
+
+
+def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceShare] | None = None) -> list[str]:
+    """Lines for the user: a table of the sources, with tokens, weight and the epochs that `train_tokens` make.
+
+    By default for the train part alone; with `shares`, of `mix_shares`, for those.
+    """
+    if shares is None:
+        shares = mix_shares(data, (max(1, train_tokens // data.sequence_length), 0, 0))
+    rows = [("part", "source", "documents", "tokens", "weight", "to draw", "epochs")]
+    for share in shares:
+        drawn = share.samples * data.sequence_length
+        rows.append(
+            (
+                share.part,
+                share.name,
+                f"{share.documents:,}",
+                f"{share.tokens:,}",
+                f"{share.weight:.4g}",
+                f"{drawn:,}",
+                f"{share.epochs:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_samples: int) -> dict[str, float]:
+    """Passes over each train source after `consumed_samples` of `num_samples`, by name: for the training log."""
+    done = consumed_samples / max(1, num_samples)
+    return {share.name: share.epochs * done for share in shares if share.part == "train"}
+
+
+def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
+    """`UserError` if a source was made with another tokenizer: by its manifest, or by ids beyond the vocabulary."""
+    for path in dict.fromkeys(source.path for sources in part_sources(data) for source in sources):
+        made_with = _manifest(path).get("tokenizer", {})
+        if made_with and made_with["sha256"] != tokenizer.fingerprint:
+            raise UserError(
+                f"{path} was tokenized with {made_with['path']}, not with {tokenizer.path}: tokenize it again or "
+                "set data.tokenizer"
+            )
+        index = read_index(path)
+        largest = max((int(block.max()) for block in _token_blocks(index) if block.size), default=0)
+        if largest >= tokenizer.vocab_size:
+            raise UserError(
+                f"{path} contains token {largest}, but {tokenizer.path} has {tokenizer.vocab_size} tokens: it was "
+                "tokenized with another tokenizer"
+            )
+
+
+def _manifest(prefix: str) -> dict[str, Any]:
+    try:
+        with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{prefix}.manifest.json is not valid JSON ({error}): delete or restore it") from error
+
+
+def _token_blocks(index: IndexedFile) -> list[np.ndarray]:
+    tokens = np.memmap(index.prefix + ".bin", index.dtype, "r") if index.tokens else np.empty(0, index.dtype)
+    size = _BLOCK // index.dtype.itemsize
+    return [tokens[start : start + size] for start in _starts(len(tokens), size)]
+
+
+def _starts(length: int, size: int) -> list[int]:
+    """Evenly spaced places of at most `_BLOCKS` blocks, the first and last included; all of a short file."""
+    if length <= _BLOCKS * size:
+        return list(range(0, length, size))
+    return [int(place) for place in np.linspace(0, length - size, _BLOCKS)]
+
+
+def content_hash(prefix: str) -> str:
+    """SHA-256 over the sizes and up to 4 MiB of evenly spaced blocks of each of the two files of a source."""
+    digest = hashlib.sha256()
+    try:
+        for suffix in (".idx", ".bin"):
+            length = os.path.getsize(prefix + suffix)
+            digest.update(f"{suffix} {length}\n".encode())
+            with open(prefix + suffix, "rb") as file:
+                for start in _starts(length, _BLOCK):
+                    file.seek(start)
+                    digest.update(file.read(_BLOCK))
+    except OSError as error:
+        raise UserError(f"{error.filename or prefix}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
+
+
+def fingerprint(data: DataConfig, tokenizer: Tokenizer | None, **sampling: Any) -> dict[str, Any]:
+    """What the sequence of samples depends on, to lie in checkpoints: JSON-able, with a `sha256` over the rest.
+
+    `sampling` is anything else it depends on, such as `seed` and `num_samples`: a name, and a JSON-able value.
+    Paths and names do not enter: data may move.
+    """
+    hashes = {
+        path: content_hash(path)
+        for path in dict.fromkeys(source.path for sources in part_sources(data) for source in sources)
+    }
+    value: dict[str, Any] = {
+        "tokenizer": tokenizer.fingerprint if tokenizer else None,
+        "split": data.split if data.sources else None,
+        "sequence_length": data.sequence_length,
+        "reset_at_document_boundaries": data.reset_at_document_boundaries,
+        "sources": {
+            part: [[hashes[source.path], source.weight] for source in sources]
+            for part, sources in zip(PARTS, part_sources(data), strict=True)
+        },
+        "sampling": json.loads(json.dumps(sampling)),
+    }
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return {**value, "sha256": digest}
+
+
+def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """In words, what differs between two fingerprints; empty if nothing does."""
+    if saved.get("sha256") == current.get("sha256"):
+        return []
+    words = []
+    for key in sorted((saved.keys() | current.keys()) - {"sha256"}):
+        before, now = saved.get(key), current.get(key)
+        if before == now:
+            continue
+        if key == "sources":
+            parts = [part for part in PARTS if (before or {}).get(part) != (now or {}).get(part)]
+            words.append(f"other {' and '.join(parts)} data or weights")
+        elif key == "tokenizer":
+            words.append("another tokenizer")
+        else:
+            words.append(f"{key} was {json.dumps(before)}, is {json.dumps(now)}")
+    return words

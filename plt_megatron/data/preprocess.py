@@ -1,0 +1,382 @@
+"""Tokenizing a corpus: `<output prefix>.bin` and `.idx` in megatron-core's indexed format.
+
+Worker processes read and encode shards of the input on their own; finished shards are concatenated at the end,
+without a look at the text. Everything unfinished lies in `<output prefix>.partial/`: the same command started
+again after a kill goes on with the shards that are missing. Beside the output lie `<output prefix>.manifest.json`
+(what it was made from) and, if there were bad lines, `<output prefix>.bad_lines.jsonl`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.data.compressed import open_stream
+from plt_megatron.data.indexed import concatenate, write_index
+from plt_megatron.data.plan import Plan, check_readable
+from plt_megatron.data.progress import Progress
+from plt_megatron.data.shards import (
+    FatalBadLine,
+    Settings,
+    Shard,
+    publish_json,
+    run_in_worker,
+    start_worker,
+)
+from plt_megatron.data.sources import ReadOptions, Source, expand_sources
+from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from plt_megatron.errors import UserError
+
+_VERSION = 1
+_BAD_LINES_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """What to tokenize, with what, and where to. See `tools/preprocess_data.py --help`."""
+
+    inputs: Sequence[str]
+    output_prefix: str
+    tokenizer: str
+    workers: int = 1
+    format: str | None = None
+    eod_token: str | None = None
+    append_eod: bool = True
+    fail_on_bad_line: bool = False
+    overwrite: bool = False
+    shard_bytes: int = 64 << 20
+    read: ReadOptions = field(default_factory=ReadOptions)
+
+
+def preprocess(options: PreprocessOptions) -> dict[str, Any]:
+    """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept."""
+    job = _Job(options)
+    if (manifest := job.finished()) is not None:
+        _say(f"{options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
+        return manifest
+    try:
+        with job.locked():
+            job.encode()
+            manifest = job.merge()
+        shutil.rmtree(job.work)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed (out of memory?): the same command goes on where this one stopped, "
+            "fewer --workers need less memory"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or options.output_prefix}: {error.strerror or error}: the same command goes on "
+            "where this one stopped"
+        ) from error
+    _report(options.output_prefix, manifest)
+    return manifest
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Job:
+    """One output: its plan, its work folder and its three phases."""
+
+    def __init__(self, options: PreprocessOptions) -> None:
+        self.options = options
+        self.prefix = Path(os.path.abspath(options.output_prefix))
+        self.work = Path(f"{self.prefix}.partial")
+        self.manifest_path = Path(f"{self.prefix}.manifest.json")
+        self.sources = expand_sources(options.inputs, options.format)
+        check_readable(self.sources)
+        self.tokenizer: Tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
+        self.identity = self._identity()
+        self.plan = Plan(self.sources, options.read, options.shard_bytes, self.work)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the output depends on; a resumed or repeated command must agree with it."""
+        return {
+            "version": _VERSION,
+            "tokenizer_sha256": self.tokenizer.fingerprint,
+            "eod": self.tokenizer.eod if self.options.append_eod else None,
+            "read": asdict(self.options.read),
+            "fail_on_bad_line": self.options.fail_on_bad_line,
+            "shard_bytes": self.options.shard_bytes,
+            "sources": [_stamp(source) for source in self.sources],
+        }
+
+    def finished(self) -> dict[str, Any] | None:
+        """The manifest if the output exists and is what is asked for; `UserError` if it is something else."""
+        existing = [name for name in (f"{self.prefix}.bin", f"{self.prefix}.idx") if os.path.exists(name)]
+        if not existing or self.options.overwrite:
+            return None
+        manifest = _read_json(self.manifest_path)
+        if manifest is not None and len(existing) == 2 and self._made_from_the_same(manifest):
+            if os.path.getsize(f"{self.prefix}.bin") == manifest["bin_bytes"]:
+                return manifest
+        if _read_json(self.work / "plan.json") == self.identity:
+            return None  # killed while the output was being put in place
+        raise UserError(
+            f"{existing[0]} exists and was not made from these inputs and settings: choose another "
+            "--output-prefix or pass --overwrite"
+        )
+
+    def _made_from_the_same(self, manifest: dict[str, Any]) -> bool:
+        """Whether the inputs and settings are those of the manifest; a file with a new date may still be the same."""
+        before, now = manifest["identity"], self.identity
+        if before == now:
+            return True
+        if {**before, "sources": 0} != {**now, "sources": 0}:
+            return False
+        if [stamp[:3] for stamp in before["sources"]] != [stamp[:3] for stamp in now["sources"]]:
+            return False
+        return all(entry["sha256"] == _file_hash(entry["path"]) for entry in manifest["sources"])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the work folder, made for this plan; what another plan left in it is deleted."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{self.work}: another process is writing this output") from error
+            if _read_json(self.work / "plan.json") != self.identity:
+                stale = [path for path in self.work.iterdir() if path.name != "lock"]
+                if stale:
+                    _say("the inputs or settings changed since the interrupted run: starting over")
+                for path in stale:
+                    path.unlink()
+                publish_json(self.work / "plan.json", self.identity)
+            for leftover in [*self.work.glob("*.tmp"), *self.work.glob("*.spool")]:
+                leftover.unlink()
+            yield
+
+    def encode(self) -> None:
+        """Encode all shards that are not done."""
+        context = multiprocessing.get_context("spawn")
+        counters = context.Array("q", 3)
+        settings = Settings(
+            str(self.tokenizer.path),
+            self.options.eod_token,
+            self.options.append_eod,
+            self.options.read,
+            self.options.fail_on_bad_line,
+        )
+        done = self._bytes_done()
+        total = sum(source.size for source in self.sources)
+        if done:
+            _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
+        progress = Progress(total, done)
+        pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (settings, str(self.work), counters))
+        hasher = ThreadPoolExecutor(1)
+        hashing = hasher.submit(self._hash_sources)
+        try:
+            self._run_shards(pool, progress, counters)
+            hashing.result()
+        finally:
+            progress.close()
+            pool.shutdown(wait=False, cancel_futures=True)
+            hasher.shutdown(wait=False, cancel_futures=True)
+
+    def _run_shards(self, pool: ProcessPoolExecutor, progress: Progress, counters: Any) -> None:
+        running: dict[Future[str], Shard] = {}
+        shards = self.plan.shards()
+        exhausted = False
+        while running or not exhausted:
+            while not exhausted and len(running) < self.options.workers + 2:
+                shard = next(shards, None)
+                if shard is None:
+                    exhausted = True
+                else:
+                    running[pool.submit(run_in_worker, shard)] = shard
+            finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            text_bytes, tokens, disk_bytes = counters[:]
+            progress.update(disk_bytes, text_bytes, tokens)
+            for future in finished:
+                shard = running.pop(future)
+                try:
+                    future.result()
+                except FatalBadLine as error:
+                    raise UserError(self._describe(shard, *error.args)) from None
+
+    def _describe(self, shard: Shard, place: int, line: int, reason: str) -> str:
+        source = self.sources[shard.files[place]]
+        span = shard.spans[place]
+        if source.format == "parquet":
+            from plt_megatron.data.parquet import rows_before
+
+            where = f"row {rows_before(source.path, span.start) + line}"
+        else:
+            before = span.start if shard.spool_start is None else shard.spool_start
+            where = f"{count_lines(source.path, before) + line}"
+        return f"{source.path}:{where}: {reason}: mend it, or pass --on-bad-line skip"
+
+    def _hash_sources(self) -> None:
+        """Put the SHA-256 of every input into the work folder, once."""
+        path = self.work / "hashes.json"
+        hashes = _read_json(path) or {}
+        for source in self.sources:
+            if source.path not in hashes:
+                hashes[source.path] = _file_hash(source.path)
+        publish_json(path, hashes)
+
+    def merge(self) -> dict[str, Any]:
+        """Put the shards together, publish the output and the manifest."""
+        for source, stamp in zip(self.sources, self.identity["sources"], strict=True):
+            if _stamp(source) != stamp:
+                raise UserError(f"{source.path} changed while it was being read: run the command again")
+        reports = self._reports()
+        totals = _totals(self.sources, reports)
+        if not totals["documents"]:
+            _write_bad_lines(self.prefix, self.sources, reports)
+            raise UserError(
+                f"no usable document in {len(self.sources)} input files ({_count_bad(totals['bad_lines'])})"
+            )
+        shards = [self.work / key for key in self.plan.keys]
+        sha256 = concatenate([shard.with_suffix(".bin") for shard in shards], self.work / "out")
+        write_index(
+            self.work / "out.index",
+            self.tokenizer.dtype,
+            lambda: (np.fromfile(shard.with_suffix(".len"), np.int32) for shard in shards),
+        )
+        hashes = _read_json(self.work / "hashes.json") or {}
+        for entry in totals["sources"]:
+            entry["sha256"] = hashes[entry["path"]]
+        manifest = {
+            "bin_bytes": os.path.getsize(self.work / "out"),
+            "bin_sha256": sha256,
+            "dtype": np.dtype(self.tokenizer.dtype).name,
+            "tokenizer": {
+                "path": str(self.tokenizer.path),
+                "sha256": self.tokenizer.fingerprint,
+                "vocab_size": self.tokenizer.vocab_size,
+                "eod": self.tokenizer.eod,
+            },
+            **totals,
+            "identity": self.identity,
+        }
+        _write_bad_lines(self.prefix, self.sources, reports)
+        os.replace(self.work / "out", f"{self.prefix}.bin")
+        os.replace(self.work / "out.index", f"{self.prefix}.idx")
+        publish_json(self.manifest_path, manifest)
+        return manifest
+
+    def _reports(self) -> list[dict[str, Any]]:
+        """The reports of all spans, in the order of the output; a shard that does not match its own is refused."""
+        reports: list[dict[str, Any]] = []
+        for key in self.plan.keys:
+            shard = _read_json(self.work / f"{key}.json")
+            tokens = (self.work / f"{key}.bin").stat().st_size // np.dtype(self.tokenizer.dtype).itemsize
+            if shard is None or sum(report["tokens"] for report in shard) != tokens:
+                (self.work / f"{key}.json").unlink(missing_ok=True)
+                raise UserError(f"{self.work / key}.bin is damaged: run the same command again to redo it")
+            reports += shard
+        return reports
+
+    def _bytes_done(self) -> int:
+        """Bytes of the input whose shards a former run finished."""
+        done = [_read_json(path) for path in self.work.glob("[0-9]*.json")]
+        return sum(report["disk_bytes"] for shard in done for report in shard or [])
+
+
+def count_lines(path: str, place: int) -> int:
+    """Lines that begin before byte `place` of the (decompressed) file."""
+    lines, left = min(place, 1), place - 1
+    with open_stream(path) as stream:
+        while left > 0 and (block := stream.read(min(left, 1 << 20))):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+def _file_hash(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(source: Source) -> list[Any]:
+    status = os.stat(source.path)
+    return [os.path.abspath(source.path), source.format, status.st_size, status.st_mtime_ns]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _totals(sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Documents, tokens and bad lines, of each source and of all."""
+    keys = ("documents", "tokens", "text_bytes", "lines")
+    entries: list[dict[str, Any]] = [
+        {"path": source.path, "bytes": source.size, **dict.fromkeys(keys, 0), "bad_lines": Counter()}
+        for source in sources
+    ]
+    for report in reports:
+        entry = entries[report["file"]]
+        for key in keys:
+            entry[key] += report[key]
+        entry["bad_lines"].update(report["bad"])
+    bad: Counter[str] = sum((entry["bad_lines"] for entry in entries), Counter())
+    return {key: sum(entry[key] for entry in entries) for key in keys} | {
+        "bad_lines": bad,
+        "sources": entries,
+    }
+
+
+def _bad_lines(sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
+    """File, line (Parquet: row) and reason of the bad lines kept."""
+    before: Counter[int] = Counter()
+    for report in reports:
+        for line, reason in report["bad_lines"]:
+            yield sources[report["file"]].path, before[report["file"]] + line, reason
+        before[report["file"]] += report["lines"]
+
+
+def _write_bad_lines(prefix: Path, sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> None:
+    """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
+    path = Path(f"{prefix}.bad_lines.jsonl")
+    path.unlink(missing_ok=True)
+    lines = list(_bad_lines(sources, reports))
+    if not lines:
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        for source, line, reason in lines:
+            file.write(json.dumps({"file": source, "line": line, "reason": reason}) + "\n")
+    for source, line, reason in lines[:_BAD_LINES_SHOWN]:
+        _say(f"bad line {source}:{line}: {reason}")
+    total = sum(sum(report["bad"].values()) for report in reports)
+    if total > _BAD_LINES_SHOWN:
+        listed = "all" if total == len(lines) else f"the first of each shard, {len(lines):,} of {total:,},"
+        _say(f"... {listed} are in {path}")
+
+
+def _count_bad(bad: Counter[str]) -> str:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(bad.items()))
+    return f"{sum(bad.values()):,} bad lines: {kinds}" if bad else "no bad lines"
+
+
+def _report(prefix: str, manifest: dict[str, Any]) -> None:
+    bad = manifest["bad_lines"]
+    _say(
+        f"{prefix}.bin/.idx: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
+        f"({manifest['dtype']}); skipped {_count_bad(bad)}"
+        if bad
+        else f"{prefix}.bin/.idx: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
+        f"({manifest['dtype']}); no bad lines"
+    )

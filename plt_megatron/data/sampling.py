@@ -1,0 +1,130 @@
+"""Batches in a fixed order that a run can leave and enter anywhere.
+
+Which samples form the n-th global batch depends on nothing but the dataset and the global batch size. Layouts only
+divide it differently, and a run is resumed by the number of samples consumed: there is no other state, and no
+random number generator (the samples' order is the dataset's).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class SampleSource(Protocol):
+    """A dataset as `Samples`: samples are dicts of tensors of equal shapes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]: ...
+
+
+def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack samples: each value becomes [micro batch, ...]."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def micro_batch_indices(
+    length: int,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    wrap: bool = False,
+) -> Iterator[list[int]]:
+    """Sample numbers of this rank's microbatches, one global batch after the other.
+
+    Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Ends before the
+    first global batch that does not fit in `length`, or, with `wrap`, goes on from the start, for ever.
+    """
+    per_step = micro_batch_size * data_parallel_size
+    if not 0 <= data_parallel_rank < data_parallel_size:
+        raise ValueError(f"data parallel rank {data_parallel_rank} of {data_parallel_size}")
+    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % per_step:
+        raise ValueError(
+            f"global batch size {global_batch_size} is not a multiple of {micro_batch_size} x {data_parallel_size}"
+        )
+    if consumed_samples < 0 or length < 1:
+        raise ValueError(f"cannot start at sample {consumed_samples} of {length}")
+    start = consumed_samples
+    while wrap or start + global_batch_size <= length:
+        for first in range(start + data_parallel_rank * micro_batch_size, start + global_batch_size, per_step):
+            yield [index % length for index in range(first, first + micro_batch_size)]
+        start += global_batch_size
+
+
+def batches(
+    dataset: SampleSource,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    wrap: bool = False,
+    prefetch: int = 0,
+) -> Iterator[dict[str, Tensor]]:
+    """This rank's microbatches (dicts of stacked tensors) from sample `consumed_samples` on.
+
+    Args:
+        consumed_samples: samples that all ranks together have trained on.
+        wrap: start over at the end of the dataset instead of ending before the first incomplete global batch.
+        prefetch: microbatches that a thread prepares ahead; the order is the same. Close the iterator to end it.
+
+    Raises:
+        ValueError: the global batch does not divide into microbatches over the ranks.
+    """
+    indices = micro_batch_indices(
+        len(dataset),
+        consumed_samples=consumed_samples,
+        micro_batch_size=micro_batch_size,
+        global_batch_size=global_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        wrap=wrap,
+    )
+    made = (collate([dataset[index] for index in part]) for part in indices)
+    return _ahead(made, prefetch) if prefetch > 0 else made
+
+
+def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Iterator[dict[str, Tensor]]:
+    """`items`, prepared by a thread up to `depth` ahead; its exception is raised where the item would have come."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(entry: tuple[str, Any]) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put(("item", item)):
+                    return
+            put(("end", None))
+        except Exception as error:  # handed to the consumer
+            put(("error", error))
+
+    threading.Thread(target=produce, daemon=True, name="batches").start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        closed.set()

@@ -1,0 +1,236 @@
+"""The worker's side of preprocessing: one shard of the input to one shard of tokens.
+
+A shard is three files in the work folder: `KEY.bin` (tokens), `KEY.len` (int32 tokens per document) and `KEY.json`
+(counts, hashes, bad lines). The last is published by renaming after the others are on disk: a shard whose
+`KEY.json` exists is complete, whenever the process was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.data.compressed import BrokenStream
+from plt_megatron.data.indexed import sync
+from plt_megatron.data.sources import Document, ReadOptions, Span, read_span
+from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+_BATCH_BYTES = 1 << 20  # of text encoded at once
+_BAD_LINES_KEPT = 1000  # per shard, with file, line and reason; all are counted
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tokens depend on, besides the input."""
+
+    tokenizer: str
+    eod_token: str | None
+    append_eod: bool
+    read: ReadOptions
+    fail_on_bad_line: bool
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: spans that are read in order. Parallel to `spans`: the number of each span's file among
+    all inputs, and the bytes on disk it stands for (for the progress shown)."""
+
+    key: str
+    spans: tuple[Span, ...]
+    files: tuple[int, ...]
+    disk_bytes: tuple[int, ...]
+    spool_start: int | None = None  # the (only) span is a temporary copy of decompressed bytes from here on
+    broken: str = ""  # why the input breaks off after this shard
+
+
+@dataclass
+class SpanReport:
+    """What was in one span. `lines` counts all, `bad` the bad ones by kind."""
+
+    file: int
+    lines: int = 0
+    text_bytes: int = 0
+    disk_bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    bad_lines: list[tuple[int, str]] = field(default_factory=list)  # (line within the span, reason)
+
+
+class FatalBadLine(Exception):
+    """A bad line where bad lines are fatal: (span's place in the shard, line in the span, reason)."""
+
+
+_worker: dict[str, Any] = {}
+
+
+def start_worker(settings: Settings, work: str, counters: Any) -> None:
+    """Set up a worker process. It ends itself when its parent is gone, however that happened."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of the parallel ones
+    tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
+    _worker.update(settings=settings, work=Path(work), counters=counters, tokenizer=tokenizer)
+
+
+def run_in_worker(shard: Shard) -> str:
+    """Encode a shard in a process set up by `start_worker`; its key."""
+    encode_shard(shard, _worker["settings"], _worker["tokenizer"], _worker["work"], _worker["counters"])
+    return shard.key
+
+
+def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: Path, counters: Any = None) -> None:
+    """Read, encode and publish a shard. `counters` [3] int64: text bytes, tokens and disk bytes so far."""
+    target = work / shard.key
+    temporary = target.with_suffix(f".{os.getpid()}.tmp")
+    lengths: list[np.ndarray] = []
+    reports = []
+    with open(temporary, "wb") as output:
+        for place, span in enumerate(shard.spans):
+            report = SpanReport(shard.files[place])
+            writer = _SpanWriter(report, settings, tokenizer, output, lengths)
+            try:
+                _read_into(writer, span, settings.read, shard.disk_bytes[place], shard.broken, counters)
+            except FatalBadLine as error:
+                temporary.unlink()
+                raise FatalBadLine(place, *error.args) from None
+            reports.append(report)
+        sync(output)
+    os.replace(temporary, target.with_suffix(".bin"))
+    with open(target.with_suffix(".len"), "wb") as output:
+        output.write(np.concatenate([np.empty(0, np.int32), *lengths]).tobytes())
+        sync(output)
+    publish_json(target.with_suffix(".json"), [vars(report) for report in reports])
+    if shard.spool_start is not None:
+        os.unlink(shard.spans[0].source.path)
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is seen whole or not at all."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        sync(file)
+    os.replace(temporary, path)
+
+
+def _read_into(
+    writer: _SpanWriter, span: Span, options: ReadOptions, disk_bytes: int, broken: str, counters: Any
+) -> None:
+    """Feed a span to a writer, in batches, counting as it goes."""
+    live = not span.source.compressed and span.source.format != "parquet"  # sizes are sizes on disk
+    writer.report.disk_bytes = disk_bytes
+    credited = 0
+    for documents in _batches(_with_breakage(read_span(span, options), broken)):
+        before = writer.report.text_bytes, writer.report.tokens
+        writer.write(documents)
+        on_disk = sum(document.size for document in documents) if live else 0
+        credited += on_disk
+        _count(counters, writer.report.text_bytes - before[0], writer.report.tokens - before[1], on_disk)
+    _count(counters, 0, 0, disk_bytes - credited)
+
+
+def _with_breakage(documents: Iterator[Document], broken: str) -> Iterator[Document]:
+    """Turn damage of a compressed file, found now or before (`broken`), into a last bad line."""
+    line = 0
+    try:
+        for document in documents:
+            line = document.line
+            yield document
+    except BrokenStream as error:
+        broken = str(error)
+    if broken:
+        yield Document(line + 1, 0, None, "broken file", f"{broken}: the rest of the file is lost")
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size + 64
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _count(counters: Any, *amounts: int) -> None:
+    if counters is not None:
+        with counters.get_lock():
+            for place, amount in enumerate(amounts):
+                counters[place] += amount
+
+
+class _SpanWriter:
+    """Encodes a span's documents to an open file and keeps its report."""
+
+    def __init__(
+        self,
+        report: SpanReport,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        output: Any,
+        lengths: list[np.ndarray],
+    ) -> None:
+        self.report = report
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._output = output
+        self._lengths = lengths
+
+    def write(self, documents: list[Document]) -> None:
+        self.report.lines += len(documents)
+        for document in documents:
+            if document.text is None:
+                self._bad(document.line, document.kind, document.reason)
+        good = [document for document in documents if document.text is not None]
+        texts = [document.text for document in good if document.text is not None]
+        flat, lengths = self._tokenizer.encode_flat(texts)
+        for place in np.flatnonzero(lengths == 0):
+            self._bad(good[place].line, "empty", "document has no token")
+        lengths = lengths[lengths > 0]
+        if self._settings.append_eod:
+            flat, lengths = _append_token(flat, lengths, self._tokenizer.eod)
+        self._output.write(flat.tobytes())
+        self._lengths.append(lengths.astype(np.int32))
+        self.report.documents += len(lengths)
+        self.report.tokens += flat.size
+        self.report.text_bytes += sum(document.size for document in documents)
+
+    def _bad(self, line: int, kind: str, reason: str) -> None:
+        if self._settings.fail_on_bad_line:
+            raise FatalBadLine(line, reason)
+        self.report.bad[kind] += 1
+        if len(self.report.bad_lines) < _BAD_LINES_KEPT:
+            self.report.bad_lines.append((line, reason))
+
+
+def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put `token` after each document; the new tokens and lengths."""
+    lengths = lengths + 1
+    ends = np.cumsum(lengths) - 1
+    result = np.empty(flat.size + len(lengths), flat.dtype)
+    inside = np.ones(len(result), bool)
+    inside[ends] = False
+    result[inside] = flat
+    result[ends] = token
+    return result, lengths

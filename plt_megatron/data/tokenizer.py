@@ -1,0 +1,257 @@
+"""Tokenizers: sentencepiece `.model` files and Hugging Face `tokenizer.json` files behind one interface.
+
+Text is always text: the name of a control token inside a document ("</s>") is encoded as characters, so that no
+document can forge an end-of-document token. Neither a beginning nor an end token is added by encoding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.data.segments import COARSE, WORDS, SegmentEncoder, chunks, crosses_no_piece
+from plt_megatron.errors import UserError
+
+# Looked for in this order when the tokenizer does not say which token ends a document.
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
+
+# Unigram scores that are multiples of this add up exactly in sentencepiece's float32 over a chunk of this many
+# characters (2^16 characters * a score under 2^5 / 2^-6 < 2^24 is met by real text with room to spare).
+UNIGRAM_SCORE_STEP = 2.0**-6
+_UNIGRAM_CHUNK = 1 << 13
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The type of ids on disk: uint16 when every id fits (megatron-core's rule), else int32."""
+    return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
+
+
+class Tokenizer(ABC):
+    """What training and preprocessing need of a tokenizer; megatron-core accepts it as one.
+
+    `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
+    `eod`, the end-of-document token, always exists.
+    """
+
+    vocab_size: int
+    eod: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path = path
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    @property
+    def dtype(self) -> type[np.uint16] | type[np.int32]:
+        """The type `encode_flat` returns."""
+        return token_dtype(self.vocab_size)
+
+    @property
+    def unique_identifiers(self) -> OrderedDict[str, Any]:
+        """What megatron-core hashes into the names of its cached indices."""
+        return OrderedDict([("class", type(self).__name__), ("sha256", self.fingerprint), ("eod", self.eod)])
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; a lone surrogate raises UnicodeEncodeError."""
+        return self.encode_flat([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+        flat, lengths = self.encode_flat(texts)
+        return [part.tolist() for part in np.split(flat, np.cumsum(lengths)[:-1])] if len(texts) else []
+
+    @abstractmethod
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """All texts' ids one after the other (`dtype`), and the number of ids of each (int64). The fast way."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; control tokens give nothing."""
+
+    def _require_eod(self, candidate: int | None, name: str | None) -> int:
+        if candidate is not None and 0 <= candidate < self.vocab_size:
+            return candidate
+        if name is not None:
+            raise UserError(f"{self.path}: the tokenizer has no token {name!r} to end documents with")
+        raise UserError(
+            f"{self.path}: cannot tell which token ends a document (looked for {', '.join(EOD_NAMES)}): name it"
+        )
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece BPE or unigram model, encoded segment by segment where that is exact."""
+
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
+        import sentencepiece
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+        content = path.read_bytes()
+        super().__init__(path, content)
+        proto = ModelProto()
+        try:
+            proto.ParseFromString(content)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except Exception as error:  # protobuf and sentencepiece raise types of their own
+            raise UserError(f"{path}: not a sentencepiece model ({str(error).strip()})") from error
+        if not proto.pieces:
+            raise UserError(f"{path}: not a sentencepiece model (it is empty)")
+        processor = self._processor
+        self.vocab_size = processor.get_piece_size()
+        self.bos, self.eos, self.pad = (
+            index if index >= 0 else None for index in (processor.bos_id(), processor.eos_id(), processor.pad_id())
+        )
+        self.eod = self._require_eod(self._find_eod(eod_token), eod_token)
+        self._segments = self._segment_encoder(proto)
+        self._exact_chunks = self._segments is None and self._is_exact_unigram(proto)
+
+    def _find_eod(self, name: str | None) -> int | None:
+        if name is None and self.eos is not None:
+            return self.eos
+        for candidate in EOD_NAMES if name is None else (name,):
+            index = self._processor.piece_to_id(candidate)
+            if self._processor.id_to_piece(index) == candidate:
+                return index
+        return None
+
+    def _splits_exactly(self, proto: Any) -> bool:
+        """Whether parts cut at `COARSE` borders encode to the ids of the whole."""
+        normalizer = proto.normalizer_spec
+        if (
+            normalizer.precompiled_charsmap
+            or normalizer.add_dummy_prefix
+            or normalizer.remove_extra_whitespaces
+            or not normalizer.escape_whitespaces
+            or proto.trainer_spec.treat_whitespace_as_suffix
+        ):
+            return False  # normalization looks across borders
+        types = [piece.type for piece in proto.pieces]
+        if types.count(proto.SentencePiece.BYTE) != 256:
+            return False  # neighbouring unknown characters become one token
+        symbols = self._user_defined(proto)
+        return not any(set(symbol) & set(" \u2581") for symbol in symbols) and crosses_no_piece(
+            COARSE, self._pieces(proto)
+        )
+
+    def _segment_encoder(self, proto: Any) -> SegmentEncoder | None:
+        if proto.trainer_spec.model_type != proto.trainer_spec.BPE or not self._splits_exactly(proto):
+            return None
+        pattern = WORDS if crosses_no_piece(WORDS, self._pieces(proto)) else COARSE
+        return SegmentEncoder(self._encode_segment, pattern, self._user_defined(proto))
+
+    def _is_exact_unigram(self, proto: Any) -> bool:
+        """Whether cutting long texts changes nothing but the rounding of long sums of scores."""
+        if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM or self._user_defined(proto):
+            return False
+        scores = np.array([piece.score for piece in proto.pieces])
+        return not np.any(scores % UNIGRAM_SCORE_STEP) and self._splits_exactly(proto)
+
+    @staticmethod
+    def _user_defined(proto: Any) -> list[str]:
+        return [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
+
+    @staticmethod
+    def _pieces(proto: Any) -> list[str]:
+        kind = proto.SentencePiece
+        return [piece.piece for piece in proto.pieces if piece.type in (kind.NORMAL, kind.UNUSED)]
+
+    def _encode_segment(self, segment: str) -> bytes:
+        return self._processor.encode(segment, out_type="numpy").astype(self.dtype).tobytes()
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._segments is not None:
+            encoded = list(map(self._segments.encode, texts))
+            item = np.dtype(self.dtype).itemsize
+            lengths = np.fromiter(map(len, encoded), np.int64, len(encoded)) // item
+            return np.frombuffer(b"".join(encoded), self.dtype), lengths
+        if self._exact_chunks:
+            parts = [list(chunks(text, _UNIGRAM_CHUNK)) for text in texts]
+            arrays = self._processor.encode(list(chain.from_iterable(parts)), out_type="numpy", num_threads=1)
+            ends = np.cumsum([0, *map(len, parts)])
+            sizes = np.cumsum([0, *map(len, arrays)])
+            return _concatenate(arrays, self.dtype), np.diff(sizes[ends])
+        arrays = self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        return _concatenate(arrays, self.dtype), np.fromiter(map(len, arrays), np.int64, len(arrays))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(index) for index in ids])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library. A `tokenizer_config.json` beside it names its tokens."""
+
+    def __init__(self, path: Path, eod_token: str | None = None) -> None:
+        import tokenizers
+
+        content = path.read_bytes()
+        super().__init__(path, content)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        names = _token_names(path.with_name("tokenizer_config.json"))
+        self.bos, self.eos, self.pad = (self._id(names.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
+        candidates = [eod_token] if eod_token else [names.get("eos_token"), *EOD_NAMES]
+        found = [index for index in map(self._id, candidates) if index is not None]
+        self.eod = self._require_eod(found[0] if found else None, eod_token)
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), self.dtype, int(lengths.sum())), lengths
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
+
+
+def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
+
+
+def _token_names(config: Path) -> dict[str, str]:
+    """The bos, eos and pad tokens named in a tokenizer_config.json, if there is one."""
+    if not config.is_file():
+        return {}
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config}: not valid JSON ({error})") from error
+    names = {key: values.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+    plain = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
+    return {key: name for key, name in plain.items() if isinstance(name, str)}
+
+
+def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
+    """Load a sentencepiece `.model`, a `tokenizer.json`, or the folder that holds one of them.
+
+    `eod_token` names the token that ends a document; by default the tokenizer's own end-of-sentence token or one
+    of `EOD_NAMES`. Raises `UserError` if the file is missing, is neither, or has no such token.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        if not inside:
+            raise UserError(f"{path}: the folder holds neither tokenizer.model nor tokenizer.json")
+        path = inside[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer; train one with tools/train_tokenizer.py")
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path, eod_token)
+    return SentencePieceTokenizer(path, eod_token)

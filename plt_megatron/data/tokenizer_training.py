@@ -1,0 +1,283 @@
+"""Training a sentencepiece tokenizer, and writing it as a Hugging Face `tokenizer.json` that encodes identically.
+
+The model is built so that identity is possible: text is not normalized (no NFKC, no dummy prefix, no removal of
+spaces), and what the vocabulary lacks falls back to bytes, so decoding gives back every text exactly.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
+from plt_megatron.data.plan import check_readable
+from plt_megatron.data.sources import ReadOptions, Source, Span, expand_sources, read_span
+from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
+from plt_megatron.errors import UserError
+
+_SPAN = 1 << 20  # bytes read at one place of a file when sampling
+_LINE = 4000  # sentencepiece drops longer sentences (4192 bytes) without a word; counted in UTF-8 bytes
+_COMPRESSION = 4  # how many times larger compressed text is taken to be
+_CHECKED = 8 << 20  # characters of the sample on which both tokenizers are compared
+_MODEL_TYPES = ("bpe", "unigram")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What to train on and how. See `tools/train_tokenizer.py --help`."""
+
+    inputs: Sequence[str]
+    output_dir: str
+    vocab_size: int
+    model_type: str = "bpe"
+    control_symbols: Sequence[str] = ()
+    user_defined_symbols: Sequence[str] = ()
+    character_coverage: float = 0.9995
+    split_digits: bool = True
+    max_sample_bytes: int = 200 << 20
+    seed: int = 1234
+    threads: int = os.cpu_count() or 1
+    format: str | None = None
+    overwrite: bool = False
+    read: ReadOptions = field(default_factory=ReadOptions)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where the files are and what they were made from."""
+
+    model: Path
+    tokenizer_json: Path
+    vocab_size: int
+    sample_bytes: int
+    documents: int
+    bad_lines: int
+    documents_compared: int
+
+
+def train_tokenizer(options: TrainingOptions) -> TrainingResult:
+    """Write `tokenizer.model`, `tokenizer.json` and `tokenizer_config.json` to a folder.
+
+    Both are compared on the sample and on hostile strings before anything is written. Raises `UserError`.
+    """
+    if options.model_type not in _MODEL_TYPES:
+        raise UserError(f"model type {options.model_type!r} is unknown: use {' or '.join(_MODEL_TYPES)}")
+    _check_symbols((*options.control_symbols, *options.user_defined_symbols))
+    existing = Path(options.output_dir) / "tokenizer.model"
+    if existing.exists() and not options.overwrite:
+        raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
+    sources = expand_sources(options.inputs, options.format)
+    check_readable(sources)
+    sample = Sample(sources, options)
+    folder = Path(options.output_dir)
+    temporary = folder / f".tokenizer.{os.getpid()}.model"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # an unwritable folder is found before the work
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    try:
+        content = _train(sample, options)
+        temporary.write_bytes(content)
+        files = build_tokenizer_json(temporary)
+        texts = sample.kept + hostile_strings((*options.control_symbols, *options.user_defined_symbols))
+        different = first_difference(load_tokenizer(temporary), content, files["tokenizer.json"], texts)
+        if different is not None:
+            raise UserError(f"the tokenizer.json would not encode as the sentencepiece model does: {different}")
+        for name, text in files.items():
+            _publish(folder / name, text.encode("utf-8"))
+        os.replace(temporary, folder / "tokenizer.model")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    vocab_size = load_tokenizer(folder / "tokenizer.model").vocab_size
+    return TrainingResult(
+        folder / "tokenizer.model",
+        folder / "tokenizer.json",
+        vocab_size,
+        sample.bytes,
+        sample.documents,
+        sample.bad_lines,
+        len(texts),
+    )
+
+
+def _check_symbols(symbols: Sequence[str]) -> None:
+    for symbol in symbols:
+        if not symbol or any(character.isspace() or character == "\u2581" for character in symbol):
+            raise UserError(f"special token {symbol!r} is empty or holds a space: choose another name")
+        if symbol in ("<unk>", "<s>", "</s>", "<pad>"):
+            raise UserError(f"special token {symbol!r} is always there: leave it out")
+    if len(set(symbols)) < len(symbols):
+        raise UserError("a special token is given twice")
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{error.filename or folder}: cannot be written ({error.strerror})")
+
+
+def _publish(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def _train(sample: Sample, options: TrainingOptions) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sample.lines(),
+            model_writer=model,
+            vocab_size=options.vocab_size,
+            model_type=options.model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=options.split_digits,
+            character_coverage=options.character_coverage,
+            # All of ASCII, so that code and markup never fall back to bytes; a newline is its byte.
+            required_chars="".join(map(chr, range(33, 127))),
+            control_symbols=list(options.control_symbols),
+            user_defined_symbols=list(options.user_defined_symbols),
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=options.threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if not sample.bytes:
+            raise UserError("the input has no usable text to train a tokenizer on") from error
+        raise UserError(_explain(str(error), options)) from error
+    if not sample.bytes:
+        raise UserError("the input has no usable text to train a tokenizer on")
+    content = model.getvalue()
+    return _round_scores(content) if options.model_type == "unigram" else content
+
+
+def _explain(message: str, options: TrainingOptions) -> str:
+    if limit := re.search(r"Vocabulary size too high .* <= (\d+)", message):
+        most = limit.group(1)
+        return f"--vocab-size {options.vocab_size} is too high for this text: give more text, or at most {most}"
+    if limit := re.search(r"Vocabulary size is smaller than required_chars. \d+ vs (\d+)", message):
+        return f"--vocab-size {options.vocab_size} is too low: the characters and bytes alone are {limit.group(1)}"
+    return f"sentencepiece cannot train: {' '.join(message.split())}"
+
+
+def _round_scores(content: bytes) -> bytes:
+    """Round unigram scores, so that sums are the same in sentencepiece's float32 and in Hugging Face's float64."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+    proto = ModelProto()
+    proto.ParseFromString(content)
+    for piece in proto.pieces:
+        piece.score = round(piece.score / UNIGRAM_SCORE_STEP) * UNIGRAM_SCORE_STEP
+    return proto.SerializeToString(deterministic=True)
+
+
+class Sample:
+    """A sample of the corpus of at most `max_sample_bytes`, taken evenly from all of every file.
+
+    Filled while `lines` is read: `bytes`, `documents`, `bad_lines`, and `kept`, the texts to compare on.
+    """
+
+    def __init__(self, sources: Sequence[Source], options: TrainingOptions) -> None:
+        self._sources = sources
+        self._options = options
+        self._random = random.Random(options.seed)
+        self.bytes = 0
+        self.documents = 0
+        self.bad_lines = 0
+        self.kept: list[str] = []
+        self._kept_size = 0
+
+    def lines(self) -> Iterator[str]:
+        """The lines of the sampled documents, long ones in parts, none empty."""
+        for text in self._texts():
+            self.documents += 1
+            self._keep(text)
+            for line in text.splitlines():
+                for start in range(0, len(line), _LINE // 4):
+                    part = line[start : start + _LINE // 4]
+                    self.bytes += len(part.encode("utf-8"))
+                    yield part.replace("\0", " ")
+
+    def _keep(self, text: str) -> None:
+        """A share of the documents, the longest cut, so that the comparison is quick but sees all of the sample."""
+        if self._kept_size < _CHECKED and (self.documents % 8 == 1 or self._kept_size < _CHECKED // 4):
+            self.kept.append(text[: 1 << 16])
+            self._kept_size += len(self.kept[-1])
+
+    def _texts(self) -> Iterator[str]:
+        sizes = [source.size * (_COMPRESSION if source.compressed else 1) for source in self._sources]
+        share = min(1.0, self._options.max_sample_bytes / max(1, sum(sizes)))
+        for source in self._sources:
+            for span, keep in self._spans(source, share):
+                yield from self._read(span, keep)
+                if self.bytes >= self._options.max_sample_bytes:
+                    return
+
+    def _spans(self, source: Source, share: float) -> Iterator[tuple[Span, float]]:
+        """What to read of a file to get `share` of it: spans, and the share of their documents to keep."""
+        by_line = source.format == "jsonl" or self._options.read.text_documents == "line"
+        if share >= 1.0 or source.format == "parquet" or source.compressed or not by_line:
+            yield Span(source), share
+            return
+        stride = _SPAN / share
+        place = self._random.random() * min(stride, source.size)
+        while place < source.size:
+            start = int(place)
+            yield Span(source, start, min(start + _SPAN, source.size)), 1.0
+            place += stride
+
+    def _read(self, span: Span, share: float) -> Iterator[str]:
+        from plt_megatron.data.compressed import BrokenStream
+
+        try:
+            for document in read_span(span, self._options.read):
+                if document.text is None:
+                    self.bad_lines += 1
+                elif share >= 1.0 or self._random.random() < share:
+                    yield document.text
+        except BrokenStream:
+            self.bad_lines += 1
+
+
+def hostile_strings(symbols: Sequence[str] = ()) -> list[str]:
+    """Strings on which tokenizers tend to disagree; `symbols` are the tokenizer's own."""
+    fixed = [
+        "", " ", "   ", "\n", "\n\n\n", "\t", "\r\n", "\0", "a\0b", " a", "a ", " a  b   c ", "\n a\n  b\n",
+        "</s>", "<s>", "<unk>", "<pad>", "a</s>b", "<0x0A>", "<0xFF>x", "<0x00><0x01>", "<|endoftext|>",
+        "\u2581", "\u2581\u2581a", " \u2581 a", "a\u2581b c", "e\u0301", "\u00e9", "\ufb01 \u00bd \u212b", "\ufeffx",
+        "\u65e5\u672c\u8a9e\u30c6\u30ad\u30b9\u30c8", "\u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+        "\u0e20\u0e32\u0e29\u0e32",
+        "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u200b\u200d\u2028\u2029\u00a0",
+        "\U0010ffff\ue000\ufffd",
+        "a" * 1000, " " * 1000 + "x", "=" * 777, "-" * 333, "ab" * 500, "()" * 300, "0123456789" * 50, "\n" * 500,
+        "\x1b[0m\x7f\x80", "1,234.567e-89", "CamelCaseHTTPServer_snake__case", "\\u00e9\\n", "{'a': [1, 2]}",
+    ]  # fmt: skip
+    around = [text for symbol in symbols for text in (symbol, f"a{symbol}b", f" {symbol} ", symbol * 2, symbol[:-1])]
+    rng = random.Random(0)
+    alphabet = "ab \n\u2581<>/s0x1=-\t\u00e9\u65e5\U0001f600"
+    noise = ["".join(rng.choices(alphabet, k=rng.randrange(1, 120))) for _ in range(1000)]
+    return fixed + around + noise
+
+
+def describe(result: TrainingResult) -> str:
+    """One line for the user."""
+    return (
+        f"{result.model}: {result.vocab_size:,} pieces from {result.documents:,} documents "
+        f"({result.sample_bytes / 1e6:,.1f} MB, {result.bad_lines:,} bad lines skipped); {result.tokenizer_json.name} "
+        f"encodes identically on {result.documents_compared:,} texts"
+    )

@@ -1,0 +1,142 @@
+"""A training checkpoint from weights alone, written one tensor at a time: no process groups, no megatron.
+
+The counterpart of `train.checkpoint.reading`. What lies on disk is what a run in any layout starts from: whole tensors
+by megatron-core's names, with the layers stacked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+import plt_megatron
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.train.checkpoint import folder
+
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_COMMON = "common_state/shard_0_1"  # megatron-core's: what is no tensor
+_BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of the checkpoint, made when it is written.
+
+    Attributes:
+        name: ours, over the whole model.
+        make: gives the tensor, of `shape`, on the CPU.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_checkpoint(
+    directory: Path,
+    tensors: Iterable[LazyTensor],
+    config: RunConfig,
+    vocab_size: int,
+    dtype: torch.dtype,
+    progress: dict[str, Any],
+) -> Path:
+    """Publish `<directory>/step_00000000`, a checkpoint of weights without optimizer state.
+
+    Args:
+        tensors: all of the model's, the vocabulary padded.
+        config: a run's that has these weights; `model` and `training.precision` matter.
+        dtype: of the tensors on disk.
+        progress: what a reader may want to know beside.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = folder.prepare(directory, 0)
+    writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
+    save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
+    (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
+    described = {
+        "step": 0,
+        "tokens": 0,
+        **progress,
+        "format": folder.FORMAT,
+        "weights_only": True,
+        "config": dataclasses.asdict(config),
+        "schedule": {},
+        "vocab_size": vocab_size,
+        "layout": {},
+        "versions": {
+            "plt_megatron": plt_megatron.__version__,
+            "megatron-core": version("megatron-core"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    folder.write_synced(temporary / folder.PROGRESS, json.dumps(described, indent=1))
+    return folder.publish(temporary, {})
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans from names and shapes, and makes each tensor when the writer has come to it."""
+
+    def __init__(self, tensors: list[LazyTensor], dtype: torch.dtype) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._dtype = dtype
+        self._tensors = tensors
+        self._made: dict[tuple[str, tuple[int, ...]], LazyTensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        index = MetadataIndex(_COMMON)
+        self.plan = SavePlan([*self._items(), WriteItem(index=index, type=WriteItemType.BYTE_IO)])
+        return self.plan
+
+    def _items(self) -> Iterator[WriteItem]:
+        layers = 1 + max(int(match[2]) for match in map(_layer, self._tensors) if match)
+        for tensor in self._tensors:
+            match = _layer(tensor)
+            key = match[1] + match[3] if match else tensor.name
+            shape = (layers, *tensor.shape) if match else tensor.shape
+            offsets = (int(match[2]), *[0] * len(tensor.shape)) if match else (0,) * len(shape)
+            part = (1, *tensor.shape) if match else tensor.shape
+            self._made[key, offsets] = tensor
+            yield WriteItem(
+                index=MetadataIndex(key, torch.Size(offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(part)),
+                    properties=TensorProperties(dtype=self._dtype),
+                    size=torch.Size(shape),
+                ),
+            )
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save({"content_metadata": {}}, stream)
+            return stream
+        assert write_item.tensor_data is not None and write_item.index.offset is not None
+        tensor = self._made[write_item.index.fqn, tuple(write_item.index.offset)]
+        made = tensor.make()
+        assert tuple(made.shape) == tensor.shape, (tensor.name, made.shape, tensor.shape)
+        return made.to(self._dtype).contiguous().view(write_item.tensor_data.chunk.sizes)
+
+
+def _layer(tensor: LazyTensor) -> re.Match[str] | None:
+    return _LAYER.fullmatch(tensor.name)

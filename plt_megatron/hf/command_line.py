@@ -1,0 +1,18 @@
+"""What the two conversion commands share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_imports() -> None:
+    """Keep torch, megatron-core and transformers from printing what is no news, and from asking the network."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\..*")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("megatron", "torch", "torch.utils.cpp_extension", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)

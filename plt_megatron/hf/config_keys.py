@@ -1,0 +1,344 @@
+"""config.json: our model settings as a Hugging Face configuration's keys, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.validation import MAX_LOOP_COUNT
+from plt_megatron.errors import UserError
+from plt_megatron.hf.rules import Style
+
+CONFIG = "config.json"
+LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
+_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+AUTO_MAP = {
+    "AutoConfig": "configuration_plt.PLTConfig",
+    "AutoModel": "modeling_plt.PLTModel",
+    "AutoModelForCausalLM": "modeling_plt.PLTForCausalLM",
+}
+
+
+@dataclass
+class Described:
+    """What a config.json says.
+
+    Attributes:
+        model: our settings, `vocab_size` included.
+        max_position_embeddings: the longest text the model was made for, in tokens.
+        tokens: `bos_token_id`, `eos_token_id`, `pad_token_id`, where given.
+        family: its `model_type`.
+        style: how gates are stored.
+    """
+
+    model: ModelConfig
+    vocab_size: int
+    max_position_embeddings: int
+    family: str
+    tokens: dict[str, Any] = field(default_factory=dict)
+    style: Style = "plt"
+
+
+# ---------------------------------------------------------------- ours to theirs
+
+
+def plt_keys(
+    model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
+) -> dict[str, Any]:
+    """config.json of an export that brings configuration_plt.py and modeling_plt.py with it."""
+    from plt_megatron.hf.configuration_plt import PLTConfig
+
+    clp = model.cross_loop_parallel
+    config = PLTConfig(
+        **_llama_keys(model, vocab_size, max_position_embeddings),
+        **tokens,
+        rope_parameters=_rope_keys(model),
+        qk_norm=model.qk_layernorm,
+        qkv_bias=model.qkv_bias,
+        ffn_output_norm=model.ffn_output_norm,
+        norm_placement=model.norm_placement,
+        loop_count=model.loop_count,
+        cross_loop_parallel=clp,
+        share_kv=model.share_kv,
+        gated_window=model.gated_window and model.share_kv,  # says nothing in a model of one loop
+        window_size=model.window_size,
+        gate_input=model.gate_input,
+        gate_side=model.gate_side,
+        norm_between_loops=model.norm_between_loops,
+        embedding_scale=model.embedding_scale if clp else 1.0,
+        hidden_scale=model.hidden_scale if clp else 1.0,
+    )
+    keys: dict[str, Any] = json.loads(config.to_json_string())
+    return {"architectures": ["PLTForCausalLM"], "auto_map": AUTO_MAP, **keys, "dtype": dtype}
+
+
+def loopcoder_keys(
+    model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
+) -> dict[str, Any]:
+    """config.json in LoopCoder-v2's keys.
+
+    Raises:
+        UserError: the model has something that LoopCoder-v2 has not.
+    """
+    wanted = {
+        "cross_loop_parallel": True,
+        "share_kv": True,
+        "gated_window": True,
+        "qk_layernorm": False,
+        "qkv_bias": False,
+        "ffn_output_norm": False,
+        "norm_placement": "pre",
+    }
+    other = [
+        f"model.{name} is {getattr(model, name)}" for name, value in wanted.items() if getattr(model, name) != value
+    ]
+    if model.loop_count == 1:
+        other.append("model.loop_count is 1")
+    if other:
+        raise UserError(f"the loopcoder format cannot say that {', '.join(other)}; use --format plt")
+    return {
+        "architectures": [LOOPCODER_ARCHITECTURE],
+        "model_type": LOOPCODER_TYPE,
+        **_llama_keys(model, vocab_size, max_position_embeddings),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": _llama3_keys(model) or None,
+        "plt_num_loops": model.loop_count,
+        "plt_window_size": [model.window_size - 1, 0],
+        "plt_normalize_per_loop": model.norm_between_loops,
+        "plt_emb_scale": model.embedding_scale,
+        "plt_hidden_scale": model.hidden_scale,
+        "plt_gate_use_hidden_states": model.gate_input == "hidden",
+        **tokens,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def _rope_keys(model: ModelConfig) -> dict[str, Any]:
+    return {"rope_theta": model.rotary_base, **(_llama3_keys(model) or {"rope_type": "default"})}
+
+
+def _llama3_keys(model: ModelConfig) -> dict[str, Any]:
+    """Llama 3.1's RoPE scaling, with the constants that megatron-core has."""
+    if model.rope_scaling_factor is None:
+        return {}
+    return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_CONSTANTS}
+
+
+def _llama_keys(model: ModelConfig, vocab_size: int, max_position_embeddings: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": derived.num_query_groups(model),
+        "head_dim": derived.head_dim(model),
+        "max_position_embeddings": max_position_embeddings,
+        "initializer_range": model.init_method_std,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+    }
+
+
+# ---------------------------------------------------------------- theirs to ours
+
+
+def read_config(folder: Path, loop_count: int | None = None) -> Described:
+    """What a Hugging Face folder's config.json says.
+
+    Args:
+        loop_count: loops to run instead of its own. A dense model becomes the start of a PLT with the paper's
+            settings.
+
+    Raises:
+        UserError: no such file, an architecture we do not know, or one with parts that we do not have.
+    """
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    try:
+        keys = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(keys, dict)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} holds no {CONFIG}") from error
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{path}: not a JSON object") from error
+    family = keys.get("model_type")
+    if family not in _FAMILIES:
+        known = ", ".join(sorted(_FAMILIES))
+        raise UserError(f"{path}: model_type {family!r} is not one that can be converted ({known})")
+    try:
+        if keys.get("quantization_config"):
+            raise UserError("the weights are quantized (quantization_config); convert the original model")
+        described = _FAMILIES[family](keys)
+    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(f"{path}: {reason}") from error
+    if loop_count is not None:
+        if not 1 <= loop_count <= MAX_LOOP_COUNT:
+            raise UserError(f"--loop-count must be from 1 to {MAX_LOOP_COUNT}, not {loop_count}")
+        described.model.loop_count = loop_count
+    return described
+
+
+def _from_plt(keys: dict[str, Any]) -> Described:
+    from plt_megatron.hf.configuration_plt import PLTConfig
+
+    config = PLTConfig.from_dict(_without_code(keys))
+    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    return _described(
+        config,
+        qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        ffn_output_norm=config.ffn_output_norm,
+        norm_placement=config.norm_placement,
+        loop_count=config.loop_count,
+        cross_loop_parallel=config.cross_loop_parallel,
+        share_kv=config.share_kv,
+        gated_window=config.gated_window,
+        window_size=config.window_size,
+        gate_input=config.gate_input,
+        gate_side=config.gate_side,
+        norm_between_loops=config.norm_between_loops,
+        embedding_scale=config.embedding_scale,
+        hidden_scale=config.hidden_scale,
+    )
+
+
+def _from_loopcoder(keys: dict[str, Any]) -> Described:
+    """LoopCoder-v2's keys; what is left out has its own class's defaults. Without them it is a Llama."""
+    loops = {key: keys[key] for key in keys if key.startswith("plt_")}
+    defaults = {"bos_token_id": 1, "rope_theta": 500000.0, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+    described = _from_llama({**defaults, **keys, "model_type": "llama"})
+    left, right = loops.get("plt_window_size") or (64, 0)
+    if right != 0:
+        raise UserError(f"plt_window_size [{left}, {right}] looks ahead: only [n, 0] is known")
+    model = described.model
+    model.loop_count = loops.get("plt_num_loops", 2)
+    if not isinstance(model.loop_count, int) or not 1 <= model.loop_count <= MAX_LOOP_COUNT:
+        raise UserError(f"plt_num_loops must be from 1 to {MAX_LOOP_COUNT}, not {model.loop_count!r}")
+    model.window_size = left + 1  # the query itself counts in ours
+    model.gate_input = "hidden" if loops.get("plt_gate_use_hidden_states", False) else "query"
+    model.gate_side = "global"
+    model.norm_between_loops = loops.get("plt_normalize_per_loop", True)
+    model.embedding_scale = _or_one(loops.get("plt_emb_scale"))
+    model.hidden_scale = _or_one(loops.get("plt_hidden_scale"))
+    described.family, described.style = LOOPCODER_TYPE, "loopcoder"
+    return described
+
+
+def _or_one(scale: float | None) -> float:
+    return 1.0 if scale is None else float(scale)
+
+
+def _from_llama(keys: dict[str, Any]) -> Described:
+    config = _transformers_config("llama", keys)
+    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    return _described(config)
+
+
+def _from_mistral(keys: dict[str, Any]) -> Described:
+    config = _transformers_config("mistral", keys)
+    _refuse(config, sliding_window=None, hidden_act="silu")
+    return _described(config)
+
+
+def _from_qwen2(keys: dict[str, Any]) -> Described:
+    config = _transformers_config("qwen2", keys)
+    _refuse(config, use_sliding_window=False, hidden_act="silu")
+    return _described(config, qkv_bias=True)
+
+
+def _from_qwen3(keys: dict[str, Any]) -> Described:
+    config = _transformers_config("qwen3", keys)
+    _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
+    return _described(config, qk_layernorm=True)
+
+
+def _from_olmo2(keys: dict[str, Any]) -> Described:
+    config = _transformers_config("olmo2", keys)
+    _refuse(config, attention_bias=False, hidden_act="silu")
+    return _described(config, qk_layernorm=True, norm_placement="post")
+
+
+_FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
+    "plt": _from_plt,
+    LOOPCODER_TYPE: _from_loopcoder,
+    "llama": _from_llama,
+    "mistral": _from_mistral,
+    "qwen2": _from_qwen2,
+    "qwen3": _from_qwen3,
+    "olmo2": _from_olmo2,
+}
+
+
+def _transformers_config(family: str, keys: dict[str, Any]) -> Any:
+    """transformers' own class fills in defaults and understands older spellings."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[family].from_dict(_without_code(keys))
+
+
+def _without_code(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if key not in ("auto_map", "architectures")}
+
+
+def _refuse(config: Any, **understood: Any) -> None:
+    for name, value in understood.items():
+        if getattr(config, name, value) != value:
+            raise UserError(f"{name} {getattr(config, name)!r} is not supported, only {value!r}")
+
+
+def _described(config: Any, **settings: Any) -> Described:
+    """What all families have in common, and `settings`. A dense model is one loop with the paper's settings."""
+    rope = dict(config.rope_parameters or {})
+    heads = config.num_attention_heads
+    model = ModelConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=heads,
+        num_query_groups=config.num_key_value_heads or heads,
+        kv_channels=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        rotary_base=float(rope["rope_theta"]),
+        rope_scaling_factor=_rope_scaling_factor(rope),
+        layernorm_epsilon=config.rms_norm_eps,
+        init_method_std=config.initializer_range,
+        **{"loop_count": 1, **settings},
+    )
+    if heads % derived.num_query_groups(model):
+        raise UserError(f"num_attention_heads {heads} is not divisible by num_key_value_heads {model.num_query_groups}")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return Described(
+        model=model,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        family=config.model_type,
+        tokens={name: getattr(config, name) for name in names if getattr(config, name, None) is not None},
+    )
+
+
+def _rope_scaling_factor(rope: dict[str, Any]) -> float | None:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0")
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+    for name, value in _LLAMA3_CONSTANTS.items():
+        if rope.get(name) != value:
+            raise UserError(f"rope_type llama3 with {name} {rope.get(name)} is not supported, only {value}")
+    return float(rope["factor"])

@@ -1,0 +1,139 @@
+"""Configuration of a Parallel Loop Transformer (PLT, arXiv 2510.24824) for transformers.
+
+This file travels with every exported model: it imports transformers and nothing else.
+"""
+
+from transformers.configuration_utils import PreTrainedConfig
+
+MAX_LOOPS = 8
+
+
+class PLTConfig(PreTrainedConfig):
+    """A Llama-style decoder whose layer stack runs `loop_count` times with the same weights.
+
+    The Llama names mean what they mean in `LlamaConfig`. The loop's own keys (paper section 3; the published
+    descendants LoopCoder-v2, arXiv 2606.18023, and IQuest-Coder-V1-Loop are switches):
+
+    Args:
+        loop_count (`int`): L, 1 to 8. 1 is a plain transformer and has no extra parameter.
+        cross_loop_parallel (`bool`): loops >= 2 read `embedding_scale * E + hidden_scale * shift(h)`;
+            else `h`.
+        share_kv (`bool`): loops >= 2 attend to the first loop's keys and values.
+        gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
+            values, by one sigmoid gate per head. Needs `share_kv`.
+        window_size (`int`): keys a query sees in the window, itself included.
+        gate_input (`str`): "query" (the query after RoPE) or "hidden" (RMSNorm of the layer's input).
+        gate_side (`str`): the attention that the gate multiplies, "local" or "global"; the other gets
+            1 - gate.
+        norm_between_loops (`bool`): the final norm is applied to every loop's output, not to the last's only.
+        embedding_scale, hidden_scale (`float`): scales of the input of loops >= 2.
+        qk_norm (`bool`): RMSNorm on queries and keys, per head (over the whole projection if `norm_placement`
+            is "post").
+        ffn_output_norm (`bool`): RMSNorm on the MLP's output before the residual is added.
+        norm_placement (`str`): "pre" (Llama) or "post" (OLMo-2: norms on the outputs of attention and MLP).
+        attention_bias (`bool`): biases on the q, k, v and o projections (Llama).
+        qkv_bias (`bool`): biases on the q, k and v projections only (Qwen2).
+    """
+
+    model_type = "plt"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    rope_parameters: dict | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: bool = False
+    ffn_output_norm: bool = False
+    norm_placement: str = "pre"
+
+    loop_count: int = 2
+    cross_loop_parallel: bool = True
+    share_kv: bool = True
+    gated_window: bool = True
+    window_size: int = 64
+    gate_input: str = "query"
+    gate_side: str = "local"
+    norm_between_loops: bool = False
+    embedding_scale: float = 1.0
+    hidden_scale: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}: give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` of one line if the keys do not describe a model."""
+        self._check_shapes()
+        self._check_loops()
+        if self.norm_placement not in ("pre", "post"):
+            raise ValueError(f'norm_placement must be "pre" or "post", not {self.norm_placement!r}')
+        if self.norm_placement == "post" and self.ffn_output_norm:
+            raise ValueError('norm_placement "post" already norms the MLP output: leave ffn_output_norm false')
+        if self.attention_bias and self.qkv_bias:
+            raise ValueError("attention_bias (q, k, v, o) and qkv_bias (q, k, v) exclude each other")
+
+    def _check_shapes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "window_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
+
+    def _check_loops(self) -> None:
+        count = self.loop_count
+        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_LOOPS:
+            raise ValueError(f"loop_count must be an integer from 1 to {MAX_LOOPS}, not {count!r}")
+        if self.gated_window and not self.share_kv:
+            raise ValueError("gated_window needs share_kv: its gate blends the window with the first loop's K and V")
+        if self.gate_input not in ("query", "hidden"):
+            raise ValueError(f'gate_input must be "query" or "hidden", not {self.gate_input!r}')
+        if self.gate_side not in ("local", "global"):
+            raise ValueError(f'gate_side must be "local" or "global", not {self.gate_side!r}')
+        scales = (self.embedding_scale, self.hidden_scale)
+        if not self.cross_loop_parallel and scales != (1.0, 1.0):
+            raise ValueError("embedding_scale and hidden_scale need cross_loop_parallel: without it a loop reads h")
+
+
+__all__ = ["PLTConfig"]

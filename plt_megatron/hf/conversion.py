@@ -1,0 +1,64 @@
+"""Weights, one tensor at a time, from our names to Hugging Face's and back. A tensor without a place is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from torch import Tensor
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf.rules import EXTRA_STATES, Rule
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+def to_hf(weights: Weights, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """(their name, tensor) of everything in `weights`, (our name, whole tensor) in any order.
+
+    Raises:
+        UserError: at the end of `weights` at the latest. A tensor is missing, unknown, given twice or has another
+            shape than the configuration says.
+    """
+    left = {rule.name: rule for rule in rules}
+    known = set(left)
+    for name, tensor in weights:
+        if name.endswith(EXTRA_STATES):
+            continue
+        if name not in left:
+            problem = "comes twice" if name in known else "has no place in an export of this configuration"
+            raise UserError(f"the weights' tensor {name} {problem}")
+        rule = left.pop(name)
+        if tuple(tensor.shape) != rule.shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration says {rule.shape}")
+        for (hf_name, shape), part in zip(rule.hf, rule.to_hf(tensor), strict=True):
+            assert tuple(part.shape) == shape, (hf_name, part.shape, shape)
+            yield hf_name, part
+    if left:
+        raise UserError(f"the weights lack {_enumerate(left)}")
+
+
+def to_megatron(read: Callable[[str], Tensor], rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """(our name, whole tensor) of every rule, from tensors that `read` gets by their name."""
+    for rule in rules:
+        yield rule.name, rule.to_megatron([read(name) for name, _ in rule.hf])
+
+
+def check_tensors(shapes: dict[str, tuple[int, ...]], rules: Sequence[Rule], where: str) -> None:
+    """Raise `UserError` unless `shapes` (their names) are just the tensors that `rules` want.
+
+    Args:
+        where: what the message begins with.
+    """
+    wanted = dict(pair for rule in rules for pair in rule.hf)
+    for names, problem in ((wanted.keys() - shapes.keys(), "lacks"), (shapes.keys() - wanted.keys(), "has unknown")):
+        if names:
+            raise UserError(f"{where}: {problem} {_enumerate(sorted(names))}")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise UserError(f"{where}: {name} has shape {shapes[name]}, config.json says {shape}")
+
+
+def _enumerate(names: Iterable[str], shown: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{'tensors' if len(names) > 1 else 'tensor'} {', '.join(names[:shown])}{more}"

@@ -1,0 +1,129 @@
+"""A checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf.config_keys import CONFIG, loopcoder_keys, plt_keys
+from plt_megatron.hf.conversion import to_hf
+from plt_megatron.hf.model_card import model_card
+from plt_megatron.hf.publishing import check_target, published_folder
+from plt_megatron.hf.rules import Rule, Style, rules_for
+from plt_megatron.hf.safetensors_files import SafetensorsWriter, parse_size
+from plt_megatron.hf.sources import PRECISIONS, Source, open_source
+from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer
+from plt_megatron.hf.verification import TOLERANCE, largest_difference
+
+MODEL_FILES = ("configuration_plt.py", "modeling_plt.py")
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export and how. See `tools/convert_to_hf.py --help`.
+
+    Attributes:
+        precision: a key of `PRECISIONS`; None: the checkpoint's.
+    """
+
+    checkpoint: Path
+    output: Path
+    precision: str | None = None
+    style: Style = "plt"
+    max_shard_size: str = "5GB"
+    verify: bool = False
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written. `difference` of logits and `tokens` compared are None without verification."""
+
+    output: Path
+    checkpoint: Path
+    tensors: int
+    total_bytes: int
+    files: int
+    difference: float | None = None
+    tokens: int | None = None
+
+
+def export(options: ExportOptions, say: Callable[[str], None] = print) -> ExportResult:
+    """Write the folder, whole or not at all.
+
+    Args:
+        say: told what is going on.
+
+    Raises:
+        UserError: the checkpoint, its tokenizer or the target is not what it has to be, a tensor is missing or has no
+            place, or the verification found another model.
+    """
+    check_target(options.output)
+    shard_size = parse_size(options.max_shard_size)
+    source = open_source(options.checkpoint, options.tokenizer)
+    rules = rules_for(source.model, source.vocab_size, options.style)
+    precision = options.precision or source.precision
+    if source.tokenizer is not None:
+        check_vocabulary(source.tokenizer, source.vocab_size, _trained_with(source))
+    else:
+        say("no tokenizer: this model was trained on numbers alone")
+    with published_folder(options.output) as folder:
+        if source.tokenizer is not None:
+            write_tokenizer(source.tokenizer, folder)
+        _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
+        say(f"writing {len(rules)} of {source.path}'s tensors as {precision}")
+        total_bytes, files = _write_weights(source, rules, folder, precision, shard_size)
+        card = model_card(source, options.output.name, rules, options.style)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        difference = tokens = None
+        if options.verify:
+            say("verifying: the same text through both models, in fp32")
+            difference, tokens = largest_difference(source, folder, PRECISIONS[precision], options.style)
+            say(f"largest difference of logits over {tokens} tokens: {difference:.2e}")
+            if not difference <= TOLERANCE:
+                raise UserError(
+                    f"the export is not the training model: its logits differ by up to {difference:.2e}, more than "
+                    f"{TOLERANCE:g}; nothing is written"
+                )
+    tensors = sum(len(rule.hf) for rule in rules)
+    return ExportResult(options.output, source.path, tensors, total_bytes, files, difference, tokens)
+
+
+def _trained_with(source: Source) -> str | None:
+    fingerprint: dict[str, Any] = source.progress.get("data_fingerprint") or {}
+    return fingerprint.get("tokenizer")
+
+
+def _write_weights(source: Source, rules: list[Rule], folder: Path, precision: str, shard_size: int) -> tuple[int, int]:
+    """(bytes of tensors, files)"""
+    shapes = [pair for rule in rules for pair in rule.hf]
+    with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size) as writer:
+        for name, tensor in to_hf(source.weights(), rules):
+            writer.write(name, tensor)
+        return writer.total_size, len(writer.files)
+
+
+def _write_configs(source: Source, folder: Path, style: Style, dtype: str) -> None:
+    keys_of = loopcoder_keys if style == "loopcoder" else plt_keys
+    keys = keys_of(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, dtype)
+    _write_json(folder / CONFIG, keys)
+    generation = {**source.tokens, **source.generation, "transformers_version": version("transformers")}
+    if "eos_token_id" in generation and "pad_token_id" not in generation:
+        # So that batches of prompts of uneven lengths can be generated from.
+        ends = generation["eos_token_id"]
+        generation["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
+    _write_json(folder / GENERATION_CONFIG, generation)
+    if style == "plt":
+        for name in MODEL_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,174 @@
+"""A Hugging Face folder as a training checkpoint: continued pretraining from a public model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from plt_megatron.errors import UserError
+from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.config_keys import Described, read_config
+from plt_megatron.hf.publishing import check_target, published_folder
+from plt_megatron.hf.rules import Rule, rules_for
+from plt_megatron.hf.safetensors_files import SafetensorsFolder
+from plt_megatron.hf.sources import PRECISIONS, check_hf_tensors, hf_precision
+from plt_megatron.hf.tokenizer_files import copy_tokenizer
+
+MODEL_YAML = "model.yaml"
+_TRAINABLE = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What to import and how. See `tools/convert_from_hf.py --help`.
+
+    Attributes:
+        loop_count: None: the model's own, 1 for a dense one.
+        precision: fp32 or bf16; None: the files', fp32 for fp16 (which bf16 would round).
+    """
+
+    model: Path
+    output: Path
+    loop_count: int | None = None
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What was written.
+
+    Attributes:
+        checkpoint: the published folder.
+        fresh: tensors that the files lack and that start from zero (gates) or one (their norms).
+        dropped: tensors of the files that the model has no use for.
+        tokenizer: the copy that training reads, None if there was none.
+    """
+
+    output: Path
+    checkpoint: Path
+    family: str
+    model: ModelConfig
+    precision: str
+    tensors: int
+    fresh: int
+    dropped: int
+    tokenizer: Path | None
+
+
+def import_model(options: ImportOptions) -> ImportResult:
+    """Write a run's folder with one checkpoint, of weights at step 0, whole or not at all.
+
+    Raises:
+        UserError: the folder is no model that we know, is broken, or the target exists.
+    """
+    check_target(options.output)
+    described = read_config(options.model)
+    target = read_config(options.model, options.loop_count)
+    files = SafetensorsFolder(options.model)
+    source_rules = rules_for(described.model, described.vocab_size, described.style)
+    check_hf_tensors(files, source_rules, described.model)
+    precision = _precision(options, files)
+    rules = rules_for(target.model, target.vocab_size)
+    tensors, fresh = _tensors(files, source_rules, rules, target)
+    names = {rule.name for rule in rules}
+    with published_folder(options.output) as folder:
+        tokenizer = copy_tokenizer(options.model, folder / "tokenizer", target.vocab_size, target.tokens)
+        published = options.output / tokenizer.relative_to(folder) if tokenizer else None
+        config = _run_config(options, target, precision, published)
+        origin = f"{options.model.resolve().name} ({target.family})"
+        progress = {"imported_from": origin, "special_tokens": target.tokens}
+        checkpoint = write_checkpoint(
+            folder / "checkpoints", tensors, config, target.vocab_size, PRECISIONS[precision], progress
+        )
+        (folder / MODEL_YAML).write_text(_model_yaml(config, options.output), encoding="utf-8")
+    return ImportResult(
+        output=options.output,
+        checkpoint=options.output / checkpoint.relative_to(folder),
+        family=target.family,
+        model=target.model,
+        precision=precision,
+        tensors=len(rules),
+        fresh=fresh,
+        dropped=sum(rule.name not in names for rule in source_rules),
+        tokenizer=published,
+    )
+
+
+def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:
+    found = hf_precision(files)
+    if options.precision is None:
+        return found if found in _TRAINABLE else "fp32"
+    if options.precision not in _TRAINABLE:
+        raise UserError(f"--dtype must be {' or '.join(_TRAINABLE)}, training's, not {options.precision}")
+    return options.precision
+
+
+def _tensors(
+    files: SafetensorsFolder, source_rules: list[Rule], rules: list[Rule], target: Described
+) -> tuple[list[LazyTensor], int]:
+    """The checkpoint's tensors, and how many of them the files lack."""
+    by_name = {rule.name: rule for rule in source_rules}
+    padded = derived.padded_vocab_size(target.model, target.vocab_size)
+    tensors, fresh = [], 0
+    for rule in rules:
+        shape = rule.shape
+        make: Callable[[], Tensor]
+        if rule.name in by_name:
+            make = partial(_convert, files, by_name[rule.name])
+        else:
+            make = partial(_fresh, rule)
+            fresh += 1
+        if rule.name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            shape = (padded, *shape[1:])
+            make = partial(_padded, make, padded)
+        tensors.append(LazyTensor(rule.name, shape, make))
+    return tensors, fresh
+
+
+def _convert(files: SafetensorsFolder, rule: Rule) -> Tensor:
+    return rule.to_megatron([files.read(name) for name, _ in rule.hf])
+
+
+def _fresh(rule: Rule) -> Tensor:
+    """As a new model has them: gates of one half, norms of one."""
+    assert ".plt_gate." in rule.name, rule.name
+    return torch.ones(rule.shape) if rule.name.endswith("gate_norm.weight") else torch.zeros(rule.shape)
+
+
+def _padded(make: Callable[[], Tensor], rows: int) -> Tensor:
+    tensor = make()
+    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
+
+
+def _run_config(options: ImportOptions, target: Described, precision: str, tokenizer: Path | None) -> RunConfig:
+    return RunConfig(
+        name=options.output.name,
+        output_dir=str(options.output.parent),
+        model=target.model,
+        data=DataConfig(
+            tokenizer=None if tokenizer is None else str(tokenizer), sequence_length=target.max_position_embeddings
+        ),
+        training=TrainingConfig(precision="bf16" if precision == "bf16" else "fp32"),
+    )
+
+
+def _model_yaml(config: RunConfig, output: Path) -> str:
+    """What a run's configuration includes to start from here."""
+    defaults = dataclasses.asdict(ModelConfig())
+    model = {name: value for name, value in dataclasses.asdict(config.model).items() if value != defaults[name]}
+    model["loop_count"] = config.model.loop_count
+    settings = {"model": model, "checkpoint": {"load": str(output), "weights_only": True}}
+    if config.data.tokenizer is not None:
+        settings["data"] = {"tokenizer": config.data.tokenizer}
+    header = f"# Include this in a run's configuration to train on from the weights in {output}.\n"
+    return header + yaml.safe_dump(settings, sort_keys=False)

@@ -1,0 +1,140 @@
+"""README.md of an export: what the model is, what it was trained on, how to use it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.hf.rules import Rule
+from plt_megatron.hf.sources import Source
+from plt_megatron.train.metrics import read_metrics
+
+_USE = """\
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+`configuration_plt.py` and `modeling_plt.py` are the model's code; they need torch and transformers 5.
+"""
+_LOOPS = """\
+The layers run {loops} times with the same weights. `generate` decodes all loops of a token in one pass;
+`loop_mode="serial"` runs them one after the other, and `loop_count=1` (when loading, or in a call) runs fewer.
+"""
+_LOOPCODER = """\
+## Use
+
+The weights' names and config.json's keys are LoopCoder-v2's (`IQuestPLTCoderForCausalLM`), for programs that serve it.
+"""
+
+
+def model_card(source: Source, name: str, rules: list[Rule], style: str) -> str:
+    """The card's text.
+
+    Args:
+        name: the exported folder's.
+        rules: of the exported tensors, to count parameters.
+    """
+    tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
+    sections = ["\n".join([*front, "---"]), f"# {name}", _introduction(source.model)]
+    sections.append("## Model\n\n" + _table(_model_facts(source, rules)))
+    if source.progress:
+        sections.append("## Training\n\n" + _table(_training_facts(source)))
+        losses = _validation_losses(source)
+        if losses:
+            sections.append("## Validation\n\n" + _table(losses))
+    if style == "loopcoder":
+        sections.append(_LOOPCODER.strip())
+    else:
+        sections.append(_USE.format(name=name).strip())
+        if source.model.loop_count > 1:
+            sections.append(_LOOPS.format(loops=source.model.loop_count).strip())
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduction(model: ModelConfig) -> str:
+    if model.loop_count == 1:
+        return "A decoder-only transformer, trained with plt_megatron."
+    kind = "Parallel Loop Transformer (PLT, arXiv 2510.24824)"
+    if not (model.cross_loop_parallel and model.share_kv and model.gated_window):
+        kind = "looped transformer, an ablation of the Parallel Loop Transformer (PLT, arXiv 2510.24824),"
+    return f"A {kind} of {model.loop_count} loops, trained with plt_megatron."
+
+
+def _table(facts: Iterator[tuple[str, Any]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)])
+
+
+def _model_facts(source: Source, rules: list[Rule]) -> Iterator[tuple[str, Any]]:
+    model = source.model
+    yield "parameters", f"{sum(math.prod(rule.shape) for rule in rules):,}"
+    yield "layers", model.num_layers
+    yield "hidden size", model.hidden_size
+    yield "FFN size", model.ffn_hidden_size
+    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
+    yield "attention heads", f"{heads} query, {groups} key/value, of {derived.head_dim(model)} channels"
+    yield "vocabulary", f"{source.vocab_size:,}"
+    yield "embeddings", "tied" if model.share_embeddings_and_output_weights else "untied"
+    yield "context", f"{source.max_position_embeddings:,} tokens"
+    yield "loops", model.loop_count
+    if model.loop_count > 1:
+        yield "cross-loop parallelism", "yes" if model.cross_loop_parallel else "no"
+        yield "first-loop key/value sharing", "yes" if model.share_kv else "no"
+        window = f"{model.window_size} keys, gate reads the {model.gate_input}, multiplies the {model.gate_side} part"
+        yield "gated sliding window", window if model.gated_window else "no"
+
+
+def _training_facts(source: Source) -> Iterator[tuple[str, Any]]:
+    progress = source.progress
+    config = progress["config"]
+    training, optimizer = config["training"], config["optimizer"]
+    if "imported_from" in progress:
+        yield "weights from", progress["imported_from"]
+    if progress["step"] == 0:
+        return
+    yield "run", config["name"]
+    yield "steps", f"{progress['step']:,}"
+    tokens = progress["step"] * training["global_batch_size"] * config["data"]["sequence_length"]
+    yield "tokens", f"{tokens:,}"
+    yield "data", _data(config["data"])
+    yield "sequence length", f"{config['data']['sequence_length']:,}"
+    yield "global batch", f"{training['global_batch_size']:,} sequences"
+    yield "precision", training["precision"]
+    rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
+    yield "optimizer", f"AdamW, learning rate {rate}, weight decay {optimizer['weight_decay']:g}"
+    yield "layout", ", ".join(f"{name.removesuffix('_size')} {size}" for name, size in progress["layout"].items())
+    yield "versions", ", ".join(f"{name} {version}" for name, version in progress["versions"].items())
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    sources = data["sources"] or data["train_sources"]
+    return (
+        ", ".join(f"{item['name'] or Path(item['path']).name} (weight {item['weight']:g})" for item in sources) or "-"
+    )
+
+
+def _validation_losses(source: Source) -> Iterator[tuple[str, Any]] | None:
+    """The losses measured at the checkpoint's step, from the run's metrics where they lie beside it."""
+    try:
+        records = read_metrics(source.path.parent.parent)
+    except (OSError, ValueError):
+        return None
+    step = source.progress["step"]
+    losses = {
+        record["loop_count"]: record["loss"]
+        for record in records
+        if record.get("kind") == "validation" and record.get("step") == step
+    }
+    rows = [(f"loss with {count} loop{'s' if count > 1 else ''}", f"{loss:.4f}") for count, loss in losses.items()]
+    return iter(rows) if rows else None

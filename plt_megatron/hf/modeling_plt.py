@@ -1,0 +1,1354 @@
+"""Parallel Loop Transformer (PLT, arXiv 2510.24824) for transformers, with the loops decoded in parallel.
+
+This file travels with every exported model: it imports torch and transformers, and its own configuration.
+
+The layer stack f runs L times with the same weights (paper section 3). With E the token embeddings:
+
+    h(1) = f(E)      h(l) = f(embedding_scale * E + hidden_scale * shift(h(l-1)))      logits = Head(norm(h(L)))
+
+`shift` moves a sequence one token to the right and puts a zero vector at the first position, so that in
+decoding every loop of a step can run at once: the L loops are rows of one batch through every linear layer.
+Row 1 writes its keys and values to the cache before the other rows attend to them, each row l >= 2 keeps a ring
+of `window_size` keys and values of its own, and h(1..L-1) of the last position are carried to the next step.
+
+Shapes: B sequences, T new tokens (or rows, one a loop, in a parallel step), N cached and new tokens, H query
+heads, K key/value heads, G = H / K, D the head dimension, d the hidden size, w the window, L the loop count.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_plt import PLTConfig
+
+# transformers 5.24 renamed `past_key_values`; an export is to load in both.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Cached tokens are stored in buffers that grow by this many, so that a step copies its own token only.
+CACHE_GROWTH = 128
+NOT_RECORDED = "cannot take {} tokens back: call activate_past_recording() on the cache before they are added"
+# Queries per block of the windowed attention over many tokens: it costs O(n * (block + w)).
+WINDOW_BLOCK = 64
+
+
+@dataclass
+class PLTPass:
+    """What the layers need to know of one pass. Rows are tokens of loop `loop`, or, if it is None, all loops.
+
+    Tensors move with `to`, so that a pass can cross devices.
+    """
+
+    loop: int | None
+    loop_count: int
+    cos: torch.Tensor  # [B or 1, T or 1, 1, D]
+    sin: torch.Tensor  # [B or 1, T or 1, 1, D], its first half negated: see `rotate`
+    start: Any = 0  # tokens cached before this pass: int, or a tensor in a static cache
+    slots: torch.Tensor | None = None  # [T] cache slots of the new tokens
+    global_mask: torch.Tensor | None = None  # [B or 1, 1, T, N]; [B, N] for flash attention
+    window_mask: torch.Tensor | None = None  # blocks, or [B or 1, 1, 1, w] in a step; [B, w-1+T] for flash
+    window: int = 0  # w, or T if that is less and nothing is cached
+    ring_slots: torch.Tensor | None = None  # where the last tokens go in the rings
+    prefix_slots: torch.Tensor | None = None  # where the w - 1 tokens before this pass are, oldest first
+    position_ids: torch.Tensor | None = None  # packed documents, for flash attention
+
+    def to(self, device: Any, non_blocking: bool = False) -> "PLTPass":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
+
+
+class PLTCacheLayer:
+    """Keys and values of one layer.
+
+    keys, values: [B, S, K, capacity, D], S = 1 with shared first-loop KV, else one store a loop.
+    window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t lies in slot t % w.
+    """
+
+    supports_early_init = True
+    is_sliding = False
+
+    def __init__(self, stores: int, window_loops: int, window_size: int, max_cache_len: int | None):
+        self.stores = stores
+        self.window_loops = window_loops
+        self.window_size = window_size
+        self.static_length = max_cache_len
+        self.is_compileable = max_cache_len is not None
+        self.is_croppable = max_cache_len is None
+        self.is_initialized = False
+        self.record_past = False
+        self.keys = self.values = self.window_keys = self.window_values = None
+        self.past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def lazy_initialization(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Allocate for tensors like key and value, [B, K, T, D]."""
+        batch, heads, _, dim = key.shape
+        self.batch_size = batch
+        capacity = self.static_length or 0
+        self.keys = key.new_zeros(batch, self.stores, heads, capacity, dim)
+        self.values = value.new_zeros(batch, self.stores, heads, capacity, dim)
+        if self.window_loops:
+            self.window_keys = key.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
+            self.window_values = value.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
+        if self.static_length is not None and not is_torchdynamo_compiling():
+            for tensor in self.tensors():
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def tensors(self) -> list[torch.Tensor]:
+        candidates = (self.keys, self.values, self.window_keys, self.window_values)
+        return [tensor for tensor in candidates if tensor is not None]
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, stores: slice, state: PLTPass) -> None:
+        """Store key and value [B, s, K, T, D] in the given stores, after what is cached."""
+        if not self.is_initialized:
+            self.lazy_initialization(key[:, 0], value[:, 0])
+        if self.static_length is not None:
+            self.keys[:, stores].index_copy_(3, state.slots, key)
+            self.values[:, stores].index_copy_(3, state.slots, value)
+            return
+        end = state.start + key.shape[3]
+        self._reserve(state.start, end)
+        self.keys[:, stores, :, state.start : end] = key
+        self.values[:, stores, :, state.start : end] = value
+
+    def _reserve(self, used: int, needed: int) -> None:
+        if needed <= self.keys.shape[3]:
+            return
+        capacity = -(-needed // CACHE_GROWTH) * CACHE_GROWTH
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:3], capacity, old.shape[4])
+            new[:, :, :, :used] = old[:, :, :, :used]
+            setattr(self, name, new)
+
+    def read(self, stores: slice, state: PLTPass, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, s, K, N, D] up to this pass's tokens (all slots of a static cache)."""
+        end = self.static_length if self.static_length is not None else state.start + new_tokens
+        return self.keys[:, stores, :, :end], self.values[:, stores, :, :end]
+
+    def write_window(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
+        """Put the last w tokens of key and value [B, s, K, T, D] into the rings."""
+        kept = state.ring_slots.shape[0]
+        self.window_keys[:, loops].index_copy_(3, state.ring_slots, key[:, :, :, -kept:])
+        self.window_values[:, loops].index_copy_(3, state.ring_slots, value[:, :, :, -kept:])
+        if not self.record_past:
+            self.past = None
+            return
+        if self.past is None:  # recording since before the first token
+            nothing = (key[:, 0, :, :0], value[:, 0, :, :0])
+            self.past = [nothing] * self.window_loops
+        for row, loop in enumerate(range(self.window_loops)[loops]):
+            past_key, past_value = self.past[loop]
+            self.past[loop] = (
+                torch.cat([past_key, key[:, row]], 2),
+                torch.cat([past_value, value[:, row]], 2),
+            )
+
+    def read_window(self, loops: slice, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor]:
+        """The filled slots of the rings, [B, s, K, <= w, D], in no order: softmax has none."""
+        full = self.static_length is not None
+        end = self.window_size if full else min(state.start + 1, self.window_size)
+        return self.window_keys[:, loops, :, :end], self.window_values[:, loops, :, :end]
+
+    def read_prefix(self, loop: int, state: PLTPass) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The tokens before this pass that its windows reach, [B, K, <= w-1, D], oldest first."""
+        if state.prefix_slots is None:
+            return None
+        keys = self.window_keys[:, loop].index_select(2, state.prefix_slots)
+        return keys, self.window_values[:, loop].index_select(2, state.prefix_slots)
+
+    def start_recording(self, length: int) -> None:
+        self.record_past = True
+        if not self.window_loops or not self.is_initialized:
+            return
+        first = max(length - self.window_size, 0)
+        slots = torch.arange(first, length, device=self.window_keys.device) % self.window_size
+        keys, values = self.window_keys.index_select(3, slots), self.window_values.index_select(3, slots)
+        self.past = list(zip(keys.unbind(1), values.unbind(1), strict=True))
+
+    def crop_window(self, removed: int, length: int) -> None:
+        """Take back the last tokens, leaving `length`, and keep no more of the past than the windows need."""
+        if not self.window_loops or not self.is_initialized:
+            return
+        kept = min(length, self.window_size)
+        if self.past is None or self.past[0][0].shape[2] - removed < kept:
+            raise ValueError(NOT_RECORDED.format(removed))
+        slots = torch.arange(length - kept, length, device=self.window_keys.device) % self.window_size
+        for loop, (key, value) in enumerate(self.past):
+            end = key.shape[2] - removed
+            self.past[loop] = (key[:, :, end - kept : end], value[:, :, end - kept : end])
+            self.window_keys[:, loop].index_copy_(2, slots, self.past[loop][0])
+            self.window_values[:, loop].index_copy_(2, slots, self.past[loop][1])
+
+    def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a function of the batch dimension to everything stored; static buffers keep their address."""
+        for name in ("keys", "values", "window_keys", "window_values"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, _replace(tensor, function(tensor), static=self.static_length is not None))
+        if self.past:
+            self.past = [(function(key), function(value)) for key, value in self.past]
+        if self.keys is not None:
+            self.batch_size = self.keys.shape[0]
+
+
+def _replace(old: torch.Tensor, new: torch.Tensor, static: bool) -> torch.Tensor:
+    if static and old.shape == new.shape:
+        return old.copy_(new)
+    return new
+
+
+class PLTCache(Cache):
+    """The decoding state of a PLT: keys and values, the window rings, and the carried hidden states.
+
+    It holds, per sequence, N tokens of K/V a layer (L times that without shared KV), (L - 1) rings of w tokens
+    a layer and (L - 1) vectors h(1..L-1) of the last position. Copies (`copy.deepcopy`) are independent, so a
+    stored prefix can be continued any number of times. `crop` takes back tokens that came after
+    `activate_past_recording()`.
+
+    Args:
+        config: the model's `PLTConfig`.
+        max_cache_len: tokens to allocate for; buffers then never move (torch.compile, CUDA graphs). None: they
+            grow.
+        loop_count: loops to keep state for; None: the configuration's.
+    """
+
+    def __init__(self, config: PLTConfig, max_cache_len: int | None = None, loop_count: int | None = None):
+        self.loop_count = config.loop_count if loop_count is None else loop_count
+        if max_cache_len is not None and max_cache_len < 1:
+            raise ValueError(f"max_cache_len must be positive, not {max_cache_len}")
+        later = self.loop_count - 1
+        stores = 1 if config.share_kv else self.loop_count
+        windows = later if config.gated_window else 0
+        layers = [
+            PLTCacheLayer(stores, windows, config.window_size, max_cache_len) for _ in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=layers)
+        self.hidden_size = config.hidden_size
+        self.static_length = max_cache_len
+        self.carries = later if config.cross_loop_parallel else 0
+        self.carry: torch.Tensor | None = None  # [B, L-1, d]
+        self.past_carries: torch.Tensor | None = None  # [B, m, L-1, d] while the past is recorded
+        # A tensor if static, so that a captured graph advances it.
+        self.length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+
+    def prepare(self, like: torch.Tensor) -> None:
+        """Allocate what is not a layer's, for hidden states like [B, T, d]."""
+        if self.static_length is not None and self.length.device != like.device:
+            self.length = self.length.to(like.device)
+        if self.carries and self.carry is None:
+            self.carry = like.new_zeros(like.shape[0], self.carries, self.hidden_size)
+            if self.static_length is not None and not is_torchdynamo_compiling():
+                torch._dynamo.mark_static_address(self.carry)
+                torch._dynamo.mark_static_address(self.length)
+            if self.is_recording:
+                self.past_carries = self.carry[:, None]
+
+    def advance(self, tokens: int, states: list[torch.Tensor]) -> None:
+        """Count the new tokens and keep the carries out of `states`, h(1..L-1) of shape [B, T, d]."""
+        if self.carries:
+            last = torch.stack([state[:, -1] for state in states], 1)
+            self.carry = _replace(self.carry, last, static=self.static_length is not None)
+            if self.is_recording:
+                self.past_carries = torch.cat([self.past_carries, torch.stack(states, 2)], 1)
+            else:
+                self.past_carries = None
+        if self.static_length is None:
+            self.length += tokens
+        else:
+            self.length.add_(tokens)
+
+    @property
+    def is_recording(self) -> bool:
+        return self.layers[0].record_past
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs, from now on and until the next `crop`."""
+        if self.static_length is not None:
+            raise ValueError("a static PLT cache cannot record its past: use a dynamic one")
+        for layer in self.layers:
+            layer.start_recording(self.length)
+        if self.carry is not None:
+            self.past_carries = self.carry[:, None]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens (a negative number, as in transformers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
+        removed = -tokens_to_remove
+        recording = self.is_recording
+        if removed == 0 and not recording:
+            return
+        if self.static_length is not None:
+            raise ValueError("a static PLT cache cannot be cropped: use a dynamic one")
+        length = self.length - removed
+        if length < 0:
+            raise ValueError(f"cannot remove {removed} of {self.length} tokens")
+        self._crop_carry(removed, length)
+        for layer in self.layers:
+            layer.crop_window(removed, length)
+        self.length = length
+
+    def _crop_carry(self, removed: int, length: int) -> None:
+        if self.carry is None:
+            return
+        if self.past_carries is None or self.past_carries.shape[1] <= removed:
+            raise ValueError(NOT_RECORDED.format(removed))
+        end = self.past_carries.shape[1] - removed
+        self.past_carries = self.past_carries[:, end - 1 : end]
+        self.carry = self.past_carries[:, 0]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return (self.static_length if self.static_length is not None else self.length + query_length), 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1 if self.static_length is None else self.static_length
+
+    def early_initialization(self, batch_size, num_heads, head_dim, dtype, device) -> None:
+        super().early_initialization(batch_size, num_heads, head_dim, dtype, device)
+        self.prepare(torch.zeros((batch_size, 0, 0), dtype=dtype, device=device))
+
+    def reset(self) -> None:
+        """Forget everything; the buffers stay."""
+        for layer in self.layers:
+            layer.record_past, layer.past = False, None
+        self.past_carries = None
+        if self.carry is not None:
+            self.carry.zero_()
+        self.length = 0 if self.static_length is None else self.length.zero_()
+
+    def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            layer.map_batch(function)
+        if self.carry is not None:
+            self.carry = _replace(self.carry, function(self.carry), static=self.static_length is not None)
+        if self.past_carries is not None:
+            self.past_carries = function(self.past_carries)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map_batch(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def memory_bytes(self, allocated: bool = False) -> int:
+        """Bytes of state: of the tokens held (rings are always whole), or of everything allocated."""
+        total = 0 if self.carry is None else self.carry.nbytes
+        for layer in self.layers:
+            for tensor in layer.tensors():
+                is_window = tensor is layer.window_keys or tensor is layer.window_values
+                held = 1.0 if allocated or is_window else int(self.length) / tensor.shape[3]
+                total += round(tensor.nbytes * held)
+        return total
+
+    def __iter__(self):
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
+
+
+class PLTRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class PLTRotaryEmbedding(nn.Module):
+    """Rotary position embeddings in Llama's half-rotation convention, the same position in every loop."""
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: PLTConfig, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B or 1, T, 1, D] of positions [B or 1, T], in x's dtype; sin half negated, see `rotate`."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
+        cos = (angles.cos() * self.attention_scaling).to(x.dtype)
+        sin = (angles.sin() * self.attention_scaling).to(x.dtype)
+        return torch.cat([cos, cos], -1).unsqueeze(2), torch.cat([-sin, sin], -1).unsqueeze(2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to x [B, T, heads, D]. `sin` has the sign of (-x2, x1), so swapping the halves is enough."""
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention that also returns its weights: [B, T, H, D], [B, H, T, N]. The mask is additive."""
+    groups = module.num_key_value_groups
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class _FoldedHeads:
+    """What an attention interface reads of a module, for queries folded into rows of their key/value head."""
+
+    is_causal = False
+
+    def __init__(self, attention: "PLTAttention", groups: int):
+        self.config = attention.config
+        self.layer_idx = attention.layer_idx
+        self.training = attention.training
+        self.num_key_value_groups = groups
+        self.modules = attention.modules
+
+
+class PLTGate(nn.Module):
+    """One scalar in (0, 1) per head and token, sigmoid of a linear function (paper section 3, G-SWA).
+
+    gate_input "query": weight [H, D] against the query after RoPE.
+    gate_input "hidden": weight [H, d] against RMSNorm of the layer's input residual stream.
+    """
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.from_hidden = config.gate_input == "hidden"
+        width = config.hidden_size if self.from_hidden else config.head_dim
+        self.weight = nn.Parameter(torch.zeros(config.num_attention_heads, width))
+        self.bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+        if self.from_hidden:
+            self.gate_norm = PLTRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Gates [B, T, H, 1] from query [B, T, H, D] and residual [B, T, d]; computed in fp32."""
+        if self.from_hidden:
+            logits = F.linear(self.gate_norm(residual).float(), self.weight.float(), self.bias.float())
+        else:
+            logits = (query.float() * self.weight.float()).sum(-1) + self.bias.float()
+        return logits.sigmoid().to(query.dtype).unsqueeze(-1)
+
+
+class PLTAttention(nn.Module):
+    """Causal attention in loop 1; in loops >= 2 the gated blend of first-loop attention and their own window."""
+
+    def __init__(self, config: PLTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * self.head_dim
+        kv_size = config.num_key_value_heads * self.head_dim
+        bias = config.attention_bias or config.qkv_bias
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.norm_heads = config.norm_placement == "pre"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            sizes = (self.head_dim, self.head_dim) if self.norm_heads else (query_size, kv_size)
+            self.q_norm = PLTRMSNorm(sizes[0], config.rms_norm_eps)
+            self.k_norm = PLTRMSNorm(sizes[1], config.rms_norm_eps)
+        self.plt_gate = PLTGate(config) if config.gated_window and config.loop_count > 1 else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        shared_key: torch.Tensor | None,
+        shared_value: torch.Tensor | None,
+        state: PLTPass,
+        cache: PLTCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Attention over normed hidden_states [B, T, d]; `residual` is the layer's input, for the gate.
+
+        Returns the output [B, T, d], weights or None, and this pass's keys and values [B, K, T, D], which a
+        first loop without a cache hands to the later ones as `shared_key` and `shared_value`.
+        """
+        query = self._heads(self.q_proj(hidden_states), self.q_norm, state)
+        kv_input = self._kv_input(hidden_states, state)
+        key = value = None
+        if kv_input is not None:
+            key = self._heads(self.k_proj(kv_input), self.k_norm, state)
+            value = self._split(self.v_proj(kv_input))
+        if state.loop is None or (cache is not None and query.shape[1] == 1):
+            out, weights = self._step(query, key, value, residual, state, cache)
+        else:
+            key, value = (None, None) if key is None else (key.transpose(1, 2), value.transpose(1, 2))
+            shared = None if shared_key is None else (shared_key, shared_value)
+            out, weights = self._sequence(query, key, value, shared, residual, state, cache)
+        return self.o_proj(out.flatten(2)), weights, key, value
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim)
+
+    def _heads(self, x: torch.Tensor, norm: PLTRMSNorm | None, state: PLTPass) -> torch.Tensor:
+        """[B, T, heads * D] to [B, T, heads, D], normed and rotated."""
+        if norm is None:
+            x = self._split(x)
+        elif self.norm_heads:
+            x = norm(self._split(x))
+        else:
+            x = self._split(norm(x))
+        return rotate(x, state.cos, state.sin)
+
+    def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
+        """The rows whose own keys and values anything attends to: without a window, the first loop's only."""
+        if not self.config.share_kv or self.config.gated_window or state.loop == 0:
+            return hidden_states
+        return hidden_states[:, :1] if state.loop is None else None
+
+    def _blend(
+        self, query: torch.Tensor, residual: torch.Tensor, y_local: torch.Tensor, y_global: torch.Tensor
+    ) -> torch.Tensor:
+        gate = self.plt_gate(query, residual)
+        if self.config.gate_side == "local":
+            return torch.lerp(y_global, y_local, gate)
+        return torch.lerp(y_local, y_global, gate)
+
+    # Many tokens of one loop: training, scoring, prefill.
+
+    def _sequence(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+        residual: torch.Tensor,
+        state: PLTPass,
+        cache: PLTCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [B, T, H, D], key and value [B, K, T, D]; returns [B, T, H, D]."""
+        loop = state.loop
+        keys, values = self._global_kv(key, value, shared, query.shape[1], state, cache)
+        y, weights = self._interface()(
+            self,
+            query.transpose(1, 2),
+            keys,
+            values,
+            state.global_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            position_ids=state.position_ids,
+        )
+        if loop == 0 or not self.config.gated_window:
+            return y, weights
+        prefix = None
+        if cache is not None:
+            layer = cache.layers[self.layer_idx]
+            prefix = layer.read_prefix(loop - 1, state)
+            layer.write_window(key.unsqueeze(1), value.unsqueeze(1), slice(loop - 1, loop), state)
+        if prefix is not None:
+            key, value = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
+        window = self._flash_window if _is_flash(self.config) else self._blocked_window
+        return self._blend(query, residual, window(query, key, value, state), y), weights
+
+    def _global_kv(
+        self,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+        tokens: int,
+        state: PLTPass,
+        cache: PLTCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, K, N, D] that loop `state.loop` attends to in full."""
+        own = state.loop == 0 or not self.config.share_kv
+        if cache is None:
+            return (key, value) if own else shared
+        layer = cache.layers[self.layer_idx]
+        store = 0 if self.config.share_kv else state.loop
+        stores = slice(store, store + 1)
+        if own:
+            layer.write(key.unsqueeze(1), value.unsqueeze(1), stores, state)
+        keys, values = layer.read(stores, state, tokens)
+        return keys[:, 0], values[:, 0]
+
+    def _flash_window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass
+    ) -> torch.Tensor:
+        y, _ = self._interface()(
+            self,
+            query.transpose(1, 2),
+            key,
+            value,
+            state.window_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.window_size,
+            position_ids=state.position_ids,
+        )
+        return y
+
+    def _blocked_window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: PLTPass
+    ) -> torch.Tensor:
+        """Windowed attention in O(T * (block + w)): each block of queries against the keys it can reach.
+
+        query [B, T, H, D]; key and value [B, K, <= w-1 + T, D]; window_mask [B, blocks, block, block + w - 1].
+        """
+        batch, tokens, heads, dim = query.shape
+        mask, groups, kv_heads = state.window_mask, self.num_key_value_groups, key.shape[1]
+        blocks, block, reach = mask.shape[1:]
+        before = state.window - 1 - (key.shape[2] - tokens)
+        after = blocks * block - tokens
+        query = F.pad(query, (0, 0, 0, 0, 0, after)).view(batch, blocks, block, kv_heads, groups, dim)
+        query = query.permute(0, 1, 3, 4, 2, 5).reshape(batch * blocks, kv_heads, groups * block, dim)
+
+        def cut(x: torch.Tensor) -> torch.Tensor:
+            x = F.pad(x, (0, 0, before, after)).unfold(2, reach, block)
+            return x.permute(0, 2, 1, 4, 3).reshape(batch * blocks, kv_heads, reach, dim)
+
+        mask = mask[:, :, None].expand(batch, blocks, groups, block, reach)
+        mask = mask.reshape(batch * blocks, 1, groups * block, reach)
+        y, _ = self._attend_rows(query, cut(key), cut(value), mask)
+        y = y.view(batch, blocks, kv_heads, groups, block, dim).permute(0, 1, 4, 2, 3, 5)
+        return y.reshape(batch, blocks * block, heads, dim)[:, :tokens]
+
+    # One token: all loops as rows, or one loop.
+
+    def _step(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        residual: torch.Tensor,
+        state: PLTPass,
+        cache: PLTCache,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One token of R loops: query [B, R, H, D], key and value [B, R, K, D]; returns [B, R, H, D].
+
+        With shared KV the queries of all loops and heads of a group are rows against one read of the cache.
+        """
+        layer = cache.layers[self.layer_idx]
+        first, rows = state.loop or 0, query.shape[1]
+        if key is not None:
+            key, value = key.unsqueeze(3), value.unsqueeze(3)
+        if self.config.share_kv:
+            if first == 0:
+                layer.write(key[:, :1], value[:, :1], slice(0, 1), state)
+            keys, values = layer.read(slice(0, 1), state, 1)
+            y, weights = self._shared_rows(query, keys[:, 0], values[:, 0], state.global_mask)
+        else:
+            layer.write(key, value, slice(first, first + rows), state)
+            keys, values = layer.read(slice(first, first + rows), state, 1)
+            y, weights = self._own_rows(query, keys, values, state.global_mask)
+        skip = 1 if first == 0 else 0  # the first loop has no window
+        if not self.config.gated_window or rows == skip:
+            return y, weights
+        loops = slice(first + skip - 1, first + rows - 1)
+        layer.write_window(key[:, skip:], value[:, skip:], loops, state)
+        keys, values = layer.read_window(loops, state)
+        later = query[:, skip:]
+        y_local, _ = self._own_rows(later, keys, values, state.window_mask)
+        blended = self._blend(later, residual[:, skip:], y_local, y[:, skip:])
+        return (torch.cat([y[:, :1], blended], 1) if skip else blended), weights
+
+    def _shared_rows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [B, R, H, D] against one key and value [B, K, N, D]."""
+        batch, rows, heads, dim = query.shape
+        kv_heads, groups = key.shape[1], self.num_key_value_groups
+        query = query.view(batch, rows, kv_heads, groups, dim).transpose(1, 2)
+        y, weights = self._attend_rows(query.reshape(batch, kv_heads, rows * groups, dim), key, value, mask)
+        y = y.view(batch, kv_heads, rows, groups, dim).transpose(1, 2).reshape(batch, rows, heads, dim)
+        if weights is not None:
+            weights = weights.view(batch, kv_heads, rows, groups, -1).transpose(2, 3).flatten(1, 2)
+        return y, weights
+
+    def _own_rows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [B, R, H, D], each row against its own key and value [B, R, K, N, D]."""
+        batch, rows, heads, dim = query.shape
+        query = query.reshape(batch * rows, key.shape[2], self.num_key_value_groups, dim)
+        y, weights = self._attend_rows(query, key.flatten(0, 1), value.flatten(0, 1), mask)
+        if weights is not None:
+            weights = weights.view(batch, rows, heads, -1).transpose(1, 2)
+        return y.reshape(batch, rows, heads, dim), weights
+
+    def _attend_rows(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query [X, K, R, D] against key and value [X, K, N, D], not causal; returns [X, K, R, D]."""
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.config._attn_implementation == "sdpa":
+            # The interface's function would copy to [X, R, K, D] and repeat K/V under torch.compile.
+            y = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=self.scaling)
+            return y, None
+        kwargs = {"dropout": dropout, "scaling": self.scaling, "is_causal": False}
+        if not _is_flash(self.config):
+            y, weights = self._interface()(_FoldedHeads(self, 1), query, key, value, mask, **kwargs)
+            return y.transpose(1, 2), weights
+        # Flash attention unpads single queries: rows go into heads, which it folds back itself.
+        batch, kv_heads, rows, dim = query.shape
+        query = query.reshape(batch, kv_heads * rows, 1, dim)
+        y, _ = self._interface()(_FoldedHeads(self, rows), query, key, value, mask, **kwargs)
+        return y.reshape(batch, kv_heads, rows, dim), None
+
+    def _interface(self) -> Callable:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+
+def _is_flash(config: PLTConfig) -> bool:
+    return "flash" in (config._attn_implementation or "")
+
+
+class PLTMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), as in Llama."""
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PLTDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MLP with their residuals; one set of weights for every loop."""
+
+    def __init__(self, config: PLTConfig, layer_idx: int):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        pre = config.norm_placement == "pre"
+        self.self_attn = PLTAttention(config, layer_idx)
+        self.mlp = PLTMLP(config)
+        self.input_layernorm = PLTRMSNorm(size, eps) if pre else None
+        self.post_attention_layernorm = PLTRMSNorm(size, eps)
+        self.post_feedforward_layernorm = PLTRMSNorm(size, eps) if not pre or config.ffn_output_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        shared_key: torch.Tensor | None = None,
+        shared_value: torch.Tensor | None = None,
+        state: PLTPass | None = None,
+        cache: PLTCache | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """hidden_states [B, T, d] to the same, and the pass's keys and values [B, K, T, D] or None."""
+        pre = self.input_layernorm is not None
+        attention_input = self.input_layernorm(hidden_states) if pre else hidden_states
+        out, _, key, value = self.self_attn(
+            attention_input, hidden_states, shared_key, shared_value, state=state, cache=cache
+        )
+        if not pre:
+            out = self.post_attention_layernorm(out)
+        hidden_states = hidden_states + out
+        out = self.mlp(self.post_attention_layernorm(hidden_states) if pre else hidden_states)
+        if self.post_feedforward_layernorm is not None:
+            out = self.post_feedforward_layernorm(out)
+        return hidden_states + out, key, value
+
+
+class PLTPreTrainedModel(PreTrainedModel):
+    config: PLTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PLTDecoderLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": PLTDecoderLayer, "attentions": PLTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PLTGate):
+            # Half and half at the start, as LoopCoder-v2 does.
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+
+
+class PLTModel(PLTPreTrainedModel):
+    """The embedding, the looped layer stack and the final norm.
+
+    `prefill_chunk_size` (an attribute) bounds the tokens that go through the loops at once when a cache is
+    filled, so that memory grows with n and not with n * n.
+    """
+
+    prefill_chunk_size = 2048
+
+    def __init__(self, config: PLTConfig):
+        super().__init__(config)
+        config.check()
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([PLTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = PLTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = PLTRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def new_cache(self, max_cache_len: int | None = None, loop_count: int | None = None) -> PLTCache:
+        """An empty cache for this model: growing, or static if `max_cache_len` is given."""
+        return PLTCache(self.config, max_cache_len, self._loop_count(loop_count))
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: PLTCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        loop_count: int | None = None,
+        loop_mode: str | None = None,
+        past_key_values: PLTCache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the loops over new tokens [B, T].
+
+        Args:
+            attention_mask: [B, N] over cached and new tokens, 0 at padding. A token after padding starts
+                afresh: `shift` gives it a zero vector.
+            position_ids: [B or 1, T]; None: counted without padding. Without a cache, a token whose position
+                does not follow the one before it starts a new (packed) document, which attends to and receives
+                nothing from the others.
+            use_cache: None: the configuration's, except while gradients are recorded. A cache is for
+                inference: with one, no gradient is.
+            loop_count: loops to run, at most the configuration's.
+            loop_mode: how a step of one cached token runs: "parallel" (the default where cross_loop_parallel
+                allows it) or "serial", one loop after the other.
+            past_key_values: `cache`, by its name before transformers 5.24.
+
+        Hidden states recorded by `output_hidden_states` are one [B, T, d] per layer and loop; in a parallel
+        step one [B, L, d] per layer.
+        """
+        loops = self._loop_count(loop_count)
+        if past_key_values is not None:
+            if cache is not None:
+                raise ValueError("cache and past_key_values are two names of one argument: give one")
+            cache = past_key_values
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if loop_mode not in (None, "parallel", "serial"):
+            raise ValueError(f'loop_mode must be "parallel" or "serial", not {loop_mode!r}')
+        if loop_mode == "parallel" and loops > 1 and not self.config.cross_loop_parallel:
+            raise ValueError('loop_mode "parallel" needs cross_loop_parallel: this model\'s loops wait for each other')
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask must be [batch, tokens], not of {attention_mask.ndim} dimensions")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        documents = None
+        if cache is None:
+            documents = _documents(position_ids, attention_mask)
+            cache = self._new_cache_if_wanted(use_cache, loops, documents is not None)
+        self._check_cache(cache, loops)
+        with nullcontext() if cache is None else torch.no_grad():
+            hidden_states = self._run(
+                inputs_embeds, attention_mask, position_ids, cache, documents, loops, loop_mode, kwargs
+            )
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+
+    def _loop_count(self, loop_count: int | None) -> int:
+        most = self.config.loop_count
+        if loop_count is None:
+            return most
+        if not isinstance(loop_count, int) or not 1 <= loop_count <= most:
+            raise ValueError(f"loop_count must be from 1 to this model's {most}, not {loop_count!r}")
+        return loop_count
+
+    def _new_cache_if_wanted(self, use_cache: bool | None, loops: int, packed: bool) -> PLTCache | None:
+        if packed and use_cache:
+            raise ValueError("packed documents cannot be cached: use_cache must be False")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not torch.is_grad_enabled() and not packed
+        if use_cache and torch.is_grad_enabled() and self.training:
+            # As everywhere in transformers, training drops the cache: Trainer passes use_cache freely.
+            use_cache = False
+        return PLTCache(self.config, loop_count=loops) if use_cache else None
+
+    def _check_cache(self, cache: Any, loops: int) -> None:
+        if cache is None:
+            return
+        if not isinstance(cache, PLTCache):
+            raise ValueError(f"a PLT decodes with a PLTCache (model.new_cache()), not with {type(cache).__name__}")
+        if cache.loop_count != loops:
+            raise ValueError(f"the cache was filled with {cache.loop_count} loops, and {loops} are asked for")
+        if cache.static_length is not None and _is_flash(self.config):
+            raise ValueError("a static PLT cache works with sdpa or eager attention, not with flash attention")
+
+    def _run(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: PLTCache | None,
+        documents: torch.Tensor | None,
+        loops: int,
+        loop_mode: str | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        tokens = embeds.shape[1]
+        recorded = [
+            kwargs.get(name, getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions")
+        ]
+        chunk = tokens if cache is None or any(recorded) else self.prefill_chunk_size
+        if tokens <= chunk:
+            return self._run_chunk(embeds, attention_mask, position_ids, cache, documents, loops, loop_mode)
+        outputs = []
+        known = None if attention_mask is None else attention_mask.shape[1]
+        for begin in range(0, tokens, chunk):
+            end = min(begin + chunk, tokens)
+            seen = None if known is None else attention_mask[:, : known - (tokens - end)]
+            positions = None if position_ids is None else position_ids[:, begin:end]
+            outputs.append(self._run_chunk(embeds[:, begin:end], seen, positions, cache, None, loops, loop_mode))
+        return torch.cat(outputs, 1)
+
+    def _run_chunk(
+        self,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: PLTCache | None,
+        documents: torch.Tensor | None,
+        loops: int,
+        loop_mode: str | None,
+    ) -> torch.Tensor:
+        if cache is not None:
+            cache.prepare(embeds)
+        layout = _Layout(self.config, embeds, attention_mask, cache, documents)
+        if position_ids is None:
+            position_ids = layout.positions()
+        step = cache is not None and layout.tokens == 1
+        parallel = step and loops > 1 and self.config.cross_loop_parallel and loop_mode != "serial"
+        cos, sin = self.rotary_emb(embeds, position_ids)
+        state = PLTPass(
+            loop=None if parallel else 0,
+            loop_count=loops,
+            cos=cos,
+            sin=sin,
+            start=layout.start,
+            position_ids=position_ids if documents is not None else None,
+        )
+        layout.fill(state, loops, parallel, step)
+        if parallel:
+            return self._parallel_step(embeds, state, cache, layout)
+        return self._loop_by_loop(embeds, state, cache, layout)
+
+    def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache, layout: "_Layout") -> torch.Tensor:
+        """One token, every loop at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
+        later = self._loop_input(embeds, cache.carry)
+        hidden_states = torch.cat([embeds, later], 1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, state=state, cache=cache)[0]
+        hidden_states = hidden_states.to(embeds.device)
+        if self.config.norm_between_loops:
+            hidden_states = self.norm(hidden_states)
+        carries = layout.real(hidden_states[:, :-1])
+        cache.advance(1, list(carries.split(1, 1)))
+        last = hidden_states[:, -1:]
+        return last if self.config.norm_between_loops else self.norm(last)
+
+    def _loop_by_loop(
+        self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache | None, layout: "_Layout"
+    ) -> torch.Tensor:
+        """New tokens [B, T, d], one loop after the other; returns the normed output of the last."""
+        shared: list[tuple[Any, Any]] = [(None, None)] * len(self.layers)
+        hidden_states, states = embeds, []
+        for loop in range(state.loop_count):
+            if loop:
+                hidden_states = self._next_input(embeds, hidden_states, cache, loop, layout)
+            state = replace(state, loop=loop)
+            for index, layer in enumerate(self.layers):
+                hidden_states, key, value = layer(hidden_states, *shared[index], state=state, cache=cache)
+                if loop == 0 and cache is None and self.config.share_kv:
+                    shared[index] = (key, value)
+            hidden_states = hidden_states.to(embeds.device)
+            is_last = loop == state.loop_count - 1
+            if is_last or self.config.norm_between_loops:
+                hidden_states = self.norm(hidden_states)
+            if not is_last:
+                states.append(hidden_states)
+        if cache is not None:
+            cache.advance(embeds.shape[1], [layout.real(h) for h in states])
+        return hidden_states
+
+    def _next_input(
+        self,
+        embeds: torch.Tensor,
+        hidden_states: torch.Tensor,
+        cache: PLTCache | None,
+        loop: int,
+        layout: "_Layout",
+    ) -> torch.Tensor:
+        """Input of loop `loop` (from 0): B = embedding_scale * E + hidden_scale * shift(h), or h itself."""
+        if not self.config.cross_loop_parallel:
+            return hidden_states
+        if cache is None:
+            shifted = F.pad(hidden_states[:, :-1], (0, 0, 1, 0))
+        else:
+            shifted = torch.cat([cache.carry[:, loop - 1 : loop], hidden_states[:, :-1]], 1)
+        return self._loop_input(embeds, layout.continued(shifted))
+
+    def _loop_input(self, embeds: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
+        a, b = self.config.embedding_scale, self.config.hidden_scale
+        return (embeds if a == 1.0 else a * embeds) + (shifted if b == 1.0 else b * shifted)
+
+
+def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Index of each token's packed document [B or 1, T]; None if there is one. Padding separates nothing."""
+    if position_ids is None or position_ids.shape[-1] == 1:
+        return None
+    starts = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        starts = starts & real[:, 1:] & real[:, :-1]
+    if not is_torchdynamo_compiling() and not starts.any():
+        return None
+    return F.pad(starts.cumsum(-1), (1, 0))
+
+
+class _Layout:
+    """Which cached and new tokens see each other: built once a pass, for all layers and loops.
+
+    `segments` [B or 1, N] numbers documents and is -1 at padding, None if every token is one real document.
+    Tokens of one segment see each other (padding sees padding: no row of a softmax is empty).
+    """
+
+    def __init__(
+        self,
+        config: PLTConfig,
+        embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: PLTCache | None,
+        documents: torch.Tensor | None,
+    ):
+        self.config = config
+        self.device, self.dtype = embeds.device, embeds.dtype
+        self.batch, self.tokens = embeds.shape[:2]
+        self.cache = cache
+        self.static = cache is not None and cache.static_length is not None
+        self.start = 0 if cache is None else cache.get_seq_length()
+        self.total = cache.static_length if self.static else self.start + self.tokens
+        self.slots = self.start + torch.arange(self.tokens, device=self.device)
+        self.segments = self._segments(attention_mask, documents)
+        self.new_segments = None  # [B or 1, T]
+        if self.segments is not None:
+            self.new_segments = self.segments[:, self.slots] if self.static else self.segments[:, -self.tokens :]
+
+    def _segments(self, mask: torch.Tensor | None, documents: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is not None:
+            mask = self._whole_mask(mask.to(self.device))
+            if not self.static and not is_torchdynamo_compiling() and mask.all():
+                mask = None
+        self.padded = mask is not None
+        if documents is not None:
+            segments = documents.to(self.device)
+            return segments if mask is None else segments.masked_fill(~mask, -1)
+        if mask is not None:
+            return mask.long() - 1
+        # A static cache has slots that are not written yet: its masks are never None.
+        return torch.zeros((1, self.total), dtype=torch.long, device=self.device) if self.static else None
+
+    def _whole_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        known = mask.shape[1]
+        if mask.shape[0] != self.batch:
+            raise ValueError(f"attention_mask has {mask.shape[0]} sequences, the input {self.batch}")
+        if self.static and known <= self.total:
+            return F.pad(mask, (0, self.total - known), value=1).bool()
+        if known != self.total:
+            raise ValueError(f"attention_mask covers {known} tokens, cache and input hold {self.total}")
+        return mask.bool()
+
+    def positions(self) -> torch.Tensor:
+        """Positions [B or 1, T] of the new tokens without padding: the gate sees absolute positions."""
+        if not self.padded:
+            return self.slots[None]
+        counted = (self.segments >= 0).cumsum(-1) - 1
+        return counted.clamp(min=0).index_select(1, self.slots)
+
+    def real(self, states: torch.Tensor) -> torch.Tensor:
+        """Zero where the token is padding: what follows it starts afresh."""
+        if self.new_segments is None:
+            return states
+        return states * (self.new_segments >= 0).unsqueeze(-1).to(states.dtype)
+
+    def continued(self, shifted: torch.Tensor) -> torch.Tensor:
+        """Zero in shifted states [B, T, d] where a token does not continue its document."""
+        if self.new_segments is None or self.tokens == 1:
+            return shifted
+        segments = self.new_segments
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
+        # The first token continues the cache, whose carry is zero after padding, or nothing.
+        return shifted * F.pad(same, (1, 0), value=True).unsqueeze(-1).to(shifted.dtype)
+
+    def fill(self, state: PLTPass, loops: int, parallel: bool, step: bool) -> None:
+        """Masks and slots of the pass."""
+        state.slots = self.slots if self.cache is not None else None
+        windowed = self.config.gated_window and loops > 1
+        if windowed and self.cache is not None:
+            width = self.config.window_size
+            state.ring_slots = self.slots[-min(width, self.tokens) :] % width
+        if _is_flash(self.config):
+            self._fill_flash(state, windowed, parallel, step, loops)
+            return
+        state.global_mask = self._for_attention(self._global_mask(step))
+        if parallel and not self.config.share_kv and state.global_mask is not None:
+            state.global_mask = _each(state.global_mask, loops)
+        if not windowed:
+            return
+        if step:
+            mask = self._for_attention(self._ring_mask())
+            state.window_mask = _each(mask, loops - 1) if parallel and mask is not None else mask
+        else:
+            state.window_mask = self._for_attention(self._block_mask(state))
+
+    def _for_attention(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None or self.config._attn_implementation != "eager":
+            return mask
+        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+
+    def _global_mask(self, step: bool) -> torch.Tensor | None:
+        """[B or 1, 1, T, N]: causal, within a segment. None: everything, or causal by the kernel's own flag."""
+        if self.segments is None and (step or (self.start == 0 and self.config._attn_implementation == "sdpa")):
+            return None
+        keys = torch.arange(self.total, device=self.device)
+        mask = (keys <= self.slots[:, None])[None]
+        if self.segments is not None:
+            mask = mask & (self.segments[:, None, :] == self.new_segments[:, :, None])
+        return mask[:, None]
+
+    def _ring_mask(self) -> torch.Tensor | None:
+        """[B or 1, 1, 1, <= w]: ring slots that hold a token of this segment. None: all that are filled."""
+        if self.segments is None:
+            return None
+        width = self.config.window_size
+        slots = torch.arange(width if self.static else min(self.total, width), device=self.device)
+        held = self.slots - (self.slots - slots) % width  # the token in each slot, < 0: none yet
+        mask = (self.segments[:, held.clamp(min=0)] == self.new_segments) & (held >= 0)
+        return mask[:, None, None]
+
+    def _prefix(self, state: PLTPass) -> int:
+        """Set where the tokens before this pass are in the rings; returns how many they are."""
+        width = self.config.window_size
+        if self.cache is None or width == 1:
+            return 0
+        count = width - 1 if self.static else min(self.start, width - 1)
+        if count:
+            state.prefix_slots = (self.start - count + torch.arange(count, device=self.device)) % width
+        return count
+
+    def _block_mask(self, state: PLTPass) -> torch.Tensor:
+        """[B or 1, blocks, block, block + w - 1]: query i of a block sees keys i..i+w-1 of its segment."""
+        prefix = self._prefix(state)
+        width = self.config.window_size if prefix else min(self.config.window_size, self.tokens)
+        state.window = width
+        block = min(self.tokens, max(width, WINDOW_BLOCK))
+        blocks = -(-self.tokens // block)
+        segments = self.new_segments
+        if segments is None:
+            segments = torch.zeros((1, self.tokens), dtype=torch.long, device=self.device)
+        before = self._segments_before(width - 1, prefix)
+        after = blocks * block - self.tokens
+        keys = torch.cat([before.expand(segments.shape[0], -1), F.pad(segments, (0, after), value=-1)], 1)
+        keys = keys.unfold(1, block + width - 1, block)
+        queries = F.pad(segments, (0, after), value=-1).view(-1, blocks, block)
+        offset = torch.arange(block + width - 1, device=self.device) - torch.arange(block, device=self.device)[:, None]
+        band = (offset >= 0) & (offset < width)
+        # Padding sees itself at least, so that no row is empty.
+        return band & ((keys[:, :, None, :] == queries[:, :, :, None]) | (offset == width - 1))
+
+    def _segments_before(self, count: int, prefix: int) -> torch.Tensor:
+        """Segments [B or 1, count] of the tokens before this pass, -1 where there is none."""
+        positions = self.start - count + torch.arange(count, device=self.device)
+        if self.segments is None:
+            return torch.where(positions >= 0, 0, -1)[None]
+        if not prefix:
+            return torch.full((1, count), -1, dtype=torch.long, device=self.device)
+        return self.segments[:, positions.clamp(min=0)].masked_fill(positions < 0, -1)
+
+    def _fill_flash(self, state: PLTPass, windowed: bool, parallel: bool, step: bool, loops: int) -> None:
+        if state.position_ids is not None:
+            if self.batch > 1:
+                raise ValueError("packed documents with flash attention need batch size 1")
+        elif self.segments is not None:
+            state.global_mask = self.segments >= 0
+        prefix = self._prefix(state) if windowed and not step else 0
+        if state.global_mask is None:
+            return
+        mask = state.global_mask
+        if windowed and not step:
+            state.window_mask = mask[:, mask.shape[1] - self.tokens - prefix :]
+        elif windowed:
+            state.window_mask = self._ring_mask()[:, 0, 0]
+            state.window_mask = _each(state.window_mask, loops - 1) if parallel else state.window_mask
+        if parallel and not self.config.share_kv:
+            state.global_mask = _each(mask, loops)
+
+
+def _each(mask: torch.Tensor, times: int) -> torch.Tensor:
+    """Repeat a mask for the loops of each sequence; one that all sequences share broadcasts."""
+    return mask if mask.shape[0] == 1 else mask.repeat_interleave(times, 0)
+
+
+class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
+    """PLT with a language-model head: the loss is on the last loop's logits only (paper section 3)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PLTConfig):
+        super().__init__(config)
+        self.model = PLTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.loop_count == 1:
+            # A PLT loaded as a plain transformer has no use for its gates.
+            self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\."]
+        self.post_init()
+
+    def new_cache(self, max_cache_len: int | None = None, loop_count: int | None = None) -> PLTCache:
+        """An empty cache for this model: growing, or static if `max_cache_len` is given."""
+        return self.model.new_cache(max_cache_len, loop_count)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: PLTCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        loop_count: int | None = None,
+        loop_mode: str | None = None,
+        past_key_values: PLTCache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, vocab] of the last loop, and the loss if there are `labels` [B, T] (-100: ignored).
+
+        The other arguments are `PLTModel`'s.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            loop_count=loop_count,
+            loop_mode=loop_mode,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        cache = getattr(outputs, CACHE_NAME)
+        # Where the layers record no gradient, the head must not either: it alone would learn.
+        with nullcontext() if cache is None else torch.no_grad():
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: cache},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """`generate` decodes with a `PLTCache`; its other caches cannot hold a PLT's state."""
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            return
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f'cache_implementation must be "dynamic" or "static" for a PLT, not {kind!r}')
+        length = None
+        if kind == "static":
+            wanted = (max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            length = max(*wanted, getattr(self, "_previous_max_cache_length", 0))
+            self._previous_max_cache_length = length
+        cache = self.new_cache(length, model_kwargs.get("loop_count"))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs[CACHE_NAME] = cache
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        """With a static cache the mask has its full length from the start, so that a step compiles once."""
+        cache = kwargs.get(CACHE_NAME)
+        if attention_mask is None or cache is None or cache.static_length is None:
+            return attention_mask
+        return F.pad(attention_mask, (0, cache.static_length - attention_mask.shape[1]), value=1)
+
+
+# `save_pretrained` then ships this file and its configuration, and writes `auto_map`.
+PLTConfig.register_for_auto_class()
+PLTModel.register_for_auto_class("AutoModel")
+PLTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["PLTCache", "PLTForCausalLM", "PLTModel", "PLTPreTrainedModel"]

@@ -1,0 +1,37 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from plt_megatron.errors import UserError
+
+
+def check_target(target: Path) -> None:
+    """Raise `UserError` if something is there already."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists: remove it, or choose another --output")
+
+
+@contextmanager
+def published_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that gets its name at the end, or is removed on any error.
+
+    Raises:
+        UserError: `target` exists, or the disk cannot be written.
+    """
+    check_target(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        check_target(target)
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(f"{error.filename or target}: {error.strerror or error}; nothing is written") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

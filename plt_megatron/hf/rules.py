@@ -1,0 +1,324 @@
+"""The table that translates weights: every tensor's name here and in Hugging Face files, and how one becomes the other.
+
+A rule knows both directions and how tensor parallelism cuts our tensor. Names are megatron-core's over the whole model
+(layers from 0) on one side, Llama's with PLT's gate on the other. All families we read use the same names: Llama, Qwen2
+and Qwen3, OLMo-2, our own exports and LoopCoder-v2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+
+# "loopcoder": the gate multiplies the global attention, whatever side it has in the model.
+Style = Literal["plt", "loopcoder"]
+Split = Literal["rows", "columns", "gate_up"]  # over tensor-parallel ranks; None: whole on each
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions that shapes in the table are made of."""
+
+    hidden: int
+    ffn: int
+    vocab: int
+    heads: int
+    groups: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
+        return cls(
+            hidden=model.hidden_size,
+            ffn=model.ffn_hidden_size,
+            vocab=vocab_size,
+            heads=model.num_attention_heads,
+            groups=derived.num_query_groups(model),
+            head_dim=derived.head_dim(model),
+        )
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        return self.groups * self.head_dim
+
+    @property
+    def qkv(self) -> int:
+        return self.query + 2 * self.key_value
+
+    @property
+    def gate_up(self) -> int:
+        return 2 * self.ffn
+
+    def shape(self, names: Sequence[str]) -> tuple[int, ...]:
+        return tuple(getattr(self, name) for name in names)
+
+
+# ---------------------------------------------------------------- how theirs lie in ours
+
+
+class Same:
+    """One tensor, the same."""
+
+    def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
+        return [ours]
+
+    def to_megatron(self, theirs: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return theirs[0]
+
+
+class Negated:
+    """The gate of the other side: 1 - sigmoid(x) = sigmoid(-x)."""
+
+    def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
+        return [-ours]
+
+    def to_megatron(self, theirs: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return -theirs[0]
+
+
+class QueryKeyValue:
+    """Rows of Q, K and V by query group: the group's queries, its key, its value. Weights and biases."""
+
+    def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
+        queries = sizes.heads // sizes.groups
+        grouped = ours.unflatten(0, (sizes.groups, queries + 2, sizes.head_dim))
+        return [part.flatten(0, 2) for part in grouped.split([queries, 1, 1], dim=1)]
+
+    def to_megatron(self, theirs: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        grouped = [part.unflatten(0, (sizes.groups, -1, sizes.head_dim)) for part in theirs]
+        return torch.cat(grouped, dim=1).flatten(0, 2)
+
+
+class GateUp:
+    """SwiGLU's gate rows, then its up rows."""
+
+    def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
+        return list(ours.chunk(2))
+
+    def to_megatron(self, theirs: Sequence[Tensor], sizes: Sizes) -> Tensor:
+        return torch.cat(list(theirs))
+
+
+Form = Same | Negated | QueryKeyValue | GateUp
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: names with the dimensions of their shapes, and the models that have this tensor."""
+
+    megatron: tuple[str, str]
+    hf: tuple[tuple[str, str], ...]
+    form: Form = Same()
+    split: Split | None = None
+    when: Callable[[ModelConfig], bool] = lambda model: True
+
+
+def _pre(model: ModelConfig) -> bool:
+    return model.norm_placement == "pre"
+
+
+def _post(model: ModelConfig) -> bool:
+    return model.norm_placement == "post"
+
+
+def _gate(input_kind: str) -> Callable[[ModelConfig], bool]:
+    return lambda model: derived.has_gates(model) and model.gate_input == input_kind
+
+
+_MODEL = (
+    Row(
+        ("embedding.word_embeddings.weight", "vocab hidden"),
+        (("model.embed_tokens.weight", "vocab hidden"),),
+        split="rows",
+    ),
+    Row(("final_layernorm.weight", "hidden"), (("model.norm.weight", "hidden"),)),
+    Row(
+        ("output_layer.weight", "vocab hidden"),
+        (("lm_head.weight", "vocab hidden"),),
+        split="rows",
+        when=lambda model: not model.share_embeddings_and_output_weights,
+    ),
+)
+# Below `decoder.layers.{i}.` and `model.layers.{i}.`
+_LAYER = (
+    Row(("self_attention.linear_qkv.layer_norm_weight", "hidden"), (("input_layernorm.weight", "hidden"),), when=_pre),
+    Row(
+        ("self_attention.linear_qkv.weight", "qkv hidden"),
+        (
+            ("self_attn.q_proj.weight", "query hidden"),
+            ("self_attn.k_proj.weight", "key_value hidden"),
+            ("self_attn.v_proj.weight", "key_value hidden"),
+        ),
+        form=QueryKeyValue(),
+        split="rows",
+    ),
+    Row(
+        ("self_attention.linear_qkv.bias", "qkv"),
+        (
+            ("self_attn.q_proj.bias", "query"),
+            ("self_attn.k_proj.bias", "key_value"),
+            ("self_attn.v_proj.bias", "key_value"),
+        ),
+        form=QueryKeyValue(),
+        split="rows",
+        when=lambda model: model.qkv_bias,
+    ),
+    Row(
+        ("self_attention.q_layernorm.weight", "head_dim"),
+        (("self_attn.q_norm.weight", "head_dim"),),
+        when=lambda model: model.qk_layernorm and _pre(model),
+    ),
+    Row(
+        ("self_attention.k_layernorm.weight", "head_dim"),
+        (("self_attn.k_norm.weight", "head_dim"),),
+        when=lambda model: model.qk_layernorm and _pre(model),
+    ),
+    Row(
+        ("self_attention.q_layernorm.weight", "query"),
+        (("self_attn.q_norm.weight", "query"),),
+        when=lambda model: model.qk_layernorm and _post(model),
+    ),
+    Row(
+        ("self_attention.k_layernorm.weight", "key_value"),
+        (("self_attn.k_norm.weight", "key_value"),),
+        when=lambda model: model.qk_layernorm and _post(model),
+    ),
+    Row(
+        ("self_attention.core_attention.plt_gate.weight", "heads head_dim"),
+        (("self_attn.plt_gate.weight", "heads head_dim"),),
+        split="rows",
+        when=_gate("query"),
+    ),
+    Row(
+        ("self_attention.core_attention.plt_gate.bias", "heads"),
+        (("self_attn.plt_gate.bias", "heads"),),
+        split="rows",
+        when=_gate("query"),
+    ),
+    Row(
+        ("self_attention.core_attention.plt_gate.weight", "heads hidden"),
+        (("self_attn.plt_gate.weight", "heads hidden"),),
+        when=_gate("hidden"),
+    ),
+    Row(
+        ("self_attention.core_attention.plt_gate.bias", "heads"),
+        (("self_attn.plt_gate.bias", "heads"),),
+        when=_gate("hidden"),
+    ),
+    Row(
+        ("self_attention.core_attention.plt_gate.gate_norm.weight", "hidden"),
+        (("self_attn.plt_gate.gate_norm.weight", "hidden"),),
+        when=_gate("hidden"),
+    ),
+    Row(
+        ("self_attention.linear_proj.weight", "hidden query"),
+        (("self_attn.o_proj.weight", "hidden query"),),
+        split="columns",
+    ),
+    Row(
+        ("self_attention.output_norm.weight", "hidden"),
+        (("post_attention_layernorm.weight", "hidden"),),
+        when=_post,
+    ),
+    Row(("mlp.linear_fc1.layer_norm_weight", "hidden"), (("post_attention_layernorm.weight", "hidden"),), when=_pre),
+    Row(
+        ("mlp.linear_fc1.weight", "gate_up hidden"),
+        (("mlp.gate_proj.weight", "ffn hidden"), ("mlp.up_proj.weight", "ffn hidden")),
+        form=GateUp(),
+        split="gate_up",
+    ),
+    Row(("mlp.linear_fc2.weight", "hidden ffn"), (("mlp.down_proj.weight", "hidden ffn"),), split="columns"),
+    Row(
+        ("mlp.output_norm.weight", "hidden"),
+        (("post_feedforward_layernorm.weight", "hidden"),),
+        when=lambda model: model.ffn_output_norm or _post(model),
+    ),
+)
+# What files hold beside the weights and can be worked out again.
+DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
+EXTRA_STATES = ("._extra_state",)  # Transformer Engine's
+
+
+# ---------------------------------------------------------------- a rule of a certain model
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of a model and what it is on the other side.
+
+    Attributes:
+        name, shape: ours, over the whole model, without the vocabulary's padding.
+        hf: their names and shapes.
+        split: how tensor parallelism cuts ours.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    hf: tuple[tuple[str, tuple[int, ...]], ...]
+    form: Form
+    split: Split | None
+    sizes: Sizes
+
+    def to_hf(self, ours: Tensor) -> list[Tensor]:
+        """Their tensors, in the order of `hf`; views where that is possible."""
+        return self.form.to_hf(ours, self.sizes)
+
+    def to_megatron(self, theirs: Sequence[Tensor]) -> Tensor:
+        """Our tensor from theirs, in the order of `hf`."""
+        return self.form.to_megatron(theirs, self.sizes)
+
+    def shard(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """The part of our tensor that one of `size` tensor-parallel ranks holds."""
+        if self.split is None:
+            return whole
+        if self.split == "gate_up":
+            return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
+        return whole.chunk(size, dim=1 if self.split == "columns" else 0)[rank]
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """Our whole tensor from the tensor-parallel ranks' parts, in the order of ranks."""
+        if self.split is None:
+            return parts[0]
+        if self.split == "gate_up":
+            halves = [part.chunk(2) for part in parts]
+            return torch.cat([half[index] for index in (0, 1) for half in halves])
+        return torch.cat(list(parts), dim=1 if self.split == "columns" else 0)
+
+
+def rules_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> list[Rule]:
+    """The rules of every tensor of `model`, in the order in which exports store them."""
+    sizes = Sizes.of(model, vocab_size)
+    embedding, *head = _MODEL
+    rows = [("", "", embedding)]
+    rows += [(f"decoder.layers.{i}.", f"model.layers.{i}.", row) for i in range(model.num_layers) for row in _LAYER]
+    rows += [("", "", row) for row in head]
+    return [_bind(row, ours, theirs, model, sizes, style) for ours, theirs, row in rows if row.when(model)]
+
+
+def _bind(row: Row, ours: str, theirs: str, model: ModelConfig, sizes: Sizes, style: Style) -> Rule:
+    form = row.form
+    name = row.megatron[0]
+    if style == "loopcoder" and model.gate_side == "local" and name.endswith(("plt_gate.weight", "plt_gate.bias")):
+        form = Negated()
+    return Rule(
+        name=ours + name,
+        shape=sizes.shape(row.megatron[1].split()),
+        hf=tuple((theirs + hf_name, sizes.shape(shape.split())) for hf_name, shape in row.hf),
+        form=form,
+        split=row.split,
+        sizes=sizes,
+    )

@@ -1,0 +1,189 @@
+"""Safetensors files, sharded, read and written one tensor at a time.
+
+A file is the length of its header (8 bytes, little endian), the header (JSON: each tensor's dtype, shape and place) and
+the tensors' bytes. Names, shapes and dtype of an export are known before its first tensor, so headers come first and
+tensors may arrive in any order: nothing is kept in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plt_megatron.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB` or a number. Raises `UserError`."""
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match:
+        power = " KMGT".index(match[2].upper() or " ")
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise UserError(f"{text!r} is no size: give bytes, or something like 5GB")
+    return size
+
+
+class SafetensorsWriter:
+    """Writes tensors of one dtype into as many files as `max_shard_size` asks for. A context manager.
+
+    Args:
+        folder: exists.
+        shapes: (name, shape) of every tensor, in the order of the files.
+        max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+    """
+
+    def __init__(
+        self, folder: Path, shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_shard_size: int
+    ) -> None:
+        self.dtype = dtype
+        self.total_size = 0
+        shards: list[dict[str, tuple[int, ...]]] = [{}]
+        filled = 0
+        for name, shape in shapes:
+            size = math.prod(shape) * dtype.itemsize
+            if shards[-1] and filled + size > max_shard_size:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = shape
+            filled += size
+            self.total_size += size
+        self.files = [folder / _file_name(number, len(shards)) for number in range(len(shards))]
+        self._left: dict[str, tuple[int, int, tuple[int, ...]]] = {}  # (file's descriptor, place, shape)
+        self._descriptors: list[int] = []
+        for path, shard in zip(self.files, shards, strict=True):
+            self._begin(path, shard)
+        if len(shards) > 1:
+            weight_map = {name: path.name for path, shard in zip(self.files, shards, strict=True) for name in shard}
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _begin(self, path: Path, shard: dict[str, tuple[int, ...]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shard.items():
+            begin, end = end, end + math.prod(shape) * self.dtype.itemsize
+            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+        text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._descriptors.append(descriptor)
+        os.pwrite(descriptor, len(text).to_bytes(8, "little") + text, 0)
+        for name, shape in shard.items():
+            self._left[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0], shape)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor of any floating dtype, on the CPU, in its place; each just once."""
+        descriptor, place, shape = self._left.pop(name)
+        assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
+        values = tensor.detach().to(self.dtype).contiguous()
+        data = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        while data:
+            written = os.pwrite(descriptor, data, place)
+            data, place = data[written:], place + written
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                assert not self._left, f"not written: {list(self._left)}"
+                for descriptor in self._descriptors:
+                    os.fsync(descriptor)
+        finally:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+
+
+def _file_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+class SafetensorsFolder:
+    """The tensors of a Hugging Face folder's `model.safetensors`, or of the files its index names.
+
+    Attributes:
+        shapes: by name.
+        dtypes: by name, as safetensors calls them (`BF16`).
+
+    Raises:
+        UserError: a file is missing or broken, or they are not safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        indexed = self._read_index()
+        for path in sorted({folder / name for name in indexed.values()}) if indexed else [folder / SINGLE]:
+            self._read_header(path)
+        for name, file_name in indexed.items():
+            if name not in self._places or self._places[name][0].name != file_name:
+                raise UserError(f"{folder / INDEX}: {name} is not in {file_name}")
+
+    def _read_index(self) -> dict[str, str]:
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        if not index.is_file():
+            if not single.is_file():
+                other = next(iter(sorted(self.folder.glob("*.bin"))), None)
+                hint = f", only {other.name}: save the model as safetensors" if other else ""
+                raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}")
+            return {}
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            assert all(isinstance(value, str) for value in weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"{index}: not a safetensors index") from error
+        missing = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{self.folder}: {missing[0]}{more} is missing, which {INDEX} names")
+        return weight_map
+
+    def _read_header(self, path: Path) -> None:
+        size = path.stat().st_size
+        try:
+            with path.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > size:
+                    raise ValueError("the header is longer than the file")
+                header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ends = [0]
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
+                self._places[name] = (path, 8 + length + begin)
+                ends.append(end)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a safetensors file, or a damaged one") from error
+        if size != 8 + length + max(ends):
+            raise UserError(f"{path}: damaged, {size} bytes instead of {8 + length + max(ends)}")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, in its own dtype, one of `DTYPES`."""
+        path, place = self._places[name]
+        shape, dtype = self.shapes[name], DTYPES[self.dtypes[name]]
+        buffer = bytearray(math.prod(shape) * dtype.itemsize)
+        with path.open("rb") as stream:
+            stream.seek(place)
+            if stream.readinto(buffer) != len(buffer):
+                raise UserError(f"{path}: damaged, it ends within {name}")
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -1,0 +1,185 @@
+"""Where a conversion's weights come from: a training checkpoint of any layout, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from plt_megatron.errors import UserError
+from plt_megatron.hf import conversion
+from plt_megatron.hf.config_keys import CONFIG, read_config
+from plt_megatron.hf.rules import DERIVED_BUFFERS, Rule, rules_for
+from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
+from plt_megatron.hf.tokenizer_files import read_generation_config, special_tokens
+from plt_megatron.train.checkpoint import latest_checkpoint, read_progress, read_weights
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass
+class Source:
+    """A model to convert.
+
+    Attributes:
+        path: what it is read from.
+        model: its settings.
+        vocab_size: without padding.
+        max_position_embeddings: tokens of the longest text it was made for.
+        precision: of the weights, a key of `PRECISIONS`.
+        weights: (our name, whole tensor) of each parameter; every call reads them anew, one at a time.
+        tokenizer: None where it has none.
+        tokens: ids of special tokens, by config.json's names.
+        generation: what generation_config.json says beside.
+        progress: what a checkpoint says of its run, else empty.
+    """
+
+    path: Path
+    model: ModelConfig
+    vocab_size: int
+    max_position_embeddings: int
+    precision: str
+    weights: Callable[[], Iterator[tuple[str, Tensor]]]
+    tokenizer: Tokenizer | None
+    tokens: dict[str, Any]
+    generation: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+def open_source(path: Path, tokenizer: Path | None = None) -> Source:
+    """A run's folder (its last whole checkpoint), a checkpoint, or a Hugging Face folder.
+
+    Args:
+        tokenizer: instead of the one that the checkpoint names.
+
+    Raises:
+        UserError: nothing of these is there, or it is broken.
+    """
+    if (path / CONFIG).is_file():
+        return _open_hf(path, tokenizer)
+    return _open_checkpoint(path, tokenizer)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def _open_checkpoint(path: Path, tokenizer: Path | None) -> Source:
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint")
+    found = latest_checkpoint(path)
+    if found is None:
+        raise UserError(f"{path}: no whole checkpoint there")
+    progress = read_progress(found)
+    config = progress["config"]
+    model = saved_model(config["model"], found)
+    loaded = _saved_tokenizer(config["data"], found, tokenizer)
+    # An import leaves one beside the tokenizer.
+    generation = read_generation_config(loaded.path.parent) if loaded else {}
+    tokens = special_tokens(loaded) if loaded else progress.get("special_tokens", {})
+    tokens |= {name: generation.pop(name) for name in _TOKEN_IDS if name in generation}
+    return Source(
+        path=found,
+        model=model,
+        vocab_size=progress["vocab_size"],
+        max_position_embeddings=config["data"]["sequence_length"],
+        precision=config["training"]["precision"],
+        weights=partial(read_weights, found),
+        tokenizer=loaded,
+        tokens=tokens,
+        generation=generation,
+        progress=progress,
+    )
+
+
+def saved_model(settings: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
+    """The model settings that lie in a checkpoint; what it does not know yet has its default.
+
+    Raises:
+        UserError: it has settings that this program does not know.
+    """
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise UserError(
+            f"checkpoint {checkpoint}: model.{unknown[0]} is a newer version's setting; update this program"
+        )
+    return ModelConfig(**settings)
+
+
+def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Tokenizer | None:
+    if given is not None:
+        return load_tokenizer(given)
+    if data["tokenizer"] is None:
+        return None
+    path = Path(data["tokenizer"])
+    # A moved run keeps the tokenizer that an import put beside its checkpoints.
+    beside = checkpoint.parent.parent / path.parent.name / path.name
+    for candidate in (path, beside):
+        if candidate.exists():
+            return load_tokenizer(candidate)
+    raise UserError(f"tokenizer {path}, which the run used, is not there (from this directory): pass --tokenizer")
+
+
+# ---------------------------------------------------------------- Hugging Face folders
+
+
+def _open_hf(path: Path, tokenizer: Path | None) -> Source:
+    described = read_config(path)
+    files = SafetensorsFolder(path)
+    rules = rules_for(described.model, described.vocab_size, described.style)
+    check_hf_tensors(files, rules, described.model)
+    names = [path / name for name in ("tokenizer.json", "tokenizer.model")]
+    found = tokenizer or next((name for name in names if name.is_file()), None)
+    return Source(
+        path=path,
+        model=described.model,
+        vocab_size=described.vocab_size,
+        max_position_embeddings=described.max_position_embeddings,
+        precision=hf_precision(files),
+        weights=lambda: conversion.to_megatron(files.read, rules),
+        tokenizer=load_tokenizer(found) if found else None,
+        tokens=described.tokens,
+        generation={
+            name: value for name, value in read_generation_config(path).items() if name not in described.tokens
+        },
+    )
+
+
+def hf_precision(files: SafetensorsFolder) -> str:
+    """`fp32` if any tensor is, else what all of them are; mixed half precisions need fp32.
+
+    Raises:
+        UserError: a tensor has a type that is no model's weights' (integers, fp8): name it.
+    """
+    for name, dtype in files.dtypes.items():
+        if dtype not in DTYPES:
+            raise UserError(f"{files.folder}: {name} is of type {dtype}; only {', '.join(DTYPES)} can be converted")
+    kinds = {DTYPES[dtype] for dtype in files.dtypes.values()}
+    if len(kinds) > 1:
+        return "fp32"
+    return next(name for name, dtype in PRECISIONS.items() if dtype in kinds)
+
+
+def check_hf_tensors(files: SafetensorsFolder, rules: list[Rule], model: ModelConfig) -> None:
+    """Raise `UserError` unless the files hold just the model's tensors."""
+    hf_precision(files)
+    shapes = {name: shape for name, shape in files.shapes.items() if not name.endswith(DERIVED_BUFFERS)}
+    if model.share_embeddings_and_output_weights and _HEAD in shapes:
+        # Some files hold the tied matrix twice.
+        if _EMBEDDING in shapes and not torch.equal(files.read(_HEAD), files.read(_EMBEDDING)):
+            raise UserError(f"{files.folder}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}")
+        del shapes[_HEAD]
+    if not derived.has_gates(model):
+        shapes = {name: shape for name, shape in shapes.items() if ".plt_gate." not in name}
+    conversion.check_tensors(shapes, rules, str(files.folder))

@@ -1,0 +1,131 @@
+"""The tokenizer's files, as they travel with a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
+from plt_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from plt_megatron.errors import UserError
+
+MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+# What Hugging Face folders keep of a tokenizer, beside these three.
+_OTHERS = (
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+# Compared before a tokenizer.json found beside a sentencepiece model is believed.
+_SAMPLES = (
+    *(
+        "The quick brown fox jumps over the lazy dog.",
+        "def f(x):\n    return x ** 2  # ok\n\n\n",
+        "</s> <s> <unk>",
+    ),
+    *("  two  spaces\t\ttabs", "12,345.678e-9", "\u65e5\u672c\u8a9e \u00e9\u00e8\u00fc \U0001f600", "\r\n\x00\u2581"),
+)
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """`bos_token_id` and so on; texts end with the token that ended documents in training."""
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eod, "pad_token_id": tokenizer.pad}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The settings of a folder's generation_config.json, empty if there is none. Raises `UserError` if it is broken."""
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(settings, dict)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"{path}: not a JSON object") from error
+    return {key: settings[key] for key in settings if key not in ("transformers_version", "_from_model_config")}
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | None) -> None:
+    """Raise `UserError` if the tokenizer cannot be the model's.
+
+    Args:
+        vocab_size: the model's; it may have more ids than the tokenizer.
+        trained_with: the fingerprint of the tokenizer the model was trained with, if known.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}: "
+            "it is another model's"
+        )
+    if trained_with is not None and tokenizer.fingerprint != trained_with:
+        raise UserError(f"tokenizer {tokenizer.path} is not the file the model was trained with: its content differs")
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write all that `AutoTokenizer.from_pretrained(folder)` needs.
+
+    Raises:
+        UserError: a sentencepiece model that has no equal tokenizer.json beside it, and none can be made.
+    """
+    source = tokenizer.path.parent
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        _write_from_sentencepiece(tokenizer, folder)
+        return
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    shutil.copyfile(tokenizer.path, folder / JSON)
+    for name in (CONFIG, MODEL, *_OTHERS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / CONFIG).exists():
+        _write_config(tokenizer, folder)
+
+
+def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -> None:
+    path = tokenizer.path
+    beside = {name: path.with_name(name) for name in (JSON, CONFIG)}
+    if all(file.is_file() for file in beside.values()):
+        texts = {name: file.read_text(encoding="utf-8") for name, file in beside.items()}
+        difference = first_difference(tokenizer, path.read_bytes(), texts[JSON], _SAMPLES)
+        if difference is not None:
+            raise UserError(f"{beside[JSON]} does not encode as {path} does: {difference}")
+    else:
+        texts = build_tokenizer_json(path)
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copyfile(path, folder / MODEL)
+
+
+def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
+    """For a bare tokenizer.json: its class, and the token that ends a text."""
+    import tokenizers
+
+    end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eod)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
+    """Copy the tokenizer's files of a Hugging Face folder, as they are, into `folder`, which is made.
+
+    A generation_config.json with the ids in `tokens` goes with them: an export from there on has it again.
+
+    Returns:
+        The file that training reads, or None if there is no tokenizer in `source`.
+
+    Raises:
+        UserError: the tokenizer has more ids than the model.
+    """
+    names = [name for name in (MODEL, JSON, CONFIG, *_OTHERS) if (source / name).is_file()]
+    kept = next((name for name in (JSON, MODEL) if name in names), None)
+    if kept is None:
+        return None
+    check_vocabulary(load_tokenizer(source / kept), vocab_size, None)
+    folder.mkdir()
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    generation = {**tokens, **read_generation_config(source)}
+    (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    return folder / kept

@@ -1,0 +1,183 @@
+"""Whether an export computes what the training model computes: the same text through both, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ParallelConfig
+from plt_megatron.errors import UserError
+from plt_megatron.hf.rules import Rule, rules_for
+from plt_megatron.hf.sources import Source, open_source
+
+TOLERANCE = 1e-4  # of logits in fp32
+_TEXT = """\
+The loop is an argument, never a global. In the first loop a layer attends to every earlier token and keeps its keys and
+values; in later loops it attends to those, and to a window of its own. Numbers: 3.14159, 2,718, 0x7f, 1e-5.
+
+def fibonacci(n: int) -> int:
+    a, b = 0, 1
+    for _ in range(n):
+        a, b = b, a + b
+    return a
+
+"Parallel over tokens, serial over loops," she said; "and then, in decoding, parallel over loops as well."
+A text needs accents, too: d\u00e9j\u00e0 vu, \u03b1\u03b2\u03b3, \u4f60\u597d. The quick brown fox jumps over.
+"""
+
+
+def largest_difference(source: Source, folder: Path, export_dtype: torch.dtype, style: str) -> tuple[float, int]:
+    """(largest absolute difference of logits, tokens compared) between the training model and the export.
+
+    Both hold the weights as exported, rounded to `export_dtype`, and compute in fp32. One model is in memory at a time.
+    Runs megatron-core on the CPU runtime.
+    """
+    tokens = _tokens(source, folder)
+    expected = _megatron_logits(source, tokens, export_dtype)
+    actual = _hf_logits(folder, tokens, style)
+    return float((actual - expected).abs().max()), tokens.shape[1]
+
+
+def _tokens(source: Source, folder: Path) -> Tensor:
+    """A text of more than two windows if the model takes that much, [1, n]. Without a tokenizer, random ids."""
+    length = min(source.max_position_embeddings, max(2 * source.model.window_size + 32, 64), 512)
+    generator = torch.Generator().manual_seed(1234)
+    ids: list[int] = []
+    if source.tokenizer is not None:
+        ids = source.tokenizer.encode(_TEXT)
+        _check_tokenizer(folder, ids)
+    if len(ids) < length:
+        ids += torch.randint(source.vocab_size, (length - len(ids),), generator=generator).tolist()
+    return torch.tensor([ids[:length]])
+
+
+def _check_tokenizer(folder: Path, expected: list[int]) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    ids = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    if ids != expected:
+        raise UserError("the exported tokenizer does not encode as the one used in training; nothing is written")
+
+
+# ---------------------------------------------------------------- the training model
+
+
+def _megatron_logits(source: Source, tokens: Tensor, export_dtype: torch.dtype) -> Tensor:
+    """[1, n, vocabulary], float32."""
+    with single_process():
+        from plt_megatron.model.looped_gpt import MicroBatch
+
+        model = build_model(source, tokens.shape[1])
+        weights = ((name, tensor.to(export_dtype).float()) for name, tensor in source.weights())
+        fill_model(model, weights, rules_for(source.model, source.vocab_size))
+        with torch.no_grad():
+            logits = model.eval()(MicroBatch(tokens=tokens))
+        return logits[..., : source.vocab_size].float()
+
+
+def build_model(source: Source, sequence_length: int) -> Any:
+    """The training model in fp32 on this process's CPU, on the torch backend. Process groups exist."""
+    import dataclasses
+
+    from plt_megatron.model.looped_gpt import LoopedGPT
+    from plt_megatron.model.transformer_config import transformer_config
+
+    settings = dataclasses.replace(source.model, backend="torch")
+    return LoopedGPT(
+        transformer_config(settings, ParallelConfig(), precision="fp32"),
+        source.vocab_size,
+        sequence_length,
+        padded_vocab_size=derived.padded_vocab_size(settings, source.vocab_size),
+    )
+
+
+def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], rules: list[Rule]) -> None:
+    """Give a stage, whatever its place in the layout, its part of whole weights; vocabulary padding becomes zero.
+
+    Raises:
+        UserError: a parameter stays without weights, or one has another shape.
+    """
+    from plt_megatron.model.initialization import global_names
+
+    parameters = dict(global_names(stage))
+    by_name = {rule.name: rule for rule in rules}
+    group = stage.pg_collection.tp
+    for name, whole in weights:
+        parameter = parameters.pop(name, None)
+        if parameter is None:  # another pipeline stage's
+            continue
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            whole = F.pad(whole, (0, 0, 0, stage.padded_vocab_size - whole.shape[0]))
+        part = by_name[name].shard(whole, group.rank(), group.size())
+        if part.shape != parameter.shape:
+            raise UserError(f"{name} has shape {tuple(part.shape)}, the model's {tuple(parameter.shape)}")
+        with torch.no_grad():
+            parameter.copy_(part)
+    if parameters:
+        raise UserError(f"no weights for {', '.join(sorted(parameters))}")
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """megatron-core's process groups in a job of one process; those that exist are used."""
+    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+
+    enter_cpu_runtime(force=True)
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
+
+    if parallel_state.model_parallel_is_initialized():
+        assert parallel_state.get_tensor_model_parallel_world_size() == 1
+        assert parallel_state.get_pipeline_model_parallel_world_size() == 1
+        yield
+        return
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    init_process_groups(ParallelConfig())
+    try:
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+        yield
+    finally:
+        destroy_process_groups()
+
+
+# ---------------------------------------------------------------- the exported model
+
+
+def _hf_logits(folder: Path, tokens: Tensor, style: str) -> Tensor:
+    """[1, n, vocabulary], float32."""
+    if style == "loopcoder":
+        model = load_any(folder)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(tokens, use_cache=False).logits.float()
+
+
+def load_any(folder: Path) -> Any:
+    """A folder of any family that we read (LoopCoder-v2's too), in our modeling code, in fp32."""
+    from plt_megatron.hf.config_keys import plt_keys
+    from plt_megatron.hf.configuration_plt import PLTConfig
+    from plt_megatron.hf.conversion import to_hf
+    from plt_megatron.hf.modeling_plt import PLTForCausalLM
+
+    source = open_source(folder)
+    keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
+    model = PLTForCausalLM(PLTConfig.from_dict(keys)).float()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in to_hf(source.weights(), rules_for(source.model, source.vocab_size)):
+            parameters[name].copy_(tensor)
+    return model

@@ -1,0 +1,192 @@
+"""A look at this machine: hardware, packages, tools. Works on a bare Python with nothing installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.runtime.local_processes import usable_cores
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+_IMPORT_TIMEOUT_SECONDS = 180
+
+# Distribution -> module. Compiled against torch or a driver, so being installed does not mean that they load.
+_PROBED = {
+    "torch": "torch",
+    "megatron-core": "megatron.core",
+    "transformer-engine": "transformer_engine.pytorch",
+    "flash-attn": "flash_attn",
+    "deepspeed": "deepspeed",
+}
+_OPTIONAL = (
+    *("transformers", "safetensors", "wandb", "lm-eval", "zstandard", "pyarrow", "pytest", "ruff", "mypy"),
+    *("transformer-engine", "flash-attn", "deepspeed"),
+)
+
+_TORCH_PROBE = """
+import json, torch, torch.distributed as dist
+cuda = torch.cuda.is_available()
+properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count() if cuda else 0)]
+devices = [{"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory} for p in properties]
+print(json.dumps({
+    "cuda_build": torch.version.cuda, "cuda": cuda, "devices": devices,
+    "gloo": dist.is_available() and dist.is_gloo_available(),
+    "nccl": dist.is_available() and dist.is_nccl_available(),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU. `memory` in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+
+
+@dataclass
+class Machine:
+    """What `observe` saw. Sizes in bytes; None where something is absent or could not be read."""
+
+    python: tuple[int, int, int] = (0, 0, 0)
+    executable: str = ""
+    packages: dict[str, str] = field(default_factory=dict)  # distribution -> version, only what is installed
+    requirements: dict[str, str] = field(default_factory=dict)  # distribution -> the range this project needs
+    import_errors: dict[str, str] = field(default_factory=dict)  # distribution -> why it does not load
+    cuda_build: str | None = None  # the CUDA version torch was built for
+    devices: list[Device] = field(default_factory=list)
+    gloo: bool = False
+    nccl: bool = False
+    nvidia_driver: str | None = None
+    nvidia_device_files: bool = False
+    compiler: str | None = None
+    python_headers: bool = False
+    cores: int = 1
+    memory: int | None = None
+    disk_free: int | None = None
+    slurm: str | None = None
+
+
+def observe() -> Machine:
+    """Look at this machine. Takes seconds: heavy packages are imported, each in a process of its own."""
+    machine = Machine(
+        python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
+        executable=sys.executable,
+        requirements=_project_requirements(),
+        nvidia_driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        nvidia_device_files=Path("/dev/nvidiactl").exists(),
+        compiler=shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"),
+        python_headers=Path(sysconfig.get_path("include"), "Python.h").is_file(),
+        cores=usable_cores(),
+        memory=_memory(),
+        disk_free=shutil.disk_usage(Path.cwd()).free,
+        slurm=_first_line("sbatch", "--version"),
+    )
+    for distribution in {*machine.requirements, *_OPTIONAL}:
+        try:
+            machine.packages[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    _probe_imports(machine)
+    return machine
+
+
+def _project_requirements() -> dict[str, str]:
+    """The ranges of `pyproject.toml`, or of the installed package's metadata where it was not kept."""
+    pyproject = PROJECT_ROOT / "pyproject.toml"
+    if pyproject.is_file():
+        requirements = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        requirements = importlib.metadata.requires("plt-megatron") or []
+    ranges = {}
+    for requirement in requirements:
+        if ";" in requirement:  # extras; our own dependencies carry no markers
+            continue
+        name = requirement.split("[")[0]
+        for index, character in enumerate(name):
+            if character in "<>=!~ ":
+                name = name[:index]
+                break
+        ranges[name] = requirement[len(name) :].strip()
+    return ranges
+
+
+def _probe_imports(machine: Machine) -> None:
+    """Import what is compiled, each in its own process: a broken one may crash, and crash only that."""
+    present = [distribution for distribution in _PROBED if distribution in machine.packages]
+    with ThreadPoolExecutor(max_workers=max(1, min(4, machine.cores))) as pool:
+        outcomes = dict(zip(present, pool.map(_probe_import, present), strict=True))
+    for distribution, (output, error) in outcomes.items():
+        if error:
+            machine.import_errors[distribution] = error
+        elif distribution == "torch":
+            _read_torch_probe(machine, output)
+
+
+def _probe_import(distribution: str) -> tuple[str, str]:
+    """What the probe printed last, and the error ('' if there was none)."""
+    # torch first: Transformer Engine finds CUDA's libraries only through it.
+    program = _TORCH_PROBE if distribution == "torch" else f"import torch, {_PROBED[distribution]}"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_IMPORT_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"importing it took more than {_IMPORT_TIMEOUT_SECONDS} s"
+    if done.returncode < 0:
+        return "", f"importing it crashed ({signal.Signals(-done.returncode).name})"
+    if done.returncode > 0:
+        lines = done.stderr.strip().splitlines()
+        return "", lines[-1] if lines else f"importing it exits with status {done.returncode}"
+    lines = done.stdout.strip().splitlines()
+    return (lines[-1] if lines else ""), ""
+
+
+def _read_torch_probe(machine: Machine, output: str) -> None:
+    found: dict[str, Any] = json.loads(output)
+    machine.cuda_build, machine.gloo, machine.nccl = found["cuda_build"], found["gloo"], found["nccl"]
+    machine.devices = [
+        Device(device["name"], (device["capability"][0], device["capability"][1]), device["memory"])
+        for device in found["devices"]
+    ]
+
+
+def _first_line(*command: str) -> str | None:
+    """The first line a command prints; None if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+
+
+def _memory() -> int | None:
+    """Memory of this machine, or of the container if that is less, in bytes."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:  # no cgroup, or one of version 1
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total

@@ -1,0 +1,44 @@
+"""Checkpoints: megatron-core's distributed format, published atomically, loadable in any layout.
+
+`folder` is what lies on disk, `state` the engine's state as sharded tensors, `saving` and `loading` move one to the
+other, `reading` serves programs without an engine, `store` is a training run's use of it all.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from plt_megatron.train.checkpoint.folder import checkpoint_folders, latest_checkpoint, read_progress
+
+if TYPE_CHECKING:
+    from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
+    from plt_megatron.train.checkpoint.reading import read_weights
+    from plt_megatron.train.checkpoint.saving import save_checkpoint
+    from plt_megatron.train.checkpoint.store import CheckpointStore
+
+__all__ = [
+    "CheckpointStore",
+    "checkpoint_folders",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "read_progress",
+    "read_weights",
+    "save_checkpoint",
+]
+
+# Imported when asked for: importing megatron-core takes seconds, and finding or reading a checkpoint needs none of it.
+_HOMES = {
+    "CheckpointStore": "store",
+    "load_checkpoint": "loading",
+    "load_weights": "loading",
+    "read_weights": "reading",
+    "save_checkpoint": "saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,50 @@
+"""What all ranks have to agree on while they save or load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from plt_megatron.errors import UserError
+
+
+def on_rank_0[T](function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give every rank its result. Collective.
+
+    Raises:
+        UserError: on all ranks, if it raised an OSError or a UserError on rank 0. Any other error is rank 0's own, and
+            the other ranks raise a RuntimeError instead of waiting for it.
+    """
+    outcome: list[Any] = [None, None, True]
+    unexpected: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            expected = isinstance(error, OSError | UserError)
+            outcome = [None, describe(error), expected]
+            unexpected = None if expected else error
+    dist.broadcast_object_list(outcome, src=0)
+    result, message, expected = outcome
+    if unexpected is not None:
+        raise unexpected
+    if message is not None:
+        raise UserError(message) if expected else RuntimeError(f"rank 0 failed: {message}")
+    return result
+
+
+def first_of_all_ranks(message: str | None) -> str | None:
+    """The lowest rank's message, if any rank has one. Collective."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    return next((text for text in messages if text), None)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: what the system says of a file, or the message."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1] if "Traceback" in text else text.splitlines()[0]

@@ -1,0 +1,233 @@
+"""Loading a checkpoint into an engine of any layout, with one loop or several."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from plt_megatron.errors import UserError
+from plt_megatron.train.checkpoint import folder, saving, state
+from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
+from plt_megatron.train.engine import MegatronEngine
+
+logger = logging.getLogger(__name__)
+
+_GATE = ".plt_gate."
+
+
+def load_checkpoint(engine: MegatronEngine, path: Path | str, *, allow_other_schedule: bool = False) -> dict[str, Any]:
+    """Put the engine, new or not, into the state that was saved. Collective.
+
+    In the layout that saved it the run goes on bit for bit; in another one with the same numbers, and random states of
+    its own. Gates that a checkpoint of one loop lacks start as they are built, with zero moments; gates that one
+    loop has no use for are dropped. Both are said in the log.
+
+    Args:
+        path: a checkpoint, or a folder of them or a run's folder for the last whole one; the log names damaged ones.
+        allow_other_schedule: go on although the optimizer's settings differ from the saved ones.
+
+    Returns:
+        What `save_checkpoint` was given as `progress`, and `config`, `schedule`, `layout`, `versions`, `vocab_size`.
+
+    Raises:
+        UserError: on all ranks. There is no whole checkpoint, or it does not fit this engine: the message names what.
+    """
+    path, progress = _find(Path(path))
+    _check_vocabulary(engine, path, progress)
+    if not allow_other_schedule:
+        _check_schedule(engine, path, progress)
+    model = state.model_state(engine)
+    optimizer = state.optimizer_state(engine, model, is_loading=True)
+    request: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    _fit(engine, path, request)
+    if progress["layout"] == saving.layout(engine):
+        request["rng"] = ShardedObject(state.RNG_KEY, None, (dist.get_world_size(),), (dist.get_rank(),))
+    loaded = _read(path, request)
+    engine.stage.load_state_dict(loaded["model"], strict=False)  # _fit has seen to what is missing
+    for index, part in enumerate(state.optimizers(engine)):
+        state.load_parameter_states(part, loaded["optimizer"].get(index, {}))
+    _set_steps(engine, optimizer=loaded["optimizer_step"], scheduler=loaded["scheduler"]["num_steps"])
+    _tell_differences(engine, progress)
+    if "rng" in loaded:
+        state.restore_random_state(loaded["rng"])
+    return progress
+
+
+def load_weights(engine: MegatronEngine, path: Path | str) -> dict[str, Any]:
+    """Start another run from a checkpoint's weights: optimizer, schedule and step stay new. Collective.
+
+    See `load_checkpoint` for arguments, errors, and what is returned.
+    """
+    path, progress = _find(Path(path))
+    _check_vocabulary(engine, path, progress)
+    request = {"model": state.model_state(engine)}
+    _fit(engine, path, request)
+    engine.stage.load_state_dict(_read(path, request)["model"], strict=False)
+    for part in state.optimizers(engine):
+        state.allocate(part)
+        state.load_parameter_states(part, {})
+    _set_steps(engine, optimizer=0, scheduler=0)
+    _tell_differences(engine, progress)
+    return progress
+
+
+def _set_steps(engine: MegatronEngine, optimizer: int, scheduler: int) -> None:
+    state.set_step_of_optimizer(engine, optimizer)
+    engine.scheduler.num_steps = scheduler
+    engine.scheduler.step(increment=0)
+
+
+# Which checkpoint.
+
+
+def _find(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The last whole checkpoint that `path` means, and its progress. Ranks share the checking."""
+    candidates = on_rank_0(partial(folder.candidates, path))
+    damages: list[str] = []
+    for candidate in candidates:
+        problem = first_of_all_ranks(folder.damage(candidate, dist.get_rank(), dist.get_world_size()))
+        if problem is None:
+            if damages:
+                _say(f"using {candidate} instead")
+            return candidate, on_rank_0(partial(folder.read_verified_progress, candidate))
+        damages.append(problem)
+        if len(candidates) > 1:
+            _say(problem, logging.WARNING)
+    raise UserError(damages[0] if len(damages) == 1 else f"{path}: no whole checkpoint there")
+
+
+def _check_vocabulary(engine: MegatronEngine, path: Path, progress: dict[str, Any]) -> None:
+    saved, own = progress["vocab_size"], engine.stage.vocab_size
+    if saved != own:
+        raise UserError(f"checkpoint {path}: its vocabulary has {saved} entries, this run's {own}; use its tokenizer")
+
+
+def _check_schedule(engine: MegatronEngine, path: Path, progress: dict[str, Any]) -> None:
+    own = saving.schedule(engine.config)
+    differences = [
+        f"{name} {progress['schedule'][name]} (now {value})"
+        for name, value in own.items()
+        if name in progress["schedule"] and progress["schedule"][name] != value
+    ]
+    if differences:
+        raise UserError(
+            f"checkpoint {path} was trained with {', '.join(differences)}; "
+            "restore that, or set checkpoint.allow_other_schedule"
+        )
+
+
+def _tell_differences(engine: MegatronEngine, progress: dict[str, Any]) -> None:
+    own = saving.describe_run(engine, {})["config"]
+    saved = progress["config"]
+    for section, name in [*(("model", key) for key in own["model"]), ("training", "precision")]:
+        before, now = saved[section].get(name), own[section][name]
+        if before != now and name not in ("backend", "vocab_size"):
+            _say(f"{section}.{name}: {before} in the checkpoint, {now} from here on")
+
+
+# Whether it fits.
+
+
+def _fit(engine: MegatronEngine, path: Path, request: dict[str, Any]) -> None:
+    """Compare the checkpoint's tensors with those the engine needs, and take from `request` the gates it lacks."""
+    saved, objects = on_rank_0(partial(_saved_entries, path))
+    request["model"] = {
+        name: value
+        for name, value in request["model"].items()
+        # Extra states come and go with the backend.
+        if not isinstance(value, ShardedObject) or value.unique_key in objects
+    }
+    needed = _needed_shapes(request)
+    missing = sorted(needed.keys() - saved.keys(), key=_model_first)
+    unexpected = sorted(saved.keys() - needed.keys(), key=_model_first)
+    if "optimizer" not in request:
+        unexpected = [key for key in unexpected if not key.startswith(state.OPTIMIZER_PREFIX)]
+    for keys, fault in ((missing, "lacks"), (unexpected, "has")):
+        strange = [key for key in keys if _GATE not in key]
+        if strange:
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            other = "which this model needs" if fault == "lacks" else "which this model has not"
+            raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
+    for key in sorted(needed.keys() & saved.keys(), key=_model_first):
+        if needed[key] is not None and needed[key] != saved[key]:
+            raise UserError(
+                f"checkpoint {path}: the tensor {key} has shape {saved[key]}, this model needs {needed[key]}"
+            )
+    if missing:
+        _take_out(request, set(missing))
+        _reset_gates(engine)
+        _say(f"{path} has no gates: this model's start from zero, with fresh optimizer state")
+    if unexpected:
+        _say(f"the gates in {path} are dropped: this model has none")
+
+
+def _model_first(key: str) -> tuple[bool, str]:
+    return key.startswith(state.OPTIMIZER_PREFIX), key
+
+
+def _saved_entries(path: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """(shapes of the tensors by key, keys of the objects)."""
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return shapes, entries.keys() - shapes.keys()
+
+
+def _needed_shapes(request: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Shapes by key over all ranks; None where padding may differ."""
+    own = {
+        tensor.key: None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
+        for tensor in state.sharded_tensors(request)
+    }
+    everyones: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyones, own)
+    return {key: shape for shapes in everyones for key, shape in shapes.items()}
+
+
+def _take_out(request: dict[str, Any], keys: set[str]) -> None:
+    """Remove the model's tensors with these keys, and the parameters with such optimizer state."""
+    request["model"] = {name: value for name, value in request["model"].items() if value.key not in keys}
+    for index, parameters in request.get("optimizer", {}).items():
+        request["optimizer"][index] = {
+            number: tensors
+            for number, tensors in parameters.items()
+            if not any(tensor.key in keys for tensor in tensors.values())
+        }
+
+
+def _reset_gates(engine: MegatronEngine) -> None:
+    """As built, that an engine which has trained already may be loaded too."""
+    with torch.no_grad():
+        for name, parameter in engine.stage.named_parameters():
+            if _GATE in name:
+                parameter.fill_(1.0 if "gate_norm" in name else 0.0)
+
+
+# Reading.
+
+
+def _read(path: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Every rank reads what it asks for; a rank that cannot is an error on all."""
+    loaded, problem = None, None
+    try:
+        loaded = dist_checkpointing.load(request, str(path))
+    except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must hear of it
+        problem = f"checkpoint {path}: cannot be loaded on rank {dist.get_rank()}, {describe(error)}"
+    problem = first_of_all_ranks(problem)
+    if problem is not None:
+        raise UserError(problem)
+    assert loaded is not None
+    return loaded
+
+
+def _say(message: str, level: int = logging.INFO) -> None:
+    if dist.get_rank() == 0:
+        logger.log(level, "%s", message)

@@ -1,0 +1,95 @@
+"""Reading a checkpoint's weights in one process: no process groups, no megatron, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from plt_megatron.errors import UserError
+from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress
+
+_LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
+_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def read_weights(path: Path | str) -> Iterator[tuple[str, Tensor]]:
+    """(global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
+
+    Names are megatron-core's, layers numbered over the whole model from 0: `decoder.layers.3.mlp.linear_fc1.weight`.
+    Tensors are whole (`linear_fc1`: all gate rows, then all up rows; `linear_qkv`: by query group its queries, key and
+    value), in the dtype the model was trained in, the vocabulary without its padding rows.
+
+    Args:
+        path: a checkpoint, or a run's folder for its last whole one. Unpickles its metadata: read only what you trust.
+
+    Raises:
+        UserError: there is no whole checkpoint at `path`.
+    """
+    found = latest_checkpoint(path)
+    if found is None:
+        raise UserError(f"{path}: no whole checkpoint there")
+    vocab_size = read_verified_progress(found)["vocab_size"]
+    reader = _Reader(found)
+    for key in reader.keys:
+        match = _LAYERS.fullmatch(key)
+        if match:
+            for layer in range(reader.shape(key)[0]):
+                yield f"{match[1]}{layer}.{match[2]}", reader.read(key, layer, 1)[0]
+        else:
+            rows = vocab_size if key in _PADDED else reader.shape(key)[0]
+            yield key, reader.read(key, 0, rows)
+
+
+class _Reader:
+    """Reads ranges of rows of a checkpoint's tensors.
+
+    Attributes:
+        keys: the model's tensors; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...].
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._files = FileSystemReader(path)
+        metadata: Metadata = self._files.read_metadata()
+        self._files.set_up_storage_reader(metadata, is_coordinator=True)
+        self._tensors = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+        }
+        self.keys = sorted(self._tensors)
+
+    def shape(self, key: str) -> torch.Size:
+        return self._tensors[key].size
+
+    def read(self, key: str, start: int, length: int) -> Tensor:
+        """Rows `start` .. `start + length` of the tensor."""
+        entry = self._tensors[key]
+        sizes = torch.Size((length, *entry.size[1:]))
+        offsets = torch.Size((start, *[0] * (len(sizes) - 1)))
+        items = create_read_items_for_chunk_list(key, entry, [ChunkStorageMetadata(offsets, sizes)])
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        self._files.read_data(LoadPlan(items), _Into(target)).wait()
+        return target
+
+
+class _Into(DefaultLoadPlanner):
+    """Puts all that is read into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def lookup_tensor(self, index: object) -> Tensor:
+        return self.target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        return self.transform_tensor(read_item, self.target)

@@ -1,0 +1,260 @@
+"""Saving: every rank writes its part into a temporary folder, rank 0 publishes it when all of it is there.
+
+An error on any rank, a full disk say, is an error on all of them, and leaves the last checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import queue
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
+
+import plt_megatron
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.train.checkpoint import folder, state
+from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
+from plt_megatron.train.engine import MegatronEngine
+
+logger = logging.getLogger(__name__)
+
+
+def save_checkpoint(
+    engine: MegatronEngine,
+    directory: Path | str,
+    progress: dict[str, Any],
+    *,
+    keep_last: int = 2,
+    keep_every: int = 0,
+) -> Path:
+    """Save the engine's whole state as `<directory>/step_00000100` and make it the latest. Collective.
+
+    Args:
+        directory: the run's folder of checkpoints, the same on all ranks; made if need be.
+        progress: `step`, and whatever else the trainer wants back as JSON (tokens, fingerprints, ...).
+        keep_last: checkpoints to keep; older ones are removed.
+        keep_every: steps whose multiples are kept for good; 0: none.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        UserError: on all ranks, if it could not be written; the last checkpoint is intact.
+    """
+    save = begin_save(engine, directory, progress)
+    save.write()
+    return save.publish(keep_last, keep_every)
+
+
+def begin_save(
+    engine: MegatronEngine, directory: Path | str, progress: dict[str, Any], *, staged: bool = False
+) -> PendingSave:
+    """Plan a save and collect its data. Collective; see `save_checkpoint`.
+
+    Args:
+        staged: copy the data, so that training can go on while `PendingSave.write` runs in a thread.
+    """
+    directory = Path(directory)
+    try:
+        temporary = on_rank_0(lambda: folder.prepare(directory, progress["step"]))
+    except UserError as error:
+        raise _cannot_save(progress["step"], str(error), directory) from error
+    strategy = _PlanOnly()
+    data_parallel = engine.groups.dp_cp
+    # Replicas share the writing.
+    shared = FullyParallelSaveStrategyWrapper(strategy, data_parallel) if data_parallel.size() > 1 else strategy
+    dist_checkpointing.save(
+        _state(engine),
+        str(temporary),
+        shared,
+        async_sharded_save=True,
+        async_strategy="mcore",
+        content_metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+    )
+    buckets = FileSystemWriterAsync.preload_tensors(strategy.writer.write_buckets, non_blocking=True)
+    if staged:
+        buckets = _copy_live(buckets, engine)
+    return PendingSave(temporary, strategy.writer, strategy.global_metadata, buckets, describe_run(engine, progress))
+
+
+@dataclass
+class PendingSave:
+    """A save between its plan and its publication.
+
+    Attributes:
+        temporary: the folder it is written to.
+        writer: megatron-core's, which turns all ranks' results into the checkpoint's metadata.
+        global_metadata: all ranks' plans, on rank 0.
+        buckets: what this rank writes, by file.
+        progress: the content of progress.json.
+    """
+
+    temporary: Path
+    writer: Any
+    global_metadata: Any
+    buckets: list[Any]
+    progress: dict[str, Any]
+    results: list[Any] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+    def write(self) -> None:
+        """Write this rank's files. Not collective; an error waits for `publish`. May run in a thread of its own."""
+        transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
+        try:
+            for index, bucket in enumerate(self.buckets):
+                path, name, _ = bucket
+                _, outcome = FileSystemWriterAsync.write_preloaded_data(
+                    transforms, index, bucket, results_queue=None, count_queue=None, use_fsync=False
+                )
+                if isinstance(outcome, Exception):
+                    raise outcome
+                self.results += outcome
+                self.checksums[name] = folder.sha256(Path(path), sync=True)  # to the disk at last
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            self.error = f"{describe(error)} (rank {dist.get_rank()})"
+        self.buckets = []
+
+    def publish(self, keep_last: int, keep_every: int) -> Path:
+        """Make it the latest checkpoint. Collective. See `save_checkpoint`."""
+        try:
+            error = first_of_all_ranks(self.error)
+            if error is not None:
+                raise UserError(error)
+            everything: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+            dist.gather_object((self.results, self.checksums), everything, dst=0)
+            published = on_rank_0(lambda: self._publish(everything or []))
+        except UserError as reason:
+            if dist.get_rank() == 0:
+                folder.discard(self.temporary)
+            raise _cannot_save(self.progress["step"], str(reason), self.temporary.parent) from reason
+        if dist.get_rank() == 0:
+            _prune(published, keep_last, keep_every)
+        return published
+
+    def _publish(self, everything: list[Any]) -> Path:
+        self.writer.finish(self.global_metadata, [results for results, _ in everything])
+        save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
+        folder.write_synced(self.temporary / folder.PROGRESS, json.dumps(self.progress, indent=1))
+        checksums = {name: digest for _, digests in everything for name, digest in digests.items()}
+        return folder.publish(self.temporary, checksums)
+
+
+class _PlanOnly(TorchDistSaveShardedStrategy):
+    """Plans the save and stops there: writing and publishing are `PendingSave`'s.
+
+    megatron-core's own end of a save leaves the other ranks waiting if rank 0 cannot write its part, and hands results
+    over through a process that outlives a killed rank and keeps its sockets open.
+    """
+
+    writer: Any
+    global_metadata: Any
+
+    def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
+        """Plan; the request does nothing."""
+        # Asked for by the planning alone: a queue that is there already keeps it from starting that process.
+        filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+        return super().async_save(*args, **kwargs)
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: Any, save_state_dict_ret: Any, async_strategy: str
+    ) -> AsyncRequest:
+        self.writer, self.global_metadata, _ = save_state_dict_ret
+        return AsyncRequest(None, (), [])
+
+
+def _state(engine: MegatronEngine) -> dict[str, Any]:
+    model = state.model_state(engine)
+    return {
+        "model": model,
+        "optimizer": state.optimizer_state(engine, model, is_loading=False),
+        "optimizer_step": state.step_of_optimizer(engine),
+        "scheduler": engine.scheduler.state_dict(),
+        "rng": state.random_state(),
+    }
+
+
+def _copy_live(buckets: list[Any], engine: MegatronEngine) -> list[Any]:
+    """The buckets with copies of those tensors that training will change: on a CPU nothing else copies them."""
+    tensors = (*engine.stage.parameters(), *engine.stage.buffers())
+    live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+    def copy(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+
+    return [
+        (path, name, (blobs, [(item, copy(tensor)) for item, tensor in tensors]))
+        for path, name, (blobs, tensors) in buckets
+    ]
+
+
+def describe_run(engine: MegatronEngine, progress: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's progress, and what a reader has to know of the run."""
+    return {
+        **progress,
+        "format": folder.FORMAT,
+        "config": dataclasses.asdict(engine.config),
+        "schedule": schedule(engine.config),
+        "vocab_size": engine.stage.vocab_size,
+        "layout": layout(engine),
+        "versions": {
+            "plt_megatron": plt_megatron.__version__,
+            "megatron-core": megatron.core.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def layout(engine: MegatronEngine) -> dict[str, int]:
+    """How the model lies over the processes. Random states are restored only in the same one."""
+    parallel = engine.config.parallel
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "data_parallel_size": engine.groups.dp_cp.size(),
+    }
+
+
+def schedule(config: RunConfig) -> dict[str, Any]:
+    """What decides how the weights move from here on, by its name in the configuration, `None`s resolved."""
+    settings: dict[str, Any] = dataclasses.asdict(config.optimizer)
+    settings["lr_decay_iters"] = derived.lr_decay_iters(config)
+    is_wsd = config.optimizer.lr_decay_style == "WSD"
+    settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config) if is_wsd else None
+    return {f"optimizer.{name}": value for name, value in settings.items()}
+
+
+def _cannot_save(step: int, reason: str, directory: Path) -> UserError:
+    last = folder.latest_checkpoint(directory, verify=False)
+    intact = f"the last checkpoint is intact: {last}" if last else "there is no earlier checkpoint"
+    return UserError(f"cannot save step {step}: {reason}; {intact}")
+
+
+def _prune(published: Path, keep_last: int, keep_every: int) -> None:
+    try:
+        removed = folder.prune(published, keep_last, keep_every)
+    except OSError as error:  # the new checkpoint is safe all the same
+        logger.warning("cannot remove an old checkpoint: %s", describe(error))
+        return
+    given_up = [path.name for path in removed if folder.step_of(path) > folder.step_of(published)]
+    if given_up:
+        logger.info("removed %s: later than %s, which training went back before", ", ".join(given_up), published.name)

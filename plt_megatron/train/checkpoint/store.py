@@ -1,0 +1,135 @@
+"""A training run's checkpoints: where to go on from, what to save beside the engine, what to keep."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.data.mix import fingerprint_differences
+from plt_megatron.errors import UserError
+from plt_megatron.train.checkpoint import folder
+from plt_megatron.train.checkpoint.collective import on_rank_0
+from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
+from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
+from plt_megatron.train.engine import MegatronEngine
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run. All its methods but `latest` are collective.
+
+    With `checkpoint.async_save` a save returns when its data is copied; `poll` at later step boundaries, the next save
+    or `close` publish it. One is under way at a time.
+
+    Args:
+        directory: the run's folder of checkpoints.
+        config: the run's; `checkpoint` says what to keep and where to start from.
+        data_fingerprint: `data.mix.fingerprint`'s; a run goes on only with the data it was saved with.
+    """
+
+    def __init__(self, directory: Path, config: RunConfig, data_fingerprint: dict[str, Any]) -> None:
+        self.directory = directory
+        self.config = config
+        self.data_fingerprint = json.loads(json.dumps(data_fingerprint))
+        self._pending: PendingSave | None = None
+        self._thread: threading.Thread | None = None
+
+    def load(self, engine: MegatronEngine) -> dict[str, Any] | None:
+        """Bring the engine to where the run left off or, for a new run, to where `checkpoint.load` says.
+
+        Returns:
+            The checkpoint's progress (see `load_checkpoint`); None if training starts at step 0.
+
+        Raises:
+            UserError: on all ranks, if a checkpoint that should be there is damaged, or does not fit.
+        """
+        settings = self.config.checkpoint
+        if not settings.enabled:
+            return None
+        self.close()
+        resumes = on_rank_0(self._look_for_own)
+        if not resumes and settings.load is None:
+            return None
+        source = self.directory if resumes else Path(settings.load or "")
+        if not resumes and settings.weights_only:
+            progress = load_weights(engine, source)
+            self._say(f"starting from the weights of {source}, step {progress['step']}")
+            return None
+        progress = load_checkpoint(engine, source, allow_other_schedule=settings.allow_other_schedule)
+        if not settings.allow_other_data and progress.get("data_fingerprint") != self.data_fingerprint:
+            differences = fingerprint_differences(progress.get("data_fingerprint") or {}, self.data_fingerprint)
+            raise UserError(
+                f"{source}: step {progress['step']} was trained on other data ({', '.join(differences)}); "
+                "restore it, or set checkpoint.allow_other_data"
+            )
+        self._say(f"going on from {source}, step {progress['step']}")
+        return progress
+
+    def save(self, engine: MegatronEngine, progress: dict[str, Any]) -> Path:
+        """Save the engine's state and the trainer's `progress`, which holds `step`; returns the checkpoint's folder.
+
+        Raises:
+            UserError: on all ranks, if it could not be written; the last checkpoint is intact.
+        """
+        self.close()
+        progress = {**progress, "data_fingerprint": self.data_fingerprint}
+        if not self.config.checkpoint.async_save:
+            pending = begin_save(engine, self.directory, progress)
+            pending.write()
+            return self._publish(pending)
+        self._pending = begin_save(engine, self.directory, progress, staged=True)
+        # Not a daemon: a process that leaves in good order has written its part.
+        self._thread = threading.Thread(target=self._pending.write, name="checkpoint writer")
+        self._thread.start()
+        return self.directory / folder.folder_name(progress["step"])
+
+    def poll(self) -> Path | None:
+        """Publish an asynchronous save if all ranks have written their parts; returns its folder if so."""
+        if self._pending is None or self._thread is None:
+            return None
+        writing = torch.tensor([float(self._thread.is_alive())], device=torch.cuda.current_device())
+        dist.all_reduce(writing)
+        return self.close() if writing.item() == 0 else None
+
+    def close(self) -> Path | None:
+        """Wait for an asynchronous save and publish it; returns its folder if there was one.
+
+        Raises:
+            UserError: on all ranks. It could not be written, or took longer than
+                `parallel.distributed_timeout_minutes`; the last checkpoint is intact.
+        """
+        pending, thread = self._pending, self._thread
+        self._pending = self._thread = None
+        if pending is None or thread is None:
+            return None
+        minutes = self.config.parallel.distributed_timeout_minutes
+        thread.join(minutes * 60 * 0.9)  # the other ranks wait in a collective, which must not run out first
+        if thread.is_alive():
+            pending.error = f"writing took longer than {0.9 * minutes:g} minutes (rank {dist.get_rank()})"
+        return self._publish(pending)
+
+    def latest(self) -> Path | None:
+        """The checkpoint published last, unchecked."""
+        return folder.latest_checkpoint(self.directory, verify=False)
+
+    def _look_for_own(self) -> bool:
+        folder.recover(self.directory)
+        for path in folder.leftovers(self.directory):
+            logger.warning("%s: left half-written by a run that was stopped; not used", path)
+        return bool(folder.candidates(self.directory))
+
+    def _publish(self, pending: PendingSave) -> Path:
+        return pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+
+    @staticmethod
+    def _say(message: str) -> None:
+        if dist.get_rank() == 0:
+            logger.info("%s", message)

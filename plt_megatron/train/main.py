@@ -1,0 +1,67 @@
+"""The process that trains: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
+
+Launchers start it (launch/local.py on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+Exit status: 0 finished, 2 something for the user to put right, 75 stopped on request with its state saved, 1 failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import validate
+from plt_megatron.errors import EXIT_USER_ERROR, UserError, print_error
+from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
+
+
+def main(arguments: list[str]) -> int:
+    """Train one rank's part of the run; returns the exit status."""
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        return train(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # the others have the same to say
+            print_error(error)
+        return EXIT_USER_ERROR
+
+
+def train(config: RunConfig) -> int:
+    """Set this process up, train, and leave the job."""
+    _quiet_imports()
+    import torch
+
+    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+
+    if enter_cpu_runtime() and config.training.threads_per_process is not None:
+        torch.set_num_threads(config.training.threads_per_process)
+    if config.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+    from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
+    from plt_megatron.train.trainer import Trainer, TrainingFailed
+
+    init_process_groups(config.parallel)
+    try:
+        finished = Trainer(config).run()
+    except TrainingFailed as error:
+        print_error(error)
+        return 1
+    destroy_process_groups()
+    return 0 if finished else EXIT_PREEMPTED
+
+
+def _quiet_imports() -> None:
+    """megatron-core and torch warn at import about everything a machine lacks; tools/doctor.py says what matters."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("megatron", "torch", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""Being asked to stop: by a signal, or by a file named STOP or SAVE in the run folder.
+
+Every rank hears a signal at its own moment, so the ranks agree at the step boundary: if one was asked, all save at the
+same step. STOP saves and leaves, SAVE saves and goes on; rank 0 looks for the files and removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NOTHING, _SAVE, _STOP = 0, 1, 2
+
+
+class StopRequest:
+    """Listens for requests to stop or to save.
+
+    Attributes:
+        requested: whether the ranks have agreed to stop.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self.requested = False
+        self._folder = run_folder
+        self._heard = _NOTHING
+        self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = _STOP
+
+    def agree(self) -> bool:
+        """Ask all ranks, at a step boundary: True if a checkpoint is due now. Collective."""
+        if dist.get_rank() == 0:
+            self._heard = max(self._heard, self._look_for_files())
+        flag = torch.tensor(self._heard, dtype=torch.int32, device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        agreed = int(flag)
+        self._heard = _NOTHING
+        self.requested = agreed == _STOP
+        return agreed != _NOTHING
+
+    def _look_for_files(self) -> int:
+        for name, meaning in (("STOP", _STOP), ("SAVE", _SAVE)):
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / name).unlink()
+                return meaning
+        return _NOTHING
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,81 @@
+"""What the parity tests train and compare. Without torch: workers import `parity`, the tests themselves need not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+VOCAB_SIZE = 50
+SEQUENCE_LENGTH = 8
+GLOBAL_BATCH_SIZE = 16
+STEPS = 3
+MODEL: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "window_size": 3,
+    "make_vocab_size_divisible_by": 8,  # 56 rows on one process, 64 on two
+    "init_method_std": 0.3,  # so that attention is not uniform
+    "backend": "torch",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the processes are arranged."""
+
+    tp: int = 1
+    sp: bool = False
+    pp: int = 1
+    dp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"TP{self.tp}{' SP' if self.sp else ''} PP{self.pp} DP{self.dp}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how the work is done in a layout."""
+
+    loops: int = 2
+    recompute: str = "none"
+    overlap: bool = False
+    packed: bool = False
+    model: tuple[tuple[str, Any], ...] = ()  # settings other than MODEL's
+    zero_gates: bool = False
+
+    @property
+    def reference(self) -> Case:
+        """The same numbers, asked of one process."""
+        return Case(self.loops, packed=self.packed, model=self.model, zero_gates=self.zero_gates)
+
+
+@dataclass
+class Outcome:
+    """What must not depend on the layout, and how the gradients were reduced.
+
+    Attributes:
+        numbers: losses and gradient norms by name.
+        initial, final: every parameter of the whole model by name, unsharded, without vocabulary padding.
+        dispatched: of each rank and step, how many bucket groups were on their way before backward ended, and all.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    initial: dict[str, np.ndarray] = field(default_factory=dict)
+    final: dict[str, np.ndarray] = field(default_factory=dict)
+    dispatched: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+def train_cases(layout: Layout, cases: list[Case]) -> list[Outcome]:
+    """Train each case, in a job of `layout.world_size` ranks. Outcomes are complete on rank 0."""
+    from tests.distributed.parity import train_all
+
+    return train_all(layout, cases)

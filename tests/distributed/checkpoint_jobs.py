@@ -1,0 +1,194 @@
+"""Jobs the checkpoint tests run over processes: a tiny model, trained, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plt_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from plt_megatron.runtime.process_groups import init_process_groups
+
+VOCAB, LENGTH, BATCH = 117, 16, 8
+
+
+def run_config(layout: dict[str, Any] | None = None, precision: str = "fp32", **model: Any) -> RunConfig:
+    """Sizes no power of two divides, so that buffers need padding between parameters and between buckets."""
+    sizes: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 40,
+        "ffn_hidden_size": 56,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "window_size": 5,
+        "make_vocab_size_divisible_by": 7,  # 119 rows, 126 with TP 2
+    }
+    return RunConfig(
+        model=ModelConfig(**{**sizes, **model}),
+        parallel=ParallelConfig(**(layout or {})),
+        data=DataConfig(sequence_length=LENGTH),
+        training=TrainingConfig(micro_batch_size=1, global_batch_size=BATCH, train_iters=20, precision=precision),
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4, lr_warmup_iters=2),
+        checkpoint=CheckpointConfig(),
+    )
+
+
+def build(config: RunConfig, vocab_size: int = VOCAB) -> Any:
+    """A fresh engine; the process groups are made on the way."""
+    from megatron.core import parallel_state
+
+    from plt_megatron.train.engine import MegatronEngine
+
+    if not parallel_state.model_parallel_is_initialized():
+        init_process_groups(config.parallel)
+    return MegatronEngine(config, vocab_size)
+
+
+def train(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
+    """Steps `first` .. `last`, each on data of its own: (loss, gradient norm) per step."""
+    results = [engine.train_step(batches_of(step)) for step in range(first, last + 1)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def batches_of(step: int) -> list[Any]:
+    """This rank's microbatches of a step's data."""
+    from megatron.core import parallel_state
+
+    from plt_megatron.model.looped_gpt import MicroBatch
+
+    ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    own = range(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    text = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    return [MicroBatch(text[row : row + 1, :-1], labels=text[row : row + 1, 1:].contiguous()) for row in own]
+
+
+def evaluate(engine: Any, loop_count: int) -> float:
+    """Mean loss on step 1's data."""
+    total, tokens = engine.evaluate(batches_of(1), loop_count)
+    return total / tokens
+
+
+def digest(engine: Any) -> str:
+    """One hash over the bits of this rank's parameters, main parameters, moments and learning rates."""
+    from plt_megatron.train.checkpoint import state
+
+    tensors = list(engine.stage.parameters())
+    for optimizer in state.optimizers(engine):
+        for group in optimizer.optimizer.param_groups:
+            tensors.append(torch.tensor([group["lr"], group["weight_decay"]], dtype=torch.float64))
+            for main in group["params"]:
+                tensors += [
+                    main,
+                    *(optimizer.optimizer.state[main][key] for key in ("exp_avg", "exp_avg_sq", "step")),
+                ]
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
+def train_and_save(directory: Path, config: RunConfig, steps: int = 3, then: int = 0, **arguments: Any) -> dict:
+    """Train, save, and go on for `then` steps."""
+    from plt_megatron.train.checkpoint import save_checkpoint
+
+    engine = build(config)
+    before = train(engine, 1, steps)
+    path = save_checkpoint(engine, directory, {"step": steps, "tokens": steps * BATCH * LENGTH}, **arguments)
+    after = train(engine, steps + 1, steps + then)
+    return {"before": before, "after": after, "digest": digest(engine), "path": path}
+
+
+def load_and_train(path: Path, config: RunConfig, then: int = 3, weights_only: bool = False, **arguments: Any) -> dict:
+    """Load into a fresh engine and train `then` steps; what rank 0 logged comes back as `log`."""
+    from plt_megatron.train.checkpoint import load_checkpoint, load_weights
+
+    engine = build(config)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    package = logging.getLogger("plt_megatron")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        progress = (load_weights if weights_only else load_checkpoint)(engine, path, **arguments)
+    finally:
+        package.removeHandler(handler)
+    step = 0 if weights_only else progress["step"]
+    return {
+        "progress": progress,
+        "after": train(engine, step + 1, step + then),
+        "digest": digest(engine),
+        "log": messages,
+    }
+
+
+def resume_bit_for_bit(directory: Path, layout: dict[str, Any], precisions: tuple[str, ...], **model: Any) -> list:
+    """For each precision: what a run did that never stopped, and what one did that was saved and loaded."""
+    outcomes = []
+    for precision in precisions:
+        config = run_config(layout, precision, **model)
+        whole = train_and_save(directory / precision, config, then=3)
+        # Nothing may be left over from the first run: new groups, other random states.
+        destroy = _leave_and_rejoin(config)
+        torch.manual_seed(99)
+        resumed = load_and_train(directory / precision, dataclasses.replace(config))
+        destroy()
+        outcomes.append((whole["after"], whole["digest"], resumed["after"], resumed["digest"], whole["before"]))
+    return outcomes
+
+
+def _leave_and_rejoin(config: RunConfig) -> Any:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    init_process_groups(config.parallel)
+    return parallel_state.destroy_model_parallel
+
+
+def train_save_evaluate(directory: Path, config: RunConfig) -> float:
+    """Train three steps, save, and give the loss with one loop."""
+    from plt_megatron.train.checkpoint import save_checkpoint
+
+    engine = build(config)
+    train(engine, 1, 3)
+    save_checkpoint(engine, directory, {"step": 3})
+    return evaluate(engine, loop_count=1)
+
+
+def error_of_load(path: Path, config: RunConfig, vocab_size: int = VOCAB) -> str:
+    """The message of the UserError that loading ends with."""
+    from plt_megatron.errors import UserError
+    from plt_megatron.train.checkpoint import load_checkpoint
+
+    try:
+        load_checkpoint(build(config, vocab_size), path)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def main_parameters(path: Path, config: RunConfig) -> str:
+    """A hash over the bits of the fp32 main parameters after loading."""
+    from plt_megatron.train.checkpoint import load_checkpoint, state
+
+    engine = build(config)
+    load_checkpoint(engine, path)
+    whole = hashlib.sha256()
+    optimizer = state.optimizers(engine)[0]
+    for parameter, _ in state._parameter_parts(optimizer):
+        group, order = optimizer.model_param_group_index_map[parameter]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        whole.update(main.detach().contiguous().numpy().tobytes())
+    return whole.hexdigest()

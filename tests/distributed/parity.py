@@ -1,0 +1,223 @@
+"""Train a tiny model for a few steps in a layout, and report every number that must not depend on it.
+
+These functions run in the pool's workers. Gates and norms are randomised: as built, gates are zero and norms one, which
+would hide most mistakes in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from plt_megatron.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from plt_megatron.model.initialization import global_names, initialize
+from plt_megatron.model.loop_context import Documents
+from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
+from plt_megatron.runtime.process_groups import init_process_groups
+from plt_megatron.train import engine as engine_module
+from plt_megatron.train.engine import MegatronEngine
+from tests.distributed.cases import (
+    GLOBAL_BATCH_SIZE,
+    MODEL,
+    SEQUENCE_LENGTH,
+    STEPS,
+    VOCAB_SIZE,
+    Case,
+    Layout,
+    Outcome,
+)
+from tests.reference.megatron_weights import randomise_gates_and_norms
+
+
+def train_all(layout: Layout, cases: list[Case]) -> list[Outcome]:
+    """See `cases.train_cases`."""
+    init_process_groups(_parallel(layout, Case()))
+    outcomes = []
+    for case in cases:
+        try:
+            outcomes.append(_train(layout, case))
+        except Exception as error:
+            error.add_note(f"in {layout}, {case}")
+            raise
+    return outcomes
+
+
+def _train(layout: Layout, case: Case) -> Outcome:
+    outcome = Outcome()
+    with _randomised(case.zero_gates), _small_buckets():
+        engine = MegatronEngine(_config(layout, case), VOCAB_SIZE)
+    dispatched = _observe_reduction(engine)
+    outcome.initial = _gather(engine.stage)
+    for step in range(STEPS):
+        result = engine.train_step(_batches(step, layout, case))
+        outcome.numbers[f"loss {step}"] = result.loss
+        outcome.numbers[f"gradient norm {step}"] = result.grad_norm
+        if step == 0:
+            for loops in _evaluated_loops(case):
+                loss, tokens = engine.evaluate(_batches(100, layout, case), loops)
+                outcome.numbers[f"validation loss at {loops}"] = loss / tokens
+    outcome.final = _gather(engine.stage)
+    outcome.dispatched = _gather_objects(dispatched)
+    return outcome
+
+
+def _evaluated_loops(case: Case) -> list[int]:
+    return [1] if case.loops == 1 else sorted({1, case.loops - 1, case.loops + 1})
+
+
+def _parallel(layout: Layout, case: Case) -> ParallelConfig:
+    return ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sp,
+        overlap_grad_reduce=case.overlap,
+        recompute_granularity=case.recompute,  # type: ignore[arg-type]
+    )
+
+
+def _config(layout: Layout, case: Case) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(**{**MODEL, "loop_count": case.loops, **dict(case.model)}),
+        parallel=_parallel(layout, case),
+        data=DataConfig(sequence_length=SEQUENCE_LENGTH, reset_at_document_boundaries=case.packed),
+        training=TrainingConfig(
+            micro_batch_size=_micro_batch_size(layout),
+            global_batch_size=GLOBAL_BATCH_SIZE,
+            train_iters=10,
+            precision="fp32",
+        ),
+        # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-5),
+    )
+
+
+def _micro_batch_size(layout: Layout) -> int:
+    """Two microbatches for each stage of a pipeline, or one where a job has most to do: their number is one more thing
+    that must not matter."""
+    per_stage = 1 if layout.tp * layout.pp == 8 else 2
+    return GLOBAL_BATCH_SIZE // (layout.dp * per_stage * layout.pp)
+
+
+def _batches(seed: int, layout: Layout, case: Case) -> list[MicroBatch]:
+    """This rank's share of a global batch that depends on `seed` alone; a fifth of the tokens does not count."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (GLOBAL_BATCH_SIZE, SEQUENCE_LENGTH)
+    tokens = torch.randint(0, VOCAB_SIZE, (shape[0], shape[1] + 1), generator=generator)
+    mask = (torch.rand(shape, generator=generator) > 0.2).float()
+    starts = torch.rand(shape, generator=generator) < 0.3
+    size, share = _micro_batch_size(layout), GLOBAL_BATCH_SIZE // layout.dp
+    first = parallel_state.get_data_parallel_rank() * share
+    return [
+        MicroBatch(
+            tokens=tokens[row : row + size, :-1].contiguous(),
+            labels=tokens[row : row + size, 1:].contiguous(),
+            loss_mask=mask[row : row + size],
+            document_starts=starts[row : row + size] if case.packed else None,
+            position_ids=Documents(starts[row : row + size]).position_ids if case.packed else None,
+        )
+        for row in range(first, first + share, size)
+    ]
+
+
+@contextmanager
+def _randomised(zero_gates: bool) -> Iterator[None]:
+    """Have the engine start from random gates and norms, drawn by their names in the whole model."""
+
+    def initialize_all(stage: LoopedGPT, seed: int) -> None:
+        initialize(stage, seed)
+        randomise_gates_and_norms(stage, zero_gates)
+
+    engine_module.initialize = initialize_all
+    try:
+        yield
+    finally:
+        engine_module.initialize = initialize
+
+
+@contextmanager
+def _small_buckets() -> Iterator[None]:
+    """Several gradient buckets, although the model is tiny."""
+    stock = DistributedOptimizer.compute_full_param_layout
+
+    def small(params: Any, bucket_size: int | None, *args: Any, **kwargs: Any) -> Any:
+        return stock(params, None if bucket_size is None else 2000, *args, **kwargs)
+
+    DistributedOptimizer.compute_full_param_layout = small
+    try:
+        yield
+    finally:
+        DistributedOptimizer.compute_full_param_layout = stock
+
+
+def _observe_reduction(engine: MegatronEngine) -> list[tuple[int, int]]:
+    """Note at the end of each backward how many bucket groups are already on their way, of how many."""
+    finalize, dispatched = engine._finalize, []
+
+    def observed(*args: Any, **kwargs: Any) -> None:
+        groups = engine.ddp.bucket_groups
+        dispatched.append((sum(group.grad_reduce_handle is not None for group in groups), len(groups)))
+        finalize(*args, **kwargs)
+
+    engine._finalize = observed  # type: ignore[method-assign]
+    return dispatched
+
+
+# ---------------------------------------------------------------- the whole model's parameters
+
+
+def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
+    """Every parameter of the whole model, on rank 0; replicas are checked to be equal bit for bit."""
+    own = [
+        (
+            name,
+            _split_axis(parameter),
+            parallel_state.get_tensor_model_parallel_rank(),
+            parameter.detach().numpy().copy(),
+        )
+        for name, parameter in global_names(stage)
+    ]
+    shards: dict[str, dict[int, np.ndarray]] = {}
+    axes: dict[str, int | None] = {}
+    for name, axis, tp_rank, value in (entry for entries in _gather_objects(own) for entry in entries):
+        axes[name] = axis
+        known = shards.setdefault(name, {}).setdefault(0 if axis is None else tp_rank, value)
+        assert np.array_equal(known, value), f"replicas of {name} differ"
+    return {name: _merge(name, axes[name], [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
+
+
+def _gather_objects(own: Any) -> list[Any]:
+    """Every rank's object by rank, on rank 0; none elsewhere."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(own, everyone if dist.get_rank() == 0 else None)
+    return everyone if dist.get_rank() == 0 else []
+
+
+def _split_axis(parameter: Tensor) -> int | None:
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return parameter.partition_dim  # type: ignore[attr-defined]
+
+
+def _merge(name: str, axis: int | None, parts: list[np.ndarray]) -> np.ndarray:
+    if axis is None:
+        return parts[0]
+    if name.endswith("linear_fc1.weight"):  # each rank: [its gate rows, its up rows]
+        halves = [np.split(part, 2) for part in parts]
+        return np.concatenate([half[index] for index in (0, 1) for half in halves])
+    whole = np.concatenate(parts, axis=axis)
+    return whole[:VOCAB_SIZE] if "word_embeddings" in name or name == "output_layer.weight" else whole

@@ -1,0 +1,193 @@
+"""Damaged and half-written checkpoints, full disks: one line that names it, and the last whole one serves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import checkpoint_jobs as jobs
+
+TP2 = {"tensor_model_parallel_size": 2}
+DP2: dict = {}
+
+
+def _save_twice(directory, config):
+    from plt_megatron.train.checkpoint import save_checkpoint
+
+    engine = jobs.build(config)
+    for step in (1, 2):
+        jobs.train(engine, step, step)
+        save_checkpoint(engine, directory, {"step": step}, keep_last=5)
+
+
+@pytest.fixture(scope="module")
+def saved_once(run_distributed, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    run_distributed(_save_twice, 2, directory, jobs.run_config(TP2))
+    return directory
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A run's folder with whole checkpoints of steps 1 and 2, from two ranks."""
+    shutil.copytree(saved_once, tmp_path / "checkpoints")
+    return tmp_path
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("__1_0.distcp", _flip, r"__1_0.distcp is damaged, its SHA-256 is not the manifest's"),
+        ("__0_0.distcp", _truncate, r"__0_0.distcp is damaged, \d+ bytes instead of \d+"),
+        (".metadata", Path.unlink, r"\.metadata is missing"),
+        ("progress.json", _flip, r"progress\.json is damaged, its SHA-256 is not the manifest's"),
+        ("manifest.json", _truncate, r"manifest\.json is damaged"),
+        ("manifest.json", Path.unlink, r"manifest\.json is missing"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_last_whole_one_used(run_distributed, saved, name, harm, message):
+    damaged = saved / "checkpoints" / "step_00000002"
+    harm(damaged / name)
+    seen = run_distributed(_load_run_and_checkpoint, 2, saved, damaged, jobs.run_config(TP2), all_ranks=True)
+    assert [rank["progress"]["step"] for rank, _ in seen] == [1, 1]
+    named, used = seen[0][0]["log"]
+    with pytest.raises(AssertionError, match=rf"^checkpoint \S+step_00000002: {message}$"):
+        raise AssertionError(named)
+    assert used == f"using {saved}/checkpoints/step_00000001 instead"
+    # Asked for by its own name, there is nothing to fall back on.
+    assert [error for _, error in seen] == [named, named]
+
+
+def _load_run_and_checkpoint(run, checkpoint, config):
+    return jobs.load_and_train(run, config, then=0), jobs.error_of_load(checkpoint, config)
+
+
+def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(run_distributed, saved):
+    for step in (1, 2):
+        _flip(saved / "checkpoints" / f"step_0000000{step}" / ".metadata")
+    error = run_distributed(jobs.error_of_load, 2, saved, jobs.run_config(TP2), all_ranks=True)
+    assert error == [f"{saved}: no whole checkpoint there"] * 2
+
+
+def _die_while_writing(directory, config):
+    from plt_megatron.train.checkpoint.saving import begin_save
+
+    engine = jobs.build(config)
+    save = begin_save(engine, directory, {"step": 3})
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    save.write()
+    save.publish(2, 0)
+
+
+def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_next_save_clears(
+    run_distributed, saved
+):
+    from tests.distributed.pool import DistributedFailure
+
+    directory = saved / "checkpoints"
+    with pytest.raises(DistributedFailure, match="rank 1 died"):
+        run_distributed(_die_while_writing, 2, directory, jobs.run_config(TP2))
+    assert (directory / "step_00000003.tmp").is_dir()
+    seen = run_distributed(jobs.load_and_train, 2, saved, jobs.run_config(TP2), then=0)
+    assert seen["progress"]["step"] == 2
+    run_distributed(jobs.train_and_save, 2, directory, jobs.run_config(TP2))
+    assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000002", "step_00000003"]
+
+
+def _save_with_fault(engine, directory, fault=None):
+    """What saving step 3 ends with, `fault` on one rank being where it cannot write."""
+    from plt_megatron.errors import UserError
+    from plt_megatron.train.checkpoint import folder, save_checkpoint
+
+    rank = int(os.environ["RANK"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    whole = folder.write_synced
+    if fault == "writer" and rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    if fault == "publisher" and rank == 0:
+
+        def full(path, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        folder.write_synced = full
+    try:
+        save_checkpoint(engine, directory, {"step": 3}, keep_last=1)
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        folder.write_synced = whole
+    return "saved"
+
+
+def _run_into_fault(directory, config, fault):
+    """(the error, what lies in the folder then, the step a load finds, what the next save ends with)"""
+    from plt_megatron.train.checkpoint import load_checkpoint
+
+    _save_twice(directory, config)
+    engine = jobs.build(config)
+    error = _save_with_fault(engine, directory, fault)
+    names = sorted(path.name for path in directory.iterdir())
+    return error, names, load_checkpoint(engine, directory)["step"], _save_with_fault(engine, directory)
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault", "reason"),
+    [(TP2, "writer", "File too large (rank 1)"), (DP2, "publisher", "No space left on device")],
+    ids=["writer", "publisher"],
+)
+def test_a_disk_that_takes_no_more_is_one_line_on_all_ranks_and_harms_nothing(
+    run_distributed, tmp_path, layout, fault, reason
+):
+    directory = tmp_path / "checkpoints"
+    seen = run_distributed(_run_into_fault, 2, directory, jobs.run_config(layout), fault, all_ranks=True)
+    assert seen[0][0] == seen[1][0]
+    error, names, step, next_save = seen[0]
+    assert "\n" not in error and error.startswith("cannot save step 3: ") and reason in error
+    assert error.endswith(f"; the last checkpoint is intact: {directory}/step_00000002")
+    assert names == ["latest", "step_00000001", "step_00000002"]
+    assert step == 2 and next_save == "saved"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(run_distributed, tmp_path):
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("in the way")
+    errors = run_distributed(_save_fresh, 2, blocked, jobs.run_config(TP2), all_ranks=True)
+    assert errors == [f"cannot save step 3: {blocked}: File exists; there is no earlier checkpoint"] * 2
+
+
+def _save_fresh(directory, config):
+    return _save_with_fault(jobs.build(config), directory)
+
+
+def _children_after_saving(directory, config):
+    import psutil
+
+    jobs.train_and_save(directory, config)
+    return [process.name() for process in psutil.Process().children(recursive=True)]
+
+
+def test_saving_starts_no_process(run_distributed, tmp_path):
+    """One would outlive a killed rank and keep its connections open, so that the others wait instead of failing."""
+    assert run_distributed(_children_after_saving, 2, tmp_path, jobs.run_config(TP2), all_ranks=True) == [
+        [],
+        [],
+    ]

@@ -1,0 +1,163 @@
+"""What a checkpoint may differ in from the engine that loads it, and what not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed.pool import DistributedFailure
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+UNTIED = {"share_embeddings_and_output_weights": False}
+
+
+@pytest.fixture(scope="module")
+def two_loops(run_distributed, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
+    run_distributed(jobs.train_and_save, 1, directory, jobs.run_config(loop_count=2))
+    return directory
+
+
+def _load_and_look(path, config):
+    """Loss with one loop right after loading, gates and their moments, and a save and a load of what came of it."""
+    import torch
+
+    from plt_megatron.train.checkpoint import load_checkpoint, save_checkpoint, state
+
+    loaded = jobs.load_and_train(path, config, then=0)
+    engine = jobs.build(config)
+    load_checkpoint(engine, path)
+    loss = jobs.evaluate(engine, loop_count=1)
+    optimizer = state.optimizers(engine)[0]
+    gates = {p for name, p in engine.stage.named_parameters() if ".plt_gate." in name}
+    moments, others = [], []
+    for parameter, part in state._parameter_parts(optimizer):
+        if part is None:
+            continue
+        group, order = optimizer.model_param_group_index_map[parameter]
+        main = optimizer.optimizer.param_groups[group]["params"][order]
+        (moments if parameter in gates else others).append(float(optimizer.optimizer.state[main]["exp_avg_sq"].max()))
+    zero = all(not torch.any(gate) for gate in gates)
+    history = jobs.train(engine, 4, 5)
+    save_checkpoint(engine, path.parent / f"{path.name}_continued", {"step": 5})
+    again = jobs.load_and_train(path.parent / f"{path.name}_continued", config, then=1)
+    went_on = jobs.train(engine, 6, 6)
+    return {
+        "log": loaded["log"],
+        "loss": loss,
+        "gates": len(gates),
+        "zero": zero,
+        "moments": moments,
+        "others": others,
+        "history": history,
+        "continued": (again["after"], went_on),
+    }
+
+
+def test_one_loop_goes_on_with_two_in_a_layout_with_more_vocabulary_padding(run_distributed, tmp_path):
+    one = run_distributed(jobs.train_save_evaluate, 1, tmp_path / "one", jobs.run_config(loop_count=1, **UNTIED))
+    seen = run_distributed(
+        _load_and_look, 2, tmp_path / "one", jobs.run_config(TP2, loop_count=2, **UNTIED), all_ranks=True
+    )
+    for rank in seen:
+        assert rank["loss"] == pytest.approx(one, rel=1e-5)  # the weights are the one-loop model's
+        assert rank["gates"] == 8 and rank["zero"] and not any(rank["moments"]) and min(rank["others"]) > 0
+        assert rank["continued"][0] == rank["continued"][1]
+    about_gates = [line for line in seen[0]["log"] if "gate" in line]
+    assert len(about_gates) == 1 and "has no gates: this model's start from zero" in about_gates[0]
+    assert "model.loop_count: 1 in the checkpoint, 2 from here on" in seen[0]["log"]
+    assert not seen[1]["log"]
+
+
+def test_two_loops_go_on_with_one(run_distributed, two_loops, tmp_path):
+    path = tmp_path / "two"
+    path.symlink_to(two_loops)
+    seen = run_distributed(_load_and_look, 2, path, jobs.run_config(PP2, loop_count=1))
+    assert seen["gates"] == 0 and min(seen["others"]) > 0 and seen["history"][0][0] > 1
+    about_gates = [line for line in seen["log"] if "gates" in line]
+    assert len(about_gates) == 1 and "are dropped: this model has none" in about_gates[0]
+
+
+def test_two_loops_go_on_with_three_and_nothing_to_say_of_gates(run_distributed, two_loops):
+    seen = run_distributed(jobs.load_and_train, 1, two_loops, jobs.run_config(loop_count=3), then=1)
+    assert seen["log"] == ["model.loop_count: 2 in the checkpoint, 3 from here on"]
+
+
+def test_anything_else_missing_or_of_another_shape_is_named(run_distributed, two_loops):
+    shape = r"has shape \([\d, ]+\), this model needs \([\d, ]+\)"
+    cases = [
+        (
+            {"qk_layernorm": True},
+            r"lacks the tensor decoder\.layers\.self_attention\.k_layernorm\.weight and \d+ more, ",
+        ),
+        ({"hidden_size": 48}, r"the tensor decoder\.layers\.\S+ " + shape),
+        ({"num_layers": 2}, r"the tensor decoder\.layers\.\S+ has shape \(4, .*, this model needs \(2, "),
+        ({"gate_input": "hidden"}, r"the tensor decoder\.layers\.\S+plt_gate.weight " + shape),
+        (UNTIED, r"lacks the tensor output_layer\.weight and 3 more, which this model needs"),
+    ]
+    configs = [jobs.run_config(TP2, **model) for model, _ in cases]
+    ranks = run_distributed(_errors_of_loads, 2, two_loops, configs, all_ranks=True)
+    assert ranks[0] == ranks[1]
+    for error, (_, message) in zip(ranks[0], cases, strict=True):
+        assert "\n" not in error
+        with pytest.raises(AssertionError, match=message):
+            raise AssertionError(error)
+
+
+def _errors_of_loads(path, configs):
+    return [jobs.error_of_load(path, config) for config in configs]
+
+
+def test_a_tensor_the_model_has_not_is_named(run_distributed, tmp_path):
+    run_distributed(jobs.train_and_save, 1, tmp_path, jobs.run_config(ffn_output_norm=True), steps=1)
+    error = run_distributed(jobs.error_of_load, 1, tmp_path, jobs.run_config())
+    assert "has the tensor decoder.layers.mlp." in error and "which this model has not" in error
+
+
+def test_another_vocabulary_is_refused_although_its_padded_size_fits(run_distributed, two_loops):
+    error = run_distributed(jobs.error_of_load, 1, two_loops, jobs.run_config(), vocab_size=118)
+    assert error.endswith("its vocabulary has 117 entries, this run's 118; use its tokenizer")
+
+
+def test_another_schedule_only_when_asked_explicitly(run_distributed, two_loops):
+    config = jobs.run_config()
+    config.optimizer.lr = 1e-3
+    config.training.train_iters = 40
+    error = run_distributed(jobs.error_of_load, 1, two_loops, config)
+    assert "was trained with optimizer.lr 0.003 (now 0.001), optimizer.lr_decay_iters 20 (now 40);" in error
+    seen = run_distributed(jobs.load_and_train, 1, two_loops, config, then=1, allow_other_schedule=True)
+    assert seen["progress"]["step"] == 3
+
+
+def test_weights_alone_start_a_new_run(run_distributed, two_loops):
+    config = jobs.run_config(PP2, "bf16")
+    config.optimizer.lr = 1e-3
+    seen = run_distributed(jobs.load_and_train, 2, two_loops, config, then=1, weights_only=True)
+    trained, fresh = run_distributed(_trained_and_fresh_loss, 1, two_loops, jobs.run_config())
+    assert seen["after"][0][0] == pytest.approx(trained, rel=3e-3)  # trained weights in bf16 ...
+    assert abs(seen["after"][0][0] - fresh) > 3e-2  # ... not fresh ones
+    assert seen["progress"]["step"] == 3
+    assert "training.precision: fp32 in the checkpoint, bf16 from here on" in seen["log"]
+
+
+def _trained_and_fresh_loss(path, config):
+    from plt_megatron.train.checkpoint import load_checkpoint
+
+    engine = jobs.build(config)
+    fresh = jobs.evaluate(engine, loop_count=2)
+    load_checkpoint(engine, path)
+    return jobs.evaluate(engine, loop_count=2), fresh
+
+
+def test_fp32_state_goes_on_in_bf16_with_an_exact_main_copy(run_distributed, two_loops):
+    seen = run_distributed(jobs.main_parameters, 1, two_loops, jobs.run_config(precision="bf16"))
+    exact = run_distributed(jobs.main_parameters, 1, two_loops, dataclasses.replace(jobs.run_config()))
+    assert seen == exact
+
+
+def test_errors_of_a_job_reach_the_caller(run_distributed, tmp_path):
+    with pytest.raises(DistributedFailure, match="UserError: .*no whole checkpoint there"):
+        run_distributed(jobs.load_and_train, 1, tmp_path / "nothing", jobs.run_config())

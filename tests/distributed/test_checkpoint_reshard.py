@@ -1,0 +1,92 @@
+"""A checkpoint loaded into another layout, and read without any: the same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed import checkpoint_jobs as jobs
+
+TP2_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+PP4 = {"pipeline_model_parallel_size": 4}
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def reference(run_distributed, tmp_path_factory):
+    """Six steps of one process, saved after the third."""
+    directory = tmp_path_factory.mktemp("one")
+    outcome = run_distributed(jobs.train_and_save, 1, directory, jobs.run_config(), then=3)
+    return outcome, directory
+
+
+@pytest.fixture(scope="module")
+def saved(run_distributed, tmp_path_factory):
+    """Three steps at TP2 x PP2 with tied embeddings, saved."""
+    directory = tmp_path_factory.mktemp("tp2pp2")
+    run_distributed(jobs.train_and_save, 4, directory, jobs.run_config(TP2_PP2))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        pytest.param({}, 1, id="1 process"),
+        pytest.param(PP4, 4, id="PP4"),
+        pytest.param({"overlap_grad_reduce": True}, 4, id="DP4"),
+        pytest.param(TP2, 4, id="TP2xDP2"),
+    ],
+)
+def test_reshard_goes_on_with_the_same_numbers(run_distributed, reference, saved, layout, world_size):
+    expected = reference[0]["after"]
+    resumed = run_distributed(jobs.load_and_train, world_size, saved, jobs.run_config(layout))
+    for (loss, norm), (expected_loss, expected_norm) in zip(resumed["after"], expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+    assert not any("in the checkpoint" in line for line in resumed["log"])
+
+
+def test_every_tensor_of_the_optimizer_is_the_single_process_one(reference, saved):
+    """Main parameters and moments agree to rounding, whichever bucket held them, and padding does not matter."""
+    ours, theirs = (_tensors(directory) for directory in (saved, reference[1]))
+    assert ours.keys() == theirs.keys() and sum("exp_avg_sq" in key for key in ours) >= 10
+    for key, tensor in ours.items():
+        other = theirs[key]
+        if tensor.shape != other.shape:  # the vocabulary, padded for each layout
+            assert "embedding" in key
+            tensor, other = tensor[: jobs.VOCAB], other[: jobs.VOCAB]
+        # A moment is a sum over few steps: to rounding of its own scale.
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=key)
+
+
+def _tensors(directory):
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from plt_megatron.train.checkpoint import latest_checkpoint
+
+    path = latest_checkpoint(directory)
+    entries = FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    return tensors
+
+
+def test_read_weights_needs_no_processes_and_gives_whole_tensors(reference, saved):
+    from plt_megatron.train.checkpoint import read_progress, read_weights
+
+    progress = read_progress(saved)
+    assert progress["step"] == 3 and progress["layout"]["pipeline_model_parallel_size"] == 2
+    assert progress["config"]["model"]["hidden_size"] == 40 and progress["vocab_size"] == jobs.VOCAB
+    ours, theirs = dict(read_weights(saved)), dict(read_weights(reference[1]))
+    assert not torch.distributed.is_initialized()
+    assert ours.keys() == theirs.keys()
+    assert ours["embedding.word_embeddings.weight"].shape == (jobs.VOCAB, 40)
+    assert ours["decoder.layers.3.mlp.linear_fc1.weight"].shape == (2 * 56, 40)
+    assert "decoder.layers.0.self_attention.core_attention.plt_gate.bias" in ours
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-6, msg=name)

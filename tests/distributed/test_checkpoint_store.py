@@ -1,0 +1,168 @@
+"""A run's use of checkpoints: start, go on, start from another run, other data, saving in the background."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import checkpoint_jobs as jobs
+
+TP2 = {"tensor_model_parallel_size": 2}
+
+
+def _config(layout=TP2, **checkpoint):
+    config = jobs.run_config(layout)
+    for name, value in checkpoint.items():
+        assert hasattr(config.checkpoint, name)
+        setattr(config.checkpoint, name, value)
+    return config
+
+
+def _store(directory, config, sha256="a"):
+    from plt_megatron.train.checkpoint import CheckpointStore
+
+    return CheckpointStore(Path(directory), config, {"sha256": sha256, "split": f"of {sha256}"})
+
+
+def _run(directory, config, to_step, sha256="a"):
+    """A run that goes on from where it is to `to_step` and saves after every step; where it started."""
+    store, engine = _store(directory, config, sha256), jobs.build(config)
+    progress = store.load(engine)
+    start = progress["step"] if progress else 0
+    for step in range(start + 1, to_step + 1):
+        jobs.train(engine, step, step)
+        store.save(engine, {"step": step, "tokens": 100 * step})
+        store.poll()
+    store.close()
+    return start, jobs.digest(engine), store.latest()
+
+
+def _error_of(*args):
+    from plt_megatron.errors import UserError
+
+    try:
+        return _run(*args)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_run_starts_and_goes_on_and_keeps_what_it_should(run_distributed, tmp_path):
+    config = _config(keep_last=2, keep_every=2)
+    assert run_distributed(_run, 2, tmp_path / "cut", config, 3)[0] == 0
+    resumed = run_distributed(_run, 2, tmp_path / "cut", config, 5, all_ranks=True)
+    whole = run_distributed(_run, 2, tmp_path / "whole", config, 5, all_ranks=True)
+    assert [start for start, *_ in resumed] == [3, 3]
+    assert [digest for _, digest, _ in resumed] == [digest for _, digest, _ in whole]
+    assert resumed[0][2] == tmp_path / "cut" / "step_00000005"
+    names = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert names == ["latest", "step_00000002", "step_00000004", "step_00000005"]
+
+
+def test_other_data_only_when_asked_explicitly(run_distributed, tmp_path):
+    config = _config()
+    run_distributed(_run, 2, tmp_path, config, 1)
+    errors = run_distributed(_error_of, 2, tmp_path, config, 2, "b", all_ranks=True)
+    assert errors[0] == errors[1]
+    assert 'step 1 was trained on other data (split was "of a", is "of b")' in errors[0]
+    assert errors[0].endswith("restore it, or set checkpoint.allow_other_data")
+    assert run_distributed(_run, 2, tmp_path, _config(allow_other_data=True), 2, "b")[0] == 1
+    assert run_distributed(_run, 2, tmp_path, config, 2, "b")[0] == 2
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_new_run_starts_from_another_and_then_goes_on_with_its_own(run_distributed, tmp_path, weights_only):
+    run_distributed(_run, 2, tmp_path / "old" / "checkpoints", _config(), 2)
+    config = _config(load=str(tmp_path / "old"), weights_only=weights_only)
+    starts = [run_distributed(_run, 2, tmp_path / "new", config, step)[0] for step in (3, 4)]
+    assert starts == ([0, 3] if weights_only else [2, 3])
+
+
+def test_a_switched_off_store_loads_nothing(run_distributed, tmp_path):
+    run_distributed(_run, 2, tmp_path, _config(), 1)
+    assert run_distributed(_run, 2, tmp_path, _config(enabled=False), 1)[0] == 0
+
+
+def _save_in_background(directory, config):
+    """Digests when saving, after training on, and loaded; what was published while the writer was held, and after."""
+    from plt_megatron.train.checkpoint.saving import PendingSave
+
+    write, gate = PendingSave.write, directory / "go"
+
+    def held(self):
+        while not gate.exists():
+            time.sleep(0.01)
+        write(self)
+
+    PendingSave.write = held
+    try:
+        store, engine = _store(directory, config), jobs.build(config)
+        jobs.train(engine, 1, 2)
+        saved = jobs.digest(engine)
+        store.save(engine, {"step": 2})
+        jobs.train(engine, 3, 3)
+        early = store.poll(), store.latest()
+        gate.touch()
+        published = None
+        for _ in range(1000):
+            published = published or store.poll()
+            time.sleep(0.01)
+            if published:
+                break
+    finally:
+        PendingSave.write = write
+    later = jobs.digest(engine)
+    store.load(engine)  # back to what was saved
+    return saved, later, early, published, jobs.digest(engine)
+
+
+@pytest.mark.parametrize(("layout", "precision"), [(TP2, "fp32"), ({}, "bf16")], ids=["TP2 fp32", "DP2 bf16"])
+def test_saving_in_the_background_saves_the_step_it_was_asked_at(run_distributed, tmp_path, layout, precision):
+    config = _config(layout, async_save=True)
+    config.training.precision = precision
+    seen = run_distributed(_save_in_background, 2, tmp_path, config, all_ranks=True)
+    for saved, later, early, published, loaded in seen:
+        assert early == (None, None)
+        assert published == tmp_path / "step_00000002"
+        assert saved == loaded != later
+
+
+def _background_fault(directory, config, fault):
+    from plt_megatron.errors import UserError
+    from plt_megatron.train.checkpoint import saving
+
+    write, release = saving.PendingSave.write, directory / "release"
+
+    def stuck(self):
+        while not release.exists():
+            time.sleep(0.01)
+
+    def broken(self):
+        self.error = saving.describe(OSError(28, "No space left on device", "somewhere"))
+
+    saving.PendingSave.write = {"stuck": stuck, "broken": broken}[fault]
+    store, engine = _store(directory, config), jobs.build(config)
+    jobs.train(engine, 1, 1)
+    try:
+        store.save(engine, {"step": 1})
+        store.close()
+    except UserError as error:
+        return str(error), store.close()
+    finally:
+        release.touch()
+        saving.PendingSave.write = write
+    return "saved", None
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("stuck", "writing took longer than 0.009 minutes"), ("broken", "somewhere: No space left on device")],
+)
+def test_a_background_save_that_fails_or_hangs_is_an_error_on_all_ranks(run_distributed, tmp_path, fault, message):
+    config = _config(async_save=True)
+    config.parallel.distributed_timeout_minutes = 0.01
+    seen = run_distributed(_background_fault, 2, tmp_path, config, fault, all_ranks=True)
+    assert seen[0] == seen[1]
+    assert seen[0][0].startswith(f"cannot save step 1: {message}") and seen[0][1] is None
+    assert not list(tmp_path.glob("step_*"))

@@ -1,0 +1,226 @@
+"""Every layout gives one process's numbers, to 1e-5 relative in float32.
+
+Compared over three optimizer steps: losses, gradient norms, the validation loss of the same weights at other loop
+counts in between, the initial weights (bit for bit) and the final ones (relative to a tensor's largest element).
+
+With two loops all combinations are run: TP 1, TP 2, TP 2 with sequence parallel x PP 1/2/4 x DP 1/2, up to 8
+processes, x recompute none/selective/full x overlapped gradient reduction. With one and three loops a covering design
+is run, in which every pair of settings occurs that can. Packed documents and the model's variants run in a few layouts
+each. The end of the test run prints it all as a table.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import Case, Layout, Outcome, train_cases
+
+TOLERANCE = 1e-5
+RECOMPUTE = ("none", "selective", "full")
+OVERLAP = (False, True)
+LAYOUTS = [
+    layout
+    for (tp, sp), pp, dp in itertools.product([(1, False), (2, False), (2, True)], (1, 2, 4), (1, 2))
+    if (layout := Layout(tp, sp, pp, dp)).world_size <= 8
+]
+Setting = tuple[Layout, str, bool]
+
+
+def _settings(setting: Setting) -> list[tuple[str, Any]]:
+    layout, recompute, overlap = setting
+    return [
+        ("tensor", (layout.tp, layout.sp)),
+        ("pipeline", layout.pp),
+        ("data", layout.dp),
+        ("recompute", recompute),
+        ("overlap", overlap),
+    ]
+
+
+def _pairs(settings: Iterable[Setting]) -> set[Any]:
+    return {pair for setting in settings for pair in itertools.combinations(_settings(setting), 2)}
+
+
+def _covering_design() -> list[Setting]:
+    """Few settings in which each pair that occurs at all occurs: the one that adds most pairs, again and again."""
+    everything = list(itertools.product(LAYOUTS, RECOMPUTE, OVERLAP))
+    chosen: list[Setting] = []
+    missing = _pairs(everything)
+    while missing:
+        best = max(everything, key=lambda setting: (len(_pairs([setting]) & missing), -setting[0].world_size))
+        chosen.append(best)
+        missing -= _pairs([best])
+    return chosen
+
+
+COVERING = _covering_design()
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "+ CLP": {"share_kv": False, "gated_window": False},
+    "+ KV sharing": {"gated_window": False},
+    "hidden gate": {"gate_input": "hidden"},
+    "LoopCoder-v2": {
+        "window_size": 4,
+        "gate_input": "hidden",
+        "gate_side": "global",
+        "norm_between_loops": True,
+        "embedding_scale": 0.707,
+        "hidden_scale": 0.053,
+        "share_embeddings_and_output_weights": False,
+    },
+    "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True},
+    "qkv bias, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
+    "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
+}
+
+
+def _case(loops: int, recompute: str = "none", overlap: bool = False, packed: bool = False, **model: Any) -> Case:
+    return Case(loops, recompute, overlap, packed, tuple(sorted(model.items())))
+
+
+def differences(outcome: Outcome, reference: Outcome) -> dict[str, float]:
+    """Relative differences of the numbers and of the final parameters, by name."""
+    assert outcome.numbers.keys() == reference.numbers.keys()
+    assert outcome.final.keys() == reference.final.keys() == outcome.initial.keys()
+    wrong = {name: abs(outcome.numbers[name] - value) / abs(value) for name, value in reference.numbers.items()}
+    for name, value in reference.final.items():
+        wrong[name] = float(np.abs(outcome.final[name] - value).max() / np.abs(value).max())
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def reference(run_distributed) -> Callable[[Case], Outcome]:
+    """A case's outcome on one process."""
+    known: dict[Case, Outcome] = {}
+
+    def outcome(case: Case) -> Outcome:
+        if case.reference not in known:
+            known[case.reference] = run_distributed(train_cases, 1, Layout(), [case.reference])[0]
+        return known[case.reference]
+
+    return outcome
+
+
+@pytest.fixture
+def check(run_distributed, reference, record_property) -> Callable[..., None]:
+    """Train the cases in the layout and compare; what was found goes into the table."""
+
+    def check(layout: Layout, cases: list[Case], table: str, names: list[str] | None = None) -> None:
+        failures = []
+        outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=240)
+        for index, (case, outcome) in enumerate(zip(cases, outcomes, strict=True)):
+            expected = reference(case)
+            for name, value in expected.initial.items():
+                assert np.array_equal(outcome.initial[name], value), f"{layout}, {case}: {name} starts differently"
+            wrong = differences(outcome, expected)
+            worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else np.inf)
+            row = f"L{case.loops} {layout}" if names is None else f"{names[index]}, {layout}"
+            column = f"{case.recompute}{'+overlap' if case.overlap else ''}"
+            record_property("parity", [table, row, column, wrong[worst], TOLERANCE])
+            if not wrong[worst] <= TOLERANCE:
+                failures.append(f"{layout}, {case}: {worst} is off by {wrong[worst]:.1e}")
+            failures.extend(_reduction_failures(layout, case, outcome))
+        assert not failures, "\n".join(failures)
+
+    return check
+
+
+def _reduction_failures(layout: Layout, case: Case, outcome: Outcome) -> list[str]:
+    """With overlap, every rank's buckets are on their way before backward ends, from the second step on."""
+    expected_share = [0, 1, 1] if case.overlap else [0, 0, 0]
+    expected = [
+        [(share * total, total) for share, (_, total) in zip(expected_share, steps, strict=True)]
+        for steps in outcome.dispatched
+    ]
+    if outcome.dispatched == expected and len(expected) == layout.world_size:
+        return []
+    return [f"{layout}, {case}: bucket groups (sent before the end of backward, all) {outcome.dispatched}"]
+
+
+# ---------------------------------------------------------------- the matrix
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_two_loops_in_every_combination(check, layout):
+    check(layout, [_case(2, recompute, overlap) for recompute in RECOMPUTE for overlap in OVERLAP], "matrix")
+
+
+@pytest.mark.parametrize("layout", sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index), ids=str)
+def test_one_and_three_loops_in_every_pair_of_settings(check, layout):
+    chosen = [setting for setting in COVERING if setting[0] == layout]
+    check(layout, [_case(loops, *how) for loops in (1, 3) for _, *how in chosen], "matrix")
+
+
+def test_the_covering_design_has_every_pair():
+    everything = itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)
+    assert _pairs(COVERING) == _pairs(everything)
+    assert len(COVERING) <= 15
+
+
+# ---------------------------------------------------------------- packed documents and variants
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(dp=2), Layout(2, True, 2, 2)], ids=str
+)
+def test_packed_documents(check, layout):
+    cases = [
+        _case(3, "full", packed=True),
+        _case(2, "selective", overlap=True, packed=True, **VARIANTS["LoopCoder-v2"]),
+        _case(1, packed=True),
+    ]
+    check(layout, cases, "packed", ["PLT-3", "LoopCoder-v2", "PLT-1"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute", "overlap"),
+    [
+        (Layout(tp=2), "none", False),
+        (Layout(tp=2, sp=True, pp=2), "full", True),
+        (Layout(pp=4, dp=2), "selective", True),
+    ],
+    ids=str,
+)
+def test_variants(check, layout, recompute, overlap):
+    cases = [_case(2, recompute, overlap, **model) for model in VARIANTS.values()]
+    check(layout, cases, "variants", list(VARIANTS))
+
+
+# ---------------------------------------------------------------- the comparison would notice
+
+
+def _train(run_distributed, case: Case) -> Outcome:
+    return run_distributed(train_cases, 1, Layout(), [case])[0]
+
+
+def test_gates_are_random_and_matter(run_distributed, reference):
+    random = reference(_case(2))
+    gates = {name: value for name, value in random.initial.items() if ".plt_gate." in name}
+    assert len(gates) == 8  # weight and bias of four layers
+    assert all(np.std(value) > 0.3 for value in gates.values())
+    assert all(np.abs(random.final[name] - value).max() > 1e-4 for name, value in gates.items()), "they learn"
+    zero = _train(run_distributed, Case(2, zero_gates=True))
+    wrong = differences(zero, random)
+    assert wrong["loss 0"] > 100 * TOLERANCE and wrong["gradient norm 0"] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("changed", [{"window_size": 4}, *VARIANTS.values()], ids=str)
+def test_each_switch_changes_the_numbers(reference, changed):
+    base, other = reference(_case(2)), reference(_case(2, **changed))
+    for name, value in base.numbers.items():
+        if name.startswith(("loss", "gradient")):
+            assert abs(other.numbers[name] - value) > 10 * TOLERANCE * abs(value), name
+
+
+def test_packing_and_loop_counts_change_the_numbers(reference):
+    base, packed = reference(_case(3)).numbers, reference(_case(3, packed=True)).numbers
+    assert abs(base["loss 0"] - packed["loss 0"]) > 100 * TOLERANCE
+    validation = [value for name, value in base.items() if name.startswith("validation")]
+    assert len(validation) == 3
+    assert min(abs(one - other) for one, other in itertools.combinations(validation, 2)) > 100 * TOLERANCE

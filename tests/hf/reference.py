@@ -1,0 +1,124 @@
+"""The PLT equations in plain torch, one sequence at a time, with no cache, no padding and no cleverness.
+
+It reads weights by their exported names and nothing of the modeling file, so that it can judge it.
+"""
+
+import torch
+
+
+def rms_norm(x, weight, eps):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x, theta):
+    """x [n, heads, D]: pairs (j, j + D/2) turn by position * theta ** (-2j / D)."""
+    n, _, dim = x.shape
+    half = dim // 2
+    angle = torch.arange(n)[:, None] / theta ** (torch.arange(half) * 2 / dim)[None]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def attend(q, k, v, window=None):
+    """Causal attention, q [n, H, D] on k, v [n, K, D]; a query sees `window` keys at most, itself one."""
+    n, heads, dim = q.shape
+    out = torch.zeros_like(q)
+    for head in range(heads):
+        kv = head // (heads // k.shape[1])
+        for i in range(n):
+            first = 0 if window is None else max(0, i - window + 1)
+            scores = k[first : i + 1, kv] @ q[i, head] / dim**0.5
+            out[i, head] = scores.softmax(0) @ v[first : i + 1, kv]
+    return out
+
+
+class Reference:
+    """Run `logits(tokens)` of a PLT from its configuration and state dict (fp32)."""
+
+    def __init__(self, config, state_dict, loop_count=None):
+        self.config = config
+        self.loops = loop_count or config.loop_count
+        self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
+        self.theta = config.rope_parameters["rope_theta"]
+
+    def w(self, name):
+        return self.weights[name]
+
+    def linear(self, x, name):
+        y = x @ self.w(f"{name}.weight").T
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def norm(self, x, name):
+        return rms_norm(x, self.w(f"{name}.weight"), self.config.rms_norm_eps)
+
+    def logits(self, tokens):
+        """tokens [n] to fp64 logits [n, vocab] and the list of h(1..L), normed if normed between loops."""
+        config = self.config
+        e = self.w("model.embed_tokens.weight")[tokens]
+        first_kv = [None] * config.num_hidden_layers
+        x, states = e, []
+        for loop in range(self.loops):
+            if loop and config.cross_loop_parallel:
+                shifted = torch.cat([torch.zeros_like(e[:1]), states[-1][:-1]])
+                x = config.embedding_scale * e + config.hidden_scale * shifted
+            elif loop:
+                x = states[-1]
+            for layer in range(config.num_hidden_layers):
+                x = self.layer(x, layer, loop, first_kv)
+            if config.norm_between_loops:
+                x = self.norm(x, "model.norm")
+            states.append(x)
+        out = x if config.norm_between_loops else self.norm(x, "model.norm")
+        head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+        return out @ self.w(f"{head}.weight").T, states
+
+    def layer(self, x, index, loop, first_kv):
+        name = f"model.layers.{index}"
+        pre = self.config.norm_placement == "pre"
+        inside = self.norm(x, f"{name}.input_layernorm") if pre else x
+        y = self.attention(inside, x, index, loop, first_kv)
+        x = x + (y if pre else self.norm(y, f"{name}.post_attention_layernorm"))
+        inside = self.norm(x, f"{name}.post_attention_layernorm") if pre else x
+        gate, up = self.linear(inside, f"{name}.mlp.gate_proj"), self.linear(inside, f"{name}.mlp.up_proj")
+        y = self.linear(gate / (1 + torch.exp(-gate)) * up, f"{name}.mlp.down_proj")
+        if not pre or self.config.ffn_output_norm:
+            y = self.norm(y, f"{name}.post_feedforward_layernorm")
+        return x + y
+
+    def heads(self, x, name, norm):
+        config = self.config
+        x = self.linear(x, name)
+        if norm and config.qk_norm and config.norm_placement == "post":
+            x = self.norm(x, norm)
+        x = x.view(x.shape[0], -1, config.head_dim)
+        if norm and config.qk_norm and config.norm_placement == "pre":
+            x = self.norm(x, norm)
+        return rope(x, self.theta) if norm else x
+
+    def attention(self, x, residual, index, loop, first_kv):
+        config, name = self.config, f"model.layers.{index}.self_attn"
+        q = self.heads(x, f"{name}.q_proj", f"{name}.q_norm")
+        k = self.heads(x, f"{name}.k_proj", f"{name}.k_norm")
+        v = self.heads(x, f"{name}.v_proj", None)
+        if loop == 0:
+            first_kv[index] = (k, v)
+        if loop == 0 or not config.share_kv:
+            y = attend(q, k, v)
+        else:
+            y = attend(q, *first_kv[index])
+            if config.gated_window:
+                local = attend(q, k, v, config.window_size)
+                gate = self.gate(q, residual, name)
+                y = gate * local + (1 - gate) * y if config.gate_side == "local" else gate * y + (1 - gate) * local
+        return self.linear(y.flatten(1), f"{name}.o_proj")
+
+    def gate(self, q, residual, name):
+        """[n, H, 1]"""
+        weight, bias = self.w(f"{name}.plt_gate.weight"), self.w(f"{name}.plt_gate.bias")
+        if self.config.gate_input == "hidden":
+            score = self.norm(residual, f"{name}.plt_gate.gate_norm") @ weight.T + bias
+        else:
+            score = torch.einsum("nhd,hd->nh", q, weight) + bias
+        return torch.sigmoid(score)[..., None]

@@ -1,0 +1,221 @@
+"""The cache under what generation does to it, and what it costs."""
+
+import copy
+
+import pytest
+import torch
+
+from plt_megatron.hf.modeling_plt import PLTCache
+from tests.hf.tiny import (
+    ABLATIONS,
+    VARIANTS,
+    decode,
+    expected,
+    full,
+    left_pad,
+    make_config,
+    make_model,
+    make_tokens,
+)
+
+TOLERANCE = 1e-4
+ALL = {**ABLATIONS, **VARIANTS}
+CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest"]
+
+
+def step(model, cache, tokens, **kwargs):
+    with torch.no_grad():
+        return model(tokens, cache=cache, **kwargs).logits
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", CACHED)
+def test_beam_reorder(name, static):
+    model = make_model(**ALL[name])
+    tokens = make_tokens(3, 20)
+    order = torch.tensor([2, 2, 0])
+    cache = model.new_cache(30 if static else None)
+    decode(model, tokens[:, :14], 9, cache)
+    cache.reorder_cache(order)
+    mixed = torch.cat([tokens[order, :14], tokens[:, 14:]], 1)
+    assert (decode(model, tokens[:, 14:], 0, cache) - full(model, mixed)[:, 14:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_repeat_and_select(name):
+    model = make_model(**ALL[name])
+    tokens = make_tokens(2, 16)
+    cache = model.new_cache()
+    decode(model, tokens[:, :12], 8, cache)
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0, 4]))
+    assert cache.layers[0].batch_size == 2
+    assert (decode(model, tokens[:, 12:], 0, cache) - full(model, tokens)[:, 12:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("before", [0, 3, 30])
+@pytest.mark.parametrize("removed", [1, 4, 9])
+@pytest.mark.parametrize("name", CACHED)
+def test_crop(name, removed, before):
+    """Tokens that turned out wrong leave no trace, whether they came one by one or at once."""
+    model = make_model(**{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))})
+    tokens, wrong = make_tokens(2, 50), make_tokens(2, removed, seed=9)
+    for prefill in (0, removed):
+        cache = model.new_cache()
+        if before:
+            step(model, cache, tokens[:, :before])
+        cache.activate_past_recording()
+        decode(model, tokens[:, before : before + 8], 3, cache)
+        decode(model, wrong, prefill, cache)
+        cache.crop(-removed)
+        cache.crop(0)
+        assert cache.get_seq_length() == before + 8
+        rest = decode(model, tokens[:, before + 8 :], 0, cache)
+        assert (rest - full(model, tokens)[:, before + 8 :]).abs().max() < TOLERANCE
+        cache.crop(-4)
+        rest = decode(model, tokens[:, 46:], 0, cache)
+        assert (rest - full(model, tokens)[:, 46:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["naive", "shared_no_clp", "vanilla"])
+def test_crop_without_recording_where_nothing_is_lost(name):
+    model = make_model(**ALL[name])
+    tokens = make_tokens(1, 20)
+    cache = model.new_cache()
+    step(model, cache, tokens)
+    cache.crop(-8)
+    assert (decode(model, tokens[:, 12:], 0, cache) - full(model, tokens)[:, 12:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["plt", "clp", "clp_shared", "iquest"])
+def test_crop_of_what_is_gone_is_an_error(name):
+    model = make_model(**ALL[name])
+    cache = model.new_cache()
+    step(model, cache, make_tokens(1, 9))
+    with pytest.raises(ValueError, match=r"cannot take 3 tokens back: call activate_past_recording"):
+        cache.crop(-3)
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="cannot take 3 tokens back"):
+        cache.crop(-3)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", CACHED)
+def test_a_stored_prefix_is_continued_many_times(name, static):
+    model = make_model(**ALL[name])
+    prefix = make_tokens(1, 14)
+    stored = model.new_cache(30 if static else None)
+    step(model, stored, prefix)
+    for seed in (2, 3):
+        tail = make_tokens(1, 8, seed=seed)
+        cache = copy.deepcopy(stored)
+        logits = decode(model, tail, 0, cache)
+        assert (logits - full(model, torch.cat([prefix, tail], 1))[:, 14:]).abs().max() < TOLERANCE
+    assert int(stored.get_seq_length()) == 14
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_reset(static):
+    model = make_model(loop_count=3)
+    tokens = make_tokens(2, 20)
+    cache = model.new_cache(20 if static else None)
+    decode(model, make_tokens(2, 20, seed=5), 10, cache)
+    cache.reset()
+    assert (decode(model, tokens, 3, cache) - full(model, tokens)).abs().max() < TOLERANCE
+
+
+def test_padding_after_tokens_starts_afresh_in_every_path():
+    """A gap of padding cuts shift, with and without a cache; no token sees the gap."""
+    model = make_model(loop_count=3, window_size=4)
+    tokens, mask = make_tokens(1, 24), torch.ones(1, 24, dtype=torch.long)
+    mask[:, 10:13] = 0
+    want = full(model, tokens, attention_mask=mask)
+    assert torch.isfinite(want).all()
+    for prefill in (0, 11, 20):
+        got = decode(model, tokens, prefill, attention_mask=mask)
+        assert (got - want)[mask.bool()].abs().max() < TOLERANCE
+
+
+def test_state_is_what_the_paper_says():
+    """Global K/V, (L - 1) rings of w per layer, (L - 1) carries: 1.05 times vanilla at 1,280 tokens."""
+    sizes = {}
+    for name, loops in (("vanilla", 1), ("plt", 2), ("plt", 3), ("naive", 2)):
+        model = make_model(**{**ALL[name], "loop_count": loops, "window_size": 64, "max_position_embeddings": 2048})
+        cache = model.new_cache()
+        step(model, cache, make_tokens(1, 1280))
+        sizes[name, loops] = cache.memory_bytes()
+        config = model.config
+        token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 4
+        assert cache.memory_bytes(allocated=True) == cache.memory_bytes()
+        stores = loops if name == "naive" else 1
+        rings = (loops - 1) * 64 if name == "plt" else 0
+        carries = (loops - 1) * config.hidden_size * 4 if name == "plt" else 0
+        assert sizes[name, loops] == (stores * 1280 + rings) * token + carries
+    assert sizes["plt", 2] <= 1.07 * sizes["vanilla", 1]
+    assert sizes["naive", 2] == 2 * sizes["vanilla", 1]
+
+
+def test_buffers_of_a_static_cache_never_move():
+    model = make_model(loop_count=3)
+    cache = model.new_cache(32)
+    step(model, cache, make_tokens(2, 5))
+    before = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
+    before += [cache.carry.data_ptr(), cache.length.data_ptr()]
+    decode(model, make_tokens(2, 10), 0, cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    after = [t.data_ptr() for layer in cache.layers for t in layer.tensors()]
+    assert before == [*after, cache.carry.data_ptr(), cache.length.data_ptr()]
+
+
+def test_early_initialization_allocates_everything():
+    model = make_model()
+    cache = model.new_cache(16)
+    cache.early_initialization(batch_size=2, num_heads=2, head_dim=16, dtype=torch.float32, device="cpu")
+    assert cache.is_initialized and cache.is_compileable and cache.carry.shape == (2, 1, 64)
+    rows = [make_tokens(12), make_tokens(7, seed=2)]
+    tokens, mask = left_pad(rows)
+    logits = decode(model, tokens, 8, cache, mask)
+    assert (logits[1, -7:] - expected(model, rows[1][None])[0]).abs().max() < TOLERANCE
+
+
+def test_errors_are_one_clear_line():
+    model = make_model(loop_count=3)
+    tokens = make_tokens(1, 6)
+    with pytest.raises(ValueError, match="the cache was filled with 3 loops, and 2 are asked for"):
+        step(model, model.new_cache(), tokens, loop_count=2)
+    with pytest.raises(ValueError, match="loop_count must be from 1 to this model's 3, not 4"):
+        step(model, None, tokens, loop_count=4)
+    with pytest.raises(ValueError, match='loop_mode must be "parallel" or "serial", not \'both\''):
+        step(model, None, tokens, loop_mode="both")
+    with pytest.raises(ValueError, match='"parallel" needs cross_loop_parallel'):
+        step(make_model(**ABLATIONS["naive"]), None, tokens, loop_mode="parallel")
+    with pytest.raises(ValueError, match="attention_mask covers 4 tokens, cache and input hold 6"):
+        step(model, model.new_cache(), tokens, attention_mask=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="attention_mask has 2 sequences, the input 1"):
+        step(model, None, tokens, attention_mask=torch.zeros(2, 6))
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        step(model, None, tokens, attention_mask=torch.ones(1, 1, 6, 6))
+    with pytest.raises(ValueError, match="packed documents cannot be cached"):
+        step(model, None, tokens, use_cache=True, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    with pytest.raises(ValueError, match="a static PLT cache cannot be cropped"):
+        PLTCache(make_config(), 8).crop(-1)
+    with pytest.raises(ValueError, match="cannot record its past"):
+        PLTCache(make_config(), 8).activate_past_recording()
+    with pytest.raises(ValueError, match="crop takes minus the number"):
+        PLTCache(make_config()).crop(3)
+    with pytest.raises(ValueError, match="max_cache_len must be positive"):
+        PLTCache(make_config(), 0)
+    with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="two names of one argument"):
+        step(model, model.new_cache(), tokens, past_key_values=model.new_cache())
+
+
+def test_the_former_name_of_cache():
+    model = make_model()
+    tokens = make_tokens(1, 10)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(tokens[:, :6], past_key_values=cache)
+        logits = model(tokens[:, 6:], past_key_values=cache).logits
+    assert (logits - full(model, tokens)[:, 6:]).abs().max() < TOLERANCE

@@ -1,0 +1,138 @@
+"""Decoding token by token, in every mode and cache, equals the full forward at every position."""
+
+import pytest
+import torch
+
+from tests.hf.tiny import ABLATIONS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
+
+TOLERANCE = 1e-4
+ALL = {**ABLATIONS, **VARIANTS}
+
+
+@pytest.mark.parametrize("mode", ["parallel", "serial", "static"])
+@pytest.mark.parametrize("name", ALL)
+def test_decode_equals_the_full_forward(name, mode):
+    model = make_model(**ALL[name])
+    tokens = make_tokens(2, 26)
+    cache = model.new_cache(30 if mode == "static" else None)
+    logits = decode(model, tokens, 6, cache, loop_mode="serial" if mode == "serial" else None)
+    assert (logits - full(model, tokens)).abs().max() < TOLERANCE
+    assert (logits - expected(model, tokens)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("loops", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["plt", "scales", "loopcoder", "naive", "clp", "clp_shared", "iquest"])
+def test_every_loop_count_with_eager_attention(name, loops):
+    model = make_model(attn_implementation="eager", **{**ALL[name], "loop_count": loops})
+    tokens = make_tokens(1, 18)
+    assert (decode(model, tokens, 4) - full(model, tokens)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("window", "length", "prefill"), [(65, 220, 50), (65, 40, 10), (16, 150, 90), (8, 40, 0)])
+def test_rings_wrap_and_stay_short(window, length, prefill, static):
+    """More than two windows past the wrap, less than one, and from the first token on."""
+    model = make_model(window_size=window, loop_count=3, num_hidden_layers=1)
+    tokens = make_tokens(1, length)
+    logits = decode(model, tokens, prefill, model.new_cache(length if static else None))
+    assert (logits - full(model, tokens)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", ["parallel", "serial", "static", "eager"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "clp", "naive", "iquest"])
+def test_left_padded_batches(name, mode):
+    attention = "eager" if mode == "eager" else "sdpa"
+    model = make_model(
+        attn_implementation=attention, **{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))}
+    )
+    rows = [make_tokens(n, seed=n) for n in (24, 15, 13)]
+    tokens, mask = left_pad(rows)
+    cache = model.new_cache(24 if mode == "static" else None)
+    logits = decode(model, tokens, 12, cache, mask, loop_mode="serial" if mode == "serial" else None)
+    for index, row in enumerate(rows):
+        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_sequence_that_starts_while_others_decode(static):
+    """Its first real token comes after several steps of padding."""
+    model = make_model(loop_count=3)
+    rows = [make_tokens(20), make_tokens(6, seed=2)]
+    tokens, mask = left_pad(rows)
+    logits = decode(model, tokens, 5, model.new_cache(20 if static else None), mask)
+    for index, row in enumerate(rows):
+        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest"])
+def test_prefill_in_chunks(name, static):
+    model = make_model(**{**ALL[name], "window_size": 9})
+    rows = [make_tokens(37), make_tokens(22, seed=2)]
+    tokens, mask = left_pad(rows)
+    model.model.prefill_chunk_size = 8
+    logits = decode(model, tokens, 33, model.new_cache(40 if static else None), mask)
+    for index, row in enumerate(rows):
+        assert (logits[index, -len(row) :] - expected(model, row[None])[0]).abs().max() < TOLERANCE
+
+
+def test_chunks_of_any_size_after_a_prefix():
+    model = make_model(loop_count=3, window_size=6)
+    tokens = make_tokens(2, 60)
+    want = full(model, tokens)
+    cache, begin = model.new_cache(), 0
+    with torch.no_grad():
+        for size in (1, 1, 3, 5, 6, 7, 1, 13, 2, 21):
+            logits = model(tokens[:, begin : begin + size], cache=cache).logits
+            assert (logits - want[:, begin : begin + size]).abs().max() < TOLERANCE
+            begin += size
+
+
+@pytest.mark.parametrize("loops", [1, 2])
+def test_loop_count_lowered_at_call_time(loops):
+    model = make_model(loop_count=3)
+    tokens = make_tokens(1, 20)
+    logits = decode(model, tokens, 5, loop_count=loops)
+    assert (logits - expected(model, tokens, loops)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["plt", "loopcoder"])
+def test_bfloat16_decode_stays_close(name):
+    model = make_model(**ALL[name]).bfloat16()
+    tokens = make_tokens(1, 30)
+    logits, want = decode(model, tokens, 10), full(model.float(), tokens)
+    assert (logits.float() - want).abs().mean() < 0.1 * want.abs().mean()
+
+
+def test_parallel_step_runs_each_layer_once():
+    """The point of it all: one pass of L rows, not L passes."""
+    model = make_model(loop_count=4)
+    cache = model.new_cache()
+    seen = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[:2]))
+    with torch.no_grad():
+        model(make_tokens(3, 8), cache=cache)
+        assert seen == [(3, 8)] * 4
+        seen.clear()
+        model(make_tokens(3, 1), cache=cache)
+        assert seen == [(3, 4)]
+        seen.clear()
+        model(make_tokens(3, 1), cache=cache, loop_mode="serial")
+        assert seen == [(3, 1)] * 4
+
+
+def test_window_attention_over_a_prefill_is_linear():
+    """Twice the tokens, twice the window's score elements: not four times."""
+    model = make_model(num_hidden_layers=1, window_size=16)
+    sizes = []
+    attend = model.model.layers[0].self_attn._attend_rows
+
+    def count(query, key, value, mask):
+        sizes.append(query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2])
+        return attend(query, key, value, mask)
+
+    model.model.layers[0].self_attn._attend_rows = count
+    for length in (512, 1024):
+        full(model, make_tokens(1, length))
+    assert sizes[1] == 2 * sizes[0]
+    assert sizes[0] <= 512 * 4 * (64 + 16)

@@ -1,0 +1,154 @@
+"""A saved folder is all that is needed: loaded offline as remote code, in another process."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import plt_megatron.hf
+from plt_megatron.hf.configuration_plt import PLTConfig
+from plt_megatron.hf.modeling_plt import PLTForCausalLM
+from tests.hf.tiny import ABLATIONS, SIZES, VARIANTS, full, make_model, make_tokens
+
+ALL = {**ABLATIONS, **VARIANTS}
+LOAD = """
+import json, sys
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+options = json.loads(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, **options)
+assert not any(name.startswith("plt_megatron") for name in sys.modules)
+tokens = torch.tensor(json.loads(sys.argv[3]))
+with torch.no_grad():
+    logits = model(tokens, use_cache=False).logits
+text = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+torch.save((logits, text), sys.argv[4])
+"""
+
+
+def load_elsewhere(folder, tokens, tmp_path, **options):
+    out = tmp_path / "out.pt"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    environment.pop("PYTHONPATH", None)
+    command = [
+        sys.executable,
+        "-c",
+        LOAD,
+        str(folder),
+        json.dumps(options),
+        json.dumps(tokens.tolist()),
+        str(out),
+    ]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return (*torch.load(out), result.stderr)
+
+
+@pytest.mark.parametrize("name", ["plt", "loopcoder"])
+def test_round_trip_in_another_process(name, tmp_path):
+    model = make_model(**ALL[name])
+    model.save_pretrained(tmp_path / "model")
+    files = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"configuration_plt.py", "modeling_plt.py", "config.json", "model.safetensors"} <= files
+    tokens = make_tokens(2, 12)
+    logits, text, _ = load_elsewhere(tmp_path / "model", tokens, tmp_path, dtype="float32")
+    assert torch.equal(logits, full(model, tokens))
+    assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+def test_loop_count_lowered_at_load_time(tmp_path):
+    model = make_model(loop_count=3)
+    model.save_pretrained(tmp_path / "model")
+    tokens = make_tokens(1, 12)
+    logits, _, stderr = load_elsewhere(tmp_path / "model", tokens, tmp_path, dtype="float32", loop_count=1)
+    assert torch.allclose(logits, full(model, tokens, loop_count=1), atol=1e-5)
+    assert "plt_gate" not in stderr, "unused gates are no news"
+    with pytest.raises(ValueError, match="loop_count must be an integer from 1 to 8, not 9"):
+        PLTForCausalLM.from_pretrained(tmp_path / "model", loop_count=9)
+    lower = PLTForCausalLM.from_pretrained(tmp_path / "model", loop_count=2)
+    assert torch.allclose(full(lower, tokens), full(model, tokens, loop_count=2), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "vanilla"])
+def test_tensor_names(name, tmp_path):
+    model = make_model(**ALL[name])
+    model.save_pretrained(tmp_path)
+    config = model.config
+    layer = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    layer |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"}
+    layer |= {"input_layernorm"} if config.norm_placement == "pre" else set()
+    layer |= {"self_attn.q_norm", "self_attn.k_norm"} if config.qk_norm else set()
+    post = config.norm_placement == "post" or config.ffn_output_norm
+    layer |= {"post_feedforward_layernorm"} if post else set()
+    names = {f"{part}.weight" for part in layer}
+    if config.loop_count > 1:
+        names |= {"self_attn.plt_gate.weight", "self_attn.plt_gate.bias"}
+        names |= {"self_attn.plt_gate.gate_norm.weight"} if config.gate_input == "hidden" else set()
+    want = {f"model.layers.{i}.{name}" for i in range(2) for name in names}
+    want |= {"model.embed_tokens.weight", "model.norm.weight"}
+    want |= set() if config.tie_word_embeddings else {"lm_head.weight"}
+    saved = load_file(tmp_path / "model.safetensors")
+    assert set(saved) == want
+    if config.loop_count > 1:
+        width = config.hidden_size if config.gate_input == "hidden" else config.head_dim
+        assert saved["model.layers.0.self_attn.plt_gate.weight"].shape == (config.num_attention_heads, width)
+
+
+def test_config_keys_survive(tmp_path):
+    config = PLTConfig(**SIZES, **VARIANTS["loopcoder"], loop_count=3)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for key, value in {**SIZES, **VARIANTS["loopcoder"], "loop_count": 3, "model_type": "plt"}.items():
+        assert (saved["rope_parameters"] if key == "rope_theta" else saved)[key] == value
+    for key in ("cross_loop_parallel", "share_kv", "gated_window", "qk_norm", "tie_word_embeddings"):
+        assert isinstance(saved[key], bool)
+    assert PLTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_shipped_files_import_torch_and_transformers_only():
+    folder = Path(plt_megatron.hf.__file__).parent
+    for name in ("configuration_plt.py", "modeling_plt.py"):
+        for node in ast.walk(ast.parse((folder / name).read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [node.module] if node.level == 0 else []
+                assert node.level == 0 or node.module == "configuration_plt"
+            else:
+                continue
+            for module in modules:
+                root = module.split(".")[0]
+                assert root in {"torch", "transformers"} or root in sys.stdlib_module_names, module
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loop_count": 0}, "loop_count must be an integer from 1 to 8, not 0"),
+        ({"loop_count": 2.0}, "loop_count must be an integer from 1 to 8, not 2.0"),
+        ({"share_kv": False}, "gated_window needs share_kv"),
+        ({"gate_input": "key"}, 'gate_input must be "query" or "hidden"'),
+        ({"gate_side": "left"}, 'gate_side must be "local" or "global"'),
+        ({"window_size": 0}, "window_size must be a positive integer, not 0"),
+        ({"head_dim": 15}, "head_dim must be even for RoPE, not 15"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            {"head_dim": None, "num_attention_heads": 6},
+            "hidden_size 64 is not a multiple of num_attention_heads 6",
+        ),
+        ({"norm_placement": "both"}, 'norm_placement must be "pre" or "post"'),
+        ({"norm_placement": "post", "ffn_output_norm": True}, "leave ffn_output_norm false"),
+        ({"attention_bias": True, "qkv_bias": True}, "exclude each other"),
+        ({"cross_loop_parallel": False, "hidden_scale": 0.5}, "need cross_loop_parallel"),
+    ],
+)
+def test_bad_configurations_are_one_clear_line(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        PLTConfig(**{**SIZES, **changes})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,140 @@
+"""Training: loss, gradient checkpointing, Trainer, devices."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plt_megatron.hf.modeling_plt import CACHE_NAME, PLTForCausalLM
+from tests.hf.tiny import ABLATIONS, VARIANTS, full, make_model, make_tokens
+
+ALL = {**ABLATIONS, **VARIANTS}
+
+
+def gradients(model, tokens, **kwargs):
+    model.zero_grad()
+    loss = model(tokens, labels=tokens, **kwargs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_loss_is_the_last_loops_cross_entropy():
+    model = make_model(loop_count=3)
+    tokens = make_tokens(2, 12)
+    labels = tokens.clone()
+    labels[:, :4] = -100
+    logits = full(model, tokens)
+    want = F.cross_entropy(logits[:, 3:-1].flatten(0, 1), tokens[:, 4:].flatten())
+    assert torch.allclose(model(tokens, labels=labels).loss, want)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "clp_shared"])
+def test_gradient_checkpointing_changes_nothing(name, reentrant):
+    """Gradients reach the first loop's keys and values through every later loop."""
+    model = make_model(**{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))}).train()
+    tokens = make_tokens(2, 13)
+    loss, plain = gradients(model, tokens)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    again, checkpointed = gradients(model, tokens)
+    assert torch.equal(loss, again)
+    for gradient, other in zip(plain.values(), checkpointed.values(), strict=True):
+        assert torch.allclose(gradient, other, atol=1e-7)
+    assert all(gradient.abs().sum() > 0 for gradient in plain.values())
+
+
+@pytest.mark.parametrize("name", ["plt", "scales", "iquest"])
+def test_eager_and_sdpa_gradients_agree(name):
+    tokens = make_tokens(2, 40)
+    results = [gradients(make_model(attn_implementation=a, **ALL[name]), tokens)[1] for a in ("sdpa", "eager")]
+    for gradient, other in zip(*(r.values() for r in results), strict=True):
+        assert torch.allclose(gradient, other, atol=1e-4 * float(other.abs().max()))
+
+
+def test_no_future_token_and_no_other_document_gets_a_gradient():
+    model = make_model(loop_count=3)
+    embeds = model.get_input_embeddings()(make_tokens(1, 14)).detach().requires_grad_()
+    positions = torch.cat([torch.arange(6), torch.arange(8)])[None]
+    logits = model(inputs_embeds=embeds, position_ids=positions).logits
+    (grad,) = torch.autograd.grad(logits[0, 10].sum(), embeds)
+    reached = grad[0].abs().sum(-1) > 0
+    assert reached.tolist() == [False] * 6 + [True] * 5 + [False] * 3
+
+
+def test_a_cache_is_for_inference():
+    model = make_model()
+    tokens = make_tokens(1, 8)
+    assert model(tokens).get(CACHE_NAME) is None and model(tokens).logits.requires_grad
+    assert model.train()(tokens, use_cache=True).get(CACHE_NAME) is None
+    out = model.eval()(tokens, use_cache=True)
+    assert out[CACHE_NAME].get_seq_length() == 8 and not out.logits.requires_grad
+
+
+def test_one_step_overfits():
+    model = make_model().train()
+    tokens = make_tokens(4, 16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        loss, _ = gradients(model, tokens)
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = make_model(loop_count=3).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in make_tokens(8, 16)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        max_steps=2,
+        gradient_checkpointing=True,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert trainer.evaluate()["eval_loss"] < 10
+    predictions = trainer.predict(rows).predictions
+    assert predictions.shape == (8, 16, 97)
+
+
+def test_device_map(tmp_path):
+    pytest.importorskip("accelerate")
+
+    model = make_model(loop_count=3)
+    model.save_pretrained(tmp_path / "model")
+    tokens = make_tokens(2, 10)
+    # Layers that live on disk pass through accelerate's hooks, as layers on other devices do.
+    parts = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    mapped = PLTForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"},
+        offload_folder=str(tmp_path / "offload"),
+    )
+    assert mapped.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    assert torch.allclose(full(mapped, tokens), full(model, tokens), atol=1e-5)
+    text = mapped.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
+
+
+@pytest.mark.parametrize("name", ["plt", "loopcoder"])
+def test_autocast(name):
+    model = make_model(**ALL[name])
+    tokens = make_tokens(2, 20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, grads = gradients(model, tokens)
+    want, _ = gradients(model, tokens)
+    assert torch.isfinite(loss) and (loss - want).abs() < 0.1 * want
+    assert all(torch.isfinite(gradient).all() for gradient in grads.values())

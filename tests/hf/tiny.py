@@ -1,0 +1,104 @@
+"""Tiny models with every weight random, gates and norms included, so that nothing cancels out."""
+
+import torch
+
+from plt_megatron.hf.configuration_plt import PLTConfig
+from plt_megatron.hf.modeling_plt import PLTForCausalLM
+from tests.hf.reference import Reference
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "window_size": 5,
+}
+
+# The paper's ablation, row by row.
+ABLATIONS = {
+    "vanilla": {"loop_count": 1},
+    "naive": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "clp": {"share_kv": False, "gated_window": False},
+    "clp_shared": {"gated_window": False},
+    "plt": {},
+}
+# Published variants, and the parts they are made of.
+VARIANTS = {
+    "loopcoder": {
+        "gate_input": "hidden",
+        "gate_side": "global",
+        "norm_between_loops": True,
+        "embedding_scale": 0.707,
+        "hidden_scale": 0.053,
+    },
+    "scales": {"embedding_scale": 0.7, "hidden_scale": 0.6, "norm_between_loops": True},
+    "iquest": {"cross_loop_parallel": False, "gate_side": "global"},
+    "shared_no_clp": {"cross_loop_parallel": False, "gated_window": False},
+    "paper_norms": {"qk_norm": True, "ffn_output_norm": True, "tie_word_embeddings": True},
+    "olmo2": {"norm_placement": "post", "qk_norm": True, "num_key_value_heads": 4},
+    "qwen2": {"qkv_bias": True},
+    "hidden_local": {"gate_input": "hidden", "attention_bias": True, "mlp_bias": True},
+    "window_1": {"window_size": 1},
+}
+
+
+def make_config(**changes):
+    return PLTConfig(**{**SIZES, **changes})
+
+
+def make_model(seed=0, **changes):
+    """An fp32 model in eval mode with every parameter random."""
+    torch.manual_seed(seed)
+    attention = changes.pop("attn_implementation", "sdpa")
+    model = PLTForCausalLM._from_config(make_config(**changes), attn_implementation=attention)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.7, 1.3)
+        else:
+            parameter.data.normal_(std=0.3 if "gate" in name or "bias" in name else 0.15)
+    return model.eval()
+
+
+def make_tokens(*shape, seed=1, vocab=97):
+    return torch.randint(3, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def decode(model, tokens, prefill, cache=None, attention_mask=None, **kwargs):
+    """Logits [B, n, vocab] of `tokens`: the first `prefill` in one pass, the others one by one."""
+    cache = model.new_cache(loop_count=kwargs.get("loop_count")) if cache is None else cache
+    steps = ([(0, prefill)] if prefill else []) + [(i, i + 1) for i in range(prefill, tokens.shape[1])]
+    logits = []
+    with torch.no_grad():
+        for begin, end in steps:
+            mask = None if attention_mask is None else attention_mask[:, :end]
+            out = model(tokens[:, begin:end], attention_mask=mask, cache=cache, **kwargs)
+            logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+def full(model, tokens, **kwargs):
+    """Logits of one pass without a cache."""
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **kwargs).logits
+
+
+def expected(model, tokens, loop_count=None):
+    """The equations' logits [B, n, vocab] in fp32."""
+    reference = Reference(model.config, model.state_dict(), loop_count)
+    return torch.stack([reference.logits(row)[0] for row in tokens]).float()
+
+
+def left_pad(rows):
+    """Sequences of uneven lengths to tokens and mask [B, n], padded on the left."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = row
+        mask[index, longest - len(row) :] = 1
+    return tokens, mask

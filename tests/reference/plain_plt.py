@@ -1,0 +1,153 @@
+"""A Parallel Loop Transformer in plain PyTorch, straight from the equations: what the real model is judged by.
+
+One autograd graph over all loops, attention as a masked n x n matrix, no kernels, no parallelism, and nothing of the
+package but the settings' names. It computes in the dtype of its weights, float64 in the tests.
+
+With E the token embeddings, f the stack of layers and L loops:
+
+    h(1) = f(E)
+    h(l) = f(a E + b shift(h(l-1)))                   cross-loop parallelism, else f(h(l-1))
+    logits = Head(norm(h(L)))
+
+Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1:
+
+    y_global = Attn(Q, K1, V1)        y_local = Attn(Q, K, V) over the last w keys
+    y = g y_local + (1 - g) y_global,  g = sigmoid(gate), one scalar a head and token
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from plt_megatron.config.schema import ModelConfig
+
+
+@dataclass
+class PlainPLT:
+    """The model: its settings, and its weights by name.
+
+    Linear weights are [out, in]. `embedding` [V, h], `final_norm` [h], where untied `head` [V, h], and of each layer
+    `layers.<i>.`: `attention_norm`, `ffn_norm` [h], `q` [heads d, h], `k`, `v` [groups d, h], `o` [h, heads d],
+    `gate_proj`, `up_proj` [f, h], `down_proj` [h, f]; where the settings ask for them `q_norm`, `k_norm` [d],
+    `q_bias` [heads d], `k_bias`, `v_bias` [groups d],
+    `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias` [heads], `gate.norm` [h].
+    """
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+
+    def losses(self, tokens: Tensor, labels: Tensor, starts: Tensor | None = None, loops: int | None = None) -> Tensor:
+        """Cross-entropy of each token, [b, s]."""
+        log_probabilities = self.logits(tokens, starts, loops).log_softmax(dim=-1)
+        return -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    def logits(self, tokens: Tensor, starts: Tensor | None = None, loops: int | None = None) -> Tensor:
+        """tokens [b, s] -> [b, s, V]. `starts`: bool [b, s], first tokens of packed documents."""
+        config = self.config
+        starts = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts.clone()
+        starts[:, 0] = True
+        embeddings = self.weights["embedding"][tokens]
+        first_loop_kv: dict[int, tuple[Tensor, Tensor]] = {}
+        hidden = embeddings
+        for loop in range(1, (loops or config.loop_count) + 1):
+            if loop > 1 and config.norm_between_loops:
+                hidden = self._norm(hidden, "final_norm")
+            if loop > 1 and config.cross_loop_parallel:
+                shifted = torch.zeros_like(hidden)
+                shifted[:, 1:] = hidden[:, :-1]
+                shifted = torch.where(starts.unsqueeze(-1), torch.zeros_like(shifted), shifted)
+                hidden = config.embedding_scale * embeddings + config.hidden_scale * shifted
+            for layer in range(config.num_layers):
+                hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
+        head = "embedding" if config.share_embeddings_and_output_weights else "head"
+        return self._norm(hidden, "final_norm") @ self.weights[head].T
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.layernorm_epsilon) * self.weights[name]
+
+    def _layer(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: dict) -> Tensor:
+        name = f"layers.{layer}."
+        x = x + self._attention(x, layer, loop, starts, first_loop_kv)
+        normed = self._norm(x, name + "ffn_norm")
+        gate, up = normed @ self.weights[name + "gate_proj"].T, normed @ self.weights[name + "up_proj"].T
+        out = (gate * torch.sigmoid(gate) * up) @ self.weights[name + "down_proj"].T
+        if self.config.ffn_output_norm:
+            out = self._norm(out, name + "ffn_output_norm")
+        return x + out
+
+    def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: dict) -> Tensor:
+        config, name = self.config, f"layers.{layer}."
+        normed = self._norm(x, name + "attention_norm")
+        heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+        query, key, value = (
+            self._projection(normed, name + kind).unflatten(-1, (count, -1))
+            for kind, count in (("q", heads), ("k", groups), ("v", groups))
+        )
+        if config.qk_layernorm:
+            query, key = self._norm(query, name + "q_norm"), self._norm(key, name + "k_norm")
+        positions = _positions(starts)
+        query, key = (_rotate(tensor, positions, config.rotary_base) for tensor in (query, key))
+        if loop == 1:
+            first_loop_kv[layer] = key, value
+        if loop == 1 or not config.share_kv:
+            out = attend(query, key, value, starts, None)
+        else:
+            out = attend(query, *first_loop_kv[layer], starts, None)
+            if config.gated_window:
+                local = attend(query, key, value, starts, config.window_size)
+                gate = torch.sigmoid(self._gate(query, x, name)).unsqueeze(-1)
+                first, second = (local, out) if config.gate_side == "local" else (out, local)
+                out = gate * first + (1 - gate) * second
+        return out.flatten(-2) @ self.weights[name + "o"].T
+
+    def _projection(self, x: Tensor, name: str) -> Tensor:
+        out = x @ self.weights[name].T
+        return out + self.weights[name + "_bias"] if self.config.qkv_bias else out
+
+    def _gate(self, query: Tensor, x: Tensor, name: str) -> Tensor:
+        """[b, s, heads]"""
+        weight, bias = self.weights[name + "gate.weight"], self.weights[name + "gate.bias"]
+        if self.config.gate_input == "query":
+            return torch.einsum("bshd,hd->bsh", query, weight) + bias
+        return self._norm(x, name + "gate.norm") @ weight.T + bias
+
+
+def _positions(starts: Tensor) -> Tensor:
+    """A token's index in its document, [b, s]."""
+    positions = torch.zeros(starts.shape, dtype=torch.long)
+    for row in range(starts.shape[0]):
+        for i in range(starts.shape[1]):
+            positions[row, i] = 0 if starts[row, i] else positions[row, i - 1] + 1
+    return positions
+
+
+def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """RoPE on [b, s, heads, d]: channels (j, j + d/2) turn by position * base ** (-2j / d)."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, dtype=x.dtype) * 2 / x.shape[-1])
+    angles = positions[..., None, None].to(x.dtype) * frequencies
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat(
+        (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
+    )
+
+
+def visible(starts: Tensor, window: int | None) -> Tensor:
+    """Bool [b, s, s]: whether query i sees key j, which is no later, of the same document and in the window."""
+    document = starts.long().cumsum(1)
+    i, j = torch.meshgrid(torch.arange(starts.shape[1]), torch.arange(starts.shape[1]), indexing="ij")
+    seen = (j <= i) & (document[:, :, None] == document[:, None, :])
+    return seen if window is None else seen & (i - j < window)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, window: int | None) -> Tensor:
+    """query [b, s, heads, d], key and value [b, s, groups, d] -> [b, s, heads, d]."""
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (tensor.repeat_interleave(repeats, dim=2) for tensor in (key, value))
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) / math.sqrt(query.shape[-1])
+    scores = scores.masked_fill(~visible(starts, window).unsqueeze(1), -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), value)

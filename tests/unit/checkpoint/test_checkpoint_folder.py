@@ -1,0 +1,204 @@
+"""Checkpoints as folders: which one counts, what is kept, what a crash at any point leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.train.checkpoint import folder, latest_checkpoint, read_progress
+
+
+def _save(directory: Path, step: int, keep_last: int = 100, keep_every: int = 0, content: str = "x" * 1000) -> Path:
+    temporary = folder.prepare(directory, step)
+    (temporary / "__0_0.distcp").write_text(content)
+    (temporary / folder.PROGRESS).write_text(json.dumps({"step": step, "format": folder.FORMAT}))
+    published = folder.publish(temporary, {"__0_0.distcp": folder.sha256(temporary / "__0_0.distcp")})
+    folder.prune(published, keep_last, keep_every)
+    return published
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_dir())
+
+
+def _step(path: Path | None) -> int | None:
+    return None if path is None else folder.step_of(path)
+
+
+def test_names_sort_by_step_beyond_eight_digits(tmp_path):
+    for step in (100, 99_999_999, 100_000_000):
+        _save(tmp_path, step)
+    assert [folder.step_of(path) for path in folder.checkpoint_folders(tmp_path)] == [100, 99_999_999, 100_000_000]
+    assert (tmp_path / "step_00000100" / "manifest.json").is_file()
+    assert _step(latest_checkpoint(tmp_path)) == 100_000_000
+
+
+def test_the_manifest_lists_every_file(tmp_path):
+    path = _save(tmp_path, 7)
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["files"].keys() == {"__0_0.distcp", "progress.json"}
+    digest = hashlib.sha256(b"x" * 1000).hexdigest()
+    assert manifest["files"]["__0_0.distcp"] == {"bytes": 1000, "sha256": digest}
+    assert folder.damage(path) is None
+
+
+@pytest.mark.parametrize("where", ["run", "checkpoints", "checkpoint"])
+def test_a_run_its_checkpoints_or_one_of_them_can_be_asked_for(tmp_path, where):
+    path = _save(tmp_path / "checkpoints", 5)
+    asked = {"run": tmp_path, "checkpoints": tmp_path / "checkpoints", "checkpoint": path}[where]
+    assert latest_checkpoint(asked) == path
+    assert read_progress(asked)["step"] == 5
+
+
+def test_nothing_there_is_none_and_an_error_to_read(tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "step_x").mkdir()
+    (tmp_path / "step_12").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+    with pytest.raises(UserError, match="no whole checkpoint there"):
+        read_progress(tmp_path)
+
+
+def test_each_damaged_one_is_named_until_a_whole_one_is_found(tmp_path, caplog):
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    (tmp_path / "step_00000003" / "__0_0.distcp").write_text("x" * 999 + "y")
+    (tmp_path / "step_00000002" / "progress.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert _step(latest_checkpoint(tmp_path)) == 1
+    assert [record.getMessage().split("checkpoints/")[-1].split("/")[-1] for record in caplog.records] == [
+        "step_00000003: __0_0.distcp is damaged, its SHA-256 is not the manifest's",
+        "step_00000002: progress.json is missing",
+    ]
+    assert _step(latest_checkpoint(tmp_path, verify=False)) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"files": 3}', '{"files": {"a": 1}}', "\x00\xff"])
+def test_a_manifest_of_nonsense_is_damage_not_a_crash(tmp_path, content):
+    path = _save(tmp_path, 1)
+    (path / "manifest.json").write_text(content)
+    problem = folder.damage(path)
+    assert problem is not None and "\n" not in problem and str(path) in problem
+
+
+def test_ranks_share_the_checksums_but_each_sees_sizes(tmp_path):
+    path = _save(tmp_path, 1)
+    (path / "__0_0.distcp").write_text("y" * 1000)  # the first of two files
+    assert folder.damage(path, 0, 2) is not None and folder.damage(path, 1, 2) is None
+    (path / "__0_0.distcp").write_text("y")
+    assert folder.damage(path, 1, 2) is not None
+
+
+def test_keep_last_and_every(tmp_path):
+    for step in range(10, 80, 10):
+        _save(tmp_path, step, keep_last=2, keep_every=30)
+    assert _names(tmp_path) == ["step_00000030", "step_00000060", "step_00000070"]
+
+
+def test_after_going_back_the_given_up_course_neither_counts_nor_stays(tmp_path):
+    for step in (10, 20, 30):
+        _save(tmp_path, step)
+    (tmp_path / "latest").write_text("step_00000010\n")
+    assert _step(latest_checkpoint(tmp_path)) == 10
+    _save(tmp_path, 15, keep_last=2, keep_every=10)
+    assert _names(tmp_path) == ["step_00000010", "step_00000015"]
+    assert _step(latest_checkpoint(tmp_path)) == 15
+
+
+@pytest.mark.parametrize("pointer", [None, "", "step_00000099\n", "../../etc\n", b"\xff\xfe"])
+def test_without_a_usable_pointer_the_last_step_counts(tmp_path, pointer):
+    for step in (1, 2):
+        _save(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    if isinstance(pointer, bytes):
+        (tmp_path / "latest").write_bytes(pointer)
+    elif pointer is not None:
+        (tmp_path / "latest").write_text(pointer)
+    assert _step(latest_checkpoint(tmp_path)) == 2
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    _save(tmp_path, 1, content="old")
+    path = _save(tmp_path, 1, content="new")
+    assert (path / "__0_0.distcp").read_text() == "new" and folder.damage(path) is None
+    assert _names(tmp_path) == ["step_00000001"]
+
+
+class _Crash(BaseException):
+    """Nothing in the program handles it: what a SIGKILL at that point leaves."""
+
+
+@pytest.mark.parametrize(
+    ("present", "step"),
+    [((1, 2), 3), ((1, 2), 2), ((2,), 2)],
+    ids=["a new step", "the last again", "the only one again"],
+)
+def test_a_crash_at_any_rename_removal_or_write_leaves_a_whole_checkpoint(tmp_path, monkeypatch, present, step):
+    """Crash at the n-th operation on the disk, for every n until one save gets through."""
+    crashes = 0
+    while True:
+        directory = tmp_path / f"crash {crashes}"
+        for earlier in present:
+            _save(directory, earlier, content=f"content {earlier}")
+        with monkeypatch.context() as patch:
+            left = iter([True] * crashes)
+
+            def crash_after(function, left=left):
+                def operation(*args, **kwargs):
+                    if next(left, None) is None:
+                        raise _Crash
+                    return function(*args, **kwargs)
+
+                return operation
+
+            for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (folder, "write_synced")):
+                patch.setattr(owner, name, crash_after(getattr(owner, name)))
+            patch.setattr(folder.shutil, "rmtree", crash_after(folder.shutil.rmtree))
+            try:
+                _save(directory, step, keep_last=1, content="content new")
+                crashed = False
+            except _Crash:
+                crashed = True
+        folder.recover(directory)
+        found = latest_checkpoint(directory)
+        assert found is not None and folder.damage(found) is None
+        content = (found / "__0_0.distcp").read_text()
+        assert content in ("content new", f"content {folder.step_of(found)}")
+        # The run goes on from there, saves the same step, and nothing is left over.
+        _save(directory, step, keep_last=1, content="content new")
+        assert _names(directory) == [folder.folder_name(step)] and not folder.leftovers(directory)
+        if not crashed:
+            break
+        crashes += 1
+    assert crashes >= 5
+
+
+def test_a_writers_file_that_is_not_there_is_an_error_before_publication(tmp_path):
+    temporary = folder.prepare(tmp_path, 1)
+    with pytest.raises(FileNotFoundError):
+        folder.publish(temporary, {"__1_0.distcp": "0" * 64})
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    temporary = folder.prepare(tmp_path, 1)
+    (temporary / folder.PROGRESS).write_text(json.dumps({"step": 1, "format": folder.FORMAT + 1}))
+    folder.publish(temporary, {})
+    with pytest.raises(UserError, match="is newer than this program"):
+        read_progress(tmp_path)
+
+
+def test_finding_checkpoints_needs_no_torch():
+    program = (
+        "import sys; import plt_megatron.train.checkpoint; print('torch' in sys.modules, 'megatron' in sys.modules)"
+    )
+    root = Path(folder.__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.split() == ["False", "False"]

@@ -1,0 +1,36 @@
+"""One thread, no network, and a tiny tokenizer."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model with a tokenizer.json beside it; more ids than the tiny models have."""
+    from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["loop", "window", "gate ", "def f(x):\n", "    return x\n", "token", "the ", "\u00e9t\u00e9 ", "12,5 "]
+    rng = random.Random(3)
+    corpus = folder / "corpus.txt"
+    corpus.write_text("".join(rng.choices(words, k=4000)), encoding="utf-8")
+    options = TrainingOptions([str(corpus)], str(folder / "out"), 300, threads=1)
+    return train_tokenizer(options).model

@@ -1,0 +1,124 @@
+"""What the conversion tests share: a tiny model's weights, checkpoints of them, and the training model's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.rules import rules_for
+from plt_megatron.hf.verification import single_process
+
+VOCAB = 117
+# No two sizes agree by accident, and the window is shorter than the texts.
+SIZES: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 40,
+    "ffn_hidden_size": 56,
+    "num_attention_heads": 6,
+    "num_query_groups": 2,
+    "kv_channels": 12,
+    "window_size": 5,
+    "backend": "torch",
+}
+LOOPCODER: dict[str, Any] = {
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "norm_between_loops": True,
+    "embedding_scale": 0.707,
+    "hidden_scale": 0.053,
+    "share_embeddings_and_output_weights": False,
+    "rotary_base": 5e5,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"loop_count": 1},
+    "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "plt3": {"loop_count": 3},
+    "paper norms": {"qk_layernorm": True, "ffn_output_norm": True},
+    "loopcoder": LOOPCODER,
+    "biases, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
+    "olmo2": {"norm_placement": "post", "qk_layernorm": True},
+    "llama3 rope": {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
+}
+
+
+def make_model(**changes: Any) -> ModelConfig:
+    return ModelConfig(**{**SIZES, **changes})
+
+
+def random_weights(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Everything random, gates and norms included, so that no mistake cancels out."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for rule in rules_for(model, VOCAB):
+        values = torch.randn(rule.shape, generator=generator)
+        norm = len(rule.shape) == 1 and not rule.name.endswith("bias")
+        weights[rule.name] = (1 + 0.2 * values if norm else 0.15 * values).to(dtype)
+    return weights
+
+
+def save_run(
+    folder: Path,
+    model: ModelConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer: Path | None = None,
+    precision: str = "fp32",
+    **progress: Any,
+) -> Path:
+    """A run's folder with one checkpoint."""
+    config = RunConfig(
+        model=model,
+        data=DataConfig(tokenizer=str(tokenizer) if tokenizer else None, sequence_length=64),
+        training=TrainingConfig(precision=precision, train_iters=1),  # type: ignore[arg-type]
+    )
+    rows = derived.padded_vocab_size(model, VOCAB)
+    tensors = []
+    for name, tensor in weights.items():
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            tensor = F.pad(tensor, (0, 0, 0, rows - VOCAB), value=7.0)  # padding must not show anywhere
+        tensors.append(LazyTensor(name, tuple(tensor.shape), lambda tensor=tensor: tensor))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    write_checkpoint(folder / "checkpoints", tensors, config, VOCAB, dtype, progress)
+    return folder
+
+
+def megatron_logits(
+    model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, vocab_size: int = VOCAB, **options: Any
+) -> Tensor:
+    """Logits [b, s, vocab_size] of the training model with these weights, in fp32."""
+    with single_process():
+        from plt_megatron.model.initialization import global_names
+        from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
+        from plt_megatron.model.transformer_config import transformer_config
+
+        rows = derived.padded_vocab_size(model, vocab_size)
+        config = transformer_config(model, ParallelConfig())
+        built = LoopedGPT(config, vocab_size, tokens.shape[1], padded_vocab_size=rows)
+        parameters = dict(global_names(built))
+        assert parameters.keys() == weights.keys()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                value = weights[name].float()
+                parameter.copy_(F.pad(value, (0, 0, 0, rows - vocab_size)) if rows in parameter.shape else value)
+            return built.eval()(MicroBatch(tokens), **options)[..., :vocab_size]
+
+
+def make_tokens(rows: int = 2, length: int = 33, vocab_size: int = VOCAB) -> Tensor:
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def hf_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
+    """Logits of an exported folder, loaded as a user would."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return model.eval()(tokens, use_cache=False).logits

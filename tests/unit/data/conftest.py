@@ -1,0 +1,41 @@
+"""A small corpus, tokenizers trained on it, and a way to run the tools."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_helpers import ROOT, Tool, make_texts, tool_environment, train, write_jsonl
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return make_texts(300)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def bpe_model(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    return train(corpus, tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(scope="session")
+def unigram_model(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    return train(corpus, tmp_path_factory.mktemp("unigram"), model_type="unigram")
+
+
+@pytest.fixture(scope="session")
+def run_tool() -> Tool:
+    """Run a script of tools/ in a folder that is not the repository's; never raises."""
+
+    def run(name: str, *arguments: object, cwd: Path = Path("/")) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=tool_environment())
+
+    return run

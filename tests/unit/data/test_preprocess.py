@@ -1,0 +1,442 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import sentencepiece
+from data_helpers import ROOT, Tool, make_texts, tool_environment, write_jsonl
+
+from plt_megatron.data import preprocess as module
+from plt_megatron.data.indexed import read_index
+from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+from plt_megatron.data.sources import ReadOptions
+from plt_megatron.errors import UserError
+
+
+def run(inputs: list[Path], prefix: Path, model: Path, **settings: Any) -> dict[str, Any]:
+    return preprocess(PreprocessOptions([str(path) for path in inputs], str(prefix), str(model), **settings))
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    """What is in the files, read with nothing of ours but the format's description."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\0\0"
+    code = raw[17]
+    count = int(np.frombuffer(raw, "<u8", 1, 18)[0])
+    lengths = np.frombuffer(raw, "<i4", count, 34)
+    pointers = np.frombuffer(raw, "<i8", count, 34 + 4 * count)
+    dtype = np.dtype({8: "<u2", 4: "<i4"}[code])
+    tokens = np.frombuffer(Path(f"{prefix}.bin").read_bytes(), dtype)
+    starts = pointers // dtype.itemsize
+    assert lengths.sum() == len(tokens)
+    return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
+
+
+def expected(model: Path, texts: list[str]) -> list[list[int]]:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    return [processor.encode(text) + [processor.eos_id()] for text in texts]
+
+
+def digest(prefix: Path) -> list[str]:
+    return [hashlib.sha256(Path(f"{prefix}{suffix}").read_bytes()).hexdigest() for suffix in (".bin", ".idx")]
+
+
+def test_upstream_reads_what_the_command_writes(
+    corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path, run_tool: Tool
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    arguments = ("--input", corpus, "--output-prefix", tmp_path / "out" / "x", "--tokenizer", bpe_model, "--workers", 2)
+    result = run_tool("preprocess_data.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["x.bin", "x.idx", "x.manifest.json"]
+    dataset = IndexedDataset(str(tmp_path / "out" / "x"))
+    assert [document.tolist() for document in dataset] == expected(bpe_model, texts)
+    assert dataset.document_indices.tolist() == list(range(len(texts) + 1))
+    manifest = json.loads((tmp_path / "out" / "x.manifest.json").read_text())
+    assert manifest["documents"] == len(texts)
+    assert manifest["tokens"] == sum(map(len, expected(bpe_model, texts)))
+    assert manifest["sources"][0]["sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
+    assert manifest["tokenizer"]["sha256"] == hashlib.sha256(bpe_model.read_bytes()).hexdigest()
+    assert manifest["bin_sha256"] == digest(tmp_path / "out" / "x")[0]
+    again = run_tool("preprocess_data.py", *arguments)
+    assert again.returncode == 0 and "already done" in again.stderr
+
+
+def test_all_formats_together(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    """Files of every kind, divided into shards in every way: spooled, in groups, in ranges, by row groups."""
+    zstandard, pyarrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    plain = write_jsonl(tmp_path / "a.jsonl", texts[:80])
+    packed, tiny = tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl.zst"
+    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b.txt", texts[80:200]).read_bytes()))
+    tiny.write_bytes(zstandard.compress(write_jsonl(tmp_path / "c.txt", texts[200:203]).read_bytes()))
+    table = tmp_path / "d.parquet"
+    parquet.write_table(pyarrow.table({"text": texts[203:280]}), table, row_group_size=10)
+    singles = []
+    for number, text in enumerate(texts[280:]):
+        singles.append(tmp_path / f"e{number:03d}.txt")
+        singles[-1].write_text(text, encoding="utf-8", newline="")
+    inputs = [plain, packed, tiny, table, *singles]
+    manifest = run(inputs, tmp_path / "x", bpe_model, shard_bytes=6000)
+    assert documents(tmp_path / "x") == expected(bpe_model, texts)
+    assert [source["documents"] for source in manifest["sources"]] == [80, 120, 3, 77] + [1] * 20
+    run(inputs, tmp_path / "y", bpe_model, workers=2, shard_bytes=1 << 20)
+    assert digest(tmp_path / "x") == digest(tmp_path / "y")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_hugging_face_tokenizer_and_large_vocabulary(
+    corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path
+) -> None:
+    fast = bpe_model.with_name("tokenizer.json")
+    run([corpus], tmp_path / "x", fast, append_eod=False)
+    assert documents(tmp_path / "x") == [ids[:-1] for ids in expected(bpe_model, texts)]
+    value = json.loads(fast.read_text(encoding="utf-8"))
+    value["model"]["vocab"]["<far>"] = 70_000
+    large = tmp_path / "tokenizer.json"
+    large.write_text(json.dumps(value), encoding="utf-8")
+    manifest = run([corpus], tmp_path / "y", large, eod_token="<far>")
+    assert manifest["dtype"] == "int32"
+    assert documents(tmp_path / "y") == [[*ids[:-1], 70_000] for ids in expected(bpe_model, texts)]
+
+
+BAD = [
+    (b'{"text": "a', "broken JSON (Unterminated string starting at: line 1 column 10 (char 9))"),
+    (b'{"body": "a"}', "missing field 'text'"),
+    (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at offset 13)"),
+    (b'{"text": ""}', "field 'text' is empty"),
+    (
+        b'{"text": "' + b"x" * 100_000_000 + b'"}',
+        "document of 100000013 bytes is longer than --max-document-bytes 16777216",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD, ids=[reason[:12] for _, reason in BAD])
+def test_a_bad_line(
+    line: bytes, reason: str, texts: list[str], bpe_model: Path, tmp_path: Path, run_tool: Tool
+) -> None:
+    """Skipped: counted, reported with file and line, the rest complete. Fatal: status 2 and the same report."""
+    path = tmp_path / "a.jsonl"
+    good = write_jsonl(path, texts[:40]).read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(good[:30]) + line + b"\n" + b"".join(good[30:]))
+    arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--shard-mb", 0.004]
+    arguments += ["--workers", 1]
+    fatal = run_tool("preprocess_data.py", *arguments, "--on-bad-line", "fail")
+    assert fatal.returncode == 2
+    assert fatal.stderr.splitlines()[-1] == f"error: {path}:31: {reason}: mend it, or pass --on-bad-line skip"
+    assert "Traceback" not in fatal.stderr and not (tmp_path / "x.bin").exists()
+    skipped = run_tool("preprocess_data.py", *arguments)
+    assert skipped.returncode == 0, skipped.stderr
+    assert f"bad line {path}:31: {reason}\n" in skipped.stderr
+    assert "skipped 1 bad lines: 1 " in skipped.stderr
+    assert documents(tmp_path / "x") == expected(bpe_model, texts[:40])
+    listed = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
+    assert listed == [{"file": str(path), "line": 31, "reason": reason}]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".parquet"])
+def test_where_a_fatal_line_is(suffix: str, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    """The line's number is that in the (decompressed) file, the row's that in the whole Parquet file."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    lines = [*texts[:150], "", *texts[150:160]]
+    if suffix == ".gz":
+        path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", lines).read_bytes()))
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": lines}), path, row_group_size=20)
+    with pytest.raises(UserError) as error:
+        run([path], tmp_path / "x", bpe_model, shard_bytes=5000, fail_on_bad_line=True)
+    place = f"{path}:151" if suffix == ".gz" else f"{path}:row 151"
+    assert str(error.value) == f"{place}: field 'text' is empty: mend it, or pass --on-bad-line skip"
+
+
+@pytest.mark.parametrize("spooled", [True, False])
+def test_a_file_that_breaks_off(spooled: bool, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    """What can be read of a damaged .gz is kept, and the loss reported; the other files are complete."""
+    path, after = tmp_path / "a.jsonl.gz", write_jsonl(tmp_path / "b.jsonl", texts[:5])
+    path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", texts).read_bytes())[:-5000])
+    manifest = run([path, after], tmp_path / "x", bpe_model, shard_bytes=8000 if spooled else 64 << 20)
+    found = documents(tmp_path / "x")
+    read = len(found) - 5
+    assert 100 < read < len(texts)
+    assert found == expected(bpe_model, texts[:read] + texts[:5])
+    bad = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
+    assert "broken gzip data" in bad[-1]["reason"] and bad[-1]["reason"].endswith("the rest of the file is lost")
+    assert manifest["bad_lines"]["broken file"] == 1
+
+
+def test_line_numbers_across_shards(texts: list[str], bpe_model: Path, tmp_path: Path, capsys: Any) -> None:
+    lines = [json.dumps({"text": text}) for text in texts]
+    bad = [7, 8, 100, 222, 299]
+    for number in bad:
+        lines[number - 1] = "broken"
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    run([path], tmp_path / "x", bpe_model, workers=2, shard_bytes=3000)
+    listed = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
+    assert [entry["line"] for entry in listed] == bad
+    assert "skipped 5 bad lines: 5 broken JSON" in capsys.readouterr().err
+
+
+def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["", " "])
+    result = run_tool(
+        "preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "error: no usable document in 1 input files (2 bad lines: 2 empty)"
+    assert not (tmp_path / "x.bin").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "none.jsonl"], "error: input 'none.jsonl' matches no file"),
+        (
+            ["--tokenizer", "none.model"],
+            "error: none.model: no such tokenizer; train one with tools/train_tokenizer.py",
+        ),
+        (["--eod-token", "<end>"], "the tokenizer has no token '<end>' to end documents with"),
+        (["--output-prefix", "/dev/null/x"], "error: /dev/null/x.partial: Not a directory"),
+        (["--workers", "0"], "error: --workers must be above 0"),
+        (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
+        (["surplus"], "error: unexpected argument 'surplus'"),
+    ],
+)
+def test_unusable_arguments(
+    arguments: list[str], message: str, corpus: Path, bpe_model: Path, tmp_path: Path, run_tool: Tool
+) -> None:
+    defaults = ["--input", corpus, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model]
+    result = run_tool("preprocess_data.py", *defaults, *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "a.jsonl"
+    mine.write_bytes(corpus.read_bytes())
+    run([mine], tmp_path / "x", bpe_model)
+    before = digest(tmp_path / "x")
+    os.utime(mine, (1, 1))  # another date, the same content: nothing to do
+    run([mine], tmp_path / "x", bpe_model)
+    write_jsonl(mine, texts[:10])
+    with pytest.raises(UserError, match="was not made from these inputs and settings: choose another --output-prefix"):
+        run([mine], tmp_path / "x", bpe_model)
+    with pytest.raises(UserError, match="pass --overwrite"):
+        run([corpus], tmp_path / "x", bpe_model, append_eod=False)
+    assert digest(tmp_path / "x") == before
+    run([mine], tmp_path / "x", bpe_model, overwrite=True)
+    assert documents(tmp_path / "x") == expected(bpe_model, texts[:10])
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tool_environment())
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str] | None = None, seconds: float = 60) -> bool:
+    """Poll; False if the process ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if process is not None and process.poll() is not None:
+            return False
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.002)
+    return True
+
+
+def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
+    """SIGKILL of the command at several moments: its workers go too, finished shards are not redone, and the
+    result is that of an undisturbed run."""
+    texts = make_texts(3000, seed=9)
+    plain = write_jsonl(tmp_path / "a.jsonl", texts[:2000])
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b", texts[2000:]).read_bytes()))
+    run([plain, packed], tmp_path / "whole", bpe_model, shard_bytes=40_000)
+    arguments = ["--input", plain, packed, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model]
+    arguments += ["--workers", 2, "--shard-mb", 0.04]
+    work = tmp_path / "x.partial"
+    stamps: dict[str, int] = {}
+    kills = 0
+    for wanted in (1, 6, 12):
+        process = start(*arguments)
+        if wait_until(lambda wanted=wanted: len(list(work.glob("0*.json"))) >= wanted, process):
+            workers = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            kills += 1
+            wait_until(lambda workers=workers: not any(map(alive, workers)))
+        process.communicate()
+        for path in work.glob("0*.json"):
+            assert stamps.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    assert kills >= 2 and not (tmp_path / "x.bin").exists()
+    process = start(*arguments)
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    assert "resuming: " in error and "of the input is already encoded" in error
+    assert digest(tmp_path / "x") == digest(tmp_path / "whole")
+    assert not work.exists()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_killed_while_publishing(
+    corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The .bin is in place and the .idx is not: the next run finishes, and does not take it for a stranger's."""
+    run([corpus], tmp_path / "whole", bpe_model)
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if str(target).endswith("x.idx"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.os, "replace", replace)
+        run([corpus], tmp_path / "x", bpe_model)
+    assert (tmp_path / "x.bin").exists() and not (tmp_path / "x.idx").exists()
+    run([corpus], tmp_path / "x", bpe_model)
+    assert digest(tmp_path / "x") == digest(tmp_path / "whole")
+
+
+def test_changed_between_kill_and_resume(
+    texts: list[str], bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Shards of an older input are not used."""
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
+    assert list((tmp_path / "x.partial").glob("0*.json"))
+    write_jsonl(path, texts[::-1])
+    run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
+    assert "changed since the interrupted run: starting over" in capsys.readouterr().err
+    assert documents(tmp_path / "x") == expected(bpe_model, texts[::-1])
+
+
+def test_a_shard_lost_on_disk(
+    texts: list[str], bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
+    damaged = tmp_path / "x.partial" / "000002.bin"
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    with pytest.raises(UserError, match="000002.bin is damaged: run the same command again to redo it"):
+        run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
+    run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
+    assert documents(tmp_path / "x") == expected(bpe_model, texts)
+
+
+def test_two_at_once(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
+    job = module._Job(PreprocessOptions([str(corpus)], str(tmp_path / "x"), str(bpe_model)))
+    with job.locked(), pytest.raises(UserError, match=r"x\.partial: another process is writing this output"):
+        run([corpus], tmp_path / "x", bpe_model)
+
+
+def die(shard: Any) -> str:
+    os._exit(9)
+
+
+def test_a_killed_worker(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "run_in_worker", die)
+    with pytest.raises(UserError, match="a worker process was killed"):
+        run([corpus], tmp_path / "x", bpe_model)
+
+
+def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device", "/data/x")
+
+    monkeypatch.setattr(module, "concatenate", full)
+    with pytest.raises(
+        UserError, match="/data/x: No space left on device: the same command goes on where this one stopped"
+    ):
+        run([corpus], tmp_path / "x", bpe_model)
+
+
+def test_input_changes_while_it_is_read(
+    corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(corpus.read_bytes())
+    real = module._Job.encode
+
+    def encode(self: Any) -> None:
+        real(self)
+        path.write_bytes(corpus.read_bytes() + b"{}\n")
+
+    monkeypatch.setattr(module._Job, "encode", encode)
+    with pytest.raises(UserError, match=r"a\.jsonl changed while it was being read: run the command again"):
+        run([path], tmp_path / "x", bpe_model)
+
+
+MEASURE = """
+import resource, sys
+from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+if __name__ == "__main__":
+    preprocess(PreprocessOptions(sys.argv[3:], sys.argv[1], sys.argv[2], 1, shard_bytes=1 << 20))
+    print([resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)])
+"""
+
+
+def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -> None:
+    """Peak of the command and of its worker, in KiB: 8 times the text, at most a few MB more."""
+    texts = make_texts(2000, seed=4)
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE)
+    peaks = []
+    for copies in (2, 16):
+        path = write_jsonl(tmp_path / f"{copies}.jsonl", texts * copies)
+        packed = tmp_path / f"{copies}.jsonl.gz"
+        packed.write_bytes(gzip.compress(path.read_bytes(), 1))
+        command = [sys.executable, str(script), str(tmp_path / f"x{copies}"), str(bpe_model), str(path), str(packed)]
+        environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        peaks.append(json.loads(result.stdout))
+    assert all(after < before + 16_000 for before, after in zip(*peaks, strict=True)), peaks
+
+
+def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
+    run([corpus], tmp_path / "x", bpe_model)
+    index = read_index(tmp_path / "x")
+    assert (index.documents, index.dtype) == (300, np.uint16)
+    content = Path(f"{tmp_path / 'x'}.bin").read_bytes()
+    Path(f"{tmp_path / 'x'}.bin").write_bytes(content[:-2])
+    with pytest.raises(UserError, match=rf"x\.bin has {len(content) - 2} bytes where its index expects {len(content)}"):
+        read_index(tmp_path / "x")
+    Path(f"{tmp_path / 'x'}.idx").write_bytes(b"MMIDIDX\0\0" + bytes(5))
+    with pytest.raises(UserError, match="not an index of megatron-core's indexed format"):
+        read_index(tmp_path / "x")
+    Path(f"{tmp_path / 'x'}.idx").unlink()
+    with pytest.raises(UserError, match=r"x\.idx not found: tokenize the data with tools/preprocess_data.py"):
+        read_index(tmp_path / "x")
+
+
+def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    path.write_text("one\ntwo\n\nthree and more\n")
+    settings = ReadOptions(text_documents="line", max_document_bytes=10)
+    manifest = run([path], tmp_path / "x", bpe_model, read=settings)
+    assert documents(tmp_path / "x") == expected(bpe_model, ["one", "two"])
+    assert manifest["bad_lines"] == {"empty": 1, "too long": 1}

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as FastTokenizer
+
+from plt_megatron.data.segments import COARSE, WORDS, chunks, crosses_no_piece
+from plt_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, token_dtype
+from plt_megatron.data.tokenizer_training import hostile_strings
+from plt_megatron.errors import UserError
+
+
+def reference(model: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+def train_plainly(lines: list[str], path: Path, **settings: object) -> Path:
+    """A sentencepiece model with other settings than ours."""
+    writer = io.BytesIO()
+    defaults = {"vocab_size": 200, "model_type": "bpe", "minloglevel": 2, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=writer, **{**defaults, **settings}
+    )
+    path.write_bytes(writer.getvalue())
+    return path
+
+
+@pytest.fixture(params=["bpe", "unigram"])
+def model(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(f"{request.param}_model")
+
+
+def test_encodes_exactly_as_sentencepiece_does(model: Path, texts: list[str]) -> None:
+    tokenizer, plain = load_tokenizer(model), reference(model)
+    for text in texts + hostile_strings(("</s>", "<pad>")):
+        assert tokenizer.encode(text) == plain.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
+
+
+def test_long_texts_and_long_runs(model: Path, texts: list[str]) -> None:
+    tokenizer, plain = load_tokenizer(model), reference(model)
+    for text in ("\n".join(texts) * 4, "a" * 70_000, "ab1/" * 20_000, " " * 70_000 + "x"):
+        assert tokenizer.encode(text) == plain.encode(text)
+
+
+def test_batches_are_the_single_texts(model: Path, texts: list[str]) -> None:
+    tokenizer = load_tokenizer(model)
+    batch = ["", *texts[:20], ""]
+    flat, lengths = tokenizer.encode_flat(batch)
+    assert flat.dtype == np.uint16 and lengths.dtype == np.int64
+    assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
+    assert flat.tolist() == sum(tokenizer.encode_batch(batch), [])
+    assert tokenizer.encode_batch([]) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"byte_fallback": True},  # a dummy prefix and NFKC
+        {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+        {"byte_fallback": True, "normalization_rule_name": "identity", "treat_whitespace_as_suffix": True},
+        {"byte_fallback": True, "split_by_whitespace": False, "normalization_rule_name": "identity"},
+        {"model_type": "unigram", "byte_fallback": True},
+        {
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "user_defined_symbols": ["<|fim|>", "<|f", "token"],
+        },
+    ],
+)
+def test_models_of_others(settings: dict[str, object], tmp_path: Path, texts: list[str]) -> None:
+    """Whatever a model does that forbids cutting, the ids are sentencepiece's."""
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    path = train_plainly(lines, tmp_path / "m.model", **{"vocab_size": 600, **settings})
+    tokenizer, plain = load_tokenizer(path), reference(path)
+    for text in texts[:50] + hostile_strings(("<|fim|>", "<|f", "token")):
+        assert tokenizer.encode(text) == plain.encode(text)
+
+
+def test_cutting_is_exact_for_any_border(bpe_model: Path, texts: list[str]) -> None:
+    """Ids of segments, cut by either pattern and encoded on their own, add up to the ids of the whole."""
+    plain = reference(bpe_model)
+    ids = range(4, plain.get_piece_size())  # after the control tokens
+    pieces = [plain.id_to_piece(index) for index in ids if not plain.is_byte(index)]
+    rng = random.Random(3)
+    noise = ["".join(rng.choices("aA1_. \n\u2581\u00e9\u65e5\t-", k=60)) for _ in range(200)]
+    for pattern in (COARSE, WORDS):
+        assert crosses_no_piece(pattern, pieces)
+        for text in texts[:50] + noise:
+            segments = pattern.findall(text)
+            assert "".join(segments) == text
+            assert sum(map(plain.encode, segments), []) == plain.encode(text)
+    assert not crosses_no_piece(COARSE, ["a\u2581b"])
+    assert not crosses_no_piece(WORDS, ["a1"])
+
+
+def test_chunks_cut_only_at_borders() -> None:
+    text = "word  word\nx" * 50 + "y" * 100 + " z"
+    parts = list(chunks(text, 7))
+    assert "".join(parts) == text and len(parts) > 20
+    segments = [segment for part in parts for segment in COARSE.findall(part)]
+    assert segments == COARSE.findall(text)
+
+
+def test_special_tokens_and_identity(model: Path) -> None:
+    tokenizer = load_tokenizer(str(model))
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.eod) == (1, 2, 3, 2)
+    assert tokenizer.fingerprint == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert tokenizer.vocab_size == reference(model).get_piece_size()
+    assert json.loads(json.dumps(tokenizer.unique_identifiers))["sha256"] == tokenizer.fingerprint
+    assert load_tokenizer(model.parent).path == model
+    assert load_tokenizer(model, "<pad>").eod == 3
+
+
+def test_hugging_face_file(model: Path, texts: list[str]) -> None:
+    ours, theirs = load_tokenizer(model), load_tokenizer(model.with_name("tokenizer.json"))
+    assert (theirs.bos, theirs.eos, theirs.pad, theirs.eod) == (1, 2, 3, 2)
+    assert theirs.vocab_size == ours.vocab_size
+    strings = texts + hostile_strings(("</s>", "<pad>", "<unk>"))
+    assert theirs.encode_batch(strings) == ours.encode_batch(strings)
+    assert all(theirs.decode(theirs.encode(text)) == text for text in texts)
+
+
+def test_hugging_face_file_of_others(tmp_path: Path) -> None:
+    """Truncation is undone, special tokens in a text stay text, ids may have holes, the end token is found."""
+    value = {
+        "version": "1.0",
+        "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        "added_tokens": [
+            {
+                "id": 9,
+                "content": "<|endoftext|>",
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+        ],  # fmt: skip
+        "model": {
+            "type": "BPE",
+            "unk_token": "x",
+            "merges": [],
+            "vocab": {"a": 0, "b": 1, "<": 2, "|": 3, ">": 4, "x": 5, "<|endoftext|>": 9},
+        },
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(value))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eod == 9 and tokenizer.vocab_size == 10
+    assert 9 not in tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.encode("abab") == [0, 1, 0, 1]
+    assert FastTokenizer.from_file(str(path)).encode("<|endoftext|>").ids == [9]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.model", None, "no such tokenizer; train one with tools/train_tokenizer.py"),
+        ("bad.model", b"\xff\xfe nonsense", "not a sentencepiece model"),
+        ("empty.model", b"", "not a sentencepiece model"),
+        ("bad.json", b"{}", "not a tokenizer.json"),
+        ("latin.json", b"\xe9", "not a tokenizer.json"),
+        ("noend.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "which token ends a document"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_tokenizer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unusable_settings(bpe_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no token '<none>' to end documents"):
+        load_tokenizer(bpe_model, "<none>")
+    with pytest.raises(UserError, match="holds neither"):
+        load_tokenizer(tmp_path)
+
+
+def test_types_of_ids() -> None:
+    assert token_dtype(65536) is np.uint16
+    assert token_dtype(65537) is np.int32
+
+
+def test_the_fast_way_is_taken(bpe_model: Path, unigram_model: Path) -> None:
+    """Guards the speed: nothing else notices when models of ours stop being cut."""
+    bpe, unigram = load_tokenizer(bpe_model), load_tokenizer(unigram_model)
+    assert isinstance(bpe, SentencePieceTokenizer) and isinstance(unigram, SentencePieceTokenizer)
+    assert bpe._segments is not None and bpe._segments._pattern is WORDS
+    assert unigram._exact_chunks

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from data_helpers import Tool, make_texts, train, write_jsonl
+from tokenizers import Tokenizer as FastTokenizer
+
+from plt_megatron.data import tokenizer_training
+from plt_megatron.data.hf_tokenizer import first_difference
+from plt_megatron.data.sources import expand_sources
+from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.data.tokenizer_training import Sample, TrainingOptions, hostile_strings
+from plt_megatron.errors import UserError
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_transformers_encodes_identically(model_type: str, corpus: Path, texts: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    symbols = ("<|im_start|>", "<|im_end|>")
+    model = train(corpus, tmp_path, model_type=model_type, control_symbols=symbols)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    bare = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in texts[:100] + hostile_strings(symbols):
+        expected = plain.encode(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == expected
+        assert theirs(text)["input_ids"] == expected
+        assert bare.encode(text).ids == expected
+        assert theirs.decode(expected) == text.replace("\u2581", " ")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 3)
+    assert len(theirs) == plain.get_piece_size()
+    assert theirs.convert_tokens_to_ids("<|im_end|>") == plain.piece_to_id("<|im_end|>")
+    assert theirs.decode([plain.piece_to_id("<|im_end|>"), 2], skip_special_tokens=True) == ""
+
+
+def test_user_defined_symbols_are_found_in_text(corpus: Path, tmp_path: Path) -> None:
+    symbols = ("<|fim|>", "<|fim|>x", "def")
+    model = train(corpus, tmp_path, user_defined_symbols=symbols)
+    tokenizer, plain = load_tokenizer(model), sentencepiece.SentencePieceProcessor(model_file=str(model))
+    bare = FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a<|fim|>b", "<|fim|>x", "a <|fim|><|fim|>xdef undefined", "define def\ndef"):
+        assert tokenizer.encode(text) == plain.encode(text) == bare.encode(text).ids
+    assert plain.piece_to_id("<|fim|>x") in tokenizer.encode("a <|fim|>x")
+
+
+def test_same_input_same_files(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(corpus, tmp_path / name)
+    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_differences_are_found_and_nothing_is_written(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Break the export in a way only some texts show."""
+    real = tokenizer_training.build_tokenizer_json
+
+    def without_last_merges(model: Path) -> dict[str, str]:
+        files = real(model)
+        value = json.loads(files["tokenizer.json"])
+        value["model"]["merges"] = value["model"]["merges"][:-40]
+        return {**files, "tokenizer.json": json.dumps(value)}
+
+    monkeypatch.setattr(tokenizer_training, "build_tokenizer_json", without_last_merges)
+    with pytest.raises(
+        UserError, match=r"would not encode as the sentencepiece model does: at token \d+ of .*: sentencepiece"
+    ):
+        train(corpus, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_lossy_decoder_is_found(bpe_model: Path) -> None:
+    value = json.loads(bpe_model.with_name("tokenizer.json").read_text(encoding="utf-8"))
+    value["decoder"]["decoders"] = value["decoder"]["decoders"][1:]
+    found = first_difference(load_tokenizer(bpe_model), bpe_model.read_bytes(), json.dumps(value), ["a b"])
+    assert found == "'a b' does not decode to itself with tokenizer.json"
+
+
+def test_command(corpus: Path, tmp_path: Path, run_tool: Tool) -> None:
+    arguments = ("--input", corpus.parent / "*.jsonl", "--output", tmp_path / "t", "--vocab-size", 400, "--threads", 1)
+    result = run_tool("train_tokenizer.py", *arguments, "--special-token", "<|x|>")
+    assert result.returncode == 0, result.stderr
+    assert "400 pieces from 300 documents" in result.stdout and "encodes identically" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
+    again = run_tool("train_tokenizer.py", *arguments)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {tmp_path}/t/tokenizer.model exists: choose another --output or pass --overwrite\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "nothing*.jsonl"], "input 'nothing*.jsonl' matches no file"),
+        (["--vocab-size", "100000"], "--vocab-size 100000 is too high for this text: give more text, or at most "),
+        (["--vocab-size", "300"], "--vocab-size 300 is too low: the characters and bytes alone are "),
+        (["--special-token", "a b"], "special token 'a b' is empty or holds a space"),
+        (["--special-token", "</s>"], "special token '</s>' is always there"),
+        (["--special-token", "<x>", "--user-defined-symbol", "<x>"], "a special token is given twice"),
+        (["--json-key", "body"], "the input has no usable text to train a tokenizer on"),
+        (["--output", "/dev/null/t"], "cannot be written"),
+    ],
+)
+def test_bad_settings(
+    arguments: list[str],
+    message: str,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import runpy
+    import sys
+
+    tool = Path(__file__).resolve().parents[3] / "tools" / "train_tokenizer.py"
+    defaults = ["--input", str(corpus), "--output", str(tmp_path / "t"), "--vocab-size", "400", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [str(tool), *defaults, *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as status:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert status.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "t" / "tokenizer.model").exists()
+
+
+def test_large_corpora_are_sampled_evenly(tmp_path: Path) -> None:
+    """Ten times more text than wanted: about as much as wanted is read, from all parts of all files."""
+    for number in range(2):
+        lines = [f"file{number} place{place:05d} " + "x" * 400 for place in range(12_000)]
+        write_jsonl(tmp_path / f"{number}.jsonl", lines)
+    sources = expand_sources([str(tmp_path / "*.jsonl")])
+    size = sum(source.size for source in sources)
+    tokenizer_training_span = tokenizer_training._SPAN
+    try:
+        tokenizer_training._SPAN = 1 << 14
+        sample = Sample(sources, TrainingOptions([], "", 0, max_sample_bytes=size // 10))
+        lines = list(sample.lines())
+    finally:
+        tokenizer_training._SPAN = tokenizer_training_span
+    assert 0.8 * size / 10 < sample.bytes < 1.1 * size / 10
+    for number in range(2):
+        places = sorted(int(line.split()[1][5:]) for line in lines if line.startswith(f"file{number}"))
+        assert len(places) == len(set(places))
+        quarters = [sum(lo <= place < lo + 3000 for place in places) for lo in range(0, 12_000, 3000)]
+        assert min(quarters) > 0.5 * max(quarters)
+
+
+def test_sentencepiece_drops_no_long_line(tmp_path: Path) -> None:
+    """It ignores lines of over 4192 bytes; ours arrive in parts."""
+    text = "".join(make_texts(200, seed=5)).replace("\n", " ")
+    sample = Sample(expand_sources([str(write_jsonl(tmp_path / "a.jsonl", [text]))]), TrainingOptions([], "", 0))
+    lines = list(sample.lines())
+    assert "".join(lines) == "".join(text.splitlines())
+    assert max(len(line.encode()) for line in lines) < 4192
+    assert (sample.documents, sample.bad_lines) == (1, 0)

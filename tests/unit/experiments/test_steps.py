@@ -1,0 +1,116 @@
+"""Steps that are done once: when they are skipped, gone on with, or done anew."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.steps import Step, format_seconds, run_step
+
+
+class Work:
+    """A step with one input and two outputs, which counts its runs and notes what it found when it began."""
+
+    def __init__(self, folder):
+        self.source, self.file, self.tree = folder / "source", folder / "out.bin", folder / "out"
+        self.stamps = folder / "stamps"
+        self.source.write_text("text")
+        self.runs, self.found, self.fail = 0, [], False
+        self.step = Step("work", "the work", "size=1", [self.source], [self.file, self.tree], self.do)
+
+    def do(self):
+        self.runs += 1
+        self.found.append(self.file.exists())
+        self.file.write_text("half")
+        if self.fail:
+            raise KeyboardInterrupt
+        self.file.write_text("whole")
+        self.tree.mkdir(exist_ok=True)
+        (self.tree / "a").write_text("1234")
+
+    def go(self, **changes):
+        return run_step(dataclasses.replace(self.step, **changes), self.stamps, 1, 1)
+
+
+@pytest.fixture
+def work(tmp_path):
+    return Work(tmp_path)
+
+
+def test_done_work_is_not_done_again(work, capsys):
+    first = work.go()
+    second = work.go()
+    assert work.runs == 1
+    assert second == first and first.finished
+    assert "already done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda work: work.source.write_text("other text"),
+        lambda work: work.file.unlink(),
+        lambda work: work.file.write_text("cut"),
+        lambda work: (work.tree / "a").unlink(),
+        lambda work: (work.tree / "b").write_text("more"),
+        lambda work: (work.stamps / "work.json").unlink(),
+        lambda work: (work.stamps / "work.json").write_text("{"),
+        lambda work: (work.stamps / "work.json").write_text('{"other": 1}'),
+    ],
+)
+def test_what_has_changed_is_done_anew_on_a_clean_place(work, change):
+    work.go()
+    change(work)
+    work.go()
+    assert work.runs == 2
+    assert work.found == [False, False]
+    assert not (work.tree / "b").exists()
+
+
+def test_other_settings_are_other_work(work):
+    work.go()
+    work.go(settings="size=2")
+    assert work.runs == 2
+    work.go(settings="size=2")
+    assert work.runs == 2
+
+
+def test_an_input_touched_without_change_is_no_change(work):
+    work.go()
+    work.source.write_text("text")
+    work.go()
+    assert work.runs == 1
+
+
+def test_interrupted_work_goes_on_with_what_it_left_and_its_time_adds_up(work):
+    work.fail = True
+    with pytest.raises(KeyboardInterrupt):
+        work.go()
+    work.fail = False
+    stamp = work.go()
+    assert work.found == [False, True]
+    assert stamp.finished and stamp.seconds > 0
+
+
+def test_interrupted_work_whose_input_changed_begins_anew(work):
+    work.fail = True
+    with pytest.raises(KeyboardInterrupt):
+        work.go()
+    work.fail = False
+    work.source.write_text("other")
+    work.go()
+    assert work.found == [False, False]
+
+
+def test_a_step_that_makes_nothing_is_an_error_and_not_stamped(work):
+    with pytest.raises(UserError, match="did not make"):
+        work.go(run=lambda: None)
+    work.go()
+    assert work.runs == 1
+
+
+def test_seconds_read_well():
+    cases = {0.04: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 59.6: "1 min 00 s", 61: "1 min 01 s", 600: "10 min 00 s"}
+    assert {seconds: format_seconds(seconds) for seconds in cases} == cases

@@ -1,0 +1,258 @@
+"""The model against the plain-PyTorch PLT: logits, losses and every parameter's gradient.
+
+The model computes in float32, the reference in float64. Two tensors agree when their largest difference is at most
+1e-5 of the reference's largest element. Gates and norms are random, and the weights' spread is such that attention is
+far from uniform; `test_the_comparison_sees_every_mistake` shows that the comparison would notice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from tests.reference.megatron_weights import randomise_gates_and_norms, to_plain
+from tests.reference.plain_plt import PlainPLT
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+TOLERANCE = 1e-5
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
+SHAPE = (2, 23)  # rows, tokens; windows below do not divide 23
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "window_size": 5,
+    "init_method_std": 0.2,
+    "backend": "torch",
+}
+VANILLA_LOOP = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
+CLP = {**VANILLA_LOOP, "cross_loop_parallel": True}
+KV_SHARING = {**CLP, "share_kv": True}
+LOOPCODER_V2: dict[str, Any] = {
+    "window_size": 9,
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "norm_between_loops": True,
+    "embedding_scale": 0.707,
+    "hidden_scale": 0.053,
+    "share_embeddings_and_output_weights": False,
+    "rotary_base": 5e5,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "PLT-1, the plain transformer": {"loop_count": 1},
+    "PLT-2": {"loop_count": 2},
+    "PLT-3": {"loop_count": 3},
+    "vanilla loop x2": VANILLA_LOOP,
+    "vanilla loop x3": {**VANILLA_LOOP, "loop_count": 3},
+    "+ CLP": CLP,
+    "+ KV sharing": KV_SHARING,
+    "KV sharing without CLP": {**KV_SHARING, "cross_loop_parallel": False, "loop_count": 3},
+    "PLT-3 without CLP": {"cross_loop_parallel": False, "loop_count": 3},
+    "LoopCoder-v2": LOOPCODER_V2,
+    "LoopCoder-v2, 3 loops": {**LOOPCODER_V2, "loop_count": 3},
+    "hidden gate": {"gate_input": "hidden"},
+    "global side": {"gate_side": "global"},
+    "norm between loops": {"norm_between_loops": True, "loop_count": 3},
+    "scales": {"embedding_scale": 0.5, "hidden_scale": 0.25, "loop_count": 3},
+    "qk-norm": {"qk_layernorm": True},
+    "ffn output norm": {"ffn_output_norm": True},
+    "the paper's dense models": {"qk_layernorm": True, "ffn_output_norm": True, "loop_count": 3},
+    "qk-norm and hidden gate": {"qk_layernorm": True, "gate_input": "hidden"},
+    "untied": {"share_embeddings_and_output_weights": False},
+    "untied, one loop": {"share_embeddings_and_output_weights": False, "loop_count": 1},
+    "qkv bias": {"qkv_bias": True},
+    "as many groups as heads": {"num_query_groups": None},
+    "one group": {"num_query_groups": 1},
+    "head dimension of its own": {"kv_channels": 6},
+    "window of one": {"window_size": 1, "loop_count": 3},
+    "window beyond the row": {"window_size": 64},
+}
+
+
+def build(settings: dict[str, Any], recompute: str = "none") -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from plt_megatron.model.initialization import initialize
+    from plt_megatron.model.looped_gpt import LoopedGPT
+    from plt_megatron.model.transformer_config import transformer_config
+
+    model = ModelConfig(**{**BASE, **settings})
+    parallel = ParallelConfig(recompute_granularity=recompute)  # type: ignore[arg-type]
+    stage = LoopedGPT(
+        transformer_config(model, parallel),
+        VOCAB_SIZE,
+        SHAPE[1],
+        padded_vocab_size=PADDED_VOCAB_SIZE,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    initialize(stage, seed=7)
+    randomise_gates_and_norms(stage)
+    return stage.to(device=torch.cuda.current_device())
+
+
+def draw(seed: int = 0) -> dict[str, Tensor]:
+    """A batch of random tokens, of which a fifth does not count, and documents of a few tokens each."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.rand(SHAPE, generator=generator) < 0.25
+    starts[0, 7], starts[0, 8] = True, True  # a document of one token
+    return {
+        "tokens": torch.randint(0, VOCAB_SIZE, SHAPE, generator=generator),
+        "labels": torch.randint(0, VOCAB_SIZE, SHAPE, generator=generator),
+        "loss_mask": (torch.rand(SHAPE, generator=generator) < 0.8).double(),
+        "starts": starts,
+    }
+
+
+def run(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None) -> dict[str, Tensor]:
+    """The model's logits, losses and gradients, under the plain model's names."""
+    from plt_megatron.model.looped_gpt import MicroBatch
+
+    device = torch.cuda.current_device()
+    inputs = {"tokens": data["tokens"].to(device)}
+    if packed:
+        inputs["document_starts"] = data["starts"].to(device)
+    stage.zero_grad()
+    with torch.no_grad():
+        logits = stage(MicroBatch(**inputs), loops)
+    losses = stage(MicroBatch(**inputs, labels=data["labels"].to(device)), loops)
+    (losses * data["loss_mask"].to(losses)).sum().backward()
+    assert torch.all(logits[..., VOCAB_SIZE:] == -torch.inf)
+    gradients = {}
+    for name, parameter in stage.named_parameters():
+        gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            assert torch.all(gradients[name][VOCAB_SIZE:] == 0)
+    results = {"logits": logits[..., :VOCAB_SIZE].cpu().double(), "losses": losses.detach().cpu().double()}
+    return results | to_plain(stage.config.plt, gradients, VOCAB_SIZE)
+
+
+def expect(
+    stage: Any,
+    data: dict[str, Tensor],
+    packed: bool,
+    loops: int | None = None,
+    plain_class: type[PlainPLT] = PlainPLT,
+    **mutations: Any,
+) -> dict[str, Tensor]:
+    """What `run` should return, from the reference."""
+    weights = to_plain(stage.config.plt, dict(stage.named_parameters()), VOCAB_SIZE)
+    for weight in weights.values():
+        weight.requires_grad_()
+    settings = {**vars(stage.config.plt), **mutations}
+    plain = plain_class(ModelConfig(**settings), weights)
+    starts = data["starts"] if packed else None
+    losses = plain.losses(data["tokens"], data["labels"], starts, loops)
+    (losses * data["loss_mask"]).sum().backward()
+    results = {"logits": plain.logits(data["tokens"], starts, loops).detach(), "losses": losses.detach()}
+    gradients = {
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in weights.items()
+    }
+    return results | gradients
+
+
+def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each tensor, relative to the expected one's largest element."""
+    assert actual.keys() == expected.keys()
+    result = {}
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().item()
+        difference = (actual[name] - tensor).abs().max().item()
+        result[name] = difference / scale if scale else difference
+    return result
+
+
+def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    wrong = {name: error for name, error in differences(actual, expected).items() if not error <= TOLERANCE}
+    assert not wrong, f"relative differences above {TOLERANCE}: {wrong}"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+def test_logits_losses_and_every_gradient(settings, packed):
+    stage, data = build(settings), draw()
+    expected = expect(stage, data, packed)
+    assert all(tensor.abs().max() > 0 for tensor in expected.values()), "an unused parameter proves nothing"
+    assert_agree(run(stage, data, packed), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loop_count": 1},
+        {"loop_count": 3},
+        {**LOOPCODER_V2, "loop_count": 3},
+        {**KV_SHARING, "loop_count": 3},
+    ],
+    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing"],
+)
+def test_recomputation_changes_nothing(settings, recompute, packed):
+    stage, data = build(settings, recompute), draw()
+    assert_agree(run(stage, data, packed), expect(stage, data, packed))
+
+
+@pytest.mark.parametrize("settings", [{}, LOOPCODER_V2], ids=["PLT", "LoopCoder-v2"])
+@pytest.mark.parametrize("loops", [1, 2, 4])
+def test_the_same_weights_run_for_other_loop_counts(settings, loops):
+    stage, data = build({**settings, "loop_count": 3}), draw()
+    expected = expect(stage, data, False, loops)
+    assert_agree(run(stage, data, False, loops), expected)
+
+
+def test_a_second_backward_starts_afresh():
+    stage, data = build({"loop_count": 3}), draw()
+    first, second = run(stage, data, False), run(stage, data, False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "window one short": ({}, {"window_size": 4}, False),
+    "window one long": ({}, {"window_size": 6}, False),
+    "no shift": ({}, {"cross_loop_parallel": False}, False),
+    "no sharing": ({}, {"share_kv": False}, False),
+    "no window": ({}, {"gated_window": False}, False),
+    "wrong side": ({}, {"gate_side": "global"}, False),
+    "norm between": ({}, {"norm_between_loops": True}, False),
+    "no norm between": (LOOPCODER_V2, {"norm_between_loops": False}, False),
+    "embedding scale": (LOOPCODER_V2, {"embedding_scale": 1.0}, False),
+    "hidden scale": (LOOPCODER_V2, {"hidden_scale": 1.0}, False),
+    "rotary base": ({}, {"rotary_base": 9000.0}, False),
+    "epsilon": ({}, {"layernorm_epsilon": 1e-3}, False),
+    "loops": ({}, {"loop_count": 3}, False),
+}
+
+
+@pytest.mark.parametrize(("settings", "mistake", "packed"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_the_comparison_sees_every_mistake(settings, mistake, packed):
+    stage, data = build(settings), draw()
+    assert differences(run(stage, data, packed), expect(stage, data, packed, **mistake))["logits"] > 100 * TOLERANCE
+
+
+def test_the_comparison_sees_documents():
+    stage, data = build({}), draw()
+    assert differences(run(stage, data, True), expect(stage, data, False))["logits"] > 100 * TOLERANCE
+
+
+class StopGradientPLT(PlainPLT):
+    """The mistake of sharing the first loop's K and V without their gradients."""
+
+    def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: dict) -> Tensor:
+        detached = {number: (key.detach(), value.detach()) for number, (key, value) in first_loop_kv.items()}
+        out = super()._attention(x, layer, loop, starts, detached)
+        first_loop_kv.update({number: pair for number, pair in detached.items() if number not in first_loop_kv})
+        return out
+
+
+def test_the_comparison_sees_a_stopped_gradient():
+    stage, data = build({"loop_count": 3}), draw()
+    wrong = differences(run(stage, data, False), expect(stage, data, False, plain_class=StopGradientPLT))
+    assert wrong["logits"] <= TOLERANCE
+    assert all(wrong[f"layers.{layer}.{name}"] > 100 * TOLERANCE for layer in (0, 1) for name in ("k", "v"))

@@ -1,0 +1,59 @@
+"""The gates alone: their equations, their start at one half, and what their parameters tell megatron-core."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_against_reference import build
+
+from plt_megatron.model.gate import HiddenGate, QueryGate
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def _gate(kind: str) -> torch.nn.Module:
+    stage = build({"gate_input": kind})
+    return stage.decoder.layers[1].self_attention.core_attention.plt_gate.cpu()
+
+
+def test_query_gate():
+    gate = _gate("query")
+    assert isinstance(gate, QueryGate)
+    query = torch.randn(5, 2, 4, 4)
+    logits = gate(query)
+    assert logits.shape == (5, 2, 4)
+    for head in range(4):
+        expected = query[:, :, head] @ gate.weight[head] + gate.bias[head]
+        torch.testing.assert_close(logits[..., head], expected)
+
+
+def test_hidden_gate():
+    gate = _gate("hidden")
+    assert isinstance(gate, HiddenGate)
+    hidden = 3 * torch.randn(5, 2, 16)
+    normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gate.gate_norm["weight"]
+    torch.testing.assert_close(gate(hidden), normed @ gate.weight.T + gate.bias)
+    assert [name for name, _ in gate.named_parameters()] == ["weight", "bias", "gate_norm.weight"]
+
+
+@pytest.mark.parametrize("kind", ["query", "hidden"])
+def test_as_built_a_gate_is_one_half(kind, monkeypatch):
+    import test_against_reference
+
+    monkeypatch.setattr(test_against_reference, "randomise_gates_and_norms", lambda stage: None)
+    gate = _gate(kind)
+    inputs = torch.randn(5, 2, 4, 4) if kind == "query" else torch.randn(5, 2, 16)
+    assert torch.equal(torch.sigmoid(gate(inputs)), torch.full((5, 2, 4), 0.5))
+
+
+def test_query_gates_are_split_over_tensor_parallel_ranks_and_hidden_gates_are_not():
+    # Unmarked, gradient norms would count one rank's heads only.
+    assert all(p.tensor_model_parallel and p.partition_dim == 0 for p in _gate("query").parameters())
+    assert not any(getattr(p, "tensor_model_parallel", False) for p in _gate("hidden").parameters())
+
+
+@pytest.mark.parametrize("kind", ["query", "hidden"])
+def test_bfloat16_gates_are_bfloat16(kind):
+    gate = _gate(kind).bfloat16()
+    inputs = torch.randn(5, 2, 4, 4) if kind == "query" else torch.randn(5, 2, 16)
+    assert gate(inputs.bfloat16()).dtype == torch.bfloat16

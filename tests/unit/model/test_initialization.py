@@ -1,0 +1,106 @@
+"""Initial weights depend on the seed and the parameter's name alone, whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_against_reference import BASE, SHAPE, VOCAB_SIZE
+
+from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from plt_megatron.model.initialization import initialize
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+def _stage(padded_vocab_size: int = 64, seed: int = 3, **settings: Any) -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from plt_megatron.model.looped_gpt import LoopedGPT
+    from plt_megatron.model.transformer_config import transformer_config
+
+    model = ModelConfig(**{**BASE, **settings})
+    stage = LoopedGPT(
+        transformer_config(model, ParallelConfig()),
+        VOCAB_SIZE,
+        SHAPE[1],
+        padded_vocab_size=padded_vocab_size,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    initialize(stage, seed)
+    return stage
+
+
+def _weights(stage: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
+
+
+def test_equal_seeds_give_equal_weights_whatever_the_global_random_state():
+    torch.manual_seed(1)
+    first = _weights(_stage())
+    torch.manual_seed(2)
+    second = _weights(_stage())
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_seeds_and_names_tell_weights_apart():
+    first, second = _weights(_stage(seed=3)), _weights(_stage(seed=4))
+    matrices = [name for name in first if first[name].dim() == 2 and ".plt_gate." not in name]
+    assert len(matrices) == 1 + 4 * BASE["num_layers"]
+    drawn = [first[name] for name in matrices] + [second[name] for name in matrices]
+    starts = {tuple(tensor.flatten()[:4].tolist()) for tensor in drawn}
+    assert len(starts) == len(drawn)
+
+
+def test_the_loop_count_changes_no_weight_but_adds_gates_of_zero():
+    one, three = _weights(_stage(loop_count=1)), _weights(_stage(loop_count=3))
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    assert all(not three[name].any() for name in three if name not in one)
+
+
+@pytest.mark.parametrize("sizes", [(50, 64), (56, 112), (51, 52)])
+@pytest.mark.parametrize("hidden_size", [16, 12])
+def test_padding_the_vocabulary_moves_no_row(sizes, hidden_size):
+    settings = {"hidden_size": hidden_size, "kv_channels": 4}
+    name = "embedding.word_embeddings.weight"
+    small, large = (_weights(_stage(size, **settings))[name] for size in sizes)
+    assert torch.equal(small[:VOCAB_SIZE], large[:VOCAB_SIZE])
+
+
+def test_spreads_are_megatrons():
+    weights = _weights(_stage(hidden_size=64, ffn_hidden_size=96, init_method_std=0.05))
+    for name, tensor in weights.items():
+        if tensor.dim() < 2 or ".plt_gate." in name:
+            continue
+        into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        expected = 0.05 / math.sqrt(2 * BASE["num_layers"]) if into_residual else 0.05
+        assert tensor.std().item() == pytest.approx(expected, rel=0.1), name
+        assert abs(tensor.mean().item()) < 0.1 * expected, name
+    assert all(torch.all(tensor == 1) for name, tensor in weights.items() if name.endswith("norm.weight"))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_tensor_parallel_parts_make_up_the_whole(ranks, monkeypatch):
+    """Each rank's part, taken from a stage that believes in `ranks` ranks; tests/distributed has real ones."""
+    from plt_megatron.model import initialization
+
+    for name, axis in (
+        ("x.linear_qkv.weight", 0),
+        ("x.linear_proj.weight", 1),
+        ("x.mlp.linear_fc1.weight", 0),
+    ):
+        whole = torch.arange(16 * 8.0).view(16, 8)
+        parts = []
+        for rank in range(ranks):
+            group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+            stage = SimpleNamespace(pg_collection=SimpleNamespace(tp=group))
+            parts.append(initialization._own_part(whole, name, stage))
+        if name.endswith("linear_fc1.weight"):
+            halves = [part.chunk(2) for part in parts]  # [gate; up] on every rank
+            joined = torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+        else:
+            joined = torch.cat(parts, dim=axis)
+        assert torch.equal(joined, whole)

@@ -1,0 +1,183 @@
+"""The demo around its commands, which are faked: order, skipping, failure, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config import derived
+from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.errors import UserError
+from plt_megatron.experiments import demo
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Commands:
+    """Stands in for the project's commands: makes the files they would, and notes the calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.broken = ""
+
+    def __call__(self, script: str, *arguments: str) -> None:
+        self.calls.append((script, *arguments))
+        if script == self.broken:
+            raise UserError(f"{script} ended with status 1")
+        {
+            "tools/train_tokenizer.py": self.tokenizer,
+            "tools/preprocess_data.py": self.tokens,
+            "launch/local.py": self.train,
+        }[script](arguments)
+
+    def tokenizer(self, arguments: tuple[str, ...]) -> None:
+        for path in demo.TOKENIZER_FILES:
+            path.write_text("pieces")
+
+    def tokens(self, arguments: tuple[str, ...]) -> None:
+        prefix = arguments[arguments.index("--output-prefix") + 1]
+        Path(prefix).parent.mkdir(exist_ok=True)
+        for suffix in (".bin", ".idx"):
+            Path(prefix + suffix).write_text(Path(arguments[arguments.index("--input") + 1]).read_text())
+
+    def train(self, arguments: tuple[str, ...]) -> None:
+        config = load_config(arguments[0], arguments[1:])
+        folder = Path(config.output_dir, config.name)
+        save_config(config, folder / "config.yaml")
+        loops = config.model.loop_count
+        records = [
+            {"kind": "train", "step": step, "tokens": step * 1000, "loss": 9 - loops - step / 20}
+            for step in range(1, 21)
+        ]
+        records += [
+            {"kind": "validation", "step": 20, "tokens": 20000, "loop_count": count, "loss": 5.0 - count / 4}
+            for count in config.validation.loop_counts
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def scripts(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A project folder with the real configurations, and the fake commands."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    fake = Commands()
+    monkeypatch.setattr(demo, "run_tool", fake)
+
+    def small_corpus() -> None:
+        for part, path in demo.CORPUS.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"text": part}) + "\n")
+
+    monkeypatch.setattr(demo, "_write_corpus", small_corpus)
+    return fake
+
+
+ALL = [
+    "tools/train_tokenizer.py",
+    "tools/preprocess_data.py",
+    "tools/preprocess_data.py",
+    "launch/local.py",
+    "launch/local.py",
+]
+
+
+def test_all_is_done_once_and_in_order(commands, capsys):
+    demo.run_demo()
+    assert commands.scripts() == ALL
+    first = capsys.readouterr().out
+    demo.run_demo()
+    assert commands.scripts() == ALL
+    second = capsys.readouterr().out
+    assert second.count("already done") == 5 and "already done" not in first
+    assert second.split("\n\n")[1] == first.split("\n\n")[1]  # the same table
+
+
+def test_both_models_see_the_same_tokens_and_differ_in_the_loop_only(commands):
+    demo.run_demo()
+    looped, plain = (load_config(Path(run.folder, "config.yaml")) for run in demo.DEMO_RUNS)
+    assert (looped.model.loop_count, plain.model.loop_count) == (2, 1)
+    assert looped.validation.loop_counts == [1, 2]
+    assert looped.parallel.tensor_model_parallel_size == 2 and looped.parallel.sequence_parallel
+    plain.model.loop_count, plain.name = looped.model.loop_count, looped.name
+    plain.validation.loop_counts = looped.validation.loop_counts
+    assert plain == looped
+
+
+def test_the_data_that_the_configuration_reads_is_what_the_demo_makes(commands):
+    config = load_config(demo.CONFIG)
+    sources = [*config.data.sources, *config.data.train_sources, *config.data.validation_sources]
+    assert {source.path for source in sources} <= {str(prefix) for prefix in demo.DATA.values()}
+    assert config.data.tokenizer == str(demo.TOKENIZER_FILES[0])
+
+
+def test_the_table_and_where_things_lie(commands, capsys):
+    demo.run_demo()
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.startswith(("model", "PLT", "1 loop"))]
+    header, looped, plain = (re.split(r" {2,}", line) for line in table[:3])
+    assert header == [
+        *("model", "parameters", "tokens", "train loss"),
+        *("val. loss, 1 loop", "val. loss, 2 loops", "time"),
+    ]
+    assert looped[2:6] == ["20,000", "6.025", "4.750", "4.500"]
+    assert plain[2:6] == ["20,000", "7.025", "4.750", "-"]
+    parameters = [int(cells[1].replace(",", "")) for cells in (looped, plain)]
+    config = load_config(demo.CONFIG)
+    heads, head_size = config.model.num_attention_heads, derived.head_dim(config.model)
+    gates = config.model.num_layers * heads * (head_size + 1)
+    assert parameters[0] - parameters[1] == gates and parameters[1] > 1_000_000
+    assert str(demo.FOLDER / "loss.png") in out and (demo.FOLDER / "loss.png").stat().st_size > 10_000
+    for run in demo.DEMO_RUNS:
+        assert str(run.folder / "checkpoints") in out
+
+
+def test_a_failed_step_ends_it_and_the_next_try_goes_on_there(commands):
+    commands.broken = "launch/local.py"
+    with pytest.raises(UserError, match="status 1"):
+        demo.run_demo()
+    assert commands.scripts() == ALL[:4]
+    commands.broken, commands.calls = "", []
+    demo.run_demo()
+    assert commands.scripts() == ALL[3:]
+
+
+def test_another_corpus_means_all_of_it_again(commands):
+    demo.run_demo()
+    commands.calls = []
+    demo.CORPUS["train"].write_text(json.dumps({"text": "another Python's"}) + "\n")
+    demo.run_demo()
+    assert commands.scripts() == []  # the stamp put the corpus right, and the rest follows from it
+    (demo.FOLDER / "stamps" / "tokenizer.json").unlink()
+    demo.run_demo()
+    assert commands.scripts() == ALL[:1]
+
+
+def test_a_command_that_fails_is_named(tmp_path, monkeypatch):
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit(7)")
+    with pytest.raises(UserError, match=r"broken\.py --fast ended with status 7"):
+        demo.run_tool(str(script), "--fast")
+
+
+def test_columns_align_whatever_is_missing():
+    rows = [
+        demo.ResultRow("PLT", 1_234_567, 600_000, 3.21, {1: 4.0, 2: 3.3}, 75.0),
+        demo.ResultRow("a longer name", 9, 1, 10.5, {}, 4.0),
+    ]
+    lines = demo.format_table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert re.split(r" {2,}", lines[2])[1:] == ["1,234,567", "600,000", "3.210", "4.000", "3.300", "1 min 15 s"]
+    assert re.split(r" {2,}", lines[3])[1:] == ["9", "1", "10.500", "-", "-", "4.0 s"]
+
+
+def test_the_tools_it_calls_exist():
+    for name in set(ALL):
+        assert os.path.exists(ROOT / name)

@@ -1,0 +1,94 @@
+"""Imports point one way, and commands answer before anything heavy is imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = ROOT / "plt_megatron"
+
+# What each part may import of ours, besides itself and `errors`.
+ALLOWED = {
+    "config": set(),
+    "runtime": {"config"},
+    "estimate": {"config"},
+    "data": {"config"},
+    "model": {"config", "runtime"},
+    "train": {"config", "runtime", "estimate", "data", "model"},
+    "hf": {"config", "runtime", "estimate", "data", "model", "train"},
+    "experiments": {"config", "runtime", "estimate", "data", "model", "train", "hf"},
+}
+SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
+# Importing one of these takes seconds.
+HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sentencepiece", "tensorboard")
+
+
+def parts() -> list[str]:
+    return sorted(path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.glob("*.py")))
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:  # a file beside it: what Hugging Face's remote code asks for, so only there
+                assert path.parent.name == "hf", f"{path}: relative import"
+                continue
+            modules = [node.module or ""]
+            if node.module == "plt_megatron":
+                modules = [f"plt_megatron.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {module.split(".")[1] for module in modules if module.startswith("plt_megatron.")}
+    return found
+
+
+def test_every_part_of_the_package_is_ruled():
+    assert set(parts()) <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", parts())
+def test_imports_point_one_way(part):
+    for path in sorted((PACKAGE / part).rglob("*.py")):
+        wrong = imports_of_ours(path) - ALLOWED[part] - {part, "errors"}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_the_modeling_file_of_an_export_stands_alone():
+    path = PACKAGE / "hf" / "modeling_plt.py"
+    if path.exists():
+        assert not imports_of_ours(path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_comes_from_any_folder_before_anything_heavy(script, tmp_path):
+    """Packages that would take seconds are replaced by ones that refuse to be imported."""
+    for name in HEAVY:
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError(f'{__name__} imported')")
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage:")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_an_unknown_option_is_refused_with_status_2(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(script), "--no-such-option"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,141 @@
+"""README and docs keep their promises: commands run, and what they name exists."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.validation import validate
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/model.md", "docs/decisions.md"]
+MARKED_BLOCK = re.compile(r"<!-- run in tests -->\n```bash\n(.*?)```", re.DOTALL)
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    blocks = MARKED_BLOCK.findall(text("README.md"))
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_some_commands_are_marked():
+    assert len(commands()) >= 3
+
+
+@pytest.mark.parametrize("command", commands())
+def test_marked_commands_run(command):
+    """As written, from a folder like the clone's, with the environment's Python first on the PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for target in re.findall(r"\]\(([^)]+)\)", text(name)):
+        if not target.startswith("http"):
+            assert (folder / target).exists(), target
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_that_are_named_exist(name):
+    folders = "plt_megatron|configs|docs|launch|tools|tests|benchmarks"
+    inside_package = "config|runtime|model|data|train|hf|experiments|estimate"
+    for path in re.findall(rf"\b(?:{folders})/[\w./-]+\.\w+", text(name)):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(rf"`((?:{inside_package})/\w+\.py)`", text(name)):
+        assert (ROOT / "plt_megatron" / path).exists(), path
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_that_are_named_exist(name):
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.MULTILINE))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text(name), re.DOTALL))
+    named = set(re.findall(r"`make ([a-z-]+)", text(name)))
+    for line in re.findall(r"^make +(.*?)(?:#.*)?$", blocks, re.MULTILINE):
+        named |= {word for word in line.split() if re.fullmatch(r"[a-z][a-z-]+", word)}
+    assert named <= targets, named - targets
+
+
+def test_options_in_readme_are_those_of_the_tools():
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text("README.md"), re.DOTALL)).replace("\\\n", " ")
+    checked = 0
+    for script, arguments in re.findall(r"python ((?:tools|launch)/\w+\.py)(.*)", blocks):
+        named = set(re.findall(r"(--[a-z-]+)", arguments))
+        if not named - {"--help"}:
+            continue
+        shown = subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert named <= set(re.findall(r"--[a-z-]+", shown)), (script, named)
+        checked += 1
+    assert checked >= 2
+
+
+def test_the_figure_is_well_formed_and_needs_nothing_from_elsewhere():
+    tree = ElementTree.fromstring(text("docs/plt.svg"))
+    assert tree.get("viewBox") and tree.get("aria-label")
+    own = {element.get("id") for element in tree.iter()}
+    for element in tree.iter():
+        for name, value in element.attrib.items():
+            assert "http" not in value, (name, value)
+            if name == "href":
+                assert value.removeprefix("#") in own
+
+
+def ablation_rows() -> list[tuple[str, list[str]]]:
+    table = text("docs/model.md").split("<!-- ablation rows: checked by a test -->")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (.+?) \| `(.+?)` \|$", table, re.MULTILINE)
+    return [(row, overrides.split()) for row, overrides in rows if "=" in overrides]
+
+
+def test_the_ablation_has_five_rows_that_are_five_models():
+    assert len(ablation_rows()) == 5
+    switches = []
+    for _, overrides in ablation_rows():
+        config = load_config(ROOT / "configs/runs/plt2_ablation.yaml", overrides)
+        validate(config, check_files=False)
+        model = config.model
+        loop = (model.cross_loop_parallel, model.share_kv, model.gated_window)
+        switches.append((model.loop_count, *(loop if model.loop_count > 1 else ())))
+    assert switches == [
+        (1,),
+        (2, False, False, False),
+        (2, True, False, False),
+        (2, True, True, False),
+        (2, True, True, True),
+    ]
+
+
+def test_documented_switches_and_defaults_are_those_of_the_schema():
+    section = text("docs/model.md").split("## Switches")[1].split("`validation.loop_counts")[0]
+    defaults = ModelConfig()
+    seen = set()
+    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (\w+) \|", section, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", names):
+            assert getattr(defaults, name) == yaml.safe_load(default), name
+            seen.add(name)
+    assert len(seen) == 10
