@@ -153,6 +153,7 @@ def build_datasets(
     folder = Path(cache_dir).absolute()
     outcome: list[Any] = [None]
     failure: Exception | None = None
+    group = _waiting_group(data.index_timeout_minutes)
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome = [("built", _build_index(data, num_samples, seed, folder, tokenizer))]
@@ -162,8 +163,8 @@ def build_datasets(
         except Exception as error:  # whatever it is, the others must not wait for it
             failure = error
             outcome = [("failed", f"rank 0 could not build the sample index: {error!r}")]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        outcome = _broadcast(outcome, data.index_timeout_minutes)
+    if group is not None:
+        _broadcast(outcome, group, data.index_timeout_minutes)
     if failure is not None:
         raise failure
     state, value = outcome[0]
@@ -181,9 +182,15 @@ def _index_failure(folder: Path, error: OSError) -> str:
     return f"the sample index cannot be written: {error.filename or folder}: {error.strerror or error}"
 
 
-def _broadcast(outcome: list[Any], minutes: float) -> list[Any]:
-    """Rank 0's outcome, on all ranks. The group is its own, for a time-out of its own."""
-    group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+def _waiting_group(minutes: float) -> Any:
+    """A group of all ranks to wait for rank 0 in, with a time-out of its own; None if there is only one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+
+
+def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
+    """Replace `outcome` by rank 0's, on all ranks."""
     try:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     except RuntimeError as error:
@@ -193,7 +200,6 @@ def _broadcast(outcome: list[Any], minutes: float) -> list[Any]:
             f"({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group(group)
-    return outcome
 
 
 def _index_key(data: DataConfig, num_samples: Sequence[int], seed: int, tokenizer: Tokenizer | None) -> str:

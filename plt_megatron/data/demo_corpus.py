@@ -45,12 +45,14 @@ def write_demo_corpus(folder: str | Path, max_bytes: int = 1 << 40) -> DemoCorpu
     name; a file that is there and as it should be is not touched.
     """
     parts: dict[str, list[str]] = {"train": [], "validation": []}
+    left = {"train": max_bytes - max_bytes // _HELD_OUT, "validation": max_bytes // _HELD_OUT}
     documents = size = 0
     for order, name, text in _documents(Path(sysconfig.get_path("stdlib"))):
         length = len(text.encode("utf-8"))
-        if size + length > max_bytes:
-            continue
         part = "validation" if int(order[:8], 16) % _HELD_OUT == 0 else "train"
+        if length > left[part]:
+            continue
+        left[part] -= length
         parts[part].append(json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n")
         documents, size = documents + 1, size + length
     if not all(parts.values()):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +70,7 @@ def batches(
     data_parallel_size: int,
     wrap: bool = False,
     prefetch: int = 0,
-) -> Iterator[dict[str, Tensor]]:
+) -> Generator[dict[str, Tensor]]:
     """This rank's microbatches (dicts of stacked tensors) from sample `consumed_samples` on.
 
     Args:
@@ -94,7 +94,7 @@ def batches(
     return _ahead(made, prefetch) if prefetch > 0 else made
 
 
-def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Iterator[dict[str, Tensor]]:
+def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Generator[dict[str, Tensor]]:
     """`items`, prepared by a thread up to `depth` ahead; its exception is raised where the item would have come."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     closed = threading.Event()
@@ -117,7 +117,8 @@ def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Iterator[dict[str,
         except Exception as error:  # handed to the consumer
             put(("error", error))
 
-    threading.Thread(target=produce, daemon=True, name="batches").start()
+    thread = threading.Thread(target=produce, daemon=True, name="batches")
+    thread.start()
     try:
         while True:
             kind, value = ready.get()
@@ -128,3 +129,4 @@ def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Iterator[dict[str,
             yield value
     finally:
         closed.set()
+        thread.join()  # a thread still inside torch when the interpreter ends aborts the process

@@ -129,7 +129,7 @@ class _Planner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             stream = io.BytesIO()
-            torch.save({"content_metadata": {}}, stream)
+            torch.save([{"content_metadata": {}}], stream)
             return stream
         assert write_item.tensor_data is not None and write_item.index.offset is not None
         tensor = self._made[write_item.index.fqn, tuple(write_item.index.offset)]

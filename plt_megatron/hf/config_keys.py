@@ -181,8 +181,8 @@ def read_config(folder: Path, loop_count: int | None = None) -> Described:
         if keys.get("quantization_config"):
             raise UserError("the weights are quantized (quantization_config); convert the original model")
         described = _FAMILIES[family](keys)
-    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error).splitlines()[0]
+    except Exception as error:  # the configuration classes' checks raise types of their own
+        reason = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise UserError(f"{path}: {reason}") from error
     if loop_count is not None:
         if not 1 <= loop_count <= MAX_LOOP_COUNT:
@@ -217,9 +217,14 @@ def _from_plt(keys: dict[str, Any]) -> Described:
 
 def _from_loopcoder(keys: dict[str, Any]) -> Described:
     """LoopCoder-v2's keys; what is left out has its own class's defaults. Without them it is a Llama."""
+    from plt_megatron.hf.configuration_plt import PLTConfig
+
     loops = {key: keys[key] for key in keys if key.startswith("plt_")}
-    defaults = {"bos_token_id": 1, "rope_theta": 500000.0, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
-    described = _from_llama({**defaults, **keys, "model_type": "llama"})
+    llama = {key: value for key, value in _without_code(keys).items() if key not in loops and key != "model_type"}
+    defaults = {"bos_token_id": 1, "rope_theta": 500000.0, "max_position_embeddings": 131072, "loop_count": 1}
+    config = PLTConfig.from_dict({**defaults, **llama})
+    _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
+    described = _described(config)
     left, right = loops.get("plt_window_size") or (64, 0)
     if right != 0:
         raise UserError(f"plt_window_size [{left}, {right}] looks ahead: only [n, 0] is known")

@@ -78,7 +78,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         if source.tokenizer is not None:
             write_tokenizer(source.tokenizer, folder)
         _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
-        say(f"writing {len(rules)} of {source.path}'s tensors as {precision}")
+        say(f"exporting {source.path} as {precision}")
         total_bytes, files = _write_weights(source, rules, folder, precision, shard_size)
         card = model_card(source, options.output.name, rules, options.style)
         (folder / "README.md").write_text(card, encoding="utf-8")

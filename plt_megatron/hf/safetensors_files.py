@@ -168,10 +168,14 @@ class SafetensorsFolder:
             header.pop("__metadata__", None)
             ends = [0]
             for name, entry in header.items():
+                if name in self._places:
+                    raise UserError(f"{path}: {name} is in {self._places[name][0].name} as well")
                 begin, end = entry["data_offsets"]
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), entry["dtype"]
                 self._places[name] = (path, 8 + length + begin)
                 ends.append(end)
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a safetensors file, or a damaged one") from error
         if size != 8 + length + max(ends):

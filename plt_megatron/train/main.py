@@ -17,6 +17,8 @@ from plt_megatron.config.validation import validate
 from plt_megatron.errors import EXIT_USER_ERROR, UserError, print_error
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 
+EXIT_FAILED = 1
+
 
 def main(arguments: list[str]) -> int:
     """Train one rank's part of the run; returns the exit status."""
@@ -32,9 +34,9 @@ def main(arguments: list[str]) -> int:
 
 def train(config: RunConfig) -> int:
     """Set this process up, train, and leave the job."""
-    _quiet_imports()
     import torch
 
+    _quiet_imports()
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     if enter_cpu_runtime() and config.training.threads_per_process is not None:
@@ -46,17 +48,24 @@ def train(config: RunConfig) -> int:
     from plt_megatron.train.trainer import Trainer, TrainingFailed
 
     init_process_groups(config.parallel)
+    trainer = Trainer(config)
     try:
-        finished = Trainer(config).run()
+        finished = trainer.run()
     except TrainingFailed as error:
-        print_error(error)
-        return 1
+        if trainer.is_first_rank:
+            print_error(error)
+        return EXIT_FAILED
+    finally:
+        trainer.close()
     destroy_process_groups()
     return 0 if finished else EXIT_PREEMPTED
 
 
 def _quiet_imports() -> None:
-    """megatron-core and torch warn at import about everything a machine lacks; tools/doctor.py says what matters."""
+    """megatron-core and torch warn at import about everything a machine lacks; tools/doctor.py says what matters.
+
+    After torch's import, which sets its loggers' levels itself.
+    """
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("megatron", "torch", "absl"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class Trainer:
         self.engine = MegatronEngine(config, self.vocab_size)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config, self.data_fingerprint)
         self.throughput = Throughput(config, self.vocab_size)
-        self.metrics = MetricsWriter(self.folder, config, enabled=dist.get_rank() == 0)
-        self.progress = Progress(self.train_iters, enabled=dist.get_rank() == 0)
+        self.is_first_rank = dist.get_rank() == 0
+        self.metrics = MetricsWriter(self.folder, config, enabled=self.is_first_rank)
+        self.progress = Progress(self.train_iters, enabled=self.is_first_rank)
 
     def run(self) -> bool:
         """Train to the end, or until asked to stop. Returns whether the run is finished."""
@@ -73,16 +75,18 @@ class Trainer:
             batches, statistics = self._next_batches(data)
             result = self.engine.train_step(batches, self.guard.accept)
             self._count(result, time.perf_counter() - started)
-            if not result.updated:
-                self._handle_incident(result)
+            if not result.updated and self._handle_incident(result) == "rollback":
+                continue
             if self._due(self.config.logging.log_interval):
                 self._log(result, statistics)
             if self._due(self.config.validation.interval):
                 self._validate()
+            self.checkpoints.poll()
             asked = self.stop.agree()
             if asked or self._due(self.config.checkpoint.save_interval):
                 self._save()
-        self._close()
+        data.close()
+        self.checkpoints.close()
         return self.step >= self.train_iters
 
     def _due(self, interval: int) -> bool:
@@ -127,7 +131,7 @@ class Trainer:
         self.progress.start(self.step)
 
     def _report_start(self) -> None:
-        if dist.get_rank() == 0:
+        if self.is_first_rank:
             tokens = self.train_iters * derived.tokens_per_step(self.config)
             shares = mix_shares(self.config.data, required_samples(self.config))
             for line in describe_mix(self.config.data, tokens, shares):
@@ -136,13 +140,13 @@ class Trainer:
 
     # Data.
 
-    def _training_batches(self) -> Iterator[list[MicroBatch]]:
+    def _training_batches(self) -> Generator[list[MicroBatch]]:
         # More samples than there are: only after a rollback has passed over some.
         return self._global_batches(self.train_data, self.consumed_samples, wrap=True)
 
     def _global_batches(
         self, dataset: Samples, consumed_samples: int, wrap: bool = False
-    ) -> Iterator[list[MicroBatch]]:
+    ) -> Generator[list[MicroBatch]]:
         """This rank's microbatches of one global batch after another."""
         training = self.config.training
         micro_batches = sample_batches(
@@ -156,8 +160,9 @@ class Trainer:
             prefetch=2,
         )
         count = derived.num_microbatches(self.config, dist.get_world_size())
-        while batch := [to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
-            yield batch
+        with contextlib.closing(micro_batches):
+            while batch := [to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
+                yield batch
 
     def _next_batches(self, data: Iterator[list[MicroBatch]]) -> tuple[list[MicroBatch], LoopStatistics | None]:
         """The next step's microbatches; where the step will be logged, the first one collects loop statistics."""
@@ -176,13 +181,13 @@ class Trainer:
         self.throughput.add(derived.tokens_per_step(self.config), seconds)
         self.progress.advance(self.step, result.loss)
 
-    def _handle_incident(self, result: StepResult) -> None:
-        """A step that was not accepted: report it, then skip it, roll back or end the run."""
+    def _handle_incident(self, result: StepResult) -> str:
+        """A step that was not accepted: report it, then skip it, roll back or end the run. Returns which."""
         action, problem = self.guard.action, self.guard.problem
         report = {"step": self.step, "problem": problem, "action": action, **dataclasses.asdict(result)}
         report["recent_losses"] = self.guard.statistics()
         report["microbatches"] = self._describe_microbatches()
-        if dist.get_rank() == 0:
+        if self.is_first_rank:
             path = write_incident(self.folder, self.step, report)
             self.progress.say(f"step {self.step}: {problem}; {action}; see {path}")
         if action == "rollback":
@@ -191,6 +196,7 @@ class Trainer:
             raise TrainingFailed(
                 f"step {self.step}: {problem}. The last checkpoint is intact: {self.checkpoints.latest() or 'none yet'}"
             )
+        return action
 
     def _roll_back(self) -> None:
         """Back to the last checkpoint's weights; the data goes on after the bad step."""
@@ -253,7 +259,8 @@ class Trainer:
             path = self.checkpoints.save(self.engine, progress)
             self.progress.say(f"saved {path}")
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give back what the run holds: trackers, the terminal, signals."""
         self.metrics.close()
         self.progress.close()
         self.stop.close()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ MODEL: dict[str, Any] = {
     "num_query_groups": 2,
     "window_size": 3,
     "make_vocab_size_divisible_by": 8,  # 56 rows on one process, 64 on two
-    "init_method_std": 0.3,  # so that attention is not uniform
+    "init_method_std": 0.15,  # attention is not uniform, and rounding is not amplified much
     "backend": "torch",
 }
 
@@ -51,11 +51,12 @@ class Case:
     packed: bool = False
     model: tuple[tuple[str, Any], ...] = ()  # settings other than MODEL's
     zero_gates: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def reference(self) -> Case:
         """The same numbers, asked of one process."""
-        return Case(self.loops, packed=self.packed, model=self.model, zero_gates=self.zero_gates)
+        return replace(self, recompute="none", overlap=False)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from plt_megatron.config.schema import (
 )
 from plt_megatron.runtime.process_groups import init_process_groups
 
+ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 117, 16, 8
 
 

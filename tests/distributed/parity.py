@@ -99,17 +99,17 @@ def _config(layout: Layout, case: Case) -> RunConfig:
             micro_batch_size=_micro_batch_size(layout),
             global_batch_size=GLOBAL_BATCH_SIZE,
             train_iters=10,
-            precision="fp32",
+            precision=case.precision,
         ),
         # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.
-        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-5),
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-4),
     )
 
 
 def _micro_batch_size(layout: Layout) -> int:
-    """Two microbatches for each stage of a pipeline, or one where a job has most to do: their number is one more thing
+    """Two microbatches for each stage of a pipeline, or one where there is most to do: their number is one more thing
     that must not matter."""
-    per_stage = 1 if layout.tp * layout.pp == 8 else 2
+    per_stage = 1 if layout.tp == 2 and layout.world_size == 8 else 2
     return GLOBAL_BATCH_SIZE // (layout.dp * per_stage * layout.pp)
 
 
@@ -187,7 +187,7 @@ def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
             name,
             _split_axis(parameter),
             parallel_state.get_tensor_model_parallel_rank(),
-            parameter.detach().numpy().copy(),
+            parameter.detach().float().numpy().copy(),
         )
         for name, parameter in global_names(stage)
     ]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed import checkpoint_jobs as jobs
 
-TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
 DP2: dict = {}
 
 
@@ -29,7 +29,7 @@ def _save_twice(directory, config):
 @pytest.fixture(scope="module")
 def saved_once(run_distributed, tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved")
-    run_distributed(_save_twice, 2, directory, jobs.run_config(TP2))
+    run_distributed(_save_twice, 2, directory, jobs.run_config(PP2))
     return directory
 
 
@@ -64,7 +64,7 @@ def _truncate(path: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_last_whole_one_used(run_distributed, saved, name, harm, message):
     damaged = saved / "checkpoints" / "step_00000002"
     harm(damaged / name)
-    seen = run_distributed(_load_run_and_checkpoint, 2, saved, damaged, jobs.run_config(TP2), all_ranks=True)
+    seen = run_distributed(_load_run_and_checkpoint, 2, saved, damaged, jobs.run_config(PP2), all_ranks=True)
     assert [rank["progress"]["step"] for rank, _ in seen] == [1, 1]
     named, used = seen[0][0]["log"]
     with pytest.raises(AssertionError, match=rf"^checkpoint \S+step_00000002: {message}$"):
@@ -81,7 +81,7 @@ def _load_run_and_checkpoint(run, checkpoint, config):
 def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(run_distributed, saved):
     for step in (1, 2):
         _flip(saved / "checkpoints" / f"step_0000000{step}" / ".metadata")
-    error = run_distributed(jobs.error_of_load, 2, saved, jobs.run_config(TP2), all_ranks=True)
+    error = run_distributed(jobs.error_of_load, 2, saved, jobs.run_config(PP2), all_ranks=True)
     assert error == [f"{saved}: no whole checkpoint there"] * 2
 
 
@@ -103,11 +103,11 @@ def test_a_rank_killed_while_writing_leaves_the_last_checkpoint_and_rubbish_the_
 
     directory = saved / "checkpoints"
     with pytest.raises(DistributedFailure, match="rank 1 died"):
-        run_distributed(_die_while_writing, 2, directory, jobs.run_config(TP2))
+        run_distributed(_die_while_writing, 2, directory, jobs.run_config(PP2))
     assert (directory / "step_00000003.tmp").is_dir()
-    seen = run_distributed(jobs.load_and_train, 2, saved, jobs.run_config(TP2), then=0)
+    seen = run_distributed(jobs.load_and_train, 2, saved, jobs.run_config(PP2), then=0)
     assert seen["progress"]["step"] == 2
-    run_distributed(jobs.train_and_save, 2, directory, jobs.run_config(TP2))
+    run_distributed(jobs.train_and_save, 2, directory, jobs.run_config(PP2))
     assert sorted(path.name for path in directory.iterdir()) == ["latest", "step_00000002", "step_00000003"]
 
 
@@ -151,7 +151,7 @@ def _run_into_fault(directory, config, fault):
 
 @pytest.mark.parametrize(
     ("layout", "fault", "reason"),
-    [(TP2, "writer", "File too large (rank 1)"), (DP2, "publisher", "No space left on device")],
+    [(PP2, "writer", "File too large (rank 1)"), (DP2, "publisher", "No space left on device")],
     ids=["writer", "publisher"],
 )
 def test_a_disk_that_takes_no_more_is_one_line_on_all_ranks_and_harms_nothing(
@@ -170,7 +170,7 @@ def test_a_disk_that_takes_no_more_is_one_line_on_all_ranks_and_harms_nothing(
 def test_a_folder_that_cannot_be_made_is_one_line(run_distributed, tmp_path):
     blocked = tmp_path / "checkpoints"
     blocked.write_text("in the way")
-    errors = run_distributed(_save_fresh, 2, blocked, jobs.run_config(TP2), all_ranks=True)
+    errors = run_distributed(_save_fresh, 2, blocked, jobs.run_config(PP2), all_ranks=True)
     assert errors == [f"cannot save step 3: {blocked}: File exists; there is no earlier checkpoint"] * 2
 
 
@@ -187,7 +187,7 @@ def _children_after_saving(directory, config):
 
 def test_saving_starts_no_process(run_distributed, tmp_path):
     """One would outlive a killed rank and keep its connections open, so that the others wait instead of failing."""
-    assert run_distributed(_children_after_saving, 2, tmp_path, jobs.run_config(TP2), all_ranks=True) == [
+    assert run_distributed(_children_after_saving, 2, tmp_path, jobs.run_config(PP2), all_ranks=True) == [
         [],
         [],
     ]

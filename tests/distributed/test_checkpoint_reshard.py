@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 
@@ -72,8 +76,21 @@ def _tensors(directory):
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     return tensors
+
+
+def test_read_weights_needs_no_megatron(saved):
+    program = (
+        "import sys; from plt_megatron.train.checkpoint import read_weights\n"
+        "names = [name for name, _ in read_weights(sys.argv[1])]\n"
+        "print(len(names), any(name.startswith('megatron') for name in sys.modules))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(saved)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=jobs.ROOT, timeout=120)
+    assert done.stdout.split() == ["34", "False"], done.stderr
 
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(reference, saved):

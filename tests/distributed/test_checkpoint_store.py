@@ -9,10 +9,10 @@ import pytest
 
 from tests.distributed import checkpoint_jobs as jobs
 
-TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
 
 
-def _config(layout=TP2, **checkpoint):
+def _config(layout=PP2, **checkpoint):
     config = jobs.run_config(layout)
     for name, value in checkpoint.items():
         assert hasattr(config.checkpoint, name)
@@ -117,7 +117,7 @@ def _save_in_background(directory, config):
     return saved, later, early, published, jobs.digest(engine)
 
 
-@pytest.mark.parametrize(("layout", "precision"), [(TP2, "fp32"), ({}, "bf16")], ids=["TP2 fp32", "DP2 bf16"])
+@pytest.mark.parametrize(("layout", "precision"), [(PP2, "fp32"), ({}, "bf16")], ids=["PP2 fp32", "DP2 bf16"])
 def test_saving_in_the_background_saves_the_step_it_was_asked_at(run_distributed, tmp_path, layout, precision):
     config = _config(layout, async_save=True)
     config.training.precision = precision

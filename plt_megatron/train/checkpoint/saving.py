@@ -92,7 +92,8 @@ def begin_save(
     buckets = FileSystemWriterAsync.preload_tensors(strategy.writer.write_buckets, non_blocking=True)
     if staged:
         buckets = _copy_live(buckets, engine)
-    return PendingSave(temporary, strategy.writer, strategy.global_metadata, buckets, describe_run(engine, progress))
+    text = json.dumps(describe_run(engine, progress), indent=1)
+    return PendingSave(temporary, strategy.writer, strategy.global_metadata, buckets, progress["step"], text)
 
 
 @dataclass
@@ -104,14 +105,16 @@ class PendingSave:
         writer: megatron-core's, which turns all ranks' results into the checkpoint's metadata.
         global_metadata: all ranks' plans, on rank 0.
         buckets: what this rank writes, by file.
-        progress: the content of progress.json.
+        step: what the checkpoint is named for.
+        progress: the content of progress.json, fixed when the save began.
     """
 
     temporary: Path
     writer: Any
     global_metadata: Any
     buckets: list[Any]
-    progress: dict[str, Any]
+    step: int
+    progress: str
     results: list[Any] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -145,7 +148,7 @@ class PendingSave:
         except UserError as reason:
             if dist.get_rank() == 0:
                 folder.discard(self.temporary)
-            raise _cannot_save(self.progress["step"], str(reason), self.temporary.parent) from reason
+            raise _cannot_save(self.step, str(reason), self.temporary.parent) from reason
         if dist.get_rank() == 0:
             _prune(published, keep_last, keep_every)
         return published
@@ -153,7 +156,7 @@ class PendingSave:
     def _publish(self, everything: list[Any]) -> Path:
         self.writer.finish(self.global_metadata, [results for results, _ in everything])
         save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
-        folder.write_synced(self.temporary / folder.PROGRESS, json.dumps(self.progress, indent=1))
+        folder.write_synced(self.temporary / folder.PROGRESS, self.progress)
         checksums = {name: digest for _, digests in everything for name, digest in digests.items()}
         return folder.publish(self.temporary, checksums)
 

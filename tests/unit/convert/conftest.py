@@ -24,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentencepiece model with a tokenizer.json beside it; more ids than the tiny models have."""
+    """A sentencepiece model of 400 ids, with a tokenizer.json beside it."""
     from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -32,5 +32,5 @@ def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(3)
     corpus = folder / "corpus.txt"
     corpus.write_text("".join(rng.choices(words, k=4000)), encoding="utf-8")
-    options = TrainingOptions([str(corpus)], str(folder / "out"), 300, threads=1)
+    options = TrainingOptions([str(corpus)], str(folder / "out"), 400, threads=1)
     return train_tokenizer(options).model

@@ -53,11 +53,13 @@ def make_model(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**SIZES, **changes})
 
 
-def random_weights(model: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_weights(
+    model: ModelConfig, vocab_size: int = VOCAB, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Everything random, gates and norms included, so that no mistake cancels out."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for rule in rules_for(model, VOCAB):
+    for rule in rules_for(model, vocab_size):
         values = torch.randn(rule.shape, generator=generator)
         norm = len(rule.shape) == 1 and not rule.name.endswith("bias")
         weights[rule.name] = (1 + 0.2 * values if norm else 0.15 * values).to(dtype)
@@ -79,14 +81,15 @@ def save_run(
         data=DataConfig(tokenizer=str(tokenizer) if tokenizer else None, sequence_length=64),
         training=TrainingConfig(precision=precision, train_iters=1),  # type: ignore[arg-type]
     )
-    rows = derived.padded_vocab_size(model, VOCAB)
+    vocab_size = len(weights["embedding.word_embeddings.weight"])
+    rows = derived.padded_vocab_size(model, vocab_size)
     tensors = []
     for name, tensor in weights.items():
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            tensor = F.pad(tensor, (0, 0, 0, rows - VOCAB), value=7.0)  # padding must not show anywhere
+            tensor = F.pad(tensor, (0, 0, 0, rows - vocab_size), value=7.0)  # padding must not show anywhere
         tensors.append(LazyTensor(name, tuple(tensor.shape), lambda tensor=tensor: tensor))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    write_checkpoint(folder / "checkpoints", tensors, config, VOCAB, dtype, progress)
+    write_checkpoint(folder / "checkpoints", tensors, config, vocab_size, dtype, progress)
     return folder
 
 
@@ -107,7 +110,8 @@ def megatron_logits(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 value = weights[name].float()
-                parameter.copy_(F.pad(value, (0, 0, 0, rows - vocab_size)) if rows in parameter.shape else value)
+                table = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+                parameter.copy_(F.pad(value, (0, 0, 0, rows - vocab_size)) if table else value)
             return built.eval()(MicroBatch(tokens), **options)[..., :vocab_size]
 
 

@@ -86,6 +86,9 @@ def test_broken_folders_are_named(tmp_path):
     with pytest.raises(UserError, match=f"{shards[1].name}: not a safetensors file"):
         SafetensorsFolder(tmp_path)
     shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(UserError, match=f"{shards[1].name}: .* is in {shards[0].name} as well"):
+        SafetensorsFolder(tmp_path)
+    save_file({"other": torch.zeros(2)}, shards[1])
     with pytest.raises(UserError, match=f"is not in {shards[1].name}"):
         SafetensorsFolder(tmp_path)
     shards[1].unlink()

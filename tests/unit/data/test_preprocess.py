@@ -132,8 +132,8 @@ def test_a_bad_line(
     path = tmp_path / "a.jsonl"
     good = write_jsonl(path, texts[:40]).read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(good[:30]) + line + b"\n" + b"".join(good[30:]))
-    arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--shard-mb", 0.004]
-    arguments += ["--workers", 1]
+    arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
+    arguments += ["--shard-mb", 8 if len(line) > 1000 else 0.004]  # the line, or the file, spans several shards
     fatal = run_tool("preprocess_data.py", *arguments, "--on-bad-line", "fail")
     assert fatal.returncode == 2
     assert fatal.stderr.splitlines()[-1] == f"error: {path}:31: {reason}: mend it, or pass --on-bad-line skip"

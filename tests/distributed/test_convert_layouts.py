@@ -1,0 +1,131 @@
+"""Exports of checkpoints that several layouts saved compute what the training model computed in that layout.
+
+Compared are the losses of single tokens, as the layout's own pipeline computed them, and every weight, bit for bit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import VOCAB_SIZE, Case, Layout, train_cases
+from tests.distributed.test_parity import differences
+
+LOOPCODER: dict[str, Any] = {
+    "window_size": 4,
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "norm_between_loops": True,
+    "embedding_scale": 0.707,
+    "hidden_scale": 0.053,
+    "share_embeddings_and_output_weights": False,
+}
+POST_NORM = {"norm_placement": "post", "qk_layernorm": True}
+
+
+def _case(loops: int = 2, **model: Any) -> Case:
+    return Case(loops, model=tuple(sorted(model.items())))
+
+
+CASES = {
+    "PLT-3, paper's norms": _case(3, qk_layernorm=True, ffn_output_norm=True),
+    "LoopCoder-v2": _case(2, **LOOPCODER),
+    "biases": _case(2, qkv_bias=True),
+    "post-norm": _case(2, **POST_NORM),
+}
+
+
+def train_save_and_evaluate(layout: Layout, cases: list[Case], folder: Path) -> list[dict[str, Any]]:
+    """Train each case a step, save it as `folder/<number>` and evaluate. On rank 0: tokens, labels and losses, all
+    [rows, tokens] in one order, and the whole weights by name."""
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from tests.distributed import parity
+
+    init_process_groups(parity._parallel(layout, Case()))
+    return [_train_save_and_evaluate(layout, case, folder / str(number)) for number, case in enumerate(cases)]
+
+
+def _train_save_and_evaluate(layout: Layout, case: Case, folder: Path) -> dict[str, Any]:
+    from plt_megatron.train import engine as engine_module
+    from plt_megatron.train.checkpoint import save_checkpoint
+    from tests.distributed import parity
+
+    with parity._randomised(False):
+        engine = engine_module.MegatronEngine(parity._config(layout, case), VOCAB_SIZE)
+    engine.train_step(parity._batches(0, layout, case))
+    save_checkpoint(engine, folder, {"step": 1})
+    batches = parity._batches(1, layout, case)
+    losses = _record_losses(engine_module, lambda: engine.evaluate(batches, case.loops))
+    # The last stage's ranks have losses, of their data-parallel share of the batch.
+    own = [(batch.tokens.numpy(), batch.labels.numpy(), loss) for batch, loss in zip(batches, losses, strict=False)]
+    rows = [row for rank in _everyones(own) for row in rank]
+    names = ("tokens", "labels", "losses")
+    outcome = {name: np.concatenate(parts) for name, parts in zip(names, zip(*rows, strict=True), strict=True)}
+    return {**outcome, "weights": parity._gather(engine.stage)}
+
+
+def _everyones(value: Any) -> list[Any]:
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _record_losses(engine_module: Any, run: Any) -> list[np.ndarray]:
+    """Losses of tokens, microbatch by microbatch, that this rank's last stage saw while `run` ran."""
+    recorded = []
+    original = engine_module._loss
+
+    def recording(loss_mask: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        recorded.append(output.detach().float().numpy().copy())
+        return original(loss_mask, output, *args, **kwargs)
+
+    engine_module._loss = recording
+    try:
+        run()
+    finally:
+        engine_module._loss = original
+    return recorded
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, sp=True, pp=2), Layout(dp=2)], ids=str
+)
+def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_path, layout):
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from plt_megatron.hf.exporting import ExportOptions, export
+    from plt_megatron.hf.sources import open_source
+
+    cases = list(CASES.values())
+    outcomes = run_distributed(
+        train_save_and_evaluate, layout.world_size, layout, cases, tmp_path / "runs", timeout_s=240
+    )
+    for number, outcome in enumerate(outcomes):
+        run, out = tmp_path / "runs" / str(number), tmp_path / f"out{number}"
+        for name, tensor in open_source(run).weights():
+            assert np.array_equal(tensor.numpy(), outcome["weights"][name]), name
+        result = export(ExportOptions(run, out), say=lambda line: None)
+        assert result.checkpoint.name == "step_00000001"
+        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(outcome["tokens"]), use_cache=False).logits
+        assert logits.shape[-1] == VOCAB_SIZE and logits.std() > 0.1
+        losses = F.cross_entropy(logits.transpose(1, 2), torch.from_numpy(outcome["labels"]), reduction="none")
+        assert np.abs(losses.numpy() - outcome["losses"]).max() < 2e-5, list(CASES)[number]
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True, pp=2)], ids=str)
+def test_post_norm_trains_alike_in_every_layout(run_distributed, layout):
+    cases = [_case(2, **POST_NORM), _case(1, **POST_NORM), _case(2, norm_placement="post", gate_input="hidden")]
+    expected = run_distributed(train_cases, 1, Layout(), cases)
+    outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=240)
+    for outcome, reference in zip(outcomes, expected, strict=True):
+        wrong = differences(outcome, reference)
+        assert max(wrong.values()) <= 1e-5, {name: value for name, value in wrong.items() if value > 1e-5}

@@ -1,0 +1,163 @@
+"""Whole runs: what they write, and that stopping and going on changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import save_config
+from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.train.checkpoint import read_progress
+from plt_megatron.train.metrics import read_metrics
+from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
+
+ROOT = Path(__file__).resolve().parents[2]
+TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+TIMES = ("tokens_per_second", "model_tflops", "mfu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return make_data(tmp_path_factory.mktemp("training_data"))
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory, run_distributed) -> RunConfig:
+    """A run of six steps, TP 2 with sequence parallelism, that was never disturbed."""
+    config = run_config("undisturbed", tmp_path_factory.mktemp("runs"), data, parallel=TP_SP)
+    assert run_distributed(train, 2, config) is True
+    return config
+
+
+def folder(config: RunConfig) -> Path:
+    return Path(config.output_dir) / config.name
+
+
+def numbers(config: RunConfig) -> list[dict]:
+    """The records without what a clock decides."""
+    return [
+        {name: value for name, value in record.items() if name not in TIMES} for record in read_metrics(folder(config))
+    ]
+
+
+def test_a_run_writes_its_metrics_and_checkpoints(finished):
+    records = read_metrics(folder(finished))
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in trained] == [256 * step for step in range(1, 7)]
+    assert all(math.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in trained)
+    assert trained[0]["loss"] == pytest.approx(math.log(380), rel=0.05), "an untrained model guesses"
+    assert trained[-1]["loss"] < trained[0]["loss"]
+    assert [record["lr"] for record in trained[:3]] == pytest.approx([0.0, 1.5e-3, 3e-3])
+    assert all(record["mfu"] == pytest.approx(record["model_tflops"] / 0.2) for record in trained)
+    validated = [(record["step"], record["loop_count"]) for record in records if record["kind"] == "validation"]
+    assert validated == [(3, 1), (3, 2), (6, 1), (6, 2)]
+    assert sorted(path.name for path in (folder(finished) / "checkpoints").glob("step_*")) == [
+        "step_00000004",
+        "step_00000006",
+    ]
+
+
+def test_loop_statistics_tell_the_loops_apart(finished):
+    record = read_metrics(folder(finished))[0]
+    assert record["gate_mean"] == [None, 0.5], "gates start at one half, and the first loop has none"
+    assert len(record["hidden_norm"]) == len(record["step_size"]) == 2
+    assert all(value > 0 for value in (*record["hidden_norm"], *record["step_size"]))
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path, run_distributed):
+    config = run_config("stopped", tmp_path, data, parallel=TP_SP)
+    for remaining in ("STOP", "STOP", None):
+        if remaining:
+            folder(config).mkdir(parents=True, exist_ok=True)
+            (folder(config) / remaining).touch()
+        assert run_distributed(train, 2, config) is (remaining is None)
+    assert numbers(config) == numbers(finished)
+
+
+def test_metrics_beyond_the_checkpoint_are_written_once(finished, data, tmp_path, run_distributed):
+    """A run killed after step 6's metrics but before its checkpoint repeats the steps since the last one."""
+    import shutil
+
+    config = run_config("killed", tmp_path, data, parallel=TP_SP)
+    shutil.copytree(folder(finished), folder(config))
+    shutil.rmtree(folder(config) / "checkpoints" / "step_00000006")
+    (folder(config) / "checkpoints" / "latest").write_text("step_00000004\n")
+    assert run_distributed(train, 2, config) is True
+    assert numbers(config) == numbers(finished)
+
+
+def test_save_file_saves_and_goes_on(data, tmp_path, run_distributed):
+    config = run_config("saving", tmp_path, data, training={"train_iters": 3}, checkpoint={"save_interval": 0})
+    folder(config).mkdir(parents=True)
+    (folder(config) / "SAVE").touch()
+    assert run_distributed(train, 1, config) is True
+    assert sorted(path.name for path in (folder(config) / "checkpoints").glob("step_*")) == [
+        "step_00000001",
+        "step_00000003",
+    ]
+
+
+def test_the_layout_does_not_change_the_run(finished, data, tmp_path, run_distributed):
+    """The same metrics from a pipeline whose loops are virtual stages, microbatches cut otherwise."""
+    config = run_config(
+        "pipeline", tmp_path, data, parallel={"pipeline_model_parallel_size": 2}, training={"micro_batch_size": 1}
+    )
+    assert run_distributed(train, 2, config) is True
+    for one, other in zip(numbers(config), numbers(finished), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_distributed):
+    config = run_config(
+        "diverging",
+        tmp_path,
+        data,
+        optimizer={"lr": 1e25, "min_lr": 1e25, "lr_warmup_iters": 0, "clip_grad": 0.0},
+        training={"max_skipped_steps": 1},
+        parallel={"data_parallel_size": 2},
+    )
+    message = run_distributed(train, 2, config)
+    assert isinstance(message, str) and "not finite" in message and "checkpoint" in message
+    reports = sorted((folder(config) / "incidents").glob("step_*.json"))
+    assert len(reports) == 2
+    report = json.loads(reports[0].read_text())
+    assert report["action"] == "skip" and report["grad_norm"] in ("nan", "inf")
+    assert json.loads(reports[1].read_text())["action"] == "fail"
+    assert {row["rank"] for row in report["microbatches"]} == {0, 1}
+    assert all(len(row["samples"]) == 2 and row["samples"][0]["documents"] for row in report["microbatches"])
+
+
+def test_a_rollback_goes_back_in_weights_and_on_in_data(finished, data, tmp_path, run_distributed):
+    """The fourth step is bad: back to step 2's checkpoint, on with the samples after the bad step's."""
+    config = run_config("rolled", tmp_path, data, parallel=TP_SP, training={"on_nonfinite": "rollback"})
+    assert run_distributed(train_with_bad_step, 2, config, bad_step=4) is True
+    trained = [record for record in numbers(config) if record["kind"] == "train"]
+    undisturbed = [record for record in numbers(finished) if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == [1, 2, 3, 4, 5, 6]
+    assert trained[:2] == undisturbed[:2]
+    assert all(one["loss"] != other["loss"] for one, other in zip(trained[2:], undisturbed[2:], strict=True))
+    (report,) = (folder(config) / "incidents").glob("step_*.json")
+    assert report.name == "step_00000004.json" and json.loads(report.read_text())["action"] == "rollback"
+    assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
+
+
+def test_local_launch_trains_from_the_command_line(data, tmp_path):
+    """As a user starts it: two real processes, and the exit status of a run that is asked to stop."""
+    config = run_config("launched", tmp_path, data, parallel=TP_SP, training={"train_iters": 3})
+    save_config(config, tmp_path / "run.yaml")
+    command = [sys.executable, str(ROOT / "launch/local.py"), str(tmp_path / "run.yaml")]
+    folder(config).mkdir(parents=True)
+    (folder(config) / "STOP").touch()
+    for status in (75, 0):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert result.returncode == status, result.stdout + result.stderr
+        assert "step " in result.stdout and "Traceback" not in result.stderr
+    assert (folder(config) / "config.yaml").is_file()
+    result = subprocess.run([*command, "model.num_layers=0"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -1,0 +1,83 @@
+"""Whole runs for the tests of the trainer: real text, tokenizer and data set, a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    DataSource,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+
+def make_data(folder: Path) -> DataConfig:
+    """Tokenize a small corpus with a tokenizer trained on it, by the tools' own functions."""
+    from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+    from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
+
+    rng = random.Random(7)
+    words = [f"{first}{second}" for first in ("lo", "ka", "min", "ter", "a") for second in ("op", "ra", "el", "us")]
+    texts = [" ".join(rng.choices(words, k=rng.randrange(5, 60))) + "." for _ in range(400)]
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = train_tokenizer(TrainingOptions([str(corpus)], str(folder), 380, threads=1)).model
+    preprocess(PreprocessOptions([str(corpus)], str(folder / "text"), str(tokenizer), workers=1))
+    return DataConfig(
+        sources=[DataSource(path=str(folder / "text"))], split="80,20,0", tokenizer=str(tokenizer), sequence_length=32
+    )
+
+
+def run_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) -> RunConfig:
+    """A run of six steps; `changes` replace fields of sections, as in `training={"train_iters": 3}`."""
+    sections: dict[str, Any] = {
+        "model": ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, window_size=8),
+        "parallel": ParallelConfig(),
+        "training": TrainingConfig(micro_batch_size=2, global_batch_size=8, train_iters=6, precision="fp32"),
+        "optimizer": OptimizerConfig(lr=3e-3, min_lr=3e-4, lr_warmup_iters=2),
+        "validation": ValidationConfig(interval=3, iters=1, loop_counts=[1, 2]),
+        "checkpoint": CheckpointConfig(save_interval=2),
+        "logging": LoggingConfig(log_interval=1, tensorboard=False, peak_tflops=0.1),
+    }
+    for section, fields in changes.items():
+        sections[section] = dataclasses.replace(sections[section], **fields)
+    return RunConfig(name=name, output_dir=str(output_dir), data=data, **sections)
+
+
+def train_with_bad_step(config: RunConfig, bad_step: int) -> bool | str:
+    """As `train`; the `bad_step`-th step run has a loss that is no number."""
+    return train(config, bad_step)
+
+
+def train(config: RunConfig, bad_step: int = 0) -> bool | str:
+    """Run a trainer to its end on this rank: whether it finished, or the message it failed with."""
+    from megatron.core import parallel_state
+
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.trainer import Trainer, TrainingFailed
+
+    init_process_groups(config.parallel)
+    trainer = Trainer(config)
+    accept, calls = trainer.guard.accept, itertools.count(1)
+    trainer.guard.accept = lambda loss, norm: accept(math.nan if next(calls) == bad_step else loss, norm)  # type: ignore
+    try:
+        return trainer.run()
+    except TrainingFailed as error:
+        return str(error)
+    finally:
+        trainer.close()
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,432 @@
+"""Imports: transformers' own tiny models, LoopCoder-v2's exact naming, our exports; and what is none of these."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+
+import pytest
+import torch
+from convert_helpers import (
+    VARIANTS,
+    VOCAB,
+    hf_logits,
+    make_model,
+    make_tokens,
+    megatron_logits,
+    random_weights,
+    save_run,
+)
+from safetensors.torch import load_file, save_file
+from test_convert_to_hf import load_tool, quiet
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.errors import UserError
+from plt_megatron.hf.importing import ImportOptions, import_model
+from plt_megatron.hf.sources import open_source
+from plt_megatron.train.checkpoint import read_progress, read_weights
+from tests.hf.reference import Reference
+
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+DENSE = {
+    "llama": ("LlamaConfig", {"head_dim": 16, "rms_norm_eps": 1e-6}),
+    "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama 3.1": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 20}),
+    "olmo2": ("Olmo2Config", {}),
+}
+
+
+def save_dense(folder, name, dtype=torch.float32, **others):
+    """A random model of transformers, norms and biases included; (model, its logits of `make_tokens()`)."""
+    import transformers
+
+    kind, settings = DENSE[name]
+    config = getattr(transformers, kind)(**{**TINY, **settings})
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for key, parameter in model.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in key else 0.0, 0.2)
+    model = model.to(dtype)
+    model.save_pretrained(folder, **others)
+    with torch.no_grad():
+        return model, model.float()(make_tokens(), use_cache=False).logits
+
+
+def imported(folder, output, **options):
+    """(result, weights by our names)"""
+    result = import_model(ImportOptions(folder, output, **options))
+    return result, dict(read_weights(output))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_models_compute_the_same_as_one_loop(tmp_path, name):
+    _, expected = save_dense(tmp_path / "hf", name)
+    result, weights = imported(tmp_path / "hf", tmp_path / "run")
+    assert result.model.loop_count == 1 and result.fresh == result.dropped == 0 and result.precision == "fp32"
+    actual = megatron_logits(result.model, weights, make_tokens())
+    assert expected.std() > 0.1
+    assert (actual - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "olmo2"])
+def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
+    _, expected = save_dense(tmp_path / "hf", name)
+    result, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=3)
+    model = result.model
+    assert (model.loop_count, model.cross_loop_parallel, model.share_kv, model.gated_window) == (3, True, True, True)
+    gates = {key: tensor for key, tensor in weights.items() if ".plt_gate." in key}
+    assert len(gates) == result.fresh == 4 and not any(tensor.any() for tensor in gates.values())
+    one_loop = megatron_logits(model, weights, make_tokens(), loop_count=1)
+    assert (one_loop - expected).abs().max() < 2e-5
+    quiet((tmp_path / "run", tmp_path / "out"))
+    loops = hf_logits(tmp_path / "out", make_tokens())
+    assert (loops - megatron_logits(model, weights, make_tokens())).abs().max() < 2e-5
+    assert (loops - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
+    model = make_model(**VARIANTS[name], backend="auto")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    weights = random_weights(model, dtype=dtype)
+    quiet((save_run(tmp_path / "run", model, weights, precision=precision), tmp_path / "out"))
+    result, back = imported(tmp_path / "out", tmp_path / "back")
+    assert result.precision == precision
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == dtype for key in weights)
+    quiet((tmp_path / "back", tmp_path / "again"))
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+    first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    changed = {"vocab_size", "num_query_groups", "kv_channels"}  # None stands for what an import writes out
+    for setting, value in vars(result.model).items():
+        assert setting in changed or value == getattr(model, setting), setting
+
+
+def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
+    model = make_model(loop_count=2)
+    weights = random_weights(model)
+    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
+    result, three = imported(tmp_path / "out", tmp_path / "three", loop_count=3)
+    assert result.fresh == 0 and all(torch.equal(three[key], weights[key]) for key in weights)
+    result, one = imported(tmp_path / "out", tmp_path / "one", loop_count=1)
+    assert result.dropped == 4 and one.keys() == {key for key in weights if ".plt_gate." not in key}
+
+
+# ---------------------------------------------------------------- LoopCoder-v2
+
+LOOPCODER_KEYS = {
+    "architectures": ["IQuestPLTCoderForCausalLM"],
+    "auto_map": {"AutoConfig": "configuration_iquestpltcoder.IQuestPLTCoderConfig"},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": [2, 64, 69],
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 48,
+    "initializer_range": 0.02,
+    "intermediate_size": 56,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "iquestpltcoder",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "plt_emb_scale": 0.707,
+    "plt_gate_use_hidden_states": True,
+    "plt_hidden_scale": 0.053,
+    "plt_normalize_per_loop": True,
+    "plt_num_loops": 2,
+    "plt_window_size": [64, 0],
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
+
+
+def save_loopcoder(folder, **changes):
+    """Small random weights under LoopCoder-v2's names."""
+    keys = {**LOOPCODER_KEYS, **changes}
+    generator = torch.Generator().manual_seed(11)
+    gate_width = 48 if keys["plt_gate_use_hidden_states"] else 16
+    shapes = {"model.embed_tokens.weight": (VOCAB, 48), "model.norm.weight": (48,), "lm_head.weight": (VOCAB, 48)}
+    for layer in range(2):
+        inside = {
+            "input_layernorm.weight": (48,),
+            "post_attention_layernorm.weight": (48,),
+            "self_attn.q_proj.weight": (64, 48),
+            "self_attn.k_proj.weight": (32, 48),
+            "self_attn.v_proj.weight": (32, 48),
+            "self_attn.o_proj.weight": (48, 64),
+            "self_attn.plt_gate.weight": (4, gate_width),
+            "self_attn.plt_gate.bias": (4,),
+            "mlp.gate_proj.weight": (56, 48),
+            "mlp.up_proj.weight": (56, 48),
+            "mlp.down_proj.weight": (48, 56),
+        }
+        if gate_width == 48:
+            inside["self_attn.plt_gate.gate_norm.weight"] = (48,)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in inside.items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        values = torch.randn(shape, generator=generator)
+        tensors[name] = (1 + 0.2 * values if "norm" in name else 0.2 * values).bfloat16()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(keys))
+    return tensors
+
+
+class Published:
+    """LoopCoder-v2's model in the reference's terms, from what its report and its config say."""
+
+    def __init__(self, **changes):
+        self.num_hidden_layers, self.num_attention_heads, self.head_dim = 2, 4, 16
+        self.rms_norm_eps, self.rope_parameters = 1e-5, {"rope_theta": 500000.0}
+        self.norm_placement, self.qk_norm, self.ffn_output_norm = "pre", False, False
+        self.tie_word_embeddings, self.share_kv, self.gated_window, self.cross_loop_parallel = False, True, True, True
+        self.window_size, self.gate_input, self.gate_side, self.norm_between_loops = 65, "hidden", "global", True
+        self.embedding_scale, self.hidden_scale, self.loop_count = 0.707, 0.053, 2
+        vars(self).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "published"),
+    [
+        ({}, {}),
+        ({"plt_num_loops": 3, "plt_window_size": [2, 0]}, {"loop_count": 3, "window_size": 3}),
+        (
+            {"plt_gate_use_hidden_states": False, "plt_emb_scale": None, "plt_hidden_scale": None},
+            {"gate_input": "query", "embedding_scale": 1.0, "hidden_scale": 1.0},
+        ),
+        ({"plt_normalize_per_loop": False}, {"norm_between_loops": False}),
+    ],
+)
+def test_loopcoder_runs_in_our_code_and_goes_back(tmp_path, keys, published):
+    tensors = save_loopcoder(tmp_path / "v2", **keys)
+    result, weights = imported(tmp_path / "v2", tmp_path / "run")
+    assert result.precision == "bf16" and result.fresh == result.dropped == 0
+    tokens = make_tokens(1, 80)  # longer than the window
+    reference = Reference(Published(**published), tensors)
+    expected = reference.logits(tokens[0])[0]
+    # Straight into our code, by way of a training checkpoint, and in training.
+    quiet((tmp_path / "v2", tmp_path / "straight", "fp32"))
+    quiet((tmp_path / "run", tmp_path / "out", "fp32"))
+    for folder in ("straight", "out"):
+        assert (hf_logits(tmp_path / folder, tokens)[0] - expected).abs().max() < 1e-4
+    actual = megatron_logits(result.model, weights, tokens)
+    assert (actual[0] - expected).abs().max() < 1e-4
+    # And back: names, bits and keys.
+    quiet((tmp_path / "run", tmp_path / "back"), style="loopcoder", verify=True)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    none_is_one = {key: 1.0 for key in ("plt_emb_scale", "plt_hidden_scale") if keys.get(key, 0) is None}
+    expected_keys = {**LOOPCODER_KEYS, **keys, **none_is_one}
+    del expected_keys["auto_map"]  # its class is not ours to ship
+    assert written == expected_keys
+    assert not (tmp_path / "back" / "modeling_plt.py").exists()
+
+
+def test_a_local_gate_travels_through_loopcoders_format(tmp_path):
+    model = make_model(share_embeddings_and_output_weights=False)
+    weights = random_weights(model)
+    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "v2"), style="loopcoder", verify=True)
+    result, back = imported(tmp_path / "v2", tmp_path / "back")
+    assert result.model.gate_side == "global"
+    before, after = megatron_logits(model, weights, make_tokens()), megatron_logits(result.model, back, make_tokens())
+    assert (before - after).abs().max() < 1e-5
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def test_training_starts_from_it(tmp_path, caplog):
+    """`checkpoint.load` with the model.yaml that is written; and only weights: no optimizer state is there."""
+    save_dense(tmp_path / "hf", "qwen2")
+    _, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=2)
+    config = load_config(
+        tmp_path / "run" / "model.yaml",
+        ["training.precision=fp32", "training.train_iters=5", "model.backend=torch", f"output_dir={tmp_path}/new"],
+    )
+    assert config.checkpoint.load == str(tmp_path / "run") and config.model.qkv_bias
+    from plt_megatron.hf.verification import single_process
+
+    with single_process(), caplog.at_level(logging.INFO):
+        from plt_megatron.model.initialization import global_names
+        from plt_megatron.train.checkpoint import CheckpointStore
+        from plt_megatron.train.engine import MegatronEngine
+
+        engine = MegatronEngine(config, VOCAB)
+        store = CheckpointStore(tmp_path / "new" / "checkpoints", config, {})
+        assert store.load(engine) is None  # step 0
+        for name, parameter in global_names(engine.stage):
+            value = parameter.detach()
+            if name == "embedding.word_embeddings.weight":
+                assert not value[VOCAB:].any()
+                value = value[:VOCAB]
+            assert torch.equal(value, weights[name]), name
+        saved = store.save(engine, {"step": 1})
+    assert f"starting from the weights of {tmp_path / 'run'}" in caplog.text
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(saved))
+
+
+def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "hf"
+    LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 400, "eos_token_id": [2, 5]})).save_pretrained(folder)
+    for path in tokenizer_model.parent.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "temperature": 0.6, "do_sample": True}))
+    result, _ = imported(folder, tmp_path / "run")
+    assert result.tokenizer == tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    config = load_config(tmp_path / "run" / "model.yaml")
+    assert config.data.tokenizer == str(result.tokenizer)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    quiet((tmp_path / "moved", tmp_path / "out"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer("the loop")["input_ids"] == AutoTokenizer.from_pretrained(folder)("the loop")["input_ids"]
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [2, 5] and settings["temperature"] == 0.6
+    small = tmp_path / "small"
+    LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(small)
+    for path in tokenizer_model.parent.iterdir():
+        shutil.copyfile(path, small / path.name)
+    with pytest.raises(UserError, match="has 400 ids, the model's vocabulary 117: it is another model's"):
+        import_model(ImportOptions(small, tmp_path / "fails"))
+    assert not (tmp_path / "fails").exists()
+
+
+def test_dtypes(tmp_path):
+    save_dense(tmp_path / "half", "llama", torch.float16)
+    result, weights = imported(tmp_path / "half", tmp_path / "run")  # fp16 has no training precision: exact in fp32
+    assert result.precision == "fp32"
+    read = load_file(tmp_path / "half" / "model.safetensors")
+    assert torch.equal(weights["final_layernorm.weight"], read["model.norm.weight"].float())
+    save_dense(tmp_path / "bf16", "llama", torch.bfloat16)
+    assert imported(tmp_path / "bf16", tmp_path / "run2")[0].precision == "bf16"
+    result, weights = imported(tmp_path / "half", tmp_path / "run3", precision="bf16")
+    assert weights["final_layernorm.weight"].dtype == torch.bfloat16
+    assert read_progress(tmp_path / "run3")["config"]["training"]["precision"] == "bf16"
+
+
+# ---------------------------------------------------------------- what cannot be converted
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "message"),
+    [
+        ("llama", {"model_type": "gpt_neox"}, r"model_type 'gpt_neox' is not one that can be converted \(iquest"),
+        ("llama", {"model_type": None}, "model_type None is not one"),
+        ("llama", {"attention_bias": True}, "attention_bias True is not supported, only False"),
+        ("llama", {"mlp_bias": True}, "mlp_bias True is not supported"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'yarn'"),
+        ("llama 3.1", {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "llama3 with low_freq_factor 2.0"),
+        ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized"),
+        ("llama", {"intermediate_size": 64}, r"gate_proj\.weight has shape \(56, 48\), config\.json says \(64, 48\)"),
+        ("llama", {"num_hidden_layers": 1}, r"has unknown tensors model\.layers\.1\."),
+        ("llama", {"num_hidden_layers": 3}, r"lacks tensors model\.layers\.2\."),
+        ("llama", {"hidden_size": "big"}, "config.json: "),
+        ("llama", {"tie_word_embeddings": True}, r"but lm_head\.weight is not model\.embed_tokens\.weight"),
+        ("mistral", {"sliding_window": 32}, "sliding_window 32 is not supported, only None"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32}, "use_sliding_window True is not supported"),
+        ("qwen3", {"attention_bias": True}, "attention_bias True is not supported"),
+    ],
+)
+def test_models_we_do_not_have(tmp_path, family, keys, message):
+    save_dense(tmp_path / "hf", family)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, **keys}))
+    with pytest.raises(UserError, match=message) as error:
+        import_model(ImportOptions(tmp_path / "hf", tmp_path / "run"))
+    assert "\n" not in str(error.value) and str(tmp_path / "hf") in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"plt_window_size": [64, 1]}, r"plt_window_size \[64, 1\] looks ahead"),
+        ({"plt_num_loops": 9}, "plt_num_loops must be from 1 to 8, not 9"),
+        ({"plt_window_size": 64}, "config.json: "),
+    ],
+)
+def test_loopcoders_we_do_not_have(tmp_path, keys, message):
+    save_loopcoder(tmp_path / "v2", **keys)
+    with pytest.raises(UserError, match=message):
+        import_model(ImportOptions(tmp_path / "v2", tmp_path / "run"))
+
+
+def test_broken_folders(tmp_path):
+    run = tmp_path / "run"
+
+    def refused(folder, message, **options):
+        with pytest.raises(UserError, match=message):
+            import_model(ImportOptions(folder, run, **options))
+        assert not run.exists() and not list(tmp_path.glob(".run*"))
+
+    refused(tmp_path / "nowhere", "nowhere: no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty holds no config.json")
+    folder = tmp_path / "hf"
+    save_dense(folder, "llama", max_shard_size="30kB")
+    refused(folder, "--loop-count must be from 1 to 8, not 0", loop_count=0)
+    refused(folder, "--dtype must be fp32 or bf16, training's, not fp16", precision="fp16")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    tensors = load_file(shard)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, shard)
+    refused(folder, f"{name} is of type I8; only F32, BF16, F16 can be converted")
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, shard)
+    refused(folder, f"{name} is not in {shard.name}")
+    shard.unlink()
+    refused(folder, f"{shard.name} is missing")
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json: not a JSON object")
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    save_dense(tmp_path / "hf", "llama")
+    command = load_tool("convert_from_hf", monkeypatch)
+    arguments = ["--model", str(tmp_path / "hf"), "--output", str(tmp_path / "run"), "--loop-count", "2"]
+    monkeypatch.setattr(sys, "argv", ["convert_from_hf.py", *arguments])
+    assert command.main() == 0
+    out = capsys.readouterr().out
+    assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new gates" in out
+    assert open_source(tmp_path / "run").model.loop_count == 2
+    assert command.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'run'} exists")

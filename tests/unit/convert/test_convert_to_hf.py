@@ -1,0 +1,278 @@
+"""Exports: they compute what the training model computes, hold what a user needs, and appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from convert_helpers import (
+    LOOPCODER,
+    VARIANTS,
+    VOCAB,
+    hf_logits,
+    make_model,
+    make_tokens,
+    megatron_logits,
+    random_weights,
+    save_run,
+)
+from safetensors.torch import load_file
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf import exporting
+from plt_megatron.hf.exporting import ExportOptions, export
+from plt_megatron.hf.sources import open_source
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of a small PLT: (folder, model, weights)."""
+    model = make_model()
+    weights = random_weights(model)
+    return save_run(tmp_path / "run", model, weights), model, weights
+
+
+def quiet(options, **others):
+    return export(ExportOptions(*options, **others), say=lambda line: None)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_the_training_models(tmp_path, name):
+    model = make_model(**VARIANTS[name])
+    weights = random_weights(model)
+    save_run(tmp_path / "run", model, weights)
+    result = quiet((tmp_path / "run", tmp_path / "out"), max_shard_size="20kB")
+    assert result.files > 1
+    tokens = make_tokens()
+    expected = megatron_logits(model, weights, tokens)
+    actual = hf_logits(tmp_path / "out", tokens)
+    assert expected.std() > 0.1
+    assert (actual - expected).abs().max() < 1e-5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["loop_count"] == model.loop_count and config["vocab_size"] == VOCAB
+    if model.loop_count > 1:
+        fewer = hf_logits(tmp_path / "out", tokens, loop_count=1)
+        assert (fewer - megatron_logits(model, weights, tokens, loop_count=1)).abs().max() < 1e-5
+
+
+def test_another_models_tokenizer(tmp_path, tokenizer_model):
+    model = make_model()
+    shutil.copytree(tokenizer_model.parent, tmp_path / "tokenizer")
+    moved = tmp_path / "tokenizer" / "tokenizer.model"
+    weights = random_weights(model)
+    run = save_run(tmp_path / "run", model, weights, tokenizer=moved)
+    with pytest.raises(UserError, match=r"has 400 ids, the model's vocabulary 117: it is another model's"):
+        quiet((run, tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tokenizer"]
+
+
+def test_everything_a_user_needs(tmp_path, tokenizer_model):
+    from transformers import AutoTokenizer, pipeline
+
+    model = make_model()
+    weights = random_weights(model, 410)  # more ids than the tokenizer has are no fault
+    progress = {"step": 200, "data_fingerprint": {"tokenizer": open_fingerprint(tokenizer_model)}}
+    run = save_run(tmp_path / "run", model, weights, tokenizer=tokenizer_model, **progress)
+    records = [{"kind": "validation", "step": 200, "loop_count": n, "loss": 3.0 - n / 4} for n in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    said: list[str] = []
+    result = export(ExportOptions(run, tmp_path / "out", verify=True), said.append)
+    assert result.difference is not None and result.difference < 1e-5 and result.tokens == 64
+    assert f"largest difference of logits over 64 tokens: {result.difference:.2e}" in said
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    tokenizer_files = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
+    code = {"configuration_plt.py", "modeling_plt.py"}
+    assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors", *tokenizer_files, *code}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 200 |" in card and f"| tokens | {200 * 8 * 64:,} |" in card
+    assert "| loss with 2 loops | 2.5000 |" in card
+    assert f"| parameters | {sum(tensor.numel() for tensor in weights.values()):,} |" in card
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer.decode(tokenizer("def f(x):\n    return 12,5 \u00e9t\u00e9")["input_ids"]) == (
+        "def f(x):\n    return 12,5 \u00e9t\u00e9"
+    )
+    generate = pipeline("text-generation", model=str(tmp_path / "out"), trust_remote_code=True)
+    assert generate("the loop", max_new_tokens=4)[0]["generated_text"].startswith("the loop")
+
+
+def open_fingerprint(path: Path) -> str:
+    from plt_megatron.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(path).fingerprint
+
+
+def test_a_tokenizer_that_is_not_the_runs(tmp_path, tokenizer_model):
+    model = make_model()
+    weights = random_weights(model, 400)
+    lost = tmp_path / "gone" / "tokenizer.model"
+    fingerprint = {"tokenizer": "0" * 64}
+    run = save_run(tmp_path / "run", model, weights, tokenizer=lost, data_fingerprint=fingerprint)
+    with pytest.raises(UserError, match="which the run used, is not there .*: pass --tokenizer"):
+        quiet((run, tmp_path / "out"))
+    with pytest.raises(UserError, match="is not the file the model was trained with: its content differs"):
+        quiet((run, tmp_path / "out"), tokenizer=tokenizer_model)
+    copy = tmp_path / "bad"
+    shutil.copytree(tokenizer_model.parent, copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][10:]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    run = save_run(tmp_path / "run2", model, weights, tokenizer=copy / "tokenizer.model")
+    with pytest.raises(UserError, match=r"tokenizer\.json does not encode as .*tokenizer\.model does"):
+        quiet((run, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_dtypes(tmp_path, run, precision):
+    folder, model, weights = run
+    quiet((folder, tmp_path / "out", precision), verify=True)  # the rounded weights, through both models
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+    assert torch.equal(saved["model.norm.weight"], weights["final_layernorm.weight"].to(dtype))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_bf16_checkpoints_export_as_bf16(tmp_path):
+    model = make_model()
+    weights = random_weights(model)
+    run = save_run(tmp_path / "run", model, weights, precision="bf16")
+    quiet((run, tmp_path / "out"))
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(saved["model.norm.weight"], weights["final_layernorm.weight"].bfloat16())
+
+
+def test_one_tensor_at_a_time(tmp_path, run, monkeypatch):
+    folder, _, _ = run
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def watched(path, tokenizer=None):
+        source = open_source(path, tokenizer)
+        read = source.weights
+
+        def weights():
+            nonlocal most
+            for name, tensor in read():
+                alive.add(tensor)
+                most = max(most, len(alive))
+                yield name, tensor
+                del tensor
+
+        source.weights = weights
+        return source
+
+    monkeypatch.setattr(exporting, "open_source", watched)
+    quiet((folder, tmp_path / "out"))
+    assert 1 <= most <= 2
+
+
+def test_the_verification_sees_a_wrong_export(tmp_path, run, monkeypatch):
+    folder, _, _ = run
+    right = exporting.to_hf
+
+    def wrong(weights, rules):
+        for name, tensor in right(weights, rules):
+            yield name, tensor + 0.01 if name.endswith("layers.1.self_attn.plt_gate.weight") else tensor
+
+    monkeypatch.setattr(exporting, "to_hf", wrong)
+    with pytest.raises(UserError, match=r"logits differ by up to \d\.\d+e-\d+, more than 0\.0001; nothing is written"):
+        quiet((folder, tmp_path / "out"), verify=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class Stopped(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Stopped(), SystemExit(143)])
+def test_nothing_half_written(tmp_path, run, monkeypatch, error):
+    folder, _, _ = run
+
+    def stopping(weights, rules):
+        yield from list(exporting.to_hf_original(weights, rules))[:3]
+        raise error
+
+    monkeypatch.setattr(exporting, "to_hf_original", exporting.to_hf, raising=False)
+    monkeypatch.setattr(exporting, "to_hf", stopping)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
+        quiet((folder, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    if isinstance(error, OSError):
+        assert "No space left on device; nothing is written" in str(caught.value)
+
+
+def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
+    folder, model, weights = run
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="there exists: remove it, or choose another --output"):
+        quiet((folder, tmp_path / "there"))
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="'many' is no size"):
+        quiet((folder, out), max_shard_size="many")
+    with pytest.raises(UserError, match="nowhere: no such run or checkpoint"):
+        quiet((tmp_path / "nowhere", out))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no whole checkpoint there"):
+        quiet((tmp_path / "empty", out))
+    weights = dict(weights)
+    del weights["decoder.layers.1.self_attention.core_attention.plt_gate.bias"]
+    del weights["decoder.layers.0.self_attention.core_attention.plt_gate.bias"]
+    with pytest.raises(UserError, match=r"lack tensors decoder\.layers\.0\..*plt_gate\.bias, decoder\.layers\.1\."):
+        quiet((save_run(tmp_path / "gateless", model, weights), out))
+    progress = folder / "checkpoints" / "step_00000000" / "__0_0.distcp"
+    progress.write_bytes(progress.read_bytes()[:-1])
+    with pytest.raises(UserError, match="run: no whole checkpoint there"):
+        quiet((folder, out))
+    assert not out.exists()
+
+
+def test_a_checkpoint_of_a_newer_program(tmp_path, run):
+    _, model, weights = run
+    from plt_megatron.hf.sources import saved_model
+
+    with pytest.raises(UserError, match=r"model\.router is a newer version's setting"):
+        saved_model({"router": 1}, tmp_path)
+    assert saved_model({"num_layers": 3}, tmp_path).num_layers == 3
+
+
+def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
+    model = make_model(**LOOPCODER, qk_layernorm=True)
+    run = save_run(tmp_path / "run", model, random_weights(model))
+    with pytest.raises(UserError, match=r"cannot say that model\.qk_layernorm is True; use --format plt"):
+        quiet((run, tmp_path / "out"), style="loopcoder")
+    plain = make_model(loop_count=1)
+    run = save_run(tmp_path / "plain", plain, random_weights(plain))
+    with pytest.raises(UserError, match=r"cannot say that model\.loop_count is 1"):
+        quiet((run, tmp_path / "out"), style="loopcoder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, run, monkeypatch, capsys):
+    folder, _, _ = run
+    command = load_tool("convert_to_hf", monkeypatch)
+    out = str(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", "--checkpoint", str(folder), "--output", out])
+    assert command.main() == 0
+    assert f"{out}: 24 tensors" in capsys.readouterr().out
+    assert command.main() == 2
+    assert capsys.readouterr().err == f"error: {out} exists: remove it, or choose another --output\n"
+
+
+def load_tool(name: str, monkeypatch: pytest.MonkeyPatch):
+    import importlib.util
+    import signal
+
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    path = Path(__file__).resolve().parents[3] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import Tool
+
+from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data.indexed import write_index
+from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, fingerprint_differences, mix_shares
+from plt_megatron.data.tokenizer import load_tokenizer
+
+
+def source(folder: Path, name: str, lengths: list[int]) -> str:
+    rng = np.random.default_rng(sum(lengths))
+    tokens = rng.integers(4, 500, sum(lengths), dtype=np.uint16)
+    tokens.tofile(folder / f"{name}.bin")
+    write_index(folder / f"{name}.idx", np.uint16, lambda: [np.array(lengths[:3]), np.array(lengths[3:])])
+    return str(folder / name)
+
+
+def test_shares(tmp_path: Path) -> None:
+    """Sizes, weights and epochs by hand."""
+    a, b = source(tmp_path, "a", [100] * 20), source(tmp_path, "b", [50] * 10)
+    data = DataConfig(sources=[DataSource(a, 3.0, "first"), DataSource(b, 1.0)], split="80,20,0", sequence_length=10)
+    shares = mix_shares(data, (1000, 10, 0))
+    assert [
+        (share.part, share.name, share.documents, share.tokens, share.weight, share.samples) for share in shares
+    ] == [
+        ("train", "first", 16, 1600, 0.75, 750),
+        ("train", "b", 8, 400, 0.25, 250),
+        ("validation", "first", 4, 400, 0.75, 8),
+        ("validation", "b", 2, 100, 0.25, 3),
+    ]
+    assert shares[0].epochs == 7501 / 1600 and shares[1].epochs == 2501 / 400
+    assert consumed_epochs(shares, 500, 1000) == {"first": 7501 / 3200, "b": 2501 / 800}
+    assert describe_mix(data, 10_000) == [
+        "part   source  documents  tokens  weight  to draw  epochs",
+        "train  first          16   1,600    0.75    7,500    4.69",
+        "train  b               8     400    0.25    2,500    6.25",
+    ]
+
+
+def test_fingerprint(tmp_path: Path, bpe_model: Path, unigram_model: Path) -> None:
+    tokenizer, other = load_tokenizer(bpe_model), load_tokenizer(unigram_model)
+    a, b = source(tmp_path, "a", [100] * 20), source(tmp_path, "b", [50] * 10)
+    (tmp_path / "moved").mkdir()
+    for suffix in (".bin", ".idx"):
+        shutil.copy(a + suffix, tmp_path / "moved" / f"c{suffix}")
+    data = DataConfig(sources=[DataSource(a, 3.0)])
+    value = fingerprint(data, tokenizer, seed=1, num_samples=[10, 2, 0])
+    assert json.loads(json.dumps(value)) == value
+
+    def differences(changed: DataConfig, **sampling: object) -> list[str]:
+        now = fingerprint(changed, tokenizer, **{"seed": 1, "num_samples": [10, 2, 0], **sampling})
+        return fingerprint_differences(value, now)
+
+    assert differences(DataConfig(sources=[DataSource(str(tmp_path / "moved" / "c"), 3.0, "renamed", 2)])) == []
+    everywhere = "other train and validation and test data or weights"
+    assert differences(DataConfig(sources=[DataSource(b, 3.0)])) == [everywhere]
+    assert differences(DataConfig(sources=[DataSource(a, 3.0), DataSource(b, 1.0)])) == [everywhere]
+    assert differences(DataConfig(sources=[DataSource(a, 3.0)], sequence_length=128)) == [
+        "sequence_length was 256, is 128"
+    ]
+    assert differences(data, seed=2) == [
+        'sampling was {"seed": 1, "num_samples": [10, 2, 0]}, is {"seed": 2, "num_samples": [10, 2, 0]}'
+    ]
+    assert fingerprint_differences(fingerprint(data, tokenizer), fingerprint(data, other)) == ["another tokenizer"]
+    with open(a + ".bin", "rb+") as file:  # one token
+        file.seek(1234)
+        byte = file.read(1)
+        file.seek(1234)
+        file.write(bytes([byte[0] ^ 1]))
+    assert differences(data) == [everywhere]
+
+
+def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool) -> None:
+    from plt_megatron.config.loader import load_config
+    from plt_megatron.data.datasets import build_datasets, index_folder, required_samples
+
+    path = source(tmp_path, "a", [100] * 200)
+    file = tmp_path / "run.yaml"
+    file.write_text(f"data: {{sources: [{{path: {path}, max_epochs: 1}}], index_cache: {tmp_path}/cache}}\n"
+                    "model: {vocab_size: 500}\ntraining: {train_iters: 4}\nvalidation: {iters: 0}\n")  # fmt: skip
+    result = run_tool("preprocess_data.py", "--build-index", file, "training.train_iters=3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "the sample index of 24 train and 0 validation samples is ready"
+    (folder,) = (tmp_path / "cache").iterdir()
+    stamp = folder.stat().st_mtime_ns
+    config = load_config(file, ["training.train_iters=3"])
+    counts = required_samples(config)
+    build_datasets(
+        config.data, num_samples=counts, seed=config.training.seed, cache_dir=index_folder(config), tokenizer=None
+    )
+    assert [folder] == list((tmp_path / "cache").iterdir()) and folder.stat().st_mtime_ns == stamp
+    refused = run_tool("preprocess_data.py", "--build-index", file, "training.train_iters=3000")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith(
+        "error: data source a: 24,000 train samples of 256 tokens are 323"
+    )
+    unknown = run_tool("preprocess_data.py", "--build-index", file, "training.train_iterss=3")
+    assert unknown.returncode == 2 and "train_iters" in unknown.stderr
+
+
+def test_indices_are_written_in_parts(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    lengths = [3, 1, 4, 1, 5, 9, 2, 6]
+    path = source(tmp_path, "a", lengths)
+    dataset = IndexedDataset(path)
+    assert [len(document) for document in dataset] == lengths
+    assert np.array_equal(np.concatenate(list(dataset)), np.fromfile(f"{path}.bin", np.uint16))
+
+
+@pytest.mark.parametrize("size", [0, 1, 10**9])
+def test_evenly_spaced_blocks(size: int) -> None:
+    from plt_megatron.data.mix import _starts
+
+    starts = _starts(size, 1000)
+    assert len(starts) <= 64 and starts == sorted(set(starts))
+    if size:
+        assert starts[0] == 0 and starts[-1] >= size - 1000

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import threading
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+
+from plt_megatron.data.sampling import batches, collate, micro_batch_indices
+
+
+class Numbers:
+    """Sample i is [i, i]; remembers what was asked for."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        assert 0 <= index < self.length
+        self.asked.append(index)
+        return {"tokens": torch.tensor([index, index]), "loss_mask": torch.ones(2)}
+
+
+def numbers(
+    length: int, consumed: int, micro: int, total: int, rank: int = 0, ranks: int = 1, **settings: Any
+) -> list[list[int]]:
+    found = batches(
+        Numbers(length),
+        consumed_samples=consumed,
+        micro_batch_size=micro,
+        global_batch_size=total,
+        data_parallel_rank=rank,
+        data_parallel_size=ranks,
+        **settings,
+    )
+    return [batch["tokens"][:, 0].tolist() for batch in found]
+
+
+@pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 1), (12, 1), (1, 4), (3, 2), (6, 2), (1, 12)])
+def test_global_batches_are_the_same_in_every_layout(micro: int, ranks: int) -> None:
+    """The union over ranks of each step's microbatches: 12 consecutive samples, each once."""
+    per_rank = [numbers(100, 0, micro, 12, rank, ranks) for rank in range(ranks)]
+    steps = 12 // (micro * ranks)
+    assert all(len(found) == 8 * steps for found in per_rank)
+    for step in range(8):
+        parts = [found[step * steps : (step + 1) * steps] for found in per_rank]
+        together = sorted(index for part in parts for batch in part for index in batch)
+        assert together == list(range(12 * step, 12 * step + 12))
+    assert all(len(batch) == micro for found in per_rank for batch in found)
+
+
+def test_resuming_is_exact_in_any_layout() -> None:
+    whole = [numbers(100, 0, 2, 8, rank, 2) for rank in range(2)]
+    assert [numbers(100, 40, 2, 8, rank, 2) for rank in range(2)] == [found[10:] for found in whole]
+    other = numbers(100, 40, 4, 8)
+    assert sorted(sum(other, [])) == list(range(40, 96))
+
+
+def test_the_end() -> None:
+    assert sum(numbers(30, 0, 4, 8), []) == list(range(24))
+    assert numbers(30, 24, 4, 8) == []
+    assert numbers(30, 1000, 4, 8) == []
+
+
+def test_starting_over() -> None:
+    dataset = Numbers(10)
+    endless = batches(
+        dataset,
+        consumed_samples=16,
+        micro_batch_size=2,
+        global_batch_size=4,
+        data_parallel_rank=1,
+        data_parallel_size=2,
+        wrap=True,
+    )
+    assert [batch["tokens"][:, 0].tolist() for batch in islice(endless, 4)] == [[8, 9], [2, 3], [6, 7], [0, 1]]
+
+
+def test_batches_are_stacked() -> None:
+    (batch, *_) = batches(
+        Numbers(8),
+        consumed_samples=0,
+        micro_batch_size=4,
+        global_batch_size=4,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+    )
+    assert batch["tokens"].shape == (4, 2) and batch["tokens"].dtype == torch.int64
+    assert batch["loss_mask"].dtype == torch.float32
+    assert set(collate([{"a": torch.tensor(True)}])) == {"a"}
+
+
+def test_no_random_numbers_and_nothing_read_ahead() -> None:
+    dataset = Numbers(100)
+    state = torch.get_rng_state()
+    iterator = batches(
+        dataset, consumed_samples=0, micro_batch_size=2, global_batch_size=4, data_parallel_rank=0, data_parallel_size=1
+    )
+    next(iterator)
+    assert dataset.asked == [0, 1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_prefetching_changes_nothing() -> None:
+    assert numbers(100, 8, 2, 8, 1, 2, prefetch=3) == numbers(100, 8, 2, 8, 1, 2)
+
+
+def test_prefetching_passes_errors_on_and_ends() -> None:
+    class Broken(Numbers):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            if index == 3:
+                raise OSError("vanished")
+            return super().__getitem__(index)
+
+    settings = {"micro_batch_size": 1, "global_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
+    iterator = batches(Broken(100), consumed_samples=0, prefetch=2, **settings)
+    assert [int(next(iterator)["tokens"][0, 0]) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="vanished"):
+        next(iterator)
+    before = threading.active_count()
+    iterator = batches(Numbers(1000), consumed_samples=0, prefetch=2, **settings)
+    next(iterator)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "batches"]
+    iterator.close()  # type: ignore[attr-defined]
+    thread.join(10)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"global_batch_size": 10}, "global batch size 10 is not a multiple of 2 x 2"),
+        ({"global_batch_size": 0}, "not a multiple"),
+        ({"micro_batch_size": 0}, "not a multiple"),
+        ({"data_parallel_rank": 2}, "data parallel rank 2 of 2"),
+        ({"consumed_samples": -1}, "cannot start at sample -1"),
+    ],
+)
+def test_impossible_divisions(settings: dict[str, int], message: str) -> None:
+    defaults = {
+        "consumed_samples": 0, "micro_batch_size": 2, "global_batch_size": 8, "data_parallel_rank": 0,
+        "data_parallel_size": 2,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        next(micro_batch_indices(100, **{**defaults, **settings}))
