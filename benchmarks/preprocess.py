@@ -196,10 +196,16 @@ def speed(folder: Path, arguments: argparse.Namespace, model: Path, corpus: Path
         for name in ("plain", "ours"):
             for suffix in (".bin", ".idx", ".manifest.json"):
                 Path(f"{folder / name}{suffix}").unlink(missing_ok=True)
-        times["plain"].append(plain(corpus, model, str(folder / "plain"), arguments.workers))
-        times["ours"].append(ours(corpus, model, str(folder / "ours"), arguments.workers))
-        times["batch"].append(batch_encode(texts, model, arguments.workers))
-        print(f"  repetition {repeat + 1}: " + ", ".join(f"{name} {t[-1]:.2f} s" for name, t in times.items()))
+        spent = []
+        for name, work in (
+            ("plain", lambda: plain(corpus, model, str(folder / "plain"), arguments.workers)),
+            ("ours", lambda: ours(corpus, model, str(folder / "ours"), arguments.workers)),
+            ("batch", lambda: batch_encode(texts, model, arguments.workers)),
+        ):
+            before = sum(os.times()[:4])
+            times[name].append(work())
+            spent.append(f"{name} {times[name][-1]:.2f} s ({sum(os.times()[:4]) - before:.1f} s of CPU)")
+        print(f"  repetition {repeat + 1}: {', '.join(spent)}", flush=True)
     for suffix in (".bin", ".idx"):
         if Path(f"{folder / 'plain'}{suffix}").read_bytes() != Path(f"{folder / 'ours'}{suffix}").read_bytes():
             raise SystemExit(f"the two {suffix} files differ")
@@ -213,7 +219,7 @@ def speed(folder: Path, arguments: argparse.Namespace, model: Path, corpus: Path
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
-    parser.add_argument("--mb", type=int, default=48, help="size of the corpus for speed")
+    parser.add_argument("--mb", type=int, default=96, help="size of the corpus for speed")
     parser.add_argument("--memory-mb", type=int, default=1000, help="size of the corpus for memory; 0: no memory test")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=32000)
@@ -238,7 +244,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
 
     corpus = folder / "corpus.jsonl"
     size = write_corpus(corpus, arguments.mb * 1_000_000)
-    options = TrainingOptions([str(corpus)], str(folder), arguments.vocab_size, arguments.model_type)
+    options = TrainingOptions(
+        [str(corpus)], str(folder), arguments.vocab_size, arguments.model_type, max_sample_bytes=32 << 20
+    )
     result = train_tokenizer(options)
     print(f"corpus: {size / 1e6:.1f} MB of Python sources; {describe(result)}")
     figures: dict[str, Any] = {"workers": arguments.workers, "model_type": arguments.model_type, "corpus_bytes": size}

@@ -29,16 +29,17 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from plt_megatron.config import derived
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.mix import (
     PARTS,
     check_tokenizer,
     content_hash,
     describe_mix,
     fingerprint,
+    index_folder,
     mix_shares,
     part_sources,
+    required_samples,
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
@@ -47,17 +48,6 @@ from plt_megatron.errors import UserError
 __all__ = ["Samples", "build_datasets", "describe_mix", "fingerprint", "index_folder", "required_samples"]
 
 logger = logging.getLogger(__name__)
-
-
-def required_samples(config: RunConfig) -> tuple[int, int, int]:
-    """Samples a run draws of train, validation and test; every validation reads the same ones."""
-    batch = config.training.global_batch_size
-    return derived.train_iters(config) * batch, config.validation.iters * batch, 0
-
-
-def index_folder(config: RunConfig) -> str:
-    """Where a run's sample index lies."""
-    return config.data.index_cache or str(derived.run_folder(config) / "index_cache")
 
 
 @dataclass

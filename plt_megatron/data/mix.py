@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data.indexed import IndexedFile, read_index
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -24,6 +24,17 @@ from plt_megatron.errors import UserError
 PARTS = ("train", "validation", "test")
 _BLOCKS = 64  # of a .bin or .idx that enter its fingerprint
 _BLOCK = 1 << 16  # bytes
+
+
+def required_samples(config: RunConfig) -> tuple[int, int, int]:
+    """Samples a run draws of train, validation and test; every validation reads the same ones."""
+    batch = config.training.global_batch_size
+    return derived.train_iters(config) * batch, config.validation.iters * batch, 0
+
+
+def index_folder(config: RunConfig) -> str:
+    """Where a run's sample index lies."""
+    return config.data.index_cache or str(derived.run_folder(config) / "index_cache")
 
 
 @dataclass(frozen=True)

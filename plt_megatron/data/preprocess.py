@@ -187,6 +187,7 @@ class _Job:
         try:
             self._run_shards(pool, progress, counters)
             hashing.result()
+            pool.shutdown()
         finally:
             progress.close()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -11,6 +11,7 @@ import io
 import json
 import platform
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -70,7 +71,9 @@ def write_checkpoint(
     """
     temporary = folder.prepare(directory, 0)
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-    save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
+        save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     described = {
         "step": 0,

@@ -21,7 +21,8 @@ from plt_megatron.hf.config_keys import CONFIG, read_config
 from plt_megatron.hf.rules import DERIVED_BUFFERS, Rule, rules_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import read_generation_config, special_tokens
-from plt_megatron.train.checkpoint import latest_checkpoint, read_progress, read_weights
+from plt_megatron.train.checkpoint import latest_checkpoint, read_weights
+from plt_megatron.train.checkpoint.folder import read_verified_progress
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -80,7 +81,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> Source:
     found = latest_checkpoint(path)
     if found is None:
         raise UserError(f"{path}: no whole checkpoint there")
-    progress = read_progress(found)
+    progress = read_verified_progress(found)
     config = progress["config"]
     model = saved_model(config["model"], found)
     loaded = _saved_tokenizer(config["data"], found, tokenizer)
@@ -94,7 +95,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> Source:
         vocab_size=progress["vocab_size"],
         max_position_embeddings=config["data"]["sequence_length"],
         precision=config["training"]["precision"],
-        weights=partial(read_weights, found),
+        weights=partial(read_weights, found, verify=False),
         tokenizer=loaded,
         tokens=tokens,
         generation=generation,

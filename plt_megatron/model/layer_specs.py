@@ -13,6 +13,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from plt_megatron.config import derived
@@ -38,6 +39,14 @@ class OutputNormMLP(MLP):
         output, bias = super().forward(*args, **kwargs)
         assert bias is None
         return self.output_norm(output), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's, which takes the norm's copies on tensor-parallel ranks for one rank's."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        norm = (self.output_norm, f"{prefix}output_norm.", sharded_offsets, metadata)
+        return state | sharded_state_dict_default(*norm, tp_group=self.tp_group)
 
 
 class OutputNormSelfAttention(PLTSelfAttention):

@@ -181,7 +181,7 @@ class _Server:
             while True:
                 job = _Job(*self.parent.recv())
                 try:
-                    reply = None, self._run(job)
+                    reply: tuple[str | None, list[bytes]] = None, self._run(job)
                 except DistributedFailure as failure:
                     reply = str(failure), []
                     self.kill_workers()
@@ -290,7 +290,7 @@ def _work(rank: int, port: int, connection: Connection, inherited: list[Connecti
         except EOFError:
             return
         try:
-            reply = True, _execute(job, rank, store)
+            reply: tuple[bool, bytes | str] = True, _execute(job, rank, store)
         except BaseException:
             reply = False, traceback.format_exc()
         connection.send(reply)

@@ -13,6 +13,7 @@ from tests.distributed import checkpoint_jobs as jobs
 
 TP2_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
+PP2 = {"pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2}
 
 
@@ -42,12 +43,26 @@ def saved(run_distributed, tmp_path_factory):
     ],
 )
 def test_reshard_goes_on_with_the_same_numbers(run_distributed, reference, saved, layout, world_size):
-    expected = reference[0]["after"]
     resumed = run_distributed(jobs.load_and_train, world_size, saved, jobs.run_config(layout))
-    for (loss, norm), (expected_loss, expected_norm) in zip(resumed["after"], expected, strict=True):
+    _assert_same_numbers(resumed["after"], reference[0]["after"])
+    assert not any("in the checkpoint" in line for line in resumed["log"])
+
+
+def test_replicas_share_the_writing(run_distributed, reference, tmp_path):
+    """Of PP2 x DP2 with tied embeddings, every rank writes something, and nothing is written twice."""
+    run_distributed(jobs.train_and_save, 4, tmp_path, jobs.run_config({**PP2, "overlap_grad_reduce": True}))
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("step_*/*.distcp")}
+    assert sorted(sizes) == [f"__{rank}_0.distcp" for rank in range(4)]
+    single = sum(path.stat().st_size for path in reference[1].glob("step_*/*.distcp"))
+    assert sum(sizes.values()) < 1.2 * single
+    resumed = run_distributed(jobs.load_and_train, 1, tmp_path, jobs.run_config())
+    _assert_same_numbers(resumed["after"], reference[0]["after"])
+
+
+def _assert_same_numbers(ours, expected):
+    for (loss, norm), (expected_loss, expected_norm) in zip(ours, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-5)
-    assert not any("in the checkpoint" in line for line in resumed["log"])
 
 
 def test_every_tensor_of_the_optimizer_is_the_single_process_one(reference, saved):

@@ -222,7 +222,7 @@ def test_gates_are_random_and_matter(reference):
     assert_numbers_differ(reference(Case(2, zero_gates=True)), random)
 
 
-@pytest.mark.parametrize("changed", [{"window_size": 4}, *VARIANTS.values()], ids=str)
+@pytest.mark.parametrize("changed", [{"window_size": 4}, *VARIANTS.values()], ids=["window 4", *VARIANTS])
 def test_each_switch_changes_the_numbers(reference, changed):
     assert_numbers_differ(reference(_case(2, **changed)), reference(_case(2)))
 

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
 
+KV = dict[int, tuple[Tensor, Tensor]]  # by layer
+
 
 @dataclass
 class PlainPLT:
@@ -51,7 +53,7 @@ class PlainPLT:
         starts = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts.clone()
         starts[:, 0] = True
         embeddings = self.weights["embedding"][tokens]
-        first_loop_kv: dict[int, tuple[Tensor, Tensor]] = {}
+        first_loop_kv: KV = {}
         hidden = embeddings
         for loop in range(1, (loops or config.loop_count) + 1):
             if loop > 1 and config.norm_between_loops:
@@ -69,7 +71,7 @@ class PlainPLT:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.layernorm_epsilon) * self.weights[name]
 
-    def _layer(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: dict) -> Tensor:
+    def _layer(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         name = f"layers.{layer}."
         x = x + self._attention(x, layer, loop, starts, first_loop_kv)
         normed = self._norm(x, name + "ffn_norm")
@@ -79,7 +81,7 @@ class PlainPLT:
             out = self._norm(out, name + "ffn_output_norm")
         return x + out
 
-    def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: dict) -> Tensor:
+    def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         config, name = self.config, f"layers.{layer}."
         normed = self._norm(x, name + "attention_norm")
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads

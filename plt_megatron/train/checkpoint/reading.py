@@ -21,7 +21,7 @@ _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def read_weights(path: Path | str) -> Iterator[tuple[str, Tensor]]:
+def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
 
     Names are megatron-core's, layers numbered over the whole model from 0: `decoder.layers.3.mlp.linear_fc1.weight`.
@@ -30,11 +30,12 @@ def read_weights(path: Path | str) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         path: a checkpoint, or a run's folder for its last whole one. Unpickles its metadata: read only what you trust.
+        verify: check every file's SHA-256 first; not needed for a checkpoint just found whole.
 
     Raises:
         UserError: there is no whole checkpoint at `path`.
     """
-    found = latest_checkpoint(path)
+    found = latest_checkpoint(path, verify)
     if found is None:
         raise UserError(f"{path}: no whole checkpoint there")
     vocab_size = read_verified_progress(found)["vocab_size"]

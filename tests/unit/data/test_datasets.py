@@ -271,7 +271,7 @@ def test_unusable_data(
         ({"split": "99999,1,0"}, (10, 5, 0), "a has no text for the validation part \\(0 documents fall to it\\)"),
         ({"split": "many"}, (10, 0, 0), "data.split must be three numbers"),
         ({"weight": 0.0}, (10, 0, 0), "weight 0.0 must be above 0; leave the source out"),
-        ({"max_epochs": 2}, (100_000, 0, 0), r"100,000 train samples of 32 tokens are .* epochs of .*, over max_epochs 2"),
+        ({"max_epochs": 2}, (100_000, 0, 0), r"100,000 train samples of 32 tokens are .* over max_epochs 2"),
     ],
 )  # fmt: skip
 def test_unusable_mixes(

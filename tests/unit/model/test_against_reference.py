@@ -11,40 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import (
+    CLP,
+    KV_SHARING,
+    LOOPCODER_V2,
+    VANILLA_LOOP,
+    VOCAB_SIZE,
+    build,
+    differences,
+    draw,
+)
 from torch import Tensor
 
-from plt_megatron.config.schema import ModelConfig, ParallelConfig
-from tests.reference.megatron_weights import randomise_gates_and_norms, to_plain
-from tests.reference.plain_plt import PlainPLT
+from plt_megatron.config.schema import ModelConfig
+from tests.reference.megatron_weights import to_plain
+from tests.reference.plain_plt import KV, PlainPLT
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 TOLERANCE = 1e-5
-VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
-SHAPE = (2, 23)  # rows, tokens; windows below do not divide 23
-BASE: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 16,
-    "ffn_hidden_size": 24,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "window_size": 5,
-    "init_method_std": 0.2,
-    "backend": "torch",
-}
-VANILLA_LOOP = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
-CLP = {**VANILLA_LOOP, "cross_loop_parallel": True}
-KV_SHARING = {**CLP, "share_kv": True}
-LOOPCODER_V2: dict[str, Any] = {
-    "window_size": 9,
-    "gate_input": "hidden",
-    "gate_side": "global",
-    "norm_between_loops": True,
-    "embedding_scale": 0.707,
-    "hidden_scale": 0.053,
-    "share_embeddings_and_output_weights": False,
-    "rotary_base": 5e5,
-}
 CASES: dict[str, dict[str, Any]] = {
     "PLT-1, the plain transformer": {"loop_count": 1},
     "PLT-2": {"loop_count": 2},
@@ -74,40 +59,6 @@ CASES: dict[str, dict[str, Any]] = {
     "window of one": {"window_size": 1, "loop_count": 3},
     "window beyond the row": {"window_size": 64},
 }
-
-
-def build(settings: dict[str, Any], recompute: str = "none") -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from plt_megatron.model.initialization import initialize
-    from plt_megatron.model.looped_gpt import LoopedGPT
-    from plt_megatron.model.transformer_config import transformer_config
-
-    model = ModelConfig(**{**BASE, **settings})
-    parallel = ParallelConfig(recompute_granularity=recompute)  # type: ignore[arg-type]
-    stage = LoopedGPT(
-        transformer_config(model, parallel),
-        VOCAB_SIZE,
-        SHAPE[1],
-        padded_vocab_size=PADDED_VOCAB_SIZE,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    initialize(stage, seed=7)
-    randomise_gates_and_norms(stage)
-    return stage.to(device=torch.cuda.current_device())
-
-
-def draw(seed: int = 0) -> dict[str, Tensor]:
-    """A batch of random tokens, of which a fifth does not count, and documents of a few tokens each."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.rand(SHAPE, generator=generator) < 0.25
-    starts[0, 7], starts[0, 8] = True, True  # a document of one token
-    return {
-        "tokens": torch.randint(0, VOCAB_SIZE, SHAPE, generator=generator),
-        "labels": torch.randint(0, VOCAB_SIZE, SHAPE, generator=generator),
-        "loss_mask": (torch.rand(SHAPE, generator=generator) < 0.8).double(),
-        "starts": starts,
-    }
 
 
 def run(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None) -> dict[str, Tensor]:
@@ -157,17 +108,6 @@ def expect(
     return results | gradients
 
 
-def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Largest difference of each tensor, relative to the expected one's largest element."""
-    assert actual.keys() == expected.keys()
-    result = {}
-    for name, tensor in expected.items():
-        scale = tensor.abs().max().item()
-        difference = (actual[name] - tensor).abs().max().item()
-        result[name] = difference / scale if scale else difference
-    return result
-
-
 def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     wrong = {name: error for name, error in differences(actual, expected).items() if not error <= TOLERANCE}
     assert not wrong, f"relative differences above {TOLERANCE}: {wrong}"
@@ -195,7 +135,7 @@ def test_logits_losses_and_every_gradient(settings, packed):
     ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing"],
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
-    stage, data = build(settings, recompute), draw()
+    stage, data = build(settings, recompute=recompute), draw()
     assert_agree(run(stage, data, packed), expect(stage, data, packed))
 
 
@@ -244,7 +184,7 @@ def test_the_comparison_sees_documents():
 class StopGradientPLT(PlainPLT):
     """The mistake of sharing the first loop's K and V without their gradients."""
 
-    def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: dict) -> Tensor:
+    def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         detached = {number: (key.detach(), value.detach()) for number, (key, value) in first_loop_kv.items()}
         out = super()._attention(x, layer, loop, starts, detached)
         first_loop_kv.update({number: pair for number, pair in detached.items() if number not in first_loop_kv})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_against_reference import LOOPCODER_V2, SHAPE, VOCAB_SIZE, build
+from tiny_models import LOOPCODER_V2, SHAPE, VOCAB_SIZE, build
 
 from plt_megatron.model.loop_context import Documents
 

@@ -8,46 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from test_against_reference import BASE, SHAPE, VOCAB_SIZE
-
-from plt_megatron.config.schema import ModelConfig, ParallelConfig
-from plt_megatron.model.initialization import initialize
+from tiny_models import BASE, PADDED_VOCAB_SIZE, VOCAB_SIZE, build
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-def _stage(padded_vocab_size: int = 64, seed: int = 3, **settings: Any) -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    from plt_megatron.model.looped_gpt import LoopedGPT
-    from plt_megatron.model.transformer_config import transformer_config
-
-    model = ModelConfig(**{**BASE, **settings})
-    stage = LoopedGPT(
-        transformer_config(model, ParallelConfig()),
-        VOCAB_SIZE,
-        SHAPE[1],
-        padded_vocab_size=padded_vocab_size,
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    initialize(stage, seed)
-    return stage
-
-
-def _weights(stage: Any) -> dict[str, torch.Tensor]:
+def _weights(seed: int = 3, padded_vocab_size: int = PADDED_VOCAB_SIZE, **settings: Any) -> dict[str, torch.Tensor]:
+    stage = build(settings, seed=seed, padded_vocab_size=padded_vocab_size, random=False)
     return {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
 
 
 def test_equal_seeds_give_equal_weights_whatever_the_global_random_state():
     torch.manual_seed(1)
-    first = _weights(_stage())
+    first = _weights()
     torch.manual_seed(2)
-    second = _weights(_stage())
+    second = _weights()
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_seeds_and_names_tell_weights_apart():
-    first, second = _weights(_stage(seed=3)), _weights(_stage(seed=4))
+    first, second = _weights(seed=3), _weights(seed=4)
     matrices = [name for name in first if first[name].dim() == 2 and ".plt_gate." not in name]
     assert len(matrices) == 1 + 4 * BASE["num_layers"]
     drawn = [first[name] for name in matrices] + [second[name] for name in matrices]
@@ -56,7 +36,7 @@ def test_seeds_and_names_tell_weights_apart():
 
 
 def test_the_loop_count_changes_no_weight_but_adds_gates_of_zero():
-    one, three = _weights(_stage(loop_count=1)), _weights(_stage(loop_count=3))
+    one, three = _weights(loop_count=1), _weights(loop_count=3)
     assert all(torch.equal(one[name], three[name]) for name in one)
     assert all(not three[name].any() for name in three if name not in one)
 
@@ -66,12 +46,12 @@ def test_the_loop_count_changes_no_weight_but_adds_gates_of_zero():
 def test_padding_the_vocabulary_moves_no_row(sizes, hidden_size):
     settings = {"hidden_size": hidden_size, "kv_channels": 4}
     name = "embedding.word_embeddings.weight"
-    small, large = (_weights(_stage(size, **settings))[name] for size in sizes)
+    small, large = (_weights(padded_vocab_size=size, **settings)[name] for size in sizes)
     assert torch.equal(small[:VOCAB_SIZE], large[:VOCAB_SIZE])
 
 
 def test_spreads_are_megatrons():
-    weights = _weights(_stage(hidden_size=64, ffn_hidden_size=96, init_method_std=0.05))
+    weights = _weights(hidden_size=64, ffn_hidden_size=96, init_method_std=0.05)
     for name, tensor in weights.items():
         if tensor.dim() < 2 or ".plt_gate." in name:
             continue

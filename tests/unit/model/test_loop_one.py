@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_against_reference import BASE, CLP, LOOPCODER_V2, VOCAB_SIZE, build, differences, draw
+from tiny_models import BASE, CLP, LOOPCODER_V2, VOCAB_SIZE, build, differences, draw
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig

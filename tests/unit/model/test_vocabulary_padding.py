@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_against_reference import PADDED_VOCAB_SIZE, VOCAB_SIZE, build, draw
+from tiny_models import PADDED_VOCAB_SIZE, VOCAB_SIZE, build, draw
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

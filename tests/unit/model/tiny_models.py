@@ -1,0 +1,91 @@
+"""The tiny models that the tests of plt_megatron.model share, a batch for them, and how tensors are compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from tests.reference.megatron_weights import randomise_gates_and_norms
+
+VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
+SHAPE = (2, 23)  # rows, tokens; windows below do not divide 23
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "ffn_hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "window_size": 5,
+    "init_method_std": 0.2,
+    "backend": "torch",
+}
+VANILLA_LOOP = {"cross_loop_parallel": False, "share_kv": False, "gated_window": False}
+CLP = {**VANILLA_LOOP, "cross_loop_parallel": True}
+KV_SHARING = {**CLP, "share_kv": True}
+LOOPCODER_V2: dict[str, Any] = {
+    "window_size": 9,
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "norm_between_loops": True,
+    "embedding_scale": 0.707,
+    "hidden_scale": 0.053,
+    "share_embeddings_and_output_weights": False,
+    "rotary_base": 5e5,
+}
+
+
+def build(
+    settings: dict[str, Any],
+    *,
+    recompute: str = "none",
+    seed: int = 7,
+    padded_vocab_size: int = PADDED_VOCAB_SIZE,
+    random: bool = True,
+) -> Any:
+    """A LoopedGPT of BASE's settings and these, its gates and norms random unless told otherwise."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from plt_megatron.model.initialization import initialize
+    from plt_megatron.model.looped_gpt import LoopedGPT
+    from plt_megatron.model.transformer_config import transformer_config
+
+    model = ModelConfig(**{**BASE, **settings})
+    parallel = ParallelConfig(recompute_granularity=recompute)  # type: ignore[arg-type]
+    stage = LoopedGPT(
+        transformer_config(model, parallel),
+        VOCAB_SIZE,
+        SHAPE[1],
+        padded_vocab_size=padded_vocab_size,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    initialize(stage, seed)
+    if random:
+        randomise_gates_and_norms(stage)
+    return stage.to(device=torch.cuda.current_device())
+
+
+def draw(seed: int = 0) -> dict[str, Tensor]:
+    """A batch of random tokens, of which a fifth does not count, and documents of a few tokens each."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.rand(SHAPE, generator=generator) < 0.25
+    starts[0, 7], starts[0, 8] = True, True  # a document of one token
+    return {
+        "tokens": torch.randint(0, VOCAB_SIZE, SHAPE, generator=generator),
+        "labels": torch.randint(0, VOCAB_SIZE, SHAPE, generator=generator),
+        "loss_mask": (torch.rand(SHAPE, generator=generator) < 0.8).double(),
+        "starts": starts,
+    }
+
+
+def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of each tensor, relative to the expected one's largest element."""
+    assert actual.keys() == expected.keys()
+    result = {}
+    for name, tensor in expected.items():
+        scale = tensor.abs().max().item()
+        difference = (actual[name] - tensor).abs().max().item()
+        result[name] = difference / scale if scale else difference
+    return result
