@@ -44,6 +44,7 @@ from plt_megatron.errors import UserError
 
 _VERSION = 1
 _BAD_LINES_SHOWN = 10
+_LARGEST_DOCUMENT = 1 << 30  # its tokens are counted in an int32
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class PreprocessOptions:
 
 def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept."""
+    if options.read.max_document_bytes > _LARGEST_DOCUMENT:
+        raise UserError(f"--max-document-bytes {options.read.max_document_bytes} is over {_LARGEST_DOCUMENT}")
     job = _Job(options)
     if (manifest := job.finished()) is not None:
+        shutil.rmtree(job.work, ignore_errors=True)  # left by a kill at the very end
         _say(f"{options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
         return manifest
     try:
@@ -143,7 +147,8 @@ class _Job:
             return False
         if [stamp[:3] for stamp in before["sources"]] != [stamp[:3] for stamp in now["sources"]]:
             return False
-        return all(entry["sha256"] == _file_hash(entry["path"]) for entry in manifest["sources"])
+        entries = zip(manifest["sources"], self.sources, strict=True)
+        return all(entry["sha256"] == _file_hash(source.path) for entry, source in entries)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -181,6 +186,7 @@ class _Job:
         if done:
             _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
         progress = Progress(total, done)
+        others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (settings, str(self.work), counters))
         hasher = ThreadPoolExecutor(1)
         hashing = hasher.submit(self._hash_sources)
@@ -188,6 +194,10 @@ class _Job:
             self._run_shards(pool, progress, counters)
             hashing.result()
             pool.shutdown()
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # rather than wait for their shards
+            raise
         finally:
             progress.close()
             pool.shutdown(wait=False, cancel_futures=True)

@@ -2,7 +2,8 @@
 
 Which samples form the n-th global batch depends on nothing but the dataset and the global batch size. Layouts only
 divide it differently, and a run is resumed by the number of samples consumed: there is no other state, and no
-random number generator (the samples' order is the dataset's).
+random number generator. The samples' order is the dataset's, which follows from the seed and the number of samples
+asked for: a run made longer draws in another order, and `mix.fingerprint` given `num_samples` tells.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -84,6 +85,7 @@ def start_worker(settings: Settings, work: str, counters: Any) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of the parallel ones
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
     _worker.update(settings=settings, work=Path(work), counters=counters, tokenizer=tokenizer)

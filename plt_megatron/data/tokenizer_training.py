@@ -82,16 +82,7 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
-        content = _train(sample, options)
-        temporary.write_bytes(content)
-        files = build_tokenizer_json(temporary)
-        texts = sample.kept + hostile_strings((*options.control_symbols, *options.user_defined_symbols))
-        different = first_difference(load_tokenizer(temporary), content, files["tokenizer.json"], texts)
-        if different is not None:
-            raise UserError(f"the tokenizer.json would not encode as the sentencepiece model does: {different}")
-        for name, text in files.items():
-            _publish(folder / name, text.encode("utf-8"))
-        os.replace(temporary, folder / "tokenizer.model")
+        compared = _train_and_publish(sample, options, folder, temporary)
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
@@ -104,7 +95,7 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
         sample.bytes,
         sample.documents,
         sample.bad_lines,
-        len(texts),
+        compared,
     )
 
 
@@ -116,6 +107,21 @@ def _check_symbols(symbols: Sequence[str]) -> None:
             raise UserError(f"special token {symbol!r} is always there: leave it out")
     if len(set(symbols)) < len(symbols):
         raise UserError("a special token is given twice")
+
+
+def _train_and_publish(sample: Sample, options: TrainingOptions, folder: Path, temporary: Path) -> int:
+    """Train to the file `temporary` and, if all encode the same, publish; the number of texts compared."""
+    content = _train(sample, options)
+    temporary.write_bytes(content)
+    files = build_tokenizer_json(temporary)
+    texts = sample.kept + hostile_strings((*options.control_symbols, *options.user_defined_symbols))
+    different = first_difference(load_tokenizer(temporary), content, files["tokenizer.json"], texts)
+    if different is not None:
+        raise UserError(f"the tokenizer.json would not encode as the sentencepiece model does: {different}")
+    for name, text in files.items():
+        _publish(folder / name, text.encode("utf-8"))
+    os.replace(temporary, folder / "tokenizer.model")
+    return len(texts)
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

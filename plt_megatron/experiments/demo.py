@@ -29,6 +29,8 @@ CORPUS = {part: FOLDER / "corpus" / f"{part}.jsonl" for part in ("train", "valid
 DATA = {part: FOLDER / "data" / f"{part}_text_document" for part in CORPUS}
 TOKENIZER_FILES = [FOLDER / name for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")]
 RUNS = FOLDER / "runs"
+EXPORT = FOLDER / "hf"
+PROMPT = "def __init__(self"
 CONFIG = Path("configs/runs/plt2_demo.yaml")
 VOCAB_SIZE = 8192
 
@@ -87,6 +89,10 @@ def run_demo() -> None:
     print(f"losses plotted   {plot}")
     for run in DEMO_RUNS:
         print(f"{run.label:<16} {run.folder} (checkpoint: {run.folder / 'checkpoints'})")
+    print(f"{'exported':<16} {EXPORT}; a sample, its loops decoded in parallel:")
+    print(flush=True)
+    run_tool("tools/generate.py", "--model", str(EXPORT), "--prompt", PROMPT, "--max-new-tokens", "60")
+    print()
     print(f"whole demo       {format_seconds(time.monotonic() - begun)}")
 
 
@@ -147,6 +153,14 @@ def _steps() -> list[Step]:
             run=_tokenize,
         ),
         *(_training_step(run, [*tokens, tokenizer]) for run in DEMO_RUNS),
+        Step(
+            name="export",
+            title="export of the two-loop model to Hugging Face",
+            settings="",
+            inputs=[DEMO_RUNS[0].folder / "checkpoints" / "latest", DEMO_RUNS[0].folder / "metrics.jsonl"],
+            outputs=[EXPORT],
+            run=_export,
+        ),
     ]
 
 
@@ -170,6 +184,10 @@ def _tokenize() -> None:
             *("--input", str(corpus), "--output-prefix", str(DATA[part]), "--overwrite"),
             *("--tokenizer", str(TOKENIZER_FILES[0])),
         )
+
+
+def _export() -> None:
+    run_tool("tools/convert_to_hf.py", "--checkpoint", str(DEMO_RUNS[0].folder), "--output", str(EXPORT), "--verify")
 
 
 def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, save
+from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
@@ -67,13 +67,16 @@ def write_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; and whatever making a tensor raises.
     """
     temporary = folder.prepare(directory, 0)
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
-        save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
+            save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
+    except CheckpointException as error:  # torch's wrapping of what happened, no Exception
+        raise next(iter(error.failures.values()))[0] from None
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     described = {
         "step": 0,

@@ -82,7 +82,7 @@ def import_model(options: ImportOptions) -> ImportResult:
     tensors, fresh = _tensors(files, source_rules, rules, target)
     names = {rule.name for rule in rules}
     with published_folder(options.output) as folder:
-        tokenizer = copy_tokenizer(options.model, folder / "tokenizer", target.vocab_size, target.tokens)
+        tokenizer = copy_tokenizer(options.model, folder / "tokenizer", target.family, target.vocab_size, target.tokens)
         published = options.output / tokenizer.relative_to(folder) if tokenizer else None
         config = _run_config(options, target, precision, published)
         origin = f"{options.model.resolve().name} ({target.family})"

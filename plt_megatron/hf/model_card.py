@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig
 from plt_megatron.hf.rules import Rule
 from plt_megatron.hf.sources import Source
 from plt_megatron.train.metrics import read_metrics
@@ -47,7 +46,7 @@ def model_card(source: Source, name: str, rules: list[Rule], style: str) -> str:
     """
     tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
-    sections = ["\n".join([*front, "---"]), f"# {name}", _introduction(source.model)]
+    sections = ["\n".join([*front, "---"]), f"# {name}", _introduction(source)]
     sections.append("## Model\n\n" + _table(_model_facts(source, rules)))
     if source.progress:
         sections.append("## Training\n\n" + _table(_training_facts(source)))
@@ -63,13 +62,15 @@ def model_card(source: Source, name: str, rules: list[Rule], style: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _introduction(model: ModelConfig) -> str:
+def _introduction(source: Source) -> str:
+    model = source.model
+    made = "trained" if source.progress.get("step", 0) > 0 else "converted"
     if model.loop_count == 1:
-        return "A decoder-only transformer, trained with plt_megatron."
+        return f"A decoder-only transformer, {made} with plt_megatron."
     kind = "Parallel Loop Transformer (PLT, arXiv 2510.24824)"
     if not (model.cross_loop_parallel and model.share_kv and model.gated_window):
         kind = "looped transformer, an ablation of the Parallel Loop Transformer (PLT, arXiv 2510.24824),"
-    return f"A {kind} of {model.loop_count} loops, trained with plt_megatron."
+    return f"A {kind} of {model.loop_count} loops, {made} with plt_megatron."
 
 
 def _table(facts: Iterator[tuple[str, Any]]) -> str:
@@ -104,6 +105,8 @@ def _training_facts(source: Source) -> Iterator[tuple[str, Any]]:
     if progress["step"] == 0:
         return
     yield "run", config["name"]
+    if config["checkpoint"]["load"]:
+        yield "started from", Path(config["checkpoint"]["load"]).name
     yield "steps", f"{progress['step']:,}"
     tokens = progress["step"] * training["global_batch_size"] * config["data"]["sequence_length"]
     yield "tokens", f"{tokens:,}"

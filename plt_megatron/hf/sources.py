@@ -20,7 +20,7 @@ from plt_megatron.hf import conversion
 from plt_megatron.hf.config_keys import CONFIG, read_config
 from plt_megatron.hf.rules import DERIVED_BUFFERS, Rule, rules_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
-from plt_megatron.hf.tokenizer_files import read_generation_config, special_tokens
+from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.train.checkpoint import latest_checkpoint, read_weights
 from plt_megatron.train.checkpoint.folder import read_verified_progress
 
@@ -140,8 +140,7 @@ def _open_hf(path: Path, tokenizer: Path | None) -> Source:
     files = SafetensorsFolder(path)
     rules = rules_for(described.model, described.vocab_size, described.style)
     check_hf_tensors(files, rules, described.model)
-    names = [path / name for name in ("tokenizer.json", "tokenizer.model")]
-    found = tokenizer or next((name for name in names if name.is_file()), None)
+    found = tokenizer or hf_tokenizer_file(path, described.family)
     return Source(
         path=path,
         model=described.model,
@@ -149,7 +148,7 @@ def _open_hf(path: Path, tokenizer: Path | None) -> Source:
         max_position_embeddings=described.max_position_embeddings,
         precision=hf_precision(files),
         weights=lambda: conversion.to_megatron(files.read, rules),
-        tokenizer=load_tokenizer(found) if found else None,
+        tokenizer=load_hf_tokenizer(found, described.tokens) if found else None,
         tokens=described.tokens,
         generation={
             name: value for name, value in read_generation_config(path).items() if name not in described.tokens

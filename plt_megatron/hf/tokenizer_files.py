@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
+import tokenizers
+
+from plt_megatron.data.hf_tokenizer import build_tokenizer_json
 from plt_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -20,12 +22,8 @@ _OTHERS = (
 )
 # Compared before a tokenizer.json found beside a sentencepiece model is believed.
 _SAMPLES = (
-    *(
-        "The quick brown fox jumps over the lazy dog.",
-        "def f(x):\n    return x ** 2  # ok\n\n\n",
-        "</s> <s> <unk>",
-    ),
-    *("  two  spaces\t\ttabs", "12,345.678e-9", "\u65e5\u672c\u8a9e \u00e9\u00e8\u00fc \U0001f600", "\r\n\x00\u2581"),
+    *("The quick brown fox jumps over the lazy dog.", "def f(x):\n    return x ** 2  # ok\n\n\n", "12,345.678e-9"),
+    *("  two  spaces and\ttabs", "\u65e5\u672c\u8a9e \u00e9\u00e8\u00fc \U0001f600", "CamelCase snake_case"),
 )
 
 
@@ -64,6 +62,26 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | 
         raise UserError(f"tokenizer {tokenizer.path} is not the file the model was trained with: its content differs")
 
 
+def hf_tokenizer_file(folder: Path, family: str) -> Path | None:
+    """The file of a Hugging Face folder that training reads. In our exports it is the sentencepiece model, where data
+    was tokenized with it; other families' `tokenizer.model` may be anything."""
+    names = (MODEL, JSON) if family == "plt" else (JSON, MODEL)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def load_hf_tokenizer(path: Path, tokens: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, whose texts end with config.json's `eos_token_id` if it has one."""
+    ends = tokens.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else ends
+    if path.name != JSON or not isinstance(end, int):
+        return load_tokenizer(path)
+    try:
+        name = tokenizers.Tokenizer.from_file(str(path)).id_to_token(end)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+    return load_tokenizer(path, name)
+
+
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write all that `AutoTokenizer.from_pretrained(folder)` needs.
 
@@ -88,9 +106,10 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
     beside = {name: path.with_name(name) for name in (JSON, CONFIG)}
     if all(file.is_file() for file in beside.values()):
         texts = {name: file.read_text(encoding="utf-8") for name, file in beside.items()}
-        difference = first_difference(tokenizer, path.read_bytes(), texts[JSON], _SAMPLES)
-        if difference is not None:
-            raise UserError(f"{beside[JSON]} does not encode as {path} does: {difference}")
+        fast = tokenizers.Tokenizer.from_str(texts[JSON])
+        for text in _SAMPLES:
+            if fast.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+                raise UserError(f"{beside[JSON]} does not encode as {path} does, for one {text!r}")
     else:
         texts = build_tokenizer_json(path)
     for name, text in texts.items():
@@ -100,14 +119,12 @@ def _write_from_sentencepiece(tokenizer: SentencePieceTokenizer, folder: Path) -
 
 def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
     """For a bare tokenizer.json: its class, and the token that ends a text."""
-    import tokenizers
-
     end = tokenizers.Tokenizer.from_file(str(tokenizer.path)).id_to_token(tokenizer.eod)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, folder: Path, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
+def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
     """Copy the tokenizer's files of a Hugging Face folder, as they are, into `folder`, which is made.
 
     A generation_config.json with the ids in `tokens` goes with them: an export from there on has it again.
@@ -119,13 +136,13 @@ def copy_tokenizer(source: Path, folder: Path, vocab_size: int, tokens: dict[str
         UserError: the tokenizer has more ids than the model.
     """
     names = [name for name in (MODEL, JSON, CONFIG, *_OTHERS) if (source / name).is_file()]
-    kept = next((name for name in (JSON, MODEL) if name in names), None)
-    if kept is None:
+    read = hf_tokenizer_file(source, family)
+    if read is None:
         return None
-    check_vocabulary(load_tokenizer(source / kept), vocab_size, None)
+    check_vocabulary(load_hf_tokenizer(read, tokens), vocab_size, None)
     folder.mkdir()
     for name in names:
         shutil.copyfile(source / name, folder / name)
     generation = {**tokens, **read_generation_config(source)}
     (folder / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    return folder / kept
+    return folder / read.name

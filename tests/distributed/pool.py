@@ -246,16 +246,16 @@ class _Server:
 
 
 def _dump_stacks(workers: list[_Worker]) -> None:
-    """Have the workers write their stacks to the log, and wait for it to stand still, 3 s at most."""
-    begun = size = os.fstat(2).st_size
+    """Have the workers write their stacks to the log, one after the other: at once, their lines would mix."""
     for worker in workers:
+        begun = size = os.fstat(2).st_size
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker.process.pid or 0, signal.SIGUSR1)
-    for _ in range(12):
-        time.sleep(0.25)
-        before, size = size, os.fstat(2).st_size
-        if before == size > begun:
-            return
+        for _ in range(50):  # until it has written and stands still, 5 s at most
+            time.sleep(0.1)
+            before, size = size, os.fstat(2).st_size
+            if before == size and b"Current thread" in os.pread(2, size - begun, begun):
+                break
 
 
 def _outcome(worker: _Worker) -> bytes | str:

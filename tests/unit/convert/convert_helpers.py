@@ -13,8 +13,11 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.exporting import ExportOptions, ExportResult, export
+from plt_megatron.hf.importing import ImportOptions, ImportResult, import_model
 from plt_megatron.hf.rules import rules_for
 from plt_megatron.hf.verification import single_process
+from plt_megatron.train.checkpoint import read_weights
 
 VOCAB = 117
 # No two sizes agree by accident, and the window is shorter than the texts.
@@ -126,3 +129,14 @@ def hf_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32, **options)
     with torch.no_grad():
         return model.eval()(tokens, use_cache=False).logits
+
+
+def quiet(options: tuple, **others: Any) -> ExportResult:
+    """Export without a word."""
+    return export(ExportOptions(*options, **others), say=lambda line: None)
+
+
+def imported(folder: Path, output: Path, **options: Any) -> tuple[ImportResult, dict[str, Tensor]]:
+    """(result, weights by our names)"""
+    result = import_model(ImportOptions(folder, output, **options))
+    return result, dict(read_weights(output))

@@ -1,4 +1,4 @@
-"""Imports: transformers' own tiny models, LoopCoder-v2's exact naming, our exports; and what is none of these."""
+"""Imports: transformers' own tiny models, our own exports, and what is neither."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from convert_helpers import (
     VARIANTS,
     VOCAB,
     hf_logits,
+    imported,
     make_model,
     make_tokens,
     megatron_logits,
+    quiet,
     random_weights,
     save_run,
 )
 from safetensors.torch import load_file, save_file
-from test_convert_to_hf import load_tool, quiet
+from test_convert_to_hf import load_tool
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source
 from plt_megatron.train.checkpoint import read_progress, read_weights
-from tests.hf.reference import Reference
 
 TINY = {
     "vocab_size": VOCAB,
@@ -74,12 +75,6 @@ def save_dense(folder, name, dtype=torch.float32, **others):
     model.save_pretrained(folder, **others)
     with torch.no_grad():
         return model, model.float()(make_tokens(), use_cache=False).logits
-
-
-def imported(folder, output, **options):
-    """(result, weights by our names)"""
-    result = import_model(ImportOptions(folder, output, **options))
-    return result, dict(read_weights(output))
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -138,136 +133,6 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
     assert result.dropped == 4 and one.keys() == {key for key in weights if ".plt_gate." not in key}
 
 
-# ---------------------------------------------------------------- LoopCoder-v2
-
-LOOPCODER_KEYS = {
-    "architectures": ["IQuestPLTCoderForCausalLM"],
-    "auto_map": {"AutoConfig": "configuration_iquestpltcoder.IQuestPLTCoderConfig"},
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": [2, 64, 69],
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "hidden_size": 48,
-    "initializer_range": 0.02,
-    "intermediate_size": 56,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "iquestpltcoder",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "plt_emb_scale": 0.707,
-    "plt_gate_use_hidden_states": True,
-    "plt_hidden_scale": 0.053,
-    "plt_normalize_per_loop": True,
-    "plt_num_loops": 2,
-    "plt_window_size": [64, 0],
-    "rms_norm_eps": 1e-5,
-    "rope_scaling": None,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_cache": True,
-    "vocab_size": VOCAB,
-}
-
-
-def save_loopcoder(folder, **changes):
-    """Small random weights under LoopCoder-v2's names."""
-    keys = {**LOOPCODER_KEYS, **changes}
-    generator = torch.Generator().manual_seed(11)
-    gate_width = 48 if keys["plt_gate_use_hidden_states"] else 16
-    shapes = {"model.embed_tokens.weight": (VOCAB, 48), "model.norm.weight": (48,), "lm_head.weight": (VOCAB, 48)}
-    for layer in range(2):
-        inside = {
-            "input_layernorm.weight": (48,),
-            "post_attention_layernorm.weight": (48,),
-            "self_attn.q_proj.weight": (64, 48),
-            "self_attn.k_proj.weight": (32, 48),
-            "self_attn.v_proj.weight": (32, 48),
-            "self_attn.o_proj.weight": (48, 64),
-            "self_attn.plt_gate.weight": (4, gate_width),
-            "self_attn.plt_gate.bias": (4,),
-            "mlp.gate_proj.weight": (56, 48),
-            "mlp.up_proj.weight": (56, 48),
-            "mlp.down_proj.weight": (48, 56),
-        }
-        if gate_width == 48:
-            inside["self_attn.plt_gate.gate_norm.weight"] = (48,)
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in inside.items()}
-    tensors = {}
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=generator)
-        tensors[name] = (1 + 0.2 * values if "norm" in name else 0.2 * values).bfloat16()
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(keys))
-    return tensors
-
-
-class Published:
-    """LoopCoder-v2's model in the reference's terms, from what its report and its config say."""
-
-    def __init__(self, **changes):
-        self.num_hidden_layers, self.num_attention_heads, self.head_dim = 2, 4, 16
-        self.rms_norm_eps, self.rope_parameters = 1e-5, {"rope_theta": 500000.0}
-        self.norm_placement, self.qk_norm, self.ffn_output_norm = "pre", False, False
-        self.tie_word_embeddings, self.share_kv, self.gated_window, self.cross_loop_parallel = False, True, True, True
-        self.window_size, self.gate_input, self.gate_side, self.norm_between_loops = 65, "hidden", "global", True
-        self.embedding_scale, self.hidden_scale, self.loop_count = 0.707, 0.053, 2
-        vars(self).update(changes)
-
-
-@pytest.mark.parametrize(
-    ("keys", "published"),
-    [
-        ({}, {}),
-        ({"plt_num_loops": 3, "plt_window_size": [2, 0]}, {"loop_count": 3, "window_size": 3}),
-        (
-            {"plt_gate_use_hidden_states": False, "plt_emb_scale": None, "plt_hidden_scale": None},
-            {"gate_input": "query", "embedding_scale": 1.0, "hidden_scale": 1.0},
-        ),
-        ({"plt_normalize_per_loop": False}, {"norm_between_loops": False}),
-    ],
-)
-def test_loopcoder_runs_in_our_code_and_goes_back(tmp_path, keys, published):
-    tensors = save_loopcoder(tmp_path / "v2", **keys)
-    result, weights = imported(tmp_path / "v2", tmp_path / "run")
-    assert result.precision == "bf16" and result.fresh == result.dropped == 0
-    tokens = make_tokens(1, 80)  # longer than the window
-    reference = Reference(Published(**published), tensors)
-    expected = reference.logits(tokens[0])[0]
-    # Straight into our code, by way of a training checkpoint, and in training.
-    quiet((tmp_path / "v2", tmp_path / "straight", "fp32"))
-    quiet((tmp_path / "run", tmp_path / "out", "fp32"))
-    for folder in ("straight", "out"):
-        assert (hf_logits(tmp_path / folder, tokens)[0] - expected).abs().max() < 1e-4
-    actual = megatron_logits(result.model, weights, tokens)
-    assert (actual[0] - expected).abs().max() < 1e-4
-    # And back: names, bits and keys.
-    quiet((tmp_path / "run", tmp_path / "back"), style="loopcoder", verify=True)
-    back = load_file(tmp_path / "back" / "model.safetensors")
-    assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
-    written = json.loads((tmp_path / "back" / "config.json").read_text())
-    none_is_one = {key: 1.0 for key in ("plt_emb_scale", "plt_hidden_scale") if keys.get(key, 0) is None}
-    expected_keys = {**LOOPCODER_KEYS, **keys, **none_is_one}
-    del expected_keys["auto_map"]  # its class is not ours to ship
-    assert written == expected_keys
-    assert not (tmp_path / "back" / "modeling_plt.py").exists()
-
-
-def test_a_local_gate_travels_through_loopcoders_format(tmp_path):
-    model = make_model(share_embeddings_and_output_weights=False)
-    weights = random_weights(model)
-    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "v2"), style="loopcoder", verify=True)
-    result, back = imported(tmp_path / "v2", tmp_path / "back")
-    assert result.model.gate_side == "global"
-    before, after = megatron_logits(model, weights, make_tokens()), megatron_logits(result.model, back, make_tokens())
-    assert (before - after).abs().max() < 1e-5
-
-
 # ---------------------------------------------------------------- what is written
 
 
@@ -320,6 +185,8 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
     assert tokenizer("the loop")["input_ids"] == AutoTokenizer.from_pretrained(folder)("the loop")["input_ids"]
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [2, 5] and settings["temperature"] == 0.6
+    (folder / "tokenizer_config.json").unlink()  # config.json alone says where a text ends
+    assert open_source(folder).tokenizer.eod == 2
     small = tmp_path / "small"
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(small)
     for path in tokenizer_model.parent.iterdir():
@@ -377,20 +244,6 @@ def test_models_we_do_not_have(tmp_path, family, keys, message):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"plt_window_size": [64, 1]}, r"plt_window_size \[64, 1\] looks ahead"),
-        ({"plt_num_loops": 9}, "plt_num_loops must be from 1 to 8, not 9"),
-        ({"plt_window_size": 64}, "config.json: "),
-    ],
-)
-def test_loopcoders_we_do_not_have(tmp_path, keys, message):
-    save_loopcoder(tmp_path / "v2", **keys)
-    with pytest.raises(UserError, match=message):
-        import_model(ImportOptions(tmp_path / "v2", tmp_path / "run"))
-
-
 def test_broken_folders(tmp_path):
     run = tmp_path / "run"
 
@@ -417,6 +270,25 @@ def test_broken_folders(tmp_path):
     refused(folder, f"{shard.name} is missing")
     (folder / "config.json").write_text("{")
     refused(folder, "config.json: not a JSON object")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("x.safetensors: damaged")])
+def test_nothing_half_written(tmp_path, monkeypatch, error):
+    from plt_megatron.hf.safetensors_files import SafetensorsFolder
+
+    save_dense(tmp_path / "hf", "llama")
+    read, calls = SafetensorsFolder.read, []
+
+    def failing(self, name):
+        calls.append(name)
+        if len(calls) == 5:
+            raise error
+        return read(self, name)
+
+    monkeypatch.setattr(SafetensorsFolder, "read", failing)
+    with pytest.raises(UserError, match="No space left on device; nothing is written|^x.safetensors: damaged$"):
+        import_model(ImportOptions(tmp_path / "hf", tmp_path / "run"))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -18,6 +18,7 @@ from convert_helpers import (
     make_model,
     make_tokens,
     megatron_logits,
+    quiet,
     random_weights,
     save_run,
 )
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
 from plt_megatron.hf.exporting import ExportOptions, export
+from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source
 
 
@@ -35,10 +37,6 @@ def run(tmp_path):
     model = make_model()
     weights = random_weights(model)
     return save_run(tmp_path / "run", model, weights), model, weights
-
-
-def quiet(options, **others):
-    return export(ExportOptions(*options, **others), say=lambda line: None)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -96,6 +94,9 @@ def test_everything_a_user_needs(tmp_path, tokenizer_model):
     assert tokenizer.decode(tokenizer("def f(x):\n    return 12,5 \u00e9t\u00e9")["input_ids"]) == (
         "def f(x):\n    return 12,5 \u00e9t\u00e9"
     )
+    imported = import_model(ImportOptions(tmp_path / "out", tmp_path / "back"))
+    assert imported.tokenizer is not None  # the data's own: samples tokenized with it stay usable
+    assert open_fingerprint(imported.tokenizer) == open_fingerprint(tokenizer_model)
     generate = pipeline("text-generation", model=str(tmp_path / "out"), trust_remote_code=True)
     assert generate("the loop", max_new_tokens=4)[0]["generated_text"].startswith("the loop")
 

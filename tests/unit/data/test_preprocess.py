@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -451,3 +452,19 @@ def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: P
     manifest = run([path], tmp_path / "x", bpe_model, read=settings)
     assert documents(tmp_path / "x") == expected(bpe_model, ["one", "two"])
     assert manifest["bad_lines"] == {"empty": 1, "too long": 1}
+
+
+def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C goes to all processes of the terminal: one line, status 130, no worker left, and work kept."""
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(4000, seed=2))
+    arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
+    process = start(*arguments, "--shard-mb", 0.02)
+    assert wait_until(lambda: list((tmp_path / "x.partial").glob("0*.json")), process)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for member in [*workers, psutil.Process(process.pid)]:
+        member.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130, error
+    assert error == "interrupted: the same command goes on where this one stopped\n"
+    wait_until(lambda: not any(map(alive, workers)))
+    assert list((tmp_path / "x.partial").glob("0*.json"))

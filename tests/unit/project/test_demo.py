@@ -32,6 +32,8 @@ class Commands:
             "tools/train_tokenizer.py": self.tokenizer,
             "tools/preprocess_data.py": self.tokens,
             "launch/local.py": self.train,
+            "tools/convert_to_hf.py": self.export,
+            "tools/generate.py": lambda arguments: None,
         }[script](arguments)
 
     def tokenizer(self, arguments: tuple[str, ...]) -> None:
@@ -58,6 +60,13 @@ class Commands:
             for count in config.validation.loop_counts
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "latest").write_text("step_00000020\n")
+
+    def export(self, arguments: tuple[str, ...]) -> None:
+        folder = Path(arguments[arguments.index("--output") + 1])
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
 
     def scripts(self) -> list[str]:
         return [call[0] for call in self.calls]
@@ -86,17 +95,19 @@ ALL = [
     "tools/preprocess_data.py",
     "launch/local.py",
     "launch/local.py",
+    "tools/convert_to_hf.py",
 ]
+SAMPLE = ["tools/generate.py"]  # each time
 
 
 def test_all_is_done_once_and_in_order(commands, capsys):
     demo.run_demo()
-    assert commands.scripts() == ALL
+    assert commands.scripts() == ALL + SAMPLE
     first = capsys.readouterr().out
     demo.run_demo()
-    assert commands.scripts() == ALL
+    assert commands.scripts() == ALL + SAMPLE + SAMPLE
     second = capsys.readouterr().out
-    assert second.count("already done") == 5 and "already done" not in first
+    assert second.count("already done") == 6 and "already done" not in first
     assert second.split("\n\n")[1] == first.split("\n\n")[1]  # the same table
 
 
@@ -146,7 +157,7 @@ def test_a_failed_step_ends_it_and_the_next_try_goes_on_there(commands):
     assert commands.scripts() == ALL[:4]
     commands.broken, commands.calls = "", []
     demo.run_demo()
-    assert commands.scripts() == ALL[3:]
+    assert commands.scripts() == ALL[3:] + SAMPLE
 
 
 def test_another_corpus_means_all_of_it_again(commands):
@@ -154,10 +165,10 @@ def test_another_corpus_means_all_of_it_again(commands):
     commands.calls = []
     demo.CORPUS["train"].write_text(json.dumps({"text": "another Python's"}) + "\n")
     demo.run_demo()
-    assert commands.scripts() == []  # the stamp put the corpus right, and the rest follows from it
+    assert commands.scripts() == SAMPLE  # the stamp put the corpus right, and the rest follows from it
     (demo.FOLDER / "stamps" / "tokenizer.json").unlink()
     demo.run_demo()
-    assert commands.scripts() == ALL[:1]
+    assert commands.scripts() == SAMPLE + ALL[:1] + SAMPLE
 
 
 def test_a_command_that_fails_is_named(tmp_path, monkeypatch):
