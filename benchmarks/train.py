@@ -134,11 +134,8 @@ class Contest:
         context, hidden = self.batch.context(), None
         embeddings = self.stage.embed(self.batch)
         for loop in (1, 2):
-            hidden = self.stage.decoder(
-                hidden_states=self.stage._loop_input(self.batch, context.at_loop(loop), hidden, embeddings),
-                attention_mask=None,
-                rotary_pos_emb=self.stage._rotary_embedding(self.batch),
-                packed_seq_params=context.at_loop(loop),
+            hidden = self.stage.run_loop(
+                self.batch, context.at_loop(loop), hidden, last_loop=False, embeddings=embeddings
             )
         hidden.backward(torch.ones_like(hidden))
 

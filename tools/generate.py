@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from plt_megatron.errors import run_command  # noqa: E402
+from plt_megatron.errors import run_command
 
 
 def main() -> int:

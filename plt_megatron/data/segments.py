@@ -8,18 +8,17 @@ times sentencepiece's own rate on one core, with identical ids.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 # Sentencepiece writes a space as U+2581 and cannot tell the two apart afterwards, so neither do these patterns.
-_SPACE = " \u2581"
-_PUNCTUATION = r"!-/:-@\[-`{-~"
-# In both patterns a border depends on nothing but the two characters around it: that makes the check in
+# In all of them a border depends on nothing but the two characters around it: that makes the check in
 # `crosses_no_piece` (each piece is one segment) sufficient for any text.
+_SPACE = " \u2581"
 COARSE = re.compile(rf"\n|[{_SPACE}]++[^{_SPACE}\n]*+|[^{_SPACE}\n]++")
-WORDS = re.compile(
-    rf"\n|[{_SPACE}]*+(?:[A-Za-z]++|[0-9]|[{_PUNCTUATION}]++|[^{_SPACE}\nA-Za-z0-9{_PUNCTUATION}]++)|[{_SPACE}]++"
-)
+# About the letters; which characters count as such bears on speed only.
+_LETTERS = ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x1FFF), (0x2C00, 0x2DFF), (0x3040, 0xD7FF), (0xF900, 0xFDFF))
 _CUT = re.compile(rf"\n|(?<=[^{_SPACE}\n])[{_SPACE}]")
 
 _ENTRIES = 400_000  # in the cache, about 80 MB
@@ -30,6 +29,54 @@ _CHUNK = 1 << 20  # characters whose segments are in memory at once
 def crosses_no_piece(pattern: re.Pattern[str], pieces: Sequence[str]) -> bool:
     """Whether `pattern` cuts no piece of the vocabulary in two."""
     return all(len(pattern.findall(piece)) == 1 for piece in pieces if piece)
+
+
+def word_pattern(pieces: Sequence[str]) -> re.Pattern[str] | None:
+    """The finest pattern that cuts no piece of the vocabulary: words, single digits, runs of everything else.
+
+    Characters at a border inside a piece become "glue", at which no word ends or begins. None if that is not enough.
+    """
+    glue: set[str] = set()
+    while True:
+        pattern = _compile_words(glue)
+        cut = [segments for piece in pieces if len(segments := pattern.findall(piece)) > 1]
+        if not cut:
+            return pattern
+        for segments in cut:
+            for left, right in itertools.pairwise(segments):
+                pair = (left[-1], right[0])
+                if glue.intersection(pair):
+                    continue
+                sticky = max(pair, key=lambda character: (not character.isascii(), not character.isalnum()))
+                if (sticky.isascii() and sticky.isalnum()) or sticky in _SPACE + "\n":
+                    return None
+                glue.add(sticky)
+
+
+def _compile_words(glue: set[str]) -> re.Pattern[str]:
+    letters = "".join(f"{_escape(first)}-{_escape(last)}" for first, last in _without(_LETTERS, glue))
+    joint = "".join(_escape(ord(character)) for character in sorted(glue))
+    word = rf"[{letters}]++|[0-9]|[^{_SPACE}\n0-9{letters}{joint}]++"
+    if joint:
+        word = rf"(?:{word})(?:[{joint}]++(?:{word})?+)*+|(?:[{joint}]++(?:{word})?+)++"
+    return re.compile(rf"\n|[{_SPACE}]*+(?:{word})|[{_SPACE}]++")
+
+
+def _escape(code: int) -> str:
+    return f"\\U{code:08x}"
+
+
+def _without(ranges: Sequence[tuple[int, int]], characters: set[str]) -> Iterator[tuple[int, int]]:
+    """The ranges of code points without some of them."""
+    codes = sorted(map(ord, characters))
+    for first, last in ranges:
+        for code in codes:
+            if first <= code <= last:
+                if first < code:
+                    yield first, code - 1
+                first = code + 1
+        if first <= last:
+            yield first, last
 
 
 def chunks(text: str, size: int = _CHUNK) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from plt_megatron.data.segments import COARSE, WORDS, SegmentEncoder, chunks, crosses_no_piece
+from plt_megatron.data.segments import COARSE, SegmentEncoder, chunks, crosses_no_piece, word_pattern
 from plt_megatron.errors import UserError
 
 # Looked for in this order when the tokenizer does not say which token ends a document.
@@ -145,7 +145,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _segment_encoder(self, proto: Any) -> SegmentEncoder | None:
         if proto.trainer_spec.model_type != proto.trainer_spec.BPE or not self._splits_exactly(proto):
             return None
-        pattern = WORDS if crosses_no_piece(WORDS, self._pieces(proto)) else COARSE
+        pattern = word_pattern(self._pieces(proto)) or COARSE
         return SegmentEncoder(self._encode_segment, pattern, self._user_defined(proto))
 
     def _is_exact_unigram(self, proto: Any) -> bool:

@@ -32,4 +32,6 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
     seconds = time.perf_counter() - started
-    return tokenizer.decode(output[0], skip_special_tokens=True), seconds
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text, seconds

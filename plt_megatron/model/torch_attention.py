@@ -6,6 +6,8 @@ that they can see, never an n x n score matrix. Packed documents do not see each
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,61 +61,77 @@ def window_attention(
 ) -> Tensor:
     """Sliding-window attention: a query sees the last `window_size` keys, its own included (paper section 3.3).
 
-    Shapes and `documents` as in `causal_attention`. Time and memory are O(s * window_size).
+    Shapes and `documents` as in `causal_attention`. Time and memory are O(s * window_size): each block of w queries is
+    multiplied with its own block of keys and the one before it. Blocks lie outermost in memory, so that "the block
+    before" is a view.
     """
     s, b, heads, d = query.shape
-    if window_size >= s:
+    w = window_size
+    if w >= s:
         return causal_attention(query, key, value, softmax_scale=softmax_scale, documents=documents)
     groups = key.shape[2]
-    blocks = -(-s // window_size)
-    padding = blocks * window_size - s
-    if padding:
-        query, key, value = (F.pad(tensor, (0, 0, 0, 0, 0, 0, 0, padding)) for tensor in (query, key, value))
     per_group = heads // groups
-    # [b, groups, blocks, heads per group * w, d]: the queries of one group share its keys in one product.
-    query = query.reshape(blocks, window_size, b, groups, per_group, d).permute(2, 3, 0, 4, 1, 5)
-    query = query.reshape(b * groups * blocks, per_group * window_size, d)
-    keys, values = (_two_blocks(tensor, blocks, window_size) for tensor in (key, value))
+    blocks = -(-s // w)
+    batch = blocks * b * groups
+    # The queries of one group share its keys in one product: [blocks * b * groups, per_group * w, d].
+    query = _in_blocks(query, blocks, w, groups).reshape(batch, per_group * w, d)
+    keys, values = (_with_empty_block(_in_blocks(tensor, blocks, w, groups)) for tensor in (key, value))
+    bias_before, bias_own = _window_bias(b, groups, per_group, w, blocks, s, documents, query)
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    bias = _window_bias(s, blocks, window_size, documents, query)  # [1 or b, blocks, w, 2w]
-    scores = _biased_scores(query, keys, bias, (b, groups, blocks, per_group), scale)
-    out = torch.bmm(scores.softmax(dim=-1), values)
-    out = out.view(b, groups, blocks, per_group, window_size, d).permute(2, 4, 0, 1, 3, 5)
-    return out.reshape(blocks * window_size, b, heads, d)[:s]
+    before = torch.baddbmm(bias_before, query, keys[:batch].transpose(1, 2), alpha=scale)
+    own = torch.baddbmm(bias_own, query, keys[-batch:].transpose(1, 2), alpha=scale)
+    weights = torch.cat((before, own), dim=-1).softmax(dim=-1)
+    out = torch.baddbmm(torch.bmm(weights[..., :w], values[:batch]), weights[..., w:], values[-batch:])
+    out = out.view(blocks, b, heads, w, d).permute(0, 3, 1, 2, 4)
+    return out.reshape(blocks * w, b, heads, d)[:s]
 
 
-def _two_blocks(tensor: Tensor, blocks: int, window_size: int) -> Tensor:
-    """[blocks * w, b, groups, d] -> [b * groups * blocks, 2w, d]: each block behind the one before it."""
-    _, b, groups, d = tensor.shape
-    tensor = tensor.view(blocks, window_size, b, groups, d)
-    previous = F.pad(tensor[:-1], (0, 0, 0, 0, 0, 0, 0, 0, 1, 0))
-    both = torch.cat((previous, tensor), dim=1)
-    return both.permute(2, 3, 0, 1, 4).reshape(b * groups * blocks, 2 * window_size, d)
+def _in_blocks(tensor: Tensor, blocks: int, w: int, groups: int) -> Tensor:
+    """[s, b, groups * r, d] -> [blocks, b, groups, r * w, d], padded with zeros to whole blocks; one copy."""
+    s, b, heads, d = tensor.shape
+    if blocks * w > s:
+        tensor = F.pad(tensor, (0, 0, 0, 0, 0, 0, 0, blocks * w - s))
+    tensor = tensor.reshape(blocks, w, b, groups, heads // groups, d)
+    return tensor.permute(0, 2, 3, 4, 1, 5).reshape(blocks, b, groups, heads // groups * w, d)
 
 
-def _biased_scores(query: Tensor, keys: Tensor, bias: Tensor, sizes: tuple[int, int, int, int], scale: float) -> Tensor:
-    b, groups, blocks, per_group = sizes
-    w = bias.shape[-2]
-    expanded = bias[:, None, :, None].expand(b, groups, blocks, per_group, w, 2 * w)
-    expanded = expanded.reshape(b * groups * blocks, per_group * w, 2 * w)
-    return torch.baddbmm(expanded, query, keys.transpose(1, 2), alpha=scale)
+def _with_empty_block(tensor: Tensor) -> Tensor:
+    """[blocks, b, groups, w, d] -> [(blocks + 1) * b * groups, w, d]: a block of zeros stands before the first."""
+    return torch.cat((torch.zeros_like(tensor[:1]), tensor)).flatten(0, 2)
 
 
-def _window_bias(s: int, blocks: int, w: int, documents: Documents | None, like: Tensor) -> Tensor:
-    """0 where query i of a block sees key j of the two blocks, -inf elsewhere: [1 or b, blocks, w, 2w].
+def _window_bias(
+    b: int, groups: int, per_group: int, w: int, blocks: int, s: int, documents: Documents | None, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """0 where a query of a block sees a key of the block before it, and of its own block; -inf elsewhere.
 
-    Query i of block k is token k*w + i, key j is token (k-1)*w + j; it is seen when i < j <= i + w, when it is a real
-    token (block 0 has none before it) and of the same document. Padded queries see themselves, so that no row is empty.
+    Query i of a block sees key j of the block before if j > i, of its own if j <= i; of its own document only, and
+    nothing before the first block. Each is broadcastable to [blocks * b * groups, per_group * w, w].
     """
-    device = like.device
-    i = torch.arange(w, device=device)[:, None]
-    j = torch.arange(2 * w, device=device)[None, :]
-    seen = ((j > i) & (j <= i + w)).expand(1, blocks, w, 2 * w)
-    first = (torch.arange(blocks, device=device) == 0)[None, :, None, None]
-    seen = seen & ~(first & (j < w))
-    if documents is not None:
-        segments = F.pad(documents.segments, (w, blocks * w - s), value=-1)  # [b, w + blocks * w]
-        of_queries = segments[:, w:].unflatten(1, (blocks, w))
-        of_keys = segments.unfold(1, 2 * w, w)  # [b, blocks, 2w]
-        seen = seen & (of_queries[..., :, None] == of_keys[..., None, :])
-    return torch.zeros(seen.shape, dtype=like.dtype, device=device).masked_fill_(~seen, float("-inf"))
+    if documents is None:
+        return _causal_bias(b * groups, per_group, w, blocks, like.dtype, like.device)
+    i = torch.arange(w, device=like.device)
+    segments = F.pad(documents.segments, (w, blocks * w - s), value=-1).unflatten(1, (blocks + 1, w)).transpose(0, 1)
+    of_queries = segments[1:, :, :, None]  # [blocks, b, w, 1]
+    same_before, same_own = of_queries == segments[:-1, :, None, :], of_queries == segments[1:, :, None, :]
+    seen = (same_before & (i[None, :] > i[:, None]), same_own & (i[None, :] <= i[:, None]))
+    before, own = (
+        part[:, :, None, None].expand(blocks, b, groups, per_group, w, w).reshape(-1, per_group * w, w) for part in seen
+    )
+    return _as_bias(before, like.dtype), _as_bias(own, like.dtype)
+
+
+@lru_cache(maxsize=8)
+def _causal_bias(
+    rows: int, per_group: int, w: int, blocks: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`_window_bias` without documents: the same for every layer, loop and step."""
+    i = torch.arange(w, device=device)
+    own = (i[None, :] <= i[:, None]).repeat(per_group, 1)[None]
+    before = (~own).expand(blocks, -1, -1).clone()
+    before[0] = False
+    return _as_bias(before.repeat_interleave(rows, dim=0), dtype), _as_bias(own, dtype)
+
+
+def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))

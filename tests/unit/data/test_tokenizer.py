@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as FastTokenizer
 
-from plt_megatron.data.segments import COARSE, WORDS, chunks, crosses_no_piece
+from plt_megatron.data.segments import COARSE, chunks, crosses_no_piece, word_pattern
 from plt_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, token_dtype
 from plt_megatron.data.tokenizer_training import hostile_strings
 from plt_megatron.errors import UserError
@@ -93,14 +93,61 @@ def test_cutting_is_exact_for_any_border(bpe_model: Path, texts: list[str]) -> N
     pieces = [plain.id_to_piece(index) for index in ids if not plain.is_byte(index)]
     rng = random.Random(3)
     noise = ["".join(rng.choices("aA1_. \n\u2581\u00e9\u65e5\t-", k=60)) for _ in range(200)]
-    for pattern in (COARSE, WORDS):
+    words = word_pattern(pieces)
+    assert words is not None
+    for pattern in (COARSE, words):
         assert crosses_no_piece(pattern, pieces)
         for text in texts[:50] + noise:
             segments = pattern.findall(text)
             assert "".join(segments) == text
             assert sum(map(plain.encode, segments), []) == plain.encode(text)
     assert not crosses_no_piece(COARSE, ["a\u2581b"])
-    assert not crosses_no_piece(WORDS, ["a1"])
+
+
+def test_words_are_cut_as_finely_as_the_vocabulary_allows() -> None:
+    def cut(pieces: list[str], text: str) -> list[str] | None:
+        pattern = word_pattern(pieces)
+        return None if pattern is None else pattern.findall(text)
+
+    plain = ["\u2581the", "ing", "))", "\t#", "\u00b0'", "ci\u00f3n", "\u65e5\u672c", "1"]
+    text = "f(x1) = na\u00efve  \u65e5\u672c \u00b0'12\n\t#y"
+    expected = ["f", "(", "x", "1", ")", " =", " na\u00efve", "  \u65e5\u672c", " \u00b0'", "1", "2", "\n", "\t#", "y"]
+    assert cut(plain, text) == expected
+    glued = [*plain, "\u00f7'", "\u2581'\u00f7'", "_a"]  # joins only where these two characters are
+    assert cut(glued, text) == expected
+    assert cut(glued, "a'b 7\u00f7'c_d1_ _") == ["a", "'", "b", " 7\u00f7'", "c_d", "1_", " _"]
+    assert cut([*plain, "a1"], text) is None
+    assert cut([*plain, "a\u2581b"], text) is None
+    assert cut([*plain, "\n\n"], text) is None
+
+
+def test_vocabularies_that_mix_kinds_of_characters(tmp_path: Path) -> None:
+    """Pieces with accents, tabs and symbols beside ASCII: still cut into words, and still exact."""
+    words = [
+        "ci\u00f3n",
+        "\u00f7'x",
+        "\u00e9t\u00e9",
+        "\t#a",
+        "\u0641'\u064b'",
+        "_a_b",
+        "\u00b0),",
+        "co\u0308op",
+        "\u2014'",
+    ]
+    rng = random.Random(5)
+    lines = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
+    settings = {
+        "vocab_size": 400, "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False, "split_by_unicode_script": False, "character_coverage": 1.0,
+    }  # fmt: skip
+    path = train_plainly(lines, tmp_path / "m.model", **settings)
+    tokenizer, plain = load_tokenizer(path), reference(path)
+    assert isinstance(tokenizer, SentencePieceTokenizer) and tokenizer._segments is not None
+    assert tokenizer._segments._pattern is not COARSE
+    alphabet = sorted(set("".join(words))) + [" ", "\n", "1"]
+    noise = ["".join(rng.choices(alphabet, k=50)) for _ in range(500)]
+    for text in lines + noise:
+        assert tokenizer.encode(text) == plain.encode(text)
 
 
 def test_chunks_cut_only_at_borders() -> None:
@@ -198,5 +245,5 @@ def test_the_fast_way_is_taken(bpe_model: Path, unigram_model: Path) -> None:
     """Guards the speed: nothing else notices when models of ours stop being cut."""
     bpe, unigram = load_tokenizer(bpe_model), load_tokenizer(unigram_model)
     assert isinstance(bpe, SentencePieceTokenizer) and isinstance(unigram, SentencePieceTokenizer)
-    assert bpe._segments is not None and bpe._segments._pattern is WORDS
+    assert bpe._segments is not None and bpe._segments._pattern is not COARSE
     assert unigram._exact_chunks
