@@ -460,9 +460,11 @@ def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
     arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
     process = start(*arguments, "--shard-mb", 0.02)
     assert wait_until(lambda: list((tmp_path / "x.partial").glob("0*.json")), process)
+    process.send_signal(signal.SIGSTOP)  # so that it does not finish while its workers are looked up
     workers = psutil.Process(process.pid).children(recursive=True)
     for member in [*workers, psutil.Process(process.pid)]:
         member.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     error = process.communicate()[1]
     assert process.returncode == 130, error
     assert error == "interrupted: the same command goes on where this one stopped\n"
