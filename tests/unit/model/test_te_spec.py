@@ -1,4 +1,4 @@
-"""The Transformer Engine layer spec: refused clearly where TE is missing, built with the same parameters where it is."""
+"""The Transformer Engine layer spec: refused clearly without TE, built with the same parameters where it is."""
 
 from __future__ import annotations
 
