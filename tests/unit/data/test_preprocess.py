@@ -456,7 +456,7 @@ def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: P
 
 def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
     """Ctrl-C goes to all processes of the terminal: one line, status 130, no worker left, and work kept."""
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(4000, seed=2))
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(4000, seed=2) * 15)  # seconds of work, of which little is done
     arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
     process = start(*arguments, "--shard-mb", 0.02)
     assert wait_until(lambda: list((tmp_path / "x.partial").glob("0*.json")), process)
