@@ -10,7 +10,6 @@ A run starts from it with `include: runs/qwen3/model.yaml` in its configuration.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -64,14 +63,9 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
-    from plt_megatron.errors import run_command
+    from plt_megatron.hf.command_line import run_conversion
 
-    try:
-        return run_command(lambda: _import(arguments))
-    except KeyboardInterrupt:
-        print("interrupted: nothing is written", file=sys.stderr)
-        return 130
+    return run_conversion(lambda: _import(arguments))
 
 
 if __name__ == "__main__":

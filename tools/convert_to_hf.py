@@ -9,7 +9,6 @@ The folder then works with `AutoModelForCausalLM.from_pretrained(folder, trust_r
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
@@ -75,14 +74,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
-    from plt_megatron.errors import run_command
+    from plt_megatron.hf.command_line import run_conversion
 
-    try:
-        return run_command(lambda: _export(arguments))
-    except KeyboardInterrupt:
-        print("interrupted: nothing is written", file=sys.stderr)
-        return 130
+    return run_conversion(lambda: _export(arguments))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import warnings
+from collections.abc import Callable
+
+from plt_megatron.errors import run_command
+
+
+def run_conversion(convert: Callable[[], None]) -> int:
+    """Run a conversion, which leaves nothing half-written however it ends; returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return run_command(convert)
+    except KeyboardInterrupt:
+        print("interrupted: nothing is written", file=sys.stderr)
+        return 130
 
 
 def quiet_imports() -> None:

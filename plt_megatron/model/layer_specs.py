@@ -24,21 +24,25 @@ from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import resolve_backend
 
 
-class OutputNormMLP(MLP):
-    """megatron-core's MLP with an RMSNorm on its output, before the residual is added (the paper's dense models;
-    `norm_placement: post`)."""
+class _OutputNorm:
+    """Puts an RMSNorm on the output of the megatron-core module beside which it is inherited."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config: Any = self.config
+        config: Any = self.config  # type: ignore[attr-defined]
         norm = norm_class(resolve_backend(config.plt))
         self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As megatron-core's: ([s (/ TP), b, h], bias or None)."""
-        output, bias = super().forward(*args, **kwargs)
+        output, bias = super().forward(*args, **kwargs)  # type: ignore[misc]
         assert bias is None
         return self.output_norm(output), None
+
+
+class OutputNormMLP(_OutputNorm, MLP):
+    """megatron-core's MLP with an RMSNorm on its output, before the residual is added (the paper's dense models;
+    `norm_placement: post`)."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -49,20 +53,8 @@ class OutputNormMLP(MLP):
         return state | sharded_state_dict_default(*norm, tp_group=self.tp_group)
 
 
-class OutputNormSelfAttention(PLTSelfAttention):
+class OutputNormSelfAttention(_OutputNorm, PLTSelfAttention):
     """Self-attention with an RMSNorm on its output, before the residual is added (`norm_placement: post`)."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        config: Any = self.config
-        norm = norm_class(resolve_backend(config.plt))
-        self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As megatron-core's: ([s (/ TP), b, h], bias or None)."""
-        output, bias = super().forward(*args, **kwargs)
-        assert bias is None
-        return self.output_norm(output), None
 
 
 def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:

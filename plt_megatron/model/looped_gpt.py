@@ -11,7 +11,6 @@ With E the token embeddings and f the shared stack,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -236,10 +235,6 @@ class LoopedGPT(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
-
-    def set_input_tensor(self, input_tensor: Any) -> None:
-        """Part of what megatron-core's schedules ask of a model; one whole stage has no input from another."""
-        assert not input_tensor or all(tensor is None for tensor in input_tensor)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:

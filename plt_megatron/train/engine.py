@@ -64,9 +64,6 @@ class MegatronEngine:
     Args:
         config: a validated configuration; process groups exist.
         vocab_size: the tokenizer's.
-
-    Attributes:
-        microbatch_losses: (sum of token losses, tokens that count) of each microbatch run last, on the last stage.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
@@ -91,7 +88,7 @@ class MegatronEngine:
         self.ddp = wrap_ddp(self.stage, parallel.overlap_grad_reduce)
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.ddp])
         self.scheduler = _lr_scheduler(config, self.optimizer)
-        self.microbatch_losses: list[tuple[float, int]] = []
+        self._results: list[Tensor] = []
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
     def train_step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool] = finite_step) -> StepResult:
@@ -128,6 +125,11 @@ class MegatronEngine:
         with torch.no_grad():
             return self._run(batches, loop_count, forward_only=True)
 
+    @property
+    def microbatch_losses(self) -> list[tuple[float, int]]:
+        """(sum of token losses, tokens that count) of each microbatch run last, on the last stage."""
+        return [(float(loss), int(tokens)) for loss, tokens in self._results]
+
     def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> tuple[float, int]:
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
@@ -163,7 +165,7 @@ class MegatronEngine:
 
     def _reduce(self, results: list[Tensor]) -> tuple[float, int]:
         """Sum the last stage's (loss, tokens) over data-parallel ranks and tell the other stages."""
-        self.microbatch_losses = [(float(loss), int(tokens)) for loss, tokens in results]
+        self._results = results
         device = torch.cuda.current_device()
         total = torch.stack(results).sum(dim=0) if results else torch.zeros(2, dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self.groups.dp_cp)
