@@ -1,0 +1,100 @@
+"""Several runs in one job array: which they are, and what they share."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm import run_folder
+from plt_megatron.slurm.job import CODE_NAME, LOGS_NAME
+from plt_megatron.slurm.resources import Resources
+from plt_megatron.slurm.script import Array
+from plt_megatron.slurm.times import format_duration
+
+if TYPE_CHECKING:
+    from plt_megatron.slurm.submission import Member
+
+SUFFIX = ".array"
+
+
+def config_paths(source: str) -> list[Path]:
+    """The configurations of an array.
+
+    Args:
+        source: a file that lists them, one path a line (empty lines and # comments aside), or a folder of run folders.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(path.glob(f"*/{run_folder.CONFIG_NAME}"))
+        if not found:
+            raise UserError(f"--array {source}: no */{run_folder.CONFIG_NAME} in this folder")
+        return found
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--array: cannot read {source}: {getattr(error, 'strerror', None) or error}") from error
+    found = [Path(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise UserError(f"--array {source}: the file names no configuration; one path a line")
+    return found
+
+
+def check_distinct(runs: Sequence[tuple[str, Path]]) -> None:
+    """Raise `UserError` where two members would write into one folder."""
+    counts = Counter(run for _, run in runs)
+    twice = [run for run, count in counts.items() if count > 1]
+    if twice:
+        raise UserError(f"--array: {counts[twice[0]]} configurations have the run folder {twice[0]}: give each a name")
+
+
+def plan_array(source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None) -> Array:
+    """The array of these runs. Its own folder lies beside them."""
+    path = Path(source)
+    name = name or (path.resolve().name if path.is_dir() else path.stem)
+    parent = Path(os.path.commonpath([run.parent for run in runs]))
+    folder = parent / (name.replace(os.sep, "-") + SUFFIX)
+    return Array(folder, run_folder.job_name(folder, name), len(runs), max_concurrent)
+
+
+def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:
+    """Fill the array's folder; returns the snapshot of the code that its members share.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        (array.folder / LOGS_NAME).mkdir(parents=True, exist_ok=True)
+        run_folder.snapshot_code(root, array.folder)
+        array.runs_file.write_text("".join(f"{run}\n" for run in runs), encoding="utf-8")
+        run_folder.write_script(array.folder, script)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or array.folder}: {error.strerror or error}") from error
+    return array.folder / CODE_NAME
+
+
+def describe_array(array: Array, members: Sequence[Member], resources: Resources) -> list[tuple[str, str]]:
+    """Name and value of each line about the members."""
+    cap = f", at most {array.max_concurrent} at a time" if array.max_concurrent else ""
+    rows = [("array", f"{array.members} runs{cap}; {array.folder}")]
+    total = 0.0
+    for member in members:
+        seconds = member.ahead.remaining_seconds
+        total += (seconds or 0.0) * resources.world_size / 3600
+        duration = format_duration(seconds) if seconds is not None else "unknown time"
+        rows.append(
+            (
+                f"  {member.label}",
+                f"{member.ahead.estimate.parameters_total:,} parameters, {member.ahead.estimate.tokens:,} tokens, "
+                f"{duration}; {member.run}",
+            )
+        )
+    if all(member.ahead.remaining_seconds is not None for member in members):
+        rows.append(("in all", f"{total:,.1f} {'process' if resources.card == 'cpu' else 'GPU'}-hours"))
+    return rows

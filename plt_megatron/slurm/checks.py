@@ -1,0 +1,197 @@
+"""Memory, storage and time: what a run is estimated to need, against what the job gets."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
+from plt_megatron.slurm.progress import checkpoint_steps, measured_tokens_per_second
+from plt_megatron.slurm.resources import Resources
+from plt_megatron.slurm.times import format_duration
+
+# Slurm may send the signal this much earlier than asked.
+SIGNAL_EARLY_SECONDS = 60
+# Until the first step: preflight, imports, NCCL, a checkpoint to read. A guess; it decides only close calls.
+START_SECONDS = 120
+_CPU_SHARE = 0.5  # of a CPU's matrix product rate that training reaches
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a run before it starts. Seconds None: not known.
+
+    Attributes:
+        start_step: it goes on from.
+        measured: whether the step's time is that of this run's earlier steps instead of an estimate.
+        checkpoint_bytes: one checkpoint; 0 if none are written.
+        storage_bytes: what checkpoints will take besides those that are there.
+        free_bytes: on the file system of the run's folder.
+    """
+
+    estimate: RunEstimate
+    steps: int
+    start_step: int
+    step_seconds: float | None
+    measured: bool
+    checkpoint_bytes: int
+    storage_bytes: int
+    free_bytes: int
+
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Until the last step."""
+        return None if self.step_seconds is None else (self.steps - self.start_step) * self.step_seconds
+
+
+def forecast(
+    config: RunConfig, run: Path, resources: Resources, vocab_size: int, tflops_per_process: float | None
+) -> Forecast:
+    """Look ahead.
+
+    Args:
+        config: valid for `resources.world_size` processes.
+        vocab_size: the tokenizer's, or the model's.
+        tflops_per_process: of a CPU cluster; None: not known.
+    """
+    estimate = estimate_run(
+        config,
+        gpu=resources.card,
+        world_size=resources.world_size,
+        gpus_per_node=resources.processes_per_node,
+        vocab_size=vocab_size,
+    )
+    kept = checkpoint_steps(run)
+    step_seconds: float | None = estimate.step_seconds
+    if resources.card == "cpu":
+        rate = config.logging.peak_tflops or tflops_per_process
+        work = estimate.flops_per_token * derived.tokens_per_step(config)
+        step_seconds = work / (rate * 1e12 * _CPU_SHARE * resources.world_size) if rate else None
+    measured = measured_tokens_per_second(run, resources.world_size)
+    if measured:
+        step_seconds = derived.tokens_per_step(config) / measured
+    size = estimate.checkpoint_bytes if config.checkpoint.enabled else 0
+    return Forecast(
+        estimate=estimate,
+        steps=derived.train_iters(config),
+        start_step=kept[-1] if kept else 0,
+        step_seconds=step_seconds,
+        measured=bool(measured),
+        checkpoint_bytes=size,
+        storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,
+        free_bytes=shutil.disk_usage(next(path for path in (run, *run.parents) if path.exists())).free,
+    )
+
+
+def _checkpoints_at_most(config: RunConfig) -> int:
+    """Checkpoints that lie beside one another at some time: the last ones, the one being written, those for good."""
+    checkpoint, steps = config.checkpoint, derived.train_iters(config)
+    interval = checkpoint.save_interval or steps
+    for_good = 0
+    if checkpoint.keep_every:
+        for_good = sum(1 for step in range(interval, steps + 1, interval) if step % checkpoint.keep_every == 0)
+    return min(checkpoint.keep_last + 1 + for_good, -(-steps // interval) + 1)
+
+
+def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
+    """Whether the worst rank fits its device."""
+    estimate = ahead.estimate
+    if resources.card == "cpu":
+        needed, there = resources.processes_per_node * estimate.peak_memory_bytes, resources.node_memory_bytes
+        if there is None or needed <= there:
+            return []
+        return [
+            f"memory: {resources.processes_per_node} processes of {gibibytes(estimate.peak_memory_bytes)} need "
+            f"{gibibytes(needed)} a node, which has {gibibytes(there)}; {_MEMORY_ADVICE}"
+        ]
+    if estimate.fits:
+        return []
+    worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
+    largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
+    parts = ", ".join(f"{name} {gibibytes(size)}" for name, size in largest)
+    return [
+        f"memory: a rank needs {gibibytes(estimate.peak_memory_bytes)} ({parts}), a {resources.card.upper()} has "
+        f"{gibibytes(estimate.device_memory_bytes)} of which a part must stay free; {_MEMORY_ADVICE}"
+    ]
+
+
+_MEMORY_ADVICE = (
+    "raise parallel.tensor_model_parallel_size or pipeline_model_parallel_size, set "
+    "parallel.recompute_granularity=full, or lower training.micro_batch_size"
+)
+
+
+def storage_problems(ahead: Forecast, run: Path) -> list[str]:
+    """Whether the checkpoints fit the file system. Quotas are not seen."""
+    if ahead.storage_bytes <= ahead.free_bytes:
+        return []
+    return [
+        f"output_dir: checkpoints of {gigabytes(ahead.checkpoint_bytes)} will need {gigabytes(ahead.storage_bytes)}, "
+        f"the file system of {run} has {gigabytes(ahead.free_bytes)} free: lower checkpoint.keep_last or "
+        "checkpoint.keep_every, or choose another output_dir"
+    ]
+
+
+def usable_seconds(limit: int, margin: int) -> int:
+    """Of a job's time limit: what is left for steps."""
+    return limit - margin - SIGNAL_EARLY_SECONDS - START_SECONDS
+
+
+def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -> list[str]:
+    """Whether one job reaches a checkpoint of its own: a job that does not may start over for ever."""
+    if limit <= margin + SIGNAL_EARLY_SECONDS:
+        return [
+            f"--time {format_duration(limit)}: the job is told to save {margin} s before the limit, which leaves "
+            "nothing; give more time or a smaller --signal-margin"
+        ]
+    if ahead.step_seconds is None or not config.checkpoint.enabled:
+        return []
+    interval = min(config.checkpoint.save_interval or ahead.steps, ahead.steps - ahead.start_step)
+    needed = interval * ahead.step_seconds
+    if needed <= usable_seconds(limit, margin):
+        return []
+    advice = "lower checkpoint.save_interval" if config.checkpoint.save_interval else "set checkpoint.save_interval"
+    return [
+        f"--time {format_duration(limit)} is too short for one checkpoint interval: {interval:,} steps of "
+        f"{ahead.step_seconds:.3g} s take {format_duration(needed)}, and {format_duration(limit)} leaves "
+        f"{format_duration(usable_seconds(limit, margin))} for steps; {advice} or give more time"
+    ]
+
+
+def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, chain: int) -> list[str]:
+    """What to expect where one job is not enough, or the margin before its limit is short; one line each."""
+    remaining, step_seconds = ahead.remaining_seconds, ahead.step_seconds
+    if remaining is None or step_seconds is None:
+        return []
+    warnings = []
+    if 2 * step_seconds > margin:
+        warnings.append(
+            f"a step takes about {step_seconds:.3g} s, and the job is told to save {margin} s before its limit: "
+            f"give --signal-margin {round(3 * step_seconds) + margin}"
+        )
+    usable = max(1, usable_seconds(limit, margin))
+    jobs = max(1, math.ceil(remaining / usable))
+    if jobs > chain and not requeue:
+        reached = min(ahead.steps, ahead.start_step + int(chain * usable / step_seconds))
+        given = "one job" if chain == 1 else f"--chain {chain}"
+        warnings.append(
+            f"the run needs about {format_duration(remaining)}, so {given} of {format_duration(limit)} ends at about "
+            f"step {reached:,} of {ahead.steps:,}: give --chain {jobs} or --requeue"
+        )
+    return warnings
+
+
+def gibibytes(size: float) -> str:
+    """Bytes as `12.3 GiB` (2^30): how the memory of devices is counted."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as `12.3 GB` (10^9)."""
+    if size >= 1e12:
+        return f"{size / 1e12:.2f} TB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,0 +1,161 @@
+"""`launch/submit.py --follow`: a run's steps and its jobs' states as they come."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.slurm import client
+from plt_megatron.slurm.in_job.records import WHY
+from plt_megatron.slurm.progress import METRICS, read_progress
+from plt_megatron.slurm.submission import Submission
+
+_LOOK_SECONDS = 1.0  # at files
+_ASK_SECONDS = 5.0  # Slurm: its controller serves everybody
+
+
+def follow(
+    submission: Submission,
+    *,
+    look_seconds: float = _LOOK_SECONDS,
+    ask_seconds: float = _ASK_SECONDS,
+    say: Callable[[str], None] | None = None,
+) -> int:
+    """Print what happens until all jobs have ended. Ctrl-C stops the printing, not the jobs.
+
+    Returns:
+        0 if every run is finished, or the user left; else 1.
+    """
+    say = say or _print
+    several = len(submission.runs) > 1
+    tails = [_Tail(run, f"{run.name}: " if several else "") for run in submission.runs]
+    ids = [job_id for each in submission.job_ids for job_id in each]
+    states = _States(
+        ids, {i: f"{tail.label}" for tail, each in zip(tails, submission.job_ids, strict=True) for i in each}
+    )
+    asked = 0.0
+    try:
+        while True:
+            now = time.monotonic()
+            if now - asked >= ask_seconds or not asked:
+                asked = now
+                for line in states.changes():
+                    say(line)
+            # In this order: what was written before a job ended is still shown.
+            for tail in tails:
+                for line in tail.lines():
+                    say(line)
+            if states.ended:
+                return _conclude(submission, tails, say)
+            time.sleep(look_seconds)
+    except KeyboardInterrupt:
+        say(f"\nno longer followed; the job goes on. To cancel it: scancel {' '.join(_whole(ids))}")
+        return 0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _whole(ids: list[str]) -> list[str]:
+    """An array's members as the array."""
+    return list(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
+
+
+def _conclude(submission: Submission, tails: list[_Tail], say: Callable[[str], None]) -> int:
+    status = 0
+    for run, tail in zip(submission.runs, tails, strict=True):
+        progress = read_progress(run)
+        if progress.finished:
+            say(f"{tail.label}finished: step {progress.step:,} of {progress.steps:,}; {run}")
+            continue
+        status = 1
+        say(f"{tail.label}not finished: step {progress.step:,}, last checkpoint at step {progress.checkpoint:,}; {run}")
+        if (run / WHY).is_file():
+            say(f"{tail.label}{(run / WHY).read_text(encoding='utf-8', errors='replace').rstrip()}")
+        elif progress.restarts:
+            say(f"{tail.label}{progress.restarts[-1]}")
+    return status
+
+
+class _States:
+    """What Slurm says of the jobs. `ended`: none of them runs or is going to."""
+
+    def __init__(self, ids: list[str], labels: dict[str, str]) -> None:
+        self._ids, self._labels = ids, labels
+        self._last: dict[str, str] = {}
+        self._problem = ""
+        self.ended = False
+
+    def changes(self) -> list[str]:
+        """A line for each change since the last call."""
+        try:
+            jobs = {job.id: job for job in client.my_jobs() if job.id in self._labels}
+        except client.SlurmError as error:
+            # A controller that restarts is no reason to leave: it is asked again.
+            changed, self._problem = str(error) != self._problem, str(error)
+            return [f"Slurm does not answer, asked again: {error}"] if changed else []
+        self._problem = ""
+        lines = []
+        for job_id in self._ids:
+            job = jobs.get(job_id)
+            # Slurm forgets a job some minutes after its end.
+            text = _describe(job) if job else "has ended"
+            if self._last.get(job_id) != text:
+                self._last[job_id] = text
+                lines.append(f"{self._labels[job_id]}job {job_id} {text}")
+        self.ended = not any(job.active for job in jobs.values())
+        return lines
+
+
+def _describe(job: client.Job) -> str:
+    state = job.state.lower()
+    if job.state == "PENDING":
+        return f"is pending ({job.reason})"
+    return f"is {state} on {job.nodes}" if job.state == "RUNNING" else f"is {state}"
+
+
+class _Tail:
+    """New records of metrics.jsonl, as lines. A trainer that resumes writes the file anew, up to where it resumes."""
+
+    def __init__(self, run: Path, label: str) -> None:
+        self.run, self.label = run, label
+        self._path = run / METRICS
+        self._inode, self._offset = self._where()
+        self._steps = read_progress(run).steps
+
+    def _where(self) -> tuple[int, int]:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return 0, 0
+        return found.st_ino, found.st_size
+
+    def lines(self) -> list[str]:
+        inode, size = self._where()
+        if not inode:
+            return []
+        if inode != self._inode and self._inode:
+            self._inode, self._offset = inode, size
+            return [f"{self.label}goes on after step {read_progress(self.run).step:,}"]
+        self._inode = inode
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        records = [json.loads(line) for line in complete.splitlines()]
+        return [self.label + _step_line(record, self._steps) for record in records]
+
+
+def _step_line(record: dict[str, Any], steps: int | None) -> str:
+    where = f"step {record['step']:,}/{steps:,}" if steps else f"step {record['step']:,}"
+    if record["kind"] == "validation":
+        return f"{where}: validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}"
+    rate = record.get("tokens_per_second")
+    mfu = record.get("mfu")
+    speed = f", {rate:,.0f} tokens/s" if rate else ""
+    return f"{where}: loss {record['loss']:.4f}{speed}" + (f", MFU {100 * mfu:.1f} %" if mfu else "")

@@ -1,0 +1,320 @@
+"""What the first node's launcher decides for all: a state machine without sockets or processes of its own.
+
+    joining -> preflight -> training -> settling -> stopping -> (preflight ...) -> over
+
+Nodes tell it what happens, it tells them what to do. A node that is silent or gone, a process that fails anywhere and a
+request to stop end an attempt on every node; then it is started again in the same allocation, or the job ends with a
+status that says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from plt_megatron.errors import EXIT_USER_ERROR
+from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
+from plt_megatron.slurm.in_job import decisions, preflight, records
+from plt_megatron.slurm.in_job.allocation import Allocation
+from plt_megatron.slurm.in_job.failures import Exit, is_explained, outcome_of
+from plt_megatron.slurm.in_job.records import Outcome, Records
+from plt_megatron.slurm.job import JobSettings
+
+EXIT_FAILED, EXIT_BAD_NODE, EXIT_NODE_LOST = 1, 76, 77
+
+JOIN_SECONDS = 300.0  # until all nodes have said hello: containers start at their own pace
+PROBE_SECONDS = 180.0  # the check of devices and links, imports from a busy file system included
+SILENCE_SECONDS = 120.0  # without a word from a node: it is gone
+_SUSPICIOUS_SECONDS = 8.0  # ... when Slurm ends the job at the same time
+SETTLE_SECONDS = 3.0  # after a failure: others' last words say more about the cause
+UNEXPLAINED_SECONDS = 15.0  # ... where none has said what it was: the trainer's watchdog names a rank that hangs
+STOP_SECONDS = 30.0  # for the nodes to have ended their processes
+_STRAGGLER_SECONDS = 1800.0  # after the first process has left in peace
+
+_PEACEFUL = (0, EXIT_PREEMPTED)
+_NEXT_TRY_STATUS = {
+    records.FINISHED: 0,
+    records.PREEMPTED: EXIT_PREEMPTED,
+    records.FAILED: EXIT_FAILED,
+    records.NODE_FAILED: EXIT_NODE_LOST,
+}
+
+
+class Coordinator:
+    """Runs the job of one allocation.
+
+    Args:
+        send: gives a message to a node.
+        say: gives a line to the log.
+        clock: seconds, for tests.
+
+    Attributes:
+        status: the exit status of all launchers, once all is over; until then None.
+    """
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        settings: JobSettings,
+        run_records: Records,
+        send: Callable[[str, dict[str, Any]], None],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.status: int | None = None
+        self._allocation, self._settings, self._records = allocation, settings, run_records
+        self._send, self._say, self._clock = send, say, clock
+        self._facts: dict[str, preflight.Facts] = {}
+        self._gone: set[str] = set()
+        self._heard = {node: clock() for node in allocation.nodes}
+        self._preempted = False
+        self._restarts = 0
+        self._state, self._deadline = "", 0.0
+        self._node_of: dict[int, str] = {}  # of the processes of the check
+        self._results: dict[int, preflight.Facts] = {}
+        self._exits: list[Exit] = []
+        self._outcome: Outcome | None = None
+        self._waiting_for: set[str] = set()
+        self.attempt = run_records.begin()
+        self._enter("joining", JOIN_SECONDS)
+
+    # What nodes say.
+
+    def handle(self, node: str, message: dict[str, Any]) -> None:
+        """A message from a node."""
+        self._heard[node] = self._clock()
+        handler = {
+            "hello": self._on_hello,
+            "probe": self._on_probe,
+            "exited": self._on_exited,
+            "stopped": self._on_stopped,
+        }.get(message["type"])
+        if handler is not None and self.status is None:
+            handler(node, message)
+
+    def preempt(self) -> None:
+        """Slurm asks the job to leave: have the processes save and stop."""
+        if self._preempted or self.status is not None:
+            return
+        self._preempted = True
+        now = self._clock()
+        silent = [node for node, heard in self._heard.items() if now - heard > _SUSPICIOUS_SECONDS]
+        if silent and self._state == "training":
+            self.lost(silent[0], f"silent for {now - self._heard[silent[0]]:.0f} s when Slurm ended the job")
+            return
+        self._say("asked to stop: saving")
+        if self._state == "training":
+            self._send_all({"type": "preempt"})
+        elif self._state in ("joining", "preflight"):
+            self._stop(Outcome(records.PREEMPTED, "asked to stop before training began"))
+
+    def lost(self, node: str, why: str) -> None:
+        """A node's launcher is gone."""
+        if node in self._gone or self.status is not None:
+            return
+        self._gone.add(node)
+        if self._state == "stopping":
+            self._on_stopped(node, {})
+        else:
+            self._stop(Outcome(records.NODE_FAILED, f"{node} is lost: {why}"))
+
+    def tick(self) -> None:
+        """Look at the clock; called often."""
+        if self.status is not None:
+            return
+        now = self._clock()
+        for node, heard in list(self._heard.items()):
+            if now - heard > SILENCE_SECONDS and self._state != "joining":
+                self.lost(node, f"no word from its launcher for {now - heard:.0f} s")
+        if self.status is None and now >= self._deadline:
+            self._on_deadline()
+
+    # Joining and preflight.
+
+    def _on_hello(self, node: str, message: dict[str, Any]) -> None:
+        if self._state != "joining" or node in self._facts:
+            return
+        self._facts[node] = message["facts"]
+        if len(self._facts) == len(self._allocation.nodes):
+            self._check_facts()
+
+    def _check_facts(self) -> None:
+        facts = {node: self._facts[node] for node in self._allocation.nodes}
+        first = facts[self._allocation.first_node]
+        versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+        self._say(f"preflight: {len(facts)} node(s), {len(first['devices'])} GPU(s) on the first, {versions}")
+        skews = {node: abs(fact.get("skew", 0.0)) for node, fact in facts.items()}
+        worst = max(skews, key=lambda node: skews[node])
+        self._say(f"preflight: clocks within {skews[worst]:.3f} s of the first node's ({worst} the furthest)")
+        shared = preflight.shared_problem(first)
+        if shared is not None:
+            self._stop(Outcome(records.FAILED, f"preflight: {shared}", retry=False))
+            return
+        bad = preflight.judge(facts, self._settings.gpus_per_node)
+        if bad:
+            self._stop(self._bad_nodes(bad))
+        else:
+            self._preflight()
+
+    def _bad_nodes(self, bad: dict[str, str]) -> Outcome:
+        reason = "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items())
+        if len(bad) == len(self._allocation.nodes) and len(bad) > 1:
+            # All the same: no other node would do better.
+            return Outcome(records.FAILED, reason, retry=False)
+        return Outcome(records.NODE_FAILED, reason, bad_nodes=bad)
+
+    def _preflight(self) -> None:
+        if self._preempted:
+            self._stop(Outcome(records.PREEMPTED, "asked to stop before training began"))
+            return
+        per_node = probes_per_node(self._settings)
+        self._node_of = dict(enumerate(node for node in self._allocation.nodes for _ in range(per_node)))
+        self._results = {}
+        if len(self._node_of) == 1:
+            self._train()  # nothing to talk to
+            return
+        self._enter("preflight", PROBE_SECONDS)
+        self._start("probe")
+
+    def _on_probe(self, node: str, message: dict[str, Any]) -> None:
+        if self._state == "preflight" and message.get("attempt") == self.attempt:
+            self._results[int(message["result"]["rank"])] = message["result"]
+
+    def _probe_failed(self, what: str) -> None:
+        bad = preflight.blame(self._results, self._node_of)
+        if bad:
+            self._stop(self._bad_nodes(bad))
+        else:
+            self._stop(Outcome(records.FAILED, f"preflight: {what}; it shows no node that is at fault"))
+
+    def _probe_passed(self) -> None:
+        per_node: dict[str, dict[str, str]] = {}
+        for rank, result in sorted(self._results.items()):
+            per_node.setdefault(self._node_of[rank], result["versions"])
+        bad: dict[str, str] = {}
+        for what in sorted({name for versions in per_node.values() for name in versions}):
+            bad |= preflight.odd_ones({node: v.get(what, "none") for node, v in per_node.items()}, what)
+        if bad:
+            self._stop(self._bad_nodes(bad))
+            return
+        for line in preflight.describe_links(self._results, self._node_of):
+            self._say(f"preflight: {line}")
+        self._train()
+
+    # Training.
+
+    def _train(self) -> None:
+        settings = self._settings
+        self._say(f"training: {settings.nodes} node(s) x {settings.processes_per_node} processes")
+        self._enter("training", float("inf"))
+        self._start("train")
+
+    def _start(self, task: str) -> None:
+        self._exits = []
+        port = self._allocation.rendezvous_port(self.attempt if task == "train" else self.attempt + 1)
+        self._send_all({"type": "start", "task": task, "attempt": self.attempt, "port": port})
+
+    def _on_exited(self, node: str, message: dict[str, Any]) -> None:
+        if message["attempt"] != self.attempt:
+            return
+        end = Exit(int(message["rank"]), node, int(message["code"]), message["lines"])
+        if message["task"] == "probe" and self._state == "preflight":
+            self._probe_ended(end)
+        elif message["task"] == "train" and self._state in ("training", "settling"):
+            self._rank_ended(end)
+
+    def _probe_ended(self, end: Exit) -> None:
+        self._exits.append(end)
+        if end.code:
+            self._probe_failed((end.lines or ["a process of the check failed"])[-1])
+        elif len(self._exits) == len(self._node_of):
+            self._probe_passed()
+
+    def _rank_ended(self, end: Exit) -> None:
+        self._exits.append(end)
+        if len(self._exits) == self._settings.world_size:
+            self._stop(outcome_of(self._exits, self._preempted))
+        elif self._state == "settling" or end.code not in _PEACEFUL:
+            if self._state == "training":
+                self._enter("settling", UNEXPLAINED_SECONDS)
+            if is_explained(self._exits):
+                self._deadline = min(self._deadline, self._clock() + SETTLE_SECONDS)
+        elif self._deadline == float("inf"):
+            self._deadline = self._clock() + _STRAGGLER_SECONDS
+
+    # The end of an attempt.
+
+    def _stop(self, outcome: Outcome) -> None:
+        """End the attempt on all nodes."""
+        self._enter("stopping", STOP_SECONDS)
+        self._outcome = outcome
+        self._waiting_for = set(self._facts) - self._gone  # those that have joined
+        self._send_all({"type": "stop"})
+        if not self._waiting_for:
+            self._conclude(outcome)
+
+    def _on_stopped(self, node: str, message: dict[str, Any]) -> None:
+        if self._state == "stopping" and self._outcome is not None:
+            self._waiting_for.discard(node)
+            if not self._waiting_for:
+                self._conclude(self._outcome)
+
+    def _on_deadline(self) -> None:
+        if self._state == "joining":
+            missing = [node for node in self._allocation.nodes if node not in self._facts]
+            why = f"its launcher did not report within {JOIN_SECONDS:.0f} s"
+            self._stop(self._bad_nodes(dict.fromkeys(missing, why)))
+        elif self._state == "preflight":
+            self._probe_failed(f"the check of devices and links took longer than {PROBE_SECONDS:.0f} s")
+        elif self._state == "training":
+            missing_ranks = sorted(set(range(self._settings.world_size)) - {end.rank for end in self._exits})
+            self._stop(Outcome(records.FAILED, f"ranks {missing_ranks} did not end with the others"))
+        elif self._state == "settling":
+            self._stop(outcome_of(self._exits, self._preempted))
+        elif self._outcome is not None:
+            self._say(f"{', '.join(sorted(self._waiting_for))}: processes could not be ended in {STOP_SECONDS:.0f} s")
+            self._conclude(self._outcome)
+
+    def _conclude(self, outcome: Outcome) -> None:
+        self._records.end(self.attempt, outcome)
+        self._say(f"{outcome.status}: {outcome.reason}")
+        if self._may_restart(outcome):
+            self._restarts += 1
+            self.attempt = self._records.begin()
+            self._say(f"starting again in this allocation, {self._restarts} of {self._settings.max_restarts} times")
+            self._preflight()
+            return
+        self._finish(self._status_of(outcome), outcome.reason)
+
+    def _may_restart(self, outcome: Outcome) -> bool:
+        if outcome.status != records.FAILED or self._preempted or self._gone:
+            return False
+        decision = decisions.decide(records.read_events(self._records.run), self._settings)
+        return decision.action == decisions.AGAIN and self._restarts < self._settings.max_restarts
+
+    def _status_of(self, outcome: Outcome) -> int:
+        if outcome.bad_nodes:
+            return EXIT_BAD_NODE
+        if outcome.status == records.FAILED and not outcome.retry:
+            return EXIT_USER_ERROR
+        return _NEXT_TRY_STATUS[outcome.status]
+
+    def _finish(self, status: int, reason: str) -> None:
+        self._state, self.status = "over", status
+        self._send_all({"type": "quit", "status": status, "reason": reason})
+
+    # Small things.
+
+    def _enter(self, state: str, seconds: float) -> None:
+        self._state, self._deadline = state, self._clock() + seconds
+
+    def _send_all(self, message: dict[str, Any]) -> None:
+        for node in self._allocation.nodes:
+            if node not in self._gone:
+                self._send(node, message)
+
+
+def probes_per_node(settings: JobSettings) -> int:
+    """Processes of the preflight check: one a GPU; where there are none, one a node."""
+    return settings.processes_per_node if settings.gpus_per_node else 1

@@ -1,0 +1,86 @@
+"""What is done after an attempt has ended: nothing more, the same again, the same on other nodes, or giving up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from plt_megatron.slurm.in_job.records import FAILED, FINISHED, PREEMPTED
+from plt_megatron.slurm.job import JobSettings
+
+FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
+# Attempts in a row that come no further, whatever ends them: nodes lost and preemptions are nobody's fault, but a
+# run that is never given the time for a step will not finish either.
+_MOST_FRUITLESS = 6
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do, and why, in one line.
+
+    Attributes:
+        action: finish; again; exclude: again, without `nodes`; halt: a person has stopped it; stop: it is given up.
+    """
+
+    action: str
+    reason: str
+    nodes: dict[str, str] = field(default_factory=dict)
+
+
+def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
+    """What follows from a run's events, the last attempt being over.
+
+    Attempts before the run was given up do not count: somebody has put something right and started it again.
+    """
+    ends = _ends_since_stop(events)
+    last = ends[-1]
+    reason = last["reason"]
+    if last["status"] == FINISHED:
+        return Decision(FINISH, reason)
+    if last.get("bad_nodes"):
+        exclusions = sum(bool(end.get("bad_nodes")) for end in ends)
+        if exclusions <= settings.max_exclusions:
+            return Decision(EXCLUDE, reason, last["bad_nodes"])
+        return Decision(STOP, f"{reason}; {settings.max_exclusions} times already the job went on without bad nodes")
+    if not last.get("retry", True):
+        return Decision(HALT if last["status"] == PREEMPTED else STOP, reason)
+    failures = _fruitless([end for end in ends if end["status"] == FAILED])
+    if last["status"] == FAILED and failures >= settings.max_requeues_without_progress:
+        return Decision(STOP, f"{reason}; {_times(failures)} since the run came further: step {last['step']}")
+    if _fruitless(ends) >= _MOST_FRUITLESS:
+        return Decision(STOP, f"{reason}; {_MOST_FRUITLESS} attempts in a row came no further than step {last['step']}")
+    return Decision(AGAIN, reason)
+
+
+def _times(failures: int) -> str:
+    return "it has failed again" if failures == 1 else f"it has failed {failures} times more"
+
+
+def _ends_since_stop(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ends: list[dict[str, Any]] = []
+    for event in events:
+        if event["event"] == "stop":
+            ends = []
+        elif event["event"] == "end":
+            ends.append(event)
+    assert ends, "an attempt has ended"
+    return ends
+
+
+def _fruitless(ends: list[dict[str, Any]]) -> int:
+    """How many attempts at the end have neither saved nor logged a step beyond those before them."""
+    return next(iter(_counts(ends)), 0)
+
+
+def _counts(ends: list[dict[str, Any]]) -> Iterator[int]:
+    """The count after the last, then after the one before, and so on."""
+    counts, count, checkpoint, step = [], 0, -1, -1
+    for end in ends:
+        if end.get("bad_nodes"):
+            continue  # found before training began
+        further = (end.get("checkpoint") or 0) > checkpoint or (end.get("step") or 0) > step
+        count = 0 if further else count + 1
+        checkpoint, step = max(checkpoint, end.get("checkpoint") or 0), max(step, end.get("step") or 0)
+        counts.append(count)
+    return reversed(counts)

@@ -1,0 +1,79 @@
+"""Which of several processes that failed is the cause, and what of it to tell."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from plt_megatron.errors import EXIT_USER_ERROR
+from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
+from plt_megatron.slurm.in_job import records
+from plt_megatron.slurm.in_job.records import Failure, Outcome
+from plt_megatron.slurm.in_job.workers import describe_exit
+
+# What a rank says whose peer has died: it is the echo of another's failure.
+_ECHOES = re.compile(
+    r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|lost the connection to another rank"
+    r"|DistBackendError|DistNetworkError|DistStoreError|remote process exited|holds the job's store, does not answer"
+    r"|ncclRemoteError|ncclSystemError"
+)
+
+_SILENT = 3  # the rank as a cause of a process that said nothing
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A process's end: its status (negative: a signal) and its last lines."""
+
+    rank: int
+    node: str
+    code: int
+    lines: list[str]
+
+
+def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
+    """How an attempt ended, from the ends of its processes in the order they came in."""
+    failed = [end for end in exits if end.code not in (0, EXIT_PREEMPTED)]
+    if failed:
+        cause = min(failed, key=_rank_as_cause)  # the first of the likeliest
+        user_error = all(end.code == EXIT_USER_ERROR for end in failed)
+        failure = Failure(cause.rank, cause.node, describe_exit(cause.code), cause.lines)
+        said = last_error(cause.lines)
+        reason = f"rank {cause.rank} on {cause.node} {failure.exit}" + (f": {said}" if said else "")
+        return Outcome(records.FAILED, reason, retry=not user_error, failure=failure)
+    if any(end.code == EXIT_PREEMPTED for end in exits):
+        if preempted:
+            return Outcome(records.PREEMPTED, "asked to stop: saved")
+        # Nobody but a person: a file named STOP in the run's folder, or a signal of theirs to a rank.
+        return Outcome(records.PREEMPTED, "stopped by a person, not by Slurm; saved", retry=False)
+    return Outcome(records.FINISHED, "trained to the end")
+
+
+def is_explained(exits: list[Exit]) -> bool:
+    """Whether one of the processes that failed has shown a cause."""
+    return any(_rank_as_cause(end) < _SILENT for end in exits if end.code not in (0, EXIT_PREEMPTED))
+
+
+def _rank_as_cause(end: Exit) -> int:
+    """Small for what is likely the cause, large for what is likely an echo."""
+    if end.code < 0:
+        return 0
+    said = last_error(end.lines)
+    if said is None:
+        return _SILENT
+    if _ECHOES.search(said):
+        return _SILENT + 1
+    if end.code != 1:
+        return 1
+    return 2
+
+
+def last_error(lines: list[str]) -> str | None:
+    """The line that says what went wrong: the last `error:` line, or the last line of a traceback."""
+    for line in reversed(lines):
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    for line in reversed(lines):
+        if re.match(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout)\b", line):
+            return line
+    return None

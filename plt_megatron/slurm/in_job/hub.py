@@ -1,0 +1,131 @@
+"""Where the launchers meet: the first node's listening socket, with the coordinator behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm.in_job.allocation import Allocation
+from plt_megatron.slurm.in_job.coordinator import Coordinator
+from plt_megatron.slurm.in_job.logs import LogFile, merged_log, stamp
+from plt_megatron.slurm.in_job.messages import Channel
+from plt_megatron.slurm.in_job.records import Records
+from plt_megatron.slurm.job import JobSettings
+
+_BEAT_SECONDS = 2.0
+
+
+class Hub:
+    """Connections of all nodes, the first node's own included; writes the merged log.
+
+    Raises:
+        UserError: the port is taken on this node.
+    """
+
+    def __init__(
+        self, run: Path, settings: JobSettings, allocation: Allocation, selector: selectors.BaseSelector
+    ) -> None:
+        self._allocation, self._selector = allocation, selector
+        self._merged = LogFile(merged_log(run))
+        self._strangers: list[Channel] = []
+        self._members: dict[str, Channel] = {}
+        self._next_beat = 0.0
+        self._server = _listen(allocation.launcher_port)
+        selector.register(self._server, selectors.EVENT_READ, self._accept)
+        self.coordinator = Coordinator(allocation, settings, Records(run, allocation), self._send, self.say)
+
+    def say(self, text: str) -> None:
+        """A line of the job's own, to its output and to the merged log."""
+        line = stamp(self.coordinator.attempt, f"launcher {self._allocation.node}", text)
+        print(line, flush=True)
+        self._merged.write([line])
+
+    def turn(self) -> None:
+        """What is due: signs of life, what waits to be sent, and the coordinator's look at the clock."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + _BEAT_SECONDS
+            for node in list(self._members):
+                self._send(node, {"type": "beat"})
+        for node, channel in list(self._members.items()):
+            channel.flush()
+            if channel.closed:
+                self._drop(channel)
+                del self._members[node]
+                self.coordinator.lost(node, "its launcher has ended")
+        self.coordinator.tick()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a node has not been told all, or has not hung up yet."""
+        return bool(self._members)
+
+    def close(self) -> None:
+        """Hang up on everyone."""
+        for channel in [*self._members.values(), *self._strangers]:
+            self._drop(channel)
+        self._selector.unregister(self._server)
+        self._server.close()
+
+    def _send(self, node: str, message: dict[str, Any]) -> None:
+        if node in self._members:
+            self._members[node].send(message)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it has hung up again
+            connection, _ = self._server.accept()
+            channel = Channel(connection)
+            self._strangers.append(channel)
+            self._selector.register(channel, selectors.EVENT_READ, lambda: self._receive(channel))
+
+    def _receive(self, channel: Channel) -> None:
+        for message in channel.receive():
+            node = next((name for name, member in self._members.items() if member is channel), None)
+            if node is None:
+                node = self._introduce(channel, message)
+            if node is None:
+                channel.closed = True
+                break
+            self._hear(node, message)
+        if channel.closed and channel in self._strangers:
+            self._strangers.remove(channel)
+            self._drop(channel)
+
+    def _introduce(self, channel: Channel, message: dict[str, Any]) -> str | None:
+        """Whose launcher this is; None if it is none of this job's."""
+        allocation, node = self._allocation, message.get("node")
+        ours = (message.get("job_id"), message.get("restart_count")) == (allocation.job_id, allocation.restart_count)
+        if message["type"] != "hello" or not ours or node not in allocation.nodes or node in self._members:
+            return None
+        # The message was on its way for milliseconds: what is left is the difference of the clocks.
+        message["facts"]["skew"] = float(message["time"]) - time.time() if node != allocation.first_node else 0.0
+        self._strangers.remove(channel)
+        self._members[node] = channel
+        return node
+
+    def _hear(self, node: str, message: dict[str, Any]) -> None:
+        if message["type"] == "log":
+            self._merged.write(map(str, message["lines"]))
+        if message["type"] == "preempt":
+            self.coordinator.preempt()
+        self.coordinator.handle(node, message)
+
+    def _drop(self, channel: Channel) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(channel)
+        channel.close()
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        return socket.create_server(("", port), backlog=1024, reuse_port=False)
+    except OSError as error:
+        raise UserError(
+            f"port {port} of {socket.gethostname()} cannot be listened on ({error.strerror}): another job's? "
+            "The port follows from the job's id: submit again"
+        ) from error

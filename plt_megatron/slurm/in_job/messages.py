@@ -1,0 +1,88 @@
+"""Messages between launchers: JSON objects, one a line, over TCP sockets that never block."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any
+
+_CHUNK = 1 << 16
+_LONGEST = 1 << 24  # bytes of one message: nothing of ours comes near it
+
+
+class Channel:
+    """One connection.
+
+    Attributes:
+        closed: the other side is gone, or sent what is no message.
+        heard: `time.monotonic()` when something last came in.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connection
+        self._incoming, self._outgoing = bytearray(), bytearray()
+        self.closed = False
+        self.heard = time.monotonic()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._outgoing) and not self.closed
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message, now or with a later `flush`; nothing happens on a closed connection."""
+        if not self.closed:
+            self._outgoing += json.dumps(message).encode() + b"\n"
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits, as far as the network takes it."""
+        try:
+            while self.pending:
+                del self._outgoing[: self._socket.send(self._outgoing)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.closed = True
+
+    def receive(self) -> list[dict[str, Any]]:
+        """The messages that have come in."""
+        while not self.closed:
+            try:
+                data = self._socket.recv(_CHUNK)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data:
+                self.closed = True
+            self._incoming += data
+            self.heard = time.monotonic()
+        return self._parse()
+
+    def _parse(self) -> list[dict[str, Any]]:
+        *lines, rest = self._incoming.split(b"\n")
+        self._incoming = bytearray(rest)
+        messages = []
+        try:
+            for line in lines:
+                message = json.loads(line)
+                if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+                    raise ValueError("no message")
+                messages.append(message)
+        except ValueError:
+            self.closed = True
+        if len(rest) > _LONGEST:
+            self.closed = True
+        return messages
+
+    def close(self) -> None:
+        """Hang up."""
+        self.closed = True
+        self._socket.close()

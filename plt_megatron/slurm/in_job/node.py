@@ -1,0 +1,278 @@
+"""The launcher of one node: `in_job.py node RUN`, started by srun once on each.
+
+It meets the others at the first node's launcher, which also coordinates (`coordinator`), and does what it is told: the
+node's processes are started, watched and ended, their lines logged. One thread, and nothing that waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.slurm.in_job import binding, coordinator, preflight
+from plt_megatron.slurm.in_job.allocation import Allocation, read_allocation
+from plt_megatron.slurm.in_job.hub import Hub
+from plt_megatron.slurm.in_job.logs import LogFile, rank_log, stamp
+from plt_megatron.slurm.in_job.messages import Channel
+from plt_megatron.slurm.in_job.probe import MARK
+from plt_megatron.slurm.in_job.workers import Worker, WorkerGroup, describe_exit
+from plt_megatron.slurm.job import JobSettings, load_settings
+
+_TICK_SECONDS = 0.1
+_BEAT_SECONDS = 2.0
+_REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet
+_CONNECT_SECONDS = 5.0
+_FLUSH_SECONDS = 5.0
+
+
+def launch_node(run: Path) -> int:
+    """Take part in the job's run as one of its nodes; returns the exit status, the same on every node.
+
+    Raises:
+        UserError: this is no Slurm job, or the run's folder is not as launch/submit.py makes it.
+    """
+    settings, allocation = load_settings(run), read_allocation()
+    launcher = NodeLauncher(run, settings, allocation)
+    with launcher.signals():
+        return launcher.launch()
+
+
+class NodeLauncher:
+    """One node's launcher.
+
+    Args:
+        run: the run's folder.
+    """
+
+    def __init__(self, run: Path, settings: JobSettings, allocation: Allocation) -> None:
+        self._run, self._settings, self._allocation = run, settings, allocation
+        self._selector = selectors.DefaultSelector()
+        self._hub: Hub | None = None
+        self._channel: Channel | None = None
+        self._group: WorkerGroup | None = None
+        self._task, self._attempt = "", 0
+        self._logs: dict[int, LogFile] = {}
+        self._asked_to_stop = self._told_to_stop = False
+        self._preempting = self._stopping = False
+        self._next_beat = self._next_signal = 0.0
+        self._status: int | None = None
+        config = load_config(run / "config.yaml")
+        self._threads = config.training.threads_per_process
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Hear what Slurm asks: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
+
+        def hear(number: int, frame: Any) -> None:
+            self._asked_to_stop = True
+
+        previous = {number: signal.signal(number, hear) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def launch(self) -> int:
+        """Until all is over; the exit status."""
+        allocation = self._allocation
+        try:
+            if allocation.is_first:
+                self._hub = Hub(self._run, self._settings, allocation, self._selector)
+            facts = preflight.gather_facts(self._run, write_test=True)
+            self._cpus = os.sched_getaffinity(0)
+            count = self._settings.processes_per_node
+            near = binding.cpus_near_gpus(count) if self._settings.gpus_per_node else []
+            self._shares = binding.share_out(self._cpus, count, near)
+            if self._connect():
+                self._send({"type": "hello", "facts": facts, **self._introduction()})
+            while self._status is None:
+                self._turn()
+            return self._leave()
+        finally:
+            if self._group is not None:
+                self._group.kill()
+
+    def _introduction(self) -> dict[str, Any]:
+        allocation = self._allocation
+        return {
+            "node": allocation.node,
+            "job_id": allocation.job_id,
+            "restart_count": allocation.restart_count,
+            "time": time.time(),
+        }
+
+    def _connect(self) -> bool:
+        """Reach the first node's launcher, which may not be up yet."""
+        address = (self._allocation.first_node, self._allocation.launcher_port)
+        deadline = time.monotonic() + coordinator.JOIN_SECONDS
+        while not self._asked_to_stop or self._hub is not None:
+            try:
+                connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    self._lose(f"{address[0]}, port {address[1]} cannot be reached: {error.strerror or error}")
+                    return False
+                self._turn()
+                continue
+            self._channel = Channel(connection)
+            self._selector.register(self._channel, selectors.EVENT_READ, self._receive)
+            return True
+        self._status = coordinator.EXIT_PREEMPTED
+        return False
+
+    def _turn(self) -> None:
+        """One turn of the loop: what has come in, what has ended, what is due."""
+        for key, _ in self._selector.select(_TICK_SECONDS):
+            key.data()
+        if self._group is not None:
+            self._group.reap()
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat = now + _BEAT_SECONDS
+            self._send({"type": "beat"})
+        if self._asked_to_stop and not self._told_to_stop and self._channel is not None:
+            self._told_to_stop = True
+            self._send({"type": "preempt"})
+        if self._preempting and self._group is not None and now >= self._next_signal:
+            self._next_signal = now + _REPEAT_SECONDS
+            self._group.signal(signal.SIGUSR1)
+        if self._stopping and (self._group is None or not self._group.workers):
+            self._stopping, self._group = False, None
+            self._send({"type": "stopped"})
+        if self._channel is not None:
+            self._channel.flush()
+            if self._status is None and (
+                self._channel.closed or now - self._channel.heard > coordinator.SILENCE_SECONDS
+            ):
+                self._lose(f"{self._allocation.first_node}, which coordinates, is gone")
+        if self._hub is not None:
+            self._hub.turn()
+
+    def _lose(self, why: str) -> None:
+        print(stamp(self._attempt, f"launcher {self._allocation.node}", why), file=sys.stderr, flush=True)
+        self._status = coordinator.EXIT_NODE_LOST
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    # What the coordinator says.
+
+    def _receive(self) -> None:
+        assert self._channel is not None
+        for message in self._channel.receive():
+            kind = message["type"]
+            if kind == "start":
+                self._start(message["task"], int(message["attempt"]), int(message["port"]))
+            elif kind == "preempt":
+                self._preempting = True
+            elif kind == "stop":
+                self._stopping, self._preempting = True, False
+                if self._group is not None:
+                    self._group.kill()
+            elif kind == "quit":
+                self._status = int(message["status"])
+        if self._channel.closed or self._status is not None:
+            self._selector.unregister(self._channel)
+
+    def _start(self, task: str, attempt: int, port: int) -> None:
+        self._task, self._attempt = task, attempt
+        per_node = self._settings.processes_per_node if task == "train" else coordinator.probes_per_node(self._settings)
+        # -P: the package comes from where this file lies, the run's snapshot, also if the job runs in a checkout.
+        command = [self._settings.python, "-P", "-m", "plt_megatron.slurm.in_job.probe"]
+        if task == "train":
+            command = [*command[:-1], "plt_megatron.train.main", str(self._run / "config.yaml")]
+        first = self._allocation.node_index * per_node
+        environments = {
+            first + local: self._environment(first + local, local, per_node, port) for local in range(per_node)
+        }
+        shares = self._shares if per_node == len(self._shares) else [None] * per_node
+        self._group = WorkerGroup(command, environments, shares, self._on_lines, self._on_exit)
+        for worker, cpus in zip(self._group.workers, shares, strict=True):
+            self._selector.register(worker, selectors.EVENT_READ, lambda worker=worker: self._listen(worker))
+            if task == "train":
+                where = f"{self._allocation.node}, process {worker.process.pid}, CPUs {sorted(cpus) if cpus else 'any'}"
+                self._on_lines(
+                    worker.rank, [f"started on {where}, {environments[worker.rank]['OMP_NUM_THREADS']} threads"]
+                )
+
+    def _environment(self, rank: int, local: int, per_node: int, port: int) -> dict[str, str]:
+        settings, own = self._settings, self._shares[local] if local < len(self._shares) else None
+        threads = self._threads or binding.threads(
+            own, self._cpus, settings.processes_per_node, settings.cpus_per_process
+        )
+        paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+        return os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(per_node * settings.nodes),
+            "LOCAL_WORLD_SIZE": str(per_node),
+            "MASTER_ADDR": self._allocation.first_node,
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "GPUS_PER_NODE": str(settings.gpus_per_node),
+            "PROBE_SECONDS": str(coordinator.PROBE_SECONDS),
+        }
+
+    # What the processes say.
+
+    def _listen(self, worker: Worker) -> None:
+        if self._group is None or not self._group.listen(worker):
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(worker)
+
+    def _on_lines(self, rank: int, lines: list[str]) -> None:
+        if self._task == "probe":
+            for line in lines:
+                if line.startswith(MARK):
+                    result = json.loads(line.removeprefix(MARK))
+                    self._send({"type": "probe", "attempt": self._attempt, "result": result})
+            lines = [line for line in lines if not line.startswith(MARK)]
+        who = f"rank {rank}" if self._task == "train" else f"preflight {self._allocation.node} process {rank}"
+        stamped = [stamp(self._attempt, who, line) for line in lines]
+        if self._task == "train":
+            self._logs.setdefault(rank, LogFile(rank_log(self._run, rank))).write(stamped)
+        if stamped:
+            self._send({"type": "log", "lines": stamped})
+
+    def _on_exit(self, worker: Worker, code: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(worker)
+        if self._task == "train":
+            self._on_lines(worker.rank, [describe_exit(code)])
+        self._send(
+            {
+                "type": "exited",
+                "task": self._task,
+                "attempt": self._attempt,
+                "rank": worker.rank,
+                "code": code,
+                "lines": list(worker.tail),
+            }
+        )
+
+    def _leave(self) -> int:
+        assert self._status is not None
+        if self._channel is not None:
+            self._channel.close()
+        if self._hub is not None:
+            deadline = time.monotonic() + _FLUSH_SECONDS
+            while self._hub.pending and time.monotonic() < deadline:
+                for key, _ in self._selector.select(_TICK_SECONDS):
+                    key.data()
+                self._hub.turn()
+            self._hub.close()
+        return self._status

@@ -1,0 +1,193 @@
+"""What is looked at on every node before training, and which node is the odd one out. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "nvidia-nccl-cu12",
+                  "nvidia-nccl-cu13")  # fmt: skip
+_LEAST_SHARED_MEMORY = 64 << 20  # NCCL and the loader's workers exchange through it
+_LEAST_TEMPORARY = 256 << 20
+_LEAST_RUN_FOLDER = 1 << 30
+_LARGEST_SKEW = 5.0  # seconds
+_SLOW = 0.5  # of the median: worth a warning
+
+Facts = dict[str, Any]
+
+
+def gather_facts(run: Path, write_test: bool) -> Facts:
+    """What this node is like: devices, versions, space in bytes (None where there is no such folder).
+
+    Args:
+        write_test: also write to the run's folder and take it away again.
+    """
+    temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+    with contextlib.suppress(OSError):  # then it is not there, and that is told
+        temporary.mkdir(parents=True, exist_ok=True)
+    return {
+        "devices": _devices(),
+        "versions": _versions(),
+        "space": {
+            "/dev/shm": _free(Path("/dev/shm")),
+            "temporary": _free(temporary),
+            "run": _free(run),
+        },
+        "temporary": str(temporary),
+        "run_error": _write_error(run) if write_test else None,
+    }
+
+
+def _devices() -> list[dict[str, str]]:
+    """Model and driver of each NVIDIA GPU that the driver shows."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in done.stdout.strip().splitlines()]
+    return [{"name": row[0], "driver": row[1], "memory": row[2]} for row in rows if len(row) == 3]
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _free(path: Path) -> int | None:
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _write_error(run: Path) -> str | None:
+    path = run / f".write-test-{platform.node()}-{os.getpid()}"
+    try:
+        with path.open("wb") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+    except OSError as error:
+        return f"{run}: cannot be written to ({error.strerror})"
+    return None
+
+
+# Judging.
+
+
+def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
+    """node -> what is wrong with it, by itself or next to the others.
+
+    Args:
+        facts: of each node, the first node first; with `skew`, seconds its clock is ahead of the first node's.
+        gpus_per_node: devices each must have.
+    """
+    problems: dict[str, list[str]] = {node: list(_own_problems(facts[node], gpus_per_node)) for node in facts}
+    if gpus_per_node:
+        kinds = {node: _kinds(facts[node]["devices"][:gpus_per_node]) for node in facts}
+        for node, text in odd_ones(kinds, "devices").items():
+            problems[node].append(text)
+    for what in sorted({name for fact in facts.values() for name in fact["versions"]}):
+        versions = {node: facts[node]["versions"].get(what, "none") for node in facts}
+        for node, text in odd_ones(versions, what).items():
+            problems[node].append(text)
+    return {node: "; ".join(found) for node, found in problems.items() if found}
+
+
+def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
+    found = []
+    if len(facts["devices"]) < gpus_per_node:
+        found.append(f"{len(facts['devices'])} GPUs answer instead of {gpus_per_node}")
+    shared, temporary = facts["space"]["/dev/shm"], facts["space"]["temporary"]
+    for name, free, least in (
+        ("/dev/shm", shared, _LEAST_SHARED_MEMORY),
+        (facts["temporary"], temporary, _LEAST_TEMPORARY),
+    ):
+        if free is None or free < least:
+            found.append(f"{name}: {'not there' if free is None else f'{free >> 20} MiB free'}, {least >> 20} needed")
+    if abs(facts.get("skew", 0.0)) > _LARGEST_SKEW:
+        found.append(f"its clock is {facts['skew']:+.1f} s off the first node's")
+    if facts.get("run_error"):
+        found.append(facts["run_error"])
+    return found
+
+
+def _kinds(devices: list[dict[str, str]]) -> str:
+    counts = Counter(f"{device['name']}, {device['memory']}, driver {device['driver']}" for device in devices)
+    return " and ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "none"
+
+
+def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
+    """The nodes whose value is not the one that most have; of two that are as frequent, the first node's counts."""
+    counts = Counter(values.values())
+    first = next(iter(values.values()))
+    usual = max(counts, key=lambda value: (counts[value], value == first))
+    return {node: f"{what} {value} instead of {usual}" for node, value in values.items() if value != usual}
+
+
+def shared_problem(facts: Facts) -> str | None:
+    """What is wrong with what all nodes share: no other node would help."""
+    free = facts["space"]["run"]
+    if free is not None and free < _LEAST_RUN_FOLDER:
+        return f"the run's folder: {free >> 20} MiB free, {_LEAST_RUN_FOLDER >> 20} needed"
+    return None
+
+
+def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str, str]:
+    """The nodes at fault for a failed check of the devices and links.
+
+    Args:
+        results: what each rank of the check has said last: `stage`, the last one that it has reached, and `error` of
+            its own device, if there was one. Ranks that have said nothing are absent.
+        node_of: the node of each rank.
+
+    Returns:
+        node -> why; empty if it could be any of them.
+    """
+    own = {node_of[rank]: result["error"] for rank, result in results.items() if result.get("error")}
+    if own:
+        return own
+    stages = {rank: int(results[rank]["stage"]) if rank in results else -1 for rank in node_of}
+    furthest = max(stages.values())
+    behind = {node_of[rank] for rank, stage in stages.items() if stage < furthest}
+    if not behind or 2 * len(behind) >= len(set(node_of.values())) + 1:
+        return {}
+    why = "its processes did not come as far as the others' in the check of devices and links"
+    return dict.fromkeys(sorted(behind), why)
+
+
+def describe_links(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> list[str]:
+    """What the check of links has measured, in lines; bandwidths in GB/s."""
+    lines = []
+    collective = [result["all_reduce"] for result in results.values() if result.get("all_reduce")]
+    if collective:
+        lines.append(f"all-reduce over {len(results)} processes: {min(collective):.2f} GB/s a process")
+    links = {rank: result["receive"] for rank, result in sorted(results.items()) if result.get("receive")}
+    if links:
+        median = statistics.median(links.values())
+        slowest = min(links, key=lambda rank: links[rank])
+        before = (slowest - 1) % len(node_of)
+        lines.append(
+            f"point to point, in a ring: {median:.2f} GB/s, the slowest {links[slowest]:.2f} GB/s "
+            f"from {node_of[before]} to {node_of[slowest]}"
+        )
+        if len(links) > 2 and links[slowest] < _SLOW * median:
+            lines.append(f"warning: the link from {node_of[before]} to {node_of[slowest]} is slow")
+    return lines

@@ -1,0 +1,89 @@
+"""What launch/submit.py says of a run before it submits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.slurm.checks import Forecast, gibibytes, gigabytes
+from plt_megatron.slurm.resources import Resources
+from plt_megatron.slurm.times import format_duration
+
+_WIDTH = 15
+
+
+def rows_as_text(rows: Sequence[tuple[str, str]]) -> str:
+    """Lines of name and value."""
+    return "\n".join(f"{name:<{_WIDTH}} {value}" for name, value in rows)
+
+
+def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Forecast) -> list[tuple[str, str]]:
+    """Name and value of each line about one run."""
+    estimate, layout = ahead.estimate, ahead.estimate.layout
+    step_tokens = derived.tokens_per_step(config)
+    rows = [
+        ("run folder", str(run)),
+        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"),
+        ("microbatches", f"{layout.microbatches} per step and data-parallel rank"),
+        (
+            "parameters",
+            f"{estimate.parameters_total:,} ({estimate.parameters_total - estimate.parameters_embedding:,} without "
+            "embeddings)",
+        ),
+        ("tokens", f"{estimate.tokens:,} in {ahead.steps:,} steps of {step_tokens:,}"),
+        ("FLOPs", f"{estimate.total_flops:.3g}, {estimate.flops_per_token:.3g} per token"),
+    ]
+    if ahead.start_step:
+        rows.append(("resumes", f"after step {ahead.start_step:,} of {ahead.steps:,}"))
+    rows += _time(ahead, resources)
+    rows.append(("bubble", f"{100 * estimate.bubble_fraction:.1f} % of a step's work"))
+    rows += _memory(ahead, resources)
+    rows.append(("checkpoints", _storage(ahead)))
+    return rows
+
+
+def _time(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
+    if ahead.step_seconds is None or ahead.remaining_seconds is None:
+        yield "step time", "not known: set tflops_per_process in the cluster's profile, or logging.peak_tflops"
+        return
+    source = "measured in this run's earlier steps" if ahead.measured else "estimated"
+    device = "process-hours" if resources.card == "cpu" else "GPU-hours"
+    hours = ahead.remaining_seconds * resources.world_size / 3600
+    yield "step time", f"{ahead.step_seconds:.3g} s ({source})"
+    yield "run time", f"{format_duration(ahead.remaining_seconds)}, {hours:,.1f} {device}"
+
+
+def _memory(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
+    estimate = ahead.estimate
+    stages = [gibibytes(stage.total_bytes) for stage in estimate.memory]
+    has = "" if resources.card == "cpu" else f"; {resources.card.upper()}: {gibibytes(estimate.device_memory_bytes)}"
+    if len(stages) == 1:
+        yield "memory", f"{stages[0]} per rank (estimated){has}"
+    else:
+        yield "memory", f"per rank of each pipeline stage (estimated): {', '.join(stages)}{has}"
+
+
+def _storage(ahead: Forecast) -> str:
+    if not ahead.checkpoint_bytes:
+        return "none: checkpoint.enabled is false, so nothing can be resumed"
+    return (
+        f"{gigabytes(ahead.checkpoint_bytes)} each, up to {gigabytes(ahead.storage_bytes)} more in all; "
+        f"{gigabytes(ahead.free_bytes)} free"
+    )
+
+
+def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cluster: str | None) -> str:
+    """One line on what is asked of Slurm."""
+    devices = (
+        f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else f"{resources.processes_per_node} processes"
+    )
+    parts = [f"{resources.nodes} nodes x {devices}, {resources.cpus_per_process} CPUs each"]
+    parts.append(f"{format_duration(limit)}" + (f" x {chain} jobs, one after the other" if chain > 1 else ""))
+    if requeue:
+        parts.append("requeued until it is finished")
+    parts.append(f"partition {resources.partition or '(the default)'}")
+    if cluster:
+        parts.append(f"cluster {cluster}")
+    return "; ".join(parts)

@@ -1,0 +1,196 @@
+"""What the job gets of each node, and whether the partition has it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.cards import card_names
+from plt_megatron.slurm.client import NodeGroup, Partition
+from plt_megatron.slurm.profile import ClusterProfile
+from plt_megatron.slurm.times import format_duration
+
+_ASSUMED_GPUS = 8  # where neither option, profile nor Slurm says: only possible with --dry-run
+_ASSUMED_CPUS = 8  # per process, likewise
+_DEFAULT_CARD = "h100"
+
+
+@dataclass
+class Resources:
+    """A job's share of the cluster. `card` is the estimate's name for a process's device."""
+
+    partition: str | None
+    nodes: int
+    processes_per_node: int
+    gpus_per_node: int
+    gpu_type: str | None
+    cpus_per_process: int
+    card: str
+    node_memory_bytes: int | None  # of the smallest node that will do; None: not known
+    notes: list[str] = field(default_factory=list)  # what was assumed
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes_per_node
+
+
+def parse_gpus(text: str) -> tuple[str | None, int]:
+    """`8` as (None, 8), `h100:8` as ("h100", 8).
+
+    Raises:
+        UserError: it is neither.
+    """
+    match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d{1,4})", text, re.ASCII)
+    if match is None:
+        raise UserError(f"--gpus-per-node {text}: expected a number, or a type and a number as in h100:8")
+    return match[1], int(match[2])
+
+
+def resolve(
+    profile: ClusterProfile,
+    available: Sequence[Partition] | None,
+    *,
+    nodes: int,
+    seconds: int,
+    partition: str | None,
+    gpus: tuple[str | None, int] | None,
+) -> tuple[Resources, list[str]]:
+    """Settle what option and profile leave open, and check it against the partition.
+
+    Args:
+        available: the cluster's partitions; None: there is no Slurm to ask.
+        seconds: time limit.
+        partition: of the options; None: the profile's, else the cluster's default.
+        gpus: type and number a node, of the options; None: the profile's, else all that the partition's nodes have.
+
+    Returns:
+        The resources, and one line for each problem.
+    """
+    wanted = partition or profile.partition
+    chosen, problems = _choose(wanted, available)
+    gpu_type, gpu_count = gpus or (None, profile.gpus_per_node)
+    notes = []
+    if gpu_count is None:
+        if profile.processes_per_node:
+            gpu_count = 0
+        elif chosen is not None:
+            gpu_count = chosen.gpus
+            notes.append(f"{gpu_count} GPUs per node, as partition {chosen.name} has")
+        else:
+            gpu_count = _ASSUMED_GPUS
+            notes.append(f"{gpu_count} GPUs per node, for want of --gpus-per-node or a profile that says it")
+    processes = gpu_count or profile.processes_per_node or 0
+    if not processes:
+        processes = 1
+        if not problems:
+            where = f"partition {chosen.name} has no GPUs" if chosen else "no GPUs are asked for"
+            problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
+    if chosen is not None:
+        problems += _fit(chosen, nodes, gpu_count, gpu_type, seconds)
+    groups = _suitable(chosen, gpu_count, gpu_type)
+    cpus = profile.cpus_per_process or _share_of_cpus(groups, processes)
+    if groups and processes * cpus > max(group.cpus for group in groups):
+        problems.append(
+            f"{processes} processes of {cpus} CPUs need {processes * cpus} CPUs per node, the nodes of partition "
+            f"{chosen.name if chosen else ''} have {max(group.cpus for group in groups)}"
+        )
+    card = _card(profile, gpu_count, gpu_type, groups, notes)
+    memory = min((group.memory_mib for group in groups), default=0) << 20
+    return (
+        Resources(wanted, nodes, processes, gpu_count, gpu_type, cpus, card, memory or None, notes),
+        problems,
+    )
+
+
+def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Partition | None, list[str]]:
+    """The partition the job will run in; None if that cannot be said."""
+    if available is None:
+        return None, []
+    for partition in available:
+        if partition.name == name or (name is None and partition.default):
+            return partition, []
+    names = [partition.name for partition in available]
+    there = f"there are: {', '.join(names) or 'none'}"
+    if name is None:
+        return None, [f"the cluster has no default partition: give --partition; {there}"]
+    if "," in name:  # several, of which Slurm takes the one that starts first
+        missing = [part for part in name.split(",") if part not in names]
+        several = [partition for partition in available if partition.name in name.split(",")]
+        return _union(name, several) if not missing else None, [
+            f"--partition {part}: no such partition; {there}" for part in missing
+        ]
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return None, [f"--partition {name}: no such partition; {hint}{there}"]
+
+
+def _union(name: str, partitions: Sequence[Partition]) -> Partition:
+    """Several partitions as one: a job fits if it fits one of them, to the accuracy that a check before needs."""
+    limits = [partition.time_limit_seconds for partition in partitions]
+    return Partition(
+        name=name,
+        default=False,
+        available="up" if any(partition.available == "up" for partition in partitions) else partitions[0].available,
+        time_limit_seconds=None if None in limits else max(limit for limit in limits if limit is not None),
+        groups=tuple(group for partition in partitions for group in partition.groups),
+    )
+
+
+def _fit(partition: Partition, nodes: int, gpus: int, gpu_type: str | None, seconds: int) -> list[str]:
+    """Why the job can never start in this partition."""
+    problems = []
+    name = f"partition {partition.name}"
+    if partition.available not in ("up", "inact"):
+        problems.append(f"{name} is {partition.available}: it takes no jobs")
+    if gpus > partition.gpus:
+        problems.append(f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs")
+    elif gpu_type and not _suitable(partition, gpus, gpu_type):
+        types = sorted({kind for group in partition.groups for kind in group.gpu_types})
+        there = ", ".join(types) or "without a type"
+        problems.append(f"--gpus-per-node {gpu_type}:{gpus}: {name} has no such nodes; its GPUs: {there}")
+    else:
+        count = sum(group.count for group in _suitable(partition, gpus, gpu_type))
+        if nodes > count:
+            kind = f" with {gpus} GPUs" if gpus and count < partition.nodes else ""
+            problems.append(f"--nodes {nodes}: {name} has {count} nodes{kind}")
+    limit = partition.time_limit_seconds
+    if limit is not None and seconds > limit:
+        problems.append(
+            f"--time {format_duration(seconds)}: {name} allows {format_duration(limit)}; "
+            "take that, with --chain N or --requeue for a longer run"
+        )
+    return problems
+
+
+def _suitable(partition: Partition | None, gpus: int, gpu_type: str | None) -> list[NodeGroup]:
+    if partition is None:
+        return []
+    return [
+        group for group in partition.groups if group.gpus >= gpus and (gpu_type is None or gpu_type in group.gpu_types)
+    ]
+
+
+def _share_of_cpus(groups: Sequence[NodeGroup], processes: int) -> int:
+    """A process's fair share of a node: all of it over the node's GPUs, so that others' GPUs keep theirs."""
+    if not groups:
+        return _ASSUMED_CPUS
+    return max(1, min(group.cpus // max(group.gpus, processes) for group in groups))
+
+
+def _card(
+    profile: ClusterProfile, gpus: int, gpu_type: str | None, groups: Sequence[NodeGroup], notes: list[str]
+) -> str:
+    if gpus == 0:
+        return "cpu"
+    if profile.gpu is not None:
+        return profile.gpu
+    types = [gpu_type] if gpu_type else sorted({kind for group in groups for kind in group.gpu_types})
+    for kind in types:
+        for card in sorted(card_names(), key=len, reverse=True):
+            if kind.lower().replace("_", "-").removeprefix("nvidia-").startswith(card):
+                return card
+    notes.append(f"the GPUs are taken to be {_DEFAULT_CARD.upper()}s: set gpu in the cluster's profile")
+    return _DEFAULT_CARD

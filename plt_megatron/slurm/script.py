@@ -1,0 +1,190 @@
+"""job.sbatch: launch/job.sbatch with a run's values filled in."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm.job import LOGS_NAME, JobSettings
+from plt_megatron.slurm.profile import Container
+from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal
+from plt_megatron.slurm.times import format_duration
+
+TEMPLATE = Path("launch") / "job.sbatch"
+_MARK = re.compile(r"#SBATCH @DIRECTIVES@|#ENVIRONMENT @ENVIRONMENT@|@[A-Z_]+@")
+# How long srun waits for the other nodes' launchers once one has ended: a dead node's never does.
+_WAIT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of Slurm besides the job's size: options of the command, else the profile's."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    gpu_type: str | None = None  # as in --gpus-per-node=h100:8
+    memory_per_node: str | None = None
+    sbatch_options: list[str] = field(default_factory=list)
+    setup: list[str] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    container: Container | None = None
+
+
+@dataclass(frozen=True)
+class Array:
+    """A job array: line i of `folder`/runs.txt is the run folder of member i."""
+
+    folder: Path  # absolute
+    name: str  # of the job
+    members: int
+    max_concurrent: int | None = None
+
+    @property
+    def runs_file(self) -> Path:
+        return self.folder / "runs.txt"
+
+
+@dataclass(frozen=True)
+class Script:
+    """All that a job script depends on."""
+
+    settings: JobSettings
+    request: Request
+    run: Path  # absolute; of an array's script: its folder
+    workdir: Path  # absolute; the paths in a configuration are relative to it
+    host_python: str  # interpreter outside of any container
+    array: Array | None = None
+
+    def render(self, template: str) -> str:
+        """The job script.
+
+        Args:
+            template: the text of launch/job.sbatch.
+
+        Raises:
+            UserError: a value that no job script can hold.
+        """
+        for path in (self.run, self.workdir):
+            check_one_line(str(path), "the path of the run folder and of the working directory")
+        run = literal(str(self.run))
+        if self.array is not None:
+            run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {literal(str(self.array.runs_file))})"'
+        values = {
+            "#SBATCH @DIRECTIVES@": "\n".join(self._directives()),
+            "#ENVIRONMENT @ENVIRONMENT@": "\n".join(self._environment()),
+            "@RUN@": run,
+            "@PYTHON@": literal(self.settings.python),
+            "@HOST_PYTHON@": literal(self.host_python),
+            "@SRUN_OPTIONS@": " ".join(self._srun_options()),
+            "@CONTAINER@": " ".join(self._container_command()),
+        }
+        # In one pass: a value that looks like a mark stays as it is.
+        return _MARK.sub(lambda match: values[match[0]], template)
+
+    def _directives(self) -> list[str]:
+        settings, request = self.settings, self.request
+        optional = [
+            ("--partition", request.partition),
+            ("--account", request.account),
+            ("--qos", request.qos),
+            ("--constraint", request.constraint),
+            ("--exclude", request.exclude),
+            ("--mem", request.memory_per_node),
+        ]
+        lines = [directive("--job-name", self.array.name if self.array else settings.job_name)]
+        lines += [directive(option, value) for option, value in optional if value]
+        lines += [
+            directive("--nodes", settings.nodes),
+            directive("--ntasks-per-node", 1),
+            directive("--cpus-per-task", settings.cpus_per_process * settings.processes_per_node),
+        ]
+        if settings.gpus_per_node:
+            lines.append(directive("--gpus-per-node", self._gpus()))
+        lines += [
+            directive("--time", format_duration(settings.time_limit_seconds)),
+            directive("--signal", f"B:USR1@{settings.signal_margin_seconds}"),
+            directive("--requeue" if settings.requeue else "--no-requeue"),
+            directive("--open-mode", "append"),
+            directive("--output", self._output()),
+            directive("--chdir", str(self.workdir)),
+        ]
+        if self.array is None:  # one job at a time writes into a run's folder
+            lines.append(directive("--dependency", "singleton"))
+        else:
+            cap = f"%{self.array.max_concurrent}" if self.array.max_concurrent else ""
+            lines.append(directive("--array", f"1-{self.array.members}{cap}"))
+        for option in request.sbatch_options:
+            check_one_line(option, "sbatch_options")
+            name, equals, value = option.partition("=")
+            lines.append(directive(name, value if equals else None))
+        return lines
+
+    def _gpus(self) -> str:
+        count = str(self.settings.gpus_per_node)
+        return f"{self.request.gpu_type}:{count}" if self.request.gpu_type else count
+
+    def _output(self) -> str:
+        pattern = "slurm-%A_%a.out" if self.array else "slurm-%j.out"
+        return f"{str(self.run / LOGS_NAME).replace('%', '%%')}/{pattern}"
+
+    def _environment(self) -> list[str]:
+        lines = list(self.request.setup)
+        lines += [f"module load {literal(module)} || exit 1" for module in self.request.modules]
+        lines += [f"export {name}={expandable(value)}" for name, value in self.settings.environment.items()]
+        if self.settings.scratch:
+            lines.append(f"export TMPDIR={expandable(self.settings.scratch)}")
+        return lines or ["# The cluster's profile sets no environment."]
+
+    def _srun_options(self) -> list[str]:
+        settings = self.settings
+        options = [
+            f"--nodes={settings.nodes}",
+            f"--ntasks={settings.nodes}",
+            "--ntasks-per-node=1",
+            f"--cpus-per-task={settings.cpus_per_process * settings.processes_per_node}",
+            "--kill-on-bad-exit=0",
+            f"--wait={_WAIT_SECONDS}",
+            "--mpi=none",
+        ]
+        if settings.gpus_per_node:
+            options.append(f"--gpus-per-node={literal(self._gpus())}")
+        container = self.request.container
+        if container is not None and container.runtime == "pyxis":
+            mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in self._mounts(container))
+            options += [
+                f"--container-image={expandable(container.image)}",
+                f"--container-mounts={expandable(mounts)}",
+                f"--container-workdir={literal(str(self.workdir))}",
+                *map(expandable, container.options),
+            ]
+        return options
+
+    def _container_command(self) -> list[str]:
+        container = self.request.container
+        if container is None or container.runtime != "apptainer":
+            return []
+        command = ["apptainer", "exec"]
+        if self.settings.gpus_per_node:
+            command.append("--nv")
+        for mount in self._mounts(container):
+            command += ["--bind", expandable(mount)]
+        command += ["--pwd", literal(str(self.workdir)), *map(expandable, container.options)]
+        return [*command, expandable(container.image)]
+
+    def _mounts(self, container: Container) -> list[str]:
+        """The profile's, the working directory and the folder the run lies in; none within another."""
+        own = [str(self.workdir), str(self.run.parent)]
+        for path in own:
+            if "," in path or ":" in path or "$" in path:
+                raise UserError(f"{path}: a container cannot mount a path with a comma, colon or dollar sign")
+        mounts = list(container.mounts)
+        for path in own:
+            seen = [Path(mount) for mount in mounts if ":" not in mount]
+            if not any(Path(path).is_relative_to(other) for other in seen):
+                mounts.append(path)
+        return mounts

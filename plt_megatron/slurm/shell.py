@@ -1,0 +1,49 @@
+"""Text in shell scripts: nothing that a user gives is ever code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+from plt_megatron.errors import UserError
+
+_VARIABLE = re.compile(r"\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)")
+# What keeps a meaning between double quotes.
+_SPECIAL = re.compile(r'([\\"`$])')
+
+
+def literal(text: str) -> str:
+    """A shell word that stands for `text`, whatever is in it."""
+    return shlex.quote(text)
+
+
+def expandable(text: str) -> str:
+    """A shell word for `text` in which `$NAME` and `${NAME}` are expanded, and nothing else is."""
+    if not _VARIABLE.search(text):
+        return literal(text)
+    parts, end = [], 0
+    for match in _VARIABLE.finditer(text):
+        parts += [_SPECIAL.sub(r"\\\1", text[end : match.start()]), match[0]]
+        end = match.end()
+    parts.append(_SPECIAL.sub(r"\\\1", text[end:]))
+    return '"' + "".join(parts) + '"'
+
+
+def directive(option: str, value: str | int | None = None) -> str:
+    """An `#SBATCH` line. sbatch knows quotes as the shell does, but every backslash escapes, also within quotes.
+
+    Raises:
+        UserError: a value that such a line cannot hold.
+    """
+    if value is None:
+        return f"#SBATCH {option}"
+    check_one_line(str(value), option)
+    if "\\" in str(value):
+        raise UserError(f"{option}: a backslash cannot stand in a job script, got {value}")
+    return f"#SBATCH {option}={literal(str(value))}"
+
+
+def check_one_line(text: str, what: str) -> None:
+    """Raise `UserError` where `text` holds line breaks or other control characters."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise UserError(f"{what}: line breaks and control characters are not possible in it, got {text!r}")

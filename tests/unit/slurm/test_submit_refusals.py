@@ -1,0 +1,247 @@
+"""What launch/submit.py refuses: one line each, nothing written, nothing submitted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+from fake_slurm import CPU_PARTITION, GPU_PARTITION, write_tokens
+from submitting import refusal, submit_run
+
+HUGE = (
+    "model.num_layers=96",
+    "model.hidden_size=16384",
+    "model.ffn_hidden_size=65536",
+    "model.num_attention_heads=128",
+)
+
+
+def assert_one_line(folder, slurm, lines, *words):
+    assert len(lines) == 1, lines
+    for word in words:
+        assert word in lines[0]
+    assert not slurm.calls("sbatch")
+    assert not (folder / "runs").exists()
+
+
+def test_a_partition_that_does_not_exist(folder, slurm):
+    assert_one_line(folder, slurm, refusal(partition="gpus"), "gpus", "did you mean gpu?", "gpu, cpu")
+
+
+def test_more_gpus_than_a_node_has(folder, slurm):
+    assert_one_line(folder, slurm, refusal(gpus_per_node="16"), "--gpus-per-node 16", "partition gpu", "8 GPUs")
+
+
+def test_gpus_where_there_are_none(folder, slurm):
+    assert_one_line(folder, slurm, refusal(gpus_per_node="1", partition="cpu"), "partition cpu", "no GPUs")
+
+
+def test_gpus_of_a_type_the_partition_has_not(folder, slurm):
+    assert_one_line(folder, slurm, refusal(gpus_per_node="a100:4"), "a100:4", "h100")
+
+
+def test_more_nodes_than_the_partition_has(folder, slurm):
+    assert_one_line(folder, slurm, refusal("training.global_batch_size=136", nodes=17), "--nodes 17", "16 nodes")
+
+
+def test_a_limit_above_the_partitions(folder, slurm):
+    assert_one_line(folder, slurm, refusal(time="3-00:00:00"), "3-00:00:00", "2-00:00:00", "--chain")
+
+
+def test_a_partition_that_is_down(folder, slurm):
+    slurm.answer("sinfo", GPU_PARTITION.replace("|up|", "|down|"))
+    assert_one_line(folder, slurm, refusal(), "partition gpu is down")
+
+
+def test_a_layout_that_does_not_divide(folder, slurm):
+    lines = refusal("parallel.pipeline_model_parallel_size=3", "model.num_layers=6")
+    assert_one_line(folder, slurm, lines, "8 processes", "multiple of 3")
+
+
+def test_a_batch_that_does_not_divide(folder, slurm):
+    assert_one_line(folder, slurm, refusal("training.global_batch_size=12"), "global_batch_size 12", "8")
+
+
+def test_missing_data(folder, slurm):
+    lines = refusal("data.sources=[{path: data/gone}]")
+    assert_one_line(folder, slurm, lines, "data/gone.bin", "data/gone.idx", "not found")
+
+
+def test_a_missing_tokenizer(folder, slurm):
+    assert_one_line(folder, slurm, refusal("data.tokenizer=data/gone.model"), "data.tokenizer", "data/gone.model")
+
+
+def test_data_cut_short(folder, slurm):
+    path = folder / "data" / "corpus.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert_one_line(folder, slurm, refusal(), "data/corpus.bin has 1998 bytes", "2000")
+
+
+@pytest.mark.parametrize("content", [b"", b"MMIDIDX\x00\x00", b"#!/bin/sh\n" * 20])
+def test_an_index_that_is_none(folder, slurm, content):
+    (folder / "data" / "corpus.idx").write_bytes(content)
+    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is no index")
+
+
+def test_an_index_cut_short(folder, slurm):
+    path = folder / "data" / "corpus.idx"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is cut short")
+
+
+def tokenizer_file(folder, words=400):
+    """A tokenizer.json of `words` ids, made by the library that reads it."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"</s>": 0, "<unk>": 1} | {f"w{index}": index for index in range(2, words)}
+    path = folder / "data" / f"tokenizer_{words}.json"
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(path))
+    return path
+
+
+def write_manifest(folder, sha256, vocab_size):
+    made = {"tokenizer": {"path": "elsewhere.model", "sha256": sha256, "vocab_size": vocab_size}}
+    (folder / "data" / "corpus.manifest.json").write_text(json.dumps(made))
+
+
+def test_data_of_another_tokenizer(folder, slurm):
+    path = tokenizer_file(folder)
+    write_manifest(folder, "0" * 64, 300)
+    lines = refusal(f"data.tokenizer={path}")
+    assert_one_line(folder, slurm, lines, "another tokenizer", "elsewhere.model, 300 ids", "400 ids")
+
+
+def test_data_of_the_same_tokenizer_is_accepted(folder, slurm):
+    import hashlib
+
+    path = tokenizer_file(folder)
+    write_manifest(folder, hashlib.sha256(path.read_bytes()).hexdigest(), 400)
+    submit_run(f"data.tokenizer={path}")
+    assert len(slurm.calls("sbatch")) == 1
+
+
+def test_a_vocabulary_smaller_than_the_datas(folder, slurm):
+    write_manifest(folder, "0" * 64, 513)
+    assert_one_line(folder, slurm, refusal(), "513 ids", "512")
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(folder, slurm):
+    lines = refusal(f"data.tokenizer={tokenizer_file(folder, 600)}")
+    assert_one_line(folder, slurm, lines, "model.vocab_size 512", "600 ids")
+
+
+def test_sixteen_bit_ids_for_a_larger_tokenizer(folder, slurm):
+    path = tokenizer_file(folder, 65537)
+    lines = refusal(f"data.tokenizer={path}", "model.vocab_size=null")
+    assert_one_line(folder, slurm, lines, "16-bit", "65537")
+
+
+def test_32_bit_ids_for_a_larger_tokenizer_are_accepted(folder, slurm):
+    write_tokens(folder / "data" / "corpus", code=4)
+    submit_run(f"data.tokenizer={tokenizer_file(folder, 65537)}", "model.vocab_size=null")
+
+
+def test_memory_that_will_not_fit(folder, slurm):
+    lines = refusal(*HUGE, "checkpoint.enabled=false", "training.train_iters=1")
+    assert_one_line(folder, slurm, lines, "memory", "H100", "tensor_model_parallel_size")
+
+
+def test_memory_of_a_cpu_node(folder, slurm):
+    profile = folder / "cpu.yaml"
+    profile.write_text("processes_per_node: 4\npartition: cpu\n")
+    slurm.answer("sinfo", GPU_PARTITION, CPU_PARTITION.replace("256000", "10"))
+    assert_one_line(folder, slurm, refusal(cluster=str(profile)), "memory", "4 processes", "10.0 MiB")
+
+
+def test_a_limit_too_short_for_a_checkpoint_interval(folder, slurm):
+    lines = refusal("training.train_iters=100_000_000", "checkpoint.save_interval=50_000_000")
+    assert_one_line(folder, slurm, lines, "--time 01:00:00", "one checkpoint interval", "50,000,000 steps")
+
+
+def test_a_long_run_that_saves_only_at_its_end(folder, slurm):
+    lines = refusal("training.train_iters=100_000_000", "checkpoint.save_interval=0", chain=900)
+    assert_one_line(folder, slurm, lines, "one checkpoint interval", "set checkpoint.save_interval")
+
+
+def test_a_limit_within_the_margin(folder, slurm):
+    assert_one_line(folder, slurm, refusal(time="00:05:00"), "--time 00:05:00", "--signal-margin")
+
+
+def test_too_little_free_space(folder, slurm, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+    assert_one_line(folder, slurm, refusal(), "output_dir", "1.0 MB free", "keep_last")
+
+
+def test_an_output_folder_that_cannot_be_made(folder, slurm):
+    (folder / "file").touch()
+    assert_one_line(folder, slurm, refusal("output_dir=file"), "output_dir", "not a folder")
+
+
+@pytest.mark.parametrize("time", ["", "0", "1h", "24:00", "-1", "1:2:3:4", "infinite", "24:00:00; rm -rf /"])
+def test_a_time_that_is_none(folder, slurm, time):
+    if time in ("24:00",):  # minutes and seconds: refused for being short
+        assert_one_line(folder, slurm, refusal(time="05:00"), "--time 00:05:00")
+        return
+    assert_one_line(folder, slurm, refusal(time=time), "--time")
+
+
+@pytest.mark.parametrize("gpus", ["", "8x", "-1", "h100:", ":8", "h100:8 --wrap=id", "h100:8\n#SBATCH --wrap=id"])
+def test_a_number_of_gpus_that_is_none(folder, slurm, gpus):
+    with_lines = " ".join(refusal(gpus_per_node=gpus))
+    assert "--gpus-per-node" in with_lines and not slurm.calls("sbatch")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nodes": 0},
+        {"chain": 0},
+        {"chain": 100_000},
+        {"max_concurrent": 2},
+        {"signal_margin": 0},
+        {"array": "list.txt", "chain": 2},
+    ],
+)
+def test_options_that_make_no_sense(folder, slurm, options):
+    assert_one_line(folder, slurm, refusal(**options), "--")
+
+
+def test_no_partition_of_its_own_and_no_default(folder, slurm):
+    slurm.answer("sinfo", GPU_PARTITION.replace("*", ""))
+    assert_one_line(folder, slurm, refusal(), "--partition", "gpu")
+
+
+def test_a_slurm_that_does_not_answer(folder, slurm):
+    slurm.fail("sinfo", "sinfo: error: Unable to contact slurm controller (connect failure)")
+    assert_one_line(folder, slurm, refusal(), "sinfo: Unable to contact slurm controller")
+
+
+def test_no_slurm_at_all(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    lines = refusal()
+    assert len(lines) == 1 and "sinfo is not installed here" in lines[0]
+
+
+def test_sbatch_refuses(folder, slurm):
+    slurm.fail("sbatch", "sbatch: error: Batch job submission failed: Invalid account or account/partition combination")
+    lines = refusal()
+    assert len(lines) == 1 and "Invalid account" in lines[0]
+    assert f"sbatch {folder}/runs/try/job.sbatch" in lines[0]
+
+
+def test_all_problems_are_shown_at_once(folder, slurm):
+    lines = refusal(
+        "data.sources=[{path: data/gone}]", "training.global_batch_size=12", partition="no", time="01:00:00"
+    )
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("name", ["bad\nname", "bad\x1bname", "back\\slash"])
+def test_a_name_no_script_can_hold(folder, slurm, name):
+    with pytest.raises(ValueError, match="line breaks|backslash"):
+        submit_run(name=name)
+    assert not slurm.calls("sbatch")
+    assert not (folder / "runs").exists()

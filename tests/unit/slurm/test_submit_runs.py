@@ -1,0 +1,509 @@
+"""What launch/submit.py does: run folders, job scripts, chains, arrays, resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from fake_slurm import RUN, write_event, write_progress
+from submitting import ROOT, refusal, submit_run
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.slurm.job import load_settings
+from plt_megatron.slurm.run_folder import job_name, submitted_jobs
+from plt_megatron.slurm.submission import Options, submit
+
+
+def directives(script: Path) -> dict[str, str]:
+    """The #SBATCH lines, read as sbatch reads them: up to the first command, words with shell quotes."""
+    found = {}
+    for line in script.read_text().splitlines():
+        if line and not line.startswith("#"):
+            break
+        if line.startswith("#SBATCH"):
+            for word in shlex.split(line)[1:]:
+                name, _, value = word.partition("=")
+                found[name] = value
+    return found
+
+
+# The run folder.
+
+
+def test_the_run_folder_holds_all_that_the_job_needs(folder, slurm, capsys):
+    submission = submit_run(
+        "optimizer.lr=1e-3", nodes=2, account="mine", qos="high", constraint="ib&h100", exclude="n[1-3]"
+    )
+    run = folder / "runs" / "try"
+    assert submission.runs == [run] and submission.job_ids == [["100"]]
+    assert load_config(run / "config.yaml") == load_config("run.yaml", ["optimizer.lr=1e-3"])
+    for part in ("plt_megatron/train/main.py", "launch/job.sbatch", "tools/doctor.py", "configs/clusters/cpu.yaml"):
+        assert (run / "code" / part).read_bytes() == (ROOT / part).read_bytes()
+    assert (run / "code" / "pyproject.toml").is_file()
+    assert not list((run / "code").rglob("*.pyc"))
+    assert re.match(r"commit [0-9a-f]{40}\n", (run / "git.txt").read_text())
+    environment = (run / "environment.txt").read_text()
+    assert sys.executable in environment and "PyYAML==" in environment
+    settings = load_settings(run)
+    assert (settings.nodes, settings.processes_per_node, settings.gpus_per_node) == (2, 8, 8)
+    assert settings.cpus_per_process == 16 and settings.time_limit_seconds == 3600 and settings.world_size == 16
+    assert slurm.calls("sbatch") == [["--parsable", str(run / "job.sbatch")]]
+    assert (run / "logs").is_dir()
+    asked = directives(run / "job.sbatch")
+    assert asked["--nodes"] == "2" and asked["--ntasks-per-node"] == "1" and asked["--cpus-per-task"] == "128"
+    assert asked["--gpus-per-node"] == "8" and asked["--time"] == "01:00:00" and asked["--signal"] == "B:USR1@300"
+    assert asked["--account"] == "mine" and asked["--qos"] == "high" and asked["--constraint"] == "ib&h100"
+    assert asked["--exclude"] == "n[1-3]" and asked["--chdir"] == str(folder)
+    assert asked["--output"] == f"{run}/logs/slurm-%j.out" and asked["--open-mode"] == "append"
+    assert "--no-requeue" in asked and asked["--dependency"] == "singleton" and "--partition" not in asked
+    shown = capsys.readouterr().out
+    for words in ("GPU-hours", "bubble", "per rank", "FLOPs", "scancel 100", "job 100", "sbatch runs/try/job.sbatch"):
+        assert words in shown
+
+
+def test_no_secret_is_recorded(folder, slurm, monkeypatch):
+    monkeypatch.setenv("TORCH_HUB_TOKEN", "hidden-one")
+    monkeypatch.setenv("NCCL_API_KEY", "hidden-two")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    submit_run()
+    text = (folder / "runs/try/environment.txt").read_text()
+    assert "NCCL_DEBUG='INFO'" in text and "hidden" not in text
+
+
+def test_a_dry_run_shows_the_script_and_writes_nothing(folder, slurm, capsys):
+    assert submit(Options("run.yaml", time="1:00:00", dry_run=True), ROOT) is None
+    assert "#SBATCH --time=01:00:00" in capsys.readouterr().out
+    assert not (folder / "runs").exists() and not slurm.calls("sbatch")
+
+
+def test_a_dry_run_needs_no_slurm(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit(Options("run.yaml", time="1:00:00", dry_run=True), ROOT) is None
+    shown = capsys.readouterr().out
+    assert "not checked" in shown and "for want of --gpus-per-node" in shown
+
+
+def test_the_environment_adds_no_options(folder, slurm, monkeypatch):
+    """Inside another job, or with SBATCH_ variables, sbatch would change what the script says."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3", "SBATCH_TIMELIMIT": "1", "SLURM_CONF": "/c"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SBATCH_ACCOUNT", "theirs")
+    submit_run()
+    seen = slurm.environment("sbatch")
+    assert [name for name in seen if name.startswith(("SLURM_", "SBATCH_"))] == ["SLURM_CONF"]
+    assert directives(folder / "runs/try/job.sbatch")["--account"] == "theirs"
+
+
+def test_a_linked_working_directory_keeps_its_name(folder, slurm, monkeypatch, tmp_path):
+    """Nodes may mount the file system under the link's name only."""
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    monkeypatch.chdir(link)
+    monkeypatch.setenv("PWD", str(link))
+    assert submit_run().runs == [link / "runs" / "try"]
+    assert directives(link / "runs/try/job.sbatch")["--chdir"] == str(link)
+
+
+def test_a_wrong_pwd_is_not_believed(folder, slurm, monkeypatch, tmp_path):
+    monkeypatch.setenv("PWD", str(tmp_path))
+    assert submit_run().runs == [folder / "runs" / "try"]
+
+
+# The submitted code is what runs.
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small one, with a launcher that only notes how it was called."""
+    copy = tmp_path / "checkout"
+    for part in (
+        "plt_megatron/errors.py",
+        "launch/job.sbatch",
+        "launch/submit.py",
+        "tools/doctor.py",
+        "pyproject.toml",
+    ):
+        (copy / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / part, copy / part)
+    (copy / "launch" / "in_job.py").write_text(IN_JOB.replace("VERSION", "submitted"))
+    return copy
+
+
+IN_JOB = """
+import os, signal, sys, time
+told = []
+if sys.argv[1] == "node":
+    signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+    open("ready", "w").close()
+    while os.environ.get("WAIT") and not told:
+        time.sleep(0.01)
+with open("seen", "a") as file:
+    print("VERSION", sys.argv[1:], os.environ.get("PROFILE_VARIABLE"), os.environ.get("TMPDIR"), file=file)
+if sys.argv[1] == "node":
+    sys.exit(75 if told else int(os.environ.get("STATUS", "0")))
+ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGUSR1, signal.SIGTERM)]
+sys.exit(int(sys.argv[4]) if all(ignored) else 99)
+"""
+# As srun: options first, then the command; USR1 is passed on, TERM ends it.
+SRUN = """#!/bin/bash
+while [[ ${1-} == --* ]]; do printf '%s\\n' "$1" >>srun.options; shift; done
+trap 'kill -USR1 "$task"' USR1
+"$@" & task=$!
+until wait "$task"; status=$?; ! kill -0 "$task" 2>/dev/null; do :; done
+exit "$status"
+"""
+
+
+@pytest.fixture
+def job(folder, slurm):
+    """Starts a job script as Slurm does."""
+    (slurm.bin / "srun").write_text(SRUN)
+    (slurm.bin / "srun").chmod(0o755)
+    started = []
+
+    def start(script: Path, **env: str) -> subprocess.Popen[bytes]:
+        chdir = directives(script)["--chdir"]
+        # From a copy, as slurmd's spool has it.
+        copy = slurm.folder / "slurm_script"
+        shutil.copy(script, copy)
+        process = subprocess.Popen(["bash", str(copy)], cwd=chdir, env=os.environ | env)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 75, 76])
+def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, job, status):
+    submit_run(root=checkout)
+    (checkout / "launch" / "in_job.py").write_text(IN_JOB.replace("VERSION", "changed"))
+    run = folder / "runs" / "try"
+    assert job(run / "job.sbatch", STATUS=str(status)).wait(30) == status
+    node, after = (folder / "seen").read_text().splitlines()
+    assert node.startswith(f"submitted ['node', '{run}']")
+    assert after.startswith(f"submitted ['after', '{run}', '--status', '{status}']")
+    options = (folder / "srun.options").read_text().splitlines()
+    assert {"--nodes=1", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--gpus-per-node=8"} <= set(options)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signals_reach_the_launchers_as_usr1(folder, slurm, checkout, job, number):
+    submit_run(root=checkout)
+    process = job(folder / "runs" / "try" / "job.sbatch", WAIT="1")
+    deadline = time.monotonic() + 20
+    while not (folder / "ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) == 75
+    assert "'--status', '75'" in (folder / "seen").read_text()
+
+
+def test_a_profile_sets_the_jobs_environment(folder, slurm, checkout, job, monkeypatch):
+    monkeypatch.setenv("WHERE", "/a b")
+    (folder / "mine.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "processes_per_node": 2,
+                "partition": "cpu",
+                "environment": {"PROFILE_VARIABLE": '$WHERE/it\'s "quoted" `id` $(id)'},
+                "scratch": "/scratch/$WHERE",
+                "setup": ["echo set up >>seen"],
+                "sbatch_options": ["--exclusive", "--comment=two words"],
+            }
+        )
+    )
+    submit_run(root=checkout, cluster="./mine.yaml")
+    script = folder / "runs" / "try" / "job.sbatch"
+    assert directives(script)["--comment"] == "two words" and "--exclusive" in directives(script)
+    assert job(script).wait(30) == 0
+    lines = (folder / "seen").read_text().splitlines()
+    assert lines[0] == "set up"
+    assert lines[1].endswith('/a b/it\'s "quoted" `id` $(id) /scratch//a b')
+
+
+# Nothing that a user gives is code.
+
+HOSTILE = [
+    "two words",
+    "it's",
+    'a "quoted" name',
+    "$(touch injected)",
+    "`touch injected`",
+    "; touch injected; #",
+    "x' --wrap='touch injected",
+    "# comment",
+    "%j %% %A",
+    "@RUN@ @PYTHON@",
+    "-rf",
+    "${HOME}",
+    "a&b|c>d*?[x]{y}~!",
+    "\u00fc\u4e16",
+]
+
+
+OPTIONS = {
+    *("--job-name", "--nodes", "--ntasks-per-node", "--cpus-per-task", "--gpus-per-node", "--time", "--signal"),
+    *("--no-requeue", "--open-mode", "--output", "--chdir", "--dependency"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_never_code(folder, slurm, checkout, job, name):
+    submit_run(root=checkout, name=name)
+    run = folder / "runs" / name
+    script = run / "job.sbatch"
+    asked = directives(script)
+    assert asked["--output"] == str(run).replace("%", "%%") + "/logs/slurm-%j.out"
+    assert re.fullmatch(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*", asked["--job-name"])
+    assert set(asked) == OPTIONS
+    assert job(script).wait(30) == 0
+    assert f"submitted {['node', str(run)]}" in (folder / "seen").read_text()
+    assert not list(folder.glob("**/injected"))
+
+
+@pytest.mark.parametrize("option", ["partition", "account", "qos", "constraint", "exclude"])
+@pytest.mark.parametrize("value", ["two words", "x' --wrap='id", 'x" --wrap="id', "$(id)", "a --wrap=id", "# c"])
+def test_an_options_value_is_one_word(folder, slurm, checkout, option, value):
+    slurm.answer("sinfo", f"{value}*|up|infinite|16|128|2000000|gpu:h100:8")
+    submit_run(root=checkout, **{option: value})
+    asked = directives(folder / "runs/try/job.sbatch")
+    assert asked[f"--{option}"] == value and "--wrap" not in asked
+
+
+# Longer than a job.
+
+
+def test_a_chain_is_the_same_script_several_times(folder, slurm, capsys):
+    submission = submit_run(chain=3, requeue=True)
+    script = folder / "runs/try/job.sbatch"
+    assert slurm.calls("sbatch") == [["--parsable", str(script)]] * 3
+    assert submission.job_ids == [["100", "101", "102"]] == [submitted_jobs(folder / "runs/try")]
+    asked = directives(script)
+    assert asked["--dependency"] == "singleton" and "--requeue" in asked
+    assert load_settings(folder / "runs/try").chain == 3
+    assert "scancel 100 101 102" in capsys.readouterr().out
+
+
+def test_two_runs_of_one_name_have_jobs_of_two_names(folder, slurm):
+    """Singleton goes by the name: runs must not wait for one another."""
+    submit_run()
+    submit_run("output_dir=elsewhere")
+    names = [directives(folder / where / "try/job.sbatch")["--job-name"] for where in ("runs", "elsewhere")]
+    assert names[0] != names[1]
+
+
+def test_a_limit_shorter_than_the_run_is_said(folder, slurm, capsys):
+    overrides = ("training.train_iters=50_000_000", "checkpoint.save_interval=100", "checkpoint.keep_last=1")
+    submit_run(*overrides)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "--requeue" in line and "one job of 01:00:00 ends at about step" in line
+    jobs = int(re.search(r"--chain (\d+)", line)[1])
+    submit_run(*overrides, chain=jobs)
+    assert "warning" not in capsys.readouterr().out
+    submit_run(*overrides, requeue=True)
+    assert "warning" not in capsys.readouterr().out
+
+
+# Into a folder that is there.
+
+
+def test_a_run_is_resumed_with_the_same_configuration(folder, slurm, capsys):
+    submit_run()
+    write_progress(folder / "runs/try", [100, 200], checkpoint=200)
+    capsys.readouterr()
+    assert submit_run(nodes=2).job_ids == [["101"]]
+    assert "after step 200 of 1,000" in capsys.readouterr().out
+    assert submitted_jobs(folder / "runs/try") == ["100", "101"]
+
+
+def test_another_configuration_is_refused_and_the_difference_said(folder, slurm):
+    submit_run()
+    run = folder / "runs/try"
+    write_progress(run, [100], checkpoint=100)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    lines = refusal("optimizer.lr=1e-3", "training.seed=7")
+    assert len(lines) == 3 and "2 settings" in lines[0] and "--accept-changes" in lines[0]
+    assert "training.seed is 7, was 1234" in lines[1] and "optimizer.lr is 0.001, was 0.0003" in lines[2]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    submit_run("optimizer.lr=1e-3", accept_changes=True)
+    assert load_config(run / "config.yaml").optimizer.lr == 1e-3
+
+
+def test_a_run_that_never_trained_is_written_anew(folder, slurm):
+    submit_run()
+    submit_run("optimizer.lr=1e-3")
+    assert load_config(folder / "runs/try/config.yaml").optimizer.lr == 1e-3
+
+
+def test_a_finished_run_is_not_submitted_again(folder, slurm):
+    submit_run()
+    write_progress(folder / "runs/try", [1000], checkpoint=1000)
+    (line,) = refusal()
+    assert "is finished: step 1,000 of 1,000" in line
+    # More steps are another configuration, of a run that is not finished.
+    submit_run("training.train_iters=2000", accept_changes=True)
+
+
+def test_a_run_whose_job_is_queued_is_left_alone(folder, slurm):
+    submit_run()
+    run = folder / "runs/try"
+    for job in (("100", "RUNNING", "any"), ("555", "PENDING", job_name(run, "try"))):
+        slurm.jobs(job)
+        (line,) = refusal()
+        assert f"job {job[0]} is {job[1].lower()}" in line and f"sbatch {run}/job.sbatch" in line
+    slurm.jobs(("100", "CANCELLED", job_name(run, "try")), ("556", "RUNNING", "another-run"))
+    submit_run()
+
+
+def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):
+    submit_run(root=checkout)
+    run = folder / "runs/try"
+    submit_run(root=checkout)
+    assert not (run / "code.1").exists()
+    (checkout / "launch" / "in_job.py").write_text("# new\n")
+    submit_run(root=checkout)
+    assert (run / "code" / "launch" / "in_job.py").read_text() == "# new\n"
+    assert "submitted" in (run / "code.1" / "launch" / "in_job.py").read_text()
+
+
+def test_a_run_submits_itself_from_its_snapshot(folder, slurm, checkout):
+    submit_run(root=checkout)
+    run = folder / "runs/try"
+    submit_run(root=run / "code")
+    assert (run / "code" / "launch" / "submit.py").is_file() and not (run / "code.1").exists()
+
+
+def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys):
+    profile = folder / "cpu.yaml"
+    profile.write_text("processes_per_node: 2\npartition: cpu\n")
+    submit_run(cluster=str(profile))
+    assert "not known: set tflops_per_process" in capsys.readouterr().out
+    write_progress(folder / "runs/try", [10, 20, 30], checkpoint=30, rate=16384 / 2)
+    write_event(folder / "runs/try", event="start", attempt=1, job_id="100")
+    submit_run(cluster=str(profile))
+    assert "2 s (measured" in capsys.readouterr().out
+    # A step of two seconds: 100 of them take longer than this limit.
+    assert "too short for one checkpoint interval" in refusal(cluster=str(profile), time="00:09:00")[0]
+
+
+# Arrays.
+
+
+@pytest.fixture
+def members(folder):
+    """Four configurations, and the file that lists them."""
+    for index in range(4):
+        run = RUN | {"name": f"sweep/run{index}", "training": RUN["training"] | {"seed": index + 1}}
+        (folder / f"config{index}.yaml").write_text(yaml.safe_dump(run))
+    names = [f"config{index}.yaml" for index in range(4)]
+    (folder / "list.txt").write_text("# four\n\n" + "\n".join(names) + "\n")
+    return [folder / "runs/sweep" / f"run{index}" for index in range(4)]
+
+
+def test_an_array_trains_each_in_its_own_folder(folder, slurm, checkout, job, members, capsys):
+    submission = submit_run(root=checkout, array="list.txt", max_concurrent=2)
+    assert submission.runs == members
+    assert submission.job_ids == [["100_1"], ["100_2"], ["100_3"], ["100_4"]]
+    array = folder / "runs/sweep/list.array"
+    assert slurm.calls("sbatch") == [["--parsable", str(array / "job.sbatch")]]
+    asked = directives(array / "job.sbatch")
+    assert asked["--array"] == "1-4%2" and "--dependency" not in asked
+    assert asked["--output"] == f"{array}/logs/slurm-%A_%a.out" and (array / "logs").is_dir()
+    for index, run in enumerate(members, 1):
+        assert load_config(run / "config.yaml").training.seed == index
+        assert (run / "code").resolve() == array / "code" and not os.path.isabs(os.readlink(run / "code"))
+        assert directives(run / "job.sbatch")["--dependency"] == "singleton"
+        assert submitted_jobs(run) == [f"100_{index}"]
+    assert job(array / "job.sbatch", SLURM_ARRAY_TASK_ID="3").wait(30) == 0
+    assert f"['node', '{members[2]}']" in (folder / "seen").read_text()
+    assert "4 runs, at most 2 at a time" in capsys.readouterr().out
+
+
+def test_a_member_is_resubmitted_alone(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    write_progress(members[1], [100], checkpoint=100)
+    submit_run(root=checkout, config="config1.yaml")
+    assert not (members[1] / "code").is_symlink() and (members[1] / "code/launch/in_job.py").is_file()
+    assert slurm.calls("sbatch")[-1] == ["--parsable", str(members[1] / "job.sbatch")]
+
+
+def test_an_array_from_a_folder_of_runs(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    assert submit_run(root=checkout, array="runs/sweep").runs == members
+
+
+def test_one_bad_member_refuses_the_array(folder, slurm, members):
+    (folder / "config2.yaml").write_text(yaml.safe_dump(RUN | {"name": "sweep/run2", "data": {"sources": []}}))
+    lines = refusal(array="list.txt")
+    assert len(lines) == 1 and lines[0].startswith("sweep/run2: data.sources is empty")
+    assert not slurm.calls("sbatch") and not (folder / "runs").exists()
+
+
+def test_two_members_of_one_folder_are_refused(folder, slurm, members):
+    (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
+    assert "2 configurations have the run folder" in refusal(array="list.txt")[0]
+
+
+@pytest.mark.parametrize("array", ["gone.txt", "empty.txt", "data"])
+def test_an_array_of_nothing_is_refused(folder, slurm, array):
+    (folder / "empty.txt").write_text("# none\n")
+    (line,) = refusal(array=array)
+    assert line.startswith("--array")
+
+
+# The command.
+
+
+def command(folder: Path, name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / name), *arguments],
+        cwd=folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_queued_in_under_three_seconds_and_without_torch(folder, slurm):
+    path = folder / "data" / "tokenizer.json"
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1}, unk_token="<unk>")).save(str(path))
+    started = time.monotonic()
+    arguments = ("run.yaml", "--time", "60", f"data.tokenizer={path}", "--nodes", "2", "optimizer.lr=1e-3")
+    done = command(folder, "submit.py", *arguments, PYTHONPROFILEIMPORTTIME="1")
+    assert time.monotonic() - started < 3.0
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 0 and not errors
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "plt_megatron" in imported and not imported & {"torch", "megatron", "transformers"}
+    assert load_config(folder / "runs/try/config.yaml").optimizer.lr == 1e-3
+
+
+def test_a_refusal_is_status_2_and_error_lines(folder, slurm):
+    done = command(folder, "submit.py", "run.yaml", "--time", "60", "--partition", "no")
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"error: --partition no: no such partition; [^\n]*\n", done.stderr)
+
+
+def test_the_record_of_submissions_is_json_lines(folder, slurm):
+    submit_run(chain=2)
+    lines = (folder / "runs/try/submissions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["job_ids"] for line in lines] == [["100"], ["101"]]

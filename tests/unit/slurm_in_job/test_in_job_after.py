@@ -1,0 +1,170 @@
+"""What the batch script does at its end, with Slurm's commands faked on the PATH."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.slurm.in_job.after import after_attempt
+from plt_megatron.slurm.in_job.allocation import read_allocation
+from plt_megatron.slurm.in_job.records import Failure, Outcome, Records, read_events
+from plt_megatron.slurm.job import JobSettings, save_settings
+
+PROGRAM = """#!/bin/sh
+echo "$(basename "$0") $*" >> {log}
+case "$(basename "$0") $1" in
+    "scontrol show") echo "JobState=$(cat {state}) ExcNodeList=(null)" ;;
+    "scontrol requeue") [ ! -e {refuses} ] || {{ echo "Requeue is disabled" >&2; exit 1; }} ;;
+    squeue*) for job in $(cat {pending}); do echo "$job|{script}"; done ;;
+esac
+"""
+
+
+class Job:
+    """A run's folder, inside a faked job."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run, self.log = folder / "run", folder / "log"
+        self.state, self.pending, self.refuses = folder / "state", folder / "pending", folder / "refuses"
+        (self.run / "logs").mkdir(parents=True)
+        programs = folder / "bin"
+        programs.mkdir()
+        script = self.run / "job.sbatch"
+        text = PROGRAM.format(log=self.log, state=self.state, pending=self.pending, refuses=self.refuses, script=script)
+        for name in ("scontrol", "squeue", "scancel"):
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        self.state.write_text("RUNNING\n")
+        self.pending.write_text("")
+        monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+        for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_STEP_NODELIST", "SLURM_RESTART_COUNT"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1"}.items():
+            monkeypatch.setenv(name, value)
+        self.settings()
+
+    def settings(self, **changes) -> None:
+        save_settings(JobSettings("job", 2, 2, 1, 0, 3600, "python", **({"requeue": True} | changes)), self.run)
+
+    def ends(self, outcome: Outcome, status: int) -> int:
+        """An attempt that ends so, and what the batch script's last line returns."""
+        records = Records(self.run, read_allocation())
+        records.end(records.begin(), outcome)
+        return after_attempt(self.run, status)
+
+    @property
+    def asked(self) -> list[str]:
+        """What has been asked of Slurm, besides questions."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line for line in lines if not line.startswith(("scontrol show", "squeue"))]
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield Job(tmp_path, monkeypatch)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_finished_run_asks_for_nothing(job):
+    assert job.ends(Outcome("finished", "done"), 0) == 0
+    assert job.asked == [] and not (job.run / "why.txt").exists()
+
+
+def test_a_finished_run_cancels_the_rest_of_its_chain(job):
+    job.settings(chain=3, requeue=False)
+    job.pending.write_text("8 9")
+    assert job.ends(Outcome("finished", "done"), 0) == 0
+    assert job.asked == ["scancel 8 9"]
+
+
+def test_a_preempted_job_is_requeued(job):
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == ["scontrol requeue 7"]
+
+
+def test_the_chain_goes_on_before_a_requeue(job):
+    job.settings(chain=3, requeue=True)
+    job.pending.write_text("8")
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == []
+
+
+def test_a_chain_at_its_end_is_requeued_if_that_was_asked_for(job):
+    job.settings(chain=3, requeue=True)
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == ["scontrol requeue 7"]
+
+
+def test_neither_requeue_nor_chain(job, capsys):
+    job.settings(requeue=False)
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == [] and not (job.run / "why.txt").exists()
+    assert f"sbatch {job.run / 'job.sbatch'}" in capsys.readouterr().out
+    assert job.ends(Outcome("node_failed", "n2 is lost"), 77) == 77
+    assert (job.run / "why.txt").read_text().startswith("n2 is lost; neither --requeue nor")
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
+def test_a_job_that_slurm_has_ended_is_left_alone(job, state):
+    """Cancelled by a person, who does not want it back, or requeued already."""
+    job.state.write_text(state)
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == []
+
+
+def test_a_person_who_stops_a_run_is_obeyed(job):
+    job.settings(chain=3)
+    job.pending.write_text("8")
+    assert job.ends(Outcome("preempted", "stopped by a person", retry=False), 75) == 75
+    assert job.asked == ["scancel 8"] and not (job.run / "why.txt").exists()
+
+
+def test_a_bad_node_is_left_out_even_without_requeue(job):
+    job.settings(requeue=False)
+    assert job.ends(Outcome("node_failed", "n2: no space", bad_nodes={"n2": "no space"}), 76) == 76
+    assert job.asked == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"]
+
+
+def test_a_real_failure_stops_the_chain_and_says_why(job):
+    job.settings(chain=3)
+    job.pending.write_text("8 9")
+    failure = Failure(3, "n2", "exited with status 2", ["error: gone"])
+    assert job.ends(Outcome("failed", "rank 3 says gone", retry=False, failure=failure), 2) == 2
+    assert job.asked == ["scancel 8 9"]
+    why = (job.run / "why.txt").read_text()
+    assert why.startswith("rank 3 says gone\n") and "error: gone" in why and "last whole checkpoint: none" in why
+    assert read_events(job.run)[-1]["event"] == "stop"
+
+
+def test_a_requeue_that_is_refused_is_a_reason(job):
+    job.refuses.touch()
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert "could not be requeued: scontrol requeue: Requeue is disabled" in (job.run / "why.txt").read_text()
+
+
+def test_launchers_that_left_no_word(job):
+    """Killed together with srun: the status is all there is."""
+    records = Records(job.run, read_allocation())
+    records.begin()
+    assert after_attempt(job.run, 137) == 137
+    end = read_events(job.run)[-1]
+    assert (end["event"], end["status"], end["attempt"]) == ("end", "failed", 1) and "status 137" in end["reason"]
+    assert job.asked == ["scontrol requeue 7"]
+    assert after_attempt(job.run, 77) == 77
+
+
+def test_launchers_that_could_not_start(job):
+    assert after_attempt(job.run, 2) == 2
+    assert job.asked == []
+    assert "the launchers did not start" in (job.run / "why.txt").read_text()
+
+
+def test_a_member_of_an_array_names_itself(job, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == ["scontrol requeue 7_2"]

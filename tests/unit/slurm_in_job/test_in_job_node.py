@@ -1,0 +1,248 @@
+"""Launchers of two nodes as processes of this machine, with programs in place of torch and the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import save_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.slurm.in_job.allocation import Allocation
+from plt_megatron.slurm.job import JobSettings, save_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# Stands in for the interpreter: `-P -m plt_megatron.slurm.in_job.probe` or `-P -m plt_megatron.train.main CONFIG`.
+PROGRAM = """#!{python} -S
+import json, os, signal, socket, sys, time
+rank, run = int(os.environ["RANK"]), {run!r}
+if sys.argv[3].endswith("probe"):
+    result = dict(rank=rank, stage=4, error=None, all_reduce=1.0, receive=2.0, versions=dict(cuda="None"))
+    print("probe " + json.dumps(result), flush=True)
+    sys.exit(0)
+address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "PYTHONPATH")
+print("env " + json.dumps({{name: os.environ[name] for name in names}}), address, flush=True)
+open(run + f"/up.{{rank}}", "a").write(f"{{os.getpid()}}\\n")
+def attempts():
+    return len(open(run + f"/up.{{rank}}").read().split())
+{body}
+"""
+LISTEN = """
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+while not os.path.exists(run + "/finish"):
+    time.sleep(0.02)
+"""
+
+
+class TwoNodes:
+    """A job on the "nodes" localhost and other; the first one's name is all that has to resolve."""
+
+    def __init__(self, run: Path, body: str, **settings) -> None:
+        self.run = run
+        (run / "logs").mkdir(parents=True)
+        program = run / "python"
+        program.write_text(PROGRAM.format(python=sys.executable, run=str(run), body=body))
+        program.chmod(0o755)
+        save_config(RunConfig(), run / "config.yaml")
+        usual = {"python": str(program), "cpus_per_process": 1, "max_restarts": 1}
+        save_settings(JobSettings("job", 2, 2, gpus_per_node=0, time_limit_seconds=60, **(usual | settings)), run)
+        self.job = free_job()
+        self.launchers: dict[str, subprocess.Popen[str]] = {}
+
+    def launch(self, *nodes: str) -> None:
+        for node in nodes or ("localhost", "other"):
+            env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+            env |= {"SLURM_JOB_ID": str(self.job), "SLURM_JOB_NODELIST": "localhost,other", "SLURMD_NODENAME": node}
+            command = [sys.executable, str(ROOT / "launch" / "in_job.py"), "node", str(self.run)]
+            out = (self.run / f"out.{node}").open("a")
+            self.launchers[node] = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+
+    def wait(self) -> list[int]:
+        return [launcher.wait(60) for launcher in self.launchers.values()]
+
+    def wait_until(self, condition: Callable[[], object], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.outputs()
+            time.sleep(0.02)
+
+    def pids(self) -> dict[int, list[int]]:
+        return {int(path.suffix[1:]): [*map(int, path.read_text().split())] for path in self.run.glob("up.*")}
+
+    def all_up(self, times: int = 1) -> bool:
+        return [len(pids) for pids in self.pids().values()] == [times] * 4
+
+    def outputs(self) -> str:
+        return "\n".join(path.read_text() for path in [*self.run.glob("out.*"), *self.run.glob("logs/*")])
+
+    def events(self) -> list[dict]:
+        return [json.loads(line) for line in (self.run / "attempts.jsonl").read_text().splitlines()]
+
+    def alive(self) -> list[int]:
+        pids = [pid for own in self.pids().values() for pid in own]
+        stats = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+        return [pid for pid, stat in stats.items() if stat.exists() and stat.read_text().split()[2] != "Z"]
+
+    def end(self) -> None:
+        for launcher in self.launchers.values():
+            launcher.kill()
+            launcher.wait()
+
+
+def free_job() -> int:
+    """A job number whose ports nobody uses."""
+    while True:
+        job = random.randrange(1 << 20)
+        with socket.socket() as attempt:
+            try:
+                attempt.bind(("", Allocation(job, "", 0, ("a",), 0).launcher_port))
+                return job
+            except OSError:
+                continue
+
+
+@pytest.fixture
+def two_nodes(tmp_path):
+    made: list[TwoNodes] = []
+
+    def make(body: str, **settings) -> TwoNodes:
+        made.append(TwoNodes(tmp_path / "run", body, **settings))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.end()
+
+
+def test_all_ranks_run_and_are_logged(two_nodes):
+    job = two_nodes("[print(f'line {i} of {rank}', flush=True) for i in range(50)]")
+    job.launch()
+    assert job.wait() == [0, 0], job.outputs()
+    logs = job.run / "logs"
+    for rank in range(4):
+        text = (logs / f"rank-{rank:04d}.log").read_text()
+        assert [f"rank {rank}: line {i} of {rank}\n" in text for i in range(50)] == [True] * 50
+        env = json.loads(re.search(r"env (\{.*\})", text)[1])
+        assert (env["RANK"], env["LOCAL_RANK"]) == (str(rank), str(rank % 2))
+        assert (env["WORLD_SIZE"], env["LOCAL_WORLD_SIZE"], env["OMP_NUM_THREADS"]) == ("4", "2", "1")
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+    merged = (logs / "merged.log").read_text().splitlines()
+    pattern = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d attempt 1 (rank \d|launcher localhost): ")
+    assert [line for line in merged if not pattern.match(line)] == []
+    assert sum(" line " in line for line in merged) == 200
+    assert len({re.search(r"\('localhost', \d+\)", line)[0] for line in merged if "('localhost'" in line}) == 1
+
+
+def test_launchers_may_come_in_any_order(two_nodes):
+    job = two_nodes("")
+    job.launch("other")
+    job.launch("localhost")
+    assert job.wait() == [0, 0], job.outputs()
+
+
+def test_a_dead_rank_ends_all_and_all_start_again(two_nodes):
+    job = two_nodes("attempts() == 1 and (time.sleep(60) if rank != 3 else os.kill(os.getpid(), signal.SIGKILL))")
+    job.launch()
+    assert job.wait() == [0, 0], job.outputs()
+    failed, finished = (event for event in job.events() if event["event"] == "end")
+    assert failed["failure"]["rank"] == 3 and failed["failure"]["node"] == "other"
+    assert finished["status"] == "finished" and job.alive() == []
+
+
+def test_a_failure_that_stays(two_nodes):
+    job = two_nodes("rank == 1 and (print('error: too bad', flush=True), sys.exit(1)); time.sleep(60)")
+    job.launch()
+    assert job.wait() == [1, 1], job.outputs()
+    ends = [event for event in job.events() if event["event"] == "end"]
+    assert len(ends) == 2 and ends[1]["reason"] == "rank 1 on localhost exited with status 1: too bad"
+    assert "error: too bad" in ends[1]["failure"]["lines"] and job.alive() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_one_launcher_stops_all_ranks_in_peace(two_nodes, number):
+    job = two_nodes(LISTEN)
+    job.launch()
+    job.wait_until(job.all_up)
+    job.launchers["other"].send_signal(number)
+    assert job.wait() == [75, 75], job.outputs()
+    assert job.events()[-1]["status"] == "preempted" and job.events()[-1]["retry"]
+
+
+def test_a_signal_while_ranks_still_start(two_nodes):
+    """They do not listen yet, and must not die of it."""
+    job = two_nodes("while not os.path.exists(run + '/listen'): time.sleep(0.02)\n" + LISTEN)
+    job.launch()
+    job.wait_until(job.all_up)
+    job.launchers["localhost"].send_signal(signal.SIGUSR1)
+    job.wait_until(lambda: "asked to stop: saving" in job.outputs())
+    (job.run / "listen").touch()
+    assert job.wait() == [75, 75], job.outputs()
+
+
+def test_a_signal_while_the_other_node_is_not_there_yet(two_nodes):
+    job = two_nodes("")
+    job.launch("localhost")
+    job.wait_until(lambda: (job.run / "attempts.jsonl").exists())
+    job.launchers["localhost"].send_signal(signal.SIGUSR1)
+    assert job.wait() == [75], job.outputs()
+
+
+def test_the_other_nodes_launcher_dies(two_nodes):
+    job = two_nodes(LISTEN)
+    job.launch()
+    job.wait_until(job.all_up)
+    job.launchers["other"].kill()
+    assert job.wait() == [77, -9], job.outputs()
+    assert job.events()[-1]["status"] == "node_failed" and "other is lost" in job.events()[-1]["reason"]
+    job.wait_until(lambda: job.alive() == [])
+
+
+def test_the_first_nodes_launcher_dies(two_nodes):
+    """Its word is the last: the others end their ranks and leave."""
+    job = two_nodes(LISTEN)
+    job.launch()
+    job.wait_until(job.all_up)
+    job.launchers["localhost"].kill()
+    assert job.wait() == [-9, 77], job.outputs()
+    job.wait_until(lambda: job.alive() == [])
+
+
+def test_strangers_are_not_listened_to(two_nodes):
+    """Another job's launcher on the same port, a port scanner, an earlier start of this job."""
+    job = two_nodes(LISTEN)
+    job.launch()
+    job.wait_until(job.all_up)
+    address = ("localhost", Allocation(job.job, "", 0, ("a",), 0).launcher_port)
+    hello = {"type": "hello", "node": "other", "job_id": job.job + 1, "restart_count": 0, "time": 0, "facts": {}}
+    for words in (b"GET / HTTP/1.0\r\n\r\n", json.dumps(hello).encode() + b"\n", b'{"type": "preempt"}\n'):
+        with socket.create_connection(address, 10) as stranger:
+            stranger.sendall(words)
+            assert stranger.recv(1) == b"", "it hangs up"
+    (job.run / "finish").touch()
+    assert job.wait() == [0, 0], job.outputs()
+
+
+def test_a_port_that_is_taken(two_nodes):
+    job = two_nodes("")
+    with socket.create_server(("", Allocation(job.job, "", 0, ("a",), 0).launcher_port)):
+        job.launch("localhost")
+        assert job.wait() == [2]
+    assert "cannot be listened on" in job.outputs() and "Traceback" not in job.outputs()
+
+
+def test_outside_of_a_job(tmp_path):
+    command = [sys.executable, str(ROOT / "launch" / "in_job.py"), "node", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,111 @@
+"""attempts.jsonl, why.txt and what a run's folder says of how far it has come."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.slurm.in_job import records
+from plt_megatron.slurm.in_job.allocation import Allocation
+from plt_megatron.slurm.in_job.records import Failure, Outcome, Records
+
+
+def allocation(job: int = 7, restart: int = 0) -> Allocation:
+    return Allocation(job, str(job), restart, ("a", "b"), 0)
+
+
+def write_checkpoint(run: Path, step: int, whole: bool = True) -> Path:
+    path = run / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    (path / "weights").write_bytes(b"x" * 10)
+    size = 10 if whole else 11
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": {"weights": {"bytes": size, "sha256": "?"}}}))
+    return path
+
+
+def test_an_attempt_from_start_to_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "kind": "train"}\n{"step": 5, "kind": "train"}\n{"ste')
+    write_checkpoint(tmp_path, 4)
+    run = Records(tmp_path, allocation())
+    assert run.begin() == 1
+    run.end(1, Outcome("failed", "why", failure=Failure(3, "b", "exited with status 1", ["last", "words"])))
+    start, end = records.read_events(tmp_path)
+    assert (start["event"], start["attempt"], start["job_id"], start["nodes"]) == ("start", 1, "7", ["a", "b"])
+    assert (end["event"], end["status"], end["step"], end["checkpoint"]) == ("end", "failed", 5, 4)
+    assert end["failure"] == {"rank": 3, "node": "b", "exit": "exited with status 1", "lines": ["last", "words"]}
+    assert end["time"] >= start["time"] > 1e9
+    assert run.of_this_start() == end
+    assert run.begin() == 2 and run.of_this_start() is None, "a new attempt has no end yet"
+
+
+def test_the_end_of_another_start_is_not_this_ones(tmp_path):
+    earlier = Records(tmp_path, allocation(7, 0))
+    earlier.end(earlier.begin(), Outcome("preempted", ""))
+    assert Records(tmp_path, allocation(7, 1)).of_this_start() is None
+    assert Records(tmp_path, allocation(8, 0)).of_this_start() is None
+
+
+def test_an_attempt_that_left_no_word_is_ended_at_the_next_start(tmp_path):
+    Records(tmp_path, allocation(7, 0)).begin()
+    assert Records(tmp_path, allocation(7, 1)).begin() == 2
+    start, end, again = records.read_events(tmp_path)
+    assert (end["status"], end["attempt"], end["job_id"], end["restart_count"]) == ("killed", 1, "7", 0)
+    assert (again["event"], again["attempt"], again["restart_count"]) == ("start", 2, 1)
+
+
+def test_torn_lines_are_passed_over(tmp_path):
+    Records(tmp_path, allocation()).begin()
+    with (tmp_path / records.FILE_NAME).open("a") as file:
+        file.write('{"event": "end", "att\n[1]\n"x"\n{"event": "other"}\n')
+    assert [event["event"] for event in records.read_events(tmp_path)] == ["start"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_loses_the_note_and_nothing_else(tmp_path, capsys):
+    (tmp_path / records.FILE_NAME).symlink_to("/dev/full")
+    Records(tmp_path, allocation()).end(1, Outcome("finished", "done"))
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and '"finished"' in error
+
+
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [("", 0), ('{"step": 3}\n', 3), ('{"step": 3}\n{"step": 4}', 3), ('{"step": 3}\n{"st\n', 3), ("x\n", 0)],
+)
+def test_the_last_step(tmp_path, text, step):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert records.last_step(tmp_path) == step
+
+
+def test_the_last_step_of_a_long_file(tmp_path):
+    lines = [json.dumps({"step": step, "padding": "x" * 5000}) for step in range(100)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert records.last_step(tmp_path) == 99
+
+
+def test_nothing_there_yet(tmp_path):
+    assert records.last_step(tmp_path) == records.last_checkpoint_step(tmp_path) == 0
+    assert records.read_events(tmp_path) == [] and records.last_whole_checkpoint(tmp_path) is None
+
+
+def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
+    whole = write_checkpoint(tmp_path, 4)
+    write_checkpoint(tmp_path, 6, whole=False)
+    run = Records(tmp_path, allocation())
+    run.end(run.begin(), Outcome("failed", "r", failure=Failure(3, "b", "was killed by SIGBUS", ["some", "line"])))
+    records.write_why(tmp_path, "it broke", run.of_this_start())
+    lines = (tmp_path / "why.txt").read_text().splitlines()
+    assert lines[0] == "it broke"
+    assert "attempt 1, job 7, on a, b: failed" in lines
+    assert f"last whole checkpoint: {whole}" in lines
+    assert "rank 3 on b was killed by SIGBUS; its last lines:" in lines and "    line" in lines
+
+
+def test_an_old_why_does_not_stay_when_the_run_goes_on(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "why.txt").write_text("old\n")
+    assert Records(tmp_path, allocation()).begin() == 1
+    assert not (tmp_path / "why.txt").exists()
+    assert (tmp_path / "logs" / "why-before-attempt-1.txt").read_text() == "old\n"
