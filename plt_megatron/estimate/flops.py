@@ -97,3 +97,12 @@ def training_flops_per_token(
     """Model FLOPs per token of one training step (forward and backward, no recomputation)."""
     forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count)
     return forward.times(TRAINING_OVER_FORWARD)
+
+
+def flops_of_loops(model: ModelConfig, sequence_length: int, padded_vocab_size: int) -> list[float]:
+    """Training FLOPs per token of each loop, without the output layer: loops >= 2 have a window and a gate more."""
+    totals = [
+        training_flops_per_token(model, sequence_length, padded_vocab_size, loops).looped
+        for loops in range(1, model.loop_count + 1)
+    ]
+    return [total - before for total, before in zip(totals, [0.0, *totals], strict=False)]

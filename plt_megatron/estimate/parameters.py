@@ -26,6 +26,16 @@ class ParameterCount:
         return sum(dataclasses.astuple(self))
 
     @property
+    def active(self) -> int:
+        """Parameters that take part in one token's forward pass; a dense model uses all."""
+        return self.total
+
+    @property
+    def tables(self) -> int:
+        """The embedding table and, where it is another, the output layer's."""
+        return self.embedding + self.output_layer
+
+    @property
     def non_embedding(self) -> int:
         """Without the embedding table and the output layer."""
         return self.total - self.embedding - self.output_layer
@@ -53,6 +63,51 @@ def count_parameters(
         final_norm=hidden,
         output_layer=0 if model.share_embeddings_and_output_weights else table,
     )
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Number of parameters that one rank of a pipeline stage holds: its slices, and whole what is not sliced."""
+
+    layers: int
+    embedding: int
+    final_norm: int
+    output_layer: int  # a pipeline's last stage holds a copy of a tied embedding
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def count_rank_parameters(
+    model: ModelConfig,
+    vocab_size: int,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    stage: int = 0,
+) -> RankParameters:
+    """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
+    tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
+    first, last = stage == 0, stage == pipeline - 1
+    table = derived.padded_vocab_size(model, vocab_size, tensor) // tensor * model.hidden_size
+    shared = model.share_embeddings_and_output_weights and first
+    return RankParameters(
+        layers=model.num_layers // pipeline * _rank_layer(model, tensor),
+        embedding=table if first else 0,
+        final_norm=model.hidden_size if last else 0,
+        output_layer=table if last and not shared else 0,
+    )
+
+
+def _rank_layer(model: ModelConfig, tensor: int) -> int:
+    """One layer on one tensor-parallel rank: linear layers and a query gate are divided, norms are not."""
+    divided = qkv_parameters(model) + _qkv_biases(model) + projection_parameters(model)
+    divided += 3 * model.hidden_size * model.ffn_hidden_size
+    whole, gate = _layer_norms(model), _layer_gate(model)
+    if model.gate_input == "query":
+        return (divided + gate) // tensor + whole
+    return divided // tensor + whole + gate
 
 
 def qkv_parameters(model: ModelConfig) -> int:

@@ -1,0 +1,256 @@
+"""Bytes that autograd keeps of one microbatch on one rank, from which tensors each operation saves.
+
+Symbols as in `flops`, of one rank: T tokens of a microbatch (divided by CP), S = T / TP with sequence parallelism and
+T without, d hidden, h heads and g groups (divided by TP), c channels of a head, f FFN width (divided by TP), w window,
+e bytes of an element. What a tensor's storage holds counts, not what is read of it: V is a view of the fused Q, K, V
+projection and keeps all of it alive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.estimate.layout import BYTES, Layout
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What one rank keeps and needs; every method returns bytes of one microbatch.
+
+    `vocab` is the padded vocabulary divided by TP, `padding` how many of the last rank's rows are padding.
+    """
+
+    tokens: int
+    rows: int
+    row_length: int  # tokens of one sequence on this rank
+    hidden: int
+    heads: int
+    groups: int
+    channels: int
+    ffn: int
+    window: int
+    vocab: int
+    padding: int
+    element: int
+    te: bool
+    query_gate: bool
+    hidden_gate: bool
+    windowed: bool
+    shares_kv: bool
+    qk_norm: bool
+    output_norms: int  # norms on the outputs of attention or FFN
+    input_norms: bool
+    norm_between_loops: bool
+    documents: bool
+    recompute: str
+    context: int  # ranks that share a sequence
+
+    # One layer in one loop.
+
+    def layer(self, loop: int) -> int:
+        """Saved by one layer in loop `loop`, without the first loop's K and V (`first_loop_kv`)."""
+        return self.attention_block(loop) + self.ffn_block()
+
+    def attention_block(self, loop: int) -> int:
+        """Norm, projections and core attention."""
+        saved = self._norm(self.rows * self.hidden, feeds_linear=True) if self.input_norms else self._rows_bytes()
+        saved += self._rope() + self._qk_norms() + self._hidden_gate()
+        saved += self._queries() + self._attention_output()  # rotated queries; the output projection's input
+        if loop == 1 or not self.shares_kv:
+            saved += 0 if self.shares_kv else self._keys() + self._fused_qkv()
+            saved += self._core_attention_statistics()
+        else:
+            saved += self._later_loop()
+        if self.output_norms == 2:
+            saved += self._norm(self.rows * self.hidden, feeds_linear=False)
+        return saved
+
+    def ffn_block(self) -> int:
+        """Norm, gate and up projections, SwiGLU, down projection."""
+        wide = self.tokens * self.ffn * self.element
+        saved = self._norm(self.rows * self.hidden, feeds_linear=True) if self.input_norms else self._rows_bytes()
+        # torch: both halves, silu(gate), the other half + 0, their product; fused SwiGLU: both halves and the product.
+        saved += 3 * wide if self.te else 5 * wide
+        if self.output_norms:
+            saved += self._norm(self.rows * self.hidden, feeds_linear=False)
+        return saved
+
+    def first_loop_kv(self) -> int:
+        """K and V of one layer that later loops read (none are shared: 0)."""
+        return self._keys() + self._fused_qkv() if self.shares_kv else 0
+
+    def kv_gradients(self) -> int:
+        """Gradients of the first loop's K and V of one layer, while they wait in the mailbox."""
+        return 2 * self._keys() if self.shares_kv else 0
+
+    # A loop's ends.
+
+    def layer_input(self) -> int:
+        """Hidden states between layers."""
+        return self._rows_bytes()
+
+    def loop_end(self, last_loop: bool) -> int:
+        """The final norm, where the loop has one."""
+        if last_loop or self.norm_between_loops:
+            return self._norm(self.rows * self.hidden, feeds_linear=last_loop)
+        return 0
+
+    def softmax(self) -> int:
+        """What the cross-entropy keeps: probabilities in fp32."""
+        return self.tokens * self.vocab * FP32
+
+    def head_forward(self) -> int:
+        """Logits beside the probabilities, and the gathered hidden states."""
+        logits = self.tokens * self.vocab * self.element if self.element != FP32 else 0
+        return logits + self._gathered()
+
+    def head_backward(self) -> int:
+        """Gradients of the logits beside the probabilities, which become the first of them in place."""
+        logits = self.tokens * self.vocab * self.element
+        weight = self.vocab * self.hidden * self.element
+        # Padding is masked in place: its backward copies all gradients once and those of the padding twice.
+        masked = logits + 2 * self.tokens * self.padding * self.element if self.padding else 0
+        if self.element == FP32:
+            return max(masked, weight) + self._gathered()
+        cast = logits  # beside the fp32 ones, which are gone when padding is masked
+        return max(cast, logits + masked - self.softmax(), logits + weight - self.softmax()) + self._gathered()
+
+    def backward_working_set(self, loop: int) -> int:
+        """Temporaries of a layer's backward pass at its widest, beside everything that it has saved."""
+        rows = 2 * self._rows_bytes() + self._gathered()
+        ffn = 2 * self.tokens * self.ffn * self.element
+        attention = 0
+        if loop > 1 and self._blocked_window:
+            attention = 3 * self._window_scores() + 2 * self._queries() - self.ffn_block()
+        return rows + max(ffn, attention)
+
+    # Parts.
+
+    @property
+    def _blocked_window(self) -> bool:
+        """Whether the window is attended to in blocks: torch's way, unless it spans the whole sequence."""
+        return self.windowed and not self.te and self.window < self.row_length
+
+    def _rows_bytes(self) -> int:
+        return self.rows * self.hidden * self.element
+
+    def _gathered(self) -> int:
+        """Sequence parallelism gathers a linear layer's input."""
+        return self.tokens * self.hidden * self.element if self.rows < self.tokens else 0
+
+    def _norm(self, elements: int, *, feeds_linear: bool) -> int:
+        """Input, normed before the weight, and the output where a linear layer keeps it."""
+        if self.te:
+            kept = self.element
+        else:
+            kept = FP32 + self.element
+        return elements * (kept + (self.element if feeds_linear else 0)) + FP32 * (elements // self.hidden or 1)
+
+    def _queries(self) -> int:
+        return self.tokens * self.heads * self.channels * self.element
+
+    def _keys(self) -> int:
+        return self.tokens * self.groups * self.channels * self.element
+
+    def _fused_qkv(self) -> int:
+        return self._queries() + 2 * self._keys()
+
+    def _attention_output(self) -> int:
+        return self._queries()
+
+    def _rope(self) -> int:
+        """Cosines and sines, of Q and of K."""
+        rows = self.tokens if self.documents else self.row_length
+        return 4 * rows * self.channels * self.element
+
+    def _qk_norms(self) -> int:
+        if not self.qk_norm:
+            return 0
+        elements = self.tokens * (self.heads + self.groups) * self.channels
+        per_element = self.element if self.te else FP32 + self.element
+        return elements * per_element + FP32 * self.tokens * (self.heads + self.groups)
+
+    def _hidden_gate(self) -> int:
+        if not self.hidden_gate:
+            return 0
+        width = self.rows * self.hidden
+        return width * (FP32 + 2 * self.element) + self.tokens * self.heads * self.element
+
+    def _core_attention_statistics(self) -> int:
+        """Log-sum-exp of one attention; packed documents add copies around each document's."""
+        if self.recompute == "selective":
+            return 0
+        saved = self.tokens * self.heads * FP32
+        if self.documents:
+            saved += self._fused_qkv() if self.te else self._attention_output()
+        if self.context > 1 and not self.te:  # K and V of the whole sequence; Transformer Engine passes them round
+            saved += 2 * self._keys() * self.context
+        return saved
+
+    def _later_loop(self) -> int:
+        """Attention of a loop >= 2 with the first loop's K and V, and its window."""
+        if self.recompute == "selective":
+            return self._keys() + self._fused_qkv()
+        saved = self._core_attention_statistics()
+        if not self.windowed:
+            return saved
+        saved += 2 * self._queries() + self.tokens * self.heads * self.element  # both outputs, the gate
+        if not self._blocked_window:
+            return saved + self._keys() + self._fused_qkv() + self.tokens * self.heads * FP32
+        blocks = -(-self.row_length // self.window)
+        padding = blocks * self.window / self.row_length
+        keys = 2 * self._keys() * (blocks + 1) / blocks
+        return saved + int(padding * (self._queries() + keys)) + self._window_scores()
+
+    def _window_scores(self) -> int:
+        """Weights of each query over its own block of keys and the one before it."""
+        blocks = -(-self.row_length // self.window)
+        sequences = self.tokens / self.row_length
+        return int(sequences * blocks * self.window * self.heads * 2 * self.window * self.element)
+
+    def window_bias(self) -> int:
+        """The mask of the blocked window attention: kept for all layers, or made anew where documents are packed."""
+        if not self._blocked_window:
+            return 0
+        return self._window_scores() // 2
+
+
+def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activations:
+    """The shapes of one rank's microbatch."""
+    model = config.model
+    row_length = config.data.sequence_length // layout.context
+    tokens = layout.micro_batch_size * row_length
+    padded_vocab = derived.padded_vocab_size(model, vocab_size, layout.tensor)
+    looped = model.loop_count > 1
+    windowed = looped and model.gated_window
+    post = model.norm_placement == "post"
+    return Activations(
+        tokens=tokens,
+        rows=tokens // layout.tensor if layout.sequence_parallel else tokens,
+        row_length=row_length,
+        hidden=model.hidden_size,
+        heads=model.num_attention_heads // layout.tensor,
+        groups=derived.num_query_groups(model) // layout.tensor,
+        channels=derived.head_dim(model),
+        ffn=model.ffn_hidden_size // layout.tensor,
+        window=model.window_size,
+        vocab=padded_vocab // layout.tensor,
+        padding=min(padded_vocab - vocab_size, padded_vocab // layout.tensor),
+        element=BYTES[config.training.precision],
+        te=layout.backend == "te",
+        query_gate=windowed and model.gate_input == "query",
+        hidden_gate=windowed and model.gate_input == "hidden",
+        windowed=windowed,
+        shares_kv=looped and model.share_kv,
+        qk_norm=model.qk_layernorm,
+        output_norms=2 if post else int(model.ffn_output_norm),
+        input_norms=not post,
+        norm_between_loops=model.norm_between_loops,
+        documents=config.data.reset_at_document_boundaries,
+        recompute=layout.recompute,
+        context=layout.context,
+    )

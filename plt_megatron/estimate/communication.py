@@ -1,0 +1,64 @@
+"""Bytes that one rank sends in an optimizer step, by what they are for.
+
+A ring collective over n ranks sends (n - 1) / n of the whole tensor per rank for an all-gather or a reduce-scatter,
+and twice that for an all-reduce.
+"""
+
+from __future__ import annotations
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.estimate.activations import FP32, Activations
+from plt_megatron.estimate.layout import Layout
+
+
+def communication_bytes(
+    config: RunConfig, layout: Layout, shapes: Activations, rank_parameters: int, embedding_parameters: int
+) -> dict[str, float]:
+    """Bytes sent per step by one rank of the busiest kind, by purpose; purposes with no traffic are left out.
+
+    `rank_parameters` and `embedding_parameters`: of the stage with most, and of its embedding.
+    """
+    loops, layers = config.model.loop_count, config.model.num_layers // layout.pipeline
+    passes = layout.microbatches * loops
+    traffic = {
+        "tensor parallel": passes * layers * _tensor_layer(layout, shapes) + _tensor_ends(layout, shapes),
+        "pipeline": passes * 2.0 * shapes.layer_input() if layout.pipeline > 1 else 0.0,
+        "gradient reduction": _share(layout.shards) * FP32 * rank_parameters,
+        "weight gathering": _share(layout.shards) * shapes.element * rank_parameters,
+        "context parallel": passes * layers * _context_layer(layout, shapes),
+    }
+    if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
+        traffic["tied embeddings"] = float(FP32 * embedding_parameters)
+    if layout.zero_stage == 3:
+        traffic["weight gathering"] *= 2 * layout.microbatches
+    if layout.zero_stage == 0:
+        traffic["gradient reduction"], traffic["weight gathering"] = 2 * traffic["gradient reduction"], 0.0
+    return {name: amount for name, amount in traffic.items() if amount > 0}
+
+
+def _share(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _tensor_layer(layout: Layout, shapes: Activations) -> float:
+    """Attention and FFN of one layer, loop and microbatch, forward and backward.
+
+    All-reduces: one each way for attention, one for the FFN. Sequence parallelism: an all-gather and a reduce-scatter
+    in place of each, and one more all-gather for the weights' gradients.
+    """
+    whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
+    forward, backward = 4 * whole, (6 if layout.sequence_parallel else 4) * whole
+    recomputed = forward / 2 if layout.sequence_parallel else forward
+    return forward + backward + (recomputed if layout.recompute == "full" else 0)
+
+
+def _tensor_ends(layout: Layout, shapes: Activations) -> float:
+    """Embedding and output layer of all microbatches."""
+    whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
+    return layout.microbatches * (2 + 3) * whole
+
+
+def _context_layer(layout: Layout, shapes: Activations) -> float:
+    """K and V go round the ring in the forward pass; in the backward pass, they and their gradients."""
+    keys_and_values = 2 * shapes.tokens * shapes.groups * shapes.channels * shapes.element
+    return 3.0 * (layout.context - 1) * keys_and_values

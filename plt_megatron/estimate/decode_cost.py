@@ -1,0 +1,150 @@
+"""What a decoded token costs: a roofline over bytes and FLOPs of one step of a batch of sequences.
+
+With cross-loop parallelism a step is one forward pass with L rows a sequence: weights are read once, so that further
+loops are free as long as reading is what takes the time. Without it the loops run one after another, each reading the
+weights again. bf16 weights and cache, on one card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.cards import Card, find_card
+from plt_megatron.estimate.layout import BYTES
+from plt_megatron.estimate.parameters import (
+    count_parameters,
+    gate_input_size,
+    projection_parameters,
+    qkv_parameters,
+)
+
+ELEMENT = BYTES["bf16"]
+MAX_BATCH = 1 << 16
+FREE = 0.05  # loops are free while a step takes at most this much longer than one loop's
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """One decode step of a batch.
+
+    Attributes:
+        bytes, flops: read and computed in the step, the whole batch.
+        milliseconds: the larger of what both take.
+        bound: `memory` or `compute`, whichever it is.
+        kv_cache_bytes: of the whole context, per sequence.
+        state_bytes: per sequence beside it: windows of later loops, and the carried hidden states.
+        loops_stop_being_free_at: first batch size whose step takes more than 5 % longer than with one loop;
+            None: not up to 65,536. For one loop None.
+    """
+
+    bytes: float
+    flops: float
+    milliseconds: float
+    bound: str
+    kv_cache_bytes: int
+    state_bytes: int
+    loops_stop_being_free_at: int | None
+
+
+def decode_cost(
+    model: ModelConfig, *, vocab_size: int | None = None, context_length: int, batch_size: int, gpu: str = "h100"
+) -> DecodeCost:
+    """The cost of one more token for `batch_size` sequences of `context_length` tokens each.
+
+    `vocab_size` None: the model's. Raises `UserError` on an unknown card or a vocabulary that is not known.
+    """
+    vocab_size = model.vocab_size if vocab_size is None else vocab_size
+    if vocab_size is None:
+        raise UserError("the vocabulary is not known: give model.vocab_size or data.tokenizer")
+    if context_length < 1 or batch_size < 1:
+        raise UserError(f"a context of {context_length} tokens and a batch of {batch_size}: both must be at least 1")
+    card = find_card(gpu)
+    read, computed = _step(model, vocab_size, context_length, batch_size)
+    seconds, bound = _seconds(card, read, computed)
+    return DecodeCost(
+        bytes=read,
+        flops=computed,
+        milliseconds=1e3 * seconds,
+        bound=bound,
+        kv_cache_bytes=kv_cache_bytes(model, context_length),
+        state_bytes=state_bytes(model, context_length),
+        loops_stop_being_free_at=_first_batch(model, vocab_size, context_length, card),
+    )
+
+
+def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
+    """K and V of the whole context, per sequence: the first loop's or, without sharing, every loop's."""
+    caches = 1 if model.share_kv else model.loop_count
+    return caches * context_length * _token_kv(model)
+
+
+def state_bytes(model: ModelConfig, context_length: int) -> int:
+    """Per sequence: L - 1 windows of K and V in every layer, and L - 1 carried hidden states."""
+    later = model.loop_count - 1
+    windows = later * min(model.window_size, context_length) * _token_kv(model) if derived.has_gates(model) else 0
+    carries = later * model.hidden_size * ELEMENT if model.cross_loop_parallel else 0
+    return windows + carries
+
+
+def _token_kv(model: ModelConfig) -> int:
+    return 2 * model.num_layers * derived.num_query_groups(model) * derived.head_dim(model) * ELEMENT
+
+
+def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tuple[float, float]:
+    """(bytes read and written, FLOPs) of one step."""
+    counted = count_parameters(model, vocab_size)
+    head = derived.padded_vocab_size(model, vocab_size) * model.hidden_size
+    stack = counted.attention + counted.ffn + counted.norms + counted.gates
+    reads = 1 if model.cross_loop_parallel else model.loop_count
+    weights = ELEMENT * (reads * stack + head + counted.final_norm)
+    caches = kv_cache_bytes(model, context) + state_bytes(model, context)
+    if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
+        caches += (model.loop_count - 1) * kv_cache_bytes(model, context)
+    written = (model.loop_count if derived.has_gates(model) or not model.share_kv else 1) * _token_kv(model)
+    logits = derived.padded_vocab_size(model, vocab_size) * ELEMENT
+    return weights + batch * float(caches + written + logits), batch * _flops(model, context, head)
+
+
+def _flops(model: ModelConfig, context: int, head: int) -> float:
+    """Of one token of one sequence, all loops."""
+    loops, layers = model.loop_count, model.num_layers
+    later = loops - 1 if derived.has_gates(model) else 0
+    width = model.num_attention_heads * derived.head_dim(model)
+    linear = qkv_parameters(model) + projection_parameters(model) + 3 * model.hidden_size * model.ffn_hidden_size
+    attention = 4 * width * (loops * context + later * min(model.window_size, context))
+    gates = later * 2 * model.num_attention_heads * gate_input_size(model)
+    return layers * (loops * 2 * linear + attention + gates) + 2 * head
+
+
+def _seconds(card: Card, read: float, computed: float) -> tuple[float, str]:
+    reading = read / (card.memory_bandwidth * card.memory_efficiency)
+    computing = computed / (card.flops_per_second("bf16") * card.matmul_efficiency)
+    return max(reading, computing), "memory" if reading >= computing else "compute"
+
+
+def _first_batch(model: ModelConfig, vocab_size: int, context: int, card: Card) -> int | None:
+    """The smallest batch at which all loops take over `FREE` longer than one: the ratio only grows with the batch
+    where reading bounds both, and falls nowhere below it once computing bounds the looped model."""
+    if model.loop_count == 1:
+        return None
+    single = dataclasses.replace(model, loop_count=1)
+
+    def costs(batch: int) -> bool:
+        looped, _ = _seconds(card, *_step(model, vocab_size, context, batch))
+        plain, _ = _seconds(card, *_step(single, vocab_size, context, batch))
+        return looped > (1 + FREE) * plain
+
+    high = 1
+    while not costs(high):
+        high *= 2
+        if high > MAX_BATCH:
+            return None
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if costs(middle) else (middle, high)
+    return high

@@ -1,0 +1,249 @@
+"""Peak memory of one rank of each pipeline stage, by component.
+
+What a rank always holds (weights, gradient buffer, optimizer state) is arithmetic. On top of it the step's passes are
+played through in the order of the schedule, with what each layer saves and needs (`activations`), and the highest
+moment is reported. The optimizer's step is another candidate for the peak.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.estimate.activations import FP32, Activations, activations
+from plt_megatron.estimate.layout import BYTES, Layout
+from plt_megatron.estimate.parameters import RankParameters, count_parameters, count_rank_parameters
+from plt_megatron.estimate.schedule import Pass, enough_microbatches, passes
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of the worst rank of a pipeline stage at its peak.
+
+    Attributes:
+        stage: from 0.
+        components: bytes at the peak by what holds them; what is not alive then is 0.
+        moment: when the peak is.
+    """
+
+    stage: int
+    components: dict[str, int]
+    moment: str
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.components.values())
+
+
+# In the order in which they are shown.
+COMPONENTS = (
+    "weights",
+    "main weights",
+    "gradients",
+    "Adam moments",
+    "activations",
+    "first-loop K/V",
+    "K/V gradients",
+    "logits",
+    "weight gradients in autograd",
+    "temporaries",
+    "inputs",
+)
+
+
+def estimate_memory(config: RunConfig, layout: Layout, vocab_size: int) -> list[MemoryEstimate]:
+    """One estimate a pipeline stage."""
+    shapes = activations(config, layout, vocab_size)
+    return [_stage_memory(config, layout, vocab_size, shapes, stage) for stage in range(layout.pipeline)]
+
+
+def _stage_memory(
+    config: RunConfig, layout: Layout, vocab_size: int, shapes: Activations, stage: int
+) -> MemoryEstimate:
+    parameters = count_rank_parameters(
+        config.model,
+        vocab_size,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        stage=stage,
+    )
+    held = Counter(persistent_bytes(parameters.total, config.training.precision, layout))
+    held["inputs"] = _inputs(config, layout)
+    player = _Player(config, layout, shapes, parameters, stage)
+    count = enough_microbatches(layout.pipeline, layout.microbatches)
+    for each in passes(layout.pipeline, stage, config.model.loop_count, count):
+        player.play(each)
+    candidates = [(player.peak, player.moment)]
+    candidates.append((_optimizer_step(parameters, layout), "the optimizer's step"))
+    step, moment = max(candidates, key=lambda candidate: candidate[0].total())
+    held += step
+    return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, moment)
+
+
+def persistent_bytes(parameters: int, precision: str, layout: Layout) -> dict[str, int]:
+    """What a rank with so many parameters holds throughout a step, by component."""
+    element, shards, zero = BYTES[precision], layout.shards, layout.zero_stage
+    optimizer = parameters // shards if zero >= 1 else parameters
+    if layout.offload_optimizer:
+        optimizer = 0
+    weights = parameters // shards if zero >= 3 else parameters
+    return {
+        "weights": 0 if layout.offload_weights else element * weights,
+        "main weights": FP32 * optimizer if element != FP32 else 0,
+        "gradients": FP32 * (parameters // shards if zero >= 2 else parameters),
+        "Adam moments": 2 * FP32 * optimizer,
+    }
+
+
+def _inputs(config: RunConfig, layout: Layout) -> int:
+    """Tokens, labels and loss mask of a step's microbatches; with packed documents positions and starts too."""
+    per_token = 8 + 8 + FP32 + (9 if config.data.reset_at_document_boundaries else 0)
+    tokens = layout.micro_batch_size * config.data.sequence_length // layout.context
+    return layout.microbatches * tokens * per_token
+
+
+def _optimizer_step(parameters: RankParameters, layout: Layout) -> Counter[str]:
+    """Temporaries of the update. torch's Adam goes through one parameter at a time on a CPU and through all of them at
+    once on a GPU; Transformer Engine's fused one needs none."""
+    if layout.backend == "te":
+        return Counter()
+    shards = layout.shards if layout.zero_stage >= 1 else 1
+    if layout.on_cpu:
+        largest = max(parameters.embedding, parameters.output_layer)
+        return Counter({"temporaries": 2 * FP32 * largest // shards})
+    return Counter({"temporaries": FP32 * parameters.total // shards})
+
+
+@dataclass
+class _Player:
+    """Runs the passes of one stage and remembers the highest moment."""
+
+    config: RunConfig
+    layout: Layout
+    shapes: Activations
+    parameters: RankParameters
+    stage: int
+    live: Counter[str] = field(default_factory=Counter)
+    peak: Counter[str] = field(default_factory=Counter)
+    moment: str = "between steps"
+
+    def __post_init__(self) -> None:
+        self.loops = self.config.model.loop_count
+        self.layers = self.config.model.num_layers // self.layout.pipeline
+        self.full = self.layout.recompute == "full"
+        self.alone = self.layout.pipeline == 1
+        self.first, self.last = self.stage == 0, self.stage == self.layout.pipeline - 1
+        self.unit = min(self.layout.recompute_num_layers, self.layers)
+        self.element = self.shapes.element
+        loops = range(1, self.loops + 1)
+        self.saved = {loop: self._saved(loop) for loop in loops}
+        self.working = {loop: self._working_set(loop) for loop in loops}
+        self.first_layer = {loop: self._first_layer(loop) for loop in loops}
+        self.table = self.element * self.shapes.vocab * self.shapes.hidden
+        self.live["temporaries"] = 0 if self.shapes.documents else self.shapes.window_bias()
+        self.highest = 0
+        self._mark({}, "between steps")
+
+    def play(self, each: Pass) -> None:
+        loops = [each.loop] if each.loop else list(range(1, self.loops + 1))
+        if each.backward:
+            for loop in reversed(loops):
+                self._backward(loop)
+            self._weights_done()
+        else:
+            for loop in loops:
+                self._forward(loop)
+
+    # Forward.
+
+    def _forward(self, loop: int) -> None:
+        self.live.update(self.saved[loop])
+        if self.last and loop == self.loops:
+            self.live["logits"] += self.shapes.softmax()
+            self._mark({"logits": self.shapes.head_forward()}, "the loss of the last loop")
+
+    def _saved(self, loop: int) -> Counter[str]:
+        """What one loop's forward pass leaves behind."""
+        shapes = self.shapes
+        saved: Counter[str] = Counter()
+        if self.full:
+            saved["activations"] = -(-self.layers // self.unit) * shapes.layer_input()
+        else:
+            saved["activations"] = self.layers * shapes.layer(loop)
+        if self.last:
+            saved["activations"] += shapes.loop_end(loop == self.loops)
+        if not self.alone:  # what was received and what is sent
+            saved["activations"] += shapes.layer_input()
+        if loop == 1:
+            saved["first-loop K/V"] = self.layers * shapes.first_loop_kv()
+        return saved
+
+    # Backward.
+
+    def _backward(self, loop: int) -> None:
+        if self.last and loop == self.loops:
+            self._head_backward()
+        self._mark(self.working[loop], f"backward of loop {loop}, last layer")
+        if loop == self.loops > 1:  # what waits for earlier loops
+            self.live["K/V gradients"] += self.layers * self.shapes.kv_gradients()
+            if self._autograd_keeps_weight_gradients:
+                self.live["weight gradients in autograd"] += self.element * self.parameters.layers
+        self.live.subtract(self.saved[loop])
+        self._mark(self.first_layer[loop], f"backward of loop {loop}, first layer")
+        if loop == 1 < self.loops:
+            self.live["K/V gradients"] -= self.layers * self.shapes.kv_gradients()
+
+    def _head_backward(self) -> None:
+        self._mark({"logits": self.shapes.head_backward()}, "the gradient of the logits")
+        self.live["logits"] -= self.shapes.softmax()
+        if self.alone and self.config.model.share_embeddings_and_output_weights:
+            self.live["weight gradients in autograd"] += self.table  # until the embedding's own has come
+        else:
+            self._mark({"temporaries": self.table}, "the gradient of the output layer")
+
+    def _working_set(self, loop: int) -> Counter[str]:
+        """What the last layer's backward pass needs beside `live`, which has all that is saved."""
+        shapes = self.shapes
+        needs = Counter({"temporaries": shapes.backward_working_set(loop)})
+        largest = shapes.hidden * 2 * shapes.ffn * self.element
+        if self.full:
+            needs["activations"] = self.unit * shapes.layer(loop)
+            needs["first-loop K/V"] = self.unit * shapes.first_loop_kv() if loop == 1 else 0
+        if not self._autograd_keeps_weight_gradients:
+            needs["temporaries"] += largest
+        if shapes.documents:
+            needs["temporaries"] += 2 * shapes.window_bias()
+        return needs
+
+    @property
+    def _autograd_keeps_weight_gradients(self) -> bool:
+        """Loops in one graph: autograd adds up a weight's gradients until its first loop has come. Pipelines run one
+        loop's backward at a time, and full recomputation one unit's."""
+        return self.alone and self.loops > 1 and not self.full
+
+    def _first_layer(self, loop: int) -> Counter[str]:
+        """The same at the first layer, which alone is left of what the loop has saved."""
+        needs = Counter(self.working[loop])
+        if not self.full:
+            needs["activations"] += self.shapes.layer(loop)
+            needs["first-loop K/V"] += self.shapes.first_loop_kv() if loop == 1 else 0
+        return needs
+
+    def _weights_done(self) -> None:
+        if self.first:
+            self._mark({"temporaries": self.element * self.parameters.embedding}, "the gradient of the embedding")
+        self.live["weight gradients in autograd"] = 0
+
+    def _mark(self, beside: Mapping[str, int], moment: str) -> None:
+        held = sum(self.live.values()) + sum(beside.values())
+        if held > self.highest:
+            self.highest, self.moment = held, moment
+            self.peak = self.live + Counter(beside)
+
+
+def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
+    """One checkpoint on disk: weights in their precision, and main weights and both moments in fp32."""
+    total = count_parameters(config.model, vocab_size, tensor).total
+    return total * (BYTES[config.training.precision] + 3 * FP32)

@@ -1,0 +1,140 @@
+"""A whole run on paper: size, work, memory, traffic, time and storage. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.activations import activations
+from plt_megatron.estimate.cards import find_card
+from plt_megatron.estimate.communication import communication_bytes
+from plt_megatron.estimate.flops import Flops, training_flops_per_token
+from plt_megatron.estimate.layout import Layout, layout_of
+from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory
+from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
+from plt_megatron.estimate.schedule import bubble_fraction
+from plt_megatron.estimate.step_time import StepTime, step_time
+
+# Left free: CUDA's context, NCCL's buffers, fragments of the allocator.
+USABLE_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """What a run is and costs.
+
+    Attributes:
+        parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
+            where it is not shared, the output layer.
+        tokens: of the whole run.
+        flops_per_token: training FLOPs of the model, by `flops.training_flops_per_token`; `flops` has the parts.
+        total_flops: of the whole run.
+        memory: the worst rank of each pipeline stage.
+        peak_memory_bytes: of the worst rank.
+        device_memory_bytes: the card's.
+        fits: whether the peak leaves 8 % of the card free (`USABLE_SHARE`).
+        bubble_fraction: pipeline idle time over working time.
+        communication: bytes sent per step and rank, by purpose.
+        step_seconds, total_seconds, gpu_hours: from the card's peaks and achievable shares, without validation and
+            checkpoints; `times` has the parts.
+        checkpoint_bytes: one checkpoint on disk.
+        world_size: ranks.
+        layout: how they are arranged.
+        gpu: the card's short name.
+    """
+
+    parameters_total: int
+    parameters_active: int
+    parameters_embedding: int
+    tokens: int
+    flops_per_token: float
+    flops: Flops
+    total_flops: float
+    memory: list[MemoryEstimate]
+    peak_memory_bytes: int
+    device_memory_bytes: int
+    fits: bool
+    bubble_fraction: float
+    communication: dict[str, float]
+    step_seconds: float
+    times: StepTime
+    total_seconds: float
+    gpu_hours: float
+    checkpoint_bytes: int
+    world_size: int
+    layout: Layout
+    gpu: str
+
+
+def estimate_run(
+    config: RunConfig,
+    *,
+    gpu: str = "h100",
+    world_size: int | None = None,
+    gpus_per_node: int = 8,
+    vocab_size: int | None = None,
+) -> RunEstimate:
+    """Estimate a validated configuration on `world_size` ranks (None: as many as its layout asks for).
+
+    `vocab_size`: the tokenizer's; None: `model.vocab_size`. Raises `UserError` where neither is given, and on an
+    unknown `gpu` (one of `cards.card_names()`).
+    """
+    model, vocab_size = config.model, known_vocab_size(config, vocab_size)
+    layout = layout_of(config, world_size, on_cpu=gpu == "cpu")
+    card = find_card(gpu, min(gpus_per_node, layout.world_size))
+    counted = count_parameters(model, vocab_size, layout.tensor)
+    padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
+    flops = training_flops_per_token(model, config.data.sequence_length, padded)
+    shapes = activations(config, layout, vocab_size)
+    ranks = [
+        count_rank_parameters(
+            model,
+            vocab_size,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            stage=stage,
+        )
+        for stage in range(layout.pipeline)
+    ]
+    largest = max(rank.total for rank in ranks)
+    traffic = communication_bytes(config, layout, shapes, largest, ranks[0].embedding)
+    times = step_time(config, layout, shapes, card, flops, traffic, largest, gpus_per_node)
+    memory = estimate_memory(config, layout, vocab_size)
+    peak = max(stage.total_bytes for stage in memory)
+    steps = derived.train_iters(config)
+    tokens = steps * derived.tokens_per_step(config)
+    return RunEstimate(
+        parameters_total=counted.total,
+        parameters_active=counted.active,
+        parameters_embedding=counted.tables,
+        tokens=tokens,
+        flops_per_token=flops.total,
+        flops=flops,
+        total_flops=flops.total * tokens,
+        memory=memory,
+        peak_memory_bytes=peak,
+        device_memory_bytes=card.memory_bytes,
+        fits=peak <= USABLE_SHARE * card.memory_bytes,
+        bubble_fraction=bubble_fraction(layout.pipeline, model.loop_count, layout.microbatches),
+        communication=traffic,
+        step_seconds=times.total,
+        times=times,
+        total_seconds=steps * times.total,
+        gpu_hours=steps * times.total * layout.world_size / 3600,
+        checkpoint_bytes=checkpoint_bytes(config, vocab_size, layout.tensor),
+        world_size=layout.world_size,
+        layout=layout,
+        gpu=gpu,
+    )
+
+
+def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:
+    """The vocabulary to estimate with; `UserError` where neither argument nor configuration says."""
+    vocab_size = vocab_size or config.model.vocab_size
+    if vocab_size is None:
+        raise UserError(
+            "the vocabulary is not known: give model.vocab_size, or a data.tokenizer that exists on this machine"
+        )
+    return vocab_size

@@ -1,0 +1,136 @@
+"""Every layout of a run on given cards that validation accepts, estimated, best first."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
+
+MAX_MICRO_BATCH = 64
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, as overrides of the configuration, and what it is estimated to need."""
+
+    overrides: dict[str, object]
+    estimate: RunEstimate
+
+    @property
+    def command_line(self) -> str:
+        """The overrides as `key=value` arguments."""
+        return " ".join(f"{key}={str(value).lower()}" for key, value in self.overrides.items())
+
+    @property
+    def overheads(self) -> list[tuple[str, float]]:
+        """What the step spends besides model FLOPs, as shares of its time, the largest first."""
+        times, total = self.estimate.times, self.estimate.step_seconds
+        shares = [
+            ("recomputation", times.recompute),
+            ("memory-bound operations", times.memory_bound),
+            ("tensor-parallel traffic", times.tensor_parallel),
+            ("pipeline bubble", times.bubble),
+            ("other traffic", times.other_communication),
+            ("optimizer", times.optimizer),
+        ]
+        return sorted(((name, seconds / total) for name, seconds in shares), key=lambda share: -share[1])
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`fitting`: best first. `nearest`: the layout that needs least memory, whether it fits or not; None if validation
+    accepts none, and then `problems` says what is in the way most often."""
+
+    fitting: list[Candidate]
+    nearest: Candidate | None
+    tried: int
+    accepted: int
+    problems: list[str]
+
+
+def search(
+    config: RunConfig, *, gpu: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
+) -> SearchResult:
+    """Try tensor x pipeline x data parallel sizes, sequence parallelism, micro batch sizes and recomputation.
+
+    Everything else is the configuration's. Raises `UserError` as `estimate_run` does.
+    """
+    accepted: list[Candidate] = []
+    problems: Counter[str] = Counter()
+    tried = 0
+    for overrides in _layouts(config, world_size, gpus_per_node):
+        tried += 1
+        changed = _changed(config, overrides)
+        found = find_problems(changed, world_size=world_size, check_files=False)
+        if found:
+            problems.update(found)
+            continue
+        estimate = estimate_run(
+            changed, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
+        )
+        accepted.append(Candidate(overrides, estimate))
+    fitting = sorted(
+        (each for each in accepted if each.estimate.fits),
+        key=lambda each: (each.estimate.step_seconds, each.estimate.peak_memory_bytes),
+    )
+    nearest = min(accepted, key=lambda each: each.estimate.peak_memory_bytes, default=None)
+    return SearchResult(fitting, nearest, tried, len(accepted), [text for text, _ in problems.most_common(3)])
+
+
+def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, object]]:
+    """Sizes that multiply to the world size. Tensor parallelism stays within a node."""
+    context = config.parallel.context_parallel_size
+    for tensor in _divisors(world_size):
+        if tensor > gpus_per_node or config.model.num_attention_heads % tensor:
+            continue
+        for pipeline in _divisors(config.model.num_layers):
+            data, rest = divmod(world_size, tensor * pipeline * context)
+            if rest or data == 0 or config.training.global_batch_size % data:
+                continue
+            for sequence_parallel in (False, True) if tensor > 1 else (False,):
+                for micro_batch_size in _micro_batches(config.training.global_batch_size // data, pipeline):
+                    for recompute in RECOMPUTE:
+                        overrides: dict[str, object] = {
+                            "parallel.tensor_model_parallel_size": tensor,
+                            "parallel.pipeline_model_parallel_size": pipeline,
+                            "parallel.data_parallel_size": data,
+                            "parallel.sequence_parallel": sequence_parallel,
+                            "parallel.recompute_granularity": recompute,
+                            "training.micro_batch_size": micro_batch_size,
+                        }
+                        stage_layers = config.model.num_layers // pipeline
+                        if recompute == "full" and config.parallel.recompute_num_layers > stage_layers:
+                            overrides["parallel.recompute_num_layers"] = stage_layers
+                        yield overrides
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _micro_batches(sequences: int, pipeline: int) -> list[int]:
+    """Powers of two that leave a pipeline a multiple of its stages."""
+    sizes = (1 << power for power in range(MAX_MICRO_BATCH.bit_length()))
+    return [size for size in sizes if sequences % size == 0 and (sequences // size) % pipeline == 0]
+
+
+def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
+    changed = copy.copy(config)
+    changed.parallel, changed.training = copy.copy(config.parallel), copy.copy(config.training)
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        setattr(getattr(changed, section), name, value)
+    return changed
+
+
+def model_flops_share(estimate: RunEstimate, config: RunConfig, peak: float) -> float:
+    """MFU: model FLOP/s over the dense peak (FLOP/s of one card)."""
+    tokens = derived.tokens_per_step(config)
+    return estimate.flops_per_token * tokens / (estimate.step_seconds * estimate.world_size * peak)

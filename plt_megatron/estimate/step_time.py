@@ -1,0 +1,131 @@
+"""How long an optimizer step takes, from a card's rates and the shares of them that are achieved.
+
+    step = (matrix products + attention + memory-bound operations + exposed tensor-parallel traffic) * (1 + bubble)
+           + exposed gradient and weight traffic + the optimizer
+
+docs/estimates.md says where the shares come from and how far the figure is to be trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.estimate.activations import Activations
+from plt_megatron.estimate.cards import Card
+from plt_megatron.estimate.flops import Flops
+from plt_megatron.estimate.layout import Layout
+from plt_megatron.estimate.schedule import bubble_fraction
+
+# Reads and writes of the optimizer per parameter it owns: gradient, main weight and two moments in, the last three
+# and the weight out, and the norm's pass over the gradient.
+OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
+# Memory-bound operations move each saved activation about so often: written and read forward, read backward, and its
+# gradient written and read.
+PASSES_OVER_ACTIVATIONS = 5
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of the slowest rank, by what they are spent on."""
+
+    matmul: float
+    attention: float
+    memory_bound: float
+    recompute: float
+    tensor_parallel: float
+    bubble: float
+    other_communication: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def step_time(
+    config: RunConfig,
+    layout: Layout,
+    shapes: Activations,
+    card: Card,
+    training_flops: Flops,
+    traffic: dict[str, float],
+    rank_parameters: int,
+    gpus_per_node: int,
+) -> StepTime:
+    """Estimate a step. `training_flops`: model FLOPs per token; `traffic`: of `communication_bytes`."""
+    peak = card.flops_per_second(config.training.precision)
+    tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
+    share = tokens / (layout.tensor * layout.pipeline)  # of one rank
+    attention_flops = training_flops.global_attention + training_flops.local_attention
+    matmul = share * (training_flops.total - attention_flops) / (peak * card.matmul_efficiency)
+    attention = share * attention_flops / (peak * card.attention_efficiency)
+    memory_bound = _memory_bound(config, layout, shapes, card)
+    recompute = _recompute(layout, matmul, attention, memory_bound, training_flops)
+    tensor_parallel = traffic.get("tensor parallel", 0.0) / _bandwidth(card, layout.tensor, gpus_per_node)
+    context_spread = layout.tensor * layout.context
+    ring = traffic.get("context parallel", 0.0) / _bandwidth(card, context_spread, gpus_per_node)
+    tensor_parallel += max(0.0, ring - attention)  # the ring runs beside the attention
+    work = matmul + attention + memory_bound + recompute + tensor_parallel
+    bubble = work * bubble_fraction(layout.pipeline, config.model.loop_count, layout.microbatches)
+    return StepTime(
+        matmul=matmul,
+        attention=attention,
+        memory_bound=memory_bound,
+        recompute=recompute,
+        tensor_parallel=tensor_parallel,
+        bubble=bubble,
+        other_communication=_other_communication(layout, card, traffic, work, gpus_per_node),
+        optimizer=_optimizer(layout, card, rank_parameters),
+    )
+
+
+def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: Card) -> float:
+    shapes = dataclasses.replace(shapes, recompute="none")  # what is not kept is moved all the same
+    layers = config.model.num_layers // layout.pipeline
+    loops = range(1, config.model.loop_count + 1)
+    saved: float = layers * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
+    saved += (shapes.softmax() + shapes.head_backward()) / layout.pipeline
+    moved = PASSES_OVER_ACTIVATIONS * saved * layout.microbatches
+    return moved / (card.memory_bandwidth * card.memory_efficiency)
+
+
+def _recompute(layout: Layout, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
+    """Another forward pass, a third of a step, over what is recomputed."""
+    if layout.recompute == "none":
+        return 0.0
+    if layout.recompute == "selective":
+        return attention / 3
+    looped = flops.looped / flops.total
+    return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
+
+
+def _bandwidth(card: Card, ranks: int, gpus_per_node: int) -> float:
+    """Of a collective over neighbouring ranks: the network's once they do not fit on a node."""
+    link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
+    return link * card.link_efficiency
+
+
+def _other_communication(
+    layout: Layout, card: Card, traffic: dict[str, float], work: float, gpus_per_node: int
+) -> float:
+    """Data-parallel and pipeline traffic that does not hide behind computation.
+
+    With overlapped reduction all but the last microbatch's backward pass is over when it starts: two thirds of one
+    microbatch hide it. Pipeline messages are sent while the next pass computes; the first of each is waited for.
+    """
+    spread = layout.world_size if layout.shards > 1 else 1
+    bandwidth = _bandwidth(card, spread, gpus_per_node)
+    reduction = traffic.get("gradient reduction", 0.0) / bandwidth
+    if layout.overlap_grad_reduce:
+        reduction = max(reduction * 0.05, reduction - work / layout.microbatches * 2 / 3)
+    gathering = traffic.get("weight gathering", 0.0) / bandwidth
+    pipeline = traffic.get("pipeline", 0.0) / _bandwidth(card, layout.tensor * layout.pipeline, gpus_per_node)
+    tied = traffic.get("tied embeddings", 0.0) / _bandwidth(card, layout.tensor * layout.pipeline, gpus_per_node)
+    return reduction + gathering + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
+
+
+def _optimizer(layout: Layout, card: Card, rank_parameters: int) -> float:
+    owned = rank_parameters / (layout.shards if layout.zero_stage >= 1 else 1)
+    return OPTIMIZER_BYTES_PER_PARAMETER * owned / (card.memory_bandwidth * card.memory_efficiency)

@@ -1,0 +1,157 @@
+"""Memory on paper against memory measured, to 10 %, for layouts, recomputation and loop counts.
+
+The end of the test run prints the table. How it is measured: memory_jobs.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.estimate.layout import layout_of
+from plt_megatron.estimate.memory import checkpoint_bytes, estimate_memory
+from plt_megatron.estimate.schedule import passes
+from tests.distributed.memory_jobs import allocator_peak, checkpoint_size, measure_all, megatron_schedule
+
+TOLERANCE = 0.10
+VOCAB_SIZE = 500
+
+
+def run_config(
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    cp: int = 1,
+    sp: bool = False,
+    loops: int = 2,
+    recompute: str = "none",
+    precision: str = "fp32",
+    packed: bool = False,
+    **model: Any,
+) -> RunConfig:
+    """A model of 0.8M parameters whose activations take about twice what its training state takes. Further settings are
+    the model's."""
+    sizes: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 128,
+        "ffn_hidden_size": 352,
+        "num_attention_heads": 8,
+        "num_query_groups": 2,
+        "window_size": 16,
+        "vocab_size": VOCAB_SIZE,
+        "backend": "torch",
+    }
+    return RunConfig(
+        model=ModelConfig(**{**sizes, "loop_count": loops, **model}),
+        data=DataConfig(sequence_length=128, reset_at_document_boundaries=packed),
+        training=TrainingConfig(
+            micro_batch_size=2,
+            global_batch_size=8,
+            train_iters=10,
+            precision=precision,  # type: ignore[arg-type]
+        ),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            data_parallel_size=dp,
+            context_parallel_size=cp,
+            sequence_parallel=sp,
+            recompute_granularity=recompute,  # type: ignore[arg-type]
+        ),
+    )
+
+
+# Layout, then what is run in it.
+CASES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
+    (
+        {},
+        [
+            {"loops": 1},
+            {},
+            {"loops": 3},
+            {"recompute": "selective"},
+            {"recompute": "full"},
+            {"precision": "bf16"},
+            {"precision": "bf16", "recompute": "full", "packed": True},
+            {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True},
+            {"gated_window": False, "share_kv": False, "share_embeddings_and_output_weights": False},
+        ],
+    ),
+    ({"tp": 2}, [{}]),
+    ({"tp": 2, "sp": True}, [{"recompute": "none"}, {"recompute": "full", "loops": 3}]),
+    ({"pp": 2}, [{"loops": 1}, {}, {"loops": 3, "recompute": "full"}]),
+    ({"dp": 2}, [{"precision": "bf16"}]),
+    ({"cp": 2}, [{}, {"precision": "bf16", "recompute": "selective"}]),
+    ({"tp": 2, "sp": True, "pp": 2}, [{}]),
+]
+
+
+def name_of(changes: dict[str, Any]) -> str:
+    """As in `L2 full bf16`."""
+    words = [f"L{changes.get('loops', 2)}", changes.get("recompute", "none"), changes.get("precision", "fp32")]
+    model = set(changes) - {"loops", "recompute", "precision", "packed"}
+    return " ".join(words + ["packed"] * changes.get("packed", False) + ["model variant"] * bool(model))
+
+
+@pytest.mark.parametrize(("layout", "cases"), CASES, ids=[str(layout) for layout, _ in CASES])
+def test_memory_is_within_a_tenth_of_what_is_measured(run_distributed, record_property, layout, cases):
+    configs = [run_config(**layout, **changes) for changes in cases]
+    sizes = layout_of(configs[0], on_cpu=True)
+    by_rank = run_distributed(measure_all, sizes.world_size, configs, VOCAB_SIZE, all_ranks=True)
+    wrong = []
+    for index, (config, changes) in enumerate(zip(configs, cases, strict=True)):
+        for estimate in estimate_memory(config, layout_of(config, on_cpu=True), VOCAB_SIZE):
+            ranks = (measured[index] for measured in by_rank)
+            worst = max(rank.peak for rank in ranks if rank.stage == estimate.stage)
+            row = f"{sizes}, {name_of(changes)}" + (f", stage {estimate.stage}" if sizes.pipeline > 1 else "")
+            record_property("memory", [row, worst, estimate.total_bytes])
+            if abs(estimate.total_bytes / worst - 1) > TOLERANCE:
+                wrong.append(f"{row}: estimated {estimate.total_bytes:,}, measured {worst:,} ({estimate})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_two_ways_to_measure_agree(run_distributed):
+    """Storages counted operation by operation, and every allocation of torch's CPU allocator."""
+    config = run_config(precision="bf16")
+    counted = run_distributed(measure_all, 1, [config], VOCAB_SIZE)[0]
+    allocated = run_distributed(allocator_peak, 1, config, VOCAB_SIZE)
+    assert counted.peak == pytest.approx(allocated, rel=0.01)
+    assert counted.between_steps > 10e6 > 1e5 > counted.released, "releases are seen"
+
+
+def test_what_is_held_between_steps_is_arithmetic(run_distributed):
+    """Weights, main weights, gradients and moments of 0.77M parameters in bf16: 18 bytes each."""
+    config = run_config(precision="bf16")
+    (estimate,) = estimate_memory(config, layout_of(config, on_cpu=True), VOCAB_SIZE)
+    measured = run_distributed(measure_all, 1, [config], VOCAB_SIZE)[0]
+    state = sum(estimate.components[name] for name in ("weights", "main weights", "gradients", "Adam moments"))
+    assert state == pytest.approx(measured.between_steps, rel=0.01)
+
+
+def test_a_checkpoint_is_as_large_as_estimated(run_distributed, tmp_path):
+    for precision in ("fp32", "bf16"):
+        config = run_config(precision=precision, hidden_size=256)
+        size = run_distributed(checkpoint_size, 1, config, VOCAB_SIZE, str(tmp_path / precision))
+        assert checkpoint_bytes(config, VOCAB_SIZE) == pytest.approx(size, rel=0.03), precision
+
+
+@pytest.mark.parametrize(("pipeline", "loops", "microbatches"), [(2, 2, 4), (4, 2, 4), (4, 3, 8), (2, 4, 6)])
+def test_the_schedule_is_megatrons(run_distributed, pipeline, loops, microbatches):
+    """The order of forward passes and the passes before the first backward, against megatron-core's functions."""
+    order, warmups = run_distributed(megatron_schedule, 1, pipeline, loops, microbatches)
+    for stage, warmup in zip(range(pipeline), warmups, strict=True):
+        ours = passes(pipeline, stage, loops, microbatches)
+        assert [(each.microbatch, each.loop - 1) for each in ours if not each.backward] == order
+        assert len(list(_until_backward(ours))) == min(warmup + 1, loops * microbatches)
+        done = {(each.microbatch, each.loop) for each in ours if each.backward}
+        assert len(done) == loops * microbatches == len(ours) / 2
+
+
+def _until_backward(ours: list[Any]) -> Iterator[Any]:
+    for each in ours:
+        if each.backward:
+            return
+        yield each

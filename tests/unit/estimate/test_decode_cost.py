@@ -1,0 +1,100 @@
+"""Decoding on paper: the paper's table of costs, cache sizes by hand, and the batch where loops begin to cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.decode_cost import decode_cost
+
+MODEL = ModelConfig(
+    num_layers=12,
+    hidden_size=1024,
+    ffn_hidden_size=4096,
+    num_attention_heads=16,
+    num_query_groups=4,
+    vocab_size=32000,
+    loop_count=2,
+    window_size=64,
+)
+ROWS = {
+    "vanilla": {"loop_count": 1},
+    "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "+ CLP": {"share_kv": False, "gated_window": False},
+    "+ KV sharing": {"gated_window": False},
+    "PLT-2": {},
+}
+
+
+def cost(changes=None, context=1024, batch=4, **arguments):
+    return decode_cost(
+        dataclasses.replace(MODEL, **(changes or {})), context_length=context, batch_size=batch, **arguments
+    )
+
+
+def test_caches_by_hand():
+    token = 12 * 2 * 4 * 64 * 2  # layers, K and V, groups, channels, bf16
+    by_row = {name: cost(changes) for name, changes in ROWS.items()}
+    assert [row.kv_cache_bytes for row in by_row.values()] == [1024 * token * n for n in (1, 2, 2, 1, 1)]
+    carry = 1024 * 2
+    assert [row.state_bytes for row in by_row.values()] == [0, 0, carry, carry, carry + 64 * token]
+    assert cost({"loop_count": 4}).state_bytes == 3 * (carry + 64 * token)
+    assert cost(context=10).state_bytes == carry + 10 * token, "a window holds no more than there is"
+
+
+def test_the_papers_table_of_costs():
+    """At a small batch: the loop takes twice as long, CLP almost as long as vanilla, PLT-2 a few percent more."""
+    by_row = {name: cost(changes) for name, changes in ROWS.items()}
+    base = by_row["vanilla"].milliseconds
+    ratio = {name: row.milliseconds / base for name, row in by_row.items()}
+    assert 1.6 < ratio["vanilla loop"] < 2
+    assert 1.01 < ratio["+ CLP"] < 1.3
+    assert 1 < ratio["+ KV sharing"] < ratio["PLT-2"] < 1.02
+    flops = {name: row.flops for name, row in by_row.items()}
+    assert 1.5 < flops["PLT-2"] / flops["vanilla"] < 2
+    assert all(row.bound == "memory" for row in by_row.values())
+
+
+def test_bytes_and_flops_of_one_loop_by_hand():
+    single = cost({"loop_count": 1}, context=100, batch=3)
+    qkv, out, ffn = 1024 * (16 + 8) * 64, 1024 * 1024, 3 * 1024 * 4096
+    stack = 12 * (qkv + out + ffn + 2 * 1024) + 1024
+    token = 12 * 2 * 4 * 64 * 2
+    assert single.bytes == 2 * (stack + 32000 * 1024) + 3 * (100 * token + token + 2 * 32000)
+    assert single.flops == 3 * (2 * (12 * (qkv + out + ffn) + 32000 * 1024) + 12 * 4 * 1024 * 100)
+
+
+@pytest.mark.parametrize("loops", [2, 3, 4])
+def test_loops_stop_being_free_where_a_step_takes_five_percent_longer(loops):
+    looped = {"loop_count": loops}
+    first = cost(looped, context=64).loops_stop_being_free_at
+    assert first is not None and first > 1
+
+    def slower(batch):
+        plain = cost({"loop_count": 1}, context=64, batch=batch).milliseconds
+        return cost(looped, context=64, batch=batch).milliseconds / plain
+
+    assert slower(first) > 1.05 >= slower(first - 1)
+
+
+def test_more_loops_cost_earlier_and_serial_loops_at_once():
+    firsts = [cost({"loop_count": loops}, context=64).loops_stop_being_free_at for loops in (1, 2, 3, 4)]
+    assert firsts[0] is None and firsts[1] > firsts[2] > firsts[3]
+    assert cost(ROWS["vanilla loop"]).loops_stop_being_free_at == 1
+
+
+def test_a_long_context_keeps_loops_free():
+    """Reading the shared cache then takes longer than all loops' arithmetic, at any batch."""
+    assert cost(context=65536).loops_stop_being_free_at is None
+
+
+def test_what_cannot_be_estimated_is_refused():
+    with pytest.raises(UserError, match="vocabulary"):
+        cost({"vocab_size": None})
+    assert cost({"vocab_size": None}, vocab_size=32000) == cost()
+    for arguments in ({"context": 0}, {"batch": 0}):
+        with pytest.raises(UserError, match="at least 1"):
+            cost(**arguments)

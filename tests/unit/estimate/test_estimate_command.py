@@ -1,0 +1,131 @@
+"""tools/estimate.py as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN = "configs/runs/plt2_1b.yaml"
+
+
+def command(*arguments: str, cwd: Path = ROOT, blocked: Path | None = None) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if blocked is not None:
+        env["PYTHONPATH"] = str(blocked)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/estimate.py"), *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_tables():
+    done = command(RUN, "--nodes", "8", "parallel.pipeline_model_parallel_size=2")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in (
+        "1,178,735,104  in all",
+        "Run: TP1 PP2 DP32, 64 x h100",
+        "global attention",
+        "loop 2",
+        "first-loop K/V",
+        "pipeline bubble",
+        "MFU",
+        "KV cache",
+        "GiB usable on a h100",
+    ):
+        assert text in done.stdout, text
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_json_is_the_same_and_complete():
+    done = command(RUN, "--json", "--gpu", "h200", "--nodes", "2", "--context", "2048", "--batch", "8")
+    answer = json.loads(done.stdout)
+    assert answer["parameters_total"] == 1178735104 and answer["gpu"] == "h200" and answer["world_size"] == 16
+    assert sum(answer["memory"][0]["components"].values()) == answer["peak_memory_bytes"]
+    assert answer["decode"]["kv_cache_bytes"] == 2048 * 16 * 2 * 8 * 64 * 2
+    assert set(answer["times"]) >= {"matmul", "attention", "bubble", "recompute"}
+
+
+def test_it_works_from_anywhere_without_torch_and_quickly(tmp_path):
+    """Packages that take seconds are replaced by ones that refuse to be imported."""
+    for name in ("torch", "megatron", "transformers", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError(f'{__name__} imported')")
+    before = os.times()
+    started = time.perf_counter()
+    done = command(str(ROOT / RUN), cwd=tmp_path, blocked=tmp_path)
+    wall, after = time.perf_counter() - started, os.times()
+    assert done.returncode == 0, done.stderr
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    assert spent < 1.0, f"{spent:.2f} s of processor time, {wall:.2f} s on the clock"
+
+
+def test_search():
+    done = command("configs/runs/loopcoder_7b.yaml", "--nodes", "4", "--search", "--top", "3")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and "fit into" in lines[0]
+    assert lines[2].split()[:3] == ["layout", "micro", "batch"]
+    assert all(line.startswith("TP") and "%" in line for line in lines[3:6]) and lines[6] == ""
+    assert lines[7].startswith("best: parallel.tensor_model_parallel_size=")
+    found = json.loads(
+        command("configs/runs/loopcoder_7b.yaml", "--nodes", "4", "--search", "--top", "3", "--json").stdout
+    )
+    assert len(found) == 3 and found[0]["step_seconds"] <= found[1]["step_seconds"]
+    best = " ".join(f"{key}={str(value).lower()}" for key, value in found[0]["overrides"].items())
+    assert lines[7] == f"best: {best}"
+
+
+def test_search_that_finds_nothing_names_the_nearest_and_fails():
+    done = command("configs/runs/loopcoder_7b.yaml", "--nodes", "1", "--gpus-per-node", "1", "--gpu", "l4", "--search")
+    assert done.returncode == 1
+    assert "none fits; nearest: parallel." in done.stdout and "Adam moments" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such.yaml"], "error: cannot read no/such.yaml"),
+        ([RUN, "model.loop_cuont=2"], "did you mean model.loop_count?"),
+        ([RUN, "--gpu", "h1000"], "error: gpu h1000: no such card in the table; known: h100,"),
+        ([RUN, "--nodes", "3"], "error: training.global_batch_size 1024 is not divisible by 96"),
+        ([RUN, "--nodes", "0"], "error: --nodes must be at least 1"),
+        ([RUN, "--batch", "0"], "error: --batch must be at least 1"),
+        ([RUN, "--nodes", "3", "--search"], "error: 24 ranks cannot be shared out"),
+        ([RUN, "--search", "model.num_query_groups=7"], "not divisible by model.num_query_groups 7"),
+        ([RUN, "model.vocab_size=null"], "error: the vocabulary is not known: give model.vocab_size"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_and_status_2(arguments, message, tmp_path):
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert all(line.startswith("error: ") for line in done.stderr.splitlines())
+
+
+def test_the_tokenizer_says_the_vocabulary(tmp_path):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": [{"id": 2, "content": "<|endoftext|>", "special": True, "single_word": False,
+                                  "lstrip": False, "rstrip": False, "normalized": False}],
+                "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "<|endoftext|>": 2}, "unk_token": "a"},
+            }
+        )
+    )  # fmt: skip
+    done = command("configs/runs/plt2_tiny.yaml", f"data.tokenizer={tokenizer}", "--gpu", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"{128 * 64:,}  embedding" in done.stdout, "3 ids, padded to 128 rows of 64"
+    assert "MiB" in done.stdout and "x cpu" in done.stdout

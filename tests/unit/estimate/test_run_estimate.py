@@ -1,0 +1,237 @@
+"""A whole run on paper: traffic and state by hand, and how figures move with the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.layout import layout_of
+from plt_megatron.estimate.memory import persistent_bytes
+from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
+from plt_megatron.estimate.run_estimate import estimate_run
+from plt_megatron.estimate.schedule import bubble_fraction, enough_microbatches, passes
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = ModelConfig(
+    num_layers=8, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=4,
+    vocab_size=1000, loop_count=2, window_size=32,
+)  # fmt: skip
+
+
+def run(model=None, training=None, **parallel) -> RunConfig:
+    return RunConfig(
+        model=dataclasses.replace(MODEL, **(model or {})),
+        data=DataConfig(sequence_length=256),
+        training=TrainingConfig(
+            **{"micro_batch_size": 1, "global_batch_size": 32, "train_iters": 7, **(training or {})}
+        ),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def stage_peaks(config, **arguments):
+    return [stage.total_bytes for stage in estimate_run(config, **arguments).memory]
+
+
+# What is arithmetic.
+
+
+def test_sizes_of_the_whole_run():
+    estimate = estimate_run(run(), world_size=4)
+    assert estimate.tokens == 7 * 32 * 256 and estimate.world_size == 4
+    assert estimate.parameters_total == estimate.parameters_active == count_parameters(MODEL).total
+    assert estimate.parameters_embedding == 1024 * 512
+    assert estimate.total_flops == estimate.flops_per_token * estimate.tokens
+    assert estimate.checkpoint_bytes == 14 * estimate.parameters_total
+    assert estimate.total_seconds == pytest.approx(7 * estimate.step_seconds)
+    assert estimate.gpu_hours == pytest.approx(4 * estimate.total_seconds / 3600)
+    assert estimate.layout.data == 4 and estimate.layout.microbatches == 8
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("gate", ["query", "hidden"])
+def test_ranks_together_hold_the_model(tied, gate):
+    """Slices add up; what is whole on every tensor-parallel rank, and a tied embedding's copy, comes on top."""
+    model = dataclasses.replace(MODEL, share_embeddings_and_output_weights=tied, gate_input=gate)
+    whole = count_parameters(model)
+    one = count_rank_parameters(model, 1000)
+    assert one.total == whole.total
+    stages = [count_rank_parameters(model, 1000, pipeline_model_parallel_size=4, stage=stage) for stage in range(4)]
+    copy = whole.embedding if tied else 0
+    assert sum(stage.total for stage in stages) == whole.total + copy
+    halves = 2 * count_rank_parameters(model, 1000, tensor_model_parallel_size=2).total
+    replicated = whole.norms + whole.final_norm + (whole.gates if gate == "hidden" else 0)
+    assert halves == whole.total + replicated
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [
+        (0, "bf16", 2 + 4 + 4 + 8),
+        (1, "bf16", 2 + 4 + (4 + 8) / 8),
+        (2, "bf16", 2 + (4 + 4 + 8) / 8),
+        (3, "bf16", (2 + 4 + 4 + 8) / 8),
+        (1, "fp32", 4 + 4 + 8 / 8),
+    ],
+)
+def test_zero_stages_per_parameter(stage, precision, expected):
+    layout = dataclasses.replace(layout_of(run(), 8), zero_stage=stage)
+    held = persistent_bytes(8_000_000, precision, layout)
+    assert sum(held.values()) == 8_000_000 * expected
+    offloaded = persistent_bytes(8_000_000, precision, dataclasses.replace(layout, offload_optimizer=True))
+    assert offloaded["Adam moments"] == offloaded["main weights"] == 0
+    assert offloaded["gradients"] == held["gradients"]
+
+
+def test_traffic_by_hand():
+    row = 256 * 512 * 2  # one microbatch's hidden states in bf16
+    tensor = estimate_run(run(tensor_model_parallel_size=2)).communication
+    # 32 microbatches, 2 loops, 8 layers: 4 all-reduces of a whole tensor on 2 ranks; then the embedding and the head.
+    assert tensor["tensor parallel"] == 32 * (2 * 8 * 4 * 2 * row / 2 + 5 * row / 2)
+    assert estimate_run(run(pipeline_model_parallel_size=2)).communication["pipeline"] == 32 * 2 * 2 * row
+    data = estimate_run(run(), world_size=4).communication
+    parameters = count_parameters(MODEL).total
+    assert data == {"gradient reduction": 3 / 4 * 4 * parameters, "weight gathering": 3 / 4 * 2 * parameters}
+    assert estimate_run(run()).communication == {}
+
+
+def test_bubble():
+    assert bubble_fraction(4, 2, 8) == 3 / 16
+    assert estimate_run(run(pipeline_model_parallel_size=4)).bubble_fraction == 3 / (2 * 32)
+    assert estimate_run(run(model={"loop_count": 1}, pipeline_model_parallel_size=4)).bubble_fraction == 3 / 32
+    assert estimate_run(run()).bubble_fraction == 0
+
+
+@pytest.mark.parametrize(("pipeline", "loops"), list(itertools.product((1, 2, 4), (1, 2, 3))))
+def test_passes_come_once_each_and_in_a_possible_order(pipeline, loops):
+    for stage in range(pipeline):
+        seen: set[tuple[int, int, bool]] = set()
+        for each in passes(pipeline, stage, loops, 8):
+            key = (each.microbatch, each.loop, each.backward)
+            assert key not in seen
+            if each.backward:
+                assert (each.microbatch, each.loop, False) in seen
+                assert each.loop in (0, loops) or (each.microbatch, each.loop + 1, True) in seen
+            seen.add(key)
+        assert len(seen) == 2 * 8 * (1 if pipeline == 1 else loops)
+
+
+def test_few_microbatches_show_the_peak_of_many():
+    for pipeline, loops in itertools.product((2, 4), (1, 2, 3)):
+        for stage in range(pipeline):
+            peaks = []
+            for count in (enough_microbatches(pipeline, 64), 64):
+                live = peak = 0
+                for each in passes(pipeline, stage, loops, count):
+                    live += -1 if each.backward else 1
+                    peak = max(peak, live)
+                peaks.append(peak)
+            assert peaks[0] == peaks[1]
+
+
+def test_few_microbatches_show_the_memory_of_many(monkeypatch):
+    config = run(training={"global_batch_size": 64}, pipeline_model_parallel_size=4)
+    few = stage_peaks(config)
+    monkeypatch.setattr("plt_megatron.estimate.memory.enough_microbatches", lambda pipeline, microbatches: microbatches)
+    assert stage_peaks(config) == few
+
+
+# How figures move.
+
+
+def test_recomputation_saves_memory_and_costs_time():
+    none, selective, full = (estimate_run(run(recompute_granularity=kind)) for kind in ("none", "selective", "full"))
+    assert none.peak_memory_bytes > selective.peak_memory_bytes > full.peak_memory_bytes
+    assert none.step_seconds < selective.step_seconds < full.step_seconds
+
+
+def test_parallel_sizes_divide_memory_and_time():
+    one = estimate_run(run())
+    for parallel in (
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"context_parallel_size": 2},
+    ):
+        divided = estimate_run(run(**parallel))
+        assert divided.peak_memory_bytes < one.peak_memory_bytes
+        assert 0.4 * one.step_seconds < divided.step_seconds < one.step_seconds
+    copies = estimate_run(run(), world_size=4)
+    assert copies.peak_memory_bytes < one.peak_memory_bytes, "optimizer state is divided"
+    plain, sequence = (
+        estimate_run(run(tensor_model_parallel_size=2, sequence_parallel=flag)) for flag in (False, True)
+    )
+    assert sequence.peak_memory_bytes < plain.peak_memory_bytes
+
+
+def test_earlier_stages_hold_more_microbatches():
+    config = run(model={"share_embeddings_and_output_weights": False}, pipeline_model_parallel_size=4)
+    activations = [stage.components["activations"] for stage in estimate_run(config).memory]
+    assert activations == sorted(activations, reverse=True) and activations[0] > 1.5 * activations[-1]
+
+
+def test_loops_cost_activations_not_state():
+    one, two = (
+        estimate_run(run({"loop_count": loops, "gated_window": False}, {"micro_batch_size": 8})) for loops in (1, 2)
+    )
+    for name in ("weights", "main weights", "gradients", "Adam moments"):
+        assert one.memory[0].components[name] == two.memory[0].components[name]
+    kept = [
+        each.memory[0].components["activations"] + each.memory[0].components["first-loop K/V"] for each in (one, two)
+    ]
+    assert 1.8 < kept[1] / kept[0] < 2.1
+    assert one.memory[0].components["first-loop K/V"] == 0 < two.memory[0].components["first-loop K/V"]
+
+
+def test_a_run_that_does_not_fit_says_so():
+    config = load_config(ROOT / "configs/runs/loopcoder_7b.yaml")
+    assert estimate_run(config, gpu="h100", world_size=64).fits
+    small = estimate_run(config, gpu="l4", world_size=8)
+    assert not small.fits and small.peak_memory_bytes > 0.92 * small.device_memory_bytes
+
+
+def test_faster_cards_are_faster():
+    times = [estimate_run(run(), gpu=gpu).step_seconds for gpu in ("l4", "a100", "h100", "h200", "b200")]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["plt2_1b", "plt2_ablation", "loopcoder_7b"])
+def test_shipped_runs_are_plausible_on_64_h100(name):
+    """What trainers of such models report: 30 to 55 % of the dense peak, and a peak below the card's memory."""
+    config = load_config(ROOT / "configs/runs" / f"{name}.yaml")
+    estimate = estimate_run(config, gpu="h100", world_size=64)
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    share = estimate.flops_per_token * tokens / (estimate.step_seconds * 64 * 989.4e12)
+    assert 0.3 < share < 0.55
+    assert 5e9 < estimate.peak_memory_bytes < estimate.device_memory_bytes
+
+
+def test_errors():
+    with pytest.raises(UserError, match="vocabulary"):
+        estimate_run(run(model={"vocab_size": None}))
+    assert estimate_run(run(model={"vocab_size": None}), vocab_size=1000) == estimate_run(run())
+    with pytest.raises(UserError, match="no such card"):
+        estimate_run(run(), gpu="abacus")
+
+
+def test_no_torch_is_imported():
+    code = (
+        "import sys, plt_megatron.estimate.report, plt_megatron.estimate.run_estimate\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"

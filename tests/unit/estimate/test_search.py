@@ -1,0 +1,71 @@
+"""Proposed layouts: valid, fitting, in order, and honest where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.validation import find_problems
+from plt_megatron.estimate.search import search
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN = ROOT / "configs/runs/loopcoder_7b.yaml"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search(load_config(RUN), gpu="h100", world_size=64, gpus_per_node=8)
+
+
+def test_what_is_proposed_is_valid_and_fits(found):
+    assert len(found.fitting) > 20 and found.accepted <= found.tried
+    for each in found.fitting:
+        overrides = each.command_line.split()
+        config = load_config(RUN, overrides)
+        assert not find_problems(config, world_size=64, check_files=False)
+        assert each.estimate.world_size == 64 and each.estimate.fits
+        assert each.estimate.peak_memory_bytes < each.estimate.device_memory_bytes
+        assert 0 <= sum(share for _, share in each.overheads) < 1
+
+
+def test_the_best_comes_first_and_every_kind_is_tried(found):
+    seconds = [each.estimate.step_seconds for each in found.fitting]
+    assert seconds == sorted(seconds)
+    layouts = [each.estimate.layout for each in found.fitting]
+    for field, values in (
+        ("tensor", {2, 4, 8}),
+        ("pipeline", {1, 2}),
+        ("sequence_parallel", {True, False}),
+        ("recompute", {"none", "selective", "full"}),
+    ):
+        assert values <= {getattr(layout, field) for layout in layouts}, field
+    assert all(layout.tensor <= 8 for layout in layouts), "tensor parallelism stays within a node"
+
+
+def test_the_shipped_layout_is_among_them(found):
+    config = load_config(RUN)
+    same = [
+        each
+        for each in found.fitting
+        if each.estimate.layout.tensor == config.parallel.tensor_model_parallel_size
+        and each.estimate.layout.recompute == "full"
+        and each.estimate.layout.micro_batch_size == 1
+    ]
+    assert same
+
+
+def test_where_nothing_fits_the_nearest_is_named():
+    result = search(load_config(RUN), gpu="l4", world_size=1, gpus_per_node=1)
+    assert result.fitting == [] and result.accepted > 0
+    assert result.nearest is not None and not result.nearest.estimate.fits
+    assert result.nearest.estimate.layout.recompute == "full"
+
+
+def test_where_nothing_is_valid_the_reason_is_kept():
+    config = load_config(RUN, ["model.num_query_groups=7"])
+    result = search(config, gpu="h100", world_size=8, gpus_per_node=8)
+    assert result.nearest is None and result.accepted == 0 < result.tried
+    assert any("num_query_groups 7" in problem for problem in result.problems)
+    assert search(load_config(RUN), gpu="h100", world_size=3, gpus_per_node=8).tried == 0

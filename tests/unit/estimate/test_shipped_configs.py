@@ -1,0 +1,62 @@
+"""Every shipped configuration: parameters and FLOPs on paper equal those counted from the built model, to 0.1 %."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.estimate.flops import forward_flops_per_token, mean_keys, training_flops_per_token
+from plt_megatron.estimate.parameters import count_parameters
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = sorted([*ROOT.glob("configs/models/*.yaml"), *ROOT.glob("configs/runs/*.yaml")])
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[Path, dict[str, int]]:
+    """What count_built_models.py counts, by configuration."""
+    script = Path(__file__).with_name("count_built_models.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, CONFIGS)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split("\t") for line in done.stdout.splitlines() if "\t" in line]
+    return {Path(path): json.loads(figures) for path, figures in rows}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_parameters_equal_the_built_models(counted, path):
+    model = load_config(path).model
+    assert count_parameters(model, counted[path]["vocab"]).total == counted[path]["parameters"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_flops_equal_the_flop_counters(counted, path):
+    """The counter sees whole blocks of the window attention, and no FLOPs in the query gate, which is no matrix
+    product; the formula counts the window's own keys, and the gate. Both are put into the counter's terms."""
+    config = load_config(path)
+    model, length, vocab = config.model, counted[path]["length"], counted[path]["vocab"]
+    padded = -(-vocab // model.make_vocab_size_divisible_by) * model.make_vocab_size_divisible_by
+    for name, formula in (("forward", forward_flops_per_token), ("training", training_flops_per_token)):
+        parts = formula(model, length, padded)
+        in_blocks = 2 * model.window_size * -(-length // model.window_size) * model.window_size / length
+        local = parts.local_attention * (in_blocks / mean_keys(length, model.window_size) - 1)
+        gate = parts.gate if model.gate_input == "query" else 0
+        expected = length * (parts.total + local - gate)
+        assert counted[path][name] == pytest.approx(expected, rel=TOLERANCE), name
+
+
+def test_there_are_configurations_to_check():
+    assert {"plt2_1b", "plt2_ablation", "loopcoder_7b", "plt2_demo", "plt2_tiny"} <= {path.stem for path in CONFIGS}
