@@ -11,11 +11,11 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint format bench doctor clean clean-all
+.PHONY: help venv demo test test-all test-faults test-slurm sweep-smoke lint format bench doctor clean clean-all
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=path picks the Python (3.12 or 3.13) that the environment is built with."
 
 venv: $(READY) ## build or update the virtual environment in .venv (a 3 GB download, once)
@@ -27,10 +27,20 @@ demo: $(READY) ## train a small PLT on text this machine has, and its one-loop b
 	@$(PY) tools/demo.py
 
 test: $(READY) ## the test suite (under 15 minutes on 2 cores)
-	$(PYTEST) -m "not slow and not bench"
+	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
 test-all: $(READY) ## every test, the slow ones too
 	$(PYTEST)
+
+test-faults: $(READY) ## whole runs whose ranks are killed at 20 random moments, with all other faults (10 minutes)
+	$(PYTEST) -m "not bench" tests/distributed/test_run_faults.py tests/distributed/test_checkpoint_kills.py
+
+test-slurm: $(READY) ## every kind of fault on a Slurm cluster that the tests start on this machine; needs root
+	$(PYTEST) -m "not bench" tests/slurm
+
+sweep-smoke: $(READY) ## a tiny sweep over loop counts with its report (under 5 minutes)
+	$(PY) tools/sweep_loops.py configs/sweeps/smoke.yaml
+	$(PY) tools/report_sweep.py runs/sweeps/smoke
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .

@@ -30,7 +30,7 @@ from plt_megatron.runtime.local_processes import run_processes, threads_per_proc
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a configuration on this machine.",
-        epilog="The number of processes is tensor x pipeline x data parallel size (the last: 1 unless set).",
+        epilog="The number of processes is tensor x pipeline x context x data parallel size (the last: 1 unless set).",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
@@ -81,12 +81,14 @@ def python_path() -> str:
 def describe(config: RunConfig, count: int, threads: dict[str, str], command: list[str]) -> str:
     """What a run would do, for --dry-run."""
     parallel, steps = config.parallel, derived.train_iters(config)
+    cp = parallel.context_parallel_size
+    context = f" x context {cp}" if cp > 1 else ""
     rows = [
         ("run folder", str(derived.run_folder(config))),
         (
             "processes",
             f"{count} (tensor {parallel.tensor_model_parallel_size} x pipeline "
-            f"{parallel.pipeline_model_parallel_size} x data {derived.data_parallel_size(config)})",
+            f"{parallel.pipeline_model_parallel_size}{context} x data {derived.data_parallel_size(config)})",
         ),
         ("steps", f"{steps:,} of {derived.tokens_per_step(config):,} tokens"),
         ("tokens", f"{steps * derived.tokens_per_step(config):,}"),

@@ -21,7 +21,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         return EXIT_USER_ERROR
 
 
-def print_error(error: Exception) -> None:
+def print_error(error: Exception | str) -> None:
     """The error on stderr, without a traceback."""
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)

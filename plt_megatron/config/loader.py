@@ -127,6 +127,9 @@ def _read_override(override: str, settings: _Settings) -> None:
     cls: type = RunConfig
     prefix = ""
     for section in sections:
+        if _is_free(_field_types(cls).get(section)):
+            _flatten_free(node, key, settings)
+            return
         inner = _dataclass_of(_field_types(cls).get(section))
         if inner is None:
             raise _unknown_key(where, cls, prefix, section)
@@ -176,13 +179,30 @@ def _flatten_item(cls: type, key: str, node: yaml.Node, where: str, prefix: str,
     if key not in field_types:
         raise _unknown_key(where, cls, prefix, key)
     section = _dataclass_of(field_types[key])
-    if section is None:
+    if _is_free(field_types[key]):
+        if not isinstance(node, yaml.MappingNode) and not _is_null(node):
+            raise UserError(f"{where}: {prefix}{key} is a section of its own keys, got {_describe(node)}")
+        _flatten_free(node, prefix + key, settings)
+    elif section is None:
         settings[prefix + key] = node
     elif isinstance(node, yaml.MappingNode):
         _flatten(section, node, f"{prefix}{key}.", settings)
     elif not _is_null(node):  # an empty section sets nothing
         names = ", ".join(f"{prefix}{key}.{name}" for name in list(_field_types(section))[:3])
         raise UserError(f"{where}: {prefix}{key} is a section ({names}, ...), got {_describe(node)}")
+
+
+def _flatten_free(node: yaml.Node, key: str, settings: _Settings) -> None:
+    """Put the leaves of a section whose keys another program knows into `settings`, that files merge key by key."""
+    if not isinstance(node, yaml.MappingNode):
+        if not _is_null(node) or "." in key:
+            settings[key] = node
+        return
+    for key_node, value in node.value:
+        name = key_node.value
+        if not isinstance(key_node, yaml.ScalarNode) or not name or "." in name:
+            raise UserError(f"{_where(key_node)}: expected a setting's name below {key}, got {_describe(key_node)}")
+        _flatten_free(value, f"{key}.{name}", settings)
 
 
 # ---------------------------------------------------------------- conversion to the schema's types
@@ -198,6 +218,42 @@ def _dataclass_of(hint: Any) -> type | None:
     return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
 
 
+def _is_free(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict
+
+
+def _build_free(prefix: str, settings: _Settings) -> dict[str, Any]:
+    """The nested dictionary of the leaves under `prefix`."""
+    built: dict[str, Any] = {}
+    for key, node in settings.items():
+        if not key.startswith(prefix):
+            continue
+        *sections, last = key[len(prefix) :].split(".")
+        place = built
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{_where(node)}: {key}: {section} is a value already")
+        if isinstance(place.get(last), dict):
+            raise UserError(f"{_where(node)}: {key} is a section already")
+        place[last] = _convert_free(node, key)
+    return built
+
+
+def _convert_free(node: yaml.Node, key: str) -> Any:
+    """A value whose type no schema states: as YAML 1.2 reads it."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_convert_free(item, key) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"{_where(node)}: {key}: expected a value, got {_describe(node)}")
+    if _is_null(node):
+        return None
+    for hint in (bool, int, float):
+        with contextlib.suppress(UserError):
+            return _convert_scalar(hint, node, key)
+    return node.value
+
+
 def _build(cls: type, prefix: str, settings: _Settings) -> Any:
     """An instance of `cls` from the settings under `prefix`; what is not set keeps its default."""
     values: dict[str, Any] = {}
@@ -205,6 +261,8 @@ def _build(cls: type, prefix: str, settings: _Settings) -> Any:
         section = _dataclass_of(hint)
         if section is not None:
             values[name] = _build(section, f"{prefix}{name}.", settings)
+        elif _is_free(hint):
+            values[name] = _build_free(f"{prefix}{name}.", settings)
         elif prefix + name in settings:
             values[name] = _convert(hint, settings[prefix + name], prefix + name)
     return cls(**values)

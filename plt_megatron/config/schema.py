@@ -8,7 +8,7 @@ Names are megatron-core's where it has one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -56,12 +56,19 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1  # loops are its virtual stages
-    data_parallel_size: int | None = None  # None: world size / (TP * PP); launch/local.py: 1
+    context_parallel_size: int = 1  # ranks that share each sequence, for lengths that one does not hold
+    # How Transformer Engine's attentions move rows between these ranks; the torch backend has one way of its own.
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
+    local_cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "a2a"  # the window, which has no p2p
+    data_parallel_size: int | None = None  # None: world size / (TP * PP * CP); launch/local.py: 1
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_num_layers: int = 1  # layers per recomputed unit, for "full"
+    # How long a rank may hang before the job is ended with its name: minutes until the first step is done and while
+    # checkpoints are read or written, seconds after that (a slow machine gets five times its longest pause).
     distributed_timeout_minutes: float = 10.0
+    distributed_timeout_seconds_after_init: float = 300.0
 
 
 @dataclass
@@ -161,6 +168,18 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb_project: str | None = None
     peak_tflops: float | None = None  # one device's dense peak for MFU; None: datasheet, or measured on a CPU
+    profile_step_start: int = 0  # torch.profiler trace of the steps after this one ...
+    profile_step_end: int = 0  # ... up to this one, in <run folder>/profile; 0: none
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class ZeroConfig:
+    """`engine: deepspeed`: what ZeRO shards over the data-parallel ranks, and what it keeps in CPU memory."""
+
+    stage: int = 1  # 1: optimizer state; 2: gradients too; 3: parameters too, gathered layer by layer
+    offload_optimizer: Literal["none", "cpu"] = "none"  # optimizer state and its step
+    offload_param: Literal["none", "cpu"] = "none"  # stage 3: parameters
 
 
 @dataclass
@@ -177,3 +196,6 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    engine: Literal["megatron", "deepspeed"] = "megatron"  # deepspeed: few GPUs, much CPU memory (docs/deepspeed.md)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's configuration, which is ours

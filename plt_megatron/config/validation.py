@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config import derived
+from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 
@@ -54,6 +54,10 @@ def find_problems(
         problems += _check_layout(config, world_size)
         problems += _check_schedule(config)
         problems += _check_validation(config)
+        problems += _check_profile(config, world_size)
+        problems += deepspeed_validation.find_deepspeed_problems(config, world_size)
+        have = have_te if check_files else bool(have_te)
+        problems += context_parallel_validation.check_te_context_parallel(config, have)
     if check_files:
         problems += _check_files(config)
         problems += _check_packages(config, have_te)
@@ -110,9 +114,11 @@ _RANGES: dict[str, _Range] = {
     "model.hidden_scale": _ANY,
     "parallel.tensor_model_parallel_size": _AT_LEAST_1,
     "parallel.pipeline_model_parallel_size": _AT_LEAST_1,
+    "parallel.context_parallel_size": _AT_LEAST_1,
     "parallel.data_parallel_size": _AT_LEAST_1,
     "parallel.recompute_num_layers": _AT_LEAST_1,
     "parallel.distributed_timeout_minutes": _POSITIVE,
+    "parallel.distributed_timeout_seconds_after_init": _POSITIVE,
     "data.sequence_length": _AT_LEAST_1,
     "data.index_timeout_minutes": _POSITIVE,
     "training.micro_batch_size": _AT_LEAST_1,
@@ -142,6 +148,10 @@ _RANGES: dict[str, _Range] = {
     "checkpoint.keep_every": _NOT_NEGATIVE,
     "logging.log_interval": _AT_LEAST_1,
     "logging.peak_tflops": _POSITIVE,
+    "logging.profile_step_start": _NOT_NEGATIVE,
+    "logging.profile_step_end": _NOT_NEGATIVE,
+    "logging.profile_ranks": _NOT_NEGATIVE,
+    "zero.stage": _Range(0, 3),
     "weight": _POSITIVE,
     "max_epochs": _POSITIVE,
 }
@@ -239,18 +249,20 @@ def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"data.sequence_length {config.data.sequence_length} is not divisible by "
             f"parallel.tensor_model_parallel_size {tp}, which parallel.sequence_parallel needs"
         )
+    yield from context_parallel_validation.check_context_parallel(config)
     yield from _check_batches(config, world_size)
 
 
 def _check_batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
     parallel, training = config.parallel, config.training
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layout = f"tensor {tp} x pipeline {pp}"
+    copy, cp = derived.model_parallel_size(config), parallel.context_parallel_size
+    layout = f"tensor {tp} x pipeline {pp}" + (f" x context {cp}" if cp > 1 else "")
     if world_size is not None:
-        if parallel.data_parallel_size is None and world_size % (tp * pp):
-            yield f"{world_size} processes: {layout} parallel needs a multiple of {tp * pp}"
+        if parallel.data_parallel_size is None and world_size % copy:
+            yield f"{world_size} processes: {layout} parallel needs a multiple of {copy}"
             return
-        expected = tp * pp * derived.data_parallel_size(config, world_size)
+        expected = copy * derived.data_parallel_size(config, world_size)
         if expected != world_size:
             yield (
                 f"{layout} x data {parallel.data_parallel_size} parallel needs {expected} processes, got {world_size}"
@@ -284,6 +296,20 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
             f"optimizer.lr_warmup_iters {warmup} and optimizer.lr_wsd_decay_iters "
             f"{derived.lr_wsd_decay_iters(config)} together exceed the schedule's {steps} steps"
         )
+
+
+def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    logging = config.logging
+    if logging.profile_step_end == 0 and logging.profile_step_start == 0:
+        return
+    if logging.profile_step_end <= logging.profile_step_start:
+        yield (
+            f"logging.profile_step_end {logging.profile_step_end} must be above logging.profile_step_start "
+            f"{logging.profile_step_start} (0 and 0: no trace)"
+        )
+    ranks = derived.required_world_size(config) if world_size is None else world_size
+    if any(rank >= ranks for rank in logging.profile_ranks):
+        yield f"logging.profile_ranks {logging.profile_ranks}: the run has the ranks 0 to {ranks - 1}"
 
 
 def _check_validation(config: RunConfig) -> Iterator[str]:
@@ -350,6 +376,9 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
                 "model.backend te needs Transformer Engine, which is not installed; install it "
                 "(the `gpu` extra) or set model.backend=torch"
             )
+    missing = deepspeed_validation.find_package_problem(config)
+    if missing is not None:
+        yield missing
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield (
             "logging.wandb_project needs the wandb package; install it (the `track` extra) or set "

@@ -16,7 +16,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.run_metrics import RunMetrics, load_run
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "os^Dv<>p"
 _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 _HEAD_ROOM = 0.35  # of the y range is given to the steep beginning; the rest to where runs differ
@@ -43,7 +43,7 @@ def plot_losses(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
-        _draw_run(axes, metrics, label, _COLOURS[index % len(_COLOURS)])
+        _draw_run(axes, metrics, label, COLOURS[index % len(COLOURS)])
     _decorate(axes, runs)
     try:
         Path(out_path).parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,16 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from plt_megatron.model.context_parallel import SequenceRows
 from plt_megatron.model.gate import HiddenGate, QueryGate
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.te_attention import TEAttention
-from plt_megatron.model.torch_attention import causal_attention, window_attention
+from plt_megatron.model.torch_attention import (
+    causal_attention,
+    causal_attention_of_runs,
+    window_attention,
+    window_attention_of_runs,
+)
 from plt_megatron.model.transformer_config import PLTTransformerConfig
 
 
@@ -41,6 +47,27 @@ class TorchAttention(nn.Module):
         return window_attention(query, key, value, window_size=self.window_size, **kwargs)
 
 
+class ContextParallelTorchAttention(nn.Module):
+    """The same under context parallelism: a rank's queries against the whole sequence's keys and values or, within a
+    window, against this rank's own and the `window_size - 1` before each run of them."""
+
+    def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceRows) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.window_size = window_size
+        self.rows = rows
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
+        """query [s / CP, b, heads, d], key and value [s, b, groups, d] or, within a window, [s / CP, b, groups, d]
+        -> [s / CP, b, heads, d]."""
+        runs = self.rows.runs(query.shape[0] * self.rows.size)
+        kwargs: dict[str, Any] = {"softmax_scale": self.softmax_scale, "documents": documents}
+        if self.window_size is None:
+            return causal_attention_of_runs(query, key, value, runs, **kwargs)
+        before = self.rows.before(self.window_size - 1, key, value)
+        return window_attention_of_runs(query, key, value, before, runs, window_size=self.window_size, **kwargs)
+
+
 class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; which loop runs comes with each call, in `packed_seq_params`.
 
@@ -53,7 +80,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        cp_comm_type: str | None = None,
+        cp_comm_type: str | None = None,  # as in `config`, where the local attention's is too
         softmax_scale: float | None = None,
         pg_collection: Any = None,
     ) -> None:
@@ -74,6 +101,10 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         raise NotImplementedError
 
+    def _for_global_attention(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """K and V as the global attention takes them, in this loop and, if shared, in later ones."""
+        return key, value
+
     def forward(
         self,
         query: Tensor,
@@ -87,12 +118,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         """Attention of one loop.
 
         Args:
-            query: [s, b, heads / TP, d], with one more channel, the gate's logit, where the gate reads hidden states.
-            key, value: [s, b, groups / TP, d].
+            query: [s / CP, b, heads / TP, d], with one more channel, the gate's logit, where the gate reads hidden
+                states.
+            key, value: [s / CP, b, groups / TP, d].
             packed_seq_params: the loop's context; None stands for the only loop of a plain transformer.
 
         Returns:
-            [s, b, heads / TP * d].
+            [s / CP, b, heads / TP * d].
         """
         assert attention_mask is None and attention_bias is None, "PLT attention is causal, nothing else"
         context = packed_seq_params or LoopContext()
@@ -105,6 +137,7 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
         shares = self.plt.share_kv and self.plt.loop_count > 1
         if context.loop == 1 or not shares:
+            key, value = self._for_global_attention(key, value)
             if shares:
                 key, value = context.first_loop_kv.publish(self.layer_number, key, value)
             return self.global_attention(query, key, value, context.documents)
@@ -121,10 +154,18 @@ class GatedSlidingWindowAttention(MegatronModule):
 
 
 class TorchGatedAttention(GatedSlidingWindowAttention):
-    """Both attentions in plain torch."""
+    """Both attentions in plain torch. Under context parallelism the first loop gathers K and V, once for all loops."""
 
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
-        return TorchAttention(kwargs["softmax_scale"], window_size)
+        if config.context_parallel_size == 1:
+            return TorchAttention(kwargs["softmax_scale"], window_size)
+        rows = SequenceRows.of(kwargs["pg_collection"], sequence_parallel=False)
+        return ContextParallelTorchAttention(kwargs["softmax_scale"], window_size, rows)
+
+    def _for_global_attention(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.global_attention, ContextParallelTorchAttention):
+            return self.global_attention.rows.gather(key, value)
+        return key, value
 
 
 class TEGatedAttention(GatedSlidingWindowAttention):

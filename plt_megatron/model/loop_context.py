@@ -17,7 +17,7 @@ from plt_megatron.model.loop_statistics import LoopStatistics
 
 
 class Documents:
-    """The documents packed into a microbatch's rows.
+    """The documents packed into a microbatch's rows; the whole rows', whatever part of them a rank holds.
 
     Attributes:
         starts: bool [b, s], True at each document's first token. A row's first token starts a document always.
@@ -32,6 +32,21 @@ class Documents:
         flat = torch.nonzero(self.starts.flatten()).flatten().tolist()
         self.lengths = [end - start for start, end in zip(flat, [*flat[1:], starts.numel()], strict=True)]
         self._cu_seqlens: Tensor | None = None
+        self._spans: list[list[range]] | None = None
+
+    @property
+    def spans(self) -> list[list[range]]:
+        """Of each row, the documents' tokens."""
+        if self._spans is None:
+            self._spans = []
+            row, start = list[range](), 0
+            for length in self.lengths:
+                row.append(range(start, start + length))
+                start += length
+                if start == self.starts.shape[1]:
+                    self._spans.append(row)
+                    row, start = [], 0
+        return self._spans
 
     @property
     def position_ids(self) -> Tensor:

@@ -10,7 +10,7 @@ With E the token embeddings and f the shared stack,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -21,6 +21,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from plt_megatron.model.context_parallel import SequenceRows
 from plt_megatron.model.layer_specs import layer_spec, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_statistics import LoopStatistics
@@ -30,7 +31,7 @@ from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_
 
 @dataclass
 class MicroBatch:
-    """One microbatch's inputs, all [b, s].
+    """One microbatch's inputs, all [b, s]. What runs through the model under context parallelism is `of_rank`'s.
 
     Attributes:
         tokens: int64 token ids.
@@ -52,6 +53,22 @@ class MicroBatch:
         """A fresh context for this microbatch's loops."""
         documents = None if self.document_starts is None else Documents(self.document_starts)
         return LoopContext(documents=documents, statistics=self.statistics)
+
+    def of_rank(self, rows: SequenceRows) -> MicroBatch:
+        """What a context-parallel rank takes: its own rows, [b, s / CP], but all document starts."""
+        if rows.size == 1:
+            return self
+
+        def own(whole: Tensor | None) -> Tensor | None:
+            return None if whole is None else rows.select(whole, 1)
+
+        return replace(
+            self,
+            tokens=rows.select(self.tokens, 1),
+            position_ids=own(self.position_ids),
+            labels=own(self.labels),
+            loss_mask=own(self.loss_mask),
+        )
 
 
 class LoopedGPT(LanguageModule):
@@ -86,6 +103,8 @@ class LoopedGPT(LanguageModule):
         self.post_process = post_process
         self.share_embeddings_and_output_weights = self.plt.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder
+        self.context_rows = SequenceRows.of(self.pg_collection, sequence_parallel=False)
+        self.hidden_rows = SequenceRows.of(self.pg_collection, config.sequence_parallel)
         backend = resolve_backend(self.plt)
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -142,7 +161,7 @@ class LoopedGPT(LanguageModule):
             loop_count: fewer or more loops than the model was built with, for evaluation.
 
         Returns:
-            Loss of each token, float32 [b, s], or logits [b, s, vocab / TP] where `batch` has no labels.
+            Loss of each token, float32 [b, s / CP], or logits [b, s / CP, vocab / TP] where `batch` has no labels.
         """
         assert self.pre_process and self.post_process, "a pipeline stage runs loop by loop"
         loop_count = loop_count or self.plt.loop_count
@@ -168,8 +187,8 @@ class LoopedGPT(LanguageModule):
 
         Args:
             context: the loop's; the same first-loop K/V in all loops of a microbatch.
-            hidden_states: [s (/ TP), b, h], what the stage before sent: the previous stage's output of this loop or,
-                on the first stage, the last stage's of the loop before. None in the first stage's first loop.
+            hidden_states: [s / CP (/ TP), b, h], what the stage before sent: the previous stage's output of this loop
+                or, on the first stage, the last stage's of the loop before. None in the first stage's first loop.
             last_loop: whether the head follows.
             embeddings: E, where it has been computed for an earlier loop.
 
@@ -195,7 +214,7 @@ class LoopedGPT(LanguageModule):
         return self._head(normed, batch.labels) if last_loop else normed
 
     def embed(self, batch: MicroBatch) -> Tensor:
-        """Token embeddings E, [s (/ TP), b, h]."""
+        """Token embeddings E, [s / CP (/ TP), b, h]."""
         return self.embedding(input_ids=batch.tokens, position_ids=None)
 
     def _loop_input(
@@ -213,16 +232,18 @@ class LoopedGPT(LanguageModule):
             return embeddings
         assert hidden_states is not None
         starts = context.documents.starts if context.documents is not None else None
-        group = self.pg_collection.tp if self.config.sequence_parallel else None
-        shifted = shift(hidden_states, starts, group)
+        shifted = shift(hidden_states, starts, self.hidden_rows)
         return _scaled(embeddings, self.plt.embedding_scale) + _scaled(shifted, self.plt.hidden_scale)
 
     def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
-        """RoPE angles, [s, 1 or b, 1, head_dim]: the token's own index in every loop."""
-        angles = self.rotary_pos_emb(batch.tokens.shape[1])
+        """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""
+        length = batch.tokens.shape[1] * self.context_rows.size
         if context.documents is None:
-            return angles
-        positions = context.documents.position_ids if batch.position_ids is None else batch.position_ids
+            return self.rotary_pos_emb(length)
+        angles = self.rotary_pos_emb(length, packed_seq=True)  # the whole row's
+        positions = batch.position_ids
+        if positions is None:
+            positions = self.context_rows.select(context.documents.position_ids, 1)
         return angles[:, 0, 0][positions.transpose(0, 1)].unsqueeze(2)
 
     def _head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:

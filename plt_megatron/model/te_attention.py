@@ -1,7 +1,8 @@
 """The two attentions of a PLT layer on Transformer Engine's kernels.
 
 The global one follows the configuration, FP8 included; the local one is a second TEDotProductAttention whose window
-is set at construction and which always computes in BF16, since Hopper has no FP8 sliding-window kernel.
+is set at construction and which always computes in BF16, since Hopper has no FP8 sliding-window kernel. Under context
+parallelism each moves rows between the ranks in a way of its own; both keep them in megatron-core's zigzag order.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from plt_megatron.model.loop_context import Documents
+from plt_megatron.model.transformer_config import PLTTransformerConfig
 
 
 def require_transformer_engine() -> None:
@@ -34,7 +35,7 @@ def require_transformer_engine() -> None:
 class TEAttention(nn.Module):
     """One TEDotProductAttention over [s, b, heads, d], causal, optionally within a window."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, window_size: int | None, **kwargs: Any) -> None:
+    def __init__(self, config: PLTTransformerConfig, layer_number: int, window_size: int | None, **kwargs: Any) -> None:
         super().__init__()
         require_transformer_engine()
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
@@ -43,6 +44,8 @@ class TEAttention(nn.Module):
         config.window_size = None if window_size is None else (window_size - 1, 0)
         config.window_attn_skip_freq = None
         self.local = window_size is not None
+        if config.context_parallel_size > 1:
+            kwargs["cp_comm_type"] = config.local_cp_comm_type if self.local else config.cp_comm_type
         self.attention = TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
@@ -50,6 +53,8 @@ class TEAttention(nn.Module):
         s, b, heads, d = query.shape
         packed = None
         if documents is not None:
+            # TE cuts packed documents one by one among the ranks, not the row: validation refuses the two together.
+            assert self.attention.config.context_parallel_size == 1
             # Rows laid end to end: [b * s, heads, d], one entry of cu_seqlens a document.
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
             longest = max(documents.lengths)

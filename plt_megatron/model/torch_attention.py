@@ -1,18 +1,23 @@
 """Causal and sliding-window attention in plain torch, for CPUs and for GPUs without Transformer Engine.
 
 The causal one is torch's fused kernel. The local one costs O(n * w): blocks of `w` queries against the `2w` keys
-that they can see, never an n x n score matrix. Packed documents do not see each other.
+that they can see, never an n x n score matrix. Packed documents do not see each other. Under context parallelism the
+queries are runs of a sequence's rows (`..._of_runs`): the same attention, without queries and keys that meet nobody.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from plt_megatron.model.loop_context import Documents
+
+_MASKED_ROWS = 512  # where a kernel needs a mask, it is made for so many queries at a time
 
 
 def causal_attention(
@@ -29,25 +34,84 @@ def causal_attention(
     Returns:
         [s, b, heads, d].
     """
+    if documents is not None:
+        runs = [range(query.shape[0])]
+        return causal_attention_of_runs(query, key, value, runs, softmax_scale=softmax_scale, documents=documents)
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
-    if documents is None:
-        return _fused_causal(query, key, value, softmax_scale).permute(2, 0, 1, 3)
-    rows = []
-    lengths = iter(documents.lengths)
-    for row in range(query.shape[0]):
-        parts, start = [], 0
-        while start < query.shape[2]:
-            span = slice(start, start + next(lengths))
-            start = span.stop
-            one = slice(row, row + 1)
-            parts.append(_fused_causal(query[one, :, span], key[one, :, span], value[one, :, span], softmax_scale))
-        rows.append(torch.cat(parts, dim=2))
-    return torch.cat(rows).permute(2, 0, 1, 3)
+    return _fused_causal(query, key, value, softmax_scale).permute(2, 0, 1, 3)
+
+
+def causal_attention_of_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Sequence[range],
+    *,
+    softmax_scale: float | None = None,
+    documents: Documents | None = None,
+) -> Tensor:
+    """`causal_attention` for some of a sequence's queries.
+
+    Args:
+        query: [rows, b, heads, d], the queries of `runs`.
+        key, value: [s, b, groups, d], the whole sequence's.
+        runs: where in the sequence the queries are.
+        softmax_scale, documents: as in `causal_attention`; the documents of the whole sequence.
+
+    Returns:
+        [rows, b, heads, d].
+    """
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, rows or s, d]
+    rows = [(slice(None), [range(key.shape[2])])]
+    if documents is not None:
+        rows = [(slice(row, row + 1), spans) for row, spans in enumerate(documents.spans)]
+    out = []
+    for row, spans in rows:
+        parts, first = [], 0
+        for run in runs:
+            for span in spans:
+                start, stop = max(run.start, span.start), min(run.stop, span.stop)
+                if start < stop:
+                    queries = slice(first + start - run.start, first + stop - run.start)
+                    keys = slice(span.start, stop)
+                    q, k, v = query[row, :, queries], key[row, :, keys], value[row, :, keys]
+                    parts.append(_fused_causal(q, k, v, softmax_scale))
+            first += len(run)
+        out.append(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
+    return (torch.cat(out) if len(out) > 1 else out[0]).permute(2, 0, 1, 3)
 
 
 def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
+    """query [b, heads, n, d] are the last n of the m tokens of key and value [b, groups, m, d]."""
     grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=softmax_scale, enable_gqa=grouped)
+    n, m = query.shape[2], key.shape[2]
+    if n == m:
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=softmax_scale, enable_gqa=grouped
+        )
+    rows = n if query.is_cuda else _MASKED_ROWS
+    parts = []
+    for first in range(0, n, rows):
+        last = min(first + rows, n)
+        seen = m - n + last
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, first:last],
+                key[:, :, :seen],
+                value[:, :, :seen],
+                attn_mask=_lower_right(last - first, seen, query.device),
+                scale=softmax_scale,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _lower_right(n: int, m: int, device: torch.device) -> Tensor:
+    """The causal mask of the last n of m tokens. On a GPU only its description: flash attention needs no mask."""
+    if device.type == "cuda":
+        return causal_lower_right(n, m)
+    return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
 
 
 def window_attention(
@@ -65,22 +129,101 @@ def window_attention(
     multiplied with its own block of keys and the one before it. Blocks lie outermost in memory, so that "the block
     before" is a view.
     """
-    s, b, heads, d = query.shape
-    w = window_size
-    if w >= s:
+    if window_size >= query.shape[0]:
         return causal_attention(query, key, value, softmax_scale=softmax_scale, documents=documents)
+    segments = None if documents is None else documents.segments
+    return _window_in_blocks(query, key, value, None, window_size, softmax_scale, segments)
+
+
+def window_attention_of_runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    before: Sequence[tuple[Tensor, ...]],
+    runs: Sequence[range],
+    *,
+    window_size: int,
+    softmax_scale: float | None = None,
+    documents: Documents | None = None,
+) -> Tensor:
+    """`window_attention` for some of a sequence's rows.
+
+    Args:
+        query: [rows, b, heads, d], of `runs`.
+        key, value: [rows, b, groups, d], of `runs`.
+        before: for each run, keys and values [min(window_size - 1, run.start), b, groups, d] of the rows before it.
+        runs: where in the sequence the rows are.
+        window_size, softmax_scale, documents: as in `window_attention`; the documents of the whole sequence.
+
+    Returns:
+        [rows, b, heads, d].
+    """
+    parts, first = [], 0
+    for run, halo in zip(runs, before, strict=True):
+        rows = slice(first, first + len(run))
+        first += len(run)
+        segments = None
+        if documents is not None:
+            segments = documents.segments[:, run.start - halo[0].shape[0] : run.stop]
+        one = (query[rows], key[rows], value[rows], halo, window_size, softmax_scale, segments)
+        parts.append(_window_in_blocks(*one) if window_size < len(run) else _window_with_mask(*one))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _window_with_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    before: tuple[Tensor, ...],
+    w: int,
+    softmax_scale: float | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """A window at least as long as the run of queries: one product with all keys that any of them sees."""
+    n = query.shape[0]
+    key, value = (torch.cat(parts) for parts in zip(before, (key, value), strict=True))
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    m = key.shape[2]
+    j = torch.arange(m, device=query.device)
+    i = j[m - n :, None]
+    seen = (j <= i) & (j > i - w)
+    if segments is not None:
+        seen = (seen & (segments[:, m - n :, None] == segments[:, None, :])).unsqueeze(1)
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=softmax_scale, enable_gqa=grouped)
+    return out.permute(2, 0, 1, 3)
+
+
+def _window_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    before: tuple[Tensor, ...] | None,
+    w: int,
+    softmax_scale: float | None,
+    segments: Tensor | None,
+) -> Tensor:
+    """Window attention of rows [s, b, .., d] and the fewer than w rows of keys and values that come before them.
+
+    `segments` [b, rows before + s] tells the keys' documents apart.
+    """
+    s, b, heads, d = query.shape
     groups = key.shape[2]
     per_group = heads // groups
     blocks = -(-s // w)
     batch = blocks * b * groups
     # The queries of one group share its keys in one product: [blocks * b * groups, per_group * w, d].
     query = _in_blocks(query, blocks, w, groups).reshape(batch, per_group * w, d)
-    keys, values = (_with_empty_block(_in_blocks(tensor, blocks, w, groups)) for tensor in (key, value))
-    bias_before, bias_own = _window_bias(b, groups, per_group, w, blocks, s, documents, query)
+    keys, values = (
+        _with_block_before(_in_blocks(tensor, blocks, w, groups), None if before is None else before[index])
+        for index, tensor in enumerate((key, value))
+    )
+    rows_before = 0 if before is None else before[0].shape[0]
+    bias_before, bias_own = _window_bias(b, groups, per_group, w, blocks, s, rows_before, segments, query)
     scale = d**-0.5 if softmax_scale is None else softmax_scale
-    before = torch.baddbmm(bias_before, query, keys[:batch].transpose(1, 2), alpha=scale)
+    of_before = torch.baddbmm(bias_before, query, keys[:batch].transpose(1, 2), alpha=scale)
     own = torch.baddbmm(bias_own, query, keys[-batch:].transpose(1, 2), alpha=scale)
-    weights = torch.cat((before, own), dim=-1).softmax(dim=-1)
+    weights = torch.cat((of_before, own), dim=-1).softmax(dim=-1)
     out = torch.baddbmm(torch.bmm(weights[..., :w], values[:batch]), weights[..., w:], values[-batch:])
     out = out.view(blocks, b, heads, w, d).permute(0, 3, 1, 2, 4)
     return out.reshape(blocks * w, b, heads, d)[:s]
@@ -95,23 +238,39 @@ def _in_blocks(tensor: Tensor, blocks: int, w: int, groups: int) -> Tensor:
     return tensor.permute(0, 2, 3, 4, 1, 5).reshape(blocks, b, groups, heads // groups * w, d)
 
 
-def _with_empty_block(tensor: Tensor) -> Tensor:
-    """[blocks, b, groups, w, d] -> [(blocks + 1) * b * groups, w, d]: a block of zeros stands before the first."""
-    return torch.cat((torch.zeros_like(tensor[:1]), tensor)).flatten(0, 2)
+def _with_block_before(tensor: Tensor, before: Tensor | None) -> Tensor:
+    """[blocks, b, groups, w, d] -> [(blocks + 1) * b * groups, w, d]: a block of zeros, ending in the rows
+    `before` [rows, b, groups, d], stands before the first."""
+    if before is None:
+        first = torch.zeros_like(tensor[:1])
+    else:
+        w = tensor.shape[3]
+        padded = F.pad(before, (0, 0, 0, 0, 0, 0, w - before.shape[0], 0))
+        first = padded.permute(1, 2, 0, 3).unsqueeze(0)
+    return torch.cat((first, tensor)).flatten(0, 2)
 
 
 def _window_bias(
-    b: int, groups: int, per_group: int, w: int, blocks: int, s: int, documents: Documents | None, like: Tensor
+    b: int,
+    groups: int,
+    per_group: int,
+    w: int,
+    blocks: int,
+    s: int,
+    rows_before: int,
+    segments: Tensor | None,
+    like: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """0 where a query of a block sees a key of the block before it, and of its own block; -inf elsewhere.
 
     Query i of a block sees key j of the block before if j > i, of its own if j <= i; of its own document only, and
-    nothing before the first block. Each is broadcastable to [blocks * b * groups, per_group * w, w].
+    nothing before the first `rows_before`. Each is broadcastable to [blocks * b * groups, per_group * w, w].
     """
-    if documents is None:
-        return _causal_bias(b * groups, per_group, w, blocks, like.dtype, like.device)
+    if segments is None:
+        return _causal_bias(b * groups, per_group, w, blocks, rows_before, like.dtype, like.device)
     i = torch.arange(w, device=like.device)
-    segments = F.pad(documents.segments, (w, blocks * w - s), value=-1).unflatten(1, (blocks + 1, w)).transpose(0, 1)
+    padding = (w - rows_before, blocks * w - s)
+    segments = F.pad(segments, padding, value=-1).unflatten(1, (blocks + 1, w)).transpose(0, 1)
     of_queries = segments[1:, :, :, None]  # [blocks, b, w, 1]
     same_before, same_own = of_queries == segments[:-1, :, None, :], of_queries == segments[1:, :, None, :]
     seen = (same_before & (i[None, :] > i[:, None]), same_own & (i[None, :] <= i[:, None]))
@@ -123,13 +282,13 @@ def _window_bias(
 
 @lru_cache(maxsize=8)
 def _causal_bias(
-    rows: int, per_group: int, w: int, blocks: int, dtype: torch.dtype, device: torch.device
+    rows: int, per_group: int, w: int, blocks: int, rows_before: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """`_window_bias` without documents: the same for every layer, loop and step."""
     i = torch.arange(w, device=device)
     own = (i[None, :] <= i[:, None]).repeat(per_group, 1)[None]
     before = (~own).expand(blocks, -1, -1).clone()
-    before[0] = False
+    before[0, :, : w - rows_before] = False
     return _as_bias(before.repeat_interleave(rows, dim=0), dtype), _as_bias(own, dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from datetime import timedelta
 
@@ -14,26 +15,30 @@ from plt_megatron.errors import UserError
 
 def init_process_groups(parallel: ParallelConfig) -> None:
     """Join the job that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe (absent: a job of one
-    process) and build the tensor, pipeline and data-parallel groups.
+    process) and build the tensor, pipeline, context and data-parallel groups.
 
     Raises:
-        UserError: the world size is no multiple of TP times PP.
+        UserError: the world size is no multiple of TP times PP times CP.
     """
     from megatron.core import parallel_state
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    model_parallel = math.prod(sizes.values())
     if world_size % model_parallel:
         raise UserError(
-            f"parallel: {world_size} processes cannot hold tensor_model_parallel_size x pipeline_model_parallel_size = "
-            f"{model_parallel}; start a multiple of {model_parallel}"
+            f"parallel: {world_size} processes cannot hold {' x '.join(sizes)} = {model_parallel}; "
+            f"start a multiple of {model_parallel}"
         )
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
         _init_torch_distributed(world_size, timeout)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        **sizes,
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )
 

@@ -32,6 +32,7 @@ from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks, token_losses
 from plt_megatron.model.transformer_config import DTYPES, schedule_config, transformer_config
+from plt_megatron.train.step_times import StepTimes
 
 
 @dataclass
@@ -64,30 +65,21 @@ class MegatronEngine:
     Args:
         config: a validated configuration; process groups exist.
         vocab_size: the tokenizer's.
+
+    Attributes:
+        times: where the time of steps goes.
+        on_progress: called at every forward pass of a microbatch through a stage.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
         self.config = config
-        training, parallel = config.training, config.parallel
-        tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
-        self.layers_config = transformer_config(
-            config.model, parallel, precision=training.precision, deterministic=training.deterministic
-        )
-        self.groups = ProcessGroupCollection.use_mpu_process_groups()
-        self.stage = LoopedGPT(
-            self.layers_config,
-            vocab_size,
-            config.data.sequence_length,
-            padded_vocab_size=derived.padded_vocab_size(config.model, vocab_size, parallel.tensor_model_parallel_size),
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-            pg_collection=self.groups,
-        )
-        initialize(self.stage, training.seed)
-        self.stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())
-        self.ddp = wrap_ddp(self.stage, parallel.overlap_grad_reduce)
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.ddp])
-        self.scheduler = _lr_scheduler(config, self.optimizer)
+        self.stage = build_stage(config, vocab_size)
+        self.layers_config, self.groups = self.stage.config, self.stage.pg_collection
+        self.ddp = wrap_ddp(self.stage, config.parallel.overlap_grad_reduce)
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), [self.ddp])
+        self.scheduler = lr_scheduler(config, self.optimizer)
+        self.times = StepTimes()
+        self.on_progress: Callable[[], Any] = _nothing
         self._results: list[Tensor] = []
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
@@ -102,14 +94,16 @@ class MegatronEngine:
         self.stage.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss_sum, tokens = self._run(batches, self.config.model.loop_count, forward_only=False)
+        with self.times.measure("forward_backward"):
+            loss_sum, tokens = self._run(batches, self.config.model.loop_count, forward_only=False)
         loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
-        updated = accept(loss, grad_norm)
-        if updated:
-            self._clip(grad_norm)
-            self.optimizer.step_with_ready_grads()
+        with self.times.measure("optimizer"):
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            updated = accept(loss, grad_norm)
+            if updated:
+                self._clip(grad_norm)
+                self.optimizer.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return StepResult(loss, grad_norm, lr, tokens, updated)
 
@@ -127,20 +121,26 @@ class MegatronEngine:
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
-        """(sum of token losses, tokens that count) of each microbatch run last, on the last stage."""
-        return [(float(loss), int(tokens)) for loss, tokens in self._results]
+        """(sum of token losses, tokens that count) of each microbatch run last, on the last stage. Collective over the
+        ranks that share its sequences."""
+        if not self._results:
+            return []
+        results = torch.stack(self._results)
+        if self.groups.cp.size() > 1:
+            dist.all_reduce(results, group=self.groups.cp)
+        return [(float(loss), int(tokens)) for loss, tokens in results]
 
     def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> tuple[float, int]:
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
-        shared = MicroBatches(batches)
+        shared = MicroBatches([batch.of_rank(self.stage.context_rows) for batch in batches])
         pipelined = self.layers_config.pipeline_model_parallel_size > 1
         virtual = loop_count if pipelined and loop_count > 1 else None
         schedule = get_forward_backward_func(pp_size=config.pipeline_model_parallel_size, vp_size=virtual)
         rows, length = batches[0].tokens.shape
         results = schedule(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=[shared] * len(chunks) if virtual else shared,
             model=chunks if virtual else chunks[0],
             num_microbatches=len(batches),
@@ -159,9 +159,16 @@ class MegatronEngine:
             self._chunks[loop_count] = build_chunks(self.stage, config, loop_count), config
         return self._chunks[loop_count]
 
+    def _forward_step(self, batches: MicroBatches, chunk: LoopChunk) -> tuple[Tensor, Callable]:
+        self.on_progress()
+        output, batch = chunk(batches)
+        return output, partial(_loss, batch.loss_mask)
+
     def _finalize(self, chunks: list[LoopChunk], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         # The chunks are views of one stage: its gradients are reduced once.
-        finalize_model_grads([self.ddp], num_tokens, **kwargs)
+        self.on_progress()
+        with self.times.measure("gradient_reduction"):  # inside forward_backward
+            finalize_model_grads([self.ddp], num_tokens, **kwargs)
 
     def _reduce(self, results: list[Tensor]) -> tuple[float, int]:
         """Sum the last stage's (loss, tokens) over data-parallel ranks and tell the other stages."""
@@ -173,9 +180,8 @@ class MegatronEngine:
         return float(total[0]), int(total[1])
 
 
-def _forward_step(batches: MicroBatches, chunk: LoopChunk) -> tuple[Tensor, Callable]:
-    output, batch = chunk(batches)
-    return output, partial(_loss, batch.loss_mask)
+def _nothing() -> None:
+    return None
 
 
 def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +190,26 @@ def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Ten
     # A copy: the schedule may scale the loss in place.
     logged = torch.stack((loss_sum.detach().double(), tokens.double()))
     return loss_sum, tokens.int(), logged
+
+
+def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
+    """This rank's part of the model with its initial weights, on the device in the run's precision.
+
+    Seeds megatron-core's random states on the way.
+    """
+    training, parallel = config.training, config.parallel
+    tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
+    stage = LoopedGPT(
+        transformer_config(config.model, parallel, precision=training.precision, deterministic=training.deterministic),
+        vocab_size,
+        config.data.sequence_length,
+        padded_vocab_size=derived.padded_vocab_size(config.model, vocab_size, parallel.tensor_model_parallel_size),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    initialize(stage, training.seed)
+    return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())
 
 
 def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDataParallel:
@@ -210,7 +236,8 @@ def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDat
     return DistributedDataParallel(stage.config, ddp_config, stage, full_param_layout=layout)
 
 
-def _optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
+def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
+    """megatron-core's settings of the optimizer."""
     optimizer, training = config.optimizer, config.training
     return MegatronOptimizerConfig(
         optimizer="adam",
@@ -227,7 +254,8 @@ def _optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
     )
 
 
-def _lr_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+def lr_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """The learning rate's schedule, in steps, over the parameter groups of `optimizer`."""
     settings = config.optimizer
     wsd = settings.lr_decay_style == "WSD"
     return OptimizerParamScheduler(

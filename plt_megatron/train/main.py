@@ -6,11 +6,14 @@ Exit status: 0 finished, 2 something for the user to put right, 75 stopped on re
 
 from __future__ import annotations
 
+import faulthandler
+import io
 import logging
 import os
 import sys
 import warnings
 
+from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
@@ -46,19 +49,45 @@ def train(config: RunConfig) -> int:
 
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.trainer import Trainer, TrainingFailed
+    from plt_megatron.train.watchdog import connect_watchdog
 
+    faulthandler.enable()  # a data file cut short under its memory map is a SIGBUS
     init_process_groups(config.parallel)
-    trainer = Trainer(config)
+    watchdog = connect_watchdog(
+        derived.run_folder(config),
+        patience=config.parallel.distributed_timeout_seconds_after_init,
+        slow_patience=60 * config.parallel.distributed_timeout_minutes,
+    )
+    watchdog.start()
+    trainer = Trainer(config, watchdog.beat)
     try:
         finished = trainer.run()
     except TrainingFailed as error:
         if trainer.is_first_rank:
             print_error(error)
         return EXIT_FAILED
+    except (OSError, RuntimeError) as error:
+        problem = _describe_failure(error)
+        if problem is None:
+            raise
+        print_error(f"rank {trainer.rank}: {problem}. {trainer.what_is_saved()}")
+        return EXIT_FAILED
     finally:
         trainer.close()
+        watchdog.close()
+    torch.distributed.barrier()  # rank 0 holds the store that the others' watchdogs ask
     destroy_process_groups()
     return 0 if finished else EXIT_PREEMPTED
+
+
+def _describe_failure(error: OSError | RuntimeError) -> str | None:
+    """What went wrong on this rank alone, where that takes no traceback to see; None where it does."""
+    if isinstance(error, OSError):
+        return str(error)
+    text = str(error)
+    if any(mark in text for mark in ("onnection closed by peer", "onnection reset by peer", "Broken pipe")):
+        return f"lost the connection to another rank, which has ended ({text.splitlines()[0][:200]})"
+    return None
 
 
 def _quiet_imports() -> None:
@@ -70,6 +99,9 @@ def _quiet_imports() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("megatron", "torch", "absl"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    report = sys.unraisablehook
+    # On a full disk torch's checkpoint writer fails, which is reported, and once more as its streams are thrown away.
+    sys.unraisablehook = lambda found: None if isinstance(found.object, io.IOBase) else report(found)
 
 
 if __name__ == "__main__":

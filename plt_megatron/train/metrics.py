@@ -13,6 +13,8 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
 FILE_NAME = "metrics.jsonl"
+# What the clock and the machine decide: two runs that do the same differ in these alone.
+MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
 
 
 class MetricsWriter:
@@ -83,15 +85,17 @@ class MetricsWriter:
 
 
 def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, number) of a record; a list has one entry a loop."""
+    """(tag, number) of a record; a list has one entry a loop, a mapping one a name."""
     suffix = f"_loops_{record['loop_count']}" if record["kind"] == "validation" else ""
     for name, value in record.items():
         if name in ("kind", "step", "loop_count"):
             continue
-        entries = (
-            {f"{name}/loop_{loop}": entry for loop, entry in enumerate(value, 1)} if isinstance(value, list) else {}
-        )
-        for tag, entry in (entries or {name: value}).items():
+        entries = {name: value}
+        if isinstance(value, list):
+            entries = {f"{name}/loop_{loop}": entry for loop, entry in enumerate(value, 1)}
+        elif isinstance(value, dict):
+            entries = {f"{name}/{key}": entry for key, entry in value.items()}
+        for tag, entry in entries.items():
             if isinstance(entry, int | float):
                 yield f"{record['kind']}/{tag}{suffix}", entry
 

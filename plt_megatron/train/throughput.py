@@ -6,6 +6,8 @@ on a CPU, or `logging.peak_tflops`.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 
 import torch
@@ -71,6 +73,17 @@ def _job_peak(config: RunConfig) -> tuple[float | None, str]:
     if peak is None:
         return None, f"no data sheet for {name}; set logging.peak_tflops"
     return peak * devices, f"data sheet, {name}"
+
+
+def peak_memory_bytes() -> int:
+    """The most that any rank has held at once: on its GPU, or on a CPU as a whole process. Collective."""
+    if is_cpu_runtime():
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    else:
+        own = torch.cuda.max_memory_allocated()
+    largest = torch.tensor(own, dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def measure_matmul_tflops(dtype: torch.dtype, size: int = 1024, repetitions: int = 5) -> float:

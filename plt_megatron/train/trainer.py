@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets, index_folder, required_samples
-from plt_megatron.data.mix import describe_mix, fingerprint, mix_shares
+from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, mix_shares
 from plt_megatron.data.sampling import batches as sample_batches
 from plt_megatron.data.sampling import micro_batch_indices
 from plt_megatron.data.tokenizer import load_tokenizer
@@ -26,12 +26,14 @@ from plt_megatron.errors import UserError
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.train.checkpoint import CheckpointStore
-from plt_megatron.train.engine import MegatronEngine, StepResult
+from plt_megatron.train.engine import StepResult
+from plt_megatron.train.engines import build_engine
 from plt_megatron.train.guard import StepGuard, write_incident
 from plt_megatron.train.metrics import MetricsWriter
 from plt_megatron.train.progress import Progress
+from plt_megatron.train.step_times import StepProfiler
 from plt_megatron.train.stop import StopRequest
-from plt_megatron.train.throughput import Throughput
+from plt_megatron.train.throughput import Throughput, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,11 @@ class Trainer:
 
     Args:
         config: validated.
+        heartbeat: told at every turn what this rank does, and the step it has come to.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, heartbeat: Callable[[str, int], Any] | None = None) -> None:
+        self._heartbeat, self._phase = heartbeat, "starting"
         self.config = config
         self.folder = Path(derived.run_folder(config))
         self.train_iters = derived.train_iters(config)
@@ -58,21 +62,35 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         self.vocab_size = self._vocab_size()
         self._build_data()
-        self.engine = MegatronEngine(config, self.vocab_size)
+        self.engine = build_engine(config, self.vocab_size)
         self.checkpoints = CheckpointStore(self.folder / "checkpoints", config, self.data_fingerprint)
         self.throughput = Throughput(config, self.vocab_size)
-        self.is_first_rank = dist.get_rank() == 0
+        self.rank = dist.get_rank()
+        self.is_first_rank = self.rank == 0
         self.metrics = MetricsWriter(self.folder, config, enabled=self.is_first_rank)
         self.progress = Progress(self.train_iters, enabled=self.is_first_rank)
+        self.profiler = StepProfiler(config.logging, self.folder, self.rank)
+        self.times = self.engine.times
+        self.engine.on_progress = self._beat
 
     def run(self) -> bool:
         """Train to the end, or until asked to stop. Returns whether the run is finished."""
         self._resume()
         self._report_start()
-        data = self._training_batches()
+        with contextlib.closing(self._training_batches()) as data:
+            self._train(data)
+        self._profile(end=True)
+        self._beat("saving")
+        self.checkpoints.close()
+        return self.step >= self.train_iters
+
+    def _train(self, data: Iterator[list[MicroBatch]]) -> None:
         while self.step < self.train_iters and not self.stop.requested:
+            self._beat("training")
+            self._profile()
             started = time.perf_counter()
-            batches, statistics = self._next_batches(data)
+            with self.times.measure("data"):
+                batches, statistics = self._next_batches(data)
             result = self.engine.train_step(batches, self.guard.accept)
             self._count(result, time.perf_counter() - started)
             if not result.updated and self._handle_incident(result) == "rollback":
@@ -85,9 +103,17 @@ class Trainer:
             asked = self.stop.agree()
             if asked or self._due(self.config.checkpoint.save_interval):
                 self._save()
-        data.close()
-        self.checkpoints.close()
-        return self.step >= self.train_iters
+
+    def _beat(self, phase: str | None = None) -> None:
+        """Sign of life; without a `phase`, still in the one that was named last."""
+        self._phase = phase or self._phase
+        if self._heartbeat is not None:
+            self._heartbeat(self._phase, self.step)
+
+    def _profile(self, end: bool = False) -> None:
+        trace = self.profiler.close() if end else self.profiler.at_step(self.step)
+        if trace is not None:
+            self.progress.say(f"wrote the profiler's trace {trace}")
 
     def _due(self, interval: int) -> bool:
         """Whether something done every `interval` steps (0: never) and after the last one is due now."""
@@ -116,6 +142,7 @@ class Trainer:
         assert train is not None
         self.train_data = train
         self.data_fingerprint = fingerprint(data, self.tokenizer, seed=seed, num_samples=samples[0])
+        self.source_shares = mix_shares(data, samples) if dist.get_rank() == 0 else []
 
     @property
     def tokens(self) -> int:
@@ -123,6 +150,7 @@ class Trainer:
         return self.step * derived.tokens_per_step(self.config)
 
     def _resume(self) -> None:
+        self._beat("loading")
         progress = self.checkpoints.load(self.engine)
         if progress is not None:
             self.step, self.consumed_samples = progress["step"], progress["consumed_samples"]
@@ -133,8 +161,7 @@ class Trainer:
     def _report_start(self) -> None:
         if self.is_first_rank:
             tokens = self.train_iters * derived.tokens_per_step(self.config)
-            shares = mix_shares(self.config.data, required_samples(self.config))
-            for line in describe_mix(self.config.data, tokens, shares):
+            for line in describe_mix(self.config.data, tokens, self.source_shares):
                 self.progress.say(line)
             self.progress.say(self.throughput.describe())
 
@@ -179,6 +206,7 @@ class Trainer:
         self.step += 1
         self.consumed_samples += self.config.training.global_batch_size
         self.throughput.add(derived.tokens_per_step(self.config), seconds)
+        self.times.count_step()
         self.progress.advance(self.step, result.loss)
 
     def _handle_incident(self, result: StepResult) -> str:
@@ -193,13 +221,12 @@ class Trainer:
         if action == "rollback":
             self._roll_back()
         elif action == "fail":
-            raise TrainingFailed(
-                f"step {self.step}: {problem}. The last checkpoint is intact: {self.checkpoints.latest() or 'none yet'}"
-            )
+            raise TrainingFailed(f"step {self.step}: {problem}. {self.what_is_saved()}")
         return action
 
     def _roll_back(self) -> None:
         """Back to the last checkpoint's weights; the data goes on after the bad step."""
+        self._beat("loading")
         progress = self.checkpoints.load(self.engine)
         if progress is None:
             raise TrainingFailed(f"step {self.step}: there is no checkpoint to roll back to yet")
@@ -224,8 +251,8 @@ class Trainer:
             documents = [{"source": source, "documents": documents} for source, documents in samples]
             row = {"rank": dist.get_rank(), "microbatch": microbatch, "loss": loss / max(tokens, 1), "tokens": tokens}
             own.append(row | {"samples": documents})
-        if parallel_state.get_tensor_model_parallel_rank() > 0:
-            own = []  # the same rows as its first tensor-parallel rank
+        if parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_context_parallel_rank() > 0:
+            own = []  # the same rows as its first tensor-parallel and context-parallel rank
         rows: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(rows, own)
         return [row for part in rows for row in part]
@@ -233,8 +260,11 @@ class Trainer:
     def _log(self, result: StepResult, statistics: LoopStatistics | None) -> None:
         record = {"kind": "train", "step": self.step, "tokens": self.tokens, **dataclasses.asdict(result)}
         record |= self.throughput.take()
+        record |= {"peak_memory_bytes": peak_memory_bytes(), "step_seconds": self.times.take()}
         if statistics is not None:
             record |= statistics.reduce()
+        samples = required_samples(self.config)[0]
+        record["source_epochs"] = consumed_epochs(self.source_shares, self.consumed_samples, samples)
         self.metrics.write(record)
         self.progress.report(record)
 
@@ -242,12 +272,18 @@ class Trainer:
         """Loss of the same weights on the same held-out text, at each of the configured loop counts."""
         if self.validation_data is None or self.config.validation.iters == 0:
             return
+        self._beat("validating")
+        with self.times.measure("validation"):
+            self._validate_loop_counts()
+
+    def _validate_loop_counts(self) -> None:
+        assert self.validation_data is not None
         for loop_count in derived.validation_loop_counts(self.config):
-            data = self._global_batches(self.validation_data, 0)
             loss_sum, tokens = 0.0, 0
-            for _ in range(self.config.validation.iters):
-                losses, counted = self.engine.evaluate(next(data), loop_count)
-                loss_sum, tokens = loss_sum + losses, tokens + counted
+            with contextlib.closing(self._global_batches(self.validation_data, 0)) as data:
+                for _ in range(self.config.validation.iters):
+                    losses, counted = self.engine.evaluate(next(data), loop_count)
+                    loss_sum, tokens = loss_sum + losses, tokens + counted
             record = {"kind": "validation", "step": self.step, "tokens": self.tokens}
             record |= {"loop_count": loop_count, "loss": loss_sum / max(tokens, 1)}
             self.metrics.write(record)
@@ -256,8 +292,15 @@ class Trainer:
     def _save(self) -> None:
         if self.config.checkpoint.enabled:
             progress = {"step": self.step, "consumed_samples": self.consumed_samples, "guard": self.guard.state()}
-            path = self.checkpoints.save(self.engine, progress)
+            self._beat("saving")
+            with self.times.measure("checkpoint"):
+                path = self.checkpoints.save(self.engine, progress)
             self.progress.say(f"saved {path}")
+
+    def what_is_saved(self) -> str:
+        """One sentence for an error message."""
+        latest = self.checkpoints.latest()
+        return f"The last checkpoint is intact: {latest}" if latest else "There is no checkpoint yet"
 
     def close(self) -> None:
         """Give back what the run holds: trackers, the terminal, signals."""

@@ -32,13 +32,15 @@ class Layout:
     sp: bool = False
     pp: int = 1
     dp: int = 1
+    cp: int = 1
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     def __str__(self) -> str:
-        return f"TP{self.tp}{' SP' if self.sp else ''} PP{self.pp} DP{self.dp}"
+        context = f" CP{self.cp}" if self.cp > 1 else ""
+        return f"TP{self.tp}{' SP' if self.sp else ''} PP{self.pp}{context} DP{self.dp}"
 
 
 @dataclass(frozen=True)

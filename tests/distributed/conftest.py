@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.memory_table import write_memory_table
 from tests.distributed.pool import WorkerPool
 
 
@@ -34,7 +35,9 @@ def run_distributed(worker_pool: WorkerPool) -> Callable[..., Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what test_parity.py compared: the largest relative difference by layout, recompute and overlap."""
+    """Print what test_parity.py compared: the largest relative difference by layout, recompute and overlap; and what
+    test_memory_estimates.py did."""
+    write_memory_table(terminalreporter)
     tables: dict[str, dict[str, dict[str, str]]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):

@@ -84,6 +84,7 @@ def _parallel(layout: Layout, case: Case) -> ParallelConfig:
     return ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.sp,
         overlap_grad_reduce=case.overlap,
         recompute_granularity=case.recompute,  # type: ignore[arg-type]

@@ -40,6 +40,7 @@ def saved(run_distributed, tmp_path_factory):
         pytest.param(PP4, 4, id="PP4"),
         pytest.param({"overlap_grad_reduce": True}, 4, id="DP4"),
         pytest.param(TP2, 4, id="TP2xDP2"),
+        pytest.param({"context_parallel_size": 2, "overlap_grad_reduce": True}, 4, id="CP2xDP2"),
     ],
 )
 def test_reshard_goes_on_with_the_same_numbers(run_distributed, reference, saved, layout, world_size):

@@ -17,6 +17,7 @@ PP = {"pipeline_model_parallel_size": 2}
         pytest.param(TP, 2, {"share_embeddings_and_output_weights": False}, id="TP2+SP untied"),
         pytest.param(PP, 2, {}, id="PP2"),
         pytest.param({"overlap_grad_reduce": True}, 2, {}, id="DP2"),
+        pytest.param({"context_parallel_size": 2, "overlap_grad_reduce": True}, 2, {}, id="CP2"),
     ],
 )
 def test_resume_is_bit_for_bit(run_distributed, tmp_path, layout, world_size, model):

@@ -5,14 +5,14 @@ counts in between, the initial weights (bit for bit) and the final ones (relativ
 
 With two loops all combinations are run: TP 1, TP 2, TP 2 with sequence parallel x PP 1/2/4 x DP 1/2, up to 8
 processes, x recompute none/selective/full x overlapped gradient reduction. With one and three loops a covering design
-is run, in which every pair of settings occurs that can. Packed documents and the model's variants run in a few layouts
-each. The end of the test run prints it all as a table.
+is run, in which every pair of settings occurs that can, and another with context parallelism, CP 2 and CP 4. Packed
+documents and the model's variants run in a few layouts each. The end of the test run prints it all as a table.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,17 @@ LAYOUTS = [
     for (tp, sp), pp, dp in itertools.product([(1, False), (2, False), (2, True)], (1, 2, 4), (1, 2))
     if (layout := Layout(tp, sp, pp, dp)).world_size <= 8
 ]
-Setting = tuple[Layout, str, bool]
+Setting = tuple[Layout, *tuple[Any, ...]]  # a layout and what is done in it
 
 
-def _settings(setting: Setting) -> list[tuple[str, Any]]:
-    layout, recompute, overlap = setting
+def _settings(setting: Setting) -> list[tuple[Any, Any]]:
+    layout, *others = setting
     return [
         ("tensor", (layout.tp, layout.sp)),
         ("pipeline", layout.pp),
         ("data", layout.dp),
-        ("recompute", recompute),
-        ("overlap", overlap),
+        ("context", layout.cp),
+        *enumerate(others),
     ]
 
 
@@ -46,9 +46,8 @@ def _pairs(settings: Iterable[Setting]) -> set[Any]:
     return {pair for setting in settings for pair in itertools.combinations(_settings(setting), 2)}
 
 
-def _covering_design() -> list[Setting]:
+def _covering_design(everything: Sequence[Setting]) -> list[Setting]:
     """Few settings in which each pair that occurs at all occurs: the one that adds most pairs, again and again."""
-    everything = list(itertools.product(LAYOUTS, RECOMPUTE, OVERLAP))
     chosen: list[Setting] = []
     missing = _pairs(everything)
     while missing:
@@ -58,7 +57,17 @@ def _covering_design() -> list[Setting]:
     return chosen
 
 
-COVERING = _covering_design()
+COVERING = _covering_design(list(itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)))
+
+CONTEXT_LAYOUTS = [
+    layout
+    for (tp, sp), pp, dp, cp in itertools.product([(1, False), (2, False), (2, True)], (1, 2), (1, 2), (2, 4))
+    if (layout := Layout(tp, sp, pp, dp, cp)).world_size <= 8
+]
+# The numbers of loops and packed documents are settings like the others.
+CONTEXT_COVERING = _covering_design(
+    list(itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True)))
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
@@ -165,11 +174,39 @@ def test_the_covering_design_has_every_pair():
     assert len(COVERING) <= 15
 
 
+# ---------------------------------------------------------------- context parallelism
+
+
+@pytest.mark.parametrize(
+    "layout", sorted({layout for layout, *_ in CONTEXT_COVERING}, key=CONTEXT_LAYOUTS.index), ids=str
+)
+def test_context_parallelism_in_every_pair_of_settings(check, layout):
+    chosen = [how for other, *how in CONTEXT_COVERING if other == layout]
+    names = [f"L{loops}{' packed' if packed else ''}" for loops, _, _, packed in chosen]
+    check(layout, [_case(*how) for how in chosen], "context parallelism", names)
+
+
+def test_the_covering_design_of_context_parallelism_has_every_pair():
+    everything = itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True))
+    assert _pairs(CONTEXT_COVERING) == _pairs(everything)
+    assert len(CONTEXT_COVERING) <= 20
+
+
 # ---------------------------------------------------------------- packed documents and variants
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(dp=2), Layout(2, True, 2, 2)], ids=str
+    "layout",
+    [
+        Layout(tp=2),
+        Layout(tp=2, sp=True),
+        Layout(pp=2),
+        Layout(dp=2),
+        Layout(2, True, 2, 2),
+        Layout(cp=4),
+        Layout(tp=2, sp=True, cp=2),
+    ],
+    ids=str,
 )
 def test_packed_documents(check, layout):
     cases = [
@@ -186,6 +223,7 @@ def test_packed_documents(check, layout):
         (Layout(tp=2), "none", False),
         (Layout(tp=2, sp=True, pp=2), "full", True),
         (Layout(pp=4), "selective", True),
+        (Layout(cp=2), "selective", False),
     ],
     ids=str,
 )

@@ -15,10 +15,10 @@ from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.train.checkpoint import read_progress
 from plt_megatron.train.metrics import read_metrics
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
+from tests.distributed.whole_runs import folder, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-TIMES = ("tokens_per_second", "model_tflops", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,6 @@ def finished(data, tmp_path_factory, run_distributed) -> RunConfig:
     config = run_config("undisturbed", tmp_path_factory.mktemp("runs"), data, parallel=TP_SP)
     assert run_distributed(train, 2, config) is True
     return config
-
-
-def folder(config: RunConfig) -> Path:
-    return Path(config.output_dir) / config.name
-
-
-def numbers(config: RunConfig) -> list[dict]:
-    """The records without what a clock decides."""
-    return [
-        {name: value for name, value in record.items() if name not in TIMES} for record in read_metrics(folder(config))
-    ]
 
 
 def test_a_run_writes_its_metrics_and_checkpoints(finished):
@@ -90,6 +79,46 @@ def test_metrics_beyond_the_checkpoint_are_written_once(finished, data, tmp_path
     (folder(config) / "checkpoints" / "latest").write_text("step_00000004\n")
     assert run_distributed(train, 2, config) is True
     assert numbers(config) == numbers(finished)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": TP_SP},
+        {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"precision": "bf16"}},
+        {"parallel": {"data_parallel_size": 2, "overlap_grad_reduce": True, "recompute_granularity": "full"}},
+    ],
+    ids=["tp2", "pp2-bf16", "dp2-overlap-recompute"],
+)
+def test_deterministic_runs_repeat_bit_for_bit(data, tmp_path, run_distributed, changes):
+    """With several threads a rank, where sums could come in any order."""
+    training = {"deterministic": True, "threads_per_process": 2} | changes.get("training", {})
+    runs = [run_config(name, tmp_path, data, **(changes | {"training": training})) for name in ("first", "second")]
+    for config in runs:
+        assert run_distributed(train, 2, config) is True
+    first, second = (numbers(config) for config in runs)
+    assert first == second and len(first) == 10
+
+
+def test_a_record_says_where_the_time_went_and_how_far_the_data_is(finished):
+    records = [record for record in read_metrics(folder(finished)) if record["kind"] == "train"]
+    parts = {"data", "forward_backward", "gradient_reduction", "optimizer"}
+    assert all(parts <= record["step_seconds"].keys() for record in records)
+    assert all(min(record["step_seconds"].values()) >= 0 for record in records)
+    assert "checkpoint" in records[2]["step_seconds"] and "validation" in records[3]["step_seconds"], (
+        "of the step before"
+    )
+    assert [record["source_epochs"]["text"] for record in records] == pytest.approx(
+        [step * records[0]["source_epochs"]["text"] for step in range(1, 7)]
+    )
+    assert all(record["peak_memory_bytes"] > 1e8 for record in records), "a process with torch in it"
+
+
+def test_a_trace_is_written_on_request(data, tmp_path, run_distributed):
+    logging = {"profile_step_start": 1, "profile_step_end": 2, "profile_ranks": [1]}
+    config = run_config("traced", tmp_path, data, parallel=TP_SP, training={"train_iters": 3}, logging=logging)
+    assert run_distributed(train, 2, config) is True
+    assert [path.name for path in (folder(config) / "profile").iterdir()] == ["rank_0001_steps_2-2.json.gz"]
 
 
 def test_save_file_saves_and_goes_on(data, tmp_path, run_distributed):

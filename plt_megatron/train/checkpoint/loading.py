@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -17,14 +16,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from plt_megatron.errors import UserError
 from plt_megatron.train.checkpoint import folder, saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
-from plt_megatron.train.engine import MegatronEngine
+from plt_megatron.train.checkpoint.engine_state import EngineState, state_of
+from plt_megatron.train.engines import Engine
 
 logger = logging.getLogger(__name__)
 
-_GATE = ".plt_gate."
 
-
-def load_checkpoint(engine: MegatronEngine, path: Path | str, *, allow_other_schedule: bool = False) -> dict[str, Any]:
+def load_checkpoint(engine: Engine, path: Path | str, *, allow_other_schedule: bool = False) -> dict[str, Any]:
     """Put the engine, new or not, into the state that was saved. Collective.
 
     In the layout that saved it the run goes on bit for bit; in another one with the same numbers, and random states of
@@ -42,46 +40,42 @@ def load_checkpoint(engine: MegatronEngine, path: Path | str, *, allow_other_sch
         UserError: on all ranks. There is no whole checkpoint, or it does not fit this engine: the message names what.
     """
     path, progress = _find(Path(path))
+    if progress.get("weights_only"):
+        raise UserError(f"checkpoint {path} holds weights alone, as an import does; set checkpoint.weights_only=true")
     _check_vocabulary(engine, path, progress)
     if not allow_other_schedule:
         _check_schedule(engine, path, progress)
-    model = state.model_state(engine)
-    optimizer = state.optimizer_state(engine, model, is_loading=True)
-    request: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    _fit(engine, path, request)
-    if progress["layout"] == saving.layout(engine):
+    own = state_of(engine)
+    request = own.request(optimizer=True)
+    _fit(path, request)
+    if {"context_parallel_size": 1, **progress["layout"]} == saving.layout(engine):
         request["rng"] = ShardedObject(state.RNG_KEY, None, (dist.get_world_size(),), (dist.get_rank(),))
-    loaded = _read(path, request)
-    engine.stage.load_state_dict(loaded["model"], strict=False)  # _fit has seen to what is missing
-    for index, part in enumerate(state.optimizers(engine)):
-        state.load_parameter_states(part, loaded["optimizer"].get(index, {}))
-    _set_steps(engine, optimizer=loaded["optimizer_step"], scheduler=loaded["scheduler"]["num_steps"])
+    loaded = own.load(request, partial(_read, path))
+    _set_steps(engine, own, optimizer=loaded["optimizer_step"], scheduler=loaded["scheduler"]["num_steps"])
     _tell_differences(engine, progress)
     if "rng" in loaded:
         state.restore_random_state(loaded["rng"])
     return progress
 
 
-def load_weights(engine: MegatronEngine, path: Path | str) -> dict[str, Any]:
+def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
     """Start another run from a checkpoint's weights: optimizer, schedule and step stay new. Collective.
 
     See `load_checkpoint` for arguments, errors, and what is returned.
     """
     path, progress = _find(Path(path))
     _check_vocabulary(engine, path, progress)
-    request = {"model": state.model_state(engine)}
-    _fit(engine, path, request)
-    engine.stage.load_state_dict(_read(path, request)["model"], strict=False)
-    for part in state.optimizers(engine):
-        state.allocate(part)
-        state.load_parameter_states(part, {})
-    _set_steps(engine, optimizer=0, scheduler=0)
+    own = state_of(engine)
+    request = own.request(optimizer=False)
+    _fit(path, request)
+    own.load(request, partial(_read, path))
+    _set_steps(engine, own, optimizer=0, scheduler=0)
     _tell_differences(engine, progress)
     return progress
 
 
-def _set_steps(engine: MegatronEngine, optimizer: int, scheduler: int) -> None:
-    state.set_step_of_optimizer(engine, optimizer)
+def _set_steps(engine: Engine, own: EngineState, optimizer: int, scheduler: int) -> None:
+    own.set_step(optimizer)
     engine.scheduler.num_steps = scheduler
     engine.scheduler.step(increment=0)
 
@@ -105,13 +99,13 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     raise UserError(damages[0] if len(damages) == 1 else f"{path}: no whole checkpoint there")
 
 
-def _check_vocabulary(engine: MegatronEngine, path: Path, progress: dict[str, Any]) -> None:
+def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> None:
     saved, own = progress["vocab_size"], engine.stage.vocab_size
     if saved != own:
         raise UserError(f"checkpoint {path}: its vocabulary has {saved} entries, this run's {own}; use its tokenizer")
 
 
-def _check_schedule(engine: MegatronEngine, path: Path, progress: dict[str, Any]) -> None:
+def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any]) -> None:
     own = saving.schedule(engine.config)
     differences = [
         f"{name} {progress['schedule'][name]} (now {value})"
@@ -125,7 +119,7 @@ def _check_schedule(engine: MegatronEngine, path: Path, progress: dict[str, Any]
         )
 
 
-def _tell_differences(engine: MegatronEngine, progress: dict[str, Any]) -> None:
+def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
     own = saving.describe_run(engine, {})["config"]
     saved = progress["config"]
     for section, name in [*(("model", key) for key in own["model"]), ("training", "precision")]:
@@ -137,7 +131,7 @@ def _tell_differences(engine: MegatronEngine, progress: dict[str, Any]) -> None:
 # Whether it fits.
 
 
-def _fit(engine: MegatronEngine, path: Path, request: dict[str, Any]) -> None:
+def _fit(path: Path, request: dict[str, Any]) -> None:
     """Compare the checkpoint's tensors with those the engine needs, and take from `request` the gates it lacks."""
     saved, objects = on_rank_0(partial(_saved_entries, path))
     request["model"] = {
@@ -152,7 +146,7 @@ def _fit(engine: MegatronEngine, path: Path, request: dict[str, Any]) -> None:
     if "optimizer" not in request:
         unexpected = [key for key in unexpected if not key.startswith(state.OPTIMIZER_PREFIX)]
     for keys, fault in ((missing, "lacks"), (unexpected, "has")):
-        strange = [key for key in keys if _GATE not in key]
+        strange = [key for key in keys if not state.is_gate(key)]
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             other = "which this model needs" if fault == "lacks" else "which this model has not"
@@ -164,7 +158,6 @@ def _fit(engine: MegatronEngine, path: Path, request: dict[str, Any]) -> None:
             )
     if missing:
         _take_out(request, set(missing))
-        _reset_gates(engine)
         _say(f"{path} has no gates: this model's start from zero, with fresh optimizer state")
     if unexpected:
         _say(f"the gates in {path} are dropped: this model has none")
@@ -201,14 +194,6 @@ def _take_out(request: dict[str, Any], keys: set[str]) -> None:
             for number, tensors in parameters.items()
             if not any(tensor.key in keys for tensor in tensors.values())
         }
-
-
-def _reset_gates(engine: MegatronEngine) -> None:
-    """As built, that an engine which has trained already may be loaded too."""
-    with torch.no_grad():
-        for name, parameter in engine.stage.named_parameters():
-            if _GATE in name:
-                parameter.fill_(1.0 if "gate_norm" in name else 0.0)
 
 
 # Reading.

@@ -32,13 +32,14 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.train.checkpoint import folder, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
-from plt_megatron.train.engine import MegatronEngine
+from plt_megatron.train.checkpoint.engine_state import state_of
+from plt_megatron.train.engines import Engine
 
 logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    engine: MegatronEngine,
+    engine: Engine,
     directory: Path | str,
     progress: dict[str, Any],
     *,
@@ -64,9 +65,7 @@ def save_checkpoint(
     return save.publish(keep_last, keep_every)
 
 
-def begin_save(
-    engine: MegatronEngine, directory: Path | str, progress: dict[str, Any], *, staged: bool = False
-) -> PendingSave:
+def begin_save(engine: Engine, directory: Path | str, progress: dict[str, Any], *, staged: bool = False) -> PendingSave:
     """Plan a save and collect its data. Collective; see `save_checkpoint`.
 
     Args:
@@ -184,18 +183,15 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
-def _state(engine: MegatronEngine) -> dict[str, Any]:
-    model = state.model_state(engine)
+def _state(engine: Engine) -> dict[str, Any]:
     return {
-        "model": model,
-        "optimizer": state.optimizer_state(engine, model, is_loading=False),
-        "optimizer_step": state.step_of_optimizer(engine),
+        **state_of(engine).to_save(),
         "scheduler": engine.scheduler.state_dict(),
         "rng": state.random_state(),
     }
 
 
-def _copy_live(buckets: list[Any], engine: MegatronEngine) -> list[Any]:
+def _copy_live(buckets: list[Any], engine: Engine) -> list[Any]:
     """The buckets with copies of those tensors that training will change: on a CPU nothing else copies them."""
     tensors = (*engine.stage.parameters(), *engine.stage.buffers())
     live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
@@ -209,7 +205,7 @@ def _copy_live(buckets: list[Any], engine: MegatronEngine) -> list[Any]:
     ]
 
 
-def describe_run(engine: MegatronEngine, progress: dict[str, Any]) -> dict[str, Any]:
+def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
     """The trainer's progress, and what a reader has to know of the run."""
     return {
         **progress,
@@ -227,13 +223,14 @@ def describe_run(engine: MegatronEngine, progress: dict[str, Any]) -> dict[str, 
     }
 
 
-def layout(engine: MegatronEngine) -> dict[str, int]:
+def layout(engine: Engine) -> dict[str, int]:
     """How the model lies over the processes. Random states are restored only in the same one."""
     parallel = engine.config.parallel
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "data_parallel_size": engine.groups.dp_cp.size(),
+        "context_parallel_size": parallel.context_parallel_size,
+        "data_parallel_size": engine.groups.dp.size(),
     }
 
 

@@ -22,12 +22,24 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from plt_megatron.train.engine import MegatronEngine
+from plt_megatron.train.engines import Engine
 
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
+_GATE = ".plt_gate."
 
 
-def sharding_metadata(engine: MegatronEngine) -> dict[str, Any]:
+def is_gate(name: str) -> bool:
+    """Whether a parameter or tensor is a gate's: a checkpoint of one loop has none."""
+    return _GATE in name
+
+
+def gate_as_built(name: str) -> float:
+    """The value of a gate's parameter before training."""
+    return 1.0 if "gate_norm" in name else 0.0
+
+
+def sharding_metadata(engine: Engine) -> dict[str, Any]:
     """What megatron-core's `sharded_state_dict` methods have to be told, the model's and the optimizer's alike."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -38,7 +50,7 @@ def sharding_metadata(engine: MegatronEngine) -> dict[str, Any]:
     }
 
 
-def model_state(engine: MegatronEngine) -> dict[str, Any]:
+def model_state(engine: Engine) -> dict[str, Any]:
     """The stage's parameters by their local names. Extra states count only where a backend (FP8) has some."""
     state = engine.stage.sharded_state_dict(metadata=sharding_metadata(engine))
     return {name: value for name, value in state.items() if not _is_empty_object(value)}

@@ -18,7 +18,7 @@ from plt_megatron.train.checkpoint import folder
 from plt_megatron.train.checkpoint.collective import on_rank_0
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
-from plt_megatron.train.engine import MegatronEngine
+from plt_megatron.train.engines import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class CheckpointStore:
         self._pending: PendingSave | None = None
         self._thread: threading.Thread | None = None
 
-    def load(self, engine: MegatronEngine) -> dict[str, Any] | None:
+    def load(self, engine: Engine) -> dict[str, Any] | None:
         """Bring the engine to where the run left off or, for a new run, to where `checkpoint.load` says.
 
         Returns:
@@ -73,7 +73,7 @@ class CheckpointStore:
         self._say(f"going on from {source}, step {progress['step']}")
         return progress
 
-    def save(self, engine: MegatronEngine, progress: dict[str, Any]) -> Path:
+    def save(self, engine: Engine, progress: dict[str, Any]) -> Path:
         """Save the engine's state and the trainer's `progress`, which holds `step`; returns the checkpoint's folder.
 
         Raises:

@@ -96,6 +96,8 @@ def test_dry_run_says_what_would_run_and_does_nothing(folder):
     assert "3 of 2,048 tokens" in result.stdout
     assert "plt_megatron.train.main" in result.stdout
     assert not (folder / "runs").exists()
+    result = launch(folder, "run.yaml", "--dry-run", "parallel.context_parallel_size=4")
+    assert "4 (tensor 1 x pipeline 1 x context 4 x data 1)" in result.stdout
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 75])

@@ -148,6 +148,85 @@ def test_what_tensor_parallelism_must_divide(settings, expected):
     assert any(expected in line and "parallel.tensor_model_parallel_size 4" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"data__sequence_length": 252},
+            "data.sequence_length 252 is not divisible by 8: parallel.context_parallel_size 4",
+        ),
+        (
+            {
+                "data__sequence_length": 264,
+                "parallel__sequence_parallel": True,
+                "parallel__tensor_model_parallel_size": 4,
+            },
+            "data.sequence_length 264 is not divisible by 16: parallel.sequence_parallel shares",
+        ),
+        (
+            {"parallel__local_cp_comm_type": "p2p"},
+            "sliding window has no p2p context parallelism; use a2a or all_gather",
+        ),
+    ],
+)
+def test_context_parallelism_must_fit_the_sequence(settings, expected):
+    (line,) = problems(parallel__context_parallel_size=4, **settings)
+    assert expected in line
+
+
+def test_context_parallelism_with_what_it_allows():
+    assert problems(parallel__context_parallel_size=4) == []
+    assert problems(parallel__context_parallel_size=2, data__sequence_length=4, model__window_size=64) == []
+    sequence_parallel = {"parallel__sequence_parallel": True, "parallel__tensor_model_parallel_size": 4}
+    assert problems(parallel__context_parallel_size=2, data__sequence_length=8, **sequence_parallel) == []
+    assert problems(parallel__context_parallel_size=8, parallel__cp_comm_type="all_gather") == []
+
+
+def test_context_parallelism_counts_among_the_processes():
+    two = {"parallel__context_parallel_size": 2, "parallel__tensor_model_parallel_size": 2}
+    assert problems(world_size=8, **two) == []
+    (line,) = problems(world_size=6, **two)
+    assert "6 processes: tensor 2 x pipeline 1 x context 2 parallel needs a multiple of 4" in line
+    (line,) = problems(world_size=4, parallel__data_parallel_size=2, **two)
+    assert "tensor 2 x pipeline 1 x context 2 x data 2 parallel needs 8 processes, got 4" in line
+    config = change(good(), **two)
+    assert derived.required_world_size(config) == 4 and derived.data_parallel_size(config, 16) == 4
+    assert derived.num_microbatches(config, 16) == 2, "the ranks of one sequence read the same samples"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {},
+            "parallel.local_cp_comm_type a2a shares out the 4 key/value heads (model.num_query_groups): not divisible",
+        ),
+        ({"parallel__cp_comm_type": "a2a", "model__loop_count": 1}, "parallel.cp_comm_type a2a shares out"),
+        (
+            {"parallel__local_cp_comm_type": "all_gather", "data__reset_at_document_boundaries": True},
+            "Transformer Engine would cut each document among the ranks",
+        ),
+    ],
+)
+def test_what_transformer_engine_cannot_share(settings, expected):
+    settings = {"parallel__context_parallel_size": 8, **settings}
+    for backend, have_te in (("te", True), ("te", False), ("auto", True)):
+        config = change(good(), model__backend=backend, **settings)
+        lines = find_problems(config, check_files=False, have_te=have_te)
+        assert [expected in line and "model.backend=torch" in line for line in lines] == [True], lines
+    for backend, have_te in (("torch", True), ("auto", False)):
+        assert (
+            find_problems(change(good(), model__backend=backend, **settings), check_files=False, have_te=have_te) == []
+        )
+
+
+def test_transformer_engine_shares_what_divides():
+    settings = {"parallel__context_parallel_size": 2, "parallel__tensor_model_parallel_size": 2, "model__backend": "te"}
+    assert find_problems(change(good(), **settings, parallel__cp_comm_type="a2a"), check_files=False) == []
+    all_gather = {**settings, "parallel__context_parallel_size": 16, "parallel__local_cp_comm_type": "all_gather"}
+    assert find_problems(change(good(), **all_gather), check_files=False) == []
+
+
 def test_pipelines_need_a_multiple_of_microbatches():
     settings = {"parallel__pipeline_model_parallel_size": 4, "training__micro_batch_size": 4}
     (line,) = problems(**settings, training__global_batch_size=8)

@@ -162,6 +162,9 @@ def test_training_starts_from_it(tmp_path, caplog):
                 value = value[:VOCAB]
             assert torch.equal(value, weights[name]), name
         saved = store.save(engine, {"step": 1})
+        config.checkpoint.weights_only = False
+        with pytest.raises(UserError, match="holds weights alone, as an import does; set checkpoint.weights_only=true"):
+            CheckpointStore(tmp_path / "other" / "checkpoints", config, {}).load(engine)
     assert f"starting from the weights of {tmp_path / 'run'}" in caplog.text
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(saved))
 

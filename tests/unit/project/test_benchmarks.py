@@ -7,7 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_bubble_benchmark_measures_real_schedules(tmp_path):
+    """Two stages, short sleeps: whether the bar holds is for a quiet machine, that the bubble shrinks is not."""
+    command = [sys.executable, str(ROOT / "benchmarks/bubble.py"), "--stages", "2", "--microbatches", "2"]
+    command += ["--loops", "1", "3", "--milliseconds", "60", "--json", str(tmp_path / "b.json")]
+    result = subprocess.run([*command, "--plot", str(tmp_path / "b.png")], capture_output=True, text=True, timeout=240)
+    assert result.returncode in (0, 1) and "(P-1)/(LM)" in result.stdout, result.stdout + result.stderr
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert figures["1"]["predicted"] == 0.5 and figures["3"]["predicted"] == pytest.approx(1 / 6)
+    assert 0.4 < figures["1"]["measured"] and figures["3"]["measured"] < 0.8 * figures["1"]["measured"]
+    assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
 def test_the_training_benchmark_runs_and_explains_itself(tmp_path):

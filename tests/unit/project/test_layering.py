@@ -17,11 +17,12 @@ ALLOWED = {
     "config": set(),
     "runtime": {"config"},
     "estimate": {"config"},
+    "slurm": {"config", "runtime", "estimate", "data", "train"},
     "data": {"config"},
     "model": {"config", "runtime"},
     "train": {"config", "runtime", "estimate", "data", "model"},
     "hf": {"config", "runtime", "estimate", "data", "model", "train"},
-    "experiments": {"config", "runtime", "estimate", "data", "model", "train", "hf"},
+    "experiments": {"config", "runtime", "estimate", "slurm", "data", "model", "train", "hf"},
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
 # Importing one of these takes seconds.

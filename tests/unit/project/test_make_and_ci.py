@@ -45,7 +45,11 @@ class TestMakefile:
 
     def test_the_quick_suite_leaves_out_what_is_slow_and_stays_in_one_process(self, tmp_path):
         (line,) = (line for line in run(["make", "-n", "test"]).stdout.splitlines() if "pytest" in line)
-        assert '-m "not slow and not bench"' in line and " -n " not in line and "OMP_NUM_THREADS=1" in line
+        assert (
+            '-m "not slow and not bench and not slurm_faults"' in line
+            and " -n " not in line
+            and "OMP_NUM_THREADS=1" in line
+        )
         (line,) = (line for line in run(["make", "-n", "test-all"]).stdout.splitlines() if "pytest" in line)
         assert "-m pytest" in line and "not slow" not in line
 

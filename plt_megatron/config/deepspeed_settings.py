@@ -1,0 +1,166 @@
+"""DeepSpeed's configuration, written from ours.
+
+Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed:` section may add what
+`ADDABLE` names. No torch here: `deepspeed_validation` answers a bad section in milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+
+Kind = Literal["bool", "count", "number", "path"]
+
+# What the raw section may add: speed, memory and reports. `count`: a whole number >= 0, 5e8 included.
+ADDABLE: dict[str, Kind] = {
+    "steps_per_print": "count",
+    "wall_clock_breakdown": "bool",
+    "memory_breakdown": "bool",
+    "dump_state": "bool",
+    "comms_logger.enabled": "bool",
+    "comms_logger.verbose": "bool",
+    "comms_logger.prof_all": "bool",
+    "comms_logger.debug": "bool",
+    "zero_optimization.reduce_bucket_size": "count",
+    "zero_optimization.allgather_bucket_size": "count",
+    "zero_optimization.allgather_partitions": "bool",
+    "zero_optimization.reduce_scatter": "bool",
+    "zero_optimization.round_robin_gradients": "bool",
+    "zero_optimization.use_multi_rank_bucket_allreduce": "bool",
+    "zero_optimization.sub_group_size": "count",
+    "zero_optimization.stage3_max_live_parameters": "count",
+    "zero_optimization.stage3_max_reuse_distance": "count",
+    "zero_optimization.stage3_prefetch_bucket_size": "count",
+    "zero_optimization.stage3_param_persistence_threshold": "count",
+    "zero_optimization.stage3_model_persistence_threshold": "count",
+    "zero_optimization.offload_optimizer.pin_memory": "bool",
+    "zero_optimization.offload_param.pin_memory": "bool",
+}
+
+# What our settings decide, and which: a raw key may only repeat it.
+DECIDED_BY: dict[str, str] = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "optimizer.clip_grad",
+    "optimizer.type": "the optimizer section",
+    "optimizer.params.lr": "optimizer.lr",
+    "optimizer.params.betas": "optimizer.adam_beta1 and optimizer.adam_beta2",
+    "optimizer.params.eps": "optimizer.adam_eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "bf16.enabled": "training.precision",
+    "zero_optimization.stage": "zero.stage",
+    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
+    "zero_optimization.offload_param.device": "zero.offload_param",
+}
+
+# DeepSpeed's, but not to be had here: what to do instead. A key stands for all below it.
+REFUSED: dict[str, str] = {
+    "fp16": "set training.precision=bf16",
+    "amp": "set training.precision=bf16",
+    "torch_autocast": "set training.precision=bf16",
+    "scheduler": "set the optimizer section's lr_decay_style and what belongs to it",
+    "zero_optimization.overlap_comm": "it reduces gradients before the last loop has added to them; leave it out",
+    "zero_optimization.offload_optimizer.ratio": "leave it out: all of the optimizer is offloaded",
+    "zero_optimization.offload_optimizer.nvme_path": "set zero.offload_optimizer=cpu",
+    "zero_optimization.offload_param.nvme_path": "set zero.offload_param=cpu",
+    "zero_optimization.cpu_offload": "set zero.offload_optimizer=cpu",
+    "zero_optimization.cpu_offload_params": "set zero.offload_param=cpu",
+    "zero_optimization.zero_quantized_weights": "leave it out: checkpoints hold the exact weights",
+    "zero_optimization.zero_quantized_gradients": "leave it out: gradients are reduced in fp32",
+    "zero_optimization.zero_hpz_partition_size": "leave it out",
+    "zero_optimization.mics_shard_size": "leave it out",
+    "zero_optimization.zenflow": "leave it out",
+    "zero_optimization.load_from_fp32_weights": "checkpoints are ours: see the checkpoint section",
+    "zero_optimization.elastic_checkpoint": "checkpoints are ours: see the checkpoint section",
+    "pipeline": "set engine=megatron",
+    "tensor_parallel": "set parallel.tensor_model_parallel_size",
+    "sequence_parallel_size": "set parallel.sequence_parallel",
+    "data_parallel_size": "set parallel.data_parallel_size",
+    "expert_parallel": "set engine=megatron",
+    "activation_checkpointing": "set parallel.recompute_granularity",
+    "checkpoint": "set the checkpoint section",
+    "load_universal_checkpoint": "set checkpoint.load",
+    "tensorboard": "set logging.tensorboard",
+    "wandb": "set logging.wandb_project",
+    "comet": "set logging.wandb_project",
+    "csv_monitor": "metrics.jsonl is always written; leave it out",
+    "flops_profiler": "set logging.profile_step_start and logging.profile_step_end",
+    "compile": "leave it out",
+    "hybrid_engine": "leave it out",
+    "aio": "set zero.offload_optimizer=cpu",
+    "data_efficiency": "set the data section",
+    "curriculum_learning": "set the data section",
+    "compression_training": "leave it out",
+    "elasticity": "leave it out: a checkpoint goes on in any layout",
+    "autotuning": "leave it out",
+    "sparse_gradients": "leave it out",
+    "prescale_gradients": "leave it out: gradients are reduced in fp32",
+    "gradient_predivide_factor": "leave it out: gradients are reduced in fp32",
+    "zero_force_ds_cpu_optimizer": "leave it out: the optimizer is torch's AdamW, which needs no compiler",
+    "optimizer.params.torch_adam": "leave it out: the optimizer is torch's AdamW, which needs no compiler",
+}
+
+# DeepSpeed's own default is 2 GB of fp32 per bucket; this is megatron-core's.
+_DEFAULTS: dict[str, Any] = {"steps_per_print": 10**9, "zero_optimization.reduce_bucket_size": 40_000_000}
+
+
+def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
+    """What our configuration decides, by DeepSpeed's dotted keys.
+
+    Args:
+        world_size: processes; None: as many as the layout asks for.
+    """
+    training, optimizer, zero = config.training, config.optimizer, config.zero
+    settings: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": derived.num_microbatches(config, world_size),
+        "gradient_clipping": optimizer.clip_grad,
+        "optimizer.type": "AdamW",
+        "optimizer.params.lr": optimizer.lr,
+        "optimizer.params.betas": [optimizer.adam_beta1, optimizer.adam_beta2],
+        "optimizer.params.eps": optimizer.adam_eps,
+        "optimizer.params.weight_decay": optimizer.weight_decay,
+        "optimizer.params.torch_adam": True,  # the others are compiled when first used
+        "zero_optimization.stage": zero.stage,
+        "zero_optimization.overlap_comm": False,
+        "zero_optimization.contiguous_gradients": True,
+        "zero_optimization.offload_optimizer.device": zero.offload_optimizer,
+        "zero_optimization.offload_param.device": zero.offload_param,
+        "bf16.enabled": training.precision == "bf16",
+    }
+    if training.precision == "bf16":
+        settings["bf16.check_grad_overflow"] = True  # else it updates with gradients that are no numbers
+        settings["data_types.grad_accum_dtype"] = settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def raw(config: RunConfig) -> dict[str, Any]:
+    """The raw section by dotted keys."""
+    return dict(_leaves(config.deepspeed, ""))
+
+
+def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
+    """The dictionary that DeepSpeed is given. `config` is validated."""
+    whole = copy.deepcopy({**_DEFAULTS, **raw(config), **written(config, world_size)})
+    nested: dict[str, Any] = {}
+    for key, value in whole.items():
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = int(value) if ADDABLE.get(key) == "count" else value
+    return nested

@@ -1,0 +1,135 @@
+"""Checks of `engine: deepspeed`: what it cannot do, and what the raw `deepspeed:` section may not say.
+
+Every problem names what to set instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+from collections.abc import Iterator
+from typing import Any
+
+from plt_megatron.config import deepspeed_settings as settings
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig, ZeroConfig
+
+VERSIONS = ">=0.19,<0.20"
+
+
+def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+    """The problems of a configuration whose single settings are in range, one line each."""
+    if config.engine != "deepspeed":
+        yield from _check_unused(config)
+        return
+    yield from _check_features(config)
+    yield from _check_zero(config.zero)
+    yield from _check_raw(config, world_size)
+
+
+def _check_unused(config: RunConfig) -> Iterator[str]:
+    """Settings that the other engine would pass over in silence."""
+    if config.deepspeed:
+        yield "deepspeed: this section is read with engine=deepspeed only; set that, or leave the section out"
+    if config.zero != ZeroConfig():
+        yield "zero: this section is read with engine=deepspeed only; set that, or leave the section out"
+
+
+def _check_features(config: RunConfig) -> Iterator[str]:
+    """What a run may ask for that this engine has not."""
+    parallel, model = config.parallel, config.model
+    wanted: tuple[tuple[str, Any], ...] = (
+        ("pipeline_model_parallel_size", 1),
+        ("context_parallel_size", 1),
+        ("expert_model_parallel_size", 1),
+        ("overlap_grad_reduce", False),
+    )
+    for name, off in wanted:
+        value = getattr(parallel, name, off)
+        if value not in (off, None):
+            yield f"engine deepspeed: parallel.{name} {value}: set it to {str(off).lower()}, or set engine=megatron"
+    experts = getattr(model, "num_moe_experts", None)
+    if experts:
+        yield f"engine deepspeed: model.num_moe_experts {experts}: mixture of experts needs engine=megatron"
+    for prefix in ("model", "training"):
+        fp8 = getattr(getattr(config, prefix), "fp8", None)
+        if fp8 not in (None, False, "none"):
+            yield f"engine deepspeed: {prefix}.fp8 {fp8}: set {prefix}.fp8=none for BF16, or set engine=megatron"
+
+
+def _check_zero(zero: ZeroConfig) -> Iterator[str]:
+    if zero.stage == 0:
+        yield "zero.stage 0: set zero.stage=1, or engine=megatron, whose optimizer is sharded as in stage 1"
+    if zero.offload_param != "none" and zero.stage != 3:
+        yield (
+            f"zero.offload_param {zero.offload_param} needs zero.stage=3: below it every rank holds all parameters; "
+            "set that, or zero.offload_param=none"
+        )
+
+
+def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    enough = world_size is None or world_size >= derived.model_parallel_size(config)
+    decided = settings.written(config, world_size if enough else None)
+    for key, value in settings.raw(config).items():
+        if key in decided and _equal(value, decided[key]):
+            continue
+        if key in settings.DECIDED_BY:
+            yield (
+                f"deepspeed.{key} {_text(value)} contradicts {settings.DECIDED_BY[key]}, which makes it "
+                f"{_text(decided[key])}: set that and leave this out"
+            )
+            continue
+        refused = next((name for name in _prefixes(key) if name in settings.REFUSED), None)
+        if refused is not None:
+            yield f"deepspeed.{key} cannot be set here: {settings.REFUSED[refused]}"
+        elif key in decided:
+            yield f"deepspeed.{key} must be {_text(decided[key])} here: leave it out"
+        elif key not in settings.ADDABLE:
+            yield _unknown(key)
+        else:
+            yield from _check_kind(key, value)
+
+
+def _check_kind(key: str, value: Any) -> Iterator[str]:
+    if settings.ADDABLE[key] == "bool":
+        if not isinstance(value, bool):
+            yield f"deepspeed.{key}: expected true or false, got {_text(value)}"
+    elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1 != 0:
+        yield f"deepspeed.{key}: expected a whole number of at least 0, got {_text(value)}"
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+
+
+def _unknown(key: str) -> str:
+    known = [*settings.ADDABLE, *settings.DECIDED_BY]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    hint = f"did you mean {close[0]}?" if close else "docs/deepspeed.md lists those that may be added"
+    return f"deepspeed.{key} is unknown, and DeepSpeed would pass over it in silence; {hint}"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    return bool(one == other)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower().replace("none", "null")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def find_package_problem(config: RunConfig) -> str | None:
+    """Whether DeepSpeed is there where it is needed; does not import it."""
+    if config.engine != "deepspeed":
+        return None
+    try:
+        version = importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return "engine deepspeed needs DeepSpeed; install it (the `deepspeed` extra) or set engine=megatron"
+    if version.split(".")[:2] != ["0", "19"]:
+        return f"engine deepspeed needs DeepSpeed {VERSIONS}, found {version}; install that or set engine=megatron"
+    return None

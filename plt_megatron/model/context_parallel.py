@@ -1,0 +1,231 @@
+"""Context parallelism: a sequence's rows spread over ranks in megatron-core's zigzag order.
+
+A sequence is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r, so that under causal attention all
+ranks have as much to do. Sequence parallelism cuts a rank's rows further, in one piece for each tensor-parallel rank.
+What needs rows of other ranks gets them here: the whole of K and V for global attention, and the few rows that come
+right before a rank's own for the window and for the cross-loop shift.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int) -> list[range]:
+    """The rows of a sequence of `length` that a rank holds, in its own order, as one or two runs of neighbours.
+
+    Args:
+        context_ranks: context-parallel size; 1: none.
+        sequence_ranks: tensor-parallel ranks that share a context-parallel rank's rows (sequence parallelism), else 1.
+        rank: context-parallel rank * sequence_ranks + tensor-parallel rank, as in megatron-core's groups.
+    """
+    context_rank, part = divmod(rank, sequence_ranks)
+    if context_ranks == 1:
+        held = [range(length)]
+    else:
+        size = length // (2 * context_ranks)
+        chunks = (context_rank, 2 * context_ranks - 1 - context_rank)
+        held = [range(chunk * size, (chunk + 1) * size) for chunk in chunks]
+    rows = length // (context_ranks * sequence_ranks)
+    first, runs = part * rows, list[range]()
+    for run in held:
+        own = run[max(first, 0) : max(first + rows, 0)]
+        first -= len(run)
+        if runs and own and runs[-1].stop == own.start:  # the last rank's chunks are neighbours
+            runs[-1] = range(runs[-1].start, own.stop)
+        elif own:
+            runs.append(own)
+    return runs
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the rows before each rank's runs travel.
+
+    Attributes:
+        send: int64 [rows sent], this rank's rows to send, by receiving rank.
+        send_counts, receive_counts: rows to and from each rank.
+        sizes: rows received for each of this rank's runs.
+        order: int64, where in what arrives the wanted rows lie; None: they arrive in the order wanted.
+    """
+
+    send: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    sizes: list[int]
+    order: Tensor | None
+
+
+class SequenceRows:
+    """The share of each sequence's rows that this rank holds, and how to get at others' rows.
+
+    Args:
+        group: the ranks that share the rows, tensor-parallel ranks innermost; None: this rank holds all.
+        context_ranks, sequence_ranks: see `zigzag_runs`; their product is the group's size.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, context_ranks: int = 1, sequence_ranks: int = 1) -> None:
+        self.group = group
+        self.context_ranks = context_ranks
+        self.sequence_ranks = sequence_ranks
+        self.size = context_ranks * sequence_ranks
+        self.rank = 0 if group is None else group.rank()
+        assert self.size == (1 if group is None else group.size())
+        self._plans: dict[tuple[int, int, torch.device], _Plan] = {}
+
+    @classmethod
+    def of(cls, groups: Any, sequence_parallel: bool) -> SequenceRows:
+        """The rows of hidden states in the layout of megatron-core's process groups."""
+        context, tensor = groups.cp.size(), groups.tp.size() if sequence_parallel else 1
+        if context * tensor == 1:
+            return cls()
+        if tensor == 1:
+            return cls(groups.cp, context)
+        return cls(groups.tp if context == 1 else groups.tp_cp, context, tensor)
+
+    def runs(self, length: int) -> list[range]:
+        """This rank's rows of a sequence of `length`."""
+        return zigzag_runs(length, self.context_ranks, self.sequence_ranks, self.rank)
+
+    def select(self, whole: Tensor, dim: int) -> Tensor:
+        """This rank's rows of a tensor that holds all of them in dimension `dim`."""
+        if self.size == 1:
+            return whole
+        parts = [whole.narrow(dim, run.start, len(run)) for run in self.runs(whole.shape[dim])]
+        return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
+
+    def gather(self, *own: Tensor) -> tuple[Tensor, ...]:
+        """All ranks' rows in the sequence's order. Gradients are summed over the ranks. Context parallelism only.
+
+        Args:
+            own: tensors of one shape [s / CP, ...], this rank's rows.
+
+        Returns:
+            Tensors [s, ...].
+        """
+        assert self.sequence_ranks == 1
+        return own if self.size == 1 else _Gather.apply(self.group, *own)
+
+    def before(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
+        """The rows that come right before each of this rank's runs; only these travel. Gradients go back to them.
+
+        Args:
+            count: rows wanted; there are fewer where the sequence begins.
+            own: tensors [own rows, ...] of one dtype, this rank's rows in its order.
+
+        Returns:
+            For each run, the `min(count, run.start)` rows before it of each tensor.
+        """
+        if self.size == 1 or count == 0:
+            return [tuple(tensor[:0] for tensor in own) for _ in self.runs(own[0].shape[0] * self.size)]
+        plan = self._plan(own[0].shape[0] * self.size, count, own[0].device)
+        received = _RowsBefore.apply(plan, self.group, *own)
+        return list(zip(*(tensor.split(plan.sizes) for tensor in received), strict=True))
+
+    def _plan(self, length: int, count: int, device: torch.device) -> _Plan:
+        key = (length, count, device)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(*key)
+        return self._plans[key]
+
+    def _make_plan(self, length: int, count: int, device: torch.device) -> _Plan:
+        runs = [zigzag_runs(length, self.context_ranks, self.sequence_ranks, rank) for rank in range(self.size)]
+        wanted = [[range(max(0, run.start - count), run.start) for run in held] for held in runs]
+        sources = [_held_by([row for part in parts for row in part], runs) for parts in wanted]
+        send = [[row for owner, row in rows if owner == self.rank] for rows in sources]
+        owners = [owner for owner, _ in sources[self.rank]]
+        arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each one's in the order wanted
+        order = [0] * len(arrival)
+        for place, index in enumerate(arrival):
+            order[index] = place
+        return _Plan(
+            send=torch.tensor([row for rows in send for row in rows], dtype=torch.int64, device=device),
+            send_counts=[len(rows) for rows in send],
+            receive_counts=[owners.count(rank) for rank in range(self.size)],
+            sizes=[len(part) for part in wanted[self.rank]],
+            order=None if order == sorted(order) else torch.tensor(order, device=device),
+        )
+
+
+def _held_by(rows: list[int], runs: list[list[range]]) -> list[tuple[int, int]]:
+    """(rank, its local row) of each of the sequence's `rows`."""
+    spans = []
+    for rank, held in enumerate(runs):
+        first = 0
+        for run in held:
+            spans.append((run, rank, first))
+            first += len(run)
+    found = []
+    for row in rows:
+        run, rank, first = next(span for span in spans if row in span[0])
+        found.append((rank, first + row - run.start))
+    return found
+
+
+class _RowsBefore(torch.autograd.Function):
+    """Tensors [own rows, ...] -> the wanted rows of other ranks (and of this one) of each, run after run."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan, ctx.group = plan, group
+        ctx.shapes = [tensor.shape for tensor in own]
+        sent = torch.cat([tensor.index_select(0, plan.send).flatten(1) for tensor in own], dim=1)
+        received = _all_to_all(sent, plan.send_counts, plan.receive_counts, group)
+        if plan.order is not None:
+            received = received.index_select(0, plan.order)
+        widths = [shape[1:].numel() for shape in ctx.shapes]
+        parts = zip(received.split(widths, dim=1), ctx.shapes, strict=True)
+        return tuple(part.reshape(-1, *shape[1:]) for part, shape in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        grad = torch.cat([part.flatten(1) for part in grads], dim=1)
+        if plan.order is not None:
+            grad = torch.empty_like(grad).index_copy_(0, plan.order, grad)
+        grad = _all_to_all(grad, plan.receive_counts, plan.send_counts, ctx.group)
+        widths = [shape[1:].numel() for shape in ctx.shapes]
+        own = []
+        for part, shape in zip(grad.split(widths, dim=1), ctx.shapes, strict=True):
+            # A row may have gone to several ranks.
+            own.append(grad.new_zeros(shape).index_add_(0, plan.send, part.reshape(-1, *shape[1:])))
+        return None, None, *own
+
+
+def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    received = rows.new_empty((sum(receive_counts), rows.shape[1]))
+    dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
+    return received
+
+
+class _Gather(torch.autograd.Function):
+    """Tensors [s / CP, ...] in zigzag order -> [s, ...]; the gradients' sum over the ranks comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        ranks, (rows, *rest) = group.size(), own[0].shape
+        # One collective for all: [ranks, tensors, first and second chunk, rows of a chunk, ...].
+        gathered = own[0].new_empty((ranks, len(own), 2, rows // 2, *rest))
+        dist.all_gather_into_tensor(gathered.flatten(), torch.stack(own).flatten(), group=group)
+        places = [(rank, 0) for rank in range(ranks)] + [(rank, 1) for rank in reversed(range(ranks))]
+        return tuple(torch.cat([gathered[rank, number, half] for rank, half in places]) for number in range(len(own)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ranks, (length, *rest) = ctx.group.size(), grads[0].shape
+        size = length // (2 * ranks)
+        parts = grads[0].new_empty((ranks, len(grads), 2, size, *rest))
+        for number, grad in enumerate(grads):
+            chunks = grad.split(size)
+            for rank in range(ranks):
+                parts[rank, number, 0].copy_(chunks[rank])
+                parts[rank, number, 1].copy_(chunks[2 * ranks - 1 - rank])
+        own = parts.new_empty(parts.shape[1:])
+        dist.reduce_scatter_tensor(own.flatten(), parts.flatten(), group=ctx.group)
+        return None, *(own[number].flatten(0, 1) for number in range(len(grads)))

@@ -1,0 +1,157 @@
+"""One optimizer step, and one evaluation, on DeepSpeed: ZeRO 1, 2, 3 and offload to CPU memory, TP x DP.
+
+The same model, data, losses and learning rates as `engine.MegatronEngine`; how weights, gradients and optimizer state
+lie over the data-parallel ranks is ZeRO's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import _get_param_groups, get_standard_config_overrides
+from torch import Tensor
+
+from plt_megatron.config.deepspeed_settings import deepspeed_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.model.pipeline import token_losses
+from plt_megatron.train.deepspeed_gradients import GradientParts
+from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
+from plt_megatron.train.deepspeed_state import DeepSpeedState
+from plt_megatron.train.engine import StepResult, build_stage, finite_step, lr_scheduler, optimizer_config
+from plt_megatron.train.step_times import StepTimes
+
+
+class DeepSpeedEngine:
+    """The model, its gradients and its optimizer on this rank; the counterpart of `MegatronEngine`.
+
+    Args:
+        config: a validated configuration with `engine: deepspeed`; process groups exist.
+        vocab_size: the tokenizer's.
+
+    Attributes:
+        stage: the model. At ZeRO 3 its parameters are empty outside of forward and backward.
+        state: its checkpoints' view of it.
+        times: where the time of steps goes.
+        on_progress: called at every forward pass of a microbatch.
+    """
+
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
+        self.config = config
+        deepspeed = import_deepspeed()
+        join_process_groups(deepspeed)
+        self.stage = build_stage(config, vocab_size)
+        self.groups = self.stage.pg_collection
+        self.state = DeepSpeedState(self)  # while the parameters are whole
+        self._gradient_parts = GradientParts(self.stage, config)
+        self.deepspeed = start_deepspeed(
+            deepspeed,
+            self.stage,
+            _parameter_groups(config, self.stage),
+            deepspeed_config(config, dist.get_world_size()),
+        )
+        self.optimizer = self.deepspeed.optimizer
+        self.scheduler = lr_scheduler(config, self.optimizer)
+        self._verdict = _Verdict(self.optimizer, config.zero.stage)
+        self.times = StepTimes()
+        self.on_progress: Callable[[], Any] = lambda: None
+        self._results: list[Tensor] = []
+
+    def train_step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool] = finite_step) -> StepResult:
+        """Forward and backward over this rank's microbatches, then the optimizer. See `MegatronEngine.train_step`."""
+        self.deepspeed.train()
+        tokens = self._count_tokens(batches)
+        with self.times.measure("forward_backward"):
+            loss_sum, _ = self._run(batches, self.config.model.loop_count, tokens)
+        loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
+        with self.times.measure("optimizer"):
+            grad_norm, updated = self._verdict.step(self.deepspeed, lambda norm: accept(loss, norm))
+        self.scheduler.step(increment=1)
+        return StepResult(loss, grad_norm, lr, tokens, updated)
+
+    def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
+        """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
+        self.deepspeed.eval()
+        with torch.no_grad():
+            return self._run(batches, loop_count, None)
+
+    @property
+    def microbatch_losses(self) -> list[tuple[float, int]]:
+        """(sum of token losses, tokens that count) of each microbatch run last."""
+        return [(float(loss), int(tokens)) for loss, tokens in self._results]
+
+    def _count_tokens(self, batches: list[MicroBatch]) -> int:
+        """Tokens of the whole step that count in the loss: DeepSpeed averages gradients, so each microbatch's loss is
+        divided by all of them beforehand."""
+        device = torch.cuda.current_device()
+        own = sum(
+            batch.loss_mask.sum().double() if batch.loss_mask is not None else batch.tokens.numel() for batch in batches
+        )
+        total = torch.as_tensor(own, dtype=torch.float64, device=device).clone()
+        dist.all_reduce(total, group=self.groups.dp)
+        return int(total)
+
+    def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> tuple[float, int]:
+        """Each microbatch through the model, and back if `step_tokens` is given; sums over data-parallel ranks."""
+        self._results = []
+        for index, batch in enumerate(batches):
+            self.on_progress()
+            loss_sum, tokens = token_losses(self.deepspeed(batch, loop_count), batch.loss_mask)
+            self._results.append(torch.stack((loss_sum.detach().double(), tokens.double())))
+            if step_tokens is None:
+                continue
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            # The mean over data-parallel ranks is DeepSpeed's; over tokens, ours.
+            loss = loss_sum * (self.groups.dp.size() / max(step_tokens, 1))
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            self._gradient_parts.finish_microbatch()
+        total = torch.stack(self._results).sum(dim=0)
+        dist.all_reduce(total, group=self.groups.dp)
+        return float(total[0]), int(total[1])
+
+
+class _Verdict:
+    """Lets the caller decide on a step once its gradient norm is known.
+
+    DeepSpeed computes the norm within its step. A norm that is no number makes it drop the gradients and leave weights
+    and optimizer state alone: that is what it is shown for a step that is not accepted.
+    """
+
+    def __init__(self, optimizer: Any, stage: int) -> None:
+        self._judge: Callable[[float], bool] | None = None
+        self._norm = float("nan")
+        if stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norms_of_groups = optimizer._get_norm_groups
+            optimizer._get_norm_groups = lambda: [self._judged(combine_grad_norm_groups(norms_of_groups()))]
+        else:
+            global_norm = optimizer.scaled_global_norm
+            optimizer.scaled_global_norm = lambda *args: self._judged(global_norm(*args))
+
+    def step(self, engine: Any, judge: Callable[[float], bool]) -> tuple[float, bool]:
+        """DeepSpeed's step; (gradient norm before clipping, whether the weights were updated)."""
+        self._judge, self._norm = judge, float("nan")
+        engine.step()
+        if self._judge is not None:  # it has seen gradients that are no numbers, and did not ask
+            updated = self._judge(self._norm)
+            assert not updated, "a step whose gradients are no numbers cannot be accepted"
+        return self._norm, not engine.optimizer.overflow
+
+    def _judged(self, norm: Tensor) -> Tensor:
+        judge, self._judge = self._judge, None
+        assert judge is not None
+        value = float(norm)
+        if math.isfinite(value) and value >= 0:  # -1 is DeepSpeed's mark of one that is no number
+            self._norm = value
+        return norm if judge(self._norm) else torch.full_like(norm, -1.0)
+
+
+def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
+    """megatron-core's: no weight decay on biases and norms."""
+    settings = optimizer_config(config)
+    return _get_param_groups([stage], settings, get_standard_config_overrides(settings))

@@ -1,0 +1,80 @@
+"""What DeepSpeed has to be told of a looped model's gradients.
+
+A recomputed region runs a backward of its own for every loop, so that a parameter in it gets its gradient in several
+parts. DeepSpeed sends a gradient off when its hook fires: `GradientParts` holds each parameter back
+(`ds_grad_is_ready`) until its last part is there. And under sequence parallelism some parameters see a slice of the
+sequence on each tensor-parallel rank: their parts are added up first, as megatron-core does at the end of a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.model.looped_gpt import LoopedGPT
+
+
+class GradientParts:
+    """Counts the parts of gradients in each microbatch's backward. Hooks go on the parameters when it is built, which
+    must be before DeepSpeed's."""
+
+    def __init__(self, stage: LoopedGPT, config: RunConfig) -> None:
+        self._expected = {name: expected_parts(name, config) for name, _ in stage.named_parameters()}
+        self._seen: Counter[str] = Counter()
+        group = stage.pg_collection.tp
+        for name, parameter in stage.named_parameters():
+            if group.size() > 1 and summed_over_tensor_parallel(name, parameter, stage):
+                parameter.register_hook(partial(_all_reduce, group))
+            parameter.ds_grad_is_ready = self._expected[name] == 1  # type: ignore[attr-defined]
+            if self._expected[name] > 1:
+                parameter.register_hook(partial(self._count, name, parameter))
+
+    def _count(self, name: str, parameter: nn.Parameter, grad: Tensor) -> None:
+        self._seen[name] += 1
+        parameter.ds_grad_is_ready = self._seen[name] == self._expected[name]  # type: ignore[attr-defined]
+
+    def finish_microbatch(self) -> None:
+        """After a microbatch's backward: every part has come, and none too many.
+
+        Raises:
+            RuntimeError: not so. DeepSpeed would train on without some of the gradient.
+        """
+        for name, expected in self._expected.items():
+            if expected > 1 and self._seen[name] != expected:
+                raise RuntimeError(f"the gradient of {name} came in {self._seen[name]} parts instead of {expected}")
+        self._seen.clear()
+
+
+def _all_reduce(group: dist.ProcessGroup, grad: Tensor) -> Tensor:
+    summed = grad.to(torch.float32, copy=True)
+    dist.all_reduce(summed, group=group)
+    return summed.to(grad.dtype)
+
+
+def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: LoopedGPT) -> bool:
+    """Whether each tensor-parallel rank has a part of the gradient: megatron-core's own rule."""
+    if stage.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+        return True
+    return stage.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+
+
+def expected_parts(name: str, config: RunConfig) -> int:
+    """In how many parts a parameter's gradient comes in one microbatch's backward."""
+    model, granularity = config.model, config.parallel.recompute_granularity
+    if granularity == "none" or model.loop_count == 1 or not name.startswith("decoder.layers."):
+        return 1
+    if ".plt_gate." in name and model.gate_input == "query":
+        return model.loop_count - 1  # in the core attention, recomputed in both; the first loop has no gate
+    if granularity == "selective":
+        return 1
+    return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else model.loop_count
+
+
+def _later_loops_use_their_keys(model: ModelConfig) -> bool:
+    return derived.has_gates(model) or not model.share_kv

@@ -1,0 +1,104 @@
+"""DeepSpeed in our process: what it is told about the device and the process groups, and what it must not build.
+
+DeepSpeed's own launcher is never used: it joins the groups that `runtime/process_groups.py` made.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, ready for this machine. It is an extra of the project, imported nowhere else at import time."""
+    if is_cpu_runtime():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # Else DeepSpeed has torch count devices to see whether there is CUDA; the CPU runtime answers one.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for although the device is chosen already
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if is_cpu_runtime():
+        # Else it compiles a helper for collectives when it starts: a minute, and a lock that a killed build leaves.
+        for name in deepspeed.ops.__compatible_ops__:
+            deepspeed.ops.__compatible_ops__[name] = False
+    return deepspeed
+
+
+def join_process_groups(deepspeed: ModuleType) -> None:
+    """Have DeepSpeed use the process groups there are now, and nothing that it remembers of earlier ones."""
+    from deepspeed.runtime.zero import parameter_offload, partition_parameters
+    from deepspeed.utils import groups
+
+    assert dist.is_initialized()
+    # Numbers go on from one engine to the next, and ranks compare them. Engines would live on in the stack.
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    partition_parameters.Init.param_id = 0
+    parameter_offload.FWD_MODULE_STACK.clear()
+    deepspeed.comm.comm.cdb = None
+    groups.mpu = None
+    groups._WORLD_GROUP = groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = groups._DATA_PARALLEL_GROUP = None
+    groups._TENSOR_MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = None
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+class ModelParallelUnit:
+    """megatron-core's process groups under the names that DeepSpeed asks for.
+
+    Without it DeepSpeed takes tensor-parallel ranks for data-parallel ones, silently.
+    """
+
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of this rank's data-parallel group."""
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+
+
+def start_deepspeed(
+    deepspeed: ModuleType, model: nn.Module, parameter_groups: list[dict[str, Any]], config: dict[str, Any]
+) -> Any:
+    """DeepSpeed's engine around a model.
+
+    Args:
+        parameter_groups: as torch's optimizers take them.
+        config: DeepSpeed's.
+    """
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    class ZeroEngine(deepspeed.DeepSpeedEngine):  # type: ignore[name-defined,misc]
+        """Stage 1 in BF16 with DeepSpeed's ZeRO as well. Its own choice there is another optimizer, which reduces whole
+        gradients and has other ways to everything."""
+
+        def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+            super()._do_optimizer_sanity_check(basic_optimizer)
+            return ZERO_OPTIMIZATION
+
+    unit = ModelParallelUnit()
+    return ZeroEngine(
+        args=None,
+        model=model,
+        model_parameters=parameter_groups,
+        mpu=unit,
+        dist_init_required=False,
+        config=config,
+        config_class=deepspeed.DeepSpeedConfig(config, unit),
+    )

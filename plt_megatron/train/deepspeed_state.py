@@ -1,0 +1,264 @@
+"""The state of a DeepSpeed engine, in the format of the megatron engine's checkpoints.
+
+ZeRO cuts a parameter's fp32 copy and its moments into flat pieces that follow no row or column. Each parameter is put
+together when it is saved, kept by one data-parallel rank, and cut again when it is loaded, a few at a time: no rank
+holds all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from torch import Tensor, nn
+
+from plt_megatron.train.checkpoint import state
+from plt_megatron.train.checkpoint.engine_state import Reader
+
+_MAIN = "param"  # the fp32 copy, by its name in checkpoints
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ELEMENTS_AT_ONCE = 100_000_000  # read in one go: 1.2 GB in fp32 with both moments
+
+
+@dataclass
+class _Entry:
+    """One parameter: how its part on this tensor-parallel rank lies in the whole model."""
+
+    parameter: nn.Parameter
+    sharded: ShardedTensor | ShardedTensorFactory  # without data
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def with_data(self, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
+        """The model's tensor."""
+        return replace(self.sharded, data=data)
+
+    def optimizer_tensor(self, key: str, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
+        """The tensor of the optimizer's state `key`."""
+        return make_sharded_optimizer_tensor(self.sharded, data, f"{state.OPTIMIZER_PREFIX}{key}")
+
+
+class DeepSpeedState:
+    """An `EngineState`.
+
+    Args:
+        engine: a `DeepSpeedEngine` under construction: its stage's parameters are whole still.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        names = {parameter: name for name, parameter in engine.stage.named_parameters()}
+        self._entries: dict[str, _Entry] = {}
+        for sharded in state.model_state(engine).values():
+            if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and sharded.data in names:
+                parameter = sharded.data
+                meta = torch.empty_like(parameter, device="meta")
+                self._entries[names[parameter]] = _Entry(
+                    parameter, replace(sharded, data=meta), parameter.shape, parameter.dtype
+                )
+        assert self._entries.keys() == set(names.values()), "a parameter is not in the sharded state dict"
+
+    # Saving.
+
+    def to_save(self) -> dict[str, Any]:
+        """See `EngineState`. Each data-parallel rank has its share of the parameters, whole, in CPU memory."""
+        self._optimizer.allocate()
+        model: dict[str, Any] = {}
+        optimizer: dict[int, Any] = {}
+        for number, (name, owner) in enumerate(self._owners()):
+            entry = self._entries[name]
+            whole = {key: self._optimizer.gather(entry.parameter, key) for key in (_MAIN, *_MOMENTS)}
+            if owner != self._engine.groups.dp.rank():
+                continue
+            own = replace(entry, sharded=_only_copy(entry.sharded))
+            tensors = {key: tensor.cpu().view(entry.shape) for key, tensor in whole.items()}
+            # DeepSpeed's weights are the fp32 copy's, rounded.
+            model[name] = own.with_data(tensors[_MAIN].to(entry.dtype))
+            optimizer[number] = {key: own.optimizer_tensor(key, tensor) for key, tensor in tensors.items()}
+        return {"model": model, "optimizer": {0: optimizer}, "optimizer_step": self._optimizer.step}
+
+    def _owners(self) -> Iterator[tuple[str, int]]:
+        """(name, data-parallel rank that saves it): equal shares, the same on all ranks."""
+        load = [0] * self._engine.groups.dp.size()
+        for name, entry in self._entries.items():
+            owner = load.index(min(load))
+            load[owner] += entry.shape.numel()
+            yield name, owner
+
+    # Loading.
+
+    def request(self, *, optimizer: bool) -> dict[str, Any]:
+        """See `EngineState`."""
+        model = {name: entry.sharded for name, entry in self._entries.items()}
+        if not optimizer:
+            return {"model": model}
+        parameters = {
+            number: {key: entry.optimizer_tensor(key, _meta(entry)) for key in (_MAIN, *_MOMENTS)}
+            for number, entry in enumerate(self._entries.values())
+        }
+        return {"model": model, "optimizer": {0: parameters}}
+
+    @torch.no_grad()
+    def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
+        """See `EngineState`. What is returned has no weights and no optimizer state."""
+        common = read({key: value for key, value in request.items() if key not in ("model", "optimizer")})
+        self._optimizer.allocate()
+        numbers = {name: number for number, name in enumerate(self._entries)}
+        for names in self._portions():
+            wanted: dict[str, Any] = {}
+            for name in names:
+                entry = self._entries[name]
+                if numbers[name] in request.get("optimizer", {0: {}})[0]:
+                    wanted[name] = {key: entry.optimizer_tensor(key, _empty(entry)) for key in (_MAIN, *_MOMENTS)}
+                elif name in request["model"]:
+                    wanted[name] = {_MAIN: entry.with_data(_empty(entry, entry.dtype))}
+            loaded = read(wanted)
+            for name in names:
+                self._put(name, loaded.get(name, {}))
+        self._optimizer.update_weights()
+        return common
+
+    def _put(self, name: str, loaded: dict[str, Tensor]) -> None:
+        entry = self._entries[name]
+        if not loaded:
+            assert state.is_gate(name), f"{name} is neither loaded nor a gate"
+        main = loaded[_MAIN] if loaded else torch.full(entry.shape, state.gate_as_built(name))
+        self._optimizer.scatter(entry.parameter, _MAIN, main.float())
+        for key in _MOMENTS:
+            moment = loaded.get(key)
+            self._optimizer.scatter(entry.parameter, key, torch.zeros(entry.shape) if moment is None else moment)
+
+    def _portions(self) -> Iterator[list[str]]:
+        """Names of parameters, few enough at a time to be read whole by every rank."""
+        names: list[str] = []
+        elements = 0
+        for name, entry in self._entries.items():
+            if names and elements + entry.shape.numel() > _ELEMENTS_AT_ONCE:
+                yield names
+                names, elements = [], 0
+            names.append(name)
+            elements += entry.shape.numel()
+        yield names
+
+    def set_step(self, step: int) -> None:
+        """See `EngineState`."""
+        self._optimizer.set_step(step)
+
+    @property
+    def _optimizer(self) -> _ZeroPieces:
+        optimizer = self._engine.optimizer
+        return _Zero3Pieces(optimizer) if self._engine.config.zero.stage == 3 else _Zero12Pieces(optimizer)
+
+
+def _meta(entry: _Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=torch.float32, device="meta")
+
+
+def _empty(entry: _Entry, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(entry.shape, dtype=dtype, device="cpu")
+
+
+def _only_copy(sharded: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
+    """With the data-parallel rank, its replica number's last part, taken for the first: no other has it."""
+    return replace(sharded, replica_id=(*sharded.replica_id[:-1], 0))
+
+
+# ZeRO's pieces.
+
+
+class _ZeroPieces:
+    """ZeRO's flat fp32 pieces of the parameters, of their moments, and the step they are at."""
+
+    def __init__(self, optimizer: Any, flat: list[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.flat = flat
+        self.inner = optimizer.optimizer  # torch's AdamW
+
+    def allocate(self) -> None:
+        """Give an optimizer that has not made a step yet its moments, zero."""
+        for piece in self.flat:
+            if not self.inner.state[piece]:
+                moments = {key: torch.zeros_like(piece) for key in _MOMENTS}
+                self.inner.state[piece] = {"step": torch.tensor(0.0), **moments}
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+        return int(self.inner.state[self.flat[0]]["step"])
+
+    def set_step(self, step: int) -> None:
+        """Go on from there."""
+        for piece in self.flat:
+            self.inner.state[piece]["step"] = torch.tensor(float(step))
+
+    def gather(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """A parameter's fp32 copy or moment, whole, on every data-parallel rank. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        whole = safe_get_full_fp32_param(parameter) if key == _MAIN else safe_get_full_optimizer_state(parameter, key)
+        assert whole is not None
+        return whole.detach()
+
+    def scatter(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        """Keep this rank's piece of a parameter's fp32 copy or moment."""
+        raise NotImplementedError
+
+    def update_weights(self) -> None:
+        """Make the weights the fp32 copies. Collective."""
+        raise NotImplementedError
+
+
+class _Zero12Pieces(_ZeroPieces):
+    """Stages 1 and 2: one flat piece per parameter group."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, optimizer.single_partition_of_fp32_groups)
+
+    def allocate(self) -> None:
+        super().allocate()
+        # DeepSpeed does so after the first group's first step, when the other groups have no moments yet.
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def scatter(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key == _MAIN:
+            safe_set_full_fp32_param(parameter, whole)
+        else:
+            safe_set_full_optimizer_state(parameter, whole, key)
+
+    def update_weights(self) -> None:
+        self.optimizer.update_lp_params()
+
+
+class _Zero3Pieces(_ZeroPieces):
+    """Stage 3: parameters are cut one by one, the last rank's piece padded."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer, optimizer.fp32_partitioned_groups_flat)
+
+    def scatter(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        first = size * self.optimizer._get_param_partition_rank(parameter)
+        own = whole.flatten()[first : first + size]
+        piece = torch.zeros(size)
+        piece[: own.numel()] = own
+        if key == _MAIN:
+            safe_set_local_fp32_param(parameter, piece)
+        else:
+            safe_set_local_optimizer_state(parameter, piece, key)
+
+    def update_weights(self) -> None:
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:  # small ones stay whole on every rank
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

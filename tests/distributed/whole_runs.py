@@ -1,0 +1,102 @@
+"""Whole runs through the command a user types, for tests that harm them while they run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from plt_megatron.config.loader import save_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.train.metrics import MACHINE_FIELDS, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 240.0  # seconds that anything here may take on a machine that does much else
+
+
+def folder(config: RunConfig) -> Path:
+    return Path(config.output_dir) / config.name
+
+
+def numbers(config: RunConfig) -> list[dict]:
+    """The records of a run without what a clock decides."""
+    return [
+        {name: value for name, value in record.items() if name not in MACHINE_FIELDS}
+        for record in read_metrics(folder(config))
+    ]
+
+
+def last_step(config: RunConfig) -> int:
+    """The step of the last record; 0 before there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        records = read_metrics(folder(config))
+        return records[-1]["step"] if records else 0
+    return 0
+
+
+class LocalRun:
+    """`launch/local.py` at work, or another command that starts a configuration's ranks."""
+
+    def __init__(self, config: RunConfig, command: list[str] | None = None, env: dict[str, str] | None = None) -> None:
+        self.config = config
+        path = Path(config.output_dir) / f"{config.name}.yaml"
+        save_config(config, path)
+        command = command or [sys.executable, str(ROOT / "launch/local.py")]
+        self.process = subprocess.Popen(
+            [*command, str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+            start_new_session=True,
+        )
+        self.out = self.err = ""
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until it holds; an error if the run ends first."""
+        deadline = time.monotonic() + LIMIT
+        while not condition():
+            assert self.process.poll() is None, self.finish() or self.err
+            assert time.monotonic() < deadline, "the run is too slow, or stuck"
+            time.sleep(0.01)
+
+    def pid(self, rank: int) -> int:
+        """The process of a rank, once it is there."""
+        found: list[int] = []
+        self.until(lambda: bool(found.extend(_rank_processes(self.process.pid, rank)) or found))
+        return found[0]
+
+    def signal(self, rank: int, number: int) -> None:
+        os.kill(self.pid(rank), number)
+
+    def finish(self) -> int:
+        """Wait for the end; the exit status. `out` and `err` hold what was printed."""
+        try:
+            self.out, self.err = self.process.communicate(timeout=LIMIT)
+        finally:
+            self.kill()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """End what is left of it."""
+        for pid in [*_rank_processes(self.process.pid, None)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def _rank_processes(parent: int, rank: int | None) -> Iterator[int]:
+    """The children of the launcher that are ranks (one rank, or all)."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+                if any(entry.startswith(b"RANK=") and rank in (None, int(entry[5:])) for entry in environment):
+                    yield int(child)
