@@ -61,7 +61,10 @@ class TestMakefile:
 class TestCI:
     @pytest.fixture
     def fake_make(self, tmp_path):
-        """A `make` that logs its target and fails on the one that FAIL_ON names, with FAIL_WITH."""
+        """A `make` that logs its target and fails on the one that FAIL_ON names, with FAIL_WITH; nothing is installed."""
+        installer = tmp_path / "apt-get"
+        installer.write_text("#!/bin/sh\nexit 0\n")
+        installer.chmod(0o755)
         program = tmp_path / "make"
         program.write_text('#!/bin/sh\necho "made $1"\n[ "$1" = "$FAIL_ON" ] && exit "$FAIL_WITH"\nexit 0\n')
         program.chmod(0o755)
