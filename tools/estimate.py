@@ -27,6 +27,9 @@ def parse_arguments() -> argparse.Namespace:
         "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=3"
     )
     parser.add_argument("--gpu", default="h100", metavar="CARD", help="h100 (default), h200, a100, b200, l40s, cpu ...")
+    parser.add_argument(
+        "--layout", metavar="WORDS", help="as reports print it: 'TP2 SP PP4 CP2 DP8 MB1 full', 'TP2 DP8 ZeRO3 offload'"
+    )
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout asks for")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument("--context", type=int, metavar="TOKENS", help="of decoding; default: the sequence length")
@@ -46,6 +49,7 @@ def main() -> int:
         Question(
             path=arguments.config,
             overrides=arguments.overrides,
+            layout=arguments.layout,
             gpu=arguments.gpu,
             nodes=arguments.nodes,
             gpus_per_node=arguments.gpus_per_node,

@@ -15,6 +15,7 @@ def communication_bytes(
     config: RunConfig, layout: Layout, shapes: Activations, rank_parameters: int, embedding_parameters: int
 ) -> dict[str, float]:
     """Bytes sent per step by one rank of the busiest kind, by purpose; purposes with no traffic are left out.
+    `host transfers`: between device and host, where DeepSpeed offloads.
 
     `rank_parameters` and `embedding_parameters`: of the stage with most, and of its embedding.
     """
@@ -25,15 +26,27 @@ def communication_bytes(
         "pipeline": passes * 2.0 * shapes.layer_input() if layout.pipeline > 1 else 0.0,
         "gradient reduction": _share(layout.shards) * FP32 * rank_parameters,
         "weight gathering": _share(layout.shards) * shapes.element * rank_parameters,
+        "host transfers": 0.0
+        if layout.on_cpu
+        else _host(layout, shapes.element, rank_parameters // layout.shards, passes),
         "context parallel": passes * layers * _context_layer(layout, shapes),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
         traffic["tied embeddings"] = float(FP32 * embedding_parameters)
-    if layout.zero_stage == 3:
-        traffic["weight gathering"] *= 2 * layout.microbatches
+    if layout.zero_stage >= 2:  # after every microbatch, for no rank has room for the sum
+        traffic["gradient reduction"] *= layout.microbatches
+    if layout.zero_stage == 3:  # in every loop, forward and backward
+        traffic["weight gathering"] *= 2 * passes
     if layout.zero_stage == 0:
         traffic["gradient reduction"], traffic["weight gathering"] = 2 * traffic["gradient reduction"], 0.0
     return {name: amount for name, amount in traffic.items() if amount > 0}
+
+
+def _host(layout: Layout, element: int, owned: int, passes: int) -> float:
+    """Offloaded: a rank's gradients go to the host and its weights come back each step, or in every pass."""
+    optimizer = (FP32 + element) * owned if layout.offload_optimizer else 0
+    weights = 2 * passes * element * owned if layout.offload_weights else 0
+    return float(optimizer + weights)
 
 
 def _share(ranks: int) -> float:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from plt_megatron.config.deepspeed_settings import deepspeed_config
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
 
 BYTES = {"fp32": 4, "bf16": 2}
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default
 
 
 @dataclass(frozen=True)
@@ -14,14 +18,16 @@ class Layout:
     """Sizes of the parallel dimensions, and how one rank runs its microbatches.
 
     Attributes:
-        tensor, pipeline, context, expert, data: ranks along each dimension. `data` does not contain `context`;
-            experts are spread over the ranks of `data` (x `context`), as in megatron-core.
+        tensor, pipeline, context, data: ranks along each dimension. `data` does not contain `context`.
         zero_stage: 0 all optimizer state on every data-parallel rank; 1 optimizer state divided (megatron-core's
             distributed optimizer); 2 gradients too; 3 weights too.
         recompute: `none`, `selective` (core attention) or `full` (units of `recompute_num_layers` layers).
         micro_batch_size: sequences.
         microbatches: per optimizer step and data-parallel rank.
+        deepspeed: trained by DeepSpeed, which has buffers of its own.
         offload_optimizer, offload_weights: kept in the host's memory (DeepSpeed).
+        reduce_bucket: parameters whose gradients are reduced together (DeepSpeed).
+        max_live_parameters: how many parameters may be whole at a time (stage 3).
         backend: `torch` or `te`.
         on_cpu: gloo and torch's CPU kernels.
     """
@@ -29,7 +35,6 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
-    expert: int = 1
     data: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 1
@@ -38,8 +43,11 @@ class Layout:
     micro_batch_size: int = 1
     microbatches: int = 1
     overlap_grad_reduce: bool = False
+    deepspeed: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
+    reduce_bucket: int = 0
+    max_live_parameters: int = MAX_LIVE_PARAMETERS
     backend: str = "torch"
     on_cpu: bool = False
 
@@ -53,11 +61,15 @@ class Layout:
         return self.data * self.context
 
     def __str__(self) -> str:
-        sizes = [("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context), ("EP", self.expert)]
+        sizes = [("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context)]
         words = [f"{name}{size}" for name, size in sizes if size > 1 or name in ("TP", "PP")]
         if self.sequence_parallel:
             words.insert(1, "SP")
         words.append(f"DP{self.data}")
+        if self.deepspeed:
+            words.append(f"ZeRO{self.zero_stage}")
+            if self.offload_optimizer or self.offload_weights:
+                words.append("offload")
         return " ".join(words)
 
 
@@ -69,6 +81,7 @@ def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool 
     parallel, training = config.parallel, config.training
     context = parallel.context_parallel_size
     deepspeed = config.engine == "deepspeed"
+    zero = deepspeed_config(config)["zero_optimization"] if deepspeed else {}
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     data = parallel.data_parallel_size
     if data is None:
@@ -80,12 +93,14 @@ def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool 
         tensor=tensor,
         pipeline=pipeline,
         context=context,
-        expert=getattr(parallel, "expert_model_parallel_size", 1),
         data=data,
         sequence_parallel=parallel.sequence_parallel,
         zero_stage=config.zero.stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
+        deepspeed=deepspeed,
         offload_optimizer=deepspeed and config.zero.offload_optimizer == "cpu",
         offload_weights=deepspeed and config.zero.offload_param == "cpu",
+        reduce_bucket=zero.get("reduce_bucket_size", 0),
+        max_live_parameters=zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS),
         recompute=parallel.recompute_granularity,
         recompute_num_layers=parallel.recompute_num_layers,
         micro_batch_size=training.micro_batch_size,
@@ -93,4 +108,51 @@ def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool 
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         backend=backend,
         on_cpu=on_cpu,
+    )
+
+
+_SIZES = {
+    "TP": "parallel.tensor_model_parallel_size",
+    "PP": "parallel.pipeline_model_parallel_size",
+    "CP": "parallel.context_parallel_size",
+    "DP": "parallel.data_parallel_size",
+    "MB": "training.micro_batch_size",
+    "ZERO": "zero.stage",
+}
+_RECOMPUTE = ("none", "selective", "full")
+
+
+def layout_overrides(text: str) -> list[str]:
+    """Settings for a layout as reports print it, `TP2 SP PP4 DP8`, separated by blanks or commas.
+
+    TP, PP and CP that are left out are 1, and without SP there is no sequence parallelism; anything else that is left
+    out stays as configured. More words: `MB2` (micro batch size), `none`, `selective` or `full` (recomputation), and
+    with DeepSpeed `ZeRO2` and `offload`, of the optimizer. Raises `UserError` on another word, or one given twice.
+    """
+    words = [word.upper() for word in re.split(r"[\s,]+", text) if word]
+    settings: dict[str, str] = {}
+    for word in words:
+        for key, value in _meaning(word).items():
+            if key in settings:
+                raise UserError(f"--layout {text}: {word} says twice what {key} is")
+            settings[key] = value
+    for name in ("TP", "PP", "CP"):
+        settings.setdefault(_SIZES[name], "1")
+    settings.setdefault("parallel.sequence_parallel", "false")
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _meaning(word: str) -> dict[str, str]:
+    sized = re.fullmatch(r"([A-Z]+?)(\d+)", word)
+    if sized and sized[1] in _SIZES:
+        deepspeed = {"engine": "deepspeed"} if sized[1] == "ZERO" else {}
+        return {_SIZES[sized[1]]: sized[2], **deepspeed}
+    if word == "SP":
+        return {"parallel.sequence_parallel": "true"}
+    if word == "OFFLOAD":
+        return {"zero.offload_optimizer": "cpu"}
+    if word.lower() in _RECOMPUTE:
+        return {"parallel.recompute_granularity": word.lower()}
+    raise UserError(
+        f"--layout: {word} is not known; it is written as in 'TP2 SP PP4 CP1 DP8 MB1 full', or 'TP2 DP8 ZeRO3 offload'"
     )

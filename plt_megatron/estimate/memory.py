@@ -40,9 +40,11 @@ class MemoryEstimate:
 # In the order in which they are shown.
 COMPONENTS = (
     "weights",
+    "gathered weights",
     "main weights",
     "gradients",
     "Adam moments",
+    "DeepSpeed's buckets",
     "activations",
     "first-loop K/V",
     "K/V gradients",
@@ -83,17 +85,26 @@ def _stage_memory(
 
 
 def persistent_bytes(parameters: int, precision: str, layout: Layout) -> dict[str, int]:
-    """What a rank with so many parameters holds throughout a step, by component."""
+    """What a rank with so many parameters holds throughout a step, by component.
+
+    DeepSpeed keeps fp32 main weights in fp32 too. From stage 2 on, offloading the optimizer takes the gradients along.
+    Stage 3 keeps weights that are used again soon whole, up to a limit: each loop uses them again.
+    """
     element, shards, zero = BYTES[precision], layout.shards, layout.zero_stage
-    optimizer = parameters // shards if zero >= 1 else parameters
+    part = parameters // shards
+    optimizer = part if zero >= 1 else parameters
+    gradients = part if zero >= 2 else parameters
     if layout.offload_optimizer:
-        optimizer = 0
-    weights = parameters // shards if zero >= 3 else parameters
+        optimizer, gradients = 0, 0 if zero >= 2 else gradients
+    weights = part if zero >= 3 else parameters
+    gathered = min(parameters, layout.max_live_parameters) if zero >= 3 and shards > 1 else 0
     return {
         "weights": 0 if layout.offload_weights else element * weights,
-        "main weights": FP32 * optimizer if element != FP32 else 0,
-        "gradients": FP32 * (parameters // shards if zero >= 2 else parameters),
+        "gathered weights": element * gathered,
+        "main weights": FP32 * optimizer if element != FP32 or layout.deepspeed else 0,
+        "gradients": FP32 * gradients,
         "Adam moments": 2 * FP32 * optimizer,
+        "DeepSpeed's buckets": FP32 * layout.reduce_bucket,
     }
 
 

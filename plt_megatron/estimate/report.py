@@ -17,6 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.cards import Card, find_card
 from plt_megatron.estimate.decode_cost import DecodeCost, decode_cost
 from plt_megatron.estimate.flops import flops_of_loops
+from plt_megatron.estimate.layout import layout_overrides
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
 from plt_megatron.estimate.search import Candidate, SearchResult, model_flops_share, search
@@ -31,6 +32,7 @@ class Question:
 
     path: str
     overrides: list[str] = field(default_factory=list)
+    layout: str | None = None
     gpu: str = "h100"
     nodes: int | None = None
     gpus_per_node: int = 8
@@ -57,7 +59,8 @@ def answer(question: Question, tokenizer_size: Callable[[str], int]) -> int:
             raise UserError(
                 f"--{name.replace('_', '-').removesuffix('-size').removesuffix('-length')} must be at least 1"
             )
-    config = load_config(question.path, question.overrides)
+    layout = layout_overrides(question.layout) if question.layout else []
+    config = load_config(question.path, layout + question.overrides)
     vocab_size = known_vocab_size(config, _tokenizer_vocab_size(config, tokenizer_size))
     if question.search:
         return _answer_search(question, config, vocab_size)
@@ -146,8 +149,8 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
         ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and copy"],
         ["recomputation", layout.recompute, f"backend {layout.backend}"],
         ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
-        ["estimated time", _duration(estimate.total_seconds), f"{estimate.gpu_hours:,.0f} device hours"],
-        ["checkpoint", f"{estimate.checkpoint_bytes / 1e9:,.2f} GB", f"{config.checkpoint.keep_last} are kept"],
+        ["estimated time", _duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
+        ["checkpoint", _size(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} are kept"],
     ]
 
 
@@ -179,7 +182,7 @@ def _verdict(estimate: RunEstimate) -> str:
 
 
 def _traffic_rows(estimate: RunEstimate) -> list[list[str]]:
-    rows = [[name, f"{amount / 1e9:,.3f} GB"] for name, amount in estimate.communication.items()]
+    rows = [[name, _size(amount)] for name, amount in estimate.communication.items()]
     return rows or [["nothing", ""]]
 
 
@@ -304,6 +307,14 @@ def _duration(seconds: float) -> str:
     if seconds < 2 * 3600:
         return f"{seconds / 60:.3g} min"
     return f"{seconds / 3600:.3g} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def _section(title: str, rows: list[list[str]]) -> Iterator[str]:

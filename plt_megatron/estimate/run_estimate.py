@@ -134,7 +134,10 @@ def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:
     """The vocabulary to estimate with; `UserError` where neither argument nor configuration says."""
     vocab_size = vocab_size or config.model.vocab_size
     if vocab_size is None:
+        tokenizer = config.data.tokenizer
+        missing = f"the tokenizer {tokenizer} is not there" if tokenizer else "there is no data.tokenizer"
         raise UserError(
-            "the vocabulary is not known: give model.vocab_size, or a data.tokenizer that exists on this machine"
+            f"the vocabulary is not known: {missing}; make the tokenizer, or add the size it will have, as in "
+            "model.vocab_size=32000"
         )
     return vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
+MIN_CONTEXT_ROWS = 4096  # tokens of a sequence on one rank: with fewer, context parallelism has little to hide behind
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -58,9 +60,10 @@ class SearchResult:
 def search(
     config: RunConfig, *, gpu: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
 ) -> SearchResult:
-    """Try tensor x pipeline x data parallel sizes, sequence parallelism, micro batch sizes and recomputation.
+    """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation.
 
-    Everything else is the configuration's. Raises `UserError` as `estimate_run` does.
+    With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
+    configuration's. Raises `UserError` as `estimate_run` does.
     """
     accepted: list[Candidate] = []
     problems: Counter[str] = Counter()
@@ -85,30 +88,59 @@ def search(
 
 
 def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, object]]:
-    """Sizes that multiply to the world size. Tensor parallelism stays within a node."""
-    context = config.parallel.context_parallel_size
-    for tensor in _divisors(world_size):
-        if tensor > gpus_per_node or config.model.num_attention_heads % tensor:
+    """Sizes that multiply to the world size, and every way to run each. Tensor parallelism stays within a node."""
+    for tensor, pipeline, context, data in _sizes(config, world_size, gpus_per_node):
+        sizes: dict[str, object] = {
+            "parallel.tensor_model_parallel_size": tensor,
+            "parallel.pipeline_model_parallel_size": pipeline,
+            "parallel.context_parallel_size": context,
+            "parallel.data_parallel_size": data,
+        }
+        if context == config.parallel.context_parallel_size == 1:
+            del sizes["parallel.context_parallel_size"]
+        micro_batches = _micro_batches(config.training.global_batch_size // data, pipeline)
+        sequence = (False, True) if tensor > 1 else (False,)
+        for parallel, size, recompute, zero in itertools.product(sequence, micro_batches, RECOMPUTE, _zero(config)):
+            ways: dict[str, object] = {
+                "parallel.sequence_parallel": parallel,
+                "parallel.recompute_granularity": recompute,
+                "training.micro_batch_size": size,
+            }
+            stage_layers = config.model.num_layers // pipeline
+            if recompute == "full" and config.parallel.recompute_num_layers > stage_layers:
+                ways["parallel.recompute_num_layers"] = stage_layers
+            yield sizes | ways | zero
+
+
+def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor, pipeline, context, data)"""
+    deepspeed = config.engine == "deepspeed"
+    pipelines = [1] if deepspeed else _divisors(config.model.num_layers)
+    most = config.data.sequence_length // MIN_CONTEXT_ROWS
+    contexts = {1, config.parallel.context_parallel_size}
+    if not deepspeed:
+        contexts |= {size for size in _divisors(world_size) if size <= most}
+    tensors = [size for size in _divisors(world_size) if size <= gpus_per_node]
+    for tensor, pipeline, context in itertools.product(tensors, pipelines, sorted(contexts)):
+        data, rest = divmod(world_size, tensor * pipeline * context)
+        if rest or data == 0 or config.training.global_batch_size % data:
             continue
-        for pipeline in _divisors(config.model.num_layers):
-            data, rest = divmod(world_size, tensor * pipeline * context)
-            if rest or data == 0 or config.training.global_batch_size % data:
-                continue
-            for sequence_parallel in (False, True) if tensor > 1 else (False,):
-                for micro_batch_size in _micro_batches(config.training.global_batch_size // data, pipeline):
-                    for recompute in RECOMPUTE:
-                        overrides: dict[str, object] = {
-                            "parallel.tensor_model_parallel_size": tensor,
-                            "parallel.pipeline_model_parallel_size": pipeline,
-                            "parallel.data_parallel_size": data,
-                            "parallel.sequence_parallel": sequence_parallel,
-                            "parallel.recompute_granularity": recompute,
-                            "training.micro_batch_size": micro_batch_size,
-                        }
-                        stage_layers = config.model.num_layers // pipeline
-                        if recompute == "full" and config.parallel.recompute_num_layers > stage_layers:
-                            overrides["parallel.recompute_num_layers"] = stage_layers
-                        yield overrides
+        if config.model.num_attention_heads % tensor or (context > 1 and config.data.sequence_length % (2 * context)):
+            continue
+        yield tensor, pipeline, context, data
+
+
+def _zero(config: RunConfig) -> list[dict[str, object]]:
+    """DeepSpeed's stages, each without and with the optimizer, and at last the weights, in the host's memory."""
+    if config.engine != "deepspeed":
+        return [{}]
+    offloads = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]
+    return [
+        {"zero.stage": stage, "zero.offload_optimizer": optimizer, "zero.offload_param": weights}
+        for stage in (1, 2, 3)
+        for optimizer, weights in offloads
+        if weights == "none" or stage == 3
+    ]
 
 
 def _divisors(number: int) -> list[int]:
@@ -124,6 +156,7 @@ def _micro_batches(sequences: int, pipeline: int) -> list[int]:
 def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
     changed = copy.copy(config)
     changed.parallel, changed.training = copy.copy(config.parallel), copy.copy(config.training)
+    changed.zero = copy.copy(config.zero)
     for key, value in overrides.items():
         section, name = key.split(".")
         setattr(getattr(changed, section), name, value)

@@ -24,6 +24,10 @@ OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
 # Memory-bound operations move each saved activation about so often: written and read forward, read backward, and its
 # gradient written and read.
 PASSES_OVER_ACTIVATIONS = 5
+# Bytes/s of one device's share of its host, for what is offloaded: PCIe as it is achieved, and the host's memory, which
+# a node's devices share.
+HOST_LINK = 25e9
+HOST_MEMORY = 25e9
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _other_communication(
     reduction = traffic.get("gradient reduction", 0.0) / bandwidth
     if layout.overlap_grad_reduce:
         reduction = max(reduction * 0.05, reduction - work / layout.microbatches * 2 / 3)
-    gathering = traffic.get("weight gathering", 0.0) / bandwidth
+    gathering = traffic.get("weight gathering", 0.0) / bandwidth + traffic.get("host transfers", 0.0) / HOST_LINK
     pipeline = traffic.get("pipeline", 0.0) / _bandwidth(card, layout.tensor * layout.pipeline, gpus_per_node)
     tied = traffic.get("tied embeddings", 0.0) / _bandwidth(card, layout.tensor * layout.pipeline, gpus_per_node)
     return reduction + gathering + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
@@ -128,4 +132,6 @@ def _other_communication(
 
 def _optimizer(layout: Layout, card: Card, rank_parameters: int) -> float:
     owned = rank_parameters / (layout.shards if layout.zero_stage >= 1 else 1)
-    return OPTIMIZER_BYTES_PER_PARAMETER * owned / (card.memory_bandwidth * card.memory_efficiency)
+    offloaded = layout.offload_optimizer and not layout.on_cpu
+    bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
+    return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth

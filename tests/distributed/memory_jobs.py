@@ -27,7 +27,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
-from plt_megatron.train.engine import MegatronEngine
+from plt_megatron.train.engines import build_engine
 
 STEPS = 2  # the optimizer's state exists from the first step's end on
 
@@ -77,7 +77,7 @@ class StorageCounter(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._live or size == 0:
+        if key in self._live or size == 0 or storage.device.type == "meta":
             return
         self._live[key] = weakref.finalize(storage, self._release, key, size)
         self.held += size
@@ -90,7 +90,7 @@ class StorageCounter(TorchDispatchMode):
 
 def _measure(config: RunConfig, vocab_size: int) -> Measured:
     with StorageCounter() as counter:
-        engine = MegatronEngine(config, vocab_size)
+        engine = build_engine(config, vocab_size)
         batches = _batches(config, vocab_size)
         for _ in range(STEPS):
             counter.peak = counter.held
@@ -106,7 +106,7 @@ def allocator_peak(config: RunConfig, vocab_size: int) -> int:
     init_process_groups(config.parallel)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        engine = MegatronEngine(config, vocab_size)
+        engine = build_engine(config, vocab_size)
         batches = _batches(config, vocab_size)
         for step in range(STEPS):
             with torch.profiler.record_function(f"step {step}"):
@@ -157,7 +157,7 @@ def checkpoint_size(config: RunConfig, vocab_size: int, folder: str) -> int:
     from plt_megatron.train.checkpoint import save_checkpoint
 
     init_process_groups(config.parallel)
-    engine = MegatronEngine(config, vocab_size)
+    engine = build_engine(config, vocab_size)
     engine.train_step(_batches(config, vocab_size))
     path = save_checkpoint(engine, Path(folder), {"step": 1})
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -5,12 +5,13 @@ The end of the test run prints the table. How it is measured: memory_jobs.py.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig, ZeroConfig
 from plt_megatron.estimate.layout import layout_of
 from plt_megatron.estimate.memory import checkpoint_bytes, estimate_memory
 from plt_megatron.estimate.schedule import passes
@@ -30,10 +31,13 @@ def run_config(
     recompute: str = "none",
     precision: str = "fp32",
     packed: bool = False,
+    zero: int = 0,
     **model: Any,
 ) -> RunConfig:
-    """A model of 0.8M parameters whose activations take about twice what its training state takes. Further settings are
-    the model's."""
+    """A model of 0.8M parameters whose activations take about twice what its training state takes.
+
+    `zero`: DeepSpeed's stage; 0: megatron-core's engine. Further settings are the model's.
+    """
     sizes: dict[str, Any] = {
         "num_layers": 4,
         "hidden_size": 128,
@@ -49,7 +53,7 @@ def run_config(
         data=DataConfig(sequence_length=128, reset_at_document_boundaries=packed),
         training=TrainingConfig(
             micro_batch_size=2,
-            global_batch_size=8,
+            global_batch_size=4 * pp * dp,
             train_iters=10,
             precision=precision,  # type: ignore[arg-type]
         ),
@@ -61,6 +65,9 @@ def run_config(
             sequence_parallel=sp,
             recompute_granularity=recompute,  # type: ignore[arg-type]
         ),
+        engine="deepspeed" if zero else "megatron",
+        zero=ZeroConfig(zero or 1),
+        deepspeed={"zero_optimization": {"reduce_bucket_size": 100_000}} if zero else {},
     )
 
 
@@ -84,6 +91,9 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"tp": 2, "sp": True}, [{"recompute": "none"}, {"recompute": "full", "loops": 3}]),
     ({"pp": 2}, [{"loops": 1}, {}, {"loops": 3, "recompute": "full"}]),
     ({"dp": 2}, [{"precision": "bf16"}]),
+    ({"dp": 2, "zero": 1}, [{"precision": "bf16"}]),
+    ({"dp": 2, "zero": 2}, [{"recompute": "full", "precision": "bf16"}]),
+    ({"dp": 2, "zero": 3}, [{}, {"precision": "bf16"}]),
     ({"cp": 2}, [{}, {"precision": "bf16", "recompute": "selective"}]),
     ({"tp": 2, "sp": True, "pp": 2}, [{}]),
 ]
@@ -98,6 +108,8 @@ def name_of(changes: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize(("layout", "cases"), CASES, ids=[str(layout) for layout, _ in CASES])
 def test_memory_is_within_a_tenth_of_what_is_measured(run_distributed, record_property, layout, cases):
+    if "zero" in layout and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed (the `deepspeed` extra)")
     configs = [run_config(**layout, **changes) for changes in cases]
     sizes = layout_of(configs[0], on_cpu=True)
     by_rank = run_distributed(measure_all, sizes.world_size, configs, VOCAB_SIZE, all_ranks=True)

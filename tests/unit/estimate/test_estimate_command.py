@@ -48,6 +48,17 @@ def test_tables():
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
+def test_a_layout_in_words_is_the_same_as_settings():
+    words = command(RUN, "--json", "--layout", "TP2 SP PP2 DP2 full")
+    settings = command(
+        RUN, "--json", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true",
+        "parallel.pipeline_model_parallel_size=2", "parallel.data_parallel_size=2",
+        "parallel.recompute_granularity=full",
+    )  # fmt: skip
+    assert words.returncode == 0 and words.stdout == settings.stdout
+    assert json.loads(words.stdout)["world_size"] == 8
+
+
 def test_json_is_the_same_and_complete():
     done = command(RUN, "--json", "--gpu", "h200", "--nodes", "2", "--context", "2048", "--batch", "8")
     answer = json.loads(done.stdout)
@@ -102,7 +113,8 @@ def test_search_that_finds_nothing_names_the_nearest_and_fails():
         ([RUN, "--batch", "0"], "error: --batch must be at least 1"),
         ([RUN, "--nodes", "3", "--search"], "error: 24 ranks cannot be shared out"),
         ([RUN, "--search", "model.num_query_groups=7"], "not divisible by model.num_query_groups 7"),
-        ([RUN, "model.vocab_size=null"], "error: the vocabulary is not known: give model.vocab_size"),
+        ([RUN, "model.vocab_size=null"], "error: the vocabulary is not known: the tokenizer data/tokenizer.json"),
+        ([RUN, "--layout", "TP2 XP3"], "error: --layout: XP3 is not known; it is written as in 'TP2 SP PP4"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig, ZeroConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.layout import layout_of
 from plt_megatron.estimate.memory import persistent_bytes
@@ -78,7 +78,7 @@ def test_ranks_together_hold_the_model(tied, gate):
         (0, "bf16", 2 + 4 + 4 + 8),
         (1, "bf16", 2 + 4 + (4 + 8) / 8),
         (2, "bf16", 2 + (4 + 4 + 8) / 8),
-        (3, "bf16", (2 + 4 + 4 + 8) / 8),
+        (3, "bf16", (2 + 4 + 4 + 8) / 8 + 2),  # weights are whole while they are used
         (1, "fp32", 4 + 4 + 8 / 8),
     ],
 )
@@ -88,7 +88,7 @@ def test_zero_stages_per_parameter(stage, precision, expected):
     assert sum(held.values()) == 8_000_000 * expected
     offloaded = persistent_bytes(8_000_000, precision, dataclasses.replace(layout, offload_optimizer=True))
     assert offloaded["Adam moments"] == offloaded["main weights"] == 0
-    assert offloaded["gradients"] == held["gradients"]
+    assert offloaded["gradients"] == (held["gradients"] if stage < 2 else 0), "they go along from stage 2 on"
 
 
 def test_traffic_by_hand():
@@ -101,6 +101,41 @@ def test_traffic_by_hand():
     parameters = count_parameters(MODEL).total
     assert data == {"gradient reduction": 3 / 4 * 4 * parameters, "weight gathering": 3 / 4 * 2 * parameters}
     assert estimate_run(run()).communication == {}
+
+
+def test_deepspeeds_memory_and_traffic():
+    """Its fp32 main weights and buckets, the limit of whole weights, and what its stages send."""
+    parameters = count_parameters(MODEL).total
+    estimates = {}
+    for stage in (1, 2, 3):
+        config = dataclasses.replace(run(), engine="deepspeed", zero=ZeroConfig(stage))
+        config.deepspeed = {"zero_optimization": {"reduce_bucket_size": 5e5, "stage3_max_live_parameters": 1e6}}
+        estimates[stage] = estimate_run(config, world_size=4)
+        components = estimates[stage].memory[0].components
+        assert components["DeepSpeed's buckets"] == 4 * 500_000
+        assert components["gathered weights"] == (2 * 1_000_000 if stage == 3 else 0)
+    once = {"gradient reduction": 3 / 4 * 4 * parameters, "weight gathering": 3 / 4 * 2 * parameters}
+    micro_batches, loops = 8, 2
+    assert estimates[1].communication == once
+    assert estimates[2].communication == once | {"gradient reduction": micro_batches * once["gradient reduction"]}
+    assert estimates[3].communication["weight gathering"] == 2 * micro_batches * loops * once["weight gathering"]
+    times = [estimates[stage].step_seconds for stage in (1, 2, 3)]
+    assert times == sorted(times)
+    in_fp32 = dataclasses.replace(run(training={"precision": "fp32"}), engine="deepspeed")
+    assert estimate_run(in_fp32).memory[0].components["main weights"] == 4 * parameters
+
+
+def test_offloading_takes_time_for_memory():
+    plain, optimizer, weights = (
+        estimate_run(dataclasses.replace(run(), engine="deepspeed", zero=ZeroConfig(3, *offload)), world_size=4)
+        for offload in (("none", "none"), ("cpu", "none"), ("cpu", "cpu"))
+    )
+    owned = count_parameters(MODEL).total // 4
+    assert "host transfers" not in plain.communication
+    assert optimizer.communication["host transfers"] == (4 + 2) * owned
+    assert weights.communication["host transfers"] == (4 + 2) * owned + 2 * (2 * 2 * 8) * owned
+    assert plain.step_seconds < optimizer.step_seconds < weights.step_seconds
+    assert plain.peak_memory_bytes > optimizer.peak_memory_bytes > weights.peak_memory_bytes
 
 
 def test_bubble():

@@ -56,6 +56,26 @@ def test_the_shipped_layout_is_among_them(found):
     assert same
 
 
+def test_long_sequences_are_shared_out():
+    config = load_config(RUN, ["data.sequence_length=131072"])
+    found = search(config, gpu="h100", world_size=64, gpus_per_node=8)
+    contexts = {each.estimate.layout.context for each in found.fitting}
+    assert {2, 4, 8, 16} <= contexts and max(contexts) == 32, "4,096 tokens a rank are left"
+    assert found.fitting[0].estimate.layout.context > 1
+
+
+def test_deepspeeds_stages_are_tried():
+    config = load_config(RUN, ["engine=deepspeed", "parallel.overlap_grad_reduce=false"])
+    found = search(config, gpu="h100", world_size=8, gpus_per_node=8)
+    layouts = [each.estimate.layout for each in found.fitting]
+    ways = {(layout.zero_stage, layout.offload_optimizer, layout.offload_weights) for layout in layouts}
+    assert len(ways) == 7 and all(layout.pipeline == layout.context == 1 for layout in layouts)
+    best = load_config(RUN, ["engine=deepspeed", *found.fitting[0].command_line.split()])
+    best.parallel.overlap_grad_reduce = False
+    assert not find_problems(best, world_size=8, check_files=False)
+    assert not layouts[0].offload_optimizer, "where all fits, nothing is offloaded"
+
+
 def test_where_nothing_fits_the_nearest_is_named():
     result = search(load_config(RUN), gpu="l4", world_size=1, gpus_per_node=1)
     assert result.fitting == [] and result.accepted > 0

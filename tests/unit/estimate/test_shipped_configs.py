@@ -15,7 +15,8 @@ from plt_megatron.estimate.flops import forward_flops_per_token, mean_keys, trai
 from plt_megatron.estimate.parameters import count_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = sorted([*ROOT.glob("configs/models/*.yaml"), *ROOT.glob("configs/runs/*.yaml")])
+FOLDERS = ("models", "runs", "sweeps/base")
+CONFIGS = sorted(path for folder in FOLDERS for path in ROOT.glob(f"configs/{folder}/*.yaml"))
 TOLERANCE = 1e-3
 
 
