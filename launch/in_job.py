@@ -5,7 +5,7 @@
     in_job.py after RUN --status N    once they have left: finish, requeue, go on without a bad node, or give up
 
 Exit status: 0 finished, 1 failed, 2 something for you to put right, 75 preempted, 76 a node failed the checks,
-77 a node was lost.
+77 a node was lost, 78 another job trains the run.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
     largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {gibibytes(size)}" for name, size in largest)
     return [
-        f"memory: a rank needs {gibibytes(estimate.peak_memory_bytes)} ({parts}), a {resources.card.upper()} has "
-        f"{gibibytes(estimate.device_memory_bytes)} of which a part must stay free; {_MEMORY_ADVICE}"
+        f"memory: a rank needs {gibibytes(estimate.peak_memory_bytes)} ({parts}), the card ({resources.card.upper()}) "
+        f"has {gibibytes(estimate.device_memory_bytes)}, of which a part must stay free; {_MEMORY_ADVICE}"
     ]
 
 

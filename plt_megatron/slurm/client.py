@@ -43,9 +43,13 @@ class Partition:
 
     name: str
     default: bool
-    available: str  # up, down, drain or inact
+    available: str  # up; down: takes jobs, starts none; drain, inactive (or inact): takes none
     time_limit_seconds: int | None
     groups: tuple[NodeGroup, ...]
+
+    @property
+    def takes_jobs(self) -> bool:
+        return self.available in ("up", "down")
 
     @property
     def nodes(self) -> int:

@@ -1,8 +1,9 @@
-"""`launch/submit.py --follow`: a run's steps and its jobs' states as they come."""
+"""`launch/submit.py --follow`: a run's steps, what its launchers say and its jobs' states, as they come."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from plt_megatron.slurm.submission import Submission
 
 _LOOK_SECONDS = 1.0  # at files
 _ASK_SECONDS = 5.0  # Slurm: its controller serves everybody
+# How logs.stamp begins a launcher's line; which attempt and node is of interest afterwards, in the log.
+_STAMP = re.compile(r"\S+ \S+ attempt \d+ launcher [^\s:]+: ")
 
 
 def follow(
@@ -31,11 +34,14 @@ def follow(
     """
     say = say or _print
     several = len(submission.runs) > 1
-    tails = [_Tail(run, f"{run.name}: " if several else "") for run in submission.runs]
+    labels = [f"{run.name}: " if several else "" for run in submission.runs]
+    tails = [_Tail(run, label) for run, label in zip(submission.runs, labels, strict=True)]
+    sources: list[_Output | _Tail] = [
+        _Output(path, label) for label, each in zip(labels, submission.outputs, strict=True) for path in each
+    ]
+    sources += tails
     ids = [job_id for each in submission.job_ids for job_id in each]
-    states = _States(
-        ids, {i: f"{tail.label}" for tail, each in zip(tails, submission.job_ids, strict=True) for i in each}
-    )
+    states = _States(ids, {i: label for label, each in zip(labels, submission.job_ids, strict=True) for i in each})
     asked = 0.0
     try:
         while True:
@@ -45,8 +51,8 @@ def follow(
                 for line in states.changes():
                     say(line)
             # In this order: what was written before a job ended is still shown.
-            for tail in tails:
-                for line in tail.lines():
+            for source in sources:
+                for line in source.lines():
                     say(line)
             if states.ended:
                 return _conclude(submission, tails, say)
@@ -116,6 +122,24 @@ def _describe(job: client.Job) -> str:
     if job.state == "PENDING":
         return f"is pending ({job.reason})"
     return f"is {state} on {job.nodes}" if job.state == "RUNNING" else f"is {state}"
+
+
+class _Output:
+    """New lines of a job's output: what its launchers say, and srun where something is wrong."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        self._path, self._label, self._offset = path, label, 0
+
+    def lines(self) -> list[str]:
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:  # it comes with the job
+            return []
+        complete = text[: text.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [self._label + _STAMP.sub("", line) for line in complete.decode(errors="replace").splitlines()]
 
 
 class _Tail:

@@ -23,9 +23,10 @@ def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Fore
     """Name and value of each line about one run."""
     estimate, layout = ahead.estimate, ahead.estimate.layout
     step_tokens = derived.tokens_per_step(config)
+    context = f" x context {layout.context}" if layout.context > 1 else ""
     rows = [
         ("run folder", str(run)),
-        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}"),
+        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline}{context} x data {layout.data}"),
         ("microbatches", f"{layout.microbatches} per step and data-parallel rank"),
         (
             "parameters",
@@ -76,10 +77,8 @@ def _storage(ahead: Forecast) -> str:
 
 def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cluster: str | None) -> str:
     """One line on what is asked of Slurm."""
-    devices = (
-        f"{resources.gpus_per_node} GPUs" if resources.gpus_per_node else f"{resources.processes_per_node} processes"
-    )
-    parts = [f"{resources.nodes} nodes x {devices}, {resources.cpus_per_process} CPUs each"]
+    devices = _count(resources.processes_per_node, "GPU" if resources.gpus_per_node else "process")
+    parts = [f"{_count(resources.nodes, 'node')} x {devices}, {_count(resources.cpus_per_process, 'CPU')} each"]
     parts.append(f"{format_duration(limit)}" + (f" x {chain} jobs, one after the other" if chain > 1 else ""))
     if requeue:
         parts.append("requeued until it is finished")
@@ -87,3 +86,8 @@ def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cl
     if cluster:
         parts.append(f"cluster {cluster}")
     return "; ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    ending = "es" if what.endswith("s") else "s"
+    return f"{number} {what}" + (ending if number != 1 else "")

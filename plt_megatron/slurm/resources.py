@@ -90,6 +90,8 @@ def resolve(
             problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
     if chosen is not None:
         problems += _fit(chosen, nodes, gpu_count, gpu_type, seconds)
+        if chosen.available == "down":
+            notes.append(f"partition {chosen.name} is down: the job waits until it is up again")
     groups = _suitable(chosen, gpu_count, gpu_type)
     cpus = profile.cpus_per_process or _share_of_cpus(groups, processes)
     if groups and processes * cpus > max(group.cpus for group in groups):
@@ -130,10 +132,11 @@ def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Pa
 def _union(name: str, partitions: Sequence[Partition]) -> Partition:
     """Several partitions as one: a job fits if it fits one of them, to the accuracy that a check before needs."""
     limits = [partition.time_limit_seconds for partition in partitions]
+    states = [partition.available for partition in partitions]
     return Partition(
         name=name,
         default=False,
-        available="up" if any(partition.available == "up" for partition in partitions) else partitions[0].available,
+        available=next((state for state in ("up", "down") if state in states), states[0]),
         time_limit_seconds=None if None in limits else max(limit for limit in limits if limit is not None),
         groups=tuple(group for partition in partitions for group in partition.groups),
     )
@@ -143,7 +146,7 @@ def _fit(partition: Partition, nodes: int, gpus: int, gpu_type: str | None, seco
     """Why the job can never start in this partition."""
     problems = []
     name = f"partition {partition.name}"
-    if partition.available not in ("up", "inact"):
+    if not partition.takes_jobs:
         problems.append(f"{name} is {partition.available}: it takes no jobs")
     if gpus > partition.gpus:
         problems.append(f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs")

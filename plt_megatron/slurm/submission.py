@@ -15,7 +15,7 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.slurm import arrays, checks, client, report, run_folder
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
-from plt_megatron.slurm.job import SCRIPT_NAME, JobSettings
+from plt_megatron.slurm.job import LOGS_NAME, SCRIPT_NAME, JobSettings
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.progress import read_progress
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
@@ -68,10 +68,12 @@ class Submission:
     Attributes:
         runs: absolute run folders.
         job_ids: of each run, in the order of `runs`; several in a chain.
+        outputs: the file that each of those jobs writes its output to.
     """
 
     runs: list[Path]
     job_ids: list[list[str]]
+    outputs: list[list[Path]]
 
 
 def submit(options: Options, root: Path) -> Submission | None:
@@ -236,10 +238,10 @@ class _Plan:
             known = run_folder.submitted_jobs(run)
             for job in jobs:
                 if job.id in known or job.name.endswith(run_folder.name_suffix(run)):
-                    self.problems.append(
-                        f"{run}: its job {job.id} is {job.state.lower()}: wait for it, or scancel {job.id}; to queue "
-                        f"one more behind it: sbatch {shlex.quote(str(run / SCRIPT_NAME))}"
-                    )
+                    advice = f"wait for it, or scancel {job.id}"
+                    if "_" not in job.id:  # jobs of the run's own script wait for one another
+                        advice += f"; to queue one more behind it: sbatch {shlex.quote(str(run / SCRIPT_NAME))}"
+                    self.problems.append(f"{run}: its job {job.id} is {job.state.lower()}: {advice}")
                     break
 
     # Saying.
@@ -309,8 +311,9 @@ class _Plan:
                 print(f"warning: only {len(ids)} of {self.options.chain} jobs were submitted: {error}")
                 break
             run_folder.record_submission(member.run, ids[-1:])
-        self._say_submitted(ids, member.run, member.run / "logs" / f"slurm-{ids[0]}.out", script)
-        return Submission([member.run], [ids])
+        outputs = [member.run / LOGS_NAME / f"slurm-{job_id}.out" for job_id in ids]
+        self._say_submitted(ids, member.run, outputs[0], script)
+        return Submission([member.run], [ids], [outputs])
 
     def _submit_array(self, array: Array) -> Submission:
         script = array.folder / SCRIPT_NAME
@@ -319,8 +322,9 @@ class _Plan:
         for index, member in enumerate(self.members, 1):
             ids.append([f"{job_id}_{index}"])
             run_folder.record_submission(member.run, ids[-1])
-        self._say_submitted([job_id], array.folder.parent, array.folder / "logs" / f"slurm-{job_id}_1.out", script)
-        return Submission([member.run for member in self.members], ids)
+        outputs = [[array.folder / LOGS_NAME / f"slurm-{member_id}.out"] for (member_id,) in ids]
+        self._say_submitted([job_id], array.folder.parent, outputs[0][0], script)
+        return Submission([member.run for member in self.members], ids, outputs)
 
     def _say_submitted(self, ids: Sequence[str], watched: Path, log: Path, script: Path) -> None:
         launch = _shown(self.root / "launch" / "status.py")

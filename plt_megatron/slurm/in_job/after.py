@@ -11,7 +11,7 @@ from plt_megatron.errors import EXIT_USER_ERROR
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 from plt_megatron.slurm.in_job import decisions, records
 from plt_megatron.slurm.in_job.allocation import read_allocation
-from plt_megatron.slurm.in_job.coordinator import EXIT_NODE_LOST
+from plt_megatron.slurm.in_job.coordinator import EXIT_BUSY, EXIT_NODE_LOST
 from plt_megatron.slurm.in_job.records import Outcome, Records
 from plt_megatron.slurm.in_job.scheduler import Scheduler, SchedulerError
 from plt_megatron.slurm.job import SCRIPT_NAME, JobSettings, load_settings
@@ -27,6 +27,8 @@ def after_attempt(run: Path, status: int) -> int:
     Returns:
         The job's exit status: 0 if the run is finished, 75 if it goes on or can go on, else a failure's.
     """
+    if status == EXIT_BUSY:  # the run is another job's
+        return status
     allocation, settings = read_allocation(), load_settings(run)
     # Slurm ends this process as well when it requeues the job: what has begun is brought to its end.
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -91,6 +93,9 @@ class _Following:
         return self._give_up(f"{decision.reason}; neither --requeue nor a further job of a chain goes on", end, status)
 
     def _requeue(self, decision: decisions.Decision, end: dict[str, Any], status: int) -> int:
+        if self._ask(self._scheduler.is_requeued_by_slurm, False):
+            self._say(f"{decision.reason}; preempted by another job, so that Slurm queues it again")
+            return status
         without = f", without {', '.join(decision.nodes)}" if decision.nodes else ""
         self._say(f"{decision.reason}; requeued{without}")
         try:

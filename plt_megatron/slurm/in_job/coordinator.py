@@ -21,7 +21,7 @@ from plt_megatron.slurm.in_job.failures import Exit, is_explained, outcome_of
 from plt_megatron.slurm.in_job.records import Outcome, Records
 from plt_megatron.slurm.job import JobSettings
 
-EXIT_FAILED, EXIT_BAD_NODE, EXIT_NODE_LOST = 1, 76, 77
+EXIT_FAILED, EXIT_BAD_NODE, EXIT_NODE_LOST, EXIT_BUSY = 1, 76, 77, 78
 
 JOIN_SECONDS = 300.0  # until all nodes have said hello: containers start at their own pace
 PROBE_SECONDS = 180.0  # the check of devices and links, imports from a busy file system included

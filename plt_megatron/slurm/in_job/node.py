@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.slurm.in_job import binding, coordinator, preflight
+from plt_megatron.errors import print_error
+from plt_megatron.slurm.in_job import binding, coordinator, preflight, records
 from plt_megatron.slurm.in_job.allocation import Allocation, read_allocation
 from plt_megatron.slurm.in_job.hub import Hub
 from plt_megatron.slurm.in_job.logs import LogFile, rank_log, stamp
 from plt_megatron.slurm.in_job.messages import Channel
 from plt_megatron.slurm.in_job.probe import MARK
+from plt_megatron.slurm.in_job.scheduler import job_at_work
 from plt_megatron.slurm.in_job.workers import Worker, WorkerGroup, describe_exit
 from plt_megatron.slurm.job import JobSettings, load_settings
 
@@ -42,6 +44,12 @@ def launch_node(run: Path) -> int:
         UserError: this is no Slurm job, or the run's folder is not as launch/submit.py makes it.
     """
     settings, allocation = load_settings(run), read_allocation()
+    others = [str(event.get("job_id")) for event in records.unended(records.read_events(run))]
+    other = job_at_work([job for job in others if job != allocation.scheduler_id])
+    if other is not None:
+        # Two would spoil each other's work. Jobs of one script wait for one another; those of an array's do not.
+        print_error(f"job {other} trains {run} at present: wait until it has ended, or scancel {other}")
+        return coordinator.EXIT_BUSY
     launcher = NodeLauncher(run, settings, allocation)
     with launcher.signals():
         return launcher.launch()

@@ -40,8 +40,21 @@ class Scheduler:
         Raises:
             SchedulerError: Slurm does not say.
         """
-        state = self._field("JobState")
+        state = self._job().get("JobState")
         return state if state in _ENDED else None
+
+    def is_requeued_by_slurm(self) -> bool:
+        """Whether Slurm preempts the job and queues it again by itself as soon as its processes have ended. Asked to do
+        so a second time, it would start the job once more after it has finished.
+
+        Raises:
+            SchedulerError: Slurm does not say.
+        """
+        job = self._job()
+        if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
+            return False
+        partition = _fields(self._run(["scontrol", "show", "partition", job.get("Partition", "")]))
+        return partition.get("PreemptMode") == "REQUEUE"
 
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Have the job start again, on other nodes than `without`. Slurm then ends this job's processes.
@@ -49,11 +62,19 @@ class Scheduler:
         Raises:
             SchedulerError: it was refused, or the job is queued again and `without` was refused.
         """
-        excluded = dict.fromkeys([*self._excluded(), *without]) if without else {}
+        job = self._job()
+        changes = []
+        if job.get("Requeue") == "0":  # submitted with --no-requeue, which refuses this too: lifted for once
+            self._run(["scontrol", "update", f"JobId={self.job}", "Requeue=1"])
+            changes.append("Requeue=0")
+        if without:
+            excluded = job.get("ExcNodeList", "(null)")
+            before = [] if excluded == "(null)" else expand_nodes(excluded)
+            changes.append(f"ExcNodeList={','.join(dict.fromkeys([*before, *without]))}")
         self._run(["scontrol", "requeue", self.job])
-        if excluded:
+        if changes:
             # Only a pending job takes it. This one is, and cannot start before the process that runs this has ended.
-            self._run(["scontrol", "update", f"JobId={self.job}", f"ExcNodeList={','.join(excluded)}"])
+            self._run(["scontrol", "update", f"JobId={self.job}", *changes])
 
     def pending_after(self, script: Path) -> list[str]:
         """The ids of this user's other jobs that wait to run the same script."""
@@ -75,13 +96,24 @@ class Scheduler:
         if jobs:
             self._run(["scancel", *jobs])
 
-    def _excluded(self) -> list[str]:
-        found = self._field("ExcNodeList")
-        return [] if found in (None, "(null)") else expand_nodes(found)
+    def _job(self) -> dict[str, str]:
+        return _fields(self._run(["scontrol", "show", "job", self.job]))
 
-    def _field(self, name: str) -> str | None:
-        match = re.search(rf"(?:^|\s){name}=(\S*)", self._run(["scontrol", "show", "job", self.job]))
-        return match[1] if match else None
+
+def job_at_work(jobs: Sequence[str]) -> str | None:
+    """The first of these jobs that runs. None as well where Slurm cannot be asked, as in a container."""
+    for job in jobs:
+        try:
+            if Scheduler(job).ended_by_slurm() is None:
+                return job
+        except SchedulerError:  # it is forgotten, or there is no scontrol
+            continue
+    return None
+
+
+def _fields(text: str) -> dict[str, str]:
+    """scontrol's `Name=value` by name; of values with spaces the first word."""
+    return dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", text))
 
 
 def _run(command: Sequence[str]) -> str:

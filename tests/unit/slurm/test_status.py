@@ -14,6 +14,7 @@ from test_submit_runs import command
 from plt_megatron.errors import UserError
 from plt_megatron.slurm import follow as follow_module
 from plt_megatron.slurm.follow import follow
+from plt_megatron.slurm.in_job.logs import stamp
 from plt_megatron.slurm.run_folder import job_name
 from plt_megatron.slurm.standing import report
 from plt_megatron.slurm.submission import Submission
@@ -206,6 +207,13 @@ def test_following_a_run_to_its_end(folder, slurm):
     watcher.until("job 100 is pending (Priority)")
     slurm.jobs(("100", "RUNNING", name))
     watcher.until("job 100 is running on node[1-2]")
+    output = run / "logs" / "slurm-100.out"
+    output.write_text(f"{stamp(1, 'launcher node1', 'preflight: 2 node(s)')}\nsrun: torn")
+    watcher.until("preflight: 2 node(s)")
+    with output.open("a") as file:
+        file.write(" now whole\n")
+    watcher.until("srun: torn now whole")
+    assert "preflight: 2 node(s)" in watcher.lines and "srun: torn now whole" in watcher.lines
     write_progress(run, [10])
     watcher.until("step 10/1,000: loss 2.0000, 1,000 tokens/s")
     with (run / "metrics.jsonl").open("a") as file:  # torn, then completed

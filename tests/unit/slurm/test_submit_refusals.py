@@ -50,9 +50,17 @@ def test_a_limit_above_the_partitions(folder, slurm):
     assert_one_line(folder, slurm, refusal(time="3-00:00:00"), "3-00:00:00", "2-00:00:00", "--chain")
 
 
-def test_a_partition_that_is_down(folder, slurm):
+@pytest.mark.parametrize("state", ["drain", "inact", "inactive"])
+def test_a_partition_that_takes_no_jobs(folder, slurm, state):
+    slurm.answer("sinfo", GPU_PARTITION.replace("|up|", f"|{state}|"))
+    assert_one_line(folder, slurm, refusal(), f"partition gpu is {state}: it takes no jobs")
+
+
+def test_a_partition_that_is_down_takes_jobs(folder, slurm, capsys):
+    """For after the maintenance."""
     slurm.answer("sinfo", GPU_PARTITION.replace("|up|", "|down|"))
-    assert_one_line(folder, slurm, refusal(), "partition gpu is down")
+    submit_run()
+    assert "note: partition gpu is down: the job waits" in capsys.readouterr().out
 
 
 def test_a_layout_that_does_not_divide(folder, slurm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -454,6 +455,14 @@ def test_one_bad_member_refuses_the_array(folder, slurm, members):
     assert not slurm.calls("sbatch") and not (folder / "runs").exists()
 
 
+def test_a_member_that_waits_is_left_alone(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    slurm.jobs(("100_2", "PENDING", "list-1234"))
+    (line,) = refusal(array="list.txt")
+    assert "job 100_2 is pending: wait for it, or scancel 100_2" in line
+    assert "sbatch" not in line, "its own script would not wait for the array"
+
+
 def test_two_members_of_one_folder_are_refused(folder, slurm, members):
     (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
     assert "2 configurations have the run folder" in refusal(array="list.txt")[0]
@@ -481,15 +490,17 @@ def command(folder: Path, name: str, *arguments: str, **env: str) -> subprocess.
     )
 
 
-def test_queued_in_under_three_seconds_and_without_torch(folder, slurm):
+def test_submitting_takes_little_and_no_torch(folder, slurm):
     path = folder / "data" / "tokenizer.json"
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1}, unk_token="<unk>")).save(str(path))
-    started = time.monotonic()
     arguments = ("run.yaml", "--time", "60", f"data.tokenizer={path}", "--nodes", "2", "optimizer.lr=1e-3")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = command(folder, "submit.py", *arguments, PYTHONPROFILEIMPORTTIME="1")
-    assert time.monotonic() - started < 3.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of the processor: what the clock shows, tests/slurm measures on a real cluster.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3.0
     errors = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 0 and not errors
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}

@@ -146,6 +146,12 @@ def test_a_requeue_that_is_refused_is_a_reason(job):
     assert "could not be requeued: scontrol requeue: Requeue is disabled" in (job.run / "why.txt").read_text()
 
 
+def test_a_preempted_job_is_left_to_slurm(job):
+    job.state.write_text("RUNNING Requeue=1 PreemptTime=2026-11-25T09:25:46 Partition=main PreemptMode=REQUEUE\n")
+    assert job.ends(Outcome("preempted", "saved"), 75) == 75
+    assert job.asked == [] and not (job.run / "why.txt").exists()
+
+
 def test_launchers_that_left_no_word(job):
     """Killed together with srun: the status is all there is."""
     records = Records(job.run, read_allocation())
@@ -155,6 +161,13 @@ def test_launchers_that_left_no_word(job):
     assert (end["event"], end["status"], end["attempt"]) == ("end", "failed", 1) and "status 137" in end["reason"]
     assert job.asked == ["scontrol requeue 7"]
     assert after_attempt(job.run, 77) == 77
+
+
+def test_a_run_that_is_another_jobs(job):
+    Records(job.run, read_allocation()).begin()
+    before = read_events(job.run)
+    assert after_attempt(job.run, 78) == 78
+    assert read_events(job.run) == before and job.asked == [] and not (job.run / "why.txt").exists()
 
 
 def test_launchers_that_could_not_start(job):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.slurm.in_job import scheduler
-from plt_megatron.slurm.in_job.scheduler import Scheduler, SchedulerError
+from plt_megatron.slurm.in_job.scheduler import Scheduler, SchedulerError, job_at_work
 
 
 class Fake:
@@ -19,8 +19,12 @@ class Fake:
         return self.answers.get(command[0] if command[0] != "scontrol" else command[1], "")
 
 
-def show(state: str = "RUNNING", excluded: str = "(null)") -> str:
-    return f"JobId=7 JobName=x\n   JobState={state} Reason=None\n   ReqNodeList=(null) ExcNodeList={excluded}\n"
+def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, preempted: str = "None") -> str:
+    return (
+        f"JobId=7 JobName=x\n   JobState={state} Reason=None Dependency=(null)\n   Requeue={requeue} Restarts=0\n"
+        f"   PreemptEligibleTime=2026-11-25T09:25:45 PreemptTime={preempted}\n"
+        f"   Partition=main AllocNode:Sid=ctl:1\n   ReqNodeList=(null) ExcNodeList={excluded}\n"
+    )
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "PREEMPTED"])
@@ -34,9 +38,39 @@ def test_a_job_that_goes_on(state):
 
 
 def test_requeue():
-    fake = Fake()
+    fake = Fake(show=show())
     Scheduler("7_2", fake).requeue()
-    assert fake.asked == [["scontrol", "requeue", "7_2"]]
+    assert fake.asked[1:] == [["scontrol", "requeue", "7_2"]]
+
+
+def test_a_job_that_is_not_to_be_requeued_is_for_once():
+    """scontrol refuses to requeue what was submitted with --no-requeue."""
+    fake = Fake(show=show(requeue=0))
+    Scheduler("7", fake).requeue(["n5"])
+    assert fake.asked[1:] == [
+        ["scontrol", "update", "JobId=7", "Requeue=1"],
+        ["scontrol", "requeue", "7"],
+        ["scontrol", "update", "JobId=7", "Requeue=0", "ExcNodeList=n5"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "job, mode, expected",
+    [
+        (show(preempted="2026-11-25T09:25:46"), "REQUEUE", True),
+        (show(preempted="2026-11-25T09:25:46"), "CANCEL", False),
+        (show(preempted="2026-11-25T09:25:46", requeue=0), "REQUEUE", False),
+        (show(), "REQUEUE", False),
+    ],
+)
+def test_a_preempted_job_may_be_requeued_by_slurm(job, mode, expected):
+    class Cluster(Fake):
+        def __call__(self, command) -> str:
+            return (
+                f"PartitionName=main\n   PreemptMode={mode}\n" if "partition" in command else super().__call__(command)
+            )
+
+    assert Scheduler("7", Cluster(show=job)).is_requeued_by_slurm() is expected
 
 
 def test_nodes_are_excluded_besides_those_that_were():
@@ -80,7 +114,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch)
 
 def test_a_refusal_is_told_at_once(tmp_path, monkeypatch):
     program = tmp_path / "scontrol"
-    program.write_text("#!/bin/sh\necho 'Job is in transition' >&2\nexit 1\n")
+    program.write_text("#!/bin/sh\n[ $1 = show ] && exit\necho 'Job is in transition' >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(SchedulerError, match="scontrol requeue: Job is in transition"):
@@ -88,3 +122,17 @@ def test_a_refusal_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(SchedulerError, match="scontrol is not there"):
         Scheduler("7").requeue()
+
+
+def test_another_job_at_work(tmp_path, monkeypatch):
+    program = tmp_path / "scontrol"
+    program.write_text(
+        "#!/bin/sh\ncase $3 in 7) echo JobState=COMPLETED ;; 8_2) echo JobState=RUNNING ;;\n"
+        "*) echo no such job >&2; exit 1 ;; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert job_at_work(["6", "7", "8_2"]) == "8_2"
+    assert job_at_work(["6", "7"]) is None
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))  # in a container
+    assert job_at_work(["8_2"]) is None
