@@ -1,0 +1,195 @@
+"""The report's figures, as matplotlib figures; `save` writes PNG, `svg` gives markup to put into a page."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter
+
+from plt_megatron.experiments.fits import ScalingFit
+from plt_megatron.experiments.report.laws import LoopLaw
+from plt_megatron.experiments.report.rows import Row, groups
+
+# Okabe and Ito's palette, as in `experiments.plots`.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "osD^v<>pXP"
+_STYLES = ("-", "--", "-.", ":")
+_GRID = "#dddddd"
+_TOKENS = "training tokens"
+_MOST_GROUPS = 6  # figures of curves; more are not looked at
+
+
+@dataclass(frozen=True)
+class Named:
+    """A figure, the stem of its file and what stands below it."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
+    """Those that the data suffice for."""
+    made: list[Named] = []
+    compared = groups(rows)
+    for index, group in enumerate(compared[:_MOST_GROUPS]):
+        if not any(row.curve for row in group):
+            continue
+        suffix, where = (f"_{index + 1}", f"{', '.join(group[0].group)}: ") if len(compared) > 1 else ("", "")
+        bars = "Lines: mean over seeds. Marks: the seeds, at the end of their runs."
+        caption = f"{where}Validation loss against training tokens. {bars}"
+        made.append(Named(f"loss_tokens{suffix}", caption, _curves(group, lambda row: 1.0, _TOKENS)))
+        caption = f"{where}Validation loss against training FLOPs. {bars}"
+        figure = _curves(group, lambda row: row.run.flops_per_token, "training FLOPs")
+        made.append(Named(f"loss_flops{suffix}", caption, figure))
+        if any(row.decode is not None and row.loss is not None for row in group):
+            caption = f"{where}Validation loss (95 % interval) against measured decoding time. Left and low is better."
+            made.append(Named(f"loss_latency{suffix}", caption, _latency(group)))
+    if len(compared) > 1 and any(row.loss for row in rows):
+        caption = "Final validation loss of every row against its training FLOPs."
+        made.append(Named("final_losses", caption, _final_losses(rows)))
+    fitted = [law for law in laws if law.fit is not None]
+    if fitted:
+        caption = "Residuals of the scaling laws: loss minus fitted loss. A pattern means that the law does not fit."
+        made.append(Named("residuals", caption, _residuals(fitted)))
+    return made
+
+
+def save(named: Named, folder: Path) -> Path:
+    """Write a PNG of 150 dots per inch; returns its path."""
+    path = folder / f"{named.name}.png"
+    FigureCanvasAgg(named.figure)
+    named.figure.savefig(path, dpi=150)
+    return path
+
+
+def svg(named: Named) -> str:
+    """An `<svg>` element without anything that a browser would fetch."""
+    stream = io.StringIO()
+    with rc_context({"svg.hashsalt": named.name}):
+        named.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Several figures share a page: their ids must not.
+    text = re.sub(r'\bid="', f'id="{named.name}-', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)
+    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
+
+
+def _new(height: float = 4.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _style(index: int) -> tuple[str, str, str]:
+    """Colour, line and marker of the row at `index`: told apart in grey as well."""
+    cycle = len(_COLOURS)
+    return _COLOURS[index % cycle], _STYLES[(index // cycle) % len(_STYLES)], _MARKERS[index % len(_MARKERS)]
+
+
+def _curves(group: Sequence[Row], scale: Callable[[Row], float], label: str) -> Figure:
+    """Mean validation curves; the first, steep part is cut off at the top."""
+    figure, axes = _new()
+    shown: list[float] = []
+    for index, row in enumerate(group):
+        curve = row.curve
+        if not curve:
+            continue
+        colour, line, marker = _style(index)
+        xs, ys = [tokens * scale(row) for tokens, _ in curve], [loss for _, loss in curve]
+        axes.plot(xs, ys, color=colour, linestyle=line, linewidth=1.6, label=_legend(row))
+        ends = list(row.losses.values())
+        axes.plot([xs[-1]] * len(ends), ends, color=colour, marker=marker, markersize=4.5, linestyle="", alpha=0.8)
+        shown += [*ys[len(ys) // 3 :], *ends]
+    axes.set_xlabel(label)
+    # Engineers' prefixes for tokens (5M); powers of ten for FLOPs, whose prefixes nobody reads (5E).
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if label == _TOKENS else FuncFormatter(lambda x, _: f"{x:.3g}"))
+    _limit(axes, shown)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _limit(axes: Axes, values: Sequence[float]) -> None:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return
+    span = max(finite) - min(finite) or 0.1
+    axes.set_ylim(min(finite) - 0.06 * span, max(finite) + 0.12 * span)
+
+
+def _legend(row: Row) -> str:
+    return row.label if row.loss is None else f"{row.label}: {row.loss.mean:.3f}"
+
+
+def _latency(group: Sequence[Row]) -> Figure:
+    figure, axes = _new()
+    for index, row in enumerate(group):
+        if row.decode is None or row.loss is None:
+            continue
+        colour, _, marker = _style(index)
+        axes.errorbar(
+            [row.decode.milliseconds],
+            [row.loss.mean],
+            yerr=None if row.loss.half is None else [row.loss.half],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            capsize=4,
+            linestyle="",
+            label=f"{row.label}: {row.decode.relative:.2f}x",
+        )
+    axes.set_xlabel("milliseconds per decoded token step")
+    axes.set_xlim(0, 1.12 * max(row.decode.milliseconds for row in group if row.decode is not None))
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _final_losses(rows: Sequence[Row]) -> Figure:
+    figure, axes = _new()
+    for index, label in enumerate(dict.fromkeys(row.label for row in rows)):
+        found = [row for row in rows if row.label == label and row.loss is not None]
+        colour, _, marker = _style(index)
+        axes.errorbar(
+            [row.run.total_flops for row in found],
+            [row.loss.mean for row in found if row.loss],
+            yerr=[(row.loss.half or 0.0) for row in found if row.loss],
+            color=colour,
+            marker=marker,
+            markersize=6,
+            capsize=3,
+            linestyle="",
+            label=label,
+        )
+    axes.set_xlabel("training FLOPs")
+    axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _residuals(laws: Sequence[LoopLaw]) -> Figure:
+    figure, axes = _new(height=3.4)
+    for index, law in enumerate(laws):
+        assert isinstance(law.fit, ScalingFit)
+        colour, _, marker = _style(index)
+        fitted = [point.loss - residual for point, residual in zip(law.fit.points, law.fit.residuals, strict=True)]
+        axes.plot(fitted, law.fit.residuals, color=colour, marker=marker, markersize=6, linestyle="", label=law.label)
+    axes.axhline(0, color="#666666", linewidth=0.8)
+    axes.set_xlabel("fitted loss")
+    axes.set_ylabel("residual")
+    axes.legend(frameon=False, fontsize=9)
+    return figure

@@ -1,0 +1,189 @@
+"""What the runs of a sweep recorded, and what is wrong with them. Nothing is averaged here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_differences, load_plan
+from plt_megatron.experiments.sweep_status import (
+    data_differences,
+    data_part,
+    failure_of,
+    read_record,
+    recorded_fingerprint,
+    records_of,
+    state_of,
+)
+from plt_megatron.train.metrics import FILE_NAME as METRICS
+
+Status = Literal["used", "missing", "partial", "failed", "diverged", "other data", "other settings", "unreadable"]
+
+
+@dataclass
+class RunResult:
+    """One run of the plan.
+
+    Attributes:
+        status: `used`, or why the run is in no mean; `reason`: the same in words.
+        curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
+        loss: the last of them, for a run that is used; None for others.
+        seconds: of training, if known; `skipped`: steps that the training loop did not accept.
+    """
+
+    run: PlannedRun
+    status: Status
+    reason: str = ""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    loss: float | None = None
+    train_loss: float | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    skipped: int = 0
+    fingerprint: dict[str, Any] | None = None
+
+
+@dataclass
+class SweepResults:
+    """All runs of a sweep in the plan's order, and what the reader has to know before believing them."""
+
+    plan: SweepPlan
+    runs: list[RunResult]
+    problems: list[str]
+
+    def used(self) -> list[RunResult]:
+        return [result for result in self.runs if result.status == "used"]
+
+    @property
+    def has_one_data(self) -> bool:
+        """Whether all runs that have begun have read the same data."""
+        return not any(result.status == "other data" for result in self.runs)
+
+
+def load_results(folder: str | Path) -> SweepResults:
+    """Read the sweep in `folder`. Raises `UserError` if it is none; a run whose files are broken is in no mean."""
+    plan = load_plan(folder)
+    runs = [_read_run(run) for run in plan.runs]
+    _set_other_data_aside(runs)
+    return SweepResults(plan, runs, _problems(plan, runs))
+
+
+def _read_run(run: PlannedRun) -> RunResult:
+    try:
+        return _read_files(run)
+    except UserError as error:
+        return RunResult(run, "unreadable", str(error))
+    except (KeyError, TypeError) as error:  # a record that is none
+        return RunResult(run, "unreadable", f"{run.folder / METRICS}: not this program's records ({error!r})")
+
+
+def _read_files(run: PlannedRun) -> RunResult:
+    records = records_of(run.folder)
+    loops = run.config.model.loop_count
+    validation = [r for r in records if r["kind"] == "validation" and r["loop_count"] == loops]
+    train = [r for r in records if r["kind"] == "train"]
+    result = RunResult(run, "used", fingerprint=recorded_fingerprint(run) if records else None)
+    result.curve = [(r["tokens"], r["loss"]) for r in validation]
+    result.train_loss = train[-1]["loss"] if train else None
+    result.tokens_per_second = _median([r["tokens_per_second"] for r in train])
+    incidents = run.folder / "incidents"
+    result.skipped = len(list(incidents.glob("step_*"))) if incidents.is_dir() else 0
+    record = read_record(run.folder)
+    result.seconds = record.seconds if record else None
+    result.status, result.reason = _status(run, result, records)
+    if result.status == "used":
+        result.loss = result.curve[-1][1]
+    return result
+
+
+def _status(run: PlannedRun, result: RunResult, records: list[dict[str, Any]]) -> tuple[Status, str]:
+    differences = _other_settings(run)
+    if differences:
+        return "other settings", f"not run as planned: {differences}"
+    state = state_of(run)
+    if state == "failed":
+        return "failed", failure_of(run) or "its last attempt failed"
+    if state == "pending":
+        return "missing", "not begun"
+    guessing = math.log(run.vocab)  # the loss of a model that knows nothing
+    bad = [r["loss"] for r in records if not math.isfinite(r["loss"])]
+    last = result.curve[-1][1] if result.curve else None
+    if (last is not None and not last < guessing) or (bad and state != "finished"):
+        return "diverged", f"the loss is {last if last is not None else bad[-1]:.4g} (guessing: {guessing:.2f})"
+    if state == "interrupted":
+        share = max((r["tokens"] for r in records), default=0) / run.tokens
+        return "partial", f"at {share:.0%} of its tokens"
+    if last is None:
+        return "partial", f"trained, but not validated at its {run.config.model.loop_count} loop(s)"
+    return "used", ""
+
+
+def _other_settings(run: PlannedRun) -> str:
+    """How the run folder's own configuration differs from the plan's, in words."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return ""
+    own: RunConfig = load_config(path)
+    differences = config_differences(run.config, own)
+    ignored = ("logging.", "checkpoint.", "training.threads_per_process", "data.index")
+    return "; ".join(text for key, text in differences if not key.startswith(ignored))
+
+
+def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
+    """Runs that read other data than most are in no mean."""
+    seen = {id(r): _data_key(r.fingerprint) for r in runs if r.status == "used" and r.fingerprint}
+    if len(set(seen.values())) < 2:
+        return
+    usual = Counter(seen.values()).most_common(1)[0][0]  # of equally common ones the first in the plan
+    reference = next(r for r in runs if seen.get(id(r)) == usual)
+    for result in runs:
+        if id(result) in seen and seen[id(result)] != usual:
+            words = data_differences(reference.fingerprint or {}, result.fingerprint or {})
+            result.status, result.loss = "other data", None
+            result.reason = f"read other data than {reference.run.name}: {', '.join(words)}"
+
+
+def _data_key(fingerprint: dict[str, Any] | None) -> str:
+    return repr(sorted(data_part(fingerprint or {}).items()))
+
+
+def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
+    """One line each; empty for a sweep whose every run counts."""
+    problems = []
+    used = [result for result in runs if result.status == "used"]
+    if not used:
+        problems.append(f"no run of the sweep is finished and usable ({len(runs)} are planned): there is no result yet")
+    problems += [
+        f"{r.run.name} is in no mean ({r.status}): {r.reason}" for r in runs if r.status not in ("used", "missing")
+    ]
+    missing = [result.run.name for result in runs if result.status == "missing"]
+    if missing:
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        problems.append(f"{len(missing)} run(s) have not begun: {shown}")
+    seeds: dict[tuple[int, ...], list[str]] = {}
+    for label in dict.fromkeys(result.run.row() for result in runs):
+        own = tuple(sorted(result.run.seed for result in used if result.run.row() == label))
+        seeds.setdefault(own, []).append(label)
+    if len(seeds) > 1 and used:
+        sets = "; ".join(f"{', '.join(map(str, own)) or 'none'}: {', '.join(rows)}" for own, rows in seeds.items())
+        problems.append(f"the rows have different seeds, so their means are not of the same runs ({sets})")
+    if any(r.fingerprint is None for r in used):
+        problems.append("some runs recorded no data fingerprint: whether all read the same data cannot be said")
+    problems += [f"{r.run.name}: {r.skipped} step(s) were skipped or rolled back" for r in runs if r.skipped]
+    off = [r.run for r in runs if abs(r.run.deviation) > 0.005]
+    rows = dict.fromkeys(f"{run.row()} {run.deviation:+.1%}" for run in off)
+    if rows:
+        problems.append(f"{plan.hold_equal} is held only within: {', '.join(rows)}")
+    return problems
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = sorted(value for value in values if value)
+    return known[len(known) // 2] if known else None

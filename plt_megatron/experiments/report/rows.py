@@ -1,0 +1,129 @@
+"""A sweep's runs summed up: one row for each combination of the axes' values, over its seeds."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plt_megatron.estimate.decode_cost import kv_cache_bytes, state_bytes
+from plt_megatron.experiments.report.decode import Timing
+from plt_megatron.experiments.report.results import RunResult, SweepResults
+from plt_megatron.experiments.report.statistics import Estimate, estimate, paired_difference
+from plt_megatron.experiments.sweep_plan import PlannedRun
+
+LEVEL = 0.95
+
+
+@dataclass
+class Row:
+    """One row of the table.
+
+    Attributes:
+        group: labels of all axes but the compared one; rows are compared within a group.
+        label: of the compared axis.
+        losses: seed -> final validation loss of the runs that are used.
+        loss: their mean; None without one.
+        to_baseline, to_previous: paired differences of losses to the group's baseline and to the row above.
+        kv_bytes: K, V and state of one sequence of the training length while decoding, in bf16, by formula.
+        decode: measured, if it was.
+    """
+
+    group: tuple[str, ...]
+    label: str
+    results: list[RunResult]
+    losses: dict[int, float]
+    loss: Estimate | None
+    kv_bytes: int
+    to_baseline: Estimate | None = None
+    to_previous: Estimate | None = None
+    decode: Timing | None = None
+
+    @property
+    def run(self) -> PlannedRun:
+        """The first of its runs: what does not depend on the seed is its."""
+        return self.results[0].run
+
+    @property
+    def name(self) -> str:
+        return ", ".join([*self.group, self.label])
+
+    @property
+    def loop_count(self) -> int:
+        return self.run.config.model.loop_count
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """(tokens, mean validation loss over the used runs) where all of them were validated."""
+        curves = [dict(result.curve) for result in self.results if result.status == "used"]
+        common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        return [(tokens, math.fsum(curve[tokens] for curve in curves) / len(curves)) for tokens in common]
+
+    def loss_at(self, tokens: float) -> float | None:
+        """The mean curve at `tokens`, between two validations by interpolation in log tokens; None outside."""
+        curve = self.curve
+        if not curve or not curve[0][0] <= tokens <= curve[-1][0] * (1 + 1e-9):
+            return None
+        places = [place for place, _ in curve]
+        right = min(bisect.bisect_left(places, tokens), len(curve) - 1)
+        (x0, y0), (x1, y1) = curve[max(0, right - 1)], curve[right]
+        if x0 == x1:
+            return y1
+        share = (math.log(tokens) - math.log(x0)) / (math.log(x1) - math.log(x0))
+        return y0 + min(1.0, share) * (y1 - y0)
+
+
+def make_rows(results: SweepResults, timings: dict[str, Timing]) -> list[Row]:
+    """Rows in the plan's order. `timings`: by row name, possibly empty."""
+    compare = results.plan.compare
+    rows: dict[tuple[tuple[str, ...], str], list[RunResult]] = {}
+    for result in results.runs:
+        labels = result.run.labels
+        group = tuple(label for axis, label in labels.items() if axis != compare)
+        label = labels[compare] if compare is not None else "all"
+        rows.setdefault((group, label), []).append(result)
+    order = list(dict.fromkeys(group for group, _ in rows))
+    made = [_row(group, label, found) for (group, label), found in rows.items()]
+    made.sort(key=lambda row: order.index(row.group))  # stable: a group's rows stay in the plan's order
+    for row in made:
+        row.decode = timings.get(row.name)
+    for compared in groups(made):
+        _compare(compared, results.plan.baseline)
+    return made
+
+
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that are compared with one another, in order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.group, []).append(row)
+    return list(found.values())
+
+
+def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:
+    """The row the others are measured against: the plan's, else the first."""
+    return next((row for row in group if row.label == baseline), group[0])
+
+
+def _row(group: tuple[str, ...], label: str, results: list[RunResult]) -> Row:
+    losses = {r.run.seed: r.loss for r in results if r.status == "used" and r.loss is not None}
+    model = results[0].run.config.model
+    length = results[0].run.config.data.sequence_length
+    return Row(
+        group=group,
+        label=label,
+        results=results,
+        losses=losses,
+        loss=estimate(list(losses.values()), LEVEL) if losses else None,
+        kv_bytes=kv_cache_bytes(model, length) + state_bytes(model, length),
+    )
+
+
+def _compare(group: Sequence[Row], baseline: str | None) -> None:
+    reference = baseline_of(group, baseline)
+    for index, row in enumerate(group):
+        if row is not reference:
+            row.to_baseline = paired_difference(row.losses, reference.losses, LEVEL)
+        if index > 0:
+            row.to_previous = paired_difference(row.losses, group[index - 1].losses, LEVEL)

@@ -1,0 +1,149 @@
+"""The answer in words: which loop count wins at equal tokens, FLOPs and decoding latency, or why that is not decided.
+
+A row wins when its paired difference (by seed) to every other row excludes zero, all intervals together holding with
+95 % (Bonferroni). What the sweep did not hold equal is not decided by it, whatever the curves suggest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from plt_megatron.experiments.report.results import SweepResults
+from plt_megatron.experiments.report.rows import LEVEL, Row, baseline_of, groups
+from plt_megatron.experiments.report.statistics import Estimate, paired_difference
+
+SAME_LATENCY = 0.05  # relative: as fast as the baseline
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One question's answer for one group. `winner`: a row's label, None if the data do not decide."""
+
+    question: str  # "tokens", "training FLOPs" or "decoding latency"
+    group: str
+    winner: str | None
+    text: str
+
+
+def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
+    """Three answers for each group of compared rows."""
+    found = []
+    for group in groups(rows):
+        name = ", ".join(group[0].group)
+        if not results.has_one_data:
+            text = "not decided: the runs have read different data (see the problems above)"
+            found += [Verdict(question, name, None, text) for question in _QUESTIONS]
+            continue
+        found += [Verdict(q, name, *answer(results, group)) for q, answer in _QUESTIONS.items()]
+    return found
+
+
+def _at_equal_tokens(results: SweepResults, group: Sequence[Row]) -> tuple[str | None, str]:
+    return _equal_or_curves(results, group, "tokens", lambda row: row.run.tokens, "tokens")
+
+
+def _at_equal_flops(results: SweepResults, group: Sequence[Row]) -> tuple[str | None, str]:
+    return _equal_or_curves(results, group, "training FLOPs", lambda row: row.run.total_flops, "training_flops")
+
+
+def _equal_or_curves(
+    results: SweepResults, group: Sequence[Row], what: str, amount: Callable[[Row], float], hold: str
+) -> tuple[str | None, str]:
+    """Decided by final losses if every row has spent the same; else what the curves show, which decides nothing."""
+    amounts = [amount(row) for row in group]
+    if max(amounts) <= min(amounts) * (1 + results.plan.tolerance):
+        return _best(group)
+    common = min(amounts)
+    parts = []
+    for row in group:
+        share = common / amount(row)
+        loss = row.loss_at(share * row.run.tokens)
+        if loss is not None:
+            parts.append(f"{row.label} {loss:.3f}" + ("" if share > 0.999 else f" (at {share:.0%} of its run)"))
+    curves = f" On the way, at {common:.3g} {what}: {', '.join(parts)}." if parts else ""
+    return None, (
+        f"not decided by this sweep, whose rows end at different {what}.{curves} A run read off before its learning "
+        f"rate has fallen looks worse than it is: hold_equal={hold} decides this."
+    )
+
+
+def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str | None, str]:
+    if results.plan.hold_equal == "decode_latency":
+        winner, text = _best(group)
+        return winner, f"{text} (Latency was held equal on paper or by the sweep's table.)"
+    timed = [row for row in group if row.decode is not None]
+    if not timed:
+        return None, "not measured: report with --measure-decode"
+    reference = baseline_of(timed, results.plan.baseline)
+    ratios = {row.label: row.decode.relative for row in timed if row.decode is not None}
+    equal = [row for row in timed if abs(ratios[row.label] - 1) <= SAME_LATENCY]
+    slower = ", ".join(f"{label} {ratio:.2f}x" for label, ratio in ratios.items() if label not in _labels(equal))
+    others = f" The others take, against it, {slower}." if slower else ""
+    if len(equal) < 2:
+        text = f"not decided: no row decodes within {SAME_LATENCY:.0%} of {reference.label}'s time.{others}"
+        return None, f"{text} hold_equal=decode_latency decides this."
+    winner, text = _best(equal)
+    return (
+        winner,
+        f"as fast as {reference.label}, within {SAME_LATENCY:.0%}: {', '.join(_labels(equal))}. {text[:1].upper()}"
+        f"{text[1:]}{others}",
+    )
+
+
+_QUESTIONS: dict[str, Callable[[SweepResults, Sequence[Row]], tuple[str | None, str]]] = {
+    "tokens": _at_equal_tokens,
+    "training FLOPs": _at_equal_flops,
+    "decoding latency": _at_equal_latency,
+}
+
+
+def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
+    """The row with the lowest loss, if it beats all others by more than chance explains."""
+    known = [row for row in rows if row.loss is not None]
+    unknown = [row.label for row in rows if row.loss is None]
+    without = f" {', '.join(unknown)} cannot be compared yet." if unknown else ""
+    if len(known) < 2:
+        return None, f"not decided: {len(known)} of {len(rows)} rows have a usable run."
+    best = min(known, key=lambda row: row.loss.mean if row.loss else 0.0)
+    assert best.loss is not None
+    others = [row for row in known if row is not best]
+    level = 1 - (1 - LEVEL) / len(others)
+    open_rows: list[Row] = []
+    closed: list[Row] = []
+    for row in others:
+        difference = paired_difference(row.losses, best.losses, level)
+        (closed if difference and difference.excludes_zero() else open_rows).append(row)
+    lead = f"{_with_loops(best)} has the lowest loss, {best.loss.mean:.4f}"
+    if open_rows:
+        reason = _why_open(best, open_rows, level)
+        rivals = ", ".join(_labels(open_rows))
+        return None, f"the data do not decide: {lead}, but is not told from {rivals} ({reason}).{without}"
+    gaps = ", ".join(f"{row.label} {_signed(paired_difference(row.losses, best.losses, level))}" for row in closed)
+    if unknown:
+        return None, f"not decided yet: {lead} and beats {', '.join(_labels(closed))} ({gaps}), but{without}"
+    return best.label, f"{_with_loops(best)} wins: loss {best.loss.mean:.4f}; the others against it: {gaps}."
+
+
+def _why_open(best: Row, rows: Sequence[Row], level: float) -> str:
+    differences = [(row, paired_difference(row.losses, best.losses, level)) for row in rows]
+    parts = []
+    for row, difference in differences:
+        is_known = difference is not None and difference.half is not None
+        parts.append(f"{row.label} {_signed(difference) if is_known else 'shares fewer than two seeds with it'}")
+    return f"against it: {', '.join(parts)}"
+
+
+def _signed(difference: Estimate | None) -> str:
+    assert difference is not None
+    half = "" if difference.half is None else f" +- {difference.half:.4f}"
+    return f"{difference.mean:+.4f}{half}"
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    return [row.label for row in rows]
+
+
+def _with_loops(row: Row) -> str:
+    loops = f"{row.loop_count} loop{'s' if row.loop_count > 1 else ''}"
+    return loops if row.label == loops else f"{row.label} ({loops})"

@@ -1,0 +1,188 @@
+"""The sweep command: plan, say what will be done, do it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.sweep_data import prepare_demo_corpus
+from plt_megatron.experiments.sweep_file import SweepFile, read_sweep
+from plt_megatron.experiments.sweep_local import LocalSweep, format_duration
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, make_plan, merge, save_plan
+from plt_megatron.experiments.sweep_slurm import submit, submit_dry
+from plt_megatron.experiments.sweep_status import (
+    State,
+    check_same_data,
+    done_tokens,
+    measured_flops_rate,
+    note_finished,
+    remaining_seconds,
+    state_of,
+)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What the command line says besides the sweep's file and its settings.
+
+    Attributes:
+        cluster: submit to this Slurm cluster's profile; None: run on this machine.
+        submit_options: launch/submit.py's, besides array and cluster.
+        jobs: runs at once on this machine.
+        gpu: the card that times are estimated for; None: h100 on a cluster, a core of this machine's CPU here.
+    """
+
+    dry_run: bool = False
+    cluster: str | None = None
+    submit_options: tuple[str, ...] = ()
+    jobs: int = 1
+    gpu: str | None = None
+
+
+def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
+    """Print the plan, then run or submit what is not done.
+
+    Returns the exit status: 0 done (or submitted, or a dry run), 1 a run failed, 75 stopped, the running ones saved.
+    Raises `UserError` for what is wrong with the sweep, before anything runs.
+    """
+    sweep = read_sweep(path, settings)
+    makes_data = sweep.demo_corpus is not None
+    plan = make_plan(
+        sweep,
+        sweep.demo_corpus.vocab_size if sweep.demo_corpus else None,
+        check_files=not options.dry_run and not makes_data,
+    )
+    asked = [run.name for run in plan.runs]
+    with _locked(plan.folder) if not options.dry_run else contextlib.nullcontext():
+        plan = merge(plan)
+        states = {run.name: state_of(run) for run in plan.runs}
+        todo = [run for run in plan.runs if run.name in asked and states[run.name] != "finished"]
+        print(describe(plan, states))
+        print(describe_time(plan, todo, sweep, options), flush=True)
+        if options.dry_run:
+            return _dry_run(plan, todo, sweep, options)
+        finished = [run for run in plan.runs if states[run.name] == "finished"]
+        note_finished(finished)
+        if todo and sweep.demo_corpus is not None:
+            prepare_demo_corpus(sweep.demo_corpus)
+        _check_files(todo)
+        check_same_data(todo, finished)
+        save_plan(plan)
+        return _start(plan, todo, options)
+
+
+def _check_files(runs: Sequence[PlannedRun]) -> None:
+    """Raise `UserError` for files that are not there, each once: a sweep's own corpus is made after the plan."""
+    problems = [problem for run in runs for problem in find_problems(run.config)]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> int:
+    """After the plan: what this machine lacks for a real run, each once; with nothing lacking, the cluster's checks."""
+    problems = list(dict.fromkeys(problem for run in todo for problem in find_problems(run.config)))
+    for problem in problems if sweep.demo_corpus is None else []:
+        print(f"note: {problem}")
+    if options.cluster is not None and todo:
+        if problems:
+            print("note: launch/submit.py --dry-run checks the job once the data is there")
+        else:
+            submit_dry(plan, todo, options.cluster, options.submit_options)
+    return 0
+
+
+def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> int:
+    report = f"report: python tools/report_sweep.py {plan.folder}"
+    if not todo:
+        print(f"every run is finished; {report}")
+        return 0
+    if options.cluster is not None:
+        submit(plan, todo, options.cluster, options.submit_options)
+        print(f"{len(todo)} run(s) submitted; {report}")
+        return 0
+    local = LocalSweep(plan, todo, options.jobs)
+    status = local.run()
+    counts = [f"{list(local.outcome.values()).count(state)} {state}" for state in ("finished", "failed", "interrupted")]
+    waiting = f", {len(local.waiting)} not started" if local.waiting else ""
+    print(f"{', '.join(counts)}{waiting}; the same command goes on with what is not finished; {report}")
+    return status
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One sweep at a time in a folder. Raises `UserError` if another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another sweep is running there; wait for it or stop it") from None
+        yield
+
+
+# ---------------------------------------------------------------- what the user reads
+
+
+def describe(plan: SweepPlan, states: dict[str, State]) -> str:
+    """The plan as a table: one line for each row, its seeds together."""
+    header = ["row", "runs", "done", "tokens", "training FLOPs", "parameters", "non-embedding"]
+    if plan.hold_equal:
+        header.append(f"held: {plan.hold_equal}")
+    table = [header]
+    rows: dict[str, list[PlannedRun]] = {}
+    for run in plan.runs:
+        rows.setdefault(run.row(), []).append(run)
+    for label, runs in rows.items():
+        first = runs[0]
+        cells = [label, str(len(runs)), str(sum(states[run.name] == "finished" for run in runs))]
+        cells += [f"{first.tokens:,}", f"{first.total_flops:.3g}", f"{first.parameters:,}"]
+        cells.append(f"{first.non_embedding_parameters:,}")
+        if plan.hold_equal:
+            cells.append(f"{first.deviation:+.2%}" + (f" ({first.change})" if first.change else ""))
+        table.append(cells)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"{plan.title or plan.name}: {plan.folder}"]
+    for cells in table:
+        first_cell, *rest = (
+            cell.ljust(width) if index in (0, 7) else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        lines.append("  ".join([first_cell, *rest]).rstrip())
+    return "\n".join(lines)
+
+
+def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> str:
+    """One line: what is left to do, and how long it takes."""
+    tokens = sum(max(0, run.tokens - done_tokens(run)) for run in todo)
+    flops = sum(max(0, run.tokens - done_tokens(run)) * run.flops_per_token for run in todo)
+    seeds = ", ".join(map(str, sweep.seeds))
+    line = (
+        f"{len(todo)} of {len(plan.runs)} runs to do (seeds {seeds}): {tokens:,} tokens, {flops:.3g} training FLOPs; "
+    )
+    if not todo:
+        return line + "nothing"
+    rate = measured_flops_rate(plan.runs) if options.cluster is None else None
+    if rate is None:
+        return line + _paper_time(todo, options)
+    seconds = remaining_seconds(todo, rate, options.jobs)
+    return line + f"about {format_duration(seconds)} at the {rate / 1e9:.0f} GFLOP/s a run that runs here reached"
+
+
+def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
+    """Before anything is measured. What is done of a run is not subtracted."""
+    from plt_megatron.estimate.run_estimate import estimate_run
+
+    gpu = options.gpu or ("h100" if options.cluster is not None else "cpu")
+    estimates = [estimate_run(run.config, gpu=gpu, vocab_size=run.vocab) for run in todo]
+    if options.cluster is not None:
+        hours = sum(estimate.gpu_hours for estimate in estimates)
+        longest = max(estimate.total_seconds for estimate in estimates)
+        return f"on paper {hours:,.1f} GPU hours on {gpu}, the longest run {format_duration(longest)}"
+    seconds = sum(estimate.total_seconds for estimate in estimates) / options.jobs
+    means = "one core at its nominal rate a run" if gpu == "cpu" else gpu
+    return f"on paper {format_duration(seconds)} ({means}; told from measured speed once a run has begun)"

@@ -1,0 +1,227 @@
+"""What a sweep holds equal across the values it compares, and what it changes to that end.
+
+    tokens            nothing to change: the values must not set them
+    training_flops    tokens, so that tokens x training FLOPs per token is the reference's
+    effective_depth   layers, so that layers x loops is the reference's
+    parameters        FFN width, so that the total is the reference's
+    decode_latency    layers and FFN width, so that a decoded token takes as long as the reference's
+
+Each returns how far it is from the target; `hold` refuses what misses it by more than the sweep's tolerance.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.decode_cost import decode_cost
+from plt_megatron.estimate.flops import training_flops_per_token
+from plt_megatron.estimate.parameters import count_parameters
+from plt_megatron.experiments.sweep_file import LOOP_SWITCHES, DecodeSettings, Hold
+
+# How far a width may be changed for a target: beyond it the model is another kind of model.
+_WIDTH_RANGE = (0.5, 2.0)
+_WIDTH_STEP = 8  # columns, times the tensor-parallel size: what matrix units like
+
+
+@dataclass(frozen=True)
+class Held:
+    """A configuration brought to the target. `deviation`: relative, (own - target) / target; `change`: in words."""
+
+    config: RunConfig
+    deviation: float
+    change: str = ""
+
+
+def vocab_size(config: RunConfig, tokenizer_vocab_size: int | None) -> int:
+    """The run's: as configured, else its tokenizer's."""
+    size = config.model.vocab_size or tokenizer_vocab_size
+    assert size is not None, "validation asks for a tokenizer or model.vocab_size"
+    return size
+
+
+def flops_per_token(config: RunConfig, vocab: int) -> float:
+    """Training FLOPs per token."""
+    padded = derived.padded_vocab_size(config.model, vocab, config.parallel.tensor_model_parallel_size)
+    return training_flops_per_token(config.model, config.data.sequence_length, padded).total
+
+
+def parameters(config: RunConfig, vocab: int) -> int:
+    """All parameters."""
+    return count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size).total
+
+
+def tokens(config: RunConfig) -> int:
+    """Training tokens, in whole steps."""
+    return derived.train_iters(config) * derived.tokens_per_step(config)
+
+
+def hold(
+    config: RunConfig, reference: RunConfig, what: Hold, vocab: int, decode: DecodeSettings, tolerance: float
+) -> Held:
+    """`config` changed so that `what` is the reference's. `reference` itself comes back as it is.
+
+    Raises `UserError` (a reason without the run's name) if the target cannot be met within `tolerance`.
+    """
+    if config == reference:
+        return Held(config, 0.0)
+    held = {
+        "tokens": lambda: _hold_tokens(config, reference),
+        "training_flops": lambda: _hold_flops(config, reference, vocab),
+        "effective_depth": lambda: _hold_depth(config, reference),
+        "parameters": lambda: _hold_parameters(config, reference, vocab),
+        "decode_latency": lambda: _hold_latency(config, reference, vocab, decode),
+    }[what]()
+    if abs(held.deviation) > tolerance:
+        change = f" with {held.change}" if held.change else ""
+        raise UserError(
+            f"{what} cannot be held within {tolerance:.1%}: the nearest{change} is {held.deviation:+.1%} off; "
+            "raise tolerance, or change the base run"
+        )
+    return held
+
+
+def _hold_tokens(config: RunConfig, reference: RunConfig) -> Held:
+    return Held(config, tokens(config) / tokens(reference) - 1)
+
+
+def _hold_flops(config: RunConfig, reference: RunConfig, vocab: int) -> Held:
+    target = tokens(reference) * flops_per_token(reference, vocab)
+    per_step = flops_per_token(config, vocab) * derived.tokens_per_step(config)
+    steps = max(1, round(target / per_step))
+    training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
+    held = dataclasses.replace(config, training=training)
+    return Held(held, steps * per_step / target - 1, f"tokens {tokens(held):,}")
+
+
+def _hold_depth(config: RunConfig, reference: RunConfig) -> Held:
+    target = reference.model.num_layers * reference.model.loop_count
+    loops, pipeline = config.model.loop_count, config.parallel.pipeline_model_parallel_size
+    if target % (loops * pipeline):
+        raise UserError(
+            f"effective_depth cannot be held: {target} layers (layers x loops of the reference) do not divide by "
+            f"{loops} loops{f' x {pipeline} pipeline stages' if pipeline > 1 else ''}; choose a base whose layers do"
+        )
+    layers = target // loops
+    return Held(_with_model(config, num_layers=layers), 0.0, f"layers {layers}")
+
+
+def _hold_parameters(config: RunConfig, reference: RunConfig, vocab: int) -> Held:
+    target = parameters(reference, vocab)
+    own = {width: parameters(_with_model(config, ffn_hidden_size=width), vocab) for width in _widths(config, 1)}
+    # Of several equally near, the one that changes least: gates alone are no reason for another width.
+    width = min(own, key=lambda w: (abs(own[w] - target), abs(w - config.model.ffn_hidden_size)))
+    change = "" if width == config.model.ffn_hidden_size else f"FFN width {width}"
+    return Held(_with_model(config, ffn_hidden_size=width), own[width] / target - 1, change)
+
+
+def _hold_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: DecodeSettings) -> Held:
+    if decode.table is not None:
+        return _hold_measured_latency(config, reference, Path(decode.table))
+    target = latency_ms(reference.model, vocab, decode)
+    best: tuple[float, int, int, float] | None = None
+    for layers in _layers_by_distance(config):
+        for width in _widths(config, _WIDTH_STEP):
+            model = dataclasses.replace(config.model, num_layers=layers, ffn_hidden_size=width)
+            deviation = latency_ms(model, vocab, decode) / target - 1
+            # A tenth of a percent is as good as exact; within it the smallest change of layers, then of width, wins.
+            rank = (max(abs(deviation), 1e-3), abs(layers - config.model.num_layers))
+            if best is None or (*rank, abs(width - config.model.ffn_hidden_size)) < (
+                max(abs(best[3]), 1e-3),
+                abs(best[1] - config.model.num_layers),
+                abs(best[2] - config.model.ffn_hidden_size),
+            ):
+                best = (target, layers, width, deviation)
+    assert best is not None
+    _, layers, width, deviation = best
+    change = _shape_change(config.model, layers, width)
+    return Held(_with_model(config, num_layers=layers, ffn_hidden_size=width), deviation, change)
+
+
+def latency_ms(model: ModelConfig, vocab: int, decode: DecodeSettings) -> float:
+    """Milliseconds per decoded token on paper."""
+    return decode_cost(
+        model,
+        vocab_size=vocab,
+        context_length=decode.context_length,
+        batch_size=decode.batch_size,
+        gpu=decode.gpu,
+    ).milliseconds
+
+
+def _layers_by_distance(config: RunConfig) -> list[int]:
+    own, stages = config.model.num_layers, config.parallel.pipeline_model_parallel_size
+    return sorted(range(stages, 2 * own + 1, stages), key=lambda layers: abs(layers - own))
+
+
+def _widths(config: RunConfig, step: int) -> Iterable[int]:
+    """FFN widths within `_WIDTH_RANGE` of the run's own, in steps that keep it divisible."""
+    own = config.model.ffn_hidden_size
+    step *= config.parallel.tensor_model_parallel_size
+    low, high = (round(own * factor) for factor in _WIDTH_RANGE)
+    return sorted({own, *range(-(-low // step) * step, high + 1, step)})
+
+
+def _shape_change(model: ModelConfig, layers: int, width: int) -> str:
+    parts = [f"layers {layers}"] if layers != model.num_layers else []
+    parts += [f"FFN width {width}"] if width != model.ffn_hidden_size else []
+    return ", ".join(parts)
+
+
+def _with_model(config: RunConfig, **changes: int) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- measured latency
+
+_SHAPE = ("num_layers", "ffn_hidden_size")
+_SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
+
+
+def _hold_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> Held:
+    """The shape of the table, with the run's own switches of the loop, that decodes nearest to the reference's time."""
+    rows = list(_read_table(table))
+    target = next((ms for key, ms in rows if key == _table_key(reference.model)), None)
+    if target is None:
+        raise UserError(f"{table} has no row for the reference ({_describe_key(_table_key(reference.model))})")
+    own = _table_key(config.model)
+    candidates = [(key, ms) for key, ms in rows if key[len(_SHAPE) :] == own[len(_SHAPE) :]]
+    if not candidates:
+        raise UserError(f"{table} has no row for {_describe_key(own)}, nor for its switches with another shape")
+    key, ms = min(candidates, key=lambda row: abs(row[1] - target))
+    layers, width = int(key[0]), int(key[1])
+    held = _with_model(config, num_layers=layers, ffn_hidden_size=width)
+    return Held(held, ms / target - 1, _shape_change(config.model, layers, width))
+
+
+def _table_key(model: ModelConfig) -> tuple[str, ...]:
+    return tuple(str(getattr(model, name)).lower() for name in (*_SHAPE, *_SWITCHES))
+
+
+def _describe_key(key: tuple[str, ...]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in zip((*_SHAPE, *_SWITCHES), key, strict=True))
+
+
+def _read_table(path: Path) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(shape and switches, milliseconds) of each row of a CSV."""
+    columns = (*_SHAPE, *_SWITCHES, "milliseconds")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in columns if name not in (reader.fieldnames or [])]
+            if missing:
+                raise UserError(f"{path} lacks the column(s) {', '.join(missing)}")
+            for number, row in enumerate(reader, start=2):
+                try:
+                    milliseconds = float(row["milliseconds"])
+                except ValueError:
+                    raise UserError(f"{path}:{number}: milliseconds: expected a number") from None
+                yield tuple(row[name].strip().lower() for name in columns[:-1]), milliseconds
+    except OSError as error:
+        raise UserError(f"decode.table: cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,233 @@
+"""Runs a sweep's runs on this machine, several at once if asked, and stops them cleanly.
+
+Each run is `launch/local.py` on its resolved configuration, in a process group of its own, its output in `train.log` in
+its folder. A run that fails is noted and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from plt_megatron.config import derived
+from plt_megatron.errors import EXIT_USER_ERROR, UserError
+from plt_megatron.experiments.steps import format_seconds
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path
+from plt_megatron.experiments.sweep_status import (
+    RunRecord,
+    data_fingerprint,
+    measured_flops_rate,
+    read_record,
+    records_of,
+    remaining_seconds,
+    state_of,
+    write_record,
+)
+from plt_megatron.runtime.local_processes import EXIT_PREEMPTED, usable_cores
+
+LOG = "train.log"
+ROOT = Path(__file__).resolve().parents[2]
+_POLL_SECONDS = 0.1
+_REPORT_SECONDS = 60.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@dataclass
+class _Running:
+    run: PlannedRun
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+    started: float
+    record: RunRecord
+
+
+class LocalSweep:
+    """The runs of a plan that are not finished, on this machine.
+
+    Args:
+        plan: saved.
+        runs: those of the plan to run, in this order.
+        jobs: runs at once. More than one asks for single-process runs.
+    """
+
+    def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], jobs: int = 1) -> None:
+        large = [run.name for run in runs if derived.required_world_size(run.config) > 1]
+        if jobs > 1 and large:
+            raise UserError(f"--jobs {jobs} is for runs of one process each; {large[0]} asks for more: use --jobs 1")
+        self.plan = plan
+        self.jobs = jobs
+        self.waiting = list(runs)
+        self.running: list[_Running] = []
+        self.outcome: dict[str, str] = {}
+        self._numbers = {run.name: number for number, run in enumerate(runs, start=1)}
+        self._signals: list[int] = []
+        self._reported = time.monotonic()
+
+    def run(self) -> int:
+        """Run them all, or until asked to stop.
+
+        Returns the exit status: 0 all finished, 75 stopped with the running ones saved, 1 some failed. A second SIGINT
+        kills what runs.
+        """
+        with self._signals_heard():
+            try:
+                while self.running or (self.waiting and not self._signals):
+                    self._start_some()
+                    self._collect()
+                    self._report()
+                    if self._signals.count(signal.SIGINT) > 1:
+                        break
+                    time.sleep(_POLL_SECONDS)
+            finally:
+                self._kill()
+        if self._signals:
+            return EXIT_PREEMPTED
+        return 1 if any(status != "finished" for status in self.outcome.values()) else 0
+
+    def _start_some(self) -> None:
+        while self.waiting and len(self.running) < self.jobs and not self._signals:
+            run = self.waiting.pop(0)
+            record = read_record(run.folder) or RunRecord()
+            record.status, record.reason, record.exit_status = "started", "", None
+            record.attempts += 1
+            record.fingerprint = data_fingerprint(run)
+            write_record(run.folder, record)
+            log = (run.folder / LOG).open("ab")
+            command = [sys.executable, str(ROOT / "launch" / "local.py"), str(config_path(self.plan, run))]
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | self._threads(),
+                process_group=0,
+                preexec_fn=_die_with_parent,
+            )
+            self.running.append(_Running(run, process, log, time.monotonic(), record))
+            print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
+
+    def _threads(self) -> dict[str, str]:
+        """Each run's share of the cores, unless the user has said how many threads there should be."""
+        if self.jobs == 1 or "OMP_NUM_THREADS" in os.environ:
+            return {}
+        return {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
+
+    def _collect(self) -> None:
+        for item in [item for item in self.running if item.process.poll() is not None]:
+            self.running.remove(item)
+            self._note_end(item)
+
+    def _note_end(self, item: _Running) -> None:
+        item.log.close()
+        run, record, status = item.run, item.record, item.process.returncode
+        record.exit_status = status
+        record.seconds += time.monotonic() - item.started
+        record.status = {0: "finished", EXIT_PREEMPTED: "interrupted"}.get(status, "failed")
+        if self._signals and (status < 0 or status > 128):
+            record.status = "interrupted"  # asked to stop before it could listen, or killed by a second request
+        if record.status == "finished" and state_of(run) != "finished":
+            record.status, record.reason = "failed", "ended with status 0 before its last step was validated and saved"
+        elif record.status == "failed":
+            record.reason = _reason(run.folder / LOG, status)
+        write_record(run.folder, record)
+        self.outcome[run.name] = record.status
+        detail = _final_loss(run) if record.status == "finished" else record.reason
+        print(
+            f"{self._place(run)} {run.name}: {record.status} after {format_seconds(record.seconds)}"
+            f"{f', {detail}' if detail else ''}",
+            flush=True,
+        )
+
+    def _place(self, run: PlannedRun) -> str:
+        return f"[{self._numbers[run.name]}/{len(self._numbers)}]"
+
+    def _report(self) -> None:
+        """Once a minute: how far the running ones are, and how long the rest takes."""
+        if time.monotonic() - self._reported < _REPORT_SECONDS or not self.running:
+            return
+        self._reported = time.monotonic()
+        runs = [item.run for item in self.running]
+        parts = [_progress(run) for run in runs]
+        rate = measured_flops_rate(self.plan.runs)
+        left = (
+            f"; about {format_duration(remaining_seconds([*runs, *self.waiting], rate, self.jobs))} left"
+            if rate
+            else ""
+        )
+        print(f"      {', '.join(parts)}{left}", flush=True)
+
+    # Being stopped.
+
+    @contextlib.contextmanager
+    def _signals_heard(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+        if len(self._signals) == 1:
+            # os.write: print is not safe in a signal handler.
+            os.write(2, b"stopping: waiting for the running runs to save; again: kill them\n")
+            for item in self.running:
+                item.process.send_signal(signal.SIGTERM)
+
+    def _kill(self) -> None:
+        for item in self.running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(item.process.pid, signal.SIGKILL)
+            item.process.wait()
+            self._note_end(item)
+        self.running = []
+
+
+def format_duration(seconds: float) -> str:
+    """`4.2 s`, `38 s`, `3 min 05 s`, `2 h 40 min`, or `3.1 days`."""
+    if seconds < 3600:
+        return format_seconds(seconds)
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _progress(run: PlannedRun) -> str:
+    train = [record for record in records_of(run.folder) if record["kind"] == "train"]
+    if not train:
+        return f"{run.name} begins"
+    return f"{run.name} {train[-1]['tokens'] / run.tokens:.0%} (loss {train[-1]['loss']:.3f})"
+
+
+def _final_loss(run: PlannedRun) -> str:
+    losses = {r["loop_count"]: r["loss"] for r in records_of(run.folder) if r["kind"] == "validation"}
+    own = losses.get(run.config.model.loop_count)
+    return "" if own is None else f"validation loss {own:.4f}"
+
+
+def _reason(log: Path, status: int) -> str:
+    """The run's own last error line, else how it ended."""
+    lines = log.read_bytes()[-20000:].decode("utf-8", "replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    if status == EXIT_USER_ERROR and not errors:
+        how += " (a setting)"
+    return f"{how}: {errors[-1].removeprefix('error: ')}" if errors else f"{how}; see {log}"
+
+
+def _die_with_parent() -> None:
+    """SIGTERM for this child if the sweep is killed: the run saves and ends instead of going on unseen."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,305 @@
+"""A sweep's plan: its runs with their resolved configurations, and `sweep.yaml`, which holds it.
+
+The plan lies at the top of the sweep's folder, one run folder a run beside it:
+
+    runs/sweeps/NAME/
+      sweep.yaml            this plan
+      plan/RUN.yaml         each run's resolved configuration
+      RUN/                  an ordinary run folder
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plt_megatron.config import derived
+from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.parameters import count_parameters
+from plt_megatron.experiments import sweep_hold
+from plt_megatron.experiments.sweep_file import SweepFile
+
+FILE_NAME = "sweep.yaml"
+CONFIGS = "plan"  # the folder of the runs' configurations
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run.
+
+    Attributes:
+        labels: axis -> the label of its value.
+        change: what `hold_equal` changed, in words; `deviation`: how far it is from the target, relative.
+        vocab: of the tokenizer.
+    """
+
+    name: str
+    labels: dict[str, str]
+    seed: int
+    config: RunConfig
+    vocab: int
+    change: str = ""
+    deviation: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return sweep_hold.tokens(self.config)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs per token."""
+        return sweep_hold.flops_per_token(self.config, self.vocab)
+
+    @property
+    def total_flops(self) -> float:
+        return self.tokens * self.flops_per_token
+
+    @property
+    def parameters(self) -> int:
+        return sweep_hold.parameters(self.config, self.vocab)
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """Without the embedding table and the output layer."""
+        tp = self.config.parallel.tensor_model_parallel_size
+        return count_parameters(self.config.model, self.vocab, tp).non_embedding
+
+    @property
+    def folder(self) -> Path:
+        return derived.run_folder(self.config)
+
+    def row(self) -> str:
+        """What the run is called without its seed."""
+        return ", ".join(self.labels.values()) or self.config.model.__class__.__name__
+
+
+@dataclass
+class SweepPlan:
+    """What is to be run.
+
+    Attributes:
+        compare: the axis whose values are compared; `baseline`: the label of its reference.
+        questions: text -> labels [value, reference] of that axis, for the report.
+    """
+
+    name: str
+    folder: Path
+    runs: list[PlannedRun]
+    title: str = ""
+    hold_equal: str | None = None
+    tolerance: float = 0.02
+    compare: str | None = None
+    baseline: str | None = None
+    questions: dict[str, list[str]] = field(default_factory=dict)
+
+    def run(self, name: str) -> PlannedRun:
+        return next(run for run in self.runs if run.name == name)
+
+
+def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool = True) -> SweepPlan:
+    """Every combination of the axes' values and the seeds, with what is held equal.
+
+    `tokenizer_vocab`: ids of a tokenizer that is still to be made; None: read from the run's tokenizer.
+    Raises `UserError`, one line per problem, if a run's settings are wrong or the target cannot be met.
+    """
+    compare = sweep.compared_axis()
+    baseline = sweep.baseline or (compare.choices[0].label if compare else None)
+    rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]] = {}
+    for choices in itertools.product(*(axis.choices for axis in sweep.axes)):
+        overrides = [*sweep.overrides, *(override for choice in choices for override in choice.overrides)]
+        config = load_config(sweep.base, [*overrides, f"output_dir={sweep.folder}"])
+        labels = {axis.name: choice.label for axis, choice in zip(sweep.axes, choices, strict=True)}
+        rows[tuple(labels.values())] = (config, labels)
+    problems = _problems(rows, check_files)
+    if problems:
+        raise UserError("\n".join(problems))
+    runs: list[PlannedRun] = []
+    for config, labels in rows.values():
+        held = sweep_hold.Held(config, 0.0)
+        vocab = _vocab(config, tokenizer_vocab)
+        if sweep.hold_equal is not None and compare is not None:
+            reference = rows[tuple({**labels, compare.name: str(baseline)}.values())][0]
+            try:
+                held = sweep_hold.hold(config, reference, sweep.hold_equal, vocab, sweep.decode, sweep.tolerance)
+            except UserError as error:
+                problems.append(f"{', '.join(labels.values())}: {error}")
+        runs += _seeded(held, labels, sweep.seeds, vocab)
+    problems += [f"{run.name}: {p}" for run in runs for p in find_problems(run.config, check_files=False)]
+    if problems:
+        raise UserError("\n".join(problems))
+    runs.sort(key=lambda run: sweep.seeds.index(run.seed))  # stable: every row with the first seed comes first
+    return SweepPlan(
+        name=sweep.name,
+        folder=sweep.folder,
+        runs=runs,
+        title=sweep.title or sweep.name,
+        hold_equal=sweep.hold_equal,
+        tolerance=sweep.tolerance,
+        compare=compare.name if compare else None,
+        baseline=baseline,
+        questions=sweep.questions,
+    )
+
+
+def _problems(rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]], check_files: bool) -> list[str]:
+    """What is wrong with the rows' configurations, before anything is held equal; each distinct problem once."""
+    found: dict[str, list[str]] = {}
+    for labels, (config, _) in rows.items():
+        named = dataclasses.replace(config, name="run")
+        for problem in find_problems(named, check_files=check_files):
+            found.setdefault(problem, []).append(", ".join(labels))
+    everywhere = len(rows)
+    return [p if len(labels) == everywhere else f"{labels[0]}: {p}" for p, labels in found.items()]
+
+
+def _vocab(config: RunConfig, tokenizer_vocab: int | None) -> int:
+    if config.model.vocab_size is None and tokenizer_vocab is None:
+        from plt_megatron.data.tokenizer import load_tokenizer
+
+        assert config.data.tokenizer is not None, "validation asks for a tokenizer or model.vocab_size"
+        tokenizer_vocab = load_tokenizer(config.data.tokenizer).vocab_size
+    return sweep_hold.vocab_size(config, tokenizer_vocab)
+
+
+def _seeded(held: sweep_hold.Held, labels: dict[str, str], seeds: Sequence[int], vocab: int) -> Iterator[PlannedRun]:
+    for seed in seeds:
+        name = "-".join([*(_slug(label) for label in labels.values()), f"seed{seed}"])
+        training = dataclasses.replace(held.config.training, seed=seed)
+        config = dataclasses.replace(held.config, name=name, training=training)
+        yield PlannedRun(name, labels, seed, config, vocab, held.change, held.deviation)
+
+
+def _slug(label: str) -> str:
+    """A label as part of a folder's name: `+ KV sharing` is `kv_sharing`, `loop_count=2` stays."""
+    return re.sub(r"[^a-z0-9=.-]+", "_", label.lower()).strip("_") or "x"
+
+
+# ---------------------------------------------------------------- sweep.yaml
+
+
+def save_plan(plan: SweepPlan) -> None:
+    """Write `sweep.yaml` and the runs' configurations. Raises `UserError` where that cannot be done."""
+    for run in plan.runs:
+        save_config(run.config, config_path(plan, run))
+    content = {
+        "format": _FORMAT,
+        **{name: getattr(plan, name) for name in ("name", "title", *_IDENTITY, "tolerance", "questions")},
+        "runs": [
+            {
+                "name": run.name,
+                "labels": run.labels,
+                "seed": run.seed,
+                "vocab_size": run.vocab,
+                "tokens": run.tokens,
+                "training_flops": run.total_flops,
+                "parameters": run.parameters,
+                "change": run.change,
+                "deviation": run.deviation,
+            }
+            for run in plan.runs
+        ],
+    }
+    target = plan.folder / FILE_NAME
+    temporary = target.with_name(f".{FILE_NAME}.{os.getpid()}")
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False, width=110), encoding="utf-8")
+    os.replace(temporary, target)
+
+
+def load_plan(folder: str | Path) -> SweepPlan:
+    """The plan of the sweep in `folder`. Raises `UserError` where there is none, or a broken one."""
+    folder = Path(folder)
+    path = folder / FILE_NAME
+    try:
+        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        runs = [
+            PlannedRun(
+                name=entry["name"],
+                labels=dict(entry["labels"]),
+                seed=entry["seed"],
+                config=_relocated(load_config(folder / CONFIGS / f"{entry['name']}.yaml"), folder),
+                vocab=entry["vocab_size"],
+                change=entry["change"],
+                deviation=entry["deviation"],
+            )
+            for entry in content["runs"]
+        ]
+        values = {name: content[name] for name in ("name", "title", *_IDENTITY, "tolerance")}
+        values["questions"] = content.get("questions", {})
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}: {folder} is no sweep (tools/sweep_loops.py)") from error
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a sweep's plan ({error!r}); was it edited?") from error
+    return SweepPlan(folder=folder, runs=runs, **values)
+
+
+def config_path(plan: SweepPlan, run: PlannedRun) -> Path:
+    """Where the run's resolved configuration lies."""
+    return plan.folder / CONFIGS / f"{run.name}.yaml"
+
+
+_IDENTITY = ("hold_equal", "compare", "baseline")  # what two sweeps in one folder must agree on
+
+
+def merge(plan: SweepPlan) -> SweepPlan:
+    """The plan together with the one that lies in its folder already.
+
+    More seeds or more values of an axis extend a sweep. Raises `UserError` if the two contradict each other: another
+    thing held equal, or a run of the same name with other settings.
+    """
+    if not (plan.folder / FILE_NAME).exists():
+        return plan
+    old = load_plan(plan.folder)
+    problems = [
+        f"{name} was {getattr(old, name)!r} there, and is {getattr(plan, name)!r} now"
+        for name in _IDENTITY
+        if getattr(old, name) != getattr(plan, name)
+    ]
+    known = {run.name: run for run in old.runs}
+    for run in plan.runs:
+        if run.name in known:
+            differences = config_differences(known[run.name].config, run.config)
+            problems += [f"{run.name}: {text}" for _, text in differences]
+    if problems:
+        raise UserError(
+            f"{plan.folder} holds another sweep: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
+            "Give this one another name (name=...), or remove that folder"
+        )
+    names = {run.name for run in plan.runs}
+    return dataclasses.replace(plan, runs=[*plan.runs, *(run for run in old.runs if run.name not in names)])
+
+
+def config_differences(before: RunConfig, now: RunConfig) -> list[tuple[str, str]]:
+    """(dotted key, in words) of every setting that differs, where the runs lie aside."""
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
+    return [
+        (key, f"{key} was {old.get(key)!r}, is {value!r}")
+        for key, value in new.items()
+        if old.get(key) != value and key != "output_dir"
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = item
+    return flat
+
+
+def _relocated(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with its run folder in `folder`: a sweep may have been moved."""
+    return dataclasses.replace(config, output_dir=str(folder))

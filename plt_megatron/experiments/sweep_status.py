@@ -1,0 +1,191 @@
+"""How far the runs of a sweep have come, by what lies in their folders, and how long the rest will take."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from plt_megatron.config import derived
+from plt_megatron.data.mix import fingerprint, fingerprint_differences, required_samples
+from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.sweep_plan import PlannedRun
+from plt_megatron.slurm.progress import read_progress
+from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress, step_of
+from plt_megatron.train.metrics import FILE_NAME as METRICS
+from plt_megatron.train.metrics import read_metrics
+
+State = Literal["finished", "failed", "interrupted", "pending"]
+RECORD = "sweep_run.json"  # in the run's folder: what the sweep knows of its attempts
+
+
+@dataclass
+class RunRecord:
+    """The sweep's note on a run. `seconds`: of all attempts; `fingerprint`: of its data (`data.mix`)."""
+
+    status: str = "started"
+    exit_status: int | None = None
+    attempts: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    fingerprint: dict[str, Any] | None = None
+
+
+def read_record(folder: Path) -> RunRecord | None:
+    """None where no sweep has started the run, or seen it finished (a Slurm job does not write it)."""
+    try:
+        return RunRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{folder / RECORD}: broken ({error}); remove it") from error
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Atomic."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RECORD}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / RECORD)
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """The run's metrics, none if it has not begun. Raises `UserError` on a broken file."""
+    try:
+        return read_metrics(folder)
+    except FileNotFoundError:
+        return []
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / METRICS}: a line is not JSON: {error}") from None
+
+
+def state_of(run: PlannedRun) -> State:
+    """Finished: the last step is recorded, validated and saved. Failed: the last attempt ended with an error."""
+    records, steps = records_of(run.folder), derived.train_iters(run.config)
+    last = {kind: max((r["step"] for r in records if r["kind"] == kind), default=0) for kind in ("train", "validation")}
+    is_trained = last["train"] >= steps
+    is_validated = run.config.validation.iters == 0 or last["validation"] >= steps
+    if is_trained and is_validated and _is_saved(run, steps):
+        return "finished"
+    if failure_of(run) is not None:
+        return "failed"
+    return "interrupted" if records or _saved_step(run) else "pending"
+
+
+def _is_saved(run: PlannedRun, steps: int) -> bool:
+    """Whether nothing is left to train: in a copy without checkpoints the sweep's note says so."""
+    if not run.config.checkpoint.enabled:
+        return True
+    saved, record = _saved_step(run), read_record(run.folder)
+    return saved >= steps or (saved == 0 and record is not None and record.status == "finished")
+
+
+def _saved_step(run: PlannedRun) -> int:
+    checkpoint = latest_checkpoint(run.folder, verify=False)
+    return step_of(checkpoint) if checkpoint else 0
+
+
+def failure_of(run: PlannedRun) -> str | None:
+    """Why the run's last attempt failed, by the sweep's note or by the Slurm job's; None if it did not."""
+    record = read_record(run.folder)
+    if record is not None and record.status == "failed":
+        return record.reason or "its last attempt failed"
+    return read_progress(run.folder).stopped
+
+
+def note_finished(runs: Iterable[PlannedRun]) -> None:
+    """Make the sweep's note of finished runs that have none (a Slurm job writes none), so that their folders say all
+    that counts without a checkpoint."""
+    for run in runs:
+        record = read_record(run.folder) or RunRecord()
+        if record.status != "finished" or record.fingerprint is None:
+            record.status, record.reason, record.fingerprint = "finished", "", recorded_fingerprint(run)
+            write_record(run.folder, record)
+
+
+def done_tokens(run: PlannedRun) -> int:
+    """Tokens up to the last record."""
+    return max((record["tokens"] for record in records_of(run.folder)), default=0)
+
+
+# ---------------------------------------------------------------- data
+
+
+def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
+    """Of the data that the run would read now."""
+    config = run.config
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    samples = required_samples(config)[0]
+    return fingerprint(config.data, tokenizer, seed=config.training.seed, num_samples=samples)
+
+
+def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
+    """Of the data that the run has read: its checkpoint's, else the sweep's note; None if neither has it."""
+    checkpoint = latest_checkpoint(run.folder, verify=False)
+    if checkpoint is not None:
+        # A damaged checkpoint is the training's matter: the note has the same fingerprint.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found: dict[str, Any] | None = read_verified_progress(checkpoint).get("data_fingerprint")
+            if found is not None:
+                return found
+    record = read_record(run.folder)
+    return record.fingerprint if record else None
+
+
+def data_part(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint without what differs between seeds and budgets on the same data."""
+    return {key: value for key, value in fingerprint.items() if key not in ("sampling", "sha256")}
+
+
+def data_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what differs between two fingerprints; empty for the same data, whatever seed and budget."""
+    if data_part(before) == data_part(now):
+        return []
+    return fingerprint_differences(before, {**now, "sampling": before.get("sampling")})
+
+
+def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) -> None:
+    """Raise `UserError` if a run would read other data now than a finished one with the same data settings has read."""
+    first: dict[str, PlannedRun] = {}
+    for run in todo:
+        first.setdefault(repr(run.config.data), run)
+    for settings, run in first.items():
+        same = {r.name: recorded_fingerprint(r) for r in finished if repr(r.config.data) == settings}
+        name, before = next(((name, found) for name, found in same.items() if found), ("", None))
+        words = data_differences(before, data_fingerprint(run)) if before else []
+        if words:
+            raise UserError(
+                f"{run.name} would read other data than {name} has read ({', '.join(words)}), and the two could not be "
+                "compared: put that data back, or give the sweep another name (name=...)"
+            )
+
+
+# ---------------------------------------------------------------- time
+
+
+def measured_flops_rate(runs: Iterable[PlannedRun]) -> float | None:
+    """Model FLOP/s that runs with metrics reached on this machine, the median over runs; None before the first."""
+    rates = []
+    for run in runs:
+        speeds = [r["tokens_per_second"] for r in records_of(run.folder) if r["kind"] == "train"]
+        speeds = [speed for speed in speeds if speed and math.isfinite(speed)]
+        if speeds:
+            rates.append(statistics.median(speeds) * run.flops_per_token)
+    return statistics.median(rates) if rates else None
+
+
+def remaining_seconds(runs: Sequence[PlannedRun], rate: float, jobs: int = 1) -> float:
+    """Seconds that the rest of `runs` takes at `rate` model FLOP/s a run, `jobs` at once."""
+    rest = [max(0, run.tokens - done_tokens(run)) * run.flops_per_token / rate for run in runs]
+    ends = [0.0] * max(1, jobs)
+    for seconds in rest:  # in order, each as soon as a place is free: what the sweep does
+        first = ends.index(min(ends))
+        ends[first] += seconds
+    return max(ends)

@@ -1,0 +1,190 @@
+"""What a report says of runs that are missing, unfinished, diverged or not comparable: named, and in no mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+from sweep_helpers import FINGERPRINT, LOOPS, finish, saved_plan
+
+from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.report.results import load_results
+from plt_megatron.experiments.report.rows import make_rows
+from plt_megatron.experiments.report.verdict import verdicts
+from plt_megatron.experiments.report.writing import write_report
+from plt_megatron.experiments.sweep_status import RunRecord, write_record
+
+LOSS = {"1 loop": 3.0, "2 loops": 2.9, "3 loops": 2.95}
+
+
+def finish_all(plan, without=(), **changes):
+    """All runs finished, 2 loops best by far; `changes`: run name -> arguments of `finish`."""
+    for run in plan.runs:
+        if run.name not in without:
+            loss = LOSS[run.row()] + 0.001 * run.seed
+            finish(run, **{"loss": loss, **changes.get(run.name, {})})
+
+
+def statuses(results):
+    return {result.run.name: result.status for result in results.runs if result.status != "used"}
+
+
+def answers(results):
+    return {verdict.question: verdict for verdict in verdicts(results, make_rows(results, {}))}
+
+
+def edit_metrics(run, change):
+    path = run.folder / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
+
+
+def test_a_whole_sweep_has_no_problems_and_an_answer(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    results = load_results(plan.folder)
+    assert results.problems == [] and len(results.used()) == 9
+    assert answers(results)["tokens"].winner == "2 loops"
+
+
+def test_an_empty_sweep_says_so_and_decides_nothing(tmp_path):
+    plan = saved_plan(tmp_path)
+    report = write_report(plan.folder)
+    assert report.problems[0].startswith("no run of the sweep is finished and usable (9 are planned)")
+    assert "9 run(s) have not begun: 1_loop-seed1, 2_loops-seed1" in report.problems[1]
+    assert all(verdict.winner is None for verdict in report.verdicts)
+    page = (report.folder / "index.html").read_text()
+    assert "there is no result yet" in page and "0 of 9 runs are used" in page
+
+
+def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no sweep"):
+        load_results(tmp_path)
+
+
+def test_unfinished_and_missing_runs_are_in_no_mean(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan, without=("3_loops-seed3",), **{"2_loops-seed2": {"loss": 0.5, "upto": 0.4}})
+    results = load_results(plan.folder)
+    assert statuses(results) == {"2_loops-seed2": "partial", "3_loops-seed3": "missing"}
+    text = "\n".join(results.problems)
+    assert "2_loops-seed2 is in no mean (partial): at 40% of its tokens" in text
+    assert "1 run(s) have not begun: 3_loops-seed3" in text
+    assert "the rows have different seeds" in text and "1, 3: 2 loops" in text
+    one, two, three = make_rows(results, {})
+    assert (one.loss.n, two.loss.n, three.loss.n) == (3, 2, 2)
+    assert two.loss.mean == pytest.approx(2.9 + 0.001 * 2)  # of seeds 1 and 3
+    assert two.to_baseline.mean == pytest.approx(-0.1) and two.to_baseline.n == 2
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, math.log(256) + 0.1], ids=["nan", "inf", "above guessing"])
+def test_a_diverged_run_is_named_and_in_no_mean(tmp_path, loss):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    run = plan.run("1_loop-seed2")
+    edit_metrics(run, lambda r: {**r, "loss": loss} if r["step"] == 100 else r)
+    results = load_results(plan.folder)
+    assert statuses(results) == {"1_loop-seed2": "diverged"}
+    assert any("1_loop-seed2 is in no mean (diverged): the loss is" in problem for problem in results.problems)
+    assert make_rows(results, {})[0].loss.mean == pytest.approx(3.002)  # of seeds 1 and 3
+    assert write_report(plan.folder).folder.is_dir()
+
+
+def test_a_failed_run_is_told_with_its_reason(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan, **{"1_loop-seed1": {"loss": 3.0, "upto": 0.5}, "2_loops-seed1": {"loss": 3.0, "upto": 0.5}})
+    write_record(plan.run("1_loop-seed1").folder, RunRecord(status="failed", reason="exit status 1: no luck today"))
+    slurm = plan.run("2_loops-seed1").folder  # as plt_megatron/slurm/in_job leaves it
+    (slurm / "why.txt").write_text("out of memory\n")
+    events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
+    (slurm / "attempts.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    results = load_results(plan.folder)
+    assert statuses(results) == {"1_loop-seed1": "failed", "2_loops-seed1": "failed"}
+    text = "\n".join(results.problems)
+    assert "(failed): exit status 1: no luck today" in text and "(failed): rank 3 was killed by signal 9" in text
+
+
+def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
+    plan = saved_plan(tmp_path)
+    other = {**FINGERPRINT, "sources": {"train": [["xyz", 1.0]]}}
+    finish_all(plan, **{"2_loops-seed3": {"fingerprint": other}})
+    results = load_results(plan.folder)
+    assert statuses(results) == {"2_loops-seed3": "other data"}
+    reason = results.runs[plan.runs.index(plan.run("2_loops-seed3"))].reason
+    assert reason == "read other data than 1_loop-seed1: other train data or weights"
+    assert results.runs[plan.runs.index(plan.run("2_loops-seed3"))].loss is None
+    found = answers(results)
+    assert all(verdict.winner is None and "different data" in verdict.text for verdict in found.values())
+
+
+def test_runs_whose_data_nobody_recorded_are_said_to_be_so(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    (progress,) = plan.run("1_loop-seed1").folder.glob("checkpoints/step_*/progress.json")
+    progress.write_text(json.dumps({"format": 1, "step": 100}))
+    assert any("no data fingerprint" in problem for problem in load_results(plan.folder).problems)
+
+
+def test_a_run_with_other_settings_than_planned_is_in_no_mean(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    run = plan.run("3_loops-seed1")
+    changed = load_config(plan.folder / "plan" / f"{run.name}.yaml", ["optimizer.lr=0.5", "logging.log_interval=3"])
+    save_config(changed, run.folder / "config.yaml")
+    results = load_results(plan.folder)
+    assert statuses(results) == {"3_loops-seed1": "other settings"}
+    (problem,) = [p for p in results.problems if "other settings" in p]
+    assert "optimizer.lr was" in problem and "is 0.5" in problem and "log_interval" not in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{broken\n", "a line is not JSON"),
+        ('{"kind": "train"}\n', "not this program's records"),
+        ("[1, 2]\n", "not this program's records"),
+    ],
+)
+def test_a_broken_file_costs_its_run_alone(tmp_path, text, said):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    (plan.run("1_loop-seed1").folder / "metrics.jsonl").write_text(text)
+    results = load_results(plan.folder)
+    assert statuses(results) == {"1_loop-seed1": "unreadable"}
+    assert any(said in problem and "1_loop-seed1" in problem for problem in results.problems)
+
+
+def test_steps_that_were_skipped_are_told(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    incidents = plan.run("2_loops-seed2").folder / "incidents"
+    incidents.mkdir()
+    (incidents / "step_00000007.json").write_text("{}")
+    assert "2_loops-seed2: 1 step(s) were skipped or rolled back" in load_results(plan.folder).problems
+
+
+def test_what_is_held_only_roughly_is_told(tmp_path):
+    text = LOOPS.replace("hold_equal: tokens", "hold_equal: training_flops\ntolerance: 0.05")
+    plan = saved_plan(tmp_path, text, ("training.train_iters=20",))
+    assert any(abs(run.deviation) > 0.005 for run in plan.runs)
+    (problem,) = [p for p in load_results(plan.folder).problems if "held only within" in p]
+    assert re.search(r"training_flops is held only within: .*loops [+-]\d\.\d%", problem)
+
+
+def test_a_copy_without_checkpoints_reports_the_same(tmp_path):
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    for run in plan.runs:
+        write_record(
+            run.folder, RunRecord(status="finished", exit_status=0, fingerprint={**FINGERPRINT, "sha256": "x"})
+        )
+    before = write_report(plan.folder)
+    rows = (before.folder / "rows.csv").read_text()
+    for run in plan.runs:
+        (run.folder / "checkpoints").rename(tmp_path / f"{run.name}.gone")
+    after = write_report(plan.folder)
+    assert after.problems == before.problems == []
+    assert (after.folder / "rows.csv").read_text() == rows

@@ -1,0 +1,138 @@
+"""Reading sweep files: values as the configuration's loader reads them, settings on top, errors that name the place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.sweep_file import read_sweep
+from plt_megatron.experiments.sweep_plan import make_plan
+
+ROOT = Path(__file__).resolve().parents[3]
+PRESETS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "my_sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_come_from_the_files_name_and_place(tmp_path):
+    sweep = read_sweep(write(tmp_path, "base: runs/a.yaml"))
+    assert (sweep.name, sweep.base, sweep.seeds) == ("my_sweep", tmp_path / "runs/a.yaml", [1])
+    assert sweep.compared_axis() is None and sweep.hold_equal is None
+
+
+def test_values_stay_as_they_were_written(tmp_path):
+    text = """
+base: a.yaml
+set: {optimizer.lr: 1e-4, data.split: "9,1,0"}
+axes:
+  optimizer.min_lr: [1e-5, 2_0e-6]
+  data:
+    a: {data.sources: [{path: x, weight: 1e-1}]}
+    b: {data.tokenizer: null}
+    none:
+"""
+    sweep = read_sweep(write(tmp_path, text))
+    assert sweep.overrides == ["optimizer.lr=1e-4", 'data.split="9,1,0"']
+    rates, data = sweep.axes
+    assert [choice.overrides for choice in rates.choices] == [("optimizer.min_lr=1e-5",), ("optimizer.min_lr=2_0e-6",)]
+    assert [choice.label for choice in rates.choices] == ["min_lr=1e-5", "min_lr=2_0e-6"]
+    assert data.choices[0].overrides == ("data.sources=[{path: x, weight: 1e-1}]",)
+    assert data.choices[2].overrides == ()
+    (tmp_path / "a.yaml").write_text("")
+    config = load_config(tmp_path / "a.yaml", [*sweep.overrides, *data.choices[0].overrides])
+    assert config.optimizer.lr == 1e-4 and config.data.split == "9,1,0"
+    assert config.data.sources[0].weight == 0.1
+
+
+def test_settings_change_the_sweep_or_every_run(tmp_path):
+    path = write(tmp_path, "base: a.yaml\naxes: {model.loop_count: [1, 2], model.num_layers: [2, 4]}\nseeds: [1, 2]")
+    sweep = read_sweep(path, ["seeds=[7]", "axes.model.loop_count=[3, 1]", "name=other", "model.hidden_size=64"])
+    assert (sweep.seeds, sweep.name, sweep.overrides) == ([7], "other", ["model.hidden_size=64"])
+    assert {axis.name: [c.label for c in axis.choices] for axis in sweep.axes} == {
+        "model.num_layers": ["num_layers=2", "num_layers=4"],
+        "model.loop_count": ["3 loops", "1 loop"],
+    }
+    assert sweep.compared_axis().name == "model.loop_count"
+
+
+def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
+    text = (
+        "base: a.yaml\naxes: {model.num_layers: [1, 2], row: {a: {model.loop_count: 1}, b: {model.share_kv: false}}}\n"
+    )
+    assert read_sweep(write(tmp_path, text)).compared_axis().name == "row"
+    assert read_sweep(write(tmp_path, text), ["compare=model.num_layers"]).compared_axis().name == "model.num_layers"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("axes: {}", "base: name the run configuration"),
+        ("base: a.yaml\nhold_equal: flops", "hold_equal: expected one of tokens, training_flops"),
+        ("base: a.yaml\nseed: [1]", "unknown key seed; did you mean seeds?"),
+        ("base: a.yaml\nseeds: [1, 1]", "give at least one, each once"),
+        ("base: a.yaml\nseeds: 3", "expected a list"),
+        ("base: a.yaml\nseeds: [one]", "expected an integer, got 'one'"),
+        ("base: a.yaml\naxes: {model.loop_count: 2}", "expected a list of values or a mapping"),
+        ("base: a.yaml\naxes: {model.loop_count: []}", "is empty"),
+        ("base: a.yaml\naxes: {model.loop_count: [1, 1]}", "a value twice"),
+        ("base: a.yaml\naxes: {training.seed: [1, 2]}", "training.seed is the sweep's own; use seeds"),
+        ("base: a.yaml\nset: {output_dir: x}", "output_dir: is the sweep's own"),
+        ("base: a.yaml\naxes: {r: {a: {}, b: {}}}\nbaseline: c", "baseline: 'c' is none of a, b"),
+        ("base: a.yaml\naxes: {r: {a: {}}}\ncompare: s", "there is no axis 's'; the axes are r"),
+        ("base: a.yaml\nname: a/b", "name: must be a folder name"),
+        ("base: a.yaml\ntolerance: 2", "tolerance: must be between 0 and 1"),
+        ("base: a.yaml\ndecode: {batch: 4}", "unknown key decode.batch; known: context_length, batch_size"),
+        ("base: a.yaml\nbase: b.yaml", "base is given twice"),
+        ("base: [", "not valid YAML"),
+        ("", "is empty"),
+        ("- a", "expected `key: value` lines"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_place(tmp_path, text, said):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        read_sweep(path)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nothing.yaml"):
+        read_sweep(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_make_plans(path):
+    sweep = read_sweep(path)
+    plan = make_plan(sweep, 2048, check_files=False)
+    rows = 1
+    for axis in sweep.axes:
+        rows *= len(axis.choices)
+    assert len(plan.runs) == rows * len(sweep.seeds) == len({run.name for run in plan.runs})
+    assert plan.hold_equal is not None and all(abs(run.deviation) <= 0.02 for run in plan.runs)
+
+
+def test_the_ablation_has_the_documented_rows():
+    """docs/model.md states each row's overrides; `loop_count=2` there is the default's name for PLT-2."""
+    text = (ROOT / "docs/model.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\| ([^|]+) \| `(model\.[^`]+)` \|$", text.split("## The paper's ablation")[1], re.M)
+    (axis,) = read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml").axes
+    ours = [sorted(choice.overrides) for choice in axis.choices[: len(documented)]]
+    assert ours == [sorted(overrides.split()) for _, overrides in documented] and len(documented) == 5
+    assert [choice.overrides for choice in axis.choices[5:]] == [
+        ("model.loop_count=3",),
+        ("model.loop_count=2", "model.hidden_scale=1.0"),
+    ]
+
+
+def test_the_ablation_is_large_enough_to_mean_something():
+    plan = make_plan(read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml"), 2048, check_files=False)
+    assert all(run.non_embedding_parameters >= 1_000_000 and run.tokens >= 5_000_000 for run in plan.runs)
+    assert len({run.seed for run in plan.runs}) == 3

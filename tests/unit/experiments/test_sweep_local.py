@@ -1,0 +1,326 @@
+"""Running a sweep, around a stand-in for launch/local.py: order, several at once, failures, being stopped, going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments import sweep, sweep_local, sweep_slurm
+from plt_megatron.experiments.sweep_local import LocalSweep, format_duration
+from plt_megatron.experiments.sweep_plan import load_plan
+from plt_megatron.experiments.sweep_status import (
+    RunRecord,
+    data_fingerprint,
+    data_part,
+    measured_flops_rate,
+    read_record,
+    remaining_seconds,
+    state_of,
+    write_record,
+)
+
+# Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half) or nothing (finish).
+LAUNCHER = """
+import json, os, signal, sys, threading
+sys.path.insert(0, {here!r})
+from sweep_helpers import finish
+from plt_megatron.config import derived
+from plt_megatron.config.loader import load_config
+from plt_megatron.experiments.sweep_plan import PlannedRun
+from plt_megatron.experiments.sweep_status import data_fingerprint
+config = load_config(sys.argv[1])
+run = PlannedRun("x", {{}}, config.training.seed, config, 256)
+asked = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: asked.set())
+(run.folder / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "none"))
+behave = run.folder.parent / (run.folder.name + ".behave")
+todo = behave.read_text() if behave.exists() else ""
+others = sorted(path.parent.name for path in run.folder.parent.glob("*/now"))
+with (run.folder.parent / "log").open("a") as log:
+    log.write(json.dumps([run.folder.name, others]) + "\\n")
+(run.folder / "now").touch()
+try:
+    if todo == "fail":
+        print("error: no luck today", file=sys.stderr)
+        sys.exit(1)
+    if todo == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if todo == "lie":
+        sys.exit(0)
+    if todo == "hang":
+        while not asked.wait(0.05):
+            pass
+        finish(run, 5.0, upto=0.5)
+        sys.exit(75)
+    import shutil
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    finish(run, 3.0, fingerprint=data_fingerprint(run))
+finally:
+    (run.folder / "now").unlink()
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    (root / "launch").mkdir(parents=True)
+    here = str(Path(__file__).resolve().parent)
+    (root / "launch" / "local.py").write_text(LAUNCHER.format(here=here))
+    monkeypatch.setattr(sweep_local, "ROOT", root)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+    monkeypatch.setattr(sweep_local, "_POLL_SECONDS", 0.02)
+    return root
+
+
+def behave(plan, name, how):
+    plan.folder.joinpath(f"{name}.behave").write_text(how)
+
+
+def started(plan) -> list[list]:
+    return [json.loads(line) for line in (plan.folder / "log").read_text().splitlines()]
+
+
+def small(tmp_path):
+    return saved_plan(tmp_path, LOOPS.replace("[1, 2, 3]}", "[1, 2]}").replace("[1, 2, 3]", "[1, 2]"))
+
+
+def test_all_run_in_order_and_leave_their_notes(tmp_path, launcher, capsys):
+    plan = small(tmp_path)
+    assert LocalSweep(plan, plan.runs).run() == 0
+    assert started(plan) == [[run.name, []] for run in plan.runs]
+    assert all(state_of(run) == "finished" for run in plan.runs)
+    record = read_record(plan.runs[0].folder)
+    assert (record.status, record.exit_status, record.attempts) == ("finished", 0, 1)
+    assert record.fingerprint["sources"]["train"] and record.fingerprint["sampling"]["seed"] == 1
+    out = capsys.readouterr().out
+    assert "[2/4] 2_loops-seed1: finished" in out and "validation loss 3.0000" in out
+
+
+def test_several_at_once_share_the_cores(tmp_path, launcher, monkeypatch):
+    plan = small(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep_local, "usable_cores", lambda: 6)
+    first, second = plan.runs[:2]
+    for run in (first, second):
+        behave(plan, run.name, "hang")
+
+    def stop_when_both_hang():
+        wait_for(lambda: all((run.folder / "now").exists() for run in (first, second)))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    local = LocalSweep(plan, plan.runs, jobs=2)
+    thread = threading.Thread(target=stop_when_both_hang)
+    thread.start()
+    assert local.run() == 75
+    thread.join()
+    assert {(run.folder / "threads").read_text() for run in (first, second)} == {"3"}
+    assert [run.name for run in local.waiting] == [run.name for run in plan.runs[2:]]
+
+
+def test_a_stopped_sweep_goes_on(tmp_path, launcher):
+    plan = small(tmp_path)
+    first = plan.runs[0]
+    behave(plan, first.name, "hang")
+
+    def interrupt():
+        wait_for((first.folder / "now").exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    handler = signal.getsignal(signal.SIGINT)
+    assert LocalSweep(plan, plan.runs).run() == 75
+    thread.join()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [state_of(run) for run in plan.runs] == ["interrupted", "pending", "pending", "pending"]
+    behave(plan, first.name, "")
+    assert LocalSweep(plan, plan.runs).run() == 0
+    assert read_record(first.folder).attempts == 2 and state_of(first) == "finished"
+
+
+def test_a_failure_is_noted_and_the_others_go_on(tmp_path, launcher, capsys):
+    plan = small(tmp_path)
+    for run, how in zip(plan.runs, ("fail", "crash", "lie"), strict=False):
+        behave(plan, run.name, how)
+    local = LocalSweep(plan, plan.runs, jobs=2)
+    assert local.run() == 1
+    assert list(local.outcome.values()).count("finished") == 1 and len(local.outcome) == 4
+    reasons = [read_record(run.folder).reason for run in plan.runs[:3]]
+    assert reasons[0] == "exit status 1: no luck today"
+    assert reasons[1].startswith("killed by signal 11")
+    assert reasons[2].startswith("ended with status 0 before")
+    assert [state_of(run) for run in plan.runs[:2]] == ["failed", "failed"]
+    assert "no luck today" in capsys.readouterr().out
+
+
+def test_runs_of_several_processes_are_refused_several_at_once(tmp_path):
+    plan = saved_plan(tmp_path, LOOPS, ("parallel.tensor_model_parallel_size=2",))
+    with pytest.raises(UserError, match="--jobs 2 is for runs of one process"):
+        LocalSweep(plan, plan.runs, jobs=2)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
+    path = write_sweep(tmp_path)
+    settings = [f"output_dir={tmp_path / 'sweeps'}", "seeds=[1]", "axes.model.loop_count=[1, 2]"]
+    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions(dry_run=True)) == 0
+    assert not (tmp_path / "sweeps").exists()
+    assert "2 of 2 runs to do (seeds 1): 12,800 tokens" in capsys.readouterr().out
+    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions()) == 0
+    capsys.readouterr()
+    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions()) == 0
+    assert "every run is finished" in capsys.readouterr().out
+    settings[1] = "seeds=[1, 2]"
+    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions()) == 0
+    out = capsys.readouterr().out
+    assert "2 of 4 runs to do" in out and "GFLOP/s a run that runs here reached" in out
+    assert "2 finished, 0 failed" in out
+    with pytest.raises(UserError, match="holds another sweep: 1_loop-seed1: training.train_iters was 100, is 60"):
+        sweep.run_sweep(str(path), [*settings, "training.train_iters=60"], sweep.SweepOptions())
+
+
+def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
+    with sweep._locked(tmp_path), pytest.raises(UserError, match="another sweep is running there"):
+        with sweep._locked(tmp_path):
+            pass
+
+
+def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "root"
+    (root / "launch").mkdir(parents=True)
+    (root / "launch" / "submit.py").write_text(
+        f"import json, sys\nopen({str(tmp_path / 'called')!r}, 'w').write(json.dumps(sys.argv[1:]))\n"
+        "sys.exit(0 if '--time' in sys.argv else 2)\n"
+    )
+    monkeypatch.setattr(sweep_slurm, "ROOT", root)
+    path = write_sweep(tmp_path)
+    settings = [f"output_dir={tmp_path / 'sweeps'}", "seeds=[1]"]
+    plan = saved_plan(tmp_path, LOOPS, ("seeds=[1]",))
+    finish(plan.runs[0], 3.0, fingerprint=data_fingerprint(plan.runs[0]))
+    options = sweep.SweepOptions(cluster="mine", submit_options=("--max-concurrent", "2", "--time", "1:00:00"))
+    assert sweep.run_sweep(str(path), settings, options) == 0
+    arguments = json.loads((tmp_path / "called").read_text())
+    listing = Path(arguments[arguments.index("--array") + 1])
+    assert arguments[2:] == ["--cluster", "mine", "--name", "loops", "--max-concurrent", "2", "--time", "1:00:00"]
+    assert [Path(line).stem for line in listing.read_text().splitlines()] == ["2_loops-seed1", "3_loops-seed1"]
+    assert all(Path(line).is_file() for line in listing.read_text().splitlines())
+    assert "GPU hours on h100" in capsys.readouterr().out
+    with pytest.raises(UserError, match="submit.py ended with status 2"):
+        sweep.run_sweep(str(path), settings, sweep.SweepOptions(cluster="mine"))
+
+
+def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
+    """Through the real submit command, which also refuses what it would refuse."""
+    path = write_sweep(tmp_path)
+    write_text_data(tmp_path)
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, str(root / "tools" / "sweep_loops.py"), str(path), f"output_dir={tmp_path / 'sweeps'}"]
+    command += ["seeds=[1]", "--slurm", "--cluster", str(root / "configs/clusters/cpu.yaml"), "--dry-run"]
+    command += ["--submit", "--time 1:00:00", "parallel.data_parallel_size=2", "training.global_batch_size=4"]
+    done = subprocess.run([*command, "--max-concurrent", "2"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 3 runs to do" in done.stdout and "#SBATCH --array=1-3%2" in done.stdout
+    assert "#SBATCH --time=01:00:00" in done.stdout and "job-name=loops-" in done.stdout
+    assert not (tmp_path / "sweeps").exists()
+    refused = subprocess.run([*command, "training.global_batch_size=3"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and "global_batch_size 3 is not divisible" in refused.stderr
+
+
+def test_states_follow_from_what_lies_in_the_folder(tmp_path):
+    plan = saved_plan(tmp_path)
+    done, half, unsaved, not_validated, pending = plan.runs[:5]
+    finish(done, 3.0)
+    finish(half, 3.0, upto=0.4)
+    finish(unsaved, 3.0)
+    (unsaved.folder / "checkpoints" / "step_00000100").rename(unsaved.folder / "checkpoints" / "step_00000090")
+    (unsaved.folder / "checkpoints" / "latest").write_text("step_00000090\n")
+    finish(not_validated, 3.0)
+    lines = (not_validated.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (not_validated.folder / "metrics.jsonl").write_text("".join(line for line in lines[:-1]))
+    states = [state_of(run) for run in (done, half, unsaved, not_validated, pending)]
+    assert states == ["finished", "interrupted", "interrupted", "interrupted", "pending"]
+
+
+def test_a_copy_of_a_finished_run_without_checkpoints_is_finished(tmp_path):
+    """By the sweep's note; without one, or with some earlier checkpoint, there is something left to do."""
+    plan = saved_plan(tmp_path)
+    noted, unnoted, failed, earlier = plan.runs[:4]
+    for run in (noted, unnoted, failed, earlier):
+        finish(run, 3.0)
+    for run in (noted, earlier):
+        write_record(run.folder, RunRecord(status="finished"))
+    write_record(failed.folder, RunRecord(status="failed", reason="disk full"))
+    for run in (noted, unnoted, failed):
+        shutil.rmtree(run.folder / "checkpoints")
+    (earlier.folder / "checkpoints" / "step_00000100").rename(earlier.folder / "checkpoints" / "step_00000050")
+    (earlier.folder / "checkpoints" / "latest").write_text("step_00000050\n")
+    assert [state_of(run) for run in (noted, unnoted, failed, earlier)] == [
+        "finished",
+        "interrupted",
+        "failed",
+        "interrupted",
+    ]
+
+
+def test_a_finished_sweep_goes_on_elsewhere_from_its_records_alone(tmp_path, launcher, capsys):
+    """Finished by Slurm, so without notes: the command adds them. A copy of what is small is then extended."""
+    path = write_sweep(tmp_path)
+    loops = "axes.model.loop_count=[1, 2]"
+    plan = saved_plan(tmp_path, LOOPS, ("seeds=[1]", loops))
+    for run in plan.runs:
+        finish(run, 3.0, fingerprint=data_part(data_fingerprint(run)))
+    there = f"output_dir={tmp_path / 'sweeps'}"
+    assert sweep.run_sweep(str(path), [there, "seeds=[1]", loops], sweep.SweepOptions()) == 0
+    assert "every run is finished" in capsys.readouterr().out
+    ignored = shutil.ignore_patterns("checkpoints", "exports", ".lock")
+    shutil.copytree(plan.folder, tmp_path / "results" / plan.name, ignore=ignored)
+    shutil.rmtree(tmp_path / "sweeps")
+    here = f"output_dir={tmp_path / 'results'}"
+    assert sweep.run_sweep(str(path), [here, "seeds=[1, 2]", loops], sweep.SweepOptions()) == 0
+    out = capsys.readouterr().out
+    assert "2 of 4 runs to do" in out and "2 finished, 0 failed" in out
+    copied = load_plan(tmp_path / "results" / plan.name)
+    assert [state_of(run) for run in copied.runs] == ["finished"] * 4
+    assert not (copied.runs[0].folder / "checkpoints").exists()
+
+
+def test_going_on_with_other_data_is_refused(tmp_path, launcher):
+    path = write_sweep(tmp_path)
+    settings = [f"output_dir={tmp_path / 'sweeps'}", "axes.model.loop_count=[1, 2]"]
+    assert sweep.run_sweep(str(path), [*settings, "seeds=[1]"], sweep.SweepOptions()) == 0
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"text{suffix}").write_bytes(bytes(reversed(range(256))))
+    said = "1_loop-seed2 would read other data than 1_loop-seed1 has read .other train and validation data or weights"
+    with pytest.raises(UserError, match=said):
+        sweep.run_sweep(str(path), [*settings, "seeds=[1, 2]"], sweep.SweepOptions())
+    assert not (tmp_path / "sweeps" / "loops" / "1_loop-seed2").exists()
+
+
+def test_time_is_told_from_what_was_measured(tmp_path):
+    plan = saved_plan(tmp_path)
+    assert measured_flops_rate(plan.runs) is None
+    run = plan.runs[0]
+    finish(run, 3.0, upto=0.5)
+    rate = measured_flops_rate(plan.runs)
+    assert rate == pytest.approx(1000.0 * run.flops_per_token)
+    assert remaining_seconds([run], rate) == pytest.approx(50 * 64 / 1000.0)
+    same = [r for r in plan.runs if r.labels == run.labels]
+    assert remaining_seconds(same, rate, jobs=2) == pytest.approx(100 * 64 / 1000.0 + 50 * 64 / 1000.0)
+    assert [format_duration(s) for s in (5.0, 100.0, 9600.0, 3e5)] == ["5.0 s", "1 min 40 s", "2 h 40 min", "3.5 days"]
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        threading.Event().wait(0.02)

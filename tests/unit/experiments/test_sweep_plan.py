@@ -1,0 +1,166 @@
+"""Plans: every combination once, targets met and by how much, contradictions between two sweeps in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from sweep_helpers import LOOPS, plan_of, saved_plan
+
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.decode_cost import decode_cost
+from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan, merge
+
+
+def hold(what: str) -> str:
+    return LOOPS.replace("hold_equal: tokens", f"hold_equal: {what}")
+
+
+def first_seed(plan):
+    return [run for run in plan.runs if run.seed == 1]
+
+
+def test_every_combination_with_every_seed_the_first_seed_first(tmp_path):
+    plan = plan_of(tmp_path, LOOPS.replace("axes: {", "axes: {model.num_layers: [2, 4], "))
+    assert len(plan.runs) == 2 * 3 * 3
+    assert [run.seed for run in plan.runs] == [1] * 6 + [2] * 6 + [3] * 6
+    run = plan.runs[8]
+    assert run.name == "num_layers=2-3_loops-seed2"
+    assert (run.config.model.num_layers, run.config.model.loop_count, run.config.training.seed) == (2, 3, 2)
+    assert run.folder == tmp_path / "sweeps" / "loops" / run.name
+    assert (plan.compare, plan.baseline) == ("model.loop_count", "1 loop")
+
+
+def test_equal_training_flops_are_equal_within_half_a_step(tmp_path):
+    plan = plan_of(tmp_path, hold("training_flops"))
+    one, two, three = first_seed(plan)
+    assert one.tokens == 100 * 64 and one.change == ""
+    for run in (two, three):
+        step = run.flops_per_token * 64
+        assert abs(run.total_flops - one.total_flops) <= step / 2
+        assert run.deviation == pytest.approx(run.total_flops / one.total_flops - 1)
+        assert run.change == f"tokens {run.tokens:,}"
+    assert one.tokens > two.tokens > three.tokens
+
+
+def test_equal_effective_depth_needs_layers_that_divide(tmp_path):
+    plan = plan_of(tmp_path, hold("effective_depth"), ("model.num_layers=6",))
+    assert [run.config.model.num_layers for run in first_seed(plan)] == [6, 3, 2]
+    with pytest.raises(
+        UserError, match=r"3 loops: effective_depth cannot be held: 4 layers .* do not divide by 3 loops"
+    ):
+        plan_of(tmp_path, hold("effective_depth"))
+
+
+def test_equal_parameters_by_the_width(tmp_path):
+    text = """
+base: base.yaml
+axes: {row: {a: {model.num_layers: 4}, b: {model.num_layers: 3}}}
+hold_equal: parameters
+"""
+    a, b = plan_of(tmp_path, text).runs
+    assert a.config.model.ffn_hidden_size == 64 and b.config.model.ffn_hidden_size > 64
+    assert abs(b.parameters / a.parameters - 1) == pytest.approx(abs(b.deviation)) and abs(b.deviation) < 0.02
+    with pytest.raises(UserError, match="parameters cannot be held within 2.0%"):
+        plan_of(tmp_path, text.replace("num_layers: 3", "num_layers: 1"))
+
+
+def test_gates_alone_change_no_width(tmp_path):
+    plan = plan_of(tmp_path, hold("parameters"))
+    assert {run.config.model.ffn_hidden_size for run in plan.runs} == {64}
+    assert 0 < plan.run("2_loops-seed1").deviation < 0.02
+
+
+def test_equal_latency_on_paper(tmp_path):
+    naive = "{model.loop_count: 2, model.cross_loop_parallel: false, model.share_kv: false, model.gated_window: false}"
+    axes = f"{{row: {{plain: {{model.loop_count: 1}}, naive: {naive}}}}}"
+    text = f"base: base.yaml\naxes: {axes}\nhold_equal: decode_latency\n"
+    plain, naive_run = plan_of(tmp_path, text, ("model.hidden_size=256", "model.ffn_hidden_size=1024")).runs
+    assert naive_run.config.model.num_layers < 4
+    costs = [
+        decode_cost(run.config.model, vocab_size=256, context_length=2048, batch_size=4).milliseconds
+        for run in (plain, naive_run)
+    ]
+    assert costs[1] / costs[0] == pytest.approx(1 + naive_run.deviation) and abs(naive_run.deviation) < 0.02
+
+
+def test_equal_latency_by_a_measured_table(tmp_path):
+    columns = "num_layers,ffn_hidden_size,loop_count,cross_loop_parallel,share_kv,gated_window,milliseconds"
+    rows = ["4,64,1,true,true,true,2.0", "4,64,2,true,true,true,2.5", "3,72,2,true,true,true,2.01"]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join([columns, *rows]) + "\n")
+    text = hold("decode_latency").replace("[1, 2, 3]}", "[1, 2]}") + f"decode: {{table: {table}}}\n"
+    two = plan_of(tmp_path, text).run("2_loops-seed1")
+    assert (two.config.model.num_layers, two.config.model.ffn_hidden_size) == (3, 72)
+    assert two.change == "layers 3, FFN width 72" and two.deviation == pytest.approx(0.005)
+    with pytest.raises(UserError, match="has no row for num_layers 4, ffn_hidden_size 64, loop_count 3"):
+        plan_of(tmp_path, text.replace("[1, 2]", "[1, 2, 3]"))
+    table.write_text(columns.replace("share_kv,", "") + "\n")
+    with pytest.raises(UserError, match="lacks the column"):
+        plan_of(tmp_path, text)
+
+
+def test_rows_that_set_their_tokens_do_not_hold_them(tmp_path):
+    text = (
+        "base: base.yaml\naxes: {row: {a: {model.loop_count: 1}, b: {training.train_iters: 50}}}\nhold_equal: tokens\n"
+    )
+    with pytest.raises(UserError, match="b: tokens cannot be held within 2.0%.*-50.0% off"):
+        plan_of(tmp_path, text)
+
+
+def test_a_rows_problem_is_told_with_its_name_and_everybodys_once(tmp_path):
+    with pytest.raises(UserError) as raised:
+        plan_of(tmp_path, LOOPS.replace("[1, 2, 3]}", "[1, 2, 9]}"))
+    assert str(raised.value) == "9 loops: model.loop_count must be at least 1 and at most 8, got 9"
+    with pytest.raises(UserError) as raised:
+        plan_of(tmp_path, LOOPS, ("model.hidden_size=30",))
+    assert str(raised.value).count("\n") == 0 and str(raised.value).startswith("model.hidden_size 30 is not divisible")
+    with pytest.raises(UserError, match="unknown key model.loops"):
+        plan_of(tmp_path, LOOPS, ("model.loops=3",))
+
+
+def test_a_plan_reads_back_as_it_was_even_when_moved(tmp_path):
+    plan = saved_plan(tmp_path, hold("training_flops"))
+    assert load_plan(plan.folder) == plan
+    elsewhere = tmp_path / "elsewhere"
+    plan.folder.rename(elsewhere)
+    moved = load_plan(elsewhere)
+    assert moved.run("2_loops-seed3").folder == elsewhere / "2_loops-seed3"
+    assert [dataclasses.replace(run, config=plan.runs[0].config) for run in moved.runs] == [
+        dataclasses.replace(run, config=plan.runs[0].config) for run in plan.runs
+    ]
+
+
+def test_more_seeds_and_values_extend_a_sweep(tmp_path):
+    saved_plan(tmp_path)
+    more = merge(plan_of(tmp_path, LOOPS, ("seeds=[1, 4]", "axes.model.loop_count=[1, 4]")))
+    names = {run.name for run in more.runs}
+    assert len(more.runs) == len(names) == 9 + 2 + 2 - 1 and {"4_loops-seed4", "3_loops-seed3"} <= names
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("training.train_iters=99",), "training.train_iters was 100, is 99"),
+        (("hold_equal=training_flops",), "hold_equal was 'tokens' there, and is 'training_flops' now"),
+        (("model.window_size=4", "seeds=[3]"), "1_loop-seed3: model.window_size was 8, is 4"),
+        (("baseline=3 loops",), "baseline was '1 loop' there"),
+    ],
+)
+def test_two_sweeps_that_contradict_each_other_are_refused(tmp_path, settings, said):
+    saved_plan(tmp_path)
+    with pytest.raises(UserError, match=re.escape(said)):
+        merge(plan_of(tmp_path, LOOPS, settings))
+
+
+def test_a_folder_without_a_plan_or_with_a_broken_one(tmp_path):
+    with pytest.raises(UserError, match="is no sweep"):
+        load_plan(tmp_path)
+    plan = saved_plan(tmp_path)
+    content = yaml.safe_load((plan.folder / FILE_NAME).read_text())
+    del content["runs"][0]["seed"]
+    (plan.folder / FILE_NAME).write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="not a sweep's plan"):
+        load_plan(plan.folder)
