@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.sweep_file import read_sweep
+from plt_megatron.experiments.report.results import Status
+from plt_megatron.experiments.sweep_file import HOLDS, SweepFile, read_sweep
 from plt_megatron.experiments.sweep_plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -87,6 +90,8 @@ def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
         ("base: a.yaml\nset: {output_dir: x}", "output_dir: is the sweep's own"),
         ("base: a.yaml\naxes: {r: {a: {}, b: {}}}\nbaseline: c", "baseline: 'c' is none of a, b"),
         ("base: a.yaml\naxes: {r: {a: {}}}\ncompare: s", "there is no axis 's'; the axes are r"),
+        ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a]}", "questions: q: expected two labels"),
+        ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a, c]}", "questions: q: 'c' is none of a"),
         ("base: a.yaml\nname: a/b", "name: must be a folder name"),
         ("base: a.yaml\ntolerance: 2", "tolerance: must be between 0 and 1"),
         ("base: a.yaml\ndecode: {batch: 4}", "unknown key decode.batch; known: context_length, batch_size"),
@@ -136,3 +141,19 @@ def test_the_ablation_is_large_enough_to_mean_something():
     plan = make_plan(read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml"), 2048, check_files=False)
     assert all(run.non_embedding_parameters >= 1_000_000 and run.tokens >= 5_000_000 for run in plan.runs)
     assert len({run.seed for run in plan.runs}) == 3
+
+
+def test_the_documentation_names_every_key_preset_and_status():
+    text = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
+    keys = [f.name for f in dataclasses.fields(SweepFile) if f.name not in ("path", "overrides")]
+    missing = [key for key in [*keys, "set", *HOLDS] if not re.search(rf"\b{key}\b", text)]
+    missing += [path.name for path in PRESETS if path.name not in text]
+    missing += [status for status in typing.get_args(Status) if not re.search(rf"^\| .*{status}.* \|", text, re.M)]
+    assert missing == []
+
+
+def test_the_documented_sweep_is_one(tmp_path):
+    text = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    path = write(tmp_path, text.replace("../runs", str(ROOT / "configs/runs")))
+    plan = make_plan(read_sweep(path, ["tolerance=0.05"]), 2048, check_files=False)
+    assert len(plan.runs) == 3 * 2 * 3 and plan.questions
