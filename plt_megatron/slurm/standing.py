@@ -178,7 +178,7 @@ def _row(each: Standing) -> tuple[str, ...]:
         f"{progress.step:,} of {steps}",
         f"{rate:,.0f}" if rate else "-",
         format_duration(left) if left is not None and each.state != "finished" else "-",
-        str(len(progress.restarts)),
+        str(max(0, progress.attempts - 1)),
         f"step {progress.checkpoint:,}" if progress.checkpoint else "none",
     )
 

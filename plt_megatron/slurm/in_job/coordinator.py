@@ -28,7 +28,9 @@ PROBE_SECONDS = 180.0  # the check of devices and links, imports from a busy fil
 SILENCE_SECONDS = 120.0  # without a word from a node: it is gone
 _SUSPICIOUS_SECONDS = 8.0  # ... when Slurm ends the job at the same time
 SETTLE_SECONDS = 3.0  # after a failure: others' last words say more about the cause
-UNEXPLAINED_SECONDS = 15.0  # ... where none has said what it was: the trainer's watchdog names a rank that hangs
+# ... where none has said what it was. Of a rank that hangs rank 0 tells, whose watchdog ends it last: by up to four of
+# its intervals of 5 s, on a machine that keeps up.
+UNEXPLAINED_SECONDS = 60.0
 STOP_SECONDS = 30.0  # for the nodes to have ended their processes
 _STRAGGLER_SECONDS = 1800.0  # after the first process has left in peace
 

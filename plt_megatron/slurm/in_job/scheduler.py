@@ -54,7 +54,7 @@ class Scheduler:
         if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
             return False
         partition = _fields(self._run(["scontrol", "show", "partition", job.get("Partition", "")]))
-        return partition.get("PreemptMode") == "REQUEUE"
+        return "REQUEUE" in partition.get("PreemptMode", "").split(",")
 
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Have the job start again, on other nodes than `without`. Slurm then ends this job's processes.

@@ -83,7 +83,8 @@ def test_at_rest_the_folder_says_how_it_ended(run, slurm, status, steps, state):
     write_event(run, event="start", attempt=1, job_id="100", step=0)
     write_event(run, event="end", attempt=1, job_id="100", status=status, step=steps[-1], reason="because")
     slurm.jobs(("100", "COMPLETED", job_name(run, "try")))
-    assert cells(report([], "runs", False), "runs/try")[0] == state
+    shown = cells(report([], "runs", False), "runs/try")
+    assert (shown[0], shown[4]) == (state, "0"), "it has been started once"
 
 
 def test_a_run_that_was_given_up(run, slurm):
