@@ -20,7 +20,12 @@ _DEFAULT_CARD = "h100"
 
 @dataclass
 class Resources:
-    """A job's share of the cluster. `card` is the estimate's name for a process's device."""
+    """A job's share of the cluster.
+
+    Attributes:
+        card: the estimate's name for a process's device.
+        guessed: the partition does not say how many processes a node has: no layout can be held against it.
+    """
 
     partition: str | None
     nodes: int
@@ -31,6 +36,7 @@ class Resources:
     card: str
     node_memory_bytes: int | None  # of the smallest node that will do; None: not known
     notes: list[str] = field(default_factory=list)  # what was assumed
+    guessed: bool = False
 
     @property
     def world_size(self) -> int:
@@ -73,6 +79,7 @@ def resolve(
     chosen, problems = _choose(wanted, available)
     gpu_type, gpu_count = gpus or (None, profile.gpus_per_node)
     notes = []
+    guessed = False
     if gpu_count is None:
         if profile.processes_per_node:
             gpu_count = 0
@@ -80,11 +87,11 @@ def resolve(
             gpu_count = chosen.gpus
             notes.append(f"{gpu_count} GPUs per node, as partition {chosen.name} has")
         else:
-            gpu_count = _ASSUMED_GPUS
+            gpu_count, guessed = _ASSUMED_GPUS, available is not None
             notes.append(f"{gpu_count} GPUs per node, for want of --gpus-per-node or a profile that says it")
     processes = gpu_count or profile.processes_per_node or 0
     if not processes:
-        processes = 1
+        processes, guessed = 1, True
         if not problems:
             where = f"partition {chosen.name} has no GPUs" if chosen else "no GPUs are asked for"
             problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
@@ -102,7 +109,7 @@ def resolve(
     card = _card(profile, gpu_count, gpu_type, groups, notes)
     memory = min((group.memory_mib for group in groups), default=0) << 20
     return (
-        Resources(wanted, nodes, processes, gpu_count, gpu_type, cpus, card, memory or None, notes),
+        Resources(wanted, nodes, processes, gpu_count, gpu_type, cpus, card, memory or None, notes, guessed),
         problems,
     )
 

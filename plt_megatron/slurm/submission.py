@@ -173,7 +173,7 @@ class _Plan:
 
     def _check_run(self, label: str, config: RunConfig) -> list[str]:
         """The problems of one run; it becomes a member if its configuration is sound enough to look ahead."""
-        world_size = self.resources.world_size
+        world_size = None if self.resources.guessed else self.resources.world_size
         container = self.profile.container
         # In a container, optional packages are the image's matter, not this machine's.
         have_te = True if container is not None else None
@@ -190,7 +190,7 @@ class _Plan:
             return problems
         run = self._run_of(config)
         problems += run_folder.resume_problems(config, run, self.options.accept_changes)
-        if vocab_size is None:
+        if vocab_size is None or self.resources.guessed:
             return problems
         ahead = checks.forecast(config, run, self.resources, vocab_size, self.profile.tflops_per_process)
         problems += checks.memory_problems(ahead, self.resources) + checks.storage_problems(ahead, run)

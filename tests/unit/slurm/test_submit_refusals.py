@@ -242,9 +242,16 @@ def test_sbatch_refuses(folder, slurm):
 
 def test_all_problems_are_shown_at_once(folder, slurm):
     lines = refusal(
-        "data.sources=[{path: data/gone}]", "training.global_batch_size=12", partition="no", time="01:00:00"
+        "data.sources=[{path: data/gone}]", "training.global_batch_size=12", partition="no", gpus_per_node="8"
     )
     assert len(lines) == 3
+
+
+@pytest.mark.parametrize(("partition", "words"), [("no", "no such partition"), ("cpu", "has no GPUs")])
+def test_a_layout_is_not_held_against_a_guess(folder, slurm, partition, words):
+    """How many processes a node has is not known there: nothing else may be wrong."""
+    lines = refusal("parallel.tensor_model_parallel_size=4", "training.global_batch_size=3", partition=partition)
+    assert_one_line(folder, slurm, lines, words)
 
 
 @pytest.mark.parametrize("name", ["bad\nname", "bad\x1bname", "back\\slash"])
