@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32, returned in x's dtype."""
-    if hidden_states.dtype == torch.float32:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 or wider, returned in x's dtype."""
+    if hidden_states.dtype in (torch.float32, torch.float64):
         return torch.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, eps)
     wide = hidden_states.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from plt_megatron.config.fp8_rules import Fp8Choice
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from plt_megatron.errors import UserError
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
+AMAX_HISTORY_LENGTH = 1024  # calls of a layer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,14 +45,26 @@ def resolve_backend(model: ModelConfig) -> str:
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, *, precision: str = "fp32", deterministic: bool = False
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    precision: str = "fp32",
+    deterministic: bool = False,
+    fp8: Fp8Choice | None = None,
 ) -> PLTTransformerConfig:
     """The layers' configuration.
 
     It has no virtual pipeline size: a stage holds its layers once, however many loops run through them.
+
+    Raises:
+        UserError: `fp8` where the backend is not Transformer Engine.
     """
     dtype = DTYPES[precision]
     backend = resolve_backend(model)
+    if fp8 is not None and backend != "te":
+        raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=none")
+    if deterministic and backend == "te":
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention asks for it and picks kernels by it
     pipelined = parallel.pipeline_model_parallel_size > 1
     full = parallel.recompute_granularity == "full"
     return PLTTransformerConfig(
@@ -77,6 +94,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
+        **({} if fp8 is None else _fp8_settings(fp8)),
         recompute_granularity=None if parallel.recompute_granularity == "none" else parallel.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=parallel.recompute_num_layers if full else None,
@@ -91,11 +109,24 @@ def transformer_config(
         bias_activation_fusion=backend == "te",
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        attention_backend=AttnBackend.auto if backend == "te" else AttnBackend.local,
+        # megatron-core writes it into the process's environment: one value, whatever backends a process builds.
+        attention_backend=AttnBackend.auto,
         # With batched p2p and two stages the interleaved schedule mixes up messages between the ranks, silently.
         batch_p2p_comm=False,
         overlap_p2p_comm=pipelined,
     )
+
+
+def _fp8_settings(fp8: Fp8Choice) -> dict[str, Any]:
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_dot_product_attention": fp8.attention,
+        # Delayed scaling: loops have value ranges of their own and share a module's history, so a scale must hold for
+        # the largest value of many calls. megatron-core's default is the last call's.
+        "fp8_amax_history_len": AMAX_HISTORY_LENGTH,
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 def schedule_config(config: PLTTransformerConfig, loop_count: int) -> PLTTransformerConfig:

@@ -54,11 +54,13 @@ class Case:
     model: tuple[tuple[str, Any], ...] = ()  # settings other than MODEL's
     zero_gates: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: tuple[tuple[str, Any], ...] = ()  # how ranks communicate, beside the layout
+    training: tuple[tuple[str, Any], ...] = ()
 
     @property
     def reference(self) -> Case:
         """The same numbers, asked of one process."""
-        return replace(self, recompute="none", overlap=False)
+        return replace(self, recompute="none", overlap=False, parallel=())
 
 
 @dataclass

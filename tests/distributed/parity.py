@@ -88,6 +88,7 @@ def _parallel(layout: Layout, case: Case) -> ParallelConfig:
         sequence_parallel=layout.sp,
         overlap_grad_reduce=case.overlap,
         recompute_granularity=case.recompute,  # type: ignore[arg-type]
+        **dict(case.parallel),
     )
 
 
@@ -101,6 +102,7 @@ def _config(layout: Layout, case: Case) -> RunConfig:
             global_batch_size=GLOBAL_BATCH_SIZE,
             train_iters=10,
             precision=case.precision,
+            **dict(case.training),
         ),
         # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-4),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
+import importlib
 import os
 import pickle
 import signal
@@ -51,9 +52,14 @@ class _Job:
 
 
 class WorkerPool:
-    """See the module's docstring. Nothing starts before the first `run`."""
+    """See the module's docstring. Nothing starts before the first `run`.
 
-    def __init__(self) -> None:
+    Args:
+        prepare: "module:function", called in the server before anything else is imported.
+    """
+
+    def __init__(self, prepare: str | None = None) -> None:
+        self._prepare = prepare
         self._server: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._log: Any = None
@@ -99,7 +105,7 @@ class WorkerPool:
         self._connection, theirs = Pipe()
         self._log = tempfile.TemporaryFile()
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, str(theirs.fileno()), *filter(None, [self._prepare])],
             pass_fds=[theirs.fileno()],
             env=_environment(),
             stdin=subprocess.DEVNULL,
@@ -321,6 +327,9 @@ def _execute(job: _Job, rank: int, store: Any) -> bytes:
 
 def main() -> None:
     """The server: import what is slow once, then fork."""
+    if len(sys.argv) > 2:
+        module, function = sys.argv[2].split(":")
+        getattr(importlib.import_module(module), function)()
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     enter_cpu_runtime(force=True)

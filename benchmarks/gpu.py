@@ -1,0 +1,417 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU, in one go: are the kernels right, does FP8 train, how fast is it?
+
+    python benchmarks/gpu.py --output results/h100          # under 8 minutes on an H100; h100.json and h100.md
+    python benchmarks/gpu.py --output gpu --dry-run         # tiny sizes, on a CPU too: does the script run?
+    python benchmarks/gpu.py --output gpu --only speed      # one part; others keep what the file has
+
+Parts: `rates` (what the card copies and multiplies), `correctness` (gradients of a small PLT-2 on both backends, bf16
+and FP8, against float64 on the CPU), `training` (loss curves, bf16 and FP8 on the same data), `speed` (tokens/s, MFU
+and memory of PLT-2 against megatron-core's GPT of twice the depth), `decode` (benchmarks/decode.py at batch 1 to 64).
+Exits with 1 when a bar is missed. Results are written after each part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.gpu_report import markdown, missed_bars
+
+PARTS = ("rates", "correctness", "training", "speed", "decode")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What each part works on."""
+
+    small: dict[str, int]  # correctness and training
+    large: dict[str, int]  # speed
+    small_length: int
+    large_length: int
+    steps: int
+    repetitions: int
+    matrix: int
+    copy_bytes: int
+
+
+_HEADS = {"kv_channels": 128}
+FULL = Sizes(
+    small={"num_layers": 4, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 4, **_HEADS},
+    large={"num_layers": 12, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 16, **_HEADS},
+    small_length=512,
+    large_length=4096,
+    steps=200,
+    repetitions=10,
+    matrix=8192,
+    copy_bytes=1 << 30,
+)
+_TINY = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 2, "kv_channels": 32}
+DRY = Sizes(
+    small=_TINY,
+    large=_TINY,
+    small_length=64,
+    large_length=64,
+    steps=8,
+    repetitions=2,
+    matrix=256,
+    copy_bytes=1 << 20,
+)
+VOCAB_SIZE = 256  # bytes
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="prefix of the JSON file and the Markdown table")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes and no bars")
+    parser.add_argument("--float64-gradients", metavar="FILE", help=argparse.SUPPRESS)  # the CPU process's task
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- engines
+
+
+def modes() -> dict[str, dict[str, Any]]:
+    """What this process can compare: name -> (model's backend, training's FP8)."""
+    import torch
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    found: dict[str, dict[str, Any]] = {"torch bf16": {"backend": "torch"}}
+    if HAVE_TE and torch.cuda.is_available():
+        found["te bf16"] = {"backend": "te"}
+        if torch.cuda.get_device_capability() >= (8, 9):
+            found["te fp8"] = {"backend": "te", "fp8": "hybrid"}
+    return found
+
+
+def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_batch_size: int = 4) -> Any:
+    """A run on one device with a microbatch a step."""
+    from plt_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+
+    return RunConfig(
+        model=ModelConfig(**model, loop_count=2, vocab_size=VOCAB_SIZE, backend=mode["backend"]),  # type: ignore[arg-type]
+        data=DataConfig(sequence_length=length),
+        training=TrainingConfig(
+            micro_batch_size=micro_batch_size,
+            global_batch_size=micro_batch_size,
+            train_iters=10_000,
+            fp8=mode.get("fp8", "none"),
+            fp8_attention=mode.get("fp8_attention", False),
+        ),
+        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=20),
+    )
+
+
+def forget() -> None:
+    """What the last model left: memory, and FP8 scales that its modules share."""
+    import torch
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()
+    gc.collect()
+    if not is_cpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def text(rows: int, length: int, seed: int) -> Any:
+    """A microbatch of Python source, byte by byte: text that can be learnt."""
+    import torch
+
+    from plt_megatron.model.looped_gpt import MicroBatch
+
+    files = sorted(Path(argparse.__file__).parent.glob("*.py"))[:60]
+    corpus = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+    starts = torch.randint(0, len(corpus) - length - 1, (rows,), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.stack([corpus[start : start + length + 1] for start in starts.tolist()]).long()
+    tokens = tokens.to(torch.cuda.current_device())
+    return MicroBatch(tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous())
+
+
+# ---------------------------------------------------------------- rates
+
+
+def rates(sizes: Sizes, folder: Path) -> dict[str, float]:
+    """GB/s of a copy (read and written), TFLOP/s of a square matrix product."""
+    import torch
+
+    device = torch.cuda.current_device()
+    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = {"copy GB/s": 2 * sizes.copy_bytes / timed(lambda: target.copy_(source), sizes.repetitions) / 1e9}
+    a, b = (torch.randn(sizes.matrix, sizes.matrix, dtype=torch.bfloat16, device=device) for _ in range(2))
+    flops = 2 * sizes.matrix**3
+    found["bf16 matmul TFLOP/s"] = flops / timed(lambda: a @ b, sizes.repetitions) / 1e12
+    if "te fp8" in modes() and not is_cpu():
+        one = torch.ones((), device=device)
+        left, right = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        product = lambda: torch._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16)  # noqa: E731
+        found["fp8 matmul TFLOP/s"] = flops / timed(product, sizes.repetitions) / 1e12
+    return found
+
+
+def timed(step: Callable[[], Any], repetitions: int) -> float:
+    """Median seconds, after two calls that do not count."""
+    import torch
+
+    seconds = []
+    for number in range(repetitions + 2):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if number >= 2:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def is_cpu() -> bool:
+    from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
+
+    return is_cpu_runtime()
+
+
+# ---------------------------------------------------------------- correctness
+
+
+def gradients(config: Any, double: bool = False) -> dict[str, Any]:
+    """Loss and gradients of one microbatch, on the CPU in float64; the same weights in every mode."""
+    import torch
+
+    from plt_megatron.train.engine import build_stage
+
+    stage = build_stage(config, VOCAB_SIZE)
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            parameter.copy_(parameter.bfloat16())  # what every precision holds exactly
+    if double:
+        stage.double()
+    stage.set_is_first_microbatch()
+    loss = stage(text(2, config.data.sequence_length, seed=7)).float().mean()
+    loss.backward()
+    found = {name: value.grad.double().cpu() for name, value in stage.named_parameters() if value.grad is not None}
+    return {"loss": loss.detach().double().cpu(), **found}
+
+
+def correctness(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """The largest error of loss and gradients of each mode against float64, and of the backends to one another."""
+    import torch
+
+    path = folder / "float64.pt"
+    command = [sys.executable, __file__, "--output", str(folder / "x"), "--float64-gradients", str(path)]
+    subprocess.run([*command, *(["--dry-run"] if sizes is DRY else [])], check=True, env=without_gpu())
+    exact = torch.load(path)
+    found, kept = {}, {}
+    tried = modes()
+    if "te fp8" in tried:
+        attention = {"te fp8 attention": {**tried["te fp8"], "fp8_attention": True}}
+        tried |= attention if sizes.small["kv_channels"] == 128 else {}
+    for name, mode in tried.items():
+        forget()
+        kept[name] = gradients(run_config(sizes.small, sizes.small_length, mode))
+        found[name] = largest_error(kept[name], exact)
+    if "te bf16" in kept:
+        found["te bf16 against torch bf16"] = largest_error(kept["te bf16"], kept["torch bf16"])
+    return found
+
+
+def largest_error(ours: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    assert ours.keys() == exact.keys(), "another model"
+    errors = {name: float((ours[name] - value).abs().max() / value.abs().max()) for name, value in exact.items()}
+    loss = errors.pop("loss")
+    worst = max(errors, key=errors.__getitem__)
+    median = statistics.median(errors.values())
+    return {"loss": loss, "worst gradient": errors[worst], "in": worst, "median gradient": median}
+
+
+def without_gpu() -> dict[str, str]:
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+
+
+# ---------------------------------------------------------------- training
+
+
+def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Losses of the same run in each mode."""
+    from plt_megatron.train.engine import MegatronEngine
+
+    curves = {}
+    for name, mode in modes().items():
+        forget()
+        trained = MegatronEngine(run_config(sizes.small, sizes.small_length, mode, micro_batch_size=8), VOCAB_SIZE)
+        curves[name] = [
+            trained.train_step([text(8, sizes.small_length, seed=step)]).loss for step in range(sizes.steps)
+        ]
+        del trained
+    last = sizes.steps // 4
+    ends = {name: statistics.mean(losses[-last:]) for name, losses in curves.items()}
+    return {"curves": curves, "last quarter": ends}
+
+
+# ---------------------------------------------------------------- speed
+
+
+def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """Forward and backward of PLT-2 and of GPT with twice the layers, in each mode."""
+    import torch
+
+    from plt_megatron.estimate import peaks
+    from plt_megatron.estimate.flops import training_flops_per_token
+
+    found: dict[str, Any] = {}
+    for name, mode in modes().items():
+        config = run_config(sizes.large, sizes.large_length, mode, micro_batch_size=1)
+        batch = text(1, sizes.large_length, seed=0)
+        seconds, memory = {}, {}
+        for kind, build in {"PLT-2": plt_step, "GPT, twice the depth": gpt_step}.items():
+            forget()
+            step = build(config, batch)
+            seconds[kind] = timed(step, sizes.repetitions)
+            memory[kind] = 0 if is_cpu() else torch.cuda.max_memory_allocated()
+            del step
+        flops = training_flops_per_token(config.model, sizes.large_length, VOCAB_SIZE).total * sizes.large_length
+        peak = peaks.lookup(torch.cuda.get_device_name(), "bf16") if not is_cpu() else None
+        found[name] = {
+            "tokens/s": {kind: sizes.large_length / value for kind, value in seconds.items()},
+            "memory MiB": {kind: value / 2**20 for kind, value in memory.items()},
+            "MFU of the bf16 peak": flops / seconds["PLT-2"] / 1e12 / peak if peak else None,
+            "ratio": seconds["GPT, twice the depth"] / seconds["PLT-2"],
+        }
+    return found
+
+
+def plt_step(config: Any, batch: Any) -> Callable[[], None]:
+    from plt_megatron.train.engine import build_stage, wrap_ddp
+
+    stage = build_stage(config, VOCAB_SIZE)
+    wrapped = wrap_ddp(stage, overlap_grad_reduce=False)
+
+    def step() -> None:
+        stage.set_is_first_microbatch()
+        wrapped.zero_grad_buffer()
+        wrapped(batch).float().mean().backward()
+
+    return step
+
+
+def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
+    """megatron-core's GPTModel with our attention and norm modules."""
+    import torch
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from plt_megatron.model.layer_specs import layer_spec
+    from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
+    from plt_megatron.runtime.fp8 import choose_fp8
+    from plt_megatron.train.engine import wrap_ddp
+
+    model = dataclasses.replace(config.model, num_layers=2 * config.model.num_layers, loop_count=1)
+    layers = transformer_config(model, config.parallel, precision="bf16", fp8=choose_fp8(config))
+    gpt = GPTModel(
+        layers,
+        layer_spec(model, resolve_backend(model)),
+        VOCAB_SIZE,
+        config.data.sequence_length,
+        share_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+    ).to(dtype=DTYPES["bf16"], device=torch.cuda.current_device())
+    for parameter in gpt.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    wrapped = wrap_ddp(gpt, overlap_grad_reduce=False)
+
+    def step() -> None:
+        gpt.set_is_first_microbatch()
+        wrapped.zero_grad_buffer()
+        wrapped(batch.tokens, None, None, labels=batch.labels).float().mean().backward()
+
+    return step
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decode(sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """The paper's ablation at batch 1 to 64: milliseconds a token, and relative to vanilla."""
+    command = [sys.executable, str(Path(__file__).with_name("decode.py")), "--output", str(folder / "decode.json")]
+    if sizes is DRY:
+        command += ["--small"]
+    else:
+        command += ["--graph", "--batch", "1", "4", "16", "64", "--decode", "64"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    rows = json.loads((folder / "decode.json").read_text())["rows"]
+    return {batch: {name: timing["ms"] for name, timing in timings.items()} for batch, timings in rows.items()}
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def run_parts(sizes: Sizes, only: list[str], output: Path, command: str) -> dict[str, Any]:
+    """Run the parts, writing after each."""
+    import torch
+
+    known = Path(f"{output}.json")
+    results: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {"seconds": 0.0}
+    results["machine"] = "CPU" if is_cpu() else torch.cuda.get_device_name()
+    results |= {"command": command, "bars": sizes is not DRY}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for part in only:
+        started = time.perf_counter()
+        results[part] = globals()[part](sizes, output.parent)
+        results["seconds"] += time.perf_counter() - started
+        known.write_text(json.dumps(results, indent=1) + "\n")
+        Path(f"{output}.md").write_text(markdown(results))
+        print(f"{part}: {time.perf_counter() - started:.0f} s", flush=True)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    import torch
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+
+    if enter_cpu_runtime() and not (arguments.dry_run or arguments.float64_gradients):
+        print("error: no GPU here; --dry-run shows whether the script runs", file=sys.stderr)
+        return 2
+    from plt_megatron.config.schema import ParallelConfig
+    from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
+
+    init_process_groups(ParallelConfig())
+    sizes = DRY if arguments.dry_run else FULL
+    if arguments.float64_gradients:
+        exact = gradients(run_config(sizes.small, sizes.small_length, {"backend": "torch"}), double=True)
+        torch.save(exact, arguments.float64_gradients)
+        return 0
+    command = "python benchmarks/gpu.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    results = run_parts(sizes, list(arguments.only), Path(arguments.output), command)
+    destroy_process_groups()
+    print(markdown(results))
+    missed = missed_bars(results)
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

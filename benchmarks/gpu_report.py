@@ -1,0 +1,77 @@
+"""What benchmarks/gpu.py found, as tables, and which bars it misses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Relative to the largest element of the float64 gradient. bf16 has 8 bits of mantissa, FP8 3 or 4.
+GRADIENT_BARS = {"bf16": 0.05, "fp8": 0.5}
+BACKENDS_BAR = 0.05  # both backends in bf16 against one another
+CURVE_BAR = 0.02  # FP8's loss against bf16's, relative, over the last quarter of the run
+SPEED_BAR = 0.95  # PLT-2's tokens/s against GPT's of twice the depth
+
+
+def missed_bars(results: dict[str, Any]) -> list[str]:
+    """The bars that these results miss, one line each; a dry run's tiny sizes have none."""
+    missed: list[str] = []
+    if not results["bars"]:
+        return missed
+    for name, errors in results.get("correctness", {}).items():
+        bar = BACKENDS_BAR if "against" in name else GRADIENT_BARS["fp8" if "fp8" in name else "bf16"]
+        if not errors["worst gradient"] <= bar:
+            missed.append(f"{name}: gradient of {errors['in']} is off by {errors['worst gradient']:.3f}, bar {bar}")
+    ends = results.get("training", {}).get("last quarter", {})
+    if "te fp8" in ends and not abs(ends["te fp8"] / ends["te bf16"] - 1) <= CURVE_BAR:
+        missed.append(f"training: loss {ends['te fp8']:.4f} in FP8, {ends['te bf16']:.4f} in bf16, bar {CURVE_BAR:.0%}")
+    for name, figures in results.get("speed", {}).items():
+        if not figures["ratio"] >= SPEED_BAR:
+            missed.append(f"{name}: PLT-2 at {figures['ratio']:.3f} of GPT's tokens/s, bar {SPEED_BAR}")
+    return missed
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """All figures as tables."""
+    lines = [f"# {results['machine']}", "", f"`{results['command']}`, {results['seconds']:.0f} s", ""]
+    for name, value in results.get("rates", {}).items():
+        lines.append(f"- {name}: {value:,.1f}")
+    tables: dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]] = {
+        "Against float64 on the CPU (relative to a tensor's largest element)": (
+            ("mode", "loss", "median gradient", "worst gradient", "in"),
+            [
+                (name, f"{e['loss']:.1e}", f"{e['median gradient']:.1e}", f"{e['worst gradient']:.1e}", e["in"])
+                for name, e in results.get("correctness", {}).items()
+            ],
+        ),
+        "Loss over the last quarter of a short run": (
+            ("mode", "loss"),
+            [(name, f"{loss:.4f}") for name, loss in results.get("training", {}).get("last quarter", {}).items()],
+        ),
+        "PLT-2 against GPT of twice the depth, forward and backward": (
+            ("mode", "PLT-2 tokens/s", "GPT tokens/s", "ratio", "MFU (bf16 peak)", "PLT-2 MiB", "GPT MiB"),
+            [
+                (
+                    name,
+                    *(f"{value:,.0f}" for value in f["tokens/s"].values()),
+                    f"{f['ratio']:.3f}",
+                    "" if f["MFU of the bf16 peak"] is None else f"{f['MFU of the bf16 peak']:.1%}",
+                    *(f"{value:,.0f}" for value in f["memory MiB"].values()),
+                )
+                for name, f in results.get("speed", {}).items()
+            ],
+        ),
+        "Decoding, ms a token (times vanilla)": (
+            ("batch", *next(iter(results.get("decode", {}).values()), {})),
+            [
+                (batch, *(f"{ms:.3f} ({ms / rows['vanilla']:.2f})" for ms in rows.values()))
+                for batch, rows in results.get("decode", {}).items()
+            ],
+        ),
+    }
+    for title, (header, rows) in tables.items():
+        if rows:
+            lines += ["", f"## {title}", "", " | ".join(header), " | ".join("---" for _ in header)]
+            lines += [" | ".join(str(cell) for cell in row) for row in rows]
+    missed = missed_bars(results)
+    if results["bars"]:
+        lines += ["", *(f"- missed: {line}" for line in missed)] if missed else ["", "Every bar is met."]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,149 @@
+"""FP8: what each generation of cards has kernels for, and what a run therefore computes in FP8.
+
+The rules are Transformer Engine's own (its recipe checks and its attention selector, 2.20), stated before a run starts
+instead of in its first step. Linear layers run in FP8; of a layer's two attentions the global one may, where there is a
+kernel for it, and the window stays in BF16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+
+ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
+HOPPER_ATTENTION_HEAD_DIM = 128
+# (channels, tokens) of what is multiplied come in multiples of these.
+_ALIGNMENT = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (16, 8), "mxfp8": (32, 32)}
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Fp8Choice:
+    """What a run computes in FP8.
+
+    Attributes:
+        format: `hybrid` (E4M3, gradients in E5M2) or `e4m3`.
+        recipe: how values are scaled: `delayed`, `tensorwise`, `blockwise` or `mxfp8`.
+        attention: whether the global attention is in FP8 too.
+    """
+
+    format: str
+    recipe: str
+    attention: bool
+
+    def __str__(self) -> str:
+        rest = "global attention in FP8, window in BF16" if self.attention else "attention in BF16"
+        return f"linear layers in FP8 ({self.format}, recipe {self.recipe}), {rest}"
+
+
+def choose(config: RunConfig, capability: Capability) -> Fp8Choice | None:
+    """What the configuration means on a card of this compute capability; None: no FP8.
+
+    `training.fp8_recipe: auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales are of
+    the very tensor that is rounded, or delayed where Hopper's attention kernel asks for it.
+    """
+    training = config.training
+    if training.fp8 == "none":
+        return None
+    return Fp8Choice(training.fp8, _recipe(config, capability), training.fp8_attention)
+
+
+def _recipe(config: RunConfig, capability: Capability) -> str:
+    training = config.training
+    if training.fp8_recipe != "auto":
+        return training.fp8_recipe
+    if BLACKWELL <= capability < CONSUMER_BLACKWELL:
+        return "mxfp8"
+    return "delayed" if training.fp8_attention else "tensorwise"
+
+
+def find_problems(config: RunConfig, capability: Capability | None = None) -> Iterator[str]:
+    """What does not fit together, one line each.
+
+    `capability`: the card's, where it is known; None: what no card can do.
+    """
+    training = config.training
+    if training.fp8 == "none":
+        if training.fp8_attention:
+            yield "training.fp8_attention needs FP8 linear layers: set training.fp8=hybrid, or fp8_attention=false"
+        return
+    if config.model.backend == "torch":
+        yield f"training.fp8 {training.fp8} needs Transformer Engine: set model.backend=te, or training.fp8=none"
+    if training.precision != "bf16":
+        yield (
+            f"training.fp8 {training.fp8} with training.precision {training.precision}: FP8 kernels read and write "
+            "bf16; set training.precision=bf16"
+        )
+    if capability is not None:
+        yield from _check_card(config, capability)
+    yield from _check_sizes(config, "mxfp8" if training.fp8_recipe == "mxfp8" else _known_recipe(config, capability))
+    if training.fp8_attention:
+        yield from _check_attention(config, capability)
+
+
+def _known_recipe(config: RunConfig, capability: Capability | None) -> str:
+    return _recipe(config, HOPPER if capability is None else capability)
+
+
+def _check_card(config: RunConfig, capability: Capability) -> Iterator[str]:
+    card, recipe = _card(capability), _recipe(config, capability)
+    if capability < ADA:
+        yield f"training.fp8 {config.training.fp8}: {card} has no FP8 units (Ada, Hopper and Blackwell have)"
+    elif recipe == "mxfp8" and not BLACKWELL <= capability < CONSUMER_BLACKWELL:
+        yield f"training.fp8_recipe mxfp8 needs Blackwell (sm100), {card} has no kernel; use tensorwise or delayed"
+    elif recipe == "blockwise" and capability < HOPPER:
+        yield f"training.fp8_recipe blockwise needs Hopper or newer, {card} has no kernel; use tensorwise or delayed"
+
+
+def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
+    model, parallel, (align, align_tokens) = config.model, config.parallel, _ALIGNMENT[recipe]
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    head = derived.head_dim(model)
+    tokens = config.training.micro_batch_size * config.data.sequence_length // cp
+    if parallel.sequence_parallel:
+        tokens //= tp
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        f"model.ffn_hidden_size / tensor {tp}": model.ffn_hidden_size // tp,
+        f"query channels / tensor {tp}": model.num_attention_heads * head // tp,
+        f"query, key and value channels / tensor {tp}": (
+            (model.num_attention_heads + 2 * derived.num_query_groups(model)) * head // tp
+        ),
+    }
+    found = [(name, size, align) for name, size in sizes.items()]
+    for name, size, multiple in [*found, ("tokens of a microbatch on one rank", tokens, align_tokens)]:
+        if size % multiple:
+            yield f"training.fp8 with recipe {recipe}: {name} is {size}, must be a multiple of {multiple}"
+
+
+def _check_attention(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+    """FP8 attention in training; the window's is never asked for."""
+    training, parallel, head = config.training, config.parallel, derived.head_dim(config.model)
+    off = "or set training.fp8_attention=false"
+    recipe = None if capability is None and training.fp8_recipe == "auto" else _known_recipe(config, capability)
+    if recipe == "blockwise":
+        yield f"training.fp8_attention with training.fp8_recipe blockwise: no card has a kernel; use delayed, {off}"
+    if config.data.reset_at_document_boundaries:
+        yield f"training.fp8_attention with data.reset_at_document_boundaries: no kernel for packed documents; {off}"
+    if parallel.context_parallel_size > 1 and parallel.cp_comm_type == "all_gather":
+        yield f"training.fp8_attention with parallel.cp_comm_type all_gather: use p2p or a2a, {off}"
+    if capability is None:
+        return
+    card = _card(capability)
+    if not HOPPER <= capability < CONSUMER_BLACKWELL:
+        yield f"training.fp8_attention: {card} has no FP8 attention in training; set training.fp8_attention=false"
+    elif capability < BLACKWELL:
+        if recipe in ("tensorwise", "mxfp8"):
+            yield f"training.fp8_attention with recipe {recipe} needs Blackwell; on {card} use delayed, {off}"
+        if head != HOPPER_ATTENTION_HEAD_DIM:
+            yield (
+                f"training.fp8_attention: {card} has FP8 attention in training for a head dimension of "
+                f"{HOPPER_ATTENTION_HEAD_DIM} only, model.kv_channels is {head}; {off}"
+            )
+
+
+def _card(capability: Capability) -> str:
+    return f"sm{capability[0]}{capability[1]}"

@@ -1,0 +1,210 @@
+"""Jobs that the tests of this group run in Transformer Engine's pool, and the cases they train."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.cases import Case, Layout, Outcome
+
+# Every size a multiple of 16 on two tensor-parallel ranks; mxfp8 asks for 32.
+FP8_MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "ffn_hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_query_groups": 2,
+    "kv_channels": 32,
+    "backend": "te",
+}
+WEIGHTS_PER_LAYER = 4  # QKV, projection, and the two of the MLP
+
+
+def on_te(case: Case) -> Case:
+    """The case on Transformer Engine's layers."""
+    return replace(case, model=tuple(sorted({**dict(case.model), "backend": "te"}.items())))
+
+
+def fp8_case(
+    loops: int = 2, recipe: str | None = "delayed", attention: bool = False, recompute: str = "none", **model: Any
+) -> Case:
+    """A bf16 case with FP8 linear layers; `recipe` None: without FP8."""
+    fp8 = {} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_attention": attention}
+    settings = tuple(sorted({**FP8_MODEL, **model}.items()))
+    return Case(loops, recompute, model=settings, precision="bf16", training=tuple(fp8.items()))
+
+
+def _forget_fp8_state() -> None:
+    """Of the jobs that ran in this process before: their amax buffers would be reduced with this job's."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+
+
+def train_fresh(layout: Layout, cases: list[Case]) -> list[Outcome]:
+    """`train_cases`, with FP8 state of its own for each case."""
+    from tests.distributed import parity
+
+    outcomes = []
+    for case in cases:
+        _forget_fp8_state()
+        outcomes += parity.train_all(layout, [case]) if not outcomes else [parity._train(layout, case)]
+    return outcomes
+
+
+# ---------------------------------------------------------------- what is quantised, and which attention runs
+
+
+@dataclass
+class Counts:
+    """What happened in each call of the engine, `train` or `evaluate`.
+
+    Attributes:
+        weights: how often each parameter was quantised, by name.
+        attentions: how often fused attention ran, by (FP8 or not, window).
+    """
+
+    call: str
+    weights: dict[str, int] = field(default_factory=dict)
+    attentions: dict[tuple[bool, tuple[int, int]], int] = field(default_factory=dict)
+
+
+def count(layout: Layout, case: Case, generation: int = 9) -> tuple[list[Counts], Outcome]:
+    """Train a case on a card of a generation and count."""
+    from tests.distributed import parity
+    from tests.te import emulation
+
+    _forget_fp8_state()
+    calls: list[Counts] = []
+    with emulation.card(generation), _counting(calls):
+        (outcome,) = parity.train_all(layout, [case])
+    return calls, outcome
+
+
+@contextlib.contextmanager
+def _counting(calls: list[Counts]) -> Iterator[None]:
+    from plt_megatron.train.engine import MegatronEngine
+
+    extension = sys.modules["transformer_engine_torch"]
+    quantize, attend = extension.quantize, extension.fused_attn_fwd
+    train_step, evaluate = MegatronEngine.train_step, MegatronEngine.evaluate
+    names: dict[int, str] = {}
+    weights: Counter[str] = Counter()
+    attentions: Counter[tuple[bool, tuple[int, int]]] = Counter()
+
+    def counted_quantize(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if tensor.data_ptr() in names:
+            weights[names[tensor.data_ptr()]] += 1
+        return quantize(tensor, *args, **kwargs)
+
+    def counted_attention(*args: Any) -> Any:
+        attentions[hasattr(args[16], "_fp8_dtype"), tuple(args[12])] += 1
+        return attend(*args)
+
+    def counted(call: str, stock: Any) -> Any:
+        def run(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            names.update({value.data_ptr(): name for name, value in engine.stage.named_parameters()})
+            weights.clear()
+            attentions.clear()
+            result = stock(engine, *args, **kwargs)
+            calls.append(Counts(call, dict(weights), dict(attentions)))
+            return result
+
+        return run
+
+    extension.quantize, extension.fused_attn_fwd = counted_quantize, counted_attention
+    MegatronEngine.train_step = counted("train", train_step)
+    MegatronEngine.evaluate = counted("evaluate", evaluate)
+    try:
+        yield
+    finally:
+        extension.quantize, extension.fused_attn_fwd = quantize, attend
+        MegatronEngine.train_step, MegatronEngine.evaluate = train_step, evaluate
+
+
+def train_without_cache(layout: Layout, case: Case) -> Outcome:
+    """Train a case whose layers quantise their weights in every call."""
+    from megatron.core.extensions import transformer_engine as layers
+
+    from tests.distributed import parity
+
+    _forget_fp8_state()
+    kinds = (layers.TELinear, layers.TELayerNormColumnParallelLinear)
+    stock = [kind.forward for kind in kinds]
+
+    def always(forward: Any) -> Any:
+        def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.disable_parameter_transpose_cache = True
+            return forward(self, *args, **kwargs)
+
+        return run
+
+    for kind, forward in zip(kinds, stock, strict=True):
+        kind.forward = always(forward)
+    try:
+        return parity.train_all(layout, [case])[0]
+    finally:
+        for kind, forward in zip(kinds, stock, strict=True):
+            kind.forward = forward
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoint_config(layout: dict[str, Any], recipe: str | None, **model: Any) -> Any:
+    """A run configuration for `checkpoint_jobs`; `recipe` None: fp32 without FP8."""
+    from tests.distributed import checkpoint_jobs
+
+    if recipe is None:
+        return checkpoint_jobs.run_config(layout, **model)
+    sizes = {**FP8_MODEL, "num_layers": 2, "kv_channels": 128}
+    config = checkpoint_jobs.run_config(layout, "bf16", **{**sizes, **model})
+    config.training.fp8, config.training.fp8_recipe = "hybrid", recipe  # type: ignore[assignment]
+    config.training.fp8_attention = recipe == "delayed"
+    return config
+
+
+def save_then_go_on(directory: Path, config: Any, steps: int = 2, then: int = 2) -> dict[str, Any]:
+    """Train, save and go on; the numbers after it and the FP8 state at the save."""
+    from plt_megatron.train.checkpoint import save_checkpoint
+    from tests.distributed import checkpoint_jobs as jobs
+
+    _forget_fp8_state()
+    engine = jobs.build(config)
+    jobs.train(engine, 1, steps)
+    save_checkpoint(engine, directory, {"step": steps})
+    state = fp8_state(engine)
+    return {"after": jobs.train(engine, steps + 1, steps + then), "fp8": state}
+
+
+def load_then_go_on(directory: Path, config: Any, then: int = 2) -> dict[str, Any]:
+    """Load into a fresh engine and go on."""
+    from plt_megatron.train.checkpoint import load_checkpoint
+    from tests.distributed import checkpoint_jobs as jobs
+
+    _forget_fp8_state()
+    engine = jobs.build(config)
+    step = load_checkpoint(engine, directory)["step"]
+    state = fp8_state(engine)
+    return {"after": jobs.train(engine, step + 1, step + then), "fp8": state}
+
+
+def fp8_state(engine: Any) -> dict[str, Any]:
+    """Scales and amax histories of every FP8 module of this rank, by its name in the whole model, as arrays."""
+    import re
+
+    found = {}
+    for name, module in engine.stage.named_modules():
+        match = re.match(r"decoder\.layers\.(\d+)(\..*)", name)
+        if match is None or not getattr(module, "fp8_meta", None):
+            continue
+        number = engine.stage.decoder.layers[int(match[1])].layer_number
+        for key in ("scaling_fwd", "scaling_bwd"):
+            meta = module.fp8_meta.get(key)
+            if meta is not None and hasattr(meta, "amax_history"):
+                found[f"{number}{match[2]} {key}"] = (meta.scale.numpy().copy(), meta.amax_history.numpy().copy())
+    return found

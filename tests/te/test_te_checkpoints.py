@@ -1,0 +1,105 @@
+"""Checkpoints of Transformer Engine's layers: weights and optimizer state move to and from the torch spec, FP8 state is
+saved, restored and resharded, and exports know nothing of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.distributed import checkpoint_jobs
+from tests.te import te_jobs as jobs
+
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+def _torch() -> object:
+    return checkpoint_jobs.run_config(backend="torch")
+
+
+def _te(layout: dict | None = None) -> object:
+    return checkpoint_jobs.run_config(layout, backend="te")
+
+
+def _assert_same_numbers(ours, expected) -> None:
+    assert len(ours) == len(expected) > 0
+    for numbers, others in zip(ours, expected, strict=True):
+        assert numbers == pytest.approx(others, rel=1e-5)
+
+
+def test_torchs_layers_and_optimizer_go_on_as_transformer_engines(run_plain, run_te, tmp_path):
+    """Saved by a process without Transformer Engine, with torch's Adam; loaded with its layers and its Adam."""
+    expected = run_plain(checkpoint_jobs.train_and_save, 1, tmp_path, _torch(), then=3)["after"]
+    _assert_same_numbers(run_te(jobs.load_then_go_on, 1, tmp_path, _te(), 3)["after"], expected)
+    _assert_same_numbers(run_te(jobs.load_then_go_on, 2, tmp_path, _te(TP2_SP), 3)["after"], expected)
+
+
+def test_transformer_engines_go_on_as_torchs(run_plain, run_te, tmp_path):
+    expected = run_te(jobs.save_then_go_on, 2, tmp_path, _te(PP2), 3, 3)["after"]
+    _assert_same_numbers(run_plain(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"], expected)
+
+
+# ---------------------------------------------------------------- FP8
+
+
+@pytest.fixture(scope="module")
+def saved(run_te, tmp_path_factory):
+    """Two steps with delayed scaling, saved; and what two more gave."""
+    directory = tmp_path_factory.mktemp("fp8")
+    return directory, run_te(jobs.save_then_go_on, 1, directory, jobs.checkpoint_config({}, "delayed"))
+
+
+def _assert_same_state(ours, expected) -> None:
+    # Linear layers and the global attention of two layers, each with forward and backward scales.
+    assert ours.keys() == expected.keys() and len(ours) == 2 * 2 * (jobs.WEIGHTS_PER_LAYER + 1)
+    for name, (scale, history) in expected.items():
+        assert np.array_equal(ours[name][0], scale) and np.array_equal(ours[name][1], history), name
+
+
+def test_fp8_state_survives_a_resume_bit_for_bit(run_te, saved):
+    directory, whole = saved
+    resumed = run_te(jobs.load_then_go_on, 1, directory, jobs.checkpoint_config({}, "delayed"))
+    _assert_same_state(resumed["fp8"], whole["fp8"])
+    assert any((scale != 1).any() for scale, _ in whole["fp8"].values()), "scales have moved from where they start"
+    assert any(np.count_nonzero(history) > 0 for _, history in whole["fp8"].values())
+    assert resumed["after"] == whole["after"]
+
+
+def test_without_the_saved_state_the_numbers_would_be_others(run_te, saved):
+    directory, whole = saved
+    fresh = run_te(jobs.load_then_go_on, 1, directory, jobs.checkpoint_config({}, "tensorwise"))
+    assert fresh["after"] != whole["after"]
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(TP2_SP, 2), (PP2, 2)], ids=["TP2 SP", "PP2"])
+def test_fp8_state_survives_resharding(run_te, saved, layout, ranks):
+    directory, whole = saved
+    config = jobs.checkpoint_config(layout, "delayed")
+    results = run_te(jobs.load_then_go_on, ranks, directory, config, all_ranks=True)
+    _assert_same_state({name: state for result in results for name, state in result["fp8"].items()}, whole["fp8"])
+    for numbers, expected in zip(results[0]["after"], whole["after"], strict=True):
+        assert numbers[0] == pytest.approx(expected[0], rel=0.02) and numbers[1] == pytest.approx(expected[1], rel=0.2)
+
+
+def test_a_checkpoint_moves_between_fp8_and_bf16(run_te, saved):
+    """The state is dropped, and made anew, where the other has none."""
+    directory, whole = saved
+    config = jobs.checkpoint_config({}, "delayed")
+    config.training.fp8, config.training.fp8_attention = "none", False
+    after = run_te(jobs.load_then_go_on, 1, directory, config)["after"]
+    assert after[0][0] == pytest.approx(whole["after"][0][0], rel=0.02)
+
+
+def test_an_export_is_the_weights_alone(saved, tmp_path):
+    from safetensors import safe_open
+
+    from plt_megatron.hf.exporting import ExportOptions, export
+    from plt_megatron.train.checkpoint import read_weights
+
+    directory, _ = saved
+    names = [name for name, _ in read_weights(directory)]
+    assert names and not any("_extra_state" in name for name in names)
+    result = export(ExportOptions(directory, tmp_path / "exported", verify=True), say=lambda line: None)
+    assert result.difference is not None and result.difference < 1e-4
+    with safe_open(tmp_path / "exported" / "model.safetensors", "pt") as file:
+        assert not any("extra" in name or "scale" in name or "amax" in name for name in file.keys())

@@ -1,0 +1,55 @@
+"""benchmarks/gpu.py where Transformer Engine and FP8 are, tiny: every mode runs, and its tables hold what it found.
+
+Times and errors say nothing here; that the script runs without them is in tests/unit/project/test_benchmarks.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MODES = {"torch bf16", "te bf16", "te fp8"}
+
+
+def run_parts(folder: Path) -> dict[str, Any]:
+    from benchmarks import gpu
+    from plt_megatron.config.schema import ParallelConfig
+    from plt_megatron.runtime.process_groups import init_process_groups
+
+    init_process_groups(ParallelConfig())
+    return gpu.run_parts(gpu.DRY, ["rates", "correctness", "training", "speed"], folder / "gpu", "gpu.py")
+
+
+def test_every_mode_runs(run_te, tmp_path):
+    results = run_te(run_parts, 1, tmp_path, timeout_s=240)
+    assert results["correctness"].keys() == MODES | {"te bf16 against torch bf16"}
+    errors = {name: figures["median gradient"] for name, figures in results["correctness"].items()}
+    assert 1e-4 < errors["te bf16"] < 0.02 < errors["te fp8"] < 0.3
+    assert errors["te bf16 against torch bf16"] < 0.02
+    assert results["training"]["curves"].keys() == MODES
+    for losses in results["training"]["curves"].values():
+        assert losses[-1] < losses[0]
+    ends = results["training"]["last quarter"]
+    assert 0 < abs(ends["te fp8"] / ends["te bf16"] - 1) < 0.05
+    assert results["speed"].keys() == MODES and all(figures["ratio"] > 0 for figures in results["speed"].values())
+    report = (tmp_path / "gpu.md").read_text()
+    assert all(f"{mode} | " in report for mode in MODES) and "copy GB/s" in report
+
+
+def test_missed_bars_are_named():
+    from benchmarks.gpu_report import missed_bars
+
+    error = {"loss": 0.0, "worst gradient": 0.4, "in": "a.weight", "median gradient": 0.1}
+    results = {
+        "bars": True,
+        "correctness": {"te bf16": error, "te fp8": error, "te bf16 against torch bf16": error},
+        "training": {"last quarter": {"te bf16": 2.0, "te fp8": 2.1}},
+        "speed": {"te bf16": {"ratio": 0.9}, "te fp8": {"ratio": 0.99}},
+    }
+    assert [line.split(":")[0] for line in missed_bars(results)] == [
+        "te bf16",
+        "te bf16 against torch bf16",
+        "training",
+        "te bf16",
+    ]
+    assert missed_bars(results | {"bars": False}) == []

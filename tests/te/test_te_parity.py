@@ -1,0 +1,116 @@
+"""PLT on Transformer Engine's layers gives the numbers of PLT on plain torch's: float32, 1e-5, gradients included.
+
+Compared over three optimizer steps as in tests/distributed/test_parity.py: losses, gradient norms, validation losses
+at other loop counts and final weights. The reference is one process on the torch spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import Case, Layout, train_cases
+from tests.te.te_jobs import on_te
+
+TOLERANCE = 1e-5
+LOOPS = [Case(1), Case(2), Case(3)]
+A2A = (("cp_comm_type", "a2a"), ("local_cp_comm_type", "a2a"))
+ALL_GATHER = (("cp_comm_type", "all_gather"), ("local_cp_comm_type", "all_gather"))
+P2P = (("cp_comm_type", "p2p"), ("local_cp_comm_type", "a2a"))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "LoopCoder-v2": {
+        "window_size": 4,
+        "gate_input": "hidden",
+        "gate_side": "global",
+        "norm_between_loops": True,
+        "embedding_scale": 0.707,
+        "hidden_scale": 0.053,
+        "share_embeddings_and_output_weights": False,
+    },
+    "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True},
+    "norms on outputs": {"norm_placement": "post", "qk_layernorm": True},
+    "qkv bias, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
+    "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
+    "window above the length": {"window_size": 20},
+}
+
+
+@pytest.fixture(scope="module")
+def reference(run_te) -> Callable[[Case], Any]:
+    """A case's outcome on one process and the torch spec."""
+    known: dict[Case, Any] = {}
+
+    def outcome(case: Case) -> Any:
+        if case.reference not in known:
+            known[case.reference] = run_te(train_cases, 1, Layout(), [case.reference])[0]
+        return known[case.reference]
+
+    return outcome
+
+
+@pytest.fixture
+def check(run_te, reference, record_property) -> Callable[..., None]:
+    """Train cases on the te spec in a layout and compare."""
+
+    def check(layout: Layout, cases: list[Case], names: list[str] | None = None) -> None:
+        outcomes = run_te(train_cases, layout.world_size, layout, [on_te(case) for case in cases], timeout_s=240)
+        failures = []
+        for index, (case, outcome) in enumerate(zip(cases, outcomes, strict=True)):
+            wrong = _differences(outcome, reference(case))
+            worst = max(wrong, key=lambda name: np.nan_to_num(wrong[name], nan=np.inf))
+            how = f" {dict(case.parallel)['cp_comm_type']}" if case.parallel else ""
+            row = f"{names[index] if names else f'L{case.loops}'}, {layout}{how}"
+            record_property("parity", ["Transformer Engine's layers", row, case.recompute, wrong[worst], TOLERANCE])
+            if not wrong[worst] <= TOLERANCE:
+                failures.append(f"{layout}, {case}: {worst} is off by {wrong[worst]:.1e}")
+        assert not failures, "\n".join(failures)
+
+    return check
+
+
+def _differences(outcome: Any, expected: Any) -> dict[str, float]:
+    assert outcome.numbers.keys() == expected.numbers.keys() and outcome.final.keys() == expected.final.keys()
+    wrong = {name: abs(outcome.numbers[name] - value) / abs(value) for name, value in expected.numbers.items()}
+    for name, value in expected.final.items():
+        wrong[name] = float(np.abs(outcome.final[name] - value).max() / np.abs(value).max())
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, sp=True, pp=2)], ids=str
+)
+def test_every_loop_count(check, layout):
+    check(layout, LOOPS)
+
+
+@pytest.mark.parametrize("how", [A2A, ALL_GATHER, P2P], ids=["a2a", "all_gather", "p2p"])
+def test_context_parallelism(check, how):
+    check(Layout(cp=2), [Case(loops, parallel=how) for loops in (1, 2, 3)])
+
+
+def test_context_and_sequence_parallelism(check):
+    check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", parallel=ALL_GATHER)])
+
+
+def test_recomputation(check):
+    check(Layout(), [Case(3, "selective"), Case(3, "full")])
+    check(Layout(pp=2), [Case(2, "full", overlap=True)])
+
+
+def test_variants(check):
+    check(Layout(), [Case(2, model=tuple(sorted(model.items()))) for model in VARIANTS.values()], list(VARIANTS))
+
+
+def test_packed_documents(check):
+    check(Layout(), [Case(2, packed=True), Case(3, "full", packed=True)], ["packed", "packed"])
+    check(Layout(tp=2, sp=True), [Case(2, packed=True)], ["packed"])
+
+
+def test_the_comparison_would_notice_another_window(reference):
+    """The reference itself moves by more than is tolerated."""
+    one, other = reference(Case(2)), reference(Case(2, model=(("window_size", 4),)))
+    assert min(_differences(one, other)[f"gradient norm {step}"] for step in range(3)) > 100 * TOLERANCE
