@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from plt_megatron.experiments.report.results import SweepResults
 from plt_megatron.experiments.report.rows import LEVEL, Row, baseline_of, groups
-from plt_megatron.experiments.report.statistics import Estimate, paired_difference
+from plt_megatron.experiments.report.statistics import Estimate, estimate, paired_difference
 
 SAME_LATENCY = 0.05  # relative: as fast as the baseline
 
@@ -105,16 +105,16 @@ def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
     without = f" {', '.join(unknown)} cannot be compared yet." if unknown else ""
     if len(known) < 2:
         return None, f"not decided: {len(known)} of {len(rows)} rows have a usable run."
-    best = min(known, key=lambda row: row.loss.mean if row.loss else 0.0)
-    assert best.loss is not None
+    best, loss = _lowest(known)
     others = [row for row in known if row is not best]
     level = 1 - (1 - LEVEL) / len(others)
     open_rows: list[Row] = []
     closed: list[Row] = []
     for row in others:
         difference = paired_difference(row.losses, best.losses, level)
-        (closed if difference and difference.excludes_zero() else open_rows).append(row)
-    lead = f"{_with_loops(best)} has the lowest loss, {best.loss.mean:.4f}"
+        is_worse = difference is not None and difference.excludes_zero() and difference.mean > 0
+        (closed if is_worse else open_rows).append(row)
+    lead = f"{_with_loops(best)} has the lowest loss, {loss}"
     if open_rows:
         reason = _why_open(best, open_rows, level)
         rivals = ", ".join(_labels(open_rows))
@@ -122,7 +122,17 @@ def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
     gaps = ", ".join(f"{row.label} {_signed(paired_difference(row.losses, best.losses, level))}" for row in closed)
     if unknown:
         return None, f"not decided yet: {lead} and beats {', '.join(_labels(closed))} ({gaps}), but{without}"
-    return best.label, f"{_with_loops(best)} wins: loss {best.loss.mean:.4f}; the others against it: {gaps}."
+    return best.label, f"{_with_loops(best)} wins: loss {loss}; the others against it: {gaps}."
+
+
+def _lowest(rows: Sequence[Row]) -> tuple[Row, str]:
+    """The row with the lowest mean loss, and that loss in words: over the seeds that all rows have, if any."""
+    common = set.intersection(*(set(row.losses) for row in rows))
+    means = {row.name: estimate([row.losses[seed] for seed in common or row.losses]).mean for row in rows}
+    best = min(rows, key=lambda row: means[row.name])
+    is_whole = all(set(row.losses) == common for row in rows)
+    where = "" if is_whole else " over common seeds" if common else " over seeds of its own"
+    return best, f"{means[best.name]:.4f}{where}"
 
 
 def _why_open(best: Row, rows: Sequence[Row], level: float) -> str:

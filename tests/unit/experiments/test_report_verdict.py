@@ -86,6 +86,21 @@ def test_a_row_without_runs_leaves_it_open(tmp_path):
     assert "not decided yet" in found["tokens"].text and "3 loops cannot be compared yet" in found["tokens"].text
 
 
+def test_rows_with_different_seeds_are_compared_on_common_ones(tmp_path):
+    """2 loops has the lower mean, since it lacks the seed on which all are bad; paired, 3 loops is better by far."""
+    hard = {1: 3.0, 2: 3.002, 3: 4.0}
+    losses = {
+        "1 loop": {seed: loss + 0.5 for seed, loss in hard.items()},
+        "2 loops": {1: 3.1, 2: 3.1022},
+        "3 loops": hard,
+    }
+    found, rows, _ = judge(saved_plan(tmp_path), losses)
+    assert rows[1].loss.mean < rows[2].loss.mean
+    assert found["tokens"].winner == "3 loops"
+    assert "loss 3.0010 over common seeds; the others against it: 1 loop +0.5000" in found["tokens"].text
+    assert "2 loops +0.1001" in found["tokens"].text
+
+
 def test_equal_tokens_do_not_decide_at_equal_flops_and_the_other_way_round(tmp_path):
     losses = {"1 loop": by_seed(3.0), "2 loops": by_seed(2.9), "3 loops": by_seed(2.8)}
     found, rows, _ = judge(saved_plan(tmp_path, FIVE_SEEDS), losses)
