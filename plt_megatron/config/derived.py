@@ -34,9 +34,7 @@ def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel
 def model_parallel_size(config: RunConfig) -> int:
     """Processes that share one copy of the model's work: that hold parts of it, or parts of its sequences."""
     parallel = config.parallel
-    return (
-        parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-    )
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:

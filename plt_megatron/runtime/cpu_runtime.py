@@ -112,6 +112,8 @@ def _replace_device_queries() -> None:
     stream = _Stream()
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     cuda.device_count = lambda: 1
+    # With PYTORCH_NVML_BASED_CUDA_CHECK=1, which importing DeepSpeed sets, torch would ask the count above.
+    cuda.is_available = lambda: False
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]

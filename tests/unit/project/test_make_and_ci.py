@@ -61,7 +61,7 @@ class TestMakefile:
 class TestCI:
     @pytest.fixture
     def fake_make(self, tmp_path):
-        """A `make` that logs its target and fails on the one that FAIL_ON names, with FAIL_WITH; nothing is installed."""
+        """A `make` that logs its target and fails on the one that FAIL_ON names, with FAIL_WITH; installs nothing."""
         installer = tmp_path / "apt-get"
         installer.write_text("#!/bin/sh\nexit 0\n")
         installer.chmod(0o755)

@@ -229,6 +229,14 @@ def probe_entering_again_changes_nothing() -> None:
     assert before == (torch.empty, torch.Tensor.to, torch.cuda.current_device)
 
 
+def probe_no_gpu_whatever_torch_asks() -> None:
+    """DeepSpeed sets the variable when it is imported; torch then asks its device count."""
+    import torch
+
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    assert not torch.cuda.is_available()
+
+
 PROBES: dict[str, Callable[[], None]] = {
     name.removeprefix("probe_"): function for name, function in list(globals().items()) if name.startswith("probe_")
 }
