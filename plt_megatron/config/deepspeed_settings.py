@@ -13,11 +13,11 @@ from typing import Any, Literal
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 
-Kind = Literal["bool", "count", "number", "path"]
+Kind = Literal["bool", "count", "positive"]
 
-# What the raw section may add: speed, memory and reports. `count`: a whole number >= 0, 5e8 included.
+# What the raw section may add: speed, memory and reports. `count`: a whole number >= 0, 5e8 included; `positive`: >= 1.
 ADDABLE: dict[str, Kind] = {
-    "steps_per_print": "count",
+    "steps_per_print": "positive",
     "wall_clock_breakdown": "bool",
     "memory_breakdown": "bool",
     "dump_state": "bool",
@@ -25,8 +25,8 @@ ADDABLE: dict[str, Kind] = {
     "comms_logger.verbose": "bool",
     "comms_logger.prof_all": "bool",
     "comms_logger.debug": "bool",
-    "zero_optimization.reduce_bucket_size": "count",
-    "zero_optimization.allgather_bucket_size": "count",
+    "zero_optimization.reduce_bucket_size": "positive",
+    "zero_optimization.allgather_bucket_size": "positive",
     "zero_optimization.allgather_partitions": "bool",
     "zero_optimization.reduce_scatter": "bool",
     "zero_optimization.round_robin_gradients": "bool",
@@ -162,5 +162,5 @@ def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[s
         place = nested
         for section in sections:
             place = place.setdefault(section, {})
-        place[last] = int(value) if ADDABLE.get(key) == "count" else value
+        place[last] = int(value) if ADDABLE.get(key) in ("count", "positive") else value
     return nested

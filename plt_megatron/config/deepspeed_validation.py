@@ -47,14 +47,12 @@ def _check_features(config: RunConfig) -> Iterator[str]:
     for name, off in wanted:
         value = getattr(parallel, name, off)
         if value not in (off, None):
-            yield f"engine deepspeed: parallel.{name} {value}: set it to {str(off).lower()}, or set engine=megatron"
+            yield f"engine deepspeed: parallel.{name} {_text(value)}: set it to {_text(off)}, or set engine=megatron"
     experts = getattr(model, "num_moe_experts", None)
     if experts:
         yield f"engine deepspeed: model.num_moe_experts {experts}: mixture of experts needs engine=megatron"
-    for prefix in ("model", "training"):
-        fp8 = getattr(getattr(config, prefix), "fp8", None)
-        if fp8 not in (None, False, "none"):
-            yield f"engine deepspeed: {prefix}.fp8 {fp8}: set {prefix}.fp8=none for BF16, or set engine=megatron"
+    if config.training.fp8 != "none":
+        yield f"engine deepspeed: training.fp8 {config.training.fp8}: set it to none for BF16, or set engine=megatron"
 
 
 def _check_zero(zero: ZeroConfig) -> Iterator[str]:
@@ -91,11 +89,14 @@ def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
 
 
 def _check_kind(key: str, value: Any) -> Iterator[str]:
-    if settings.ADDABLE[key] == "bool":
+    kind = settings.ADDABLE[key]
+    if kind == "bool":
         if not isinstance(value, bool):
             yield f"deepspeed.{key}: expected true or false, got {_text(value)}"
-    elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1 != 0:
-        yield f"deepspeed.{key}: expected a whole number of at least 0, got {_text(value)}"
+        return
+    least = 1 if kind == "positive" else 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least or value % 1 != 0:
+        yield f"deepspeed.{key}: expected a whole number of at least {least}, got {_text(value)}"
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -105,6 +106,9 @@ def _prefixes(key: str) -> Iterator[str]:
 
 def _unknown(key: str) -> str:
     known = [*settings.ADDABLE, *settings.DECIDED_BY]
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"deepspeed.{key} is a section: give what it shall hold, as in deepspeed.{inside[0]}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     hint = f"did you mean {close[0]}?" if close else "docs/deepspeed.md lists those that may be added"
     return f"deepspeed.{key} is unknown, and DeepSpeed would pass over it in silence; {hint}"

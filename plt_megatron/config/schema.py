@@ -125,6 +125,10 @@ class TrainingConfig:
     train_tokens: int | None = None
     seed: int = 1234
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
+    # Linear layers of the `te` backend in FP8; hybrid: E4M3, gradients in E5M2. The window's attention stays in BF16.
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    fp8_recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"  # auto: the card's best
+    fp8_attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
     deterministic: bool = False
     threads_per_process: int | None = None  # CPU only; None: this machine's cores / processes
     # A step that goes wrong is reported in <run folder>/incidents. skip: the weights stay as they were;

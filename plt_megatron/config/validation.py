@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived
+from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived, fp8_rules
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 
@@ -27,14 +27,18 @@ def validate(
     world_size: int | None = None,
     check_files: bool = True,
     have_te: bool | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> None:
     """Raise one `UserError` whose message holds one line per problem, if there is any.
 
     `world_size`: number of processes the run gets; None: as many as the layout asks for (launch/local.py).
     `check_files`: also check what belongs to this machine: data files, tokenizer, folders, optional packages.
     `have_te`: whether Transformer Engine is installed; None: look (without importing it).
+    `capability`: the card's compute capability, where it is known: FP8 kernels depend on it.
     """
-    problems = find_problems(config, world_size=world_size, check_files=check_files, have_te=have_te)
+    problems = find_problems(
+        config, world_size=world_size, check_files=check_files, have_te=have_te, capability=capability
+    )
     if problems:
         raise UserError("\n".join(problems))
 
@@ -45,6 +49,7 @@ def find_problems(
     world_size: int | None = None,
     check_files: bool = True,
     have_te: bool | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> list[str]:
     """The problems `validate` would raise, one line each."""
     problems = list(_check_ranges(config))
@@ -58,6 +63,7 @@ def find_problems(
         problems += deepspeed_validation.find_deepspeed_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
         problems += context_parallel_validation.check_te_context_parallel(config, have)
+        problems += fp8_rules.find_problems(config, capability)
     if check_files:
         problems += _check_files(config)
         problems += _check_packages(config, have_te)

@@ -28,9 +28,9 @@ def import_deepspeed() -> ModuleType:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if is_cpu_runtime():
-        # Else it compiles a helper for collectives when it starts: a minute, and a lock that a killed build leaves.
-        for name in deepspeed.ops.__compatible_ops__:
-            deepspeed.ops.__compatible_ops__[name] = False
+        # Else it compiles a helper for collectives when it starts: a minute, and a lock that a killed build leaves, at
+        # which later runs hang. Assigned whole: what is there is a probe that runs compilers when first looked at.
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -32,6 +32,7 @@ from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks, token_losses
 from plt_megatron.model.transformer_config import DTYPES, schedule_config, transformer_config
+from plt_megatron.runtime.fp8 import choose_fp8
 from plt_megatron.train.step_times import StepTimes
 
 
@@ -134,6 +135,8 @@ class MegatronEngine:
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
+        # FP8 copies of the weights are made in a layer's first call from here on, and serve every loop and microbatch.
+        self.stage.set_is_first_microbatch()
         shared = MicroBatches([batch.of_rank(self.stage.context_rows) for batch in batches])
         pipelined = self.layers_config.pipeline_model_parallel_size > 1
         virtual = loop_count if pipelined and loop_count > 1 else None
@@ -200,7 +203,13 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
     training, parallel = config.training, config.parallel
     tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
     stage = LoopedGPT(
-        transformer_config(config.model, parallel, precision=training.precision, deterministic=training.deterministic),
+        transformer_config(
+            config.model,
+            parallel,
+            precision=training.precision,
+            deterministic=training.deterministic,
+            fp8=choose_fp8(config),
+        ),
         vocab_size,
         config.data.sequence_length,
         padded_vocab_size=derived.padded_vocab_size(config.model, vocab_size, parallel.tensor_model_parallel_size),

@@ -64,4 +64,6 @@ def _aligned(rows: dict[str, dict[str, str]]) -> Iterator[str]:
 
 
 def _column_order(column: str) -> tuple[int, str]:
-    return ("none", "selective", "full").index(column.split("+")[0]), column
+    recompute = ("none", "selective", "full")
+    kind = column.split("+")[0]
+    return recompute.index(kind) if kind in recompute else len(recompute), column

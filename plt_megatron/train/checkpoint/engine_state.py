@@ -58,7 +58,7 @@ class MegatronState:
 
     def request(self, *, optimizer: bool) -> dict[str, Any]:
         """See `EngineState`."""
-        model = state.model_state(self._engine)
+        model = state.model_state(self._engine, is_loading=True)
         if not optimizer:
             return {"model": model}
         return {"model": model, "optimizer": state.optimizer_state(self._engine, model, is_loading=True)}
@@ -67,7 +67,8 @@ class MegatronState:
         """See `EngineState`."""
         loaded = read(request)
         self._build_gates(loaded["model"])
-        self._engine.stage.load_state_dict(loaded["model"], strict=False)  # what is missing is known to be a gate
+        with state.pickled_fp8_state_is_trusted():
+            self._engine.stage.load_state_dict(loaded["model"], strict=False)  # what is missing is known to be a gate
         for index, part in enumerate(state.optimizers(self._engine)):
             state.allocate(part)
             state.load_parameter_states(part, loaded.get("optimizer", {}).get(index, {}))

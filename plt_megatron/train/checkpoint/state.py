@@ -7,6 +7,7 @@ here, each where it is marked.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from plt_megatron.train.engines import Engine
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
 _GATE = ".plt_gate."
+_TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def is_gate(name: str) -> bool:
@@ -50,10 +52,32 @@ def sharding_metadata(engine: Engine) -> dict[str, Any]:
     }
 
 
-def model_state(engine: Engine) -> dict[str, Any]:
-    """The stage's parameters by their local names. Extra states count only where a backend (FP8) has some."""
+def model_state(engine: Engine, *, is_loading: bool = False) -> dict[str, Any]:
+    """The stage's parameters by their local names. Extra states count only where a backend (FP8) has some.
+
+    `is_loading`: a layer that has not run in FP8 yet has no state, but will take one.
+    """
     state = engine.stage.sharded_state_dict(metadata=sharding_metadata(engine))
+    config = engine.stage.config
+    if is_loading and config.fp8 is not None and config.fp8_recipe == "delayed":
+        return state
     return {name: value for name, value in state.items() if not _is_empty_object(value)}
+
+
+@contextmanager
+def pickled_fp8_state_is_trusted() -> Iterator[None]:
+    """Within it, Transformer Engine's layers take the scales and histories of delayed scaling, which they keep pickled.
+
+    A checkpoint is unpickled anyway, by megatron-core, after its checksums have been compared.
+    """
+    before = os.environ.get(_TRUST_VARIABLE)
+    os.environ[_TRUST_VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_TRUST_VARIABLE)
+        if before is not None:
+            os.environ[_TRUST_VARIABLE] = before
 
 
 def _is_empty_object(value: Any) -> bool:

@@ -1,0 +1,298 @@
+"""Jobs of the DeepSpeed tests: a tiny model, trained on either engine, saved and moved. Only workers import torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tests.distributed.cases import VOCAB_SIZE, Case, Layout
+
+STEPS = 5
+ROWS = 2  # of a microbatch in the journeys: two microbatches a step at DP 2
+Numbers = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Zero:
+    """How DeepSpeed is asked to work; stage 0 stands for the megatron engine."""
+
+    stage: int = 1
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_param: Literal["none", "cpu"] = "none"
+    raw: tuple[tuple[str, Any], ...] = ()  # of zero_optimization
+
+    def __str__(self) -> str:
+        offload = {"optimizer": self.offload_optimizer, "parameters": self.offload_param}
+        offloaded = [name for name, where in offload.items() if where == "cpu"]
+        return f"ZeRO {self.stage}" + (f", {' and '.join(offloaded)} offloaded" if offloaded else "")
+
+
+MEGATRON = Zero(0)
+
+
+def with_engine(config: Any, zero: Zero) -> Any:
+    """The configuration with the engine that `zero` asks for."""
+    from plt_megatron.config.schema import ZeroConfig
+
+    if zero.stage == 0:
+        return config
+    section = ZeroConfig(zero.stage, zero.offload_optimizer, zero.offload_param)
+    raw = {"zero_optimization": dict(zero.raw)} if zero.raw else {}
+    return dataclasses.replace(config, engine="deepspeed", zero=section, deepspeed=raw)
+
+
+# ---------------------------------------------------------------- parity
+
+
+def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Numbers]:
+    """Train each case for five steps: losses, gradient norms, and validation losses at other loop counts."""
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from tests.distributed import parity
+
+    init_process_groups(parity._parallel(layout, Case()))
+    return [_train(layout, case, zero) for case, zero in cases]
+
+
+def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
+    from plt_megatron.train.engines import build_engine
+    from tests.distributed import parity
+
+    with parity._randomised(case.zero_gates):
+        engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
+    numbers = {}
+    for step in range(STEPS):
+        result = engine.train_step(parity._batches(step, layout, case))
+        assert result.updated
+        numbers[f"loss {step}"], numbers[f"gradient norm {step}"] = result.loss, result.grad_norm
+        numbers[f"learning rate {step}"] = result.lr
+        if step == 1:
+            for loops in parity._evaluated_loops(case):
+                loss, tokens = engine.evaluate(parity._batches(100, layout, case), loops)
+                numbers[f"validation loss at {loops}"] = loss / tokens
+    return numbers
+
+
+def refuse_steps(layout: Layout, stages: list[int]) -> list[list[Any]]:
+    """For each stage: four steps of which the second is refused and the third has a loss that is no number on one
+    data-parallel rank; what was seen of them, whether weights, moments and step count stayed, and what was judged."""
+    from megatron.core import parallel_state
+
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.engines import build_engine
+    from tests.distributed import parity
+
+    case = Case(2)
+    init_process_groups(parity._parallel(layout, case))
+    outcomes = []
+    for stage in stages:
+        engine = build_engine(with_engine(parity._config(layout, case), Zero(stage)), VOCAB_SIZE)
+        broken: list[bool] = []
+        engine.stage.embedding.register_forward_hook(
+            lambda *call, broken=broken: call[-1] * math.nan if broken else None  # type: ignore[misc]
+        )
+        asked: list[tuple[float, float]] = []
+
+        def judge(loss: float, norm: float, asked: list[tuple[float, float]] = asked) -> bool:
+            asked.append((loss, norm))
+            return math.isfinite(loss) and math.isfinite(norm) and len(asked) != 2
+
+        seen: list[Any] = []
+        for step in range(4):
+            before = _everything(engine)
+            broken[:] = [True] if step == 2 and parallel_state.get_data_parallel_rank() == 1 else []
+            result = engine.train_step(parity._batches(step, layout, case), judge)
+            broken.clear()
+            after = _everything(engine)
+            seen.append((result.updated, result.loss, result.grad_norm, before == after))
+        outcomes.append([seen, asked])
+    return outcomes
+
+
+def _everything(engine: Any) -> str:
+    """A hash over this rank's share of the state that a checkpoint would hold."""
+    import torch
+
+    from plt_megatron.train.checkpoint import state
+    from plt_megatron.train.checkpoint.engine_state import state_of
+
+    saved = state_of(engine).to_save()
+    whole = hashlib.sha256(str(saved["optimizer_step"]).encode())
+    for tensor in state.sharded_tensors(saved):
+        whole.update(tensor.key.encode())
+        whole.update(tensor.data.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return whole.hexdigest()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Place:
+    """An engine in a layout; what tensor and pipeline parallelism leave of the processes is data parallel."""
+
+    zero: Zero = MEGATRON
+    tp: int = 1
+    pp: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    model: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        engine = "megatron" if self.zero == MEGATRON else str(self.zero)
+        pipeline = f" PP{self.pp}" if self.pp > 1 else ""
+        loops = f" L{dict(self.model)['loop_count']}" if "loop_count" in dict(self.model) else ""
+        return f"{engine} TP{self.tp}{pipeline}{loops}{' bf16' if self.precision == 'bf16' else ''}"
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Of `ParallelConfig`."""
+        sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
+        return {**sizes, "sequence_parallel": self.tp > 1}
+
+
+@dataclass
+class Journey:
+    """Losses and gradient norms of a run that stayed, and of those that were loaded from its checkpoint elsewhere.
+
+    Attributes:
+        before: steps 1 to 3.
+        stayed: steps 4 to 6 of the engine that saved.
+        moved: the same of each engine that loaded.
+        logs: what rank 0 said while each loaded.
+        shapes: of the checkpoint's tensors, by key.
+        digest, digests: each rank's whole state after step 6, of the one that stayed and of those that moved.
+    """
+
+    before: list[tuple[float, float]]
+    stayed: list[tuple[float, float]]
+    shapes: dict[str, tuple[int, ...]]
+    digest: list[str]
+    moved: list[list[tuple[float, float]]] = field(default_factory=list)
+    logs: list[list[str]] = field(default_factory=list)
+    digests: list[list[str]] = field(default_factory=list)
+
+
+def _build(place: Place) -> Any:
+    from megatron.core import parallel_state
+
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.engines import build_engine
+    from tests.distributed import checkpoint_jobs as jobs
+
+    config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)
+    config.training.micro_batch_size = ROWS
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    init_process_groups(config.parallel)
+    return build_engine(config, jobs.VOCAB)
+
+
+def _steps(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
+    """Steps `first` .. `last`, each on data of its own, in microbatches of `ROWS`: (loss, gradient norm) per step."""
+    import torch
+    from megatron.core import parallel_state
+
+    from plt_megatron.model.looped_gpt import MicroBatch
+    from tests.distributed.checkpoint_jobs import BATCH, LENGTH, VOCAB
+
+    share = BATCH // parallel_state.get_data_parallel_world_size()
+    own = range(parallel_state.get_data_parallel_rank() * share, (parallel_state.get_data_parallel_rank() + 1) * share)
+    results = []
+    for step in range(first, last + 1):
+        text = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+        parts = [text[row : row + ROWS] for row in own[::ROWS]]
+        result = engine.train_step([MicroBatch(part[:, :-1], labels=part[:, 1:].contiguous()) for part in parts])
+        results.append((result.loss, result.grad_norm))
+    return results
+
+
+def travel(folder: Path, start: Place, ends: list[Place]) -> Journey:
+    """Train three steps at the first place, save, and go on for three there and at all the others.
+
+    The checkpoint is written once those three steps are made, as an asynchronous save might be.
+    """
+    import torch
+
+    from plt_megatron.train.checkpoint import load_checkpoint
+    from plt_megatron.train.checkpoint.loading import _saved_entries
+    from plt_megatron.train.checkpoint.saving import begin_save
+
+    engine = _build(start)
+    before = _steps(engine, 1, 3)
+    save = begin_save(engine, folder, {"step": 3}, staged=True)
+    stayed, digest = _steps(engine, 4, 6), _everyones_state(engine)
+    save.write()
+    path = save.publish(2, 0)
+    journey = Journey(before, stayed, _saved_entries(path)[0], digest)
+    for end in ends:
+        engine = _build(end)
+        torch.manual_seed(99)
+        messages: list[str] = []
+        with heard(messages):
+            load_checkpoint(engine, folder)
+        journey.moved.append(_steps(engine, 4, 6))
+        journey.logs.append(messages)
+        journey.digests.append(_everyones_state(engine))
+    return journey
+
+
+def _everyones_state(engine: Any) -> list[str]:
+    import torch.distributed as dist
+
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, _everything(engine))
+    return everyone
+
+
+@contextmanager
+def heard(messages: list[str]) -> Iterator[None]:
+    """Within it, what the package logs goes into `messages` too."""
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    package = logging.getLogger("plt_megatron")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+
+
+def save_from(folder: Path, places: list[Place]) -> list[float]:
+    """Three steps at each place, saved as `folder/<number>`; each one's loss on step 1's data."""
+    from plt_megatron.train.checkpoint import save_checkpoint
+    from tests.distributed import checkpoint_jobs as jobs
+
+    losses = []
+    for number, place in enumerate(places):
+        engine = _build(place)
+        _steps(engine, 1, 3)
+        save_checkpoint(engine, folder / str(number), {"step": 3})
+        losses.append(jobs.evaluate(engine, 2))
+    return losses
+
+
+def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:
+    """An engine that has trained already, given a checkpoint's weights alone, then all of it: its losses on step 1's
+    data, and the next step's gradient norm and its optimizer's step."""
+    from plt_megatron.train.checkpoint import load_checkpoint, load_weights
+    from plt_megatron.train.checkpoint.engine_state import state_of
+    from tests.distributed import checkpoint_jobs as jobs
+
+    engine = _build(place)
+    fresh = jobs.evaluate(engine, 2)
+    _steps(engine, 1, 1)
+    load_weights(engine, folder)
+    outcome = {"fresh": fresh, "weights": jobs.evaluate(engine, 2)}
+    outcome["weights step"] = state_of(engine).to_save()["optimizer_step"]
+    outcome["first"] = _steps(engine, 1, 1)
+    load_checkpoint(engine, folder)
+    outcome["all"] = jobs.evaluate(engine, 2)
+    outcome["all step"] = state_of(engine).to_save()["optimizer_step"]
+    return outcome

@@ -1,0 +1,187 @@
+"""The DeepSpeed engine gives the megatron engine's numbers, to 1e-5 relative in float32, at every ZeRO stage.
+
+Compared with the megatron engine on one process over five steps: losses, gradient norms, learning rates, and the
+validation loss of the same weights at other loop counts in between. `make test` runs a covering design, in which every
+pair of settings occurs; all of TP 1, TP 2, TP 2 with sequence parallelism x DP 1/2 x stage 1/2/3 x loops 1 to 3 x
+recompute is `slow`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases import Case, Layout
+from tests.distributed.deepspeed_jobs import MEGATRON, Zero, refuse_steps, train_cases
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
+)
+
+TOLERANCE = 1e-5
+LAYOUTS = [Layout(tp, sp, 1, dp) for (tp, sp), dp in itertools.product([(1, False), (2, False), (2, True)], (1, 2))]
+Setting = tuple[Layout, int, int, str]  # layout, ZeRO stage, loops, recompute
+EVERYTHING: list[Setting] = list(itertools.product(LAYOUTS, (1, 2, 3), (1, 2, 3), ("none", "selective", "full")))
+
+
+def _pairs(settings: Iterable[Setting]) -> set[Any]:
+    axes = ("stage", "loops", "recompute")
+    named = (
+        [("tensor", (layout.tp, layout.sp)), ("data", layout.dp), *zip(axes, how, strict=True)]
+        for layout, *how in settings
+    )
+    return {pair for setting in named for pair in itertools.combinations(setting, 2)}
+
+
+def _covering_design() -> list[Setting]:
+    """Few settings in which every pair occurs: the one that adds most pairs, again and again."""
+    chosen: list[Setting] = []
+    missing = _pairs(EVERYTHING)
+    while missing:
+        best = max(EVERYTHING, key=lambda setting: (len(_pairs([setting]) & missing), -setting[0].world_size))
+        chosen.append(best)
+        missing -= _pairs([best])
+    return chosen
+
+
+COVERING = _covering_design()
+
+
+@pytest.fixture(scope="module")
+def reference(run_distributed) -> Callable[[Case], dict[str, float]]:
+    """A case's numbers from the megatron engine on one process."""
+    known: dict[Case, dict[str, float]] = {}
+
+    def numbers(case: Case) -> dict[str, float]:
+        if case.reference not in known:
+            known[case.reference] = run_distributed(train_cases, 1, Layout(), [(case.reference, MEGATRON)])[0]
+        return known[case.reference]
+
+    return numbers
+
+
+@pytest.fixture
+def check(run_distributed, reference, record_property) -> Callable[..., None]:
+    """Train the cases in the layout and compare; what was found goes into the table."""
+
+    def check(layout: Layout, cases: list[tuple[Case, Zero]], names: list[str] | None = None) -> None:
+        failures = []
+        outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=280)
+        for index, ((case, zero), numbers) in enumerate(zip(cases, outcomes, strict=True)):
+            wrong = differences(numbers, reference(case))
+            worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else math.inf)
+            name = f"L{case.loops}" if names is None else f"{names[index]},"
+            record_property("parity", ["DeepSpeed", f"{name} {layout} {zero}", case.recompute, wrong[worst], TOLERANCE])
+            if not wrong[worst] <= TOLERANCE:
+                failures.append(f"{layout}, {case}, {zero}: {worst} is off by {wrong[worst]:.1e}")
+        assert not failures, "\n".join(failures)
+
+    return check
+
+
+def differences(numbers: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
+    """Relative differences by name."""
+    assert numbers.keys() == expected.keys()
+    return {
+        name: abs(numbers[name] - value) / abs(value) if value else abs(numbers[name])
+        for name, value in expected.items()
+    }
+
+
+def _cases(settings: list[Setting], layout: Layout) -> list[tuple[Case, Zero]]:
+    return [(Case(loops, how), Zero(stage)) for chosen, stage, loops, how in settings if chosen == layout]
+
+
+@pytest.mark.parametrize("layout", sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index), ids=str)
+def test_every_pair_of_settings(check, layout):
+    check(layout, _cases(COVERING, layout))
+
+
+def test_the_covering_design_has_every_pair():
+    assert _pairs(COVERING) == _pairs(EVERYTHING)
+    assert len(COVERING) <= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_combination(check, layout, stage):
+    check(layout, _cases([setting for setting in EVERYTHING if setting[1] == stage], layout))
+
+
+def _model(**model: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(model.items()))
+
+
+LOOPCODER = _model(
+    window_size=4,
+    gate_input="hidden",
+    gate_side="global",
+    norm_between_loops=True,
+    embedding_scale=0.707,
+    hidden_scale=0.053,
+    share_embeddings_and_output_weights=False,
+)
+
+
+def test_offloaded_states_and_parameters(check):
+    """With a small persistence threshold no parameter stays whole, with a small bucket several reductions are made."""
+    small = (("reduce_bucket_size", 2000),)
+    nothing_stays = (("stage3_param_persistence_threshold", 0), ("stage3_prefetch_bucket_size", 100))
+    cases = [
+        (Case(2, "full"), Zero(1, "cpu")),
+        (Case(3), Zero(2, "cpu", raw=small)),
+        (Case(2, "full"), Zero(3, "cpu", "cpu", raw=small)),
+        (Case(2), Zero(3, "cpu")),
+        (Case(2), Zero(3, raw=nothing_stays)),
+    ]
+    check(Layout(dp=2), cases)
+
+
+def test_variants_and_packed_documents(check):
+    """Those whose gradients come in other numbers of parts: gates that read the residual stream, keys that only the
+    first loop uses, norms over all heads."""
+    shared_keys = _model(gated_window=False, qk_layernorm=True)
+    post_norm = _model(norm_placement="post", qk_layernorm=True, qkv_bias=True, layernorm_epsilon=1e-2)
+    cases = [
+        (Case(2, "full", model=LOOPCODER), Zero(2)),
+        (Case(2, "selective", model=LOOPCODER), Zero(3)),
+        (Case(3, "full", model=shared_keys), Zero(2)),
+        (Case(2, "full", model=post_norm), Zero(2)),
+        (Case(2, "full", packed=True), Zero(3)),
+    ]
+    names = ["LoopCoder-v2", "LoopCoder-v2", "+ KV sharing, QK norms", "post-norm", "packed"]
+    check(Layout(tp=2, sp=True), cases, names)
+
+
+def test_bfloat16_is_close(run_distributed, reference):
+    case = Case(2, "full", precision="bf16")
+    for numbers in run_distributed(train_cases, 2, Layout(dp=2), [(case, Zero(stage)) for stage in (1, 2, 3)]):
+        wrong = differences(numbers, reference(case))
+        assert max(wrong.values()) < 0.03, wrong
+
+
+def test_a_step_that_is_refused_changes_nothing(run_distributed):
+    """Nor does one whose loss is no number; and each step is judged once, with the numbers that are reported."""
+    megatron, *others = run_distributed(refuse_steps, 2, Layout(dp=2), [0, 1, 2, 3])
+    for seen, asked in others:
+        assert [updated for updated, *_ in seen] == [True, False, False, True]
+        assert [same for *_, same in seen] == [False, True, True, False]
+        assert len(asked) == 4 and not math.isfinite(asked[2][1])
+        for (_, loss, norm, _), judged in zip(seen, asked, strict=True):
+            assert judged == pytest.approx((loss, norm), rel=1e-12, nan_ok=True)
+        for step in (0, 1, 3):
+            assert seen[step][1:3] == pytest.approx(megatron[0][step][1:3], rel=TOLERANCE)
+
+
+def test_the_comparison_would_notice_a_lost_loop(reference):
+    """One loop less, or another model, is seen in every step."""
+    base = reference(Case(3))
+    for other in (reference(Case(2)), reference(Case(3, model=_model(gated_window=False)))):
+        wrong = {name: abs(base[f"gradient norm {name}"] / other[f"gradient norm {name}"] - 1) for name in range(5)}
+        assert min(wrong.values()) > 100 * TOLERANCE

@@ -1,0 +1,177 @@
+"""Checkpoints of the DeepSpeed engine are the megatron engine's: a run goes on wherever it is loaded.
+
+A run that is saved after three steps goes on bit for bit where it was, and to 1e-5 relative (losses and gradient norms
+of three more steps in float32, optimizer state included) on the other engine, at another ZeRO stage, at another
+tensor-parallel size. On two processes: TP 1 x DP 2, TP 2 with sequence parallelism, PP 2.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.deepspeed_jobs import MEGATRON, Journey, Place, Zero, save_from, travel, weights_then_all
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
+)
+
+TOLERANCE = 1e-5
+ENGINES = [MEGATRON, Zero(1), Zero(2), Zero(3)]
+PLACES = [Place(zero, tp) for zero in ENGINES for tp in (1, 2)]
+OFFLOADED = [Place(Zero(1, "cpu")), Place(Zero(3, "cpu", "cpu"), 2)]
+
+
+@pytest.fixture(scope="module")
+def tensors(run_distributed, tmp_path_factory):
+    """The shapes of the tensors in a megatron engine's checkpoint, by key."""
+    shapes = run_distributed(travel, 1, tmp_path_factory.mktemp("megatron"), Place(), []).shapes
+    moments = sum("exp_avg_sq" in key for key in shapes)
+    assert moments >= 10 and len(shapes) == 4 * moments, "weights, fp32 copies and two moments"
+    return shapes
+
+
+@pytest.fixture
+def go_on(run_distributed, tmp_path, record_property, tensors):
+    """Train at a place, save, go on elsewhere, and compare; what was found goes into the table."""
+
+    def check(start: Place, ends: list[Place]) -> Journey:
+        journey = run_distributed(travel, 2, tmp_path, start, ends, timeout_s=280)
+        assert journey.shapes == {key: _padded(shape, start.tp) for key, shape in tensors.items()}
+        assert all("in the checkpoint" not in line for log in journey.logs for line in log)
+        failures = []
+        for end, moved in zip(ends, journey.moved, strict=True):
+            worst = difference(moved, journey.stayed)
+            record_property("parity", ["DeepSpeed checkpoints, saved at", str(end), str(start), worst, TOLERANCE])
+            if not worst <= TOLERANCE:
+                failures.append(f"from {start} to {end}: off by {worst:.1e}")
+        assert not failures, "\n".join(failures)
+        return journey
+
+    return check
+
+
+def _padded(shape: tuple[int, ...], tensor_parallel_size: int) -> tuple[int, ...]:
+    """The vocabulary's 119 rows at TP 1 are 126 at TP 2."""
+    return tuple({119: 119 if tensor_parallel_size == 1 else 126}.get(size, size) for size in shape)
+
+
+def difference(numbers: list[tuple[float, float]], expected: list[tuple[float, float]]) -> float:
+    """The largest relative one."""
+    pairs = zip(sum(numbers, ()), sum(expected, ()), strict=True)
+    return max(abs(number - value) / abs(value) for number, value in pairs)
+
+
+# ---------------------------------------------------------------- going on elsewhere
+
+
+@pytest.mark.parametrize(
+    ("start", "ends"),
+    [
+        (Place(MEGATRON, 1), [Place(Zero(1), 2), Place(Zero(2), 1), Place(Zero(3), 2)]),
+        (Place(MEGATRON, pp=2), [Place(Zero(1), 1), Place(Zero(3), 1)]),
+        (Place(Zero(1), 2), [Place(MEGATRON, 1), Place(MEGATRON, pp=2), Place(Zero(2), 2), Place(Zero(3), 1)]),
+        (Place(Zero(2), 1), [Place(MEGATRON, 2), Place(Zero(1), 1), Place(Zero(3), 2)]),
+        (Place(Zero(3), 1), [Place(MEGATRON, 1), Place(Zero(1), 2), Place(Zero(2), 2)]),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Place) else "on",
+)
+def test_a_run_moves_between_engines_stages_and_tensor_parallel_sizes(go_on, start, ends):
+    """And the checkpoint does not show where it is from: its tensors are those of a megatron engine's."""
+    go_on(start, ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [*PLACES, *OFFLOADED], ids=str)
+def test_a_run_moves_from_everywhere_to_everywhere(go_on, start):
+    go_on(start, [*PLACES, *OFFLOADED])
+
+
+# ---------------------------------------------------------------- going on where it was
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(Zero(1), 1, precision="bf16"),
+        Place(Zero(2), 2),
+        Place(Zero(3), 1),
+        Place(Zero(3, "cpu", "cpu"), 2, precision="bf16"),
+        pytest.param(Place(Zero(1), 2), marks=pytest.mark.slow),
+        pytest.param(Place(Zero(1, "cpu"), 1), marks=pytest.mark.slow),
+        pytest.param(Place(Zero(2, "cpu"), 1, precision="bf16"), marks=pytest.mark.slow),
+        pytest.param(Place(Zero(2), 1), marks=pytest.mark.slow),
+        pytest.param(Place(Zero(3), 2), marks=pytest.mark.slow),
+        pytest.param(Place(Zero(3), 1, precision="bf16"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_that_was_saved_goes_on_bit_for_bit(run_distributed, tmp_path, place):
+    """Losses, gradient norms, weights, fp32 copies and moments."""
+    journey = run_distributed(travel, 2, tmp_path, place, [place])
+    assert len(journey.stayed) == 3 and len(set(journey.before + journey.stayed)) == 6
+    assert journey.moved == [journey.stayed]
+    assert journey.digests == [journey.digest] and len(journey.digest) == 2
+
+
+# ---------------------------------------------------------------- other models, weights alone, exports
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "zero", "tp"), [(1, 2, Zero(3), 1), (2, 1, Zero(1), 2)], ids=["1 to 2 loops", "2 to 1 loops"]
+)
+def test_the_number_of_loops_changes_as_on_the_megatron_engine(run_distributed, tmp_path, before, now, zero, tp):
+    """New gates start as they are built, with zero moments; unused ones are dropped; the log says so."""
+    start = Place(MEGATRON, model=(("loop_count", before),))
+    ends = [Place(engine, size, model=(("loop_count", now),)) for engine, size in ((MEGATRON, 1), (zero, tp))]
+    journey = run_distributed(travel, 2, tmp_path, start, ends)
+    megatron, moved = journey.moved
+    assert difference(megatron, journey.stayed) > 100 * TOLERANCE
+    assert difference(moved, megatron) <= TOLERANCE
+    assert journey.logs[0] == journey.logs[1] and any("gates" in line for line in journey.logs[1])
+
+
+def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_distributed, tmp_path):
+    (saved,) = run_distributed(save_from, 2, tmp_path, [Place()])
+    megatron = run_distributed(weights_then_all, 2, tmp_path / "0", Place())
+    for place in (Place(Zero(2), 2), Place(Zero(3), 1)):
+        ours = run_distributed(weights_then_all, 2, tmp_path / "0", place)
+        assert abs(ours["fresh"] - saved) > 1e-3, "it has learned something"
+        assert ours["weights"] == pytest.approx(saved, rel=TOLERANCE) == ours["all"]
+        assert (ours["weights step"], ours["all step"]) == (0, 3)
+        assert difference(ours["first"], megatron["first"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [Place(Zero(1), 2), Place(Zero(3), 1)],
+        pytest.param([Place(Zero(2), 1), Place(Zero(3, "cpu", "cpu"), 2)], marks=pytest.mark.slow),
+    ],
+    ids=lambda places: ", ".join(map(str, places)),
+)
+def test_exports_do_not_know_the_engine(run_distributed, tmp_path, places):
+    """To Hugging Face: the exported model has the training model's loss."""
+    losses = run_distributed(save_from, 2, tmp_path, places)
+    for number, (place, loss) in enumerate(zip(places, losses, strict=True)):
+        assert _exported_loss(tmp_path / str(number), tmp_path / f"out{number}") == pytest.approx(loss, rel=1e-5), place
+
+
+def _exported_loss(checkpoint: Path, folder: Path) -> Any:
+    """On the data that `checkpoint_jobs.evaluate` uses."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from plt_megatron.hf.exporting import ExportOptions, export
+    from tests.distributed import checkpoint_jobs as jobs
+
+    export(ExportOptions(checkpoint, folder), say=lambda line: None)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    text = torch.randint(0, jobs.VOCAB, (jobs.BATCH, jobs.LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(text[:, :-1], use_cache=False).logits
+    return float(F.cross_entropy(logits.transpose(1, 2), text[:, 1:]))

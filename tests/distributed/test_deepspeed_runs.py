@@ -1,0 +1,170 @@
+"""Whole runs on the DeepSpeed engine: data, metrics, signals, incidents and exit statuses are the megatron engine's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.schema import DataConfig, RunConfig, ZeroConfig
+from plt_megatron.train.checkpoint import read_progress
+from plt_megatron.train.metrics import read_metrics
+from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
+from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
+)
+
+TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+DP_RECOMPUTE = {"data_parallel_size": 2, "recompute_granularity": "full"}
+OFFLOAD = ZeroConfig(3, "cpu", "cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return make_data(tmp_path_factory.mktemp("deepspeed_data"))
+
+
+def on_deepspeed(config: RunConfig, zero: ZeroConfig) -> RunConfig:
+    return dataclasses.replace(config, engine="deepspeed", zero=zero)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory, run_distributed) -> dict[str, RunConfig]:
+    """Runs of six steps that were never disturbed, by their names."""
+    output = tmp_path_factory.mktemp("runs")
+    runs = [
+        run_config("megatron", output, data, parallel=DP_RECOMPUTE),
+        on_deepspeed(run_config("stage 1", output, data, parallel=DP_RECOMPUTE), ZeroConfig(1)),
+        on_deepspeed(run_config("stage 3", output, data, parallel=DP_RECOMPUTE), OFFLOAD),
+    ]
+    for config in runs:
+        assert run_distributed(train, 2, config) is True
+    return {config.name: config for config in runs}
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 3"])
+def test_the_records_are_the_megatron_engines(finished, name):
+    """The same kinds, steps, fields and numbers, loop statistics and validation at each loop count included."""
+    expected, ours = (read_metrics(folder(finished[run])) for run in ("megatron", name))
+    assert [sorted(record) for record in ours] == [sorted(record) for record in expected]
+    for one, other in zip(numbers(finished[name]), numbers(finished["megatron"]), strict=True):
+        assert _flat(one) == pytest.approx(_flat(other), rel=1e-5, abs=1e-9)
+    parts = {"data", "forward_backward", "optimizer"}
+    assert all(parts <= record["step_seconds"].keys() for record in ours if record["kind"] == "train")
+
+
+def _flat(record: dict) -> dict[str, float]:
+    """Its numbers by name, lists item by item; a text or null counts as its hash, so that it must be equal."""
+    flat = {}
+    for name, value in record.items():
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for index, item in enumerate(items):
+            flat[f"{name} {index}"] = item if isinstance(item, int | float) else hash(item)
+    return flat
+
+
+def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run_distributed):
+    """The fourth step is bad: back to step 2's checkpoint, on with the samples after the bad step's."""
+    rollback = {"on_nonfinite": "rollback"}
+    megatron, ours = (run_config(name, tmp_path, data, parallel=TP_SP, training=rollback) for name in ("one", "other"))
+    ours = on_deepspeed(ours, ZeroConfig(3))
+    for config in (megatron, ours):
+        assert run_distributed(train_with_bad_step, 2, config, bad_step=4) is True
+        (report,) = (folder(config) / "incidents").glob("step_*.json")
+        assert report.name == "step_00000004.json" and json.loads(report.read_text())["action"] == "rollback"
+        assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
+    for one, other in zip(numbers(ours), numbers(megatron), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_distributed, stage):
+    config = run_config(
+        "diverging",
+        tmp_path,
+        data,
+        optimizer={"lr": 1e25, "min_lr": 1e25, "lr_warmup_iters": 0, "clip_grad": 0.0},
+        training={"max_skipped_steps": 1},
+        parallel={"data_parallel_size": 2},
+    )
+    message = run_distributed(train, 2, on_deepspeed(config, ZeroConfig(stage)))
+    assert isinstance(message, str) and "not finite" in message and "checkpoint" in message
+    first, second = (json.loads(path.read_text()) for path in sorted((folder(config) / "incidents").glob("*.json")))
+    assert (first["action"], second["action"]) == ("skip", "fail")
+    assert {row["rank"] for row in first["microbatches"]} == {0, 1}
+
+
+# ---------------------------------------------------------------- as a user starts it
+
+
+@pytest.fixture
+def stale_build(tmp_path: Path) -> dict[str, str]:
+    """An environment in which a compiler of CUDA was found, and whose folder of JIT-compiled extensions holds locks
+    that killed builds of DeepSpeed's helpers have left: who waits for one waits for ever."""
+    for name in ("deepspeed_shm_comm", "cpu_adam", "fused_adam", "utils", "pin_memory"):
+        (tmp_path / "extensions" / name).mkdir(parents=True)
+        (tmp_path / "extensions" / name / "lock").touch()
+    return {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "CUDA_HOME": str(tmp_path)}
+
+
+EXPECTED_LINES = (
+    r"building the sample index in .*",
+    r"built the sample index in [\d.]+ s",
+    r"part +source .*",
+    r"(train|validation) +text .*",
+    r"model: .*",
+    r"going on from .*",
+    r"step \d+/\d+: loss .*",
+    r"  validation, \d loop\(s\): loss .*",
+    r"(saved|asked to stop|stopping|SIGTERM).*",
+)
+
+
+def _unexpected(run: LocalRun) -> list[str]:
+    lines = (run.out + run.err).splitlines()
+    return [line for line in lines if line and not any(re.fullmatch(known, line) for known in EXPECTED_LINES)]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(data, tmp_path, run_distributed, stale_build):
+    """ZeRO 3 with everything offloaded, through the command: 75, then 0, the uninterrupted run's records; no word but
+    ours, and nothing compiled."""
+    before = sorted((tmp_path / "extensions").rglob("*"))
+    changes = {
+        "parallel": DP_RECOMPUTE,
+        "training": {"train_iters": 24},
+        "validation": {"interval": 0},
+        "checkpoint": {"save_interval": 10},
+    }
+    config, undisturbed = (
+        on_deepspeed(run_config(name, tmp_path, data, **changes), OFFLOAD) for name in ("stopped", "undisturbed")
+    )
+    run = LocalRun(config, env=stale_build)
+    try:
+        run.until(lambda: last_step(config) >= 1)
+        run.process.send_signal(signal.SIGTERM)
+    finally:
+        status = run.finish()
+    assert status == 75, run.out + run.err
+    assert _unexpected(run) == []
+    stopped_at = read_progress(folder(config))["step"]
+    assert 1 <= stopped_at < 24
+    run = LocalRun(config, env=stale_build)
+    assert run.finish() == 0, run.out + run.err
+    assert _unexpected(run) == [] and "going on from" in run.err
+    assert run_distributed(train, 2, undisturbed) is True
+    assert numbers(config) == numbers(undisturbed)
+    assert sorted((tmp_path / "extensions").rglob("*")) == before
+
+
+def test_the_megatron_engine_does_not_notice_that_deepspeed_is_installed(data, tmp_path, stale_build):
+    config = run_config("plain", tmp_path, data, training={"train_iters": 1}, validation={"iters": 0})
+    run = LocalRun(config, env=stale_build)
+    assert run.finish() == 0, run.out + run.err
+    assert _unexpected(run) == []
