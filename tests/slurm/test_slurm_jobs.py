@@ -1,0 +1,108 @@
+"""Jobs on a real Slurm cluster: a plain one, and one that every run of the tests disturbs three times."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+from plt_megatron.config.loader import save_config
+from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit
+
+
+def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, undisturbed, tmp_path):
+    config = make_config("plain", tmp_path, slurm_data)
+    save_config(config, tmp_path / "plain.yaml")
+    run = SlurmRun(slurm, config)
+    submit(slurm, str(tmp_path / "plain.yaml"), "--cluster", "cpu", "--nodes", "2", "--time", "30", "--requeue")
+    (run.job,) = json.loads((run.folder / "submissions.jsonl").read_text())["job_ids"]
+    with (run.folder / "code" / "plt_megatron" / "train" / "__init__.py").open("a") as file:
+        file.write("print('this is the snapshot')\n")  # the job takes seconds to come that far
+    run.wait_for_end("finished")
+    run.wait_until_over()
+    assert numbers(run.folder) == undisturbed
+    assert not (run.folder / "why.txt").exists()
+    # Preflight has measured the link between the two nodes.
+    assert run.said("all-reduce over 2 processes") == run.said("point to point") == 1
+    # The ranks run the code as it was submitted, though the job runs in the checkout.
+    ranks = re.findall(r" rank (\d): this is the snapshot$", (run.folder / "logs" / "merged.log").read_text(), re.M)
+    assert sorted(ranks) == ["0", "1", "2", "3"]
+    # Each rank has a log of its own, and the merged one holds the same lines whole.
+    logs = run.folder / "logs"
+    own = [line for rank in range(4) for line in (logs / f"rank-{rank:04d}.log").read_text().splitlines()]
+    merged = [
+        line for line in (logs / "merged.log").read_text().splitlines() if re.search(r" attempt 1 rank \d: ", line)
+    ]
+    assert sorted(own) == sorted(merged)
+    assert sum(f"step {STEPS}/{STEPS}" in line for line in merged) == 1
+
+
+REFUSED = {  # what is wrong -> options and overrides, words of the line
+    "a partition that is not there": (["--partition=mian"], "--partition mian: no such partition; did you mean main?"),
+    "too many GPUs a node": (["--gpus-per-node=8"], "--gpus-per-node 8: the nodes of partition main have 2 GPUs"),
+    "GPUs of another kind": (["--gpus-per-node=a100:2"], "partition main has no such nodes; its GPUs: h100"),
+    "too many nodes": (["--nodes=4"], "--nodes 4: partition main has 3 nodes"),
+    "a layout that does not divide": (
+        ["--nodes=3", "--gpus-per-node=1"],
+        "3 processes: tensor 2 x pipeline 2 parallel needs a multiple of 4",
+    ),
+    "data that is not there": (
+        ["data.sources=[{path: gone}]"],
+        "path: gone.bin and gone.idx not found",
+    ),
+    "memory that will not fit": (
+        ["model.ffn_hidden_size=200_000_000", "checkpoint.enabled=false"],
+        "memory: a rank needs",
+    ),
+    "no time for a checkpoint interval": (
+        ["training.train_iters=2_000_000_000", "checkpoint.save_interval=1_000_000_000"],
+        "--time 00:30:00 is too short for one checkpoint interval: 1,000,000,000 steps",
+    ),
+}
+
+
+def test_what_cannot_run_is_refused_in_one_line_each(slurm, slurm_data, tmp_path):
+    save_config(make_config("refused", tmp_path, slurm_data), tmp_path / "run.yaml")
+    for what, (words, line) in REFUSED.items():
+        command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(tmp_path / "run.yaml"), "--nodes=2"]
+        done = subprocess.run(
+            [*command, "--time=30", *words], env=slurm.environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2 and done.stdout == "", (what, done)
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and line in done.stderr, (what, done)
+    assert not slurm.jobs() and not (tmp_path / "refused").exists()
+
+
+def test_queued_within_three_seconds(slurm, slurm_data, tmp_path):
+    """sbatch included; the best of several, since this machine may have other work."""
+    seconds: list[float] = []
+    while not seconds or (min(seconds) > 3 and len(seconds) < 5):
+        name = f"quick{len(seconds)}"
+        save_config(make_config(name, tmp_path, slurm_data), tmp_path / "quick.yaml")
+        started = time.monotonic()
+        submit(slurm, str(tmp_path / "quick.yaml"), "--cluster=cpu", "--nodes=2", "--time=30")
+        seconds.append(time.monotonic() - started)
+        (job,) = json.loads((tmp_path / name / "submissions.jsonl").read_text())["job_ids"]
+        assert slurm.state_of(job) in ("PENDING", "RUNNING")
+        slurm.run("scancel", job)
+    assert min(seconds) < 3, seconds
+
+
+def test_a_killed_rank_a_warning_and_a_requeue(slurm, slurm_data, undisturbed, tmp_path):
+    """Three faults in the course of one run: processes take seconds to start."""
+    run = SlurmRun(slurm, make_config("disturbed", tmp_path, slurm_data)).prepare()
+    run.submit()
+    run.kill_rank(2, step=5)  # started again in the same allocation
+    run.wait_for_attempt(2)
+    assert slurm.job(run.job)["Restarts"] == "0"
+    run.warn(step=9)  # as before the time limit: saved, and requeued
+    run.wait_for_attempt(3)
+    run.disturb(14, "scontrol", "requeue", run.job)
+    run.wait_for_end("failed", "preempted", "preempted", "finished")
+    run.wait_until_over()
+    assert slurm.job(run.job)["Restarts"] == "2"
+    run.check(undisturbed)
+    killed = run.events("end")[0]
+    assert killed["failure"]["rank"] == 2 and "SIGKILL" in killed["reason"] and killed["failure"]["node"] == "node2"
