@@ -1,0 +1,153 @@
+"""LoopCoder-v2's rule in words: add a loop while the effective rank still rises; stop when it falls."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from plt_megatron.experiments.diagnostics.bootstrap import LEVEL
+from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
+
+FEW_SEQUENCES = 8
+RULE = "add a loop while the effective rank still rises; stop when it falls"
+Direction = Literal["rises", "falls", "undecided"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What loop `loop` does to the effective rank: the paired difference to the loop before, and its interval."""
+
+    loop: int
+    difference: float
+    low: float | None
+    high: float | None
+    direction: Direction
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The rule's answer.
+
+    Attributes:
+        verdict: `add`: the rank rises up to the last loop; `stop`: it falls at loop `loops` + 1; `undecided`: the
+            interval at loop `loops` + 1 includes zero; `one_loop`: there is nothing to compare.
+        loops: the loops up to which every step raised the rank.
+        answer: one sentence.
+        steps: the rank's course.
+        signs: what else the numbers say, a sentence each.
+        cautions: what to know before believing it, a sentence each.
+    """
+
+    verdict: Literal["add", "stop", "undecided", "one_loop"]
+    loops: int
+    answer: str
+    steps: list[Step] = field(default_factory=list)
+    signs: list[str] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rule": RULE, **asdict(self)}
+
+
+def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> Decision:
+    """Apply the rule from loop 2 on.
+
+    Args:
+        sequence_length, hidden_size: bounds of the effective rank.
+    """
+    cautions = _cautions(diagnosis, sequence_length, hidden_size)
+    if diagnosis.loop_count == 1:
+        answer = (
+            "The model has one loop: its states, attention and loss are measured, but how loops differ, and so the "
+            "rule, needs at least two. Train the same model with model.loop_count=2 and diagnose that."
+        )
+        return Decision("one_loop", 1, answer, cautions=cautions)
+    steps = [_step(diagnosis, loop) for loop in range(2, diagnosis.loop_count + 1)]
+    signs = [*_loss_signs(diagnosis), *_oscillation(diagnosis), *_peak(diagnosis)]
+    end = next((step for step in steps if step.direction != "rises"), None)
+    if end is None:
+        loops = diagnosis.loop_count
+        answer = (
+            f"The effective rank rises with every loop, with loop {loops} by {_signed(steps[-1])}: by the rule, try "
+            f"{loops + 1} loops."
+        )
+        return Decision("add", loops, answer, steps, signs, cautions)
+    loops = end.loop - 1
+    many = f"{loops} loop{'s' if loops > 1 else ''}"
+    if end.direction == "falls":
+        answer = f"The effective rank falls with loop {end.loop}, by {_signed(end)}: by the rule, stop at {many}."
+        return Decision("stop", loops, answer, steps, signs, cautions)
+    answer = (
+        f"The data do not decide: the effective rank changes with loop {end.loop} by {_signed(end)}. By the rule at "
+        f"least {many}; more sequences (--max-tokens) narrow the interval."
+    )
+    return Decision("undecided", loops, answer, steps, signs, cautions)
+
+
+def _step(diagnosis: Diagnosis, loop: int) -> Step:
+    difference, low, high = diagnosis.differences["effective_rank"].at(loop)
+    if math.isnan(low):
+        return Step(loop, difference, None, None, "undecided")
+    direction: Direction = "rises" if low > 0 else "falls" if high < 0 else "undecided"
+    return Step(loop, difference, low, high, direction)
+
+
+def _signed(step: Step) -> str:
+    if step.low is None:
+        return f"{step.difference:+.2f} (a single sequence: no interval)"
+    return f"{step.difference:+.2f} [{step.low:+.2f}, {step.high:+.2f}]"
+
+
+def _loss_signs(diagnosis: Diagnosis) -> list[str]:
+    found = []
+    for loop in range(2, diagnosis.loop_count + 1):
+        difference, low, high = diagnosis.differences["lens_loss"].at(loop)
+        if math.isnan(low):
+            continue
+        what = "lowers" if high < 0 else "raises" if low > 0 else "does not clearly change"
+        found.append(f"Loop {loop} {what} the loss: {difference:+.4f} [{low:+.4f}, {high:+.4f}] nats per token.")
+    return found
+
+
+def _oscillation(diagnosis: Diagnosis) -> list[str]:
+    found = []
+    for loop in range(2, diagnosis.loop_count + 1):
+        cosine, low, high = diagnosis.loops["update_cosine"].at(loop)
+        if high < 0:
+            what = f"Loop {loop} partly takes back what loop {loop - 1} did (oscillation)"
+        elif low > 0:
+            what = f"Loop {loop} goes on in the direction of loop {loop - 1}"
+        else:
+            continue
+        found.append(f"{what}: update cosine {cosine:+.2f} [{low:+.2f}, {high:+.2f}].")
+    return found
+
+
+def _peak(diagnosis: Diagnosis) -> list[str]:
+    if diagnosis.loop_count < 3:
+        return []
+    shares = diagnosis.loops["peak_loop"].mean
+    loop = max(range(2, len(shares)), key=lambda index: float(shares[index]))
+    if math.isnan(shares[loop]):
+        return []
+    return [f"Predictions change most at loop {loop} for {100 * shares[loop]:.0f} % of the tokens."]
+
+
+def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> list[str]:
+    found = []
+    if diagnosis.sequences == 1:
+        found.append("A single sequence: no intervals, and nothing can be decided.")
+    elif diagnosis.sequences < FEW_SEQUENCES:
+        found.append(f"{diagnosis.sequences} sequences are few for {LEVEL:.0%} intervals.")
+    if diagnosis.loop_count > 1:
+        found.append(
+            f"These weights were trained for {diagnosis.loop_count} loops, and only the last one's loss: a model "
+            "trained for fewer is another model. The rule proposes; a sweep over loop counts decides."
+        )
+    if diagnosis.loops["effective_rank"].mean.max() > 0.9 * min(sequence_length, hidden_size):
+        found.append(
+            f"The effective rank is near its bound, the smaller of sequence length ({sequence_length}) and hidden size "
+            f"({hidden_size}): it can hardly rise."
+        )
+    return found

@@ -1,0 +1,57 @@
+"""The model to diagnose, whatever it lies in, in the exported model's own code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf.config_keys import plt_keys
+from plt_megatron.hf.conversion import to_hf
+from plt_megatron.hf.rules import rules_for
+from plt_megatron.hf.sources import PRECISIONS, Source, open_source
+from plt_megatron.hf.tokenizer_files import check_vocabulary
+
+
+def open_model(path: Path, tokenizer: Path | None = None) -> Source:
+    """A run, a checkpoint or a Hugging Face folder, its tokenizer checked against its vocabulary.
+
+    Raises:
+        UserError: there is no whole one at `path`, or the tokenizer is another model's.
+    """
+    source = open_source(path, tokenizer)
+    if source.tokenizer is not None:
+        fingerprint = source.progress.get("data_fingerprint") or {}
+        check_vocabulary(source.tokenizer, source.vocab_size, fingerprint.get("tokenizer"))
+    return source
+
+
+def build_model(source: Source, *, precision: str, device: str) -> Any:
+    """A `PLTForCausalLM` in evaluation mode with the source's weights, read one tensor at a time.
+
+    Args:
+        precision: `fp32` or `bf16`; measures are computed in fp32 and fp64 all the same.
+        device: `cpu`, `cuda`, or `auto`: a GPU if there is one.
+
+    Raises:
+        UserError: `cuda` is asked for and not there, or the weights do not fit the settings.
+    """
+    from plt_megatron.hf.configuration_plt import PLTConfig
+    from plt_megatron.hf.modeling_plt import PLTForCausalLM
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
+    config = PLTConfig.from_dict(keys)
+    config._attn_implementation = "sdpa"
+    model: Any = PLTForCausalLM(config)
+    model.to(PRECISIONS[precision]).eval()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in to_hf(source.weights(), rules_for(source.model, source.vocab_size)):
+            parameters[name].copy_(tensor)
+    return model.requires_grad_(False).to(device)

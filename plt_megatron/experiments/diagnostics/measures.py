@@ -1,0 +1,133 @@
+"""The diagnostics themselves, as functions of tensors of one sequence.
+
+T tokens, d the hidden size, H heads, D the head dimension, V the vocabulary, L the loop count. h(r), r = 0 .. L, are
+the states [T, d] after each loop. A value that is not defined is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of the largest temporary tensor: logits of a part of the tokens, attention of a part of the queries.
+BLOCK_ELEMENTS = 1 << 23
+
+
+def mean_norm(vectors: Tensor) -> float:
+    """Mean L2 norm of the rows of [T, d]; NaN without rows."""
+    return float(vectors.double().norm(dim=-1).mean())
+
+
+def relative_step(state: Tensor, previous: Tensor) -> float:
+    """Mean over tokens of ||h(r) - h(r-1)|| / ||h(r-1)||; tokens whose h(r-1) is zero are left out."""
+    size = previous.double().norm(dim=-1)
+    step = (state.double() - previous.double()).norm(dim=-1)
+    return float((step / size)[size > 0].mean())
+
+
+def update_cosine(update: Tensor, previous_update: Tensor) -> float:
+    """Mean over tokens of the cosine of two updates [T, d]; tokens that one of them leaves in place are left out."""
+    first, second = update.double(), previous_update.double()
+    norms = first.norm(dim=-1) * second.norm(dim=-1)
+    return float(((first * second).sum(-1) / norms)[norms > 0].mean())
+
+
+def offset_cost(state: Tensor, starts: Tensor | None = None) -> float:
+    """Mean of ||h_i - h_(i-1)|| over tokens that have a token before them.
+
+    Args:
+        starts: bool [T], first tokens of documents, which receive nothing from the token before.
+    """
+    differences = state[1:].double() - state[:-1].double()
+    return mean_norm(differences if starts is None else differences[~starts[1:]])
+
+
+def effective_rank(states: Tensor) -> float:
+    """exp(entropy of the normalised singular values) of [T, d] whose rows are divided by their RMS; 1 .. min(T, d)."""
+    rows = states.double()
+    rms = rows.pow(2).mean(-1, keepdim=True).sqrt()
+    rows = torch.where(rms > 0, rows / rms, rows)
+    gram = rows.T @ rows if rows.shape[0] > rows.shape[1] else rows @ rows.T
+    return _rank_of_gram(gram)
+
+
+def _rank_of_gram(gram: Tensor) -> float:
+    """Effective rank of a matrix with this Gram matrix, whose eigenvalues are its squared singular values."""
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    total = singular.sum()
+    if not total > 0:
+        return math.nan
+    return math.exp(float(torch.special.entr(singular / total).sum()))
+
+
+def head_diversity(outputs: Tensor) -> tuple[float, float]:
+    """(effective rank, mean pairwise cosine) of the heads' outputs [T, H, D], each scaled to length 1 for each token.
+
+    The rank, from 1 (all heads say the same) to H, is that of the matrix whose row h is head h over all tokens; its
+    rows' products are the cosines averaged over tokens. The cosine is NaN for a single head.
+    """
+    tokens, heads, _ = outputs.shape
+    unit = F.normalize(outputs.double(), dim=-1).transpose(0, 1).flatten(1)
+    cosines = unit @ unit.T / tokens
+    pairs = heads * (heads - 1)
+    cosine = float(cosines.sum() - cosines.trace()) / pairs if pairs else math.nan
+    return _rank_of_gram(cosines), cosine
+
+
+def lens_statistics(
+    states: Sequence[Tensor], labels: Tensor, counted: Tensor, head: Callable[[Tensor], Tensor]
+) -> dict[str, np.ndarray]:
+    """The logit lens: what the model would predict if it stopped after each loop.
+
+    Args:
+        states: h(0) .. h(L), [T, d]; h(0) is not looked at.
+        labels: int64 [T], the next tokens.
+        counted: bool [T], the tokens that count.
+        head: states to logits [.., V].
+
+    Returns:
+        Arrays [L + 1] by name, means over the tokens that count: `lens_loss` (nats), `lens_rank` (of the label, 1 is
+        best), `lens_entropy` (nats), `lens_kl` = KL(p(r) || p(r-1)) (nats, r >= 2), and `peak_loop`, the share of
+        tokens whose largest KL is at r (r >= 2).
+    """
+    loops = len(states) - 1
+    sums = {name: np.zeros(loops + 1) for name in ("lens_loss", "lens_rank", "lens_entropy", "lens_kl", "peak_loop")}
+    places = counted.nonzero().squeeze(-1)
+    if not len(places):
+        return {name: np.full(loops + 1, math.nan) for name in sums}
+    vocabulary = head(states[-1][:1]).shape[-1]
+    for part in places.split(max(1, BLOCK_ELEMENTS // vocabulary)):
+        _add_lens(sums, [state[part] for state in states], labels[part], head)
+    result = {name: total / len(places) for name, total in sums.items()}
+    for name, values in result.items():
+        values[: 2 if name in ("lens_kl", "peak_loop") else 1] = math.nan
+    return result
+
+
+def _add_lens(
+    sums: dict[str, np.ndarray], states: Sequence[Tensor], labels: Tensor, head: Callable[[Tensor], Tensor]
+) -> None:
+    previous: Tensor | None = None
+    divergences = []
+    for loop in range(1, len(states)):
+        logits = head(states[loop]).float()
+        current = logits.log_softmax(-1)
+        truth = logits.gather(-1, labels[:, None])
+        probabilities = current.exp()
+        sums["lens_loss"][loop] -= float(current.gather(-1, labels[:, None]).double().sum())
+        sums["lens_rank"][loop] += float((logits > truth).sum() + len(labels))
+        sums["lens_entropy"][loop] += float(torch.special.entr(probabilities).sum(-1).double().sum())
+        if previous is not None:
+            # Logits of minus infinity in both say nothing.
+            terms = torch.where(probabilities > 0, probabilities * (current - previous), 0.0)
+            divergences.append(terms.sum(-1).clamp(min=0))
+            sums["lens_kl"][loop] += float(divergences[-1].double().sum())
+        previous = current
+    if divergences:
+        peaks = torch.stack(divergences).argmax(0) + 2
+        sums["peak_loop"] += torch.bincount(peaks, minlength=len(states)).double().cpu().numpy()

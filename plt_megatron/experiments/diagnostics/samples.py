@@ -1,0 +1,151 @@
+"""Held-out text as sequences of tokens: a text file of any kind that preprocessing reads, or a tokenized prefix."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data.indexed import read_index
+from plt_megatron.data.mix import check_tokenizer
+from plt_megatron.data.sources import ReadOptions, Span, expand_sources, read_span
+from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.errors import UserError
+
+# Of a text file, sequences are drawn from its first this many times as many tokens as are wanted: no more is tokenized.
+POOL = 32
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sequences drawn from a file.
+
+    Attributes:
+        tokens: int64 [n, S + 1], the last one only as a label.
+        starts: bool [n, S + 1], where documents begin, each sequence's first token included.
+        seen: sequences there were to draw from.
+        bad: documents of a text file that could not be read (and empty ones), left out.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    seen: int
+    bad: int = 0
+
+
+def draw_sequences(
+    data: str, tokenizer: Tokenizer | None, vocab_size: int, *, length: int, max_tokens: int, seed: int
+) -> HeldOut:
+    """At most `max_tokens` / `length` whole sequences, drawn without replacement, in the file's order.
+
+    Documents follow one another, each ended by the end-of-document token, and are cut every `length` tokens; what is
+    left at the end is not used.
+
+    Raises:
+        UserError: nothing to read, less than one sequence, no tokenizer or another model's.
+    """
+    count = max_tokens // length
+    if count < 1:
+        raise UserError(f"--max-tokens {max_tokens} is less than one sequence of {length} tokens (--sequence-length)")
+    prefix = _tokenized_prefix(data)
+    if prefix is not None:
+        drawn = _from_index(prefix, tokenizer, length, count, seed)
+    elif tokenizer is None:
+        raise UserError(f"the model has no tokenizer to read {data} with: pass --tokenizer, or a .bin/.idx prefix")
+    else:
+        drawn = _from_text(data, tokenizer, length, count, seed)
+    largest = int(drawn.tokens.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{data} contains token {largest}, the model's vocabulary has {vocab_size}: it was tokenized with another "
+            "tokenizer"
+        )
+    drawn.starts[:, 0] = True
+    return drawn
+
+
+def _tokenized_prefix(data: str) -> str | None:
+    prefix = data[:-4] if data.endswith((".bin", ".idx")) else data
+    return prefix if prefix != data or Path(f"{data}.idx").is_file() else None
+
+
+def _too_short(data: str, tokens: int, length: int) -> UserError:
+    hint = f"give more text or --sequence-length {tokens - 1} or less" if tokens > 2 else "give more text"
+    return UserError(f"{data} holds {tokens} tokens, too few for one sequence of {length} + 1: {hint}")
+
+
+# ---------------------------------------------------------------- .bin and .idx
+
+
+def _from_index(prefix: str, tokenizer: Tokenizer | None, length: int, count: int, seed: int) -> HeldOut:
+    if tokenizer is not None:
+        check_tokenizer(DataConfig(sources=[DataSource(path=prefix)]), tokenizer)
+    index = read_index(prefix)
+    available = max(0, (index.tokens - 1) // length)
+    if not available:
+        raise _too_short(f"{prefix}.bin", index.tokens, length)
+    chosen = sorted(random.Random(seed).sample(range(available), min(count, available)))
+    flat = np.memmap(prefix + ".bin", index.dtype, "r")
+    begins = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)[:-1]))
+    begins = begins[index.lengths > 0]
+    tokens = np.stack([flat[place * length : place * length + length + 1].astype(np.int64) for place in chosen])
+    starts = np.zeros(tokens.shape, dtype=bool)
+    for row, place in enumerate(chosen):
+        first, last = np.searchsorted(begins, (place * length, place * length + length + 1))
+        starts[row, begins[first:last] - place * length] = True
+    return HeldOut(tokens, starts, available)
+
+
+# ---------------------------------------------------------------- text
+
+
+class _Reader:
+    """Documents of files as one stream of tokens, and how many documents could not be used."""
+
+    def __init__(self, data: str, tokenizer: Tokenizer) -> None:
+        self.bad, self.reason, self._tokenizer = 0, "", tokenizer
+        self._sources = expand_sources([data])
+
+    def documents(self) -> Iterator[np.ndarray]:
+        for source in self._sources:
+            for document in read_span(Span(source), ReadOptions()):
+                if document.text is None:
+                    self.bad += 1
+                    self.reason = self.reason or f"{source.path}, line {document.line}: {document.reason}"
+                    continue
+                ids, _ = self._tokenizer.encode_flat([document.text])
+                yield np.append(ids.astype(np.int64), self._tokenizer.eod)
+
+
+def _from_text(data: str, tokenizer: Tokenizer, length: int, count: int, seed: int) -> HeldOut:
+    """Reservoir sampling: memory holds the sequences drawn and one document."""
+    reader = _Reader(data, tokenizer)
+    rng = random.Random(seed)
+    kept: list[tuple[int, np.ndarray, np.ndarray]] = []
+    tokens, starts = np.empty(0, np.int64), np.empty(0, bool)
+    total = seen = 0
+    for ids in reader.documents():
+        total += len(ids)
+        tokens = np.concatenate((tokens, ids))
+        starts = np.concatenate((starts, np.arange(len(ids)) == 0))
+        used = 0
+        while len(tokens) - used > length and seen < POOL * count:
+            cut = slice(used, used + length + 1)
+            place = len(kept) if len(kept) < count else rng.randrange(seen + 1)
+            if place < count:
+                kept[place : place + 1] = [(seen, tokens[cut].copy(), starts[cut].copy())]
+            seen += 1
+            used += length
+        tokens, starts = tokens[used:], starts[used:]
+        if seen >= POOL * count:
+            break
+    if not total:
+        raise UserError(f"{data} holds no text" + (f" ({reader.reason})" if reader.reason else ""))
+    if not kept:
+        raise _too_short(data, total, length)
+    kept.sort(key=lambda item: item[0])
+    return HeldOut(np.stack([item[1] for item in kept]), np.stack([item[2] for item in kept]), seen, reader.bad)

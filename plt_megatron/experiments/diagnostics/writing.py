@@ -1,0 +1,172 @@
+"""The command: a model and a text in, numbers, figures and a page out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
+from plt_megatron.experiments.diagnostics.diagnose import Diagnosis, diagnose
+from plt_megatron.experiments.diagnostics.figures import make_figures
+from plt_megatron.experiments.diagnostics.loading import build_model, open_model
+from plt_megatron.experiments.diagnostics.page import describe, make_page
+from plt_megatron.experiments.diagnostics.samples import HeldOut, draw_sequences
+from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, terminal_table
+from plt_megatron.experiments.report.figures import save
+from plt_megatron.hf.sources import Source
+from plt_megatron.train.checkpoint.folder import step_of
+
+JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
+LONGEST_DEFAULT = 2048
+_SWITCHES = (
+    *("cross_loop_parallel", "share_kv", "gated_window", "window_size", "gate_input", "gate_side"),
+    *("norm_between_loops", "embedding_scale", "hidden_scale"),
+)
+
+
+@dataclass(frozen=True)
+class DiagnoseOptions:
+    """What to diagnose, on what, and where the result goes. See `tools/diagnose_loops.py --help`.
+
+    `None`: `output`: beside the model; `sequence_length`: the model's, at most 2048; `reset`: as the run was trained.
+    """
+
+    model: Path
+    data: str
+    output: Path | None = None
+    tokenizer: Path | None = None
+    max_tokens: int = 65536
+    sequence_length: int | None = None
+    seed: int = 0
+    reset: bool | None = None
+    precision: str = "fp32"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it, and the folder it lies in."""
+
+    diagnosis: Diagnosis
+    decision: Decision
+    folder: Path
+    text: str
+
+
+def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> Result:
+    """Measure, decide and write diagnostics.json, diagnostics.csv, PNGs and index.html.
+
+    Raises:
+        UserError: no model or text there, they do not belong together, or the result cannot be written.
+    """
+    source = open_model(options.model, options.tokenizer)
+    length = _sequence_length(options, source)
+    held_out = draw_sequences(
+        options.data,
+        source.tokenizer,
+        source.vocab_size,
+        length=length,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+    reset = options.reset if options.reset is not None else _trained_with_reset(source)
+    folder = options.output if options.output is not None else _default_folder(source)
+    _make_folder(folder)
+    model = build_model(source, precision=options.precision, device=options.device)
+    diagnosis = diagnose(model, held_out, reset=reset, seed=options.seed, progress=progress)
+    decision = decide(diagnosis, sequence_length=length, hidden_size=source.model.hidden_size)
+    about = _about(source, options, held_out, length, reset, str(model.device))
+    _write(folder, diagnosis, decision, about)
+    return Result(diagnosis, decision, folder, _summary(diagnosis, decision, about))
+
+
+def _sequence_length(options: DiagnoseOptions, source: Source) -> int:
+    most = source.max_position_embeddings
+    length = options.sequence_length if options.sequence_length is not None else min(most, LONGEST_DEFAULT)
+    if not 2 <= length <= most:
+        raise UserError(f"--sequence-length {length} is not from 2 to the model's {most} tokens")
+    return length
+
+
+def _trained_with_reset(source: Source) -> bool:
+    config = source.progress.get("config") or {}
+    return bool(config.get("data", {}).get("reset_at_document_boundaries", False))
+
+
+def _default_folder(source: Source) -> Path:
+    """A run's checkpoint: `diagnostics/<checkpoint>` in the run's folder; a Hugging Face folder: beside it."""
+    path = source.path.resolve()
+    if source.progress:
+        return path.parent.parent / "diagnostics" / path.name
+    return path.with_name(f"{path.name}-diagnostics")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}; name another --output") from error
+
+
+def _about(
+    source: Source, options: DiagnoseOptions, held_out: HeldOut, length: int, reset: bool, device: str
+) -> dict[str, Any]:
+    model = source.model
+    return {
+        "model": {
+            "path": str(source.path),
+            "step": step_of(source.path) if source.progress else None,
+            "loop_count": model.loop_count,
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "num_attention_heads": model.num_attention_heads,
+            **{name: getattr(model, name) for name in _SWITCHES},
+        },
+        "data": {
+            "path": options.data,
+            "sequences": len(held_out.tokens),
+            "available_sequences": held_out.seen,
+            "sequence_length": length,
+            "tokens": len(held_out.tokens) * length,
+            "unreadable_documents": held_out.bad,
+            "reset_at_document_boundaries": reset,
+            "seed": options.seed,
+        },
+        "computation": {"precision": options.precision, "device": device},
+    }
+
+
+def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> None:
+    figures = make_figures(diagnosis)
+    title = f"Diagnostics of {Path(about['model']['path']).name}"
+    try:
+        for named in figures:
+            save(named, folder)
+        text = json.dumps(as_json(diagnosis, decision, about), indent=1, ensure_ascii=False, allow_nan=False)
+        _replace(folder / JSON, text + "\n")
+        _replace(folder / CSV, csv_text(diagnosis))
+        _replace(folder / PAGE, make_page(diagnosis, decision, about, title, figures))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:
+    """What the terminal shows."""
+    bad = about["data"]["unreadable_documents"]
+    lines = [describe(about)]
+    if bad:
+        lines.append(f"Left out: {bad} document{'s' if bad > 1 else ''} that are empty or cannot be read.")
+    lines += ["", terminal_table(diagnosis), "", f"Rule: {RULE}.", decision.answer]
+    lines += [f"- {sentence}" for sentence in (*decision.signs, *decision.cautions)]
+    return "\n".join(lines)

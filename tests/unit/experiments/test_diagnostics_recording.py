@@ -1,0 +1,233 @@
+"""What is measured on whole models: against the equations' reference, attention that the model itself reports, and
+models whose weights make the answer known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence
+from plt_megatron.experiments.diagnostics.recording import record
+from plt_megatron.experiments.diagnostics.samples import HeldOut
+from tests.hf.reference import Reference
+from tests.hf.tiny import ABLATIONS, VARIANTS, make_model, make_tokens
+
+EVERY = {**ABLATIONS, **VARIANTS}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def looped(name: str, **changes):
+    return make_model(**{"loop_count": 3, **EVERY[name], **changes})
+
+
+def silenced(**changes):
+    """A model whose layers add nothing: f(x) = x."""
+    model = make_model(loop_count=3, **changes)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    return model
+
+
+def measured(model, tokens, starts=None):
+    return measure_sequence(model, tokens, starts)
+
+
+# ---------------------------------------------------------------- against the equations
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_states_are_those_of_the_equations(name):
+    model, tokens = looped(name), make_tokens(19)
+    recording = record(model, tokens)
+    _, states = Reference(model.config, model.state_dict()).logits(tokens)
+    assert len(recording.states) == model.config.loop_count + 1 == len(states) + 1
+    torch.testing.assert_close(recording.states[0], model.model.embed_tokens(tokens))
+    for loop, state in enumerate(states, start=1):
+        torch.testing.assert_close(recording.states[loop].double(), state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_lens_of_loop_r_is_the_loss_of_r_loops(name):
+    """Validation loss of the same weights at every loop count, by the equations run with so many loops."""
+    model, tokens = looped(name), make_tokens(24)
+    found = measured(model, tokens)["lens_loss"]
+    for loops in range(1, model.config.loop_count + 1):
+        logits, _ = Reference(model.config, model.state_dict(), loops).logits(tokens[:-1])
+        assert found[loops] == pytest.approx(float(F.cross_entropy(logits, tokens[1:])), rel=1e-5), loops
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_stack_applied_by_hand_is_the_next_loop(name):
+    """One loop of a model's own: the input of loop r + 1 through `apply_stack` gives h(r + 1) for r >= 1."""
+    model, tokens = looped(name), make_tokens(17)
+    recording = record(model, tokens)
+    for loop in range(1, model.config.loop_count):
+        again = recording.apply_stack(recording.next_input(recording.states[loop]))
+        torch.testing.assert_close(again, recording.states[loop + 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plt", "clp", "naive", "loopcoder", "clp_shared"])
+def test_attention_is_what_the_model_reports(name):
+    """Entropies and divergences from the weights that eager attention returns, layer by layer in each loop."""
+    model = looped(name, attn_implementation="eager")
+    tokens = make_tokens(15)
+    recording = record(model, tokens)
+    with torch.no_grad():
+        reported = model(tokens[None], use_cache=False, output_attentions=True).attentions
+    layers, loops = model.config.num_hidden_layers, model.config.loop_count
+    assert len(reported) == layers * loops
+    before = None
+    for loop in range(1, loops + 1):
+        p = torch.stack([each[0].double() for each in reported[(loop - 1) * layers : loop * layers]])
+        entropy = torch.special.entr(p).sum(-1).mean(-1)
+        np.testing.assert_allclose(recording.by_head["entropy_global"][loop], entropy, rtol=1e-4, atol=1e-5)
+        if before is not None:
+            terms = torch.where(p > 0, p * (p / before).log(), 0.0)
+            divergence = terms.nan_to_num(0.0).sum(-1).mean(-1)
+            np.testing.assert_allclose(recording.by_head["kl_global"][loop], divergence, rtol=1e-3, atol=1e-5)
+        before = p
+    assert np.isnan(recording.by_head["kl_global"][:2]).all()
+
+
+# ---------------------------------------------------------------- models with known answers
+
+
+def test_layers_that_add_nothing_in_a_naive_loop():
+    """h(r) = E for all r: no step, no change of attention or prediction, every state a fixed point."""
+    model = silenced(cross_loop_parallel=False, share_kv=False, gated_window=False)
+    found = measured(model, make_tokens(20))
+    for name in ("step_size", "relative_step", "fixed_point_gap", "loop_map_gap"):
+        np.testing.assert_array_equal(found[name][1:], 0.0)
+    np.testing.assert_array_equal(found["lens_kl"][2:], 0.0)
+    np.testing.assert_array_equal(found["kl_global"][2:], 0.0)
+    assert np.isnan(found["update_cosine"]).all()
+    assert len(set(found["lens_loss"][1:])) == 1 == len(set(found["effective_rank"]))
+
+
+def test_layers_that_add_nothing_in_a_plt():
+    """h(1) = E and h(2)_i = e_i + e_(i-1): the step is the mean norm of what is shifted in, the offset cost by hand."""
+    model, tokens = silenced(), make_tokens(12)
+    found = measured(model, tokens)
+    e = model.model.embed_tokens(tokens[:-1]).detach().double()
+    shifted = torch.cat([torch.zeros_like(e[:1]), e[:-1]])
+    assert found["step_size"][1] == 0 == found["fixed_point_gap"][1]
+    assert found["step_size"][2] == pytest.approx(float(shifted.norm(dim=1).mean()), rel=1e-5)
+    assert found["offset_cost"][2] == pytest.approx(float((e[1:] - e[:-1]).norm(dim=1).mean()), rel=1e-5)
+    assert found["loop_map_gap"][1] == pytest.approx(found["step_size"][2], rel=1e-6)
+    # h(3) = E + shift(E) + shift(shift(E)), h(4) one more: the last loop's map goes one shift further.
+    thrice = torch.cat([torch.zeros_like(e[:3]), e[:-3]])
+    assert found["loop_map_gap"][3] == pytest.approx(float(thrice.norm(dim=1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("bias", [0.0, 2.0])
+def test_gates_that_are_known(bias):
+    model = make_model(loop_count=3)
+    for layer in model.model.layers:
+        layer.self_attn.plt_gate.weight.data.zero_()
+        layer.self_attn.plt_gate.bias.data = torch.full((4,), bias) * torch.tensor([0.0, 1.0, -1.0, 2.0])
+    found = measured(model, make_tokens(9))["gate_mean"]
+    expected = [1 / (1 + math.exp(-bias * factor)) for factor in (0, 1, -1, 2)]
+    np.testing.assert_allclose(found[2:], np.broadcast_to(expected, (2, 2, 4)), rtol=1e-6)
+    assert np.isnan(found[:2]).all(), "the first loop has no gate"
+
+
+def test_attention_without_queries_is_uniform():
+    """Entropy log n over all keys, and of the window log min(n, w)."""
+    model = make_model(loop_count=2)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    found = measured(model, make_tokens(31))
+    everything = np.mean([math.log(i + 1) for i in range(30)])
+    window = np.mean([math.log(min(i + 1, 5)) for i in range(30)])
+    np.testing.assert_allclose(found["entropy_global"][1:], everything, rtol=1e-5)
+    np.testing.assert_allclose(found["entropy_local"][2], window, rtol=1e-5)
+    np.testing.assert_allclose(found["kl_global"][2], 0.0, atol=1e-6)
+
+
+def test_copied_heads_are_one():
+    model = make_model(loop_count=2, num_key_value_heads=1)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        query = attention.q_proj.weight.data
+        query.copy_(query[:16].repeat(4, 1))
+        gate = attention.plt_gate
+        gate.weight.data.copy_(gate.weight.data[:1].repeat(4, 1))
+        gate.bias.data.fill_(0.3)
+    found = measured(model, make_tokens(20))
+    np.testing.assert_allclose(found["head_rank"][1:], 1.0, atol=1e-3)
+    np.testing.assert_allclose(found["head_cosine"][1:], 1.0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- documents, and many sequences
+
+
+@pytest.mark.parametrize("name", ["plt", "loopcoder", "naive"])
+def test_packed_documents_are_measured_as_if_alone(name):
+    model = looped(name)
+    first, second = make_tokens(9, seed=3), make_tokens(14, seed=4)
+    starts = torch.zeros(23, dtype=torch.bool)
+    starts[[0, 9]] = True
+    packed = record(model, torch.cat([first, second]), starts)
+    for loop in range(model.config.loop_count + 1):
+        alone = torch.cat([record(model, document).states[loop] for document in (first, second)])
+        torch.testing.assert_close(packed.states[loop], alone, rtol=1e-4, atol=1e-5)
+    alone = [record(model, document) for document in (first, second)]
+    for measure in ("entropy_global", "kl_global"):
+        expected = (9 * alone[0].by_head[measure] + 14 * alone[1].by_head[measure]) / 23
+        np.testing.assert_allclose(packed.by_head[measure], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_labels_of_other_documents_do_not_count():
+    model, tokens = looped("plt"), make_tokens(24)
+    starts = torch.zeros(24, dtype=torch.bool)
+    starts[[0, 10]] = True
+    found = measured(model, tokens, starts)
+    parts = [measured(model, part) for part in (tokens[:10], tokens[10:])]
+    expected = (9 * parts[0]["lens_loss"] + 13 * parts[1]["lens_loss"]) / 22
+    np.testing.assert_allclose(found["lens_loss"], expected, rtol=1e-5)
+
+
+def test_a_diagnosis_is_the_mean_of_its_sequences():
+    model = looped("plt")
+    tokens = np.stack([make_tokens(13, seed=seed).numpy() for seed in range(4)])
+    starts = np.zeros(tokens.shape, dtype=bool)
+    steps = []
+    found = diagnose(model, HeldOut(tokens, starts, 9), progress=lambda done, total: steps.append((done, total)))
+    rows = [measured(model, torch.from_numpy(row)) for row in tokens]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)] and found.sequences == 4
+    for measure in found.measures:
+        values = np.stack([row[measure.name] for row in rows])
+        assert np.isfinite(values[:, measure.first_loop :]).all(), measure.name
+        assert np.isnan(values[:, : measure.first_loop]).all(), measure.name
+        by_loop = values.reshape(4, 4, -1).mean(-1)
+        np.testing.assert_allclose(found.loops[measure.name].mean, by_loop.mean(0), rtol=1e-9)
+        if measure.detail is not None:
+            np.testing.assert_allclose(found.details[measure.name].mean, values.mean(0), rtol=1e-9)
+    assert found.details["gate_mean"].mean.shape == (4, 2, 4) and found.details["head_rank"].mean.shape == (4, 2)
+    change = found.differences["effective_rank"].mean
+    np.testing.assert_allclose(change[1:], np.diff(found.loops["effective_rank"].mean), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_kind_of_model_has_its_measures(name):
+    model = looped(name)
+    tokens = make_tokens(2, 12).numpy()
+    found = diagnose(model, HeldOut(tokens, np.zeros(tokens.shape, dtype=bool), 2))
+    for measure in found.measures:
+        assert np.isfinite(found.loops[measure.name].mean[measure.first_loop :]).all(), measure.name
+    names = {measure.name for measure in found.measures}
+    later = model.config.loop_count > 1
+    assert ("gate_mean" in names) == (model.config.gated_window and later)
+    assert ("offset_cost" in names) == (model.config.cross_loop_parallel and later)
