@@ -47,9 +47,16 @@ class Card:
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 
-    def flops_per_second(self, precision: str) -> float:
-        """Dense peak in FLOP/s; fp32 is true single precision, as torch computes it by default."""
-        return getattr(self.peak, precision) * 1e12
+    def flops_per_second(self, precision: str, fp8: bool = False) -> float:
+        """Dense peak in FLOP/s; fp32 is true single precision, as torch computes it by default.
+
+        `fp8`: FP8's instead. Raises `UserError` where the card has none.
+        """
+        if not fp8:
+            return getattr(self.peak, precision) * 1e12
+        if self.peak.fp8 is None:
+            raise UserError(f"gpu {self.name} has no FP8: set training.fp8=none or name another --gpu")
+        return self.peak.fp8 * 1e12
 
 
 def _card(name: str, device: str, memory_gib: float, bandwidth_gb: float, link_gb: float, network_gb: float) -> Card:

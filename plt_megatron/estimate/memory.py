@@ -17,6 +17,8 @@ from plt_megatron.estimate.layout import BYTES, Layout
 from plt_megatron.estimate.parameters import RankParameters, count_parameters, count_rank_parameters
 from plt_megatron.estimate.schedule import Pass, enough_microbatches, passes
 
+FP8_COPIES = 2  # Transformer Engine keeps each quantised weight and its transpose, a byte each, through the step
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -41,6 +43,7 @@ class MemoryEstimate:
 COMPONENTS = (
     "weights",
     "gathered weights",
+    "FP8 weights",
     "main weights",
     "gradients",
     "Adam moments",
@@ -73,6 +76,8 @@ def _stage_memory(
     )
     held = Counter(persistent_bytes(parameters.total, config.training.precision, layout))
     held["inputs"] = _inputs(config, layout)
+    if config.training.fp8 != "none":
+        held["FP8 weights"] = FP8_COPIES * parameters.layers
     player = _Player(config, layout, shapes, parameters, stage)
     count = enough_microbatches(layout.pipeline, layout.microbatches)
     for each in passes(layout.pipeline, stage, config.model.loop_count, count):

@@ -24,6 +24,8 @@ OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
 # Memory-bound operations move each saved activation about so often: written and read forward, read backward, and its
 # gradient written and read.
 PASSES_OVER_ACTIVATIONS = 5
+# Of what matrix products reach of the BF16 peak, in terms of FP8's: casts and scales cost more next to them.
+FP8_EFFICIENCY = 0.75
 # Bytes/s of one device's share of its host, for what is offloaded: PCIe as it is achieved, and the host's memory, which
 # a node's devices share.
 HOST_LINK = 25e9
@@ -63,7 +65,7 @@ def step_time(
     tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
     share = tokens / (layout.tensor * layout.pipeline)  # of one rank
     attention_flops = training_flops.global_attention + training_flops.local_attention
-    matmul = share * (training_flops.total - attention_flops) / (peak * card.matmul_efficiency)
+    matmul = share * _matmul_seconds(config, card, training_flops)
     attention = share * attention_flops / (peak * card.attention_efficiency)
     memory_bound = _memory_bound(config, layout, shapes, card)
     recompute = _recompute(layout, matmul, attention, memory_bound, training_flops)
@@ -83,6 +85,17 @@ def step_time(
         other_communication=_other_communication(layout, card, traffic, work, gpus_per_node),
         optimizer=_optimizer(layout, card, rank_parameters),
     )
+
+
+def _matmul_seconds(config: RunConfig, card: Card, flops: Flops) -> float:
+    """Of a token. The layers' linear parts may be in FP8, where less of the peak is reached, the others never are."""
+    peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
+    linear = flops.projections + flops.ffn
+    seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
+    if config.training.fp8 == "none":
+        return seconds
+    fp8_peak = card.flops_per_second(config.training.precision, fp8=True) * card.matmul_efficiency * FP8_EFFICIENCY
+    return seconds - linear / peak + linear / fp8_peak
 
 
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: Card) -> float:

@@ -208,3 +208,11 @@ def fp8_state(engine: Any) -> dict[str, Any]:
             if meta is not None and hasattr(meta, "amax_history"):
                 found[f"{number}{match[2]} {key}"] = (meta.scale.numpy().copy(), meta.amax_history.numpy().copy())
     return found
+
+
+def run_whole(config: Any) -> bool | str:
+    """A whole run through the trainer."""
+    from tests.distributed import training_jobs
+
+    _forget_fp8_state()
+    return training_jobs.train(config)

@@ -248,6 +248,19 @@ def test_shipped_runs_are_plausible_on_64_h100(name):
     assert 5e9 < estimate.peak_memory_bytes < estimate.device_memory_bytes
 
 
+def test_fp8_is_faster_and_keeps_copies_of_the_weights():
+    bf16, fp8 = (estimate_run(run(training={"fp8": fp8})) for fp8 in ("none", "hybrid"))
+    linear = (fp8.flops.projections + fp8.flops.ffn) / (fp8.flops.total - fp8.flops.global_attention
+                                                        - fp8.flops.local_attention)  # fmt: skip
+    assert fp8.times.matmul == pytest.approx(bf16.times.matmul * (1 - linear + linear / (2 * 0.75)), rel=1e-3)
+    assert fp8.times.attention == bf16.times.attention
+    copies = fp8.memory[0].components["FP8 weights"]
+    assert copies == 2 * count_rank_parameters(MODEL, 1000).layers
+    assert fp8.peak_memory_bytes == bf16.peak_memory_bytes + copies
+    with pytest.raises(UserError, match="gpu a100 has no FP8: set training.fp8=none"):
+        estimate_run(run(training={"fp8": "hybrid"}), gpu="a100")
+
+
 def test_errors():
     with pytest.raises(UserError, match="vocabulary"):
         estimate_run(run(model={"vocab_size": None}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,3 +33,21 @@ def test_the_training_benchmark_runs_and_explains_itself(tmp_path):
     assert set(figures) == {"fp32", "bf16"}
     assert all(value > 0 for seconds in figures.values() for value in seconds.values())
     assert result.stdout.count("where a PLT-2 step's time goes") == 2 and "aten::mm" in result.stdout
+
+
+def test_the_gpu_benchmark_runs_without_a_gpu_when_told_to(tmp_path):
+    """With Transformer Engine's layers and FP8: tests/te/test_te_gpu_benchmark.py."""
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
+    result = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"rates", "correctness", "training", "speed", "decode"} <= results.keys()
+    assert results["correctness"]["torch bf16"]["median gradient"] == pytest.approx(4e-3, rel=0.9)
+    assert (tmp_path / "gpu.md").read_text() in result.stdout
+
+
+def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 2 and "no GPU here" in result.stderr
