@@ -182,7 +182,7 @@ def test_packed_documents_are_measured_as_if_alone(name):
     packed = record(model, torch.cat([first, second]), starts)
     for loop in range(model.config.loop_count + 1):
         alone = torch.cat([record(model, document).states[loop] for document in (first, second)])
-        torch.testing.assert_close(packed.states[loop], alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(packed.states[loop], alone, rtol=1e-4, atol=1e-4)
     alone = [record(model, document) for document in (first, second)]
     for measure in ("entropy_global", "kl_global"):
         expected = (9 * alone[0].by_head[measure] + 14 * alone[1].by_head[measure]) / 23
