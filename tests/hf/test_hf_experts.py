@@ -1,0 +1,122 @@
+"""Mixtures of experts in the exported model: routing, decoding of loops in parallel, and Qwen3-MoE as the reference."""
+
+import pytest
+import torch
+
+from tests.hf.tiny import decode, full, make_config, make_model, make_tokens
+
+TOLERANCE = 1e-4
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+VARIANTS = {
+    "normalised": {},
+    "not normalised": {"norm_topk_prob": False, "num_experts_per_tok": 3},
+    "shared, normed": {"shared_expert_intermediate_size": 40, "ffn_output_norm": True, "qk_norm": True},
+}
+
+
+def plain(block, x):
+    """x [d] through the experts, one by one, in float64."""
+    probabilities = (block.gate.weight.double() @ x).softmax(-1)
+    chosen = probabilities.argsort(descending=True)[: block.top_k]
+    weights = probabilities[chosen]
+    if block.norm_topk_prob:
+        weights = weights / weights.sum()
+    out = torch.zeros_like(x)
+    experts = [(block.experts[index], weight) for index, weight in zip(chosen.tolist(), weights, strict=True)]
+    if block.shared_expert is not None:
+        experts.append((block.shared_expert, 1.0))
+    for expert, weight in experts:
+        gate, up = (layer.weight.double() @ x for layer in (expert.gate_proj, expert.up_proj))
+        out += weight * (expert.down_proj.weight.double() @ (gate * torch.sigmoid(gate) * up))
+    return out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_block_is_the_equation(name):
+    model = make_model(**{**EXPERTS, **VARIANTS[name]})
+    block = model.model.layers[1].mlp
+    x = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        actual = block(x)
+    expected = torch.stack([plain(block, row.double()) for row in x.flatten(0, 1)]).view(x.shape)
+    assert (actual - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mode", ["parallel", "serial", "static"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decode_equals_the_full_forward(name, mode):
+    model = make_model(**{"loop_count": 3, **EXPERTS, **VARIANTS[name]})
+    tokens = make_tokens(2, 20)
+    cache = model.new_cache(24 if mode == "static" else None)
+    logits = decode(model, tokens, 6, cache, loop_mode="serial" if mode == "serial" else None)
+    assert (logits - full(model, tokens)).abs().max() < TOLERANCE
+
+
+def test_loops_choose_for_themselves():
+    model = make_model(loop_count=2, **EXPERTS)
+    chosen = []
+    block = model.model.layers[0].mlp
+    block.register_forward_pre_hook(lambda module, args: chosen.append(module.route(args[0].flatten(0, 1))[1]))
+    full(model, make_tokens(1, 12))
+    first, second = chosen
+    assert first.shape == second.shape == (12, 2) and not torch.equal(first, second)
+
+
+def test_generation_runs():
+    model = make_model(**EXPERTS)
+    tokens = make_tokens(2, 5)
+    text = model.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    logits = full(model, text)[:, 4:-1]
+    assert torch.equal(logits.argmax(-1), text[:, 5:])
+
+
+def test_every_expert_learns_and_none_is_a_constant():
+    model = make_model(loop_count=2, **EXPERTS).train()
+    model(make_tokens(4, 40), labels=make_tokens(4, 40, seed=2)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds num_experts 6"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer"),
+        ({"mlp_bias": True}, "mlp_bias is not for experts"),
+    ],
+)
+def test_configurations_that_are_refused(changes, message):
+    with pytest.raises(Exception, match=message):
+        make_config(**{**EXPERTS, **changes})
+
+
+def test_one_loop_is_qwen3_moe():
+    """transformers' own implementation, with the same tensors by the same names."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    model = make_model(loop_count=1, qk_norm=True, **EXPERTS)
+    ours = model.config
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    names = (*sizes, "num_key_value_heads", "rms_norm_eps", *EXPERTS, "norm_topk_prob")
+    config = Qwen3MoeConfig(**{name: getattr(ours, name) for name in names}, rope_parameters=ours.rope_parameters)
+    theirs = Qwen3MoeForCausalLM._from_config(config).eval()
+    state = theirs.state_dict()
+    for name, tensor in model.state_dict().items():
+        copy_into(state, name, tensor)
+    theirs.load_state_dict(state)
+    tokens = make_tokens(2, 30)
+    assert (full(model, tokens) - full(theirs, tokens)).abs().max() < 1e-5
+
+
+def copy_into(state, name, tensor):
+    """A tensor of ours to theirs, whose experts are stacked in memory."""
+    if ".experts." not in name:
+        state[name].copy_(tensor)
+        return
+    prefix, _, rest = name.partition(".experts.")
+    expert, kind, _ = rest.split(".")
+    if kind == "down_proj":
+        state[f"{prefix}.experts.down_proj"][int(expert)].copy_(tensor)
+        return
+    half = state[f"{prefix}.experts.gate_up_proj"][int(expert)].chunk(2)[kind == "up_proj"]
+    half.copy_(tensor)
