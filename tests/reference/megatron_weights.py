@@ -22,8 +22,9 @@ _LAYER_NAMES = {
     "self_attention.core_attention.plt_gate.bias": "gate.bias",
     "self_attention.core_attention.plt_gate.gate_norm.weight": "gate.norm",
     "mlp.linear_fc1.layer_norm_weight": "ffn_norm",
-    "mlp.linear_fc2.weight": "down_proj",
     "mlp.output_norm.weight": "ffn_output_norm",
+    "pre_mlp_layernorm.weight": "ffn_norm",
+    "mlp.router.weight": "router",
 }
 _NAMES = {
     "embedding.word_embeddings.weight": "embedding",
@@ -49,8 +50,10 @@ def to_plain(config: ModelConfig, tensors: Mapping[str, Tensor], vocab_size: int
             suffix = "_bias" if tensor.dim() == 1 else ""
             for kind, part in zip("qkv", _split_qkv(config, tensor), strict=True):
                 plain[prefix + kind + suffix] = part
-        elif match[2] == "mlp.linear_fc1.weight":
-            plain[prefix + "gate_proj"], plain[prefix + "up_proj"] = tensor.chunk(2)
+        elif ffn := re.fullmatch(r"mlp\.(?:(experts\.\d+\.)|(shared)_experts(\.))?linear_fc([12])\.weight", match[2]):
+            owner = prefix + (ffn[1] or (ffn[2] or "") + (ffn[3] or ""))
+            names = ("gate_proj", "up_proj") if ffn[4] == "1" else ("down_proj",)
+            plain |= {owner + kind: part for kind, part in zip(names, tensor.chunk(len(names)), strict=True)}
         else:
             plain[prefix + _LAYER_NAMES[match[2]]] = tensor
     return plain

@@ -18,7 +18,7 @@ Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,11 +36,14 @@ class PlainPLT:
     `layers.<i>.`: `attention_norm`, `ffn_norm` [h], `q` [heads d, h], `k`, `v` [groups d, h], `o` [h, heads d],
     `gate_proj`, `up_proj` [f, h], `down_proj` [h, f]; where the settings ask for them `q_norm`, `k_norm` [d],
     `q_bias` [heads d], `k_bias`, `v_bias` [groups d],
-    `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias` [heads], `gate.norm` [h].
+    `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias` [heads], `gate.norm` [h]. A mixture of experts has
+    `router` [E, h], and `experts.<e>.` and `shared.` with what an FFN has.
     """
 
     config: ModelConfig
     weights: dict[str, Tensor]
+    balancing: list[Tensor] = field(default_factory=list)
+    z_losses: list[Tensor] = field(default_factory=list)
 
     def losses(self, tokens: Tensor, labels: Tensor, starts: Tensor | None = None, loops: int | None = None) -> Tensor:
         """Cross-entropy of each token, [b, s]."""
@@ -68,6 +71,12 @@ class PlainPLT:
         head = "embedding" if config.share_embeddings_and_output_weights else "head"
         return self._norm(hidden, "final_norm") @ self.weights[head].T
 
+    def auxiliary_loss(self) -> Tensor | float:
+        """Of what has run since the model was made: all layers' in all loops, with their coefficients."""
+        config = self.config
+        balancing = 0.0 if config.moe_router_load_balancing_type == "none" else config.moe_aux_loss_coeff
+        return balancing * sum(self.balancing) + config.moe_z_loss_coeff * sum(self.z_losses)
+
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.layernorm_epsilon) * self.weights[name]
 
@@ -75,11 +84,33 @@ class PlainPLT:
         name = f"layers.{layer}."
         x = x + self._attention(x, layer, loop, starts, first_loop_kv)
         normed = self._norm(x, name + "ffn_norm")
-        gate, up = normed @ self.weights[name + "gate_proj"].T, normed @ self.weights[name + "up_proj"].T
-        out = (gate * torch.sigmoid(gate) * up) @ self.weights[name + "down_proj"].T
+        out = self._ffn(normed, name) if self.config.num_moe_experts is None else self._experts(normed, name)
         if self.config.ffn_output_norm:
             out = self._norm(out, name + "ffn_output_norm")
         return x + out
+
+    def _ffn(self, x: Tensor, name: str) -> Tensor:
+        gate, up = x @ self.weights[name + "gate_proj"].T, x @ self.weights[name + "up_proj"].T
+        return (gate * torch.sigmoid(gate) * up) @ self.weights[name + "down_proj"].T
+
+    def _experts(self, x: Tensor, name: str) -> Tensor:
+        """Every expert on every token, weighted: zero where a token has not chosen it. Notes what was chosen, and the
+        auxiliary losses, each a mean over the sequences."""
+        config, experts = self.config, self.config.num_moe_experts
+        assert experts is not None
+        logits = x @ self.weights[name + "router"].T
+        shares = logits.softmax(dim=-1)
+        chosen = torch.zeros_like(shares).scatter(-1, shares.topk(config.moe_router_topk, dim=-1).indices, 1.0)
+        weights = shares * chosen
+        if not config.moe_router_pre_softmax:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        even = experts / config.moe_router_topk
+        self.balancing.append((even * chosen.mean(dim=1) * shares.mean(dim=1)).sum(dim=-1).mean())
+        self.z_losses.append(logits.logsumexp(dim=-1).square().mean())
+        out = sum(weights[..., expert, None] * self._ffn(x, f"{name}experts.{expert}.") for expert in range(experts))
+        if config.moe_shared_expert_intermediate_size is not None:
+            out = out + self._ffn(x, name + "shared.")
+        return out
 
     def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         config, name = self.config, f"layers.{layer}."

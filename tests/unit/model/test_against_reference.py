@@ -30,6 +30,13 @@ from tests.reference.plain_plt import KV, PlainPLT
 pytestmark = pytest.mark.usefixtures("one_process")
 
 TOLERANCE = 1e-5
+EXPERTS: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 12,
+    "moe_aux_loss_coeff": 0.1,
+    "moe_z_loss_coeff": 0.01,
+}
 CASES: dict[str, dict[str, Any]] = {
     "PLT-1, the plain transformer": {"loop_count": 1},
     "PLT-2": {"loop_count": 2},
@@ -58,11 +65,16 @@ CASES: dict[str, dict[str, Any]] = {
     "head dimension of its own": {"kv_channels": 6},
     "window of one": {"window_size": 1, "loop_count": 3},
     "window beyond the row": {"window_size": 64},
+    "experts": EXPERTS,
+    "experts, one loop": {**EXPERTS, "loop_count": 1, "moe_router_pre_softmax": True, "moe_router_topk": 1},
+    "experts and a shared one": {**EXPERTS, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
+    "experts without balancing": {**EXPERTS, "moe_router_load_balancing_type": "none", "ffn_output_norm": True},
 }
 
 
 def run(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None) -> dict[str, Tensor]:
     """The model's logits, losses and gradients, under the plain model's names."""
+    from plt_megatron.model.initialization import global_names
     from plt_megatron.model.looped_gpt import MicroBatch
 
     device = torch.cuda.current_device()
@@ -76,7 +88,7 @@ def run(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = N
     (losses * data["loss_mask"].to(losses)).sum().backward()
     assert torch.all(logits[..., VOCAB_SIZE:] == -torch.inf)
     gradients = {}
-    for name, parameter in stage.named_parameters():
+    for name, parameter in global_names(stage):
         gradients[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
             assert torch.all(gradients[name][VOCAB_SIZE:] == 0)
@@ -93,14 +105,17 @@ def expect(
     **mutations: Any,
 ) -> dict[str, Tensor]:
     """What `run` should return, from the reference."""
-    weights = to_plain(stage.config.plt, dict(stage.named_parameters()), VOCAB_SIZE)
+    from plt_megatron.model.initialization import global_names
+
+    weights = to_plain(stage.config.plt, dict(global_names(stage)), VOCAB_SIZE)
     for weight in weights.values():
         weight.requires_grad_()
     settings = {**vars(stage.config.plt), **mutations}
     plain = plain_class(ModelConfig(**settings), weights)
     starts = data["starts"] if packed else None
     losses = plain.losses(data["tokens"], data["labels"], starts, loops)
-    (losses * data["loss_mask"]).sum().backward()
+    # An auxiliary loss is a mean over tokens, the model's a sum over them, to be divided by their number.
+    ((losses * data["loss_mask"]).sum() + data["tokens"].numel() * plain.auxiliary_loss()).backward()
     results = {"logits": plain.logits(data["tokens"], starts, loops).detach(), "losses": losses.detach()}
     gradients = {
         name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in weights.items()
@@ -131,8 +146,9 @@ def test_logits_losses_and_every_gradient(settings, packed):
         {"loop_count": 3},
         {**LOOPCODER_V2, "loop_count": 3},
         {**KV_SHARING, "loop_count": 3},
+        {**EXPERTS, "loop_count": 3},
     ],
-    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing"],
+    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts"],
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
     stage, data = build(settings, recompute=recompute), draw()
@@ -167,6 +183,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "rotary base": ({}, {"rotary_base": 9000.0}, False),
     "epsilon": ({}, {"layernorm_epsilon": 1e-3}, False),
     "loops": ({}, {"loop_count": 3}, False),
+    "normalised weights": (EXPERTS, {"moe_router_pre_softmax": True}, False),
+    "experts of a token": (EXPERTS, {"moe_router_topk": 3}, False),
 }
 
 
@@ -179,6 +197,15 @@ def test_the_comparison_sees_every_mistake(settings, mistake, packed):
 def test_the_comparison_sees_documents():
     stage, data = build({}), draw()
     assert differences(run(stage, data, True), expect(stage, data, False))["logits"] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+def test_the_comparison_sees_auxiliary_losses(coefficient):
+    stage, data = build(EXPERTS), draw()
+    actual = run(stage, data, False)
+    for wrong in (0.0, EXPERTS[coefficient] / 2):  # of one of the two loops only, say
+        errors = differences(actual, expect(stage, data, False, **{coefficient: wrong}))
+        assert errors["logits"] <= TOLERANCE and errors["layers.0.router"] > 100 * TOLERANCE
 
 
 class StopGradientPLT(PlainPLT):
