@@ -260,7 +260,8 @@ class NodeLauncher:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker)
         if self._task == "train":
-            self._on_lines(worker.rank, [describe_exit(code)])
+            ended = "ended by its launcher" if self._stopping and code == -signal.SIGKILL else describe_exit(code)
+            self._on_lines(worker.rank, [ended])
         self._send(
             {
                 "type": "exited",

@@ -173,8 +173,17 @@ def test_a_long_run_that_saves_only_at_its_end(folder, slurm):
     assert_one_line(folder, slurm, lines, "one checkpoint interval", "set checkpoint.save_interval")
 
 
-def test_a_limit_within_the_margin(folder, slurm):
-    assert_one_line(folder, slurm, refusal(time="00:05:00"), "--time 00:05:00", "--signal-margin")
+def test_a_long_run_without_checkpoints(folder, slurm):
+    lines = refusal("training.train_iters=100_000_000", "checkpoint.enabled=false", chain=900)
+    assert_one_line(folder, slurm, lines, "writes no checkpoints to go on from", "set checkpoint.enabled=true")
+
+
+@pytest.mark.parametrize("profile", [None, "processes_per_node: 2\npartition: cpu\n"], ids=["gpu", "no known speed"])
+@pytest.mark.parametrize("time", ["00:05:00", "00:08:00"], ids=["within the margin", "over before the first step"])
+def test_a_limit_that_leaves_no_time_for_steps(folder, slurm, time, profile):
+    (folder / "cpu.yaml").write_text(profile or "")
+    lines = refusal(time=time, cluster=str(folder / "cpu.yaml"))
+    assert_one_line(folder, slurm, lines, f"--time {time}", "no time for steps", "--signal-margin")
 
 
 def test_too_little_free_space(folder, slurm, monkeypatch):
