@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def forecast(
         measured=bool(measured),
         checkpoint_bytes=size,
         storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,
-        free_bytes=shutil.disk_usage(next(path for path in (run, *run.parents) if path.exists())).free,
+        free_bytes=shutil.disk_usage(_existing(run)).free,
     )
 
 
@@ -134,6 +135,28 @@ def storage_problems(ahead: Forecast, run: Path) -> list[str]:
         f"the file system of {run} has {gigabytes(ahead.free_bytes)} free: lower checkpoint.keep_last or "
         "checkpoint.keep_every, or choose another output_dir"
     ]
+
+
+def storage_problems_of_all(runs: Sequence[tuple[Path, Forecast]]) -> list[str]:
+    """Whether the checkpoints of several runs, each of which would fit alone, fit their file systems together."""
+    on_one: dict[int, list[Forecast]] = {}
+    for run, ahead in runs:
+        on_one.setdefault(_existing(run).stat().st_dev, []).append(ahead)
+    problems = []
+    for group in on_one.values():
+        needed, free = sum(ahead.storage_bytes for ahead in group), min(ahead.free_bytes for ahead in group)
+        if needed > free >= max(ahead.storage_bytes for ahead in group):
+            problems.append(
+                f"output_dir: the checkpoints of {len(group)} runs will need {gigabytes(needed)} together, their file "
+                f"system has {gigabytes(free)} free: lower checkpoint.keep_last or checkpoint.keep_every, or submit "
+                "fewer runs"
+            )
+    return problems
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def usable_seconds(limit: int, margin: int) -> int:

@@ -128,6 +128,7 @@ class _Plan:
             found = self._check_run(label, config)
             self.problems += [f"{label}: {line}" if several else line for line in found]
         if several:
+            self.problems += checks.storage_problems_of_all([(member.run, member.ahead) for member in self.members])
             self.array = self._plan_array([self._run_of(config) for _, config in configs])
         self._check_active([self._run_of(config) for _, config in configs])
         if self.problems:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 
 import pytest
-from fake_slurm import CPU_PARTITION, GPU_PARTITION, write_tokens
-from submitting import refusal, submit_run
+import yaml
+from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokens
+from submitting import ROOT, refusal, submit_run
+
+from plt_megatron.slurm.submission import Options, submit
 
 HUGE = (
     "model.num_layers=96",
@@ -190,6 +194,19 @@ def test_too_little_free_space(folder, slurm, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     assert_one_line(folder, slurm, refusal(), "output_dir", "1.0 MB free", "keep_last")
+
+
+def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"name": name}))
+    (folder / "list.txt").write_text("one.yaml\ntwo.yaml\n")
+    submit(Options("run.yaml", time="01:00:00", dry_run=True), ROOT)
+    (each,) = re.findall(r"up to ([\d.]+) MB more in all", capsys.readouterr().out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(1.9e6 * float(each))))
+    assert_one_line(folder, slurm, refusal(array="list.txt"), "the checkpoints of 2 runs", "together", "fewer runs")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(2.1e6 * float(each))))
+    submit_run(array="list.txt")
 
 
 def test_an_output_folder_that_cannot_be_made(folder, slurm):
