@@ -117,7 +117,6 @@ class NodeLauncher:
             "node": allocation.node,
             "job_id": allocation.job_id,
             "restart_count": allocation.restart_count,
-            "time": time.time(),
         }
 
     def _connect(self) -> bool:
@@ -183,6 +182,8 @@ class NodeLauncher:
             kind = message["type"]
             if kind == "start":
                 self._start(message["task"], int(message["attempt"]), int(message["port"]))
+            elif kind == "clock":
+                self._send({"type": "clock", "sent": message["sent"], "time": time.time()})
             elif kind == "preempt":
                 self._preempting = True
             elif kind == "stop":
