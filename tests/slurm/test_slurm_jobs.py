@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm cluster: a plain one, and one that every run of the tests disturbs three times."""
+"""Jobs on a real Slurm cluster: a plain one, and one that is disturbed three times."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_queued_within_three_seconds(slurm, slurm_data, tmp_path, capsys):
     assert statistics.median(seconds["submit.py"]) < 3, seconds
 
 
-def test_a_killed_rank_a_warning_and_a_requeue(slurm, slurm_data, undisturbed, tmp_path):
+def test_a_killed_rank_a_warning_and_a_controller_that_is_gone(slurm, slurm_data, undisturbed, tmp_path):
     """Three faults in the course of one run: processes take seconds to start."""
     run = SlurmRun(slurm, make_config("disturbed", tmp_path, slurm_data)).prepare()
     run.submit()
@@ -116,10 +116,14 @@ def test_a_killed_rank_a_warning_and_a_requeue(slurm, slurm_data, undisturbed, t
     assert slurm.job(run.job)["Restarts"] == "0"
     run.warn(step=9)  # as before the time limit: saved, and requeued
     run.wait_for_attempt(3)
-    run.disturb(14, "scontrol", "requeue", run.job)
-    run.wait_for_end("failed", "preempted", "preempted", "finished")
-    run.wait_until_over()
-    assert slurm.job(run.job)["Restarts"] == "2"
+    with run.paused(14):
+        slurm.control("controller-off")
+    try:
+        run.wait_for_end("failed", "preempted", "finished")  # it needs none
+    finally:
+        slurm.control("controller-on")
+    run.wait_until_over()  # Slurm hears of the end when there is one again
+    assert slurm.job(run.job)["Restarts"] == "1"
     run.check(undisturbed)
     killed = run.events("end")[0]
     assert killed["failure"]["rank"] == 2 and "SIGKILL" in killed["reason"] and killed["failure"]["node"] == "node2"
