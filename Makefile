@@ -4,11 +4,11 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 TE := build/te/.complete
 PYTEST_ARGS ?=
-# Distributed tests start processes of their own, so more workers than one seldom help: `make test WORKERS=4`
-# pays on a machine of many cores.
-WORKERS ?= 0
+# One worker for the tests that start processes of their own, one for the others beside them (tests/conftest.py): more
+# pay on a machine of many cores.
+WORKERS ?= 2
 PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadgroup) $(PYTEST_ARGS)
 
 export PYTHON PIP_ARGS
 
