@@ -281,10 +281,19 @@ def test_all_problems_are_shown_at_once(folder, slurm):
     assert len(lines) == 3
 
 
-@pytest.mark.parametrize(("partition", "words"), [("no", "no such partition"), ("cpu", "has no GPUs")])
-def test_a_layout_is_not_held_against_a_guess(folder, slurm, partition, words):
-    """How many processes a node has is not known there: nothing else may be wrong."""
-    lines = refusal("parallel.tensor_model_parallel_size=4", "training.global_batch_size=3", partition=partition)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"partition": "no"}, "no such partition"),
+        ({"partition": "cpu"}, "has no GPUs"),
+        ({"gpus_per_node": "9"}, "have 8 GPUs"),
+        ({"gpus_per_node": "a100:7"}, "no such nodes"),
+        ({"nodes": 17}, "has 16 nodes"),
+    ],
+)
+def test_a_layout_is_not_held_against_a_size_that_is_not_to_be_had(folder, slurm, options, words):
+    """With the right one, nothing else may be wrong."""
+    lines = refusal("parallel.tensor_model_parallel_size=4", "training.global_batch_size=3", **options)
     assert_one_line(folder, slurm, lines, words)
 
 
