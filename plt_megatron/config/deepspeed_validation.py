@@ -48,9 +48,9 @@ def _check_features(config: RunConfig) -> Iterator[str]:
         value = getattr(parallel, name, off)
         if value not in (off, None):
             yield f"engine deepspeed: parallel.{name} {_text(value)}: set it to {_text(off)}, or set engine=megatron"
-    experts = getattr(model, "num_moe_experts", None)
-    if experts:
-        yield f"engine deepspeed: model.num_moe_experts {experts}: mixture of experts needs engine=megatron"
+    if model.num_moe_experts is not None:
+        what = f"model.num_moe_experts {model.num_moe_experts}"
+        yield f"engine deepspeed: {what}: mixture of experts needs engine=megatron"
     if config.training.fp8 != "none":
         yield f"engine deepspeed: training.fp8 {config.training.fp8}: set it to none for BF16, or set engine=megatron"
 

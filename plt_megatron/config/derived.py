@@ -5,6 +5,7 @@ Every function assumes a configuration that `validation.validate` accepts.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from plt_megatron.config.schema import ModelConfig, RunConfig
@@ -25,6 +26,18 @@ def has_gates(model: ModelConfig) -> bool:
     return model.loop_count > 1 and model.gated_window
 
 
+def expert_ffn_hidden_size(model: ModelConfig) -> int:
+    """Hidden channels of one expert."""
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
+def split_ffn(model: ModelConfig) -> tuple[str, int]:
+    """(name, hidden channels) of the FFN that tensor-parallel ranks split: experts stay whole but for a shared one."""
+    if model.num_moe_experts is None:
+        return "ffn_hidden_size", model.ffn_hidden_size
+    return "moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size or 0
+
+
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel_size: int = 1) -> int:
     """Rows of the embedding table for a tokenizer of `vocab_size` ids, as megatron-core pads them."""
     multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
@@ -38,10 +51,14 @@ def model_parallel_size(config: RunConfig) -> int:
 
 
 def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
-    """Copies of the model. Without a `world_size` to fill, the configured number, else one."""
-    if config.parallel.data_parallel_size is not None:
-        return config.parallel.data_parallel_size
-    return 1 if world_size is None else world_size // model_parallel_size(config)
+    """Copies of the model. Without a `world_size` to fill, the configured number, else as few as its experts need."""
+    parallel = config.parallel
+    if parallel.data_parallel_size is not None:
+        return parallel.data_parallel_size
+    if world_size is not None:
+        return world_size // model_parallel_size(config)
+    same_layers = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return parallel.expert_model_parallel_size // math.gcd(parallel.expert_model_parallel_size, same_layers)
 
 
 def required_world_size(config: RunConfig) -> int:

@@ -47,6 +47,19 @@ class ModelConfig:
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last
     embedding_scale: float = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
     hidden_scale: float = 1.0
+    # Mixture of experts (docs/moe.md): every layer's FFN becomes num_moe_experts of them, of which a token uses topk.
+    num_moe_experts: int | None = None  # None: a dense model
+    moe_router_topk: int = 2  # experts a token is sent to
+    moe_ffn_hidden_size: int | None = None  # of one expert; None: ffn_hidden_size
+    moe_shared_expert_intermediate_size: int | None = (
+        None  # of an expert that every token uses beside; None: there is none
+    )
+    moe_router_pre_softmax: bool = False  # weights of the chosen: their share of all (true), or of the chosen (false)
+    # Over what the load is balanced: each sequence (whatever the layout and the micro-batch size), or each microbatch.
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
+    moe_aux_loss_coeff: float = 0.01
+    moe_z_loss_coeff: float = 0.0  # keeps the router's logits small
+    moe_expert_capacity_factor: float | None = None  # what exceeds this times an even load is dropped; None: nothing
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
 
 
@@ -60,7 +73,11 @@ class ParallelConfig:
     # How Transformer Engine's attentions move rows between these ranks; the torch backend has one way of its own.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
     local_cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "a2a"  # the window, which has no p2p
-    data_parallel_size: int | None = None  # None: world size / (TP * PP * CP); launch/local.py: 1
+    # Ranks that share out a layer's experts, among those that hold the same layers (TP x CP x DP).
+    expert_model_parallel_size: int = 1
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens travel to their experts
+    # None: world size / (TP * PP * CP); launch/local.py: 1, or as many as share out the experts
+    data_parallel_size: int | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"

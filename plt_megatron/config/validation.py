@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived, fp8_rules
+from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived, fp8_rules, moe_validation
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 
@@ -60,6 +60,7 @@ def find_problems(
         problems += _check_schedule(config)
         problems += _check_validation(config)
         problems += _check_profile(config, world_size)
+        problems += moe_validation.find_problems(config, world_size)
         problems += deepspeed_validation.find_deepspeed_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
         problems += context_parallel_validation.check_te_context_parallel(config, have)
@@ -116,11 +117,19 @@ _RANGES: dict[str, _Range] = {
     "model.init_method_std": _POSITIVE,
     "model.loop_count": _LOOPS,
     "model.window_size": _AT_LEAST_1,
+    "model.num_moe_experts": _Range(2),
+    "model.moe_router_topk": _AT_LEAST_1,
+    "model.moe_ffn_hidden_size": _AT_LEAST_1,
+    "model.moe_shared_expert_intermediate_size": _AT_LEAST_1,
+    "model.moe_aux_loss_coeff": _NOT_NEGATIVE,
+    "model.moe_z_loss_coeff": _NOT_NEGATIVE,
+    "model.moe_expert_capacity_factor": _POSITIVE,
     "model.embedding_scale": _ANY,
     "model.hidden_scale": _ANY,
     "parallel.tensor_model_parallel_size": _AT_LEAST_1,
     "parallel.pipeline_model_parallel_size": _AT_LEAST_1,
     "parallel.context_parallel_size": _AT_LEAST_1,
+    "parallel.expert_model_parallel_size": _AT_LEAST_1,
     "parallel.data_parallel_size": _AT_LEAST_1,
     "parallel.recompute_num_layers": _AT_LEAST_1,
     "parallel.distributed_timeout_minutes": _POSITIVE,
@@ -237,7 +246,7 @@ def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
     for name, size in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", derived.num_query_groups(model)),
-        ("ffn_hidden_size", model.ffn_hidden_size),
+        derived.split_ffn(model),
     ):
         if size % tp:
             yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
@@ -382,9 +391,7 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
                 "model.backend te needs Transformer Engine, which is not installed; install it "
                 "(the `gpu` extra) or set model.backend=torch"
             )
-    missing = deepspeed_validation.find_package_problem(config)
-    if missing is not None:
-        yield missing
+    yield from filter(None, [deepspeed_validation.find_package_problem(config)])
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield (
             "logging.wandb_project needs the wandb package; install it (the `track` extra) or set "

@@ -48,6 +48,9 @@ class Activations:
     documents: bool
     recompute: str
     context: int  # ranks that share a sequence
+    experts: int = 0  # of a layer, all ranks'; 0: a dense FFN
+    topk: int = 0
+    expert_ffn: int = 0
 
     # One layer in one loop.
 
@@ -75,9 +78,17 @@ class Activations:
         saved = self._norm(self.rows * self.hidden, feeds_linear=True) if self.input_norms else self._rows_bytes()
         # torch: both halves, silu(gate), the other half + 0, their product; fused SwiGLU: both halves and the product.
         saved += 3 * wide if self.te else 5 * wide
+        saved += self._experts()
         if self.output_norms:
             saved += self._norm(self.rows * self.hidden, feeds_linear=False)
         return saved
+
+    def _experts(self) -> int:
+        """Of the tokens that an even load sends to this rank's experts: their inputs, what SwiGLU keeps, and that times
+        the router's weights; and the router's logits, scores and map of each of this rank's tokens."""
+        sent = self.rows * self.topk
+        routing = self.rows * self.experts * (3 * FP32 + 1) + sent * (2 * FP32 + 8)
+        return sent * (self.hidden + (3 if self.te else 6) * self.expert_ffn) * self.element + routing
 
     def first_loop_kv(self) -> int:
         """K and V of one layer that later loops read (none are shared: 0)."""
@@ -122,7 +133,7 @@ class Activations:
     def backward_working_set(self, loop: int) -> int:
         """Temporaries of a layer's backward pass at its widest, beside everything that it has saved."""
         rows = 2 * self._rows_bytes() + self._gathered()
-        ffn = 2 * self.tokens * self.ffn * self.element
+        ffn = 2 * (self.tokens * self.ffn + self.rows * self.topk * (self.expert_ffn + self.hidden)) * self.element
         attention = 0
         if loop > 1 and self._blocked_window:
             attention = 3 * self._window_scores() + 2 * self._queries() - self.ffn_block()
@@ -236,7 +247,10 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         heads=model.num_attention_heads // layout.tensor,
         groups=derived.num_query_groups(model) // layout.tensor,
         channels=derived.head_dim(model),
-        ffn=model.ffn_hidden_size // layout.tensor,
+        ffn=derived.split_ffn(model)[1] // layout.tensor,
+        experts=model.num_moe_experts or 0,
+        topk=model.moe_router_topk if model.num_moe_experts else 0,
+        expert_ffn=derived.expert_ffn_hidden_size(model) if model.num_moe_experts else 0,
         window=model.window_size,
         vocab=padded_vocab // layout.tensor,
         padding=min(padded_vocab - vocab_size, padded_vocab // layout.tensor),

@@ -9,27 +9,30 @@ from __future__ import annotations
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations
 from plt_megatron.estimate.layout import Layout
+from plt_megatron.estimate.parameters import RankParameters
 
 
 def communication_bytes(
-    config: RunConfig, layout: Layout, shapes: Activations, rank_parameters: int, embedding_parameters: int
+    config: RunConfig, layout: Layout, shapes: Activations, parameters: RankParameters, embedding_parameters: int
 ) -> dict[str, float]:
     """Bytes sent per step by one rank of the busiest kind, by purpose; purposes with no traffic are left out.
     `host transfers`: between device and host, where DeepSpeed offloads.
 
-    `rank_parameters` and `embedding_parameters`: of the stage with most, and of its embedding.
+    `parameters` and `embedding_parameters`: of the stage with most, and of the first one's embedding.
     """
     loops, layers = config.model.loop_count, config.model.num_layers // layout.pipeline
     passes = layout.microbatches * loops
+    dense, experts = _share(layout.shards) * parameters.dense, _share(layout.expert_shards) * parameters.experts
     traffic = {
         "tensor parallel": passes * layers * _tensor_layer(layout, shapes) + _tensor_ends(layout, shapes),
         "pipeline": passes * 2.0 * shapes.layer_input() if layout.pipeline > 1 else 0.0,
-        "gradient reduction": _share(layout.shards) * FP32 * rank_parameters,
-        "weight gathering": _share(layout.shards) * shapes.element * rank_parameters,
+        "gradient reduction": FP32 * (dense + experts),
+        "weight gathering": shapes.element * (dense + experts),
         "host transfers": 0.0
         if layout.on_cpu
-        else _host(layout, shapes.element, rank_parameters // layout.shards, passes),
+        else _host(layout, shapes.element, parameters.total // layout.shards, passes),
         "context parallel": passes * layers * _context_layer(layout, shapes),
+        "expert parallel": passes * layers * _expert_layer(config, layout, shapes),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
         traffic["tied embeddings"] = float(FP32 * embedding_parameters)
@@ -60,9 +63,26 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
     in place of each, and one more all-gather for the weights' gradients.
     """
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
+    if shapes.ffn == 0:  # experts alone: attention's half
+        whole /= 2
     forward, backward = 4 * whole, (6 if layout.sequence_parallel else 4) * whole
     recomputed = forward / 2 if layout.sequence_parallel else forward
     return forward + backward + (recomputed if layout.recompute == "full" else 0)
+
+
+def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> float:
+    """Tokens of one layer, loop and microbatch to their experts and back, forward and backward, at an even load.
+
+    `alltoall` sends a token to each of its experts' ranks, `allgather` every token to all ranks.
+    """
+    if layout.expert == 1:
+        return 0.0
+    one_way = float(shapes.rows * shapes.hidden * shapes.element)
+    if config.parallel.moe_token_dispatcher_type == "alltoall":
+        one_way *= config.model.moe_router_topk * _share(layout.expert)
+    else:
+        one_way *= layout.expert - 1
+    return one_way * (6 if layout.recompute == "full" else 4)
 
 
 def _tensor_ends(layout: Layout, shapes: Activations) -> float:

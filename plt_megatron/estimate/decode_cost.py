@@ -3,6 +3,9 @@
 With cross-loop parallelism a step is one forward pass with L rows a sequence: weights are read once, so that further
 loops are free as long as reading is what takes the time. Without it the loops run one after another, each reading the
 weights again. bf16 weights and cache, on one card.
+
+Of a mixture of experts those are read that any row of the batch is sent to, taking it that rows choose independently
+and evenly: further loops then read further experts, and are free only in batches whose rows reach all of them anyway.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.cards import Card, find_card
 from plt_megatron.estimate.layout import BYTES
 from plt_megatron.estimate.parameters import (
+    active_ffn_width,
     count_parameters,
     gate_input_size,
     projection_parameters,
     qkv_parameters,
+    router_parameters,
 )
 
 ELEMENT = BYTES["bf16"]
@@ -98,7 +103,8 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     """(bytes read and written, FLOPs) of one step."""
     counted = count_parameters(model, vocab_size)
     head = derived.padded_vocab_size(model, vocab_size) * model.hidden_size
-    stack = counted.attention + counted.ffn + counted.norms + counted.gates
+    stack: float = counted.attention + counted.ffn + counted.norms + counted.gates + counted.router
+    stack += counted.experts * _read_experts(model, batch * (model.loop_count if model.cross_loop_parallel else 1))
     reads = 1 if model.cross_loop_parallel else model.loop_count
     weights = ELEMENT * (reads * stack + head + counted.final_norm)
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
@@ -109,12 +115,20 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     return weights + batch * float(caches + written + logits), batch * _flops(model, context, head)
 
 
+def _read_experts(model: ModelConfig, rows: int) -> float:
+    """The share of the experts that any of `rows` rows is sent to."""
+    if model.num_moe_experts is None:
+        return 0.0
+    return 1.0 - (1.0 - model.moe_router_topk / model.num_moe_experts) ** rows
+
+
 def _flops(model: ModelConfig, context: int, head: int) -> float:
     """Of one token of one sequence, all loops."""
     loops, layers = model.loop_count, model.num_layers
     later = loops - 1 if derived.has_gates(model) else 0
     width = model.num_attention_heads * derived.head_dim(model)
-    linear = qkv_parameters(model) + projection_parameters(model) + 3 * model.hidden_size * model.ffn_hidden_size
+    ffn = 3 * model.hidden_size * active_ffn_width(model) + router_parameters(model)
+    linear = qkv_parameters(model) + projection_parameters(model) + ffn
     attention = 4 * width * (loops * context + later * min(model.window_size, context))
     gates = later * 2 * model.num_attention_heads * gate_input_size(model)
     return layers * (loops * 2 * linear + attention + gates) + 2 * head

@@ -5,6 +5,7 @@ Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads
 
     projections   2 d c (h + 2 g) + 2 h c d          per layer and loop
     ffn           2 * 3 d f                          per layer and loop
+    router        2 d E                              per layer and loop, with E experts: f is then what a token uses
     global        4 h c K(n)                         per layer and loop: Q K^T, and its softmax times V
     local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
@@ -37,7 +38,7 @@ class Flops:
     """FLOPs per token by component, summed over layers and loops."""
 
     projections: float
-    ffn: float
+    ffn: float  # and the router
     global_attention: float
     local_attention: float
     gate: float
@@ -80,12 +81,17 @@ def forward_flops_per_token(
     windows = later_loops if model.gated_window else 0
     return Flops(
         projections=layers * projections,
-        ffn=layers * loops * 2 * 3 * model.hidden_size * model.ffn_hidden_size,
+        ffn=layers * loops * 2 * _ffn(model),
         global_attention=layers * loops * 4 * attention_width * mean_keys(sequence_length),
         local_attention=layers * windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
         gate=layers * windows * 2 * model.num_attention_heads * parameters.gate_input_size(model),
         output=2 * model.hidden_size * padded_vocab_size,
     )
+
+
+def _ffn(model: ModelConfig) -> int:
+    """Multiply-adds of a token in one layer's FFN."""
+    return 3 * model.hidden_size * parameters.active_ffn_width(model) + parameters.router_parameters(model)
 
 
 def training_flops_per_token(

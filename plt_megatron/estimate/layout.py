@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from plt_megatron.config import derived
 from plt_megatron.config.deepspeed_settings import deepspeed_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
@@ -19,6 +20,7 @@ class Layout:
 
     Attributes:
         tensor, pipeline, context, data: ranks along each dimension. `data` does not contain `context`.
+        expert: ranks, of those that hold the same layers, that share out the experts.
         zero_stage: 0 all optimizer state on every data-parallel rank; 1 optimizer state divided (megatron-core's
             distributed optimizer); 2 gradients too; 3 weights too.
         recompute: `none`, `selective` (core attention) or `full` (units of `recompute_num_layers` layers).
@@ -36,6 +38,7 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     data: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
     zero_stage: int = 1
     recompute: str = "none"
@@ -60,12 +63,19 @@ class Layout:
         """Ranks that hold the same weights, over which gradients are added up and optimizer state is divided."""
         return self.data * self.context
 
+    @property
+    def expert_shards(self) -> int:
+        """The same of experts, of which a tensor-parallel rank holds whole ones."""
+        return self.tensor * self.context * self.data // self.expert
+
     def __str__(self) -> str:
         sizes = [("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context)]
         words = [f"{name}{size}" for name, size in sizes if size > 1 or name in ("TP", "PP")]
         if self.sequence_parallel:
             words.insert(1, "SP")
         words.append(f"DP{self.data}")
+        if self.expert > 1:
+            words.append(f"EP{self.expert}")
         if self.deepspeed:
             words.append(f"ZeRO{self.zero_stage}")
             if self.offload_optimizer or self.offload_weights:
@@ -80,12 +90,10 @@ def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool 
     """
     parallel, training = config.parallel, config.training
     context = parallel.context_parallel_size
+    data = max(1, derived.data_parallel_size(config, world_size))
     deepspeed = config.engine == "deepspeed"
     zero = deepspeed_config(config)["zero_optimization"] if deepspeed else {}
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    data = parallel.data_parallel_size
-    if data is None:
-        data = 1 if world_size is None else max(1, world_size // (tensor * pipeline * context))
     backend = config.model.backend
     if backend == "auto":
         backend = "torch" if on_cpu else "te"
@@ -94,6 +102,7 @@ def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool 
         pipeline=pipeline,
         context=context,
         data=data,
+        expert=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         zero_stage=config.zero.stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
         deepspeed=deepspeed,
@@ -116,6 +125,7 @@ _SIZES = {
     "PP": "parallel.pipeline_model_parallel_size",
     "CP": "parallel.context_parallel_size",
     "DP": "parallel.data_parallel_size",
+    "EP": "parallel.expert_model_parallel_size",
     "MB": "training.micro_batch_size",
     "ZERO": "zero.stage",
 }

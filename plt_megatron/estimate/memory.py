@@ -72,9 +72,13 @@ def _stage_memory(
         vocab_size,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
         stage=stage,
     )
-    held = Counter(persistent_bytes(parameters.total, config.training.precision, layout))
+    precision = config.training.precision
+    held = Counter(persistent_bytes(parameters.dense, precision, layout))
+    if parameters.experts:
+        held += Counter(persistent_bytes(parameters.experts, precision, layout, layout.expert_shards))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
         held["FP8 weights"] = FP8_COPIES * parameters.layers
@@ -89,13 +93,15 @@ def _stage_memory(
     return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, moment)
 
 
-def persistent_bytes(parameters: int, precision: str, layout: Layout) -> dict[str, int]:
+def persistent_bytes(parameters: int, precision: str, layout: Layout, shards: int | None = None) -> dict[str, int]:
     """What a rank with so many parameters holds throughout a step, by component.
+
+    `shards`: ranks that hold the same ones; None: `layout.shards`.
 
     DeepSpeed keeps fp32 main weights in fp32 too. From stage 2 on, offloading the optimizer takes the gradients along.
     Stage 3 keeps weights that are used again soon whole, up to a limit: each loop uses them again.
     """
-    element, shards, zero = BYTES[precision], layout.shards, layout.zero_stage
+    element, shards, zero = BYTES[precision], shards or layout.shards, layout.zero_stage
     part = parameters // shards
     optimizer = part if zero >= 1 else parameters
     gradients = part if zero >= 2 else parameters
@@ -129,7 +135,8 @@ def _optimizer_step(parameters: RankParameters, layout: Layout) -> Counter[str]:
     if layout.on_cpu:
         largest = max(parameters.embedding, parameters.output_layer)
         return Counter({"temporaries": 2 * FP32 * largest // shards})
-    return Counter({"temporaries": FP32 * parameters.total // shards})
+    experts = parameters.experts // layout.expert_shards
+    return Counter({"temporaries": FP32 * (parameters.dense // shards + experts)})
 
 
 @dataclass
@@ -205,7 +212,9 @@ class _Player:
         if loop == self.loops > 1:  # what waits for earlier loops
             self.live["K/V gradients"] += self.layers * self.shapes.kv_gradients()
             if self._autograd_keeps_weight_gradients:
-                self.live["weight gradients in autograd"] += self.element * self.parameters.layers
+                self.live["weight gradients in autograd"] += self.element * (
+                    self.parameters.layers + self.parameters.experts
+                )
         self.live.subtract(self.saved[loop])
         self._mark(self.first_layer[loop], f"backward of loop {loop}, first layer")
         if loop == 1 < self.loops:

@@ -15,20 +15,23 @@ class ParameterCount:
 
     embedding: int  # padded vocabulary x hidden_size
     attention: int  # Q, K, V and output projections, and biases where there are some
-    ffn: int  # gate, up and down projections
+    ffn: int  # gate, up and down projections of a dense FFN or of a shared expert
     norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
     gates: int  # G-SWA: none in a model of one loop
     final_norm: int
     output_layer: int  # 0 when tied to the embedding
+    router: int = 0
+    experts: int = 0  # gate, up and down projections of all of them
+    active_experts: int = 0  # of those that a token uses: part of `experts`
 
     @property
     def total(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(dataclasses.astuple(self)) - self.active_experts
 
     @property
     def active(self) -> int:
         """Parameters that take part in one token's forward pass; a dense model uses all."""
-        return self.total
+        return self.total - self.experts + self.active_experts
 
     @property
     def tables(self) -> int:
@@ -57,11 +60,14 @@ def count_parameters(
     return ParameterCount(
         embedding=table,
         attention=layers * (qkv_parameters(model) + _qkv_biases(model) + projection_parameters(model)),
-        ffn=layers * 3 * hidden * model.ffn_hidden_size,
+        ffn=layers * 3 * hidden * whole_ffn_width(model),
         norms=layers * _layer_norms(model),
         gates=layers * _layer_gate(model),
         final_norm=hidden,
         output_layer=0 if model.share_embeddings_and_output_weights else table,
+        router=layers * router_parameters(model),
+        experts=layers * (model.num_moe_experts or 0) * expert_parameters(model),
+        active_experts=layers * active_experts(model) * expert_parameters(model),
     )
 
 
@@ -69,14 +75,20 @@ def count_parameters(
 class RankParameters:
     """Number of parameters that one rank of a pipeline stage holds: its slices, and whole what is not sliced."""
 
-    layers: int
+    layers: int  # without experts
     embedding: int
     final_norm: int
     output_layer: int  # a pipeline's last stage holds a copy of a tied embedding
+    experts: int = 0  # this rank's, all layers
 
     @property
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
+
+    @property
+    def dense(self) -> int:
+        """All but experts, which are shared out over other ranks."""
+        return self.total - self.experts
 
 
 def count_rank_parameters(
@@ -85,6 +97,7 @@ def count_rank_parameters(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
     stage: int = 0,
 ) -> RankParameters:
     """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
@@ -97,14 +110,19 @@ def count_rank_parameters(
         embedding=table if first else 0,
         final_norm=model.hidden_size if last else 0,
         output_layer=table if last and not shared else 0,
+        experts=model.num_layers
+        // pipeline
+        * ((model.num_moe_experts or 0) // expert_model_parallel_size)
+        * expert_parameters(model),
     )
 
 
 def _rank_layer(model: ModelConfig, tensor: int) -> int:
-    """One layer on one tensor-parallel rank: linear layers and a query gate are divided, norms are not."""
+    """One layer on one tensor-parallel rank, without experts: linear layers and a query gate are divided, norms and a
+    router are not."""
     divided = qkv_parameters(model) + _qkv_biases(model) + projection_parameters(model)
-    divided += 3 * model.hidden_size * model.ffn_hidden_size
-    whole, gate = _layer_norms(model), _layer_gate(model)
+    divided += 3 * model.hidden_size * whole_ffn_width(model)
+    whole, gate = _layer_norms(model) + router_parameters(model), _layer_gate(model)
     if model.gate_input == "query":
         return (divided + gate) // tensor + whole
     return divided // tensor + whole + gate
@@ -118,6 +136,31 @@ def qkv_parameters(model: ModelConfig) -> int:
 def projection_parameters(model: ModelConfig) -> int:
     """One layer's attention output projection."""
     return model.num_attention_heads * derived.head_dim(model) * model.hidden_size
+
+
+def whole_ffn_width(model: ModelConfig) -> int:
+    """Width of the FFN that every token uses: a dense model's, or a shared expert's."""
+    return derived.split_ffn(model)[1]
+
+
+def active_experts(model: ModelConfig) -> int:
+    """Experts of a layer that a token is sent to, the shared one not counted."""
+    return model.moe_router_topk if model.num_moe_experts else 0
+
+
+def active_ffn_width(model: ModelConfig) -> int:
+    """Width of all that one token uses of a layer's FFN."""
+    return whole_ffn_width(model) + active_experts(model) * derived.expert_ffn_hidden_size(model)
+
+
+def expert_parameters(model: ModelConfig) -> int:
+    """One expert."""
+    return 3 * model.hidden_size * derived.expert_ffn_hidden_size(model)
+
+
+def router_parameters(model: ModelConfig) -> int:
+    """One layer's router."""
+    return model.hidden_size * (model.num_moe_experts or 0)
 
 
 def gate_input_size(model: ModelConfig) -> int:

@@ -94,11 +94,12 @@ def estimate_run(
             vocab_size,
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
+            expert_model_parallel_size=layout.expert,
             stage=stage,
         )
         for stage in range(layout.pipeline)
     ]
-    largest = max(rank.total for rank in ranks)
+    largest = max(ranks, key=lambda rank: rank.total)
     traffic = communication_bytes(config, layout, shapes, largest, ranks[0].embedding)
     times = step_time(config, layout, shapes, card, flops, traffic, largest, gpus_per_node)
     memory = estimate_memory(config, layout, vocab_size)

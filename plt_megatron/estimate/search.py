@@ -61,7 +61,8 @@ class SearchResult:
 def search(
     config: RunConfig, *, gpu: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
 ) -> SearchResult:
-    """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation.
+    """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation,
+    and over how many ranks a mixture's experts are shared out.
 
     With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
     configuration's. Raises `UserError` as `estimate_run` does.
@@ -101,8 +102,10 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
         if context == config.parallel.context_parallel_size == 1:
             del sizes["parallel.context_parallel_size"]
         micro_batches = _micro_batches(config.training.global_batch_size // data, pipeline)
-        sequence = (False, True) if tensor > 1 else (False,)
-        for parallel, size, recompute, zero in itertools.product(sequence, micro_batches, RECOMPUTE, _zero(config)):
+        dense = config.model.num_moe_experts is None
+        sequence = ((False, True) if dense else (True,)) if tensor > 1 else (False,)
+        ends = _experts(config, tensor * context * data), _zero(config)
+        for parallel, size, recompute, experts, zero in itertools.product(sequence, micro_batches, RECOMPUTE, *ends):
             ways: dict[str, object] = {
                 "parallel.sequence_parallel": parallel,
                 "parallel.recompute_granularity": recompute,
@@ -111,7 +114,7 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
             stage_layers = config.model.num_layers // pipeline
             if recompute == "full" and config.parallel.recompute_num_layers > stage_layers:
                 ways["parallel.recompute_num_layers"] = stage_layers
-            yield sizes | ways | zero
+            yield sizes | ways | experts | zero
 
 
 def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
@@ -130,6 +133,15 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
         if config.model.num_attention_heads % tensor or (context > 1 and config.data.sequence_length % (2 * context)):
             continue
         yield tensor, pipeline, context, data
+
+
+def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:
+    """Sizes of expert parallelism among `ranks` that hold the same layers."""
+    experts = config.model.num_moe_experts
+    if experts is None:
+        return [{}]
+    sizes = (size for size in _divisors(ranks) if experts % size == 0)
+    return [{"parallel.expert_model_parallel_size": size} for size in sizes]
 
 
 def _zero(config: RunConfig) -> list[dict[str, object]]:

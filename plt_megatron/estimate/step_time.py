@@ -16,6 +16,7 @@ from plt_megatron.estimate.activations import Activations
 from plt_megatron.estimate.cards import Card
 from plt_megatron.estimate.flops import Flops
 from plt_megatron.estimate.layout import Layout
+from plt_megatron.estimate.parameters import RankParameters
 from plt_megatron.estimate.schedule import bubble_fraction
 
 # Reads and writes of the optimizer per parameter it owns: gradient, main weight and two moments in, the last three
@@ -40,7 +41,7 @@ class StepTime:
     attention: float
     memory_bound: float
     recompute: float
-    tensor_parallel: float
+    tensor_parallel: float  # and the experts' exchange of tokens
     bubble: float
     other_communication: float
     optimizer: float
@@ -57,7 +58,7 @@ def step_time(
     card: Card,
     training_flops: Flops,
     traffic: dict[str, float],
-    rank_parameters: int,
+    parameters: RankParameters,
     gpus_per_node: int,
 ) -> StepTime:
     """Estimate a step. `training_flops`: model FLOPs per token; `traffic`: of `communication_bytes`."""
@@ -73,6 +74,7 @@ def step_time(
     context_spread = layout.tensor * layout.context
     ring = traffic.get("context parallel", 0.0) / _bandwidth(card, context_spread, gpus_per_node)
     tensor_parallel += max(0.0, ring - attention)  # the ring runs beside the attention
+    tensor_parallel += traffic.get("expert parallel", 0.0) / _bandwidth(card, layout.expert, gpus_per_node)
     work = matmul + attention + memory_bound + recompute + tensor_parallel
     bubble = work * bubble_fraction(layout.pipeline, config.model.loop_count, layout.microbatches)
     return StepTime(
@@ -83,7 +85,7 @@ def step_time(
         tensor_parallel=tensor_parallel,
         bubble=bubble,
         other_communication=_other_communication(layout, card, traffic, work, gpus_per_node),
-        optimizer=_optimizer(layout, card, rank_parameters),
+        optimizer=_optimizer(layout, card, parameters),
     )
 
 
@@ -143,8 +145,9 @@ def _other_communication(
     return reduction + gathering + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
 
 
-def _optimizer(layout: Layout, card: Card, rank_parameters: int) -> float:
-    owned = rank_parameters / (layout.shards if layout.zero_stage >= 1 else 1)
+def _optimizer(layout: Layout, card: Card, parameters: RankParameters) -> float:
+    owned = parameters.dense / (layout.shards if layout.zero_stage >= 1 else 1)
+    owned += parameters.experts / layout.expert_shards
     offloaded = layout.offload_optimizer and not layout.on_cpu
     bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
     return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth

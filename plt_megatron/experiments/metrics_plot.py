@@ -44,6 +44,11 @@ _PANELS = (
     _Panel("gate_mean", "gates", "mean, 1 is all window"),
     _Panel("hidden_norm", "hidden states after a loop", "RMS", log=True),
     _Panel("step_size", "change by a loop", "RMS", log=True),
+    _Panel("expert_load_max", "load of the busiest expert", "over an even one, mean over layers"),
+    _Panel("expert_overlap", "experts that the first loop chose too", "% of a token's", scale=100),
+    _Panel("aux_loss", "load-balancing loss", "without its coefficient"),
+    _Panel("z_loss", "router z-loss", "without its coefficient"),
+    _Panel("dropped_share", "dropped by experts at their capacity", "%", scale=100),
     _Panel("step_seconds", "where a step's time goes", "s per step", log=True),
     _Panel("source_epochs", "passes over the sources", "epochs"),
 )

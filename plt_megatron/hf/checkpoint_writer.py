@@ -29,6 +29,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.train.checkpoint import folder
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
 _COMMON = "common_state/shard_0_1"  # megatron-core's: what is no tensor
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
@@ -114,13 +115,11 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def _items(self) -> Iterator[WriteItem]:
-        layers = 1 + max(int(match[2]) for match in map(_layer, self._tensors) if match)
-        for tensor in self._tensors:
-            match = _layer(tensor)
-            key = match[1] + match[3] if match else tensor.name
-            shape = (layers, *tensor.shape) if match else tensor.shape
-            offsets = (int(match[2]), *[0] * len(tensor.shape)) if match else (0,) * len(shape)
-            part = (1, *tensor.shape) if match else tensor.shape
+        places = [_place(tensor.name) for tensor in self._tensors]
+        sizes = {key: tuple(1 + last for last in map(max, zip(*group, strict=True))) for key, group in _by_key(places)}
+        for tensor, (key, place) in zip(self._tensors, places, strict=True):
+            shape, part = (*sizes[key], *tensor.shape), (*[1] * len(place), *tensor.shape)
+            offsets = (*place, *[0] * len(tensor.shape))
             self._made[key, offsets] = tensor
             yield WriteItem(
                 index=MetadataIndex(key, torch.Size(offsets)),
@@ -144,5 +143,19 @@ class _Planner(DefaultSavePlanner):
         return made.to(self._dtype).contiguous().view(write_item.tensor_data.chunk.sizes)
 
 
-def _layer(tensor: LazyTensor) -> re.Match[str] | None:
-    return _LAYER.fullmatch(tensor.name)
+def _place(name: str) -> tuple[str, tuple[int, ...]]:
+    """(key on disk, place in what is stacked under it: the layer, and of an expert its number)."""
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return name, ()
+    expert = _EXPERT.fullmatch(layer[3])
+    if expert is None:
+        return layer[1] + layer[3], (int(layer[2]),)
+    return f"{layer[1]}{expert[1]}experts.{expert[3]}", (int(layer[2]), int(expert[2]))
+
+
+def _by_key(places: list[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for key, place in places:
+        groups.setdefault(key, []).append(place)
+    yield from groups.items()

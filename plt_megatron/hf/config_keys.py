@@ -62,6 +62,7 @@ def plt_keys(
         qkv_bias=model.qkv_bias,
         ffn_output_norm=model.ffn_output_norm,
         norm_placement=model.norm_placement,
+        **_expert_keys(model),
         loop_count=model.loop_count,
         cross_loop_parallel=clp,
         share_kv=model.share_kv,
@@ -93,6 +94,7 @@ def loopcoder_keys(
         "qkv_bias": False,
         "ffn_output_norm": False,
         "norm_placement": "pre",
+        "num_moe_experts": None,
     }
     other = [
         f"model.{name} is {getattr(model, name)}" for name, value in wanted.items() if getattr(model, name) != value
@@ -120,6 +122,20 @@ def loopcoder_keys(
         **tokens,
         "use_cache": True,
         "torch_dtype": dtype,
+    }
+
+
+def _expert_keys(model: ModelConfig) -> dict[str, Any]:
+    """Qwen3-MoE's keys, and Qwen2-MoE's of a shared expert."""
+    if model.num_moe_experts is None:
+        return {}
+    return {
+        "num_experts": model.num_moe_experts,
+        "num_experts_per_tok": model.moe_router_topk,
+        "moe_intermediate_size": derived.expert_ffn_hidden_size(model),
+        "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
     }
 
 
@@ -202,6 +218,7 @@ def _from_plt(keys: dict[str, Any]) -> Described:
         qk_layernorm=config.qk_norm,
         ffn_output_norm=config.ffn_output_norm,
         norm_placement=config.norm_placement,
+        **_expert_settings(config),
         loop_count=config.loop_count,
         cross_loop_parallel=config.cross_loop_parallel,
         share_kv=config.share_kv,
@@ -270,6 +287,26 @@ def _from_qwen3(keys: dict[str, Any]) -> Described:
     return _described(config, qk_layernorm=True)
 
 
+def _from_qwen3_moe(keys: dict[str, Any]) -> Described:
+    config = _transformers_config("qwen3_moe", keys)
+    _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
+    _refuse(config, decoder_sparse_step=1, mlp_only_layers=[])  # every layer has experts
+    return _described(config, qk_layernorm=True, **_expert_settings(config))
+
+
+def _expert_settings(config: Any) -> dict[str, Any]:
+    if not config.num_experts:
+        return {}
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": config.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": getattr(config, "shared_expert_intermediate_size", None),
+        "moe_router_pre_softmax": not config.norm_topk_prob,
+        "moe_aux_loss_coeff": config.router_aux_loss_coef,
+    }
+
+
 def _from_olmo2(keys: dict[str, Any]) -> Described:
     config = _transformers_config("olmo2", keys)
     _refuse(config, attention_bias=False, hidden_act="silu")
@@ -283,6 +320,7 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
     "mistral": _from_mistral,
     "qwen2": _from_qwen2,
     "qwen3": _from_qwen3,
+    "qwen3_moe": _from_qwen3_moe,
     "olmo2": _from_olmo2,
 }
 

@@ -33,6 +33,12 @@ class PLTConfig(PreTrainedConfig):
         norm_placement (`str`): "pre" (Llama) or "post" (OLMo-2: norms on the outputs of attention and MLP).
         attention_bias (`bool`): biases on the q, k, v and o projections (Llama).
         qkv_bias (`bool`): biases on the q, k and v projections only (Qwen2).
+        num_experts (`int`): experts in place of every layer's MLP; None: a dense model. The keys are Qwen3-MoE's.
+        num_experts_per_tok (`int`): experts that a token is sent to, in each loop anew.
+        moe_intermediate_size (`int`): hidden size of one expert.
+        shared_expert_intermediate_size (`int`): hidden size of an expert that every token uses beside; None: none.
+        norm_topk_prob (`bool`): the weights of a token's experts add up to 1.
+        router_aux_loss_coef (`float`): of the load-balancing loss in pretraining; this code has no such loss.
     """
 
     model_type = "plt"
@@ -63,6 +69,13 @@ class PLTConfig(PreTrainedConfig):
     ffn_output_norm: bool = False
     norm_placement: str = "pre"
 
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+
     loop_count: int = 2
     cross_loop_parallel: bool = True
     share_kv: bool = True
@@ -90,6 +103,7 @@ class PLTConfig(PreTrainedConfig):
     def check(self) -> None:
         """Raise a `ValueError` of one line if the keys do not describe a model."""
         self._check_shapes()
+        self._check_experts()
         self._check_loops()
         if self.norm_placement not in ("pre", "post"):
             raise ValueError(f'norm_placement must be "pre" or "post", not {self.norm_placement!r}')
@@ -120,6 +134,18 @@ class PLTConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            return
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer in a mixture of experts, not {value!r}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+        if self.mlp_bias:
+            raise ValueError("mlp_bias is not for experts: leave it false")
 
     def _check_loops(self) -> None:
         count = self.loop_count

@@ -82,7 +82,13 @@ def _model_facts(source: Source, rules: list[Rule]) -> Iterator[tuple[str, Any]]
     yield "parameters", f"{sum(math.prod(rule.shape) for rule in rules):,}"
     yield "layers", model.num_layers
     yield "hidden size", model.hidden_size
-    yield "FFN size", model.ffn_hidden_size
+    if model.num_moe_experts is None:
+        yield "FFN size", model.ffn_hidden_size
+    else:
+        yield (
+            "experts",
+            f"{model.moe_router_topk} of {model.num_moe_experts}, of {derived.expert_ffn_hidden_size(model)}",
+        )
     heads, groups = model.num_attention_heads, derived.num_query_groups(model)
     yield "attention heads", f"{heads} query, {groups} key/value, of {derived.head_dim(model)} channels"
     yield "vocabulary", f"{source.vocab_size:,}"

@@ -755,15 +755,57 @@ def _is_flash(config: PLTConfig) -> bool:
 class PLTMLP(nn.Module):
     """down(act(gate(x)) * up(x)), as in Llama."""
 
-    def __init__(self, config: PLTConfig):
+    def __init__(self, config: PLTConfig, intermediate_size: int | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        size = intermediate_size or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class PLTMoE(nn.Module):
+    """A mixture of experts: each row goes to the `num_experts_per_tok` that the gate prefers, and to the shared one.
+
+    A row is a token in a loop: the loops of a token choose for themselves. No row is dropped.
+    """
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(PLTMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = PLTMLP(config, shared) if shared else None
+
+    def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """rows [T, d] to the experts' weights, in fp32, and their numbers, both [T, top_k]."""
+        logits = F.linear(rows.float(), self.gate.weight.float())
+        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, chosen
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, d] to the same."""
+        rows = hidden_states.flatten(0, 1)
+        weights, chosen = self.route(rows)
+        # Rows sorted by expert: each expert that is used at all runs once.
+        order = chosen.flatten().argsort(stable=True)
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        out = torch.zeros_like(rows)
+        for expert, assigned in zip(self.experts, order.split(counts), strict=True):
+            if len(assigned):
+                row = assigned // self.top_k
+                weighted = expert(rows[row]) * weights.flatten()[assigned].to(rows.dtype).unsqueeze(-1)
+                out = out.index_add(0, row, weighted)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(rows)
+        return out.view(hidden_states.shape)
 
 
 class PLTDecoderLayer(GradientCheckpointingLayer):
@@ -774,7 +816,7 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
         size, eps = config.hidden_size, config.rms_norm_eps
         pre = config.norm_placement == "pre"
         self.self_attn = PLTAttention(config, layer_idx)
-        self.mlp = PLTMLP(config)
+        self.mlp = PLTMLP(config) if config.num_experts is None else PLTMoE(config)
         self.input_layernorm = PLTRMSNorm(size, eps) if pre else None
         self.post_attention_layernorm = PLTRMSNorm(size, eps)
         self.post_feedforward_layernorm = PLTRMSNorm(size, eps) if not pre or config.ffn_output_norm else None
@@ -812,6 +854,11 @@ class PLTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": PLTDecoderLayer, "attentions": PLTAttention}
+
+    def __init__(self, config: PLTConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        # Which experts run is known when it happens only.
+        self._can_compile_fullgraph = config.num_experts is None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

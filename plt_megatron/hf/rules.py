@@ -1,14 +1,14 @@
 """The table that translates weights: every tensor's name here and in Hugging Face files, and how one becomes the other.
 
 A rule knows both directions and how tensor parallelism cuts our tensor. Names are megatron-core's over the whole model
-(layers from 0) on one side, Llama's with PLT's gate on the other. All families we read use the same names: Llama, Qwen2
-and Qwen3, OLMo-2, our own exports and LoopCoder-v2's.
+(layers from 0) on one side, Llama's with PLT's gate on the other. All families we read use the same names: Llama,
+Qwen2, Qwen3 and Qwen3-MoE, OLMo-2, our own exports and LoopCoder-v2's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,9 @@ class Sizes:
     heads: int
     groups: int
     head_dim: int
+    experts: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
@@ -42,6 +45,9 @@ class Sizes:
             heads=model.num_attention_heads,
             groups=derived.num_query_groups(model),
             head_dim=derived.head_dim(model),
+            experts=model.num_moe_experts or 0,
+            expert_ffn=derived.expert_ffn_hidden_size(model),
+            shared_ffn=model.moe_shared_expert_intermediate_size or 0,
         )
 
     @property
@@ -59,6 +65,14 @@ class Sizes:
     @property
     def gate_up(self) -> int:
         return 2 * self.ffn
+
+    @property
+    def expert_gate_up(self) -> int:
+        return 2 * self.expert_ffn
+
+    @property
+    def shared_gate_up(self) -> int:
+        return 2 * self.shared_ffn
 
     def shape(self, names: Sequence[str]) -> tuple[int, ...]:
         return tuple(getattr(self, name) for name in names)
@@ -116,6 +130,9 @@ Form = Same | Negated | QueryKeyValue | GateUp
 # ---------------------------------------------------------------- the table
 
 
+EACH = "{expert}"  # in a name: a row of the table for each expert
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the table: names with the dimensions of their shapes, and the models that have this tensor."""
@@ -133,6 +150,18 @@ def _pre(model: ModelConfig) -> bool:
 
 def _post(model: ModelConfig) -> bool:
     return model.norm_placement == "post"
+
+
+def _dense(model: ModelConfig) -> bool:
+    return model.num_moe_experts is None
+
+
+def _experts(model: ModelConfig) -> bool:
+    return model.num_moe_experts is not None
+
+
+def _shared_expert(model: ModelConfig) -> bool:
+    return model.moe_shared_expert_intermediate_size is not None
 
 
 def _gate(input_kind: str) -> Callable[[ModelConfig], bool]:
@@ -234,14 +263,60 @@ _LAYER = (
         (("post_attention_layernorm.weight", "hidden"),),
         when=_post,
     ),
-    Row(("mlp.linear_fc1.layer_norm_weight", "hidden"), (("post_attention_layernorm.weight", "hidden"),), when=_pre),
+    Row(
+        ("mlp.linear_fc1.layer_norm_weight", "hidden"),
+        (("post_attention_layernorm.weight", "hidden"),),
+        when=lambda model: _pre(model) and _dense(model),
+    ),
+    Row(
+        ("pre_mlp_layernorm.weight", "hidden"),
+        (("post_attention_layernorm.weight", "hidden"),),
+        when=lambda model: _pre(model) and _experts(model),
+    ),
     Row(
         ("mlp.linear_fc1.weight", "gate_up hidden"),
         (("mlp.gate_proj.weight", "ffn hidden"), ("mlp.up_proj.weight", "ffn hidden")),
         form=GateUp(),
         split="gate_up",
+        when=_dense,
     ),
-    Row(("mlp.linear_fc2.weight", "hidden ffn"), (("mlp.down_proj.weight", "hidden ffn"),), split="columns"),
+    Row(
+        ("mlp.linear_fc2.weight", "hidden ffn"),
+        (("mlp.down_proj.weight", "hidden ffn"),),
+        split="columns",
+        when=_dense,
+    ),
+    Row(("mlp.router.weight", "experts hidden"), (("mlp.gate.weight", "experts hidden"),), when=_experts),
+    Row(
+        (f"mlp.experts.{EACH}.linear_fc1.weight", "expert_gate_up hidden"),
+        (
+            (f"mlp.experts.{EACH}.gate_proj.weight", "expert_ffn hidden"),
+            (f"mlp.experts.{EACH}.up_proj.weight", "expert_ffn hidden"),
+        ),
+        form=GateUp(),
+        when=_experts,
+    ),
+    Row(
+        (f"mlp.experts.{EACH}.linear_fc2.weight", "hidden expert_ffn"),
+        ((f"mlp.experts.{EACH}.down_proj.weight", "hidden expert_ffn"),),
+        when=_experts,
+    ),
+    Row(
+        ("mlp.shared_experts.linear_fc1.weight", "shared_gate_up hidden"),
+        (
+            ("mlp.shared_expert.gate_proj.weight", "shared_ffn hidden"),
+            ("mlp.shared_expert.up_proj.weight", "shared_ffn hidden"),
+        ),
+        form=GateUp(),
+        split="gate_up",
+        when=_shared_expert,
+    ),
+    Row(
+        ("mlp.shared_experts.linear_fc2.weight", "hidden shared_ffn"),
+        (("mlp.shared_expert.down_proj.weight", "hidden shared_ffn"),),
+        split="columns",
+        when=_shared_expert,
+    ),
     Row(
         ("mlp.output_norm.weight", "hidden"),
         (("post_feedforward_layernorm.weight", "hidden"),),
@@ -304,9 +379,23 @@ def rules_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> list
     sizes = Sizes.of(model, vocab_size)
     embedding, *head = _MODEL
     rows = [("", "", embedding)]
-    rows += [(f"decoder.layers.{i}.", f"model.layers.{i}.", row) for i in range(model.num_layers) for row in _LAYER]
+    layer = [of_expert for row in _LAYER if row.when(model) for of_expert in _for_each_expert(row, sizes.experts)]
+    rows += [(f"decoder.layers.{i}.", f"model.layers.{i}.", row) for i in range(model.num_layers) for row in layer]
     rows += [("", "", row) for row in head]
     return [_bind(row, ours, theirs, model, sizes, style) for ours, theirs, row in rows if row.when(model)]
+
+
+def _for_each_expert(row: Row, experts: int) -> list[Row]:
+    if EACH not in row.megatron[0]:
+        return [row]
+
+    def named(pair: tuple[str, str], expert: int) -> tuple[str, str]:
+        return pair[0].replace(EACH, str(expert)), pair[1]
+
+    return [
+        replace(row, megatron=named(row.megatron, expert), hf=tuple(named(pair, expert) for pair in row.hf))
+        for expert in range(experts)
+    ]
 
 
 def _bind(row: Row, ours: str, theirs: str, model: ModelConfig, sizes: Sizes, style: Style) -> Rule:

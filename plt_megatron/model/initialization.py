@@ -20,16 +20,30 @@ from plt_megatron.model.looped_gpt import LoopedGPT
 _OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")  # what writes into the residual stream
 
 
+# An expert's weight: one of several modules, or one of several parameters of a grouped GEMM.
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.)(?:local_experts\.(\d+)\.(.*)|(.*\.weight)(\d+))")
+
+
 def global_names(stage: LoopedGPT) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the whole model, parameter): layers are numbered over all pipeline stages, from 0."""
+    """(name in the whole model, parameter): layers are numbered over all pipeline stages, a layer's experts over all
+    expert-parallel ranks, from 0."""
     for name, parameter in stage.named_parameters():
         match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
         if match:
             layer = stage.decoder.layers[int(match[2])].layer_number - 1
-            name = f"{match[1]}{layer}{match[3]}"
+            name = _global_expert(f"{match[1]}{layer}{match[3]}", stage)
         elif name == "output_layer.weight" and stage.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy
         yield name, parameter
+
+
+def _global_expert(name: str, stage: LoopedGPT) -> str:
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return name
+    group, experts = stage.pg_collection.ep, stage.plt.num_moe_experts or 0
+    local, weight = (match[2], match[3]) if match[2] is not None else (match[5], match[4])
+    return f"{match[1]}{group.rank() * (experts // group.size()) + int(local)}.{weight}"
 
 
 def initialize(stage: LoopedGPT, seed: int) -> None:
@@ -52,11 +66,15 @@ def initialize(stage: LoopedGPT, seed: int) -> None:
 def _whole_shape(name: str, parameter: Tensor, stage: LoopedGPT) -> tuple[int, ...]:
     shape = list(parameter.shape)
     axis = _split_axis(name)
-    shape[axis] *= stage.pg_collection.tp.size()
+    if axis is not None:
+        shape[axis] *= stage.pg_collection.tp.size()
     return tuple(shape)
 
 
-def _split_axis(name: str) -> int:
+def _split_axis(name: str) -> int | None:
+    """The axis that tensor-parallel ranks split; experts and routers are whole on each."""
+    if ".mlp.experts." in name or ".mlp.router." in name:
+        return None
     return 1 if name.endswith(_OUTPUTS) else 0
 
 
@@ -71,11 +89,11 @@ def _draw(name: str, seed: int, shape: tuple[int, ...], std: float) -> Tensor:
 
 
 def _own_part(whole: Tensor, name: str, stage: LoopedGPT) -> Tensor:
-    group = stage.pg_collection.tp
-    if group.size() == 1:
+    group, axis = stage.pg_collection.tp, _split_axis(name)
+    if group.size() == 1 or axis is None:
         return whole
     if name.endswith("linear_fc1.weight"):
         # Each rank holds [its gate rows, its up rows].
         gate, up = whole.chunk(2)
         return torch.cat([half.chunk(group.size())[group.rank()] for half in (gate, up)])
-    return whole.chunk(group.size(), dim=_split_axis(name))[group.rank()]
+    return whole.chunk(group.size(), dim=axis)[group.rank()]

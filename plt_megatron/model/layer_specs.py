@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.attention import PLTSelfAttention, TEGatedAttention, TorchGatedAttention
+from plt_megatron.model.moe import MoELayer, MoETransformerLayer, moe_submodules
 from plt_megatron.model.norms import AllHeadsRMSNorm, NormColumnParallelLinear, RMSNorm
 from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import resolve_backend
@@ -53,8 +55,24 @@ class OutputNormMLP(_OutputNorm, MLP):
         return state | sharded_state_dict_default(*norm, tp_group=self.tp_group)
 
 
+class OutputNormMoELayer(_OutputNorm, MoELayer):
+    """megatron-core's mixture of experts with an RMSNorm on its output, as `OutputNormMLP`."""
+
+
 class OutputNormSelfAttention(_OutputNorm, PLTSelfAttention):
     """Self-attention with an RMSNorm on its output, before the residual is added (`norm_placement: post`)."""
+
+
+@dataclass(frozen=True)
+class _Kit:
+    """What a backend builds layers of."""
+
+    backend: str
+    linear: type
+    normed_linear: type  # an RMSNorm, then the linear layer
+    row_linear: type
+    norm: type
+    attention: type
 
 
 def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
@@ -63,10 +81,9 @@ def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
     Raises:
         ImportError: `te` without Transformer Engine.
     """
-    post = model.norm_placement == "post"
     if backend == "torch":
-        linear = ColumnParallelLinear if post else NormColumnParallelLinear
-        return _layer_spec(model, linear, RowParallelLinear, RMSNorm, TorchGatedAttention)
+        linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
+        return _layer_spec(model, _Kit(backend, *linears, RMSNorm, TorchGatedAttention))
     require_transformer_engine()
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -75,8 +92,8 @@ def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
         TERowParallelLinear,
     )
 
-    linear = TEColumnParallelLinear if post else TELayerNormColumnParallelLinear
-    return _layer_spec(model, linear, TERowParallelLinear, TENorm, TEGatedAttention)
+    linears = TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
+    return _layer_spec(model, _Kit(backend, *linears, TENorm, TEGatedAttention))
 
 
 def norm_class(backend: str) -> type:
@@ -96,27 +113,38 @@ def _all_heads_norms(model: ModelConfig) -> tuple[partial, partial]:
     return query_norm, key_norm
 
 
-def _layer_spec(model: ModelConfig, linear: type, row_linear: type, norm: type, attention: type) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, kit: _Kit) -> ModuleSpec:
     post = model.norm_placement == "post"
-    q_norm, k_norm = (_all_heads_norms(model) if post else (norm, norm)) if model.qk_layernorm else (IdentityOp,) * 2
-    mlp = MLPSubmodules(linear_fc1=linear, linear_fc2=row_linear)
-    mlp_class = OutputNormMLP if post or model.ffn_output_norm else MLP
+    norms = _all_heads_norms(model) if post else (kit.norm, kit.norm)
+    q_norm, k_norm = norms if model.qk_layernorm else (IdentityOp, IdentityOp)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if model.num_moe_experts is None else MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=OutputNormSelfAttention if post else PLTSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linear,
-                    core_attention=attention,
-                    linear_proj=row_linear,
+                    linear_qkv=kit.linear if post else kit.normed_linear,
+                    core_attention=kit.attention,
+                    linear_proj=kit.row_linear,
                     q_layernorm=q_norm,
                     k_layernorm=k_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            mlp=partial(mlp_class.as_mlp_submodule, submodules=mlp),
+            # A router needs the normed states by themselves; an MLP's first linear layer norms its input.
+            pre_mlp_layernorm=IdentityOp if post or model.num_moe_experts is None else kit.norm,
+            mlp=_ffn(model, kit),
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+def _ffn(model: ModelConfig, kit: _Kit) -> Any:
+    post = model.norm_placement == "post"
+    output_norm = post or model.ffn_output_norm
+    if model.num_moe_experts is not None:
+        submodules = moe_submodules(kit.backend, kit.linear, kit.row_linear)
+        return partial(OutputNormMoELayer if output_norm else MoELayer, submodules=submodules)
+    mlp = MLPSubmodules(linear_fc1=kit.linear if post else kit.normed_linear, linear_fc2=kit.row_linear)
+    return partial((OutputNormMLP if output_norm else MLP).as_mlp_submodule, submodules=mlp)

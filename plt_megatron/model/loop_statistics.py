@@ -10,11 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plt_megatron.model.expert_statistics import ExpertStatistics
+
 
 class LoopStatistics:
-    """Sums over tokens (and heads) of one microbatch, added up over the ranks by `reduce`."""
+    """Sums over tokens (and heads) of one microbatch, added up over the ranks by `reduce`.
 
-    def __init__(self, loop_count: int, num_layers: int, device: torch.device | int) -> None:
+    Args:
+        experts: the same of a mixture of experts, or None.
+    """
+
+    def __init__(
+        self, loop_count: int, num_layers: int, device: torch.device | int, experts: ExpertStatistics | None = None
+    ) -> None:
+        self.experts = experts
         self._gates = torch.zeros(loop_count, num_layers, 2, dtype=torch.float64, device=device)
         self._hidden = torch.zeros(loop_count, 3, dtype=torch.float64, device=device)
         self._previous: Tensor | None = None
@@ -36,12 +45,13 @@ class LoopStatistics:
                 self._hidden[loop - 1, 1] += (hidden_states - self._previous).norm(dim=-1).double().sum()
         self._previous = hidden_states
 
-    def reduce(self) -> dict[str, list[float | None]]:
+    def reduce(self) -> dict[str, list]:
         """Means over tokens, one entry a loop. Collective over all ranks.
 
         Returns:
             `gate_mean` (over heads and layers; None without gates), `hidden_norm` (L2) and `step_size`
-            (L2 of h^(r) - h^(r-1); None in the first loop of a pipeline, whose last stage never sees the embeddings).
+            (L2 of h^(r) - h^(r-1); None in the first loop of a pipeline, whose last stage never sees the
+            embeddings), and the experts'.
         """
         self._previous = None
         dist.all_reduce(self._gates)
@@ -51,4 +61,4 @@ class LoopStatistics:
             "gate_mean": [total / count if count else None for total, count in gates],
             "hidden_norm": [norm / count if count else None for norm, _, count in hidden],
             "step_size": [step / count if count and step else None for _, step, count in hidden],
-        }
+        } | ({} if self.experts is None else self.experts.reduce())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from plt_megatron.config import derived
 from plt_megatron.config.fp8_rules import Fp8Choice
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
 from plt_megatron.errors import UserError
@@ -95,6 +96,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
         **({} if fp8 is None else _fp8_settings(fp8)),
+        **({} if model.num_moe_experts is None else _moe_settings(model, parallel, backend)),
         recompute_granularity=None if parallel.recompute_granularity == "none" else parallel.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=parallel.recompute_num_layers if full else None,
@@ -115,6 +117,26 @@ def transformer_config(
         batch_p2p_comm=False,
         overlap_p2p_comm=pipelined,
     )
+
+
+def _moe_settings(model: ModelConfig, parallel: ParallelConfig, backend: str) -> dict[str, Any]:
+    balanced = model.moe_router_load_balancing_type != "none" and model.moe_aux_loss_coeff > 0
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": derived.expert_ffn_hidden_size(model),
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",  # a choice among near equals should not hang on bf16's rounding
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type if balanced else "none",
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff if balanced else 0.0,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
+        "moe_grouped_gemm": backend == "te",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _fp8_settings(fp8: Fp8Choice) -> dict[str, Any]:

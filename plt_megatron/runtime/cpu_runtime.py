@@ -56,6 +56,18 @@ def is_cpu_runtime() -> bool:
     return _entered
 
 
+def patch_token_dispatcher() -> None:
+    """Have megatron-core's dispatchers of tokens to experts take their counts to the host as they do from a GPU: what
+    asks for numpy gets it. Only models with experts import them."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    if _entered:
+        token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
 def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"

@@ -39,6 +39,8 @@ def init_process_groups(parallel: ParallelConfig) -> None:
         _init_torch_distributed(world_size, timeout)
     parallel_state.initialize_model_parallel(
         **sizes,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # experts stay whole: tensor-parallel ranks share them out like any others
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )
 

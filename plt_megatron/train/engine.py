@@ -240,7 +240,7 @@ def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDat
         max(40_000_000, 1_000_000 * data_parallel_size) if buckets else None,
         data_parallel_size,
         ddp_config,
-        expert_data_parallel_world_size=data_parallel_size,
+        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
     )
     return DistributedDataParallel(stage.config, ddp_config, stage, full_param_layout=layout)
 

@@ -53,8 +53,10 @@ class Throughput:
     def describe(self) -> str:
         """One line for the log."""
         peak = f"{self.peak:.3g} TFLOP/s ({self.peak_source})" if self.peak else f"unknown ({self.peak_source})"
+        counted = self.parameters
+        active = f"{counted.active:,} active, " if counted.active != counted.total else ""
         return (
-            f"model: {self.parameters.total:,} parameters ({self.parameters.non_embedding:,} without embeddings), "
+            f"model: {counted.total:,} parameters ({active}{counted.non_embedding:,} without embeddings), "
             f"{self.flops_per_token:.3g} training FLOPs per token; peak of the job: {peak}"
         )
 

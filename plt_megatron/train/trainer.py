@@ -16,13 +16,14 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets, index_folder, required_samples
 from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, mix_shares
 from plt_megatron.data.sampling import batches as sample_batches
 from plt_megatron.data.sampling import micro_batch_indices
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.model.expert_statistics import ExpertStatistics
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.train.checkpoint import CheckpointStore
@@ -196,8 +197,7 @@ class Trainer:
         batches = next(data)
         if (self.step + 1) % self.config.logging.log_interval and self.step + 1 != self.train_iters:
             return batches, None
-        model = self.config.model
-        batches[0].statistics = LoopStatistics(model.loop_count, model.num_layers, torch.cuda.current_device())
+        batches[0].statistics = loop_statistics(self.config.model)
         return batches, batches[0].statistics
 
     # In the loop.
@@ -307,6 +307,16 @@ class Trainer:
         self.metrics.close()
         self.progress.close()
         self.stop.close()
+
+
+def loop_statistics(model: ModelConfig) -> LoopStatistics:
+    """Empty ones of a model, for a microbatch of this rank."""
+    loops, layers, device = model.loop_count, model.num_layers, torch.cuda.current_device()
+    if model.num_moe_experts is None:
+        return LoopStatistics(loops, layers, device)
+    parts = parallel_state.get_tensor_and_context_parallel_world_size()
+    experts = ExpertStatistics(loops, layers, model.num_moe_experts, device, parts)
+    return LoopStatistics(loops, layers, device, experts)
 
 
 def to_microbatch(batch: dict[str, torch.Tensor]) -> MicroBatch:

@@ -33,6 +33,7 @@ class Layout:
     pp: int = 1
     dp: int = 1
     cp: int = 1
+    ep: int = 1
 
     @property
     def world_size(self) -> int:
@@ -40,7 +41,8 @@ class Layout:
 
     def __str__(self) -> str:
         context = f" CP{self.cp}" if self.cp > 1 else ""
-        return f"TP{self.tp}{' SP' if self.sp else ''} PP{self.pp}{context} DP{self.dp}"
+        experts = f" EP{self.ep}" if self.ep > 1 else ""
+        return f"TP{self.tp}{' SP' if self.sp else ''} PP{self.pp}{context} DP{self.dp}{experts}"
 
 
 @dataclass(frozen=True)

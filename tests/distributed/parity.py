@@ -85,6 +85,7 @@ def _parallel(layout: Layout, case: Case) -> ParallelConfig:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         sequence_parallel=layout.sp,
         overlap_grad_reduce=case.overlap,
         recompute_granularity=case.recompute,  # type: ignore[arg-type]
@@ -172,7 +173,7 @@ def _observe_reduction(engine: MegatronEngine) -> list[tuple[int, int]]:
     finalize, dispatched = engine._finalize, []
 
     def observed(*args: Any, **kwargs: Any) -> None:
-        groups = engine.ddp.bucket_groups
+        groups = engine.ddp.bucket_groups + engine.ddp.expert_parallel_bucket_groups
         dispatched.append((sum(group.grad_reduce_handle is not None for group in groups), len(groups)))
         finalize(*args, **kwargs)
 
@@ -188,7 +189,7 @@ def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
     own = [
         (
             name,
-            _split_axis(parameter),
+            _split_axis(name, parameter),
             parallel_state.get_tensor_model_parallel_rank(),
             parameter.detach().float().numpy().copy(),
         )
@@ -210,8 +211,8 @@ def _gather_objects(own: Any) -> list[Any]:
     return everyone if dist.get_rank() == 0 else []
 
 
-def _split_axis(parameter: Tensor) -> int | None:
-    if not getattr(parameter, "tensor_model_parallel", False):
+def _split_axis(name: str, parameter: Tensor) -> int | None:
+    if ".mlp.experts." in name or not getattr(parameter, "tensor_model_parallel", False):
         return None
     return parameter.partition_dim  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,65 @@ def test_bfloat16_runs_in_layouts_and_is_close(run_distributed, reference, layou
     for other in (reference(case), reference(Case(2))):
         wrong = differences(outcome, other, final=False)
         assert max(wrong.values()) < 0.03, wrong
+
+
+# ---------------------------------------------------------------- mixture of experts
+
+# Four experts, of which a token uses two; both auxiliary losses weigh enough to be seen.
+EXPERTS: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 12,
+    "moe_aux_loss_coeff": 0.05,
+    "moe_z_loss_coeff": 1e-3,
+}
+
+
+def _expert_case(
+    loops: int, recompute: str = "none", overlap: bool = False, way: str = "alltoall", **model: Any
+) -> Case:
+    case = _case(loops, recompute, overlap, **EXPERTS, **model)
+    return replace(case, parallel=(("moe_token_dispatcher_type", way),))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(dp=2, ep=2),
+        Layout(tp=2, sp=True, ep=2),
+        Layout(pp=2, dp=2, ep=2),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (
+                Layout(),
+                Layout(dp=2),
+                Layout(pp=2),
+                Layout(tp=2, sp=True),
+                Layout(tp=2, sp=True, pp=2, ep=2),
+                Layout(tp=2, sp=True, dp=2, ep=2),
+                Layout(tp=2, sp=True, dp=2, ep=4),
+                Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
+                Layout(cp=2, ep=2),
+                Layout(pp=4, dp=2, ep=2),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_experts(check, layout):
+    cases = [
+        _expert_case(2),
+        _expert_case(3, "full", overlap=True),
+        _expert_case(2, "selective", way="allgather", moe_shared_expert_intermediate_size=8),
+    ]
+    check(layout, cases, "mixture of experts", ["PLT-2", "PLT-3", "PLT-2, shared expert"])
+
+
+@pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+def test_auxiliary_losses_act_on_gradients(reference, coefficient):
+    with_loss, without = reference(_expert_case(2)), reference(_case(2, **{**EXPERTS, coefficient: 0.0}))
+    assert with_loss.numbers["loss 0"] == without.numbers["loss 0"]
+    norms = [outcome.numbers["gradient norm 0"] for outcome in (with_loss, without)]
+    assert abs(norms[0] - norms[1]) > 100 * TOLERANCE * norms[1]
 
 
 # ---------------------------------------------------------------- the comparison would notice

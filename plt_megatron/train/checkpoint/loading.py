@@ -48,7 +48,7 @@ def load_checkpoint(engine: Engine, path: Path | str, *, allow_other_schedule: b
     own = state_of(engine)
     request = own.request(optimizer=True)
     _fit(path, request)
-    if {"context_parallel_size": 1, **progress["layout"]} == saving.layout(engine):
+    if {"context_parallel_size": 1, "expert_model_parallel_size": 1, **progress["layout"]} == saving.layout(engine):
         request["rng"] = ShardedObject(state.RNG_KEY, None, (dist.get_world_size(),), (dist.get_rank(),))
     loaded = own.load(request, partial(_read, path))
     _set_steps(engine, own, optimizer=loaded["optimizer_step"], scheduler=loaded["scheduler"]["num_steps"])

@@ -18,13 +18,15 @@ from plt_megatron.errors import UserError
 from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress
 
 _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
+STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
 
-    Names are megatron-core's, layers numbered over the whole model from 0: `decoder.layers.3.mlp.linear_fc1.weight`.
+    Names are megatron-core's, layers and experts numbered over the whole model from 0:
+    `decoder.layers.3.mlp.linear_fc1.weight`, `decoder.layers.3.mlp.experts.7.linear_fc2.weight`.
     Tensors are whole (`linear_fc1`: all gate rows, then all up rows; `linear_qkv`: by query group its queries, key and
     value), in the dtype the model was trained in, the vocabulary without its padding rows.
 
@@ -44,10 +46,19 @@ def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, T
         match = _LAYERS.fullmatch(key)
         if match:
             for layer in range(reader.shape(key)[0]):
-                yield f"{match[1]}{layer}.{match[2]}", reader.read(key, layer, 1)[0]
+                yield from _of_experts(f"{match[1]}{layer}.{match[2]}", reader.read(key, layer, 1)[0])
         else:
             rows = vocab_size if key in _PADDED else reader.shape(key)[0]
             yield key, reader.read(key, 0, rows)
+
+
+def _of_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensor or, where a mixture's experts are stacked in it, each expert's."""
+    if STACKED_EXPERTS not in name:
+        yield name, tensor
+        return
+    for expert, part in enumerate(tensor):
+        yield name.replace(STACKED_EXPERTS, f".mlp.experts.{expert}."), part
 
 
 class _Reader:

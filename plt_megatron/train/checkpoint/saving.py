@@ -230,6 +230,7 @@ def layout(engine: Engine) -> dict[str, int]:
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "data_parallel_size": engine.groups.dp.size(),
     }
 

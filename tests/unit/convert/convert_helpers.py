@@ -48,6 +48,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loopcoder": LOOPCODER,
     "biases, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
     "olmo2": {"norm_placement": "post", "qk_layernorm": True},
+    "experts": {"num_moe_experts": 5, "moe_ffn_hidden_size": 24, "moe_router_topk": 3, "moe_router_pre_softmax": True},
+    "experts, shared": {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 28,
+        "moe_shared_expert_intermediate_size": 36,
+        "ffn_output_norm": True,
+        "qk_layernorm": True,
+    },
     "llama3 rope": {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
 }
 

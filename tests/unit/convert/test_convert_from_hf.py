@@ -57,6 +57,16 @@ DENSE = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 20}),
+    "qwen3 moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 20,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 28,
+            "norm_topk_prob": True,
+        },
+    ),
     "olmo2": ("Olmo2Config", {}),
 }
 

@@ -85,10 +85,13 @@ def main() -> None:
 
 
 def count(config: RunConfig) -> dict[str, int]:
-    """Parameters, and FLOPs of a sequence, of one configuration's model."""
+    """Parameters, and FLOPs of a sequence, of one configuration's model. Without data no token can choose its experts:
+    of a mixture of experts the parameters alone."""
     model, length = dataclasses.replace(config.model, backend="torch"), config.data.sequence_length
     vocab_size = model.vocab_size or DEFAULT_VOCAB
     parameters = sum(parameter.numel() for parameter in build(model, length, vocab_size).parameters())
+    if model.num_moe_experts is not None:
+        return {"parameters": parameters, "vocab": vocab_size}
     # Every layer costs the same: two depths say what one layer costs, exactly.
     shallow, deeper = (flops(dataclasses.replace(model, num_layers=depth), length, vocab_size) for depth in (1, 2))
     forward, training = (one + (model.num_layers - 1) * (two - one) for one, two in zip(shallow, deeper, strict=True))

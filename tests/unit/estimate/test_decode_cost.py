@@ -98,3 +98,16 @@ def test_what_cannot_be_estimated_is_refused():
     for arguments in ({"context": 0}, {"batch": 0}):
         with pytest.raises(UserError, match="at least 1"):
             cost(**arguments)
+
+
+def test_experts_that_are_read_by_hand():
+    """Of 8 experts, 2 a token: a row reads a quarter of them, two rows that choose independently 7 / 16."""
+    experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 512}
+    one, two = (cost({**experts, "loop_count": loops}, batch=1) for loops in (1, 2))
+    each = 12 * 3 * 1024 * 512 * 2
+    dense = cost({"ffn_hidden_size": 1024, "loop_count": 1}, batch=1)
+    assert one.bytes - dense.bytes == 12 * 8 * 1024 * 2, "as a dense FFN of two experts' width, and the router"
+    state = two.state_bytes + 12 * 2 * 4 * 64 * 2  # windows, carry, and one more loop's K and V written
+    gates = 12 * 16 * 65 * 2
+    assert two.bytes - one.bytes == pytest.approx((8 * 7 / 16 - 2) * each + state + gates)
+    assert two.loops_stop_being_free_at == 1, "unlike a dense model's"

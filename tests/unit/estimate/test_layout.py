@@ -44,7 +44,7 @@ def test_words_in_any_order_and_case():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("TP2 EP4", "EP4 is not known"),
+        ("TP2 XP4", "XP4 is not known"),
         ("TP", "TP is not known"),
         ("TP2x", "TP2X is not known"),
         ("TP2 TP4", "TP4 says twice"),

@@ -13,7 +13,7 @@ import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.estimate.parameters import count_parameters
+from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -130,6 +130,13 @@ def test_the_built_model_has_exactly_these_parameters():
         dataclasses.replace(base, gate_input="hidden", share_embeddings_and_output_weights=False),
         dataclasses.replace(base, qk_layernorm=True, ffn_output_norm=True, num_query_groups=None),
         dataclasses.replace(base, qkv_bias=True),
+        dataclasses.replace(
+            base,
+            num_moe_experts=4,
+            moe_ffn_hidden_size=24,
+            moe_shared_expert_intermediate_size=32,
+            ffn_output_norm=True,
+        ),
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
@@ -141,3 +148,33 @@ def test_the_built_model_has_exactly_these_parameters():
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert [int(line) for line in result.stdout.split()] == [count_parameters(m).total for m in models]
+
+
+def test_experts_by_hand():
+    model = ModelConfig(
+        num_layers=3,
+        hidden_size=96,
+        num_attention_heads=8,
+        vocab_size=1000,
+        loop_count=1,
+        num_moe_experts=8,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=40,
+        moe_shared_expert_intermediate_size=56,
+    )
+    counted = count_parameters(model)
+    layer = [*[(96, 96)] * 4, (8, 96), *[(40, 96)] * 3 * 8, *[(56, 96)] * 3, (96,), (96,)]
+    assert counted.total == 3 * count(layer) + count([(1024, 96), (96,)])
+    assert counted.total - counted.active == 3 * 6 * 3 * 40 * 96, "six of eight experts are idle"
+    one = count_rank_parameters(model, 1000)
+    assert one.total == counted.total and one.experts == counted.experts == 3 * 8 * 3 * 40 * 96
+    shared_out = count_rank_parameters(model, 1000, tensor_model_parallel_size=2, expert_model_parallel_size=4)
+    assert shared_out.experts == counted.experts // 4, "experts are shared out over ranks, and never split"
+    split = 4 * 96 * 96 + 3 * 56 * 96
+    assert shared_out.layers == 3 * (split // 2 + 8 * 96 + 2 * 96)
+
+
+def test_the_mixture_of_experts_has_the_papers_size():
+    counted = count_parameters(shipped("plt2_moe_1b_7b"))
+    assert counted.total == pytest.approx(6.9e9, rel=0.01), "7B"
+    assert counted.active == pytest.approx(1.3e9, rel=0.02), "1B"

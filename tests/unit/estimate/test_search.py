@@ -56,6 +56,22 @@ def test_the_shipped_layout_is_among_them(found):
     assert same
 
 
+def test_experts_are_shared_out():
+    path = ROOT / "configs/runs/plt2_moe_1b_7b.yaml"
+    found = search(load_config(path), gpu="h100", world_size=16, gpus_per_node=8)
+    layouts = [each.estimate.layout for each in found.fitting]
+    assert {1, 2, 8, 16} <= {layout.expert for layout in layouts}
+    assert all(layout.sequence_parallel for layout in layouts if layout.tensor > 1)
+    by_experts = {each.estimate.layout.expert: each.estimate for each in found.fitting if _plain(each)}
+    assert by_experts[8].peak_memory_bytes < by_experts[1].peak_memory_bytes
+    assert "expert parallel" in by_experts[8].communication and "expert parallel" not in by_experts[1].communication
+
+
+def _plain(candidate):
+    layout = candidate.estimate.layout
+    return (layout.tensor, layout.pipeline, layout.recompute, layout.micro_batch_size) == (1, 1, "full", 1)
+
+
 def test_long_sequences_are_shared_out():
     config = load_config(RUN, ["data.sequence_length=131072"])
     found = search(config, gpu="h100", world_size=64, gpus_per_node=8)

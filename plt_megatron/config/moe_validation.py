@@ -1,0 +1,81 @@
+"""Checks of a configuration whose layers are mixtures of experts (`model.num_moe_experts`); part of `validation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig, RunConfig
+
+_SETTINGS = (
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_pre_softmax",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_expert_capacity_factor",
+)
+
+
+def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+    """The problems of a configuration whose single settings are in range, one line each."""
+    if config.model.num_moe_experts is None:
+        yield from _check_unused(config)
+        return
+    yield from _check_routing(config.model)
+    yield from _check_layout(config, world_size)
+    if config.training.fp8 != "none":
+        yield (
+            f"training.fp8 {config.training.fp8} with model.num_moe_experts {config.model.num_moe_experts}: experts "
+            "are not trained in FP8 yet; set training.fp8=none"
+        )
+
+
+def _check_unused(config: RunConfig) -> Iterator[str]:
+    """Settings that a dense model would pass over in silence."""
+    default = ModelConfig()
+    for name in _SETTINGS:
+        value = getattr(config.model, name)
+        if value != getattr(default, name):
+            yield f"model.{name} {value} needs experts: set model.num_moe_experts, or leave it out"
+    size = config.parallel.expert_model_parallel_size
+    if size > 1:
+        yield (
+            f"parallel.expert_model_parallel_size {size} needs experts: set model.num_moe_experts, or "
+            "parallel.expert_model_parallel_size=1"
+        )
+
+
+def _check_routing(model: ModelConfig) -> Iterator[str]:
+    experts, topk = model.num_moe_experts or 0, model.moe_router_topk
+    if topk > experts:
+        yield f"model.moe_router_topk {topk} is more than model.num_moe_experts {experts}"
+    if topk == 1 and not model.moe_router_pre_softmax:
+        yield (
+            "model.moe_router_topk 1 gives the one chosen expert the weight 1, so the router learns nothing; set "
+            "model.moe_router_pre_softmax=true"
+        )
+
+
+def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    parallel, experts = config.parallel, config.model.num_moe_experts or 0
+    ep, tp, cp = (
+        parallel.expert_model_parallel_size,
+        parallel.tensor_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    if experts % ep:
+        yield f"model.num_moe_experts {experts} is not divisible by parallel.expert_model_parallel_size {ep}"
+    if tp > 1 and not parallel.sequence_parallel:
+        yield (
+            f"model.num_moe_experts with parallel.tensor_model_parallel_size {tp} needs "
+            "parallel.sequence_parallel=true: each rank routes its own share of the tokens"
+        )
+    dp = derived.data_parallel_size(config, world_size)
+    if (tp * cp * dp) % ep:
+        yield (
+            f"parallel.expert_model_parallel_size {ep} must divide the {tp * cp * dp} ranks that hold the same layers "
+            f"(tensor {tp} x context {cp} x data {dp}): change it, or parallel.data_parallel_size"
+        )

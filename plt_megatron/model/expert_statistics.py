@@ -1,0 +1,84 @@
+"""What a training step shows of its experts, loop by loop: how even their load is, whether later loops choose others
+than the first, what was dropped, and the auxiliary losses.
+
+Collected from one microbatch of each data-parallel rank at logging intervals, as `LoopStatistics` are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LOSSES = ("aux_loss", "z_loss")
+
+
+class ExpertStatistics:
+    """Sums over the tokens and layers of one microbatch, added up over the ranks by `reduce`.
+
+    Recomputation runs a layer twice: the first run counts. The losses exist in the run that is differentiated alone.
+
+    Args:
+        parts: ranks that share a microbatch's tokens (TP x CP).
+    """
+
+    def __init__(
+        self, loop_count: int, num_layers: int, num_experts: int, device: torch.device | int, parts: int = 1
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self._parts = parts
+        self._chosen = zeros(loop_count, num_layers, num_experts)
+        self._dropped, self._as_first = zeros(loop_count), zeros(loop_count)
+        self._losses = {name: zeros(loop_count, 2) for name in LOSSES}
+        self._first_loop: dict[int, Tensor] = {}
+        self._seen: set[tuple[int, int]] = set()
+
+    @torch.no_grad()
+    def add_routing(self, loop: int, layer_number: int, chosen: Tensor, kept: Tensor) -> None:
+        """One layer's routing in one loop, bool [tokens, experts]: the router's choice, and what capacity left."""
+        if (loop, layer_number) in self._seen:
+            return
+        self._seen.add((loop, layer_number))
+        self._chosen[loop - 1, layer_number - 1] += chosen.sum(dim=0)
+        self._dropped[loop - 1] += chosen.sum() - kept.sum()
+        if loop == 1:
+            self._first_loop[layer_number] = chosen
+        else:
+            self._as_first[loop - 1] += (chosen & self._first_loop[layer_number]).sum()
+
+    @torch.no_grad()
+    def add_loss(self, name: str, loop: int, loss: Tensor) -> None:
+        """One layer's `aux_loss` or `z_loss` in one loop, without its coefficient: this rank's part of it."""
+        self._losses[name][loop - 1, 0] += loss
+        self._losses[name][loop - 1, 1] += 1
+
+    def reduce(self) -> dict[str, list]:
+        """One entry a loop. Collective over all ranks.
+
+        Returns:
+            `expert_load`: a list of each expert's load, the busiest first, over an even load, mean over layers;
+            `expert_load_max`: the first of it. `expert_overlap`: the share of a token's experts that its first loop
+            has chosen too, None for the first loop. `dropped_tokens`: how often a token was turned away by an expert
+            beyond its capacity; `dropped_share`: of how many. `aux_loss` and `z_loss`, mean over layers and without
+            their coefficients, where they are on.
+        """
+        for tensor in (self._chosen, self._dropped, self._as_first, *self._losses.values()):
+            dist.all_reduce(tensor)
+        totals = self._chosen.sum(dim=(1, 2))
+        even = self._chosen.mean(dim=2, keepdim=True).clamp(min=1.0)
+        load = (self._chosen / even).sort(dim=2, descending=True).values.mean(dim=1)
+        overlap = (self._as_first / totals.clamp(min=1.0)).tolist()
+        record: dict[str, list] = {
+            "expert_load": [[round(value, 4) for value in loads] for loads in load.tolist()],
+            "expert_load_max": load[:, 0].tolist(),
+            "expert_overlap": [None, *overlap[1:]],
+            "dropped_tokens": [int(count) for count in self._dropped.tolist()],
+            "dropped_share": (self._dropped / totals.clamp(min=1.0)).tolist(),
+        }
+        # A z-loss is a mean over a rank's tokens; an auxiliary loss's parts add up over the ranks of a microbatch.
+        for name, parts in zip(LOSSES, (self._parts, 1), strict=True):
+            if self._losses[name][0, 1] > 0:
+                record[name] = [parts * total / count for total, count in self._losses[name].tolist()]
+        return record

@@ -1,0 +1,109 @@
+"""Mixture-of-experts layers: megatron-core's router, dispatchers and experts, with a router that knows its loop.
+
+Each loop of a layer routes anew and has auxiliary losses of its own: a model of L loops has L times those of a plain
+one. Their gradients come out the same in every layout: megatron-core multiplies them by a microbatch's tokens, and all
+gradients are divided by the step's tokens at the end.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import z_loss_func
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from plt_megatron.model.expert_statistics import ExpertStatistics
+from plt_megatron.model.loop_context import LoopContext
+from plt_megatron.runtime.cpu_runtime import patch_token_dispatcher
+
+
+class LoopRouter(TopKRouter):
+    """megatron-core's router, which leaves what is logged in the statistics of the loop it runs in.
+
+    Attributes:
+        context: the pass that the router is in, while it is in one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.context: LoopContext | None = None
+        self.number = 0
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Told by the layer. megatron-core's own is left unset: its tracker of losses would add up the loops."""
+        self.number = layer_number
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits [s, b, experts] -> (weights, whether a token goes to an expert), both [s * b, experts]."""
+        weights, kept = super().routing(logits, padding_mask)
+        statistics = self._statistics()
+        if statistics is not None and self.context is not None:
+            chosen = kept
+            if self.config.moe_expert_capacity_factor is not None:
+                best = logits.detach().flatten(0, 1).topk(self.topk, dim=-1).indices
+                chosen = torch.zeros_like(kept).scatter(1, best, True)
+            statistics.add_routing(self.context.loop, self.number, chosen, kept)
+        return weights, kept
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As megatron-core's, which calls it where the loss is differentiated."""
+        self._add_loss("aux_loss", aux_loss / aux_loss_coeff)
+        return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **kwargs)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """As megatron-core's."""
+        if self.config.moe_z_loss_coeff is not None and torch.is_grad_enabled() and self._statistics() is not None:
+            self._add_loss("z_loss", z_loss_func(logits.detach(), 1.0))
+        return super().apply_z_loss(logits, padding_mask)
+
+    def _statistics(self) -> ExpertStatistics | None:
+        if self.context is None or self.context.statistics is None:
+            return None
+        return self.context.statistics.experts
+
+    def _add_loss(self, name: str, loss: Tensor) -> None:
+        statistics = self._statistics()
+        if statistics is not None and self.context is not None:
+            statistics.add_loss(name, self.context.loop, loss)
+
+
+class MoETransformerLayer(TransformerLayer):
+    """A layer whose router is told the pass it is in, at every call: recomputation runs a loop again later."""
+
+    def _forward_mlp(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
+        self.mlp.router.context = packed_seq_params
+        try:
+            return super()._forward_mlp(*args, packed_seq_params=packed_seq_params, **kwargs)
+        finally:
+            self.mlp.router.context = None
+
+
+def moe_submodules(backend: str, linear: type, row_linear: type) -> MoESubmodules:
+    """Experts one after another in torch, a grouped GEMM in Transformer Engine; a shared one is an ordinary MLP."""
+    patch_token_dispatcher()
+    provider: Any
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        provider = TESpecProvider()
+    else:
+        from megatron.core.models.backends import LocalSpecProvider
+
+        provider = LocalSpecProvider()
+    return MoESubmodules(
+        experts=provider.grouped_mlp_modules(backend == "te"),
+        shared_experts=partial(SharedExpertMLP, submodules=MLPSubmodules(linear_fc1=linear, linear_fc2=row_linear)),
+        router=LoopRouter,
+    )
+
+
+__all__ = ["LoopRouter", "MoELayer", "MoETransformerLayer", "moe_submodules"]

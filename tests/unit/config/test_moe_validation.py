@@ -1,0 +1,89 @@
+"""What a configuration with experts may ask for, by what its refusal says."""
+
+from __future__ import annotations
+
+import pytest
+
+from plt_megatron.config import derived
+from plt_megatron.config.validation import find_problems
+from tests.unit.config.test_validation import change, good
+
+EXPERTS = {"model__num_moe_experts": 8, "model__moe_ffn_hidden_size": 96}
+
+
+def problems(world_size: int | None = None, **settings: object) -> list[str]:
+    config = change(good(), **{**EXPERTS, **settings})
+    return find_problems(config, world_size=world_size, check_files=False)
+
+
+def test_good_configurations_pass():
+    assert problems() == []
+    assert problems(model__moe_shared_expert_intermediate_size=64, model__moe_expert_capacity_factor=1.25) == []
+    assert problems(model__moe_router_load_balancing_type="none", model__moe_router_topk=8) == []
+    assert problems(model__moe_router_topk=1, model__moe_router_pre_softmax=True) == []
+    assert problems(parallel__expert_model_parallel_size=4, parallel__data_parallel_size=4) == []
+    assert problems(4, parallel__expert_model_parallel_size=4) == []
+    shared = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+    assert problems(parallel__expert_model_parallel_size=2, **shared) == [], "tensor-parallel ranks share out experts"
+    assert problems(parallel__expert_model_parallel_size=4, parallel__context_parallel_size=2, **shared) == []
+
+
+def test_launching_takes_as_many_processes_as_share_out_the_experts():
+    for tensor, expected in ((1, 4), (2, 4), (4, 4), (8, 8)):
+        config = change(good(), **EXPERTS, parallel__expert_model_parallel_size=4)
+        config.parallel.tensor_model_parallel_size = tensor
+        assert derived.required_world_size(config) == expected
+
+
+def test_an_ffn_that_is_not_there_need_not_be_divisible():
+    shared = {"parallel__tensor_model_parallel_size": 4, "parallel__sequence_parallel": True}
+    assert problems(model__ffn_hidden_size=7, **shared) == []
+    (line,) = problems(model__moe_shared_expert_intermediate_size=6, **shared)
+    assert line == (
+        "model.moe_shared_expert_intermediate_size 6 is not divisible by parallel.tensor_model_parallel_size 4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model__num_moe_experts": 1}, "model.num_moe_experts must be at least 2, got 1"),
+        ({"model__moe_router_topk": 9}, "model.moe_router_topk 9 is more than model.num_moe_experts 8"),
+        ({"model__moe_router_topk": 1}, "the router learns nothing; set model.moe_router_pre_softmax=true"),
+        ({"model__moe_aux_loss_coeff": -1.0}, "model.moe_aux_loss_coeff must be at least 0, got -1.0"),
+        ({"model__moe_expert_capacity_factor": 0.0}, "model.moe_expert_capacity_factor must be above 0, got 0.0"),
+        (
+            {
+                "parallel__expert_model_parallel_size": 3,
+                "parallel__data_parallel_size": 3,
+                "training__global_batch_size": 9,
+            },
+            "model.num_moe_experts 8 is not divisible by parallel.expert_model_parallel_size 3",
+        ),
+        (
+            {"parallel__expert_model_parallel_size": 2, "parallel__data_parallel_size": 1},
+            "parallel.expert_model_parallel_size 2 must divide the 1 ranks that hold the same layers",
+        ),
+        (
+            {"parallel__tensor_model_parallel_size": 2},
+            "model.num_moe_experts with parallel.tensor_model_parallel_size 2 needs parallel.sequence_parallel=true",
+        ),
+        (
+            {"training__fp8": "hybrid", "model__backend": "te"},
+            "model.num_moe_experts 8: experts are not trained in FP8 yet; set training.fp8=none",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(settings, expected):
+    (line,) = problems(**settings)
+    assert expected in line and "\n" not in line
+
+
+def test_a_dense_model_does_not_pass_over_expert_settings_in_silence():
+    config = change(good(), model__moe_router_topk=4, parallel__expert_model_parallel_size=2)
+    lines = find_problems(config, check_files=False)
+    assert lines == [
+        "model.moe_router_topk 4 needs experts: set model.num_moe_experts, or leave it out",
+        "parallel.expert_model_parallel_size 2 needs experts: set model.num_moe_experts, or "
+        "parallel.expert_model_parallel_size=1",
+    ]
