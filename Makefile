@@ -2,16 +2,18 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/installed
+TE := build/te/.complete
 PYTEST_ARGS ?=
-# Distributed tests start processes of their own, so more workers than one seldom help: `make test WORKERS=4`
-# pays on a machine of many cores.
-WORKERS ?= 0
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
+# One worker for the tests that start processes of their own, one for the others beside them (tests/conftest.py): more
+# pay on a machine of many cores.
+WORKERS ?= 2
+PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadgroup) $(PYTEST_ARGS)
 
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-faults test-slurm sweep-smoke lint format bench doctor clean clean-all
+.PHONY: help venv demo test test-all test-faults test-slurm test-te sweep-smoke lint format bench doctor clean clean-all
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -37,6 +39,18 @@ test-faults: $(READY) ## whole runs whose ranks are killed at 20 random moments,
 
 test-slurm: $(READY) ## every kind of fault on a Slurm cluster that the tests start on this machine; needs root
 	$(PYTEST) -m "not bench" tests/slurm
+
+test-te: $(READY) $(TE) ## Transformer Engine's layers and FP8 on the CPU, all of it (under 10 minutes)
+	$(PYTEST) -m "not bench" tests/te
+
+# Its Python, 12 MB, beside the environment: a machine without a GPU must not take it for one that has one. The
+# extension is not built: its source is what the tests' stand-in is compared with.
+$(TE): tests/te/requirements.txt
+	rm -rf $(@D)
+	$(PY) -m pip install $(PIP_QUIET) $(PIP_ARGS) --no-deps --target $(@D) --requirement $<
+	-$(PY) -m pip download $(PIP_QUIET) $(PIP_ARGS) --no-deps --no-build-isolation --no-binary :all: \
+	    --dest $(@D)/source "transformer_engine_torch$$(sed -n 's/^transformer_engine==/==/p' $<)"
+	touch $@
 
 sweep-smoke: $(READY) ## a tiny sweep over loop counts with its report (under 5 minutes)
 	$(PY) tools/sweep_loops.py configs/sweeps/smoke.yaml

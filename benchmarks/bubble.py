@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--milliseconds", type=float, default=80.0, help="of a chunk's forward pass")
+    parser.add_argument(
+        "--milliseconds", type=float, default=200.0, help="of a chunk's forward pass; gloo takes 2 to 3 beside it"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the timelines")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser.parse_args()

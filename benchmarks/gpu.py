@@ -14,8 +14,8 @@ Exits with 1 when a bar is missed. Results are written after each part.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
+import importlib.metadata
 import json
 import logging
 import os
@@ -31,7 +31,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.gpu_report import markdown, missed_bars
+from benchmarks.gpu_report import markdown, missed_bars, running_means
+from benchmarks.gpu_steps import VOCAB_SIZE, gpt_step, plt_step
 
 PARTS = ("rates", "correctness", "training", "speed", "decode")
 
@@ -72,7 +73,6 @@ DRY = Sizes(
     matrix=256,
     copy_bytes=1 << 20,
 )
-VOCAB_SIZE = 256  # bytes
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -87,16 +87,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------- engines
 
 
-def modes() -> dict[str, dict[str, Any]]:
-    """What this process can compare: name -> (model's backend, training's FP8)."""
+def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """What this card has kernels for: name -> (the model's backend, training's FP8)."""
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
+    from plt_megatron.config import fp8_rules
+
     found: dict[str, dict[str, Any]] = {"torch bf16": {"backend": "torch"}}
-    if HAVE_TE and torch.cuda.is_available():
-        found["te bf16"] = {"backend": "te"}
-        if torch.cuda.get_device_capability() >= (8, 9):
-            found["te fp8"] = {"backend": "te", "fp8": "hybrid"}
+    if not (HAVE_TE and torch.cuda.is_available()):
+        return found
+    found["te bf16"] = {"backend": "te"}
+    fp8 = {"te fp8": {}, "te fp8 attention": {"fp8_attention": True}}
+    for name, attention in fp8.items():
+        mode = {"backend": "te", "fp8": "hybrid", **attention}
+        config = run_config(sizes.small, sizes.small_length, mode)
+        if not list(fp8_rules.find_problems(config, torch.cuda.get_device_capability())):
+            found[name] = mode
     return found
 
 
@@ -161,7 +168,7 @@ def rates(sizes: Sizes, folder: Path) -> dict[str, float]:
     a, b = (torch.randn(sizes.matrix, sizes.matrix, dtype=torch.bfloat16, device=device) for _ in range(2))
     flops = 2 * sizes.matrix**3
     found["bf16 matmul TFLOP/s"] = flops / timed(lambda: a @ b, sizes.repetitions) / 1e12
-    if "te fp8" in modes() and not is_cpu():
+    if "te fp8" in modes(sizes) and not is_cpu():
         one = torch.ones((), device=device)
         left, right = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
         product = lambda: torch._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16)  # noqa: E731
@@ -221,11 +228,7 @@ def correctness(sizes: Sizes, folder: Path) -> dict[str, Any]:
     subprocess.run([*command, *(["--dry-run"] if sizes is DRY else [])], check=True, env=without_gpu())
     exact = torch.load(path)
     found, kept = {}, {}
-    tried = modes()
-    if "te fp8" in tried:
-        attention = {"te fp8 attention": {**tried["te fp8"], "fp8_attention": True}}
-        tried |= attention if sizes.small["kv_channels"] == 128 else {}
-    for name, mode in tried.items():
+    for name, mode in modes(sizes).items():
         forget()
         kept[name] = gradients(run_config(sizes.small, sizes.small_length, mode))
         found[name] = largest_error(kept[name], exact)
@@ -255,7 +258,7 @@ def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from plt_megatron.train.engine import MegatronEngine
 
     curves = {}
-    for name, mode in modes().items():
+    for name, mode in modes(sizes).items():
         forget()
         trained = MegatronEngine(run_config(sizes.small, sizes.small_length, mode, micro_batch_size=8), VOCAB_SIZE)
         curves[name] = [
@@ -264,7 +267,7 @@ def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
         del trained
     last = sizes.steps // 4
     ends = {name: statistics.mean(losses[-last:]) for name, losses in curves.items()}
-    return {"curves": curves, "last quarter": ends}
+    return {"curves": curves, "running means": running_means(curves), "last quarter": ends}
 
 
 # ---------------------------------------------------------------- speed
@@ -278,7 +281,7 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from plt_megatron.estimate.flops import training_flops_per_token
 
     found: dict[str, Any] = {}
-    for name, mode in modes().items():
+    for name, mode in modes(sizes).items():
         config = run_config(sizes.large, sizes.large_length, mode, micro_batch_size=1)
         batch = text(1, sizes.large_length, seed=0)
         seconds, memory = {}, {}
@@ -299,53 +302,6 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return found
 
 
-def plt_step(config: Any, batch: Any) -> Callable[[], None]:
-    from plt_megatron.train.engine import build_stage, wrap_ddp
-
-    stage = build_stage(config, VOCAB_SIZE)
-    wrapped = wrap_ddp(stage, overlap_grad_reduce=False)
-
-    def step() -> None:
-        stage.set_is_first_microbatch()
-        wrapped.zero_grad_buffer()
-        wrapped(batch).float().mean().backward()
-
-    return step
-
-
-def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
-    """megatron-core's GPTModel with our attention and norm modules."""
-    import torch
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    from plt_megatron.model.layer_specs import layer_spec
-    from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
-    from plt_megatron.runtime.fp8 import choose_fp8
-    from plt_megatron.train.engine import wrap_ddp
-
-    model = dataclasses.replace(config.model, num_layers=2 * config.model.num_layers, loop_count=1)
-    layers = transformer_config(model, config.parallel, precision="bf16", fp8=choose_fp8(config))
-    gpt = GPTModel(
-        layers,
-        layer_spec(model, resolve_backend(model)),
-        VOCAB_SIZE,
-        config.data.sequence_length,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-    ).to(dtype=DTYPES["bf16"], device=torch.cuda.current_device())
-    for parameter in gpt.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    wrapped = wrap_ddp(gpt, overlap_grad_reduce=False)
-
-    def step() -> None:
-        gpt.set_is_first_microbatch()
-        wrapped.zero_grad_buffer()
-        wrapped(batch.tokens, None, None, labels=batch.labels).float().mean().backward()
-
-    return step
-
-
 # ---------------------------------------------------------------- decoding
 
 
@@ -364,6 +320,19 @@ def decode(sizes: Sizes, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- all of it
 
 
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    import torch
+
+    found = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    for package in ("torch", "megatron-core", "transformer-engine"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
 def run_parts(sizes: Sizes, only: list[str], output: Path, command: str) -> dict[str, Any]:
     """Run the parts, writing after each."""
     import torch
@@ -371,7 +340,7 @@ def run_parts(sizes: Sizes, only: list[str], output: Path, command: str) -> dict
     known = Path(f"{output}.json")
     results: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {"seconds": 0.0}
     results["machine"] = "CPU" if is_cpu() else torch.cuda.get_device_name()
-    results |= {"command": command, "bars": sizes is not DRY}
+    results |= {"command": command, "bars": sizes is not DRY, "versions": versions()}
     output.parent.mkdir(parents=True, exist_ok=True)
     for part in only:
         started = time.perf_counter()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from typing import Any
 
 # Relative to the largest element of the float64 gradient. bf16 has 8 bits of mantissa, FP8 3 or 4.
 GRADIENT_BARS = {"bf16": 0.05, "fp8": 0.5}
 BACKENDS_BAR = 0.05  # both backends in bf16 against one another
-CURVE_BAR = 0.02  # FP8's loss against bf16's, relative, over the last quarter of the run
+CURVE_BAR = 0.05  # FP8's loss against bf16's, relative: each tenth of the run
+END_BAR = 0.02  # and the last quarter
 SPEED_BAR = 0.95  # PLT-2's tokens/s against GPT's of twice the depth
 
 
@@ -20,18 +23,43 @@ def missed_bars(results: dict[str, Any]) -> list[str]:
         bar = BACKENDS_BAR if "against" in name else GRADIENT_BARS["fp8" if "fp8" in name else "bf16"]
         if not errors["worst gradient"] <= bar:
             missed.append(f"{name}: gradient of {errors['in']} is off by {errors['worst gradient']:.3f}, bar {bar}")
-    ends = results.get("training", {}).get("last quarter", {})
-    if "te fp8" in ends and not abs(ends["te fp8"] / ends["te bf16"] - 1) <= CURVE_BAR:
-        missed.append(f"training: loss {ends['te fp8']:.4f} in FP8, {ends['te bf16']:.4f} in bf16, bar {CURVE_BAR:.0%}")
+    training = results.get("training", {"last quarter": {}, "running means": {}})
+    for name, end in training["last quarter"].items():
+        missed += _missed_curves(name, end, training) if "fp8" in name else []
     for name, figures in results.get("speed", {}).items():
         if not figures["ratio"] >= SPEED_BAR:
             missed.append(f"{name}: PLT-2 at {figures['ratio']:.3f} of GPT's tokens/s, bar {SPEED_BAR}")
     return missed
 
 
+def _missed_curves(name: str, end: float, training: dict[str, Any]) -> list[str]:
+    """Where an FP8 loss curve leaves the bf16 one of the same layers."""
+    expected, missed = training["last quarter"]["te bf16"], []
+    if not abs(end / expected - 1) <= END_BAR:
+        missed.append(f"{name}: loss {end:.4f} at the end, {expected:.4f} in bf16, bar {END_BAR:.0%}")
+    means = training["running means"]
+    pairs = zip(means[name], means["te bf16"], strict=True)
+    gaps = ((abs(one / other - 1), number) for number, (one, other) in enumerate(pairs, 1))
+    gap, tenth = max(gaps, key=lambda pair: pair[0] if pair[0] == pair[0] else float("inf"))
+    if not gap <= CURVE_BAR:
+        missed.append(f"{name}: loss {gap:.1%} off bf16's in tenth {tenth} of the run, bar {CURVE_BAR:.0%}")
+    return missed
+
+
+def running_means(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The mean loss of each tenth of a run (of each step, if there are fewer than ten)."""
+    means = {}
+    for name, losses in curves.items():
+        parts = min(10, len(losses))
+        edges = [round(part * len(losses) / parts) for part in range(parts + 1)]
+        means[name] = [statistics.mean(losses[first:end]) for first, end in itertools.pairwise(edges)]
+    return means
+
+
 def markdown(results: dict[str, Any]) -> str:
     """All figures as tables."""
     lines = [f"# {results['machine']}", "", f"`{results['command']}`, {results['seconds']:.0f} s", ""]
+    lines.append("; ".join(f"{name} {version}" for name, version in results["versions"].items()) + "\n")
     for name, value in results.get("rates", {}).items():
         lines.append(f"- {name}: {value:,.1f}")
     tables: dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]] = {
@@ -45,6 +73,15 @@ def markdown(results: dict[str, Any]) -> str:
         "Loss over the last quarter of a short run": (
             ("mode", "loss"),
             [(name, f"{loss:.4f}") for name, loss in results.get("training", {}).get("last quarter", {}).items()],
+        ),
+        "Loss curves: means over tenths of the run": (
+            ("tenth", *results.get("training", {}).get("running means", {})),
+            [
+                (number, *(f"{loss:.4f}" for loss in losses))
+                for number, losses in enumerate(
+                    zip(*results.get("training", {}).get("running means", {}).values(), strict=True), 1
+                )
+            ],
         ),
         "PLT-2 against GPT of twice the depth, forward and backward": (
             ("mode", "PLT-2 tokens/s", "GPT tokens/s", "ratio", "MFU (bf16 peak)", "PLT-2 MiB", "GPT MiB"),

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Tests start several processes on few cores: more threads than one each would only fight.
@@ -13,3 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+# With `-n WORKERS --dist loadgroup` these stay with one worker: a pool of processes, a cluster, is paid for once, and
+# jobs of several processes do not take the few cores from one another.
+_JOBS_OF_PROCESSES = ("distributed", "slurm", "te")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder in _JOBS_OF_PROCESSES:
+            item.add_marker(pytest.mark.xdist_group("jobs of processes"))

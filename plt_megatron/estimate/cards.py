@@ -26,6 +26,7 @@ class Card:
         memory_bandwidth: bytes/s of its own memory.
         link_bandwidth: bytes/s to another device of the same node, one direction.
         network_bandwidth: bytes/s to another node, one direction; what such nodes are commonly built with.
+        capability: CUDA compute capability, on which FP8 kernels depend; None: no CUDA device.
         matmul_efficiency: share of the dense peak that large matrix products reach in training.
         attention_efficiency: share of it that fused causal attention reaches.
         memory_efficiency: share of the memory bandwidth that streaming kernels reach.
@@ -38,6 +39,7 @@ class Card:
     memory_bandwidth: float
     link_bandwidth: float
     network_bandwidth: float
+    capability: tuple[int, int] | None = None
     matmul_efficiency: float = 0.60
     attention_efficiency: float = 0.40
     memory_efficiency: float = 0.80
@@ -59,10 +61,18 @@ class Card:
         return self.peak.fp8 * 1e12
 
 
-def _card(name: str, device: str, memory_gib: float, bandwidth_gb: float, link_gb: float, network_gb: float) -> Card:
+def _card(
+    name: str,
+    device: str,
+    memory_gib: float,
+    bandwidth_gb: float,
+    link_gb: float,
+    network_gb: float,
+    capability: tuple[int, int],
+) -> Card:
     peak = find_device(device)
     assert peak is not None, device
-    return Card(name, peak, int(memory_gib * GIB), bandwidth_gb * GB, link_gb * GB, network_gb * GB)
+    return Card(name, peak, int(memory_gib * GIB), bandwidth_gb * GB, link_gb * GB, network_gb * GB, capability)
 
 
 # Memory: what the driver reports of the nominal size. Links: half of the data sheet's bidirectional figure.
@@ -71,19 +81,19 @@ _CARDS = {
     card.name: card
     for card in (
         # NVIDIA H100 Tensor Core GPU data sheet: SXM 80 GB HBM3 at 3.35 TB/s, NVLink 900 GB/s; PCIe: 2 TB/s, PCIe 5.
-        _card("h100", "H100", 79.1, 3350, 450, 50),
-        _card("h100-pcie", "H100 PCIe", 79.1, 2000, 64, 50),
+        _card("h100", "H100", 79.1, 3350, 450, 50, (9, 0)),
+        _card("h100-pcie", "H100 PCIe", 79.1, 2000, 64, 50, (9, 0)),
         # NVIDIA H200 data sheet: 141 GB HBM3e at 4.8 TB/s, NVLink 900 GB/s.
-        _card("h200", "H200", 139.8, 4800, 450, 50),
+        _card("h200", "H200", 139.8, 4800, 450, 50, (9, 0)),
         # NVIDIA A100 data sheet: SXM 80 GB HBM2e at 2,039 GB/s, 40 GB at 1,555 GB/s, NVLink 600 GB/s.
-        _card("a100", "A100", 79.1, 2039, 300, 25),
-        _card("a100-40gb", "A100", 39.4, 1555, 300, 25),
+        _card("a100", "A100", 79.1, 2039, 300, 25, (8, 0)),
+        _card("a100-40gb", "A100", 39.4, 1555, 300, 25, (8, 0)),
         # NVIDIA DGX B200 data sheet: 1,440 GB and 64 TB/s over 8 devices, NVLink 14.4 TB/s over 8.
-        _card("b200", "B200", 178.3, 8000, 900, 50),
+        _card("b200", "B200", 178.3, 8000, 900, 50, (10, 0)),
         # NVIDIA L40S data sheet: 48 GB GDDR6 with ECC at 864 GB/s, no NVLink, PCIe 4 x16 (64 GB/s both ways).
-        _card("l40s", "L40S", 44.4, 864, 32, 25),
+        _card("l40s", "L40S", 44.4, 864, 32, 25, (8, 9)),
         # NVIDIA L4 data sheet: 24 GB at 300 GB/s, PCIe 4 x16.
-        _card("l4", "L4", 22.0, 300, 32, 12.5),
+        _card("l4", "L4", 22.0, 300, 32, 12.5, (8, 9)),
     )
 }
 

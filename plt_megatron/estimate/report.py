@@ -64,7 +64,8 @@ def answer(question: Question, tokenizer_size: Callable[[str], int]) -> int:
     vocab_size = known_vocab_size(config, _tokenizer_vocab_size(config, tokenizer_size))
     if question.search:
         return _answer_search(question, config, vocab_size)
-    problems = find_problems(config, world_size=question.world_size, check_files=False)
+    capability = find_card(question.gpu).capability
+    problems = find_problems(config, world_size=question.world_size, check_files=False, capability=capability)
     if problems:
         raise UserError("\n".join(problems))
     estimate = estimate_run(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
+from plt_megatron.estimate.cards import find_card
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
@@ -66,13 +67,14 @@ def search(
     With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
     configuration's. Raises `UserError` as `estimate_run` does.
     """
+    capability = find_card(gpu).capability
     accepted: list[Candidate] = []
     problems: Counter[str] = Counter()
     tried = 0
     for overrides in _layouts(config, world_size, gpus_per_node):
         tried += 1
         changed = _changed(config, overrides)
-        found = find_problems(changed, world_size=world_size, check_files=False)
+        found = find_problems(changed, world_size=world_size, check_files=False, capability=capability)
         if found:
             problems.update(found)
             continue

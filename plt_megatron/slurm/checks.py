@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def forecast(
         measured=bool(measured),
         checkpoint_bytes=size,
         storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,
-        free_bytes=shutil.disk_usage(next(path for path in (run, *run.parents) if path.exists())).free,
+        free_bytes=shutil.disk_usage(_existing(run)).free,
     )
 
 
@@ -136,6 +137,28 @@ def storage_problems(ahead: Forecast, run: Path) -> list[str]:
     ]
 
 
+def storage_problems_of_all(runs: Sequence[tuple[Path, Forecast]]) -> list[str]:
+    """Whether the checkpoints of several runs, each of which would fit alone, fit their file systems together."""
+    on_one: dict[int, list[Forecast]] = {}
+    for run, ahead in runs:
+        on_one.setdefault(_existing(run).stat().st_dev, []).append(ahead)
+    problems = []
+    for group in on_one.values():
+        needed, free = sum(ahead.storage_bytes for ahead in group), min(ahead.free_bytes for ahead in group)
+        if needed > free >= max(ahead.storage_bytes for ahead in group):
+            problems.append(
+                f"output_dir: the checkpoints of {len(group)} runs will need {gigabytes(needed)} together, their file "
+                f"system has {gigabytes(free)} free: lower checkpoint.keep_last or checkpoint.keep_every, or submit "
+                "fewer runs"
+            )
+    return problems
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def usable_seconds(limit: int, margin: int) -> int:
     """Of a job's time limit: what is left for steps."""
     return limit - margin - SIGNAL_EARLY_SECONDS - START_SECONDS
@@ -143,22 +166,29 @@ def usable_seconds(limit: int, margin: int) -> int:
 
 def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -> list[str]:
     """Whether one job reaches a checkpoint of its own: a job that does not may start over for ever."""
-    if limit <= margin + SIGNAL_EARLY_SECONDS:
+    usable = usable_seconds(limit, margin)
+    given = f"--time {format_duration(limit)}"
+    if usable <= 0:
         return [
-            f"--time {format_duration(limit)}: the job is told to save {margin} s before the limit, which leaves "
-            "nothing; give more time or a smaller --signal-margin"
+            f"{given} leaves no time for steps: it takes about {START_SECONDS} s to start, and the job is told to save "
+            f"{margin} s before the limit, which Slurm may do {SIGNAL_EARLY_SECONDS} s early; give more time or a "
+            "smaller --signal-margin"
         ]
-    if ahead.step_seconds is None or not config.checkpoint.enabled:
+    if ahead.step_seconds is None:
         return []
-    interval = min(config.checkpoint.save_interval or ahead.steps, ahead.steps - ahead.start_step)
-    needed = interval * ahead.step_seconds
-    if needed <= usable_seconds(limit, margin):
+    checkpoint, left = config.checkpoint, ahead.steps - ahead.start_step
+    steps, what = left, "the run, which writes no checkpoints to go on from"
+    advice = "set checkpoint.enabled=true"
+    if checkpoint.enabled:
+        steps, what = min(checkpoint.save_interval or left, left), "one checkpoint interval"
+        advice = f"{'lower' if checkpoint.save_interval else 'set'} checkpoint.save_interval"
+    needed = steps * ahead.step_seconds
+    if needed <= usable:
         return []
-    advice = "lower checkpoint.save_interval" if config.checkpoint.save_interval else "set checkpoint.save_interval"
     return [
-        f"--time {format_duration(limit)} is too short for one checkpoint interval: {interval:,} steps of "
-        f"{ahead.step_seconds:.3g} s take {format_duration(needed)}, and {format_duration(limit)} leaves "
-        f"{format_duration(usable_seconds(limit, margin))} for steps; {advice} or give more time"
+        f"{given} is too short for {what}: {steps:,} steps of {ahead.step_seconds:.3g} s take "
+        f"{format_duration(needed)}, and {format_duration(limit)} leaves {format_duration(usable)} for steps; {advice} "
+        "or give more time"
     ]
 
 
@@ -173,7 +203,7 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
             f"a step takes about {step_seconds:.3g} s, and the job is told to save {margin} s before its limit: "
             f"give --signal-margin {round(3 * step_seconds) + margin}"
         )
-    usable = max(1, usable_seconds(limit, margin))
+    usable = max(1, usable_seconds(limit, margin))  # without any, the run is refused
     jobs = max(1, math.ceil(remaining / usable))
     if jobs > chain and not requeue:
         reached = min(ahead.steps, ahead.start_step + int(chain * usable / step_seconds))

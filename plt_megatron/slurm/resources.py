@@ -24,7 +24,7 @@ class Resources:
 
     Attributes:
         card: the estimate's name for a process's device.
-        guessed: the partition does not say how many processes a node has: no layout can be held against it.
+        guessed: the number of processes is not known, or more than there can be: no layout can be held against it.
     """
 
     partition: str | None
@@ -96,7 +96,9 @@ def resolve(
             where = f"partition {chosen.name} has no GPUs" if chosen else "no GPUs are asked for"
             problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
     if chosen is not None:
-        problems += _fit(chosen, nodes, gpu_count, gpu_type, seconds)
+        too_large = _size_problems(chosen, nodes, gpu_count, gpu_type)
+        guessed = guessed or bool(too_large)
+        problems += too_large + _other_problems(chosen, seconds)
         if chosen.available == "down":
             notes.append(f"partition {chosen.name} is down: the job waits until it is up again")
     groups = _suitable(chosen, gpu_count, gpu_type)
@@ -149,23 +151,28 @@ def _union(name: str, partitions: Sequence[Partition]) -> Partition:
     )
 
 
-def _fit(partition: Partition, nodes: int, gpus: int, gpu_type: str | None, seconds: int) -> list[str]:
-    """Why the job can never start in this partition."""
+def _size_problems(partition: Partition, nodes: int, gpus: int, gpu_type: str | None) -> list[str]:
+    """Why the partition has no room for a job of this size."""
+    name = f"partition {partition.name}"
+    if gpus > partition.gpus:
+        return [f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs"]
+    if gpu_type and not _suitable(partition, gpus, gpu_type):
+        types = sorted({kind for group in partition.groups for kind in group.gpu_types})
+        there = ", ".join(types) or "without a type"
+        return [f"--gpus-per-node {gpu_type}:{gpus}: {name} has no such nodes; its GPUs: {there}"]
+    count = sum(group.count for group in _suitable(partition, gpus, gpu_type))
+    if nodes > count:
+        kind = f" with {gpus} GPUs" if gpus and count < partition.nodes else ""
+        return [f"--nodes {nodes}: {name} has {count} nodes{kind}"]
+    return []
+
+
+def _other_problems(partition: Partition, seconds: int) -> list[str]:
+    """Why a job of any size can never start in this partition."""
     problems = []
     name = f"partition {partition.name}"
     if not partition.takes_jobs:
         problems.append(f"{name} is {partition.available}: it takes no jobs")
-    if gpus > partition.gpus:
-        problems.append(f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs")
-    elif gpu_type and not _suitable(partition, gpus, gpu_type):
-        types = sorted({kind for group in partition.groups for kind in group.gpu_types})
-        there = ", ".join(types) or "without a type"
-        problems.append(f"--gpus-per-node {gpu_type}:{gpus}: {name} has no such nodes; its GPUs: {there}")
-    else:
-        count = sum(group.count for group in _suitable(partition, gpus, gpu_type))
-        if nodes > count:
-            kind = f" with {gpus} GPUs" if gpus and count < partition.nodes else ""
-            problems.append(f"--nodes {nodes}: {name} has {count} nodes{kind}")
     limit = partition.time_limit_seconds
     if limit is not None and seconds > limit:
         problems.append(

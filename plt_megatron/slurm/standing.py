@@ -115,8 +115,9 @@ def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:
     first, behind = ordered[0], len(ordered) - 1
     more = f", {behind} more of its chain behind it" if behind else ""
     if first.state == "PENDING":
-        starts = f", expected to start {first.start}" if first.start not in ("N/A", "") else ""
-        return "pending", f"job {first.id} ({first.reason}{starts}){more}"
+        why = [first.reason] if first.reason != "None" else []  # Slurm has not looked at it yet
+        why += [f"expected to start {first.start}"] if first.start not in ("N/A", "") else []
+        return "pending", f"job {first.id}" + (f" ({', '.join(why)})" if why else "") + more
     return first.state.lower(), f"job {first.id} on {first.nodes}, {first.elapsed} of {first.limit}{more}"
 
 
@@ -131,20 +132,18 @@ def _at_rest(run: Path, progress: Progress, ended: Sequence[client.Job]) -> tupl
     if progress.stopped is not None or (run / WHY).is_file():
         return "failed", progress.stopped or f"see {run / WHY}"
     last = max(ended, key=lambda job: _number(job.id), default=None)
+    advice = f"no job goes on with it: sbatch {run / 'job.sbatch'}" if (run / "job.sbatch").is_file() else ""
     # An attempt without an end: the job was killed before it could note one.
     if last is not None and not progress.last_status:
-        return last.state.lower(), f"job {last.id} has ended so ({last.reason})"
+        why = f" ({last.reason})" if last.reason != "None" else ""
+        return last.state.lower(), "; ".join(filter(None, (f"job {last.id} has ended so{why}", advice)))
     if progress.last_status:
-        return progress.last_status, f"no job goes on with it: sbatch {run / 'job.sbatch'}" if _has_script(run) else ""
+        return progress.last_status, advice
     if progress.attempts:
         return "interrupted", "its last attempt left no word"
     if progress.step:
         return "not finished", ""
     return "not started", ""
-
-
-def _has_script(run: Path) -> bool:
-    return (run / "job.sbatch").is_file()
 
 
 # As text.

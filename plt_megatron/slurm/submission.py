@@ -13,6 +13,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from plt_megatron.estimate.cards import find_card
 from plt_megatron.slurm import arrays, checks, client, report, run_folder
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
 from plt_megatron.slurm.job import LOGS_NAME, SCRIPT_NAME, JobSettings
@@ -128,6 +129,7 @@ class _Plan:
             found = self._check_run(label, config)
             self.problems += [f"{label}: {line}" if several else line for line in found]
         if several:
+            self.problems += checks.storage_problems_of_all([(member.run, member.ahead) for member in self.members])
             self.array = self._plan_array([self._run_of(config) for _, config in configs])
         self._check_active([self._run_of(config) for _, config in configs])
         if self.problems:
@@ -177,9 +179,10 @@ class _Plan:
         container = self.profile.container
         # In a container, optional packages are the image's matter, not this machine's.
         have_te = True if container is not None else None
-        problems = find_problems(config, world_size=world_size, check_files=False)
+        capability = find_card(self.resources.card).capability
+        problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
         sound = not problems
-        every = find_problems(config, world_size=world_size, have_te=have_te)[len(problems) :]
+        every = find_problems(config, world_size=world_size, have_te=have_te, capability=capability)[len(problems) :]
         problems += [line for line in every if container is None or not line.startswith("logging.wandb_project")]
         tokenizer, found = open_tokenizer(config)
         problems += found + data_problems(config, tokenizer)

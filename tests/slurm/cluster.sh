@@ -132,7 +132,7 @@ ReturnToService=2
 SlurmdTimeout=8
 MessageTimeout=2
 TCPTimeout=2
-KillWait=10
+KillWait=30
 InactiveLimit=0
 MinJobAge=3600
 # Each start counts from another number, so that no job writes to an older one's files.

@@ -100,6 +100,17 @@ def test_a_job_of_higher_priority(slurm, make_run, undisturbed, tmp_path):
     run.check(undisturbed)
 
 
+def test_a_requeue(slurm, make_run, undisturbed):
+    """`scontrol requeue`: saved, and the same job again."""
+    run = make_run()
+    run.submit()
+    run.disturb(6, "scontrol", "requeue", run.job)
+    run.wait_for_end("preempted", "finished")
+    run.wait_until_over()
+    assert slurm.job(run.job)["Restarts"] == "1"
+    run.check(undisturbed)
+
+
 def test_slurms_own_warning_before_the_limit(slurm, make_run, undisturbed):
     """Not sent by the test: Slurm sends it between 60 and 120 s after the start, and would end the job 60 s later."""
     run = make_run({"parallel": {"distributed_timeout_minutes": 10.0}})
@@ -268,21 +279,6 @@ def test_a_failure_that_comes_back_stops_the_run(slurm, make_run):
     assert "not finite" in why.splitlines()[0] and "failed again" in why.splitlines()[0], why
     assert "rank 0 on node1 exited with status 1; its last lines:" in why
     assert "last whole checkpoint: " in why and "checkpoints/step_" in why
-
-
-def test_a_controller_that_is_gone(slurm, make_run, undisturbed):
-    """The run needs none, and Slurm hears of its end when there is one again."""
-    run = make_run()
-    run.submit()
-    with run.paused(6):
-        slurm.control("controller-off")
-    try:
-        run.wait_for_end("finished")
-    finally:
-        slurm.control("controller-on")
-    run.wait_until_over()
-    assert slurm.job(run.job)["Restarts"] == "0"
-    run.check(undisturbed)
 
 
 def test_a_full_disk_of_logs(slurm, make_run, undisturbed):

@@ -1,12 +1,16 @@
-"""Jobs on a real Slurm cluster: a plain one, and one that every run of the tests disturbs three times."""
+"""Jobs on a real Slurm cluster: a plain one, and one that is disturbed three times."""
 
 from __future__ import annotations
 
 import json
 import re
+import resource
+import statistics
 import subprocess
 import sys
 import time
+
+import pytest
 
 from plt_megatron.config.loader import save_config
 from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit
@@ -16,7 +20,11 @@ def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, undi
     config = make_config("plain", tmp_path, slurm_data)
     save_config(config, tmp_path / "plain.yaml")
     run = SlurmRun(slurm, config)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     submit(slurm, str(tmp_path / "plain.yaml"), "--cluster", "cpu", "--nodes", "2", "--time", "30", "--requeue")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Of a CPU's time, which other work on this machine does not lengthen; the clock's is a benchmark's.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     (run.job,) = json.loads((run.folder / "submissions.jsonl").read_text())["job_ids"]
     with (run.folder / "code" / "plt_megatron" / "train" / "__init__.py").open("a") as file:
         file.write("print('this is the snapshot')\n")  # the job takes seconds to come that far
@@ -75,22 +83,31 @@ def test_what_cannot_run_is_refused_in_one_line_each(slurm, slurm_data, tmp_path
     assert not slurm.jobs() and not (tmp_path / "refused").exists()
 
 
-def test_queued_within_three_seconds(slurm, slurm_data, tmp_path):
-    """sbatch included; the best of several, since this machine may have other work."""
-    seconds: list[float] = []
-    while not seconds or (min(seconds) > 3 and len(seconds) < 5):
-        name = f"quick{len(seconds)}"
-        save_config(make_config(name, tmp_path, slurm_data), tmp_path / "quick.yaml")
+@pytest.mark.bench
+def test_queued_within_three_seconds(slurm, slurm_data, tmp_path, capsys):
+    """From the command to the queued job; what sbatch alone takes is shown, and is not taken off."""
+    bare = tmp_path / "bare.sh"
+    bare.write_text("#!/bin/bash\ntrue\n")
+    seconds: dict[str, list[float]] = {"submit.py": [], "sbatch": []}
+    for number in range(5):
+        save_config(make_config(f"quick{number}", tmp_path, slurm_data), tmp_path / "quick.yaml")
         started = time.monotonic()
         submit(slurm, str(tmp_path / "quick.yaml"), "--cluster=cpu", "--nodes=2", "--time=30")
-        seconds.append(time.monotonic() - started)
-        (job,) = json.loads((tmp_path / name / "submissions.jsonl").read_text())["job_ids"]
+        seconds["submit.py"].append(time.monotonic() - started)
+        (job,) = json.loads((tmp_path / f"quick{number}" / "submissions.jsonl").read_text())["job_ids"]
         assert slurm.state_of(job) in ("PENDING", "RUNNING")
         slurm.run("scancel", job)
-    assert min(seconds) < 3, seconds
+        started = time.monotonic()
+        job = slurm.sbatch(bare, "--hold", "--output=/dev/null")
+        seconds["sbatch"].append(time.monotonic() - started)
+        slurm.run("scancel", job)
+    with capsys.disabled():
+        for what, each in seconds.items():
+            print(f"\n{what}: median {statistics.median(each):.2f} s of {', '.join(f'{s:.2f}' for s in each)}", end=" ")
+    assert statistics.median(seconds["submit.py"]) < 3, seconds
 
 
-def test_a_killed_rank_a_warning_and_a_requeue(slurm, slurm_data, undisturbed, tmp_path):
+def test_a_killed_rank_a_warning_and_a_controller_that_is_gone(slurm, slurm_data, undisturbed, tmp_path):
     """Three faults in the course of one run: processes take seconds to start."""
     run = SlurmRun(slurm, make_config("disturbed", tmp_path, slurm_data)).prepare()
     run.submit()
@@ -99,10 +116,14 @@ def test_a_killed_rank_a_warning_and_a_requeue(slurm, slurm_data, undisturbed, t
     assert slurm.job(run.job)["Restarts"] == "0"
     run.warn(step=9)  # as before the time limit: saved, and requeued
     run.wait_for_attempt(3)
-    run.disturb(14, "scontrol", "requeue", run.job)
-    run.wait_for_end("failed", "preempted", "preempted", "finished")
-    run.wait_until_over()
-    assert slurm.job(run.job)["Restarts"] == "2"
+    with run.paused(14):
+        slurm.control("controller-off")
+    try:
+        run.wait_for_end("failed", "preempted", "finished")  # it needs none
+    finally:
+        slurm.control("controller-on")
+    run.wait_until_over()  # Slurm hears of the end when there is one again
+    assert slurm.job(run.job)["Restarts"] == "1"
     run.check(undisturbed)
     killed = run.events("end")[0]
     assert killed["failure"]["rank"] == 2 and "SIGKILL" in killed["reason"] and killed["failure"]["node"] == "node2"

@@ -43,9 +43,16 @@ def enter() -> None:
 
     # The loader looks for a shared library; the stand-in is in its place already.
     transformer_engine.common.load_framework_extension = lambda framework: None
-    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+    from plt_megatron.runtime import cpu_runtime
 
-    enter_cpu_runtime(force=True)  # imports megatron, which imports Transformer Engine
+    replace_device_queries = cpu_runtime._replace_device_queries
+
+    def answer() -> None:
+        replace_device_queries()
+        _answer_for_a_gpu()  # the CPU runtime says that there is none
+
+    cpu_runtime._replace_device_queries = answer
+    cpu_runtime.enter_cpu_runtime(force=True)  # imports megatron, which imports Transformer Engine
     import transformer_engine.pytorch
 
     _take_the_cpus_random_state()

@@ -106,7 +106,7 @@ def dswiglu(grad: Tensor, x: Tensor, quantizer: Any) -> Any:
     return quantize(torch.cat((of_gate, of_up), -1).to(x.dtype), quantizer)
 
 
-def swap_first_dims(tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
+def swap_first_dims(tensor: Tensor, *, out: Tensor | None) -> Tensor:
     """[a, b, ..] -> [b, a, ..]."""
     swapped = tensor.transpose(0, 1).contiguous()
     return swapped if out is None else out.copy_(swapped)
@@ -119,7 +119,7 @@ def multi_tensor_scale(chunk: int, noop: Tensor, tensors: list[list[Tensor]], sc
 
 
 def multi_tensor_l2norm(
-    chunk: int, noop: Tensor, tensors: list[list[Tensor]], per_tensor: bool = False
+    chunk: int, noop: Tensor, tensors: list[list[Tensor]], per_tensor: bool | None
 ) -> tuple[Tensor, Tensor]:
     """(norm of all together, norms of each)."""
     norms = torch.stack([tensor.float().norm() for tensor in tensors[0]])

@@ -61,7 +61,7 @@ def transpose(data: Tensor) -> Tensor:
     return data.movedim(-1, 0).contiguous()
 
 
-def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None = None) -> Tensor:
+def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
     """`transpose`, into `out` where there is one."""
     transposed = transpose(data)
     return transposed if out is None else out.copy_(transposed)

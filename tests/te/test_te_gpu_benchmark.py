@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 MODES = {"torch bf16", "te bf16", "te fp8"}
 
 
@@ -31,9 +33,22 @@ def test_every_mode_runs(run_te, tmp_path):
         assert losses[-1] < losses[0]
     ends = results["training"]["last quarter"]
     assert 0 < abs(ends["te fp8"] / ends["te bf16"] - 1) < 0.05
+    means = results["training"]["running means"]
+    assert all(
+        one == pytest.approx(other, rel=0.05) for one, other in zip(means["te fp8"], means["te bf16"], strict=True)
+    )
     assert results["speed"].keys() == MODES and all(figures["ratio"] > 0 for figures in results["speed"].values())
     report = (tmp_path / "gpu.md").read_text()
     assert all(f"{mode} | " in report for mode in MODES) and "copy GB/s" in report
+
+
+def test_curves_are_compared_tenth_by_tenth():
+    from benchmarks.gpu_report import running_means
+
+    assert running_means({"a": [float(step) for step in range(20)], "b": [1.0, 3.0]}) == {
+        "a": [0.5 + 2 * tenth for tenth in range(10)],
+        "b": [1.0, 3.0],
+    }
 
 
 def test_missed_bars_are_named():
@@ -43,13 +58,19 @@ def test_missed_bars_are_named():
     results = {
         "bars": True,
         "correctness": {"te bf16": error, "te fp8": error, "te bf16 against torch bf16": error},
-        "training": {"last quarter": {"te bf16": 2.0, "te fp8": 2.1}},
+        "training": {
+            "last quarter": {"te bf16": 2.0, "te fp8": 2.1, "te fp8 attention": 2.01},
+            "running means": {"te bf16": [4.0, 2.0], "te fp8": [4.1, 2.09], "te fp8 attention": [4.4, 2.01]},
+        },
         "speed": {"te bf16": {"ratio": 0.9}, "te fp8": {"ratio": 0.99}},
     }
-    assert [line.split(":")[0] for line in missed_bars(results)] == [
+    missed = missed_bars(results)
+    assert [line.split(":")[0] for line in missed] == [
         "te bf16",
         "te bf16 against torch bf16",
-        "training",
+        "te fp8",
+        "te fp8 attention",
         "te bf16",
     ]
+    assert "loss 2.1000 at the end, 2.0000 in bf16" in missed[2] and "10.0% off bf16's in tenth 1" in missed[3]
     assert missed_bars(results | {"bars": False}) == []

@@ -162,7 +162,13 @@ def _gates(intervals: Intervals) -> Figure:
             for (layer, head), value in np.ndenumerate(values):
                 colour = "white" if abs(value - 0.5) > 0.33 else "#222222"
                 axes.text(
-                    head + 0.5, layer + 0.5, f"{value:.2f}"[-3:], ha="center", va="center", fontsize=7, color=colour
+                    head + 0.5,
+                    layer + 0.5,
+                    f"{value:.2f}".removeprefix("0"),
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color=colour,
                 )
         axes.set_title(f"loop {loop}", fontsize=10)
         axes.set_xlabel("head", fontsize=9)

@@ -28,12 +28,12 @@ td { border-bottom: 1px solid #e6e8eb; vertical-align: top; }
 th:first-child, td:first-child, td.meaning { text-align: left; }
 td.meaning { white-space: normal; min-width: 15rem; }
 td span { color: #6b727d; font-size: .92em; }
-figure { margin: 1.4rem 0; break-inside: avoid; } figure svg { width: 100%; max-width: 60rem; height: auto; }
+figure { margin: 1.4rem 0; break-inside: avoid; } figure svg { width: 100%; height: auto; }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { font-size: 10pt; max-width: none; margin: 0; padding: 0; }
   .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .15rem .3rem; }
-  tr { break-inside: avoid; } h2 { break-after: avoid; } figure svg { max-width: 23cm; }
+  tr { break-inside: avoid; } h2 { break-after: avoid; }
 }
 """
 

@@ -83,7 +83,8 @@ def svg(named: Named) -> str:
     # Several figures share a page: their ids must not.
     text = re.sub(r'\bid="', f'id="{named.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)
-    return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
+    # As wide as the page, but no wider than drawn: a small figure would have huge letters.
+    return re.sub(r'width="([\d.]+pt)" height="[\d.]+pt"', r'style="max-width: \1"', text, count=1)
 
 
 def _new(height: float = 4.6) -> tuple[Figure, Axes]:

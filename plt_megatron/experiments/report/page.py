@@ -31,7 +31,7 @@ dl { margin: 0; } dt { font-weight: 600; margin-top: .7rem; } dd { margin: 0; }
 dd.decided { border-left: 4px solid #009e73; padding-left: .7rem; }
 dd.open { border-left: 4px solid #b5bac2; padding-left: .7rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 1.4rem; }
-figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; max-width: 56rem; height: auto; }
+figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; height: auto; }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   :root { font-size: 9.5pt; } body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0; }

@@ -146,9 +146,10 @@ class Coordinator:
         first = facts[self._allocation.first_node]
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
         self._say(f"preflight: {len(facts)} node(s), {len(first['devices'])} GPU(s) on the first, {versions}")
-        skews = {node: abs(fact.get("skew", 0.0)) for node, fact in facts.items()}
-        worst = max(skews, key=lambda node: skews[node])
-        self._say(f"preflight: clocks within {skews[worst]:.3f} s of the first node's ({worst} the furthest)")
+        if len(facts) > 1:
+            skews = {node: abs(fact.get("skew", 0.0)) for node, fact in facts.items()}
+            worst = max(skews, key=lambda node: skews[node])
+            self._say(f"preflight: clocks within {skews[worst]:.3f} s of the first node's ({worst} the furthest)")
         shared = preflight.shared_problem(first)
         if shared is not None:
             self._stop(Outcome(records.FAILED, f"preflight: {shared}", retry=False))
@@ -208,7 +209,7 @@ class Coordinator:
 
     def _train(self) -> None:
         settings = self._settings
-        self._say(f"training: {settings.nodes} node(s) x {settings.processes_per_node} processes")
+        self._say(f"training: {settings.nodes} node(s) x {settings.processes_per_node} process(es)")
         self._enter("training", float("inf"))
         self._start("train")
 

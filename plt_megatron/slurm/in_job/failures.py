@@ -69,10 +69,17 @@ def _rank_as_cause(end: Exit) -> int:
 
 
 def last_error(lines: list[str]) -> str | None:
-    """The line that says what went wrong: the last `error:` line, or the last line of a traceback."""
-    for line in reversed(lines):
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
+    """The line that says what went wrong: the last `error:` line, or the last line of a traceback.
+
+    Echoes count only where there is nothing else: a rank whose watchdog has named another may hear others end before
+    it ends itself.
+    """
+    errors = [line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")]
+    for error in errors:
+        if not _ECHOES.search(error):
+            return error
+    if errors:
+        return errors[0]
     for line in reversed(lines):
         if re.match(r"(\w+\.)*\w*(Error|Exception|Exit|Interrupt|Failed|Timeout)\b", line):
             return line

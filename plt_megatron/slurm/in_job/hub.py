@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import selectors
 import socket
 import time
@@ -34,6 +35,7 @@ class Hub:
         self._merged = LogFile(merged_log(run))
         self._strangers: list[Channel] = []
         self._members: dict[str, Channel] = {}
+        self._hellos: dict[str, dict[str, Any]] = {}  # of nodes that have been asked for the time
         self._next_beat = 0.0
         self._server = _listen(allocation.launcher_port)
         selector.register(self._server, selectors.EVENT_READ, self._accept)
@@ -102,13 +104,19 @@ class Hub:
         ours = (message.get("job_id"), message.get("restart_count")) == (allocation.job_id, allocation.restart_count)
         if message["type"] != "hello" or not ours or node not in allocation.nodes or node in self._members:
             return None
-        # The message was on its way for milliseconds: what is left is the difference of the clocks.
-        message["facts"]["skew"] = float(message["time"]) - time.time() if node != allocation.first_node else 0.0
         self._strangers.remove(channel)
         self._members[node] = channel
         return node
 
     def _hear(self, node: str, message: dict[str, Any]) -> None:
+        if message["type"] == "hello" and node not in self._hellos:
+            # It may have lain here for long while this node looked at itself: its clock is asked for now.
+            self._hellos[node] = message
+            self._send(node, {"type": "clock", "sent": time.time()})
+            return
+        if message["type"] == "clock" and node in self._hellos:
+            skew = clock_skew(float(message["sent"]), float(message["time"]), time.time())
+            message = self._hellos[node] | {"facts": self._hellos[node]["facts"] | {"skew": skew}}
         if message["type"] == "log":
             self._merged.write(map(str, message["lines"]))
         if message["type"] == "preempt":
@@ -119,6 +127,18 @@ class Hub:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(channel)
         channel.close()
+
+
+def clock_skew(sent: float, theirs: float, received: float) -> float:
+    """Seconds that another clock is ahead of this one, at least: what the way there and back may account for is none.
+
+    Args:
+        sent: when it was asked, by this clock.
+        theirs: what it showed.
+        received: when the answer came, by this clock.
+    """
+    difference, doubt = theirs - (sent + received) / 2, (received - sent) / 2
+    return math.copysign(max(0.0, abs(difference) - doubt), difference)
 
 
 def _listen(port: int) -> socket.socket:

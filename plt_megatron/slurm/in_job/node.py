@@ -117,7 +117,6 @@ class NodeLauncher:
             "node": allocation.node,
             "job_id": allocation.job_id,
             "restart_count": allocation.restart_count,
-            "time": time.time(),
         }
 
     def _connect(self) -> bool:
@@ -183,6 +182,8 @@ class NodeLauncher:
             kind = message["type"]
             if kind == "start":
                 self._start(message["task"], int(message["attempt"]), int(message["port"]))
+            elif kind == "clock":
+                self._send({"type": "clock", "sent": message["sent"], "time": time.time()})
             elif kind == "preempt":
                 self._preempting = True
             elif kind == "stop":
@@ -260,7 +261,8 @@ class NodeLauncher:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker)
         if self._task == "train":
-            self._on_lines(worker.rank, [describe_exit(code)])
+            ended = "ended by its launcher" if self._stopping and code == -signal.SIGKILL else describe_exit(code)
+            self._on_lines(worker.rank, [ended])
         self._send(
             {
                 "type": "exited",

@@ -74,7 +74,9 @@ class Records:
         """Note the start of an attempt; returns its number. An earlier one without an end gets one now."""
         events = read_events(self.run)
         for event in unended(events):
-            reason = "it left no word: its node was lost, or Slurm ended it before it had saved"
+            reason = (
+                "it left no word: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
+            )
             self._end(event, Outcome(KILLED, reason))
         if (self.run / WHY).exists():  # somebody runs it again all the same
             (self.run / WHY).replace(self.run / "logs" / f"why-before-attempt-{last_attempt(events) + 1}.txt")

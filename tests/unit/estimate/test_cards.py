@@ -29,6 +29,12 @@ def test_memory_is_what_a_driver_reports(name):
     assert 0 < card.attention_efficiency <= card.matmul_efficiency < 1
 
 
+def test_cards_with_fp8_rates_are_those_whose_generation_has_fp8():
+    for name in card_names():
+        card = find_card(name)
+        assert (card.peak.fp8 is not None) == (card.capability is not None and card.capability >= (8, 9)), name
+
+
 def test_rates_are_those_that_mfu_is_measured_against():
     assert find_card("h100").peak.bf16 == lookup("NVIDIA H100 80GB HBM3", "bf16")
     assert find_card("l40s").peak.bf16 == lookup("NVIDIA L40S", "bf16")

@@ -43,11 +43,11 @@ class TestMakefile:
         assert planned[0].strip() == f"tools/make_venv.sh {absent}"
         assert f"{absent}/bin/python" in planned[1]
 
-    def test_the_quick_suite_leaves_out_what_is_slow_and_stays_in_one_process(self, tmp_path):
+    def test_the_quick_suite_leaves_out_what_is_slow_and_keeps_jobs_of_processes_together(self, tmp_path):
         (line,) = (line for line in run(["make", "-n", "test"]).stdout.splitlines() if "pytest" in line)
         assert (
             '-m "not slow and not bench and not slurm_faults"' in line
-            and " -n " not in line
+            and " -n 2 --dist loadgroup " in line
             and "OMP_NUM_THREADS=1" in line
         )
         (line,) = (line for line in run(["make", "-n", "test-all"]).stdout.splitlines() if "pytest" in line)
@@ -56,6 +56,7 @@ class TestMakefile:
     def test_workers_and_arguments_reach_pytest(self):
         planned = run(["make", "-n", "test", "WORKERS=4", "PYTEST_ARGS=-k gate"]).stdout
         assert "-n 4" in planned and "-k gate" in planned
+        assert " -n " not in run(["make", "-n", "test", "WORKERS=0"]).stdout
 
 
 class TestCI:

@@ -67,6 +67,8 @@ def test_a_pending_job_says_why(run, slurm):
     text = report([], "runs", False)
     assert cells(text, "runs/try") == ["pending", "0 of 1,000", "-", "-", "0", "none"]
     assert "job 100 (Resources, expected to start 2026-11-26T01:00:00)" in text
+    slurm.answer("squeue", f"100|PENDING|None|0:00|30:00|N/A||{job_name(run, 'try')}")
+    assert report([], "runs", False).endswith("\n  job 100"), "Slurm has not said why"
 
 
 def test_a_job_submitted_by_hand_is_found_by_its_name(run, slurm):
@@ -100,7 +102,9 @@ def test_a_job_that_slurm_ended_before_it_could_say_so(run, slurm):
     write_progress(run, [100])
     write_event(run, event="start", attempt=1, job_id="100", step=0)
     slurm.jobs(("100", "NODE_FAIL", job_name(run, "try")))
-    assert cells(report([], "runs", False), "runs/try")[0] == "node_fail"
+    text = report([], "runs", False)
+    assert cells(text, "runs/try")[0] == "node_fail"
+    assert "job 100 has ended so; no job goes on with it: sbatch runs/try/job.sbatch" in text
 
 
 def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_path):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 
 import pytest
-from fake_slurm import CPU_PARTITION, GPU_PARTITION, write_tokens
-from submitting import refusal, submit_run
+import yaml
+from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokens
+from submitting import ROOT, refusal, submit_run
+
+from plt_megatron.slurm.submission import Options, submit
 
 HUGE = (
     "model.num_layers=96",
@@ -66,6 +70,14 @@ def test_a_partition_that_is_down_takes_jobs(folder, slurm, capsys):
 def test_a_layout_that_does_not_divide(folder, slurm):
     lines = refusal("parallel.pipeline_model_parallel_size=3", "model.num_layers=6")
     assert_one_line(folder, slurm, lines, "8 processes", "multiple of 3")
+
+
+def test_fp8_that_the_clusters_card_has_no_kernel_for(folder, slurm):
+    """Before submission, by the card that the partition has."""
+    fp8 = ("training.fp8=hybrid", "model.backend=te", "model.hidden_size=64", "model.ffn_hidden_size=128")
+    lines = refusal(*fp8, "training.fp8_recipe=mxfp8")
+    rule = "training.fp8_recipe mxfp8 needs Blackwell (sm100), sm90 has no kernel; use tensorwise or delayed"
+    assert rule in lines and not slurm.calls("sbatch")
 
 
 def test_a_batch_that_does_not_divide(folder, slurm):
@@ -173,14 +185,36 @@ def test_a_long_run_that_saves_only_at_its_end(folder, slurm):
     assert_one_line(folder, slurm, lines, "one checkpoint interval", "set checkpoint.save_interval")
 
 
-def test_a_limit_within_the_margin(folder, slurm):
-    assert_one_line(folder, slurm, refusal(time="00:05:00"), "--time 00:05:00", "--signal-margin")
+def test_a_long_run_without_checkpoints(folder, slurm):
+    lines = refusal("training.train_iters=100_000_000", "checkpoint.enabled=false", chain=900)
+    assert_one_line(folder, slurm, lines, "writes no checkpoints to go on from", "set checkpoint.enabled=true")
+
+
+@pytest.mark.parametrize("profile", [None, "processes_per_node: 2\npartition: cpu\n"], ids=["gpu", "no known speed"])
+@pytest.mark.parametrize("time", ["00:05:00", "00:08:00"], ids=["within the margin", "over before the first step"])
+def test_a_limit_that_leaves_no_time_for_steps(folder, slurm, time, profile):
+    (folder / "cpu.yaml").write_text(profile or "")
+    lines = refusal(time=time, cluster=str(folder / "cpu.yaml"))
+    assert_one_line(folder, slurm, lines, f"--time {time}", "no time for steps", "--signal-margin")
 
 
 def test_too_little_free_space(folder, slurm, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     assert_one_line(folder, slurm, refusal(), "output_dir", "1.0 MB free", "keep_last")
+
+
+def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"name": name}))
+    (folder / "list.txt").write_text("one.yaml\ntwo.yaml\n")
+    submit(Options("run.yaml", time="01:00:00", dry_run=True), ROOT)
+    (each,) = re.findall(r"up to ([\d.]+) MB more in all", capsys.readouterr().out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(1.9e6 * float(each))))
+    assert_one_line(folder, slurm, refusal(array="list.txt"), "the checkpoints of 2 runs", "together", "fewer runs")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(2.1e6 * float(each))))
+    submit_run(array="list.txt")
 
 
 def test_an_output_folder_that_cannot_be_made(folder, slurm):
@@ -247,10 +281,19 @@ def test_all_problems_are_shown_at_once(folder, slurm):
     assert len(lines) == 3
 
 
-@pytest.mark.parametrize(("partition", "words"), [("no", "no such partition"), ("cpu", "has no GPUs")])
-def test_a_layout_is_not_held_against_a_guess(folder, slurm, partition, words):
-    """How many processes a node has is not known there: nothing else may be wrong."""
-    lines = refusal("parallel.tensor_model_parallel_size=4", "training.global_batch_size=3", partition=partition)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"partition": "no"}, "no such partition"),
+        ({"partition": "cpu"}, "has no GPUs"),
+        ({"gpus_per_node": "9"}, "have 8 GPUs"),
+        ({"gpus_per_node": "a100:7"}, "no such nodes"),
+        ({"nodes": 17}, "has 16 nodes"),
+    ],
+)
+def test_a_layout_is_not_held_against_a_size_that_is_not_to_be_had(folder, slurm, options, words):
+    """With the right one, nothing else may be wrong."""
+    lines = refusal("parallel.tensor_model_parallel_size=4", "training.global_batch_size=3", **options)
     assert_one_line(folder, slurm, lines, words)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plt_megatron.slurm.in_job.failures import Exit, last_error, outcome_of
+from plt_megatron.slurm.in_job.failures import Exit, is_explained, last_error, outcome_of
 
 TRACEBACK = [
     "Traceback (most recent call last):",
@@ -40,6 +40,14 @@ def test_who_names_another_is_heard_before_those_who_say_nothing():
     ]
     outcome = outcome_of(exits((1, named), (1, []), (1, [])), preempted=False)
     assert "no sign of life from rank 3 on node1" in outcome.reason
+
+
+def test_an_echo_after_the_cause_does_not_hide_it():
+    """Ranks 1 and 2 leave while rank 0, which names the one that hangs, is still writing down where it stands."""
+    named = ["error: rank 0: no sign of life from rank 3 (12 s): dead, stopped, or cut off", *ECHO]
+    ends = exits((1, named), (1, []), (1, []))
+    assert is_explained(ends) and "no sign of life from rank 3" in outcome_of(ends, preempted=False).reason
+    assert not is_explained(exits((1, ECHO), (1, [])))
 
 
 def test_nothing_but_echoes_names_the_first():

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,17 @@ while not os.path.exists(run + "/finish"):
 """
 
 
+# A launcher in which something is not as it is: `launch(changed=...)`.
+CHANGED = """
+import runpy, sys, time
+sys.path.insert(0, {root!r})
+from plt_megatron.slurm.in_job import preflight
+{code}
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class TwoNodes:
     """A job on the "nodes" localhost and other; the first one's name is all that has to resolve."""
 
@@ -61,11 +72,14 @@ class TwoNodes:
         self.job = free_job()
         self.launchers: dict[str, subprocess.Popen[str]] = {}
 
-    def launch(self, *nodes: str) -> None:
+    def launch(self, *nodes: str, changed: Mapping[str, str] | None = None) -> None:
+        """Start launchers, of both nodes unless `nodes` says otherwise. `changed`: code that a node's runs first."""
         for node in nodes or ("localhost", "other"):
             env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
             env |= {"SLURM_JOB_ID": str(self.job), "SLURM_JOB_NODELIST": "localhost,other", "SLURMD_NODENAME": node}
             command = [sys.executable, str(ROOT / "launch" / "in_job.py"), "node", str(self.run)]
+            if node in (changed or {}):
+                command = [sys.executable, "-c", CHANGED.format(root=str(ROOT), code=changed[node]), *command[1:]]
             out = (self.run / f"out.{node}").open("a")
             self.launchers[node] = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
 
@@ -219,13 +233,37 @@ def test_the_first_nodes_launcher_dies(two_nodes):
     job.wait_until(lambda: job.alive() == [])
 
 
+def test_a_clock_that_is_off(two_nodes):
+    job = two_nodes("")
+    job.launch(changed={"other": "now = time.time\ntime.time = lambda: now() - 100"})
+    assert job.wait() == [76, 76], job.outputs()
+    (end,) = [event for event in job.events() if event["event"] == "end"]
+    assert list(end["bad_nodes"]) == ["other"]
+    off = re.fullmatch(r"its clock is (-[\d.]+) s off the first node's", end["bad_nodes"]["other"])
+    assert off and -100.1 < float(off[1]) < -50, end
+
+
+def test_a_slow_first_node_does_not_take_clocks_for_wrong(two_nodes):
+    """The others' words wait while it still looks at itself."""
+    job = two_nodes("")
+    slow = """
+look = preflight.gather_facts
+def late(*arguments, **options):
+    time.sleep(0.5)
+    return look(*arguments, **options)
+preflight.gather_facts, preflight._LARGEST_SKEW = late, 0.05
+"""
+    job.launch(changed={"localhost": slow})
+    assert job.wait() == [0, 0], job.outputs()
+
+
 def test_strangers_are_not_listened_to(two_nodes):
     """Another job's launcher on the same port, a port scanner, an earlier start of this job."""
     job = two_nodes(LISTEN)
     job.launch()
     job.wait_until(job.all_up)
     address = ("localhost", Allocation(job.job, "", 0, ("a",), 0).launcher_port)
-    hello = {"type": "hello", "node": "other", "job_id": job.job + 1, "restart_count": 0, "time": 0, "facts": {}}
+    hello = {"type": "hello", "node": "other", "job_id": job.job + 1, "restart_count": 0, "facts": {}}
     for words in (b"GET / HTTP/1.0\r\n\r\n", json.dumps(hello).encode() + b"\n", b'{"type": "preempt"}\n'):
         with socket.create_connection(address, 10) as stranger:
             stranger.sendall(words)
