@@ -26,6 +26,7 @@ def run_config(
     pp: int = 1,
     dp: int = 1,
     cp: int = 1,
+    ep: int = 1,
     sp: bool = False,
     loops: int = 2,
     recompute: str = "none",
@@ -62,6 +63,7 @@ def run_config(
             pipeline_model_parallel_size=pp,
             data_parallel_size=dp,
             context_parallel_size=cp,
+            expert_model_parallel_size=ep,
             sequence_parallel=sp,
             recompute_granularity=recompute,  # type: ignore[arg-type]
         ),
@@ -71,6 +73,7 @@ def run_config(
     )
 
 
+EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 176}
 # Layout, then what is run in it.
 CASES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     (
@@ -96,17 +99,22 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
     ({"dp": 2, "zero": 3}, [{}, {"precision": "bf16"}]),
     ({"cp": 2}, [{}, {"precision": "bf16", "recompute": "selective"}]),
     ({"tp": 2, "sp": True, "pp": 2}, [{}]),
+    ({}, [EXPERTS, {**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}]),
+    ({"dp": 2, "ep": 2}, [EXPERTS]),
 ]
 
 
 def name_of(changes: dict[str, Any]) -> str:
     """As in `L2 full bf16`."""
     words = [f"L{changes.get('loops', 2)}", changes.get("recompute", "none"), changes.get("precision", "fp32")]
-    model = set(changes) - {"loops", "recompute", "precision", "packed"}
+    model = set(changes) - {"loops", "recompute", "precision", "packed", *EXPERTS}
+    words += ["experts"] * ("num_moe_experts" in changes)
     return " ".join(words + ["packed"] * changes.get("packed", False) + ["model variant"] * bool(model))
 
 
-@pytest.mark.parametrize(("layout", "cases"), CASES, ids=[str(layout) for layout, _ in CASES])
+@pytest.mark.parametrize(
+    ("layout", "cases"), CASES, ids=[f"{layout}{' experts' * (EXPERTS == cases[0])}" for layout, cases in CASES]
+)
 def test_memory_is_within_a_tenth_of_what_is_measured(run_distributed, record_property, layout, cases):
     if "zero" in layout and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed (the `deepspeed` extra)")
