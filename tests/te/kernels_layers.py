@@ -65,6 +65,39 @@ def generic_gemm(
     return out, bias_grad, None, None
 
 
+def te_general_grouped_gemm(
+    a: list[Any],
+    transa: bool,
+    b: list[Any],
+    transb: bool,
+    out: list[Tensor],
+    output_dtype: Any,
+    splits: list[int] | None,
+    bias: list[Tensor],
+    bias_type: Any,
+    single_output: bool,
+    gelu_in: Any,
+    grad: bool,
+    workspaces: Any,
+    workspace_size: int,
+    accumulate: bool,
+    use_split_accumulator: bool,
+    margin: int,
+) -> list[Tensor]:
+    """`generic_gemm` of each pair; in a single output the products lie one after another, `splits` rows each."""
+    targets = out[0].split(splits) if single_output else out
+    for first, second, target in zip(a, b, targets, strict=True):
+        left, right = operand(second, columnwise=transb), operand(first, columnwise=not transa)
+        product = (left.t() if transb else left) @ (right.t() if transa else right)
+        target.copy_(product + target.float() if accumulate else product)
+    return bias
+
+
+def get_num_cublas_streams() -> int:
+    """How many of the products run at once, each with a workspace of its own."""
+    return 4
+
+
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, otype: Any, sm_margin: int, zero_centered: bool
 ) -> tuple[Any, None, Tensor]:
@@ -160,6 +193,8 @@ FUNCTIONS = {
     function.__name__: function
     for function in (
         generic_gemm,
+        te_general_grouped_gemm,
+        get_num_cublas_streams,
         rmsnorm_fwd,
         rmsnorm_bwd,
         swiglu,

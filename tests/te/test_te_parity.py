@@ -110,6 +110,16 @@ def test_packed_documents(check):
     check(Layout(tp=2, sp=True), [Case(2, packed=True)], ["packed"])
 
 
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2)], ids=str)
+def test_experts_as_one_grouped_product(check, layout):
+    """The reference has them one after another."""
+    model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 1e-3}
+    shared = {**model, "moe_shared_expert_intermediate_size": 8}
+    kinds = ((2, "none", model), (3, "full", model), (2, "selective", shared))
+    cases = [Case(loops, how, model=tuple(sorted(settings.items()))) for loops, how, settings in kinds]
+    check(layout, cases, ["experts", "experts, recomputed", "experts and a shared one"])
+
+
 def test_the_comparison_would_notice_another_window(reference):
     """The reference itself moves by more than is tolerated."""
     one, other = reference(Case(2)), reference(Case(2, model=(("window_size", 4),)))
