@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Make a training checkpoint out of a Hugging Face model: an exported PLT, LoopCoder-v2, or a dense Llama, Mistral,
-Qwen2, Qwen3 or OLMo-2, as it is or as the start of a PLT of several loops.
+"""Make a training checkpoint out of a Hugging Face model: an exported PLT, LoopCoder-v2, a dense Llama, Mistral,
+Qwen2, Qwen3 or OLMo-2, or a Qwen3-MoE, as it is or as the start of a PLT of several loops.
 
     python tools/convert_from_hf.py --model Qwen3-0.6B --output runs/qwen3 --loop-count 2
 

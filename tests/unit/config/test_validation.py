@@ -413,6 +413,7 @@ def test_shipped_runs_and_their_ablations_are_valid(path, row):
 
 def test_the_large_runs_fit_a_cluster():
     validate(load_config(ROOT / "configs/runs/plt2_1b.yaml"), world_size=128, check_files=False)
+    validate(load_config(ROOT / "configs/runs/plt2_moe_1b_7b.yaml"), world_size=64, check_files=False)
     validate(load_config(ROOT / "configs/runs/loopcoder_7b.yaml"), world_size=64, check_files=False)
 
 
