@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in _JOBS_OF_PROCESSES:
             item.add_marker(pytest.mark.xdist_group("jobs of processes"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what was compared: layouts with one process, estimated with measured memory."""
+    from tests.distributed.memory_table import write_memory_table
+    from tests.distributed.parity_table import write_parity_table
+
+    write_memory_table(terminalreporter)
+    write_parity_table(terminalreporter)

@@ -293,7 +293,7 @@ def _check_batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
     microbatches = training.global_batch_size // step
     if microbatches % pp:
         yield (
-            f"{microbatches} microbatches per step are not divisible by "
+            f"{microbatches} microbatches per step: not divisible by "
             f"parallel.pipeline_model_parallel_size {pp}: "
             "change training.global_batch_size or training.micro_batch_size"
         )
@@ -351,7 +351,10 @@ def _check_files(config: RunConfig) -> Iterator[str]:
         for index, source in enumerate(getattr(data, name)):
             yield from _check_source(source, f"data.{name}[{index}].path")
     if data.tokenizer is not None and not Path(data.tokenizer).exists():
-        yield f"data.tokenizer: {data.tokenizer} not found (paths are relative to the current directory)"
+        yield (
+            f"data.tokenizer: {data.tokenizer} not found (paths are relative to the current directory; "
+            "tools/train_tokenizer.py makes one)"
+        )
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
         yield f"checkpoint.load: {config.checkpoint.load} not found"
     yield from _check_writable(derived.run_folder(config), "output_dir")

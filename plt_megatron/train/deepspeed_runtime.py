@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron.core import parallel_state
 from torch import nn
 
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
+
+_engines: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, while they live
 
 
 def import_deepspeed() -> ModuleType:
@@ -40,6 +43,9 @@ def join_process_groups(deepspeed: ModuleType) -> None:
     from deepspeed.utils import groups
 
     assert dist.is_initialized()
+    for engine in _engines:
+        engine.destroy()  # autograd's nodes hold its hooks, and so all of it, process groups and their threads included
+    _engines.clear()
     # Numbers go on from one engine to the next, and ranks compare them. Engines would live on in the stack.
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     partition_parameters.Init.param_id = 0
@@ -93,7 +99,7 @@ def start_deepspeed(
             return ZERO_OPTIMIZATION
 
     unit = ModelParallelUnit()
-    return ZeroEngine(
+    engine = ZeroEngine(
         args=None,
         model=model,
         model_parameters=parameter_groups,
@@ -102,3 +108,5 @@ def start_deepspeed(
         config=config,
         config_class=deepspeed.DeepSpeedConfig(config, unit),
     )
+    _engines.add(engine)
+    return engine

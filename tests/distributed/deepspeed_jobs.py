@@ -212,14 +212,11 @@ def _steps(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
     return results
 
 
-def travel(folder: Path, start: Place, ends: list[Place]) -> Journey:
-    """Train three steps at the first place, save, and go on for three there and at all the others.
+def set_out(folder: Path, start: Place) -> Journey:
+    """Train three steps, save, and go on for three.
 
     The checkpoint is written once those three steps are made, as an asynchronous save might be.
     """
-    import torch
-
-    from plt_megatron.train.checkpoint import load_checkpoint
     from plt_megatron.train.checkpoint.loading import _saved_entries
     from plt_megatron.train.checkpoint.saving import begin_save
 
@@ -229,17 +226,21 @@ def travel(folder: Path, start: Place, ends: list[Place]) -> Journey:
     stayed, digest = _steps(engine, 4, 6), _everyones_state(engine)
     save.write()
     path = save.publish(2, 0)
-    journey = Journey(before, stayed, _saved_entries(path)[0], digest)
-    for end in ends:
-        engine = _build(end)
-        torch.manual_seed(99)
-        messages: list[str] = []
-        with heard(messages):
-            load_checkpoint(engine, folder)
-        journey.moved.append(_steps(engine, 4, 6))
-        journey.logs.append(messages)
-        journey.digests.append(_everyones_state(engine))
-    return journey
+    return Journey(before, stayed, _saved_entries(path)[0], digest)
+
+
+def arrive(folder: Path, end: Place) -> tuple[list[tuple[float, float]], list[str], list[str]]:
+    """Load what was saved into a fresh engine and go on for three steps: their numbers, what was logged, the state."""
+    import torch
+
+    from plt_megatron.train.checkpoint import load_checkpoint
+
+    engine = _build(end)
+    torch.manual_seed(99)
+    messages: list[str] = []
+    with heard(messages):
+        load_checkpoint(engine, folder)
+    return _steps(engine, 4, 6), messages, _everyones_state(engine)
 
 
 def _everyones_state(engine: Any) -> list[str]:

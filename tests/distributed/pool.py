@@ -7,7 +7,8 @@ the workers. `run` runs a function in `world_size` of them, as the ranks of one 
     results = pool.run(function, 4, *args, **kwargs)  # what the function returned on each rank
 
 The function and its arguments are pickled: the function lives at the top level of a module. The first failure, death or
-overrun of a rank ends the job, every worker with it, and raises `DistributedFailure`; the next job gets new workers.
+overrun of a rank ends the job, every worker with it, and raises `DistributedFailure`; the next job gets new workers. So
+it does where a job has left many threads behind.
 This file is also the server's main program. The parent needs neither torch nor megatron.
 """
 
@@ -36,6 +37,8 @@ from typing import Any
 
 _START_TIMEOUT_S = 180.0
 _GRACE_S = 1.0  # for the other ranks' own errors, once one has failed
+# A process group that a job has left behind keeps three threads, which wake up a hundred times a second each.
+_MOST_THREADS = 250
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -164,6 +167,15 @@ class _Worker:
         self.process.start()
         theirs.close()
 
+    @property
+    def threads(self) -> int:
+        """How many it has; 0 if it is dead."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self.process.pid).num_threads()
+        return 0
+
     def kill(self) -> None:
         """The worker and what it has started."""
         for kill in (os.killpg, os.kill):  # its group exists from its first line on
@@ -209,7 +221,10 @@ class _Server:
                 worker.connection.send(job)
         except (EOFError, ConnectionError, TimeoutError) as error:
             raise DistributedFailure(f"a worker died between jobs: {error!r}") from error
-        return self._collect(self.workers[: job.world_size], time.monotonic() + job.timeout_s, job.timeout_s)
+        results = self._collect(self.workers[: job.world_size], time.monotonic() + job.timeout_s, job.timeout_s)
+        if max(worker.threads for worker in self.workers) > _MOST_THREADS:
+            self.kill_workers()
+        return results
 
     def _grow(self, world_size: int) -> None:
         for rank in range(len(self.workers), world_size):

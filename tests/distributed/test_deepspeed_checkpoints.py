@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.deepspeed_jobs import MEGATRON, Journey, Place, Zero, save_from, travel, weights_then_all
+from tests.distributed.deepspeed_jobs import (
+    MEGATRON,
+    Journey,
+    Place,
+    Zero,
+    arrive,
+    save_from,
+    set_out,
+    weights_then_all,
+)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
@@ -28,18 +37,34 @@ OFFLOADED = [Place(Zero(1, "cpu")), Place(Zero(3, "cpu", "cpu"), 2)]
 @pytest.fixture(scope="module")
 def tensors(run_distributed, tmp_path_factory):
     """The shapes of the tensors in a megatron engine's checkpoint, by key."""
-    shapes = run_distributed(travel, 1, tmp_path_factory.mktemp("megatron"), Place(), []).shapes
+    shapes = run_distributed(set_out, 1, tmp_path_factory.mktemp("megatron"), Place()).shapes
     moments = sum("exp_avg_sq" in key for key in shapes)
     assert moments >= 10 and len(shapes) == 4 * moments, "weights, fp32 copies and two moments"
     return shapes
 
 
 @pytest.fixture
-def go_on(run_distributed, tmp_path, record_property, tensors):
+def travel(run_distributed, tmp_path):
+    """Train at a place, save, and go on there and elsewhere: a job for each place."""
+
+    def travel(start: Place, ends: list[Place]) -> Journey:
+        journey = run_distributed(set_out, 2, tmp_path, start)
+        for end in ends:
+            moved, log, digest = run_distributed(arrive, 2, tmp_path, end)
+            journey.moved.append(moved)
+            journey.logs.append(log)
+            journey.digests.append(digest)
+        return journey
+
+    return travel
+
+
+@pytest.fixture
+def go_on(travel, record_property, tensors):
     """Train at a place, save, go on elsewhere, and compare; what was found goes into the table."""
 
     def check(start: Place, ends: list[Place]) -> Journey:
-        journey = run_distributed(travel, 2, tmp_path, start, ends, timeout_s=280)
+        journey = travel(start, ends)
         assert journey.shapes == {key: _padded(shape, start.tp) for key, shape in tensors.items()}
         assert all("in the checkpoint" not in line for log in journey.logs for line in log)
         failures = []
@@ -74,7 +99,11 @@ def difference(numbers: list[tuple[float, float]], expected: list[tuple[float, f
         (Place(MEGATRON, 1), [Place(Zero(1), 2), Place(Zero(2), 1), Place(Zero(3), 2)]),
         (Place(MEGATRON, pp=2), [Place(Zero(1), 1), Place(Zero(3), 1)]),
         (Place(Zero(1), 2), [Place(MEGATRON, 1), Place(MEGATRON, pp=2), Place(Zero(2), 2), Place(Zero(3), 1)]),
-        (Place(Zero(2), 1), [Place(MEGATRON, 2), Place(Zero(1), 1), Place(Zero(3), 2)]),
+        pytest.param(
+            Place(Zero(2), 1),
+            [Place(MEGATRON, 2), Place(Zero(1), 1), Place(Zero(3), 2)],
+            marks=pytest.mark.slow,
+        ),
         (Place(Zero(3), 1), [Place(MEGATRON, 1), Place(Zero(1), 2), Place(Zero(2), 2)]),
     ],
     ids=lambda value: str(value) if isinstance(value, Place) else "on",
@@ -97,9 +126,9 @@ def test_a_run_moves_from_everywhere_to_everywhere(go_on, start):
     "place",
     [
         Place(Zero(1), 1, precision="bf16"),
-        Place(Zero(2), 2),
         Place(Zero(3), 1),
         Place(Zero(3, "cpu", "cpu"), 2, precision="bf16"),
+        pytest.param(Place(Zero(2), 2), marks=pytest.mark.slow),
         pytest.param(Place(Zero(1), 2), marks=pytest.mark.slow),
         pytest.param(Place(Zero(1, "cpu"), 1), marks=pytest.mark.slow),
         pytest.param(Place(Zero(2, "cpu"), 1, precision="bf16"), marks=pytest.mark.slow),
@@ -109,9 +138,9 @@ def test_a_run_moves_from_everywhere_to_everywhere(go_on, start):
     ],
     ids=str,
 )
-def test_a_run_that_was_saved_goes_on_bit_for_bit(run_distributed, tmp_path, place):
+def test_a_run_that_was_saved_goes_on_bit_for_bit(travel, place):
     """Losses, gradient norms, weights, fp32 copies and moments."""
-    journey = run_distributed(travel, 2, tmp_path, place, [place])
+    journey = travel(place, [place])
     assert len(journey.stayed) == 3 and len(set(journey.before + journey.stayed)) == 6
     assert journey.moved == [journey.stayed]
     assert journey.digests == [journey.digest] and len(journey.digest) == 2
@@ -123,11 +152,11 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(run_distributed, tmp_path, pla
 @pytest.mark.parametrize(
     ("before", "now", "zero", "tp"), [(1, 2, Zero(3), 1), (2, 1, Zero(1), 2)], ids=["1 to 2 loops", "2 to 1 loops"]
 )
-def test_the_number_of_loops_changes_as_on_the_megatron_engine(run_distributed, tmp_path, before, now, zero, tp):
+def test_the_number_of_loops_changes_as_on_the_megatron_engine(travel, before, now, zero, tp):
     """New gates start as they are built, with zero moments; unused ones are dropped; the log says so."""
     start = Place(MEGATRON, model=(("loop_count", before),))
     ends = [Place(engine, size, model=(("loop_count", now),)) for engine, size in ((MEGATRON, 1), (zero, tp))]
-    journey = run_distributed(travel, 2, tmp_path, start, ends)
+    journey = travel(start, ends)
     megatron, moved = journey.moved
     assert difference(megatron, journey.stayed) > 100 * TOLERANCE
     assert difference(moved, megatron) <= TOLERANCE

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def _state():
     from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
     return torch.get_num_threads(), is_cpu_runtime(), os.getpid(), torch.rand(1).item()
+
+
+def _leave_threads_behind(count: int) -> int:
+    for _ in range(count):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return os.getpid()
 
 
 def _raise_on(rank: int) -> None:
@@ -100,6 +107,14 @@ def test_workers_persist_with_one_thread_and_equal_random_state(pool):
     assert first == second  # the same processes, each job with the same random state
     assert len({pid for _, _, pid, _ in first}) == 2
     assert len({draw for *_, draw in first}) == 1
+
+
+def test_workers_with_many_threads_are_replaced(pool):
+    few = pool.run(_leave_threads_behind, 2, 20)
+    many = pool.run(_leave_threads_behind, 2, 300)
+    assert few == many
+    assert _gone_within(many, 20)
+    assert not set(pool.run(_leave_threads_behind, 2, 0)) & set(many)
 
 
 def test_large_results_come_back(pool):

@@ -61,7 +61,7 @@ class LocalRun:
         """Wait until it holds; an error if the run ends first."""
         deadline = time.monotonic() + LIMIT
         while not condition():
-            assert self.process.poll() is None, self.finish() or self.err
+            assert self.process.poll() is None, f"exit status {self.finish()}\n{self.out}{self.err}"
             assert time.monotonic() < deadline, "the run is too slow, or stuck"
             time.sleep(0.01)
 

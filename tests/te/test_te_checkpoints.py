@@ -3,6 +3,9 @@ saved, restored and resharded, and exports know nothing of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -21,22 +24,31 @@ def _te(layout: dict | None = None) -> object:
     return checkpoint_jobs.run_config(layout, backend="te")
 
 
-def _assert_same_numbers(ours, expected) -> None:
-    assert len(ours) == len(expected) > 0
-    for numbers, others in zip(ours, expected, strict=True):
-        assert numbers == pytest.approx(others, rel=1e-5)
+@pytest.fixture
+def check_same(record_property) -> Callable[[Any, Any, str, str], None]:
+    """Losses and gradient norms of a run that moved are those of one that stayed; how close goes into the table."""
+
+    def check(ours: Any, expected: Any, start: str, end: str) -> None:
+        assert len(ours) == len(expected) == 3
+        pairs = zip(np.ravel(ours), np.ravel(expected), strict=True)
+        worst = max(float(abs(one - other) / abs(other)) for one, other in pairs)
+        record_property("parity", ["checkpoints between backends, saved at", end, start, worst, 1e-5])
+        assert worst <= 1e-5
+
+    return check
 
 
-def test_torchs_layers_and_optimizer_go_on_as_transformer_engines(run_plain, run_te, tmp_path):
+def test_torchs_layers_and_optimizer_go_on_as_transformer_engines(run_plain, run_te, tmp_path, check_same):
     """Saved by a process without Transformer Engine, with torch's Adam; loaded with its layers and its Adam."""
     expected = run_plain(checkpoint_jobs.train_and_save, 1, tmp_path, _torch(), then=3)["after"]
-    _assert_same_numbers(run_te(jobs.load_then_go_on, 1, tmp_path, _te(), 3)["after"], expected)
-    _assert_same_numbers(run_te(jobs.load_then_go_on, 2, tmp_path, _te(TP2_SP), 3)["after"], expected)
+    check_same(run_te(jobs.load_then_go_on, 1, tmp_path, _te(), 3)["after"], expected, "torch TP1", "te TP1")
+    check_same(run_te(jobs.load_then_go_on, 2, tmp_path, _te(TP2_SP), 3)["after"], expected, "torch TP1", "te TP2 SP")
 
 
-def test_transformer_engines_go_on_as_torchs(run_plain, run_te, tmp_path):
+def test_transformer_engines_go_on_as_torchs(run_plain, run_te, tmp_path, check_same):
     expected = run_te(jobs.save_then_go_on, 2, tmp_path, _te(PP2), 3, 3)["after"]
-    _assert_same_numbers(run_plain(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"], expected)
+    moved = run_plain(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"]
+    check_same(moved, expected, "te PP2", "torch TP1")
 
 
 def test_experts_move_between_one_after_another_and_grouped(run_plain, run_te, tmp_path):

@@ -3,7 +3,9 @@ is in FP8, and what the log and the errors say."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,11 +18,20 @@ LAYERS = 4
 LOSS_BOUND, NORM_BOUND = 0.02, 0.2
 
 
-def assert_close_to_bf16(outcome, expected) -> None:
-    for name, value in expected.numbers.items():
-        bound = NORM_BOUND if name.startswith("gradient") else LOSS_BOUND
-        assert outcome.numbers[name] == pytest.approx(value, rel=bound), name
-        assert outcome.numbers[name] != value, f"{name}: FP8 changes nothing"
+@pytest.fixture
+def check_close(record_property) -> Callable[[Any, Any, str], None]:
+    """An outcome in FP8 is close to one in BF16 and not the same; how close goes into the table."""
+
+    def check(outcome: Any, expected: Any, row: str) -> None:
+        off = {name: abs(outcome.numbers[name] / value - 1) for name, value in expected.numbers.items()}
+        assert min(off.values()) > 0, "FP8 changes nothing"
+        bounds = {"gradient norm": NORM_BOUND, "loss": LOSS_BOUND}
+        for kind, bound in bounds.items():
+            worst = max((name for name in off if kind in name), key=off.__getitem__)
+            record_property("parity", ["emulated FP8 with BF16", row, kind, off[worst], bound])
+            assert off[worst] <= bound, f"{row}: {worst} is off by {off[worst]:.1%}"
+
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -31,41 +42,41 @@ def bf16(run_te):
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
-def test_every_recipe_of_hopper_is_close_to_bf16(run_te, bf16, recipe):
+def test_every_recipe_of_hopper_is_close_to_bf16(run_te, bf16, check_close, recipe):
     loops = (1, 2, 3)
     outcomes = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(count, recipe) for count in loops])
     for count, outcome in zip(loops, outcomes, strict=True):
-        assert_close_to_bf16(outcome, bf16[count])
+        check_close(outcome, bf16[count], f"{recipe} L{count} {Layout()}")
 
 
 @pytest.mark.parametrize(
     ("layout", "recipe"),
     [
-        (Layout(tp=2), "tensorwise"),
+        pytest.param(Layout(tp=2), "tensorwise", marks=pytest.mark.slow),
         (Layout(tp=2, sp=True), "delayed"),
-        (Layout(tp=2, sp=True), "blockwise"),
+        pytest.param(Layout(tp=2, sp=True), "blockwise", marks=pytest.mark.slow),
         (Layout(pp=2), "delayed"),
         (Layout(cp=2), "tensorwise"),
-        (Layout(dp=2), "delayed"),
+        pytest.param(Layout(dp=2), "delayed", marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_layouts_are_close_to_bf16(run_te, bf16, layout, recipe):
+def test_layouts_are_close_to_bf16(run_te, bf16, check_close, layout, recipe):
     (outcome,) = run_te(jobs.train_fresh, layout.world_size, layout, [fp8_case(2, recipe)])
-    assert_close_to_bf16(outcome, bf16[2])
+    check_close(outcome, bf16[2], f"{recipe} L2 {layout}")
 
 
 @pytest.mark.parametrize("recipe", ["mxfp8", "auto"])
-def test_mxfp8_is_blackwells(run_te, bf16, recipe):
+def test_mxfp8_is_blackwells(run_te, bf16, check_close, recipe):
     calls, outcome = run_te(jobs.count, 1, Layout(), fp8_case(2, recipe), generation=10)
-    assert_close_to_bf16(outcome, bf16[2])
+    check_close(outcome, bf16[2], f"{recipe} on Blackwell L2 {Layout()}")
     assert all(call.weights == dict.fromkeys(call.weights, 1) and call.weights for call in calls)
 
 
 # ---------------------------------------------------------------- once a step
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+@pytest.mark.parametrize("recipe", ["delayed", pytest.param("tensorwise", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("layout", "loops"), [(Layout(), 1), (Layout(), 3), (Layout(tp=2, sp=True), 2), (Layout(pp=2), 3)], ids=str
 )
@@ -104,12 +115,12 @@ def test_the_cached_weights_are_never_stale(run_te):
 # ---------------------------------------------------------------- attention
 
 
-def test_global_attention_in_fp8_and_the_window_in_bf16_in_one_layer(run_te):
+def test_global_attention_in_fp8_and_the_window_in_bf16_in_one_layer(run_te, check_close):
     (expected,) = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(3, None, kv_channels=128)])
     calls, outcome = run_te(
         jobs.count, 1, Layout(), fp8_case(3, "delayed", attention=True, kv_channels=128), timeout_s=240
     )
-    assert_close_to_bf16(outcome, expected)
+    check_close(outcome, expected, f"delayed, attention in FP8 L3 {Layout()}")
     window = (2, 0)  # of 3 keys, the query's own included
     for call in (call for call in calls if call.call == "train"):
         microbatches = call.attentions[True, (-1, 0)] // (3 * LAYERS)
@@ -120,14 +131,14 @@ def test_global_attention_in_fp8_and_the_window_in_bf16_in_one_layer(run_te):
         }
 
 
-@pytest.mark.parametrize("kind", ["p2p", "a2a"])
-def test_fp8_attention_with_context_parallelism(run_te, kind):
+@pytest.mark.parametrize("kind", [pytest.param("p2p", marks=pytest.mark.slow), "a2a"])
+def test_fp8_attention_with_context_parallelism(run_te, check_close, kind):
     """The window communicates by itself, in BF16."""
     case = fp8_case(2, "delayed", attention=True, kv_channels=128)
     (expected,) = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(2, None, kv_channels=128)])
     shared = replace(case, parallel=(("cp_comm_type", kind), ("local_cp_comm_type", "a2a")))
     calls, outcome = run_te(jobs.count, 2, Layout(cp=2), shared)
-    assert_close_to_bf16(outcome, expected)
+    check_close(outcome, expected, f"delayed, attention in FP8 L2 {Layout(cp=2)} {kind}")
     assert {fp8 for fp8, window in calls[0].attentions if window[0] > 0} == {False}
     assert {fp8 for fp8, window in calls[0].attentions if window[0] < 0} == {True}
 

@@ -81,17 +81,30 @@ def _differences(outcome: Any, expected: Any) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(), Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, sp=True, pp=2)], ids=str
+    "layout",
+    [
+        Layout(),
+        pytest.param(Layout(tp=2), marks=pytest.mark.slow),
+        Layout(tp=2, sp=True),
+        Layout(pp=2),
+        pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_every_loop_count(check, layout):
     check(layout, LOOPS)
 
 
-@pytest.mark.parametrize("how", [A2A, ALL_GATHER, P2P], ids=["a2a", "all_gather", "p2p"])
+@pytest.mark.parametrize(
+    "how",
+    [A2A, pytest.param(ALL_GATHER, marks=pytest.mark.slow), pytest.param(P2P, marks=pytest.mark.slow)],
+    ids=["a2a", "all_gather", "p2p"],
+)
 def test_context_parallelism(check, how):
     check(Layout(cp=2), [Case(loops, parallel=how) for loops in (1, 2, 3)])
 
 
+@pytest.mark.slow
 def test_context_and_sequence_parallelism(check):
     check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", parallel=ALL_GATHER)])
 

@@ -39,6 +39,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, make, run_te):
     assert {"loss", "grad_norm", "gate_mean", "hidden_norm", "step_size"} <= numbers(whole)[0].keys()
 
 
+@pytest.mark.slow
 def test_tensor_and_sequence_parallel_ranks_are_close(whole, make, run_te):
     config = make("two ranks", tensor_model_parallel_size=2, sequence_parallel=True)
     assert run_te(jobs.run_whole, 2, config, timeout_s=240) is True

@@ -230,7 +230,7 @@ def test_transformer_engine_shares_what_divides():
 def test_pipelines_need_a_multiple_of_microbatches():
     settings = {"parallel__pipeline_model_parallel_size": 4, "training__micro_batch_size": 4}
     (line,) = problems(**settings, training__global_batch_size=8)
-    assert "2 microbatches per step are not divisible by parallel.pipeline_model_parallel_size 4" in line
+    assert "2 microbatches per step: not divisible by parallel.pipeline_model_parallel_size 4" in line
     assert problems(**settings, training__global_batch_size=32) == []
     (line,) = problems(world_size=8, **settings, training__global_batch_size=24)  # DP 2: 3 microbatches
     assert "3 microbatches" in line

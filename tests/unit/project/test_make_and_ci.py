@@ -53,6 +53,15 @@ class TestMakefile:
         (line,) = (line for line in run(["make", "-n", "test-all"]).stdout.splitlines() if "pytest" in line)
         assert "-m pytest" in line and "not slow" not in line
 
+    def test_the_te_group_installs_what_it_needs_and_runs_all_of_its_tests(self, tmp_path):
+        planned = run(["make", "-n", "test-te", f"TE={tmp_path}/te/.complete"]).stdout
+        assert f"--target {tmp_path}/te --requirement tests/te/requirements.txt" in planned
+        tests = planned.splitlines()[-1]
+        assert tests.endswith("tests/te") and "-m pytest" in tests and "not slow" not in tests
+        (tmp_path / "te").mkdir()
+        (tmp_path / "te" / ".complete").touch()
+        assert "pip install" not in run(["make", "-n", "test-te", f"TE={tmp_path}/te/.complete"]).stdout
+
     def test_workers_and_arguments_reach_pytest(self):
         planned = run(["make", "-n", "test", "WORKERS=4", "PYTEST_ARGS=-k gate"]).stdout
         assert "-n 4" in planned and "-k gate" in planned
