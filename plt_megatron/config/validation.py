@@ -251,7 +251,7 @@ def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
         if size % tp:
             yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
     if model.num_layers % pp:
-        yield (f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size {pp}")
+        yield f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size {pp}"
     if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > model.num_layers // pp:
         yield (
             f"parallel.recompute_num_layers {parallel.recompute_num_layers} is more than the "
@@ -386,14 +386,13 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 
 
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
-    if config.model.backend == "te":
-        if have_te is None:
-            have_te = importlib.util.find_spec("transformer_engine") is not None
-        if not have_te:
-            yield (
-                "model.backend te needs Transformer Engine, which is not installed; install it "
-                "(the `gpu` extra) or set model.backend=torch"
-            )
+    if config.model.backend == "te" and have_te is None:
+        have_te = importlib.util.find_spec("transformer_engine") is not None
+    if config.model.backend == "te" and not have_te:
+        yield (
+            "model.backend te needs Transformer Engine, which is not installed; install it (the `gpu` extra) or set "
+            "model.backend=torch"
+        )
     yield from filter(None, [deepspeed_validation.find_package_problem(config)])
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield (
