@@ -37,8 +37,9 @@ from typing import Any
 
 _START_TIMEOUT_S = 180.0
 _GRACE_S = 1.0  # for the other ranks' own errors, once one has failed
-# A process group that a job has left behind keeps three threads, which wake up a hundred times a second each.
-_MOST_THREADS = 250
+# A process group that something still refers to when a job is over keeps three threads, which wake up a hundred times
+# a second each: a dozen idle workers take half the machine. A worker without any has about ten, a new one costs a fork.
+_MOST_THREADS = 30
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
