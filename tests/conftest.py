@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 _JOBS_OF_PROCESSES = ("distributed", "slurm", "te")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
