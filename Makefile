@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # pay on a machine of many cores.
 WORKERS ?= 2
 PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS) --dist loadgroup) $(PYTEST_ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
 
 export PYTHON PIP_ARGS
 

@@ -17,17 +17,21 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# With `-n WORKERS --dist loadgroup` these stay with one worker: a pool of processes, a cluster, is paid for once, and
-# jobs of several processes do not take the few cores from one another.
-_JOBS_OF_PROCESSES = ("distributed", "slurm", "te")
+# With `-n WORKERS` these stay with one worker: a pool of processes, a cluster, is paid for once, and jobs of several
+# processes do not take the few cores from one another.
+_JOBS_OF_PROCESSES = ("tests/distributed/", "tests/slurm/", "tests/te/")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in _JOBS_OF_PROCESSES:
-            item.add_marker(pytest.mark.xdist_group("jobs of processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Jobs of processes first and in one worker, every other test wherever there is time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "jobs of processes" if nodeid.startswith(_JOBS_OF_PROCESSES) else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
