@@ -245,8 +245,15 @@ def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_mod
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
+    """The command as from a terminal: what a shell has put into the background ignores Ctrl-C, and so do its children."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tool_environment())
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=tool_environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def wait_until(condition: Any, process: subprocess.Popen[str] | None = None, seconds: float = 60) -> bool:

@@ -19,9 +19,9 @@ SWEEP = Path("runs/sweeps/smoke")
 
 def recipe() -> list[list[str]]:
     """The target's commands, with this Python and the repository's files by absolute paths."""
-    listed = subprocess.run(
-        ["make", "-n", "-o", ".venv/installed", "sweep-smoke"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    # Under `make test` an inner make would say which folder it enters.
+    command = ["make", "--no-print-directory", "-n", "-o", ".venv/installed", "sweep-smoke"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = [line.split() for line in listed.splitlines() if line.strip()]
     return [[sys.executable, *(absolute(word) for word in words[1:])] for words in commands]
 
