@@ -245,7 +245,7 @@ def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_mod
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """The command as from a terminal: what a shell has put into the background ignores Ctrl-C, and so do its children."""
+    """The command as from a terminal: what a shell puts into the background ignores Ctrl-C, and its children do too."""
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
     return subprocess.Popen(
         command,
