@@ -163,6 +163,7 @@ def test_the_number_of_loops_changes_as_on_the_megatron_engine(travel, before, n
     assert journey.logs[0] == journey.logs[1] and any("gates" in line for line in journey.logs[1])
 
 
+@pytest.mark.slow
 def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_distributed, tmp_path):
     (saved,) = run_distributed(save_from, 2, tmp_path, [Place()])
     megatron = run_distributed(weights_then_all, 2, tmp_path / "0", Place())

@@ -70,6 +70,7 @@ def _flat(record: dict) -> dict[str, float]:
     return flat
 
 
+@pytest.mark.slow
 def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run_distributed):
     """The fourth step is bad: back to step 2's checkpoint, on with the samples after the bad step's."""
     rollback = {"on_nonfinite": "rollback"}

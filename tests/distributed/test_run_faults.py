@@ -140,7 +140,7 @@ def endless(name: str, tmp_path: Path, data: DataConfig, **parallel) -> RunConfi
     )
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_process_ends_the_job_and_is_named(data, tmp_path, rank):
     config = endless("stopped", tmp_path, data)
     run = LocalRun(config)
