@@ -54,15 +54,14 @@ warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 enter_cpu_runtime()
 
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 
+from benchmarks.deeper_gpt import deeper_gpt  # noqa: E402
 from plt_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from plt_megatron.estimate.flops import training_flops_per_token  # noqa: E402
 from plt_megatron.estimate.parameters import count_parameters  # noqa: E402
 from plt_megatron.model.initialization import initialize  # noqa: E402
-from plt_megatron.model.layer_specs import layer_spec  # noqa: E402
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
-from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config  # noqa: E402
+from plt_megatron.model.transformer_config import DTYPES, transformer_config  # noqa: E402
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
 from plt_megatron.train.engine import wrap_ddp  # noqa: E402
 from plt_megatron.train.throughput import measure_matmul_tflops  # noqa: E402
@@ -92,7 +91,8 @@ class Contest:
         self.batch = MicroBatch(text[:, :-1].contiguous(), labels=text[:, 1:].contiguous())
         self.stage = self._stage()
         self.plt = wrap_ddp(self.stage, overlap_grad_reduce=False)
-        self.gpt = wrap_ddp(self._gpt(), overlap_grad_reduce=False)
+        gpt = deeper_gpt(self.model, self._config, VOCAB_SIZE, self.length).to(DTYPES[self.precision])
+        self.gpt = wrap_ddp(gpt, overlap_grad_reduce=False)
 
     def _config(self, model: ModelConfig):
         return transformer_config(model, ParallelConfig(), precision=self.precision)
@@ -101,22 +101,6 @@ class Contest:
         stage = LoopedGPT(self._config(self.model), VOCAB_SIZE, self.length)
         initialize(stage, seed=1)
         return stage.to(DTYPES[self.precision])
-
-    def _gpt(self) -> GPTModel:
-        """megatron-core's GPTModel with twice the layers and our attention and norm modules."""
-        plain = dataclasses.replace(self.model, num_layers=2 * self.model.num_layers, loop_count=1)
-        model = GPTModel(
-            self._config(plain),
-            layer_spec(plain, resolve_backend(plain)),
-            VOCAB_SIZE,
-            self.length,
-            share_embeddings_and_output_weights=True,
-            position_embedding_type="rope",
-        )
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.02)
-        return model.to(DTYPES[self.precision])
 
     def step_plt(self) -> None:
         """Forward and backward of PLT-2."""

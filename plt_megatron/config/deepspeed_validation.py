@@ -45,8 +45,8 @@ def _check_features(config: RunConfig) -> Iterator[str]:
         ("overlap_grad_reduce", False),
     )
     for name, off in wanted:
-        value = getattr(parallel, name, off)
-        if value not in (off, None):
+        value = getattr(parallel, name)
+        if value != off:
             yield f"engine deepspeed: parallel.{name} {_text(value)}: set it to {_text(off)}, or set engine=megatron"
     if model.num_moe_experts is not None:
         what = f"model.num_moe_experts {model.num_moe_experts}"

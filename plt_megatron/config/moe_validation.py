@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 
-_SETTINGS = (
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_router_pre_softmax",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_expert_capacity_factor",
-)
+_SETTINGS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("moe_"))
 
 
 def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:

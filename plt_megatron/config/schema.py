@@ -51,9 +51,7 @@ class ModelConfig:
     num_moe_experts: int | None = None  # None: a dense model
     moe_router_topk: int = 2  # experts a token is sent to
     moe_ffn_hidden_size: int | None = None  # of one expert; None: ffn_hidden_size
-    moe_shared_expert_intermediate_size: int | None = (
-        None  # of an expert that every token uses beside; None: there is none
-    )
+    moe_shared_expert_intermediate_size: int | None = None  # of an expert that every token uses beside; None: none
     moe_router_pre_softmax: bool = False  # weights of the chosen: their share of all (true), or of the chosen (false)
     # Over what the load is balanced: each sequence (whatever the layout and the micro-batch size), or each microbatch.
     moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.layout import BYTES, Layout
+from plt_megatron.estimate.parameters import active_experts
 
 FP32 = 4
 
@@ -249,8 +250,8 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         channels=derived.head_dim(model),
         ffn=derived.split_ffn(model)[1] // layout.tensor,
         experts=model.num_moe_experts or 0,
-        topk=model.moe_router_topk if model.num_moe_experts else 0,
-        expert_ffn=derived.expert_ffn_hidden_size(model) if model.num_moe_experts else 0,
+        topk=active_experts(model),
+        expert_ffn=derived.expert_ffn_hidden_size(model),
         window=model.window_size,
         vocab=padded_vocab // layout.tensor,
         padding=min(padded_vocab - vocab_size, padded_vocab // layout.tensor),

@@ -19,12 +19,11 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.cards import Card, find_card
 from plt_megatron.estimate.layout import BYTES
 from plt_megatron.estimate.parameters import (
-    active_ffn_width,
+    active_ffn_parameters,
     count_parameters,
     gate_input_size,
     projection_parameters,
     qkv_parameters,
-    router_parameters,
 )
 
 ELEMENT = BYTES["bf16"]
@@ -127,8 +126,7 @@ def _flops(model: ModelConfig, context: int, head: int) -> float:
     loops, layers = model.loop_count, model.num_layers
     later = loops - 1 if derived.has_gates(model) else 0
     width = model.num_attention_heads * derived.head_dim(model)
-    ffn = 3 * model.hidden_size * active_ffn_width(model) + router_parameters(model)
-    linear = qkv_parameters(model) + projection_parameters(model) + ffn
+    linear = qkv_parameters(model) + projection_parameters(model) + active_ffn_parameters(model)
     attention = 4 * width * (loops * context + later * min(model.window_size, context))
     gates = later * 2 * model.num_attention_heads * gate_input_size(model)
     return layers * (loops * 2 * linear + attention + gates) + 2 * head

@@ -81,17 +81,12 @@ def forward_flops_per_token(
     windows = later_loops if model.gated_window else 0
     return Flops(
         projections=layers * projections,
-        ffn=layers * loops * 2 * _ffn(model),
+        ffn=layers * loops * 2 * parameters.active_ffn_parameters(model),
         global_attention=layers * loops * 4 * attention_width * mean_keys(sequence_length),
         local_attention=layers * windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
         gate=layers * windows * 2 * model.num_attention_heads * parameters.gate_input_size(model),
         output=2 * model.hidden_size * padded_vocab_size,
     )
-
-
-def _ffn(model: ModelConfig) -> int:
-    """Multiply-adds of a token in one layer's FFN."""
-    return 3 * model.hidden_size * parameters.active_ffn_width(model) + parameters.router_parameters(model)
 
 
 def training_flops_per_token(

@@ -153,6 +153,11 @@ def active_ffn_width(model: ModelConfig) -> int:
     return whole_ffn_width(model) + active_experts(model) * derived.expert_ffn_hidden_size(model)
 
 
+def active_ffn_parameters(model: ModelConfig) -> int:
+    """Weights of one layer's FFN that a token meets, a router's among them: its multiply-adds."""
+    return 3 * model.hidden_size * active_ffn_width(model) + router_parameters(model)
+
+
 def expert_parameters(model: ModelConfig) -> int:
     """One expert."""
     return 3 * model.hidden_size * derived.expert_ffn_hidden_size(model)

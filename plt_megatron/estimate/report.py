@@ -194,9 +194,7 @@ def _time_rows(config: RunConfig, estimate: RunEstimate, card: Card) -> list[lis
         if seconds:
             rows.append([name.replace("_", " "), f"{seconds:.3g} s", f"{100 * seconds / total:.1f} %"])
     tokens = derived.tokens_per_step(config) / total
-    mfu = model_flops_share(
-        estimate, config, card.flops_per_second(config.training.precision, config.training.fp8 != "none")
-    )
+    mfu = model_flops_share(estimate, config, card)
     rows.append(["tokens/s", f"{tokens:,.0f}", f"MFU {100 * mfu:.0f} %"])
     return rows
 
@@ -279,9 +277,7 @@ def _search_report(question: Question, config: RunConfig, world_size: int, found
 def _candidate_row(config: RunConfig, card: Card, candidate: Candidate) -> list[str]:
     estimate, layout = candidate.estimate, candidate.estimate.layout
     spent = ", ".join(f"{100 * share:.0f} % {name}" for name, share in candidate.overheads[:3] if share >= 0.005)
-    mfu = model_flops_share(
-        estimate, config, card.flops_per_second(config.training.precision, config.training.fp8 != "none")
-    )
+    mfu = model_flops_share(estimate, config, card)
     return [
         str(layout),
         str(layout.micro_batch_size),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
-from plt_megatron.estimate.cards import find_card
+from plt_megatron.estimate.cards import Card, find_card
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
@@ -177,7 +177,8 @@ def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
     return changed
 
 
-def model_flops_share(estimate: RunEstimate, config: RunConfig, peak: float) -> float:
-    """MFU: model FLOP/s over the dense peak (FLOP/s of one card)."""
+def model_flops_share(estimate: RunEstimate, config: RunConfig, card: Card) -> float:
+    """MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
+    peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 != "none")
     tokens = derived.tokens_per_step(config)
     return estimate.flops_per_token * tokens / (estimate.step_seconds * estimate.world_size * peak)

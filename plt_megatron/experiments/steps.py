@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.text_files import write_text
 
 _CHUNK = 1 << 20  # bytes
 
@@ -128,6 +128,4 @@ def _read(path: Path) -> Stamp | None:
 
 def _write(path: Path, stamp: Stamp) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(asdict(stamp)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(asdict(stamp)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments import sweep_hold
 from plt_megatron.experiments.sweep_file import SweepFile
+from plt_megatron.experiments.text_files import write_text
 
 FILE_NAME = "sweep.yaml"
 CONFIGS = "plan"  # the folder of the runs' configurations
@@ -211,10 +211,7 @@ def save_plan(plan: SweepPlan) -> None:
             for run in plan.runs
         ],
     }
-    target = plan.folder / FILE_NAME
-    temporary = target.with_name(f".{FILE_NAME}.{os.getpid()}")
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False, width=110), encoding="utf-8")
-    os.replace(temporary, target)
+    write_text(plan.folder / FILE_NAME, yaml.safe_dump(content, sort_keys=False, width=110))
 
 
 def load_plan(folder: str | Path) -> SweepPlan:

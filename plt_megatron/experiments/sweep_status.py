@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from plt_megatron.data.mix import fingerprint, fingerprint_differences, required
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun
+from plt_megatron.experiments.text_files import write_text
 from plt_megatron.slurm.progress import read_progress
 from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress, step_of
 from plt_megatron.train.metrics import FILE_NAME as METRICS
@@ -51,9 +51,7 @@ def read_record(folder: Path) -> RunRecord | None:
 def write_record(folder: Path, record: RunRecord) -> None:
     """Atomic."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(record)) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / RECORD)
+    write_text(folder / RECORD, json.dumps(asdict(record)) + "\n")
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:

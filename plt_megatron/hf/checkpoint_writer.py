@@ -116,7 +116,9 @@ class _Planner(DefaultSavePlanner):
 
     def _items(self) -> Iterator[WriteItem]:
         places = [_place(tensor.name) for tensor in self._tensors]
-        sizes = {key: tuple(1 + last for last in map(max, zip(*group, strict=True))) for key, group in _by_key(places)}
+        sizes: dict[str, tuple[int, ...]] = {}
+        for key, place in places:
+            sizes[key] = tuple(max(size, 1 + index) for size, index in zip(sizes.get(key, place), place, strict=True))
         for tensor, (key, place) in zip(self._tensors, places, strict=True):
             shape, part = (*sizes[key], *tensor.shape), (*[1] * len(place), *tensor.shape)
             offsets = (*place, *[0] * len(tensor.shape))
@@ -152,10 +154,3 @@ def _place(name: str) -> tuple[str, tuple[int, ...]]:
     if expert is None:
         return layer[1] + layer[3], (int(layer[2]),)
     return f"{layer[1]}{expert[1]}experts.{expert[3]}", (int(layer[2]), int(expert[2]))
-
-
-def _by_key(places: list[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    groups: dict[str, list[tuple[int, ...]]] = {}
-    for key, place in places:
-        groups.setdefault(key, []).append(place)
-    yield from groups.items()

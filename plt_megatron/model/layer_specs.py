@@ -12,6 +12,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -20,7 +21,7 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.attention import PLTSelfAttention, TEGatedAttention, TorchGatedAttention
-from plt_megatron.model.moe import MoELayer, MoETransformerLayer, moe_submodules
+from plt_megatron.model.moe import MoETransformerLayer, moe_submodules
 from plt_megatron.model.norms import AllHeadsRMSNorm, NormColumnParallelLinear, RMSNorm
 from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import resolve_backend

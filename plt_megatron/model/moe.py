@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.moe_utils import z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -43,37 +43,37 @@ class LoopRouter(TopKRouter):
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits [s, b, experts] -> (weights, whether a token goes to an expert), both [s * b, experts]."""
         weights, kept = super().routing(logits, padding_mask)
-        statistics = self._statistics()
-        if statistics is not None and self.context is not None:
+        if noted := self._noted():
+            statistics, loop = noted
             chosen = kept
             if self.config.moe_expert_capacity_factor is not None:
                 best = logits.detach().flatten(0, 1).topk(self.topk, dim=-1).indices
                 chosen = torch.zeros_like(kept).scatter(1, best, True)
-            statistics.add_routing(self.context.loop, self.number, chosen, kept)
+            statistics.add_routing(loop, self.number, chosen, kept)
         return weights, kept
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """As megatron-core's, which calls it where the loss is differentiated."""
-        self._add_loss("aux_loss", aux_loss / aux_loss_coeff)
+        if noted := self._noted():
+            statistics, loop = noted
+            statistics.add_loss("aux_loss", loop, aux_loss / aux_loss_coeff)
         return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **kwargs)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """As megatron-core's."""
-        if self.config.moe_z_loss_coeff is not None and torch.is_grad_enabled() and self._statistics() is not None:
-            self._add_loss("z_loss", z_loss_func(logits.detach(), 1.0))
+        if self.config.moe_z_loss_coeff is not None and torch.is_grad_enabled() and (noted := self._noted()):
+            statistics, loop = noted
+            statistics.add_loss("z_loss", loop, z_loss_func(logits.detach(), 1.0))
         return super().apply_z_loss(logits, padding_mask)
 
-    def _statistics(self) -> ExpertStatistics | None:
-        if self.context is None or self.context.statistics is None:
+    def _noted(self) -> tuple[ExpertStatistics, int] | None:
+        """Where this pass is noted down, and as which loop; None: it is not."""
+        statistics = None if self.context is None else self.context.statistics
+        if self.context is None or statistics is None or statistics.experts is None:
             return None
-        return self.context.statistics.experts
-
-    def _add_loss(self, name: str, loss: Tensor) -> None:
-        statistics = self._statistics()
-        if statistics is not None and self.context is not None:
-            statistics.add_loss(name, self.context.loop, loss)
+        return statistics.experts, self.context.loop
 
 
 class MoETransformerLayer(TransformerLayer):
@@ -104,6 +104,3 @@ def moe_submodules(backend: str, linear: type, row_linear: type) -> MoESubmodule
         shared_experts=partial(SharedExpertMLP, submodules=MLPSubmodules(linear_fc1=linear, linear_fc2=row_linear)),
         router=LoopRouter,
     )
-
-
-__all__ = ["LoopRouter", "MoELayer", "MoETransformerLayer", "moe_submodules"]

@@ -72,7 +72,7 @@ class Job:
 
     id: str  # of a member of an array: ARRAY_TASK
     state: str  # RUNNING, PENDING, COMPLETED, ...
-    reason: str
+    reason: str  # why it waits or has failed; empty: Slurm names none
     elapsed: str
     limit: str
     start: str  # when it began or is expected to; N/A
@@ -140,7 +140,18 @@ def my_jobs() -> list[Job]:
         SlurmError: Slurm does not answer.
     """
     text = _ask("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T|%r|%M|%l|%S|%N|%j")
-    return [Job(*fields) for line in text.splitlines() if len(fields := line.split("|", 7)) == 8]
+    return read_jobs(text.splitlines())
+
+
+def read_jobs(lines: Sequence[str]) -> list[Job]:
+    """Jobs from lines of squeue. The reason `None` is none: Slurm has not looked at it, or nothing failed."""
+    found = []
+    for line in lines:
+        fields = line.split("|", 7)
+        if len(fields) == 8:
+            number, state, reason, *others = fields
+            found.append(Job(number, state, "" if reason == "None" else reason, *others))
+    return found
 
 
 def submit(script: Path) -> str:

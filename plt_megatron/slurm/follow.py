@@ -120,7 +120,7 @@ class _States:
 def _describe(job: client.Job) -> str:
     state = job.state.lower()
     if job.state == "PENDING":
-        return f"is pending ({job.reason})" if job.reason != "None" else "is pending"
+        return f"is pending ({job.reason})" if job.reason else "is pending"
     return f"is {state} on {job.nodes}" if job.state == "RUNNING" else f"is {state}"
 
 

@@ -115,9 +115,9 @@ def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:
     first, behind = ordered[0], len(ordered) - 1
     more = f", {behind} more of its chain behind it" if behind else ""
     if first.state == "PENDING":
-        why = [first.reason] if first.reason != "None" else []  # Slurm has not looked at it yet
-        why += [f"expected to start {first.start}"] if first.start not in ("N/A", "") else []
-        return "pending", f"job {first.id}" + (f" ({', '.join(why)})" if why else "") + more
+        starts = f"expected to start {first.start}" if first.start not in ("N/A", "") else ""
+        why = ", ".join(filter(None, (first.reason, starts)))
+        return "pending", f"job {first.id}" + (f" ({why})" if why else "") + more
     return first.state.lower(), f"job {first.id} on {first.nodes}, {first.elapsed} of {first.limit}{more}"
 
 
@@ -135,7 +135,7 @@ def _at_rest(run: Path, progress: Progress, ended: Sequence[client.Job]) -> tupl
     advice = f"no job goes on with it: sbatch {run / 'job.sbatch'}" if (run / "job.sbatch").is_file() else ""
     # An attempt without an end: the job was killed before it could note one.
     if last is not None and not progress.last_status:
-        why = f" ({last.reason})" if last.reason != "None" else ""
+        why = f" ({last.reason})" if last.reason else ""
         return last.state.lower(), "; ".join(filter(None, (f"job {last.id} has ended so{why}", advice)))
     if progress.last_status:
         return progress.last_status, advice

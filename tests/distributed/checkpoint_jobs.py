@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from plt_megatron.config.schema import (
     TrainingConfig,
 )
 from plt_megatron.runtime.process_groups import init_process_groups
+from tests.distributed.heard import heard
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 117, 16, 8
@@ -117,15 +117,8 @@ def load_and_train(path: Path, config: RunConfig, then: int = 3, weights_only: b
 
     engine = build(config)
     messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    package = logging.getLogger("plt_megatron")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
+    with heard(messages):
         progress = (load_weights if weights_only else load_checkpoint)(engine, path, **arguments)
-    finally:
-        package.removeHandler(handler)
     step = 0 if weights_only else progress["step"]
     return {
         "progress": progress,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tests.distributed.cases import VOCAB_SIZE, Case, Layout
+from tests.distributed.heard import heard
 
 STEPS = 5
 ROWS = 2  # of a microbatch in the journeys: two microbatches a step at DP 2
@@ -249,20 +247,6 @@ def _everyones_state(engine: Any) -> list[str]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, _everything(engine))
     return everyone
-
-
-@contextmanager
-def heard(messages: list[str]) -> Iterator[None]:
-    """Within it, what the package logs goes into `messages` too."""
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    package = logging.getLogger("plt_megatron")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)
 
 
 def save_from(folder: Path, places: list[Place]) -> list[float]:

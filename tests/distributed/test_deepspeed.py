@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.distributed.cases import Case, Layout
+from tests.distributed.covering import covering_design, pairs
 from tests.distributed.deepspeed_jobs import MEGATRON, Zero, refuse_steps, train_cases
 
 pytestmark = pytest.mark.skipif(
@@ -29,27 +30,13 @@ Setting = tuple[Layout, int, int, str]  # layout, ZeRO stage, loops, recompute
 EVERYTHING: list[Setting] = list(itertools.product(LAYOUTS, (1, 2, 3), (1, 2, 3), ("none", "selective", "full")))
 
 
-def _pairs(settings: Iterable[Setting]) -> set[Any]:
+def _settings(setting: Setting) -> list[tuple[str, Any]]:
+    layout, *how = setting
     axes = ("stage", "loops", "recompute")
-    named = (
-        [("tensor", (layout.tp, layout.sp)), ("data", layout.dp), *zip(axes, how, strict=True)]
-        for layout, *how in settings
-    )
-    return {pair for setting in named for pair in itertools.combinations(setting, 2)}
+    return [("tensor", (layout.tp, layout.sp)), ("data", layout.dp), *zip(axes, how, strict=True)]
 
 
-def _covering_design() -> list[Setting]:
-    """Few settings in which every pair occurs: the one that adds most pairs, again and again."""
-    chosen: list[Setting] = []
-    missing = _pairs(EVERYTHING)
-    while missing:
-        best = max(EVERYTHING, key=lambda setting: (len(_pairs([setting]) & missing), -setting[0].world_size))
-        chosen.append(best)
-        missing -= _pairs([best])
-    return chosen
-
-
-COVERING = _covering_design()
+COVERING = covering_design(EVERYTHING, _settings)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +90,7 @@ def test_every_pair_of_settings(check, layout):
 
 
 def test_the_covering_design_has_every_pair():
-    assert _pairs(COVERING) == _pairs(EVERYTHING)
+    assert pairs(COVERING, _settings) == pairs(EVERYTHING, _settings)
     assert len(COVERING) <= 12
 
 

@@ -12,7 +12,7 @@ documents and the model's variants run in a few layouts each. The end of the tes
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import STEPS, Case, Layout, Outcome, train_cases
+from tests.distributed.covering import covering_design, pairs
 
 TOLERANCE = 1e-5
 RECOMPUTE = ("none", "selective", "full")
@@ -43,22 +44,7 @@ def _settings(setting: Setting) -> list[tuple[Any, Any]]:
     ]
 
 
-def _pairs(settings: Iterable[Setting]) -> set[Any]:
-    return {pair for setting in settings for pair in itertools.combinations(_settings(setting), 2)}
-
-
-def _covering_design(everything: Sequence[Setting]) -> list[Setting]:
-    """Few settings in which each pair that occurs at all occurs: the one that adds most pairs, again and again."""
-    chosen: list[Setting] = []
-    missing = _pairs(everything)
-    while missing:
-        best = max(everything, key=lambda setting: (len(_pairs([setting]) & missing), -setting[0].world_size))
-        chosen.append(best)
-        missing -= _pairs([best])
-    return chosen
-
-
-COVERING = _covering_design(list(itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)))
+COVERING = covering_design(list(itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)), _settings)
 
 CONTEXT_LAYOUTS = [
     layout
@@ -66,8 +52,8 @@ CONTEXT_LAYOUTS = [
     if (layout := Layout(tp, sp, pp, dp, cp)).world_size <= 8
 ]
 # The numbers of loops and packed documents are settings like the others.
-CONTEXT_COVERING = _covering_design(
-    list(itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True)))
+CONTEXT_COVERING = covering_design(
+    list(itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True))), _settings
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -171,7 +157,7 @@ def test_one_and_three_loops_in_every_pair_of_settings(check, layout):
 
 def test_the_covering_design_has_every_pair():
     everything = itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)
-    assert _pairs(COVERING) == _pairs(everything)
+    assert pairs(COVERING, _settings) == pairs(everything, _settings)
     assert len(COVERING) <= 15
 
 
@@ -189,7 +175,7 @@ def test_context_parallelism_in_every_pair_of_settings(check, layout):
 
 def test_the_covering_design_of_context_parallelism_has_every_pair():
     everything = itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True))
-    assert _pairs(CONTEXT_COVERING) == _pairs(everything)
+    assert pairs(CONTEXT_COVERING, _settings) == pairs(everything, _settings)
     assert len(CONTEXT_COVERING) <= 20
 
 

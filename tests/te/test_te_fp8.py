@@ -150,25 +150,17 @@ def test_without_fp8_attention_both_are_in_bf16(run_te):
 
 def refusal(case: Case, generation: int) -> tuple[str, list[str]]:
     """The UserError that building ends with, and what was logged before."""
-    import logging
-
     from plt_megatron.errors import UserError
     from tests.distributed import parity
+    from tests.distributed.heard import heard
     from tests.te import emulation
 
     messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    package = logging.getLogger("plt_megatron")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
     try:
-        with emulation.card(generation):
+        with heard(messages), emulation.card(generation):
             parity.train_all(Layout(), [case])
     except UserError as error:
         return str(error), messages
-    finally:
-        package.removeHandler(handler)
     return "", messages
 
 

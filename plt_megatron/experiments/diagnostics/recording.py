@@ -125,13 +125,12 @@ class Recording:
 
     def next_input(self, state: Tensor, starts: Tensor | None = None) -> Tensor:
         """What the loop after the state [T, d] reads: embedding_scale E + hidden_scale shift(h), or h itself."""
-        config = self._model.config
-        if not config.cross_loop_parallel:
+        if not self._model.config.cross_loop_parallel:
             return state
         shifted = torch.cat([torch.zeros_like(state[:1]), state[:-1]])
         if starts is not None:
             shifted = shifted.masked_fill(starts[:, None], 0.0)
-        return config.embedding_scale * self.states[0] + config.hidden_scale * shifted
+        return self._model._loop_input(self.states[0], shifted)
 
 
 @torch.no_grad()

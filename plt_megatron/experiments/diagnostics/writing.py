@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from plt_megatron.experiments.diagnostics.page import describe, make_page
 from plt_megatron.experiments.diagnostics.samples import HeldOut, draw_sequences
 from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, terminal_table
 from plt_megatron.experiments.report.figures import save
+from plt_megatron.experiments.text_files import write_text
 from plt_megatron.hf.sources import Source
 from plt_megatron.train.checkpoint.folder import step_of
 
@@ -148,17 +148,11 @@ def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[s
         for named in figures:
             save(named, folder)
         text = json.dumps(as_json(diagnosis, decision, about), indent=1, ensure_ascii=False, allow_nan=False)
-        _replace(folder / JSON, text + "\n")
-        _replace(folder / CSV, csv_text(diagnosis))
-        _replace(folder / PAGE, make_page(diagnosis, decision, about, title, figures))
+        write_text(folder / JSON, text + "\n")
+        write_text(folder / CSV, csv_text(diagnosis))
+        write_text(folder / PAGE, make_page(diagnosis, decision, about, title, figures))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from plt_megatron.experiments.report.results import SweepResults, load_results
 from plt_megatron.experiments.report.rows import make_rows
 from plt_megatron.experiments.report.tables import Table, laws_table, main_table, questions_table, runs_table
 from plt_megatron.experiments.report.verdict import Verdict, verdicts
+from plt_megatron.experiments.text_files import write_text
 
 FOLDER = "report"
 PAGE, MARKDOWN = "index.html", "report.md"
@@ -57,9 +57,9 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
         for named in figures:
             save(named, folder)
         for name, (_, table) in tables.items():
-            _write(folder / f"{name}.csv", table.csv())
-        _write(folder / MARKDOWN, _markdown(results, found, tables, figures))
-        _write(folder / PAGE, make_page(results, found, tables, figures))
+            write_text(folder / f"{name}.csv", table.csv())
+        write_text(folder / MARKDOWN, _markdown(results, found, tables, figures))
+        write_text(folder / PAGE, make_page(results, found, tables, figures))
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror or error}") from error
     return Report(folder, found, answers, results.problems)
@@ -84,9 +84,3 @@ def _markdown(
         if name == "rows":
             parts += [f"![{named.name}]({named.name}.png)\n\n{named.caption}" for named in figures]
     return "\n\n".join(parts) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

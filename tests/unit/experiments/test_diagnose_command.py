@@ -27,13 +27,7 @@ from tests.unit.convert.convert_helpers import make_model, megatron_logits, quie
 ROOT = Path(__file__).resolve().parents[3]
 IDS = 380
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Place:

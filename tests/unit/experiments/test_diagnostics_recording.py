@@ -18,13 +18,7 @@ from tests.hf.tiny import ABLATIONS, VARIANTS, make_model, make_tokens
 
 EVERY = {**ABLATIONS, **VARIANTS}
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def looped(name: str, **changes):
