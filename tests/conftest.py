@@ -18,19 +18,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# With `-n WORKERS` these stay with one worker: a pool of processes, a cluster, is paid for once, and jobs of several
-# processes do not take the few cores from one another.
-_JOBS_OF_PROCESSES = ("tests/distributed/", "tests/slurm/", "tests/te/")
+# With `-n WORKERS` each of these stays with one worker: a pool of processes, a cluster, is paid for once, and the
+# pool's jobs do not take the few cores from one another. Slurm's tests mostly wait, so they run beside the pool's.
+_TOGETHER = {"tests/distributed/": "pool", "tests/te/": "pool", "tests/slurm/": "cluster"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Jobs of processes first and in one worker, every other test wherever there is time."""
+    """What stays together first, every other test wherever there is time."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "jobs of processes" if nodeid.startswith(_JOBS_OF_PROCESSES) else nodeid
+            return next((name for folder, name in _TOGETHER.items() if nodeid.startswith(folder)), nodeid)
 
     return Scheduling(config, log)
 
