@@ -78,13 +78,15 @@ def _arguments(text: str) -> list[str]:
 
 def _bound(source: dict[str, str]) -> Iterator[tuple[str, tuple[int, int]]]:
     """(name, (arguments that must be given, all)) of each function that is bound."""
-    text, headers = source["csrc/extensions/pybind.cpp"], source["csrc/extensions.h"]
+    text, headers = source["csrc/extensions/pybind.cpp"], [source["csrc/extensions.h"]]
+    headers += [text for name, text in source.items() if name.endswith(".h")]  # what the core library declares
     for match in re.finditer(r"m\.def(?=\()", text):
         name, target, *others = _arguments(text[match.end() :])
-        declared = re.search(rf"\b{target.rpartition(':')[2].lstrip('&')}(?=\()", headers)
+        declaration = re.compile(rf"\b{target.rpartition(':')[2].lstrip('&')}(?=\()")
+        declared = next(filter(None, map(declaration.search, headers)), None)
         if declared is None:
             continue
-        arguments = len(_arguments(headers[declared.end() :]))
+        arguments = len(_arguments(declared.string[declared.end() :]))
         named = [other for other in others if other.startswith("py::arg(")]
         assert not named or len(named) == arguments, name
         yield name.strip('"'), (arguments - sum("=" in other for other in named), arguments)
