@@ -19,8 +19,14 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 # With `-n WORKERS` each of these stays with one worker: a pool of processes, a cluster, is paid for once, and the
-# pool's jobs do not take the few cores from one another. Slurm's tests mostly wait, so they run beside the pool's.
-_TOGETHER = {"tests/distributed/": "pool", "tests/te/": "pool", "tests/slurm/": "cluster"}
+# pool's jobs do not take the few cores from one another. What mostly waits, for Slurm or for a hung rank's time-out,
+# runs beside them. The first that fits counts.
+_TOGETHER = {
+    "tests/distributed/test_run_faults.py": "faults",
+    "tests/distributed/": "pool",
+    "tests/te/": "pool",
+    "tests/slurm/": "cluster",
+}
 
 
 @pytest.hookimpl(optionalhook=True)
