@@ -30,6 +30,8 @@ from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.engines import build_engine
 
 STEPS = 2  # the optimizer's state exists from the first step's end on
+UNRELEASED = 1e5  # bytes that may be left when all is dropped
+ATTEMPTS = 10
 
 
 @dataclasses.dataclass
@@ -102,8 +104,21 @@ def _measure(config: RunConfig, vocab_size: int) -> Measured:
 
 
 def allocator_peak(config: RunConfig, vocab_size: int) -> int:
-    """The same peak as torch's CPU allocator reports it, for a single process."""
+    """The same peak as torch's CPU allocator reports it, for a single process.
+
+    The profiler sees one thread. Where gloo's is the last to let go of a tensor, which depends on who else has the
+    core, a release is missed and all that follows is too much: then it is measured again.
+    """
     init_process_groups(config.parallel)
+    for _ in range(ATTEMPTS):
+        peak, left = _allocated(config, vocab_size)
+        if left < UNRELEASED:
+            return peak
+    raise AssertionError(f"{left:,} bytes are never released, or gloo's thread has released something {ATTEMPTS} times")
+
+
+def _allocated(config: RunConfig, vocab_size: int) -> tuple[int, int]:
+    """(most bytes in the last step, those left at the end) by the allocations and releases of this thread."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
         engine = build_engine(config, vocab_size)
@@ -111,8 +126,8 @@ def allocator_peak(config: RunConfig, vocab_size: int) -> int:
         for step in range(STEPS):
             with torch.profiler.record_function(f"step {step}"):
                 engine.train_step(batches)
-    del engine, batches
-    _forget()
+        del engine, batches
+        _forget()
     events = profiler.profiler.kineto_results.events()
     ((begin, end),) = ((e.start_ns(), e.end_ns()) for e in events if e.name() == f"step {STEPS - 1}")
     held = peak = 0
@@ -120,7 +135,7 @@ def allocator_peak(config: RunConfig, vocab_size: int) -> int:
         held += size
         if begin <= time <= end:
             peak = max(peak, held)
-    return peak
+    return peak, held
 
 
 def _forget() -> None:
