@@ -54,7 +54,6 @@ warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 enter_cpu_runtime()
 
-
 from benchmarks.deeper_gpt import deeper_gpt  # noqa: E402
 from plt_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from plt_megatron.estimate.flops import training_flops_per_token  # noqa: E402

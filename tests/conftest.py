@@ -19,10 +19,12 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 # With `-n WORKERS` each of these stays with one worker: a pool of processes, a cluster, is paid for once, and the
-# pool's jobs do not take the few cores from one another. What mostly waits, for Slurm or for a hung rank's time-out,
-# runs beside them. The first that fits counts.
+# pool's jobs do not take the few cores from one another. Beside them runs what waits much: for a hung rank's time-out
+# and for processes that start (whole runs, with a pool of their own), for Slurm. The first that fits counts.
 _TOGETHER = {
-    "tests/distributed/test_run_faults.py": "faults",
+    "tests/distributed/test_deepspeed_runs.py": "whole runs",
+    "tests/distributed/test_run_faults.py": "whole runs",
+    "tests/distributed/test_training.py": "whole runs",
     "tests/distributed/": "pool",
     "tests/te/": "pool",
     "tests/slurm/": "cluster",
