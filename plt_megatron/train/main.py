@@ -18,6 +18,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
 from plt_megatron.errors import EXIT_USER_ERROR, UserError, print_error
+from plt_megatron.runtime.cuda_environment import set_cuda_environment
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 
 EXIT_FAILED = 1
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
 
 def train(config: RunConfig) -> int:
     """Set this process up, train, and leave the job."""
+    set_cuda_environment(config)
     import torch
 
     _quiet_imports()

@@ -1,0 +1,26 @@
+"""What CUDA's libraries read from the environment when a process first uses its GPU."""
+
+from __future__ import annotations
+
+import os
+
+from plt_megatron.config.schema import RunConfig
+
+
+def cuda_environment(config: RunConfig) -> dict[str, str]:
+    """The variables that a run needs, by name."""
+    needed = {}
+    if max(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size) > 1:
+        # One queue to the device: a collective that is issued ahead of a matrix product also starts ahead of it, and
+        # they overlap. Megatron-LM asks for it up to Hopper.
+        needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if config.training.deterministic:
+        needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it torch refuses matrix products
+        needed["NCCL_ALGO"] = "^NVLS"  # switches that sum do so in the order of arrival
+    return needed
+
+
+def set_cuda_environment(config: RunConfig) -> None:
+    """Set what `cuda_environment` says. What the user has set stays. Before anything asks CUDA for its devices."""
+    for name, value in cuda_environment(config).items():
+        os.environ.setdefault(name, value)

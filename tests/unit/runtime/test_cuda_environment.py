@@ -1,0 +1,64 @@
+"""What a run puts into its environment for CUDA's libraries, and when."""
+
+import os
+import re
+
+import pytest
+
+from plt_megatron.config.schema import ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.runtime.cuda_environment import cuda_environment, set_cuda_environment
+from plt_megatron.train import main
+
+NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """None of the variables is set; they are again afterwards as they were before."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "expected"),
+    [
+        ({}, {}),
+        ({"pipeline_model_parallel_size": 2}, {}),
+        ({"tensor_model_parallel_size": 2}, ONE_QUEUE),
+        ({"context_parallel_size": 2}, ONE_QUEUE),
+    ],
+)
+def test_collectives_are_not_overtaken_where_layers_communicate(parallel, expected):
+    assert cuda_environment(RunConfig(parallel=ParallelConfig(**parallel))) == expected
+
+
+def test_deterministic_runs_have_what_torch_and_megatron_ask_for():
+    needed = cuda_environment(RunConfig(training=TrainingConfig(deterministic=True)))
+    # The values: torch's documentation of use_deterministic_algorithms, and Megatron-LM's --deterministic-mode.
+    assert needed.pop("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
+    assert re.fullmatch(r"Tree|Ring|CollnetDirect|CollnetChain|\^NVLS", needed.pop("NCCL_ALGO"))
+    assert needed == {}
+
+
+def test_what_the_user_has_set_stays(unset, monkeypatch):
+    own = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    set_cuda_environment(RunConfig(parallel=parallel, training=TrainingConfig(deterministic=True)))
+    assert {name: os.environ[name] for name in NAMES} == own
+
+
+def test_a_run_sets_it_before_anything_asks_for_devices(unset, monkeypatch):
+    class ReachedError(Exception):
+        pass
+
+    def first_thing_after_importing_torch():
+        raise ReachedError
+
+    monkeypatch.setattr(main, "_quiet_imports", first_thing_after_importing_torch)
+    with pytest.raises(ReachedError):
+        main.train(RunConfig(training=TrainingConfig(deterministic=True)))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
