@@ -9,7 +9,7 @@ from plt_megatron.errors import UserError
 
 
 def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, float]:
-    """The prompt and its continuation, and the seconds that decoding took.
+    """The prompt and its continuation, and the seconds that decoding took, on a GPU where there is one.
 
     Raises:
         UserError: `folder` is no export, or transformers is missing.
@@ -25,7 +25,9 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if torch.cuda.is_available():
+        model.cuda()
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {}
     started = time.perf_counter()
