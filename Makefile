@@ -28,7 +28,7 @@ $(READY): pyproject.toml tools/make_venv.sh
 demo: $(READY) ## train a small PLT on text this machine has, and its one-loop baseline (under 10 minutes)
 	@$(PY) tools/demo.py
 
-test: $(READY) ## the test suite (under 15 minutes on 2 cores)
+test: $(READY) ## the test suite (13 to 16 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
 test-all: $(READY) ## every test, the slow ones too

@@ -16,7 +16,7 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
         needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if config.training.deterministic:
         needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it torch refuses matrix products
-        needed["NCCL_ALGO"] = "^NVLS"  # switches that sum do so in the order of arrival
+        needed["NCCL_ALGO"] = "^NVLS"  # no sums in switches: Megatron-LM's deterministic mode asks for it
     return needed
 
 
