@@ -204,7 +204,7 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     """Loss and gradients of one microbatch, on the CPU in float64; the same weights in every mode."""
     import torch
 
-    from plt_megatron.train.engine import build_stage
+    from plt_megatron.train.megatron_engine import build_stage
 
     stage = build_stage(config, VOCAB_SIZE)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def without_gpu() -> dict[str, str]:
 
 def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Losses of the same run in each mode."""
-    from plt_megatron.train.engine import MegatronEngine
+    from plt_megatron.train.megatron_engine import MegatronEngine
 
     curves = {}
     for name, mode in modes(sizes).items():

@@ -10,7 +10,7 @@ VOCAB_SIZE = 256  # bytes
 
 
 def plt_step(config: Any, batch: Any) -> Callable[[], None]:
-    from plt_megatron.train.engine import build_stage, wrap_ddp
+    from plt_megatron.train.megatron_engine import build_stage, wrap_ddp
 
     stage = build_stage(config, VOCAB_SIZE)
     wrapped = wrap_ddp(stage, overlap_grad_reduce=False)
@@ -29,7 +29,7 @@ def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
     from benchmarks.deeper_gpt import deeper_gpt
     from plt_megatron.model.transformer_config import DTYPES, transformer_config
     from plt_megatron.runtime.fp8 import choose_fp8
-    from plt_megatron.train.engine import wrap_ddp
+    from plt_megatron.train.megatron_engine import wrap_ddp
 
     layers_config = partial(transformer_config, parallel=config.parallel, precision="bf16", fp8=choose_fp8(config))
     gpt = deeper_gpt(config.model, layers_config, VOCAB_SIZE, config.data.sequence_length)

@@ -62,7 +62,7 @@ from plt_megatron.model.initialization import initialize  # noqa: E402
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
 from plt_megatron.model.transformer_config import DTYPES, transformer_config  # noqa: E402
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
-from plt_megatron.train.engine import wrap_ddp  # noqa: E402
+from plt_megatron.train.megatron_engine import wrap_ddp  # noqa: E402
 from plt_megatron.train.throughput import measure_matmul_tflops  # noqa: E402
 
 VOCAB_SIZE = 8192

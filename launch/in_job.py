@@ -33,7 +33,7 @@ def main() -> int:
         from plt_megatron.slurm.in_job.node import launch_node
 
         return launch_node(arguments.run)
-    from plt_megatron.slurm.in_job.after import after_attempt
+    from plt_megatron.slurm.in_job.finalize import after_attempt
 
     return after_attempt(arguments.run, arguments.status)
 

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    from plt_megatron.slurm.standing import report
+    from plt_megatron.slurm.status import report
 
     print(report(arguments.runs, arguments.output_dir, arguments.json))
 

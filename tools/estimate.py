@@ -43,10 +43,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     from plt_megatron.data.tokenizer import load_tokenizer
-    from plt_megatron.estimate.report import Question, answer
+    from plt_megatron.estimate.report import EstimateOptions, print_estimate
 
-    return answer(
-        Question(
+    return print_estimate(
+        EstimateOptions(
             path=arguments.config,
             overrides=arguments.overrides,
             layout=arguments.layout,

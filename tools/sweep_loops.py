@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="of the sweep (seeds=[1,2], hold_equal=tokens, name=x, axes.model.loop_count=[1,2]) or of every run",
+        help="of the sweep (seeds=[1,2], match_budget=tokens, name=x, axes.model.loop_count=[1,2]) or of every run",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run on this machine (the default)")

@@ -13,9 +13,9 @@ def check_context_parallel(config: RunConfig) -> Iterator[str]:
     """What the sequence has to be divisible by, and what no kernel does."""
     parallel, length = config.parallel, config.data.sequence_length
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    if parallel.local_cp_comm_type == "p2p":
+    if parallel.window_cp_comm_type == "p2p":
         yield (
-            "parallel.local_cp_comm_type p2p: Transformer Engine's sliding window has no p2p context parallelism; "
+            "parallel.window_cp_comm_type p2p: Transformer Engine's sliding window has no p2p context parallelism; "
             "use a2a or all_gather"
         )
     if cp == 1:
@@ -53,7 +53,7 @@ def check_te_context_parallel(config: RunConfig, have_te: bool | None) -> Iterat
         )
     kinds = [("cp_comm_type", parallel.cp_comm_type)]
     if derived.has_gates(model):
-        kinds.append(("local_cp_comm_type", parallel.local_cp_comm_type))
+        kinds.append(("window_cp_comm_type", parallel.window_cp_comm_type))
     for name, kind in kinds:
         if kind == "a2a" and derived.num_query_groups(model) % (tp * cp):
             yield (

@@ -70,7 +70,7 @@ class ParallelConfig:
     context_parallel_size: int = 1  # ranks that share each sequence, for lengths that one does not hold
     # How Transformer Engine's attentions move rows between these ranks; the torch backend has one way of its own.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
-    local_cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "a2a"  # the window, which has no p2p
+    window_cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "a2a"  # the window, which has no p2p
     # Ranks that share out a layer's experts, among those that hold the same layers (TP x CP x DP).
     expert_model_parallel_size: int = 1
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens travel to their experts

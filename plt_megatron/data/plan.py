@@ -15,7 +15,7 @@ from pathlib import Path
 
 from plt_megatron.data.compressed import BrokenStream, compressed_offset, open_stream
 from plt_megatron.data.shards import Shard, publish_json
-from plt_megatron.data.sources import ReadOptions, Source, Span
+from plt_megatron.data.sources import InputFile, ReadOptions, Span
 from plt_megatron.errors import UserError
 
 _COPY = 1 << 20
@@ -27,7 +27,7 @@ class Plan:
     `done(key)` says whether a shard was finished before; such shards are not yielded.
     """
 
-    def __init__(self, sources: Sequence[Source], read: ReadOptions, shard_bytes: int, work: Path) -> None:
+    def __init__(self, sources: Sequence[InputFile], read: ReadOptions, shard_bytes: int, work: Path) -> None:
         self._sources = sources
         self._read = read
         self._shard_bytes = shard_bytes
@@ -64,11 +64,11 @@ class Plan:
             files, spans, sizes = zip(*group, strict=True)
             yield Shard(key, spans, files, sizes)
 
-    def _must_spool(self, source: Source) -> bool:
+    def _must_spool(self, source: InputFile) -> bool:
         by_line = source.format == "jsonl" or (source.format == "text" and self._read.text_documents == "line")
         return by_line and source.compressed and source.size > self._shard_bytes // 4
 
-    def _spans(self, source: Source) -> Iterator[tuple[Span, int]]:
+    def _spans(self, source: InputFile) -> Iterator[tuple[Span, int]]:
         """The spans of a file that can be read at any place, with their bytes on disk."""
         if source.format == "parquet":
             yield from self._row_groups(source)
@@ -79,7 +79,7 @@ class Plan:
                 end = min(start + self._shard_bytes, source.size)
                 yield Span(source, start, end), end - start
 
-    def _row_groups(self, source: Source) -> Iterator[tuple[Span, int]]:
+    def _row_groups(self, source: InputFile) -> Iterator[tuple[Span, int]]:
         from plt_megatron.data.parquet import row_group_sizes
 
         sizes = row_group_sizes(source.path, self._read.json_key)
@@ -152,7 +152,7 @@ class _Spool:
             return b""
 
 
-def check_readable(sources: Sequence[Source]) -> None:
+def check_readable(sources: Sequence[InputFile]) -> None:
     """`UserError` if a source cannot be opened: before any work, not hours into it."""
     for source in sources:
         try:

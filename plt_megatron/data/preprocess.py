@@ -29,7 +29,7 @@ import numpy as np
 from plt_megatron.data.compressed import open_stream
 from plt_megatron.data.indexed import concatenate, write_index
 from plt_megatron.data.plan import Plan, check_readable
-from plt_megatron.data.progress import Progress
+from plt_megatron.data.progress import ProgressBar
 from plt_megatron.data.shards import (
     FatalBadLine,
     Settings,
@@ -38,7 +38,7 @@ from plt_megatron.data.shards import (
     run_in_worker,
     start_worker,
 )
-from plt_megatron.data.sources import ReadOptions, Source, expand_sources
+from plt_megatron.data.sources import InputFile, ReadOptions, expand_sources
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -185,7 +185,7 @@ class _Job:
         total = sum(source.size for source in self.sources)
         if done:
             _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
-        progress = Progress(total, done)
+        progress = ProgressBar(total, done)
         others = set(multiprocessing.active_children())
         pool = ProcessPoolExecutor(self.options.workers, context, start_worker, (settings, str(self.work), counters))
         hasher = ThreadPoolExecutor(1)
@@ -203,7 +203,7 @@ class _Job:
             pool.shutdown(wait=False, cancel_futures=True)
             hasher.shutdown(wait=False, cancel_futures=True)
 
-    def _run_shards(self, pool: ProcessPoolExecutor, progress: Progress, counters: Any) -> None:
+    def _run_shards(self, pool: ProcessPoolExecutor, progress: ProgressBar, counters: Any) -> None:
         running: dict[Future[str], Shard] = {}
         shards = self.plan.shards()
         exhausted = False
@@ -319,7 +319,7 @@ def _file_hash(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stamp(source: Source) -> list[Any]:
+def _stamp(source: InputFile) -> list[Any]:
     status = os.stat(source.path)
     return [os.path.abspath(source.path), source.format, status.st_size, status.st_mtime_ns]
 
@@ -331,7 +331,7 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _totals(sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _totals(sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Documents, tokens and bad lines, of each source and of all."""
     keys = ("documents", "tokens", "text_bytes", "lines")
     entries: list[dict[str, Any]] = [
@@ -350,7 +350,7 @@ def _totals(sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> dic
     }
 
 
-def _bad_lines(sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
+def _bad_lines(sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
     """File, line (Parquet: row) and reason of the bad lines kept."""
     before: Counter[int] = Counter()
     for report in reports:
@@ -359,7 +359,7 @@ def _bad_lines(sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> 
         before[report["file"]] += report["lines"]
 
 
-def _write_bad_lines(prefix: Path, sources: Sequence[Source], reports: Sequence[dict[str, Any]]) -> None:
+def _write_bad_lines(prefix: Path, sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> None:
     """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
     path = Path(f"{prefix}.bad_lines.jsonl")
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Progress of a long piece of work: in place on a terminal, now and then a line in a log."""
+"""ProgressBar of a long piece of work: in place on a terminal, now and then a line in a log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-class Progress:
+class ProgressBar:
     """Shows how much of `total` bytes is done, the rates and the time left.
 
     `done` bytes were done before this run; they count as done but not in the rates.

@@ -26,7 +26,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Source:
+class InputFile:
     """An input file."""
 
     path: str
@@ -42,7 +42,7 @@ class Source:
 class Span:
     """A part of a source. `end` is exclusive: bytes, or row groups for Parquet; None: the whole file."""
 
-    source: Source
+    source: InputFile
     start: int = 0
     end: int | None = None
 
@@ -69,7 +69,7 @@ class Document(NamedTuple):
     reason: str = ""
 
 
-def expand_sources(patterns: Sequence[str], format: str | None = None) -> list[Source]:
+def expand_sources(patterns: Sequence[str], format: str | None = None) -> list[InputFile]:
     """The files behind paths and globs (`**` included), each once, in the order given, a glob's sorted by name.
 
     The format follows from the suffix unless `format` is given; an unknown suffix is plain text.
@@ -82,7 +82,7 @@ def expand_sources(patterns: Sequence[str], format: str | None = None) -> list[S
             what = "is a folder: name its files, as in folder/*.jsonl" if found else "matches no file"
             raise UserError(f"input {pattern!r} {what}")
         paths.update(dict.fromkeys(files))
-    return [Source(path, format or _format_of(path), os.path.getsize(path)) for path in paths]
+    return [InputFile(path, format or _format_of(path), os.path.getsize(path)) for path in paths]
 
 
 def _format_of(path: str) -> str:

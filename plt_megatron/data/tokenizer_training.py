@@ -16,7 +16,7 @@ from pathlib import Path
 
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.plan import check_readable
-from plt_megatron.data.sources import ReadOptions, Source, Span, expand_sources, read_span
+from plt_megatron.data.sources import InputFile, ReadOptions, Span, expand_sources, read_span
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -198,7 +198,7 @@ class Sample:
     Filled while `lines` is read: `bytes`, `documents`, `bad_lines`, and `kept`, the texts to compare on.
     """
 
-    def __init__(self, sources: Sequence[Source], options: TrainingOptions) -> None:
+    def __init__(self, sources: Sequence[InputFile], options: TrainingOptions) -> None:
         self._sources = sources
         self._options = options
         self._random = random.Random(options.seed)
@@ -234,7 +234,7 @@ class Sample:
                 if self.bytes >= self._options.max_sample_bytes:
                     return
 
-    def _spans(self, source: Source, share: float) -> Iterator[tuple[Span, float]]:
+    def _spans(self, source: InputFile, share: float) -> Iterator[tuple[Span, float]]:
         """What to read of a file to get `share` of it: spans, and the share of their documents to keep."""
         by_line = source.format == "jsonl" or self._options.read.text_documents == "line"
         if share >= 1.0 or source.format == "parquet" or source.compressed or not by_line:

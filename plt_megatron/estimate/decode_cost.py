@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.cards import Card, find_card
+from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import BYTES
 from plt_megatron.estimate.parameters import (
     active_ffn_parameters,
@@ -66,7 +66,7 @@ def decode_cost(
         raise UserError("the vocabulary is not known: give model.vocab_size or data.tokenizer")
     if context_length < 1 or batch_size < 1:
         raise UserError(f"a context of {context_length} tokens and a batch of {batch_size}: both must be at least 1")
-    card = find_card(gpu)
+    card = find_gpu_spec(gpu)
     read, computed = _step(model, vocab_size, context_length, batch_size)
     seconds, bound = _seconds(card, read, computed)
     return DecodeCost(
@@ -132,13 +132,13 @@ def _flops(model: ModelConfig, context: int, head: int) -> float:
     return layers * (loops * 2 * linear + attention + gates) + 2 * head
 
 
-def _seconds(card: Card, read: float, computed: float) -> tuple[float, str]:
+def _seconds(card: GPUSpec, read: float, computed: float) -> tuple[float, str]:
     reading = read / (card.memory_bandwidth * card.memory_efficiency)
     computing = computed / (card.flops_per_second("bf16") * card.matmul_efficiency)
     return max(reading, computing), "memory" if reading >= computing else "compute"
 
 
-def _first_batch(model: ModelConfig, vocab_size: int, context: int, card: Card) -> int | None:
+def _first_batch(model: ModelConfig, vocab_size: int, context: int, card: GPUSpec) -> int | None:
     """The smallest batch at which all loops take over `FREE` longer than one: the ratio only grows with the batch
     where reading bounds both, and falls nowhere below it once computing bounds the looped model."""
     if model.loop_count == 1:

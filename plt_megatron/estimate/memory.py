@@ -2,7 +2,7 @@
 
 What a rank always holds (weights, gradient buffer, optimizer state) is arithmetic. On top of it the step's passes are
 played through in the order of the schedule, with what each layer saves and needs (`activations`), and the highest
-moment is reported. The optimizer's step is another candidate for the peak.
+phase is reported. The optimizer's step is another candidate for the peak.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class MemoryEstimate:
     Attributes:
         stage: from 0.
         components: bytes at the peak by what holds them; what is not alive then is 0.
-        moment: when the peak is.
+        phase: when the peak is.
     """
 
     stage: int
     components: dict[str, int]
-    moment: str
+    phase: str
 
     @property
     def total_bytes(self) -> int:
@@ -82,15 +82,15 @@ def _stage_memory(
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
         held["FP8 weights"] = FP8_COPIES * parameters.layers
-    player = _Player(config, layout, shapes, parameters, stage)
+    player = MemorySimulator(config, layout, shapes, parameters, stage)
     count = enough_microbatches(layout.pipeline, layout.microbatches)
     for each in passes(layout.pipeline, stage, config.model.loop_count, count):
-        player.play(each)
-    candidates = [(player.peak, player.moment)]
+        player.step(each)
+    candidates = [(player.peak, player.phase)]
     candidates.append((_optimizer_step(parameters, layout), "the optimizer's step"))
-    step, moment = max(candidates, key=lambda candidate: candidate[0].total())
+    step, phase = max(candidates, key=lambda candidate: candidate[0].total())
     held += step
-    return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, moment)
+    return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, phase)
 
 
 def persistent_bytes(parameters: int, precision: str, layout: Layout, shards: int | None = None) -> dict[str, int]:
@@ -140,8 +140,8 @@ def _optimizer_step(parameters: RankParameters, layout: Layout) -> Counter[str]:
 
 
 @dataclass
-class _Player:
-    """Runs the passes of one stage and remembers the highest moment."""
+class MemorySimulator:
+    """Runs the passes of one stage and remembers the highest phase."""
 
     config: RunConfig
     layout: Layout
@@ -150,7 +150,7 @@ class _Player:
     stage: int
     live: Counter[str] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
-    moment: str = "between steps"
+    phase: str = "between steps"
 
     def __post_init__(self) -> None:
         self.loops = self.config.model.loop_count
@@ -169,7 +169,7 @@ class _Player:
         self.highest = 0
         self._mark({}, "between steps")
 
-    def play(self, each: Pass) -> None:
+    def step(self, each: Pass) -> None:
         loops = [each.loop] if each.loop else list(range(1, self.loops + 1))
         if each.backward:
             for loop in reversed(loops):
@@ -261,10 +261,10 @@ class _Player:
             self._mark({"temporaries": self.element * self.parameters.embedding}, "the gradient of the embedding")
         self.live["weight gradients in autograd"] = 0
 
-    def _mark(self, beside: Mapping[str, int], moment: str) -> None:
+    def _mark(self, beside: Mapping[str, int], phase: str) -> None:
         held = sum(self.live.values()) + sum(beside.values())
         if held > self.highest:
-            self.highest, self.moment = held, moment
+            self.highest, self.phase = held, phase
             self.peak = self.live + Counter(beside)
 
 

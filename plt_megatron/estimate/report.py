@@ -14,9 +14,9 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.cards import Card, find_card
 from plt_megatron.estimate.decode_cost import DecodeCost, decode_cost
 from plt_megatron.estimate.flops import flops_of_loops
+from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import layout_overrides
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
@@ -27,7 +27,7 @@ UNITS = {"GiB": GIB, "MiB": 1 << 20}
 
 
 @dataclass(frozen=True)
-class Question:
+class EstimateOptions:
     """What the command was asked; names are its options'."""
 
     path: str
@@ -47,45 +47,45 @@ class Question:
         return None if self.nodes is None else self.nodes * self.gpus_per_node
 
 
-def answer(question: Question, tokenizer_size: Callable[[str], int]) -> int:
+def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int]) -> int:
     """Print the answer; returns the command's exit status.
 
     `tokenizer_size` gives a tokenizer file's vocabulary, for configurations that leave it to the tokenizer. Raises
     `UserError` on a configuration that validation refuses (files of this machine are not looked at).
     """
     for name in ("nodes", "gpus_per_node", "batch_size", "context_length", "top"):
-        value = getattr(question, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(
                 f"--{name.replace('_', '-').removesuffix('-size').removesuffix('-length')} must be at least 1"
             )
-    layout = layout_overrides(question.layout) if question.layout else []
-    config = load_config(question.path, layout + question.overrides)
+    layout = layout_overrides(options.layout) if options.layout else []
+    config = load_config(options.path, layout + options.overrides)
     vocab_size = known_vocab_size(config, _tokenizer_vocab_size(config, tokenizer_size))
-    if question.search:
-        return _answer_search(question, config, vocab_size)
-    capability = find_card(question.gpu).capability
-    problems = find_problems(config, world_size=question.world_size, check_files=False, capability=capability)
+    if options.search:
+        return _answer_search(options, config, vocab_size)
+    capability = find_gpu_spec(options.gpu).capability
+    problems = find_problems(config, world_size=options.world_size, check_files=False, capability=capability)
     if problems:
         raise UserError("\n".join(problems))
     estimate = estimate_run(
         config,
-        gpu=question.gpu,
-        world_size=question.world_size,
-        gpus_per_node=question.gpus_per_node,
+        gpu=options.gpu,
+        world_size=options.world_size,
+        gpus_per_node=options.gpus_per_node,
         vocab_size=vocab_size,
     )
     decoding = decode_cost(
         config.model,
         vocab_size=vocab_size,
-        context_length=question.context_length or config.data.sequence_length,
-        batch_size=question.batch_size,
-        gpu=question.gpu,
+        context_length=options.context_length or config.data.sequence_length,
+        batch_size=options.batch_size,
+        gpu=options.gpu,
     )
-    if question.json:
+    if options.json:
         print(json.dumps(_as_json(estimate, decoding), indent=2))
     else:
-        print("\n".join(_report(question, config, vocab_size, estimate, decoding)))
+        print("\n".join(_report(options, config, vocab_size, estimate, decoding)))
     return 0
 
 
@@ -104,9 +104,9 @@ def _as_json(estimate: RunEstimate, decoding: DecodeCost) -> dict[str, Any]:
 
 
 def _report(
-    question: Question, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
+    options: EstimateOptions, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
 ) -> Iterator[str]:
-    card = find_card(question.gpu, min(question.gpus_per_node, estimate.world_size))
+    card = find_gpu_spec(options.gpu, min(options.gpus_per_node, estimate.world_size))
     yield from _section("Model", _model_rows(config, vocab_size, estimate))
     yield from _section("Training FLOPs per token", _flops_rows(config, vocab_size, estimate))
     yield from _section(f"Run: {estimate.layout}, {estimate.world_size} x {card.name}", _run_rows(config, estimate))
@@ -116,7 +116,7 @@ def _report(
     yield ""
     yield from _section("Sent per step and rank", _traffic_rows(estimate))
     yield from _section("Time of a step", _time_rows(config, estimate, card))
-    yield from _section("Decoding", _decode_rows(question, config, decoding))
+    yield from _section("Decoding", _decode_rows(options, config, decoding))
 
 
 def _model_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> list[list[str]]:
@@ -177,7 +177,7 @@ def _verdict(estimate: RunEstimate) -> str:
     device = estimate.device_memory_bytes / GIB
     word = "fits" if estimate.fits else "DOES NOT FIT"
     return (
-        f"peak in stage {worst.stage}, at {worst.moment}; {word}: {worst.total_bytes / GIB:.2f} of "
+        f"peak in stage {worst.stage}, at {worst.phase}; {word}: {worst.total_bytes / GIB:.2f} of "
         f"{USABLE_SHARE * device:.1f} GiB usable on a {estimate.gpu} of {device:.1f} GiB"
     )
 
@@ -187,7 +187,7 @@ def _traffic_rows(estimate: RunEstimate) -> list[list[str]]:
     return rows or [["nothing", ""]]
 
 
-def _time_rows(config: RunConfig, estimate: RunEstimate, card: Card) -> list[list[str]]:
+def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[list[str]]:
     total = estimate.step_seconds
     rows = [["in all", f"{total:.3g} s", "100 %"]]
     for name, seconds in dataclasses.asdict(estimate.times).items():
@@ -199,11 +199,11 @@ def _time_rows(config: RunConfig, estimate: RunEstimate, card: Card) -> list[lis
     return rows
 
 
-def _decode_rows(question: Question, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
-    context = question.context_length or config.data.sequence_length
+def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
+    context = options.context_length or config.data.sequence_length
     rows = [
         ["a token step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
-        ["", f"{decoding.bytes / 1e9:.3g} GB", f"read for {question.batch_size} sequence(s) of {context:,} tokens"],
+        ["", f"{decoding.bytes / 1e9:.3g} GB", f"read for {options.batch_size} sequence(s) of {context:,} tokens"],
         ["", f"{decoding.flops / 1e9:.3g} GFLOP", ""],
         ["KV cache", f"{decoding.kv_cache_bytes / 1e6:,.2f} MB", "per sequence"],
         ["state beside it", f"{decoding.state_bytes / 1e6:,.3f} MB", "per sequence: windows and carried states"],
@@ -219,26 +219,26 @@ def _decode_rows(question: Question, config: RunConfig, decoding: DecodeCost) ->
 # A search.
 
 
-def _answer_search(question: Question, config: RunConfig, vocab_size: int) -> int:
-    world_size = question.world_size or derived.required_world_size(config)
+def _answer_search(options: EstimateOptions, config: RunConfig, vocab_size: int) -> int:
+    world_size = options.world_size or derived.required_world_size(config)
     found = search(
         config,
-        gpu=question.gpu,
+        gpu=options.gpu,
         world_size=world_size,
-        gpus_per_node=question.gpus_per_node,
+        gpus_per_node=options.gpus_per_node,
         vocab_size=vocab_size,
     )
     if found.nearest is None:
         raise UserError("\n".join(_no_layout(config, world_size, found)))
-    if question.json:
-        chosen = found.fitting[: question.top]
+    if options.json:
+        chosen = found.fitting[: options.top]
         print(
             json.dumps(
                 [{"overrides": each.overrides, **dataclasses.asdict(each.estimate)} for each in chosen], indent=2
             )
         )
     else:
-        print("\n".join(_search_report(question, config, world_size, found)))
+        print("\n".join(_search_report(options, config, world_size, found)))
     return 0 if found.fitting else 1
 
 
@@ -254,11 +254,11 @@ def _no_layout(config: RunConfig, world_size: int, found: SearchResult) -> Itera
     )
 
 
-def _search_report(question: Question, config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
-    card = find_card(question.gpu, min(question.gpus_per_node, world_size))
+def _search_report(options: EstimateOptions, config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
+    card = find_gpu_spec(options.gpu, min(options.gpus_per_node, world_size))
     usable = USABLE_SHARE * card.memory_bytes / GIB
     yield (
-        f"{found.tried} layouts of {world_size} x {question.gpu}: {found.accepted} valid, {len(found.fitting)} fit "
+        f"{found.tried} layouts of {world_size} x {options.gpu}: {found.accepted} valid, {len(found.fitting)} fit "
         f"into {usable:.1f} GiB (of {card.memory_bytes / GIB:.1f})"
     )
     yield ""
@@ -267,14 +267,14 @@ def _search_report(question: Question, config: RunConfig, world_size: int, found
         yield from _nearest(found.nearest, usable)
         return
     rows = [["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "what it spends beside the model's FLOPs"]]
-    for each in found.fitting[: question.top]:
+    for each in found.fitting[: options.top]:
         rows.append(_candidate_row(config, card, each))
     yield from _aligned(rows)
     yield ""
     yield f"best: {found.fitting[0].command_line}"
 
 
-def _candidate_row(config: RunConfig, card: Card, candidate: Candidate) -> list[str]:
+def _candidate_row(config: RunConfig, card: GPUSpec, candidate: Candidate) -> list[str]:
     estimate, layout = candidate.estimate, candidate.estimate.layout
     spent = ", ".join(f"{100 * share:.0f} % {name}" for name, share in candidate.overheads[:3] if share >= 0.005)
     mfu = model_flops_share(estimate, config, card)

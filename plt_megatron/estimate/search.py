@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
-from plt_megatron.estimate.cards import Card, find_card
+from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
@@ -67,7 +67,7 @@ def search(
     With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
     configuration's. Raises `UserError` as `estimate_run` does.
     """
-    capability = find_card(gpu).capability
+    capability = find_gpu_spec(gpu).capability
     accepted: list[Candidate] = []
     problems: Counter[str] = Counter()
     tried = 0
@@ -177,7 +177,7 @@ def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
     return changed
 
 
-def model_flops_share(estimate: RunEstimate, config: RunConfig, card: Card) -> float:
+def model_flops_share(estimate: RunEstimate, config: RunConfig, card: GPUSpec) -> float:
     """MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
     peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 != "none")
     tokens = derived.tokens_per_step(config)

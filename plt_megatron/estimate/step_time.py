@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import Activations
-from plt_megatron.estimate.cards import Card
 from plt_megatron.estimate.flops import Flops
+from plt_megatron.estimate.gpu_specs import GPUSpec
 from plt_megatron.estimate.layout import Layout
 from plt_megatron.estimate.parameters import RankParameters
 from plt_megatron.estimate.schedule import bubble_fraction
@@ -55,7 +55,7 @@ def step_time(
     config: RunConfig,
     layout: Layout,
     shapes: Activations,
-    card: Card,
+    card: GPUSpec,
     training_flops: Flops,
     traffic: dict[str, float],
     parameters: RankParameters,
@@ -89,7 +89,7 @@ def step_time(
     )
 
 
-def _matmul_seconds(config: RunConfig, card: Card, flops: Flops) -> float:
+def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
     """Of a token. The layers' linear parts may be in FP8, where less of the peak is reached, the others never are."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
@@ -100,7 +100,7 @@ def _matmul_seconds(config: RunConfig, card: Card, flops: Flops) -> float:
     return seconds - linear / peak + linear / fp8_peak
 
 
-def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: Card) -> float:
+def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec) -> float:
     shapes = dataclasses.replace(shapes, recompute="none")  # what is not kept is moved all the same
     layers = config.model.num_layers // layout.pipeline
     loops = range(1, config.model.loop_count + 1)
@@ -120,14 +120,14 @@ def _recompute(layout: Layout, matmul: float, attention: float, memory_bound: fl
     return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
 
 
-def _bandwidth(card: Card, ranks: int, gpus_per_node: int) -> float:
+def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
     """Of a collective over neighbouring ranks: the network's once they do not fit on a node."""
     link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
     return link * card.link_efficiency
 
 
 def _other_communication(
-    layout: Layout, card: Card, traffic: dict[str, float], work: float, gpus_per_node: int
+    layout: Layout, card: GPUSpec, traffic: dict[str, float], work: float, gpus_per_node: int
 ) -> float:
     """Data-parallel and pipeline traffic that does not hide behind computation.
 
@@ -145,7 +145,7 @@ def _other_communication(
     return reduction + gathering + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
 
 
-def _optimizer(layout: Layout, card: Card, parameters: RankParameters) -> float:
+def _optimizer(layout: Layout, card: GPUSpec, parameters: RankParameters) -> float:
     owned = parameters.dense / (layout.shards if layout.zero_stage >= 1 else 1)
     owned += parameters.experts / layout.expert_shards
     offloaded = layout.offload_optimizer and not layout.on_cpu

@@ -131,8 +131,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def describe(plan: SweepPlan, states: dict[str, State]) -> str:
     """The plan as a table: one line for each row, its seeds together."""
     header = ["row", "runs", "done", "tokens", "training FLOPs", "parameters", "non-embedding"]
-    if plan.hold_equal:
-        header.append(f"held: {plan.hold_equal}")
+    if plan.match_budget:
+        header.append(f"held: {plan.match_budget}")
     table = [header]
     rows: dict[str, list[PlannedRun]] = {}
     for run in plan.runs:
@@ -142,7 +142,7 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
         cells = [label, str(len(runs)), str(sum(states[run.name] == "finished" for run in runs))]
         cells += [f"{first.tokens:,}", f"{first.total_flops:.3g}", f"{first.parameters:,}"]
         cells.append(f"{first.non_embedding_parameters:,}")
-        if plan.hold_equal:
+        if plan.match_budget:
             cells.append(f"{first.deviation:+.2%}" + (f" ({first.change})" if first.change else ""))
         table.append(cells)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -8,7 +8,7 @@
         small: {model.num_layers: 2, model.hidden_size: 64}
         large: {model.num_layers: 4, model.hidden_size: 128}
     seeds: [1, 2, 3]
-    hold_equal: tokens
+    match_budget: tokens
     questions:                        # pairs of the compared axis' values that the report sets against each other
       does the second loop help: [2 loops, 1 loop]
 
@@ -58,7 +58,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What decoding latency means for `hold_equal: decode_latency`: on paper, or by a measured table."""
+    """What decoding latency means for `match_budget: decode_latency`: on paper, or by a measured table."""
 
     context_length: int = 2048
     batch_size: int = 4
@@ -79,7 +79,7 @@ class SweepFile:
     """A sweep as its file and the command line state it.
 
     Attributes:
-        compare: the axis whose values are compared, holding `hold_equal`; None: the one that changes the loops.
+        compare: the axis whose values are compared, holding `match_budget`; None: the one that changes the loops.
         baseline: label of the compared axis' value that the others are measured against; None: the first.
         questions: what the report asks -> labels [value, reference] of the compared axis.
     """
@@ -90,7 +90,7 @@ class SweepFile:
     overrides: list[str] = field(default_factory=list)
     axes: list[Axis] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [1])
-    hold_equal: Hold | None = None
+    match_budget: Hold | None = None
     tolerance: float = 0.02
     compare: str | None = None
     baseline: str | None = None
@@ -122,7 +122,7 @@ _FIELDS = [f.name for f in dataclasses.fields(SweepFile) if f.name not in ("path
 def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepFile:
     """Read a sweep file and apply `key=value` settings from the command line.
 
-    A key of the sweep's own (`seeds=[1,2]`, `hold_equal=training_flops`, `name=x`, `axes.model.loop_count=[1,2]`)
+    A key of the sweep's own (`seeds=[1,2]`, `match_budget=training_flops`, `name=x`, `axes.model.loop_count=[1,2]`)
     changes the sweep; any other is a setting of every run.
     Raises `UserError` naming file, line and key.
     """
@@ -182,11 +182,11 @@ def _apply(sweep: SweepFile, key: str, node: yaml.Node, where: str) -> None:
         sweep.decode = _section(DecodeSettings, node, key, where)
     elif key == "demo_corpus":
         sweep.demo_corpus = _section(DemoCorpus, node, key, where)
-    elif key == "hold_equal":
+    elif key == "match_budget":
         value = _text(node, key, where)
         if value not in HOLDS:
-            raise UserError(f"{where}: hold_equal: expected one of {', '.join(HOLDS)}; got {value!r}")
-        sweep.hold_equal = typing.cast(Hold, value)
+            raise UserError(f"{where}: match_budget: expected one of {', '.join(HOLDS)}; got {value!r}")
+        sweep.match_budget = typing.cast(Hold, value)
     else:
         setattr(sweep, key, _text(node, key, where))
 

@@ -26,7 +26,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
-from plt_megatron.experiments import sweep_hold
+from plt_megatron.experiments import matching
 from plt_megatron.experiments.sweep_file import SweepFile
 from plt_megatron.experiments.text_files import write_text
 
@@ -41,7 +41,7 @@ class PlannedRun:
 
     Attributes:
         labels: axis -> the label of its value.
-        change: what `hold_equal` changed, in words; `deviation`: how far it is from the target, relative.
+        change: what `match_budget` changed, in words; `deviation`: how far it is from the target, relative.
         vocab: of the tokenizer.
     """
 
@@ -55,12 +55,12 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        return sweep_hold.tokens(self.config)
+        return matching.tokens(self.config)
 
     @property
     def flops_per_token(self) -> float:
         """Training FLOPs per token."""
-        return sweep_hold.flops_per_token(self.config, self.vocab)
+        return matching.flops_per_token(self.config, self.vocab)
 
     @property
     def total_flops(self) -> float:
@@ -68,7 +68,7 @@ class PlannedRun:
 
     @property
     def parameters(self) -> int:
-        return sweep_hold.parameters(self.config, self.vocab)
+        return matching.parameters(self.config, self.vocab)
 
     @property
     def non_embedding_parameters(self) -> int:
@@ -98,7 +98,7 @@ class SweepPlan:
     folder: Path
     runs: list[PlannedRun]
     title: str = ""
-    hold_equal: str | None = None
+    match_budget: str | None = None
     tolerance: float = 0.02
     compare: str | None = None
     baseline: str | None = None
@@ -127,12 +127,14 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
         raise UserError("\n".join(problems))
     runs: list[PlannedRun] = []
     for config, labels in rows.values():
-        held = sweep_hold.Held(config, 0.0)
+        held = matching.MatchedConfig(config, 0.0)
         vocab = _vocab(config, tokenizer_vocab)
-        if sweep.hold_equal is not None and compare is not None:
+        if sweep.match_budget is not None and compare is not None:
             reference = rows[tuple({**labels, compare.name: str(baseline)}.values())][0]
             try:
-                held = sweep_hold.hold(config, reference, sweep.hold_equal, vocab, sweep.decode, sweep.tolerance)
+                held = matching.match_budget(
+                    config, reference, sweep.match_budget, vocab, sweep.decode, sweep.tolerance
+                )
             except UserError as error:
                 problems.append(f"{', '.join(labels.values())}: {error}")
         runs += _seeded(held, labels, sweep.seeds, vocab)
@@ -145,7 +147,7 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
         folder=sweep.folder,
         runs=runs,
         title=sweep.title or sweep.name,
-        hold_equal=sweep.hold_equal,
+        match_budget=sweep.match_budget,
         tolerance=sweep.tolerance,
         compare=compare.name if compare else None,
         baseline=baseline,
@@ -170,10 +172,12 @@ def _vocab(config: RunConfig, tokenizer_vocab: int | None) -> int:
 
         assert config.data.tokenizer is not None, "validation asks for a tokenizer or model.vocab_size"
         tokenizer_vocab = load_tokenizer(config.data.tokenizer).vocab_size
-    return sweep_hold.vocab_size(config, tokenizer_vocab)
+    return matching.vocab_size(config, tokenizer_vocab)
 
 
-def _seeded(held: sweep_hold.Held, labels: dict[str, str], seeds: Sequence[int], vocab: int) -> Iterator[PlannedRun]:
+def _seeded(
+    held: matching.MatchedConfig, labels: dict[str, str], seeds: Sequence[int], vocab: int
+) -> Iterator[PlannedRun]:
     for seed in seeds:
         name = "-".join([*(_slug(label) for label in labels.values()), f"seed{seed}"])
         training = dataclasses.replace(held.config.training, seed=seed)
@@ -246,7 +250,7 @@ def config_path(plan: SweepPlan, run: PlannedRun) -> Path:
     return plan.folder / CONFIGS / f"{run.name}.yaml"
 
 
-_IDENTITY = ("hold_equal", "compare", "baseline")  # what two sweeps in one folder must agree on
+_IDENTITY = ("match_budget", "compare", "baseline")  # what two sweeps in one folder must agree on
 
 
 def merge(plan: SweepPlan) -> SweepPlan:

@@ -17,7 +17,7 @@ from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.experiments.text_files import write_text
-from plt_megatron.slurm.progress import read_progress
+from plt_megatron.slurm.progress import read_run_status
 from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress, step_of
 from plt_megatron.train.metrics import FILE_NAME as METRICS
 from plt_megatron.train.metrics import read_metrics
@@ -95,7 +95,7 @@ def failure_of(run: PlannedRun) -> str | None:
     record = read_record(run.folder)
     if record is not None and record.status == "failed":
         return record.reason or "its last attempt failed"
-    return read_progress(run.folder).stopped
+    return read_run_status(run.folder).stopped
 
 
 def note_finished(runs: Iterable[PlannedRun]) -> None:

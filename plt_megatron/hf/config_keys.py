@@ -12,7 +12,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.config.validation import MAX_LOOP_COUNT
 from plt_megatron.errors import UserError
-from plt_megatron.hf.rules import Style
+from plt_megatron.hf.param_mapping import Style
 
 CONFIG = "config.json"
 LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
@@ -25,7 +25,7 @@ AUTO_MAP = {
 
 
 @dataclass
-class Described:
+class HFModelConfig:
     """What a config.json says.
 
     Attributes:
@@ -169,7 +169,7 @@ def _llama_keys(model: ModelConfig, vocab_size: int, max_position_embeddings: in
 # ---------------------------------------------------------------- theirs to ours
 
 
-def read_config(folder: Path, loop_count: int | None = None) -> Described:
+def read_config(folder: Path, loop_count: int | None = None) -> HFModelConfig:
     """What a Hugging Face folder's config.json says.
 
     Args:
@@ -207,7 +207,7 @@ def read_config(folder: Path, loop_count: int | None = None) -> Described:
     return described
 
 
-def _from_plt(keys: dict[str, Any]) -> Described:
+def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     config = PLTConfig.from_dict(_without_code(keys))
@@ -232,7 +232,7 @@ def _from_plt(keys: dict[str, Any]) -> Described:
     )
 
 
-def _from_loopcoder(keys: dict[str, Any]) -> Described:
+def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
     """LoopCoder-v2's keys; what is left out has its own class's defaults. Without them it is a Llama."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
@@ -263,31 +263,31 @@ def _or_one(scale: float | None) -> float:
     return 1.0 if scale is None else float(scale)
 
 
-def _from_llama(keys: dict[str, Any]) -> Described:
+def _from_llama(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("llama", keys)
     _refuse(config, attention_bias=False, mlp_bias=False, hidden_act="silu")
     return _described(config)
 
 
-def _from_mistral(keys: dict[str, Any]) -> Described:
+def _from_mistral(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("mistral", keys)
     _refuse(config, sliding_window=None, hidden_act="silu")
     return _described(config)
 
 
-def _from_qwen2(keys: dict[str, Any]) -> Described:
+def _from_qwen2(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("qwen2", keys)
     _refuse(config, use_sliding_window=False, hidden_act="silu")
     return _described(config, qkv_bias=True)
 
 
-def _from_qwen3(keys: dict[str, Any]) -> Described:
+def _from_qwen3(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("qwen3", keys)
     _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
     return _described(config, qk_layernorm=True)
 
 
-def _from_qwen3_moe(keys: dict[str, Any]) -> Described:
+def _from_qwen3_moe(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("qwen3_moe", keys)
     _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
     _refuse(config, decoder_sparse_step=1, mlp_only_layers=[])  # every layer has experts
@@ -307,13 +307,13 @@ def _expert_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def _from_olmo2(keys: dict[str, Any]) -> Described:
+def _from_olmo2(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("olmo2", keys)
     _refuse(config, attention_bias=False, hidden_act="silu")
     return _described(config, qk_layernorm=True, norm_placement="post")
 
 
-_FAMILIES: dict[str, Callable[[dict[str, Any]], Described]] = {
+_FAMILIES: dict[str, Callable[[dict[str, Any]], HFModelConfig]] = {
     "plt": _from_plt,
     LOOPCODER_TYPE: _from_loopcoder,
     "llama": _from_llama,
@@ -342,7 +342,7 @@ def _refuse(config: Any, **understood: Any) -> None:
             raise UserError(f"{name} {getattr(config, name)!r} is not supported, only {value!r}")
 
 
-def _described(config: Any, **settings: Any) -> Described:
+def _described(config: Any, **settings: Any) -> HFModelConfig:
     """What all families have in common, and `settings`. A dense model is one loop with the paper's settings."""
     rope = dict(config.rope_parameters or {})
     heads = config.num_attention_heads
@@ -364,7 +364,7 @@ def _described(config: Any, **settings: Any) -> Described:
     if heads % derived.num_query_groups(model):
         raise UserError(f"num_attention_heads {heads} is not divisible by num_key_value_heads {model.num_query_groups}")
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return Described(
+    return HFModelConfig(
         model=model,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,

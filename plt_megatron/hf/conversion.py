@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.rules import EXTRA_STATES, Rule
+from plt_megatron.hf.param_mapping import EXTRA_STATES, ParamMapping
 
 Weights = Iterable[tuple[str, Tensor]]
 
 
-def to_hf(weights: Weights, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+def to_hf(weights: Weights, mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
     """(their name, tensor) of everything in `weights`, (our name, whole tensor) in any order.
 
     Raises:
         UserError: at the end of `weights` at the latest. A tensor is missing, unknown, given twice or has another
             shape than the configuration says.
     """
-    left = {rule.name: rule for rule in rules}
+    left = {mapping.name: mapping for mapping in mappings}
     known = set(left)
     for name, tensor in weights:
         if name.endswith(EXTRA_STATES):
@@ -27,29 +27,29 @@ def to_hf(weights: Weights, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor
         if name not in left:
             problem = "comes twice" if name in known else "has no place in an export of this configuration"
             raise UserError(f"the weights' tensor {name} {problem}")
-        rule = left.pop(name)
-        if tuple(tensor.shape) != rule.shape:
-            raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration says {rule.shape}")
-        for (hf_name, shape), part in zip(rule.hf, rule.to_hf(tensor), strict=True):
+        mapping = left.pop(name)
+        if tuple(tensor.shape) != mapping.shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, the configuration says {mapping.shape}")
+        for (hf_name, shape), part in zip(mapping.hf, mapping.to_hf(tensor), strict=True):
             assert tuple(part.shape) == shape, (hf_name, part.shape, shape)
             yield hf_name, part
     if left:
         raise UserError(f"the weights lack {_enumerate(left)}")
 
 
-def to_megatron(read: Callable[[str], Tensor], rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
-    """(our name, whole tensor) of every rule, from tensors that `read` gets by their name."""
-    for rule in rules:
-        yield rule.name, rule.to_megatron([read(name) for name, _ in rule.hf])
+def to_megatron(read: Callable[[str], Tensor], mappings: Sequence[ParamMapping]) -> Iterator[tuple[str, Tensor]]:
+    """(our name, whole tensor) of every mapping, from tensors that `read` gets by their name."""
+    for mapping in mappings:
+        yield mapping.name, mapping.to_megatron([read(name) for name, _ in mapping.hf])
 
 
-def check_tensors(shapes: dict[str, tuple[int, ...]], rules: Sequence[Rule], where: str) -> None:
-    """Raise `UserError` unless `shapes` (their names) are just the tensors that `rules` want.
+def check_tensors(shapes: dict[str, tuple[int, ...]], mappings: Sequence[ParamMapping], where: str) -> None:
+    """Raise `UserError` unless `shapes` (their names) are just the tensors that `mappings` want.
 
     Args:
         where: what the message begins with.
     """
-    wanted = dict(pair for rule in rules for pair in rule.hf)
+    wanted = dict(pair for mapping in mappings for pair in mapping.hf)
     for names, problem in ((wanted.keys() - shapes.keys(), "lacks"), (shapes.keys() - wanted.keys(), "has unknown")):
         if names:
             raise UserError(f"{where}: {problem} {_enumerate(sorted(names))}")

@@ -14,10 +14,10 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf.config_keys import CONFIG, loopcoder_keys, plt_keys
 from plt_megatron.hf.conversion import to_hf
 from plt_megatron.hf.model_card import model_card
+from plt_megatron.hf.param_mapping import ParamMapping, Style, mappings_for
 from plt_megatron.hf.publishing import check_target, published_folder
-from plt_megatron.hf.rules import Rule, Style, rules_for
 from plt_megatron.hf.safetensors_files import SafetensorsWriter, parse_size
-from plt_megatron.hf.sources import PRECISIONS, Source, open_source
+from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer
 from plt_megatron.hf.verification import TOLERANCE, largest_difference
 
@@ -68,7 +68,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     check_target(options.output)
     shard_size = parse_size(options.max_shard_size)
     source = open_source(options.checkpoint, options.tokenizer)
-    rules = rules_for(source.model, source.vocab_size, options.style)
+    mappings = mappings_for(source.model, source.vocab_size, options.style)
     precision = options.precision or source.precision
     if source.tokenizer is not None:
         check_vocabulary(source.tokenizer, source.vocab_size, _trained_with(source))
@@ -79,8 +79,8 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
             write_tokenizer(source.tokenizer, folder)
         _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
         say(f"exporting {source.path} as {precision}")
-        total_bytes, files = _write_weights(source, rules, folder, precision, shard_size)
-        card = model_card(source, options.output.name, rules, options.style)
+        total_bytes, files = _write_weights(source, mappings, folder, precision, shard_size)
+        card = model_card(source, options.output.name, mappings, options.style)
         (folder / "README.md").write_text(card, encoding="utf-8")
         difference = tokens = None
         if options.verify:
@@ -92,25 +92,27 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
                     f"the export is not the training model: its logits differ by up to {difference:.2e}, more than "
                     f"{TOLERANCE:g}; nothing is written"
                 )
-    tensors = sum(len(rule.hf) for rule in rules)
+    tensors = sum(len(mapping.hf) for mapping in mappings)
     return ExportResult(options.output, source.path, tensors, total_bytes, files, difference, tokens)
 
 
-def _trained_with(source: Source) -> str | None:
+def _trained_with(source: ModelSource) -> str | None:
     fingerprint: dict[str, Any] = source.progress.get("data_fingerprint") or {}
     return fingerprint.get("tokenizer")
 
 
-def _write_weights(source: Source, rules: list[Rule], folder: Path, precision: str, shard_size: int) -> tuple[int, int]:
+def _write_weights(
+    source: ModelSource, mappings: list[ParamMapping], folder: Path, precision: str, shard_size: int
+) -> tuple[int, int]:
     """(bytes of tensors, files)"""
-    shapes = [pair for rule in rules for pair in rule.hf]
+    shapes = [pair for mapping in mappings for pair in mapping.hf]
     with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size) as writer:
-        for name, tensor in to_hf(source.weights(), rules):
+        for name, tensor in to_hf(source.weights(), mappings):
             writer.write(name, tensor)
         return writer.total_size, len(writer.files)
 
 
-def _write_configs(source: Source, folder: Path, style: Style, dtype: str) -> None:
+def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) -> None:
     keys_of = loopcoder_keys if style == "loopcoder" else plt_keys
     keys = keys_of(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, dtype)
     _write_json(folder / CONFIG, keys)

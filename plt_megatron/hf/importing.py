@@ -17,9 +17,9 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
-from plt_megatron.hf.config_keys import Described, read_config
+from plt_megatron.hf.config_keys import HFModelConfig, read_config
+from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
 from plt_megatron.hf.publishing import check_target, published_folder
-from plt_megatron.hf.rules import Rule, rules_for
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
 from plt_megatron.hf.sources import PRECISIONS, check_hf_tensors, hf_precision
 from plt_megatron.hf.tokenizer_files import copy_tokenizer
@@ -75,12 +75,12 @@ def import_model(options: ImportOptions) -> ImportResult:
     described = read_config(options.model)
     target = read_config(options.model, options.loop_count)
     files = SafetensorsFolder(options.model)
-    source_rules = rules_for(described.model, described.vocab_size, described.style)
-    check_hf_tensors(files, source_rules, described.model)
+    source_mappings = mappings_for(described.model, described.vocab_size, described.style)
+    check_hf_tensors(files, source_mappings, described.model)
     precision = _precision(options, files)
-    rules = rules_for(target.model, target.vocab_size)
-    tensors, fresh = _tensors(files, source_rules, rules, target)
-    names = {rule.name for rule in rules}
+    mappings = mappings_for(target.model, target.vocab_size)
+    tensors, fresh = _tensors(files, source_mappings, mappings, target)
+    names = {mapping.name for mapping in mappings}
     with published_folder(options.output) as folder:
         tokenizer = copy_tokenizer(options.model, folder / "tokenizer", target.family, target.vocab_size, target.tokens)
         published = options.output / tokenizer.relative_to(folder) if tokenizer else None
@@ -97,9 +97,9 @@ def import_model(options: ImportOptions) -> ImportResult:
         family=target.family,
         model=target.model,
         precision=precision,
-        tensors=len(rules),
+        tensors=len(mappings),
         fresh=fresh,
-        dropped=sum(rule.name not in names for rule in source_rules),
+        dropped=sum(mapping.name not in names for mapping in source_mappings),
         tokenizer=published,
     )
 
@@ -114,35 +114,35 @@ def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:
 
 
 def _tensors(
-    files: SafetensorsFolder, source_rules: list[Rule], rules: list[Rule], target: Described
+    files: SafetensorsFolder, source_mappings: list[ParamMapping], mappings: list[ParamMapping], target: HFModelConfig
 ) -> tuple[list[LazyTensor], int]:
     """The checkpoint's tensors, and how many of them the files lack."""
-    by_name = {rule.name: rule for rule in source_rules}
+    by_name = {mapping.name: mapping for mapping in source_mappings}
     padded = derived.padded_vocab_size(target.model, target.vocab_size)
     tensors, fresh = [], 0
-    for rule in rules:
-        shape = rule.shape
+    for mapping in mappings:
+        shape = mapping.shape
         make: Callable[[], Tensor]
-        if rule.name in by_name:
-            make = partial(_convert, files, by_name[rule.name])
+        if mapping.name in by_name:
+            make = partial(_convert, files, by_name[mapping.name])
         else:
-            make = partial(_fresh, rule)
+            make = partial(_fresh, mapping)
             fresh += 1
-        if rule.name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        if mapping.name.endswith(("word_embeddings.weight", "output_layer.weight")):
             shape = (padded, *shape[1:])
             make = partial(_padded, make, padded)
-        tensors.append(LazyTensor(rule.name, shape, make))
+        tensors.append(LazyTensor(mapping.name, shape, make))
     return tensors, fresh
 
 
-def _convert(files: SafetensorsFolder, rule: Rule) -> Tensor:
-    return rule.to_megatron([files.read(name) for name, _ in rule.hf])
+def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
+    return mapping.to_megatron([files.read(name) for name, _ in mapping.hf])
 
 
-def _fresh(rule: Rule) -> Tensor:
+def _fresh(mapping: ParamMapping) -> Tensor:
     """As a new model has them: gates of one half, norms of one."""
-    assert ".plt_gate." in rule.name, rule.name
-    return torch.ones(rule.shape) if rule.name.endswith("gate_norm.weight") else torch.zeros(rule.shape)
+    assert ".plt_gate." in mapping.name, mapping.name
+    return torch.ones(mapping.shape) if mapping.name.endswith("gate_norm.weight") else torch.zeros(mapping.shape)
 
 
 def _padded(make: Callable[[], Tensor], rows: int) -> Tensor:
@@ -150,7 +150,7 @@ def _padded(make: Callable[[], Tensor], rows: int) -> Tensor:
     return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
 
 
-def _run_config(options: ImportOptions, target: Described, precision: str, tokenizer: Path | None) -> RunConfig:
+def _run_config(options: ImportOptions, target: HFModelConfig, precision: str, tokenizer: Path | None) -> RunConfig:
     return RunConfig(
         name=options.output.name,
         output_dir=str(options.output.parent),

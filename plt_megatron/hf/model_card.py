@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.hf.rules import Rule
-from plt_megatron.hf.sources import Source
+from plt_megatron.hf.param_mapping import ParamMapping
+from plt_megatron.hf.sources import ModelSource
 from plt_megatron.train.metrics import read_metrics
 
 _USE = """\
@@ -37,17 +37,17 @@ The weights' names and config.json's keys are LoopCoder-v2's (`IQuestPLTCoderFor
 """
 
 
-def model_card(source: Source, name: str, rules: list[Rule], style: str) -> str:
+def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], style: str) -> str:
     """The card's text.
 
     Args:
         name: the exported folder's.
-        rules: of the exported tensors, to count parameters.
+        mappings: of the exported tensors, to count parameters.
     """
     tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
     sections = ["\n".join([*front, "---"]), f"# {name}", _introduction(source)]
-    sections.append("## Model\n\n" + _table(_model_facts(source, rules)))
+    sections.append("## Model\n\n" + _table(_model_facts(source, mappings)))
     if source.progress:
         sections.append("## Training\n\n" + _table(_training_facts(source)))
         losses = _validation_losses(source)
@@ -62,7 +62,7 @@ def model_card(source: Source, name: str, rules: list[Rule], style: str) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _introduction(source: Source) -> str:
+def _introduction(source: ModelSource) -> str:
     model = source.model
     made = "trained" if source.progress.get("step", 0) > 0 else "converted"
     if model.loop_count == 1:
@@ -77,9 +77,9 @@ def _table(facts: Iterator[tuple[str, Any]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts)])
 
 
-def _model_facts(source: Source, rules: list[Rule]) -> Iterator[tuple[str, Any]]:
+def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[tuple[str, Any]]:
     model = source.model
-    yield "parameters", f"{sum(math.prod(rule.shape) for rule in rules):,}"
+    yield "parameters", f"{sum(math.prod(mapping.shape) for mapping in mappings):,}"
     yield "layers", model.num_layers
     yield "hidden size", model.hidden_size
     if model.num_moe_experts is None:
@@ -102,7 +102,7 @@ def _model_facts(source: Source, rules: list[Rule]) -> Iterator[tuple[str, Any]]
         yield "gated sliding window", window if model.gated_window else "no"
 
 
-def _training_facts(source: Source) -> Iterator[tuple[str, Any]]:
+def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     progress = source.progress
     config = progress["config"]
     training, optimizer = config["training"], config["optimizer"]
@@ -133,7 +133,7 @@ def _data(data: Mapping[str, Any]) -> str:
     )
 
 
-def _validation_losses(source: Source) -> Iterator[tuple[str, Any]] | None:
+def _validation_losses(source: ModelSource) -> Iterator[tuple[str, Any]] | None:
     """The losses measured at the checkpoint's step, from the run's metrics where they lie beside it."""
     try:
         records = read_metrics(source.path.parent.parent)

@@ -18,7 +18,7 @@ from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import conversion
 from plt_megatron.hf.config_keys import CONFIG, read_config
-from plt_megatron.hf.rules import DERIVED_BUFFERS, Rule, rules_for
+from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.train.checkpoint import latest_checkpoint, read_weights
@@ -30,7 +30,7 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass
-class Source:
+class ModelSource:
     """A model to convert.
 
     Attributes:
@@ -58,7 +58,7 @@ class Source:
     progress: dict[str, Any] = field(default_factory=dict)
 
 
-def open_source(path: Path, tokenizer: Path | None = None) -> Source:
+def open_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
     """A run's folder (its last whole checkpoint), a checkpoint, or a Hugging Face folder.
 
     Args:
@@ -75,7 +75,7 @@ def open_source(path: Path, tokenizer: Path | None = None) -> Source:
 # ---------------------------------------------------------------- checkpoints
 
 
-def _open_checkpoint(path: Path, tokenizer: Path | None) -> Source:
+def _open_checkpoint(path: Path, tokenizer: Path | None) -> ModelSource:
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     found = latest_checkpoint(path)
@@ -89,7 +89,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> Source:
     generation = read_generation_config(loaded.path.parent) if loaded else {}
     tokens = special_tokens(loaded) if loaded else progress.get("special_tokens", {})
     tokens |= {name: generation.pop(name) for name in _TOKEN_IDS if name in generation}
-    return Source(
+    return ModelSource(
         path=found,
         model=model,
         vocab_size=progress["vocab_size"],
@@ -135,19 +135,19 @@ def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | No
 # ---------------------------------------------------------------- Hugging Face folders
 
 
-def _open_hf(path: Path, tokenizer: Path | None) -> Source:
+def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
     described = read_config(path)
     files = SafetensorsFolder(path)
-    rules = rules_for(described.model, described.vocab_size, described.style)
-    check_hf_tensors(files, rules, described.model)
+    mappings = mappings_for(described.model, described.vocab_size, described.style)
+    check_hf_tensors(files, mappings, described.model)
     found = tokenizer or hf_tokenizer_file(path, described.family)
-    return Source(
+    return ModelSource(
         path=path,
         model=described.model,
         vocab_size=described.vocab_size,
         max_position_embeddings=described.max_position_embeddings,
         precision=hf_precision(files),
-        weights=lambda: conversion.to_megatron(files.read, rules),
+        weights=lambda: conversion.to_megatron(files.read, mappings),
         tokenizer=load_hf_tokenizer(found, described.tokens) if found else None,
         tokens=described.tokens,
         generation={
@@ -171,7 +171,7 @@ def hf_precision(files: SafetensorsFolder) -> str:
     return next(name for name, dtype in PRECISIONS.items() if dtype in kinds)
 
 
-def check_hf_tensors(files: SafetensorsFolder, rules: list[Rule], model: ModelConfig) -> None:
+def check_hf_tensors(files: SafetensorsFolder, mappings: list[ParamMapping], model: ModelConfig) -> None:
     """Raise `UserError` unless the files hold just the model's tensors."""
     hf_precision(files)
     shapes = {name: shape for name, shape in files.shapes.items() if not name.endswith(DERIVED_BUFFERS)}
@@ -182,4 +182,4 @@ def check_hf_tensors(files: SafetensorsFolder, rules: list[Rule], model: ModelCo
         del shapes[_HEAD]
     if not derived.has_gates(model):
         shapes = {name: shape for name, shape in shapes.items() if ".plt_gate." not in name}
-    conversion.check_tensors(shapes, rules, str(files.folder))
+    conversion.check_tensors(shapes, mappings, str(files.folder))

@@ -14,8 +14,8 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
-from plt_megatron.hf.rules import Rule, rules_for
-from plt_megatron.hf.sources import Source, open_source
+from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
+from plt_megatron.hf.sources import ModelSource, open_source
 
 TOLERANCE = 1e-4  # of logits in fp32
 _TEXT = """\
@@ -33,7 +33,7 @@ A text needs accents, too: d\u00e9j\u00e0 vu, \u03b1\u03b2\u03b3, \u4f60\u597d. 
 """
 
 
-def largest_difference(source: Source, folder: Path, export_dtype: torch.dtype, style: str) -> tuple[float, int]:
+def largest_difference(source: ModelSource, folder: Path, export_dtype: torch.dtype, style: str) -> tuple[float, int]:
     """(largest absolute difference of logits, tokens compared) between the training model and the export.
 
     Both hold the weights as exported, rounded to `export_dtype`, and compute in fp32. One model is in memory at a time.
@@ -45,7 +45,7 @@ def largest_difference(source: Source, folder: Path, export_dtype: torch.dtype, 
     return float((actual - expected).abs().max()), tokens.shape[1]
 
 
-def _tokens(source: Source, folder: Path) -> Tensor:
+def _tokens(source: ModelSource, folder: Path) -> Tensor:
     """A text of more than two windows if the model takes that much, [1, n]. Without a tokenizer, random ids."""
     length = min(source.max_position_embeddings, max(2 * source.model.window_size + 32, 64), 512)
     generator = torch.Generator().manual_seed(1234)
@@ -70,20 +70,20 @@ def _check_tokenizer(folder: Path, expected: list[int]) -> None:
 # ---------------------------------------------------------------- the training model
 
 
-def _megatron_logits(source: Source, tokens: Tensor, export_dtype: torch.dtype) -> Tensor:
+def _megatron_logits(source: ModelSource, tokens: Tensor, export_dtype: torch.dtype) -> Tensor:
     """[1, n, vocabulary], float32."""
     with single_process():
         from plt_megatron.model.looped_gpt import MicroBatch
 
         model = build_model(source, tokens.shape[1])
         weights = ((name, tensor.to(export_dtype).float()) for name, tensor in source.weights())
-        fill_model(model, weights, rules_for(source.model, source.vocab_size))
+        fill_model(model, weights, mappings_for(source.model, source.vocab_size))
         with torch.no_grad():
             logits = model.eval()(MicroBatch(tokens=tokens))
         return logits[..., : source.vocab_size].float()
 
 
-def build_model(source: Source, sequence_length: int) -> Any:
+def build_model(source: ModelSource, sequence_length: int) -> Any:
     """The training model in fp32 on this process's CPU, on the torch backend. Process groups exist."""
     import dataclasses
 
@@ -99,7 +99,7 @@ def build_model(source: Source, sequence_length: int) -> Any:
     )
 
 
-def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], rules: list[Rule]) -> None:
+def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list[ParamMapping]) -> None:
     """Give a stage, whatever its place in the layout, its part of whole weights; vocabulary padding becomes zero.
 
     Raises:
@@ -108,7 +108,7 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], rules: list[Ru
     from plt_megatron.model.initialization import global_names
 
     parameters = dict(global_names(stage))
-    by_name = {rule.name: rule for rule in rules}
+    by_name = {mapping.name: mapping for mapping in mappings}
     group = stage.pg_collection.tp
     for name, whole in weights:
         parameter = parameters.pop(name, None)
@@ -178,6 +178,6 @@ def load_any(folder: Path) -> Any:
     model = PLTForCausalLM(PLTConfig.from_dict(keys)).float()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in to_hf(source.weights(), rules_for(source.model, source.vocab_size)):
+        for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
             parameters[name].copy_(tensor)
     return model

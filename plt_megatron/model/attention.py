@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from plt_megatron.model.context_parallel import SequenceRows
+from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.gate import HiddenGate, QueryGate
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.te_attention import TEAttention
@@ -51,7 +51,7 @@ class ContextParallelTorchAttention(nn.Module):
     """The same under context parallelism: a rank's queries against the whole sequence's keys and values or, within a
     window, against this rank's own and the `window_size - 1` before each run of them."""
 
-    def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceRows) -> None:
+    def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceShard) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
         self.window_size = window_size
@@ -64,7 +64,7 @@ class ContextParallelTorchAttention(nn.Module):
         kwargs: dict[str, Any] = {"softmax_scale": self.softmax_scale, "documents": documents}
         if self.window_size is None:
             return causal_attention_of_runs(query, key, value, runs, **kwargs)
-        before = self.rows.before(self.window_size - 1, key, value)
+        before = self.rows.halo(self.window_size - 1, key, value)
         return window_attention_of_runs(query, key, value, before, runs, window_size=self.window_size, **kwargs)
 
 
@@ -159,7 +159,7 @@ class TorchGatedAttention(GatedSlidingWindowAttention):
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         if config.context_parallel_size == 1:
             return TorchAttention(kwargs["softmax_scale"], window_size)
-        rows = SequenceRows.of(kwargs["pg_collection"], sequence_parallel=False)
+        rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
         return ContextParallelTorchAttention(kwargs["softmax_scale"], window_size, rows)
 
     def _for_global_attention(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

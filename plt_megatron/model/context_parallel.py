@@ -61,7 +61,7 @@ class _Plan:
     order: Tensor | None
 
 
-class SequenceRows:
+class SequenceShard:
     """The share of each sequence's rows that this rank holds, and how to get at others' rows.
 
     Args:
@@ -79,7 +79,7 @@ class SequenceRows:
         self._plans: dict[tuple[int, int, torch.device], _Plan] = {}
 
     @classmethod
-    def of(cls, groups: Any, sequence_parallel: bool) -> SequenceRows:
+    def of(cls, groups: Any, sequence_parallel: bool) -> SequenceShard:
         """The rows of hidden states in the layout of megatron-core's process groups."""
         context, tensor = groups.cp.size(), groups.tp.size() if sequence_parallel else 1
         if context * tensor == 1:
@@ -111,7 +111,7 @@ class SequenceRows:
         assert self.sequence_ranks == 1
         return own if self.size == 1 else _Gather.apply(self.group, *own)
 
-    def before(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
+    def halo(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
         """The rows that come right before each of this rank's runs; only these travel. Gradients go back to them.
 
         Args:

@@ -12,8 +12,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from plt_megatron.model.kv_mailbox import FirstLoopKV
 from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.model.shared_kv import FirstLoopKV
 
 
 class Documents:

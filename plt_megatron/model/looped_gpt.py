@@ -21,7 +21,7 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from plt_megatron.model.context_parallel import SequenceRows
+from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.layer_specs import layer_spec, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_statistics import LoopStatistics
@@ -31,7 +31,7 @@ from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_
 
 @dataclass
 class MicroBatch:
-    """One microbatch's inputs, all [b, s]. What runs through the model under context parallelism is `of_rank`'s.
+    """One microbatch's inputs, all [b, s]. What runs through the model under context parallelism is `shard_for_cp`'s.
 
     Attributes:
         tokens: int64 token ids.
@@ -54,7 +54,7 @@ class MicroBatch:
         documents = None if self.document_starts is None else Documents(self.document_starts)
         return LoopContext(documents=documents, statistics=self.statistics)
 
-    def of_rank(self, rows: SequenceRows) -> MicroBatch:
+    def shard_for_cp(self, rows: SequenceShard) -> MicroBatch:
         """What a context-parallel rank takes: its own rows, [b, s / CP], but all document starts."""
         if rows.size == 1:
             return self
@@ -103,8 +103,8 @@ class LoopedGPT(LanguageModule):
         self.post_process = post_process
         self.share_embeddings_and_output_weights = self.plt.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder
-        self.context_rows = SequenceRows.of(self.pg_collection, sequence_parallel=False)
-        self.hidden_rows = SequenceRows.of(self.pg_collection, config.sequence_parallel)
+        self.context_rows = SequenceShard.of(self.pg_collection, sequence_parallel=False)
+        self.hidden_rows = SequenceShard.of(self.pg_collection, config.sequence_parallel)
         backend = resolve_backend(self.plt)
         if pre_process:
             self.embedding = LanguageModelEmbedding(

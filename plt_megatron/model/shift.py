@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from plt_megatron.model.context_parallel import SequenceRows
+from plt_megatron.model.context_parallel import SequenceShard
 
 
-def shift(hidden_states: Tensor, starts: Tensor | None = None, rows: SequenceRows | None = None) -> Tensor:
+def shift(hidden_states: Tensor, starts: Tensor | None = None, rows: SequenceShard | None = None) -> Tensor:
     """Move hidden states one token to the right.
 
     Args:
@@ -34,10 +34,10 @@ def shift(hidden_states: Tensor, starts: Tensor | None = None, rows: SequenceRow
     return shifted * keep.transpose(0, 1).unsqueeze(-1)
 
 
-def _shift_runs(hidden_states: Tensor, rows: SequenceRows) -> Tensor:
+def _shift_runs(hidden_states: Tensor, rows: SequenceShard) -> Tensor:
     runs = rows.runs(hidden_states.shape[0] * rows.size)
     parts, first = [], 0
-    for run, (before,) in zip(runs, rows.before(1, hidden_states), strict=True):
+    for run, (before,) in zip(runs, rows.halo(1, hidden_states), strict=True):
         if run.start == 0:
             parts.append(torch.zeros_like(hidden_states[:1]))
         # Where nothing comes before, an empty tensor, that all ranks take part in the exchange's backward.

@@ -45,7 +45,7 @@ class TEAttention(nn.Module):
         config.window_attn_skip_freq = None
         self.local = window_size is not None
         if config.context_parallel_size > 1:
-            kwargs["cp_comm_type"] = config.local_cp_comm_type if self.local else config.cp_comm_type
+            kwargs["cp_comm_type"] = config.window_cp_comm_type if self.local else config.cp_comm_type
         self.attention = TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:

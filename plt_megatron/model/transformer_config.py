@@ -26,12 +26,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class PLTTransformerConfig(TransformerConfig):
     """megatron-core's configuration of a layer stack, and PLT's own beside it as `plt`.
 
-    `cp_comm_type` is how the global attention communicates under context parallelism, `local_cp_comm_type` how the
+    `cp_comm_type` is how the global attention communicates under context parallelism, `window_cp_comm_type` how the
     local one does; both for Transformer Engine.
     """
 
     plt: ModelConfig = field(default_factory=ModelConfig)
-    local_cp_comm_type: str = "a2a"
+    window_cp_comm_type: str = "a2a"
 
 
 def resolve_backend(model: ModelConfig) -> str:
@@ -91,7 +91,7 @@ def transformer_config(
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
-        local_cp_comm_type=parallel.local_cp_comm_type,
+        window_cp_comm_type=parallel.window_cp_comm_type,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",

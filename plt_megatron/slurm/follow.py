@@ -11,7 +11,7 @@ from typing import Any
 
 from plt_megatron.slurm import client
 from plt_megatron.slurm.in_job.records import WHY
-from plt_megatron.slurm.progress import METRICS, read_progress
+from plt_megatron.slurm.progress import METRICS, read_run_status
 from plt_megatron.slurm.submission import Submission
 
 _LOOK_SECONDS = 1.0  # at files
@@ -74,7 +74,7 @@ def _whole(ids: list[str]) -> list[str]:
 def _conclude(submission: Submission, tails: list[_Tail], say: Callable[[str], None]) -> int:
     status = 0
     for run, tail in zip(submission.runs, tails, strict=True):
-        progress = read_progress(run)
+        progress = read_run_status(run)
         if progress.finished:
             say(f"{tail.label}finished: step {progress.step:,} of {progress.steps:,}; {run}")
             continue
@@ -149,7 +149,7 @@ class _Tail:
         self.run, self.label = run, label
         self._path = run / METRICS
         self._inode, self._offset = self._where()
-        self._steps = read_progress(run).steps
+        self._steps = read_run_status(run).steps
 
     def _where(self) -> tuple[int, int]:
         try:
@@ -164,7 +164,7 @@ class _Tail:
             return []
         if inode != self._inode and self._inode:
             self._inode, self._offset = inode, size
-            return [f"{self.label}goes on after step {read_progress(self.run).step:,}"]
+            return [f"{self.label}goes on after step {read_run_status(self.run).step:,}"]
         self._inode = inode
         with self._path.open("rb") as file:
             file.seek(self._offset)

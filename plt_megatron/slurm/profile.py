@@ -12,7 +12,7 @@ from typing import Literal
 import yaml
 
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.cards import card_names
+from plt_megatron.estimate.gpu_specs import card_names
 from plt_megatron.slurm.job import read_dataclass
 
 CLUSTERS = Path("configs") / "clusters"

@@ -23,7 +23,7 @@ _RECORDS = 20  # whose median rate stands for the run's
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunStatus:
     """A run, as its folder shows it.
 
     Attributes:
@@ -66,7 +66,7 @@ class Progress:
         return max(0, self.steps - self.step) * self.tokens_per_step / self.tokens_per_second
 
 
-def read_progress(run: Path) -> Progress:
+def read_run_status(run: Path) -> RunStatus:
     """Look at a run's folder. Nothing that is missing or damaged in it is an error here."""
     steps, tokens_per_step, problem = None, None, None
     try:
@@ -79,7 +79,7 @@ def read_progress(run: Path) -> Progress:
     ends = [event for event in events if event["event"] == "end"]
     open_starts = unended(events)
     stops = [event for event in events if event["event"] == "stop"]
-    return Progress(
+    return RunStatus(
         run=run,
         step=int(records[-1]["step"]) if records else 0,
         steps=steps,

@@ -13,12 +13,12 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.cards import find_card
+from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.slurm import arrays, checks, client, report, run_folder
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
 from plt_megatron.slurm.job import LOGS_NAME, SCRIPT_NAME, JobSettings
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
-from plt_megatron.slurm.progress import read_progress
+from plt_megatron.slurm.progress import read_run_status
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
 from plt_megatron.slurm.times import time_limit
@@ -179,7 +179,7 @@ class _Plan:
         container = self.profile.container
         # In a container, optional packages are the image's matter, not this machine's.
         have_te = True if container is not None else None
-        capability = find_card(self.resources.card).capability
+        capability = find_gpu_spec(self.resources.card).capability
         problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
         sound = not problems
         every = find_problems(config, world_size=world_size, have_te=have_te, capability=capability)[len(problems) :]
@@ -360,7 +360,7 @@ def _check_options(options: Options) -> None:
 
 
 def _finished(run: Path, ahead: checks.Forecast) -> list[str]:
-    if ahead.start_step < ahead.steps or not read_progress(run).finished:
+    if ahead.start_step < ahead.steps or not read_run_status(run).finished:
         return []
     return [f"{run} is finished: step {ahead.start_step:,} of {ahead.steps:,}; give another --name to run it again"]
 

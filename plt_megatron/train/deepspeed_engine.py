@@ -22,7 +22,7 @@ from plt_megatron.model.pipeline import token_losses
 from plt_megatron.train.deepspeed_gradients import GradientParts
 from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed_state import DeepSpeedState
-from plt_megatron.train.engine import StepResult, build_stage, finite_step, lr_scheduler, optimizer_config
+from plt_megatron.train.megatron_engine import StepResult, build_stage, finite_step, lr_scheduler, optimizer_config
 from plt_megatron.train.step_times import StepTimes
 
 

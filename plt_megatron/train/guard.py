@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.schema import TrainingConfig
-from plt_megatron.train.engine import finite_step
+from plt_megatron.train.megatron_engine import finite_step
 
 _PER_STEPS = 1000  # max_skipped_steps is also a rate
 

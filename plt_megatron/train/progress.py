@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 
-class Progress:
+class ProgressBar:
     """Progress of `total` steps. Only one rank's is enabled."""
 
     def __init__(self, total: int, enabled: bool) -> None:

@@ -27,11 +27,11 @@ from plt_megatron.model.expert_statistics import ExpertStatistics
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.train.checkpoint import CheckpointStore
-from plt_megatron.train.engine import StepResult
-from plt_megatron.train.engines import build_engine
+from plt_megatron.train.engine import build_engine
 from plt_megatron.train.guard import StepGuard, write_incident
+from plt_megatron.train.megatron_engine import StepResult
 from plt_megatron.train.metrics import MetricsWriter
-from plt_megatron.train.progress import Progress
+from plt_megatron.train.progress import ProgressBar
 from plt_megatron.train.step_times import StepProfiler
 from plt_megatron.train.stop import StopRequest
 from plt_megatron.train.throughput import Throughput, peak_memory_bytes
@@ -69,7 +69,7 @@ class Trainer:
         self.rank = dist.get_rank()
         self.is_first_rank = self.rank == 0
         self.metrics = MetricsWriter(self.folder, config, enabled=self.is_first_rank)
-        self.progress = Progress(self.train_iters, enabled=self.is_first_rank)
+        self.progress = ProgressBar(self.train_iters, enabled=self.is_first_rank)
         self.profiler = StepProfiler(config.logging, self.folder, self.rank)
         self.times = self.engine.times
         self.engine.on_progress = self._beat

@@ -50,7 +50,7 @@ def build(config: RunConfig, vocab_size: int = VOCAB) -> Any:
     """A fresh engine; the process groups are made on the way."""
     from megatron.core import parallel_state
 
-    from plt_megatron.train.engine import MegatronEngine
+    from plt_megatron.train.megatron_engine import MegatronEngine
 
     if not parallel_state.model_parallel_is_initialized():
         init_process_groups(config.parallel)

@@ -59,7 +59,7 @@ def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Numbers]
 
 
 def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
-    from plt_megatron.train.engines import build_engine
+    from plt_megatron.train.engine import build_engine
     from tests.distributed import parity
 
     with parity._randomised(case.zero_gates):
@@ -83,7 +83,7 @@ def refuse_steps(layout: Layout, stages: list[int]) -> list[list[Any]]:
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
-    from plt_megatron.train.engines import build_engine
+    from plt_megatron.train.engine import build_engine
     from tests.distributed import parity
 
     case = Case(2)
@@ -180,7 +180,7 @@ def _build(place: Place) -> Any:
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
-    from plt_megatron.train.engines import build_engine
+    from plt_megatron.train.engine import build_engine
     from tests.distributed import checkpoint_jobs as jobs
 
     config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)

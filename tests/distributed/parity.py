@@ -29,8 +29,8 @@ from plt_megatron.model.initialization import global_names, initialize
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
-from plt_megatron.train import engine as engine_module
-from plt_megatron.train.engine import MegatronEngine
+from plt_megatron.train import megatron_engine as engine_module
+from plt_megatron.train.megatron_engine import MegatronEngine
 from tests.distributed.cases import (
     GLOBAL_BATCH_SIZE,
     MODEL,

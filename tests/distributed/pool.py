@@ -349,7 +349,7 @@ def main() -> None:
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     enter_cpu_runtime(force=True)
-    import plt_megatron.train.engine  # noqa: F401
+    import plt_megatron.train.megatron_engine  # noqa: F401
 
     gc.collect()
     gc.freeze()  # the imports' objects: not to be looked through, nor copied, by every worker's collections

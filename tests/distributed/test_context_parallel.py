@@ -28,9 +28,9 @@ def _starts(rows: int, chunks: int) -> Any:
 def _rows(context_ranks: int) -> Any:
     import torch.distributed as dist
 
-    from plt_megatron.model.context_parallel import SequenceRows
+    from plt_megatron.model.context_parallel import SequenceShard
 
-    return SequenceRows(dist.group.WORLD, context_ranks, dist.get_world_size() // context_ranks)
+    return SequenceShard(dist.group.WORLD, context_ranks, dist.get_world_size() // context_ranks)
 
 
 def _together(part: Any, rows: Any, length: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def _together(part: Any, rows: Any, length: int) -> np.ndarray:
     return whole.numpy()
 
 
-def _compare(own: list[Any], of_rank: Any, whole: list[Any], of_whole: Any, rows: Any) -> Pairs:
+def _compare(own: list[Any], shard_for_cp: Any, whole: list[Any], of_whole: Any, rows: Any) -> Pairs:
     """Outputs and gradients of a weighted sum of them."""
     import torch
 
@@ -59,7 +59,7 @@ def _compare(own: list[Any], of_rank: Any, whole: list[Any], of_whole: Any, rows
     expected = of_whole(*whole)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=expected.dtype)
     (expected * weights).sum().backward()
-    actual = of_rank(*own)
+    actual = shard_for_cp(*own)
     (actual * rows.select(weights, 0)).sum().backward()
     pairs = {"output": (_together(actual, rows, length), expected.detach().numpy())}
     for index, (one, other) in enumerate(zip(own, whole, strict=True)):
@@ -219,7 +219,7 @@ def traffic(window: int, loops: int, length: int) -> tuple[list[tuple[str, int]]
     forward: list[tuple[str, int]] = []
     backward: list[tuple[str, int]] = []
     with _counted(forward):
-        losses = stage(MicroBatch(tokens, labels=tokens).of_rank(stage.context_rows))
+        losses = stage(MicroBatch(tokens, labels=tokens).shard_for_cp(stage.context_rows))
     with _counted(backward):
         losses.sum().backward()
     return forward, backward

@@ -50,7 +50,7 @@ def train_save_and_evaluate(layout: Layout, cases: list[Case], folder: Path) -> 
 
 
 def _train_save_and_evaluate(layout: Layout, case: Case, folder: Path) -> dict[str, Any]:
-    from plt_megatron.train import engine as engine_module
+    from plt_megatron.train import megatron_engine as engine_module
     from plt_megatron.train.checkpoint import save_checkpoint
     from tests.distributed import parity
 
@@ -74,14 +74,14 @@ def _check_shards(stage: Any, model: Any, checkpoint: Path) -> None:
     """Whole weights, cut by the table of rules, are this rank's again."""
     import torch
 
-    from plt_megatron.hf.rules import rules_for
+    from plt_megatron.hf.param_mapping import mappings_for
     from plt_megatron.hf.verification import fill_model
     from plt_megatron.train.checkpoint import read_weights
 
     before = {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
     for parameter in stage.parameters():
         parameter.data.fill_(9.0)
-    fill_model(stage, read_weights(checkpoint), rules_for(model, VOCAB_SIZE))
+    fill_model(stage, read_weights(checkpoint), mappings_for(model, VOCAB_SIZE))
     for name, parameter in stage.named_parameters():
         if "word_embeddings" not in name and "output_layer" not in name:  # padding is not kept
             assert torch.equal(parameter, before[name]), name

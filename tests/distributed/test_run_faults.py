@@ -62,7 +62,7 @@ def load_each(config: RunConfig) -> list[int]:
 
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.checkpoint import load_checkpoint
-    from plt_megatron.train.engine import MegatronEngine
+    from plt_megatron.train.megatron_engine import MegatronEngine
 
     init_process_groups(config.parallel)
     engine = MegatronEngine(config, 380)

@@ -11,7 +11,7 @@ def shift_slices(rows: int, documents: bool) -> tuple[np.ndarray, np.ndarray, np
     import torch
     import torch.distributed as dist
 
-    from plt_megatron.model.context_parallel import SequenceRows
+    from plt_megatron.model.context_parallel import SequenceShard
     from plt_megatron.model.shift import shift
 
     generator = torch.Generator().manual_seed(0)
@@ -22,7 +22,7 @@ def shift_slices(rows: int, documents: bool) -> tuple[np.ndarray, np.ndarray, np
     own = slice(dist.get_rank() * rows // dist.get_world_size(), (dist.get_rank() + 1) * rows // dist.get_world_size())
 
     part = whole[own].clone().requires_grad_()
-    shifted = shift(part, starts, SequenceRows(dist.group.WORLD, sequence_ranks=dist.get_world_size()))
+    shifted = shift(part, starts, SequenceShard(dist.group.WORLD, sequence_ranks=dist.get_world_size()))
     (shifted * weights[own]).sum().backward()
     whole.requires_grad_()
     expected = shift(whole, starts)

@@ -87,7 +87,7 @@ def count(layout: Layout, case: Case, generation: int = 9) -> tuple[list[Counts]
 
 @contextlib.contextmanager
 def _counting(calls: list[Counts]) -> Iterator[None]:
-    from plt_megatron.train.engine import MegatronEngine
+    from plt_megatron.train.megatron_engine import MegatronEngine
 
     extension = sys.modules["transformer_engine_torch"]
     quantize, attend = extension.quantize, extension.fused_attn_fwd

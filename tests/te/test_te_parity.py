@@ -17,9 +17,9 @@ from tests.te.te_jobs import on_te
 
 TOLERANCE = 1e-5
 LOOPS = [Case(1), Case(2), Case(3)]
-A2A = (("cp_comm_type", "a2a"), ("local_cp_comm_type", "a2a"))
-ALL_GATHER = (("cp_comm_type", "all_gather"), ("local_cp_comm_type", "all_gather"))
-P2P = (("cp_comm_type", "p2p"), ("local_cp_comm_type", "a2a"))
+A2A = (("cp_comm_type", "a2a"), ("window_cp_comm_type", "a2a"))
+ALL_GATHER = (("cp_comm_type", "all_gather"), ("window_cp_comm_type", "all_gather"))
+P2P = (("cp_comm_type", "p2p"), ("window_cp_comm_type", "a2a"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "LoopCoder-v2": {

@@ -10,12 +10,12 @@ import torch
 from plt_megatron.errors import UserError
 from plt_megatron.hf.config_keys import plt_keys
 from plt_megatron.hf.conversion import to_hf
-from plt_megatron.hf.rules import rules_for
-from plt_megatron.hf.sources import PRECISIONS, Source, open_source
+from plt_megatron.hf.param_mapping import mappings_for
+from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import check_vocabulary
 
 
-def open_model(path: Path, tokenizer: Path | None = None) -> Source:
+def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
     """A run, a checkpoint or a Hugging Face folder, its tokenizer checked against its vocabulary.
 
     Raises:
@@ -28,7 +28,7 @@ def open_model(path: Path, tokenizer: Path | None = None) -> Source:
     return source
 
 
-def build_model(source: Source, *, precision: str, device: str) -> Any:
+def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
     """A `PLTForCausalLM` in evaluation mode with the source's weights, read one tensor at a time.
 
     Args:
@@ -52,6 +52,6 @@ def build_model(source: Source, *, precision: str, device: str) -> Any:
     model.to(PRECISIONS[precision]).eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in to_hf(source.weights(), rules_for(source.model, source.vocab_size)):
+        for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
             parameters[name].copy_(tensor)
     return model.requires_grad_(False).to(device)

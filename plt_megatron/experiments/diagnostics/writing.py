@@ -18,7 +18,7 @@ from plt_megatron.experiments.diagnostics.samples import HeldOut, draw_sequences
 from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, terminal_table
 from plt_megatron.experiments.report.figures import save
 from plt_megatron.experiments.text_files import write_text
-from plt_megatron.hf.sources import Source
+from plt_megatron.hf.sources import ModelSource
 from plt_megatron.train.checkpoint.folder import step_of
 
 JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
@@ -85,7 +85,7 @@ def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None]
     return Result(diagnosis, decision, folder, _summary(diagnosis, decision, about))
 
 
-def _sequence_length(options: DiagnoseOptions, source: Source) -> int:
+def _sequence_length(options: DiagnoseOptions, source: ModelSource) -> int:
     most = source.max_position_embeddings
     length = options.sequence_length if options.sequence_length is not None else min(most, LONGEST_DEFAULT)
     if not 2 <= length <= most:
@@ -93,12 +93,12 @@ def _sequence_length(options: DiagnoseOptions, source: Source) -> int:
     return length
 
 
-def _trained_with_reset(source: Source) -> bool:
+def _trained_with_reset(source: ModelSource) -> bool:
     config = source.progress.get("config") or {}
     return bool(config.get("data", {}).get("reset_at_document_boundaries", False))
 
 
-def _default_folder(source: Source) -> Path:
+def _default_folder(source: ModelSource) -> Path:
     """A run's checkpoint: `diagnostics/<checkpoint>` in the run's folder; a Hugging Face folder: beside it."""
     path = source.path.resolve()
     if source.progress:
@@ -114,7 +114,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _about(
-    source: Source, options: DiagnoseOptions, held_out: HeldOut, length: int, reset: bool, device: str
+    source: ModelSource, options: DiagnoseOptions, held_out: HeldOut, length: int, reset: bool, device: str
 ) -> dict[str, Any]:
     model = source.model
     return {

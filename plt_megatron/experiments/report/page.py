@@ -78,7 +78,7 @@ def make_page(
 def about(results: SweepResults) -> str:
     """One line: what was planned and how much of it counts."""
     plan = results.plan
-    held = f"held equal: {plan.hold_equal.replace('_', ' ')}" if plan.hold_equal else "nothing held equal"
+    held = f"held equal: {plan.match_budget.replace('_', ' ')}" if plan.match_budget else "nothing held equal"
     used = f"{len(results.used())} of {len(results.runs)} runs are used"
     compared = f"compared: {plan.compare}, against {plan.baseline}" if plan.compare else "nothing compared"
     return f"Sweep {plan.name}; {used}; {held}; {compared}."

@@ -180,7 +180,7 @@ def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
     off = [r.run for r in runs if abs(r.run.deviation) > 0.005]
     rows = dict.fromkeys(f"{run.row()} {run.deviation:+.1%}" for run in off)
     if rows:
-        problems.append(f"{plan.hold_equal} is held only within: {', '.join(rows)}")
+        problems.append(f"{plan.match_budget} is held only within: {', '.join(rows)}")
     return problems
 
 

@@ -64,12 +64,12 @@ def _equal_or_curves(
     curves = f" On the way, at {common:.3g} {what}: {', '.join(parts)}." if parts else ""
     return None, (
         f"not decided by this sweep, whose rows end at different {what}.{curves} A run read off before its learning "
-        f"rate has fallen looks worse than it is: hold_equal={hold} decides this."
+        f"rate has fallen looks worse than it is: match_budget={hold} decides this."
     )
 
 
 def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str | None, str]:
-    if results.plan.hold_equal == "decode_latency":
+    if results.plan.match_budget == "decode_latency":
         winner, text = _best(group)
         return winner, f"{text} (Latency was held equal on paper or by the sweep's table.)"
     timed = [row for row in group if row.decode is not None]
@@ -82,7 +82,7 @@ def _at_equal_latency(results: SweepResults, group: Sequence[Row]) -> tuple[str 
     others = f" The others take, against it, {slower}." if slower else ""
     if len(equal) < 2:
         text = f"not decided: no row decodes within {SAME_LATENCY:.0%} of {reference.label}'s time.{others}"
-        return None, f"{text} hold_equal=decode_latency decides this."
+        return None, f"{text} match_budget=decode_latency decides this."
     winner, text = _best(equal)
     return (
         winner,

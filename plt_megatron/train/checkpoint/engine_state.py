@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from plt_megatron.train.checkpoint import state
-from plt_megatron.train.engine import MegatronEngine
-from plt_megatron.train.engines import Engine
+from plt_megatron.train.engine import Engine
+from plt_megatron.train.megatron_engine import MegatronEngine
 
 # Reads what a request of sharded tensors asks for, and what all ranks have in common.
 Reader = Callable[[dict[str, Any]], dict[str, Any]]

@@ -17,7 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.train.checkpoint import folder, saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
 from plt_megatron.train.checkpoint.engine_state import EngineState, state_of
-from plt_megatron.train.engines import Engine
+from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 

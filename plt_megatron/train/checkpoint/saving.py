@@ -33,7 +33,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.train.checkpoint import folder, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
 from plt_megatron.train.checkpoint.engine_state import state_of
-from plt_megatron.train.engines import Engine
+from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 

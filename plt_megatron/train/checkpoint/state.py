@@ -22,8 +22,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from plt_megatron.train.engine import MegatronEngine
-from plt_megatron.train.engines import Engine
+from plt_megatron.train.engine import Engine
+from plt_megatron.train.megatron_engine import MegatronEngine
 
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."

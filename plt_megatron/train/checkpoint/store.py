@@ -18,7 +18,7 @@ from plt_megatron.train.checkpoint import folder
 from plt_megatron.train.checkpoint.collective import on_rank_0
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
-from plt_megatron.train.engines import Engine
+from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 

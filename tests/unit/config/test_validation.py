@@ -164,7 +164,7 @@ def test_what_tensor_parallelism_must_divide(settings, expected):
             "data.sequence_length 264 is not divisible by 16: parallel.sequence_parallel shares",
         ),
         (
-            {"parallel__local_cp_comm_type": "p2p"},
+            {"parallel__window_cp_comm_type": "p2p"},
             "sliding window has no p2p context parallelism; use a2a or all_gather",
         ),
     ],
@@ -199,11 +199,11 @@ def test_context_parallelism_counts_among_the_processes():
     [
         (
             {},
-            "parallel.local_cp_comm_type a2a shares out the 4 key/value heads (model.num_query_groups): not divisible",
+            "parallel.window_cp_comm_type a2a shares out the 4 key/value heads (model.num_query_groups): not divisible",
         ),
         ({"parallel__cp_comm_type": "a2a", "model__loop_count": 1}, "parallel.cp_comm_type a2a shares out"),
         (
-            {"parallel__local_cp_comm_type": "all_gather", "data__reset_at_document_boundaries": True},
+            {"parallel__window_cp_comm_type": "all_gather", "data__reset_at_document_boundaries": True},
             "Transformer Engine would cut each document among the ranks",
         ),
     ],
@@ -223,7 +223,7 @@ def test_what_transformer_engine_cannot_share(settings, expected):
 def test_transformer_engine_shares_what_divides():
     settings = {"parallel__context_parallel_size": 2, "parallel__tensor_model_parallel_size": 2, "model__backend": "te"}
     assert find_problems(change(good(), **settings, parallel__cp_comm_type="a2a"), check_files=False) == []
-    all_gather = {**settings, "parallel__context_parallel_size": 16, "parallel__local_cp_comm_type": "all_gather"}
+    all_gather = {**settings, "parallel__context_parallel_size": 16, "parallel__window_cp_comm_type": "all_gather"}
     assert find_problems(change(good(), **all_gather), check_files=False) == []
 
 

@@ -15,7 +15,7 @@ from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, 
 from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
 from plt_megatron.hf.exporting import ExportOptions, ExportResult, export
 from plt_megatron.hf.importing import ImportOptions, ImportResult, import_model
-from plt_megatron.hf.rules import rules_for
+from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.verification import single_process
 from plt_megatron.train.checkpoint import read_weights
 
@@ -70,7 +70,7 @@ def random_weights(
     """Everything random, gates and norms included, so that no mistake cancels out."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
-    for rule in rules_for(model, vocab_size):
+    for rule in mappings_for(model, vocab_size):
         values = torch.randn(rule.shape, generator=generator)
         norm = len(rule.shape) == 1 and not rule.name.endswith("bias")
         weights[rule.name] = (1 + 0.2 * values if norm else 0.15 * values).to(dtype)

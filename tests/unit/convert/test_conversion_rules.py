@@ -8,14 +8,14 @@ from convert_helpers import LOOPCODER, VARIANTS, VOCAB, make_model, random_weigh
 
 from plt_megatron.errors import UserError
 from plt_megatron.hf.conversion import check_tensors, to_hf, to_megatron
-from plt_megatron.hf.rules import rules_for
+from plt_megatron.hf.param_mapping import mappings_for
 
 
 def test_qkv_rows_lie_by_query_group():
     model = make_model(num_layers=1, qkv_bias=True)
     heads, groups, dim = 6, 2, 12
     weights = random_weights(model)
-    theirs = dict(to_hf(weights.items(), rules_for(model, VOCAB)))
+    theirs = dict(to_hf(weights.items(), mappings_for(model, VOCAB)))
     for suffix in ("weight", "bias"):
         ours = weights[f"decoder.layers.0.self_attention.linear_qkv.{suffix}"]
         per_group = heads // groups + 2
@@ -34,7 +34,7 @@ def test_qkv_rows_lie_by_query_group():
 def test_gate_rows_come_before_up_rows():
     model = make_model(num_layers=1)
     weights = random_weights(model)
-    theirs = dict(to_hf(weights.items(), rules_for(model, VOCAB)))
+    theirs = dict(to_hf(weights.items(), mappings_for(model, VOCAB)))
     ours = weights["decoder.layers.0.mlp.linear_fc1.weight"]
     assert torch.equal(theirs["model.layers.0.mlp.gate_proj.weight"], ours[:56])
     assert torch.equal(theirs["model.layers.0.mlp.up_proj.weight"], ours[56:])
@@ -45,7 +45,7 @@ def test_gate_rows_come_before_up_rows():
 def test_there_and_back_is_the_same_bit_for_bit(name, style):
     model = make_model(**VARIANTS[name])
     weights = random_weights(model, dtype=torch.bfloat16)
-    rules = rules_for(model, VOCAB, style)
+    rules = mappings_for(model, VOCAB, style)
     theirs = dict(to_hf(reversed(weights.items()), rules))  # in any order
     check_tensors({name: tuple(tensor.shape) for name, tensor in theirs.items()}, rules, "here")
     back = dict(to_megatron(theirs.__getitem__, rules))
@@ -56,15 +56,15 @@ def test_there_and_back_is_the_same_bit_for_bit(name, style):
 def test_the_gate_of_the_other_side_is_its_negative():
     local, other = (make_model(gate_side=side) for side in ("local", "global"))
     weights = random_weights(local)
-    plt, loopcoder = (dict(to_hf(weights.items(), rules_for(local, VOCAB, s))) for s in ("plt", "loopcoder"))
+    plt, loopcoder = (dict(to_hf(weights.items(), mappings_for(local, VOCAB, s))) for s in ("plt", "loopcoder"))
     for name in plt:
         sign = -1 if "plt_gate" in name else 1
         assert torch.equal(loopcoder[name], sign * plt[name])
-    unchanged = dict(to_hf(weights.items(), rules_for(other, VOCAB, "loopcoder")))
+    unchanged = dict(to_hf(weights.items(), mappings_for(other, VOCAB, "loopcoder")))
     assert all(torch.equal(unchanged[name], plt[name]) for name in plt)
     hidden = make_model(**{**LOOPCODER, "gate_side": "local"})
     weights = random_weights(hidden)
-    loopcoder = dict(to_hf(weights.items(), rules_for(hidden, VOCAB, "loopcoder")))
+    loopcoder = dict(to_hf(weights.items(), mappings_for(hidden, VOCAB, "loopcoder")))
     gate = "self_attention.core_attention.plt_gate."
     norm = loopcoder["model.layers.1.self_attn.plt_gate.gate_norm.weight"]
     assert torch.equal(norm, weights[f"decoder.layers.1.{gate}gate_norm.weight"])  # the norm keeps its sign
@@ -73,7 +73,7 @@ def test_the_gate_of_the_other_side_is_its_negative():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shards_merge_to_the_whole(name):
     model = make_model(**VARIANTS[name])
-    for rule in rules_for(model, 118):
+    for rule in mappings_for(model, 118):
         whole = torch.randn(rule.shape)
         parts = [rule.shard(whole, rank, 2) for rank in range(2)]
         assert torch.equal(rule.merge(parts), whole)
@@ -82,7 +82,7 @@ def test_shards_merge_to_the_whole(name):
 
 def test_a_tensor_without_a_place_and_a_place_without_a_tensor():
     model = make_model()
-    rules = rules_for(model, VOCAB)
+    rules = mappings_for(model, VOCAB)
     weights = random_weights(model)
     name = "decoder.layers.1.mlp.linear_fc2.weight"
 
@@ -102,7 +102,7 @@ def test_a_tensor_without_a_place_and_a_place_without_a_tensor():
 
 
 def test_checking_tells_what_is_wrong():
-    rules = rules_for(make_model(), VOCAB)
+    rules = mappings_for(make_model(), VOCAB)
     right = dict(pair for rule in rules for pair in rule.hf)
     check_tensors(right, rules, "here")
     without = {name: shape for name, shape in right.items() if ".1.self_attn" not in name}

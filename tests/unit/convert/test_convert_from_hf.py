@@ -160,7 +160,7 @@ def test_training_starts_from_it(tmp_path, caplog):
     with single_process(), caplog.at_level(logging.INFO):
         from plt_megatron.model.initialization import global_names
         from plt_megatron.train.checkpoint import CheckpointStore
-        from plt_megatron.train.engine import MegatronEngine
+        from plt_megatron.train.megatron_engine import MegatronEngine
 
         engine = MegatronEngine(config, VOCAB)
         store = CheckpointStore(tmp_path / "new" / "checkpoints", config, {})

@@ -9,7 +9,7 @@ import pytest
 from data_helpers import make_texts, write_jsonl
 
 from plt_megatron.data.compressed import BrokenStream, open_stream
-from plt_megatron.data.sources import Document, ReadOptions, Source, Span, expand_sources, read_span
+from plt_megatron.data.sources import Document, InputFile, ReadOptions, Span, expand_sources, read_span
 from plt_megatron.errors import UserError
 
 
@@ -192,7 +192,7 @@ def test_expanding_inputs(tmp_path: Path) -> None:
     formats = [source.format for source in found]
     assert formats == ["text", "jsonl", "jsonl", "parquet", "jsonl", "text", "text", "jsonl"]
     assert [source.compressed for source in found].count(True) == 2
-    assert expand_sources([str(tmp_path / "noext")], "jsonl") == [Source(str(tmp_path / "noext"), "jsonl", 5)]
+    assert expand_sources([str(tmp_path / "noext")], "jsonl") == [InputFile(str(tmp_path / "noext"), "jsonl", 5)]
     with pytest.raises(UserError, match=r"input '.*\*\.csv' matches no file"):
         expand_sources([str(tmp_path / "*.csv")])
     with pytest.raises(UserError, match="is a folder: name its files"):

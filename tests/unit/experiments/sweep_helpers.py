@@ -30,7 +30,7 @@ LOOPS = """
 base: base.yaml
 axes: {model.loop_count: [1, 2, 3]}
 seeds: [1, 2, 3]
-hold_equal: tokens
+match_budget: tokens
 """
 
 

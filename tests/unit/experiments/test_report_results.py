@@ -170,7 +170,7 @@ def test_steps_that_were_skipped_are_told(tmp_path):
 
 
 def test_what_is_held_only_roughly_is_told(tmp_path):
-    text = LOOPS.replace("hold_equal: tokens", "hold_equal: training_flops\ntolerance: 0.05")
+    text = LOOPS.replace("match_budget: tokens", "match_budget: training_flops\ntolerance: 0.05")
     plan = saved_plan(tmp_path, text, ("training.train_iters=20",))
     assert any(abs(run.deviation) > 0.005 for run in plan.runs)
     (problem,) = [p for p in load_results(plan.folder).problems if "held only within" in p]

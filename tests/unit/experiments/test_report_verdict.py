@@ -107,10 +107,10 @@ def test_equal_tokens_do_not_decide_at_equal_flops_and_the_other_way_round(tmp_p
     assert (found["tokens"].winner, found["training FLOPs"].winner) == ("3 loops", None)
     share = rows[0].run.total_flops / rows[1].run.total_flops
     assert f"2 loops {rows[1].loss_at(share * 6400):.3f} (at {share:.0%} of its run)" in found["training FLOPs"].text
-    assert "hold_equal=training_flops decides this" in found["training FLOPs"].text
+    assert "match_budget=training_flops decides this" in found["training FLOPs"].text
     other = tmp_path / "other"
     other.mkdir()
-    plan = saved_plan(other, FIVE_SEEDS.replace("hold_equal: tokens", "hold_equal: training_flops"))
+    plan = saved_plan(other, FIVE_SEEDS.replace("match_budget: tokens", "match_budget: training_flops"))
     found, _, _ = judge(plan, losses)
     assert (found["tokens"].winner, found["training FLOPs"].winner) == (None, "3 loops")
 

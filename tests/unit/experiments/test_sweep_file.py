@@ -28,7 +28,7 @@ def write(folder: Path, text: str) -> Path:
 def test_defaults_come_from_the_files_name_and_place(tmp_path):
     sweep = read_sweep(write(tmp_path, "base: runs/a.yaml"))
     assert (sweep.name, sweep.base, sweep.seeds) == ("my_sweep", tmp_path / "runs/a.yaml", [1])
-    assert sweep.compared_axis() is None and sweep.hold_equal is None
+    assert sweep.compared_axis() is None and sweep.match_budget is None
 
 
 def test_values_stay_as_they_were_written(tmp_path):
@@ -78,7 +78,7 @@ def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
     ("text", "said"),
     [
         ("axes: {}", "base: name the run configuration"),
-        ("base: a.yaml\nhold_equal: flops", "hold_equal: expected one of tokens, training_flops"),
+        ("base: a.yaml\nmatch_budget: flops", "match_budget: expected one of tokens, training_flops"),
         ("base: a.yaml\nseed: [1]", "unknown key seed; did you mean seeds?"),
         ("base: a.yaml\nseeds: [1, 1]", "give at least one, each once"),
         ("base: a.yaml\nseeds: 3", "expected a list"),
@@ -121,7 +121,7 @@ def test_presets_make_plans(path):
     for axis in sweep.axes:
         rows *= len(axis.choices)
     assert len(plan.runs) == rows * len(sweep.seeds) == len({run.name for run in plan.runs})
-    assert plan.hold_equal is not None and all(abs(run.deviation) <= 0.02 for run in plan.runs)
+    assert plan.match_budget is not None and all(abs(run.deviation) <= 0.02 for run in plan.runs)
 
 
 def test_the_ablation_has_the_documented_rows():

@@ -14,8 +14,8 @@ from plt_megatron.estimate.decode_cost import decode_cost
 from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan, merge
 
 
-def hold(what: str) -> str:
-    return LOOPS.replace("hold_equal: tokens", f"hold_equal: {what}")
+def match_on(what: str) -> str:
+    return LOOPS.replace("match_budget: tokens", f"match_budget: {what}")
 
 
 def first_seed(plan):
@@ -34,7 +34,7 @@ def test_every_combination_with_every_seed_the_first_seed_first(tmp_path):
 
 
 def test_equal_training_flops_are_equal_within_half_a_step(tmp_path):
-    plan = plan_of(tmp_path, hold("training_flops"))
+    plan = plan_of(tmp_path, match_on("training_flops"))
     one, two, three = first_seed(plan)
     assert one.tokens == 100 * 64 and one.change == ""
     for run in (two, three):
@@ -46,19 +46,19 @@ def test_equal_training_flops_are_equal_within_half_a_step(tmp_path):
 
 
 def test_equal_effective_depth_needs_layers_that_divide(tmp_path):
-    plan = plan_of(tmp_path, hold("effective_depth"), ("model.num_layers=6",))
+    plan = plan_of(tmp_path, match_on("effective_depth"), ("model.num_layers=6",))
     assert [run.config.model.num_layers for run in first_seed(plan)] == [6, 3, 2]
     with pytest.raises(
         UserError, match=r"3 loops: effective_depth cannot be held: 4 layers .* do not divide by 3 loops"
     ):
-        plan_of(tmp_path, hold("effective_depth"))
+        plan_of(tmp_path, match_on("effective_depth"))
 
 
 def test_equal_parameters_by_the_width(tmp_path):
     text = """
 base: base.yaml
 axes: {row: {a: {model.num_layers: 4}, b: {model.num_layers: 3}}}
-hold_equal: parameters
+match_budget: parameters
 """
     a, b = plan_of(tmp_path, text).runs
     assert a.config.model.ffn_hidden_size == 64 and b.config.model.ffn_hidden_size > 64
@@ -68,7 +68,7 @@ hold_equal: parameters
 
 
 def test_gates_alone_change_no_width(tmp_path):
-    plan = plan_of(tmp_path, hold("parameters"))
+    plan = plan_of(tmp_path, match_on("parameters"))
     assert {run.config.model.ffn_hidden_size for run in plan.runs} == {64}
     assert 0 < plan.run("2_loops-seed1").deviation < 0.02
 
@@ -76,7 +76,7 @@ def test_gates_alone_change_no_width(tmp_path):
 def test_equal_latency_on_paper(tmp_path):
     naive = "{model.loop_count: 2, model.cross_loop_parallel: false, model.share_kv: false, model.gated_window: false}"
     axes = f"{{row: {{plain: {{model.loop_count: 1}}, naive: {naive}}}}}"
-    text = f"base: base.yaml\naxes: {axes}\nhold_equal: decode_latency\n"
+    text = f"base: base.yaml\naxes: {axes}\nmatch_budget: decode_latency\n"
     plain, naive_run = plan_of(tmp_path, text, ("model.hidden_size=256", "model.ffn_hidden_size=1024")).runs
     assert naive_run.config.model.num_layers < 4
     costs = [
@@ -91,7 +91,7 @@ def test_equal_latency_by_a_measured_table(tmp_path):
     rows = ["4,64,1,true,true,true,2.0", "4,64,2,true,true,true,2.5", "3,72,2,true,true,true,2.01"]
     table = tmp_path / "table.csv"
     table.write_text("\n".join([columns, *rows]) + "\n")
-    text = hold("decode_latency").replace("[1, 2, 3]}", "[1, 2]}") + f"decode: {{table: {table}}}\n"
+    text = match_on("decode_latency").replace("[1, 2, 3]}", "[1, 2]}") + f"decode: {{table: {table}}}\n"
     two = plan_of(tmp_path, text).run("2_loops-seed1")
     assert (two.config.model.num_layers, two.config.model.ffn_hidden_size) == (3, 72)
     assert two.change == "layers 3, FFN width 72" and two.deviation == pytest.approx(0.005)
@@ -103,9 +103,8 @@ def test_equal_latency_by_a_measured_table(tmp_path):
 
 
 def test_rows_that_set_their_tokens_do_not_hold_them(tmp_path):
-    text = (
-        "base: base.yaml\naxes: {row: {a: {model.loop_count: 1}, b: {training.train_iters: 50}}}\nhold_equal: tokens\n"
-    )
+    axes = "{row: {a: {model.loop_count: 1}, b: {training.train_iters: 50}}}"
+    text = f"base: base.yaml\naxes: {axes}\nmatch_budget: tokens\n"
     with pytest.raises(UserError, match="b: tokens cannot be held within 2.0%.*-50.0% off"):
         plan_of(tmp_path, text)
 
@@ -122,7 +121,7 @@ def test_a_rows_problem_is_told_with_its_name_and_everybodys_once(tmp_path):
 
 
 def test_a_plan_reads_back_as_it_was_even_when_moved(tmp_path):
-    plan = saved_plan(tmp_path, hold("training_flops"))
+    plan = saved_plan(tmp_path, match_on("training_flops"))
     assert load_plan(plan.folder) == plan
     elsewhere = tmp_path / "elsewhere"
     plan.folder.rename(elsewhere)
@@ -144,7 +143,7 @@ def test_more_seeds_and_values_extend_a_sweep(tmp_path):
     ("settings", "said"),
     [
         (("training.train_iters=99",), "training.train_iters was 100, is 99"),
-        (("hold_equal=training_flops",), "hold_equal was 'tokens' there, and is 'training_flops' now"),
+        (("match_budget=training_flops",), "match_budget was 'tokens' there, and is 'training_flops' now"),
         (("model.window_size=4", "seeds=[3]"), "1_loop-seed3: model.window_size was 8, is 4"),
         (("baseline=3 loops",), "baseline was '1 loop' there"),
     ],

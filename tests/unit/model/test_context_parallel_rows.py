@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
 from plt_megatron.model import torch_attention
-from plt_megatron.model.context_parallel import SequenceRows, zigzag_runs
+from plt_megatron.model.context_parallel import SequenceShard, zigzag_runs
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.torch_attention import causal_attention_of_runs, window_attention_of_runs
@@ -26,7 +26,7 @@ from tests.reference.plain_plt import attend
 
 
 class Group:
-    """What SequenceRows asks of a process group."""
+    """What SequenceShard asks of a process group."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -57,7 +57,7 @@ def test_the_zigzag_is_megatron_cores(monkeypatch, cp, length):
         monkeypatch.undo()
         monkeypatch.setattr(Tensor, "cuda", lambda self, **kwargs: self)
         assert rows_of(zigzag_runs(length, cp, 1, rank)) == expected.tolist()
-        rows = SequenceRows(Group(rank, cp), cp)  # type: ignore[arg-type]
+        rows = SequenceShard(Group(rank, cp), cp)  # type: ignore[arg-type]
         assert torch.equal(rows.select(positions, 0), expected)
         assert torch.equal(rows.select(positions.expand(2, -1), 1), expected.expand(2, -1))
 
@@ -81,19 +81,19 @@ def test_the_last_ranks_two_chunks_are_one_run():
 
 
 def test_without_parallelism_nothing_is_copied():
-    rows = SequenceRows()
+    rows = SequenceShard()
     whole = torch.arange(6)
     assert rows.select(whole, 0) is whole and rows.gather(whole) == (whole,)
     batch = MicroBatch(tokens=whole[None])
-    assert batch.of_rank(rows) is batch
-    (before,) = rows.before(3, whole)
+    assert batch.shard_for_cp(rows) is batch
+    (before,) = rows.halo(3, whole)
     assert before[0].numel() == 0
 
 
 def test_a_microbatch_is_cut_but_for_its_document_starts():
     tokens = torch.arange(16).view(2, 8)
     batch = MicroBatch(tokens, position_ids=tokens + 1, labels=tokens + 2, document_starts=tokens % 3 == 0)
-    own = batch.of_rank(SequenceRows(Group(0, 2), 2))  # type: ignore[arg-type]
+    own = batch.shard_for_cp(SequenceShard(Group(0, 2), 2))  # type: ignore[arg-type]
     rows = [0, 1, 6, 7]
     assert torch.equal(own.tokens, tokens[:, rows]) and own.tokens.is_contiguous()
     assert torch.equal(own.position_ids, tokens[:, rows] + 1) and torch.equal(own.labels, tokens[:, rows] + 2)
@@ -264,7 +264,7 @@ def test_te_attentions_communicate_as_configured(monkeypatch, cp, expected):
 
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", FakeDotProductAttention)
-    kinds = {} if cp == 1 else {"cp_comm_type": expected[0], "local_cp_comm_type": expected[1]}
+    kinds = {} if cp == 1 else {"cp_comm_type": expected[0], "window_cp_comm_type": expected[1]}
     parallel = ParallelConfig(context_parallel_size=cp, **kinds)  # type: ignore[arg-type]
     config = transformer_config(ModelConfig(num_layers=2, hidden_size=16, backend="torch"), parallel)
     attention = TEGatedAttention(

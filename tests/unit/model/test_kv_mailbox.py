@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from plt_megatron.model.kv_mailbox import FirstLoopKV
+from plt_megatron.model.shared_kv import FirstLoopKV
 
 
 def _first_loop(x: torch.Tensor, box: FirstLoopKV, layer: int = 1) -> torch.Tensor:

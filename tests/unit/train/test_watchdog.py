@@ -205,8 +205,8 @@ def test_a_stack_tells_its_collective_and_our_innermost_line():
     import traceback
 
     frames = [
-        traceback.FrameSummary("/x/plt_megatron/train/engine.py", 10, "_run", line="self._reduce()"),
-        traceback.FrameSummary("/x/plt_megatron/train/engine.py", 20, "_reduce", line="dist.all_reduce(t)"),
+        traceback.FrameSummary("/x/plt_megatron/train/megatron_engine.py", 10, "_run", line="self._reduce()"),
+        traceback.FrameSummary("/x/plt_megatron/train/megatron_engine.py", 20, "_reduce", line="dist.all_reduce(t)"),
         traceback.FrameSummary("/y/torch/distributed/distributed_c10d.py", 5, "all_reduce", line="work.wait()"),
     ]
     assert collective(frames) == "all_reduce"

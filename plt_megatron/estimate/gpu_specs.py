@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Card:
+class GPUSpec:
     """One accelerator.
 
     Attributes:
@@ -69,10 +69,10 @@ def _card(
     link_gb: float,
     network_gb: float,
     capability: tuple[int, int],
-) -> Card:
+) -> GPUSpec:
     peak = find_device(device)
     assert peak is not None, device
-    return Card(name, peak, int(memory_gib * GIB), bandwidth_gb * GB, link_gb * GB, network_gb * GB, capability)
+    return GPUSpec(name, peak, int(memory_gib * GIB), bandwidth_gb * GB, link_gb * GB, network_gb * GB, capability)
 
 
 # Memory: what the driver reports of the nominal size. Links: half of the data sheet's bidirectional figure.
@@ -99,11 +99,11 @@ _CARDS = {
 
 
 def card_names() -> list[str]:
-    """Names that `find_card` knows."""
+    """Names that `find_gpu_spec` knows."""
     return [*_CARDS, "cpu"]
 
 
-def find_card(name: str, processes_per_node: int = 1) -> Card:
+def find_gpu_spec(name: str, processes_per_node: int = 1) -> GPUSpec:
     """The card of this short name.
 
     `cpu` is one process's share of this machine: its memory by `processes_per_node`, and one core's nominal rate
@@ -117,7 +117,7 @@ def find_card(name: str, processes_per_node: int = 1) -> Card:
     return _CARDS[name]
 
 
-def _cpu(processes_per_node: int) -> Card:
+def _cpu(processes_per_node: int) -> GPUSpec:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     peak = DevicePeak("CPU core", bf16=0.05, fp32=0.05)
-    return Card("cpu", peak, memory // max(1, processes_per_node), 10 * GB, 2 * GB, 1 * GB, attention_efficiency=0.3)
+    return GPUSpec("cpu", peak, memory // max(1, processes_per_node), 10 * GB, 2 * GB, 1 * GB, attention_efficiency=0.3)

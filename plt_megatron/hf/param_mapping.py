@@ -1,7 +1,7 @@
 """The table that translates weights: every tensor's name here and in Hugging Face files, and how one becomes the other.
 
-A rule knows both directions and how tensor parallelism cuts our tensor. Names are megatron-core's over the whole model
-(layers from 0) on one side, Llama's with PLT's gate on the other. All families we read use the same names: Llama,
+A mapping knows both directions and how tensor parallelism cuts our tensor. Names are megatron-core's over the whole
+model (layers from 0) on one side, Llama's with PLT's gate on the other. All families we read use the same names: Llama,
 Qwen2, Qwen3 and Qwen3-MoE, OLMo-2, our own exports and LoopCoder-v2's.
 """
 
@@ -16,7 +16,14 @@ from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.hf.forms import Form, GateUp, Negated, QueryKeyValue, Same, Sizes
+from plt_megatron.hf.tensor_mapping import (
+    DirectMapping,
+    GateUpMapping,
+    NegatedMapping,
+    QKVMapping,
+    Sizes,
+    TensorMapping,
+)
 
 # "loopcoder": the gate multiplies the global attention, whatever side it has in the model.
 Style = Literal["plt", "loopcoder"]
@@ -35,7 +42,7 @@ class Row:
 
     megatron: tuple[str, str]
     hf: tuple[tuple[str, str], ...]
-    form: Form = Same()
+    form: TensorMapping = DirectMapping()
     split: Split | None = None
     when: Callable[[ModelConfig], bool] = lambda model: True
 
@@ -88,7 +95,7 @@ _LAYER = (
             ("self_attn.k_proj.weight", "key_value hidden"),
             ("self_attn.v_proj.weight", "key_value hidden"),
         ),
-        form=QueryKeyValue(),
+        form=QKVMapping(),
         split="rows",
     ),
     Row(
@@ -98,7 +105,7 @@ _LAYER = (
             ("self_attn.k_proj.bias", "key_value"),
             ("self_attn.v_proj.bias", "key_value"),
         ),
-        form=QueryKeyValue(),
+        form=QKVMapping(),
         split="rows",
         when=lambda model: model.qkv_bias,
     ),
@@ -172,7 +179,7 @@ _LAYER = (
     Row(
         ("mlp.linear_fc1.weight", "gate_up hidden"),
         (("mlp.gate_proj.weight", "ffn hidden"), ("mlp.up_proj.weight", "ffn hidden")),
-        form=GateUp(),
+        form=GateUpMapping(),
         split="gate_up",
         when=_dense,
     ),
@@ -189,7 +196,7 @@ _LAYER = (
             (f"mlp.experts.{EACH}.gate_proj.weight", "expert_ffn hidden"),
             (f"mlp.experts.{EACH}.up_proj.weight", "expert_ffn hidden"),
         ),
-        form=GateUp(),
+        form=GateUpMapping(),
         when=_experts,
     ),
     Row(
@@ -203,7 +210,7 @@ _LAYER = (
             ("mlp.shared_expert.gate_proj.weight", "shared_ffn hidden"),
             ("mlp.shared_expert.up_proj.weight", "shared_ffn hidden"),
         ),
-        form=GateUp(),
+        form=GateUpMapping(),
         split="gate_up",
         when=_shared_expert,
     ),
@@ -224,11 +231,11 @@ DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 EXTRA_STATES = ("._extra_state",)  # Transformer Engine's
 
 
-# ---------------------------------------------------------------- a rule of a certain model
+# ---------------------------------------------------------------- a mapping of a certain model
 
 
 @dataclass(frozen=True)
-class Rule:
+class ParamMapping:
     """One tensor of a model and what it is on the other side.
 
     Attributes:
@@ -240,7 +247,7 @@ class Rule:
     name: str
     shape: tuple[int, ...]
     hf: tuple[tuple[str, tuple[int, ...]], ...]
-    form: Form
+    form: TensorMapping
     split: Split | None
     sizes: Sizes
 
@@ -270,8 +277,8 @@ class Rule:
         return torch.cat(list(parts), dim=1 if self.split == "columns" else 0)
 
 
-def rules_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> list[Rule]:
-    """The rules of every tensor of `model`, in the order in which exports store them."""
+def mappings_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> list[ParamMapping]:
+    """The mappings of every tensor of `model`, in the order in which exports store them."""
     sizes = Sizes.of(model, vocab_size)
     embedding, *head = _MODEL
     rows = [("", "", embedding)]
@@ -294,12 +301,12 @@ def _for_each_expert(row: Row, experts: int) -> list[Row]:
     ]
 
 
-def _bind(row: Row, ours: str, theirs: str, model: ModelConfig, sizes: Sizes, style: Style) -> Rule:
+def _bind(row: Row, ours: str, theirs: str, model: ModelConfig, sizes: Sizes, style: Style) -> ParamMapping:
     form = row.form
     name = row.megatron[0]
     if style == "loopcoder" and model.gate_side == "local" and name.endswith(("plt_gate.weight", "plt_gate.bias")):
-        form = Negated()
-    return Rule(
+        form = NegatedMapping()
+    return ParamMapping(
         name=ours + name,
         shape=sizes.shape(row.megatron[1].split()),
         hf=tuple((theirs + hf_name, sizes.shape(shape.split())) for hf_name, shape in row.hf),

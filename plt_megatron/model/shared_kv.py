@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class _AddMailedGradients(torch.autograd.Function):
+class AccumulateSharedKVGrad(torch.autograd.Function):
     """Identity on (K, V); in backward, adds the gradients that later loops left on the published leaves."""
 
     @staticmethod
@@ -57,7 +57,7 @@ class FirstLoopKV:
             self._leaves[layer_number] = (key.detach().requires_grad_(), value.detach().requires_grad_())
         if not torch.is_grad_enabled():
             return key, value
-        return _AddMailedGradients.apply(key, value, self._leaves[layer_number])
+        return AccumulateSharedKVGrad.apply(key, value, self._leaves[layer_number])
 
     def read(self, layer_number: int) -> tuple[Tensor, Tensor]:
         """K and V of the first loop, as leaves that collect gradients; shapes as in `publish`."""

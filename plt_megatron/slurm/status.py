@@ -12,7 +12,7 @@ from pathlib import Path
 from plt_megatron.errors import UserError
 from plt_megatron.slurm import client
 from plt_megatron.slurm.in_job.records import WHY
-from plt_megatron.slurm.progress import METRICS, Progress, read_progress
+from plt_megatron.slurm.progress import METRICS, RunStatus, read_run_status
 from plt_megatron.slurm.run_folder import CONFIG_NAME, name_suffix, submitted_jobs
 from plt_megatron.slurm.times import format_duration
 
@@ -21,7 +21,7 @@ _PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "in
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobStatus:
     """One run.
 
     Attributes:
@@ -34,7 +34,7 @@ class Standing:
     state: str
     detail: str
     jobs: list[str]
-    progress: Progress
+    progress: RunStatus
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -84,13 +84,13 @@ def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
     return list(dict.fromkeys(runs))
 
 
-def stand(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[Standing]:
+def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[JobStatus]:
     """How the runs stand. `jobs`: this user's; None: Slurm cannot be asked."""
-    return [_stand(run, jobs) for run in runs]
+    return [_run_status(run, jobs) for run in runs]
 
 
-def _stand(run: Path, jobs: Sequence[client.Job] | None) -> Standing:
-    progress = read_progress(run)
+def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
+    progress = read_run_status(run)
     own = [] if jobs is None else _jobs_of(run, jobs)
     active = [job for job in own if job.active]
     if active:
@@ -99,7 +99,7 @@ def _stand(run: Path, jobs: Sequence[client.Job] | None) -> Standing:
         state, detail = _at_rest(run, progress, own)
         if jobs is None and state not in ("finished", "failed"):
             detail = f"{detail}; Slurm was not asked" if detail else "Slurm was not asked"
-    return Standing(run, state, detail, [job.id for job in active], progress)
+    return JobStatus(run, state, detail, [job.id for job in active], progress)
 
 
 def _jobs_of(run: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
@@ -125,7 +125,7 @@ def _number(job_id: str) -> int:
     return int(job_id.partition("_")[0])
 
 
-def _at_rest(run: Path, progress: Progress, ended: Sequence[client.Job]) -> tuple[str, str]:
+def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tuple[str, str]:
     """No job runs or waits: the folder knows how it ended; Slurm where the job could not write that down."""
     if progress.finished:
         return "finished", ""
@@ -149,13 +149,13 @@ def _at_rest(run: Path, progress: Progress, ended: Sequence[client.Job]) -> tupl
 # As text.
 
 
-def describe(standings: Sequence[Standing]) -> str:
+def describe(statuses: Sequence[JobStatus]) -> str:
     """A table, and below it what there is to say of single runs."""
     rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "RESTARTS", "CHECKPOINT")]
-    rows += [_row(each) for each in standings]
+    rows += [_row(each) for each in statuses]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for each in standings:
+    for each in statuses:
         notes = [each.detail] if each.detail else []
         if each.progress.problem:
             notes.append(f"config.yaml: {each.progress.problem}")
@@ -167,7 +167,7 @@ def describe(standings: Sequence[Standing]) -> str:
     return "\n".join(lines)
 
 
-def _row(each: Standing) -> tuple[str, ...]:
+def _row(each: JobStatus) -> tuple[str, ...]:
     progress = each.progress
     rate, left = progress.tokens_per_second, progress.seconds_left
     steps = f"{progress.steps:,}" if progress.steps is not None else "?"
@@ -182,10 +182,10 @@ def _row(each: Standing) -> tuple[str, ...]:
     )
 
 
-def as_json(standings: Sequence[Standing]) -> str:
+def as_json(statuses: Sequence[JobStatus]) -> str:
     """One object a line."""
     lines = []
-    for each in standings:
+    for each in statuses:
         values = {name: value for name, value in dataclasses.asdict(each.progress).items() if name != "run"}
         values |= {"run": str(each.run), "state": each.state, "detail": each.detail, "jobs": each.jobs}
         lines.append(json.dumps(values | {"seconds_left": each.progress.seconds_left}))
@@ -206,5 +206,5 @@ def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
         jobs = client.my_jobs()
     except client.SlurmError as error:
         note = f"note: from the run folders alone, Slurm could not be asked: {error}\n"
-    standings = stand(runs, jobs)
-    return as_json(standings) if json_lines else note + describe(standings)
+    statuses = run_status(runs, jobs)
+    return as_json(statuses) if json_lines else note + describe(statuses)

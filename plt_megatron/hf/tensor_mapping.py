@@ -1,4 +1,4 @@
-"""How Hugging Face's tensors lie in ours: of what a rule of the table (`rules`) is made."""
+"""How Hugging Face's tensors lie in ours: of what a mapping of the table (`param_mapping`) is made."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Sizes:
         return tuple(getattr(self, name) for name in names)
 
 
-class Same:
+class DirectMapping:
     """One tensor, the same."""
 
     def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -78,7 +78,7 @@ class Same:
         return theirs[0]
 
 
-class Negated:
+class NegatedMapping:
     """The gate of the other side: 1 - sigmoid(x) = sigmoid(-x)."""
 
     def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -88,7 +88,7 @@ class Negated:
         return -theirs[0]
 
 
-class QueryKeyValue:
+class QKVMapping:
     """Rows of Q, K and V by query group: the group's queries, its key, its value. Weights and biases."""
 
     def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -101,7 +101,7 @@ class QueryKeyValue:
         return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
-class GateUp:
+class GateUpMapping:
     """SwiGLU's gate rows, then its up rows."""
 
     def to_hf(self, ours: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -111,4 +111,4 @@ class GateUp:
         return torch.cat(list(theirs))
 
 
-Form = Same | Negated | QueryKeyValue | GateUp
+TensorMapping = DirectMapping | NegatedMapping | QKVMapping | GateUpMapping

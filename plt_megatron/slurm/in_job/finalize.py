@@ -38,7 +38,7 @@ def after_attempt(run: Path, status: int) -> int:
     if end is None:
         end = _missing_end(run, run_records, status)
     decision = decisions.decide(records.read_events(run), settings)
-    following = _Following(run, settings, run_records, Scheduler(allocation.scheduler_id))
+    following = JobFinalizer(run, settings, run_records, Scheduler(allocation.scheduler_id))
     return following.act(decision, end, status)
 
 
@@ -57,7 +57,7 @@ def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]
     return end or {"attempt": attempt, "job_id": None, "nodes": [], "status": outcome.status, "step": 0, "reason": ""}
 
 
-class _Following:
+class JobFinalizer:
     """Carries a decision out."""
 
     def __init__(self, run: Path, settings: JobSettings, run_records: Records, scheduler: Scheduler) -> None:

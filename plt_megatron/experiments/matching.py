@@ -31,7 +31,7 @@ _WIDTH_STEP = 8  # columns, times the tensor-parallel size: what matrix units li
 
 
 @dataclass(frozen=True)
-class Held:
+class MatchedConfig:
     """A configuration brought to the target. `deviation`: relative, (own - target) / target; `change`: in words."""
 
     config: RunConfig
@@ -62,21 +62,21 @@ def tokens(config: RunConfig) -> int:
     return derived.train_iters(config) * derived.tokens_per_step(config)
 
 
-def hold(
+def match_budget(
     config: RunConfig, reference: RunConfig, what: Hold, vocab: int, decode: DecodeSettings, tolerance: float
-) -> Held:
+) -> MatchedConfig:
     """`config` changed so that `what` is the reference's. `reference` itself comes back as it is.
 
     Raises `UserError` (a reason without the run's name) if the target cannot be met within `tolerance`.
     """
     if config == reference:
-        return Held(config, 0.0)
+        return MatchedConfig(config, 0.0)
     held = {
-        "tokens": lambda: _hold_tokens(config, reference),
-        "training_flops": lambda: _hold_flops(config, reference, vocab),
-        "effective_depth": lambda: _hold_depth(config, reference),
-        "parameters": lambda: _hold_parameters(config, reference, vocab),
-        "decode_latency": lambda: _hold_latency(config, reference, vocab, decode),
+        "tokens": lambda: _match_tokens(config, reference),
+        "training_flops": lambda: _match_flops(config, reference, vocab),
+        "effective_depth": lambda: _match_depth(config, reference),
+        "parameters": lambda: _match_parameters(config, reference, vocab),
+        "decode_latency": lambda: _match_latency(config, reference, vocab, decode),
     }[what]()
     if abs(held.deviation) > tolerance:
         change = f" with {held.change}" if held.change else ""
@@ -87,20 +87,20 @@ def hold(
     return held
 
 
-def _hold_tokens(config: RunConfig, reference: RunConfig) -> Held:
-    return Held(config, tokens(config) / tokens(reference) - 1)
+def _match_tokens(config: RunConfig, reference: RunConfig) -> MatchedConfig:
+    return MatchedConfig(config, tokens(config) / tokens(reference) - 1)
 
 
-def _hold_flops(config: RunConfig, reference: RunConfig, vocab: int) -> Held:
+def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
     target = tokens(reference) * flops_per_token(reference, vocab)
     per_step = flops_per_token(config, vocab) * derived.tokens_per_step(config)
     steps = max(1, round(target / per_step))
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     held = dataclasses.replace(config, training=training)
-    return Held(held, steps * per_step / target - 1, f"tokens {tokens(held):,}")
+    return MatchedConfig(held, steps * per_step / target - 1, f"tokens {tokens(held):,}")
 
 
-def _hold_depth(config: RunConfig, reference: RunConfig) -> Held:
+def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
     target = reference.model.num_layers * reference.model.loop_count
     loops, pipeline = config.model.loop_count, config.parallel.pipeline_model_parallel_size
     if target % (loops * pipeline):
@@ -109,21 +109,21 @@ def _hold_depth(config: RunConfig, reference: RunConfig) -> Held:
             f"{loops} loops{f' x {pipeline} pipeline stages' if pipeline > 1 else ''}; choose a base whose layers do"
         )
     layers = target // loops
-    return Held(_with_model(config, num_layers=layers), 0.0, f"layers {layers}")
+    return MatchedConfig(_with_model(config, num_layers=layers), 0.0, f"layers {layers}")
 
 
-def _hold_parameters(config: RunConfig, reference: RunConfig, vocab: int) -> Held:
+def _match_parameters(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
     target = parameters(reference, vocab)
     own = {width: parameters(_with_model(config, ffn_hidden_size=width), vocab) for width in _widths(config, 1)}
     # Of several equally near, the one that changes least: gates alone are no reason for another width.
     width = min(own, key=lambda w: (abs(own[w] - target), abs(w - config.model.ffn_hidden_size)))
     change = "" if width == config.model.ffn_hidden_size else f"FFN width {width}"
-    return Held(_with_model(config, ffn_hidden_size=width), own[width] / target - 1, change)
+    return MatchedConfig(_with_model(config, ffn_hidden_size=width), own[width] / target - 1, change)
 
 
-def _hold_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: DecodeSettings) -> Held:
+def _match_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: DecodeSettings) -> MatchedConfig:
     if decode.table is not None:
-        return _hold_measured_latency(config, reference, Path(decode.table))
+        return _match_measured_latency(config, reference, Path(decode.table))
     target = latency_ms(reference.model, vocab, decode)
     best: tuple[float, int, int, float] | None = None
     for layers in _layers_by_distance(config):
@@ -141,7 +141,7 @@ def _hold_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: D
     assert best is not None
     _, layers, width, deviation = best
     change = _shape_change(config.model, layers, width)
-    return Held(_with_model(config, num_layers=layers, ffn_hidden_size=width), deviation, change)
+    return MatchedConfig(_with_model(config, num_layers=layers, ffn_hidden_size=width), deviation, change)
 
 
 def latency_ms(model: ModelConfig, vocab: int, decode: DecodeSettings) -> float:
@@ -184,7 +184,7 @@ _SHAPE = ("num_layers", "ffn_hidden_size")
 _SWITCHES = tuple(key.rpartition(".")[2] for key in LOOP_SWITCHES)
 
 
-def _hold_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> Held:
+def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path) -> MatchedConfig:
     """The shape of the table, with the run's own switches of the loop, that decodes nearest to the reference's time."""
     rows = list(_read_table(table))
     target = next((ms for key, ms in rows if key == _table_key(reference.model)), None)
@@ -197,7 +197,7 @@ def _hold_measured_latency(config: RunConfig, reference: RunConfig, table: Path)
     key, ms = min(candidates, key=lambda row: abs(row[1] - target))
     layers, width = int(key[0]), int(key[1])
     held = _with_model(config, num_layers=layers, ffn_hidden_size=width)
-    return Held(held, ms / target - 1, _shape_change(config.model, layers, width))
+    return MatchedConfig(held, ms / target - 1, _shape_change(config.model, layers, width))
 
 
 def _table_key(model: ModelConfig) -> tuple[str, ...]:

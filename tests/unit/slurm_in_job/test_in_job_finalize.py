@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job.after import after_attempt
 from plt_megatron.slurm.in_job.allocation import read_allocation
+from plt_megatron.slurm.in_job.finalize import after_attempt
 from plt_megatron.slurm.in_job.records import Failure, Outcome, Records, read_events
 from plt_megatron.slurm.job import JobSettings, save_settings
 
