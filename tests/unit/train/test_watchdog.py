@@ -210,6 +210,6 @@ def test_a_stack_tells_its_collective_and_our_innermost_line():
         traceback.FrameSummary("/y/torch/distributed/distributed_c10d.py", 5, "all_reduce", line="work.wait()"),
     ]
     assert collective(frames) == "all_reduce"
-    assert position(frames) == "engine.py:20 _reduce (in all_reduce)"
+    assert position(frames) == "megatron_engine.py:20 _reduce (in all_reduce)"
     assert collective(frames[:2]) is None
     assert position([]) == "an unknown place"
