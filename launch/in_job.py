@@ -30,10 +30,10 @@ def main() -> int:
     after.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")
     arguments = parser.parse_args()
     if arguments.command == "node":
-        from plt_megatron.slurm.in_job.node import launch_node
+        from plt_megatron.launcher.node import launch_node
 
         return launch_node(arguments.run)
-    from plt_megatron.slurm.in_job.finalize import after_attempt
+    from plt_megatron.launcher.finalize import after_attempt
 
     return after_attempt(arguments.run, arguments.status)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plt_megatron.errors import UserError
+from plt_megatron.launcher.job import CODE_NAME, LOGS_NAME
 from plt_megatron.slurm import run_folder
-from plt_megatron.slurm.job import CODE_NAME, LOGS_NAME
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.script import Array
 from plt_megatron.slurm.times import format_duration

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.launcher.records import WHY
 from plt_megatron.slurm import client
-from plt_megatron.slurm.in_job.records import WHY
 from plt_megatron.slurm.progress import METRICS, read_run_status
 from plt_megatron.slurm.submission import Submission
 

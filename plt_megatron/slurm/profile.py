@@ -13,7 +13,7 @@ import yaml
 
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
-from plt_megatron.slurm.job import read_dataclass
+from plt_megatron.launcher.job import read_dataclass
 
 CLUSTERS = Path("configs") / "clusters"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -13,8 +13,8 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.slurm.in_job.records import WHY, last_checkpoint_step, read_events, unended
-from plt_megatron.slurm.job import load_settings
+from plt_megatron.launcher.job import load_settings
+from plt_megatron.launcher.records import WHY, last_checkpoint_step, read_events, unended
 from plt_megatron.train.checkpoint.folder import checkpoint_folders, step_of
 
 METRICS = "metrics.jsonl"

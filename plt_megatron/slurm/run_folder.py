@@ -21,7 +21,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config, save_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.slurm.job import CODE_NAME, LOGS_NAME, SCRIPT_NAME, SUBMISSIONS_NAME, JobSettings, save_settings
+from plt_megatron.launcher.job import CODE_NAME, LOGS_NAME, SCRIPT_NAME, SUBMISSIONS_NAME, JobSettings, save_settings
 
 CONFIG_NAME = "config.yaml"
 _SNAPSHOT = ("plt_megatron", "launch", "tools", "configs", "pyproject.toml")

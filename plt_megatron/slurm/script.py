@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.slurm.job import LOGS_NAME, JobSettings
+from plt_megatron.launcher.job import LOGS_NAME, JobSettings
 from plt_megatron.slurm.profile import Container
 from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal
 from plt_megatron.slurm.times import format_duration

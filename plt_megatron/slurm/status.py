@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
+from plt_megatron.launcher.records import WHY
 from plt_megatron.slurm import client
-from plt_megatron.slurm.in_job.records import WHY
 from plt_megatron.slurm.progress import METRICS, RunStatus, read_run_status
 from plt_megatron.slurm.run_folder import CONFIG_NAME, name_suffix, submitted_jobs
 from plt_megatron.slurm.times import format_duration

@@ -14,9 +14,9 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
+from plt_megatron.launcher.job import LOGS_NAME, SCRIPT_NAME, JobSettings
 from plt_megatron.slurm import arrays, checks, client, report, run_folder
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
-from plt_megatron.slurm.job import LOGS_NAME, SCRIPT_NAME, JobSettings
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.progress import read_run_status
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve

@@ -49,9 +49,9 @@ def train(config: RunConfig) -> int:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
+    from plt_megatron.launcher.watchdog import connect_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.trainer import Trainer, TrainingFailed
-    from plt_megatron.train.watchdog import connect_watchdog
 
     faulthandler.enable()  # a data file cut short under its memory map is a SIGBUS
     init_process_groups(config.parallel)

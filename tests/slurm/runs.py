@@ -15,7 +15,7 @@ from typing import Any
 
 from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.slurm.job import JobSettings
+from plt_megatron.launcher.job import JobSettings
 from plt_megatron.slurm.run_folder import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Request, Script
 from plt_megatron.train.metrics import MACHINE_FIELDS, read_metrics

@@ -100,7 +100,7 @@ def test_a_failed_run_is_told_with_its_reason(tmp_path):
     plan = saved_plan(tmp_path)
     finish_all(plan, **{"1_loop-seed1": {"loss": 3.0, "upto": 0.5}, "2_loops-seed1": {"loss": 3.0, "upto": 0.5}})
     write_record(plan.run("1_loop-seed1").folder, RunRecord(status="failed", reason="exit status 1: no luck today"))
-    slurm = plan.run("2_loops-seed1").folder  # as plt_megatron/slurm/in_job leaves it
+    slurm = plan.run("2_loops-seed1").folder  # as plt_megatron/launcher leaves it
     (slurm / "why.txt").write_text("out of memory\n")
     events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
     (slurm / "attempts.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

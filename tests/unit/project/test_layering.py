@@ -17,12 +17,13 @@ ALLOWED = {
     "config": set(),
     "runtime": {"config"},
     "estimate": {"config"},
-    "slurm": {"config", "runtime", "estimate", "data", "train"},
+    "launcher": {"config", "runtime", "train"},
+    "slurm": {"config", "runtime", "estimate", "launcher", "data", "train"},
     "data": {"config"},
     "model": {"config", "runtime"},
-    "train": {"config", "runtime", "estimate", "data", "model"},
+    "train": {"config", "runtime", "estimate", "launcher", "data", "model"},
     "hf": {"config", "runtime", "estimate", "data", "model", "train"},
-    "experiments": {"config", "runtime", "estimate", "slurm", "data", "model", "train", "hf"},
+    "experiments": {"config", "runtime", "estimate", "launcher", "slurm", "data", "model", "train", "hf"},
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
 # Importing one of these takes seconds.

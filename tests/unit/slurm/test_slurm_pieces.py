@@ -15,8 +15,8 @@ import yaml
 from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.errors import UserError
+from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm.client import read_partitions
-from plt_megatron.slurm.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm.profile import Container, load_profile
 from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
 from plt_megatron.slurm.shell import expandable

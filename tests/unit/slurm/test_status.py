@@ -12,9 +12,9 @@ from submitting import submit_run
 from test_submit_runs import command
 
 from plt_megatron.errors import UserError
+from plt_megatron.launcher.logs import stamp
 from plt_megatron.slurm import follow as follow_module
 from plt_megatron.slurm.follow import follow
-from plt_megatron.slurm.in_job.logs import stamp
 from plt_megatron.slurm.run_folder import job_name
 from plt_megatron.slurm.status import report
 from plt_megatron.slurm.submission import Submission

@@ -20,7 +20,7 @@ from fake_slurm import RUN, write_event, write_progress
 from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
-from plt_megatron.slurm.job import load_settings
+from plt_megatron.launcher.job import load_settings
 from plt_megatron.slurm.run_folder import job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plt_megatron.slurm.in_job.failures import Exit, is_explained, last_error, outcome_of
+from plt_megatron.launcher.failures import Exit, is_explained, last_error, outcome_of
 
 TRACEBACK = [
     "Traceback (most recent call last):",

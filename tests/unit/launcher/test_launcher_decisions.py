@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.slurm.in_job.decisions import decide
-from plt_megatron.slurm.job import JobSettings
+from plt_megatron.launcher.decisions import decide
+from plt_megatron.launcher.job import JobSettings
 
 
 def settings(**changes) -> JobSettings:

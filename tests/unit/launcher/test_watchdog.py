@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.train.watchdog import Sign, Watchdog, collective, describe_hang, position
+from plt_megatron.launcher.watchdog import Sign, Watchdog, collective, describe_hang, position
 
 
 class Memory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.slurm.in_job.binding import _local_cpus, parse_cpu_list, share_out, threads
+from plt_megatron.launcher.binding import _local_cpus, parse_cpu_list, share_out, threads
 
 
 def test_processes_share_the_jobs_cpus_and_no_others():

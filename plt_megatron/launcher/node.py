@@ -20,15 +20,15 @@ from typing import Any
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import print_error
-from plt_megatron.slurm.in_job import binding, coordinator, preflight, records
-from plt_megatron.slurm.in_job.allocation import Allocation, read_allocation
-from plt_megatron.slurm.in_job.hub import Hub
-from plt_megatron.slurm.in_job.logs import LogFile, rank_log, stamp
-from plt_megatron.slurm.in_job.messages import Channel
-from plt_megatron.slurm.in_job.probe import MARK
-from plt_megatron.slurm.in_job.scheduler import job_at_work
-from plt_megatron.slurm.in_job.workers import Worker, WorkerGroup, describe_exit
-from plt_megatron.slurm.job import JobSettings, load_settings
+from plt_megatron.launcher import binding, coordinator, preflight, records
+from plt_megatron.launcher.allocation import Allocation, read_allocation
+from plt_megatron.launcher.hub import Hub
+from plt_megatron.launcher.job import JobSettings, load_settings
+from plt_megatron.launcher.logs import LogFile, rank_log, stamp
+from plt_megatron.launcher.messages import Channel
+from plt_megatron.launcher.probe import MARK
+from plt_megatron.launcher.scheduler import job_at_work
+from plt_megatron.launcher.workers import Worker, WorkerGroup, describe_exit
 
 _TICK_SECONDS = 0.1
 _BEAT_SECONDS = 2.0
@@ -199,7 +199,7 @@ class NodeLauncher:
         self._task, self._attempt = task, attempt
         per_node = self._settings.processes_per_node if task == "train" else coordinator.probes_per_node(self._settings)
         # -P: the package comes from where this file lies, the run's snapshot, also if the job runs in a checkout.
-        command = [self._settings.python, "-P", "-m", "plt_megatron.slurm.in_job.probe"]
+        command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.probe"]
         if task == "train":
             command = [*command[:-1], "plt_megatron.train.main", str(self._run / "config.yaml")]
         first = self._allocation.node_index * per_node
@@ -221,7 +221,7 @@ class NodeLauncher:
         threads = self._threads or binding.threads(
             own, self._cpus, settings.processes_per_node, settings.cpus_per_process
         )
-        paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
         return os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(local),

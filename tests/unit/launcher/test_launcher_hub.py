@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.slurm.in_job.hub import clock_skew
+from plt_megatron.launcher.hub import clock_skew
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.slurm.in_job.allocation import Allocation
+from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.train.checkpoint import folder
 
 FILE_NAME = "attempts.jsonl"

@@ -18,12 +18,12 @@ import pytest
 
 from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.slurm.in_job.allocation import Allocation
-from plt_megatron.slurm.job import JobSettings, save_settings
+from plt_megatron.launcher.allocation import Allocation
+from plt_megatron.launcher.job import JobSettings, save_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Stands in for the interpreter: `-P -m plt_megatron.slurm.in_job.probe` or `-P -m plt_megatron.train.main CONFIG`.
+# Stands in for the interpreter: `-P -m plt_megatron.launcher.probe` or `-P -m plt_megatron.train.main CONFIG`.
 PROGRAM = """#!{python} -S
 import json, os, signal, socket, sys, time
 rank, run = int(os.environ["RANK"]), {run!r}
@@ -50,7 +50,7 @@ while not os.path.exists(run + "/finish"):
 CHANGED = """
 import runpy, sys, time
 sys.path.insert(0, {root!r})
-from plt_megatron.slurm.in_job import preflight
+from plt_megatron.launcher import preflight
 {code}
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

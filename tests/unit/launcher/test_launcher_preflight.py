@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from plt_megatron.slurm.in_job import preflight
+from plt_megatron.launcher import preflight
 
 H100 = {"name": "NVIDIA H100 80GB HBM3", "driver": "570.1", "memory": "81559 MiB"}
 GOOD = {

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
-from plt_megatron.slurm.in_job.allocation import Allocation
-from plt_megatron.slurm.in_job.coordinator import Coordinator
-from plt_megatron.slurm.in_job.logs import LogFile, merged_log, stamp
-from plt_megatron.slurm.in_job.messages import Channel
-from plt_megatron.slurm.in_job.records import Records
-from plt_megatron.slurm.job import JobSettings
+from plt_megatron.launcher.allocation import Allocation
+from plt_megatron.launcher.coordinator import Coordinator
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.logs import LogFile, merged_log, stamp
+from plt_megatron.launcher.messages import Channel
+from plt_megatron.launcher.records import Records
 
 _BEAT_SECONDS = 2.0
 

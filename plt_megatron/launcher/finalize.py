@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import EXIT_USER_ERROR
+from plt_megatron.launcher import decisions, records
+from plt_megatron.launcher.allocation import read_allocation
+from plt_megatron.launcher.coordinator import EXIT_BUSY, EXIT_NODE_LOST
+from plt_megatron.launcher.job import SCRIPT_NAME, JobSettings, load_settings
+from plt_megatron.launcher.records import Outcome, Records
+from plt_megatron.launcher.scheduler import Scheduler, SchedulerError
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
-from plt_megatron.slurm.in_job import decisions, records
-from plt_megatron.slurm.in_job.allocation import read_allocation
-from plt_megatron.slurm.in_job.coordinator import EXIT_BUSY, EXIT_NODE_LOST
-from plt_megatron.slurm.in_job.records import Outcome, Records
-from plt_megatron.slurm.in_job.scheduler import Scheduler, SchedulerError
-from plt_megatron.slurm.job import SCRIPT_NAME, JobSettings, load_settings
 
 
 def after_attempt(run: Path, status: int) -> int:

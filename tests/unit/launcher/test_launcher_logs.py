@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job.logs import LogFile, stamp
+from plt_megatron.launcher.logs import LogFile, stamp
 
 
 def test_lines_are_appended(tmp_path):

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from plt_megatron.slurm.in_job.messages import Channel
+from plt_megatron.launcher.messages import Channel
 
 
 @pytest.fixture

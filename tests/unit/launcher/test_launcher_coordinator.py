@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job import coordinator as coordinating
-from plt_megatron.slurm.in_job.allocation import Allocation
-from plt_megatron.slurm.in_job.coordinator import Coordinator
-from plt_megatron.slurm.in_job.records import Records, read_events
-from plt_megatron.slurm.job import JobSettings
+from plt_megatron.launcher import coordinator as coordinating
+from plt_megatron.launcher.allocation import Allocation
+from plt_megatron.launcher.coordinator import Coordinator
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.records import Records, read_events
 
 FACTS = {
     "devices": [],

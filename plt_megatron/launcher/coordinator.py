@@ -14,12 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 from plt_megatron.errors import EXIT_USER_ERROR
+from plt_megatron.launcher import decisions, preflight, records
+from plt_megatron.launcher.allocation import Allocation
+from plt_megatron.launcher.failures import Exit, is_explained, outcome_of
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.records import Outcome, Records
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
-from plt_megatron.slurm.in_job import decisions, preflight, records
-from plt_megatron.slurm.in_job.allocation import Allocation
-from plt_megatron.slurm.in_job.failures import Exit, is_explained, outcome_of
-from plt_megatron.slurm.in_job.records import Outcome, Records
-from plt_megatron.slurm.job import JobSettings
 
 EXIT_FAILED, EXIT_BAD_NODE, EXIT_NODE_LOST, EXIT_BUSY = 1, 76, 77, 78
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job.allocation import read_allocation
-from plt_megatron.slurm.in_job.finalize import after_attempt
-from plt_megatron.slurm.in_job.records import Failure, Outcome, Records, read_events
-from plt_megatron.slurm.job import JobSettings, save_settings
+from plt_megatron.launcher.allocation import read_allocation
+from plt_megatron.launcher.finalize import after_attempt
+from plt_megatron.launcher.job import JobSettings, save_settings
+from plt_megatron.launcher.records import Failure, Outcome, Records, read_events
 
 PROGRAM = """#!/bin/sh
 echo "$(basename "$0") $*" >> {log}

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 
 from plt_megatron.errors import EXIT_USER_ERROR
+from plt_megatron.launcher import records
+from plt_megatron.launcher.records import Failure, Outcome
+from plt_megatron.launcher.workers import describe_exit
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
-from plt_megatron.slurm.in_job import records
-from plt_megatron.slurm.in_job.records import Failure, Outcome
-from plt_megatron.slurm.in_job.workers import describe_exit
 
 # What a rank says whose peer has died: it is the echo of another's failure.
 _ECHOES = re.compile(

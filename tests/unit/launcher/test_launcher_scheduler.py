@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job import scheduler
-from plt_megatron.slurm.in_job.scheduler import Scheduler, SchedulerError, job_at_work
+from plt_megatron.launcher import scheduler
+from plt_megatron.launcher.scheduler import Scheduler, SchedulerError, job_at_work
 
 
 class Fake:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from plt_megatron.slurm.in_job.records import FAILED, FINISHED, PREEMPTED
-from plt_megatron.slurm.job import JobSettings
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.records import FAILED, FINISHED, PREEMPTED
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
 # Attempts in a row that come no further, whatever ends them: nodes lost and preemptions are nobody's fault, but a

@@ -1,4 +1,4 @@
-"""The check of devices and links: `python -m plt_megatron.slurm.in_job.probe`, one a device, before training.
+"""The check of devices and links: `python -m plt_megatron.launcher.probe`, one a device, before training.
 
 Each process works its device, then all of them an all-reduce and a ring of point-to-point messages, whose contents are
 looked at. What it knows it prints as a line `probe {json}` after every stage, so that one that hangs has said how far

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job.workers import WorkerGroup, describe_exit
+from plt_megatron.launcher.workers import WorkerGroup, describe_exit
 
 READY = "import os, sys, time, signal; rank = int(os.environ['RANK']);"
 

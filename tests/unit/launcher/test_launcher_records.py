@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.slurm.in_job import records
-from plt_megatron.slurm.in_job.allocation import Allocation
-from plt_megatron.slurm.in_job.records import Failure, Outcome, Records
+from plt_megatron.launcher import records
+from plt_megatron.launcher.allocation import Allocation
+from plt_megatron.launcher.records import Failure, Outcome, Records
 
 
 def allocation(job: int = 7, restart: int = 0) -> Allocation:
