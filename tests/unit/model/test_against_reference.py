@@ -3,10 +3,16 @@
 The model computes in float32, the reference in float64. Two tensors agree when their largest difference is at most
 1e-5 of the reference's largest element. Gates and norms are random, and the weights' spread is such that attention is
 far from uniform; `test_the_comparison_sees_every_mistake` shows that the comparison would notice.
+
+Some gradients are ill-conditioned: the norm on a token's small FFN output multiplies every rounding before it.
+The reference itself moves there by 1e-5 when its weights move within half a unit of fp32's last place, so that a CPU's
+fp32 may well be a little above. A tensor may differ by `ROUNDINGS` such moves. They are computed in float64: the bound
+is the same on every CPU.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,6 +36,7 @@ from tests.reference.plain_plt import KV, PlainPLT
 pytestmark = pytest.mark.usefixtures("one_process")
 
 TOLERANCE = 1e-5
+ROUNDINGS = 4  # roundings that meet: the layers, loops and factors that a weight's gradient passes
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
@@ -102,12 +109,18 @@ def expect(
     packed: bool,
     loops: int | None = None,
     plain_class: type[PlainPLT] = PlainPLT,
+    noise: int | None = None,
     **mutations: Any,
 ) -> dict[str, Tensor]:
-    """What `run` should return, from the reference."""
+    """What `run` should return, from the reference. `noise`: the seed by which its weights are moved within what fp32
+    rounds away; None: they are not."""
     from plt_megatron.model.initialization import global_names
 
     weights = to_plain(stage.config.plt, dict(global_names(stage)), VOCAB_SIZE)
+    if noise is not None:
+        generator = torch.Generator().manual_seed(noise)
+        for weight in weights.values():
+            weight *= 1 + 2**-24 * (2 * torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 1)
     for weight in weights.values():
         weight.requires_grad_()
     settings = {**vars(stage.config.plt), **mutations}
@@ -123,9 +136,17 @@ def expect(
     return results | gradients
 
 
-def assert_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    wrong = {name: error for name, error in differences(actual, expected).items() if not error <= TOLERANCE}
-    assert not wrong, f"relative differences above {TOLERANCE}: {wrong}"
+def assert_agree(stage: Any, data: dict[str, Tensor], packed: bool, loops: int | None = None, **mutations: Any) -> None:
+    """The model's tensors are the reference's."""
+    reference = partial(expect, stage, data, packed, loops, **mutations)
+    expected = reference()
+    errors = differences(run(stage, data, packed, loops), expected)
+    wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
+    if wrong:
+        moves = [differences(reference(noise=seed), expected) for seed in range(4)]
+        bounds = {name: min(ROUNDINGS * max(move[name] for move in moves), 10 * TOLERANCE) for name in wrong}
+        wrong = {name: error for name, error in wrong.items() if not error <= bounds[name]}
+    assert not wrong, f"relative differences above {TOLERANCE} and above what rounding explains: {wrong}"
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
@@ -134,7 +155,7 @@ def test_logits_losses_and_every_gradient(settings, packed):
     stage, data = build(settings), draw()
     expected = expect(stage, data, packed)
     assert all(tensor.abs().max() > 0 for tensor in expected.values()), "an unused parameter proves nothing"
-    assert_agree(run(stage, data, packed), expected)
+    assert_agree(stage, data, packed)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
@@ -152,15 +173,14 @@ def test_logits_losses_and_every_gradient(settings, packed):
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
     stage, data = build(settings, recompute=recompute), draw()
-    assert_agree(run(stage, data, packed), expect(stage, data, packed))
+    assert_agree(stage, data, packed)
 
 
 @pytest.mark.parametrize("settings", [{}, LOOPCODER_V2], ids=["PLT", "LoopCoder-v2"])
 @pytest.mark.parametrize("loops", [1, 2, 4])
 def test_the_same_weights_run_for_other_loop_counts(settings, loops):
     stage, data = build({**settings, "loop_count": 3}), draw()
-    expected = expect(stage, data, False, loops)
-    assert_agree(run(stage, data, False, loops), expected)
+    assert_agree(stage, data, False, loops)
 
 
 def test_a_second_backward_starts_afresh():
@@ -192,6 +212,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 def test_the_comparison_sees_every_mistake(settings, mistake, packed):
     stage, data = build(settings), draw()
     assert differences(run(stage, data, packed), expect(stage, data, packed, **mistake))["logits"] > 100 * TOLERANCE
+
+
+def test_what_rounding_may_explain_hides_no_mistake():
+    """In the worst-conditioned case."""
+    stage, data = build(CASES["experts without balancing"]), draw()
+    for mistake in ({"window_size": 4}, {"layernorm_epsilon": 1.1e-5}, {"rotary_base": 9990.0}):
+        with pytest.raises(AssertionError, match="relative differences"):
+            assert_agree(stage, data, True, **mistake)
 
 
 def test_the_comparison_sees_documents():
