@@ -1,0 +1,165 @@
+"""The worked examples of docs/extending.md apply to the tree as it is, touch as many files as they say, and work."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+COPIED = ("plt_megatron", "configs", "docs", "launch", "tools", "tests", "benchmarks", "README.md", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A section of the document: its title, what it says, its change as one patch, and its check."""
+
+    title: str
+    prose: str
+    patch: str
+    check: str
+
+    @property
+    def files(self) -> list[str]:
+        """What the change touches, new files included, removed ones not."""
+        return sorted(set(re.findall(r"^\+\+\+ b/(.+)$", self.patch, re.MULTILINE)))
+
+
+def examples(document: str) -> list[Example]:
+    """The sections (`## Title`) of a document."""
+    found = []
+    for section in re.split(r"^## ", document, flags=re.MULTILINE)[1:]:
+        title, body = section.split("\n", 1)
+        blocks = re.findall(r"^```(\w+)\n(.*?)^```$", body, re.MULTILINE | re.DOTALL)
+        patch = "".join(text for kind, text in blocks if kind == "diff")
+        checks = [text for kind, text in blocks if kind == "python"]
+        assert patch and len(checks) == 1, f"{title}: a section has a change and one check"
+        found.append(
+            Example(title, re.sub(r"^```.*?^```$", "", body, flags=re.MULTILINE | re.DOTALL), patch, checks[0])
+        )
+    return found
+
+
+def try_out(example: Example, tree: Path) -> None:
+    """Apply a change to a copy of the tree and run its check, before and after."""
+    stated = re.search(r"It touches (\d+) files?\b", example.prose)
+    assert stated is not None, "It touches how many files?"
+    assert len(example.files) == int(stated[1]), f"it touches {len(example.files)} files: {', '.join(example.files)}"
+    assert _run([sys.executable, "-c", example.check], tree).returncode != 0, "the check passes without the change"
+    applied = _run(["git", "apply", "--recount", "-"], tree, example.patch)
+    assert applied.returncode == 0, applied.stderr
+    for command in (
+        ["-m", "ruff", "check", "--no-cache", *(name for name in example.files if name.endswith(".py"))],
+        ["-c", example.check],
+    ):
+        done = _run([sys.executable, *command], tree)
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def _run(command: list[str], tree: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "GIT_CEILING_DIRECTORIES": str(tree.parent),  # not the repository around it, if there is one
+    }
+    return subprocess.run(
+        command, cwd=tree, env=environment, input=text, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what is in the repository."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    return copy
+
+
+EXAMPLES = examples((ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
+def test_the_example_applies_and_works(example, tree):
+    try_out(example, tree)
+
+
+# The mechanism itself, on a document of its own.
+
+SOUND = """# Title
+
+## A constant
+
+It touches 2 files: one has the constant, one says so.
+
+```diff
+diff --git a/settings.py b/settings.py
+--- a/settings.py
++++ b/settings.py
+@@ -1,2 +1,3 @@
+ first = 1
++second = 2
+ last = 9
+```
+
+and
+
+```diff
+diff --git a/settings.txt b/settings.txt
+new file mode 100644
+--- /dev/null
++++ b/settings.txt
+@@ -0,0 +1 @@
++There is a second.
+```
+
+```python
+import settings
+
+assert settings.second == 2
+```
+"""
+
+
+@pytest.fixture
+def small_tree(tmp_path: Path) -> Path:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "settings.py").write_text("first = 1\nlast = 9\n")
+    return tmp_path / "tree"
+
+
+def test_a_sound_example_passes(small_tree):
+    (example,) = examples(SOUND)
+    try_out(example, small_tree)
+    assert (small_tree / "settings.txt").read_text() == "There is a second.\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "complaint"),
+    [
+        (" last = 9", " last = 8", "patch does not apply"),
+        ("2 files", "1 file", "it touches 2 files: settings.py, settings.txt"),
+        ("It touches 2 files", "Few files", "how many files"),
+        ("+second = 2", "+second = 3", "AssertionError"),
+        ("+second = 2", "+import os; second = 2", "F401"),
+        ("settings.second == 2", "settings.first == 1", "passes without the change"),
+        ("```python", "```text", "one check"),
+    ],
+)
+def test_a_rotten_example_is_noticed(small_tree, written, instead, complaint):
+    assert written in SOUND
+    with pytest.raises(AssertionError, match=complaint):
+        try_out(examples(SOUND.replace(written, instead))[0], small_tree)
