@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +20,45 @@ _ASK_SECONDS = 5.0  # Slurm: its controller serves everybody
 _STAMP = re.compile(r"\S+ \S+ attempt \d+ launcher [^\s:]+: ")
 
 
-def follow(
-    submission: Submission,
-    *,
-    look_seconds: float = _LOOK_SECONDS,
-    ask_seconds: float = _ASK_SECONDS,
-    say: Callable[[str], None] | None = None,
-) -> int:
+def follow(submission: Submission) -> int:
     """Print what happens until all jobs have ended. Ctrl-C stops the printing, not the jobs.
 
     Returns:
         0 if every run is finished, or the user left; else 1.
     """
-    say = say or _print
+    try:
+        for lines in watch(submission):
+            for line in lines:
+                print(line, flush=True)
+    except KeyboardInterrupt:
+        jobs = _whole([job_id for each in submission.job_ids for job_id in each])
+        print(f"\nno longer followed; the job goes on. To cancel it: scancel {' '.join(jobs)}", flush=True)
+        return 0
+    return 0 if all(read_run_status(run).finished for run in submission.runs) else 1
+
+
+def watch(
+    submission: Submission, *, look_seconds: float = _LOOK_SECONDS, ask_seconds: float = _ASK_SECONDS
+) -> Iterator[list[str]]:
+    """The new lines of one look after another, until all jobs have ended; then what has come of each run."""
     several = len(submission.runs) > 1
     labels = [f"{run.name}: " if several else "" for run in submission.runs]
-    tails = [_Tail(run, label) for run, label in zip(submission.runs, labels, strict=True)]
     sources: list[_Output | _Tail] = [
         _Output(path, label) for label, each in zip(labels, submission.outputs, strict=True) for path in each
     ]
-    sources += tails
-    ids = [job_id for each in submission.job_ids for job_id in each]
-    states = _States(ids, {i: label for label, each in zip(labels, submission.job_ids, strict=True) for i in each})
-    asked = 0.0
-    try:
-        while True:
-            now = time.monotonic()
-            if now - asked >= ask_seconds or not asked:
-                asked = now
-                for line in states.changes():
-                    say(line)
-            # In this order: what was written before a job ended is still shown.
-            for source in sources:
-                for line in source.lines():
-                    say(line)
-            if states.ended:
-                return _conclude(submission, tails, say)
+    sources += [_Tail(run, label) for run, label in zip(submission.runs, labels, strict=True)]
+    states = _States({job_id: label for label, each in zip(labels, submission.job_ids, strict=True) for job_id in each})
+    due = time.monotonic()
+    while not states.ended:
+        lines = []
+        if time.monotonic() >= due:
+            due = time.monotonic() + ask_seconds
+            lines = states.changes()
+        # In this order: what was written before a job ended is still shown.
+        yield lines + [line for source in sources for line in source.lines()]
+        if not states.ended:
             time.sleep(look_seconds)
-    except KeyboardInterrupt:
-        say(f"\nno longer followed; the job goes on. To cancel it: scancel {' '.join(_whole(ids))}")
-        return 0
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
+    yield [line for run, label in zip(submission.runs, labels, strict=True) for line in _conclusion(run, label)]
 
 
 def _whole(ids: list[str]) -> list[str]:
@@ -71,27 +66,23 @@ def _whole(ids: list[str]) -> list[str]:
     return list(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
 
 
-def _conclude(submission: Submission, tails: list[_Tail], say: Callable[[str], None]) -> int:
-    status = 0
-    for run, tail in zip(submission.runs, tails, strict=True):
-        progress = read_run_status(run)
-        if progress.finished:
-            say(f"{tail.label}finished: step {progress.step:,} of {progress.steps:,}; {run}")
-            continue
-        status = 1
-        say(f"{tail.label}not finished: step {progress.step:,}, last checkpoint at step {progress.checkpoint:,}; {run}")
-        if (run / WHY).is_file():
-            say(f"{tail.label}{(run / WHY).read_text(encoding='utf-8', errors='replace').rstrip()}")
-        elif progress.restarts:
-            say(f"{tail.label}{progress.restarts[-1]}")
-    return status
+def _conclusion(run: Path, label: str) -> Iterator[str]:
+    progress = read_run_status(run)
+    if progress.finished:
+        yield f"{label}finished: step {progress.step:,} of {progress.steps:,}; {run}"
+        return
+    yield f"{label}not finished: step {progress.step:,}, last checkpoint at step {progress.checkpoint:,}; {run}"
+    if (run / WHY).is_file():
+        yield f"{label}{(run / WHY).read_text(encoding='utf-8', errors='replace').rstrip()}"
+    elif progress.restarts:
+        yield f"{label}{progress.restarts[-1]}"
 
 
 class _States:
     """What Slurm says of the jobs. `ended`: none of them runs or is going to."""
 
-    def __init__(self, ids: list[str], labels: dict[str, str]) -> None:
-        self._ids, self._labels = ids, labels
+    def __init__(self, labels: dict[str, str]) -> None:
+        self._labels = labels  # by job
         self._last: dict[str, str] = {}
         self._problem = ""
         self.ended = False
@@ -106,13 +97,13 @@ class _States:
             return [f"Slurm does not answer, asked again: {error}"] if changed else []
         self._problem = ""
         lines = []
-        for job_id in self._ids:
+        for job_id, label in self._labels.items():
             job = jobs.get(job_id)
             # Slurm forgets a job some minutes after its end.
             text = _describe(job) if job else "has ended"
             if self._last.get(job_id) != text:
                 self._last[job_id] = text
-                lines.append(f"{self._labels[job_id]}job {job_id} {text}")
+                lines.append(f"{label}job {job_id} {text}")
         self.ended = not any(job.active for job in jobs.values())
         return lines
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 
 import pytest
 import yaml
@@ -14,10 +13,9 @@ from test_submit_runs import command
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.logs import stamp
 from plt_megatron.slurm import follow as follow_module
-from plt_megatron.slurm.follow import follow
+from plt_megatron.slurm.follow import follow, watch
 from plt_megatron.slurm.run_folder import job_name
 from plt_megatron.slurm.status import report
-from plt_megatron.slurm.submission import Submission
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -171,120 +169,102 @@ def test_the_command(run, slurm):
 # --follow.
 
 
-class Watcher:
-    """Follows in a thread; `until` waits for a line."""
-
-    def __init__(self, submission: Submission) -> None:
-        self.lines: list[str] = []
-        self.status: int | None = None
-        self._condition = threading.Condition()
-        self._thread = threading.Thread(target=self._follow, args=(submission,), daemon=True)
-        self._thread.start()
-
-    def _follow(self, submission: Submission) -> None:
-        status = follow(submission, look_seconds=0.01, ask_seconds=0.01, say=self._hear)
-        with self._condition:
-            self.status = status
-            self._condition.notify_all()
-
-    def _hear(self, line: str) -> None:
-        with self._condition:
-            self.lines.append(line)
-            self._condition.notify_all()
-
-    def until(self, words: str) -> None:
-        with self._condition:
-            heard = self._condition.wait_for(lambda: any(words in line for line in self.lines), timeout=30)
-        assert heard, (words, self.lines)
-
-    def end(self) -> int:
-        self._thread.join(timeout=30)
-        assert self.status is not None, self.lines
-        return self.status
+@pytest.fixture
+def run_name(folder):
+    """What Slurm calls the run's job."""
+    return job_name(folder / "runs" / "try", "try")
 
 
-def test_following_a_run_to_its_end(folder, slurm):
-    submission = submit_run()
+@pytest.fixture
+def look(folder, slurm):
+    """The lines of the next look at a submitted run."""
+    looks = watch(submit_run(), look_seconds=0, ask_seconds=0)
+    return lambda: next(looks)
+
+
+def test_following_a_run_to_its_end(run_name, look, folder, slurm):
     run = folder / "runs" / "try"
-    name = job_name(run, "try")
-    slurm.answer("squeue", f"100|PENDING|Priority|0:00|30:00|N/A||{name}")
-    watcher = Watcher(submission)
-    watcher.until("job 100 is pending (Priority)")
-    slurm.jobs(("100", "RUNNING", name))
-    watcher.until("job 100 is running on node[1-2]")
+    slurm.answer("squeue", f"100|PENDING|Priority|0:00|30:00|N/A||{run_name}")
+    assert look() == ["job 100 is pending (Priority)"]
+    assert look() == []
+    slurm.jobs(("100", "RUNNING", run_name))
+    assert look() == ["job 100 is running on node[1-2]"]
     output = run / "logs" / "slurm-100.out"
     output.write_text(f"{stamp(1, 'launcher node1', 'preflight: 2 node(s)')}\nsrun: torn")
-    watcher.until("preflight: 2 node(s)")
+    assert look() == ["preflight: 2 node(s)"]
     with output.open("a") as file:
         file.write(" now whole\n")
-    watcher.until("srun: torn now whole")
-    assert "preflight: 2 node(s)" in watcher.lines and "srun: torn now whole" in watcher.lines
+    assert look() == ["srun: torn now whole"]
     write_progress(run, [10])
-    watcher.until("step 10/1,000: loss 2.0000, 1,000 tokens/s")
-    with (run / "metrics.jsonl").open("a") as file:  # torn, then completed
+    assert look() == ["step 10/1,000: loss 2.0000, 1,000 tokens/s"]
+    with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "validation", "step": 10, ')
         file.flush()
+        assert look() == [], "the line is torn"
         file.write('"loop_count": 2, "loss": 3.5}\n')
-    watcher.until("step 10/1,000: validation, 2 loop(s): loss 3.5000")
+    assert look() == ["step 10/1,000: validation, 2 loop(s): loss 3.5000"]
     write_event(run, event="start", attempt=1, job_id="100", step=0)
     write_progress(run, [1000])
     write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="done")
-    slurm.jobs(("100", "COMPLETED", name))
-    assert watcher.end() == 0
-    assert "step 1,000/1,000" in watcher.lines[-2] and "finished: step 1,000" in watcher.lines[-1]
+    slurm.jobs(("100", "COMPLETED", run_name))
+    # The file is looked at after the state: nothing is lost of what came before the end.
+    assert look() == ["job 100 is completed", "step 1,000/1,000: loss 2.0000, 1,000 tokens/s"]
+    assert look() == [f"finished: step 1,000 of 1,000; {run}"]
+    with pytest.raises(StopIteration):
+        look()
 
 
-def test_following_a_run_that_fails(folder, slurm):
-    submission = submit_run()
-    run = folder / "runs" / "try"
-    (run / "why.txt").write_text("rank 2 was killed by SIGKILL\nlast step: 7\n")
-    slurm.jobs(("100", "FAILED", job_name(run, "try")))
-    watcher = Watcher(submission)
-    assert watcher.end() == 1
-    assert "job 100 is failed" in watcher.lines[0] and "rank 2 was killed by SIGKILL" in watcher.lines[-1]
+def test_following_a_run_that_fails(run_name, look, folder, slurm):
+    (folder / "runs" / "try" / "why.txt").write_text("rank 2 was killed by SIGKILL\nlast step: 7\n")
+    slurm.jobs(("100", "FAILED", run_name))
+    assert look() == ["job 100 is failed"]
+    unfinished, why = look()
+    assert unfinished.startswith("not finished: step 0") and why == "rank 2 was killed by SIGKILL\nlast step: 7"
 
 
-def test_a_resumed_run_goes_back(folder, slurm):
-    submission = submit_run()
+def test_a_resumed_run_goes_back(run_name, look, folder, slurm):
     run = folder / "runs" / "try"
     write_progress(run, [10, 20])
-    slurm.jobs(("100", "RUNNING", job_name(run, "try")))
-    watcher = Watcher(submission)
-    watcher.until("is running")
+    slurm.jobs(("100", "RUNNING", run_name))
+    assert look() == ["job 100 is running on node[1-2]"]
     write_progress(run, [30])
-    watcher.until("step 30/")
+    assert look() == ["step 30/1,000: loss 2.0000, 1,000 tokens/s"]
     kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:1]
     (run / "metrics.tmp").write_text("".join(kept))
     (run / "metrics.tmp").replace(run / "metrics.jsonl")
-    watcher.until("goes on after step 10")
+    assert look() == ["goes on after step 10"]
     write_progress(run, [20])
-    watcher.until("step 20/")
-    slurm.jobs()
-    assert watcher.end() == 1
-    assert not [line for line in watcher.lines if line.startswith("step 10/")]
+    assert look() == ["step 20/1,000: loss 2.0000, 1,000 tokens/s"]
 
 
-def test_a_controller_that_restarts_is_asked_again(folder, slurm):
-    submission = submit_run()
-    name = job_name(folder / "runs" / "try", "try")
+def test_a_controller_that_restarts_is_asked_again(run_name, look, slurm):
     slurm.fail("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    watcher = Watcher(submission)
-    watcher.until("Slurm does not answer, asked again")
+    (line,) = look()
+    assert line.startswith("Slurm does not answer, asked again")
+    assert look() == []
     (slurm.folder / "squeue.fails").unlink()
-    slurm.jobs(("100", "COMPLETED", name))
-    assert watcher.end() == 1
-    assert len([line for line in watcher.lines if "does not answer" in line]) == 1
+    slurm.jobs(("100", "COMPLETED", run_name))
+    assert look() == ["job 100 is completed"]
 
 
-def test_ctrl_c_leaves_the_job(folder, slurm, monkeypatch):
+@pytest.mark.parametrize(("steps", "status"), [([1000], 0), ([400], 1)])
+def test_the_status_says_whether_the_run_is_finished(run_name, folder, slurm, capsys, steps, status):
     submission = submit_run()
-    slurm.jobs(("100", "RUNNING", job_name(folder / "runs" / "try", "try")))
+    write_progress(folder / "runs" / "try", steps)
+    slurm.jobs(("100", "COMPLETED", run_name))
+    assert follow(submission) == status
+    assert f"step {steps[-1]:,}" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_the_job(run_name, slurm, monkeypatch, capsys):
+    submission = submit_run()
+    slurm.jobs(("100", "RUNNING", run_name))
 
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(follow_module.time, "sleep", interrupt)
-    lines: list[str] = []
-    assert follow(submission, say=lines.append) == 0
-    assert "scancel 100" in lines[-1] and "goes on" in lines[-1]
+    assert follow(submission) == 0
+    said = capsys.readouterr().out
+    assert "scancel 100" in said and "goes on" in said
     assert not slurm.calls("scancel")
