@@ -49,18 +49,17 @@ def train(config: RunConfig) -> int:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
-    from plt_megatron.launcher.watchdog import connect_watchdog
+    from plt_megatron.launcher.watchdog import start_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.trainer import Trainer, TrainingFailed
 
     faulthandler.enable()  # a data file cut short under its memory map is a SIGBUS
     init_process_groups(config.parallel)
-    watchdog = connect_watchdog(
+    watchdog = start_watchdog(
         derived.run_folder(config),
         patience=config.parallel.distributed_timeout_seconds_after_init,
         slow_patience=60 * config.parallel.distributed_timeout_minutes,
     )
-    watchdog.start()
     trainer = Trainer(config, watchdog.beat)
     try:
         finished = trainer.run()

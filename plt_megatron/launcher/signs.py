@@ -1,0 +1,123 @@
+"""What each rank tells of itself while it trains, and which rank the others wait for when they stop.
+
+Two kinds of evidence. Where a collective keeps its caller until it is done (gloo), the stacks show who waits in one and
+who does not. Where it returns at once (NCCL) nobody is ever in one, and all wait somewhere else, at the next value that
+the host needs; there the counts show who has started fewer collectives than the others of a process group.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_MOST_SHOWN = 8  # ranks in a message
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank's thread notes of it.
+
+    Attributes:
+        count: of the notes, so that a frozen process shows without comparing clocks.
+        quiet_for: seconds since the training loop last gave a sign.
+        waits_in: the collective that the rank is waiting in; None outside of one.
+        at: where its main thread stands: file, line and function.
+        turn: how far the training loop is: counts every phase and step, and the first microbatch in each. Ranks that
+            are equally far have the same.
+        collectives: started so far, by process group.
+    """
+
+    rank: int
+    host: str
+    count: int
+    step: int
+    phase: str
+    quiet_for: float
+    waits_in: str | None
+    at: str
+    turn: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+
+
+def describe_hang(signs: list[Sign]) -> str:
+    """Which ranks the others wait for, as well as it can be told from where each stands."""
+    moved = f"step {max(sign.step for sign in signs) + 1} has not moved for {max(s.quiet_for for s in signs):.0f} s"
+    behind, outside = ranks_behind(signs), [sign for sign in signs if sign.waits_in is None]
+    named = [sign for sign in behind if sign in outside] or outside or behind
+    if 0 < len(named) < len(signs):
+        return f"{moved}: the others wait for {_stands(named)}"
+    if not named:
+        return f"{moved}: all ranks wait in collectives, which do not match or lost a message: {_stands(signs)}"
+    return f"{moved}: " + ("no rank is behind the others: " if len(signs) > 1 else "") + _stands(signs)
+
+
+def describe_silence(signs: list[Sign], silent: dict[int, float]) -> str:
+    """Names the ranks whose threads have given no sign for so many seconds."""
+    hosts = {sign.rank: f" on {sign.host}" for sign in signs}
+    named = ", ".join(f"rank {rank}{hosts.get(rank, '')} ({silent[rank]:.0f} s)" for rank in sorted(silent))
+    return f"no sign of life from {named}: dead, stopped, or cut off"
+
+
+def ranks_behind(signs: list[Sign]) -> list[Sign]:
+    """The ranks that have not come as far as others and do not themselves wait for one that is further behind.
+
+    A rank waits if it has started a collective that another of its process group has not.
+    """
+    turns = {sign.rank: sign.turn for sign in signs}
+    groups: dict[str, dict[int, int]] = defaultdict(dict)
+    for sign in signs:
+        for group, started in sign.collectives.items():
+            groups[group][sign.rank] = started
+    behind = {rank for counts in (turns, *groups.values()) for rank in counts if counts[rank] < max(counts.values())}
+    waiting = {rank for counts in groups.values() for rank in counts if counts[rank] > min(counts.values())}
+    return [sign for sign in signs if sign.rank in behind - waiting]
+
+
+def _stands(signs: list[Sign]) -> str:
+    shown = [f"rank {sign.rank} on {sign.host}, {_where(sign)}" for sign in signs[:_MOST_SHOWN]]
+    more = [f"and {len(signs) - _MOST_SHOWN} more"] if len(signs) > _MOST_SHOWN else []
+    return "; ".join(shown + more)
+
+
+def _where(sign: Sign) -> str:
+    return f"{sign.phase}, " + (f"in {sign.waits_in} " if sign.waits_in else "") + f"at {sign.at}"
+
+
+def collectives_started(backends: Collection[str] = ("nccl",)) -> dict[str, int]:
+    """How many collectives this rank has started in each of its process groups. torch counts them anyway.
+
+    Args:
+        backends: whose groups; gloo counts messages from one rank to another as well, which ranks do not share.
+    """
+    from torch.distributed.distributed_c10d import _world
+
+    groups: list[tuple[Any, str]] = list(_world.pg_names.items())  # at once: the main thread may be making another
+    return {
+        name: group._get_sequence_number_for_group() for group, name in groups if _world.pg_map[group][0] in backends
+    }
+
+
+def collective(stack: list[traceback.FrameSummary]) -> str | None:
+    """The name of torch's collective that a stack is waiting in."""
+    for frame in stack:
+        if frame.filename.endswith("distributed_c10d.py") and not frame.name.startswith("_"):
+            if frame.name not in ("wrapper", "init_process_group", "new_group"):
+                return frame.name
+    last = stack[-1] if stack else None
+    # A collective's handle is waited for in C++, straight from the caller's line.
+    return "wait" if last is not None and ".wait(" in (last.line or "") else None
+
+
+def position(stack: list[traceback.FrameSummary]) -> str:
+    """The innermost line of this package in a stack, and the function it called if that is another's."""
+    ours = [frame for frame in stack if f"{os.sep}plt_megatron{os.sep}" in frame.filename]
+    frame = ours[-1] if ours else (stack[-1] if stack else None)
+    if frame is None:
+        return "an unknown place"
+    inner = "" if not stack or stack[-1] is frame else f" (in {stack[-1].name})"
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}{inner}"
