@@ -1,111 +1,11 @@
 #!/usr/bin/env python3
-"""Train a configuration on this machine, with as many processes as its layout asks for.
+"""`plt-train` from a checkout: python launch/local.py --help"""
 
-    python launch/local.py configs/runs/plt2_tiny.yaml parallel.tensor_model_parallel_size=2
-
-Exit status: 0 finished, 1 failed, 2 something for you to put right, 75 preempted (run it again to go on).
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
-import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from plt_megatron.config import derived  # noqa: E402
-from plt_megatron.config.loader import dump_config, load_config, save_config  # noqa: E402
-from plt_megatron.config.schema import RunConfig  # noqa: E402
-from plt_megatron.config.validation import validate  # noqa: E402
-from plt_megatron.errors import run_command  # noqa: E402
-from plt_megatron.estimate.flops import training_flops_per_token  # noqa: E402
-from plt_megatron.estimate.parameters import count_parameters  # noqa: E402
-from plt_megatron.runtime.local_processes import run_processes, threads_per_process  # noqa: E402
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a configuration on this machine.",
-        epilog="The number of processes is tensor x pipeline x context x data parallel size (the last: 1 unless set).",
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=1"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, stop")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would run, stop")
-    return parser.parse_intermixed_args()
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    config = load_config(arguments.config, arguments.overrides)
-    if arguments.print_config:
-        print(dump_config(config), end="")
-        validate(config, check_files=False)
-        return 0
-    validate(config)
-    count = derived.required_world_size(config)
-    saved = derived.run_folder(config) / "config.yaml"
-    command = [sys.executable, "-m", "plt_megatron.train.main", str(saved)]
-    threads = thread_settings(config, count)
-    if arguments.dry_run:
-        print(describe(config, count, threads, command))
-        return 0
-    save_config(config, saved)
-    env = os.environ | threads | {"PYTHONPATH": python_path()}
-    if count > 1:
-        return run_processes(command, count, env=env)
-    sys.stdout.flush()
-    os.execve(command[0], command, env)
-
-
-def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
-    """Threads of one process: as configured, else as the caller's environment says, else a fair share."""
-    threads = config.training.threads_per_process
-    if threads is None and "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(threads or threads_per_process(count))}
-
-
-def python_path() -> str:
-    """This checkout first, so that the processes find the package where it is not installed."""
-    inherited = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(ROOT), inherited] if inherited else [str(ROOT)])
-
-
-def describe(config: RunConfig, count: int, threads: dict[str, str], command: list[str]) -> str:
-    """What a run would do, for --dry-run."""
-    parallel, steps = config.parallel, derived.train_iters(config)
-    cp = parallel.context_parallel_size
-    context = f" x context {cp}" if cp > 1 else ""
-    rows = [
-        ("run folder", str(derived.run_folder(config))),
-        (
-            "processes",
-            f"{count} (tensor {parallel.tensor_model_parallel_size} x pipeline "
-            f"{parallel.pipeline_model_parallel_size}{context} x data {derived.data_parallel_size(config)})",
-        ),
-        ("steps", f"{steps:,} of {derived.tokens_per_step(config):,} tokens"),
-        ("tokens", f"{steps * derived.tokens_per_step(config):,}"),
-        ("microbatches", f"{derived.num_microbatches(config)} per step and data-parallel rank"),
-    ]
-    model, tp = config.model, parallel.tensor_model_parallel_size
-    if model.vocab_size is not None:
-        vocab = derived.padded_vocab_size(model, model.vocab_size, tp)
-        flops = training_flops_per_token(model, config.data.sequence_length, vocab)
-        rows += [
-            ("parameters", f"{count_parameters(model, tensor_model_parallel_size=tp).total:,}"),
-            ("training FLOPs", f"{flops.total:.4g} per token"),
-        ]
-    environment = " ".join(f"{key}={value}" for key, value in threads.items())
-    rows.append(("command", f"{environment} {shlex.join(command)}".strip()))
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.train import main
+
+    sys.exit(main())

@@ -1,69 +1,11 @@
 #!/usr/bin/env python3
-"""Train a configuration, or several, on a Slurm cluster.
+"""`plt-submit` from a checkout: python launch/submit.py --help"""
 
-    python launch/submit.py configs/runs/plt2_1b.yaml --cluster h100 --nodes 16 --time 24:00:00 --chain 5
-
-Everything is checked before anything is submitted. The run's folder then holds all that its job needs, with the job
-script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.
-
-Exit status: 0 submitted (with --follow: finished), 1 --follow saw the run fail or stop, 2 something to put right.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from plt_megatron.errors import run_command  # noqa: E402
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Train a configuration on a Slurm cluster. Options win over the cluster's profile.",
-        epilog="See docs/slurm.md.",
-    )
-    parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="a run, and settings to change")
-    size = parser.add_argument_group("the job")
-    size.add_argument("--cluster", metavar="NAME", help="profile: a name in configs/clusters, or a path")
-    size.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
-    size.add_argument("--time", metavar="LIMIT", help="of one job, as in 24:00:00")
-    size.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="default: the profile's, else all that a node has")
-    for name in ("partition", "account", "qos", "constraint", "exclude"):
-        size.add_argument(f"--{name}", metavar=name.upper(), help="as sbatch's")
-    longer = parser.add_argument_group("runs longer than the time limit")
-    longer.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, one after the other")
-    longer.add_argument("--requeue", action="store_true", help="the same job again until the run is finished")
-    longer.add_argument("--signal-margin", type=int, metavar="SECONDS", help="save this long before the limit")
-    several = parser.add_argument_group("several runs")
-    several.add_argument(
-        "--array", metavar="FILE", help="paths of configurations, one a line, or a folder of run folders"
-    )
-    several.add_argument("--max-concurrent", type=int, metavar="N", help="of the array's runs, at a time")
-    parser.add_argument("--name", help="of the run (or of the array): its folder is OUTPUT_DIR/NAME")
-    parser.add_argument(
-        "--accept-changes", action="store_true", help="resume a run although its configuration is not the same"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the job script, stop")
-    parser.add_argument(
-        "--follow", action="store_true", help="show progress until the job ends; Ctrl-C leaves it running"
-    )
-    return parser.parse_intermixed_args()
-
-
-def main() -> int:
-    arguments = vars(parse_arguments())
-    from plt_megatron.slurm.follow import follow
-    from plt_megatron.slurm.submission import Options, submit
-
-    words, wants_follow = arguments.pop("arguments"), arguments.pop("follow")
-    config = None if arguments["array"] or not words else words.pop(0)
-    submission = submit(Options(config=config, overrides=words, **arguments), ROOT)
-    return follow(submission) if wants_follow and submission is not None else 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.submit import main
+
+    sys.exit(main())

@@ -1,72 +1,11 @@
 #!/usr/bin/env python3
-"""Make a training checkpoint out of a Hugging Face model: an exported PLT, LoopCoder-v2, a dense Llama, Mistral,
-Qwen2, Qwen3 or OLMo-2, or a Qwen3-MoE, as it is or as the start of a PLT of several loops.
+"""`plt-import` from a checkout: python tools/convert_from_hf.py --help"""
 
-    python tools/convert_from_hf.py --model Qwen3-0.6B --output runs/qwen3 --loop-count 2
-
-A run starts from it with `include: runs/qwen3/model.yaml` in its configuration.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The target appears whole or not at all. Exit status: 0 written, 2 something for you to put right.",
-    )
-    parser.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="a folder with config.json and safetensors"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="CHECKPOINT", help="a new folder, like a run's")
-    parser.add_argument(
-        "--loop-count",
-        type=int,
-        metavar="L",
-        help="loops (default: the model's own, 1 for a dense one); new gates start from zero",
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: the files'; fp32 for fp16)")
-    return parser
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.command_line import quiet_imports
-
-    quiet_imports()
-    from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
-
-    result = import_model(
-        ImportOptions(
-            model=arguments.model,
-            output=arguments.output,
-            loop_count=arguments.loop_count,
-            precision=arguments.dtype,
-        )
-    )
-    loops = f"{result.model.loop_count} loop{'s' if result.model.loop_count > 1 else ''}"
-    print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
-    if result.fresh:
-        print(f"{result.fresh} of them are new gates, which start from zero")
-    if result.dropped:
-        print(f"{result.dropped} tensors of gates are dropped: a model of one loop has none")
-    if result.tokenizer is None:
-        print("no tokenizer was there: name one in data.tokenizer")
-    print(f"start from it with `include: {result.output / MODEL_YAML}`")
-
-
-def main() -> int:
-    arguments = _parser().parse_args()
-    from plt_megatron.hf.command_line import run_conversion
-
-    return run_conversion(lambda: _import(arguments))
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.import_hf import main
+
     sys.exit(main())

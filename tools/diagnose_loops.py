@@ -1,85 +1,11 @@
 #!/usr/bin/env python3
-"""Measure what each loop of a trained model does to held-out text: LoopCoder-v2's diagnostics, and its rule.
+"""`plt-diagnose` from a checkout: python tools/diagnose_loops.py --help"""
 
-    python tools/diagnose_loops.py runs/plt2_demo --data heldout.jsonl
-    python tools/diagnose_loops.py exported --data data/heldout --output diagnostics
-
-Step size, update cosine, effective rank, fixed-point gap, offset cost, gates, attention, head diversity and the logit
-lens, loop by loop, with 95 % bootstrap intervals, as a table here and as a page, JSON, CSV and PNGs in --output.
-docs/diagnostics.md says what each number is.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from plt_megatron.errors import run_command
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a run's folder, a checkpoint of any layout, or a Hugging Face folder"
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="FILE",
-        help="text the model was not trained on: .jsonl, .txt, .parquet (also .gz, .zst), or a .bin/.idx prefix",
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: beside the checkpoint or the model")
-    parser.add_argument("--max-tokens", type=int, default=65536, metavar="N", help="to measure on (default: 65536)")
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="S", help="tokens of a sequence (default: the model's, at most 2048)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of sequences and the bootstrap (default: 0)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="if not where the model says")
-    parser.add_argument(
-        "--reset-at-document-boundaries",
-        action=argparse.BooleanOptionalAction,
-        help="documents of a sequence see nothing of each other (default: as the run was trained; exports: no)",
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
-    return parser
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done} of {total} sequences", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-
-def _diagnose(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.command_line import quiet_imports
-
-    quiet_imports()
-    from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
-
-    options = DiagnoseOptions(
-        model=arguments.model,
-        data=arguments.data,
-        output=arguments.output,
-        tokenizer=arguments.tokenizer,
-        max_tokens=arguments.max_tokens,
-        sequence_length=arguments.sequence_length,
-        seed=arguments.seed,
-        reset=arguments.reset_at_document_boundaries,
-        precision=arguments.dtype,
-        device=arguments.device,
-    )
-    result = run_diagnosis(options, _show_progress)
-    print(result.text)
-    print(f"\n{result.folder}/index.html")
-
-
-def main() -> int:
-    arguments = _parser().parse_args()
-    return run_command(lambda: _diagnose(arguments))
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.diagnose import main
+
     sys.exit(main())

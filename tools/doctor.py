@@ -1,31 +1,11 @@
 #!/usr/bin/env python3
-"""Say what this machine can run, and for what it cannot: why, and what to install."""
+"""`plt-doctor` from a checkout: python tools/doctor.py --help"""
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Exit status: 0 if training works here at all, else 1."
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    arguments = parser.parse_args()
-
-    from plt_megatron.runtime import doctor, machine
-
-    report = doctor.judge(machine.observe())
-    if arguments.json:
-        print(report.to_json())
-    else:
-        doctor.render(report)
-    return 0 if report.can_train else 1
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.doctor import main
+
     sys.exit(main())

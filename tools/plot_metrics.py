@@ -1,36 +1,11 @@
 #!/usr/bin/env python3
-"""Draw what runs recorded: losses, gradients, speed, memory, gates and hidden states per loop, time by part of a step.
+"""`plt-plot` from a checkout: python tools/plot_metrics.py --help"""
 
-    python tools/plot_metrics.py runs/plt2_demo [runs/other ...] --output metrics.png
-
-One page, one colour a run. Without --output the picture is metrics.png in the first run's folder.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from plt_megatron.errors import run_command
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders'")
-    arguments = parser.parse_args()
-    if arguments.labels is not None and len(arguments.labels) != len(arguments.runs):
-        parser.error(f"{len(arguments.labels)} labels for {len(arguments.runs)} runs")
-    from plt_megatron.experiments.metrics_plot import plot_metrics
-
-    output = arguments.output or arguments.runs[0] / "metrics.png"
-    plot_metrics(arguments.runs, output, arguments.labels)
-    print(output)
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.plot import main
+
+    sys.exit(main())

@@ -1,113 +1,11 @@
 #!/usr/bin/env python3
-"""Tokenize a corpus into megatron-core's indexed format, or build the sample index of a run ahead of time."""
+"""`plt-preprocess` from a checkout: python tools/preprocess_data.py --help"""
 
-from __future__ import annotations
-
-import argparse
-import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="Writes exactly <output-prefix>.bin and .idx, and a manifest beside them. Started again after a "
-        "kill, the same command goes on where it stopped.",
-    )
-    parser.add_argument("overrides", nargs="*", help="with --build-index: key=value settings of the configuration")
-    data = parser.add_argument_group("input and output")
-    data.add_argument(
-        "--input", nargs="+", metavar="FILE", help="files or globs: JSONL or text (plain, .gz, .zst), Parquet"
-    )
-    data.add_argument("--output-prefix", metavar="PREFIX", help="where the .bin and .idx go")
-    data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
-    data.add_argument("--overwrite", action="store_true", help="replace an output made from something else")
-    reading = parser.add_argument_group("documents")
-    reading.add_argument("--format", choices=("jsonl", "parquet", "text"), help="default: by the files' suffixes")
-    reading.add_argument("--json-key", default="text", help="the field or column with the text (default: text)")
-    reading.add_argument(
-        "--text-documents",
-        choices=("file", "line"),
-        default="file",
-        help="plain text: a document is a file or a line",
-    )
-    reading.add_argument(
-        "--on-bad-line",
-        choices=("skip", "fail"),
-        default="skip",
-        help="broken JSON, missing field, not UTF-8, empty, too long: skip and report (default), or stop",
-    )
-    reading.add_argument(
-        "--max-document-bytes",
-        type=int,
-        default=16 << 20,
-        help="a longer line counts as bad (default: 16 MiB)",
-    )
-    reading.add_argument("--eod-token", help="the token that ends a document (default: the tokenizer's)")
-    reading.add_argument("--no-append-eod", action="store_true", help="do not end documents with that token")
-    work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    work.add_argument("--shard-mb", type=float, default=64, help="input per unit of work, in MiB (default: 64)")
-    index = parser.add_argument_group("sample index")
-    index.add_argument(
-        "--build-index",
-        metavar="CONFIG",
-        help="build the sample index that a run of this configuration needs, instead of tokenizing",
-    )
-    return parser
-
-
-def _tokenize(arguments: argparse.Namespace) -> None:
-    from plt_megatron.data.preprocess import PreprocessOptions, preprocess
-    from plt_megatron.data.sources import ReadOptions
-
-    preprocess(
-        PreprocessOptions(
-            inputs=arguments.input,
-            output_prefix=arguments.output_prefix,
-            tokenizer=arguments.tokenizer,
-            workers=arguments.workers,
-            format=arguments.format,
-            eod_token=arguments.eod_token,
-            append_eod=not arguments.no_append_eod,
-            fail_on_bad_line=arguments.on_bad_line == "fail",
-            overwrite=arguments.overwrite,
-            shard_bytes=max(1, int(arguments.shard_mb * (1 << 20))),
-            read=ReadOptions(arguments.json_key, arguments.text_documents, arguments.max_document_bytes),
-        )
-    )
-
-
-def main() -> int:
-    parser = _parser()
-    arguments = parser.parse_args()
-    from plt_megatron.errors import run_command
-
-    if arguments.build_index:
-        from plt_megatron.data.build_index import build_index
-
-        return run_command(lambda: build_index(arguments.build_index, arguments.overrides))
-    needed = {
-        "--input": arguments.input,
-        "--output-prefix": arguments.output_prefix,
-        "--tokenizer": arguments.tokenizer,
-    }
-    if missing := [name for name, value in needed.items() if not value]:
-        parser.error(f"missing {', '.join(missing)}")
-    if arguments.overrides:
-        parser.error(f"unexpected argument {arguments.overrides[0]!r}")
-    for name in ("workers", "shard_mb", "max_document_bytes"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    try:
-        return run_command(lambda: _tokenize(arguments))
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        return 130
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.preprocess import main
+
     sys.exit(main())

@@ -1,67 +1,11 @@
 #!/usr/bin/env python3
-"""Report on a sweep: which loop count wins at equal tokens, FLOPs and decoding latency, with error bars.
+"""`plt-report` from a checkout: python tools/report_sweep.py --help"""
 
-    python tools/report_sweep.py runs/sweeps/paper_ablation --measure-decode
-
-Writes index.html (one page, works offline and prints), report.md, CSVs and PNGs to SWEEP_DIR/report. A sweep that is
-not finished can be reported on: what is missing is said.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a sweep's folder, as tools/sweep_loops.py makes it")
-    parser.add_argument("--output", metavar="DIR", help="where the report goes (default: SWEEP_DIR/report)")
-    decode = parser.add_argument_group("decoding time")
-    decode.add_argument(
-        "--measure-decode",
-        action="store_true",
-        help="export a finished run of each row and time its decoding here; kept for later reports",
-    )
-    decode.add_argument("--decode-batch", type=int, default=4, metavar="N", help="sequences at once (default: 4)")
-    decode.add_argument("--decode-prefill", type=int, default=128, metavar="N", help="tokens before (default: 128)")
-    decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens decoded (default: 96)")
-    return parser
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    from plt_megatron.experiments.report.decode import DecodeProtocol
-    from plt_megatron.experiments.report.page import by_question
-    from plt_megatron.experiments.report.writing import PAGE, write_report
-
-    protocol = None
-    if arguments.measure_decode:
-        protocol = DecodeProtocol(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens)
-    report = write_report(arguments.sweep, arguments.output, protocol)
-    for problem in report.problems:
-        print(f"note: {problem}")
-    for question, found in by_question(report.verdicts).items():
-        for verdict in found:
-            group = f"{verdict.group}, " if verdict.group else ""
-            print(f"{group}at equal {question}: {verdict.text}")
-    for answer in report.answers:
-        group = f"{answer.group}, " if answer.group else ""
-        print(f"{group}{answer.question}? {answer.text}")
-    print(f"report: {report.folder / PAGE}")
-
-
-def main() -> int:
-    parser = _parser()
-    arguments = parser.parse_args()
-    if min(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens) < 1:
-        parser.error("the sizes of the decoding measurement must be at least 1")
-    from plt_megatron.errors import run_command
-
-    return run_command(lambda: _report(arguments))
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.report import main
+
     sys.exit(main())

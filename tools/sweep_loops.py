@@ -1,80 +1,11 @@
 #!/usr/bin/env python3
-"""Train one model many times with settings varied: loop counts, ablation rows, sizes, seeds.
+"""`plt-sweep` from a checkout: python tools/sweep_loops.py --help"""
 
-    python tools/sweep_loops.py configs/sweeps/smoke.yaml --dry-run
-    python tools/sweep_loops.py configs/sweeps/paper_ablation.yaml --jobs 2
-    python tools/sweep_loops.py configs/sweeps/loops.yaml seeds=[1,2] model.num_layers=8 --slurm --cluster mine
-
-The plan is printed first. Runs that are done are not done again and others go on where they stopped, so the same
-command continues a sweep. docs/sweeps.md has the file's format.
-"""
-
-from __future__ import annotations
-
-import argparse
-import shlex
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit status: 0 done, 1 a run failed, 2 something for you to put right, 75 stopped (the running runs "
-        "saved their state).",
-    )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a sweep, as in configs/sweeps")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="of the sweep (seeds=[1,2], match_budget=tokens, name=x, axes.model.loop_count=[1,2]) or of every run",
-    )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--local", action="store_true", help="run on this machine (the default)")
-    where.add_argument("--slurm", action="store_true", help="submit a job array; needs --cluster")
-    parser.add_argument("--cluster", metavar="NAME", help="with --slurm: a profile in configs/clusters, or a path")
-    parser.add_argument("--max-concurrent", type=int, metavar="N", help="with --slurm: array members at once")
-    parser.add_argument(
-        "--submit", metavar="OPTIONS", default="", help="with --slurm: more of launch/submit.py's, as '--time 24:00:00'"
-    )
-    parser.add_argument(
-        "--gpu", metavar="CARD", help="that times are estimated for (default: h100; without Slurm, cpu)"
-    )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="single-process runs at once on this machine")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, stop")
-    return parser
-
-
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.slurm != (arguments.cluster is not None):
-        parser.error("--slurm and --cluster NAME go together")
-    if (arguments.max_concurrent is not None or arguments.submit) and not arguments.slurm:
-        parser.error("--max-concurrent and --submit are for --slurm; on this machine use --jobs")
-    if arguments.jobs < 1 or (arguments.max_concurrent or 1) < 1:
-        parser.error("--jobs and --max-concurrent must be at least 1")
-
-
-def main() -> int:
-    parser = _parser()
-    arguments = parser.parse_intermixed_args()
-    _check(parser, arguments)
-    from plt_megatron.errors import run_command
-    from plt_megatron.experiments.sweep import SweepOptions, run_sweep
-
-    concurrent = () if arguments.max_concurrent is None else ("--max-concurrent", str(arguments.max_concurrent))
-    options = SweepOptions(
-        dry_run=arguments.dry_run,
-        cluster=arguments.cluster,
-        submit_options=(*concurrent, *shlex.split(arguments.submit)),
-        jobs=arguments.jobs,
-        gpu=arguments.gpu,
-    )
-    return run_command(lambda: run_sweep(arguments.config, arguments.settings, options))
-
-
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from plt_megatron.commands.sweep import main
+
     sys.exit(main())

@@ -27,6 +27,7 @@ import yaml
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.installation import find_config
 
 INCLUDE = "include"
 
@@ -46,7 +47,7 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = 
     Whether the values make sense together is `validation.validate`'s question.
     """
     settings: _Settings = {}
-    _read_file(Path(path), settings, ())
+    _read_file(find_config(path), settings, ())
     for override in overrides:
         _read_override(override, settings)
     config = _build(RunConfig, "", settings)

@@ -1,0 +1,28 @@
+"""Say what this machine can run, and for what it cannot: why, and what to install."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Exit status: 0 if training works here at all, else 1."
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    arguments = parser.parse_args(argv)
+
+    from plt_megatron.runtime import doctor, machine
+
+    report = doctor.judge(machine.observe())
+    if arguments.json:
+        print(report.to_json())
+    else:
+        doctor.render(report)
+    return 0 if report.can_train else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

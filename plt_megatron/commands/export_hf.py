@@ -1,0 +1,81 @@
+"""Export a training checkpoint of any layout as a Hugging Face model, in one process on a CPU.
+
+    plt-export --checkpoint runs/plt2_1b --output exported --verify
+
+The folder then works with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The target appears whole or not at all. Exit status: 0 written, 2 something for you to put right.",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's folder (its last whole checkpoint), a checkpoint, or a Hugging Face folder to re-export",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the checkpoint's")
+    parser.add_argument(
+        "--format",
+        choices=("plt", "loopcoder"),
+        default="plt",
+        help="loopcoder: LoopCoder-v2's names and keys, without modeling code",
+    )
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="where the run's tokenizer lies now, if not where the run found it",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run text through the training model and the export; fail if fp32 logits differ by more than 1e-4",
+    )
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf.command_line import quiet_imports
+
+    quiet_imports()
+    from plt_megatron.hf.exporting import ExportOptions, export
+
+    result = export(
+        ExportOptions(
+            checkpoint=arguments.checkpoint,
+            output=arguments.output,
+            precision=arguments.dtype,
+            style=arguments.format,
+            max_shard_size=arguments.max_shard_size,
+            verify=arguments.verify,
+            tokenizer=arguments.tokenizer,
+        )
+    )
+    files = f"{result.files} file{'s' if result.files > 1 else ''}"
+    print(f"{result.output}: {result.tensors} tensors, {result.total_bytes / 1e9:.3f} GB in {files}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    from plt_megatron.hf.command_line import run_conversion
+
+    return run_conversion(lambda: _export(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""Continue a text with an exported model, its loops decoded in parallel.
+
+plt-generate --model exported --prompt 'def main():'
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from plt_megatron.errors import run_command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Continue a text with an exported model.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that plt-export has written")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _generate(arguments))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf.generation import generate
+
+    text, seconds = generate(
+        arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed
+    )
+    print(text)
+    print(f"[{seconds:.1f} s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

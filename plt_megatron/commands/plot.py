@@ -1,0 +1,38 @@
+"""Plot what runs recorded: losses, gradients, speed, memory, gates and hidden states per loop, time by part of a step.
+
+    plt-plot runs/plt2_demo [runs/other ...] --output metrics.png
+
+One page, one colour per run. Without --output the plot is metrics.png in the first run's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from plt_megatron.errors import run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders'")
+    arguments = parser.parse_args(argv)
+    if arguments.labels is not None and len(arguments.labels) != len(arguments.runs):
+        parser.error(f"{len(arguments.labels)} labels for {len(arguments.runs)} runs")
+    return run_command(lambda: _plot(arguments))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from plt_megatron.experiments.metrics_plot import plot_metrics
+
+    output = arguments.output or arguments.runs[0] / "metrics.png"
+    plot_metrics(arguments.runs, output, arguments.labels)
+    print(output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

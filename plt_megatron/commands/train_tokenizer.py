@@ -1,0 +1,93 @@
+"""Train a sentencepiece tokenizer and write it for Hugging Face as well."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from plt_megatron.errors import run_command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
+        "hostile strings that all encode identically.",
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="files or globs: JSONL or text (plain, .gz, .zst), Parquet",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the tokenizer goes")
+    parser.add_argument("--vocab-size", type=int, required=True)
+    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
+    parser.add_argument(
+        "--special-token",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="a token that text never produces; repeatable",
+    )
+    parser.add_argument(
+        "--user-defined-symbol",
+        action="append",
+        default=[],
+        metavar="TOKEN",
+        help="a token found in text before all others; repeatable",
+    )
+    parser.add_argument("--character-coverage", type=float, default=0.9995, help="the rest is bytes (default: 0.9995)")
+    parser.add_argument("--keep-digits-together", action="store_true", help="let a piece hold several digits")
+    parser.add_argument(
+        "--max-sample-mb", type=int, default=200, help="train on at most this much text (default: 200 MB)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the sample")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--format", choices=("jsonl", "parquet", "text"), help="default: by the files' suffixes")
+    parser.add_argument("--json-key", default="text", help="the field or column with the text (default: text)")
+    parser.add_argument(
+        "--text-documents",
+        choices=("file", "line"),
+        default="file",
+        help="plain text: a document is a file or a line",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from plt_megatron.data.sources import ReadOptions
+    from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
+
+    result = train_tokenizer(
+        TrainingOptions(
+            inputs=arguments.input,
+            output_dir=arguments.output,
+            vocab_size=arguments.vocab_size,
+            model_type=arguments.model_type,
+            control_symbols=arguments.special_token,
+            user_defined_symbols=arguments.user_defined_symbol,
+            character_coverage=arguments.character_coverage,
+            split_digits=not arguments.keep_digits_together,
+            max_sample_bytes=arguments.max_sample_mb << 20,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            format=arguments.format,
+            read=ReadOptions(arguments.json_key, arguments.text_documents),
+            overwrite=arguments.overwrite,
+        )
+    )
+    print(describe(result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _train(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

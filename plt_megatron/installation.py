@@ -1,0 +1,30 @@
+"""Where the package's files are: in a checkout, in a job's copy of one, or installed from a wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent  # what has to be on a Python's path to import this package
+# A wheel has the configurations inside the package (pyproject.toml), a checkout beside it.
+CONFIGS = next((path for path in (PACKAGE / "configs", ROOT / "configs") if path.is_dir()), PACKAGE / "configs")
+
+
+def find_config(path: str | os.PathLike[str]) -> Path:
+    """The file as given, or the shipped one of that name: `configs/runs/plt2_tiny.yaml` works in every folder."""
+    given = Path(path)
+    if not given.exists() and given.parts[:1] == ("configs",):
+        shipped = CONFIGS.joinpath(*given.parts[1:])
+        return shipped if shipped.is_file() else given
+    return given
+
+
+def python_path() -> str:
+    """PYTHONPATH for processes that import this package: it comes first where it runs from a checkout.
+
+    Not where it is installed: site-packages must not come before the standard library.
+    """
+    inherited = os.environ.get("PYTHONPATH", "")
+    own = str(ROOT) if (ROOT / "pyproject.toml").is_file() else ""
+    return os.pathsep.join(filter(None, (own, inherited)))
