@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from plt_megatron.errors import run_command
+from plt_megatron.errors import UserError, run_command
 from plt_megatron.installation import ROOT
+
+if TYPE_CHECKING:
+    from plt_megatron.slurm.submission import Options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,17 +57,32 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: _submit(vars(arguments)))
+    return run_command(lambda: _submit(arguments))
 
 
-def _submit(arguments: dict[str, Any]) -> int:
+def _submit(arguments: argparse.Namespace) -> int:
     from plt_megatron.slurm.follow import follow
-    from plt_megatron.slurm.submission import Options, submit
+    from plt_megatron.slurm.submission import submit
 
-    words, wants_follow = arguments.pop("arguments"), arguments.pop("follow")
-    config = None if arguments["array"] or not words else words.pop(0)
-    submission = submit(Options(config=config, overrides=words, **arguments), ROOT)
-    return follow(submission) if wants_follow and submission is not None else 0
+    submission = submit(_options(arguments), ROOT)
+    return follow(submission) if arguments.follow and submission is not None else 0
+
+
+def read_options(argv: Sequence[str]) -> Options:
+    """The options of a submission whose runs and settings come from elsewhere."""
+    arguments = _parser().parse_args(argv)
+    if arguments.arguments or arguments.follow:
+        raise UserError("--submit takes options of plt-submit, but neither configurations, settings nor --follow")
+    return _options(arguments)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from plt_megatron.slurm.submission import Options
+
+    given = vars(arguments).copy()
+    words, _ = given.pop("arguments"), given.pop("follow")
+    config = None if arguments.array or not words else words[0]
+    return Options(config=config, overrides=words if config is None else words[1:], **given)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from plt_megatron.commands import submit
 from plt_megatron.errors import run_command
+
+if TYPE_CHECKING:
+    from plt_megatron.slurm.submission import Options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,17 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     _check(parser, arguments)
+    return run_command(lambda: _sweep(arguments))
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
     from plt_megatron.experiments.sweep import SweepOptions, run_sweep
 
-    concurrent = () if arguments.max_concurrent is None else ("--max-concurrent", str(arguments.max_concurrent))
     options = SweepOptions(
         dry_run=arguments.dry_run,
-        cluster=arguments.cluster,
-        submit_options=(*concurrent, *shlex.split(arguments.submit)),
+        submit=_submit_options(arguments) if arguments.slurm else None,
         jobs=arguments.jobs,
         gpu=arguments.gpu,
     )
-    return run_command(lambda: run_sweep(arguments.config, arguments.settings, options))
+    return run_sweep(arguments.config, arguments.settings, options)
+
+
+def _submit_options(arguments: argparse.Namespace) -> Options:
+    given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
+    if arguments.max_concurrent is not None:
+        given += ["--max-concurrent", str(arguments.max_concurrent)]
+    return submit.read_options(given)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The demo: everything once, on this machine's CPU.
 
 A corpus out of text the machine has, a tokenizer, tokenized data, a small PLT of two loops, the same model
-with one loop on the same tokens, and a table that compares them. Finished steps are not done again.
+with one loop on the same tokens, and a table that compares them. Finished steps are skipped.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -16,14 +17,15 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.demo_corpus import write_demo_corpus
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
+from plt_megatron.experiments.demo_data import data_steps
 from plt_megatron.experiments.plots import plot_losses
 from plt_megatron.experiments.run_metrics import RunMetrics, load_run
 from plt_megatron.experiments.steps import Stamp, Step, format_seconds, run_step
+from plt_megatron.installation import python_path
 
-# Relative to the project's root, where all of the demo runs. configs/data/demo.yaml names the same files.
+# Relative to the current folder. configs/data/demo.yaml names the same files.
 FOLDER = Path(".demo")
 CORPUS = {part: FOLDER / "corpus" / f"{part}.jsonl" for part in ("train", "validation")}
 DATA = {part: FOLDER / "data" / f"{part}_text_document" for part in CORPUS}
@@ -70,7 +72,7 @@ class ResultRow:
 
 
 def run_demo() -> None:
-    """Do what is not done yet, and print the table. The current directory must be the project's root.
+    """Run the steps that are not finished, in the current folder, and print the table.
 
     Raises `UserError` when a step fails; what was finished before is kept.
     """
@@ -91,7 +93,7 @@ def run_demo() -> None:
         print(f"{run.label:<16} {run.folder} (checkpoint: {run.folder / 'checkpoints'})")
     print(f"{'exported':<16} {EXPORT}; a sample, its loops decoded in parallel:")
     print(flush=True)
-    run_tool("tools/generate.py", "--model", str(EXPORT), "--prompt", PROMPT, "--max-new-tokens", "60")
+    start("generate", "--model", str(EXPORT), "--prompt", PROMPT, "--max-new-tokens", "60")
     print()
     print(f"whole demo       {format_seconds(time.monotonic() - begun)}")
 
@@ -125,69 +127,22 @@ def format_table(rows: Sequence[ResultRow]) -> str:
 
 
 def _steps() -> list[Step]:
-    corpus, tokenizer = list(CORPUS.values()), TOKENIZER_FILES[0]
-    tokens = [prefix.with_name(prefix.name + suffix) for prefix in DATA.values() for suffix in (".bin", ".idx")]
+    data = data_steps(CORPUS["train"].parent, FOLDER, DATA["train"].parent, vocab_size=VOCAB_SIZE)
+    read = [*data[-1].outputs, TOKENIZER_FILES[0]]
     return [
-        Step(
-            name="corpus",
-            title="corpus: the Python sources of the standard library",
-            settings=sys.version,
-            inputs=[],
-            outputs=corpus,
-            run=_write_corpus,
-        ),
-        Step(
-            name="tokenizer",
-            title=f"tokenizer: sentencepiece, {VOCAB_SIZE:,} pieces",
-            settings=str(VOCAB_SIZE),
-            inputs=corpus,
-            outputs=TOKENIZER_FILES,
-            run=_train_tokenizer,
-        ),
-        Step(
-            name="data",
-            title="tokenized data in megatron-core's indexed format",
-            settings="",
-            inputs=[*corpus, tokenizer],
-            outputs=tokens,
-            run=_tokenize,
-        ),
-        *(_training_step(run, [*tokens, tokenizer]) for run in DEMO_RUNS),
+        *data,
+        *(_training_step(run, read) for run in DEMO_RUNS),
         Step(
             name="export",
             title="export of the two-loop model to Hugging Face",
             settings="",
             inputs=[DEMO_RUNS[0].folder / "checkpoints" / "latest", DEMO_RUNS[0].folder / "metrics.jsonl"],
             outputs=[EXPORT],
-            run=_export,
+            run=lambda: start(
+                "export_hf", "--checkpoint", str(DEMO_RUNS[0].folder), "--output", str(EXPORT), "--verify"
+            ),
         ),
     ]
-
-
-def _write_corpus() -> None:
-    corpus = write_demo_corpus(CORPUS["train"].parent)
-    print(f"      {corpus.documents:,} files, {corpus.bytes / 1e6:.1f} MB", flush=True)
-
-
-def _train_tokenizer() -> None:
-    run_tool(
-        "tools/train_tokenizer.py",
-        *("--input", str(CORPUS["train"]), "--output", str(FOLDER), "--overwrite"),
-        *("--vocab-size", str(VOCAB_SIZE)),
-    )
-
-
-def _tokenize() -> None:
-    for part, corpus in CORPUS.items():
-        run_tool(
-            "tools/preprocess_data.py",
-            *("--input", str(corpus), "--output-prefix", str(DATA[part]), "--overwrite"),
-            *("--tokenizer", str(TOKENIZER_FILES[0])),
-        )
-
-
-def _export() -> None:
-    run_tool("tools/convert_to_hf.py", "--checkpoint", str(DEMO_RUNS[0].folder), "--output", str(EXPORT), "--verify")
 
 
 def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
@@ -199,7 +154,7 @@ def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
         settings=dump_config(config),
         inputs=inputs,
         outputs=[run.folder],
-        run=lambda: run_tool("launch/local.py", str(CONFIG), *run.all_overrides()),
+        run=lambda: start("train", str(CONFIG), *run.all_overrides()),
     )
 
 
@@ -215,12 +170,18 @@ def _result(run: DemoRun, stamp: Stamp, metrics: RunMetrics) -> ResultRow:
     )
 
 
-def run_tool(script: str, *arguments: str) -> None:
-    """Run one of the project's commands with its output shown here.
+def start(command: str, *arguments: str) -> None:
+    """Run a command in a process of its own, since it sets torch up, with its output shown here.
+
+    Args:
+        command: a module of `plt_megatron.commands`.
 
     Raises `UserError` if it fails and `KeyboardInterrupt` after it has ended on one.
     """
-    process = subprocess.Popen([sys.executable, script, *arguments])
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"plt_megatron.commands.{command}", *arguments],
+        env=os.environ | {"PYTHONPATH": python_path()},
+    )
     try:
         status = process.wait()
     except KeyboardInterrupt:
@@ -228,5 +189,5 @@ def run_tool(script: str, *arguments: str) -> None:
         process.wait()
         raise
     if status != 0:
-        command = " ".join([script, *arguments])
-        raise UserError(f"{command} ended with status {status}: see above, then run the demo again")
+        words = " ".join([command, *arguments])
+        raise UserError(f"{words} ended with status {status}: see above, then run the demo again")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.sweep_data import prepare_demo_corpus
+from plt_megatron.experiments.demo_data import prepare_demo_corpus
 from plt_megatron.experiments.sweep_file import SweepFile, read_sweep
 from plt_megatron.experiments.sweep_local import LocalSweep, format_duration
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, make_plan, merge, save_plan
@@ -24,6 +24,7 @@ from plt_megatron.experiments.sweep_status import (
     remaining_seconds,
     state_of,
 )
+from plt_megatron.slurm.submission import Options
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,13 @@ class SweepOptions:
     """What the command line says besides the sweep's file and its settings.
 
     Attributes:
-        cluster: submit to this Slurm cluster's profile; None: run on this machine.
-        submit_options: launch/submit.py's, besides array and cluster.
+        submit: submit to Slurm with these options; None: run on this machine.
         jobs: runs at once on this machine.
         gpu: the card that times are estimated for; None: h100 on a cluster, a core of this machine's CPU here.
     """
 
     dry_run: bool = False
-    cluster: str | None = None
-    submit_options: tuple[str, ...] = ()
+    submit: Options | None = None
     jobs: int = 1
     gpu: str | None = None
 
@@ -88,21 +87,21 @@ def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, opti
     problems = list(dict.fromkeys(problem for run in todo for problem in find_problems(run.config)))
     for problem in problems if sweep.demo_corpus is None else []:
         print(f"note: {problem}")
-    if options.cluster is not None and todo:
+    if options.submit is not None and todo:
         if problems:
-            print("note: launch/submit.py --dry-run checks the job once the data is there")
+            print("note: the job can be checked once the data is there")
         else:
-            submit_dry(plan, todo, options.cluster, options.submit_options)
+            submit_dry(plan, todo, options.submit)
     return 0
 
 
 def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> int:
-    report = f"report: python tools/report_sweep.py {plan.folder}"
+    report = f"report: plt-report {plan.folder}"
     if not todo:
         print(f"every run is finished; {report}")
         return 0
-    if options.cluster is not None:
-        submit(plan, todo, options.cluster, options.submit_options)
+    if options.submit is not None:
+        submit(plan, todo, options.submit)
         print(f"{len(todo)} run(s) submitted; {report}")
         return 0
     local = LocalSweep(plan, todo, options.jobs)
@@ -166,7 +165,7 @@ def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile,
     )
     if not todo:
         return line + "nothing"
-    rate = measured_flops_rate(plan.runs) if options.cluster is None else None
+    rate = measured_flops_rate(plan.runs) if options.submit is None else None
     if rate is None:
         return line + _paper_time(todo, options)
     seconds = remaining_seconds(todo, rate, options.jobs)
@@ -177,9 +176,9 @@ def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
     """Before anything is measured. What is done of a run is not subtracted."""
     from plt_megatron.estimate.run_estimate import estimate_run
 
-    gpu = options.gpu or ("h100" if options.cluster is not None else "cpu")
+    gpu = options.gpu or ("h100" if options.submit is not None else "cpu")
     estimates = [estimate_run(run.config, gpu=gpu, vocab_size=run.vocab) for run in todo]
-    if options.cluster is not None:
+    if options.submit is not None:
         hours = sum(estimate.gpu_hours for estimate in estimates)
         longest = max(estimate.total_seconds for estimate in estimates)
         return f"on paper {hours:,.1f} GPU hours on {gpu}, the longest run {format_duration(longest)}"

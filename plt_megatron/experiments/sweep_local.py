@@ -1,7 +1,7 @@
 """Runs a sweep's runs on this machine, several at once if asked, and stops them cleanly.
 
-Each run is `launch/local.py` on its resolved configuration, in a process group of its own, its output in `train.log` in
-its folder. A run that fails is noted and the others go on.
+Each run is `plt-train` on its resolved configuration, in a process group of its own, its output in `train.log` in its
+folder. A run that fails is noted and the others go on.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from plt_megatron.experiments.sweep_status import (
     state_of,
     write_record,
 )
+from plt_megatron.installation import python_path
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED, usable_cores
 
 LOG = "train.log"
-ROOT = Path(__file__).resolve().parents[2]
+TRAIN = (sys.executable, "-m", "plt_megatron.commands.train")
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 60.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -105,13 +106,12 @@ class LocalSweep:
             record.fingerprint = data_fingerprint(run)
             write_record(run.folder, record)
             log = (run.folder / LOG).open("ab")
-            command = [sys.executable, str(ROOT / "launch" / "local.py"), str(config_path(self.plan, run))]
             process = subprocess.Popen(
-                command,
+                [*TRAIN, str(config_path(self.plan, run))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self._threads(),
+                env=os.environ | self._threads() | {"PYTHONPATH": python_path()},
                 process_group=0,
                 preexec_fn=_die_with_parent,
             )

@@ -1,7 +1,8 @@
-"""Running a sweep, around a stand-in for launch/local.py: order, several at once, failures, being stopped, going on."""
+"""Running a sweep, around a stand-in for plt-train: order, several at once, failures, being stopped, going on."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import pytest
 from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import sweep, sweep_local, sweep_slurm
+from plt_megatron.experiments import sweep, sweep_local
 from plt_megatron.experiments.sweep_local import LocalSweep, format_duration
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.experiments.sweep_status import (
@@ -29,6 +30,8 @@ from plt_megatron.experiments.sweep_status import (
     state_of,
     write_record,
 )
+from plt_megatron.slurm import submission
+from plt_megatron.slurm.submission import Options
 
 # Behaves as the run's folder says: `behave` holds fail, hang (until SIGTERM, saving half) or nothing (finish).
 LAUNCHER = """
@@ -73,14 +76,11 @@ finally:
 
 @pytest.fixture
 def launcher(tmp_path, monkeypatch):
-    root = tmp_path / "root"
-    (root / "launch").mkdir(parents=True)
     here = str(Path(__file__).resolve().parent)
-    (root / "launch" / "local.py").write_text(LAUNCHER.format(here=here))
-    monkeypatch.setattr(sweep_local, "ROOT", root)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[3]))
+    script = tmp_path / "train.py"
+    script.write_text(LAUNCHER.format(here=here))
+    monkeypatch.setattr(sweep_local, "TRAIN", (sys.executable, str(script)))
     monkeypatch.setattr(sweep_local, "_POLL_SECONDS", 0.02)
-    return root
 
 
 def behave(plan, name, how):
@@ -196,27 +196,20 @@ def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
 
 
 def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch, capsys):
-    root = tmp_path / "root"
-    (root / "launch").mkdir(parents=True)
-    (root / "launch" / "submit.py").write_text(
-        f"import json, sys\nopen({str(tmp_path / 'called')!r}, 'w').write(json.dumps(sys.argv[1:]))\n"
-        "sys.exit(0 if '--time' in sys.argv else 2)\n"
-    )
-    monkeypatch.setattr(sweep_slurm, "ROOT", root)
+    submitted: list[Options] = []
+    monkeypatch.setattr(submission, "submit", lambda options, root: submitted.append(options))
     path = write_sweep(tmp_path)
     settings = [f"output_dir={tmp_path / 'sweeps'}", "seeds=[1]"]
     plan = saved_plan(tmp_path, LOOPS, ("seeds=[1]",))
     finish(plan.runs[0], 3.0, fingerprint=data_fingerprint(plan.runs[0]))
-    options = sweep.SweepOptions(cluster="mine", submit_options=("--max-concurrent", "2", "--time", "1:00:00"))
+    options = sweep.SweepOptions(submit=Options(None, cluster="mine", max_concurrent=2, time="1:00:00"))
     assert sweep.run_sweep(str(path), settings, options) == 0
-    arguments = json.loads((tmp_path / "called").read_text())
-    listing = Path(arguments[arguments.index("--array") + 1])
-    assert arguments[2:] == ["--cluster", "mine", "--name", "loops", "--max-concurrent", "2", "--time", "1:00:00"]
+    (given,) = submitted
+    listing = Path(given.array or "")
+    assert given == dataclasses.replace(options.submit, array=str(listing), name="loops")
     assert [Path(line).stem for line in listing.read_text().splitlines()] == ["2_loops-seed1", "3_loops-seed1"]
     assert all(Path(line).is_file() for line in listing.read_text().splitlines())
     assert "GPU hours on h100" in capsys.readouterr().out
-    with pytest.raises(UserError, match="submit.py ended with status 2"):
-        sweep.run_sweep(str(path), settings, sweep.SweepOptions(cluster="mine"))
 
 
 def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
@@ -234,6 +227,8 @@ def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
     assert not (tmp_path / "sweeps").exists()
     refused = subprocess.run([*command, "training.global_batch_size=3"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2 and "global_batch_size 3 is not divisible" in refused.stderr
+    refused = subprocess.run([*command, "--submit=--follow"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --submit takes options of plt-submit")
 
 
 def test_states_follow_from_what_lies_in_the_folder(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -12,39 +11,37 @@ import pytest
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config, save_config
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import demo
-
-ROOT = Path(__file__).resolve().parents[3]
+from plt_megatron.experiments import demo, demo_data
 
 
 class Commands:
     """Stands in for the project's commands: makes the files they would, and notes the calls."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, ...]] = []
+        self.calls: list[str] = []
         self.broken = ""
 
-    def __call__(self, script: str, *arguments: str) -> None:
-        self.calls.append((script, *arguments))
-        if script == self.broken:
-            raise UserError(f"{script} ended with status 1")
-        {
-            "tools/train_tokenizer.py": self.tokenizer,
-            "tools/preprocess_data.py": self.tokens,
-            "launch/local.py": self.train,
-            "tools/convert_to_hf.py": self.export,
-            "tools/generate.py": lambda arguments: None,
-        }[script](arguments)
+    def start(self, command: str, *arguments: str) -> None:
+        self.calls.append(command)
+        if command == self.broken:
+            raise UserError(f"{command} ended with status 1")
+        {"train": self.train, "export_hf": self.export, "generate": lambda arguments: None}[command](arguments)
 
-    def tokenizer(self, arguments: tuple[str, ...]) -> None:
-        for path in demo.TOKENIZER_FILES:
-            path.write_text("pieces")
+    def corpus(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, path in demo.CORPUS.items():
+            path.write_text(json.dumps({"text": part}) + "\n")
 
-    def tokens(self, arguments: tuple[str, ...]) -> None:
-        prefix = arguments[arguments.index("--output-prefix") + 1]
-        Path(prefix).parent.mkdir(exist_ok=True)
+    def tokenizer(self, text: Path, folder: Path, vocab_size: int) -> None:
+        self.calls.append("tokenizer")
+        for name in demo_data.TOKENIZER_FILES:
+            (folder / name).write_text("pieces")
+
+    def tokens(self, text: Path, prefix: Path, tokenizer: Path) -> None:
+        self.calls.append("tokenize")
+        prefix.parent.mkdir(exist_ok=True)
         for suffix in (".bin", ".idx"):
-            Path(prefix + suffix).write_text(Path(arguments[arguments.index("--input") + 1]).read_text())
+            Path(f"{prefix}{suffix}").write_text(text.read_text())
 
     def train(self, arguments: tuple[str, ...]) -> None:
         config = load_config(arguments[0], arguments[1:])
@@ -68,44 +65,29 @@ class Commands:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    def scripts(self) -> list[str]:
-        return [call[0] for call in self.calls]
-
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """A project folder with the real configurations, and the fake commands."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    """The fake commands, in an empty folder: the configurations are the shipped ones."""
     monkeypatch.chdir(tmp_path)
     fake = Commands()
-    monkeypatch.setattr(demo, "run_tool", fake)
-
-    def small_corpus() -> None:
-        for part, path in demo.CORPUS.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"text": part}) + "\n")
-
-    monkeypatch.setattr(demo, "_write_corpus", small_corpus)
+    monkeypatch.setattr(demo, "start", fake.start)
+    monkeypatch.setattr(demo_data, "write_corpus", fake.corpus)
+    monkeypatch.setattr(demo_data, "make_tokenizer", fake.tokenizer)
+    monkeypatch.setattr(demo_data, "tokenize_text", fake.tokens)
     return fake
 
 
-ALL = [
-    "tools/train_tokenizer.py",
-    "tools/preprocess_data.py",
-    "tools/preprocess_data.py",
-    "launch/local.py",
-    "launch/local.py",
-    "tools/convert_to_hf.py",
-]
-SAMPLE = ["tools/generate.py"]  # each time
+ALL = ["tokenizer", "tokenize", "tokenize", "train", "train", "export_hf"]
+SAMPLE = ["generate"]  # each time
 
 
 def test_all_is_done_once_and_in_order(commands, capsys):
     demo.run_demo()
-    assert commands.scripts() == ALL + SAMPLE
+    assert commands.calls == ALL + SAMPLE
     first = capsys.readouterr().out
     demo.run_demo()
-    assert commands.scripts() == ALL + SAMPLE + SAMPLE
+    assert commands.calls == ALL + SAMPLE + SAMPLE
     second = capsys.readouterr().out
     assert second.count("already done") == 6 and "already done" not in first
     assert second.split("\n\n")[1] == first.split("\n\n")[1]  # the same table
@@ -151,13 +133,13 @@ def test_the_table_and_where_things_lie(commands, capsys):
 
 
 def test_a_failed_step_ends_it_and_the_next_try_goes_on_there(commands):
-    commands.broken = "launch/local.py"
+    commands.broken = "train"
     with pytest.raises(UserError, match="status 1"):
         demo.run_demo()
-    assert commands.scripts() == ALL[:4]
+    assert commands.calls == ALL[:4]
     commands.broken, commands.calls = "", []
     demo.run_demo()
-    assert commands.scripts() == ALL[3:] + SAMPLE
+    assert commands.calls == ALL[3:] + SAMPLE
 
 
 def test_another_corpus_means_all_of_it_again(commands):
@@ -165,17 +147,16 @@ def test_another_corpus_means_all_of_it_again(commands):
     commands.calls = []
     demo.CORPUS["train"].write_text(json.dumps({"text": "another Python's"}) + "\n")
     demo.run_demo()
-    assert commands.scripts() == SAMPLE  # the stamp put the corpus right, and the rest follows from it
+    assert commands.calls == SAMPLE  # the stamp put the corpus right, and the rest follows from it
     (demo.FOLDER / "stamps" / "tokenizer.json").unlink()
     demo.run_demo()
-    assert commands.scripts() == SAMPLE + ALL[:1] + SAMPLE
+    assert commands.calls == SAMPLE + ALL[:1] + SAMPLE
 
 
-def test_a_command_that_fails_is_named(tmp_path, monkeypatch):
-    script = tmp_path / "broken.py"
-    script.write_text("raise SystemExit(7)")
-    with pytest.raises(UserError, match=r"broken\.py --fast ended with status 7"):
-        demo.run_tool(str(script), "--fast")
+def test_a_command_that_fails_is_named(capfd):
+    with pytest.raises(UserError, match=r"plot --fast ended with status 2: see above, then run the demo again"):
+        demo.start("plot", "--fast")
+    assert "usage: " in capfd.readouterr().err
 
 
 def test_columns_align_whatever_is_missing():
@@ -187,8 +168,3 @@ def test_columns_align_whatever_is_missing():
     assert len({len(line) for line in lines}) == 1
     assert re.split(r" {2,}", lines[2])[1:] == ["1,234,567", "600,000", "3.210", "4.000", "3.300", "1 min 15 s"]
     assert re.split(r" {2,}", lines[3])[1:] == ["9", "1", "10.500", "-", "-", "4.0 s"]
-
-
-def test_the_tools_it_calls_exist():
-    for name in set(ALL):
-        assert os.path.exists(ROOT / name)

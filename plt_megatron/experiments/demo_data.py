@@ -1,0 +1,89 @@
+"""The demo's corpus, a tokenizer trained on it, and the tokenized data. Finished steps are skipped."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from plt_megatron.data.demo_corpus import write_demo_corpus
+from plt_megatron.experiments.steps import Step, run_step
+from plt_megatron.experiments.sweep_file import DemoCorpus
+
+PARTS = ("train", "validation")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+
+
+def prepare_demo_corpus(settings: DemoCorpus) -> None:
+    """Make a sweep's corpus, tokenizer and tokenized data, as far as they are missing or outdated.
+
+    The corpus, in the folder above `settings.folder`, is the one of `make demo`: each reuses the other's.
+    Raises `UserError` when a step fails.
+    """
+    folder = Path(settings.folder)
+    steps = data_steps(
+        folder.parent / "corpus", folder, folder, vocab_size=settings.vocab_size, prefix=f"{folder.name}_"
+    )
+    for number, step in enumerate(steps, start=1):
+        run_step(step, folder.parent / "stamps", number, len(steps))
+
+
+def data_steps(corpus: Path, tokenizer: Path, data: Path, *, vocab_size: int, prefix: str = "") -> list[Step]:
+    """Corpus, tokenizer, data.
+
+    Args:
+        corpus, tokenizer, data: folders.
+        prefix: of the stamps' names, where several tokenizers share a corpus and a folder of stamps.
+    """
+    texts = [corpus / f"{part}.jsonl" for part in PARTS]
+    tokenizer_files = [tokenizer / name for name in TOKENIZER_FILES]
+    data_prefixes = [data / f"{part}_text_document" for part in PARTS]
+
+    def tokenize() -> None:
+        for text, data_prefix in zip(texts, data_prefixes, strict=True):
+            tokenize_text(text, data_prefix, tokenizer_files[0])
+
+    return [
+        Step(
+            name="corpus",
+            title="corpus: the Python sources of the standard library",
+            settings=sys.version,
+            inputs=[],
+            outputs=texts,
+            run=lambda: write_corpus(corpus),
+        ),
+        Step(
+            name=f"{prefix}tokenizer",
+            title=f"tokenizer: sentencepiece, {vocab_size:,} pieces",
+            settings=str(vocab_size),
+            inputs=texts,
+            outputs=tokenizer_files,
+            run=lambda: make_tokenizer(texts[0], tokenizer, vocab_size),
+        ),
+        Step(
+            name=f"{prefix}data",
+            title="tokenized data in megatron-core's indexed format",
+            settings="",
+            inputs=[*texts, tokenizer_files[0]],
+            outputs=[Path(f"{path}{suffix}") for path in data_prefixes for suffix in (".bin", ".idx")],
+            run=tokenize,
+        ),
+    ]
+
+
+def write_corpus(folder: Path) -> None:
+    made = write_demo_corpus(folder)
+    print(f"      {made.documents:,} files, {made.bytes / 1e6:.1f} MB", flush=True)
+
+
+def make_tokenizer(text: Path, folder: Path, vocab_size: int) -> None:
+    from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
+
+    print(describe(train_tokenizer(TrainingOptions([str(text)], str(folder), vocab_size, overwrite=True))), flush=True)
+
+
+def tokenize_text(text: Path, prefix: Path, tokenizer: Path) -> None:
+    from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+
+    workers = os.cpu_count() or 1
+    preprocess(PreprocessOptions([str(text)], str(prefix), str(tokenizer), workers=workers, overwrite=True))
