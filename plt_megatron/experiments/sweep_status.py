@@ -17,8 +17,8 @@ from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun
 from plt_megatron.experiments.text_files import write_text
+from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified_progress, step_of
 from plt_megatron.slurm.progress import read_run_status
-from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress, step_of
 from plt_megatron.train.metrics import FILE_NAME as METRICS
 from plt_megatron.train.metrics import read_metrics
 

@@ -26,7 +26,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 import plt_megatron
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.train.checkpoint import folder
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.files import write_json
+from plt_megatron.train.checkpoint import publishing
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
@@ -70,7 +72,7 @@ def write_checkpoint(
     Raises:
         OSError: it cannot be written; and whatever making a tensor raises.
     """
-    temporary = folder.prepare(directory, 0)
+    temporary = publishing.prepare(directory, 0)
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
     try:
         with warnings.catch_warnings():
@@ -83,7 +85,7 @@ def write_checkpoint(
         "step": 0,
         "tokens": 0,
         **progress,
-        "format": folder.FORMAT,
+        "format": checkpoints.FORMAT,
         "weights_only": True,
         "config": dataclasses.asdict(config),
         "schedule": {},
@@ -96,8 +98,8 @@ def write_checkpoint(
             "python": platform.python_version(),
         },
     }
-    folder.write_synced(temporary / folder.PROGRESS, json.dumps(described, indent=1))
-    return folder.publish(temporary, {})
+    write_json(temporary / checkpoints.PROGRESS, described)
+    return publishing.publish(temporary, {})
 
 
 class _Planner(DefaultSavePlanner):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.launcher.allocation import Allocation
-from plt_megatron.train.checkpoint import folder
+from plt_megatron.run_folder import checkpoints
 
 FILE_NAME = "attempts.jsonl"
 WHY = "why.txt"
@@ -189,16 +189,13 @@ def last_step(run: Path) -> int:
 
 def last_checkpoint_step(run: Path) -> int:
     """The step of the checkpoint that the run would go on from, by its name; 0 if there is none."""
-    path = folder.latest_checkpoint(run, verify=False)
-    return folder.step_of(path) if path is not None else 0
+    path = checkpoints.latest_checkpoint(run, verify=False)
+    return checkpoints.step_of(path) if path is not None else 0
 
 
 def last_whole_checkpoint(run: Path) -> Path | None:
     """The last checkpoint whose files are all there in full length. Checksums would take too long here."""
-    for path in folder.candidates(run):
-        if folder.damage(path, part=sys.maxsize, parts=1) is None:
-            return path
-    return None
+    return checkpoints.latest_of_full_size(run)
 
 
 def write_why(run: Path, reason: str, end: dict[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.launcher.records import WHY, last_checkpoint_step, read_events, unended
-from plt_megatron.train.checkpoint.folder import checkpoint_folders, step_of
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, step_of
 
 METRICS = "metrics.jsonl"
 _TAIL_BYTES = 1 << 17

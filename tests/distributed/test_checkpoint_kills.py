@@ -37,7 +37,8 @@ def _run(directory: Path, config, steps: int, kill: tuple[int, float] | None = N
 
 @pytest.mark.parametrize(("kills", "seed"), [(3, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
 def test_killed_runs_end_bit_for_bit_where_an_undisturbed_one_does(run_distributed, tmp_path, kills, seed):
-    from plt_megatron.train.checkpoint import folder
+    from plt_megatron.run_folder import checkpoints
+    from plt_megatron.train.checkpoint import publishing
 
     config = jobs.run_config({"pipeline_model_parallel_size": 2})
     config.checkpoint.keep_last = 3
@@ -48,7 +49,7 @@ def test_killed_runs_end_bit_for_bit_where_an_undisturbed_one_does(run_distribut
         config.checkpoint.async_save = kill % 2 == 1
         with pytest.raises(DistributedFailure, match="died|gloo"):  # nothing of ours
             run_distributed(_run, 2, directory, config, steps, (draw.randrange(2), draw.uniform(0.05, 1.5)))
-        folder.recover(directory)
-        for path in folder.checkpoint_folders(directory):
-            assert folder.damage(path) is None  # what is listed is whole
+        publishing.recover(directory)
+        for path in checkpoints.checkpoint_folders(directory):
+            assert checkpoints.damage(path) is None  # what is listed is whole
     assert run_distributed(_run, 2, directory, config, steps, all_ranks=True) == expected

@@ -83,7 +83,7 @@ def _tensors(directory):
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from plt_megatron.train.checkpoint import latest_checkpoint
+    from plt_megatron.run_folder.checkpoints import latest_checkpoint
 
     path = latest_checkpoint(directory)
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
@@ -110,7 +110,8 @@ def test_read_weights_needs_no_megatron(saved):
 
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(reference, saved):
-    from plt_megatron.train.checkpoint import read_progress, read_weights
+    from plt_megatron.run_folder.checkpoints import read_progress
+    from plt_megatron.train.checkpoint import read_weights
 
     progress = read_progress(saved)
     assert progress["step"] == 3 and progress["layout"]["pipeline_model_parallel_size"] == 2

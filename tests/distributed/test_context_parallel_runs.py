@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.train.checkpoint import read_progress
+from plt_megatron.run_folder.checkpoints import read_progress
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
 from tests.distributed.whole_runs import folder, numbers
 

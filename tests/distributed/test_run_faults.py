@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.train.checkpoint import checkpoint_folders
+from plt_megatron.run_folder.checkpoints import checkpoint_folders
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers

@@ -12,7 +12,7 @@ import pytest
 
 from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.train.checkpoint import read_progress
+from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.train.metrics import read_metrics
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
 from tests.distributed.whole_runs import folder, numbers

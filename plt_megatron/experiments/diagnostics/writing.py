@@ -19,7 +19,7 @@ from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, termi
 from plt_megatron.experiments.report.figures import save
 from plt_megatron.experiments.text_files import write_text
 from plt_megatron.hf.sources import ModelSource
-from plt_megatron.train.checkpoint.folder import step_of
+from plt_megatron.run_folder.checkpoints import step_of
 
 JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
 LONGEST_DEFAULT = 2048

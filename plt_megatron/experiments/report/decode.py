@@ -20,7 +20,7 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.results import RunResult, SweepResults
-from plt_megatron.train.checkpoint.folder import latest_checkpoint
+from plt_megatron.run_folder.checkpoints import latest_checkpoint
 
 FILE_NAME = "decode.json"
 EXPORTS = "exports"

@@ -1,15 +1,14 @@
 """Checkpoints: megatron-core's distributed format, published atomically, loadable in any layout.
 
-`folder` is what lies on disk, `state` the engine's state as sharded tensors, `saving` and `loading` move one to the
-other, `reading` serves programs without an engine, `store` is a training run's use of it all.
+`publishing` makes a folder a checkpoint (`run_folder.checkpoints` finds it), `state` is the engine's state as sharded
+tensors, `saving` and `loading` move one to the other, `reading` serves programs without an engine, `store` is a
+training run's use of it all.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from plt_megatron.train.checkpoint.folder import checkpoint_folders, latest_checkpoint, read_progress
 
 if TYPE_CHECKING:
     from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
@@ -19,16 +18,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointStore",
-    "checkpoint_folders",
-    "latest_checkpoint",
     "load_checkpoint",
     "load_weights",
-    "read_progress",
     "read_weights",
     "save_checkpoint",
 ]
 
-# Imported when asked for: importing megatron-core takes seconds, and finding or reading a checkpoint needs none of it.
+# Imported when asked for: importing megatron-core takes seconds, and reading weights needs none of it.
 _HOMES = {
     "CheckpointStore": "store",
     "load_checkpoint": "loading",

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from plt_megatron.errors import UserError
-from plt_megatron.train.checkpoint import folder, saving, state
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.train.checkpoint import saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
 from plt_megatron.train.checkpoint.engine_state import EngineState, state_of
 from plt_megatron.train.engine import Engine
@@ -85,14 +86,14 @@ def _set_steps(engine: Engine, own: EngineState, optimizer: int, scheduler: int)
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
     """The last whole checkpoint that `path` means, and its progress. Ranks share the checking."""
-    candidates = on_rank_0(partial(folder.candidates, path))
+    candidates = on_rank_0(partial(checkpoints.candidates, path))
     damages: list[str] = []
     for candidate in candidates:
-        problem = first_of_all_ranks(folder.damage(candidate, dist.get_rank(), dist.get_world_size()))
+        problem = first_of_all_ranks(checkpoints.damage(candidate, dist.get_rank(), dist.get_world_size()))
         if problem is None:
             if damages:
                 _say(f"using {candidate} instead")
-            return candidate, on_rank_0(partial(folder.read_verified_progress, candidate))
+            return candidate, on_rank_0(partial(checkpoints.read_verified_progress, candidate))
         damages.append(problem)
         if len(candidates) > 1:
             _say(problem, logging.WARNING)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from plt_megatron.errors import UserError
-from plt_megatron.train.checkpoint.folder import latest_checkpoint, read_verified_progress
+from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified_progress
 
 _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
 STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key

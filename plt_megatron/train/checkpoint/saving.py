@@ -30,7 +30,9 @@ import plt_megatron
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.train.checkpoint import folder, state
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.files import write_text
+from plt_megatron.train.checkpoint import publishing, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
 from plt_megatron.train.checkpoint.engine_state import state_of
 from plt_megatron.train.engine import Engine
@@ -73,7 +75,7 @@ def begin_save(engine: Engine, directory: Path | str, progress: dict[str, Any], 
     """
     directory = Path(directory)
     try:
-        temporary = on_rank_0(lambda: folder.prepare(directory, progress["step"]))
+        temporary = on_rank_0(lambda: publishing.prepare(directory, progress["step"]))
     except UserError as error:
         raise _cannot_save(progress["step"], str(error), directory) from error
     strategy = _PlanOnly()
@@ -130,7 +132,7 @@ class PendingSave:
                 if isinstance(outcome, Exception):
                     raise outcome
                 self.results += outcome
-                self.checksums[name] = folder.sha256(Path(path), sync=True)  # to the disk at last
+                self.checksums[name] = checkpoints.sha256(Path(path), sync=True)  # to the disk at last
         except Exception as error:  # whatever it is, the other ranks must hear of it
             self.error = f"{describe(error)} (rank {dist.get_rank()})"
         self.buckets = []
@@ -146,7 +148,7 @@ class PendingSave:
             published = on_rank_0(lambda: self._publish(everything or []))
         except UserError as reason:
             if dist.get_rank() == 0:
-                folder.discard(self.temporary)
+                publishing.discard(self.temporary)
             raise _cannot_save(self.step, str(reason), self.temporary.parent) from reason
         if dist.get_rank() == 0:
             _prune(published, keep_last, keep_every)
@@ -155,9 +157,9 @@ class PendingSave:
     def _publish(self, everything: list[Any]) -> Path:
         self.writer.finish(self.global_metadata, [results for results, _ in everything])
         save_config(CheckpointingConfig("torch_dist", 1), str(self.temporary))
-        folder.write_synced(self.temporary / folder.PROGRESS, self.progress)
+        write_text(self.temporary / checkpoints.PROGRESS, self.progress)
         checksums = {name: digest for _, digests in everything for name, digest in digests.items()}
-        return folder.publish(self.temporary, checksums)
+        return publishing.publish(self.temporary, checksums)
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
@@ -209,7 +211,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
     """The trainer's progress, and what a reader has to know of the run."""
     return {
         **progress,
-        "format": folder.FORMAT,
+        "format": checkpoints.FORMAT,
         "config": dataclasses.asdict(engine.config),
         "schedule": schedule(engine.config),
         "vocab_size": engine.stage.vocab_size,
@@ -245,17 +247,17 @@ def schedule(config: RunConfig) -> dict[str, Any]:
 
 
 def _cannot_save(step: int, reason: str, directory: Path) -> UserError:
-    last = folder.latest_checkpoint(directory, verify=False)
+    last = checkpoints.latest_checkpoint(directory, verify=False)
     intact = f"the last checkpoint is intact: {last}" if last else "there is no earlier checkpoint"
     return UserError(f"cannot save step {step}: {reason}; {intact}")
 
 
 def _prune(published: Path, keep_last: int, keep_every: int) -> None:
     try:
-        removed = folder.prune(published, keep_last, keep_every)
+        removed = publishing.prune(published, keep_last, keep_every)
     except OSError as error:  # the new checkpoint is safe all the same
         logger.warning("cannot remove an old checkpoint: %s", describe(error))
         return
-    given_up = [path.name for path in removed if folder.step_of(path) > folder.step_of(published)]
+    given_up = [path.name for path in removed if checkpoints.step_of(path) > checkpoints.step_of(published)]
     if given_up:
         logger.info("removed %s: later than %s, which training went back before", ", ".join(given_up), published.name)

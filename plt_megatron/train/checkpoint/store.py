@@ -14,7 +14,8 @@ import torch.distributed as dist
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.mix import fingerprint_differences
 from plt_megatron.errors import UserError
-from plt_megatron.train.checkpoint import folder
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import on_rank_0
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
@@ -89,7 +90,7 @@ class CheckpointStore:
         # Not a daemon: a process that leaves in good order has written its part.
         self._thread = threading.Thread(target=self._pending.write, name="checkpoint writer")
         self._thread.start()
-        return self.directory / folder.folder_name(progress["step"])
+        return self.directory / checkpoints.folder_name(progress["step"])
 
     def poll(self) -> Path | None:
         """Publish an asynchronous save if all ranks have written their parts; returns its folder if so."""
@@ -118,13 +119,13 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The checkpoint published last, unchecked."""
-        return folder.latest_checkpoint(self.directory, verify=False)
+        return checkpoints.latest_checkpoint(self.directory, verify=False)
 
     def _look_for_own(self) -> bool:
-        folder.recover(self.directory)
-        for path in folder.leftovers(self.directory):
+        publishing.recover(self.directory)
+        for path in publishing.leftovers(self.directory):
             logger.warning("%s: left half-written by a run that was stopped; not used", path)
-        return bool(folder.candidates(self.directory))
+        return bool(checkpoints.candidates(self.directory))
 
     def _publish(self, pending: PendingSave) -> Path:
         return pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +14,17 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.train.checkpoint import folder, latest_checkpoint, read_progress
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_progress
+from plt_megatron.train.checkpoint import publishing
 
 
 def _save(directory: Path, step: int, keep_last: int = 100, keep_every: int = 0, content: str = "x" * 1000) -> Path:
-    temporary = folder.prepare(directory, step)
+    temporary = publishing.prepare(directory, step)
     (temporary / "__0_0.distcp").write_text(content)
-    (temporary / folder.PROGRESS).write_text(json.dumps({"step": step, "format": folder.FORMAT}))
-    published = folder.publish(temporary, {"__0_0.distcp": folder.sha256(temporary / "__0_0.distcp")})
-    folder.prune(published, keep_last, keep_every)
+    (temporary / checkpoints.PROGRESS).write_text(json.dumps({"step": step, "format": checkpoints.FORMAT}))
+    published = publishing.publish(temporary, {"__0_0.distcp": checkpoints.sha256(temporary / "__0_0.distcp")})
+    publishing.prune(published, keep_last, keep_every)
     return published
 
 
@@ -29,13 +33,17 @@ def _names(directory: Path) -> list[str]:
 
 
 def _step(path: Path | None) -> int | None:
-    return None if path is None else folder.step_of(path)
+    return None if path is None else checkpoints.step_of(path)
 
 
 def test_names_sort_by_step_beyond_eight_digits(tmp_path):
     for step in (100, 99_999_999, 100_000_000):
         _save(tmp_path, step)
-    assert [folder.step_of(path) for path in folder.checkpoint_folders(tmp_path)] == [100, 99_999_999, 100_000_000]
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoint_folders(tmp_path)] == [
+        100,
+        99_999_999,
+        100_000_000,
+    ]
     assert (tmp_path / "step_00000100" / "manifest.json").is_file()
     assert _step(latest_checkpoint(tmp_path)) == 100_000_000
 
@@ -46,7 +54,7 @@ def test_the_manifest_lists_every_file(tmp_path):
     assert manifest["files"].keys() == {"__0_0.distcp", "progress.json"}
     digest = hashlib.sha256(b"x" * 1000).hexdigest()
     assert manifest["files"]["__0_0.distcp"] == {"bytes": 1000, "sha256": digest}
-    assert folder.damage(path) is None
+    assert checkpoints.damage(path) is None
 
 
 @pytest.mark.parametrize("where", ["run", "checkpoints", "checkpoint"])
@@ -84,16 +92,16 @@ def test_each_damaged_one_is_named_until_a_whole_one_is_found(tmp_path, caplog):
 def test_a_manifest_of_nonsense_is_damage_not_a_crash(tmp_path, content):
     path = _save(tmp_path, 1)
     (path / "manifest.json").write_text(content)
-    problem = folder.damage(path)
+    problem = checkpoints.damage(path)
     assert problem is not None and "\n" not in problem and str(path) in problem
 
 
 def test_ranks_share_the_checksums_but_each_sees_sizes(tmp_path):
     path = _save(tmp_path, 1)
     (path / "__0_0.distcp").write_text("y" * 1000)  # the first of two files
-    assert folder.damage(path, 0, 2) is not None and folder.damage(path, 1, 2) is None
+    assert checkpoints.damage(path, 0, 2) is not None and checkpoints.damage(path, 1, 2) is None
     (path / "__0_0.distcp").write_text("y")
-    assert folder.damage(path, 1, 2) is not None
+    assert checkpoints.damage(path, 1, 2) is not None
 
 
 def test_keep_last_and_every(tmp_path):
@@ -127,7 +135,7 @@ def test_without_a_usable_pointer_the_last_step_counts(tmp_path, pointer):
 def test_saving_a_step_again_replaces_it(tmp_path):
     _save(tmp_path, 1, content="old")
     path = _save(tmp_path, 1, content="new")
-    assert (path / "__0_0.distcp").read_text() == "new" and folder.damage(path) is None
+    assert (path / "__0_0.distcp").read_text() == "new" and checkpoints.damage(path) is None
     assert _names(tmp_path) == ["step_00000001"]
 
 
@@ -158,22 +166,22 @@ def test_a_crash_at_any_rename_removal_or_write_leaves_a_whole_checkpoint(tmp_pa
 
                 return operation
 
-            for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (folder, "write_synced")):
+            for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "mkdir"), (os, "fsync")):
                 patch.setattr(owner, name, crash_after(getattr(owner, name)))
-            patch.setattr(folder.shutil, "rmtree", crash_after(folder.shutil.rmtree))
+            patch.setattr(shutil, "rmtree", crash_after(shutil.rmtree))
             try:
                 _save(directory, step, keep_last=1, content="content new")
                 crashed = False
             except _Crash:
                 crashed = True
-        folder.recover(directory)
+        publishing.recover(directory)
         found = latest_checkpoint(directory)
-        assert found is not None and folder.damage(found) is None
+        assert found is not None and checkpoints.damage(found) is None
         content = (found / "__0_0.distcp").read_text()
-        assert content in ("content new", f"content {folder.step_of(found)}")
+        assert content in ("content new", f"content {checkpoints.step_of(found)}")
         # The run goes on from there, saves the same step, and nothing is left over.
         _save(directory, step, keep_last=1, content="content new")
-        assert _names(directory) == [folder.folder_name(step)] and not folder.leftovers(directory)
+        assert _names(directory) == [checkpoints.folder_name(step)] and not publishing.leftovers(directory)
         if not crashed:
             break
         crashes += 1
@@ -181,24 +189,22 @@ def test_a_crash_at_any_rename_removal_or_write_leaves_a_whole_checkpoint(tmp_pa
 
 
 def test_a_writers_file_that_is_not_there_is_an_error_before_publication(tmp_path):
-    temporary = folder.prepare(tmp_path, 1)
+    temporary = publishing.prepare(tmp_path, 1)
     with pytest.raises(FileNotFoundError):
-        folder.publish(temporary, {"__1_0.distcp": "0" * 64})
+        publishing.publish(temporary, {"__1_0.distcp": "0" * 64})
     assert latest_checkpoint(tmp_path) is None
 
 
 def test_a_newer_format_is_refused(tmp_path):
-    temporary = folder.prepare(tmp_path, 1)
-    (temporary / folder.PROGRESS).write_text(json.dumps({"step": 1, "format": folder.FORMAT + 1}))
-    folder.publish(temporary, {})
+    temporary = publishing.prepare(tmp_path, 1)
+    (temporary / checkpoints.PROGRESS).write_text(json.dumps({"step": 1, "format": checkpoints.FORMAT + 1}))
+    publishing.publish(temporary, {})
     with pytest.raises(UserError, match="is newer than this program"):
         read_progress(tmp_path)
 
 
 def test_finding_checkpoints_needs_no_torch():
-    program = (
-        "import sys; import plt_megatron.train.checkpoint; print('torch' in sys.modules, 'megatron' in sys.modules)"
-    )
-    root = Path(folder.__file__).resolve().parents[3]
+    program = "import sys, plt_megatron.run_folder.folder; print('torch' in sys.modules, 'megatron' in sys.modules)"
+    root = Path(checkpoints.__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -28,7 +28,8 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source
-from plt_megatron.train.checkpoint import read_progress, read_weights
+from plt_megatron.run_folder.checkpoints import read_progress
+from plt_megatron.train.checkpoint import read_weights
 
 TINY = {
     "vocab_size": VOCAB,

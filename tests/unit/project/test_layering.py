@@ -15,16 +15,17 @@ PACKAGE = ROOT / "plt_megatron"
 # What each part may import of ours, besides itself, `errors` and `installation`.
 ALLOWED = {
     "config": set(),
-    "runtime": {"config"},
-    "estimate": {"config"},
-    "launcher": {"config", "runtime", "train"},
-    "slurm": {"config", "runtime", "estimate", "launcher", "data", "train"},
-    "data": {"config"},
+    "run_folder": {"config"},
+    "runtime": {"config", "run_folder"},
+    "estimate": {"config", "run_folder"},
+    "launcher": {"config", "run_folder", "runtime"},
+    "slurm": {"config", "run_folder", "runtime", "estimate", "launcher", "data"},
+    "data": {"config", "run_folder"},
     "model": {"config", "runtime"},
-    "train": {"config", "runtime", "estimate", "launcher", "data", "model"},
-    "hf": {"config", "runtime", "estimate", "data", "model", "train"},
-    "experiments": {"config", "runtime", "estimate", "launcher", "slurm", "data", "model", "train", "hf"},
-    "commands": {"config", "runtime", "estimate", "slurm", "data", "hf", "experiments"},
+    "train": {"config", "run_folder", "runtime", "estimate", "launcher", "data", "model"},
+    "hf": {"config", "run_folder", "runtime", "estimate", "data", "model", "train"},
+    "experiments": {"config", "run_folder", "runtime", "estimate", "launcher", "slurm", "data", "model", "train", "hf"},
+    "commands": {"config", "run_folder", "runtime", "estimate", "slurm", "data", "hf", "experiments"},
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
 # Importing one of these takes seconds.

@@ -1,0 +1,35 @@
+"""attempts.jsonl: a line at the start and at the end of each attempt of a Slurm job at a run, that is of each start of
+the run's processes, and one where the run was given up ("stop"). Appended to, never rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.run_folder import json_lines
+
+# How an attempt ends. Killed: it left no exit record.
+FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "failed", "node_failed", "killed"
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The lines of an attempts.jsonl; those that a crash or a full disk has torn are left out."""
+    events = json_lines.read(path, skip_broken=True)
+    return [event for event in events if event.get("event") in ("start", "end", "stop")]
+
+
+def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The starts of attempts that have no end."""
+    started: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["event"] == "start":
+            started[event["attempt"]] = event
+        elif event["event"] == "end":
+            started.pop(event["attempt"], None)
+    return list(started.values())
+
+
+def last_attempt(events: Iterable[dict[str, Any]]) -> int:
+    """The number of the last attempt; 0 if there was none."""
+    return max((int(event.get("attempt") or 0) for event in events), default=0)

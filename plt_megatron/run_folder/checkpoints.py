@@ -1,0 +1,168 @@
+"""A run's checkpoints on disk: names, damage, and which one is the last whole one.
+
+    checkpoints/
+      step_00000100/     a whole checkpoint; manifest.json lists its files with size and SHA-256
+      step_00000200.tmp/ one being written, or what a crash left of it
+      latest             the name of the one published last
+
+A checkpoint appears under its name only when it is complete: `train.checkpoint.publishing` sees to that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+LATEST = "latest"
+FORMAT = 1
+NAME = re.compile(r"step_(\d{8,})")
+_CHUNK = 1 << 20
+
+
+def folder_name(step: int) -> str:
+    """`step_00000100` for step 100."""
+    return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step a checkpoint's folder is named for."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def checkpoint_folders(directory: Path) -> list[Path]:
+    """The published checkpoints of a run, by step. Published does not yet mean undamaged: see `damage`."""
+    if not directory.is_dir():
+        return []
+    found = (path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints that `path` may mean, the one to prefer first.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints, or a run's folder. In a folder the one `latest` names comes first,
+            then the earlier ones: later ones belong to a course of training that was given up.
+    """
+    if NAME.fullmatch(path.name) or (path / MANIFEST).is_file():
+        return [path]
+    directory = path / FOLDER if (path / FOLDER).is_dir() else path
+    found = checkpoint_folders(directory)[::-1]
+    named = _pointed_at(directory)
+    if named is not None and named in found:
+        return found[found.index(named) :]
+    return found
+
+
+def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
+    """The last whole checkpoint of a run; None if there is none.
+
+    Args:
+        path: a run's folder, its folder of checkpoints, or a checkpoint.
+        verify: check every file's SHA-256, and name each damaged checkpoint in the log; otherwise believe the names.
+    """
+    for candidate in candidates(Path(path)):
+        problem = damage(candidate) if verify else None
+        if problem is None:
+            return candidate
+        logger.warning("%s", problem)
+    return None
+
+
+def latest_of_full_size(path: Path) -> Path | None:
+    """The last checkpoint whose files are all there in full length, where checksums would take too long."""
+    return next((candidate for candidate in candidates(path) if damage(candidate, checksums=False) is None), None)
+
+
+def latest_step(path: Path) -> int:
+    """The step of the checkpoint that a run would go on from, by its name; 0 if there is none."""
+    found = latest_checkpoint(path, verify=False)
+    return step_of(found) if found is not None else 0
+
+
+def _pointed_at(directory: Path) -> Path | None:
+    try:
+        name = (directory / LATEST).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return directory / name if NAME.fullmatch(name) else None
+
+
+# Damage.
+
+
+def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True) -> str | None:
+    """What is wrong with a published checkpoint, in one line that names it; None if it is whole.
+
+    Args:
+        checksums: False: look at the files' sizes alone.
+        part, parts: check the checksums of every `parts`-th file only, from the `part`-th on, so that ranks can share
+            the work.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"checkpoint {path}: {name} is damaged, {size} bytes instead of {entry['bytes']}"
+        for name in sorted(files)[part::parts] if checksums else ():
+            if sha256(path / name) != files[name]["sha256"]:
+                return f"checkpoint {path}: {name} is damaged, its SHA-256 is not the manifest's"
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        return f"checkpoint {path}: {missing} is missing" if path.is_dir() else f"checkpoint {path}: not found"
+    except OSError as error:
+        return f"checkpoint {path}: cannot be read, {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"checkpoint {path}: {MANIFEST} is damaged"
+    return None
+
+
+def sha256(path: Path, sync: bool = False) -> str:
+    """Hex digest of a file; `sync` also has it reach the disk."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+        if sync:
+            os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def read_progress(path: Path | str) -> dict[str, Any]:
+    """What a checkpoint says of its run: `step`, what the trainer counts, `config`, `versions`, `layout`, ...
+
+    Args:
+        path: a checkpoint, or a run's folder for its last whole one.
+
+    Raises:
+        UserError: there is no whole checkpoint at `path`.
+    """
+    found = latest_checkpoint(path)
+    if found is None:
+        raise UserError(f"{path}: no whole checkpoint there")
+    return read_verified_progress(found)
+
+
+def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
+    """`read_progress` of a checkpoint already known to be whole."""
+    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    if progress["format"] > FORMAT:
+        raise UserError(
+            f"checkpoint {checkpoint}: its format {progress['format']} is newer than this program; update it"
+        )
+    return progress

@@ -1,0 +1,78 @@
+"""Files that are seen whole or not at all, whatever stops their writer: a full disk, a kill, a lost node."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from plt_megatron.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
+    """A new file, open for writing, that takes the place of `path` when the block ends well, and else is gone.
+
+    It lies beside `path`, whose folder is made, and has reached the disk before it gets its name.
+
+    Args:
+        mode: `w` for UTF-8 text, `wb` for bytes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Random, not the process's id: writers on several machines may share the folder.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write or replace a UTF-8 file in one step. Raises `OSError`."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """`write_text` of bytes."""
+    with replacing(path, "wb") as file:
+        file.write(content)
+
+
+def write_json(path: Path | str, value: Any, *, indent: int | None = 1) -> None:
+    """`write_text` of a value as JSON, with a line's end."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def sync_folder(path: Path) -> None:
+    """Have a folder's entries reach the disk: after that a file that was renamed keeps its new name."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have nothing to sync here, and say so
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(target: str | os.PathLike[str]) -> Iterator[None]:
+    """An `OSError` in the block becomes a `UserError` that names its file, or `target` where it has none."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}") from error

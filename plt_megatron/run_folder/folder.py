@@ -1,0 +1,110 @@
+"""One run's folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import attempts, checkpoints, json_lines
+from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
+
+CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
+STOP, SAVE = "STOP", "SAVE"
+
+
+class RunFolder:
+    """Where a run's things lie, and what they say. Nothing need be there."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / CONFIG  # resolved
+        # What training writes.
+        self.metrics_file = self.path / "metrics.jsonl"  # a record of training or validation a line
+        self.checkpoints = self.path / checkpoints.FOLDER
+        self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"  # the profiler's traces
+        self.index_cache = self.path / "index_cache"  # sample indices
+        # What asks it to stop, or to save and go on.
+        self.stop_file = self.path / STOP
+        self.save_file = self.path / SAVE
+        # What a submission writes for its job.
+        self.job_file = self.path / "job.yaml"
+        self.job_script = self.path / JOB_SCRIPT
+        self.code = self.path / CODE
+        self.git_file = self.path / "git.txt"
+        self.environment_file = self.path / "environment.txt"
+        self.submissions_file = self.path / "submissions.jsonl"
+        # What the job writes.
+        self.logs = self.path / LOGS
+        self.attempts_file = self.path / "attempts.jsonl"
+        self.why_file = self.path / "why.txt"  # the job gave up
+        # What a sweep on this machine writes.
+        self.sweep_note = self.path / "sweep_run.json"
+        self.sweep_log = self.path / "train.log"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunFolder:
+        """Where a run of this configuration lies."""
+        return cls(derived.run_folder(config))
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    def save_config(self, config: RunConfig) -> None:
+        """Write config.yaml. Raises `UserError` if it cannot be written."""
+        save_config(config, self.config_file)
+
+    def config(self) -> RunConfig:
+        """The configuration that the run has. Raises `UserError` if it is not there or broken."""
+        return load_config(self.config_file)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl as they are. Raises `UserError` on a broken one."""
+        return json_lines.read(self.metrics_file)
+
+    def metrics(self) -> RunMetrics:
+        """What it recorded; empty if it has not begun. Raises `UserError` on a broken file."""
+        return read_metrics(self.metrics_file)
+
+    def trained_metrics(self) -> RunMetrics:
+        """`metrics` of a run that has made a step; `UserError` if it has not."""
+        if not self.metrics_file.exists():
+            raise UserError(f"{self.metrics_file} not found: {self.path} is no run that has begun")
+        metrics = self.metrics()
+        if not metrics.train:
+            raise UserError(f"{self.metrics_file} holds no training step yet")
+        return metrics
+
+    def latest_checkpoint(self, verify: bool = True) -> Path | None:
+        """The last whole checkpoint; without `verify` by its name alone."""
+        return checkpoints.latest_checkpoint(self.path, verify)
+
+    def has_trained(self) -> bool:
+        """Whether it got as far as a logged step or a checkpoint."""
+        recorded = self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
+        return recorded or bool(checkpoints.checkpoint_folders(self.checkpoints))
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """What its jobs noted of their attempts (`attempts`)."""
+        return attempts.read_events(self.attempts_file)
+
+    def incident_file(self, step: int) -> Path:
+        """Where the report on a bad step goes."""
+        return self.incidents / f"step_{step:08d}.json"
+
+    def bad_steps(self) -> int:
+        """Steps that the training loop did not accept."""
+        return len(list(self.incidents.glob("step_*.json")))
+
+
+def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
+    """Write a configuration that `load_config` reads back to an equal one. `UserError` if it cannot be written."""
+    with writing(path):
+        write_text(Path(path), dump_config(config))

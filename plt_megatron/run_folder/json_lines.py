@@ -1,0 +1,126 @@
+"""Files of one JSON object a line that programs append to and others read meanwhile.
+
+A line counts once its end is written. A crash or a full disk may leave half a line: readers pass it over, and the next
+record begins on a line of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import replacing
+
+Record = dict[str, Any]
+_TAIL_BYTES = 1 << 17  # of the end of a file, where its last records are looked for
+
+
+def append(path: Path, record: Record, *, sync: bool = False) -> None:
+    """Add a record. `sync`: have it reach the disk. Raises `OSError`."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        torn = size > 0 and file.read(1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
+    """The records of a file, none if it is not there.
+
+    Raises:
+        UserError: a line is no JSON object; with `skip_broken` it is left out.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif not skip_broken:
+            raise UserError(f"{path}: line {number} is not JSON")
+    return records
+
+
+def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda record: True) -> list[Record]:
+    """The last `count` records that are `wanted`, the oldest first, from the file's last 128 KiB; broken lines are
+    left out, and none are there where the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return []
+    records: list[Record] = []
+    while lines and len(records) < count:
+        record = _parse(lines.pop())
+        if record is not None and wanted(record):
+            records.append(record)
+    return records[::-1]
+
+
+def rewind(path: Path, keep: Callable[[Record], bool]) -> None:
+    """Leave only the records to `keep`, in one step: a reader sees the old file or the new one."""
+    if not path.exists():
+        return
+    kept = [record for record in read(path) if keep(record)]
+    with replacing(path) as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+
+
+def _parse(line: bytes) -> Record | None:
+    with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict):
+            return record
+    return None
+
+
+class Follower:
+    """Follows a file that grows: whole lines, each once. It need not be there yet.
+
+    Args:
+        from_end: pass over what is there already.
+
+    Attributes:
+        replaced: whether another file had taken the name at the last call: it is followed from its end on, as one that
+            was rewound holds old lines.
+    """
+
+    def __init__(self, path: Path, *, from_end: bool = False) -> None:
+        self._path = path
+        self._inode, self._offset = 0, 0
+        self.replaced = False
+        if from_end:
+            with contextlib.suppress(OSError):
+                found = path.stat()
+                self._inode, self._offset = found.st_ino, found.st_size
+
+    def lines(self) -> list[str]:
+        """The lines that were completed since the last call, without their ends."""
+        try:
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                self.replaced = self._inode not in (0, found.st_ino)
+                self._inode = found.st_ino
+                if self.replaced:
+                    self._offset = found.st_size
+                    return []
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode(errors="replace").splitlines()

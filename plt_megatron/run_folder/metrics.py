@@ -1,0 +1,87 @@
+"""What a run recorded in its metrics.jsonl, checked: numbers to compare and to plot."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import json_lines
+
+Record = dict[str, Any]
+_NUMBERS = {"train": ("step", "tokens", "loss"), "validation": ("step", "tokens", "loop_count", "loss")}
+# What the clock and the machine decide: two runs that do the same differ in these alone.
+MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """A run's records in the order of its steps; both lists are empty if it has not begun.
+
+    Attributes:
+        train: records of training steps: `step`, `tokens` seen since the run began, `loss` in nats per token, and more.
+        validation: the same with `loop_count`, the loops that the loss was measured with.
+    """
+
+    train: list[Record]
+    validation: list[Record]
+
+    @property
+    def step(self) -> int:
+        """The last training step recorded; 0: none."""
+        return max((record["step"] for record in self.train), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens up to the last record."""
+        return max((record["tokens"] for record in (*self.train, *self.validation)), default=0)
+
+    def final_train_loss(self, share: float = 0.1) -> float:
+        """Mean over the last `share` of the training records, at least one: single batches are noisy."""
+        last = self.train[-max(1, round(len(self.train) * share)) :]
+        return sum(record["loss"] for record in last) / len(last)
+
+    def final_validation_losses(self) -> dict[int, float]:
+        """Loop count -> the loss of the last validation at that loop count."""
+        return {record["loop_count"]: record["loss"] for record in self.validation}
+
+    def validation_at(self, loop_count: int) -> list[Record]:
+        """The validations with `loop_count` loops."""
+        return [record for record in self.validation if record["loop_count"] == loop_count]
+
+    def loop_counts(self) -> list[int]:
+        """Loop counts that were validated, ascending."""
+        return sorted({record["loop_count"] for record in self.validation})
+
+    def tokens_per_second(self) -> float | None:
+        """The median speed; None where none was recorded."""
+        return median_speed(self.train)
+
+
+def median_speed(records: Iterable[Record]) -> float | None:
+    """Median tokens/s of training records; None where none has it."""
+    speeds = [record.get("tokens_per_second") for record in records]
+    known = [speed for speed in speeds if speed and math.isfinite(speed)]
+    return statistics.median(known) if known else None
+
+
+def read_metrics(path: Path) -> RunMetrics:
+    """The records of training and validation in a metrics.jsonl. Records of other kinds are left out.
+
+    Raises:
+        UserError: a broken line, or a record without its numbers.
+    """
+    found: dict[str, list[Record]] = {kind: [] for kind in _NUMBERS}
+    for record in json_lines.read(path):
+        kind = record.get("kind")
+        if kind not in _NUMBERS:
+            continue
+        missing = [name for name in _NUMBERS[kind] if not isinstance(record.get(name), int | float)]
+        if missing:
+            raise UserError(f"{path}: a {kind} record without {', '.join(missing)}")
+        found[kind].append(record)
+    return RunMetrics(**found)

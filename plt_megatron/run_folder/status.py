@@ -1,0 +1,103 @@
+"""How far a run has come, from its folder alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.attempts import FINISHED, unended
+from plt_megatron.run_folder.checkpoints import latest_step
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.metrics import median_speed
+
+_RECORDS = 20  # whose median rate stands for the run's
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run, as its folder shows it.
+
+    Attributes:
+        step, steps: done, and in all; 0 and None where they cannot be told.
+        tokens_per_second: of the whole job lately; None: nothing logged yet.
+        tokens_per_step: None where the configuration cannot be read.
+        checkpoint: step of the last one; 0: none.
+        attempts: starts of the ranks so far.
+        restarts: one line for each attempt that did not finish, the oldest first.
+        last_status: how the last attempt ended (`attempts`); "" if it has not ended, or none was made.
+        stopped: the reason why the job gave the run up; None if it did not.
+        problem: why the configuration cannot be read; None if it can.
+    """
+
+    run: Path
+    step: int
+    steps: int | None
+    tokens_per_second: float | None
+    tokens_per_step: int | None
+    checkpoint: int
+    attempts: int
+    restarts: list[str]
+    last_status: str
+    stopped: str | None
+    problem: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done and, where attempts are recorded, the last one says so."""
+        if self.last_status:
+            return self.last_status == FINISHED
+        return self.steps is not None and self.step >= self.steps
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the last step, at the present rate."""
+        if self.steps is None or not self.tokens_per_second or not self.tokens_per_step:
+            return None
+        return max(0, self.steps - self.step) * self.tokens_per_step / self.tokens_per_second
+
+
+def read_status(run: Path) -> RunStatus:
+    """Look at a run's folder. Nothing that is missing or damaged in it is an error here."""
+    folder = RunFolder(run)
+    steps, tokens_per_step, problem = None, None, None
+    try:
+        config = folder.config()
+        steps, tokens_per_step = derived.train_iters(config), derived.tokens_per_step(config)
+    except (UserError, AssertionError) as error:
+        problem = str(error).splitlines()[0] if str(error) else "config.yaml does not say how long the run is"
+    records = last_train_records(folder)
+    events = folder.attempts()
+    ends = [event for event in events if event["event"] == "end"]
+    stops = [event for event in events if event["event"] == "stop"]
+    return RunStatus(
+        run=run,
+        step=int(records[-1]["step"]) if records else 0,
+        steps=steps,
+        tokens_per_second=median_speed(records),
+        tokens_per_step=tokens_per_step,
+        checkpoint=latest_step(run),
+        attempts=sum(event["event"] == "start" for event in events),
+        restarts=[_describe(end) for end in ends if end.get("status") != FINISHED],
+        last_status=str(ends[-1].get("status") or "") if ends and not unended(events) else "",
+        stopped=str(stops[-1].get("reason") or "no reason given") if stops and folder.why_file.is_file() else None,
+        problem=problem,
+    )
+
+
+def _describe(end: dict[str, Any]) -> str:
+    nodes = ", ".join(end.get("nodes") or [])
+    where = f" on {nodes}" if nodes else ""
+    return f"attempt {end.get('attempt')}{where}, step {end.get('step')}: {end.get('status')}: {end.get('reason')}"
+
+
+def last_train_records(folder: RunFolder) -> list[dict[str, Any]]:
+    """The last few records of training, the oldest first."""
+
+    def is_train(record: dict[str, Any]) -> bool:
+        return record.get("kind") == "train" and isinstance(record.get("step"), int)
+
+    return json_lines.last(folder.metrics_file, _RECORDS, is_train)

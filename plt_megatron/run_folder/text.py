@@ -1,0 +1,68 @@
+"""Figures as text: durations, sizes, counts, tables."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+_NUMERIC = re.compile(r"[-+±~<]?\d.*|[-?]?")
+_UNITS = {1000: ("B", "kB", "MB", "GB", "TB", "PB"), 1024: ("B", "KiB", "MiB", "GiB", "TiB", "PiB")}
+
+
+def format_duration(seconds: float) -> str:
+    """`0.42 s`, `4.2 s`, `38 s`, `3 min 05 s`, `2 h 40 min`, or `3.1 days`."""
+    if seconds < 0.995:
+        return f"{seconds:.2g} s"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, rest = divmod(round(seconds / 60), 60)
+    return f"{hours} h {rest:02d} min" if hours < 48 else f"{seconds / 86400:,.1f} days"
+
+
+def format_bytes(size: float, *, binary: bool = False) -> str:
+    """Three digits and a unit: `1.25 GB`, `12.5 MB`, `512 B`; `binary`: `80.0 GiB`, as memory is counted."""
+    base = 1024 if binary else 1000
+    power = 0
+    while size >= 0.9995 * base and power < len(_UNITS[base]) - 1:
+        size, power = size / base, power + 1
+    digits = 0 if power == 0 or size >= 99.95 else 1 if size >= 9.995 else 2
+    return f"{size:.{digits}f} {_UNITS[base][power]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `3 runs`, `1,000 processes`."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
+def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), indent: int = 0) -> str:
+    """Aligned columns, two spaces apart, whatever their width. Columns of numbers, but the first, are flush right.
+
+    Rows may end early. With a `header` a rule follows it.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = max(map(len, [header, *rows]), default=0)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in range(columns):
+        cells = [row[column] for row in rows if column < len(row)]
+        is_numeric = column > 0 and any(cells) and all(map(_NUMERIC.fullmatch, cells))
+        table.add_column(justify="right" if is_numeric else "left", no_wrap=True)
+    for row in [header, *rows] if header else rows:
+        table.add_row(*map(Text, row))
+    # Text of any width: a terminal wraps it, and a file is not cut off at 80 columns.
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    lines = [" " * indent + line.rstrip() for line in captured.get().splitlines()]
+    if header:
+        lines.insert(1, " " * indent + "-" * (max(map(len, lines)) - indent))
+    return "\n".join(lines)

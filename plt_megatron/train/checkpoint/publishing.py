@@ -1,0 +1,109 @@
+"""Publishing checkpoints: each is complete when it gets its name (`run_folder.checkpoints`), and old ones are removed.
+
+All of it is done by one process; any `OSError` leaves the last checkpoint intact.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from plt_megatron.run_folder.checkpoints import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    NAME,
+    checkpoint_folders,
+    folder_name,
+    sha256,
+    step_of,
+)
+from plt_megatron.run_folder.files import write_json, write_text
+
+_TEMPORARY = ".tmp"  # being written, or being removed
+_REPLACED = ".old"  # about to give way to a newer one of the same step
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Folders a crash left behind, half written or half removed."""
+    if not directory.is_dir():
+        return []
+    names = (rf"{NAME.pattern}({re.escape(suffix)})" for suffix in (_TEMPORARY, _REPLACED))
+    pattern = re.compile("|".join(names))
+    return sorted(path for path in directory.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+
+
+def prepare(directory: Path, step: int) -> Path:
+    """Clear what crashes left behind and make the temporary folder that becomes step `step`'s checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    recover(directory)
+    for path in leftovers(directory):
+        shutil.rmtree(path)
+    for path in directory.glob(f".{LATEST}.*"):
+        path.unlink()
+    temporary = directory / (folder_name(step) + _TEMPORARY)
+    temporary.mkdir()
+    return temporary
+
+
+def recover(directory: Path) -> None:
+    """Put back checkpoints that a crash left without a name, on their way out for a newer one of the same step."""
+    for path in leftovers(directory):
+        if path.suffix == _REPLACED and not path.with_suffix("").exists():
+            path.rename(path.with_suffix(""))
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary folder, as far as that works: its disk space may be needed."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, checksums: dict[str, str]) -> Path:
+    """Make a complete temporary folder the run's latest checkpoint.
+
+    Args:
+        checksums: SHA-256 of the files whose writers have computed it; the others' are computed here.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": checksums.get(path.name) or sha256(path, sync=True)}
+        for path in sorted(temporary.iterdir())
+    }
+    missing = checksums.keys() - files.keys()
+    if missing:
+        raise FileNotFoundError(2, "another process has written what is not there: a folder not shared?", missing.pop())
+    write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
+    published = temporary.with_suffix("")
+    if published.exists():
+        replaced = published.with_suffix(_REPLACED)
+        published.rename(replaced)
+        temporary.rename(published)
+        shutil.rmtree(replaced)
+    else:
+        temporary.rename(published)
+    write_text(published.parent / LATEST, published.name + "\n")  # and has the renamed folder reach the disk
+    return published
+
+
+def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Remove the checkpoints that need not be kept, `published` being the newest; returns those removed.
+
+    Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Later ones than
+    `published` go: they belong to a course of training that was given up.
+    """
+    found = checkpoint_folders(published.parent)
+    current = [path for path in found if step_of(path) <= step_of(published)]
+    kept = set(current[-max(1, keep_last) :])
+    if keep_every > 0:
+        kept |= {path for path in current if step_of(path) % keep_every == 0}
+    removed = [path for path in found if path not in kept]
+    _remove(removed)
+    return removed
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        # Renamed first: a crash in between leaves no damaged folder under a checkpoint's name.
+        doomed = path.rename(path.with_suffix(_TEMPORARY))
+        shutil.rmtree(doomed)

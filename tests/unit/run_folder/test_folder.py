@@ -1,0 +1,104 @@
+"""One class reads a run's folder: what is there, and what is missing, broken or half written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.folder import RunFolder, save_config
+
+
+def write(folder, *records, tail=""):
+    text = "".join((json.dumps(record) if isinstance(record, dict) else record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text + tail)
+    return RunFolder(folder)
+
+
+def train(step, loss, **more):
+    return {"kind": "train", "step": step, "tokens": step * 100, "loss": loss, "grad_norm": 1.0, **more}
+
+
+def validation(step, loop_count, loss):
+    record = {"kind": "validation", "step": step, "tokens": step * 100}
+    return {**record, "loop_count": loop_count, "loss": loss}
+
+
+def test_an_empty_folder_is_a_run_that_has_not_begun(tmp_path):
+    run = RunFolder(tmp_path / "nowhere")
+    assert not run.has_trained() and run.latest_checkpoint() is None and run.attempts() == [] and run.bad_steps() == 0
+    metrics = run.metrics()
+    assert (metrics.step, metrics.tokens, metrics.tokens_per_second()) == (0, 0, None)
+    with pytest.raises(UserError, match="no run that has begun"):
+        run.trained_metrics()
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        run.config()
+    assert not run.path.exists()
+
+
+def test_the_configuration_comes_back_and_says_where_its_run_lies(tmp_path):
+    config = RunConfig(name="mine", output_dir=str(tmp_path))
+    run = RunFolder.of(config)
+    run.save_config(config)
+    assert run.path == tmp_path / "mine" and run.config() == config == load_config(tmp_path / "mine" / "config.yaml")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        save_config(config, tmp_path / "file" / "config.yaml")
+
+
+def test_final_figures(tmp_path):
+    records = [train(step, 5.0 - step / 10, tokens_per_second=step) for step in range(1, 21)]
+    records += [validation(10, 1, 4.5), validation(10, 2, 4.0), validation(20, 1, 3.5), validation(20, 2, 3.0)]
+    metrics = write(tmp_path, *records, {"kind": "gates", "step": 3}).trained_metrics()
+    assert (metrics.step, metrics.tokens, metrics.tokens_per_second()) == (20, 2000, 10.5)
+    assert metrics.final_train_loss() == pytest.approx((3.1 + 3.0) / 2)
+    assert metrics.final_train_loss(share=1.0) == pytest.approx(sum(5.0 - s / 10 for s in range(1, 21)) / 20)
+    assert metrics.final_validation_losses() == {1: 3.5, 2: 3.0}
+    assert [record["step"] for record in metrics.validation_at(2)] == [10, 20]
+    assert metrics.loop_counts() == [1, 2]
+
+
+def test_a_single_record_is_its_own_final_loss(tmp_path):
+    metrics = write(tmp_path, train(1, 7.0)).trained_metrics()
+    assert metrics.final_train_loss() == 7.0 and metrics.final_validation_losses() == {}
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(tmp_path):
+    run = write(tmp_path, train(1, 7.0), train(2, 6.0), tail='{"kind": "train", "st')
+    assert [record["step"] for record in run.metrics().train] == [1, 2]
+    assert run.has_trained()
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([train(1, 7.0), "not json", train(2, 6.0)], "line 2 is not JSON"),
+        ([validation(1, 2, 3.0)], "no training step yet"),
+        ([], "no training step yet"),
+        ([{"kind": "train", "step": 1}], "a train record without tokens, loss"),
+        ([train(1, "seven")], "a train record without loss"),
+        ([train(1, 7.0), {"kind": "validation", "step": 1, "tokens": 1, "loss": 2.0}], "without loop_count"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, records, said):
+    with pytest.raises(UserError, match=said) as raised:
+        write(tmp_path, *records).trained_metrics()
+    assert str(tmp_path / "metrics.jsonl") in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_exit_statuses_are_what_job_scripts_and_wrappers_rely_on():
+    assert {status.name: int(status) for status in ExitStatus} == {
+        "FINISHED": 0,
+        "FAILED": 1,
+        "USER_ERROR": 2,
+        "PREEMPTED": 75,
+        "BAD_NODE": 76,
+        "NODE_LOST": 77,
+        "RUN_BUSY": 78,
+    }
+    assert f"ended with status {ExitStatus.PREEMPTED}" == "ended with status 75"
