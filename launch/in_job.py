@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Inside a Slurm job, called by its batch script: job.sbatch in the run's folder, written by launch/submit.py.
 
-    srun ... in_job.py node RUN       one launcher per node: checks it, starts the run's processes, watches over them
-    in_job.py after RUN --status N    once they have left: finish, requeue, go on without a bad node, or give up
+    srun ... in_job.py node RUN         one launcher per node: checks it, starts the run's processes, watches over them
+    in_job.py finalize RUN --status N  once they have left: finish, requeue, go on without a bad node, or give up
 
 Exit status: 0 finished, 1 failed, 2 something for you to put right, 75 preempted, 76 a node failed the checks,
 77 a node was lost, 78 another job trains the run.
@@ -18,24 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plt_megatron.errors import run_command  # noqa: E402
+from plt_megatron.launcher import finalize_job, launch_node  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Inside a Slurm job; its batch script calls this.")
     commands = parser.add_subparsers(dest="command", required=True)
     node = commands.add_parser("node", help="the launcher of one node, started by srun once on each")
-    after = commands.add_parser("after", help="what follows when the launchers have left")
-    for command in (node, after):
+    finalize = commands.add_parser("finalize", help="what follows when the launchers have left")
+    for command in (node, finalize):
         command.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
-    after.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")
+    finalize.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")
     arguments = parser.parse_args()
     if arguments.command == "node":
-        from plt_megatron.launcher.node import launch_node
-
         return launch_node(arguments.run)
-    from plt_megatron.launcher.finalize import after_attempt
-
-    return after_attempt(arguments.run, arguments.status)
+    return finalize_job(arguments.run, arguments.status)
 
 
 if __name__ == "__main__":

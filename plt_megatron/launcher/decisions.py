@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,17 +69,11 @@ def _ends_since_stop(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _fruitless(ends: list[dict[str, Any]]) -> int:
     """How many attempts at the end have neither saved nor logged a step beyond those before them."""
-    return next(iter(_counts(ends)), 0)
-
-
-def _counts(ends: list[dict[str, Any]]) -> Iterator[int]:
-    """The count after the last, then after the one before, and so on."""
-    counts, count, checkpoint, step = [], 0, -1, -1
+    count, checkpoint, step = 0, -1, -1
     for end in ends:
         if end.get("bad_nodes"):
             continue  # found before training began
-        further = (end.get("checkpoint") or 0) > checkpoint or (end.get("step") or 0) > step
-        count = 0 if further else count + 1
-        checkpoint, step = max(checkpoint, end.get("checkpoint") or 0), max(step, end.get("step") or 0)
-        counts.append(count)
-    return reversed(counts)
+        reached = (end.get("checkpoint") or 0, end.get("step") or 0)
+        count = 0 if reached[0] > checkpoint or reached[1] > step else count + 1
+        checkpoint, step = max(checkpoint, reached[0]), max(step, reached[1])
+    return count

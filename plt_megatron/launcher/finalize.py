@@ -1,9 +1,11 @@
-"""What follows when the launchers have left: `in_job.py after RUN --status N`, at the end of the batch script."""
+"""What follows when the launchers have left: `in_job.py finalize RUN --status N`, at the end of the batch script."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from plt_megatron.launcher.scheduler import Scheduler, SchedulerError
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 
 
-def after_attempt(run: Path, status: int) -> int:
+def finalize_job(run: Path, status: int) -> int:
     """Finish, requeue, let the chain go on, or give up with the reason in why.txt.
 
     Args:
@@ -38,8 +40,8 @@ def after_attempt(run: Path, status: int) -> int:
     if end is None:
         end = _missing_end(run, run_records, status)
     decision = decisions.decide(records.read_events(run), settings)
-    following = JobFinalizer(run, settings, run_records, Scheduler(allocation.scheduler_id))
-    return following.act(decision, end, status)
+    scheduler = Scheduler(allocation.scheduler_id)
+    return JobFinalizer(run, settings, run_records, scheduler, decision, end, status).act()
 
 
 def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]:
@@ -57,82 +59,97 @@ def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]
     return end or {"attempt": attempt, "job_id": None, "nodes": [], "status": outcome.status, "step": 0, "reason": ""}
 
 
+@dataclass(frozen=True)
 class JobFinalizer:
-    """Carries a decision out."""
+    """Carries a decision out.
 
-    def __init__(self, run: Path, settings: JobSettings, run_records: Records, scheduler: Scheduler) -> None:
-        self._run, self._settings = run, settings
-        self._records, self._scheduler = run_records, scheduler
+    Attributes:
+        end: of the last attempt, from attempts.jsonl.
+        status: of the launchers.
+    """
 
-    def act(self, decision: decisions.Decision, end: dict[str, Any], status: int) -> int:
-        if decision.action == decisions.FINISH:
-            self._cancel_chain()
-            self._say("the run is finished")
-            return 0
-        if decision.action == decisions.HALT:
-            self._cancel_chain()
-            self._say(f"{decision.reason}; go on with: sbatch {self._run / SCRIPT_NAME}")
-            return EXIT_PREEMPTED
-        if decision.action == decisions.STOP:
-            return self._give_up(decision.reason, end, status)
-        return self._again(decision, end, status)
+    run: Path
+    settings: JobSettings
+    records: Records
+    scheduler: Scheduler
+    decision: decisions.Decision
+    end: dict[str, Any]
+    status: int
 
-    def _again(self, decision: decisions.Decision, end: dict[str, Any], status: int) -> int:
-        ended = self._ask(self._scheduler.ended_by_slurm, None)
+    def act(self) -> int:
+        """The job's exit status."""
+        match self.decision.action:
+            case decisions.FINISH:
+                self._cancel_chain()
+                print("the run is finished", flush=True)
+                return 0
+            case decisions.HALT:
+                self._cancel_chain()
+                self._say(f"; go on with: {self._resubmit}")
+                return EXIT_PREEMPTED
+            case decisions.STOP:
+                return self._give_up()
+        return self._go_on()
+
+    def _go_on(self) -> int:
+        """Whoever can bring the run back does: Slurm of itself, the chain, a requeue of ours, or the user."""
+        settings, excluding = self.settings, self.decision.action == decisions.EXCLUDE
+        ended = _ask(self.scheduler.ended_by_slurm, None)
         if ended is not None:  # requeued already, or cancelled by a person
-            self._say(f"{decision.reason}; the job is {ended}. If it stays so: sbatch {self._run / SCRIPT_NAME}")
-            return status
-        if self._settings.chain > 1 and decision.action == decisions.AGAIN and self._chain():
-            self._say(f"{decision.reason}; the chain's next job goes on")
-            return status
-        if self._settings.requeue or decision.action == decisions.EXCLUDE:
-            return self._requeue(decision, end, status)
-        if end["status"] == records.PREEMPTED:
-            self._say(f"{decision.reason}. Go on with: sbatch {self._run / SCRIPT_NAME}")
-            return status
-        return self._give_up(f"{decision.reason}; neither --requeue nor a further job of a chain goes on", end, status)
+            self._say(f"; the job is {ended}. If it stays so: {self._resubmit}")
+        elif settings.chain > 1 and not excluding and self._chain():
+            self._say("; the chain's next job goes on")
+        elif settings.requeue or excluding:
+            return self._requeue()
+        elif self.end["status"] == records.PREEMPTED:
+            self._say(f". Go on with: {self._resubmit}")
+        else:
+            return self._give_up("; neither --requeue nor a further job of a chain goes on")
+        return self.status
 
-    def _requeue(self, decision: decisions.Decision, end: dict[str, Any], status: int) -> int:
-        if self._ask(self._scheduler.is_requeued_by_slurm, False):
-            self._say(f"{decision.reason}; preempted by another job, so that Slurm queues it again")
-            return status
-        without = f", without {', '.join(decision.nodes)}" if decision.nodes else ""
-        self._say(f"{decision.reason}; requeued{without}")
+    def _requeue(self) -> int:
+        if _ask(self.scheduler.is_requeued_by_slurm, False):
+            self._say("; preempted by another job, so that Slurm queues it again")
+            return self.status
+        without = f", without {', '.join(self.decision.nodes)}" if self.decision.nodes else ""
+        self._say(f"; requeued{without}")
         try:
-            self._scheduler.requeue(list(decision.nodes))
+            self.scheduler.requeue(list(self.decision.nodes))
         except SchedulerError as error:
-            return self._give_up(f"{decision.reason}; could not be requeued{without}: {error}", end, status)
-        return status
+            return self._give_up(f"; could not be requeued{without}: {error}")
+        return self.status
 
-    def _give_up(self, reason: str, end: dict[str, Any], status: int) -> int:
-        self._records.stop(end["attempt"], reason)
-        self._say(f"given up: {reason}; see {self._run / records.WHY}")
+    def _give_up(self, why: str = "") -> int:
+        reason, path = self.decision.reason + why, self.run / records.WHY
+        self.records.stop(self.end["attempt"], reason)
+        print(f"given up: {reason}; see {path}", flush=True)
         try:
-            records.write_why(self._run, reason, end)
+            records.write_why(self.run, reason, self.end)
         except OSError as error:
-            print(f"error: {self._run / records.WHY}: {error.strerror}", file=sys.stderr)
+            print(f"error: {path}: {error.strerror}", file=sys.stderr)
         self._cancel_chain()
-        return status or 1
+        return self.status or 1
 
     def _chain(self) -> list[str]:
-        return self._ask(lambda: self._scheduler.pending_after(self._run.absolute() / SCRIPT_NAME), [])
+        """The jobs that wait for this one."""
+        return _ask(lambda: self.scheduler.pending_after(self.run.absolute() / SCRIPT_NAME), [])
 
     def _cancel_chain(self) -> None:
-        if self._settings.chain <= 1:
-            return
-        jobs = self._chain()
-        self._ask(lambda: self._scheduler.cancel(jobs), None)
-        if jobs:
-            self._say(f"cancelled the rest of the chain: {', '.join(jobs)}")
+        if self.settings.chain > 1 and (jobs := self._chain()):
+            _ask(lambda: self.scheduler.cancel(jobs), None)
+            print(f"cancelled the rest of the chain: {', '.join(jobs)}", flush=True)
 
-    @staticmethod
-    def _ask[T](question: Any, otherwise: T) -> T:
-        try:
-            return question()
-        except SchedulerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return otherwise
+    @property
+    def _resubmit(self) -> str:
+        return f"sbatch {self.run / SCRIPT_NAME}"
 
-    @staticmethod
-    def _say(text: str) -> None:
-        print(text, flush=True)
+    def _say(self, what: str) -> None:
+        print(self.decision.reason + what, flush=True)
+
+
+def _ask[T](question: Callable[[], T], otherwise: T) -> T:
+    try:
+        return question()
+    except SchedulerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return otherwise

@@ -15,10 +15,8 @@ from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.coordinator import Coordinator
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.launcher.logs import LogFile, merged_log, stamp
-from plt_megatron.launcher.messages import Channel
+from plt_megatron.launcher.messages import BEAT_SECONDS, Channel, Every
 from plt_megatron.launcher.records import Records
-
-_BEAT_SECONDS = 2.0
 
 
 class Hub:
@@ -36,7 +34,7 @@ class Hub:
         self._strangers: list[Channel] = []
         self._members: dict[str, Channel] = {}
         self._hellos: dict[str, dict[str, Any]] = {}  # of nodes that have been asked for the time
-        self._next_beat = 0.0
+        self._beat = Every(BEAT_SECONDS)
         self._server = _listen(allocation.launcher_port)
         selector.register(self._server, selectors.EVENT_READ, self._accept)
         self.coordinator = Coordinator(allocation, settings, Records(run, allocation), self._send, self.say)
@@ -49,9 +47,7 @@ class Hub:
 
     def turn(self) -> None:
         """What is due: signs of life, what waits to be sent, and the coordinator's look at the clock."""
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + _BEAT_SECONDS
+        if self._beat.due():
             for node in list(self._members):
                 self._send(node, {"type": "beat"})
         for node, channel in list(self._members.items()):

@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Any
 
+BEAT_SECONDS = 2.0  # between signs of life
 _CHUNK = 1 << 16
 _LONGEST = 1 << 24  # bytes of one message: nothing of ours comes near it
 
@@ -86,3 +87,18 @@ class Channel:
         """Hang up."""
         self.closed = True
         self._socket.close()
+
+
+class Every:
+    """Something that is due every so many seconds, at once the first time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._next = seconds, 0.0
+
+    def due(self) -> bool:
+        """Whether it is; if so, the next time is that much later."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True

@@ -25,13 +25,12 @@ from plt_megatron.launcher.allocation import Allocation, read_allocation
 from plt_megatron.launcher.hub import Hub
 from plt_megatron.launcher.job import JobSettings, load_settings
 from plt_megatron.launcher.logs import LogFile, rank_log, stamp
-from plt_megatron.launcher.messages import Channel
+from plt_megatron.launcher.messages import BEAT_SECONDS, Channel, Every
 from plt_megatron.launcher.probe import MARK
 from plt_megatron.launcher.scheduler import job_at_work
 from plt_megatron.launcher.workers import Worker, WorkerGroup, describe_exit
 
 _TICK_SECONDS = 0.1
-_BEAT_SECONDS = 2.0
 _REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet
 _CONNECT_SECONDS = 5.0
 _FLUSH_SECONDS = 5.0
@@ -67,12 +66,12 @@ class NodeLauncher:
         self._selector = selectors.DefaultSelector()
         self._hub: Hub | None = None
         self._channel: Channel | None = None
-        self._group: WorkerGroup | None = None
+        self._group = WorkerGroup([], {}, [], self._on_lines, self._on_exit)
         self._task, self._attempt = "", 0
         self._logs: dict[int, LogFile] = {}
         self._asked_to_stop = self._told_to_stop = False
         self._preempting = self._stopping = False
-        self._next_beat = self._next_signal = 0.0
+        self._beat, self._repeat = Every(BEAT_SECONDS), Every(_REPEAT_SECONDS)
         self._status: int | None = None
         config = load_config(run / "config.yaml")
         self._threads = config.training.threads_per_process
@@ -108,8 +107,7 @@ class NodeLauncher:
                 self._turn()
             return self._leave()
         finally:
-            if self._group is not None:
-                self._group.kill()
+            self._group.kill()
 
     def _introduction(self) -> dict[str, Any]:
         allocation = self._allocation
@@ -142,29 +140,32 @@ class NodeLauncher:
         """One turn of the loop: what has come in, what has ended, what is due."""
         for key, _ in self._selector.select(_TICK_SECONDS):
             key.data()
-        if self._group is not None:
-            self._group.reap()
-        now = time.monotonic()
-        if now >= self._next_beat:
-            self._next_beat = now + _BEAT_SECONDS
-            self._send({"type": "beat"})
-        if self._asked_to_stop and not self._told_to_stop and self._channel is not None:
-            self._told_to_stop = True
-            self._send({"type": "preempt"})
-        if self._preempting and self._group is not None and now >= self._next_signal:
-            self._next_signal = now + _REPEAT_SECONDS
-            self._group.signal(signal.SIGUSR1)
-        if self._stopping and (self._group is None or not self._group.workers):
-            self._stopping, self._group = False, None
-            self._send({"type": "stopped"})
-        if self._channel is not None:
-            self._channel.flush()
-            if self._status is None and (
-                self._channel.closed or now - self._channel.heard > coordinator.SILENCE_SECONDS
-            ):
-                self._lose(f"{self._allocation.first_node}, which coordinates, is gone")
+        self._tend_processes()
+        self._tend_channel()
         if self._hub is not None:
             self._hub.turn()
+
+    def _tend_processes(self) -> None:
+        self._group.reap()
+        if self._preempting and self._repeat.due():
+            self._group.signal(signal.SIGUSR1)
+        if self._stopping and not self._group.workers:
+            self._stopping = False
+            self._send({"type": "stopped"})
+
+    def _tend_channel(self) -> None:
+        channel = self._channel
+        if channel is None:  # the first node does not answer yet
+            return
+        if self._beat.due():
+            channel.send({"type": "beat"})
+        if self._asked_to_stop and not self._told_to_stop:
+            self._told_to_stop = True
+            channel.send({"type": "preempt"})
+        channel.flush()
+        silent = time.monotonic() - channel.heard > coordinator.SILENCE_SECONDS
+        if self._status is None and (channel.closed or silent):
+            self._lose(f"{self._allocation.first_node}, which coordinates, is gone")
 
     def _lose(self, why: str) -> None:
         print(stamp(self._attempt, f"launcher {self._allocation.node}", why), file=sys.stderr, flush=True)
@@ -188,8 +189,7 @@ class NodeLauncher:
                 self._preempting = True
             elif kind == "stop":
                 self._stopping, self._preempting = True, False
-                if self._group is not None:
-                    self._group.kill()
+                self._group.kill()
             elif kind == "quit":
                 self._status = int(message["status"])
         if self._channel.closed or self._status is not None:
@@ -239,7 +239,7 @@ class NodeLauncher:
     # What the processes say.
 
     def _listen(self, worker: Worker) -> None:
-        if self._group is None or not self._group.listen(worker):
+        if not self._group.listen(worker):
             with contextlib.suppress(KeyError):
                 self._selector.unregister(worker)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.launcher.allocation import read_allocation
-from plt_megatron.launcher.finalize import after_attempt
+from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import JobSettings, save_settings
 from plt_megatron.launcher.records import Failure, Outcome, Records, read_events
 
@@ -52,7 +52,7 @@ class Job:
         """An attempt that ends so, and what the batch script's last line returns."""
         records = Records(self.run, read_allocation())
         records.end(records.begin(), outcome)
-        return after_attempt(self.run, status)
+        return finalize_job(self.run, status)
 
     @property
     def asked(self) -> list[str]:
@@ -156,22 +156,22 @@ def test_launchers_that_left_no_word(job):
     """Killed together with srun: the status is all there is."""
     records = Records(job.run, read_allocation())
     records.begin()
-    assert after_attempt(job.run, 137) == 137
+    assert finalize_job(job.run, 137) == 137
     end = read_events(job.run)[-1]
     assert (end["event"], end["status"], end["attempt"]) == ("end", "failed", 1) and "status 137" in end["reason"]
     assert job.asked == ["scontrol requeue 7"]
-    assert after_attempt(job.run, 77) == 77
+    assert finalize_job(job.run, 77) == 77
 
 
 def test_a_run_that_is_another_jobs(job):
     Records(job.run, read_allocation()).begin()
     before = read_events(job.run)
-    assert after_attempt(job.run, 78) == 78
+    assert finalize_job(job.run, 78) == 78
     assert read_events(job.run) == before and job.asked == [] and not (job.run / "why.txt").exists()
 
 
 def test_launchers_that_could_not_start(job):
-    assert after_attempt(job.run, 2) == 2
+    assert finalize_job(job.run, 2) == 2
     assert job.asked == []
     assert "the launchers did not start" in (job.run / "why.txt").read_text()
 

@@ -194,9 +194,9 @@ def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, 
     (checkout / "launch" / "in_job.py").write_text(IN_JOB.replace("VERSION", "changed"))
     run = folder / "runs" / "try"
     assert job(run / "job.sbatch", STATUS=str(status)).wait(30) == status
-    node, after = (folder / "seen").read_text().splitlines()
+    node, finalize = (folder / "seen").read_text().splitlines()
     assert node.startswith(f"submitted ['node', '{run}']")
-    assert after.startswith(f"submitted ['after', '{run}', '--status', '{status}']")
+    assert finalize.startswith(f"submitted ['finalize', '{run}', '--status', '{status}']")
     options = (folder / "srun.options").read_text().splitlines()
     assert {"--nodes=1", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--gpus-per-node=8"} <= set(options)
 

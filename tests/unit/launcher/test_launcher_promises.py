@@ -1,0 +1,21 @@
+"""docs/launcher.md: each promise names tests that are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_the_tests_that_hold_a_promise_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "launcher.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    assert {name for name in named if not re.search(rf"^def {name}\(", sources, re.MULTILINE)} == set()
+
+
+def test_every_file_of_the_package_is_explained():
+    page = (ROOT / "docs" / "launcher.md").read_text()
+    for path in (ROOT / "plt_megatron" / "launcher").glob("*.py"):
+        assert f"`{path.name}`" in page, path.name
