@@ -118,13 +118,13 @@ def batch_encode(texts: list[str], model: Path, workers: int) -> float:
 
 def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
     """CPU seconds of the phases in one process."""
+    from plt_megatron.data.formats import ReadOptions, Span, open_inputs
     from plt_megatron.data.indexed import concatenate
     from plt_megatron.data.shards import Settings, Shard, encode_shard
-    from plt_megatron.data.sources import ReadOptions, Span, expand_sources, read_span
     from plt_megatron.data.tokenizer import load_tokenizer
 
-    source = expand_sources([str(corpus)])[0]
-    settings = Settings(str(model), None, True, ReadOptions(), False)
+    span = Span(open_inputs([str(corpus)], ReadOptions())[0])
+    settings = Settings(str(model), None, True, False)
     seconds = {}
 
     def phase(name: str, work: Callable[[], Any]) -> Any:
@@ -133,12 +133,12 @@ def breakdown(corpus: Path, model: Path, folder: Path) -> dict[str, float]:
         seconds[name] = time.process_time() - started
         return result
 
-    documents = phase("read and parse", lambda: list(read_span(Span(source), settings.read)))
+    documents = phase("read and parse", lambda: list(span.documents()))
     texts = [document.text for document in documents]
     tokenizer = phase("load the tokenizer", lambda: load_tokenizer(model))
     phase("encode, empty cache", lambda: tokenizer.encode_flat(texts))
     phase("encode, full cache", lambda: tokenizer.encode_flat(texts))
-    shard = Shard("0", (Span(source),), (0,), (source.size,))
+    shard = Shard("0", (span,), (0,))
     phase("a shard, all in all", lambda: encode_shard(shard, settings, load_tokenizer(model), folder))
     phase("merge", lambda: concatenate([folder / "0.bin"], folder / "merged"))
     return seconds

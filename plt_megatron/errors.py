@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
     """Something the user can put right. Each problem is one line: what, where, and what to do."""
+
+
+def import_optional(module: str, purpose: str, extra: str) -> Any:
+    """A module of one of the package's extras, or a `UserError` that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(f"{purpose} needs the package {package}: pip install 'plt-megatron[{extra}]'") from error
 
 
 def run_command(main: Callable[[], int | None]) -> int:

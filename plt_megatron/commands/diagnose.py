@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.data.formats import describe_formats
 from plt_megatron.errors import run_command
 
 
@@ -27,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         required=True,
         metavar="FILE",
-        help="text the model was not trained on: .jsonl, .txt, .parquet (also .gz, .zst), or a .bin/.idx prefix",
+        help=f"text the model was not trained on: a .bin/.idx prefix, or a file or glob: {describe_formats()}",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: beside the checkpoint or the model")
     parser.add_argument("--max-tokens", type=int, default=65536, metavar="N", help="to measure on (default: 65536)")

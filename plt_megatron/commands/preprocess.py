@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 from plt_megatron.errors import run_command
 
 
@@ -18,32 +19,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", help="with --build-index: key=value settings of the configuration")
     data = parser.add_argument_group("input and output")
-    data.add_argument(
-        "--input", nargs="+", metavar="FILE", help="files or globs: JSONL or text (plain, .gz, .zst), Parquet"
-    )
+    data.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_HELP)
     data.add_argument("--output-prefix", metavar="PREFIX", help="where the .bin and .idx go")
     data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
     data.add_argument("--overwrite", action="store_true", help="replace an output made from something else")
     reading = parser.add_argument_group("documents")
-    reading.add_argument("--format", choices=("jsonl", "parquet", "text"), help="default: by the files' suffixes")
-    reading.add_argument("--json-key", default="text", help="the field or column with the text (default: text)")
-    reading.add_argument(
-        "--text-documents",
-        choices=("file", "line"),
-        default="file",
-        help="plain text: a document is a file or a line",
-    )
+    add_reading_arguments(reading)
     reading.add_argument(
         "--on-bad-line",
         choices=("skip", "fail"),
         default="skip",
         help="broken JSON, missing field, not UTF-8, empty, too long: skip and report (default), or stop",
-    )
-    reading.add_argument(
-        "--max-document-bytes",
-        type=int,
-        default=16 << 20,
-        help="a longer line counts as bad (default: 16 MiB)",
     )
     reading.add_argument("--eod-token", help="the token that ends a document (default: the tokenizer's)")
     reading.add_argument("--no-append-eod", action="store_true", help="do not end documents with that token")
@@ -61,7 +47,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tokenize(arguments: argparse.Namespace) -> None:
     from plt_megatron.data.preprocess import PreprocessOptions, preprocess
-    from plt_megatron.data.sources import ReadOptions
 
     preprocess(
         PreprocessOptions(
@@ -75,7 +60,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
             fail_on_bad_line=arguments.on_bad_line == "fail",
             overwrite=arguments.overwrite,
             shard_bytes=max(1, int(arguments.shard_mb * (1 << 20))),
-            read=ReadOptions(arguments.json_key, arguments.text_documents, arguments.max_document_bytes),
+            read=read_options(arguments),
         )
     )
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 from plt_megatron.errors import run_command
 
 
@@ -16,13 +17,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
         "hostile strings that all encode identically.",
     )
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help="files or globs: JSONL or text (plain, .gz, .zst), Parquet",
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the tokenizer goes")
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
@@ -47,20 +42,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the sample")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--format", choices=("jsonl", "parquet", "text"), help="default: by the files' suffixes")
-    parser.add_argument("--json-key", default="text", help="the field or column with the text (default: text)")
-    parser.add_argument(
-        "--text-documents",
-        choices=("file", "line"),
-        default="file",
-        help="plain text: a document is a file or a line",
-    )
+    add_reading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from plt_megatron.data.sources import ReadOptions
     from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
 
     result = train_tokenizer(
@@ -77,7 +64,7 @@ def _train(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             threads=arguments.threads,
             format=arguments.format,
-            read=ReadOptions(arguments.json_key, arguments.text_documents),
+            read=read_options(arguments),
             overwrite=arguments.overwrite,
         )
     )

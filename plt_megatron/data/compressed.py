@@ -8,24 +8,13 @@ import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, import_optional
 
 _READ = 1 << 20
-
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstandard"}
 
 
 class BrokenStream(Exception):
     """A compressed file ends early or is damaged; the message says how."""
-
-
-def import_zstandard() -> Any:
-    """The zstandard module, or a `UserError` that says how to install it."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError("reading .zst files needs the package zstandard: pip install 'plt-megatron[data]'") from error
-    return zstandard
 
 
 def open_stream(path: str | Path) -> io.BufferedReader:
@@ -34,11 +23,9 @@ def open_stream(path: str | Path) -> io.BufferedReader:
         raw = open(path, "rb", buffering=_READ)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    suffix = Path(path).suffix
-    if suffix == ".gz":
-        return io.BufferedReader(_Gzip(raw), _READ)
-    if suffix == ".zst":
-        return io.BufferedReader(_Zstandard(raw), _READ)
+    decompress = COMPRESSIONS.get(Path(path).suffix)
+    if decompress:
+        return io.BufferedReader(decompress(raw), _READ)
     assert isinstance(raw, io.BufferedReader)
     return raw
 
@@ -79,7 +66,7 @@ class _Zstandard(_Decompressing):
 
     def __init__(self, raw: IO[bytes]) -> None:
         super().__init__(raw)
-        self._module = import_zstandard()
+        self._module = import_optional("zstandard", "reading .zst files", "data")
         self._frame: Any = None  # the decompressor of the frame being read
         self._pending = b""  # compressed bytes after the end of the last frame
         self._output = memoryview(b"")
@@ -104,6 +91,9 @@ class _Zstandard(_Decompressing):
         buffer[:size] = self._output[:size]
         self._output = self._output[size:]
         return size
+
+
+COMPRESSIONS: dict[str, type[_Gzip | _Zstandard]] = {".gz": _Gzip, ".zst": _Zstandard}
 
 
 def compressed_offset(stream: io.BufferedReader) -> int:

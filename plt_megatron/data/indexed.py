@@ -48,8 +48,11 @@ class IndexedFile:
         return int(self.lengths.sum(dtype=np.int64))
 
 
-def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
-    """Open `prefix`.idx and check it against the size of `prefix`.bin; `UserError` if anything is amiss."""
+def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
+    """Open `prefix`.idx and check its header and last entry against the files' sizes, without reading all of it.
+
+    Raises `UserError` if anything is amiss.
+    """
     prefix = os.fspath(prefix)
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
@@ -57,25 +60,37 @@ def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     try:
         with open(prefix + ".idx", "rb") as file:
             magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)
-        idx_bytes, bin_bytes = os.path.getsize(prefix + ".idx"), os.path.getsize(prefix + ".bin")
         if magic != _MAGIC or len(header) < _HEADER.size:
-            raise UserError(f"{prefix}.idx is not an index of megatron-core's indexed format")
+            raise UserError(f"{prefix}.idx is not an index of megatron-core's indexed format: tokenize the data again")
         version, code, sequences, documents = _HEADER.unpack(header)
         if version != 1 or code not in _CODES:
             raise UserError(f"{prefix}.idx has version {version} and dtype code {code}, which are unknown")
         offset = len(_MAGIC) + _HEADER.size
-        if idx_bytes < offset + 12 * sequences + 8 * documents:
-            raise UserError(f"{prefix}.idx is cut short at {idx_bytes} bytes: tokenize the data again")
-        lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,)) if sequences else np.empty(0)
+        size = os.path.getsize(prefix + ".idx")
+        if size < offset + 12 * sequences + 8 * documents:
+            raise UserError(f"{prefix}.idx is cut short at {size} bytes: tokenize the data again")
+        dtype, lengths, end = np.dtype(_CODES[code]), np.empty(0, np.int32), 0
+        if sequences:
+            lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,))
+            starts = np.memmap(prefix + ".idx", np.int64, "r", offset + 4 * sequences, (sequences,))
+            end = int(starts[-1]) + int(lengths[-1]) * dtype.itemsize
     except OSError as error:
         raise UserError(f"{prefix}.idx cannot be read ({error.strerror})") from error
-    index = IndexedFile(prefix, np.dtype(_CODES[code]), lengths.astype(np.int32, copy=False))
-    expected = index.tokens * index.dtype.itemsize
-    if bin_bytes != expected:
-        raise UserError(
-            f"{prefix}.bin has {bin_bytes} bytes where its index expects {expected}: tokenize the data again"
-        )
+    _check_size(prefix, end)
+    return IndexedFile(prefix, dtype, lengths)
+
+
+def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
+    """As `open_index`, and all its lengths must add up to the size of `prefix`.bin."""
+    index = open_index(prefix)
+    _check_size(index.prefix, index.tokens * index.dtype.itemsize)
     return index
+
+
+def _check_size(prefix: str, expected: int) -> None:
+    size = os.path.getsize(prefix + ".bin")
+    if size != expected:
+        raise UserError(f"{prefix}.bin has {size} bytes where its index expects {expected}: tokenize the data again")
 
 
 def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:

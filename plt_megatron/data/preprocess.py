@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from plt_megatron.data.compressed import open_stream
+from plt_megatron.data.formats import Reader, ReadOptions, open_inputs
 from plt_megatron.data.indexed import concatenate, write_index
-from plt_megatron.data.plan import Plan, check_readable
+from plt_megatron.data.plan import Plan
 from plt_megatron.data.progress import ProgressBar
 from plt_megatron.data.shards import (
     FatalBadLine,
@@ -38,7 +38,6 @@ from plt_megatron.data.shards import (
     run_in_worker,
     start_worker,
 )
-from plt_megatron.data.sources import InputFile, ReadOptions, expand_sources
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -104,11 +103,10 @@ class _Job:
         self.prefix = Path(os.path.abspath(options.output_prefix))
         self.work = Path(f"{self.prefix}.partial")
         self.manifest_path = Path(f"{self.prefix}.manifest.json")
-        self.sources = expand_sources(options.inputs, options.format)
-        check_readable(self.sources)
+        self.sources = open_inputs(options.inputs, options.read, options.format)
         self.tokenizer: Tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
         self.identity = self._identity()
-        self.plan = Plan(self.sources, options.read, options.shard_bytes, self.work)
+        self.plan = Plan(self.sources, options.shard_bytes, self.work)
 
     def _identity(self) -> dict[str, Any]:
         """What the output depends on; a resumed or repeated command must agree with it."""
@@ -178,7 +176,6 @@ class _Job:
             str(self.tokenizer.path),
             self.options.eod_token,
             self.options.append_eod,
-            self.options.read,
             self.options.fail_on_bad_line,
         )
         done = self._bytes_done()
@@ -226,14 +223,8 @@ class _Job:
 
     def _describe(self, shard: Shard, place: int, line: int, reason: str) -> str:
         source = self.sources[shard.files[place]]
-        span = shard.spans[place]
-        if source.format == "parquet":
-            from plt_megatron.data.parquet import rows_before
-
-            where = f"row {rows_before(source.path, span.start) + line}"
-        else:
-            before = span.start if shard.spool_start is None else shard.spool_start
-            where = f"{count_lines(source.path, before) + line}"
+        start = shard.spans[place].start if shard.spool_start is None else shard.spool_start
+        where = source.place(start, line)
         return f"{source.path}:{where}: {reason}: mend it, or pass --on-bad-line skip"
 
     def _hash_sources(self) -> None:
@@ -304,24 +295,14 @@ class _Job:
         return sum(report["disk_bytes"] for shard in done for report in shard or [])
 
 
-def count_lines(path: str, place: int) -> int:
-    """Lines that begin before byte `place` of the (decompressed) file."""
-    lines, left = min(place, 1), place - 1
-    with open_stream(path) as stream:
-        while left > 0 and (block := stream.read(min(left, 1 << 20))):
-            lines += block.count(b"\n")
-            left -= len(block)
-    return lines
-
-
 def _file_hash(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stamp(source: InputFile) -> list[Any]:
+def _stamp(source: Reader) -> list[Any]:
     status = os.stat(source.path)
-    return [os.path.abspath(source.path), source.format, status.st_size, status.st_mtime_ns]
+    return [os.path.abspath(source.path), source.name, status.st_size, status.st_mtime_ns]
 
 
 def _read_json(path: Path) -> Any:
@@ -331,7 +312,7 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _totals(sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Documents, tokens and bad lines, of each source and of all."""
     keys = ("documents", "tokens", "text_bytes", "lines")
     entries: list[dict[str, Any]] = [
@@ -350,7 +331,7 @@ def _totals(sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> 
     }
 
 
-def _bad_lines(sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
+def _bad_lines(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
     """File, line (Parquet: row) and reason of the bad lines kept."""
     before: Counter[int] = Counter()
     for report in reports:
@@ -359,7 +340,7 @@ def _bad_lines(sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) 
         before[report["file"]] += report["lines"]
 
 
-def _write_bad_lines(prefix: Path, sources: Sequence[InputFile], reports: Sequence[dict[str, Any]]) -> None:
+def _write_bad_lines(prefix: Path, sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> None:
     """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
     path = Path(f"{prefix}.bad_lines.jsonl")
     path.unlink(missing_ok=True)

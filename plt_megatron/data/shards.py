@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.data.compressed import BrokenStream
+from plt_megatron.data.formats import Document, Span
 from plt_megatron.data.indexed import sync
-from plt_megatron.data.sources import Document, ReadOptions, Span, read_span
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_BYTES = 1 << 20  # of text encoded at once
@@ -37,19 +37,16 @@ class Settings:
     tokenizer: str
     eod_token: str | None
     append_eod: bool
-    read: ReadOptions
     fail_on_bad_line: bool
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: spans that are read in order. Parallel to `spans`: the number of each span's file among
-    all inputs, and the bytes on disk it stands for (for the progress shown)."""
+    """A unit of work: spans that are read in order. `files` has the number of each span's file among all inputs."""
 
     key: str
     spans: tuple[Span, ...]
     files: tuple[int, ...]
-    disk_bytes: tuple[int, ...]
     spool_start: int | None = None  # the (only) span is a temporary copy of decompressed bytes from here on
     broken: str = ""  # why the input breaks off after this shard
 
@@ -108,7 +105,7 @@ def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: P
             report = SpanReport(shard.files[place])
             writer = _SpanWriter(report, settings, tokenizer, output, lengths)
             try:
-                _read_into(writer, span, settings.read, shard.disk_bytes[place], shard.broken, counters)
+                _read_into(writer, span, shard.broken, counters)
             except FatalBadLine as error:
                 temporary.unlink()
                 raise FatalBadLine(place, *error.args) from None
@@ -120,7 +117,7 @@ def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: P
         sync(output)
     publish_json(target.with_suffix(".json"), [vars(report) for report in reports])
     if shard.spool_start is not None:
-        os.unlink(shard.spans[0].source.path)
+        os.unlink(shard.spans[0].reader.path)
 
 
 def publish_json(path: Path, value: Any) -> None:
@@ -133,20 +130,18 @@ def publish_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def _read_into(
-    writer: _SpanWriter, span: Span, options: ReadOptions, disk_bytes: int, broken: str, counters: Any
-) -> None:
+def _read_into(writer: _SpanWriter, span: Span, broken: str, counters: Any) -> None:
     """Feed a span to a writer, in batches, counting as it goes."""
-    live = not span.source.compressed and span.source.format != "parquet"  # sizes are sizes on disk
-    writer.report.disk_bytes = disk_bytes
-    credited = 0
-    for documents in _batches(_with_breakage(read_span(span, options), broken)):
-        before = writer.report.text_bytes, writer.report.tokens
+    report = writer.report
+    report.disk_bytes = left = span.disk_bytes
+    for documents in _batches(_with_breakage(span.documents(), broken)):
+        before = report.text_bytes, report.tokens
         writer.write(documents)
-        on_disk = sum(document.size for document in documents) if live else 0
-        credited += on_disk
-        _count(counters, writer.report.text_bytes - before[0], writer.report.tokens - before[1], on_disk)
-    _count(counters, 0, 0, disk_bytes - credited)
+        # Sizes are those of text, of which compressed files hold more than they have bytes.
+        read = min(left, sum(document.size for document in documents))
+        left -= read
+        _count(counters, report.text_bytes - before[0], report.tokens - before[1], read)
+    _count(counters, 0, 0, left)
 
 
 def _with_breakage(documents: Iterator[Document], broken: str) -> Iterator[Document]:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from plt_megatron.data.compressed import BrokenStream
+from plt_megatron.data.formats import Reader, ReadOptions, Span, open_inputs
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
-from plt_megatron.data.plan import check_readable
-from plt_megatron.data.sources import InputFile, ReadOptions, Span, expand_sources, read_span
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -71,9 +71,7 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
     existing = Path(options.output_dir) / "tokenizer.model"
     if existing.exists() and not options.overwrite:
         raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
-    sources = expand_sources(options.inputs, options.format)
-    check_readable(sources)
-    sample = Sample(sources, options)
+    sample = Sample(open_inputs(options.inputs, options.read, options.format), options)
     folder = Path(options.output_dir)
     temporary = folder / f".tokenizer.{os.getpid()}.model"
     try:
@@ -198,8 +196,8 @@ class Sample:
     Filled while `lines` is read: `bytes`, `documents`, `bad_lines`, and `kept`, the texts to compare on.
     """
 
-    def __init__(self, sources: Sequence[InputFile], options: TrainingOptions) -> None:
-        self._sources = sources
+    def __init__(self, readers: Sequence[Reader], options: TrainingOptions) -> None:
+        self._readers = readers
         self._options = options
         self._random = random.Random(options.seed)
         self.bytes = 0
@@ -226,32 +224,29 @@ class Sample:
             self._kept_size += len(self.kept[-1])
 
     def _texts(self) -> Iterator[str]:
-        sizes = [source.size * (_COMPRESSION if source.compressed else 1) for source in self._sources]
+        sizes = [reader.size * (_COMPRESSION if reader.compressed else 1) for reader in self._readers]
         share = min(1.0, self._options.max_sample_bytes / max(1, sum(sizes)))
-        for source in self._sources:
-            for span, keep in self._spans(source, share):
+        for reader in self._readers:
+            for span, keep in self._spans(reader, share):
                 yield from self._read(span, keep)
                 if self.bytes >= self._options.max_sample_bytes:
                     return
 
-    def _spans(self, source: InputFile, share: float) -> Iterator[tuple[Span, float]]:
+    def _spans(self, reader: Reader, share: float) -> Iterator[tuple[Span, float]]:
         """What to read of a file to get `share` of it: spans, and the share of their documents to keep."""
-        by_line = source.format == "jsonl" or self._options.read.text_documents == "line"
-        if share >= 1.0 or source.format == "parquet" or source.compressed or not by_line:
-            yield Span(source), share
+        if share >= 1.0 or reader.compressed or not reader.by_line:
+            yield Span(reader), share
             return
         stride = _SPAN / share
-        place = self._random.random() * min(stride, source.size)
-        while place < source.size:
+        place = self._random.random() * min(stride, reader.size)
+        while place < reader.size:
             start = int(place)
-            yield Span(source, start, min(start + _SPAN, source.size)), 1.0
+            yield Span(reader, start, min(start + _SPAN, reader.size)), 1.0
             place += stride
 
     def _read(self, span: Span, share: float) -> Iterator[str]:
-        from plt_megatron.data.compressed import BrokenStream
-
         try:
-            for document in read_span(span, self._options.read):
+            for document in span.documents():
                 if document.text is None:
                     self.bad_lines += 1
                 elif share >= 1.0 or self._random.random() < share:

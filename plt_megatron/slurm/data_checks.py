@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.data.indexed import open_index
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.slurm.profile import Container
-
-# plt_megatron/data/indexed.py describes the format. It reads all lengths; a login node should not, of a large corpus.
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-_ITEM_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
-_UINT16 = 8
 
 
 def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
@@ -55,30 +51,13 @@ def _paths(data: DataConfig) -> Iterator[str]:
 
 def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     """Whether header, last entry, the size of .bin and the width of its ids fit together."""
-    again = "tokenize the data again (tools/preprocess_data.py)"
     try:
-        with open(prefix + ".idx", "rb") as file:
-            header = file.read(_HEADER.size)
-            if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-                return [f"{prefix}.idx is no index of tokenized data: {again}"]
-            _, version, code, sequences, documents = _HEADER.unpack(header)
-            if version != 1 or code not in _ITEM_BYTES:
-                return [f"{prefix}.idx has version {version} and type {code}, which are unknown: {again}"]
-            if sequences == 0:
-                return [f"{prefix}.idx says that there are no documents: {again}"]
-            expected = _HEADER.size + 12 * sequences + 8 * documents
-            if Path(file.name).stat().st_size < expected:
-                return [f"{prefix}.idx is cut short: {again}"]
-            file.seek(_HEADER.size + 4 * (sequences - 1))
-            (last_length,) = struct.unpack("<i", file.read(4))
-            file.seek(_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-            (last_offset,) = struct.unpack("<q", file.read(8))
-    except OSError as error:
-        return [f"{prefix}.idx cannot be read: {error.strerror or error}"]
-    size, needed = Path(prefix + ".bin").stat().st_size, last_offset + last_length * _ITEM_BYTES[code]
-    if size != needed:
-        return [f"{prefix}.bin has {size} bytes where its index expects {needed}: {again}"]
-    if code == _UINT16 and tokenizer is not None and tokenizer.vocab_size > 1 << 16:
+        index = open_index(prefix)  # not `read_index`: a login node should not read all lengths of a large corpus
+    except UserError as error:
+        return [str(error)]
+    if not index.documents:
+        return [f"{prefix}.idx says that there are no documents: tokenize the data again (tools/preprocess_data.py)"]
+    if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
         # Written with 16 bits only where every id of the tokenizer fits.
         return [f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: made with another one"]
     return []

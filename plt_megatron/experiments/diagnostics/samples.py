@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data.formats import ReadOptions, Span, open_inputs
 from plt_megatron.data.indexed import read_index
 from plt_megatron.data.mix import check_tokenizer
-from plt_megatron.data.sources import ReadOptions, Span, expand_sources, read_span
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 
@@ -108,14 +108,14 @@ class _Reader:
 
     def __init__(self, data: str, tokenizer: Tokenizer) -> None:
         self.bad, self.reason, self._tokenizer = 0, "", tokenizer
-        self._sources = expand_sources([data])
+        self._readers = open_inputs([data], ReadOptions())
 
     def documents(self) -> Iterator[np.ndarray]:
-        for source in self._sources:
-            for document in read_span(Span(source), ReadOptions()):
+        for reader in self._readers:
+            for document in Span(reader).documents():
                 if document.text is None:
                     self.bad += 1
-                    self.reason = self.reason or f"{source.path}, line {document.line}: {document.reason}"
+                    self.reason = self.reason or f"{reader.path}, line {document.line}: {document.reason}"
                     continue
                 ids, _ = self._tokenizer.encode_flat([document.text])
                 yield np.append(ids.astype(np.int64), self._tokenizer.eod)

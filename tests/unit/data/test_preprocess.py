@@ -18,9 +18,9 @@ import sentencepiece
 from data_helpers import ROOT, Tool, make_texts, tool_environment, write_jsonl
 
 from plt_megatron.data import preprocess as module
-from plt_megatron.data.indexed import read_index
+from plt_megatron.data.formats import ReadOptions
+from plt_megatron.data.indexed import open_index, read_index
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
-from plt_megatron.data.sources import ReadOptions
 from plt_megatron.errors import UserError
 
 
@@ -443,6 +443,13 @@ def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None
     content = Path(f"{tmp_path / 'x'}.bin").read_bytes()
     Path(f"{tmp_path / 'x'}.bin").write_bytes(content[:-2])
     with pytest.raises(UserError, match=rf"x\.bin has {len(content) - 2} bytes where its index expects {len(content)}"):
+        read_index(tmp_path / "x")
+    Path(f"{tmp_path / 'x'}.bin").write_bytes(content)
+    damaged = bytearray(Path(f"{tmp_path / 'x'}.idx").read_bytes())
+    damaged[34] ^= 1  # the first length
+    Path(f"{tmp_path / 'x'}.idx").write_bytes(damaged)
+    assert open_index(tmp_path / "x").documents == 300, "only what is at the ends is looked at"
+    with pytest.raises(UserError, match=rf"x\.bin has {len(content)} bytes where its index expects"):
         read_index(tmp_path / "x")
     Path(f"{tmp_path / 'x'}.idx").write_bytes(b"MMIDIDX\0\0" + bytes(5))
     with pytest.raises(UserError, match="not an index of megatron-core's indexed format"):

@@ -9,8 +9,8 @@ from data_helpers import Tool, make_texts, train, write_jsonl
 from tokenizers import Tokenizer as FastTokenizer
 
 from plt_megatron.data import tokenizer_training
+from plt_megatron.data.formats import ReadOptions, open_inputs
 from plt_megatron.data.hf_tokenizer import first_difference
-from plt_megatron.data.sources import expand_sources
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.data.tokenizer_training import Sample, TrainingOptions, hostile_strings
 from plt_megatron.errors import UserError
@@ -136,7 +136,7 @@ def test_large_corpora_are_sampled_evenly(tmp_path: Path) -> None:
     for number in range(2):
         lines = [f"file{number} place{place:05d} " + "x" * 400 for place in range(12_000)]
         write_jsonl(tmp_path / f"{number}.jsonl", lines)
-    sources = expand_sources([str(tmp_path / "*.jsonl")])
+    sources = open_inputs([str(tmp_path / "*.jsonl")], ReadOptions())
     size = sum(source.size for source in sources)
     tokenizer_training_span = tokenizer_training._SPAN
     try:
@@ -156,7 +156,9 @@ def test_large_corpora_are_sampled_evenly(tmp_path: Path) -> None:
 def test_sentencepiece_drops_no_long_line(tmp_path: Path) -> None:
     """It ignores lines of over 4192 bytes; ours arrive in parts."""
     text = "".join(make_texts(200, seed=5)).replace("\n", " ")
-    sample = Sample(expand_sources([str(write_jsonl(tmp_path / "a.jsonl", [text]))]), TrainingOptions([], "", 0))
+    sample = Sample(
+        open_inputs([str(write_jsonl(tmp_path / "a.jsonl", [text]))], ReadOptions()), TrainingOptions([], "", 0)
+    )
     lines = list(sample.lines())
     assert "".join(lines) == "".join(text.splitlines())
     assert max(len(line.encode()) for line in lines) < 4192

@@ -102,7 +102,7 @@ def test_data_cut_short(folder, slurm):
 @pytest.mark.parametrize("content", [b"", b"MMIDIDX\x00\x00", b"#!/bin/sh\n" * 20])
 def test_an_index_that_is_none(folder, slurm, content):
     (folder / "data" / "corpus.idx").write_bytes(content)
-    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is no index")
+    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is not an index")
 
 
 def test_an_index_cut_short(folder, slurm):

@@ -2,20 +2,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from data_helpers import make_texts, write_jsonl
 
 from plt_megatron.data.compressed import BrokenStream, open_stream
-from plt_megatron.data.sources import Document, InputFile, ReadOptions, Span, expand_sources, read_span
+from plt_megatron.data.formats import READERS, Document, Reader, ReadOptions, Span, open_inputs
 from plt_megatron.errors import UserError
 
 
 def read(path: Path, options: ReadOptions | None = None, **span: int) -> list[Document]:
-    (source,) = expand_sources([str(path)])
-    return list(read_span(Span(source, **span), options or ReadOptions()))
+    (reader,) = open_inputs([str(path)], options or ReadOptions())
+    return list(Span(reader, **span).documents())
 
 
 def zstd(content: bytes) -> bytes:
@@ -171,37 +173,104 @@ def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:
 def test_parquet_without_the_column(tmp_path: Path, columns: dict[str, list[int]], message: str) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
-    from plt_megatron.data.parquet import row_group_sizes
-
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table(columns), path)
     with pytest.raises(UserError, match=message):
-        row_group_sizes(str(path), "text")
+        open_inputs([str(path)], ReadOptions())
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match="not a readable Parquet file"):
-        row_group_sizes(str(path), "text")
+        open_inputs([str(path)], ReadOptions())
 
 
-def test_expanding_inputs(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl", "c.txt", "deep/d.jsonl.gz", "e.parquet", "f.json", "g.txt.zst", "noext"):
+def test_opening_inputs(tmp_path: Path) -> None:
+    options = ReadOptions()
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "deep/d.jsonl.gz", "f.json", "g.txt.gz", "noext"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = expand_sources([str(tmp_path / "c.txt"), str(tmp_path / "*"), str(tmp_path / "**" / "*.gz")])
-    names = [Path(source.path).name for source in found]
-    assert names == ["c.txt", "a.jsonl", "b.jsonl", "e.parquet", "f.json", "g.txt.zst", "noext", "d.jsonl.gz"]
-    formats = [source.format for source in found]
-    assert formats == ["text", "jsonl", "jsonl", "parquet", "jsonl", "text", "text", "jsonl"]
-    assert [source.compressed for source in found].count(True) == 2
-    assert expand_sources([str(tmp_path / "noext")], "jsonl") == [InputFile(str(tmp_path / "noext"), "jsonl", 5)]
+    found = open_inputs([str(tmp_path / "c.txt"), str(tmp_path / "*"), str(tmp_path / "**" / "*.gz")], options)
+    assert [Path(reader.path).name for reader in found] == [
+        *("c.txt", "a.jsonl", "b.jsonl", "f.json", "g.txt.gz", "noext", "d.jsonl.gz")
+    ]
+    assert [reader.name for reader in found] == ["text", "jsonl", "jsonl", "jsonl", "text", "text", "jsonl"]
+    assert [reader.compressed for reader in found].count(True) == 2
+    assert open_inputs([str(tmp_path / "noext")], options, "jsonl") == [
+        READERS["jsonl"](str(tmp_path / "noext"), 5, options)
+    ]
     with pytest.raises(UserError, match=r"input '.*\*\.csv' matches no file"):
-        expand_sources([str(tmp_path / "*.csv")])
+        open_inputs([str(tmp_path / "*.csv")], options)
     with pytest.raises(UserError, match="is a folder: name its files"):
-        expand_sources([str(tmp_path)])
+        open_inputs([str(tmp_path)], options)
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, path in (("zstandard", tmp_path / "a.jsonl.zst"), ("pyarrow", tmp_path / "a.parquet")):
+    """Found when inputs are opened, not by the worker that comes to read them."""
+    for module, path in (("zstandard", tmp_path / "a.jsonl.zst"), ("pyarrow.parquet", tmp_path / "a.parquet")):
         path.write_text(json.dumps({"text": "a"}))
-        monkeypatch.setitem(__import__("sys").modules, name, None)
-        with pytest.raises(UserError, match=f"needs the package {name}: pip install"):
-            read(path)
+        monkeypatch.setitem(__import__("sys").modules, module, None)
+        with pytest.raises(UserError, match=f"needs the package {module.split('.')[0]}: pip install"):
+            open_inputs([str(path)], ReadOptions())
+
+
+# ---------------------------------------------------------------- what holds for every format
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table({"text": texts}), path, row_group_size=7)
+
+
+# How a file of each format is written; a new format adds its own.
+WRITERS: dict[str, Callable[[Path, list[str]], object]] = {
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+    "text": lambda path, texts: path.write_text("\n".join(texts), encoding="utf-8"),
+}
+
+
+@pytest.fixture(params=sorted(READERS))
+def any_reader(request: pytest.FixtureRequest, tmp_path: Path) -> Reader:
+    """A file of 100 documents, or bad ones: the second is empty, the third too long."""
+    cls = READERS[request.param]
+    path = tmp_path / f"corpus{cls.suffixes[0]}"
+    texts = [" ".join(text.split()) for text in make_texts(100)]
+    WRITERS[request.param](path, [texts[0], "", "x" * 5000, *texts[3:]])
+    (reader,) = open_inputs([str(path)], ReadOptions(text_documents="line", max_document_bytes=4000))
+    assert type(reader) is cls
+    return reader
+
+
+@pytest.mark.parametrize("size", [1, 300, 5000, 1 << 30])
+def test_spans_cover_a_file_of_any_format(any_reader: Reader, size: int) -> None:
+    whole = list(any_reader.read())
+    assert [document.text is None for document in whole] == [False, True, True] + [False] * 97
+    assert [document.kind for document in whole[1:3]] == ["empty", "too long"]
+    assert [document.line for document in whole] == list(range(1, 101))
+    spans = list(any_reader.spans(size))
+    assert [document.text for span in spans for document in span.documents()] == [document.text for document in whole]
+    assert sum(span.disk_bytes for span in spans) <= any_reader.size
+    assert len(spans) == 1 or max(span.disk_bytes for span in spans) < any_reader.size
+
+
+def test_any_format_says_where_a_document_is(any_reader: Reader) -> None:
+    """The place in the file of each document is the same, however the file is cut."""
+    for size in (1, 300, 1 << 30):
+        places = [
+            any_reader.place(span.start, document.line)
+            for span in any_reader.spans(size)
+            for document in span.documents()
+        ]
+        assert [int(place.split()[-1]) for place in places] == list(range(1, 101))
+
+
+def test_readers_of_any_format_travel_to_workers(any_reader: Reader) -> None:
+    spans = list(any_reader.spans(300))
+    assert [list(span.documents()) for span in pickle.loads(pickle.dumps(spans))] == [
+        list(span.documents()) for span in spans
+    ]
+
+
+def test_a_name_or_suffix_is_taken_once() -> None:
+    for attributes in ({"name": "jsonl"}, {"name": "new", "suffixes": (".parquet",)}):
+        with pytest.raises(AssertionError, match="already taken"):
+            type("Another", (Reader,), attributes)
+    assert sorted(READERS) == sorted(WRITERS)

@@ -1,0 +1,57 @@
+"""Raw formats. Each is a class of a module in this package, which all are imported here: adding one adds a file."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from plt_megatron.data.compressed import COMPRESSIONS
+from plt_megatron.data.formats.documents import Document
+from plt_megatron.data.formats.reader import READERS, Reader, ReadOptions, Span
+from plt_megatron.errors import UserError
+
+__all__ = ["READERS", "Document", "ReadOptions", "Reader", "Span", "describe_formats", "open_inputs"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | None = None) -> list[Reader]:
+    """Readers of the files behind paths and globs (`**` included), each once, in the order given, a glob's by name.
+
+    The format follows from the suffix unless `format` is given; a file with an unknown suffix is plain text.
+    Raises `UserError` if there is no file, one cannot be read, or a package that reads it is missing.
+    """
+    paths: dict[str, None] = {}
+    for pattern in patterns:
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        files = [path for path in found if os.path.isfile(path)]
+        if not files:
+            what = "is a folder: name its files, as in folder/*.jsonl" if found else "matches no file"
+            raise UserError(f"input {pattern!r} {what}")
+        paths.update(dict.fromkeys(files))
+    by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}
+    readers = []
+    for path in paths:
+        kind = READERS[format] if format else by_suffix.get(_suffix(path), READERS["text"])
+        readers.append(kind(path, os.path.getsize(path), options))
+        readers[-1].check()
+    return readers
+
+
+def _suffix(path: str) -> str:
+    """The ending that says the format, in front of a compression's."""
+    suffixes = Path(path).suffixes
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def describe_formats() -> str:
+    """The formats and the endings they go by, for a command's help."""
+    known = (f"{name} ({', '.join(reader.suffixes)})" for name, reader in sorted(READERS.items()))
+    return f"{', '.join(known)}; lines and text also compressed ({', '.join(COMPRESSIONS)})"

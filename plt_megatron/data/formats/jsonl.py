@@ -1,0 +1,37 @@
+"""JSON lines: an object a line, the text in one of its fields."""
+
+from __future__ import annotations
+
+import json
+
+from plt_megatron.data.formats.documents import Document, check_text, not_utf8
+from plt_megatron.data.formats.lines import LineReader
+
+
+class JsonLines(LineReader):
+    name = "jsonl"
+    suffixes = (".jsonl", ".json", ".ndjson")
+
+    def parse(self, number: int, size: int, line: bytes) -> Document:
+        try:
+            value = json.loads(line.decode("utf-8").rstrip("\r\n"))
+        except UnicodeDecodeError as error:
+            return not_utf8(number, size, error)
+        except RecursionError:
+            return Document(number, size, None, "broken JSON", "broken JSON (nested too deeply)")
+        except ValueError as error:  # JSONDecodeError, and integers beyond Python's digit limit
+            if not line.strip():
+                return Document(number, size, None, "empty", "empty line")
+            return Document(number, size, None, "broken JSON", f"broken JSON ({error})")
+        if not isinstance(value, dict):
+            return Document(number, size, None, "broken JSON", "broken JSON (the line is not an object)")
+        key = self.options.json_key
+        if key not in value:
+            return Document(number, size, None, "missing field", f"missing field {key!r}")
+        text = value[key]
+        if isinstance(text, str) and b"\\u" in line:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                return Document(number, size, None, "not UTF-8", f"not UTF-8 (lone surrogate in field {key!r})")
+        return check_text(number, size, text, key)

@@ -1,0 +1,105 @@
+"""Parquet, read with pyarrow: the text is a column of strings, a span a range of row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from plt_megatron.data.formats.documents import Document, check_text, not_utf8, too_long
+from plt_megatron.data.formats.reader import Reader, ReadOptions, Span
+from plt_megatron.errors import UserError
+
+_ROWS = 512  # decoded at a time
+
+
+class Parquet(Reader):
+    name = "parquet"
+    suffixes = (".parquet",)
+    requires = "pyarrow.parquet"
+
+    def spans(self, size: int) -> Iterator[Span]:
+        groups = self._group_sizes()
+        whole = max(1, sum(groups))
+        start, pending = 0, 0
+        for group, group_size in enumerate(groups):
+            pending += group_size
+            if pending >= size or group == len(groups) - 1:
+                yield Span(self, start, group + 1, self.size * pending // whole)
+                start, pending = group + 1, 0
+
+    def read(self, start: int = 0, end: int | None = None) -> Iterator[Document]:
+        import pyarrow
+
+        row = 0
+        try:
+            for row, value in enumerate(self._values(start, end), 1):
+                yield read_value(row, value, self.options)
+        except (OSError, pyarrow.ArrowException) as error:
+            where = f"after row {row} from row group {start} on"
+            raise UserError(f"{self.path}: damaged Parquet file {where} ({_first_line(error)})") from error
+
+    def _values(self, start: int, end: int | None) -> Iterator[Any]:
+        with self._open() as file:
+            groups = range(start, file.metadata.num_row_groups if end is None else end)
+            columns = [self.options.json_key]
+            for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns, use_threads=False):
+                yield from batch.column(0)
+
+    def place(self, start: int, line: int) -> str:
+        with self._open() as file:
+            before = sum(file.metadata.row_group(group).num_rows for group in range(start))
+        return f"row {before + line}"
+
+    def check(self) -> None:
+        super().check()
+        self._group_sizes()
+
+    def _open(self) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            # No pre-buffering and no memory map: a row group is decoded as it is read.
+            return pyarrow.parquet.ParquetFile(self.path, pre_buffer=False, memory_map=False)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{self.path}: not a readable Parquet file ({_first_line(error)})") from error
+
+    def _group_sizes(self) -> list[int]:
+        """Bytes on disk of the column in each row group. `UserError` if the file has no such column of strings."""
+        with self._open() as file:
+            column = self.options.json_key
+            check_column(self.path, file.schema_arrow, column)
+            metadata = file.metadata
+            position = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
+            groups = map(metadata.row_group, range(metadata.num_row_groups))
+            return [group.column(position).total_compressed_size for group in groups]
+
+
+def check_column(path: str, schema: Any, column: str) -> None:
+    """`UserError` unless an Arrow schema has a column of strings of this name."""
+    from pyarrow import types
+
+    index = schema.get_field_index(column)
+    if index < 0:
+        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+    kind = schema.field(index).type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (types.is_string(kind) or types.is_large_string(kind)):
+        raise UserError(f"{path}: column {column!r} holds {kind}, not strings")
+
+
+def read_value(row: int, value: Any, options: ReadOptions) -> Document:
+    """The document of an Arrow scalar."""
+    try:
+        text = value.as_py()
+    except UnicodeDecodeError as error:
+        return not_utf8(row, 0, error)
+    size = len(text.encode("utf-8")) if text else 0
+    if size > options.max_document_bytes:
+        return too_long(row, size, options.max_document_bytes)
+    return check_text(row, size, text, options.json_key)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,98 @@
+"""What a raw format is to the rest: files that are cut into spans, and spans that are read as documents.
+
+A `Span` is the unit of reading: a byte range of an uncompressed file (the lines that start in it), a range of row
+groups of a Parquet file, or a whole file. Spans of a file are disjoint and cover it, so that several processes can
+read one file without talking to each other. Memory is bounded by the longest document allowed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from plt_megatron.data.compressed import COMPRESSIONS, open_stream
+from plt_megatron.data.formats.documents import Document
+from plt_megatron.errors import import_optional
+
+READERS: dict[str, type[Reader]] = {}  # by name; each class enters itself
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are found in files."""
+
+    json_key: str = "text"  # the field or column with the text
+    text_documents: str = "file"  # plain text: one document per "file" or per "line"
+    max_document_bytes: int = 16 << 20  # a longer line (or text file, or value) is a bad line
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file. `end` is exclusive, in the reader's own unit; None: to the end. `disk_bytes`: for progress."""
+
+    reader: Reader
+    start: int = 0
+    end: int | None = None
+    disk_bytes: int = 0
+
+    def documents(self) -> Iterator[Document]:
+        """The documents and bad lines of the span, in order; raises as `Reader.read`."""
+        return self.reader.read(self.start, self.end)
+
+
+@dataclass(frozen=True)
+class Reader(ABC):
+    """One file of a raw format. A subclass that has a `name` is registered.
+
+    Class attributes:
+        name: what `--format` calls it.
+        suffixes: the file endings it is recognized by, without a compression's.
+        requires: a module of the extra `data` that it imports.
+    """
+
+    name: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    requires: ClassVar[str | None] = None
+
+    path: str
+    size: int  # bytes on disk
+    options: ReadOptions
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            others = {suffix for reader in READERS.values() for suffix in reader.suffixes}
+            assert cls.name not in READERS and not others.intersection(cls.suffixes), f"{cls.name}: already taken"
+            READERS[cls.name] = cls
+
+    @property
+    def compressed(self) -> bool:
+        return Path(self.path).suffix in COMPRESSIONS
+
+    @property
+    def by_line(self) -> bool:
+        """Whether documents are lines, so that any byte range of the decompressed file is a span."""
+        return False
+
+    def spans(self, size: int) -> Iterator[Span]:
+        """Cut the file into spans of about `size` bytes on disk. Here: the whole file is one."""
+        yield Span(self, disk_bytes=self.size)
+
+    @abstractmethod
+    def read(self, start: int = 0, end: int | None = None) -> Iterator[Document]:
+        """The documents and bad lines of a span, in order.
+
+        Raises `BrokenStream` where a compressed file is damaged, and `UserError` if a file cannot be read.
+        """
+
+    def place(self, start: int, line: int) -> str:
+        """Where in the file line `line` of the span from `start` on is, as messages say it."""
+        return str(line)
+
+    def check(self) -> None:
+        """`UserError` if the file cannot be opened or a package is missing."""
+        if self.requires:
+            import_optional(self.requires, f"reading {self.name} files", "data")
+        open_stream(self.path).close()
