@@ -20,11 +20,16 @@ def find_config(path: str | os.PathLike[str]) -> Path:
     return given
 
 
+def is_checkout(root: Path) -> bool:
+    """Whether the folder that holds the package is the project's own, not site-packages."""
+    return (root / "pyproject.toml").is_file()
+
+
 def python_path() -> str:
     """PYTHONPATH for processes that import this package: it comes first where it runs from a checkout.
 
     Not where it is installed: site-packages must not come before the standard library.
     """
     inherited = os.environ.get("PYTHONPATH", "")
-    own = str(ROOT) if (ROOT / "pyproject.toml").is_file() else ""
+    own = str(ROOT) if is_checkout(ROOT) else ""
     return os.pathsep.join(filter(None, (own, inherited)))

@@ -1,6 +1,6 @@
 """What keeps a run's processes going inside a job, and says which of them was at fault when they do not.
 
-The rest of the code uses three functions of it: `launch_node` and `finalize_job`, which launch/in_job.py calls and
+The rest of the code uses three functions of it: `launch_node` and `finalize_job`, which in_job.py calls and
 through it a run's job.sbatch, and `start_watchdog`, of whose result a trainer calls `beat` and `close`. Another
 launcher replaces this one by doing what these three say: docs/launcher.md. Imports no torch.
 """

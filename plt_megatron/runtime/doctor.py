@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
+from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.runtime.machine import Device, Machine
 
 SUPPORTED_PYTHONS = ((3, 12), (3, 13))
@@ -22,7 +23,7 @@ _TRAIN_ON_CPU = "train on the CPU"
 _TRAIN_ON_GPU = "train on GPUs"
 _TRAINING = (_TRAIN_ON_CPU, _TRAIN_ON_GPU)
 
-_INSTALL_PROJECT = "make venv, and use .venv/bin/python"
+_INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
 _FIRST_WITH_FP8 = (8, 9)
 
@@ -133,7 +134,7 @@ def _capabilities(machine: Machine) -> list[Capability]:
 
 
 def _extra(name: str) -> str:
-    return f"pip install -e '.[{name}]'"
+    return f"pip install -e '.[{name}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{name}]'"
 
 
 def _no(name: str, reason: str, remedy: str = "") -> Capability:
@@ -158,7 +159,7 @@ def _core_problem(machine: Machine) -> tuple[str, str] | None:
             return f"{name} {machine.packages[name]} is outside {wanted}", f"pip install '{name}{wanted}'"
     for name in ("torch", "megatron-core"):
         if name in machine.import_errors:
-            return f"{name} does not load: {machine.import_errors[name]}", "rm -r .venv && make venv"
+            return f"{name} does not load: {machine.import_errors[name]}", "install it again, in a new environment"
     return None
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.runtime.local_processes import usable_cores
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _IMPORT_TIMEOUT_SECONDS = 180
 
 # Distribution -> module. Compiled against torch or a driver, so being installed does not mean that they load.
@@ -105,9 +105,9 @@ def observe() -> Machine:
 
 def _project_requirements() -> dict[str, str]:
     """The ranges of `pyproject.toml`, or of the installed package's metadata where it was not kept."""
-    pyproject = PROJECT_ROOT / "pyproject.toml"
-    if pyproject.is_file():
-        requirements = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    if is_checkout(ROOT):
+        pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        requirements = tomllib.loads(pyproject)["project"]["dependencies"]
     else:
         requirements = importlib.metadata.requires("plt-megatron") or []
     ranges = {}

@@ -17,14 +17,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import plt_megatron
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config, save_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import CODE_NAME, LOGS_NAME, SCRIPT_NAME, SUBMISSIONS_NAME, JobSettings, save_settings
 
 CONFIG_NAME = "config.yaml"
-_SNAPSHOT = ("plt_megatron", "launch", "tools", "configs", "pyproject.toml")
+_PACKAGE = "plt_megatron"
+_CHECKOUT = (_PACKAGE, "launch", "tools", "configs", "pyproject.toml")
 _RECORDED = (
     "CUDA",
     "NCCL",
@@ -200,7 +203,7 @@ def _free_name(target: Path) -> Path:
 
 def _code_files(root: Path) -> Iterator[tuple[str, tuple[bytes, bool]]]:
     """Path below `root` -> content, and whether it is executable."""
-    for part in _SNAPSHOT:
+    for part in _CHECKOUT if is_checkout(root) else (_PACKAGE,):
         top = root / part
         paths = sorted(top.rglob("*")) if top.is_dir() else [top]
         for path in paths:
@@ -214,13 +217,15 @@ def _code_files(root: Path) -> Iterator[tuple[str, tuple[bytes, bool]]]:
 
 
 def describe_git(root: Path) -> str:
-    """Commit, branch, changed files and their difference."""
+    """Commit, branch, changed files and their difference; of an installed package its version."""
+    if not is_checkout(root):
+        return f"plt-megatron {plt_megatron.__version__}, installed in {root}; {CODE_NAME}/ holds the code.\n"
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return f"{root} is no git checkout, or there is no git; {CODE_NAME}/ holds the code.\n"
     branch = _git(root, "rev-parse", "--abbrev-ref", "HEAD") or ""
-    status = _git(root, "status", "--porcelain", "--", *_SNAPSHOT) or ""
-    changes = _git(root, "diff", "HEAD", "--", *_SNAPSHOT) or ""
+    status = _git(root, "status", "--porcelain", "--", *_CHECKOUT) or ""
+    changes = _git(root, "diff", "HEAD", "--", *_CHECKOUT) or ""
     state = f"changed files:\n{status}\n{changes}" if status.strip() else "no changes\n"
     return f"commit {commit.strip()}\nbranch {branch.strip()}\n{state}"
 

@@ -1,4 +1,4 @@
-"""job.sbatch: launch/job.sbatch with a run's values filled in."""
+"""job.sbatch: slurm/job.sbatch with a run's values filled in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plt_megatron.slurm.profile import Container
 from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal
 from plt_megatron.slurm.times import format_duration
 
-TEMPLATE = Path("launch") / "job.sbatch"
+TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#SBATCH @DIRECTIVES@|#ENVIRONMENT @ENVIRONMENT@|@[A-Z_]+@")
 # How long srun waits for the other nodes' launchers once one has ended: a dead node's never does.
 _WAIT_SECONDS = 60
@@ -64,7 +64,7 @@ class Script:
         """The job script.
 
         Args:
-            template: the text of launch/job.sbatch.
+            template: the text of slurm/job.sbatch.
 
         Raises:
             UserError: a value that no job script can hold.

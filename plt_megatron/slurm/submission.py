@@ -14,6 +14,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
+from plt_megatron.installation import CONFIGS, is_checkout
 from plt_megatron.launcher.job import LOGS_NAME, SCRIPT_NAME, JobSettings
 from plt_megatron.slurm import arrays, checks, client, report, run_folder
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
@@ -104,7 +105,7 @@ class _Plan:
     def __init__(self, options: Options, root: Path) -> None:
         _check_options(options)
         self.options, self.root = options, root
-        self.profile = load_profile(options.cluster, root) if options.cluster else ClusterProfile()
+        self.profile = load_profile(options.cluster, CONFIGS.parent) if options.cluster else ClusterProfile()
         given = options.time or self.profile.default_time
         if given is None:
             raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
@@ -330,10 +331,10 @@ class _Plan:
         return Submission([member.run for member in self.members], ids, outputs)
 
     def _say_submitted(self, ids: Sequence[str], watched: Path, log: Path, script: Path) -> None:
-        launch = _shown(self.root / "launch" / "status.py")
+        status = f"python {shlex.quote(_shown(self.root / 'launch' / 'status.py'))}"
         rows = [
             ("submitted", f"job{'s' if len(ids) > 1 else ''} {' '.join(ids)}"),
-            ("watch", f"python {shlex.quote(launch)} {shlex.quote(_shown(watched))}"),
+            ("watch", f"{status if is_checkout(self.root) else 'plt-status'} {shlex.quote(_shown(watched))}"),
             ("log", f"tail -F {shlex.quote(_shown(log))}"),
             ("stop", f"touch {shlex.quote(_shown(watched / 'STOP'))}   # saves and leaves" if not self.array else ""),
             ("cancel", f"scancel {' '.join(ids)}"),

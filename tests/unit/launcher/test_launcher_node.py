@@ -77,7 +77,7 @@ class TwoNodes:
         for node in nodes or ("localhost", "other"):
             env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
             env |= {"SLURM_JOB_ID": str(self.job), "SLURM_JOB_NODELIST": "localhost,other", "SLURMD_NODENAME": node}
-            command = [sys.executable, str(ROOT / "launch" / "in_job.py"), "node", str(self.run)]
+            command = [sys.executable, str(ROOT / "plt_megatron" / "launcher" / "in_job.py"), "node", str(self.run)]
             if node in (changed or {}):
                 command = [sys.executable, "-c", CHANGED.format(root=str(ROOT), code=changed[node]), *command[1:]]
             out = (self.run / f"out.{node}").open("a")
@@ -281,6 +281,6 @@ def test_a_port_that_is_taken(two_nodes):
 
 
 def test_outside_of_a_job(tmp_path):
-    command = [sys.executable, str(ROOT / "launch" / "in_job.py"), "node", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "plt_megatron" / "launcher" / "in_job.py"), "node", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"}, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -69,9 +69,9 @@ def test_every_mark_is_filled(text):
     assert "@" not in text.replace("B:USR1@", "").replace("[@]", "").replace("$@", "")
 
 
-def test_launch_holds_the_commands_one_template_and_the_launcher_in_the_job():
+def test_launch_holds_the_commands():
     names = {path.name for path in (ROOT / "launch").iterdir()} - {"__pycache__"}
-    assert names == {"submit.py", "status.py", "local.py", "job.sbatch", "in_job.py"}
+    assert names == {"submit.py", "status.py", "local.py"}
 
 
 def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:

@@ -48,7 +48,7 @@ def test_the_run_folder_holds_all_that_the_job_needs(folder, slurm, capsys):
     run = folder / "runs" / "try"
     assert submission.runs == [run] and submission.job_ids == [["100"]]
     assert load_config(run / "config.yaml") == load_config("run.yaml", ["optimizer.lr=1e-3"])
-    for part in ("plt_megatron/train/main.py", "launch/job.sbatch", "tools/doctor.py", "configs/clusters/cpu.yaml"):
+    for part in ("plt_megatron/slurm/job.sbatch", "launch/submit.py", "tools/doctor.py", "configs/clusters/cpu.yaml"):
         assert (run / "code" / part).read_bytes() == (ROOT / part).read_bytes()
     assert (run / "code" / "pyproject.toml").is_file()
     assert not list((run / "code").rglob("*.pyc"))
@@ -122,6 +122,8 @@ def test_a_wrong_pwd_is_not_believed(folder, slurm, monkeypatch, tmp_path):
 
 # The submitted code is what runs.
 
+LAUNCHER = "plt_megatron/launcher/in_job.py"
+
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -129,14 +131,15 @@ def checkout(tmp_path):
     copy = tmp_path / "checkout"
     for part in (
         "plt_megatron/errors.py",
-        "launch/job.sbatch",
+        "plt_megatron/slurm/job.sbatch",
         "launch/submit.py",
         "tools/doctor.py",
         "pyproject.toml",
     ):
         (copy / part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / part, copy / part)
-    (copy / "launch" / "in_job.py").write_text(IN_JOB.replace("VERSION", "submitted"))
+    (copy / LAUNCHER).parent.mkdir()
+    (copy / LAUNCHER).write_text(IN_JOB.replace("VERSION", "submitted"))
     return copy
 
 
@@ -191,7 +194,7 @@ def job(folder, slurm):
 @pytest.mark.parametrize("status", [0, 1, 2, 75, 76])
 def test_the_snapshot_runs_though_the_checkout_changes(folder, slurm, checkout, job, status):
     submit_run(root=checkout)
-    (checkout / "launch" / "in_job.py").write_text(IN_JOB.replace("VERSION", "changed"))
+    (checkout / LAUNCHER).write_text(IN_JOB.replace("VERSION", "changed"))
     run = folder / "runs" / "try"
     assert job(run / "job.sbatch", STATUS=str(status)).wait(30) == status
     node, finalize = (folder / "seen").read_text().splitlines()
@@ -371,15 +374,26 @@ def test_a_run_whose_job_is_queued_is_left_alone(folder, slurm):
     submit_run()
 
 
+def test_an_installed_package_goes_along_without_its_neighbours(folder, slurm, checkout, capsys):
+    (checkout / "pyproject.toml").unlink()
+    (checkout / "plt_megatron-0.1.0.dist-info").mkdir()
+    submit_run(root=checkout)
+    run = folder / "runs" / "try"
+    assert [path.name for path in (run / "code").iterdir()] == ["plt_megatron"]
+    assert (run / "code" / LAUNCHER).is_file()
+    assert (run / "git.txt").read_text().startswith("plt-megatron ")
+    assert re.search(r"^watch +plt-status runs/try$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):
     submit_run(root=checkout)
     run = folder / "runs/try"
     submit_run(root=checkout)
     assert not (run / "code.1").exists()
-    (checkout / "launch" / "in_job.py").write_text("# new\n")
+    (checkout / LAUNCHER).write_text("# new\n")
     submit_run(root=checkout)
-    assert (run / "code" / "launch" / "in_job.py").read_text() == "# new\n"
-    assert "submitted" in (run / "code.1" / "launch" / "in_job.py").read_text()
+    assert (run / "code" / LAUNCHER).read_text() == "# new\n"
+    assert "submitted" in (run / "code.1" / LAUNCHER).read_text()
 
 
 def test_a_run_submits_itself_from_its_snapshot(folder, slurm, checkout):
@@ -439,7 +453,7 @@ def test_a_member_is_resubmitted_alone(folder, slurm, checkout, members):
     submit_run(root=checkout, array="list.txt")
     write_progress(members[1], [100], checkpoint=100)
     submit_run(root=checkout, config="config1.yaml")
-    assert not (members[1] / "code").is_symlink() and (members[1] / "code/launch/in_job.py").is_file()
+    assert not (members[1] / "code").is_symlink() and (members[1] / "code" / LAUNCHER).is_file()
     assert slurm.calls("sbatch")[-1] == ["--parsable", str(members[1] / "job.sbatch")]
 
 

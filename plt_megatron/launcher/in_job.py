@@ -1,21 +1,21 @@
-#!/usr/bin/env python3
-"""Inside a Slurm job, called by its batch script: job.sbatch in the run's folder, written by launch/submit.py.
+"""Inside a Slurm job, started as a file by its batch script: job.sbatch in the run's folder, written by plt-submit.
 
-    srun ... in_job.py node RUN         one launcher per node: checks it, starts the run's processes, watches over them
+    srun ... in_job.py node RUN        one launcher per node: checks it, starts the run's processes, watches over them
     in_job.py finalize RUN --status N  once they have left: finish, requeue, go on without a bad node, or give up
 
-Exit status: 0 finished, 1 failed, 2 something for you to put right, 75 preempted, 76 a node failed the checks,
+Exit status: 0 finished, 1 failed, 2 something for you to fix, 75 preempted, 76 a node failed the checks,
 77 a node was lost, 78 another job trains the run.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# Python puts this file's folder first. The package is the one in the run's snapshot, two folders up.
+sys.path[0] = __file__.rsplit("/", 3)[0]
+
+import argparse  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 from plt_megatron.errors import run_command  # noqa: E402
 from plt_megatron.launcher import finalize_job, launch_node  # noqa: E402
