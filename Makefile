@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-faults test-slurm test-te sweep-smoke lint format bench doctor clean clean-all
+.PHONY: help venv demo test test-all test-faults test-slurm test-te sweep-smoke lint format bench docs doctor clean clean-all
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -67,6 +67,10 @@ format: $(READY) ## rewrite the sources in the project's format
 
 bench: $(READY) ## benchmarks/train.py: training speed against plain megatron-core; wants a quiet machine
 	$(PY) benchmarks/train.py
+
+docs: $(READY) ## the documentation as a searchable site, build/site/index.html; it needs no network to be read
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo build/site/index.html
 
 doctor: $(READY) ## what this machine can run, and what is missing for the rest
 	@$(PY) tools/doctor.py

@@ -1,0 +1,62 @@
+"""`make docs`: the site is built without a warning, holds every page, and loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+pytest.importorskip("mkdocs", reason="pip install 'plt-megatron[docs]'")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built strictly: dead links and anchors, pages that no menu lists and unknown names of the API are errors."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_every_page_is_found_by_the_search(site):
+    index = (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    found = {entry["location"].split("#")[0] for entry in json.loads(index.removeprefix("var __index = "))["docs"]}
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert {f"{name}.html" for name in pages | {"index", "configuration", "results", "contributing"}} <= found
+
+
+def test_nothing_is_loaded_from_elsewhere(site):
+    loaded = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
+    for page in site.glob("*.html"):
+        assert not loaded.findall(page.read_text(encoding="utf-8")), page.name
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*[\"']?(?:https?:)?//|@import", sheet.read_text(encoding="utf-8")), sheet.name
+
+
+def test_what_the_api_page_promises_is_there_and_its_example_runs():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    light = [name for name in re.findall(r"^::: (\S+)", text, re.MULTILINE) if ".hf." not in name]
+    program = f"""{example}
+import importlib, sys
+for name in {light!r}:
+    module, _, attribute = name.rpartition(".")
+    assert attribute == "schema" or hasattr(importlib.import_module(module), attribute), name
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "GPU hours" in done.stdout
