@@ -42,6 +42,7 @@ class ModelConfig:
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
     gated_window: bool = True  # ... and, gated per head, to a window of their own
     window_size: int = 64  # keys a query sees in the local attention, itself included
+    fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet
     gate_input: Literal["query", "hidden"] = "query"
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last

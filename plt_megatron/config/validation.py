@@ -60,6 +60,7 @@ def find_problems(
         problems += _check_schedule(config)
         problems += _check_validation(config)
         problems += _check_profile(config, world_size)
+        problems += _check_fused_window(config)
         problems += moe_validation.find_problems(config, world_size)
         problems += deepspeed_validation.find_deepspeed_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
@@ -238,6 +239,24 @@ def _check_model(config: RunConfig) -> Iterator[str]:
             "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
             "their own; set model.gated_window=false or model.share_kv=true"
         )
+
+
+def _check_fused_window(config: RunConfig) -> Iterator[str]:
+    """What the fused kernel has not been proven for. Whether there is a GPU is checked when the model is built."""
+    model = config.model
+    if not model.fused_gated_window:
+        return
+    refusal = "model.fused_gated_window {}; set model.fused_gated_window=false"
+    if model.loop_count == 1 or not model.gated_window:
+        yield refusal.format("needs model.gated_window and model.loop_count > 1: there is no window to fuse")
+    if config.parallel.context_parallel_size > 1:
+        yield refusal.format(
+            f"does not run with parallel.context_parallel_size {config.parallel.context_parallel_size}"
+        )
+    if config.engine == "deepspeed":
+        yield refusal.format("does not run with engine deepspeed")
+    if not 16 <= derived.head_dim(model) <= 256:
+        yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
 
 
 def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -18,6 +18,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import UserError
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.gate import HiddenGate, QueryGate
 from plt_megatron.model.loop_context import Documents, LoopContext
@@ -29,6 +31,7 @@ from plt_megatron.model.torch_attention import (
     window_attention_of_runs,
 )
 from plt_megatron.model.transformer_config import PLTTransformerConfig
+from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
 
 class TorchAttention(nn.Module):
@@ -68,6 +71,53 @@ class ContextParallelTorchAttention(nn.Module):
         return window_attention_of_runs(query, key, value, before, runs, window_size=self.window_size, **kwargs)
 
 
+class FusedGatedWindow(nn.Module):
+    """Window, blend and gate in one kernel (`gated_window_kernel`), beside any backend's global attention."""
+
+    def __init__(self, plt: ModelConfig, softmax_scale: float | None) -> None:
+        super().__init__()
+        require_fused_gated_window()
+        self.plt, self.softmax_scale = plt, softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        y_global: Tensor,
+        logits: Tensor | None,
+        gate: nn.Module,
+        documents: Documents | None,
+    ) -> Tensor:
+        """query and y_global [s, b, heads, d], key and value [s, b, groups, d], logits [s, b, heads] or None where the
+        gate reads the query -> y [s, b, heads, d]."""
+        from plt_megatron.model.gated_window_kernel import gated_window
+
+        of_query: dict[str, Any] = {} if logits is not None else {"weight": gate.weight, "bias": gate.bias}
+        return gated_window(
+            query,
+            key,
+            value,
+            y_global,
+            logits=logits,
+            window_size=self.plt.window_size,
+            gate_side=self.plt.gate_side,
+            softmax_scale=self.softmax_scale,
+            document_starts=None if documents is None else documents.first_tokens,
+            **of_query,
+        )
+
+
+def require_fused_gated_window() -> None:
+    """Raise `UserError` unless Triton and a GPU (or Triton's interpreter, in tests) are there."""
+    try:
+        import triton
+    except ImportError as error:
+        raise UserError("model.fused_gated_window needs Triton, which comes with torch's CUDA builds") from error
+    if is_cpu_runtime() and not triton.knobs.runtime.interpret:
+        raise UserError("model.fused_gated_window needs a GPU: set model.fused_gated_window=false")
+
+
 class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; which loop runs comes with each call, in `packed_seq_params`.
 
@@ -94,7 +144,10 @@ class GatedSlidingWindowAttention(MegatronModule):
         self.local_attention: nn.Module | None = None
         self.plt_gate: nn.Module | None = None
         if self.plt.loop_count > 1 and self.plt.gated_window:
-            self.local_attention = self._build(config, self.plt.window_size, **build)
+            if self.plt.fused_gated_window:
+                self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
+            else:
+                self.local_attention = self._build(config, self.plt.window_size, **build)
             gate = QueryGate if self.plt.gate_input == "query" else HiddenGate
             self.plt_gate = gate(config, pg_collection.tp)
 
@@ -144,13 +197,28 @@ class GatedSlidingWindowAttention(MegatronModule):
         y_global = self.global_attention(query, *context.first_loop_kv.read(self.layer_number), context.documents)
         if self.plt_gate is None or self.local_attention is None:
             return y_global
+        if isinstance(self.local_attention, FusedGatedWindow):
+            if context.statistics is not None:
+                self._add_gate_statistics(query.detach(), logits, context)
+            return self.local_attention(query, key, value, y_global, logits, self.plt_gate, context.documents)
         y_local = self.local_attention(query, key, value, context.documents)
-        gate = torch.sigmoid(self.plt_gate(query) if logits is None else logits).unsqueeze(-1)
+        gate = self._gate(query, logits)
         if context.statistics is not None:
             context.statistics.add_gate(context.loop, self.layer_number, gate)
         if self.plt.gate_side == "local":
             return torch.lerp(y_global, y_local, gate)
         return torch.lerp(y_local, y_global, gate)
+
+    def _gate(self, query: Tensor, logits: Tensor | None) -> Tensor:
+        """[s, b, heads / TP, 1]; `logits` are those of a gate that has read hidden states."""
+        assert self.plt_gate is not None
+        return torch.sigmoid(self.plt_gate(query) if logits is None else logits).unsqueeze(-1)
+
+    @torch.no_grad()
+    def _add_gate_statistics(self, query: Tensor, logits: Tensor | None, context: LoopContext) -> None:
+        """Of a logged step: the fused kernel keeps the gate to itself."""
+        assert context.statistics is not None
+        context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
 
 
 class TorchGatedAttention(GatedSlidingWindowAttention):

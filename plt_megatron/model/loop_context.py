@@ -31,6 +31,7 @@ class Documents:
         self.segments = self.starts.cumsum(dim=1)
         flat = torch.nonzero(self.starts.flatten()).flatten().tolist()
         self.lengths = [end - start for start, end in zip(flat, [*flat[1:], starts.numel()], strict=True)]
+        self._first_tokens: Tensor | None = None
         self._cu_seqlens: Tensor | None = None
         self._spans: list[list[range]] | None = None
 
@@ -51,8 +52,15 @@ class Documents:
     @property
     def position_ids(self) -> Tensor:
         """int64 [b, s]: a token's index within its document."""
-        index = torch.arange(self.starts.shape[1], device=self.starts.device).expand_as(self.starts)
-        return index - torch.where(self.starts, index, 0).cummax(dim=1).values
+        return torch.arange(self.starts.shape[1], device=self.starts.device) - self.first_tokens
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """int32 [b, s]: the index in its row of the first token of each token's document."""
+        if self._first_tokens is None:
+            index = torch.arange(self.starts.shape[1], dtype=torch.int32, device=self.starts.device)
+            self._first_tokens = torch.where(self.starts, index, 0).cummax(dim=1).values
+        return self._first_tokens
 
     @property
     def cu_seqlens(self) -> Tensor:

@@ -174,6 +174,21 @@ def test_context_parallelism_must_fit_the_sequence(settings, expected):
     assert expected in line
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"model__loop_count": 1}, "needs model.gated_window and model.loop_count > 1"),
+        ({"model__gated_window": False}, "needs model.gated_window and model.loop_count > 1"),
+        ({"parallel__context_parallel_size": 2}, "does not run with parallel.context_parallel_size 2"),
+        ({"engine": "deepspeed"}, "does not run with engine deepspeed"),
+        ({"model__kv_channels": 8}, "takes head dimensions from 16 to 256, got 8"),
+    ],
+)
+def test_the_fused_window_refuses_what_it_is_not_proven_for(settings, expected):
+    lines = [line for line in problems(model__fused_gated_window=True, **settings) if "fused_gated_window" in line]
+    assert len(lines) == 1 and expected in lines[0] and lines[0].endswith("set model.fused_gated_window=false")
+
+
 def test_context_parallelism_with_what_it_allows():
     assert problems(parallel__context_parallel_size=4) == []
     assert problems(parallel__context_parallel_size=2, data__sequence_length=4, model__window_size=64) == []

@@ -1,0 +1,92 @@
+"""The fused gated window in Triton's interpreter, against dense attention in float64; and compiled for two GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[3]
+BOUNDS = {"bf16": 1.5e-2, "fp16": 2e-3}  # of the largest value: eight and eleven bits of mantissa
+FP32 = 1e-5
+
+
+def run_script(path: str, *arguments: str, **environment: str) -> Any:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, ROOT / path, *arguments], env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results():
+    import torch
+
+    interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    return run_script("tests/unit/model/gated_window_cases.py", **interpreter)
+
+
+def test_output_and_gradients_equal_dense_attention(results):
+    wrong = {}
+    for name, errors in results["cases"].items():
+        bound = BOUNDS.get(name.partition(",")[0], FP32)
+        wrong |= {f"{name}: {tensor}": error for tensor, error in errors.items() if not error <= bound}
+    assert len(results["cases"]) == 19 and not wrong, wrong
+
+
+def test_models_train_alike_fused_and_not(results):
+    wrong = {}
+    for name, errors in results["models"].items():
+        wrong |= {f"{name}: {tensor}": error for tensor, error in errors.items() if not error <= FP32}
+    assert len(results["models"]) == 6 and not wrong, wrong
+
+
+def test_strided_inputs_are_read_where_they_are(results):
+    assert results["strided"]["out"] == 0
+
+
+def test_the_comparison_sees_every_mistake(results):
+    assert all(error > 1e-2 for error in results["mistakes"].values()), results["mistakes"]
+
+
+def test_two_backward_passes_give_the_same_bits(results):
+    assert results["same twice"]
+
+
+def check_resources(rows: list[dict[str, Any]]) -> None:
+    """Within what an A100 and an H100 give a block of threads; registers hardly spill."""
+    print(*rows, sep="\n")
+    for row in rows:
+        assert row["shared"] <= (163 if row["sm"] == 80 else 227) * 1024, row
+        assert row["registers"] <= 255 and row["spilled bytes"] <= 64, row
+
+
+def test_the_kernels_compile_for_h100():
+    rows = run_script("tests/unit/model/gated_window_compile.py", "90", "128")
+    assert len(rows) == 3
+    check_resources(rows)
+
+
+@pytest.mark.slow  # half a minute of compiling
+def test_the_kernels_compile_for_a100_and_h100_at_every_head_dimension():
+    rows = run_script("tests/unit/model/gated_window_compile.py", "80,90", "64,96,128")
+    assert len(rows) == 18
+    check_resources(rows)
+
+
+def test_without_a_gpu_the_fused_window_is_refused_in_one_line(monkeypatch):
+    from plt_megatron.errors import UserError
+    from plt_megatron.model import attention
+
+    monkeypatch.setattr(attention, "is_cpu_runtime", lambda: True)
+    with pytest.raises(UserError, match="needs a GPU: set model.fused_gated_window=false"):
+        attention.require_fused_gated_window()
