@@ -24,8 +24,8 @@ _SPARE_POINTS = 2  # a fit has at least so many more points than coefficients
 _DISTINCT = 3  # values of N or D that its exponent takes
 _FARTHEST = 10.0  # times beyond the data that a prediction may lie
 _EXPONENTS = (0.02, 3.0)  # searched; a fit that ends at either is not determined
-_ITERATIONS = 200
-_CONVERGED = 1e-8  # the largest change of a logarithm of a coefficient
+_STARTS = 4  # points of the grid, the best, from which a fit descends
+_CONVERGED = 1e-8  # relative change of the logarithms of the coefficients
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,14 @@ def fit_scaling_law(
     law, notes = _choose_law(points)
     log_n, log_d = _logs(points)
     losses = np.array([p.loss for p in points])
-    theta = _fit(law, law.starts(log_n, log_d, losses), log_n, log_d, losses)
+    starts = law.starts(log_n, log_d, losses)[:_STARTS]
+    theta, _ = min((_descend(law, start, log_n, log_d, losses) for start in starts), key=lambda found: found[1])
     fitted = law.evaluate(theta[None], log_n, log_d)[0]
     residuals = losses - fitted
     inflated = residuals * math.sqrt(len(points) / (len(points) - law.size))
     rng = np.random.default_rng(seed)
     drawn = fitted + rng.choice(inflated, size=(bootstraps, len(points)))
-    samples = _descend(law, np.repeat(theta[None], bootstraps, axis=0), log_n, log_d, drawn)[0]
+    samples = np.array([_descend(law, theta, log_n, log_d, row)[0] for row in drawn])
     samples = theta + (samples - theta) * _stretch(level, len(points) - law.size)
     coefficients = _coefficients(law, theta, samples, level)
     for name in ("alpha", "beta"):
@@ -192,16 +193,25 @@ class _Law:
         return np.broadcast_to(losses, (len(theta), len(log_n)))
 
     def jacobian(self, theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray) -> np.ndarray:
-        """Derivatives of the losses by theta: [b, n, size]."""
-        columns = [np.broadcast_to(np.exp(theta[:, :1]), (len(theta), len(log_n)))]
+        """Derivatives of the losses by one theta: [n, size]."""
+        columns = [np.full(len(log_n), np.exp(theta[0]))]
         for index, log in enumerate(self.terms(log_n, log_d)):
-            scale, exponent = theta[:, 1 + 2 * index, None], np.exp(theta[:, 2 + 2 * index, None])
-            term = np.exp(scale - exponent * log)
+            exponent = np.exp(theta[2 + 2 * index])
+            term = np.exp(theta[1 + 2 * index] - exponent * log)
             columns += [term, -term * exponent * log]
         return np.stack(columns, axis=-1)
 
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and largest theta that are searched: [size] each."""
+        low, high = np.full(self.size, -14.0), np.full(self.size, 14.0)
+        low[2::2], high[2::2] = np.log(_EXPONENTS)
+        return low, high
+
     def starts(self, log_n: np.ndarray, log_d: np.ndarray, losses: np.ndarray) -> np.ndarray:
-        """Where to begin: a grid over the exponents, the rest by linear least squares, kept positive. [b, size]."""
+        """Where to begin, best first: a grid over the exponents, the rest by linear least squares, kept positive.
+
+        [b, size].
+        """
         grid = np.geomspace(0.05, 1.5, 12)
         logs = self.terms(log_n, log_d)
         rows = []
@@ -214,44 +224,25 @@ class _Law:
             for scale, exponent in zip(linear[1:], exponents, strict=True):
                 row += [math.log(scale), math.log(exponent)]
             rows.append(row)
-        return np.array(rows)
-
-
-def _fit(law: _Law, starts: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """The best of descents from all starts. [size]."""
-    theta, errors = _descend(law, starts, log_n, log_d, np.repeat(losses[None], len(starts), axis=0))
-    return theta[int(np.argmin(errors))]
+        thetas = np.array(rows)
+        return thetas[np.argsort(((losses - self.evaluate(thetas, log_n, log_d)) ** 2).sum(-1), kind="stable")]
 
 
 def _descend(
-    law: _Law, theta: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, losses: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Levenberg-Marquardt from each row of `theta` to that of `losses`: (theta [b, size], squared errors [b])."""
-    theta, low, high = theta.copy(), np.full(law.size, -14.0), np.full(law.size, 14.0)
-    low[2::2], high[2::2] = math.log(_EXPONENTS[0]), math.log(_EXPONENTS[1])
-    residuals = losses - law.evaluate(theta, log_n, log_d)
-    errors = (residuals**2).sum(-1)
-    damping = np.full(len(theta), 1e-2)
-    active = np.arange(len(theta))  # rows that still move
-    for _ in range(_ITERATIONS):
-        jacobian = law.jacobian(theta[active], log_n, log_d)
-        square = np.einsum("bni,bnj->bij", jacobian, jacobian)
-        diagonal = np.einsum("bii->bi", square)
-        lifted = square + np.eye(law.size) * (damping[active, None, None] * diagonal[:, None, :] + 1e-12)
-        gradient = np.einsum("bni,bn->bi", jacobian, residuals[active])
-        step = np.linalg.solve(lifted, gradient[..., None])[..., 0]
-        tried = np.clip(theta[active] + np.clip(step, -1.0, 1.0), low, high)
-        new = losses[active] - law.evaluate(tried, log_n, log_d)
-        is_better = (new**2).sum(-1) < errors[active]
-        moved = np.abs(tried - theta[active]).max(-1)
-        better = active[is_better]
-        theta[better], residuals[better] = tried[is_better], new[is_better]
-        errors[better] = (new[is_better] ** 2).sum(-1)
-        damping[active] = np.clip(np.where(is_better, damping[active] / 3, damping[active] * 4), 1e-12, 1e12)
-        active = active[moved > _CONVERGED]
-        if not len(active):
-            break
-    return theta, errors
+    law: _Law, start: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, losses: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """Least squares from `start` [size]: the coefficients there, and half the squared error."""
+    from scipy.optimize import least_squares
+
+    found = least_squares(
+        lambda theta: law.evaluate(theta[None], log_n, log_d)[0] - losses,
+        np.clip(start, *law.bounds()),
+        lambda theta, *_: law.jacobian(theta, log_n, log_d),
+        bounds=law.bounds(),
+        x_scale="jac",
+        xtol=_CONVERGED,
+    )
+    return found.x, found.cost
 
 
 def _coefficients(law: _Law, theta: np.ndarray, samples: np.ndarray, level: float) -> dict[str, Interval]:

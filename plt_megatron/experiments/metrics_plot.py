@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.plots import COLOURS, smooth
+from plt_megatron.experiments.figures import COLOURS, MARKERS, save_image, tidy
+from plt_megatron.experiments.plots import smooth
 from plt_megatron.train.metrics import FILE_NAME, read_metrics
 
 _COLUMNS = 3
@@ -74,16 +74,11 @@ def plot_metrics(
     panels = [panel for panel in _PANELS if any(_curves(panel, run) for run in runs)]
     rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(15, 3.4 * rows + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(rows, _COLUMNS, index + 1), panel, runs)
     handles = [figure.axes[0].plot([], [], color=_colour(index), linewidth=2)[0] for index in range(len(runs))]
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
-    try:
-        Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out_path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that names no image format
-        raise UserError(f"cannot write the plot {out_path}: {error}") from error
+    save_image(figure, out_path)
 
 
 def _load(folder: Path) -> list[dict[str, Any]]:
@@ -138,7 +133,7 @@ def _curves(panel: _Panel, records: list[dict[str, Any]]) -> dict[str, list[tupl
 
 def _draw_validation(axes: Axes, records: list[dict[str, Any]], colour: str) -> None:
     validation = [record for record in records if record["kind"] == "validation"]
-    for marker, loop_count in zip("os^Dv<>p", sorted({record["loop_count"] for record in validation}), strict=False):
+    for marker, loop_count in zip(MARKERS, sorted({record["loop_count"] for record in validation}), strict=False):
         points = [(record["tokens"], record["loss"]) for record in validation if record["loop_count"] == loop_count]
         loops = "1 loop" if loop_count == 1 else f"{loop_count} loops"
         label = f"validation, {loops}: {points[-1][1]:.3f}"
@@ -156,9 +151,7 @@ def _decorate(axes: Axes, panel: _Panel, styles: dict[str, str]) -> None:
         axes.set_yscale("log")
     elif panel.field not in ("loss", "lr"):
         axes.set_ylim(bottom=0)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     for name, style in styles.items():
         if name:
             axes.plot([], [], color="#555555", linestyle=style, label=name.replace("_", " "))

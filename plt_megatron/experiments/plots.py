@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.figures import COLOURS, MARKERS, save_image, tidy
 from plt_megatron.experiments.run_metrics import RunMetrics, load_run
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "os^Dv<>p"
 _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 _HEAD_ROOM = 0.35  # of the y range is given to the steep beginning; the rest to where runs differ
 
@@ -40,16 +37,11 @@ def plot_losses(
     runs = [load_run(run) for run in run_dirs]
 
     figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
         _draw_run(axes, metrics, label, COLOURS[index % len(COLOURS)])
     _decorate(axes, runs)
-    try:
-        Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out_path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that names no image format
-        raise UserError(f"cannot write the plot {out_path}: {error}") from error
+    save_image(figure, out_path)
 
 
 def _draw_run(axes: Axes, metrics: RunMetrics, label: str, colour: str) -> None:
@@ -64,7 +56,7 @@ def _draw_run(axes: Axes, metrics: RunMetrics, label: str, colour: str) -> None:
             [point.tokens for point in points],
             [point.loss for point in points],
             color=colour,
-            marker=_MARKERS[index % len(_MARKERS)],
+            marker=MARKERS[index % len(MARKERS)],
             markerfacecolor="white",
             markersize=6,
             linewidth=1,
@@ -92,10 +84,7 @@ def _decorate(axes: Axes, runs: Sequence[RunMetrics]) -> None:
     limits = _y_limits(runs)
     if limits is not None:
         axes.set_ylim(*limits)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    tidy(axes).legend(frameon=False, fontsize=9)
 
 
 def _y_limits(runs: Sequence[RunMetrics]) -> tuple[float, float] | None:

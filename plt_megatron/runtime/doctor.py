@@ -125,6 +125,7 @@ def _capabilities(machine: Machine) -> list[Capability]:
         _packages(machine, ".zst and Parquet input", ("zstandard", "pyarrow"), _extra("data")),
         _packages(machine, "Hugging Face models", ("transformers", "safetensors"), _extra("hf")),
         _packages(machine, "TensorBoard and plots", ("tensorboard", "matplotlib"), _INSTALL_PROJECT),
+        _packages(machine, "reports and diagnostics", ("jinja2", "scipy"), _extra("report")),
         _packages(machine, "Weights & Biases", ("wandb",), _extra("track")),
         _packages(machine, "lm-eval", ("lm-eval",), _extra("eval")),
         _packages(machine, "DeepSpeed", ("deepspeed",), _extra("deepspeed")),

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from plt_megatron.experiments.diagnostics.bootstrap import Intervals
 from plt_megatron.experiments.diagnostics.catalog import MEASURES
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
-from plt_megatron.experiments.plots import COLOURS
-from plt_megatron.experiments.report.figures import Named
+from plt_megatron.experiments.figures import COLOURS, MARKERS, Named, tidy
 
-_MARKERS = "os^Dv<>p"
 _TITLES = {measure.name: measure.title for measure in MEASURES}
 _STATES = ("step_size", "update_cosine", "effective_rank", "fixed_point_gap", "loop_map_gap", "offset_cost")
 _LENS = ("lens_loss", "lens_rank", "lens_entropy", "lens_kl", "peak_loop")
@@ -100,15 +99,13 @@ def _draw(axes: Axes, name: str, loops: Sequence[int], intervals: Intervals) -> 
 def _panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(3.3 * columns + 0.4, 2.7 * rows + 0.1), layout="constrained")
+    layout = ConstrainedLayoutEngine(hspace=0.08)  # else a panel's title touches the label of the one above
+    figure = Figure(figsize=(3.3 * columns + 0.4, 2.7 * rows + 0.1), layout=layout)
     found = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for axes in found[count:]:
         axes.remove()
     for axes in found[:count]:
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=9)
+        tidy(axes).tick_params(labelsize=9)
     return figure, found[:count]
 
 
@@ -125,8 +122,8 @@ def _by_layer(diagnosis: Diagnosis, names: Sequence[str]) -> Figure:
         for loop in range(1, len(mean)):
             if np.isnan(mean[loop]).all():
                 continue
-            colour = COLOURS[(loop - 1) % len(COLOURS)]
-            axes.plot(layers, mean[loop], color=colour, marker=_MARKERS[loop - 1], markersize=4.5, label=f"loop {loop}")
+            colour, marker = COLOURS[(loop - 1) % len(COLOURS)], MARKERS[(loop - 1) % len(MARKERS)]
+            axes.plot(layers, mean[loop], color=colour, marker=marker, markersize=4.5, label=f"loop {loop}")
             axes.fill_between(layers, low[loop], high[loop], color=colour, alpha=0.18, linewidth=0)
         axes.set_title(_TITLES[name], fontsize=10)
         axes.set_ylabel(_UNITS[name], fontsize=9)

@@ -16,7 +16,8 @@ from plt_megatron.experiments.diagnostics.loading import build_model, open_model
 from plt_megatron.experiments.diagnostics.page import describe, make_page
 from plt_megatron.experiments.diagnostics.samples import HeldOut, draw_sequences
 from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, terminal_table
-from plt_megatron.experiments.report.figures import save
+from plt_megatron.experiments.figures import save
+from plt_megatron.experiments.pages import check_packages
 from plt_megatron.experiments.text_files import write_text
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.run_folder.checkpoints import step_of
@@ -64,6 +65,7 @@ def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None]
     Raises:
         UserError: no model or text there, they do not belong together, or the result cannot be written.
     """
+    check_packages()
     source = open_model(options.model, options.tokenizer)
     length = _sequence_length(options, source)
     held_out = draw_sequences(

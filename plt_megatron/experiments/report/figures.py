@@ -1,40 +1,22 @@
-"""The report's figures, as matplotlib figures; `save` writes PNG, `svg` gives markup to put into a page."""
+"""The report's figures."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
+from plt_megatron.experiments.figures import COLOURS, MARKERS, Named, tidy
 from plt_megatron.experiments.fits import ScalingFit
 from plt_megatron.experiments.report.laws import LoopLaw
 from plt_megatron.experiments.report.rows import Row, groups
 
-# Okabe and Ito's palette, as in `experiments.plots`.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^v<>pXP"
 _STYLES = ("-", "--", "-.", ":")
-_GRID = "#dddddd"
 _TOKENS = "training tokens"
 _MOST_GROUPS = 6  # figures of curves; more are not looked at
-
-
-@dataclass(frozen=True)
-class Named:
-    """A figure, the stem of its file and what stands below it."""
-
-    name: str
-    caption: str
-    figure: Figure
 
 
 def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
@@ -64,43 +46,17 @@ def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
     return made
 
 
-def save(named: Named, folder: Path) -> Path:
-    """Write a PNG of 150 dots per inch; returns its path."""
-    path = folder / f"{named.name}.png"
-    FigureCanvasAgg(named.figure)
-    named.figure.savefig(path, dpi=150)
-    return path
-
-
-def svg(named: Named) -> str:
-    """An `<svg>` element without anything that a browser would fetch."""
-    stream = io.StringIO()
-    with rc_context({"svg.hashsalt": named.name}):
-        named.figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    # Several figures share a page: their ids must not.
-    text = re.sub(r'\bid="', f'id="{named.name}-', text)
-    text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)
-    # As wide as the page, but no wider than drawn: a small figure would have huge letters.
-    return re.sub(r'width="([\d.]+pt)" height="[\d.]+pt"', r'style="max-width: \1"', text, count=1)
-
-
 def _new(height: float = 4.6) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.add_subplot()
+    axes = tidy(figure.add_subplot())
     axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def _style(index: int) -> tuple[str, str, str]:
     """Colour, line and marker of the row at `index`: told apart in grey as well."""
-    cycle = len(_COLOURS)
-    return _COLOURS[index % cycle], _STYLES[(index // cycle) % len(_STYLES)], _MARKERS[index % len(_MARKERS)]
+    cycle = len(COLOURS)
+    return COLOURS[index % cycle], _STYLES[(index // cycle) % len(_STYLES)], MARKERS[index % len(MARKERS)]
 
 
 def _curves(group: Sequence[Row], scale: Callable[[Row], float], label: str) -> Figure:

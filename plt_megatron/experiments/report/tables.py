@@ -51,6 +51,10 @@ class Table:
         writer.writerows([csv_text(cell.value) for cell in row] for row in self.rows)
         return stream.getvalue()
 
+    def shown_columns(self) -> list[Column]:
+        """The columns that a reader sees; the intervals are part of them."""
+        return [column for column in self.columns if not column.is_interval]
+
     def shown_cells(self, row: Sequence[Cell]) -> list[tuple[Column, list[Value], str]]:
         """Column, values and text of each cell that a reader sees: an interval joins the cell before it."""
         cells: list[tuple[Column, list[Value], str]] = []
@@ -65,7 +69,7 @@ class Table:
 
     def markdown(self) -> str:
         """A pipe table, and the notes."""
-        shown = [column for column in self.columns if not column.is_interval]
+        shown = self.shown_columns()
         lines = [_pipes([column.title for column in shown])]
         lines.append(_pipes(["---" if column.is_text else "---:" for column in shown]))
         lines += [_pipes([text for _, _, text in self.shown_cells(row)]) for row in self.rows]

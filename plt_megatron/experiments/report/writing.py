@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.figures import Named, save
+from plt_megatron.experiments.pages import check_packages
 from plt_megatron.experiments.report.decode import DecodeProtocol, measure, read_measurement
-from plt_megatron.experiments.report.figures import Named, make_figures, save
+from plt_megatron.experiments.report.figures import make_figures
 from plt_megatron.experiments.report.laws import fit_laws
 from plt_megatron.experiments.report.page import about, by_question, make_page
 from plt_megatron.experiments.report.questions import Answer, answer_questions
@@ -38,8 +40,9 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     Args:
         output: the report's folder; None: `report` in the sweep's.
         decode: measure decoding time first; None: use what an earlier report measured, if anything.
-    Raises `UserError` if there is no sweep, or the report cannot be written.
+    Raises `UserError` if there is no sweep, the report cannot be written, or the extra `report` is missing.
     """
+    check_packages()
     results = load_results(sweep)
     folder = Path(output) if output is not None else Path(sweep) / FOLDER
     measurement = measure(results, decode) if decode is not None else read_measurement(Path(sweep))

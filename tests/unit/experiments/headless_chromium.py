@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+A4_LANDSCAPE = (297 - 24, 210 - 24)  # millimetres inside the margins
+PIXELS_PER_MM = 96 / 25.4
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _QUIET = (
     "--headless --disable-gpu --no-sandbox --disable-dev-shm-usage --no-first-run --disable-background-networking "

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
 
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import load_tokenizer
@@ -170,15 +171,36 @@ def test_csv_and_json_hold_the_same_numbers(done):
 
 def test_the_page_has_the_jsons_numbers_and_fetches_nothing(done):
     page, found = (done.folder / "index.html").read_text(encoding="utf-8"), read(done.folder)
-    assert html.escape(found["decision"]["answer"]) in page
+    text = html.unescape(page)
+    assert found["decision"]["answer"] in text
     losses = page[page.index('<table id="losses">') : page.index("</table>")]
     for loop in (1, 2, 3):
         assert f"{found['measures']['lens_loss']['value'][loop]:.4f}" in losses
     for name, measure in found["measures"].items():
-        assert html.escape(measure["title"]) in page and html.escape(measure["meaning"]) in page, name
+        assert measure["title"] in text and measure["meaning"] in text, name
     assert page.count("<svg") == 5 and "<script" not in page
     fetched = re.findall(r'(?:src|href|url\()\s*=?\s*"?([^"\s>)]+)', page)
     assert all(target.startswith(("data:", "#")) for target in fetched), fetched
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="Chromium is not installed (apt-get install chromium)")
+def test_a_browser_shows_the_page_offline_and_prints_it_whole(done, tmp_path):
+    with Browser(find_chromium(), tmp_path / "profile") as browser:
+        browser("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        browser.open(done.folder / "index.html")
+        shown = browser.evaluate("document.querySelector('#losses tbody').innerText")
+        heights = browser.evaluate("[...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height)")
+        width = round(A4_LANDSCAPE[0] * PIXELS_PER_MM)
+        browser("Emulation.setEmulatedMedia", media="print")
+        browser("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=False)
+        overhang = browser.evaluate(
+            f"[...document.querySelectorAll('table, svg, p, li')].map(e => e.getBoundingClientRect())"
+            f".filter(b => b.right > {width} + 0.5 || b.left < -0.5).length"
+        )
+        assert browser.complaints() == []
+    losses = read(done.folder)["measures"]["lens_loss"]["value"]
+    assert all(f"{losses[loop]:.4f} [" in shown for loop in (1, 2, 3))
+    assert len(heights) == 5 and min(heights) > 100 and overhang == 0
 
 
 def test_the_terminal_shows_the_table_and_the_rule(done):

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from headless_chromium import Browser, find_chromium
+from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
 from sweep_helpers import LOOPS, finish, saved_plan
 
 from plt_megatron.experiments.report.writing import Report, write_report
 
 TABLES = ("rows", "questions", "laws", "runs")
 QUESTIONS = 'questions: {does the second loop help: [2 loops, 1 loop], "third <b>&amp; more": [3 loops, 2 loops]}\n'
-A4_LANDSCAPE = (297 - 24, 210 - 24)  # millimetres inside the margins
-PIXELS_PER_MM = 96 / 25.4
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,37 @@
+"""What holds for every HTML page: values are escaped, and a missing package is named before any work."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
+from plt_megatron.experiments.pages import TEMPLATES, render
+from plt_megatron.experiments.report.writing import write_report
+
+HOSTILE = "<script>alert(1)</script> \" ' & {{ 1 + 1 }} </title>"
+
+
+def test_values_are_text():
+    page = render("page.html", title=HOSTILE, about=HOSTILE)
+    assert "<script" not in page and "{{ 1 + 1 }}" in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &#34; &#39; &amp; {{ 1 + 1 }} &lt;/title&gt;") == 3
+
+
+def test_nothing_in_a_template_is_taken_as_markup_but_figures():
+    for path in TEMPLATES.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert not any(word in text for word in ("safe", "autoescape", "<script", "http:", "https:")), path.name
+
+
+@pytest.mark.parametrize("package", ["jinja2", "scipy"])
+def test_a_missing_package_is_named_before_any_work(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    for work in (
+        lambda: write_report(tmp_path),
+        lambda: run_diagnosis(DiagnoseOptions(model=tmp_path, data="none")),
+    ):
+        with pytest.raises(UserError, match=rf"^a report needs the package {package}: pip install 'plt-megatron\["):
+            work()
