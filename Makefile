@@ -3,6 +3,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 TE := build/te/.complete
+SERVING_VENV ?= serving/.venv
+SERVING_PY := $(SERVING_VENV)/bin/python
+SERVING := $(SERVING_VENV)/installed
 PYTEST_ARGS ?=
 # One worker for the tests that start processes of their own, one for the others beside them (tests/conftest.py): more
 # pay on a machine of many cores.
@@ -13,11 +16,12 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-faults test-slurm test-te sweep-smoke lint format bench docs doctor clean clean-all
+.PHONY: help venv demo test test-all test-faults test-slurm test-te test-serving serve-demo serving-bench sweep-smoke \
+	lint format bench docs doctor clean clean-all
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=path picks the Python (3.12 or 3.13) that the environment is built with."
 
 venv: $(READY) ## build or update the virtual environment in .venv (a 3 GB download, once)
@@ -52,6 +56,19 @@ $(TE): tests/te/requirements.txt
 	    --dest $(@D)/source "transformer_engine_torch$$(sed -n 's/^transformer_engine==/==/p' $<)"
 	touch $@
 
+# Its Python is another one: vLLM pins its torch and has no CPU build for ours.
+$(SERVING): serving/pyproject.toml serving/make_venv.sh
+	@serving/make_venv.sh $(SERVING_VENV)
+
+test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (under 10 minutes; 3.4 GB, once)
+	$(SERVING_PY) -m pytest --config-file serving/pyproject.toml $(PYTEST_ARGS) serving/tests
+
+serve-demo: $(SERVING) ## serve the demo's export with vLLM and ask it something; `make demo` first
+	@$(SERVING_PY) serving/demo.py
+
+serving-bench: $(SERVING) ## benchmarks/serving.py: decoding in vLLM, one loop against two and three; wants a quiet machine
+	$(SERVING_PY) benchmarks/serving.py
+
 sweep-smoke: $(READY) ## a tiny sweep over loop counts with its report (under 5 minutes)
 	$(PY) tools/sweep_loops.py configs/sweeps/smoke.yaml
 	$(PY) tools/report_sweep.py runs/sweeps/smoke
@@ -77,7 +94,7 @@ doctor: $(READY) ## what this machine can run, and what is missing for the rest
 
 clean: ## remove caches and the demo's files; environment and runs stay
 	rm -rf .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(SERVING_VENV)/*' -prune -exec rm -rf {} +
 
-clean-all: clean ## remove the environment as well
-	rm -rf $(VENV)
+clean-all: clean ## remove the environments as well
+	rm -rf $(VENV) $(SERVING_VENV)

@@ -1,0 +1,208 @@
+"""Small random models, what transformers decodes with them, and engines that serve them.
+
+Imports what is heavy inside functions: this file is read where vLLM is not installed too.
+"""
+
+import gc
+import json
+import random
+from contextlib import contextmanager
+from pathlib import Path
+
+VOCAB = 160
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "window_size": 8,
+    "eos_token_id": 0,
+}
+LOOPCODER = {
+    "gate_input": "hidden",
+    "gate_side": "global",
+    "norm_between_loops": True,
+    "embedding_scale": 0.7,
+    "hidden_scale": 0.3,
+}
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Changes to a PLT of two loops.
+VARIANTS = {
+    "plt1": {"loop_count": 1},
+    "plt2": {},
+    "plt3": {"loop_count": 3},
+    "plt4": {"loop_count": 4, "num_hidden_layers": 2},
+    "loopcoder": LOOPCODER,
+    "loopcoder3": {**LOOPCODER, "loop_count": 3},
+    "query gate on the global side": {"gate_side": "global", "norm_between_loops": True},
+    "hidden gate on the local side": {"gate_input": "hidden", "hidden_scale": 0.5},
+    "qk norm, ffn norm, qkv bias": {"qk_norm": True, "ffn_output_norm": True, "qkv_bias": True, "loop_count": 3},
+    "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "OLMo-2": {"norm_placement": "post", "qk_norm": True},
+    "llama3 rope": {"rope_parameters": LLAMA3},
+    "window 1": {"window_size": 1},
+    "window above blocks": {"window_size": 75, "loop_count": 3},
+    "window above the context": {"window_size": 900},
+    "uneven slices": {"hidden_size": 80, "loop_count": 3, "head_dim": 32},
+    "wide slices": {"hidden_size": 256, "num_key_value_heads": 1, "loop_count": 4, "num_hidden_layers": 2},
+    "experts": MOE,
+    "shared expert": {**MOE, "shared_expert_intermediate_size": 32, "norm_topk_prob": False, "loop_count": 3},
+    "naive loops": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False, "loop_count": 3},
+    "CLP only": {"share_kv": False, "gated_window": False},
+    "CLP only, 3 loops": {"share_kv": False, "gated_window": False, "loop_count": 3},
+    "no window": {"gated_window": False, "loop_count": 3},
+    "no CLP": {"cross_loop_parallel": False},
+}
+
+
+def make_model(**changes):
+    """A random model in fp32 whose gates, norms and later loops matter."""
+    import torch
+
+    from plt_megatron.hf.configuration_plt import PLTConfig
+    from plt_megatron.hf.modeling_plt import PLTForCausalLM
+
+    torch.manual_seed(0)
+    config = PLTConfig(**{**SIZES, "loop_count": 2, **changes})
+    model = PLTForCausalLM._from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "norm" in name:
+                param.copy_(1 + 0.3 * torch.randn_like(param))
+            else:
+                param.normal_(std=0.6 if "plt_gate" in name else 1.1 * config.hidden_size**-0.5)
+    return model
+
+
+class Export:
+    """A folder with a model, and that model's own greedy decoding."""
+
+    def __init__(self, folder: Path, model):
+        self.folder = folder
+        self.model = model
+        self._decoded: dict = {}
+
+    def decode(self, prompt: list[int], tokens: int, **kwargs) -> list[int]:
+        """The next tokens by transformers; kwargs are the model's own (loop_count, ...)."""
+        import torch
+
+        key = (tuple(prompt), tokens, *kwargs.items())
+        if key not in self._decoded:
+            cache = self.model.new_cache(loop_count=kwargs.get("loop_count"))
+            new, out = torch.tensor([prompt]), []
+            for _ in range(tokens):
+                logits = self.model(new, cache=cache, logits_to_keep=1, **kwargs).logits
+                new = logits[:, -1:].argmax(-1)
+                out.append(int(new))
+            self._decoded[key] = out
+        return self._decoded[key]
+
+
+class Exports:
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.made: dict = {}
+
+    def __call__(self, variant: str = "plt2", tokenizer: bool = False, **changes) -> Export:
+        settings = {**VARIANTS[variant], **changes}
+        key = json.dumps([settings, tokenizer], sort_keys=True)
+        if key not in self.made:
+            folder = self.folder / str(len(self.made))
+            model = make_model(**settings)
+            model.save_pretrained(folder)
+            if tokenizer:
+                write_tokenizer(folder, settings.get("vocab_size", VOCAB))
+            self.made[key] = Export(folder, model)
+        return self.made[key]
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A tokenizer whose words are "t1", "t2", ... and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"</s>": 0, **{f"t{index}": index for index in range(1, vocab)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="t1")
+    fast.chat_template = "{% for message in messages %}t2 {{ message['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def prompts(count: int = 20, seed: int = 0, longest: int = 110) -> list[list[int]]:
+    """Uneven prompts, lengths around blocks and windows among them."""
+    rng = random.Random(seed)
+    lengths = [1, 2, 7, 8, 9, 31, 32, 33, 64, longest]
+    lengths += [rng.randrange(1, longest) for _ in range(count - len(lengths))]
+    return [[rng.randrange(1, VOCAB) for _ in range(length)] for length in lengths[:count]]
+
+
+@contextmanager
+def engine(export: Export, **options):
+    """An engine in this process; what it leaves in the process is undone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    defaults = {
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 24,
+        "max_num_batched_tokens": 64,
+        "block_size": 32,
+        "num_gpu_blocks_override": 600,
+        "kv_cache_memory_bytes": 1 << 28,
+        "seed": 0,
+    }
+    llm = LLM(model=str(export.folder), **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm, token_lists: list[list[int]], tokens: int = 24, **sampling):
+    """vLLM's outputs; greedy unless said otherwise."""
+    from vllm import SamplingParams
+
+    settings = {"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "detokenize": False, **sampling}
+    return llm.generate([{"prompt_token_ids": ids} for ids in token_lists], SamplingParams(**settings), use_tqdm=False)
+
+
+def greedy(llm, token_lists: list[list[int]], tokens: int = 24) -> list[list[int]]:
+    return [list(out.outputs[0].token_ids) for out in generate(llm, token_lists, tokens)]
+
+
+def assert_same(export: Export, llm, token_lists: list[list[int]], tokens: int = 24, **kwargs) -> None:
+    """The served tokens are transformers'."""
+    expected = [export.decode(ids, tokens, **kwargs) for ids in token_lists]
+    assert greedy(llm, token_lists, tokens) == expected
+
+
+def free_blocks(llm) -> int:
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def served_model(llm):
+    """The model in this process."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model

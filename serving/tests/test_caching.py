@@ -1,0 +1,128 @@
+"""Prefix caching, preemption and the block pool: the carries lie in pages as K and V do."""
+
+import pytest
+from helpers import assert_same, engine, free_blocks, generate, greedy, prompts, scheduler
+
+SHARED = prompts(1, seed=7)[0] + prompts(10, seed=8)[9] + prompts(10, seed=9)[9]  # 221 tokens
+
+
+def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int = 24) -> int:
+    """Tokens as transformers'; returns how many prompt tokens came out of the cache."""
+    outputs = generate(llm, token_lists, tokens)
+    expected = [export.decode(ids, tokens) for ids in token_lists]
+    assert [list(out.outputs[0].token_ids) for out in outputs] == expected
+    return sum(out.num_cached_tokens for out in outputs)
+
+
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "wide slices", "no window", "CLP only"])
+@pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
+def test_hits_at_every_class_of_position(exports, variant, kept):
+    """A prompt again; cut before, at and after blocks; with another end."""
+    export = exports(variant)
+    cuts = [33, 64, 65, 95, 96, 97, 127, 128, 129, 160, 191, 192, 193, 200]
+    with engine(export, max_model_len=320, max_num_batched_tokens=320, **kept) as llm:
+        assert_same(export, llm, [SHARED[:200]], tokens=6)
+        found = [assert_same_with_hits(export, llm, [SHARED[:cut], SHARED[:cut] + [5, 6, 7]], tokens=6) for cut in cuts]
+    assert sum(found) > 1000 if kept else any(found)
+
+
+def test_a_conversation(exports):
+    """Answers become parts of the next prompt."""
+    export = exports("plt3")
+    with engine(export, max_model_len=512, max_num_batched_tokens=128) as llm:
+        ids = SHARED[:60]
+        for turn in range(6):
+            answer = greedy(llm, [ids], 30)[0]
+            assert answer == export.decode(ids, 30)
+            ids = ids + answer + [turn + 1, turn + 2]
+
+
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "plt4"])
+def test_prompts_of_one_step_share_a_prefix(exports, variant):
+    """The second request of a step hits blocks that the first one computes in that very step."""
+    export = exports(variant)
+    ids = [SHARED[:128] + [index + 1, index + 2] for index in range(6)]
+    with engine(export, max_num_batched_tokens=256) as llm:
+        assert assert_same_with_hits(export, llm, ids) >= 128
+
+
+@pytest.mark.parametrize("variant", ["plt2", "plt3"])
+def test_a_carry_of_the_same_step_is_waited_for(exports, variant):
+    """Steps of one token a request, whose loops run at once: one computes the block's last token, another hits it."""
+    export = exports(variant)
+    first, second = SHARED[:64], SHARED[:65]
+    with engine(export, max_num_batched_tokens=64, max_num_seqs=8) as llm:
+        # 63 tokens lie cached, so that the first request computes one token, the block's last, and so publishes it.
+        add(llm, "cut", SHARED[:63])
+        step_until_done(llm)
+        add(llm, "first", first)
+        add(llm, "second", second)
+        out = step_until_done(llm)
+    assert out["first"] == export.decode(first, 24)
+    assert out["second"] == export.decode(second, 24)
+
+
+def add(llm, name: str, ids: list[int]) -> None:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, params)
+
+
+def step_until_done(llm) -> dict[str, list[int]]:
+    out = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for request in llm.llm_engine.step():
+            if request.finished:
+                out[request.request_id.rsplit("-", 1)[0]] = list(request.outputs[0].token_ids)
+    return out
+
+
+@pytest.mark.parametrize("blocks", [40, 60])
+@pytest.mark.parametrize("caching", [True, False])
+def test_preempted_requests_go_on(exports, blocks, caching):
+    """Too few blocks for all: requests are thrown out and computed again."""
+    export = exports("plt3")
+    options = {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 64, "enable_prefix_caching": caching}
+    with engine(export, **options) as llm:
+        preempted = count_preemptions(llm)
+        assert_same(export, llm, prompts(20, seed=2), tokens=60)
+        assert preempted
+        assert free_blocks(llm) == blocks - 1  # one is the null block
+
+
+def count_preemptions(llm) -> list:
+    """A list that grows with each preemption."""
+    found, target = [], scheduler(llm)
+    preempt = target._preempt_request
+
+    def counted(*args, **kwargs):
+        found.append(args)
+        return preempt(*args, **kwargs)
+
+    target._preempt_request = counted
+    return found
+
+
+def test_blocks_come_back(exports):
+    export = exports("plt3")
+    with engine(export) as llm:
+        whole = free_blocks(llm)
+        greedy(llm, prompts())
+        assert free_blocks(llm) == whole
+
+
+def test_long_contexts_hold_windows_and_one_carry(exports):
+    """What a request holds beside its context: windows' and carries' blocks do not grow with it."""
+    export = exports("plt3", window_size=8)
+    with engine(export, max_model_len=1024, max_num_batched_tokens=32) as llm:
+        whole = free_blocks(llm)
+        add(llm, "long", SHARED * 3)
+        for _ in range(30):
+            llm.llm_engine.step()
+        held = whole - free_blocks(llm)
+        full = -(-len(SHARED * 3) // 32)
+        assert full <= held <= full + 1 + 2 * 2 + 2
+        llm.llm_engine.abort_request(["long"])
+        llm.llm_engine.step()
+        assert free_blocks(llm) == whole

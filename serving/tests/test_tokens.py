@@ -1,0 +1,115 @@
+"""Greedy tokens are those that transformers decodes with the same export, in fp32."""
+
+import json
+import shutil
+
+import pytest
+from helpers import SIZES, VARIANTS, Export, assert_same, engine, greedy, prompts, served_model
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(exports, variant):
+    """Twenty uneven prompts in one continuous batch, prefills in chunks beside decode steps."""
+    export = exports(variant)
+    with engine(export) as llm:
+        assert_same(export, llm, prompts())
+
+
+@pytest.mark.parametrize(
+    ("variant", "window", "options"),
+    [
+        ("plt2", 5, {"block_size": 32, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
+        ("plt3", 40, {"block_size": 32, "max_num_batched_tokens": 33}),
+        ("plt2", 64, {"block_size": 64, "max_num_batched_tokens": 50}),
+        ("plt3", 100, {"block_size": 64, "max_num_batched_tokens": 17, "max_num_seqs": 16}),
+        ("plt2", 12, {"block_size": 128, "max_num_batched_tokens": 256}),
+        ("plt4", 8, {"block_size": 96, "max_num_batched_tokens": 24}),
+        ("plt3", 64, {"block_size": 32, "max_num_batched_tokens": 128, "enable_prefix_caching": False}),
+    ],
+)
+def test_windows_blocks_and_chunks(exports, variant, window, options):
+    export = exports(variant, window_size=window)
+    with engine(export, **options) as llm:
+        assert_same(export, llm, prompts(22, seed=1))
+
+
+def test_blocks_of_16_where_the_backend_takes_them(exports):
+    """vLLM's CPU kernel takes multiples of 32 and says so; the GPU's take 16."""
+    export = exports("plt2")
+    try:
+        with engine(export, block_size=16) as llm:
+            assert_same(export, llm, prompts())
+    except ValueError as error:
+        assert "block size" in str(error)
+        pytest.skip(str(error))
+
+
+def test_a_long_context(exports):
+    export = exports("plt3", window_size=40)
+    with engine(export, max_model_len=1024, max_num_batched_tokens=100) as llm:
+        assert_same(export, llm, [*prompts(2, seed=3, longest=900), prompts(10, seed=4, longest=880)[9]], tokens=100)
+
+
+@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "CLP only"])
+def test_serial_loops(exports, variant):
+    export = exports(variant)
+    with engine(export, additional_config={"plt": {"loop_mode": "serial"}}) as llm:
+        assert served_model(llm).model.rows is None
+        assert_same(export, llm, prompts(12))
+
+
+@pytest.mark.parametrize(("variant", "count"), [("plt3", 1), ("plt3", 2), ("loopcoder3", 2), ("naive loops", 2)])
+def test_fewer_loops(exports, variant, count):
+    export = exports(variant)
+    with engine(export, additional_config={"plt": {"loop_count": count}}) as llm:
+        assert_same(export, llm, prompts(12), loop_count=count)
+
+
+def test_without_folding(exports, monkeypatch):
+    """A backend that stores K and V inside of its kernel reads the first loop's once a loop."""
+    from vllm_plt import layers
+
+    monkeypatch.setattr(layers, "can_fold", lambda attention: False)
+    export = exports("plt3")
+    with engine(export) as llm:
+        assert_same(export, llm, prompts(12))
+
+
+def test_loopcoders_names(exports, tmp_path):
+    """LoopCoder-v2's config.json and tensor names, as its checkpoints have them: no PLT key, no modeling file."""
+    export = exports("loopcoder3", window_size=21)
+    keys = json.loads((export.folder / "config.json").read_text())
+    llama = [name for name in SIZES if name != "window_size"] + ["rms_norm_eps", "tie_word_embeddings"]
+    config = {name: keys[name] for name in llama} | {
+        "architectures": ["IQuestPLTCoderForCausalLM"],
+        "model_type": "iquestpltcoder",
+        "rope_theta": keys["rope_parameters"]["rope_theta"],
+        "rope_scaling": None,
+        "plt_num_loops": 3,
+        "plt_window_size": [20, 0],
+        "plt_normalize_per_loop": True,
+        "plt_emb_scale": 0.7,
+        "plt_hidden_scale": 0.3,
+        "plt_gate_use_hidden_states": True,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(export.folder / "model.safetensors", tmp_path)
+    with engine(Export(tmp_path, export.model)) as llm:
+        assert_same(export, llm, prompts(12))
+
+
+@pytest.mark.parametrize(("variant", "options"), [("plt3", {}), ("plt2", {"max_num_batched_tokens": 17})])
+def test_a_dropped_carry_shows(exports, monkeypatch, variant, options):
+    """What these tests would say if the carries were wrong."""
+    from vllm_plt.carry import Carry
+
+    export = exports(variant)
+    read = Carry.read
+    monkeypatch.setattr(Carry, "read", lambda self, loops: torch.zeros_like(read(self, loops)))
+    ids = prompts()
+    with engine(export, **options) as llm:
+        same = [got == export.decode(prompt, 24) for got, prompt in zip(greedy(llm, ids), ids, strict=True)]
+    assert sum(same) < 10

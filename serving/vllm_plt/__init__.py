@@ -1,0 +1,29 @@
+"""Parallel Loop Transformers (PLT, arXiv 2510.24824) in vLLM: exports of plt_megatron, and LoopCoder-v2's names."""
+
+ARCHITECTURES = ("PLTForCausalLM", "IQuestPLTCoderForCausalLM")
+
+
+def register() -> None:
+    """What vLLM calls in each of its processes: makes configurations and architectures known.
+
+    With a vLLM of another version it says so in one line and registers nothing, so that other models are served.
+    """
+    from vllm.logger import init_logger
+
+    from vllm_plt.version import problem
+
+    if message := problem():
+        init_logger("vllm.plt").error(message)
+        return
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from vllm_plt.configuration_loopcoder import LoopCoderConfig
+    from vllm_plt.configuration_plt import PLTConfig
+    from vllm_plt.settings import register_check
+
+    for config in (PLTConfig, LoopCoderConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for name in ARCHITECTURES:
+        ModelRegistry.register_model(name, "vllm_plt.model:PLTForCausalLM")
+        register_check(name)

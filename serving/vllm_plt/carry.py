@@ -1,0 +1,189 @@
+"""h(1..L-1) of every token in vLLM's paged memory, cut into slices as if layers held them.
+
+vLLM gives every group of layers blocks of one size and forms groups of as many layers as the smallest kind has. So
+the carry is cut into as many slices as the model has layers (a multiple of it, where a slice would be wider than an
+attention layer's page): groups are then alike and a request keeps one block of carries. In pages it is shared by prefix
+caching and survives preemption, chunked prefill and transfers as K and V do.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_plt.carry_cache import CarrySpec
+from vllm_plt.vllm_internals import (
+    Attention,
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionLayerBase,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+    VllmConfig,
+    attention_page_bytes,
+    metadata_of,
+    register_layer,
+)
+
+
+@dataclass
+class CarryMetadata:
+    """References to the runner's own buffers, so that a captured graph sees what they hold when it is replayed.
+
+    query_start_loc: [R + 1] first token of each request of the step; seq_lens: [R] tokens with this step's.
+    block_table: [R, blocks]; slot_mapping: [T], -1 at padding.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    max_query_len: int
+
+
+class CarryMetadataBuilder(AttentionMetadataBuilder[CarryMetadata]):
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CarryMetadata:
+        common = common_attn_metadata
+        return CarryMetadata(
+            common.query_start_loc,
+            common.seq_lens,
+            common.block_table_tensor,
+            common.slot_mapping,
+            common.max_query_len,
+        )
+
+
+class CarryBackend(AttentionBackend):
+    """Has pages and metadata, and no kernel."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "PLT_CARRY"
+
+    @staticmethod
+    def get_impl_cls():
+        raise NotImplementedError("carries are not attended to")
+
+    @staticmethod
+    def get_builder_cls():
+        return CarryMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [MultipleOf(1)]
+
+
+class CarrySlice(nn.Module, AttentionLayerBase):
+    """What the runner takes for a layer: a name and a place in paged memory."""
+
+    def __init__(self, name: str, width: int, attention: Attention, vllm_config: VllmConfig):
+        super().__init__()
+        self.name = name
+        self.width = width
+        self.dtype = vllm_config.model_config.dtype
+        self.like = (attention,)  # a tuple: its weights are not this layer's
+        self.kv_cache = torch.tensor([])
+        register_layer(name, self, vllm_config)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return CarryBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> CarrySpec:
+        return CarrySpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.width,
+            head_size_v=0,
+            dtype=self.dtype,
+            sliding_window=2,
+            page_size_padded=attention_page_bytes(*self.like, vllm_config),
+        )
+
+
+class Carry(nn.Module):
+    """Reads and writes the carried states of a step's tokens.
+
+    Args:
+        attention: a layer of the model's, for the size of its pages.
+        first_number: the slices' layer numbers start here; vLLM tells layers apart by the one number in their names.
+    """
+
+    def __init__(
+        self, attention: Attention, layers: int, loops: int, prefix: str, first_number: int, config: VllmConfig
+    ):
+        super().__init__()
+        self.hidden_size = config.model_config.get_hidden_size()
+        self.carried = loops - 1
+        token_bytes = attention_page_bytes(attention, config) // config.cache_config.block_size
+        room = token_bytes // config.model_config.dtype.itemsize
+        self.groups = -(-self.carried * self.hidden_size // (layers * room))
+        while self.carried * (part := -(-self.hidden_size // (layers * self.groups))) > room:
+            self.groups += 1
+        self.part = part  # of one h(l), in one slice
+        self.slices = nn.ModuleList(
+            CarrySlice(f"{prefix}.carry.{first_number + index}", self.carried * part, attention, config)
+            for index in range(layers * self.groups)
+        )
+        self._views: list[tuple[CarrySlice, torch.Tensor]] = []
+
+    @property
+    def metadata(self) -> CarryMetadata | None:
+        """This step's; None in a dry run."""
+        return metadata_of(self.slices[0].name)
+
+    def views(self) -> list[tuple[CarrySlice, torch.Tensor]]:
+        """For each group of slices that share a block table one view [slices, blocks, block_size, L - 1, part]."""
+        if not self._views or self._views[0][0].kv_cache.data_ptr() != self._views[0][1].data_ptr():
+            by_table: dict[int, list[CarrySlice]] = {}
+            for layer in self.slices:
+                by_table.setdefault(id(metadata_of(layer.name)), []).append(layer)
+            self._views = [(members[0], self._view(members)) for members in by_table.values()]
+        return self._views
+
+    def _view(self, members: list[CarrySlice]) -> torch.Tensor:
+        caches = [layer.kv_cache for layer in members]  # [blocks, 1, block_size, (L - 1) part] each
+        first = caches[0]
+        step = caches[1].storage_offset() - first.storage_offset() if len(caches) > 1 else 0
+        for index, cache in enumerate(caches):
+            expected = first.storage_offset() + index * step
+            if cache.storage_offset() != expected or cache.stride() != first.stride():
+                raise ValueError("the carry's slices do not lie at equal distances: vLLM lays out caches in a new way")
+        size = (len(caches), first.shape[0], first.shape[2], self.carried, self.part)
+        strides = (step, first.stride(0), first.stride(2), self.part * first.stride(3), first.stride(3))
+        return first.as_strided(size, strides, first.storage_offset())
+
+    def write(self, states: torch.Tensor, loops: slice) -> None:
+        """Store h(l) [loops, T, d] of each token; padding goes to the null block, which nobody reads."""
+        count, tokens = states.shape[:2]
+        width = len(self.slices) * self.part
+        if width > self.hidden_size:
+            states = nn.functional.pad(states, (0, width - self.hidden_size))
+        states = states.view(count, tokens, len(self.slices), self.part)
+        taken = 0
+        for layer, view in self.views():
+            slots = metadata_of(layer.name).slot_mapping[:tokens].clamp(min=0)
+            part = states[:, : len(slots), taken : taken + view.shape[0]]
+            view[:, slots // view.shape[2], slots % view.shape[2], loops] = part.permute(2, 1, 0, 3)
+            taken += view.shape[0]
+
+    def read(self, loops: slice) -> torch.Tensor:
+        """h(l) [loops, R, d] of the position before each request's first new token; zero where there is none."""
+        parts = []
+        for layer, view in self.views():
+            metadata = metadata_of(layer.name)
+            starts = metadata.query_start_loc
+            before = metadata.seq_lens - (starts[1:] - starts[:-1]) - 1
+            at = before.clamp(min=0).long()
+            blocks = metadata.block_table.gather(1, (at // view.shape[2])[:, None]).squeeze(1)
+            found = view[:, blocks.long(), at % view.shape[2], loops]  # [slices, R, loops, part]
+            parts.append(found.permute(2, 1, 0, 3))
+        states = torch.cat(parts, 2).flatten(2)[..., : self.hidden_size]
+        return states.masked_fill((before < 0)[None, :, None], 0)

@@ -1,0 +1,1 @@
+../../plt_megatron/hf/configuration_plt.py

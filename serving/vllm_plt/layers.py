@@ -1,0 +1,334 @@
+"""A PLT's layers on vLLM's parallel ones.
+
+Shapes: T tokens of a step, L loops, N rows (T tokens of one loop, or L * T), H query heads, K key/value heads, D the
+head dimension, d the hidden size; heads are this rank's.
+"""
+
+import torch
+from torch import nn
+
+from vllm_plt.configuration_plt import PLTConfig
+from vllm_plt.vllm_internals import (
+    Attention,
+    FusedMoEFactory,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RMSNorm,
+    RowParallelLinear,
+    VllmConfig,
+    attend_folded,
+    can_fold,
+    get_act_and_mul_fn,
+    get_rope,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+
+
+def load_shard(shard: int):
+    """A weight loader that takes the `shard`-th part of the first dimension, of the parameter's size."""
+
+    def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
+        size = param.shape[0]
+        param.data.copy_(loaded.narrow(0, shard * size, size))
+
+    return load
+
+
+def sharded_parameter(*shape: int, shard: int) -> nn.Parameter:
+    param = nn.Parameter(torch.zeros(*shape), requires_grad=False)
+    param.weight_loader = load_shard(shard)
+    return param
+
+
+class Heads:
+    """This rank's share of the heads; key/value heads are repeated where there are fewer than ranks."""
+
+    def __init__(self, config: PLTConfig):
+        ranks, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        total, total_kv = config.num_attention_heads, config.num_key_value_heads
+        if total % ranks or max(total_kv, ranks) % min(total_kv, ranks):
+            raise ValueError(f"{total} query and {total_kv} key/value heads do not divide over {ranks} ranks")
+        self.query, self.kv = total // ranks, max(1, total_kv // ranks)
+        self.kv_shard = self.rank * min(total_kv, ranks) // ranks
+        self.dim = config.head_dim
+        self.query_size, self.kv_size = self.query * self.dim, self.kv * self.dim
+
+
+class WholeRMSNorm(nn.Module):
+    """RMSNorm over a projection that tensor parallelism cuts (OLMo-2's norms on queries and keys)."""
+
+    def __init__(self, size: int, shard: int, eps: float):
+        super().__init__()
+        self.weight = sharded_parameter(size, shard=shard)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        mean = tensor_model_parallel_all_reduce(wide.pow(2).mean(-1, keepdim=True))
+        mean = mean / get_tensor_model_parallel_world_size()
+        return self.weight * (wide * torch.rsqrt(mean + self.eps)).to(x.dtype)
+
+
+class PLTGate(nn.Module):
+    """One scalar in (0, 1) per head and row, from the query after RoPE or from the layer's input."""
+
+    def __init__(self, config: PLTConfig, heads: Heads):
+        super().__init__()
+        self.from_hidden = config.gate_input == "hidden"
+        width = config.hidden_size if self.from_hidden else config.head_dim
+        self.weight = sharded_parameter(heads.query, width, shard=heads.rank)
+        self.bias = sharded_parameter(heads.query, shard=heads.rank)
+        if self.from_hidden:
+            self.gate_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Gates [N, H, 1] from query [N, H, D] and residual [N, d]; computed in fp32."""
+        if self.from_hidden:
+            logits = nn.functional.linear(self.gate_norm(residual).float(), self.weight.float(), self.bias.float())
+        else:
+            logits = (query.float() * self.weight.float()).sum(-1) + self.bias.float()
+        return logits.sigmoid().to(query.dtype).unsqueeze(-1)
+
+
+class PLTAttention(nn.Module):
+    """Global attention of all loops, later loops' windows, and the gate that blends them.
+
+    Args:
+        index: of the layer.
+        loops: L.
+        rows: decode steps run all loops at once.
+        prefix: of the model; layers are told apart by the one number in their names, which is loop * layers + index.
+    """
+
+    def __init__(self, config: PLTConfig, index: int, loops: int, rows: bool, prefix: str, vllm_config: VllmConfig):
+        super().__init__()
+        self.loops = loops
+        self.heads = heads = Heads(config)
+        self.scaling = heads.dim**-0.5
+        self.shares_kv = config.share_kv
+        self.gate_is_local = config.gate_side == "local"
+        name = f"{prefix}.layers.{index}.self_attn"
+        quant = vllm_config.quant_config
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            heads.dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.attention_bias or config.qkv_bias,
+            quant_config=quant,
+            prefix=f"{name}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * heads.dim,
+            config.hidden_size,
+            bias=config.attention_bias,
+            quant_config=quant,
+            prefix=f"{name}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            heads.dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+        )
+        self.norms_heads = config.norm_placement == "pre"
+        self.q_norm, self.k_norm = self._qk_norms(config) if config.qk_norm else (None, None)
+        self.plt_gate = PLTGate(config, heads) if config.gated_window and loops > 1 else None
+
+        def attention(loop: int, kind: str, width: int = 1, **kwargs) -> Attention:
+            return Attention(
+                heads.query * width,
+                heads.dim,
+                self.scaling,
+                num_kv_heads=heads.kv,
+                cache_config=vllm_config.cache_config,
+                quant_config=quant,
+                prefix=f"{prefix}.layers.{loop * config.num_hidden_layers + index}.self_attn.{kind}",
+                **kwargs,
+            )
+
+        self.attn = attention(0, "attn")
+        later = range(1, loops)
+        window = {"per_layer_sliding_window": config.window_size}
+        self.windows = nn.ModuleList(attention(loop, "window", **window) for loop in later if self.plt_gate is not None)
+        self.own = nn.ModuleList(attention(loop, "attn") for loop in later if not config.share_kv)
+        self.folded = None
+        if rows and config.share_kv and can_fold(self.attn):
+            self.folded = attention(0, "folded", loops, kv_sharing_target_layer_name=self.attn.layer_name)
+
+    def _qk_norms(self, config: PLTConfig) -> tuple[nn.Module, nn.Module]:
+        heads, eps = self.heads, config.rms_norm_eps
+        if self.norms_heads:
+            return RMSNorm(heads.dim, eps=eps), RMSNorm(heads.dim, eps=eps)
+        return WholeRMSNorm(heads.query_size, heads.rank, eps), WholeRMSNorm(heads.kv_size, heads.kv_shard, eps)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor, loop: int | None
+    ) -> torch.Tensor:
+        """Attention over normed hidden_states [N, d] at positions [N]; `residual` is the layer's input, for the gate.
+
+        loop: of all rows, from 0; None: the rows are loops 1..L of N / L tokens, loop after loop.
+        """
+        query, key, value = self._qkv(positions, hidden_states)
+        attend = self._rows if loop is None else self._loop
+        out = attend(query, key, value, residual, loop)
+        return self.o_proj(out)[0]
+
+    def _qkv(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[N, heads * D] each, normed and rotated."""
+        heads = self.heads
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = qkv.split([heads.query_size, heads.kv_size, heads.kv_size], dim=-1)
+        if self.q_norm is not None:
+            query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
+        query, key = self.rotary_emb(positions, query, key)
+        return query, key, value
+
+    def _normed(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not self.norms_heads:
+            return norm(x)
+        return norm(x.reshape(-1, self.heads.dim)).view(x.shape)
+
+    def _loop(self, query, key, value, residual, loop: int) -> torch.Tensor:
+        if loop == 0:
+            return self.attn(query, key, value)
+        if not self.shares_kv:
+            return self.own[loop - 1](query, key, value)
+        shared = self.attn(query, None, None)  # reads what loop 1 stored
+        if self.plt_gate is None:
+            return shared
+        return self._blend(query, residual, self.windows[loop - 1](query, key, value), shared)
+
+    def _rows(self, query, key, value, residual, loop: None) -> torch.Tensor:
+        """All loops of T tokens; row l * T + t is loop l + 1 of token t."""
+        count = query.shape[0] // self.loops
+        queries, keys, values = query.split(count), key.split(count), value.split(count)
+        if not self.shares_kv:
+            layers = (self.attn, *self.own)
+            return torch.cat([layer(*qkv) for layer, *qkv in zip(layers, queries, keys, values, strict=True)])
+        shared = self._shared_rows(query, queries, keys[0], values[0], count)
+        if self.plt_gate is None:
+            return shared
+        windows = zip(self.windows, queries[1:], keys[1:], values[1:], strict=True)
+        local = torch.cat([layer(*qkv) for layer, *qkv in windows])
+        blended = self._blend(query[count:], residual[count:], local, shared[count:])
+        return torch.cat([shared[:count], blended])
+
+    def _shared_rows(self, query, queries, key, value, count: int) -> torch.Tensor:
+        """All loops' queries [L * T, H * D] against the first loop's keys and values, which are read once."""
+        heads, loops = self.heads, self.loops
+        if self.folded is None:
+            return torch.cat([self.attn(queries[0], key, value), *(self.attn(q, None, None) for q in queries[1:])])
+        # Heads that share a key/value head lie together.
+        shape = (loops, count, heads.kv, heads.query // heads.kv, heads.dim)
+        folded = query.reshape(shape).permute(1, 2, 0, 3, 4).reshape(count, loops * heads.query, heads.dim)
+        key, value = key.reshape(count, heads.kv, heads.dim), value.reshape(count, heads.kv, heads.dim)
+        out = attend_folded(self.attn, self.folded, folded, key, value)
+        out = out.view(count, heads.kv, loops, heads.query // heads.kv, heads.dim).permute(2, 0, 1, 3, 4)
+        return out.reshape(loops * count, heads.query_size)
+
+    def _blend(self, query, residual, local, shared) -> torch.Tensor:
+        """[N, H * D] each; residual [N, d]."""
+        shape = (-1, self.heads.query, self.heads.dim)
+        gate = self.plt_gate(query.view(shape), residual)
+        first, second = (shared, local) if self.gate_is_local else (local, shared)
+        return torch.lerp(first.view(shape), second.view(shape), gate).view(query.shape)
+
+
+class PLTMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: PLTConfig, size: int, prefix: str, vllm_config: VllmConfig):
+        super().__init__()
+        quant = vllm_config.quant_config
+        self.gate_up_proj = MergedColumnParallelLinear(
+            config.hidden_size, [size] * 2, bias=config.mlp_bias, quant_config=quant, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            size, config.hidden_size, bias=config.mlp_bias, quant_config=quant, prefix=f"{prefix}.down_proj"
+        )
+        self.act_fn = get_act_and_mul_fn(config.hidden_act)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(x)[0]))[0]
+
+
+class PLTMoE(nn.Module):
+    """Experts in place of the MLP. A row is a token in a loop: the loops of a token choose for themselves."""
+
+    def __init__(self, config: PLTConfig, prefix: str, vllm_config: VllmConfig):
+        super().__init__()
+        self.gate = ReplicatedLinear(
+            config.hidden_size,
+            config.num_experts,
+            bias=False,
+            params_dtype=torch.float32,
+            quant_config=None,
+            prefix=f"{prefix}.gate",
+        )
+        self.experts = FusedMoEFactory(
+            num_experts=config.num_experts,
+            top_k=config.num_experts_per_tok,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.moe_intermediate_size,
+            renormalize=config.norm_topk_prob,
+            quant_config=vllm_config.quant_config,
+            activation=config.hidden_act,
+            prefix=f"{prefix}.experts",
+        )
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = PLTMLP(config, shared, f"{prefix}.shared_expert", vllm_config) if shared else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits, _ = self.gate(x.float())
+        shared = None if self.shared_expert is None else self.shared_expert(x)  # first: experts may work in place
+        out = self.experts(hidden_states=x, router_logits=logits)
+        return out if shared is None else out + shared
+
+
+class PLTDecoderLayer(nn.Module):
+    """Attention and MLP with their residuals; one set of weights for every loop."""
+
+    def __init__(self, config: PLTConfig, index: int, loops: int, rows: bool, prefix: str, vllm_config: VllmConfig):
+        super().__init__()
+        self.self_attn = PLTAttention(config, index, loops, rows, prefix, vllm_config)
+        name = f"{prefix}.layers.{index}.mlp"
+        if config.num_experts is None:
+            self.mlp = PLTMLP(config, config.intermediate_size, name, vllm_config)
+        else:
+            self.mlp = PLTMoE(config, name, vllm_config)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.pre = config.norm_placement == "pre"
+        self.input_layernorm = norm() if self.pre else None
+        self.post_attention_layernorm = norm()
+        self.post_feedforward_layernorm = norm() if not self.pre or config.ffn_output_norm else None
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, loop: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's input is hidden_states + residual, [N, d] each; its output is returned in the same two parts.
+
+        Both may be overwritten.
+        """
+        if not self.pre:
+            return self._post_norm(positions, hidden_states, residual, loop)
+        if residual is None:
+            residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(positions, hidden_states, residual, loop)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        hidden_states = self.mlp(hidden_states)
+        if self.post_feedforward_layernorm is not None:
+            hidden_states = self.post_feedforward_layernorm(hidden_states)
+        return hidden_states, residual
+
+    def _post_norm(self, positions, hidden_states, residual, loop) -> tuple[torch.Tensor, torch.Tensor]:
+        """OLMo-2: norms on the outputs of attention and MLP."""
+        layer_input = hidden_states if residual is None else hidden_states + residual
+        out = self.self_attn(positions, layer_input, layer_input, loop)
+        residual = layer_input + self.post_attention_layernorm(out)
+        return self.post_feedforward_layernorm(self.mlp(residual)), residual

@@ -1,0 +1,172 @@
+"""PLT for vLLM (arXiv 2510.24824): loops of prompts one after the other, loops of a decode step at once.
+
+    h(1) = f(E)      h(l) = f(embedding_scale * E + hidden_scale * shift(h(l-1)))      logits = Head(norm(h(L)))
+
+A step in which every request has one new token runs all loops as rows of one batch: row 1 is e, row l is e plus the
+h(l-1) that the position before left in paged memory. Any other step (prompts, drafts to verify) runs loop by loop over
+all its tokens, since the second token's loop l needs the first one's loop l - 1.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from vllm_plt.carry import Carry
+from vllm_plt.layers import PLTDecoderLayer
+from vllm_plt.passes import Stack, loop_pass, rows_pass
+from vllm_plt.settings import read_settings
+from vllm_plt.vllm_internals import (
+    AutoWeightsLoader,
+    LogitsProcessor,
+    ParallelLMHead,
+    RMSNorm,
+    SupportsLoRA,
+    SupportsQuant,
+    VllmConfig,
+    VocabParallelEmbedding,
+    WeightsMapper,
+    init_logger,
+    maybe_prefix,
+)
+
+logger = init_logger("vllm.plt")
+
+
+class PLTModel(nn.Module):
+    """Embedding, looped layer stack, final norm, and the carried states."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config, settings = vllm_config.model_config.hf_config, read_settings(vllm_config)
+        self.config = config
+        self.settings = settings
+        loops, rows, count = settings.loop_count, settings.parallel, config.num_hidden_layers
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embed_tokens",
+        )
+        self.layers = nn.ModuleList(
+            PLTDecoderLayer(config, index, loops, rows, prefix, vllm_config) for index in range(count)
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.carry = None
+        if config.cross_loop_parallel and loops > 1:
+            attention = self.layers[0].self_attn.attn
+            self.carry = Carry(attention, count, loops, prefix, loops * count, vllm_config)
+        stack = Stack(self.layers, self.norm, config.norm_between_loops)
+        self.passes = nn.ModuleList(loop_pass(stack, loop, loop == loops - 1, vllm_config) for loop in range(loops))
+        self.rows = rows_pass(stack, vllm_config) if rows else None
+        self.most_rows = vllm_config.scheduler_config.max_num_seqs
+
+    def forward(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """The normed output [T, d] of the last loop, for tokens with embeddings [T, d] at positions [T]."""
+        if self.rows is None:
+            return self._loop_by_loop(positions, embeds)
+        metadata = self.carry.metadata
+        if metadata is None:
+            # Warm up both ways; no decode step has more tokens than requests fit into a batch.
+            tokens = min(len(embeds), self.most_rows)
+            self._decode(positions[:tokens].contiguous(), embeds[:tokens].contiguous())
+        elif metadata.max_query_len == 1:
+            return self._decode(positions, embeds)
+        return self._loop_by_loop(positions, embeds)
+
+    def _decode(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """One token a request, every loop at once."""
+        carried = embeds.new_zeros(self.settings.loop_count - 1, *embeds.shape)
+        if self.carry.metadata is not None:
+            found = self.carry.read(slice(None))
+            carried[:, : found.shape[1]] = found  # beyond it lies padding
+        inputs = torch.cat([embeds[None], self._loop_input(embeds, carried)])
+        states, last = self.rows(positions, inputs)
+        if self.carry.metadata is not None:
+            self.carry.write(states, slice(None))
+        return last
+
+    def _loop_by_loop(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        hidden_states = embeds.clone()  # layers may overwrite it, and later loops read it again
+        for loop, run in enumerate(self.passes):
+            if loop:
+                hidden_states = self._next_input(embeds, hidden_states, loop)
+            hidden_states = run(positions, hidden_states)
+        return hidden_states
+
+    def _next_input(self, embeds: torch.Tensor, hidden_states: torch.Tensor, loop: int) -> torch.Tensor:
+        """Input of loop `loop`, from 0, after h(loop) [T, d]."""
+        if self.carry is None:
+            return hidden_states
+        shifted = torch.cat([torch.zeros_like(hidden_states[:1]), hidden_states])
+        metadata = self.carry.metadata
+        if metadata is not None:
+            which = slice(loop - 1, loop)
+            # All tokens first: a request's prefix may be computed by another one in this very step.
+            self.carry.write(hidden_states[None], which)
+            shifted.index_copy_(0, metadata.query_start_loc[:-1].long(), self.carry.read(which)[0])
+        return self._loop_input(embeds, shifted[:-1])
+
+    def _loop_input(self, embeds: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
+        return self.config.embedding_scale * embeds + self.config.hidden_scale * shifted
+
+
+class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
+    """PLT with a language-model head, in the names of plt_megatron's exports and of LoopCoder-v2."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            # The experts' own loader knows their names.
+            ".mlp.gate_proj": (".mlp.gate_up_proj", 0),
+            ".mlp.up_proj": (".mlp.gate_up_proj", 1),
+            ".shared_expert.gate_proj": (".shared_expert.gate_up_proj", 0),
+            ".shared_expert.up_proj": (".shared_expert.gate_up_proj", 1),
+        }
+    )
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.config = config
+        self.model = PLTModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if config.tie_word_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        settings = self.model.settings
+        logger.info_once(f"PLT: {settings.loop_count} of {config.loop_count} loops, {settings.loop_mode}")
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        embeds = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.model(positions, embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        ignored = []
+        if self.config.tie_word_embeddings:
+            ignored.append("lm_head.")
+        if self.model.settings.loop_count == 1:  # one loop has no use for gates
+            weights = ((name, tensor) for name, tensor in weights if ".plt_gate." not in name)
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored)
+        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)

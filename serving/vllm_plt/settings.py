@@ -1,0 +1,92 @@
+"""What may be asked of the plugin, and what a PLT model cannot be combined with, checked before anything starts.
+
+--additional-config '{"plt": {"loop_mode": "serial", "loop_count": 1}}'
+"""
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "plt"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model's loops are run.
+
+    Attributes:
+        loop_mode: a decode step's loops "parallel" (at once, as rows of one batch) or "serial" (one after the other).
+        loop_count: L, at most the model's own.
+    """
+
+    loop_mode: str
+    loop_count: int
+
+    @property
+    def parallel(self) -> bool:
+        return self.loop_mode == "parallel" and self.loop_count > 1
+
+
+def read_settings(vllm_config: "VllmConfig") -> Settings:
+    """The settings of a model; what is not given has its default.
+
+    Raises:
+        ValueError: a key or value that means nothing here, in one line.
+    """
+    config = vllm_config.model_config.hf_config
+    given = _given(vllm_config)
+    known = [field.name for field in fields(Settings)]
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"additional_config {KEY}.{unknown[0]} is not known: {KEY} takes {' and '.join(known)}")
+    count = given.get("loop_count", config.loop_count)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= config.loop_count:
+        raise ValueError(
+            f"additional_config {KEY}.loop_count must be from 1 to this model's {config.loop_count}, not {count!r}"
+        )
+    # LoRA's kernels take a batch's tokens for its rows.
+    fits = config.cross_loop_parallel and vllm_config.lora_config is None
+    mode = given.get("loop_mode", "parallel" if fits else "serial")
+    if mode not in ("parallel", "serial"):
+        raise ValueError(f'additional_config {KEY}.loop_mode must be "parallel" or "serial", not {mode!r}')
+    if mode == "parallel" and not fits and count > 1:
+        reason = (
+            "LoRA" if config.cross_loop_parallel else "this model (no cross_loop_parallel: each loop needs the last)"
+        )
+        raise ValueError(f'additional_config {KEY}.loop_mode "parallel" is not possible with {reason}: use "serial"')
+    return Settings(mode, count)
+
+
+def _given(vllm_config: "VllmConfig") -> dict:
+    everything = vllm_config.additional_config
+    given = everything.get(KEY, {}) if isinstance(everything, dict) else {}
+    if not isinstance(given, dict):
+        raise ValueError(f"additional_config {KEY} must be an object, not {given!r}")
+    return given
+
+
+def check(vllm_config: "VllmConfig") -> None:
+    """Raise a `ValueError` of one line if the server is asked for something that PLT models cannot do."""
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError(
+            "PLT models cannot be served with pipeline parallelism, as loops start over: use tensor parallelism"
+        )
+    if parallel.decode_context_parallel_size > 1:
+        raise ValueError("PLT models cannot be served with decode context parallelism: their windows are not split")
+    read_settings(vllm_config)
+
+
+def register_check(architecture: str) -> None:
+    """Have vLLM call `check` for this architecture while it puts its configuration together."""
+    from vllm_plt.vllm_internals import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class PLTServingConfig(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+            check(vllm_config)
+            # It counts on each expert layer running once in a step.
+            vllm_config.compilation_config.fast_moe_cold_start = False
+
+    MODELS_CONFIG_MAP[architecture] = PLTServingConfig

@@ -1,0 +1,148 @@
+"""All that this plugin uses of vLLM, and the one place that its internal interfaces are touched.
+
+Public names of vLLM are re-exported so that a new version is gone through here, line by line.
+"""
+
+from dataclasses import replace
+
+import torch
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.activation import get_act_and_mul_fn
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import _encode_layer_name
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker.utils import customize_attention_spec
+
+from vllm_plt.version import problem
+
+if _message := problem():
+    raise ImportError(_message)
+
+
+def register_cache_spec(spec: type, manager: type) -> None:
+    """Make a kind of cache known, of which layers form groups of their own."""
+    # The registry adds vLLM's own kinds only while it is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=spec)
+
+
+def register_layer(name: str, layer: AttentionLayerBase, vllm_config: VllmConfig) -> None:
+    """Have the runner ask `layer` for a cache, and hand it over, under this name (with one number in it)."""
+    known = vllm_config.compilation_config.static_forward_context
+    if name in known:
+        raise ValueError(f"two layers are called {name}")
+    known[name] = layer
+
+
+def metadata_of(layer_name: str):
+    """This step's metadata of a layer; None in a dry run, which has none."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):
+        raise ValueError("PLT models cannot be run in microbatches: leave --enable-dbo")
+    return None if metadata is None else metadata[layer_name]
+
+
+def attention_page_bytes(attention: Attention, vllm_config: VllmConfig) -> int:
+    """Bytes of one block of an attention layer."""
+    spec = attention.get_kv_cache_spec(vllm_config)
+    return customize_attention_spec(attention.get_attn_backend(), spec).page_size_bytes
+
+
+def can_fold(attention: Attention) -> bool:
+    """Whether `attend_folded` works with this layer's backend."""
+    return not attention.attn_backend.forward_includes_kv_cache_update and attention.query_quant is None
+
+
+def attend_folded(owner: Attention, reader: Attention, query, key, value) -> torch.Tensor:
+    """Store key and value [T, K, D] as `owner`'s, then let `reader`'s query [T, H, D] attend to the owner's cache.
+
+    The write's result is an argument of the read, which keeps their order under torch.compile.
+    """
+    done = torch.ops.vllm.unified_kv_cache_update(key, value, _encode_layer_name(owner.layer_name))
+    output = torch.empty_like(query)
+    torch.ops.vllm.unified_attention_with_output(
+        query, key, value, output, _encode_layer_name(reader.layer_name), kv_cache_dummy_dep=done
+    )
+    return output
+
+
+__all__ = [
+    "MODELS_CONFIG_MAP",
+    "Attention",
+    "AttentionBackend",
+    "AttentionCGSupport",
+    "AttentionLayerBase",
+    "AttentionMetadataBuilder",
+    "AutoWeightsLoader",
+    "CommonAttentionMetadata",
+    "FusedMoEFactory",
+    "LogitsProcessor",
+    "MergedColumnParallelLinear",
+    "MultipleOf",
+    "ParallelLMHead",
+    "QKVParallelLinear",
+    "RMSNorm",
+    "ReplicatedLinear",
+    "RowParallelLinear",
+    "SlidingWindowManager",
+    "SlidingWindowSpec",
+    "SupportsLoRA",
+    "SupportsQuant",
+    "VerifyAndUpdateConfig",
+    "VllmConfig",
+    "VocabParallelEmbedding",
+    "WeightsMapper",
+    "attend_folded",
+    "attention_page_bytes",
+    "can_fold",
+    "get_act_and_mul_fn",
+    "get_current_vllm_config",
+    "get_forward_context",
+    "get_pp_group",
+    "get_rope",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "init_logger",
+    "maybe_prefix",
+    "metadata_of",
+    "register_cache_spec",
+    "register_layer",
+    "replace",
+    "set_model_tag",
+    "support_torch_compile",
+    "tensor_model_parallel_all_reduce",
+]
