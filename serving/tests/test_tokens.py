@@ -35,15 +35,11 @@ def test_windows_blocks_and_chunks(exports, variant, window, options):
         assert_same(export, llm, prompts(22, seed=1))
 
 
-def test_blocks_of_16_where_the_backend_takes_them(exports):
-    """vLLM's CPU kernel takes multiples of 32 and says so; the GPU's take 16."""
-    export = exports("plt2")
-    try:
-        with engine(export, block_size=16) as llm:
-            assert_same(export, llm, prompts())
-    except ValueError as error:
-        assert "block size" in str(error)
-        pytest.skip(str(error))
+def test_blocks_that_the_backend_does_not_take_are_refused(exports):
+    """vLLM's CPU kernel takes multiples of 32 (GPUs' take 16): windows would silently get blocks of another size."""
+    with pytest.raises(ValueError, match="--block-size 16 is none that CPU_ATTN takes: MultipleOf\\(32\\)"):
+        with engine(exports("plt2"), block_size=16):
+            pass
 
 
 def test_a_long_context(exports):
@@ -101,7 +97,7 @@ def test_loopcoders_names(exports, tmp_path):
         assert_same(export, llm, prompts(12))
 
 
-@pytest.mark.parametrize(("variant", "options"), [("plt3", {}), ("plt2", {"max_num_batched_tokens": 17})])
+@pytest.mark.parametrize(("variant", "options"), [("plt3", {}), ("loopcoder", {"max_num_batched_tokens": 30})])
 def test_a_dropped_carry_shows(exports, monkeypatch, variant, options):
     """What these tests would say if the carries were wrong."""
     from vllm_plt.carry import Carry

@@ -19,6 +19,7 @@ from vllm_plt.vllm_internals import (
     VllmConfig,
     attend_folded,
     can_fold,
+    check_block_size,
     get_act_and_mul_fn,
     get_rope,
     get_tensor_model_parallel_rank,
@@ -148,6 +149,7 @@ class PLTAttention(nn.Module):
             )
 
         self.attn = attention(0, "attn")
+        check_block_size(self.attn, vllm_config)
         later = range(1, loops)
         window = {"per_layer_sliding_window": config.window_size}
         self.windows = nn.ModuleList(attention(loop, "window", **window) for loop in later if self.plt_gate is not None)

@@ -82,6 +82,14 @@ def attention_page_bytes(attention: Attention, vllm_config: VllmConfig) -> int:
     return customize_attention_spec(attention.get_attn_backend(), spec).page_size_bytes
 
 
+def check_block_size(attention: Attention, vllm_config: VllmConfig) -> None:
+    """Refuse a --block-size for which vLLM would give the windows' layers another one than the others."""
+    cache, backend = vllm_config.cache_config, attention.attn_backend
+    if cache.user_specified_block_size and not backend.supports_block_size(cache.block_size):
+        known = ", ".join(str(size) for size in backend.get_supported_kernel_block_sizes())
+        raise ValueError(f"--block-size {cache.block_size} is none that {backend.get_name()} takes: {known}")
+
+
 def can_fold(attention: Attention) -> bool:
     """Whether `attend_folded` works with this layer's backend."""
     return not attention.attn_backend.forward_includes_kv_cache_update and attention.query_quant is None
@@ -129,6 +137,7 @@ __all__ = [
     "attend_folded",
     "attention_page_bytes",
     "can_fold",
+    "check_block_size",
     "get_act_and_mul_fn",
     "get_current_vllm_config",
     "get_forward_context",

@@ -1,0 +1,89 @@
+"""vLLM's own planner: what a request costs beside a plain model's, and the concurrency that `vllm serve` prints."""
+
+import pytest
+from helpers import Export, engine, scheduler
+
+# LoopCoder-v2's shape; only its cache is planned, the weights are tiny. K/V heads of 128, 14 layers, d 5120.
+SHAPE_7B = {
+    "vocab_size": 160,
+    "intermediate_size": 32,
+    "hidden_size": 5120,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 8,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+}
+GIB = 1 << 30
+
+
+def blocks_of_a_request(length: int, block: int, loops: int, window: int, in_flight: int) -> int:
+    """Our formula, in blocks of all layers' K/V of `block` tokens, as vLLM hands memory out.
+
+    The context, a window for each later loop, and one token's carries. Windows and carries also hold the tokens that a
+    step has in flight, and one block more as they begin anywhere in a block.
+    """
+
+    def held(tokens: int) -> int:
+        return -(-min(tokens + in_flight, length) // block) + 1
+
+    return -(-length // block) + (loops - 1) * held(window - 1) + (held(1) if loops > 1 else 0)
+
+
+def bytes_of_a_request(length: int, layers: int, kv_heads: int, dim: int, size: int, loops: int, window: int) -> int:
+    """The state itself: K/V of the context, L - 1 windows, L - 1 carries (plt_megatron's estimate of decoding)."""
+    token = 2 * layers * kv_heads * dim
+    return 2 * (token * length + (loops - 1) * (token * window + size))
+
+
+def planned(llm, length: int, in_flight: int) -> float:
+    """The concurrency that vLLM plans for this model with 40 GiB, contexts of `length` and chunks of `in_flight`."""
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs
+
+    config = llm.llm_engine.vllm_config
+    config.model_config.max_model_len = length
+    config.scheduler_config.max_num_batched_tokens = in_flight
+    config.cache_config.num_gpu_blocks_override = None
+    specs = llm.llm_engine.model_executor.get_kv_cache_specs()
+    (made,) = get_kv_cache_configs(config, specs, [40 * GIB])
+    return get_kv_cache_capacity(config, made)[1]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Configurations of LoopCoder-v2's cache shape, with few other weights."""
+    from plt_megatron.hf.configuration_plt import PLTConfig
+
+    def write(loops: int):
+        folder = tmp_path_factory.mktemp("shape")
+        config = PLTConfig(**SHAPE_7B, loop_count=loops, window_size=64, architectures=["PLTForCausalLM"])
+        config.save_pretrained(folder)
+        return folder
+
+    return {loops: write(loops) for loops in (1, 2, 3)}
+
+
+def test_concurrency_is_what_the_formula_says(folders):
+    concurrency = {}
+    for loops, folder in folders.items():
+        with engine(Export(folder, None), load_format="dummy", dtype="bfloat16") as llm:
+            total = 40 * GIB // (32 * 2 * 8 * 128 * 2 * 14)
+            for in_flight in (256, 2048):
+                got = planned(llm, 32768, in_flight)
+                expected = total / blocks_of_a_request(32768, 32, loops, 64, in_flight)
+                assert got == pytest.approx(expected, rel=0.02), (loops, in_flight)
+                concurrency[loops, in_flight] = got
+    # Small chunks come near the state itself.
+    for loops in folders:
+        exact = 40 * GIB / bytes_of_a_request(32768, 14, 8, 128, 5120, loops, 64)
+        assert concurrency[loops, 256] == pytest.approx(exact, rel=0.02 if loops < 3 else 0.03)
+    assert concurrency[2, 2048] > 0.85 * concurrency[1, 2048]
+
+
+@pytest.mark.parametrize(("variant", "loops", "groups"), [("plt1", 1, 1), ("plt2", 2, 3), ("plt3", 3, 4)])
+def test_the_printed_concurrency(exports, variant, loops, groups):
+    """Of a running engine; and the kinds of layers form alike groups, so that no block is wasted."""
+    with engine(exports(variant), max_num_batched_tokens=32, max_num_seqs=8, num_gpu_blocks_override=500) as llm:
+        got = llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
+        assert got == pytest.approx(500 / blocks_of_a_request(256, 32, loops, 8, 32), rel=0.02)
+        manager = scheduler(llm).kv_cache_manager
+        assert [len(group.layer_names) for group in manager.kv_cache_config.kv_cache_groups] == [3] * groups
