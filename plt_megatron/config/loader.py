@@ -1,12 +1,11 @@
-"""YAML files and `key=value` overrides to a `RunConfig`, and back.
+"""YAML files and `key=value` overrides to any dataclass of `fields`: runs, sweeps, clusters, jobs.
 
-A file holds any part of a `RunConfig`. Its `include:` (one path or a list, relative to the file) names files
-that are read first, in order; later values win, the file's own win over those it includes, and overrides win
-over all. Sections merge key by key; lists are replaced whole. All other paths in a configuration are relative
-to the directory the command runs in.
+A file holds any part of the schema. Its `include:` (one path or a list, relative to the file) names files that are
+read first, in order. Each file is a layer, all overrides together are the last one, and later layers win: sections
+merge key by key, lists are replaced whole, and of `ALTERNATIVES` what a layer gives replaces what earlier ones gave.
 
-Values are converted to the type the schema states, and every error names the file, the line and the key.
-Scalars are read as YAML 1.2 does: `1e-4` is a number and `yes` is a string.
+Values are converted to the types the schema states, and every error names the file, the line and the key. What is read
+remembers where its values come from: `place` puts that before a problem that is found later.
 """
 
 from __future__ import annotations
@@ -14,50 +13,80 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
-import math
 import os
 import re
-import types
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import yaml
 
+from plt_megatron.config import yaml_nodes
+from plt_megatron.config.fields import RenamedFrom, field_types, find_range_problems, plain_type, section_of
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.yaml_nodes import describe, is_null, where
 from plt_megatron.errors import UserError
 from plt_megatron.installation import find_config
 
 INCLUDE = "include"
+_PLACES = "_places"  # attribute of what `load` returns: dotted key -> file and line, or override
+_KEY = re.compile(r"^\w+(?:\.\w+|\[\d+\])*|\w+(?:\.\w+|\[\d+\])+")
 
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-
-# Dotted key -> the YAML node that sets it. Nodes know their file and line, and whether a scalar was quoted.
-_Settings = dict[str, yaml.Node]
+# Sections as trees, values as the nodes they are read from.
+_Tree = dict[str, "_Tree | yaml.Node"]
 
 
-def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a configuration file and apply `key=value` overrides (dotted keys, values in YAML).
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool = False
+) -> RunConfig:
+    """Read a run configuration; whether its values make sense is `validation.validate`'s question. See `load`."""
+    return load(RunConfig, path, overrides, accept_old_names=accept_old_names)
 
-    Raises `UserError` on a missing or malformed file, an unknown key or a value of the wrong type.
-    Whether the values make sense together is `validation.validate`'s question.
+
+def load[T](
+    schema: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool = False
+) -> T:
+    """Read a file into the dataclass `schema` and apply `key=value` overrides (dotted keys, values in YAML).
+
+    Args:
+        accept_old_names: read settings by the names they had in earlier versions: for files that programs wrote.
+
+    Raises:
+        UserError: a file is missing or malformed, a key is unknown, missing or has a new name, a value is of the wrong
+            type. Numbers out of their range are left to `fields.find_range_problems`.
     """
-    settings: _Settings = {}
-    _read_file(find_config(path), settings, ())
-    for override in overrides:
-        _read_override(override, settings)
-    config = _build(RunConfig, "", settings)
-    assert isinstance(config, RunConfig)
-    return config
+    found = find_config(path)
+    reader = _Reader(schema, found, accept_old_names)
+    reader.read_file(found)
+    reader.read_overrides(overrides)
+    loaded = reader.build(schema, reader.tree, "")
+    object.__setattr__(loaded, _PLACES, reader.places)
+    return typing.cast(T, loaded)
+
+
+def place(settings: Any, problems: Iterable[str]) -> list[str]:
+    """Problems of loaded settings, each after the file and line of the first key that it names."""
+    places: dict[str, str] = getattr(settings, _PLACES, {})
+    found = []
+    for problem in problems:
+        at = next((places[key] for key in _KEY.findall(problem) if key in places), yaml_nodes.OVERRIDE)
+        found.append(problem if at.startswith(yaml_nodes.OVERRIDE) else f"{at}: {problem}")
+    return found
+
+
+def check(settings: Any, problems: Iterable[str] = ()) -> None:
+    """Raise `UserError`, one line each, for numbers of loaded settings that are out of range, and for `problems`."""
+    found = place(settings, [*find_range_problems(settings), *problems])
+    if found:
+        raise UserError("\n".join(found))
 
 
 def dump_config(config: RunConfig) -> str:
     """YAML text that `load_config` reads back to an equal configuration."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(
+        dataclasses.asdict(config), Dumper=yaml_nodes.Dumper, sort_keys=False, allow_unicode=True, width=110
+    )
 
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
@@ -83,319 +112,279 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def _read_file(path: Path, settings: _Settings, including: tuple[Path, ...]) -> None:
-    """Merge a file, after the files it includes, into `settings`."""
-    if path.resolve() in [other.resolve() for other in including]:
-        raise UserError(f"{including[-1]}: {INCLUDE} of {path} leads back to itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        by = f"{including[-1]}: {INCLUDE}: " if including else ""
-        raise UserError(f"{by}cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
-    root = _compose(text, str(path))
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{_where(root)}: expected `key: value` lines, got {_describe(root)}")
-    own: _Settings = {}
-    for key_node, value in root.value:
-        if key_node.value == INCLUDE:
-            for included in _include_paths(value):
-                _read_file(path.parent / included, settings, (*including, path))
-    _flatten(RunConfig, root, "", own)
-    settings.update(own)
+class _Reader:
+    """Collects layers in a tree that has the shape of `schema`, and builds it.
+
+    Attributes:
+        tree: what the layers so far set.
+        places: dotted key -> where it was set last.
+    """
+
+    def __init__(self, schema: type, path: Path, accept_old_names: bool) -> None:
+        self._schema, self._path, self._accept_old_names = schema, path, accept_old_names
+        self.tree: _Tree = {}
+        self.places: dict[str, str] = {}
+
+    def read_file(self, path: Path, including: tuple[Path, ...] = ()) -> None:
+        """Put a file over the tree, after the files it includes."""
+        if path.resolve() in [other.resolve() for other in including]:
+            raise UserError(f"{including[-1]}: {INCLUDE} of {path} leads back to itself")
+        try:
+            text = yaml_nodes.read_text(path)
+        except UserError as error:
+            raise UserError(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
+        root = yaml_nodes.compose(text, str(path))
+        entries = [] if root is None else yaml_nodes.items(root)
+        for key, node, _ in entries:
+            if key == INCLUDE:
+                for included in _include_paths(node):
+                    self.read_file(path.parent / included, (*including, path))
+        self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
+
+    def read_overrides(self, overrides: Sequence[str]) -> None:
+        """Put `key=value` texts over the tree."""
+        layer: _Tree = {}
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            at = f"{yaml_nodes.OVERRIDE}{override!r}"
+            if not equals or not key.strip():
+                raise UserError(f"{at}: expected key=value, as in model.loop_count=1")
+            null = yaml.ScalarNode("", "", yaml.Mark(at, 0, 0, 0, None, 0))
+            node = yaml_nodes.compose(text, at) or null
+            _merge(layer, self._path_to(self._schema, key.strip().split("."), node, at, ""))
+        self._add_layer(layer)
+
+    def _add_layer(self, layer: _Tree) -> None:
+        _supersede(self._schema, self.tree, layer, "")
+        _merge(self.tree, layer)
+
+    def _section(self, cls: type, entries: Iterable[tuple[str, yaml.Node, str]], key: str) -> _Tree:
+        """The tree of a mapping, its keys checked against the dataclass `cls`."""
+        section: _Tree = {}
+        for name, node, at in entries:
+            for current, value in self._item(cls, name, node, at, key).items():
+                if current in section:
+                    raise UserError(f"{at}: {_join(key, current)} is given twice: {name} is its old name")
+                section[current] = value
+        return section
+
+    def _item(self, cls: type, name: str, node: yaml.Node, at: str, section: str) -> _Tree:
+        """The tree of one key of a section."""
+        name = self._current_name(cls, name, at, section)
+        key = _join(section, name)
+        plain, _, optional = plain_type(field_types(cls)[name])
+        inner = section_of(plain)
+        self.places[key] = at
+        if (optional and is_null(node)) or not (inner or typing.get_origin(plain) is dict):
+            return {name: node}
+        if is_null(node):  # an empty section sets nothing
+            return {}
+        if inner is None:
+            if not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{at}: {key} is a section of its own keys, got {describe(node)}")
+            return {name: self._mapping(typing.get_args(plain)[1], node, key)}
+        if not isinstance(node, yaml.MappingNode):
+            names = ", ".join(_join(key, field) for field in list(field_types(inner))[:3])
+            raise UserError(f"{at}: {key} is a section ({names}, ...), got {describe(node)}")
+        return {name: self._section(inner, yaml_nodes.items(node, key), key)}
+
+    def _mapping(self, value_type: Any, node: yaml.Node, key: str) -> _Tree:
+        """The tree of a section whose keys are the user's own, or another program's (`Any`: as deep as they go)."""
+        section: _Tree = {}
+        for name, value, at in yaml_nodes.items(node, key):
+            if not name or (value_type is Any and "." in name):
+                raise UserError(f"{at}: expected a setting's name below {key}, got {name!r}")
+            self.places[_join(key, name)] = at
+            if value_type is not Any or not isinstance(value, yaml.MappingNode):
+                section[name] = value
+            elif value.value:
+                section[name] = self._mapping(Any, value, _join(key, name))
+        return section
+
+    def _path_to(self, cls: type, names: Sequence[str], node: yaml.Node, at: str, section: str) -> _Tree:
+        """The tree in which nothing but one dotted key is set."""
+        name, *rest = names
+        if not rest:
+            return self._item(cls, name, node, at, section)
+        plain = plain_type(field_types(cls).get(name))[0]
+        key, inner = _join(section, name), section_of(plain)
+        if inner is not None:
+            return {name: self._path_to(inner, rest, node, at, key)}
+        if typing.get_origin(plain) is not dict:
+            raise self._unknown_key(at, cls, section, name)
+        value_type = typing.get_args(plain)[1]
+        if value_type is not Any:
+            rest = [".".join(rest)]
+        self.places[_join(key, ".".join(rest))] = at
+        nested = value_type is Any and isinstance(node, yaml.MappingNode)
+        tree: _Tree | yaml.Node = self._mapping(Any, node, _join(key, ".".join(rest))) if nested else node
+        for step in reversed([name, *rest]):
+            tree = {step: tree}
+        return typing.cast(_Tree, tree)
+
+    # ------------------------------------------------------------ the schema's types
+
+    def build(self, cls: type, tree: _Tree, key: str) -> Any:
+        """An instance of `cls` from a tree; what is not set keeps its default."""
+        values = {name: self._value(field_types(cls)[name], value, _join(key, name)) for name, value in tree.items()}
+        for field in dataclasses.fields(cls):
+            missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            if field.init and missing and field.name not in values:
+                raise UserError(f"{self.places.get(key, self._path)}: {_join(key, field.name)} is missing")
+        return cls(**values)
+
+    def _value(self, hint: Any, value: _Tree | yaml.Node, key: str) -> Any:
+        if not isinstance(value, dict):
+            return self._convert(hint, value, key)
+        plain = plain_type(hint)[0]
+        section = section_of(plain)
+        if section is not None:
+            return self.build(section, value, key)
+        inner = Any if plain is Any else typing.get_args(plain)[1]
+        return {name: self._value(inner, item, _join(key, name)) for name, item in value.items()}
+
+    def _convert(self, hint: Any, node: yaml.Node, key: str) -> Any:
+        """The node's value as the type `hint` of the setting `key`. A type with `from_node` reads nodes itself."""
+        plain, _, optional = plain_type(hint)
+        if optional and is_null(node):
+            return None
+        if plain is Any:
+            return _convert_untyped(node, key)
+        if plain is Path:
+            return self._file_path(node, key)
+        if hasattr(plain, "from_node"):
+            return plain.from_node(node, key)
+        section = section_of(plain)
+        if section is not None and isinstance(node, yaml.MappingNode):
+            return self.build(section, self._section(section, yaml_nodes.items(node, key), key), key)
+        if typing.get_origin(plain) is list and isinstance(node, yaml.SequenceNode):
+            (item_type,) = typing.get_args(plain)
+            places = {f"{key}[{index}]": where(item) for index, item in enumerate(node.value)}
+            self.places |= places
+            return [self._convert(item_type, item, at) for item, at in zip(node.value, places, strict=True)]
+        if typing.get_origin(plain) is Literal:
+            return _choose(typing.get_args(plain), node, key)
+        value = yaml_nodes.scalar(plain, node)
+        if value is None:
+            raise UserError(f"{where(node)}: {key}: expected {_type_name(plain)}, got {describe(node)}")
+        return value
+
+    def _file_path(self, node: yaml.Node, key: str) -> Path:
+        """A path relative to the file that gives it; on the command line, to the current directory."""
+        text = self._convert(str, node, key)
+        name = node.start_mark.name
+        return Path(text) if name.startswith(yaml_nodes.OVERRIDE) else Path(name).parent / text
+
+    # ------------------------------------------------------------ names
+
+    def _current_name(self, cls: type, name: str, at: str, section: str) -> str:
+        if name in field_types(cls):
+            return name
+        for current, hint in field_types(cls).items():
+            if RenamedFrom(name) in plain_type(hint)[1]:
+                if self._accept_old_names:
+                    return current
+                raise UserError(f"{at}: {_join(section, name)} is now called {_join(section, current)}")
+        raise self._unknown_key(at, cls, section, name)
+
+    def _unknown_key(self, at: str, cls: type, section: str, name: str) -> UserError:
+        """Names the nearest key of the same section, else the same or nearest name in any other section."""
+        siblings = list(field_types(cls))
+        close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+        candidates = [_join(section, close[0])] if close else []
+        if not close or difflib.SequenceMatcher(None, name, close[0]).ratio() < 0.8:
+            elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(_all_keys(self._schema)))}
+            match = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8)
+            candidates = [elsewhere[match[0]]] if match else candidates
+        hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
+        return UserError(f"{at}: unknown key {_join(section, name)}; {hint}")
+
+
+def _join(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
 
 
 def _include_paths(node: yaml.Node) -> list[str]:
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     if not all(isinstance(item, yaml.ScalarNode) and item.value for item in items):
-        raise UserError(f"{_where(node)}: {INCLUDE}: expected a path or a list of paths")
+        raise UserError(f"{where(node)}: {INCLUDE}: expected a path or a list of paths")
     return [item.value for item in items]
 
 
-def _read_override(override: str, settings: _Settings) -> None:
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not key:
-        raise UserError(f"override {override!r}: expected key=value, as in model.loop_count=1")
-    where = f"override {override!r}"
-    node = _compose(text, where)
-    if node is None:
-        node = yaml.ScalarNode("", "", yaml.Mark(where, 0, 0, 0, None, 0))
-    *sections, last = key.split(".")
-    cls: type = RunConfig
-    prefix = ""
-    for section in sections:
-        if _is_free(_field_types(cls).get(section)):
-            _flatten_free(node, key, settings)
-            return
-        inner = _dataclass_of(_field_types(cls).get(section))
-        if inner is None:
-            raise _unknown_key(where, cls, prefix, section)
-        cls, prefix = inner, f"{prefix}{section}."
-    _flatten_item(cls, last, node, where, prefix, settings)
+def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, hint in field_types(cls).items():
+        section = section_of(hint)
+        if section is None:
+            yield _join(prefix, name)
+        else:
+            yield from _all_keys(section, _join(prefix, name))
 
 
-class _Loader(yaml.SafeLoader):
-    """Used for parsing only; values are converted from the nodes."""
+# ---------------------------------------------------------------- layers
 
 
-def _compose(text: str, name: str) -> yaml.Node | None:
-    """Parse one YAML document into nodes whose marks carry `name`. None if it is empty."""
-    try:
-        loader = _Loader(text)
-        loader.name = name
-        try:
-            return typing.cast("yaml.Node | None", loader.get_single_node())
-        finally:
-            loader.dispose()
-    except RecursionError as error:
-        raise UserError(f"{name}: nested too deeply") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = _where_mark(mark) if mark else name
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML: {problem}") from error
+def _merge(tree: _Tree, layer: _Tree) -> None:
+    """Put `layer` over `tree`, key by key."""
+    for name, value in layer.items():
+        below = tree.get(name)
+        if isinstance(value, dict) and isinstance(below, dict):
+            _merge(below, value)
+        else:
+            tree[name] = value
 
 
-def _flatten(cls: type, node: yaml.MappingNode, prefix: str, settings: _Settings) -> None:
-    """Put a section's leaves into `settings`, checking its keys against the dataclass `cls`."""
-    seen: set[str] = set()
-    for key_node, value in node.value:
-        key = key_node.value
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(f"{_where(key_node)}: expected a setting's name, got {_describe(key_node)}")
-        if key in seen:
-            raise UserError(f"{_where(key_node)}: {prefix}{key} is given twice")
-        seen.add(key)
-        if key == INCLUDE and not prefix:
-            continue
-        _flatten_item(cls, key, value, _where(key_node), prefix, settings)
+def _supersede(cls: type, earlier: _Tree, layer: _Tree, key: str) -> None:
+    """Take out of `earlier` what excludes what `layer` gives. Raises `UserError` if it gives both."""
+    alternatives: Sequence[Sequence[str]] = getattr(cls, "ALTERNATIVES", ())
+    given = [[name for name in names if not _is_nothing(layer.get(name))] for names in alternatives]
+    first, *others = [names[0] for names in given if names] or [""]
+    if others:
+        at, also = (where(typing.cast(yaml.Node, layer[name])) for name in (others[0], first))
+        either = " or ".join("/".join(names) for names in alternatives)
+        raise UserError(f"{at}: {_join(key, others[0])}: give either {either}, not both ({first}: {also})")
+    for names in alternatives if first else ():
+        if first not in names:
+            for name in names:
+                earlier.pop(name, None)
+    for name, value in layer.items():
+        section = section_of(field_types(cls).get(name))
+        if section is not None and isinstance(value, dict):
+            below = earlier.get(name)
+            _supersede(section, below if isinstance(below, dict) else {}, value, _join(key, name))
 
 
-def _flatten_item(cls: type, key: str, node: yaml.Node, where: str, prefix: str, settings: _Settings) -> None:
-    field_types = _field_types(cls)
-    if key not in field_types:
-        raise _unknown_key(where, cls, prefix, key)
-    section = _dataclass_of(field_types[key])
-    if _is_free(field_types[key]):
-        if not isinstance(node, yaml.MappingNode) and not _is_null(node):
-            raise UserError(f"{where}: {prefix}{key} is a section of its own keys, got {_describe(node)}")
-        _flatten_free(node, prefix + key, settings)
-    elif section is None:
-        settings[prefix + key] = node
-    elif isinstance(node, yaml.MappingNode):
-        _flatten(section, node, f"{prefix}{key}.", settings)
-    elif not _is_null(node):  # an empty section sets nothing
-        names = ", ".join(f"{prefix}{key}.{name}" for name in list(_field_types(section))[:3])
-        raise UserError(f"{where}: {prefix}{key} is a section ({names}, ...), got {_describe(node)}")
+def _is_nothing(value: _Tree | yaml.Node | None) -> bool:
+    """Whether a key is left out, null or an empty list."""
+    return value is None or (isinstance(value, yaml.Node) and (is_null(value) or value.value == []))
 
 
-def _flatten_free(node: yaml.Node, key: str, settings: _Settings) -> None:
-    """Put the leaves of a section whose keys another program knows into `settings`, that files merge key by key."""
-    if not isinstance(node, yaml.MappingNode):
-        if not _is_null(node) or "." in key:
-            settings[key] = node
-        return
-    for key_node, value in node.value:
-        name = key_node.value
-        if not isinstance(key_node, yaml.ScalarNode) or not name or "." in name:
-            raise UserError(f"{_where(key_node)}: expected a setting's name below {key}, got {_describe(key_node)}")
-        _flatten_free(value, f"{key}.{name}", settings)
+# ---------------------------------------------------------------- values
 
 
-# ---------------------------------------------------------------- conversion to the schema's types
+def _choose(choices: Sequence[str], node: yaml.Node, key: str) -> str:
+    if isinstance(node, yaml.ScalarNode) and node.value in choices:
+        return str(node.value)
+    close = difflib.get_close_matches(str(node.value), choices, n=1, cutoff=0.5)
+    nearest = f"; did you mean {close[0]}?" if close else ""
+    raise UserError(f"{where(node)}: {key}: expected one of {', '.join(choices)}; got {describe(node)}{nearest}")
 
 
-@functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _dataclass_of(hint: Any) -> type | None:
-    return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
-
-
-def _is_free(hint: Any) -> bool:
-    return typing.get_origin(hint) is dict
-
-
-def _build_free(prefix: str, settings: _Settings) -> dict[str, Any]:
-    """The nested dictionary of the leaves under `prefix`."""
-    built: dict[str, Any] = {}
-    for key, node in settings.items():
-        if not key.startswith(prefix):
-            continue
-        *sections, last = key[len(prefix) :].split(".")
-        place = built
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise UserError(f"{_where(node)}: {key}: {section} is a value already")
-        if isinstance(place.get(last), dict):
-            raise UserError(f"{_where(node)}: {key} is a section already")
-        place[last] = _convert_free(node, key)
-    return built
-
-
-def _convert_free(node: yaml.Node, key: str) -> Any:
+def _convert_untyped(node: yaml.Node, key: str) -> Any:
     """A value whose type no schema states: as YAML 1.2 reads it."""
     if isinstance(node, yaml.SequenceNode):
-        return [_convert_free(item, key) for item in node.value]
+        return [_convert_untyped(item, key) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{_where(node)}: {key}: expected a value, got {_describe(node)}")
-    if _is_null(node):
+        raise UserError(f"{where(node)}: {key}: expected a value, got {describe(node)}")
+    if is_null(node):
         return None
-    for hint in (bool, int, float):
-        with contextlib.suppress(UserError):
-            return _convert_scalar(hint, node, key)
-    return node.value
+    values = (yaml_nodes.scalar(hint, node) for hint in (bool, int, float, str))
+    return next(value for value in values if value is not None)
 
 
-def _build(cls: type, prefix: str, settings: _Settings) -> Any:
-    """An instance of `cls` from the settings under `prefix`; what is not set keeps its default."""
-    values: dict[str, Any] = {}
-    for name, hint in _field_types(cls).items():
-        section = _dataclass_of(hint)
-        if section is not None:
-            values[name] = _build(section, f"{prefix}{name}.", settings)
-        elif _is_free(hint):
-            values[name] = _build_free(f"{prefix}{name}.", settings)
-        elif prefix + name in settings:
-            values[name] = _convert(hint, settings[prefix + name], prefix + name)
-    return cls(**values)
-
-
-def _convert(hint: Any, node: yaml.Node, key: str) -> Any:
-    """The node's value as the type `hint` of the setting `key`."""
-    origin = typing.get_origin(hint)
-    if origin in (Union, types.UnionType):
-        members = typing.get_args(hint)
-        if type(None) in members and _is_null(node):
-            return None
-        (inner,) = [member for member in members if member is not type(None)]
-        return _convert(inner, node, key)
-    if origin is list:
-        if not isinstance(node, yaml.SequenceNode):
-            raise _wrong_type(hint, node, key)
-        (item_type,) = typing.get_args(hint)
-        return [_convert(item_type, item, f"{key}[{i}]") for i, item in enumerate(node.value)]
-    section = _dataclass_of(hint)
-    if section is not None:
-        if not isinstance(node, yaml.MappingNode):
-            raise _wrong_type(hint, node, key)
-        settings: _Settings = {}
-        _flatten(section, node, f"{key}.", settings)
-        return _build(section, f"{key}.", settings)
-    return _convert_scalar(hint, node, key)
-
-
-def _convert_scalar(hint: Any, node: yaml.Node, key: str) -> Any:
-    if not isinstance(node, yaml.ScalarNode) or _is_null(node):
-        raise _wrong_type(hint, node, key)
-    text = node.value
-    plain = node.style is None
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if text in choices:
-            return text
-        nearest = _nearest(text, choices)
-        raise UserError(f"{_where(node)}: {key}: expected one of {', '.join(choices)}; got {text!r}{nearest}")
-    if hint is str:
-        return text
-    if hint is bool and plain and text in _BOOL:
-        return _BOOL[text]
-    if hint is int and plain and (number := _integer(text)) is not None:
-        return number
-    if hint is float and plain and _FLOAT.fullmatch(text):
-        return float(text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
-    raise _wrong_type(hint, node, key)
-
-
-def _integer(text: str) -> int | None:
-    """`12`, `1_000` and whole numbers in exponent form: `4e11` tokens is an integer to its writer."""
-    if _INT.fullmatch(text):
-        return int(text.replace("_", ""))
-    if _FLOAT.fullmatch(text) and "e" in text.lower():
-        number = float(text.replace("_", ""))
-        if math.isfinite(number) and number.is_integer():
-            return int(number)
-    return None
-
-
-# ---------------------------------------------------------------- messages
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.style is None and bool(_NULL.fullmatch(node.value))
-
-
-def _where(node: yaml.Node) -> str:
-    return _where_mark(node.start_mark)
-
-
-def _where_mark(mark: yaml.Mark) -> str:
-    return mark.name if mark.name.startswith("override ") else f"{mark.name}:{mark.line + 1}"
-
-
-def _describe(node: yaml.Node) -> str:
-    if isinstance(node, yaml.MappingNode):
-        return "a mapping"
-    if isinstance(node, yaml.SequenceNode):
-        return "a list"
-    return "nothing (null)" if _is_null(node) else repr(node.value)
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    if typing.get_origin(hint) is list:
-        (item,) = typing.get_args(hint)
-        plural = {int: "integers", float: "numbers", str: "strings"}
-        return f"a list of {plural.get(item, 'mappings')}"
-    section = _dataclass_of(hint)
-    if section is not None:
-        return f"a mapping of {', '.join(_field_types(section))}"
-    return names.get(hint, "one of " + ", ".join(map(str, typing.get_args(hint))))
-
-
-def _wrong_type(hint: Any, node: yaml.Node, key: str) -> UserError:
-    return UserError(f"{_where(node)}: {key}: expected {_type_name(hint)}, got {_describe(node)}")
-
-
-def _nearest(word: str, choices: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    for name, hint in _field_types(cls).items():
-        section = _dataclass_of(hint)
-        keys.extend(_all_keys(section, f"{prefix}{name}.") if section else [prefix + name])
-    return keys
-
-
-def _unknown_key(where: str, cls: type, prefix: str, key: str) -> UserError:
-    """Names the nearest key of the same section, else the same or nearest name in any other section."""
-    siblings = list(_field_types(cls))
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.5)
-    candidates = [prefix + close[0]] if close else []
-    if not close or difflib.SequenceMatcher(None, key, close[0]).ratio() < 0.8:
-        elsewhere = {full.rpartition(".")[2]: full for full in reversed(_all_keys(RunConfig))}
-        match = difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=0.8)
-        candidates = [elsewhere[match[0]]] if match else candidates
-    hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
-    return UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-
-
-# ---------------------------------------------------------------- writing
-
-
-class _Dumper(yaml.SafeDumper):
-    """Indents lists under their key."""
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)  # type: ignore[no-untyped-call]
+def _type_name(plain: Any) -> str:
+    if typing.get_origin(plain) is list:
+        item = plain_type(typing.get_args(plain)[0])[0]
+        return f"a list of { {int: 'integers', float: 'numbers', str: 'strings'}.get(item, 'mappings') }"
+    if section_of(plain) is not None:
+        return f"a mapping of {', '.join(field_types(plain))}"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[plain]

@@ -1,24 +1,23 @@
 """Every check of a configuration that needs no torch: done before a process group or a model exists.
 
 `validate` collects all problems, so that one run of a command shows them all. Checks that relate settings to
-one another assume that each setting is in its own range, so they run only when `_check_ranges` finds nothing.
+one another assume that each setting is in its own range (`fields`), so they run only when all are.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived, fp8_rules, moe_validation
+from plt_megatron.config.fields import find_range_problems
+from plt_megatron.config.loader import place
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 
-MAX_LOOP_COUNT = 8
+MAX_SAMPLES = 2**40
 
 
 def validate(
@@ -51,8 +50,8 @@ def find_problems(
     have_te: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[str]:
-    """The problems `validate` would raise, one line each."""
-    problems = list(_check_ranges(config))
+    """The problems `validate` would raise, one line each, after the file and line of the first setting it names."""
+    problems = list(find_range_problems(config))
     problems += _check_required(config)
     if not problems:
         problems += _check_model(config)
@@ -69,128 +68,10 @@ def find_problems(
     if check_files:
         problems += _check_files(config)
         problems += _check_packages(config, have_te)
-    return problems
+    return place(config, problems)
 
 
 # ---------------------------------------------------------------- each setting by itself
-
-
-@dataclasses.dataclass(frozen=True)
-class _Range:
-    low: float
-    high: float = math.inf
-    low_excluded: bool = False
-    high_excluded: bool = False
-
-    def problem(self, value: float) -> str | None:
-        if not math.isfinite(value):
-            return f"must be a finite number, got {value}"
-        too_low = value <= self.low if self.low_excluded else value < self.low
-        too_high = value >= self.high if self.high_excluded else value > self.high
-        return f"must be {self}, got {value}" if too_low or too_high else None
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.low_excluded else f"at least {self.low:g}"
-        if self.high == math.inf:
-            return low
-        return f"{low} and {'below' if self.high_excluded else 'at most'} {self.high:g}"
-
-
-_AT_LEAST_1 = _Range(1)
-_NOT_NEGATIVE = _Range(0)
-_POSITIVE = _Range(0, low_excluded=True)
-_ANY = _Range(-math.inf)
-_LOOPS = _Range(1, MAX_LOOP_COUNT)
-
-# A number in the schema that is missing here is an error of this module (a test asks).
-_RANGES: dict[str, _Range] = {
-    "model.num_layers": _AT_LEAST_1,
-    "model.hidden_size": _AT_LEAST_1,
-    "model.ffn_hidden_size": _AT_LEAST_1,
-    "model.num_attention_heads": _AT_LEAST_1,
-    "model.num_query_groups": _AT_LEAST_1,
-    "model.kv_channels": _AT_LEAST_1,
-    "model.vocab_size": _AT_LEAST_1,
-    "model.make_vocab_size_divisible_by": _AT_LEAST_1,
-    "model.rotary_base": _POSITIVE,
-    "model.rope_scaling_factor": _AT_LEAST_1,
-    "model.layernorm_epsilon": _POSITIVE,
-    "model.init_method_std": _POSITIVE,
-    "model.loop_count": _LOOPS,
-    "model.window_size": _AT_LEAST_1,
-    "model.num_moe_experts": _Range(2),
-    "model.moe_router_topk": _AT_LEAST_1,
-    "model.moe_ffn_hidden_size": _AT_LEAST_1,
-    "model.moe_shared_expert_intermediate_size": _AT_LEAST_1,
-    "model.moe_aux_loss_coeff": _NOT_NEGATIVE,
-    "model.moe_z_loss_coeff": _NOT_NEGATIVE,
-    "model.moe_expert_capacity_factor": _POSITIVE,
-    "model.embedding_scale": _ANY,
-    "model.hidden_scale": _ANY,
-    "parallel.tensor_model_parallel_size": _AT_LEAST_1,
-    "parallel.pipeline_model_parallel_size": _AT_LEAST_1,
-    "parallel.context_parallel_size": _AT_LEAST_1,
-    "parallel.expert_model_parallel_size": _AT_LEAST_1,
-    "parallel.data_parallel_size": _AT_LEAST_1,
-    "parallel.recompute_num_layers": _AT_LEAST_1,
-    "parallel.distributed_timeout_minutes": _POSITIVE,
-    "parallel.distributed_timeout_seconds_after_init": _POSITIVE,
-    "data.sequence_length": _AT_LEAST_1,
-    "data.index_timeout_minutes": _POSITIVE,
-    "training.micro_batch_size": _AT_LEAST_1,
-    "training.global_batch_size": _AT_LEAST_1,
-    "training.train_iters": _AT_LEAST_1,
-    "training.train_tokens": _AT_LEAST_1,
-    "training.seed": _Range(1, 2**31 - 1),  # megatron-core refuses 0, numpy more than 32 bits
-    "training.threads_per_process": _AT_LEAST_1,
-    "training.spike_threshold": _POSITIVE,
-    "training.spike_window": _Range(2),
-    "training.max_skipped_steps": _NOT_NEGATIVE,
-    "optimizer.lr": _POSITIVE,
-    "optimizer.min_lr": _NOT_NEGATIVE,
-    "optimizer.lr_warmup_iters": _NOT_NEGATIVE,
-    "optimizer.lr_decay_iters": _AT_LEAST_1,
-    "optimizer.lr_wsd_decay_iters": _AT_LEAST_1,
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.adam_beta1": _Range(0, 1, high_excluded=True),
-    "optimizer.adam_beta2": _Range(0, 1, high_excluded=True),
-    "optimizer.adam_eps": _POSITIVE,
-    "optimizer.clip_grad": _NOT_NEGATIVE,
-    "validation.interval": _NOT_NEGATIVE,
-    "validation.iters": _NOT_NEGATIVE,
-    "validation.loop_counts": _LOOPS,
-    "checkpoint.save_interval": _NOT_NEGATIVE,
-    "checkpoint.keep_last": _AT_LEAST_1,
-    "checkpoint.keep_every": _NOT_NEGATIVE,
-    "logging.log_interval": _AT_LEAST_1,
-    "logging.peak_tflops": _POSITIVE,
-    "logging.profile_step_start": _NOT_NEGATIVE,
-    "logging.profile_step_end": _NOT_NEGATIVE,
-    "logging.profile_ranks": _NOT_NEGATIVE,
-    "zero.stage": _Range(0, 3),
-    "weight": _POSITIVE,
-    "max_epochs": _POSITIVE,
-}
-
-
-def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
-    """Every number of a configuration with its dotted key."""
-    if dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _numbers(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _numbers(item, f"{key}[{index}]")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield key, value
-
-
-def _check_ranges(config: RunConfig) -> Iterator[str]:
-    for key, number in _numbers(config, ""):
-        name = key.rpartition("].")[2] if "]." in key else key.partition("[")[0]
-        problem = _RANGES[name].problem(number)
-        if problem:
-            yield f"{key} {problem}"
 
 
 def _check_required(config: RunConfig) -> Iterator[str]:
@@ -321,6 +202,13 @@ def _check_batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
 def _check_schedule(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
+    samples = derived.train_iters(config) * config.training.global_batch_size
+    if samples > MAX_SAMPLES:
+        yield (
+            f"training: {derived.train_iters(config):,} steps of training.global_batch_size "
+            f"{config.training.global_batch_size} are {samples:,} samples, of which an index holds at most "
+            f"{MAX_SAMPLES:,}"
+        )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
     if warmup >= steps:
@@ -369,11 +257,8 @@ def _check_files(config: RunConfig) -> Iterator[str]:
     for name in ("sources", "train_sources", "validation_sources", "test_sources"):
         for index, source in enumerate(getattr(data, name)):
             yield from _check_source(source, f"data.{name}[{index}].path")
-    if data.tokenizer is not None and not Path(data.tokenizer).exists():
-        yield (
-            f"data.tokenizer: {data.tokenizer} not found (paths are relative to the current directory; "
-            "tools/train_tokenizer.py makes one)"
-        )
+    if data.tokenizer is not None:
+        yield from _check_tokenizer(Path(data.tokenizer))
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
         yield f"checkpoint.load: {config.checkpoint.load} not found"
     yield from _check_writable(derived.run_folder(config), "output_dir")
@@ -394,6 +279,29 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
     yield (
         f"{key}: {names} not found (paths are relative to the current directory; tools/preprocess_data.py makes them)"
     )
+
+
+def _check_tokenizer(path: Path) -> Iterator[str]:
+    """Whether the library that will encode with the file, or the folder's, can read it."""
+    file = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), path)
+    if not file.is_file():
+        yield (
+            f"data.tokenizer: {path} not found (paths are relative to the current directory; "
+            "tools/train_tokenizer.py makes one)"
+        )
+        return
+    try:
+        if file.suffix == ".json":
+            import tokenizers
+
+            tokenizers.Tokenizer.from_file(str(file))
+        else:
+            import sentencepiece
+
+            sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except Exception as error:  # of types that neither library names
+        kind = "Hugging Face tokenizer.json" if file.suffix == ".json" else "sentencepiece model"
+        yield f"data.tokenizer: {file} is no {kind} ({' '.join(str(error).split())})"
 
 
 def _check_writable(folder: Path, key: str) -> Iterator[str]:

@@ -117,10 +117,10 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
     compare = sweep.compared_axis()
     baseline = sweep.baseline or (compare.choices[0].label if compare else None)
     rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]] = {}
-    for choices in itertools.product(*(axis.choices for axis in sweep.axes)):
+    for choices in itertools.product(*(axis.choices for axis in sweep.axes.values())):
         overrides = [*sweep.overrides, *(override for choice in choices for override in choice.overrides)]
         config = load_config(sweep.base, [*overrides, f"output_dir={sweep.folder}"])
-        labels = {axis.name: choice.label for axis, choice in zip(sweep.axes, choices, strict=True)}
+        labels = {axis.name: choice.label for axis, choice in zip(sweep.axes.values(), choices, strict=True)}
         rows[tuple(labels.values())] = (config, labels)
     problems = _problems(rows, check_files)
     if problems:
@@ -224,12 +224,14 @@ def load_plan(folder: str | Path) -> SweepPlan:
     path = folder / FILE_NAME
     try:
         content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "hold_equal" in content:  # its old name
+            content["match_budget"] = content["hold_equal"]
         runs = [
             PlannedRun(
                 name=entry["name"],
                 labels=dict(entry["labels"]),
                 seed=entry["seed"],
-                config=_relocated(load_config(folder / CONFIGS / f"{entry['name']}.yaml"), folder),
+                config=_recorded_config(folder, entry["name"]),
                 vocab=entry["vocab_size"],
                 change=entry["change"],
                 deviation=entry["deviation"],
@@ -301,6 +303,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _relocated(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration with its run folder in `folder`: a sweep may have been moved."""
+def _recorded_config(folder: Path, name: str) -> RunConfig:
+    """A run's configuration with its run folder in `folder`: a sweep may have been moved."""
+    config = load_config(folder / CONFIGS / f"{name}.yaml", accept_old_names=True)
     return dataclasses.replace(config, output_dir=str(folder))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.config.validation import MAX_LOOP_COUNT
 from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import Style
 

@@ -62,8 +62,8 @@ class RunFolder:
         save_config(config, self.config_file)
 
     def config(self) -> RunConfig:
-        """The configuration that the run has. Raises `UserError` if it is not there or broken."""
-        return load_config(self.config_file)
+        """The run's configuration, also an older version's. Raises `UserError` if it is not there or broken."""
+        return load_config(self.config_file, accept_old_names=True)
 
     def records(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl as they are. Raises `UserError` on a broken one."""

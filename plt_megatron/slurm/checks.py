@@ -94,7 +94,7 @@ def _checkpoints_at_most(config: RunConfig) -> int:
     interval = checkpoint.save_interval or steps
     for_good = 0
     if checkpoint.keep_every:
-        for_good = sum(1 for step in range(interval, steps + 1, interval) if step % checkpoint.keep_every == 0)
+        for_good = steps // math.lcm(interval, checkpoint.keep_every)
     return min(checkpoint.keep_last + 1 + for_good, -(-steps // interval) + 1)
 
 

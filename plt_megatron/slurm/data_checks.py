@@ -18,10 +18,10 @@ from plt_megatron.slurm.profile import Container
 
 
 def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
-    """The run's tokenizer, if it names one that exists, and the problems with it."""
+    """The run's tokenizer, if it names one, and the problems with it. Validation can read it."""
     path = config.data.tokenizer
-    if path is None or not Path(path).exists():
-        return None, []  # validation says what is missing
+    if path is None:
+        return None, []
     try:
         tokenizer = load_tokenizer(path)
     except UserError as error:

@@ -70,7 +70,7 @@ def read_run_status(run: Path) -> RunStatus:
     """Look at a run's folder. Nothing that is missing or damaged in it is an error here."""
     steps, tokens_per_step, problem = None, None, None
     try:
-        config = load_config(run / "config.yaml")
+        config = load_config(run / "config.yaml", accept_old_names=True)
         steps, tokens_per_step = derived.train_iters(config), derived.tokens_per_step(config)
     except (UserError, AssertionError) as error:
         problem = str(error).splitlines()[0] if str(error) else "config.yaml does not say how long the run is"

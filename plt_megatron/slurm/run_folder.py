@@ -88,7 +88,7 @@ def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[
     if not has_trained(run):
         return []
     try:
-        saved = load_config(run / CONFIG_NAME)
+        saved = load_config(run / CONFIG_NAME, accept_old_names=True)
     except UserError as error:
         return [f"{run} holds a run whose configuration cannot be read ({error}): give another --name"]
     changed = differences(saved, config)

@@ -184,8 +184,9 @@ class _Plan:
         problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
         sound = not problems
         every = find_problems(config, world_size=world_size, have_te=have_te, capability=capability)[len(problems) :]
-        problems += [line for line in every if container is None or not line.startswith("logging.wandb_project")]
-        tokenizer, found = open_tokenizer(config)
+        problems += [line for line in every if container is None or "logging.wandb_project needs" not in line]
+        broken = any("data.tokenizer: " in line for line in problems)
+        tokenizer, found = (None, []) if broken else open_tokenizer(config)
         problems += found + data_problems(config, tokenizer)
         if container is not None:
             problems += mount_problems(config, container, [self.workdir, self._run_of(config).parent])

@@ -61,11 +61,11 @@ REFUSED = {  # what is wrong -> options and overrides, words of the line
         "path: gone.bin and gone.idx not found",
     ),
     "memory that will not fit": (
-        ["model.ffn_hidden_size=200_000_000", "checkpoint.enabled=false"],
+        ["model.num_layers=64", "model.ffn_hidden_size=16_000_000", "checkpoint.enabled=false"],
         "memory: a rank needs",
     ),
     "no time for a checkpoint interval": (
-        ["training.train_iters=2_000_000_000", "checkpoint.save_interval=1_000_000_000"],
+        ["training.train_iters=1_000_000_000", "checkpoint.save_interval=1_000_000_000"],
         "--time 00:30:00 is too short for one checkpoint interval: 1,000,000,000 steps",
     ),
 }

@@ -130,7 +130,7 @@ def _other_settings(run: PlannedRun) -> str:
     path = run.folder / "config.yaml"
     if not path.exists():
         return ""
-    own: RunConfig = load_config(path)
+    own: RunConfig = load_config(path, accept_old_names=True)
     differences = config_differences(run.config, own)
     ignored = ("logging.", "checkpoint.", "training.threads_per_process", "data.index")
     return "; ".join(text for key, text in differences if not key.startswith(ignored))

@@ -43,7 +43,7 @@ def test_values_get_the_schema_types(write):
             """
             name: 007            # text, however much it looks like a number
             optimizer: {lr: 1e-4, min_lr: 1, adam_eps: 1.0e-15}
-            training: {train_tokens: 400e9, train_iters: 1_000, deterministic: true}
+            training: {train_tokens: 400e9, global_batch_size: 1_000, deterministic: true}
             validation: {loop_counts: [1, 2]}
             data:
               split: 90,10,0
@@ -59,7 +59,7 @@ def test_values_get_the_schema_types(write):
     assert config.optimizer.min_lr == 1.0 and isinstance(config.optimizer.min_lr, float)
     assert config.training.train_tokens == 400_000_000_000
     assert isinstance(config.training.train_tokens, int)
-    assert config.training.train_iters == 1000 and config.training.deterministic is True
+    assert config.training.global_batch_size == 1000 and config.training.deterministic is True
     assert config.validation.loop_counts == [1, 2]
     assert config.data.split == "90,10,0"
     assert config.data.sources == [DataSource("a"), DataSource("b", weight=2.0, max_epochs=1.5)]
@@ -152,6 +152,7 @@ def test_an_unknown_key_names_the_nearest_known_one(write, text, expected):
         ("optimizer: {lr: fast}", "optimizer.lr: expected a number, got 'fast'"),
         ("optimizer: {lr: true}", "optimizer.lr: expected a number, got 'true'"),
         ("training: {train_tokens: 1.5e0}", "training.train_tokens: expected an integer, got '1.5e0'"),
+        ("training: {train_tokens: " + "9" * 5000 + "}", f"expected an integer, got '{'9' * 60}...'"),
         ("training: {train_tokens: 1e999}", "training.train_tokens: expected an integer, got '1e999'"),
         ("training: {precision: fp8}", "expected one of fp32, bf16; got 'fp8'; did you mean fp32?"),
         ("optimizer: {lr_decay_style: wsd}", "expected one of cosine, linear, constant, WSD; got 'wsd'"),
@@ -206,6 +207,60 @@ def test_a_bad_override_names_itself(write, override, expected):
     message = failure(write(""), override)
     assert expected in message
     assert f"override '{override}'" in message
+
+
+# ---------------------------------------------------------------- alternatives
+
+
+SOURCES = "data: {sources: [{path: a}], split: '9,1,0'}\n"
+PARTS = "data: {train_sources: [{path: b}], validation_sources: [{path: c}]}\n"
+
+
+@pytest.mark.parametrize(("below", "above"), [(SOURCES, PARTS), (PARTS, SOURCES)])
+def test_of_alternatives_a_later_layer_replaces_what_an_earlier_one_gave(write, below, above):
+    write(below + "training: {train_tokens: 4e6}\n", "data/d.yaml")
+    write(above + "training: {train_iters: 3}\n", "data/e.yaml")
+    replaced = load_config(write("include: data/d.yaml\ntraining: {train_iters: 3}\n" + above))
+    assert replaced.data.split == ("9,1,0" if "9,1,0" in below + above else "95,5,0")
+    assert replaced == load_config(write("include: [data/d.yaml, data/e.yaml]\n"))
+    assert bool(replaced.data.sources) == (above == SOURCES) == (replaced.data.train_sources == [])
+    assert (replaced.training.train_iters, replaced.training.train_tokens) == (3, None)
+    overridden = load_config(write(dump_config(replaced)), ["training.train_tokens=7", "data.sources=[{path: x}]"])
+    assert overridden.data.sources == [DataSource("x")]
+    assert overridden.data.train_sources == overridden.data.validation_sources == []
+    assert (overridden.training.train_iters, overridden.training.train_tokens) == (None, 7)
+
+
+def test_one_of_several_parts_replaces_only_what_excludes_it(write):
+    path = write(PARTS)
+    config = load_config(path, ["data.train_sources=[{path: x}]"])
+    assert (config.data.train_sources, config.data.validation_sources) == ([DataSource("x")], [DataSource("c")])
+    assert load_config(path, ["data.sources=[]", "training.train_iters=null"]) == load_config(path)
+
+
+def test_both_alternatives_in_one_layer_are_refused_with_both_places(write):
+    message = failure(write("training:\n  train_iters: 1\n  train_tokens: 1\n"))
+    assert ":3: training.train_tokens: give either train_iters or train_tokens, not both" in message
+    assert "(train_iters: " in message and message.endswith("run.yaml:2)")
+    message = failure(write(SOURCES), "data.validation_sources=[{path: x}]", "data.sources=[{path: y}]")
+    assert message.startswith("override 'data.validation_sources=[{path: x}]': data.validation_sources: give either ")
+    assert "sources or train_sources/validation_sources/test_sources, not both (sources: override" in message
+    write("training: {train_tokens: 2}\n", "t.yaml")
+    assert load_config(write("include: t.yaml\ntraining: {train_iters: 1, train_tokens: null}\n"))
+
+
+# ---------------------------------------------------------------- old names
+
+
+def test_an_old_name_is_told_with_its_new_one_and_read_from_recorded_files(write):
+    path = write("parallel:\n  local_cp_comm_type: all_gather\n")
+    assert ":2: parallel.local_cp_comm_type is now called parallel.window_cp_comm_type" in failure(path)
+    assert "is now called" in failure(write(""), "parallel.local_cp_comm_type=a2a")
+    path = write("parallel:\n  local_cp_comm_type: all_gather\n")
+    assert load_config(path, accept_old_names=True).parallel.window_cp_comm_type == "all_gather"
+    path = write("parallel: {local_cp_comm_type: a2a, window_cp_comm_type: a2a}\n")
+    with pytest.raises(UserError, match=r"parallel.window_cp_comm_type is given twice"):
+        load_config(path, accept_old_names=True)
 
 
 def test_not_text(tmp_path):

@@ -11,6 +11,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.config.validation import find_problems, validate
 from plt_megatron.errors import UserError
+from tests.unit.config.run_files import TOKENIZER, write_run_files
 
 
 def good() -> RunConfig:
@@ -54,8 +55,8 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"model__loop_count": 0}, "model.loop_count must be at least 1 and at most 8, got 0"),
-        ({"model__loop_count": 9}, "model.loop_count must be at least 1 and at most 8, got 9"),
+        ({"model__loop_count": 0}, "model.loop_count must be at least 1, got 0"),
+        ({"model__loop_count": 9}, "model.loop_count must be at most 8, got 9"),
         ({"model__window_size": 0}, "model.window_size must be at least 1, got 0"),
         ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
         (
@@ -90,7 +91,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"optimizer__lr": 0.0}, "optimizer.lr must be above 0"),
         ({"optimizer__lr_warmup_iters": 100}, "lr_warmup_iters 100 must be below the schedule's 100 steps"),
         ({"optimizer__lr_warmup_iters": 8, "optimizer__lr_decay_iters": 7}, "below the schedule's 7 steps"),
-        ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2 must be at least 0 and below 1, got 1.0"),
+        ({"optimizer__adam_beta2": 1.0}, "optimizer.adam_beta2 must be below 1, got 1.0"),
         ({"optimizer__clip_grad": -1.0}, "optimizer.clip_grad must be at least 0"),
         (
             {
@@ -100,7 +101,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             },
             "lr_warmup_iters 60 and optimizer.lr_wsd_decay_iters 41 together exceed the schedule's 100 steps",
         ),
-        ({"validation__loop_counts": [0]}, "validation.loop_counts[0] must be at least 1 and at most 8"),
+        ({"validation__loop_counts": [0]}, "validation.loop_counts[0] must be at least 1, got 0"),
         ({"validation__loop_counts": [2, 9]}, "validation.loop_counts[1] must be"),
         ({"validation__loop_counts": [1, 2], "model__loop_count": 1}, "has no gates"),
         ({"data__sources": []}, "data.sources is empty"),
@@ -271,22 +272,38 @@ def test_all_problems_are_reported_at_once():
     assert len(str(caught.value).splitlines()) == 3
 
 
-def test_every_number_of_the_schema_has_a_range():
-    """Else `_check_ranges` would meet a key it does not know, when somebody first sets it."""
-    from typing import get_args, get_type_hints
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_iters", 10**99), ("train_iters", 10**9 + 1), ("train_tokens", 10**400), ("global_batch_size", 2**24 + 1)],
+)
+def test_no_integer_is_so_large_that_work_with_it_would_not_end(key, value):
+    config = change(good(), training__train_iters=None)
+    (line,) = find_problems(change(config, **{f"training__{key}": value}), check_files=False)[:1]
+    assert line.startswith(f"training.{key} must be at most ") and len(line) < 120
 
-    def number_keys(cls: type, prefix: str) -> list[str]:
-        keys = []
-        for name, hint in get_type_hints(cls).items():
-            members = get_args(hint) or (hint,)
-            inner = next((m for m in members if hasattr(m, "__dataclass_fields__")), None)
-            if inner is not None:
-                keys += number_keys(inner, "" if inner is DataSource else f"{name}.")
-            elif int in members or float in members:
-                keys.append(prefix + name)
-        return keys
 
-    assert set(number_keys(RunConfig, "")) == set(validation._RANGES)
+def test_the_samples_that_follow_are_bounded_too():
+    (line,) = problems(training__train_iters=10**9, training__global_batch_size=2**12)
+    assert "1,000,000,000 steps of training.global_batch_size 4096 are 4,096,000,000,000 samples" in line
+    (line,) = problems(training__train_iters=None, training__train_tokens=10**15, data__sequence_length=64)
+    assert "samples, of which an index holds at most 1,099,511,627,776" in line
+
+
+def test_a_problem_comes_after_the_file_and_line_of_the_first_setting_it_names(tmp_path):
+    (tmp_path / "model.yaml").write_text("model:\n  hidden_size: 130\n  num_layers: 4\n")
+    (tmp_path / "run.yaml").write_text(
+        "include: model.yaml\ndata: {sources: [{path: a},\n  {path: b, max_epochs: -1}], tokenizer: t}\n"
+        "training:\n  train_iters: 0\n"
+    )
+    config = load_config(tmp_path / "run.yaml", ["model.loop_count=9"])
+    assert find_problems(config, check_files=False) == [
+        "model.loop_count must be at most 8, got 9",
+        f"{tmp_path}/run.yaml:3: data.sources[1].max_epochs must be above 0, got -1.0",
+        f"{tmp_path}/run.yaml:5: training.train_iters must be at least 1, got 0",
+    ]
+    good_numbers = ["training.train_iters=9", "data.sources=[{path: a}]"]
+    (line,) = find_problems(load_config(tmp_path / "run.yaml", good_numbers), check_files=False)
+    assert line.startswith(f"{tmp_path}/model.yaml:2: model.hidden_size 130 is not divisible")
 
 
 # ---------------------------------------------------------------- files and packages
@@ -295,8 +312,7 @@ def test_every_number_of_the_schema_has_a_range():
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("corpus.bin", "corpus.idx", "tokenizer.model"):
-        Path(name).touch()
+    write_run_files(tmp_path)
     return tmp_path
 
 
@@ -325,6 +341,36 @@ def test_missing_files_are_named(here):
         strict=True,
     ):
         assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.model", b"", "no sentencepiece model"),
+        ("t.model", b"Once upon a time\n", "no sentencepiece model"),
+        ("t.model", TOKENIZER[:-1], "no sentencepiece model"),
+        ("t.model", b"{}", "no sentencepiece model"),
+        ("t.json", TOKENIZER, "no Hugging Face tokenizer.json"),
+        ("t.json", b"{}", "no Hugging Face tokenizer.json (Model missing"),
+        ("t.json", b'{"model": {"type": "BPE", "vocab": {', "no Hugging Face tokenizer.json"),
+        ("folder/tokenizer.json", b"[]", "folder/tokenizer.json is no Hugging Face tokenizer.json"),
+        ("folder/other.model", TOKENIZER, "folder not found"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_told_from_one(here, name, content, expected):
+    path = here / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    (line,) = find_problems(change(good(), data__tokenizer=name.partition("/")[0]))
+    assert line.startswith("data.tokenizer: ") and expected in line and "\n" not in line
+
+
+def test_tokenizers_that_are_some(here):
+    (here / "folder").mkdir()
+    (here / "folder" / "tokenizer.model").write_bytes(TOKENIZER)
+    (here / "t.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    for name in ("folder", "t.json"):
+        assert find_problems(change(good(), data__tokenizer=name)) == []
 
 
 def test_the_run_folder_must_be_possible(here):

@@ -44,7 +44,7 @@ axes:
 """
     sweep = read_sweep(write(tmp_path, text))
     assert sweep.overrides == ["optimizer.lr=1e-4", 'data.split="9,1,0"']
-    rates, data = sweep.axes
+    rates, data = sweep.axes.values()
     assert [choice.overrides for choice in rates.choices] == [("optimizer.min_lr=1e-5",), ("optimizer.min_lr=2_0e-6",)]
     assert [choice.label for choice in rates.choices] == ["min_lr=1e-5", "min_lr=2_0e-6"]
     assert data.choices[0].overrides == ("data.sources=[{path: x, weight: 1e-1}]",)
@@ -59,7 +59,7 @@ def test_settings_change_the_sweep_or_every_run(tmp_path):
     path = write(tmp_path, "base: a.yaml\naxes: {model.loop_count: [1, 2], model.num_layers: [2, 4]}\nseeds: [1, 2]")
     sweep = read_sweep(path, ["seeds=[7]", "axes.model.loop_count=[3, 1]", "name=other", "model.hidden_size=64"])
     assert (sweep.seeds, sweep.name, sweep.overrides) == ([7], "other", ["model.hidden_size=64"])
-    assert {axis.name: [c.label for c in axis.choices] for axis in sweep.axes} == {
+    assert {axis.name: [c.label for c in axis.choices] for axis in sweep.axes.values()} == {
         "model.num_layers": ["num_layers=2", "num_layers=4"],
         "model.loop_count": ["3 loops", "1 loop"],
     }
@@ -77,27 +77,31 @@ def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("axes: {}", "base: name the run configuration"),
+        ("axes: {}", "base is missing"),
         ("base: a.yaml\nmatch_budget: flops", "match_budget: expected one of tokens, training_flops"),
         ("base: a.yaml\nseed: [1]", "unknown key seed; did you mean seeds?"),
         ("base: a.yaml\nseeds: [1, 1]", "give at least one, each once"),
-        ("base: a.yaml\nseeds: 3", "expected a list"),
+        ("base: a.yaml\nseeds: 3", "seeds: expected a list of integers, got '3'"),
         ("base: a.yaml\nseeds: [one]", "expected an integer, got 'one'"),
         ("base: a.yaml\naxes: {model.loop_count: 2}", "expected a list of values or a mapping"),
         ("base: a.yaml\naxes: {model.loop_count: []}", "is empty"),
         ("base: a.yaml\naxes: {model.loop_count: [1, 1]}", "a value twice"),
-        ("base: a.yaml\naxes: {training.seed: [1, 2]}", "training.seed is the sweep's own; use seeds"),
-        ("base: a.yaml\nset: {output_dir: x}", "output_dir: is the sweep's own"),
+        (
+            "base: a.yaml\naxes: {training.seed: [1, 2]}",
+            ":2: axes.training.seed: training.seed is the sweep's own; use seeds",
+        ),
+        ("base: a.yaml\nset: {output_dir: x}", ":2: set.output_dir: output_dir is the sweep's own"),
         ("base: a.yaml\naxes: {r: {a: {}, b: {}}}\nbaseline: c", "baseline: 'c' is none of a, b"),
         ("base: a.yaml\naxes: {r: {a: {}}}\ncompare: s", "there is no axis 's'; the axes are r"),
-        ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a]}", "questions: q: expected two labels"),
-        ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a, c]}", "questions: q: 'c' is none of a"),
+        ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a]}", "questions.q: expected two labels"),
+        ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a, c]}", "questions.q: 'c' is none of a"),
         ("base: a.yaml\nname: a/b", "name: must be a folder name"),
-        ("base: a.yaml\ntolerance: 2", "tolerance: must be between 0 and 1"),
-        ("base: a.yaml\ndecode: {batch: 4}", "unknown key decode.batch; known: context_length, batch_size"),
+        ("base: a.yaml\ntolerance: 2", ":2: tolerance must be below 1, got 2.0"),
+        ("base: a.yaml\ndecode: {batch: 4}", ":2: unknown key decode.batch; did you mean decode.batch_size?"),
         ("base: a.yaml\nbase: b.yaml", "base is given twice"),
         ("base: [", "not valid YAML"),
-        ("", "is empty"),
+        ("", "base is missing"),
+        ("base: a.yaml\nhold_equal: tokens", ":2: hold_equal is now called match_budget"),
         ("- a", "expected `key: value` lines"),
     ],
 )
@@ -118,7 +122,7 @@ def test_presets_make_plans(path):
     sweep = read_sweep(path)
     plan = make_plan(sweep, 2048, check_files=False)
     rows = 1
-    for axis in sweep.axes:
+    for axis in sweep.axes.values():
         rows *= len(axis.choices)
     assert len(plan.runs) == rows * len(sweep.seeds) == len({run.name for run in plan.runs})
     assert plan.match_budget is not None and all(abs(run.deviation) <= 0.02 for run in plan.runs)
@@ -128,7 +132,7 @@ def test_the_ablation_has_the_documented_rows():
     """docs/model.md states each row's overrides; `loop_count=2` there is the default's name for PLT-2."""
     text = (ROOT / "docs/model.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| ([^|]+) \| `(model\.[^`]+)` \|$", text.split("## The paper's ablation")[1], re.M)
-    (axis,) = read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml").axes
+    (axis,) = read_sweep(ROOT / "configs/sweeps/paper_ablation.yaml").axes.values()
     ours = [sorted(choice.overrides) for choice in axis.choices[: len(documented)]]
     assert ours == [sorted(overrides.split()) for _, overrides in documented] and len(documented) == 5
     assert [choice.overrides for choice in axis.choices[5:]] == [("model.loop_count=3",)]
@@ -142,8 +146,8 @@ def test_the_ablation_is_large_enough_to_mean_something():
 
 def test_the_documentation_names_every_key_preset_and_status():
     text = (ROOT / "docs/sweeps.md").read_text(encoding="utf-8")
-    keys = [f.name for f in dataclasses.fields(SweepFile) if f.name not in ("path", "overrides")]
-    missing = [key for key in [*keys, "set", *HOLDS] if not re.search(rf"\b{key}\b", text)]
+    keys = [f.name for f in dataclasses.fields(SweepFile) if f.init]
+    missing = [key for key in [*keys, *HOLDS] if not re.search(rf"\b{key}\b", text)]
     missing += [path.name for path in PRESETS if path.name not in text]
     missing += [status for status in typing.get_args(Status) if not re.search(rf"^\| .*{status}.* \|", text, re.M)]
     assert missing == []

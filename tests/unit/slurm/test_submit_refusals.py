@@ -77,7 +77,7 @@ def test_fp8_that_the_clusters_card_has_no_kernel_for(folder, slurm):
     fp8 = ("training.fp8=hybrid", "model.backend=te", "model.hidden_size=64", "model.ffn_hidden_size=128")
     lines = refusal(*fp8, "training.fp8_recipe=mxfp8")
     rule = "training.fp8_recipe mxfp8 needs Blackwell (sm100), sm90 has no kernel; use tensorwise or delayed"
-    assert rule in lines and not slurm.calls("sbatch")
+    assert lines[0].endswith(rule) and not slurm.calls("sbatch")
 
 
 def test_a_batch_that_does_not_divide(folder, slurm):
@@ -91,6 +91,11 @@ def test_missing_data(folder, slurm):
 
 def test_a_missing_tokenizer(folder, slurm):
     assert_one_line(folder, slurm, refusal("data.tokenizer=data/gone.model"), "data.tokenizer", "data/gone.model")
+
+
+def test_a_tokenizer_that_is_none(folder, slurm):
+    lines = refusal("data.tokenizer=data/corpus.bin")
+    assert_one_line(folder, slurm, lines, "data.tokenizer: data/corpus.bin is no sentencepiece model")
 
 
 def test_data_cut_short(folder, slurm):

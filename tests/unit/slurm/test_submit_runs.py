@@ -348,6 +348,17 @@ def test_another_configuration_is_refused_and_the_difference_said(folder, slurm)
     assert load_config(run / "config.yaml").optimizer.lr == 1e-3
 
 
+def test_a_run_recorded_with_old_names_goes_on(folder, slurm):
+    submit_run()
+    write_progress(folder / "runs/try", [100], checkpoint=100)
+    recorded = folder / "runs/try/config.yaml"
+    recorded.write_text(recorded.read_text().replace("window_cp_comm_type", "local_cp_comm_type"))
+    (line, *changed) = refusal("optimizer.lr=1e-3")
+    assert "1 setting" in line and "optimizer.lr" in changed[0]
+    submit_run()
+    assert load_config(recorded).parallel.window_cp_comm_type == "a2a"
+
+
 def test_a_run_that_never_trained_is_written_anew(folder, slurm):
     submit_run()
     submit_run("optimizer.lr=1e-3")
@@ -465,7 +476,7 @@ def test_an_array_from_a_folder_of_runs(folder, slurm, checkout, members):
 def test_one_bad_member_refuses_the_array(folder, slurm, members):
     (folder / "config2.yaml").write_text(yaml.safe_dump(RUN | {"name": "sweep/run2", "data": {"sources": []}}))
     lines = refusal(array="list.txt")
-    assert len(lines) == 1 and lines[0].startswith("sweep/run2: data.sources is empty")
+    assert len(lines) == 1 and lines[0].startswith("sweep/run2: config2.yaml:4: data.sources is empty")
     assert not slurm.calls("sbatch") and not (folder / "runs").exists()
 
 

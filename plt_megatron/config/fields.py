@@ -1,0 +1,122 @@
+"""What a setting's type says beyond `int`, `float` or `Literal`: its range, and the name it had before.
+
+Both are metadata of `typing.Annotated`, so that a schema states them once, where the setting is:
+
+    window_size: Size = 64
+    window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
+
+A dataclass whose fields exclude one another has `ALTERNATIVES`, sets of fields of which only one may be given.
+`loader` reads any dataclass of such fields; `find_range_problems` checks one however it was made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Any
+
+MAX_LOOP_COUNT = 8
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers from `low` to `high`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_excluded: bool = False
+    high_excluded: bool = False
+
+    def problem(self, value: float) -> str | None:
+        """Why `value` is outside; None: it is inside."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"must be a finite number, got {value}"
+        if value < self.low or (self.low_excluded and value == self.low):
+            return f"must be {'above' if self.low_excluded else 'at least'} {self.low:,}, got {_number(value)}"
+        if value > self.high or (self.high_excluded and value == self.high):
+            return f"must be {'below' if self.high_excluded else 'at most'} {self.high:,}, got {_number(value)}"
+        return None
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, float) or abs(value) < 10**15 else f"{Decimal(value):.6g}"
+
+
+@dataclass(frozen=True)
+class RenamedFrom:
+    """The name a field had in an earlier version."""
+
+    name: str
+
+
+# Upper ends are far above any use and far below what would only run out of memory or never end.
+Size = Annotated[int, Range(1, 2**24)]  # channels, heads, rows, tokens of a sequence
+Ranks = Annotated[int, Range(1, 2**20)]
+Steps = Annotated[int, Range(0, 10**9)]
+PositiveSteps = Annotated[int, Range(1, 10**9)]
+LoopCount = Annotated[int, Range(1, MAX_LOOP_COUNT)]
+Count = Annotated[int, Range(0, 10**6)]
+PositiveCount = Annotated[int, Range(1, 10**6)]
+Positive = Annotated[float, Range(0, low_excluded=True)]
+NotNegative = Annotated[float, Range(0)]
+BelowOne = Annotated[float, Range(0, 1, high_excluded=True)]
+Finite = Annotated[float, Range()]
+Minutes = Annotated[float, Range(0, 10**6, low_excluded=True)]
+WholeSeconds = Annotated[int, Range(1, 10**8)]
+Seconds = Annotated[float, Range(0, 10**8, low_excluded=True)]
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> type, metadata included, of the fields a dataclass is made from."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """A field's type without its metadata and `None`, the metadata, and whether None is allowed."""
+    metadata: tuple[Any, ...] = ()
+    optional = False
+    while True:
+        if typing.get_origin(hint) is Annotated:
+            metadata += hint.__metadata__
+            hint = hint.__origin__
+        elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+            (hint,) = [member for member in typing.get_args(hint) if member is not type(None)]
+            optional = True
+        else:
+            return hint, metadata, optional
+
+
+def section_of(hint: Any) -> type | None:
+    """The dataclass that a field holds, if it is one."""
+    plain = plain_type(hint)[0]
+    return plain if isinstance(plain, type) and dataclasses.is_dataclass(plain) else None
+
+
+def find_range_problems(settings: Any) -> Iterator[str]:
+    """A line for each number of a dataclass that is out of its range, which starts with its dotted key."""
+    return _out_of_range(type(settings), settings, "")
+
+
+def _out_of_range(hint: Any, value: Any, key: str) -> Iterator[str]:
+    plain, metadata, _ = plain_type(hint)
+    if value is None:
+        return
+    for part in metadata:
+        problem = part.problem(value) if isinstance(part, Range) else None
+        if problem:
+            yield f"{key} {problem}"
+    section = section_of(plain)
+    if section is not None:
+        for name, inner in field_types(section).items():
+            yield from _out_of_range(inner, getattr(value, name), f"{key}.{name}" if key else name)
+    elif typing.get_origin(plain) is list:
+        for index, item in enumerate(value):
+            yield from _out_of_range(typing.get_args(plain)[0], item, f"{key}[{index}]")

@@ -1,0 +1,150 @@
+"""YAML as nodes, which know their file and line.
+
+Scalars are read as YAML 1.2 does: `1e-4` is a number and `yes` is a string.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import typing
+from pathlib import Path
+
+import yaml
+
+from plt_megatron.errors import UserError
+
+OVERRIDE = "override "  # begins the name of what the command line says, which has no lines
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_LONGEST = 60  # characters of a value that a message repeats
+
+
+class _Loader(yaml.SafeLoader):
+    """Used for parsing only; values are converted from the nodes."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Indents lists under their key."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)  # type: ignore[no-untyped-call]
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises `UserError` where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text") from error
+
+
+def compose(text: str, name: str) -> yaml.Node | None:
+    """Parse one YAML document into nodes whose marks carry `name`. None if it is empty."""
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        try:
+            return typing.cast("yaml.Node | None", loader.get_single_node())
+        finally:
+            loader.dispose()
+    except RecursionError as error:
+        raise UserError(f"{name}: nested too deeply") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = where_mark(mark) if mark else name
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{at}: not valid YAML: {problem}") from error
+
+
+def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:
+    """(key, value, file and line of the key) of a mapping.
+
+    Args:
+        what: dotted key of the mapping, for messages; empty: the document.
+
+    Raises:
+        UserError: it is no mapping, a key is no scalar, or a key is given twice.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        named = f"{what}: " if what else ""
+        raise UserError(f"{where(node)}: {named}expected `key: value` lines, got {describe(node)}")
+    found: dict[str, tuple[str, yaml.Node, str]] = {}
+    for key_node, value in node.value:
+        at, prefix = where(key_node), f"{what}." if what else ""
+        if not isinstance(key_node, yaml.ScalarNode):
+            below = f" below {what}" if what else ""
+            raise UserError(f"{at}: expected a setting's name{below}, got {describe(key_node)}")
+        if key_node.value in found:
+            raise UserError(f"{at}: {prefix}{key_node.value} is given twice")
+        found[key_node.value] = (key_node.value, value, at)
+    return list(found.values())
+
+
+def scalar(hint: type, node: yaml.Node) -> str | bool | int | float | None:
+    """The node's value as `hint`, one of str, bool, int and float; None: it is none."""
+    if not isinstance(node, yaml.ScalarNode) or is_null(node):
+        return None
+    text = str(node.value)
+    if hint is str:
+        return text
+    if node.style is not None:  # quoted
+        return None
+    if hint is bool:
+        return _BOOL.get(text)
+    if hint is int:
+        return _integer(text)
+    if hint is float and _FLOAT.fullmatch(text):
+        return float(text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+    return None
+
+
+def _integer(text: str) -> int | None:
+    """`12`, `1_000` and whole numbers in exponent form: `4e11` tokens is an integer to its writer."""
+    with contextlib.suppress(ValueError):  # thousands of digits
+        if _INT.fullmatch(text):
+            return int(text.replace("_", ""))
+        if _FLOAT.fullmatch(text) and "e" in text.lower():
+            number = float(text.replace("_", ""))
+            if math.isfinite(number) and number.is_integer():
+                return int(number)
+    return None
+
+
+def is_null(node: yaml.Node) -> bool:
+    """Whether the node is an unquoted `null`, `~` or nothing."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None and bool(_NULL.fullmatch(node.value))
+
+
+def where(node: yaml.Node) -> str:
+    """File and line, or the override, that a node comes from."""
+    return where_mark(node.start_mark)
+
+
+def where_mark(mark: yaml.Mark) -> str:
+    """The same of a mark."""
+    return mark.name if mark.name.startswith(OVERRIDE) else f"{mark.name}:{mark.line + 1}"
+
+
+def describe(node: yaml.Node) -> str:
+    """A node in a message."""
+    if isinstance(node, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(node, yaml.SequenceNode):
+        return "a list"
+    text = node.value if len(node.value) <= _LONGEST else f"{node.value[:_LONGEST]}..."
+    return "nothing (null)" if is_null(node) else repr(text)
+
+
+def to_text(node: yaml.Node) -> str:
+    """The node as one line of YAML, scalars as their writer wrote them."""
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value) if node.style is None else yaml.serialize(node, width=10**9).strip()
+    if isinstance(node, yaml.SequenceNode):
+        return "[" + ", ".join(map(to_text, node.value)) + "]"
+    return "{" + ", ".join(f"{to_text(key)}: {to_text(value)}" for key, value in node.value) + "}"
