@@ -7,8 +7,8 @@ SERVING_VENV ?= serving/.venv
 SERVING_PY := $(SERVING_VENV)/bin/python
 SERVING := $(SERVING_VENV)/installed
 PYTEST_ARGS ?=
-# One worker for the tests that start processes of their own, one for the others beside them (tests/conftest.py): more
-# pay on a machine of many cores.
+# One worker for tests that start processes, one for all others (tests/conftest.py). More workers help on a machine with
+# many cores.
 WORKERS ?= 2
 PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
@@ -19,7 +19,7 @@ export PYTHON PIP_ARGS
 .PHONY: help venv demo test test-all test-faults test-slurm test-te test-serving serve-demo serving-bench sweep-smoke \
 	lint format bench docs doctor clean clean-all
 
-help: ## this list
+help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "PYTHON=path picks the Python (3.12 or 3.13) that the environment is built with."
@@ -29,26 +29,26 @@ venv: $(READY) ## build or update the virtual environment in .venv (a 3 GB downl
 $(READY): pyproject.toml tools/make_venv.sh
 	@tools/make_venv.sh $(VENV)
 
-demo: $(READY) ## train a small PLT on text this machine has, and its one-loop baseline (under 10 minutes)
+demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (under 10 minutes)
 	@$(PY) tools/demo.py
 
 test: $(READY) ## the test suite (13 to 16 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
-test-all: $(READY) ## every test, the slow ones too
+test-all: $(READY) ## every test, including slow ones
 	$(PYTEST)
 
-test-faults: $(READY) ## whole runs whose ranks are killed at 20 random moments, with all other faults (10 minutes)
+test-faults: $(READY) ## whole runs under faults, such as ranks killed at 20 random times (10 minutes)
 	$(PYTEST) -m "not bench" tests/distributed/test_run_faults.py tests/distributed/test_checkpoint_kills.py
 
-test-slurm: $(READY) ## every kind of fault on a Slurm cluster that the tests start on this machine; needs root
+test-slurm: $(READY) ## every kind of fault, on a Slurm cluster started on this machine; needs root
 	$(PYTEST) -m "not bench" tests/slurm
 
-test-te: $(READY) $(TE) ## Transformer Engine's layers and FP8 on the CPU, all of it (under 10 minutes)
+test-te: $(READY) $(TE) ## Transformer Engine's layers and FP8 on the CPU, all tests (under 10 minutes)
 	$(PYTEST) -m "not bench" tests/te
 
-# Its Python, 12 MB, beside the environment: a machine without a GPU must not take it for one that has one. The
-# extension is not built: its source is what the tests' stand-in is compared with.
+# Only its Python (12 MB), and outside the environment, where it would be mistaken for a usable installation. The
+# extension is not built; the tests compare their stand-in with its source.
 $(TE): tests/te/requirements.txt
 	rm -rf $(@D)
 	$(PY) -m pip install $(PIP_QUIET) $(PIP_ARGS) --no-deps --target $(@D) --requirement $<
@@ -82,19 +82,19 @@ format: $(READY) ## rewrite the sources in the project's format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(READY) ## benchmarks/train.py: training speed against plain megatron-core; wants a quiet machine
+bench: $(READY) ## benchmarks/train.py: training speed compared with plain megatron-core; needs a quiet machine
 	$(PY) benchmarks/train.py
 
-docs: $(READY) ## the documentation as a searchable site, build/site/index.html; it needs no network to be read
+docs: $(READY) ## build the documentation as a searchable site that works offline, build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 	@echo build/site/index.html
 
-doctor: $(READY) ## what this machine can run, and what is missing for the rest
+doctor: $(READY) ## show what this machine can run, and what is missing for the rest
 	@$(PY) tools/doctor.py
 
-clean: ## remove caches and the demo's files; environment and runs stay
+clean: ## remove caches and the demo's files, but not the environment and runs
 	rm -rf .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(SERVING_VENV)/*' -prune -exec rm -rf {} +
 
-clean-all: clean ## remove the environments as well
+clean-all: clean ## remove the environments too
 	rm -rf $(VENV) $(SERVING_VENV)

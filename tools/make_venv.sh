@@ -7,8 +7,8 @@
 # PYTHON=...    the Python to build it with (default: the first one found that works)
 # PIP_ARGS=...  further arguments for pip, such as an index that has another build of torch
 #
-# A machine whose Python already has a CUDA build of torch and Transformer Engine (an NGC container) keeps
-# both: the environment then sees the system's packages, and torch is held at the installed version.
+# If a Python here already has a CUDA build of torch and Transformer Engine (an NGC container), both are reused: the
+# environment then sees the system's packages, and torch is pinned to the installed version.
 set -euo pipefail
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ say() { printf '%s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 version_test='import sys; assert sys.version_info[:2] in ((3, 12), (3, 13))'
-# A shim (pyenv, asdf) may exist and yet start nothing, and Debian splits ensurepip off: so run it and see.
+# A shim (pyenv, asdf) may exist without starting anything, and Debian packages ensurepip separately: run it to find out.
 full_test="$version_test; import venv, ensurepip; print(sys.executable)"
 gpu_stack_test='
 from importlib.util import find_spec
@@ -50,7 +50,7 @@ working_pythons() {
 refuse() {
     local candidate
     if [ -n "${PYTHON:-}" ]; then
-        fail "PYTHON=$PYTHON is not a Python 3.12 or 3.13 with venv and ensurepip; give another one, or none"
+        fail "PYTHON=$PYTHON is not a Python 3.12 or 3.13 with venv and ensurepip; give another one, or leave PYTHON unset"
     fi
     candidate=$(candidates | while read -r candidate; do
         if "$candidate" -c "$version_test" 2>/dev/null </dev/null; then printf '%s\n' "$candidate"; break; fi
@@ -79,7 +79,7 @@ choose_python() {
     done <<<"$found"
 }
 
-# Runs "$@" and, as it may be silent for minutes, says every ten seconds that it is alive.
+# Runs "$@", which may be silent for minutes, and reports every ten seconds that it is still running.
 with_heartbeat() {
     local venv=$1 log=$2 pid begun=$SECONDS next=10
     shift 2
@@ -113,11 +113,11 @@ install() {
     with_heartbeat "$venv" "$venv/pip.log" "$venv/bin/python" -m pip install --disable-pip-version-check \
         --progress-bar off "${extra_args[@]}" --editable "${project}[dev]" || status=$?
     [ "$status" -ne 0 ] || return 0
-    # pip leaves a whole environment when it gives up, but not when it is killed (128 and above).
+    # The environment is intact when pip gives up, but not when it is killed (128 and above).
     [ "$status" -ge 128 ] || rm -f "$venv/unfinished"
     tail -n 20 "$venv/pip.log" >&2
     fail "pip could not install the project (its last lines are above, all of them in $venv/pip.log);" \
-        "put that right and run 'make venv' again"
+        "fix that and run 'make venv' again"
 }
 
 main() {
@@ -128,12 +128,12 @@ main() {
         return
     fi
     local venv=${1:-$project/.venv}
-    # `unfinished` lies there from before the first file to after the last: whatever dies in between is remade.
+    # `unfinished` exists from before the first file until after the last: an interrupted installation is rebuilt.
     if [ -e "$venv/unfinished" ] || ! "$venv/bin/python" -c "$version_test; import pip" 2>/dev/null; then
         if [ -e "$venv" ]; then
             [ -e "$venv/unfinished" ] || [ -e "$venv/pyvenv.cfg" ] || [ -z "$(ls -A "$venv")" ] ||
-                fail "$venv exists and is no virtual environment; move it away"
-            say "removing the half-made $venv"
+                fail "$venv exists and is not a virtual environment; move it away"
+            say "removing the incomplete $venv"
             rm -rf "$venv"
         fi
         mkdir -p "$venv"

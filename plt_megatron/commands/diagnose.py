@@ -1,11 +1,11 @@
-"""Measure what each loop of a trained model does to held-out text: LoopCoder-v2's diagnostics, and its rule.
+"""Measure what each loop of a trained model does on held-out text: LoopCoder-v2's diagnostics, and its rule.
 
     plt-diagnose runs/plt2_demo --data heldout.jsonl
     plt-diagnose exported --data data/heldout --output diagnostics
 
 Step size, update cosine, effective rank, fixed-point gap, offset cost, gates, attention, head diversity and the logit
 lens, loop by loop, with 95 % bootstrap intervals, as a table here and as a page, JSON, CSV and PNGs in --output.
-docs/diagnostics.md says what each number is.
+docs/diagnostics.md defines each number.
 """
 
 from __future__ import annotations
@@ -33,17 +33,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: beside the checkpoint or the model")
     parser.add_argument("--max-tokens", type=int, default=65536, metavar="N", help="to measure on (default: 65536)")
     parser.add_argument(
-        "--sequence-length", type=int, metavar="S", help="tokens of a sequence (default: the model's, at most 2048)"
+        "--sequence-length", type=int, metavar="S", help="tokens per sequence (default: the model's, at most 2048)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of sequences and the bootstrap (default: 0)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="if not where the model says")
+    parser.add_argument("--seed", type=int, default=0, help="for choosing sequences and the bootstrap (default: 0)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the model's")
     parser.add_argument(
         "--reset-at-document-boundaries",
         action=argparse.BooleanOptionalAction,
-        help="documents of a sequence see nothing of each other (default: as the run was trained; exports: no)",
+        help="documents in a sequence do not see each other (default: as in training; exports: no)",
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model (default: fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="the model's precision (default: fp32)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     return parser
 
 

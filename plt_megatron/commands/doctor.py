@@ -1,4 +1,4 @@
-"""Say what this machine can run, and for what it cannot: why, and what to install."""
+"""Show what this machine can run, and what is missing for the rest."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="Exit status: 0 if training works here at all, else 1."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Exit status: 0 if this machine can train, else 1.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     arguments = parser.parse_args(argv)
 

@@ -1,9 +1,9 @@
-"""What a run needs and costs, on paper: parameters, FLOPs, memory, traffic, time, decoding.
+"""Calculate what a run needs and costs: parameters, FLOPs, memory, traffic, time, decoding.
 
     plt-estimate configs/runs/plt2_1b.yaml --nodes 8 --gpus-per-node 8
     plt-estimate configs/runs/loopcoder_7b.yaml --nodes 16 --search
 
-docs/estimates.md says what is exact, what is modelled and how far to trust it.
+docs/estimates.md says how each figure is calculated and how far to trust it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to put right.",
+        epilog="Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to fix.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
@@ -27,12 +27,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpu", default="h100", metavar="CARD", help="h100 (default), h200, a100, b200, l40s, cpu ...")
     parser.add_argument(
-        "--layout", metavar="WORDS", help="as reports print it: 'TP2 SP PP4 CP2 DP8 MB1 full', 'TP2 DP8 ZeRO3 offload'"
+        "--layout", metavar="LAYOUT", help="as reports print it: 'TP2 SP PP4 CP2 DP8 MB1 full', 'TP2 DP8 ZeRO3 offload'"
     )
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout asks for")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
-    parser.add_argument("--context", type=int, metavar="TOKENS", help="of decoding; default: the sequence length")
-    parser.add_argument("--batch", type=int, default=1, metavar="SEQUENCES", help="of decoding; default: 1")
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="context length when decoding; default: the sequence length"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="SEQUENCES", help="batch size when decoding; default: 1"
+    )
     parser.add_argument("--search", action="store_true", help="propose layouts that fit on these cards, best first")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows; default: 10")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")

@@ -17,14 +17,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The target appears whole or not at all. Exit status: 0 written, 2 something for you to put right.",
+        epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
     parser.add_argument(
         "--checkpoint",
         required=True,
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="a run's folder (its last whole checkpoint), a checkpoint, or a Hugging Face folder to re-export",
+        help="a run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder to re-export",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the checkpoint's")
@@ -34,12 +34,12 @@ def _parser() -> argparse.ArgumentParser:
         default="plt",
         help="loopcoder: LoopCoder-v2's names and keys, without modeling code",
     )
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (default: 5GB)")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)")
     parser.add_argument(
         "--tokenizer",
         type=Path,
         metavar="FILE",
-        help="where the run's tokenizer lies now, if not where the run found it",
+        help="the run's tokenizer, if it has moved",
     )
     parser.add_argument(
         "--verify",

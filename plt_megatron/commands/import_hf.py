@@ -1,4 +1,4 @@
-"""Make a training checkpoint out of a Hugging Face model: an exported PLT, LoopCoder-v2, a dense Llama, Mistral,
+"""Convert a Hugging Face model to a training checkpoint: an exported PLT, LoopCoder-v2, a dense Llama, Mistral,
 Qwen2, Qwen3 or OLMo-2, or a Qwen3-MoE, as it is or as the start of a PLT of several loops.
 
     plt-import --model Qwen3-0.6B --output runs/qwen3 --loop-count 2
@@ -18,19 +18,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The target appears whole or not at all. Exit status: 0 written, 2 something for you to put right.",
+        epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
     parser.add_argument(
         "--model", required=True, type=Path, metavar="DIR", help="a folder with config.json and safetensors"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="CHECKPOINT", help="a new folder, like a run's")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="CHECKPOINT", help="a new folder, laid out like a run's"
+    )
     parser.add_argument(
         "--loop-count",
         type=int,
         metavar="L",
         help="loops (default: the model's own, 1 for a dense one); new gates start from zero",
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: the files'; fp32 for fp16)")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="precision of the weights (default: the files'; fp32 for fp16)"
+    )
     return parser
 
 

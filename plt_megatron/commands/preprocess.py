@@ -14,15 +14,15 @@ from plt_megatron.errors import run_command
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="Writes exactly <output-prefix>.bin and .idx, and a manifest beside them. Started again after a "
-        "kill, the same command goes on where it stopped.",
+        epilog="Writes <output-prefix>.bin, .idx and a manifest. Run again after an interruption, the same command "
+        "continues where it stopped.",
     )
     parser.add_argument("overrides", nargs="*", help="with --build-index: key=value settings of the configuration")
     data = parser.add_argument_group("input and output")
     data.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_HELP)
-    data.add_argument("--output-prefix", metavar="PREFIX", help="where the .bin and .idx go")
+    data.add_argument("--output-prefix", metavar="PREFIX", help="path of the .bin and .idx without the suffix")
     data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
-    data.add_argument("--overwrite", action="store_true", help="replace an output made from something else")
+    data.add_argument("--overwrite", action="store_true", help="replace an output with other contents")
     reading = parser.add_argument_group("documents")
     add_reading_arguments(reading)
     reading.add_argument(
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command(lambda: _tokenize(arguments))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
         return 130
 
 

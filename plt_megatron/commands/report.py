@@ -17,16 +17,18 @@ from plt_megatron.errors import run_command
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a sweep's folder, as plt-sweep makes it")
-    parser.add_argument("--output", metavar="DIR", help="where the report goes (default: SWEEP_DIR/report)")
+    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a folder made by plt-sweep")
+    parser.add_argument("--output", metavar="DIR", help="default: SWEEP_DIR/report")
     decode = parser.add_argument_group("decoding time")
     decode.add_argument(
         "--measure-decode",
         action="store_true",
         help="export a finished run of each row and time its decoding here; kept for later reports",
     )
-    decode.add_argument("--decode-batch", type=int, default=4, metavar="N", help="sequences at once (default: 4)")
-    decode.add_argument("--decode-prefill", type=int, default=128, metavar="N", help="tokens before (default: 128)")
+    decode.add_argument("--decode-batch", type=int, default=4, metavar="N", help="sequences in a batch (default: 4)")
+    decode.add_argument(
+        "--decode-prefill", type=int, default=128, metavar="N", help="tokens in the cache before (default: 128)"
+    )
     decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens decoded (default: 96)")
     return parser
 

@@ -2,10 +2,10 @@
 
     plt-submit configs/runs/plt2_1b.yaml --cluster h100 --nodes 16 --time 24:00:00 --chain 5
 
-Everything is checked before anything is submitted. The run's folder then holds all that its job needs, with the job
+Everything is checked before anything is submitted. The run's folder then holds everything its job needs, with the job
 script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.
 
-Exit status: 0 submitted (with --follow: finished), 1 --follow saw the run fail or stop, 2 something to put right.
+Exit status: 0 submitted (with --follow: finished), 1 --follow saw the run fail or stop, 2 something for you to fix.
 """
 
 from __future__ import annotations
@@ -24,31 +24,29 @@ if TYPE_CHECKING:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Train a configuration on a Slurm cluster. Options win over the cluster's profile.",
+        description="Train a configuration on a Slurm cluster. Options override the cluster's profile.",
         epilog="See docs/slurm.md.",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="a run, and settings to change")
     size = parser.add_argument_group("the job")
     size.add_argument("--cluster", metavar="NAME", help="profile: a name in configs/clusters, or a path")
     size.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
-    size.add_argument("--time", metavar="LIMIT", help="of one job, as in 24:00:00")
-    size.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="default: the profile's, else all that a node has")
+    size.add_argument("--time", metavar="LIMIT", help="time limit of one job, as in 24:00:00")
+    size.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="default: the profile's, else all of a node's")
     for name in ("partition", "account", "qos", "constraint", "exclude"):
-        size.add_argument(f"--{name}", metavar=name.upper(), help="as sbatch's")
+        size.add_argument(f"--{name}", metavar=name.upper(), help="as for sbatch")
     longer = parser.add_argument_group("runs longer than the time limit")
     longer.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, one after the other")
-    longer.add_argument("--requeue", action="store_true", help="the same job again until the run is finished")
+    longer.add_argument("--requeue", action="store_true", help="requeue the job until the run is finished")
     longer.add_argument("--signal-margin", type=int, metavar="SECONDS", help="save this long before the limit")
     several = parser.add_argument_group("several runs")
     several.add_argument(
-        "--array", metavar="FILE", help="paths of configurations, one a line, or a folder of run folders"
+        "--array", metavar="FILE", help="a list of configuration files, one per line, or a folder of run folders"
     )
-    several.add_argument("--max-concurrent", type=int, metavar="N", help="of the array's runs, at a time")
-    parser.add_argument("--name", help="of the run (or of the array): its folder is OUTPUT_DIR/NAME")
-    parser.add_argument(
-        "--accept-changes", action="store_true", help="resume a run although its configuration is not the same"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, show the job script, stop")
+    several.add_argument("--max-concurrent", type=int, metavar="N", help="runs of the array at a time")
+    parser.add_argument("--name", help="name of the run or array, whose folder is OUTPUT_DIR/NAME")
+    parser.add_argument("--accept-changes", action="store_true", help="resume a run with a changed configuration")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the job script, and stop")
     parser.add_argument(
         "--follow", action="store_true", help="show progress until the job ends; Ctrl-C leaves it running"
     )
@@ -69,7 +67,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def read_options(argv: Sequence[str]) -> Options:
-    """The options of a submission whose runs and settings come from elsewhere."""
+    """The options alone, for a caller that supplies the runs and settings."""
     arguments = _parser().parse_args(argv)
     if arguments.arguments or arguments.follow:
         raise UserError("--submit takes options of plt-submit, but neither configurations, settings nor --follow")

@@ -1,11 +1,11 @@
-"""Train one model many times with settings varied: loop counts, ablation rows, sizes, seeds.
+"""Train variants of one model: loop counts, ablation rows, sizes, seeds.
 
     plt-sweep configs/sweeps/smoke.yaml --dry-run
     plt-sweep configs/sweeps/paper_ablation.yaml --jobs 2
     plt-sweep configs/sweeps/loops.yaml seeds=[1,2] model.num_layers=8 --slurm --cluster mine
 
-The plan is printed first. Runs that are done are not done again and others go on where they stopped, so the same
-command continues a sweep. docs/sweeps.md has the file's format.
+The plan is printed first. Finished runs are skipped and others resume where they stopped, so the same command continues
+a sweep. docs/sweeps.md describes the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit status: 0 done, 1 a run failed, 2 something for you to put right, 75 stopped (the running runs "
+        epilog="Exit status: 0 done, 1 a run failed, 2 something for you to fix, 75 stopped (the running runs "
         "saved their state).",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a sweep, as in configs/sweeps")
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings",
         nargs="*",
         metavar="key=value",
-        help="of the sweep (seeds=[1,2], match_budget=tokens, name=x, axes.model.loop_count=[1,2]) or of every run",
+        help="a setting of the sweep (seeds=[1,2], match_budget=tokens, axes.model.loop_count=[1,2]) or of every run",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run on this machine (the default)")
@@ -43,13 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cluster", metavar="NAME", help="with --slurm: a profile in configs/clusters, or a path")
     parser.add_argument("--max-concurrent", type=int, metavar="N", help="with --slurm: array members at once")
     parser.add_argument(
-        "--submit", metavar="OPTIONS", default="", help="with --slurm: more of plt-submit's, as '--time 24:00:00'"
+        "--submit", metavar="OPTIONS", default="", help="with --slurm: options for plt-submit, as in '--time 24:00:00'"
     )
-    parser.add_argument(
-        "--gpu", metavar="CARD", help="that times are estimated for (default: h100; without Slurm, cpu)"
-    )
+    parser.add_argument("--gpu", metavar="CARD", help="card to estimate times for (default: h100; without Slurm, cpu)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="single-process runs at once on this machine")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     return parser
 
 

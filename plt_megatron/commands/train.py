@@ -66,7 +66,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
-    """Threads of one process: as configured, else as the caller's environment says, else a fair share."""
+    """Threads of one process: the configured number, else the environment's, else a fair share."""
     threads = config.training.threads_per_process
     if threads is None and "OMP_NUM_THREADS" in os.environ:
         return {}
@@ -74,7 +74,7 @@ def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
 
 
 def describe(config: RunConfig, count: int, threads: dict[str, str], command: list[str]) -> str:
-    """What a run would do, for --dry-run."""
+    """What the run would do, for --dry-run."""
     parallel, steps = config.parallel, derived.train_iters(config)
     cp = parallel.context_parallel_size
     context = f" x context {cp}" if cp > 1 else ""

@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
         "hostile strings that all encode identically.",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=INPUT_HELP)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the tokenizer goes")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the tokenizer")
     parser.add_argument("--vocab-size", type=int, required=True)
     parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe")
     parser.add_argument(
@@ -33,17 +33,22 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TOKEN",
-        help="a token found in text before all others; repeatable",
+        help="a token that is always kept whole in text; repeatable",
     )
-    parser.add_argument("--character-coverage", type=float, default=0.9995, help="the rest is bytes (default: 0.9995)")
-    parser.add_argument("--keep-digits-together", action="store_true", help="let a piece hold several digits")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        help="share of characters with pieces of their own; the rest is bytes (default: 0.9995)",
+    )
+    parser.add_argument("--keep-digits-together", action="store_true", help="allow pieces of several digits")
     parser.add_argument(
         "--max-sample-mb", type=int, default=200, help="train on at most this much text (default: 200 MB)"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the sample")
+    parser.add_argument("--seed", type=int, default=1234, help="for sampling the text")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     add_reading_arguments(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     return parser
 
 

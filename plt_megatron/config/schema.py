@@ -95,7 +95,7 @@ class ParallelConfig:
     # Ranks that share out a layer's experts, among those that hold the same layers (TP x CP x DP).
     expert_model_parallel_size: Ranks = 1
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens travel to their experts
-    # None: world size / (TP * PP * CP); launch/local.py: 1, or as many as share out the experts
+    # None: world size / (TP * PP * CP); plt-train: 1, or as many as share out the experts
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False

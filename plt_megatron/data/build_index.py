@@ -1,4 +1,4 @@
-"""Building the sample index of a run ahead of time, in one process, so that the ranks find it ready."""
+"""Builds the sample index of a run ahead of time, in one process, so that it is ready for the ranks."""
 
 from __future__ import annotations
 

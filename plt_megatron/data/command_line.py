@@ -1,4 +1,4 @@
-"""What commands that read raw text have in common."""
+"""Options shared by the commands that read raw text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INPUT_HELP = f"files or globs: {describe_formats()}"
 
 
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
-    """The options that say how documents are found in files."""
+    """Options for finding documents in files."""
     parser.add_argument("--format", choices=sorted(READERS), help="default: by the files' suffixes")
     parser.add_argument("--json-key", default="text", help="the field or column with the text (default: text)")
     parser.add_argument(

@@ -14,11 +14,11 @@ _READ = 1 << 20
 
 
 class BrokenStream(Exception):
-    """A compressed file ends early or is damaged; the message says how."""
+    """A compressed file is truncated or damaged; the message says which."""
 
 
 def open_stream(path: str | Path) -> io.BufferedReader:
-    """Open a file, decompressing by suffix. Damage shows as `BrokenStream` while reading."""
+    """Open a file, decompressing by suffix. Damage raises `BrokenStream` while reading."""
     try:
         raw = open(path, "rb", buffering=_READ)
     except OSError as error:
@@ -62,7 +62,7 @@ class _Gzip(_Decompressing):
 
 
 class _Zstandard(_Decompressing):
-    """zstandard's own stream reader takes a truncated file for a complete one, so frames are followed here."""
+    """zstandard's own stream reader accepts truncated files, so frames are tracked here."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         super().__init__(raw)

@@ -1,7 +1,7 @@
-"""Training samples out of tokenized sources, on megatron-core's blended datasets.
+"""Training samples from tokenized sources, on top of megatron-core's blended datasets.
 
-The sample index of a run (which tokens form which sample) is built once, on rank 0, into a folder named after all
-it depends on, the content of the data included, and published by renaming: never half an index, never a stale one.
+The sample index of a run (which tokens form which sample) is built once, by rank 0, in a folder named by a hash of
+everything it depends on, including the data's content, and published by renaming: it is never partial or stale.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class _DatasetConfig(GPTDatasetConfig):
 
 
 class _DocumentDataset(GPTDataset):
-    """A GPTDataset whose samples know where their documents begin."""
+    """A GPTDataset whose samples mark where their documents begin."""
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         text, _, document_lengths = self._query_document_sample_shuffle_indices(int(idx or 0))
@@ -134,10 +134,10 @@ def build_datasets(
     cache_dir: str,
     tokenizer: Tokenizer | None,
 ) -> Parts:
-    """The train, validation and test samples; a part of which 0 samples are asked for is None.
+    """The train, validation and test samples; None for a part of 0 requested samples.
 
-    Called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is not
-    there, the others wait for up to `data.index_timeout_minutes`. Raises `UserError`, on all ranks, if the data is
+    Called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
+    missing; the others wait for up to `data.index_timeout_minutes`. Raises `UserError`, on all ranks, if the data is
     missing or damaged, was made with another tokenizer, or cannot give the samples.
     """
     folder = Path(cache_dir).absolute()
@@ -150,7 +150,7 @@ def build_datasets(
         except (UserError, OSError) as error:
             failure = error if isinstance(error, UserError) else UserError(_index_failure(folder, error))
             outcome = [("failed", str(failure))]
-        except Exception as error:  # whatever it is, the others must not wait for it
+        except Exception as error:  # of any kind: the others must not wait for it
             failure = error
             outcome = [("failed", f"rank 0 could not build the sample index: {error!r}")]
     if group is not None:
@@ -173,7 +173,7 @@ def _index_failure(folder: Path, error: OSError) -> str:
 
 
 def _waiting_group(minutes: float) -> Any:
-    """A group of all ranks to wait for rank 0 in, with a time-out of its own; None if there is only one rank."""
+    """A group of all ranks, with its own time-out, in which to wait for rank 0; None if there is only one rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
@@ -186,7 +186,7 @@ def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
     except RuntimeError as error:
         raise UserError(
             f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: raise "
-            "data.index_timeout_minutes, or build it ahead with tools/preprocess_data.py --build-index "
+            "data.index_timeout_minutes, or build it ahead with plt-preprocess --build-index "
             f"({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group(group)
@@ -202,7 +202,7 @@ def _index_key(data: DataConfig, num_samples: Sequence[int], seed: int, tokenize
 def _build_index(
     data: DataConfig, num_samples: tuple[int, int, int], seed: int, folder: Path, tokenizer: Tokenizer | None
 ) -> str:
-    """Check the data and build the index unless it is there; the folder it is in."""
+    """Check the data and build the index if it is missing; returns its folder."""
     mix_shares(data, num_samples)
     if tokenizer is not None:
         check_tokenizer(data, tokenizer)
@@ -222,7 +222,7 @@ def _build_index(
         try:
             os.replace(temporary, target)
         except OSError:
-            if not target.is_dir():  # or another run has built the same one meanwhile
+            if not target.is_dir():  # or another run has just built the same one
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -246,7 +246,7 @@ def _load(
         num_dataset_builder_threads=min(8, os.cpu_count() or 1),
         **_blend(data, num_samples),
     )
-    if data.sources:  # cut by megatron-core's own numbers, but only the parts that are used
+    if data.sources:  # split by megatron-core's own numbers, but only the parts that are used
         bounds = split_matrix(data)
         config.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
     built = _Builder(_DocumentDataset, list(num_samples), lambda: True, config).build()
@@ -272,7 +272,7 @@ def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
 
 
 class _MegatronTokenizer:
-    """The little of a tokenizer that megatron-core's datasets want. No padding token: samples are never padded."""
+    """What megatron-core's datasets use of a tokenizer. No padding token: samples are never padded."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.eod = tokenizer.eod if tokenizer else None
@@ -281,8 +281,8 @@ class _MegatronTokenizer:
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """megatron-core's builder without its barriers: ranks are kept in order by `build_datasets`, whose wait has a
-    time-out and passes errors on."""
+    """megatron-core's builder without its barriers: `build_datasets` orders the ranks, with a time-out and with
+    errors passed on."""
 
     @staticmethod
     def build_generic_dataset(

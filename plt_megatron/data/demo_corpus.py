@@ -1,4 +1,4 @@
-"""A corpus out of what every machine has: the sources of Python's standard library, one file a document."""
+"""A corpus that every machine has: the sources of Python's standard library, one document per file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plt_megatron.errors import UserError, run_command
 
-# Not prose and not code that one would want to continue: tests, generated tables, and what pip put there.
+# Neither prose nor code worth continuing: tests, generated tables, and what pip installed.
 _SKIPPED_FOLDERS = {
     "test",
     "tests",
@@ -25,12 +25,12 @@ _SKIPPED_FOLDERS = {
     "lib2to3",
     "pydoc_data",
 }
-_HELD_OUT = 16  # one file in so many is for validation
+_HELD_OUT = 16  # one file in this many is for validation
 
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """Where the two JSONL files lie (field `text`), and how much is in them."""
+    """The two JSONL files (field `text`) and their size."""
 
     train: Path
     validation: Path
@@ -41,8 +41,8 @@ class DemoCorpus:
 def write_demo_corpus(folder: str | Path, max_bytes: int = 1 << 40) -> DemoCorpus:
     """Write `train.jsonl` and `validation.jsonl` to `folder`, at most `max_bytes` of text altogether.
 
-    The same Python gives the same files in the same order, each file's place and part being decided by a hash of its
-    name; a file that is there and as it should be is not touched.
+    The same Python gives the same files in the same order: a hash of a file's name decides its place and part.
+    Existing files with the right content are not touched.
     """
     parts: dict[str, list[str]] = {"train": [], "validation": []}
     left = {"train": max_bytes - max_bytes // _HELD_OUT, "validation": max_bytes // _HELD_OUT}

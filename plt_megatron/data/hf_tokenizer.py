@@ -1,4 +1,4 @@
-"""A sentencepiece model as a Hugging Face `tokenizer.json`, and the proof that it encodes the same."""
+"""A sentencepiece model as a Hugging Face `tokenizer.json`, and a check that both encode identically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_tokenizer_json(model: Path) -> dict[str, str]:
     """The contents of `tokenizer.json` and `tokenizer_config.json` for a sentencepiece model of ours.
 
     Only models without normalization and with byte fallback can be expressed; others raise `UserError`.
-    Control tokens are part of the vocabulary and not "added tokens": like in sentencepiece, their names in a text
+    Control tokens are part of the vocabulary and not "added tokens": as in sentencepiece, their names in a text
     are just text. The configuration tells transformers the same (`split_special_tokens`).
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
@@ -81,7 +81,7 @@ def _tokenizer(proto: Any, splittable: bool) -> dict[str, Any]:
 
 
 def _bpe(proto: Any) -> dict[str, Any]:
-    """Sentencepiece joins the neighbours whose joint piece has the best score: every way to split a piece into two
+    """Sentencepiece joins the neighbors whose joint piece has the best score: every way to split a piece into two
     pieces is a merge, in the order of scores."""
     kind = proto.SentencePiece
     rank = {piece.piece: index for index, piece in enumerate(proto.pieces) if piece.type == kind.NORMAL}

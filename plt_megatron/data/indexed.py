@@ -33,7 +33,7 @@ _CODES: dict[int, type] = {
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """What a `.idx` says. `lengths` is memory-mapped int32, tokens per document."""
+    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document."""
 
     prefix: str
     dtype: np.dtype[Any]
@@ -51,12 +51,12 @@ class IndexedFile:
 def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     """Open `prefix`.idx and check its header and last entry against the files' sizes, without reading all of it.
 
-    Raises `UserError` if anything is amiss.
+    Raises `UserError` if they do not agree.
     """
     prefix = os.fspath(prefix)
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
-            raise UserError(f"{prefix}{suffix} not found: tokenize the data with tools/preprocess_data.py")
+            raise UserError(f"{prefix}{suffix} not found: tokenize the data with plt-preprocess")
     try:
         with open(prefix + ".idx", "rb") as file:
             magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)
@@ -68,7 +68,7 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
         offset = len(_MAGIC) + _HEADER.size
         size = os.path.getsize(prefix + ".idx")
         if size < offset + 12 * sequences + 8 * documents:
-            raise UserError(f"{prefix}.idx is cut short at {size} bytes: tokenize the data again")
+            raise UserError(f"{prefix}.idx is truncated at {size} bytes: tokenize the data again")
         dtype, lengths, end = np.dtype(_CODES[code]), np.empty(0, np.int32), 0
         if sequences:
             lengths = np.memmap(prefix + ".idx", np.int32, "r", offset, (sequences,))
@@ -81,7 +81,7 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
 
 
 def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
-    """As `open_index`, and all its lengths must add up to the size of `prefix`.bin."""
+    """Like `open_index`, but also checks that all lengths add up to the size of `prefix`.bin."""
     index = open_index(prefix)
     _check_size(index.prefix, index.tokens * index.dtype.itemsize)
     return index
@@ -129,6 +129,6 @@ def concatenate(parts: Sequence[Path], target: Path) -> str:
 
 
 def sync(file: Any) -> None:
-    """Flush a file to the disk itself."""
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())

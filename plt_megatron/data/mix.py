@@ -1,6 +1,6 @@
-"""What a data mix amounts to: tokens and epochs of each source, checks before training, and its fingerprint.
+"""The data mix: tokens and epochs of each source, checks before training, and its fingerprint.
 
-Reads the indices only, and neither torch nor megatron-core.
+Reads the indices only; imports neither torch nor megatron-core.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def required_samples(config: RunConfig) -> tuple[int, int, int]:
 
 
 def index_folder(config: RunConfig) -> str:
-    """Where a run's sample index lies."""
+    """Folder of a run's sample index."""
     return config.data.index_cache or str(derived.run_folder(config) / "index_cache")
 
 
@@ -69,7 +69,7 @@ def part_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource], 
 
 
 def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
-    """Where each part begins and ends in every source, as megatron-core cuts them; None for a part without share."""
+    """Where each part begins and ends in every source, as megatron-core cuts them; None for a part with no share."""
     if not data.sources:
         return [(0.0, 1.0) if sources else None for sources in part_sources(data)]
     shares = derived.split_shares(data.split)
@@ -82,7 +82,7 @@ def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
 
 
 def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare]:
-    """What each source contributes to each part that is asked for (`num_samples` [3], 0: not at all).
+    """What each source contributes to each requested part (`num_samples` [3]; 0: not requested).
 
     Raises `UserError` if a file is missing or damaged, a part has no text, or `max_epochs` is exceeded.
     """
@@ -142,7 +142,7 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
         raise UserError(
             f"data source {share.name}: {share.samples:,} {share.part} samples of {data.sequence_length} tokens are "
             f"{share.epochs:.2f} epochs of its {share.tokens:,} tokens, over max_epochs {share.max_epochs:g}: "
-            "train for less, lower its weight, or raise max_epochs"
+            "train on fewer tokens, lower its weight, or raise max_epochs"
         )
 
 
@@ -240,7 +240,7 @@ def content_hash(prefix: str) -> str:
 
 
 def fingerprint(data: DataConfig, tokenizer: Tokenizer | None, **sampling: Any) -> dict[str, Any]:
-    """What the sequence of samples depends on, to lie in checkpoints: JSON-able, with a `sha256` over the rest.
+    """What the sequence of samples depends on, saved in checkpoints: JSON-able, with a `sha256` over the rest.
 
     `sampling` is anything else it depends on, such as `seed` and `num_samples`: a name, and a JSON-able value.
     Paths and names do not enter: data may move.
@@ -265,7 +265,7 @@ def fingerprint(data: DataConfig, tokenizer: Tokenizer | None, **sampling: Any) 
 
 
 def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """In words, what differs between two fingerprints; empty if nothing does."""
+    """What differs between two fingerprints, as text; empty if nothing does."""
     if saved.get("sha256") == current.get("sha256"):
         return []
     words = []

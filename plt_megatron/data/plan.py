@@ -1,4 +1,4 @@
-"""Dividing the input of preprocessing into shards.
+"""Divides the input of preprocessing into shards.
 
 The division depends on the input and on `shard_bytes` only, not on the number of workers, so that a run may be
 resumed with another number of them. A large compressed file can only be read from its start: it is decompressed

@@ -1,9 +1,9 @@
-"""Tokenizing a corpus: `<output prefix>.bin` and `.idx` in megatron-core's indexed format.
+"""Tokenizes a corpus to `<output prefix>.bin` and `.idx` in megatron-core's indexed format.
 
-Worker processes read and encode shards of the input on their own; finished shards are concatenated at the end,
-without a look at the text. Everything unfinished lies in `<output prefix>.partial/`: the same command started
-again after a kill goes on with the shards that are missing. Beside the output lie `<output prefix>.manifest.json`
-(what it was made from) and, if there were bad lines, `<output prefix>.bad_lines.jsonl`.
+Worker processes read and encode shards of the input on their own; finished shards are concatenated at the end.
+Unfinished work is kept in `<output prefix>.partial/`: after an interruption the same command encodes only the missing
+shards. The output comes with `<output prefix>.manifest.json` (what it was made from) and, if there were bad lines,
+`<output prefix>.bad_lines.jsonl`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LARGEST_DOCUMENT = 1 << 30  # its tokens are counted in an int32
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What to tokenize, with what, and where to. See `tools/preprocess_data.py --help`."""
+    """What to tokenize, with what, and where to. See `plt-preprocess --help`."""
 
     inputs: Sequence[str]
     output_prefix: str
@@ -69,7 +69,7 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
         raise UserError(f"--max-document-bytes {options.read.max_document_bytes} is over {_LARGEST_DOCUMENT}")
     job = _Job(options)
     if (manifest := job.finished()) is not None:
-        shutil.rmtree(job.work, ignore_errors=True)  # left by a kill at the very end
+        shutil.rmtree(job.work, ignore_errors=True)  # left if killed at the very end
         _say(f"{options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
         return manifest
     try:
@@ -79,12 +79,12 @@ def preprocess(options: PreprocessOptions) -> dict[str, Any]:
         shutil.rmtree(job.work)
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed (out of memory?): the same command goes on where this one stopped, "
+            "a worker process was killed (out of memory?): the same command continues where this one stopped; "
             "fewer --workers need less memory"
         ) from error
     except OSError as error:
         raise UserError(
-            f"{error.filename or options.output_prefix}: {error.strerror or error}: the same command goes on "
+            f"{error.filename or options.output_prefix}: {error.strerror or error}: the same command continues "
             "where this one stopped"
         ) from error
     _report(options.output_prefix, manifest)
@@ -96,7 +96,7 @@ def _say(line: str) -> None:
 
 
 class _Job:
-    """One output: its plan, its work folder and its three phases."""
+    """Makes one output, in a work folder and three phases."""
 
     def __init__(self, options: PreprocessOptions) -> None:
         self.options = options
@@ -121,7 +121,7 @@ class _Job:
         }
 
     def finished(self) -> dict[str, Any] | None:
-        """The manifest if the output exists and is what is asked for; `UserError` if it is something else."""
+        """The manifest if the requested output exists; `UserError` if the files are something else."""
         existing = [name for name in (f"{self.prefix}.bin", f"{self.prefix}.idx") if os.path.exists(name)]
         if not existing or self.options.overwrite:
             return None
@@ -130,7 +130,7 @@ class _Job:
             if os.path.getsize(f"{self.prefix}.bin") == manifest["bin_bytes"]:
                 return manifest
         if _read_json(self.work / "plan.json") == self.identity:
-            return None  # killed while the output was being put in place
+            return None  # killed while publishing the output
         raise UserError(
             f"{existing[0]} exists and was not made from these inputs and settings: choose another "
             "--output-prefix or pass --overwrite"
@@ -225,10 +225,10 @@ class _Job:
         source = self.sources[shard.files[place]]
         start = shard.spans[place].start if shard.spool_start is None else shard.spool_start
         where = source.place(start, line)
-        return f"{source.path}:{where}: {reason}: mend it, or pass --on-bad-line skip"
+        return f"{source.path}:{where}: {reason}: fix it, or pass --on-bad-line skip"
 
     def _hash_sources(self) -> None:
-        """Put the SHA-256 of every input into the work folder, once."""
+        """Save the SHA-256 of every input in the work folder, once."""
         path = self.work / "hashes.json"
         hashes = _read_json(path) or {}
         for source in self.sources:
@@ -290,7 +290,7 @@ class _Job:
         return reports
 
     def _bytes_done(self) -> int:
-        """Bytes of the input whose shards a former run finished."""
+        """Bytes of the input whose shards an earlier run finished."""
         done = [_read_json(path) for path in self.work.glob("[0-9]*.json")]
         return sum(report["disk_bytes"] for shard in done for report in shard or [])
 

@@ -1,4 +1,4 @@
-"""ProgressBar of a long piece of work: in place on a terminal, now and then a line in a log."""
+"""Progress of long work: one updated line on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ProgressBar:
         self._width = 0
 
     def update(self, disk_bytes: int, text_bytes: int, tokens: int) -> None:
-        """Show the state if it is time to: input consumed, text encoded and tokens written in this run."""
+        """Show the progress if due: input consumed, text encoded and tokens written in this run."""
         now = time.monotonic()
         if now - self._shown < self._interval:
             return

@@ -1,4 +1,4 @@
-"""Batches in a fixed order that a run can leave and enter anywhere.
+"""Batches in a fixed order that a run can leave and resume at any point.
 
 Which samples form the n-th global batch depends on nothing but the dataset and the global batch size. Layouts only
 divide it differently, and a run is resumed by the number of samples consumed: there is no other state, and no
@@ -43,7 +43,7 @@ def micro_batch_indices(
     """Sample numbers of this rank's microbatches, one global batch after the other.
 
     Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Ends before the
-    first global batch that does not fit in `length`, or, with `wrap`, goes on from the start, for ever.
+    first global batch that does not fit in `length`, or with `wrap` starts over, endlessly.
     """
     per_step = micro_batch_size * data_parallel_size
     if not 0 <= data_parallel_rank < data_parallel_size:
@@ -96,7 +96,7 @@ def batches(
 
 
 def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Generator[dict[str, Tensor]]:
-    """`items`, prepared by a thread up to `depth` ahead; its exception is raised where the item would have come."""
+    """`items`, prepared by a thread up to `depth` ahead; its exception is raised in place of the item."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
     closed = threading.Event()
 
@@ -130,4 +130,4 @@ def _ahead(items: Iterator[dict[str, Tensor]], depth: int) -> Generator[dict[str
             yield value
     finally:
         closed.set()
-        thread.join()  # a thread still inside torch when the interpreter ends aborts the process
+        thread.join()  # a thread still inside torch when the interpreter exits would abort the process

@@ -1,6 +1,6 @@
-"""Cutting text where no piece of a vocabulary can cross, and encoding the parts through a cache.
+"""Splits text where no piece of a vocabulary can cross, and encodes the parts through a cache.
 
-A BPE merge joins neighbours into a piece of the vocabulary. Where no piece spans the border between two characters,
+A BPE merge joins neighbors into a piece of the vocabulary. Where no piece spans the border between two characters,
 nothing on the left ever merges with anything on the right, so encoding the two sides separately and joining the ids
 gives exactly the ids of the whole. Words repeat, so a dictionary then answers most of the encoding: about three
 times sentencepiece's own rate on one core, with identical ids.
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 # `crosses_no_piece` (each piece is one segment) sufficient for any text.
 _SPACE = " \u2581"
 COARSE = re.compile(rf"\n|[{_SPACE}]++[^{_SPACE}\n]*+|[^{_SPACE}\n]++")
-# About the letters; which characters count as such bears on speed only.
+# Letters, approximately: which characters count as such affects only speed.
 _LETTERS = ((0x41, 0x5A), (0x61, 0x7A), (0xC0, 0x1FFF), (0x2C00, 0x2DFF), (0x3040, 0xD7FF), (0xF900, 0xFDFF))
 _CUT = re.compile(rf"\n|(?<=[^{_SPACE}\n])[{_SPACE}]")
 
 _ENTRIES = 400_000  # in the cache, about 80 MB
-_LONGEST_CACHED = 48  # characters; longer segments hardly ever come back
+_LONGEST_CACHED = 48  # characters; longer segments rarely recur
 _CHUNK = 1 << 20  # characters whose segments are in memory at once
 
 

@@ -48,7 +48,7 @@ class Shard:
     spans: tuple[Span, ...]
     files: tuple[int, ...]
     spool_start: int | None = None  # the (only) span is a temporary copy of decompressed bytes from here on
-    broken: str = ""  # why the input breaks off after this shard
+    broken: str = ""  # why the input ends after this shard
 
 
 @dataclass
@@ -121,7 +121,7 @@ def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: P
 
 
 def publish_json(path: Path, value: Any) -> None:
-    """Write a JSON file so that it is seen whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
@@ -222,7 +222,7 @@ class _SpanWriter:
 
 
 def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put `token` after each document; the new tokens and lengths."""
+    """Append `token` to each document; the new tokens and lengths."""
     lengths = lengths + 1
     ends = np.cumsum(lengths) - 1
     result = np.empty(flat.size + len(lengths), flat.dtype)

@@ -20,7 +20,7 @@ import numpy as np
 from plt_megatron.data.segments import COARSE, SegmentEncoder, chunks, crosses_no_piece, word_pattern
 from plt_megatron.errors import UserError
 
-# Looked for in this order when the tokenizer does not say which token ends a document.
+# Tried in this order if the tokenizer does not say which token ends a document.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
 
 # Unigram scores that are multiples of this add up exactly in sentencepiece's float32 over a chunk of this many
@@ -30,12 +30,12 @@ _UNIGRAM_CHUNK = 1 << 13
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The type of ids on disk: uint16 when every id fits (megatron-core's rule), else int32."""
+    """The type of ids on disk: uint16 if every id fits (megatron-core's rule), else int32."""
     return np.uint16 if vocab_size <= np.iinfo(np.uint16).max + 1 else np.int32
 
 
 class Tokenizer(ABC):
-    """What training and preprocessing need of a tokenizer; megatron-core accepts it as one.
+    """What training and preprocessing need of a tokenizer; megatron-core accepts it as its own.
 
     `fingerprint` is the SHA-256 of the file. `bos`, `eos` and `pad` are None where the tokenizer has none;
     `eod`, the end-of-document token, always exists.
@@ -72,7 +72,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """All texts' ids one after the other (`dtype`), and the number of ids of each (int64). The fast way."""
+        """All texts' ids concatenated (`dtype`), and the number of ids of each (int64). The fast path."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -136,7 +136,7 @@ class SentencePieceTokenizer(Tokenizer):
             return False  # normalization looks across borders
         types = [piece.type for piece in proto.pieces]
         if types.count(proto.SentencePiece.BYTE) != 256:
-            return False  # neighbouring unknown characters become one token
+            return False  # adjacent unknown characters become one token
         symbols = self._user_defined(proto)
         return not any(set(symbol) & set(" \u2581") for symbol in symbols) and crosses_no_piece(
             COARSE, self._pieces(proto)
@@ -251,7 +251,7 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
             raise UserError(f"{path}: the folder holds neither tokenizer.model nor tokenizer.json")
         path = inside[0]
     if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer; train one with tools/train_tokenizer.py")
+        raise UserError(f"{path}: no such tokenizer; train one with plt-train-tokenizer")
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eod_token)
     return SentencePieceTokenizer(path, eod_token)

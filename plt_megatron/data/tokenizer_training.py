@@ -1,7 +1,7 @@
-"""Training a sentencepiece tokenizer, and writing it as a Hugging Face `tokenizer.json` that encodes identically.
+"""Trains a sentencepiece tokenizer and writes it as a Hugging Face `tokenizer.json` that encodes identically.
 
-The model is built so that identity is possible: text is not normalized (no NFKC, no dummy prefix, no removal of
-spaces), and what the vocabulary lacks falls back to bytes, so decoding gives back every text exactly.
+To make that possible, text is not normalized (no NFKC, no dummy prefix, no removal of spaces) and characters that the
+vocabulary lacks fall back to bytes, so decoding restores every text exactly.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
-_LINE = 4000  # sentencepiece drops longer sentences (4192 bytes) without a word; counted in UTF-8 bytes
-_COMPRESSION = 4  # how many times larger compressed text is taken to be
+_LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
+_COMPRESSION = 4  # assumed expansion of compressed text
 _CHECKED = 8 << 20  # characters of the sample on which both tokenizers are compared
 _MODEL_TYPES = ("bpe", "unigram")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train on and how. See `tools/train_tokenizer.py --help`."""
+    """What to train on and how. See `plt-train-tokenizer --help`."""
 
     inputs: Sequence[str]
     output_dir: str
@@ -76,7 +76,7 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
     temporary = folder / f".tokenizer.{os.getpid()}.model"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # an unwritable folder is found before the work
+        temporary.touch()  # find an unwritable folder before the work
     except OSError as error:
         raise _unwritable(folder, error) from error
     try:
@@ -100,9 +100,9 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
 def _check_symbols(symbols: Sequence[str]) -> None:
     for symbol in symbols:
         if not symbol or any(character.isspace() or character == "\u2581" for character in symbol):
-            raise UserError(f"special token {symbol!r} is empty or holds a space: choose another name")
+            raise UserError(f"special token {symbol!r} is empty or contains a space: choose another name")
         if symbol in ("<unk>", "<s>", "</s>", "<pad>"):
-            raise UserError(f"special token {symbol!r} is always there: leave it out")
+            raise UserError(f"special token {symbol!r} is built in: leave it out")
     if len(set(symbols)) < len(symbols):
         raise UserError("a special token is given twice")
 
@@ -218,7 +218,7 @@ class Sample:
                     yield part.replace("\0", " ")
 
     def _keep(self, text: str) -> None:
-        """A share of the documents, the longest cut, so that the comparison is quick but sees all of the sample."""
+        """Keep some documents, the longest truncated: a quick comparison that covers the whole sample."""
         if self._kept_size < _CHECKED and (self.documents % 8 == 1 or self._kept_size < _CHECKED // 4):
             self.kept.append(text[: 1 << 16])
             self._kept_size += len(self.kept[-1])

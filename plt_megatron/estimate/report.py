@@ -1,4 +1,4 @@
-"""The answer of tools/estimate.py: tables for people, or JSON."""
+"""The answer of plt-estimate: tables for people, or JSON."""
 
 from __future__ import annotations
 

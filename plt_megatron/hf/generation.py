@@ -15,7 +15,7 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
         UserError: `folder` is no export, or transformers is missing.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder}: no exported model there (config.json is missing); see tools/convert_to_hf.py")
+        raise UserError(f"{folder}: no exported model there (config.json is missing); see plt-export")
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed

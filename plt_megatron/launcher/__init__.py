@@ -34,7 +34,7 @@ def launch_node(run: Path) -> int:
         user to put right, 76 a node failed the checks, 77 a node was lost, 78 another job trains the run.
 
     Raises:
-        UserError: this is no Slurm job, or the run's folder is not as launch/submit.py makes it.
+        UserError: this is no Slurm job, or the run's folder is not as plt-submit makes it.
     """
     from plt_megatron.launcher.node import launch_node
 

@@ -59,7 +59,7 @@ def load_settings(run: Path) -> JobSettings:
     """
     path = run / FILE_NAME
     if not path.is_file():
-        raise UserError(f"there is no {path}; launch/submit.py writes it")
+        raise UserError(f"there is no {path}; plt-submit writes it")
     settings = load(JobSettings, path)
     check(settings)
     return settings

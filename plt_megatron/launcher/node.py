@@ -40,7 +40,7 @@ def launch_node(run: Path) -> int:
     """Take part in the job's run as one of its nodes; returns the exit status, the same on every node.
 
     Raises:
-        UserError: this is no Slurm job, or the run's folder is not as launch/submit.py makes it.
+        UserError: this is no Slurm job, or the run's folder is not as plt-submit makes it.
     """
     settings, allocation = load_settings(run), read_allocation()
     others = [str(event.get("job_id")) for event in records.unended(records.read_events(run))]

@@ -1,4 +1,4 @@
-"""`launch/submit.py --follow`: a run's steps, what its launchers say and its jobs' states, as they come."""
+"""`plt-submit --follow`: a run's steps, what its launchers say and its jobs' states, as they come."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Container:
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """What one writes down once about a cluster. Options of launch/submit.py win over it."""
+    """What one writes down once about a cluster. Options of plt-submit win over it."""
 
     name: str = ""
     partition: str | None = None

@@ -1,4 +1,4 @@
-"""What launch/submit.py says of a run before it submits it."""
+"""What plt-submit says of a run before it submits it."""
 
 from __future__ import annotations
 

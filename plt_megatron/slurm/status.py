@@ -1,4 +1,4 @@
-"""launch/status.py: how runs stand, from Slurm and from their folders."""
+"""plt-status: how runs stand, from Slurm and from their folders."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def as_json(statuses: Sequence[JobStatus]) -> str:
 
 
 def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
-    """What launch/status.py prints, and a note where Slurm could not be asked.
+    """What plt-status prints, and a note where Slurm could not be asked.
 
     Raises:
         UserError: a run that is not there.

@@ -1,4 +1,4 @@
-"""launch/submit.py: from a configuration to a queued job, with everything checked before."""
+"""plt-submit: from a configuration to a queued job, with everything checked before."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The process that trains: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
 
-Launchers start it (launch/local.py on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+Launchers start it (plt-train on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 Exit status: 0 finished, 2 something for the user to put right, 75 stopped on request with its state saved, 1 failed.
 """
 
@@ -92,7 +92,7 @@ def _describe_failure(error: OSError | RuntimeError) -> str | None:
 
 
 def _quiet_imports() -> None:
-    """megatron-core and torch warn at import about everything a machine lacks; tools/doctor.py says what matters.
+    """megatron-core and torch warn at import about everything a machine lacks; plt-doctor says what matters.
 
     After torch's import, which sets its loggers' levels itself.
     """

@@ -40,7 +40,7 @@ def last_step(config: RunConfig) -> int:
 
 
 class LocalRun:
-    """`launch/local.py` at work, or another command that starts a configuration's ranks."""
+    """`plt-train` at work, or another command that starts a configuration's ranks."""
 
     def __init__(self, config: RunConfig, command: list[str] | None = None, env: dict[str, str] | None = None) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Runs of the fault tests: made as launch/submit.py makes them, looked at while they run, compared bit for bit."""
+"""Runs of the fault tests: made as plt-submit makes them, looked at while they run, compared bit for bit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_config(name: str, folder: Path, data: DataConfig, **changes: Any) -> Ru
 
 
 def train_locally(config: RunConfig) -> list[dict[str, Any]]:
-    """The same layout by launch/local.py; its metrics."""
+    """The same layout by plt-train; its metrics."""
     path = Path(config.output_dir) / f"{config.name}.yaml"
     save_config(config, path)
     command = [sys.executable, str(ROOT / "launch" / "local.py"), str(path)]
@@ -66,12 +66,12 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 
 
 def submit(cluster: SlurmCluster, *arguments: str) -> str:
-    """launch/submit.py; what it prints."""
+    """plt-submit; what it prints."""
     return cluster.run(sys.executable, str(ROOT / "launch" / "submit.py"), *arguments)
 
 
 class SlurmRun:
-    """A run on the cluster. `prepare` or launch/submit.py fills its folder."""
+    """A run on the cluster. `prepare` or plt-submit fills its folder."""
 
     def __init__(self, cluster: SlurmCluster, config: RunConfig) -> None:
         self.cluster, self.config = cluster, config

@@ -1,4 +1,4 @@
-"""Raw formats. Each is a class of a module in this package, which all are imported here: adding one adds a file."""
+"""Raw formats, one class and module each, all imported here: to add a format, add a file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
 
 
 def _suffix(path: str) -> str:
-    """The ending that says the format, in front of a compression's."""
+    """The suffix that names the format, without a compression's."""
     suffixes = Path(path).suffixes
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -52,6 +52,6 @@ def _suffix(path: str) -> str:
 
 
 def describe_formats() -> str:
-    """The formats and the endings they go by, for a command's help."""
+    """The formats and their suffixes, for a command's help."""
     known = (f"{name} ({', '.join(reader.suffixes)})" for name, reader in sorted(READERS.items()))
     return f"{', '.join(known)}; lines and text also compressed ({', '.join(COMPRESSIONS)})"

@@ -1,4 +1,4 @@
-"""Documents as readers give them, and what makes a line a bad one."""
+"""Documents as readers return them, and what makes a line bad."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Document(NamedTuple):
-    """A document, or a bad line: then `text` is None and `kind` and `reason` say why.
+    """A document, or a bad line with `text` None and the reason in `kind` and `reason`.
 
     `line` (of a table: row) counts from 1 within the span, `size` is in bytes of the span.
     """
@@ -29,7 +29,7 @@ def not_utf8(line: int, size: int, error: UnicodeDecodeError) -> Document:
 
 
 def check_text(line: int, size: int, text: Any, key: str | None = None) -> Document:
-    """The document of a value found at `key`: a bad line unless it is a string with something in it."""
+    """The document of a value found at `key`; a bad line unless it is a non-empty string."""
     where = f"field {key!r}" if key else "document"
     if not isinstance(text, str):
         kind = "null" if text is None else type(text).__name__

@@ -1,4 +1,4 @@
-"""JSON lines: an object a line, the text in one of its fields."""
+"""JSON lines: one object per line, with the text in one of its fields."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class LineReader(Reader):
-    """Reads lines; a subclass says what is in one. The lines of a span are those that start in it, in bytes."""
+    """Reads lines; a subclass parses them. A span's lines are those that start within it, in bytes."""
 
     @abstractmethod
     def parse(self, number: int, size: int, line: bytes) -> Document:

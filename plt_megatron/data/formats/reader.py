@@ -1,8 +1,8 @@
-"""What a raw format is to the rest: files that are cut into spans, and spans that are read as documents.
+"""The interface of a raw format: files are divided into spans, and spans are read as documents.
 
 A `Span` is the unit of reading: a byte range of an uncompressed file (the lines that start in it), a range of row
 groups of a Parquet file, or a whole file. Spans of a file are disjoint and cover it, so that several processes can
-read one file without talking to each other. Memory is bounded by the longest document allowed.
+read one file without communicating. Memory is bounded by the longest document allowed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from plt_megatron.data.compressed import COMPRESSIONS, open_stream
 from plt_megatron.data.formats.documents import Document
 from plt_megatron.errors import import_optional
 
-READERS: dict[str, type[Reader]] = {}  # by name; each class enters itself
+READERS: dict[str, type[Reader]] = {}  # by name; each class registers itself
 
 
 @dataclass(frozen=True)

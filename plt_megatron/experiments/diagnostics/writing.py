@@ -32,7 +32,7 @@ _SWITCHES = (
 
 @dataclass(frozen=True)
 class DiagnoseOptions:
-    """What to diagnose, on what, and where the result goes. See `tools/diagnose_loops.py --help`.
+    """What to diagnose, on what, and where the result goes. See `plt-diagnose --help`.
 
     `None`: `output`: beside the model; `sequence_length`: the model's, at most 2048; `reset`: as the run was trained.
     """

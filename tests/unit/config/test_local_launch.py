@@ -1,4 +1,4 @@
-"""launch/local.py from the outside: answers fast and without torch, statuses, the saved configuration."""
+"""plt-train from the outside: answers fast and without torch, statuses, the saved configuration."""
 
 from __future__ import annotations
 

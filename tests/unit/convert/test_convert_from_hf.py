@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
+import signal
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ from convert_helpers import (
     save_run,
 )
 from safetensors.torch import load_file, save_file
-from test_convert_to_hf import load_tool
 
+from plt_megatron.commands import import_hf
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.hf.importing import ImportOptions, import_model
@@ -307,12 +307,11 @@ def test_nothing_half_written(tmp_path, monkeypatch, error):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     save_dense(tmp_path / "hf", "llama")
-    command = load_tool("convert_from_hf", monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     arguments = ["--model", str(tmp_path / "hf"), "--output", str(tmp_path / "run"), "--loop-count", "2"]
-    monkeypatch.setattr(sys, "argv", ["convert_from_hf.py", *arguments])
-    assert command.main() == 0
+    assert import_hf.main(arguments) == 0
     out = capsys.readouterr().out
     assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new gates" in out
     assert open_source(tmp_path / "run").model.loop_count == 2
-    assert command.main() == 2
+    assert import_hf.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'run'} exists")

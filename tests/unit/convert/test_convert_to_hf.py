@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
+import signal
 import weakref
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from convert_helpers import (
 )
 from safetensors.torch import load_file
 
+from plt_megatron.commands import export_hf
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
 from plt_megatron.hf.exporting import ExportOptions, export
@@ -257,23 +258,10 @@ def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
 
 def test_the_command(tmp_path, run, monkeypatch, capsys):
     folder, _, _ = run
-    command = load_tool("convert_to_hf", monkeypatch)
-    out = str(tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["convert_to_hf.py", "--checkpoint", str(folder), "--output", out])
-    assert command.main() == 0
-    assert f"{out}: 24 tensors" in capsys.readouterr().out
-    assert command.main() == 2
-    assert capsys.readouterr().err == f"error: {out} exists: remove it, or choose another --output\n"
-
-
-def load_tool(name: str, monkeypatch: pytest.MonkeyPatch):
-    import importlib.util
-    import signal
-
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-    path = Path(__file__).resolve().parents[3] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    out = str(tmp_path / "out")
+    arguments = ["--checkpoint", str(folder), "--output", out]
+    assert export_hf.main(arguments) == 0
+    assert f"{out}: 24 tensors" in capsys.readouterr().out
+    assert export_hf.main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {out} exists: remove it, or choose another --output\n"

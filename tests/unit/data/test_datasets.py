@@ -233,10 +233,10 @@ def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Pat
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("remove .bin", r"a\.bin not found: tokenize the data with tools/preprocess_data.py"),
+        ("remove .bin", r"a\.bin not found: tokenize the data with plt-preprocess"),
         ("remove .idx", r"a\.idx not found"),
         ("cut .bin", r"a\.bin has \d+ bytes where its index expects \d+"),
-        ("cut .idx", r"a\.idx is cut short at \d+ bytes"),
+        ("cut .idx", r"a\.idx is truncated at \d+ bytes"),
         ("other tokenizer", r"a was tokenized with .*tokenizer\.model, not with .*: tokenize it again"),
         ("no manifest", r"a contains token \d+, but .* has \d+ tokens: it was tokenized with another tokenizer"),
         ("broken manifest", r"a\.manifest\.json is not valid JSON"),

@@ -137,7 +137,7 @@ def test_a_bad_line(
     arguments += ["--shard-mb", 8 if len(line) > 1000 else 0.004]  # the line, or the file, spans several shards
     fatal = run_tool("preprocess_data.py", *arguments, "--on-bad-line", "fail")
     assert fatal.returncode == 2
-    assert fatal.stderr.splitlines()[-1] == f"error: {path}:31: {reason}: mend it, or pass --on-bad-line skip"
+    assert fatal.stderr.splitlines()[-1] == f"error: {path}:31: {reason}: fix it, or pass --on-bad-line skip"
     assert "Traceback" not in fatal.stderr and not (tmp_path / "x.bin").exists()
     skipped = run_tool("preprocess_data.py", *arguments)
     assert skipped.returncode == 0, skipped.stderr
@@ -161,7 +161,7 @@ def test_where_a_fatal_line_is(suffix: str, texts: list[str], bpe_model: Path, t
     with pytest.raises(UserError) as error:
         run([path], tmp_path / "x", bpe_model, shard_bytes=5000, fail_on_bad_line=True)
     place = f"{path}:151" if suffix == ".gz" else f"{path}:row 151"
-    assert str(error.value) == f"{place}: field 'text' is empty: mend it, or pass --on-bad-line skip"
+    assert str(error.value) == f"{place}: field 'text' is empty: fix it, or pass --on-bad-line skip"
 
 
 @pytest.mark.parametrize("spooled", [True, False])
@@ -208,7 +208,7 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--input", "none.jsonl"], "error: input 'none.jsonl' matches no file"),
         (
             ["--tokenizer", "none.model"],
-            "error: none.model: no such tokenizer; train one with tools/train_tokenizer.py",
+            "error: none.model: no such tokenizer; train one with plt-train-tokenizer",
         ),
         (["--eod-token", "<end>"], "the tokenizer has no token '<end>' to end documents with"),
         (["--output-prefix", "/dev/null/x"], "error: /dev/null/x.partial: Not a directory"),
@@ -378,7 +378,7 @@ def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(module, "concatenate", full)
     with pytest.raises(
-        UserError, match="/data/x: No space left on device: the same command goes on where this one stopped"
+        UserError, match="/data/x: No space left on device: the same command continues where this one stopped"
     ):
         run([corpus], tmp_path / "x", bpe_model)
 
@@ -455,7 +455,7 @@ def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="not an index of megatron-core's indexed format"):
         read_index(tmp_path / "x")
     Path(f"{tmp_path / 'x'}.idx").unlink()
-    with pytest.raises(UserError, match=r"x\.idx not found: tokenize the data with tools/preprocess_data.py"):
+    with pytest.raises(UserError, match=r"x\.idx not found: tokenize the data with plt-preprocess"):
         read_index(tmp_path / "x")
 
 
@@ -481,6 +481,6 @@ def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGCONT)
     error = process.communicate()[1]
     assert process.returncode == 130, error
-    assert error == "interrupted: the same command goes on where this one stopped\n"
+    assert error == "interrupted: the same command continues where this one stopped\n"
     wait_until(lambda: not any(map(alive, workers)))
     assert list((tmp_path / "x.partial").glob("0*.json"))

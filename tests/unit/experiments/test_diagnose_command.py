@@ -1,4 +1,4 @@
-"""tools/diagnose_loops.py: a checkpoint and its export give the same numbers; what is written; what is refused."""
+"""plt-diagnose: a checkpoint and its export give the same numbers; what is written; what is refused."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_a_half_made_environment_is_made_anew(machine):
     (machine.venv / "rubbish").touch()
     result = machine.run(str(machine.venv))
     assert result.returncode == 0, result.stderr
-    assert "removing the half-made" in result.stdout
+    assert "removing the incomplete" in result.stdout
     assert not (machine.venv / "rubbish").exists()
     assert (machine.venv / "installed").exists()
 
@@ -178,7 +178,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(machine):
     (machine.venv / "thesis.tex").write_text("years of work")
     result = machine.run(str(machine.venv))
     assert result.returncode == REFUSED
-    assert "no virtual environment" in one_line(result.stderr)
+    assert "is not a virtual environment" in one_line(result.stderr)
     assert (machine.venv / "thesis.tex").exists()
 
 

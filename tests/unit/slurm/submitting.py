@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def submit_run(*overrides: str, root: Path = ROOT, **options: Any) -> Submission:
-    """`launch/submit.py run.yaml OVERRIDES`, an hour on one node unless `options` say otherwise."""
+    """`plt-submit run.yaml OVERRIDES`, an hour on one node unless `options` say otherwise."""
     defaults: dict[str, Any] = {"config": None if "array" in options else "run.yaml", "time": "01:00:00"}
     submission = submit(Options(overrides=list(overrides), **(defaults | options)), root)
     assert submission is not None

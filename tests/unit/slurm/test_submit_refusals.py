@@ -1,4 +1,4 @@
-"""What launch/submit.py refuses: one line each, nothing written, nothing submitted."""
+"""What plt-submit refuses: one line each, nothing written, nothing submitted."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_index_that_is_none(folder, slurm, content):
 def test_an_index_cut_short(folder, slurm):
     path = folder / "data" / "corpus.idx"
     path.write_bytes(path.read_bytes()[:-8])
-    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is cut short")
+    assert_one_line(folder, slurm, refusal(), "data/corpus.idx is truncated")
 
 
 def tokenizer_file(folder, words=400):

@@ -1,4 +1,4 @@
-"""What launch/submit.py does: run folders, job scripts, chains, arrays, resuming."""
+"""What plt-submit does: run folders, job scripts, chains, arrays, resuming."""
 
 from __future__ import annotations
 
