@@ -13,7 +13,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from plt_megatron.model.loop_context import Documents
 
@@ -110,6 +109,8 @@ def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: floa
 def _lower_right(n: int, m: int, device: torch.device) -> Tensor:
     """The causal mask of the last n of m tokens. On a GPU only its description: flash attention needs no mask."""
     if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler: a second on a CPU's start
+
         return causal_lower_right(n, m)
     return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _FACTORIES = (
     "arange", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace", "ones", "ones_like",
@@ -154,12 +155,30 @@ def _replace_random_state() -> None:
         module.manual_seed = manual_seed  # type: ignore[attr-defined]
         module.manual_seed_all = manual_seed  # type: ignore[attr-defined]
 
-    import megatron.core.tensor_parallel.random as megatron_random
+    with _compiled_when_called():
+        import megatron.core.tensor_parallel.random as megatron_random
 
     def set_cuda_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
     megatron_random._set_cuda_rng_state = set_cuda_rng_state
+
+
+@contextlib.contextmanager
+def _compiled_when_called() -> Iterator[None]:
+    """What megatron-core decorates with torch.compile while it is imported is compiled when it is first called, which
+    on a CPU nothing is: importing the compiler takes as long as importing torch."""
+    stock = torch.compile
+
+    def deferred(function: Callable) -> Callable:
+        compiled = functools.cache(lambda: stock(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = deferred  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = stock
 
 
 def _map_device_keyword(function: Callable) -> Callable:

@@ -349,6 +349,8 @@ def main() -> None:
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     enter_cpu_runtime(force=True)
+    import torch._dynamo  # noqa: F401  (an optimizer's first step does)
+
     import plt_megatron.train.megatron_engine  # noqa: F401
 
     gc.collect()

@@ -18,6 +18,23 @@ from typing import Any
 import pytest
 
 
+def probe_the_compiler_is_imported_when_something_is_compiled() -> None:
+    """The first probe: others may import it."""
+    import torch
+
+    assert "megatron.core.fusions.fused_bias_geglu" in sys.modules
+    assert not {"torch._dynamo", "torch._inductor.compile_fx"} & set(sys.modules)
+    assert torch.compile.__module__ == "torch"
+
+    from megatron.core.fusions.fused_bias_geglu import geglu
+
+    x = torch.randn(3, 8)
+    gate, up = x.chunk(2, -1)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.allclose(geglu(x), torch.nn.functional.gelu(gate, approximate="tanh") * up, atol=1e-6)
+    assert "torch._dynamo" in sys.modules and geglu.__name__ == "geglu"
+
+
 def probe_device_queries() -> None:
     import torch
 
