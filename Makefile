@@ -7,9 +7,9 @@ SERVING_VENV ?= serving/.venv
 SERVING_PY := $(SERVING_VENV)/bin/python
 SERVING := $(SERVING_VENV)/installed
 PYTEST_ARGS ?=
-# One worker for tests that start processes, one for all others (tests/conftest.py). More workers help on a machine with
-# many cores.
-WORKERS ?= 2
+# One worker for the jobs of the process pool; whole runs and Slurm jobs, which wait a lot, and all other tests run beside
+# it in two more (tests/conftest.py). More workers help on a machine with many cores.
+WORKERS ?= 3
 PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
 

@@ -17,10 +17,17 @@ def pairs(combinations: Iterable[Any], described: Described) -> set[Any]:
 def covering_design(everything: Sequence[Any], described: Described) -> list[Any]:
     """Few of them in which each pair that occurs at all occurs: the one that adds most pairs, again and again; of equal
     ones that of the smallest layout, which comes first in a combination."""
+    bits: dict[Any, int] = {}
+    masks = [
+        sum(1 << bits.setdefault(pair, len(bits)) for pair in itertools.combinations(described(one), 2))
+        for one in everything
+    ]
     chosen: list[Any] = []
-    missing = pairs(everything, described)
+    missing = (1 << len(bits)) - 1
     while missing:
-        best = max(everything, key=lambda one: (len(pairs([one], described) & missing), -one[0].world_size))
-        chosen.append(best)
-        missing -= pairs([best], described)
+        best = max(
+            range(len(masks)), key=lambda one: ((masks[one] & missing).bit_count(), -everything[one][0].world_size)
+        )
+        chosen.append(everything[best])
+        missing &= ~masks[best]
     return chosen

@@ -3,10 +3,10 @@
 Compared over three optimizer steps: losses, gradient norms, the validation loss of the same weights at other loop
 counts in between, the initial weights (bit for bit) and the final ones (relative to a tensor's largest element).
 
-With two loops all combinations are run: TP 1, TP 2, TP 2 with sequence parallel x PP 1/2/4 x DP 1/2, up to 8
-processes, x recompute none/selective/full x overlapped gradient reduction. With one and three loops a covering design
-is run, in which every pair of settings occurs that can, and another with context parallelism, CP 2 and CP 4. Packed
-documents and the model's variants run in a few layouts each. The end of the test run prints it all as a table.
+`make test` runs a covering design: every pair of settings occurs, of TP 1, TP 2, TP 2 with sequence parallel x PP 1/2/4
+x DP 1/2 x CP 1/2/4, up to 8 processes, x one to three loops x recompute none/selective/full x overlapped gradient
+reduction x packed documents x the model's variants. `slow` are all combinations with two loops, and packed documents
+and every variant in a few layouts each. The end of the test run prints it all as a table.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ RECOMPUTE = ("none", "selective", "full")
 OVERLAP = (False, True)
 LAYOUTS = [
     layout
-    for (tp, sp), pp, dp in itertools.product([(1, False), (2, False), (2, True)], (1, 2, 4), (1, 2))
-    if (layout := Layout(tp, sp, pp, dp)).world_size <= 8
+    for (tp, sp), pp, dp, cp in itertools.product([(1, False), (2, False), (2, True)], (1, 2, 4), (1, 2), (1, 2, 4))
+    if (layout := Layout(tp, sp, pp, dp, cp)).world_size <= 8
 ]
 Setting = tuple[Layout, *tuple[Any, ...]]  # a layout and what is done in it
 
@@ -43,18 +43,6 @@ def _settings(setting: Setting) -> list[tuple[Any, Any]]:
         *enumerate(others),
     ]
 
-
-COVERING = covering_design(list(itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)), _settings)
-
-CONTEXT_LAYOUTS = [
-    layout
-    for (tp, sp), pp, dp, cp in itertools.product([(1, False), (2, False), (2, True)], (1, 2), (1, 2), (2, 4))
-    if (layout := Layout(tp, sp, pp, dp, cp)).world_size <= 8
-]
-# The numbers of loops and packed documents are settings like the others.
-CONTEXT_COVERING = covering_design(
-    list(itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True))), _settings
-)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
@@ -74,6 +62,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qkv bias, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
     "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
 }
+
+PLAIN = "PLT"
+EVERYTHING = [
+    setting
+    for setting in itertools.product(LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True), (PLAIN, *VARIANTS))
+    if setting[1] > 1 or setting[-1] == PLAIN  # one loop has no variants worth the time
+]
+COVERING = covering_design(EVERYTHING, _settings)
 
 
 def _case(loops: int, recompute: str = "none", overlap: bool = False, packed: bool = False, **model: Any) -> Case:
@@ -144,44 +140,28 @@ def _reduction_failures(layout: Layout, case: Case, outcome: Outcome) -> list[st
 # ---------------------------------------------------------------- the matrix
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_two_loops_in_every_combination(check, layout):
-    check(layout, [_case(2, recompute, overlap) for recompute in RECOMPUTE for overlap in OVERLAP], "matrix")
-
-
 @pytest.mark.parametrize("layout", sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index), ids=str)
-def test_one_and_three_loops_in_every_pair_of_settings(check, layout):
-    chosen = [setting for setting in COVERING if setting[0] == layout]
-    check(layout, [_case(loops, *how) for loops in (1, 3) for _, *how in chosen], "matrix")
+def test_every_pair_of_settings(check, layout):
+    chosen = [how for other, *how in COVERING if other == layout]
+    names = [f"{variant} L{loops}{' packed' if packed else ''}" for loops, _, _, packed, variant in chosen]
+    check(layout, [_case(*how, **VARIANTS.get(variant, {})) for *how, variant in chosen], "every pair", names)
 
 
 def test_the_covering_design_has_every_pair():
-    everything = itertools.product(LAYOUTS, RECOMPUTE, OVERLAP)
-    assert pairs(COVERING, _settings) == pairs(everything, _settings)
-    assert len(COVERING) <= 15
+    assert pairs(COVERING, _settings) == pairs(EVERYTHING, _settings)
+    assert len(COVERING) <= 40
 
 
-# ---------------------------------------------------------------- context parallelism
-
-
-@pytest.mark.parametrize(
-    "layout", sorted({layout for layout, *_ in CONTEXT_COVERING}, key=CONTEXT_LAYOUTS.index), ids=str
-)
-def test_context_parallelism_in_every_pair_of_settings(check, layout):
-    chosen = [how for other, *how in CONTEXT_COVERING if other == layout]
-    names = [f"L{loops}{' packed' if packed else ''}" for loops, _, _, packed in chosen]
-    check(layout, [_case(*how) for how in chosen], "context parallelism", names)
-
-
-def test_the_covering_design_of_context_parallelism_has_every_pair():
-    everything = itertools.product(CONTEXT_LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True))
-    assert pairs(CONTEXT_COVERING, _settings) == pairs(everything, _settings)
-    assert len(CONTEXT_COVERING) <= 20
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.cp == 1], ids=str)
+def test_two_loops_in_every_combination(check, layout):
+    check(layout, [_case(2, recompute, overlap) for recompute in RECOMPUTE for overlap in OVERLAP], "matrix")
 
 
 # ---------------------------------------------------------------- packed documents and variants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -204,6 +184,7 @@ def test_packed_documents(check, layout):
     check(layout, cases, "packed", ["PLT-3", "LoopCoder-v2", "PLT-1"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "recompute", "overlap"),
     [

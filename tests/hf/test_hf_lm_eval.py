@@ -34,7 +34,7 @@ metric_list: [{metric: exact_match}]
 """
 
 
-@pytest.mark.parametrize("options", ["", ",loop_count=1"])
+@pytest.mark.parametrize("options", ["", pytest.param(",loop_count=1", marks=pytest.mark.slow)])
 def test_lm_eval(tmp_path, options):
     make_model(loop_count=2).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
