@@ -11,7 +11,7 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
-    """Something the user can put right. Each problem is one line: what, where, and what to do."""
+    """Something the user can fix. Each problem is one line: what is wrong, where, and what to do."""
 
 
 def import_optional(module: str, purpose: str, extra: str) -> Any:

@@ -1,4 +1,4 @@
-"""Where the package's files are: in a checkout, in a job's copy of one, or installed from a wheel."""
+"""The package's location: a checkout, a job's copy of one, or an installed wheel."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-ROOT = PACKAGE.parent  # what has to be on a Python's path to import this package
-# A wheel has the configurations inside the package (pyproject.toml), a checkout beside it.
+ROOT = PACKAGE.parent  # must be on sys.path to import this package
+# A wheel has the configurations inside the package (see pyproject.toml), a checkout beside it.
 CONFIGS = next((path for path in (PACKAGE / "configs", ROOT / "configs") if path.is_dir()), PACKAGE / "configs")
 
 
 def find_config(path: str | os.PathLike[str]) -> Path:
-    """The file as given, or the shipped one of that name: `configs/runs/plt2_tiny.yaml` works in every folder."""
+    """The given file, or the shipped one of that name: `configs/runs/plt2_tiny.yaml` works from any folder."""
     given = Path(path)
     if not given.exists() and given.parts[:1] == ("configs",):
         shipped = CONFIGS.joinpath(*given.parts[1:])
@@ -26,9 +26,9 @@ def is_checkout(root: Path) -> bool:
 
 
 def python_path() -> str:
-    """PYTHONPATH for processes that import this package: it comes first where it runs from a checkout.
+    """PYTHONPATH for processes that import this package: a checkout comes first.
 
-    Not where it is installed: site-packages must not come before the standard library.
+    An installed package is not added: site-packages must not precede the standard library.
     """
     inherited = os.environ.get("PYTHONPATH", "")
     own = str(ROOT) if is_checkout(ROOT) else ""

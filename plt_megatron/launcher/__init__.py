@@ -1,8 +1,8 @@
-"""What keeps a run's processes going inside a job, and says which of them was at fault when they do not.
+"""Keeps a run's processes running inside a job, and names the one at fault when they fail.
 
-The rest of the code uses three functions of it: `launch_node` and `finalize_job`, which in_job.py calls and
-through it a run's job.sbatch, and `start_watchdog`, of whose result a trainer calls `beat` and `close`. Another
-launcher replaces this one by doing what these three say: docs/launcher.md. Imports no torch.
+The rest of the code uses three functions: `launch_node` and `finalize_job`, which a run's job.sbatch calls through
+in_job.py, and `start_watchdog`, on whose result a trainer calls `beat` and `close`. Another launcher can replace this
+one by providing these three: docs/launcher.md. Does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Heartbeat(Protocol):
-    """What a trainer has of its watchdog."""
+    """The watchdog, as a trainer sees it."""
 
     def beat(self, phase: str, step: int) -> None:
         """The training loop is alive: called at every phase (starting, loading, training, validating, saving), step and
@@ -27,14 +27,14 @@ def launch_node(run: Path) -> int:
 
     Called once on each node of the job. Each process is `python -m plt_megatron.train.main RUN/config.yaml` with RANK,
     LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS set. SIGUSR1, SIGTERM and
-    SIGINT mean: have all of them save and leave. Writes attempts.jsonl and the logs.
+    SIGINT make all of them save and exit. Writes attempts.jsonl and the logs.
 
     Returns:
-        The exit status, the same on every node: 0 finished, 75 saved and asked to stop, 1 failed, 2 something for the
-        user to put right, 76 a node failed the checks, 77 a node was lost, 78 another job trains the run.
+        The exit status, the same on every node: 0 finished, 75 saved and asked to stop, 1 failed, 2 something for
+        the user to fix, 76 a node failed the checks, 77 a node was lost, 78 another job trains the run.
 
     Raises:
-        UserError: this is no Slurm job, or the run's folder is not as plt-submit makes it.
+        UserError: this is not a Slurm job, or plt-submit did not make the run's folder.
     """
     from plt_megatron.launcher.node import launch_node
 
@@ -42,13 +42,13 @@ def launch_node(run: Path) -> int:
 
 
 def finalize_job(run: Path, status: int) -> int:
-    """Once all launchers have left: finish, requeue, let the chain go on, or give up with the reason in why.txt.
+    """After all launchers have exited: finish, requeue, let the chain continue, or give up with the reason in why.txt.
 
     Args:
         status: of the srun that ran the launchers.
 
     Returns:
-        The job's exit status: 0 if the run is finished, 75 if it has saved and goes on or can, else a failure's.
+        The job's exit status: 0 if the run is finished, 75 if it has saved and can continue, else a failure's.
     """
     from plt_megatron.launcher.finalize import finalize_job
 
@@ -56,7 +56,7 @@ def finalize_job(run: Path, status: int) -> int:
 
 
 def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Heartbeat:
-    """This rank's watchdog, at work: it ends the process, with status 1, when any rank of the job hangs or is gone.
+    """Start this rank's watchdog: it ends the process, with status 1, if any rank of the job hangs or is gone.
 
     Args:
         folder: the run's; `incidents/` in it gets every rank's stack.

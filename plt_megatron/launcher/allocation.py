@@ -1,4 +1,4 @@
-"""What Slurm gave this job, read from its environment."""
+"""The job's allocation, read from Slurm's environment variables."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Allocation:
 
     Attributes:
         job_id: Slurm's number.
-        scheduler_id: how `scontrol` is told this job and no other; an array's member is `ARRAY_TASK`, since one of the
-            members has the array's own number.
+        scheduler_id: identifies this job alone to `scontrol`; for an array's member `ARRAY_TASK`, since one of them has
+            the array's own number.
         restart_count: how often Slurm has requeued the job.
         nodes: by name, in Slurm's order.
         node_index: this node's place among them.
@@ -41,12 +41,12 @@ class Allocation:
 
     @property
     def first_node(self) -> str:
-        """The node that the others meet at."""
+        """The node that the others connect to."""
         return self.nodes[0]
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the node that the others meet at."""
+        """Whether this is the node that the others connect to."""
         return self.node_index == 0
 
     @property
@@ -55,7 +55,7 @@ class Allocation:
         return _FIRST_PORT + _PORTS_PER_JOB * (self.job_id % _SLOTS)
 
     def rendezvous_port(self, attempt: int) -> int:
-        """`MASTER_PORT` of the processes of one attempt; the next attempt's is another."""
+        """`MASTER_PORT` of one attempt's processes; each attempt has its own."""
         return self.launcher_port + 1 + attempt % (_PORTS_PER_JOB - 1)
 
 
@@ -63,7 +63,7 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
     """The allocation of the job this process is in.
 
     Raises:
-        UserError: this is no Slurm job.
+        UserError: this is not a Slurm job.
     """
     env = os.environ if env is None else env
     try:
@@ -84,17 +84,17 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """`"gpu[08-10,12],login1"` as the names it stands for. (`scontrol show hostnames`, where there is no scontrol: in
-    a container.)
+    """`"gpu[08-10,12],login1"` as a list of names, like `scontrol show hostnames`, which a container
+    lacks.
 
     Raises:
-        UserError: it is no list of nodes.
+        UserError: it is not a list of nodes.
     """
     names: list[str] = []
     for item in _split(text):
         pieces = _PART.findall(item)
         if not pieces or "".join(p[2] or f"{p[0]}[{p[1]}]" for p in pieces) != item:
-            raise UserError(f"'{text}' is no list of nodes")
+            raise UserError(f"'{text}' is not a list of nodes")
         choices = [[literal] if literal else [prefix + number for number in _numbers(ranges, text)]
                    for prefix, ranges, literal in pieces]  # fmt: skip
         names += ["".join(choice) for choice in itertools.product(*choices)]
@@ -111,7 +111,7 @@ def _numbers(ranges: str, text: str) -> list[str]:
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None:
-            raise UserError(f"'{text}' is no list of nodes")
+            raise UserError(f"'{text}' is not a list of nodes")
         first, last = match[1], match[2] or match[1]
         found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return found

@@ -1,4 +1,4 @@
-"""Which CPUs each process of a node runs on, and how many threads it starts."""
+"""CPUs and number of threads of each process of a node."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def share_out(cpus: set[int], count: int, near: Sequence[set[int] | None] = ()) -> list[set[int] | None]:
-    """Each of `count` processes' CPUs, out of those that the job may use.
+    """The CPUs of each of `count` processes, from those that the job may use.
 
     Args:
-        near: the CPUs close to each process's device, if known: its share then comes from those.
+        near: the CPUs close to each process's device, if known; its share then comes from those.
 
     Returns:
-        One set a process, disjoint; or None for all, where there are fewer CPUs than processes.
+        One set per process, disjoint; or None for all if there are fewer CPUs than processes.
     """
     if len(cpus) < count:
         return [None] * count
@@ -38,13 +38,13 @@ def _overlap(groups: set[frozenset[int]]) -> bool:
 
 
 def threads(share: set[int] | None, cpus: set[int], count: int, cpus_per_process: int) -> int:
-    """Threads of one process: as many as its CPUs, and no more than the job asked for."""
+    """Threads of one process: one per CPU, at most as many as the job requested."""
     available = len(share) if share is not None else len(cpus) // count
     return max(1, min(available, cpus_per_process))
 
 
 def cpus_near_gpus(count: int, devices: Path = _PCI_DEVICES) -> list[set[int] | None]:
-    """The CPUs on the same NUMA node as each of the first `count` GPUs; None where the system does not say."""
+    """The CPUs on the same NUMA node as each of the first `count` GPUs; None where the system does not tell."""
     command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()

@@ -1,10 +1,9 @@
-"""What the first node's launcher decides for all: a state machine without sockets or processes of its own.
+"""The first node's decisions for all launchers: a state machine without sockets or processes of its own.
 
     joining -> preflight -> training -> settling -> stopping -> (preflight ...) -> over
 
-Nodes tell it what happens, it tells them what to do. A node that is silent or gone, a process that fails anywhere and a
-request to stop end an attempt on every node; then it is started again in the same allocation, or the job ends with a
-status that says why.
+Nodes report events and receive commands. A silent or lost node, a failed process and a request to stop each end the
+attempt on every node; then it is restarted in the same allocation, or the job ends with a status that says why.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 
 EXIT_FAILED, EXIT_BAD_NODE, EXIT_NODE_LOST, EXIT_BUSY = 1, 76, 77, 78
 
-JOIN_SECONDS = 300.0  # until all nodes have said hello: containers start at their own pace
-PROBE_SECONDS = 180.0  # the check of devices and links, imports from a busy file system included
-SILENCE_SECONDS = 120.0  # without a word from a node: it is gone
+JOIN_SECONDS = 300.0  # until all nodes have joined: containers may start slowly
+PROBE_SECONDS = 180.0  # the check of devices and links, including imports from a busy file system
+SILENCE_SECONDS = 120.0  # of silence from a node: it is gone
 _SUSPICIOUS_SECONDS = 8.0  # ... when Slurm ends the job at the same time
-SETTLE_SECONDS = 3.0  # after a failure: others' last words say more about the cause
-# ... where none has said what it was. Of a rank that hangs rank 0 tells, whose watchdog ends it last: by up to four of
-# its intervals of 5 s, on a machine that keeps up.
+SETTLE_SECONDS = 3.0  # after a failure, for other ranks to report a more likely cause
+# ... if no rank has reported one. A hung rank is reported by rank 0, whose watchdog ends it last: up to four of its
+# intervals of 5 s later on a machine that is not overloaded.
 UNEXPLAINED_SECONDS = 60.0
 STOP_SECONDS = 30.0  # for the nodes to have ended their processes
-_STRAGGLER_SECONDS = 1800.0  # after the first process has left in peace
+_STRAGGLER_SECONDS = 1800.0  # after the first process has exited cleanly
 
 _PEACEFUL = (0, EXIT_PREEMPTED)
 _NEXT_TRY_STATUS = {
@@ -47,12 +46,12 @@ class Coordinator:
     """Runs the job of one allocation.
 
     Args:
-        send: gives a message to a node.
-        say: gives a line to the log.
+        send: sends a message to a node.
+        say: writes a line to the log.
         clock: seconds, for tests.
 
     Attributes:
-        status: the exit status of all launchers, once all is over; until then None.
+        status: the exit status of all launchers once the job is over; None before.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Coordinator:
             handler(node, message)
 
     def preempt(self) -> None:
-        """Slurm asks the job to leave: have the processes save and stop."""
+        """Slurm asks the job to stop: have the processes save and exit."""
         if self._preempted or self.status is not None:
             return
         self._preempted = True
@@ -122,13 +121,13 @@ class Coordinator:
             self._stop(Outcome(records.NODE_FAILED, f"{node} is lost: {why}"))
 
     def tick(self) -> None:
-        """Look at the clock; called often."""
+        """Check the time-outs; called often."""
         if self.status is not None:
             return
         now = self._clock()
         for node, heard in list(self._heard.items()):
             if now - heard > SILENCE_SECONDS and self._state != "joining":
-                self.lost(node, f"no word from its launcher for {now - heard:.0f} s")
+                self.lost(node, f"its launcher has been silent for {now - heard:.0f} s")
         if self.status is None and now >= self._deadline:
             self._on_deadline()
 
@@ -163,7 +162,7 @@ class Coordinator:
     def _bad_nodes(self, bad: dict[str, str]) -> Outcome:
         reason = "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items())
         if len(bad) == len(self._allocation.nodes) and len(bad) > 1:
-            # All the same: no other node would do better.
+            # All nodes fail alike: others would fail too.
             return Outcome(records.FAILED, reason, retry=False)
         return Outcome(records.NODE_FAILED, reason, bad_nodes=bad)
 
@@ -189,7 +188,7 @@ class Coordinator:
         if bad:
             self._stop(self._bad_nodes(bad))
         else:
-            self._stop(Outcome(records.FAILED, f"preflight: {what}; it shows no node that is at fault"))
+            self._stop(Outcome(records.FAILED, f"preflight: {what}; no single node is at fault"))
 
     def _probe_passed(self) -> None:
         per_node: dict[str, dict[str, str]] = {}
@@ -285,7 +284,7 @@ class Coordinator:
         if self._may_restart(outcome):
             self._restarts += 1
             self.attempt = self._records.begin()
-            self._say(f"starting again in this allocation, {self._restarts} of {self._settings.max_restarts} times")
+            self._say(f"restarting in this allocation, {self._restarts} of {self._settings.max_restarts} times")
             self._preflight()
             return
         self._finish(self._status_of(outcome), outcome.reason)
@@ -319,5 +318,5 @@ class Coordinator:
 
 
 def probes_per_node(settings: JobSettings) -> int:
-    """Processes of the preflight check: one a GPU; where there are none, one a node."""
+    """Processes of the preflight check: one per GPU, or one per node without GPUs."""
     return settings.processes_per_node if settings.gpus_per_node else 1

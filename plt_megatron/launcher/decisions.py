@@ -1,4 +1,4 @@
-"""What is done after an attempt has ended: nothing more, the same again, the same on other nodes, or giving up."""
+"""Decides what follows an attempt: nothing, another attempt, another one on other nodes, or giving up."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from plt_megatron.launcher.job import JobSettings
 from plt_megatron.launcher.records import FAILED, FINISHED, PREEMPTED
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
-# Attempts in a row that come no further, whatever ends them: nodes lost and preemptions are nobody's fault, but a
-# run that is never given the time for a step will not finish either.
+# Attempts in a row without progress, whatever ends them: lost nodes and preemptions are nobody's fault, but a run that
+# never gets the time for a step will not finish either.
 _MOST_FRUITLESS = 6
 
 
@@ -19,7 +19,7 @@ class Decision:
     """What to do, and why, in one line.
 
     Attributes:
-        action: finish; again; exclude: again, without `nodes`; halt: a person has stopped it; stop: it is given up.
+        action: finish; again; exclude: again, without `nodes`; halt: a person stopped it; stop: give up.
     """
 
     action: str
@@ -28,9 +28,9 @@ class Decision:
 
 
 def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
-    """What follows from a run's events, the last attempt being over.
+    """What to do, given a run's events, after its last attempt.
 
-    Attempts before the run was given up do not count: somebody has put something right and started it again.
+    Attempts before the run was given up do not count: somebody has fixed something and restarted it.
     """
     ends = _ends_since_stop(events)
     last = ends[-1]
@@ -41,14 +41,14 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
         exclusions = sum(bool(end.get("bad_nodes")) for end in ends)
         if exclusions <= settings.max_exclusions:
             return Decision(EXCLUDE, reason, last["bad_nodes"])
-        return Decision(STOP, f"{reason}; {settings.max_exclusions} times already the job went on without bad nodes")
+        return Decision(STOP, f"{reason}; the job has already excluded bad nodes {settings.max_exclusions} times")
     if not last.get("retry", True):
         return Decision(HALT if last["status"] == PREEMPTED else STOP, reason)
     failures = _fruitless([end for end in ends if end["status"] == FAILED])
     if last["status"] == FAILED and failures >= settings.max_requeues_without_progress:
-        return Decision(STOP, f"{reason}; {_times(failures)} since the run came further: step {last['step']}")
+        return Decision(STOP, f"{reason}; {_times(failures)} since its last progress, step {last['step']}")
     if _fruitless(ends) >= _MOST_FRUITLESS:
-        return Decision(STOP, f"{reason}; {_MOST_FRUITLESS} attempts in a row came no further than step {last['step']}")
+        return Decision(STOP, f"{reason}; {_MOST_FRUITLESS} attempts in a row without progress, at step {last['step']}")
     return Decision(AGAIN, reason)
 
 
@@ -68,7 +68,7 @@ def _ends_since_stop(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fruitless(ends: list[dict[str, Any]]) -> int:
-    """How many attempts at the end have neither saved nor logged a step beyond those before them."""
+    """The number of last attempts that neither saved nor logged a step beyond earlier ones."""
     count, checkpoint, step = 0, -1, -1
     for end in ends:
         if end.get("bad_nodes"):

@@ -1,4 +1,4 @@
-"""Which of several processes that failed is the cause, and what of it to tell."""
+"""Finds the cause among several failed processes, and what to report of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from plt_megatron.launcher.records import Failure, Outcome
 from plt_megatron.launcher.workers import describe_exit
 from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 
-# What a rank says whose peer has died: it is the echo of another's failure.
+# Errors of a rank whose peer has died: echoes of another's failure.
 _ECHOES = re.compile(
     r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|lost the connection to another rank"
     r"|DistBackendError|DistNetworkError|DistStoreError|remote process exited|holds the job's store, does not answer"
     r"|ncclRemoteError|ncclSystemError"
 )
 
-_SILENT = 3  # the rank as a cause of a process that said nothing
+_SILENT = 3  # how likely a process without output is the cause
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Exit:
 
 
 def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
-    """How an attempt ended, from the ends of its processes in the order they came in."""
+    """How an attempt ended, from the ends of its processes in order of arrival."""
     failed = [end for end in exits if end.code not in (0, EXIT_PREEMPTED)]
     if failed:
-        cause = min(failed, key=_rank_as_cause)  # the first of the likeliest
+        cause = min(failed, key=_rank_as_cause)  # the first of the most likely
         user_error = all(end.code == EXIT_USER_ERROR for end in failed)
         failure = Failure(cause.rank, cause.node, describe_exit(cause.code), cause.lines)
         said = last_error(cause.lines)
@@ -44,18 +44,18 @@ def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
     if any(end.code == EXIT_PREEMPTED for end in exits):
         if preempted:
             return Outcome(records.PREEMPTED, "asked to stop: saved")
-        # Nobody but a person: a file named STOP in the run's folder, or a signal of theirs to a rank.
+        # By a file named STOP in the run's folder, or a signal to a rank.
         return Outcome(records.PREEMPTED, "stopped by a person, not by Slurm; saved", retry=False)
     return Outcome(records.FINISHED, "trained to the end")
 
 
 def is_explained(exits: list[Exit]) -> bool:
-    """Whether one of the processes that failed has shown a cause."""
+    """Whether one of the failed processes reported a cause."""
     return any(_rank_as_cause(end) < _SILENT for end in exits if end.code not in (0, EXIT_PREEMPTED))
 
 
 def _rank_as_cause(end: Exit) -> int:
-    """Small for what is likely the cause, large for what is likely an echo."""
+    """Small for a likely cause, large for a likely echo."""
     if end.code < 0:
         return 0
     said = last_error(end.lines)
@@ -71,8 +71,8 @@ def _rank_as_cause(end: Exit) -> int:
 def last_error(lines: list[str]) -> str | None:
     """The line that says what went wrong: the last `error:` line, or the last line of a traceback.
 
-    Echoes count only where there is nothing else: a rank whose watchdog has named another may hear others end before
-    it ends itself.
+    Echoes count only if there is nothing else: a rank whose watchdog has named another may see others exit before it
+    exits itself.
     """
     errors = [line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")]
     for error in errors:

@@ -1,4 +1,4 @@
-"""What follows when the launchers have left: `in_job.py finalize RUN --status N`, at the end of the batch script."""
+"""After the launchers have exited: `in_job.py finalize RUN --status N`, at the end of the batch script."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
 
 
 def finalize_job(run: Path, status: int) -> int:
-    """Finish, requeue, let the chain go on, or give up with the reason in why.txt.
+    """Finish, requeue, let the chain continue, or give up with the reason in why.txt.
 
     Args:
         run: the run's folder.
         status: of the srun that ran the launchers.
 
     Returns:
-        The job's exit status: 0 if the run is finished, 75 if it goes on or can go on, else a failure's.
+        The job's exit status: 0 if the run is finished, 75 if it continues or can be continued, else a failure's.
     """
     if status == EXIT_BUSY:  # the run is another job's
         return status
     allocation, settings = read_allocation(), load_settings(run)
-    # Slurm ends this process as well when it requeues the job: what has begun is brought to its end.
+    # Slurm ends this process too when it requeues the job: finish what has been started.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     run_records = Records(run, allocation)
@@ -45,7 +45,7 @@ def finalize_job(run: Path, status: int) -> int:
 
 
 def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]:
-    """Write the end that the launchers could not write."""
+    """Record the end that the launchers could not record."""
     open_attempts = records.unended(records.read_events(run))
     attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
     if status == EXIT_NODE_LOST:
@@ -53,7 +53,7 @@ def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]
     elif status == EXIT_USER_ERROR:
         outcome = Outcome(records.FAILED, "the launchers did not start: see the job's output", retry=False)
     else:
-        outcome = Outcome(records.FAILED, f"the launchers ended with status {status} and no word: see the job's output")
+        outcome = Outcome(records.FAILED, f"the launchers ended with status {status}, without a record: see its output")
     run_records.end(attempt, outcome)
     end = run_records.of_this_start()
     return end or {"attempt": attempt, "job_id": None, "nodes": [], "status": outcome.status, "step": 0, "reason": ""}
@@ -61,7 +61,7 @@ def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class JobFinalizer:
-    """Carries a decision out.
+    """Carries out a decision.
 
     Attributes:
         end: of the last attempt, from attempts.jsonl.
@@ -85,26 +85,26 @@ class JobFinalizer:
                 return 0
             case decisions.HALT:
                 self._cancel_chain()
-                self._say(f"; go on with: {self._resubmit}")
+                self._say(f"; continue with: {self._resubmit}")
                 return EXIT_PREEMPTED
             case decisions.STOP:
                 return self._give_up()
         return self._go_on()
 
     def _go_on(self) -> int:
-        """Whoever can bring the run back does: Slurm of itself, the chain, a requeue of ours, or the user."""
+        """Continue the run: by Slurm itself, by the chain, by requeueing, or by the user."""
         settings, excluding = self.settings, self.decision.action == decisions.EXCLUDE
         ended = _ask(self.scheduler.ended_by_slurm, None)
         if ended is not None:  # requeued already, or cancelled by a person
-            self._say(f"; the job is {ended}. If it stays so: {self._resubmit}")
+            self._say(f"; the job is {ended}. If it is not queued again: {self._resubmit}")
         elif settings.chain > 1 and not excluding and self._chain():
-            self._say("; the chain's next job goes on")
+            self._say("; the chain's next job continues")
         elif settings.requeue or excluding:
             return self._requeue()
         elif self.end["status"] == records.PREEMPTED:
-            self._say(f". Go on with: {self._resubmit}")
+            self._say(f". Continue with: {self._resubmit}")
         else:
-            return self._give_up("; neither --requeue nor a further job of a chain goes on")
+            return self._give_up("; not continued: no --requeue and no further job of a chain")
         return self.status
 
     def _requeue(self) -> int:
@@ -131,7 +131,7 @@ class JobFinalizer:
         return self.status or 1
 
     def _chain(self) -> list[str]:
-        """The jobs that wait for this one."""
+        """The jobs waiting for this one."""
         return _ask(lambda: self.scheduler.pending_after(self.run.absolute() / SCRIPT_NAME), [])
 
     def _cancel_chain(self) -> None:

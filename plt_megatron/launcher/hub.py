@@ -1,4 +1,4 @@
-"""Where the launchers meet: the first node's listening socket, with the coordinator behind it."""
+"""The first node's listening socket, which all launchers connect to, and the coordinator behind it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class Hub:
         self._merged = LogFile(merged_log(run))
         self._strangers: list[Channel] = []
         self._members: dict[str, Channel] = {}
-        self._hellos: dict[str, dict[str, Any]] = {}  # of nodes that have been asked for the time
+        self._hellos: dict[str, dict[str, Any]] = {}  # nodes whose clock has been asked for
         self._beat = Every(BEAT_SECONDS)
         self._server = _listen(allocation.launcher_port)
         selector.register(self._server, selectors.EVENT_READ, self._accept)
         self.coordinator = Coordinator(allocation, settings, Records(run, allocation), self._send, self.say)
 
     def say(self, text: str) -> None:
-        """A line of the job's own, to its output and to the merged log."""
+        """Write a line of the job itself to its output and to the merged log."""
         line = stamp(self.coordinator.attempt, f"launcher {self._allocation.node}", text)
         print(line, flush=True)
         self._merged.write([line])
 
     def turn(self) -> None:
-        """What is due: signs of life, what waits to be sent, and the coordinator's look at the clock."""
+        """Do what is due: heartbeats, pending messages, and the coordinator's time-outs."""
         if self._beat.due():
             for node in list(self._members):
                 self._send(node, {"type": "beat"})
@@ -60,11 +60,11 @@ class Hub:
 
     @property
     def pending(self) -> bool:
-        """Whether a node has not been told all, or has not hung up yet."""
+        """Whether a message is pending or a node is still connected."""
         return bool(self._members)
 
     def close(self) -> None:
-        """Hang up on everyone."""
+        """Close all connections."""
         for channel in [*self._members.values(), *self._strangers]:
             self._drop(channel)
         self._selector.unregister(self._server)
@@ -95,7 +95,7 @@ class Hub:
             self._drop(channel)
 
     def _introduce(self, channel: Channel, message: dict[str, Any]) -> str | None:
-        """Whose launcher this is; None if it is none of this job's."""
+        """The node of this launcher; None if it is not one of this job's."""
         allocation, node = self._allocation, message.get("node")
         ours = (message.get("job_id"), message.get("restart_count")) == (allocation.job_id, allocation.restart_count)
         if message["type"] != "hello" or not ours or node not in allocation.nodes or node in self._members:
@@ -106,7 +106,7 @@ class Hub:
 
     def _hear(self, node: str, message: dict[str, Any]) -> None:
         if message["type"] == "hello" and node not in self._hellos:
-            # It may have lain here for long while this node looked at itself: its clock is asked for now.
+            # The message may have waited while this node checked itself: ask for the clock now.
             self._hellos[node] = message
             self._send(node, {"type": "clock", "sent": time.time()})
             return
@@ -126,7 +126,7 @@ class Hub:
 
 
 def clock_skew(sent: float, theirs: float, received: float) -> float:
-    """Seconds that another clock is ahead of this one, at least: what the way there and back may account for is none.
+    """Seconds that another clock is ahead of this one, beyond what the round trip may explain.
 
     Args:
         sent: when it was asked, by this clock.
@@ -142,6 +142,6 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port), backlog=1024, reuse_port=False)
     except OSError as error:
         raise UserError(
-            f"port {port} of {socket.gethostname()} cannot be listened on ({error.strerror}): another job's? "
-            "The port follows from the job's id: submit again"
+            f"cannot listen on port {port} of {socket.gethostname()} ({error.strerror}): another job's? "
+            "The port is derived from the job's id: submit again"
         ) from error

@@ -1,4 +1,4 @@
-"""`job.yaml` of a run folder: what the job was given, for those who read it in the job and afterwards."""
+"""`job.yaml` of a run folder: the job's settings, for use in the job and afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SUBMISSIONS_NAME = "submissions.jsonl"
 
 @dataclass(frozen=True)
 class JobSettings:
-    """What a run's Slurm job asks for, and how it treats failures."""
+    """What a run's Slurm job requests, and how it handles failures."""
 
     job_name: str  # of the single job; in an array the jobs carry the array's name
     nodes: PositiveCount
@@ -55,7 +55,7 @@ def load_settings(run: Path) -> JobSettings:
     """Read `RUN/job.yaml`.
 
     Raises:
-        UserError: it is missing, no YAML, or a setting is unknown, missing, of the wrong type or out of its range.
+        UserError: it is missing or not YAML, or a setting is unknown, missing, of the wrong type or out of its range.
     """
     path = run / FILE_NAME
     if not path.is_file():

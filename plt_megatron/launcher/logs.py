@@ -10,12 +10,12 @@ MERGED = "merged.log"
 
 
 def rank_log(run: Path, rank: int) -> Path:
-    """Where one rank's lines lie."""
+    """The log of one rank."""
     return run / "logs" / f"rank-{rank:04d}.log"
 
 
 def merged_log(run: Path) -> Path:
-    """Where all ranks' lines lie, in the order they came in."""
+    """The log of all ranks, in order of arrival."""
     return run / "logs" / MERGED
 
 
@@ -42,11 +42,11 @@ class LogFile:
         if not lines:
             return
         if self.lost:
-            lines.insert(0, f"... {self.lost} lines are missing here: the disk was full or not there")
+            lines.insert(0, f"... {self.lost} lines are missing here: the disk was full or unavailable")
         data = ("\n" if self._torn else "") + "".join(f"{line}\n" for line in lines)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened each time: the file may be moved away, and a disk that comes back is used again.
+            # Opened each time: the file may be moved away, and a disk may come back.
             with self.path.open("ab", buffering=0) as file:
                 encoded = data.encode(errors="replace")
                 self._torn = file.write(encoded) != len(encoded)

@@ -1,4 +1,4 @@
-"""Messages between launchers: JSON objects, one a line, over TCP sockets that never block."""
+"""Messages between launchers: JSON objects, one per line, over non-blocking TCP sockets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import socket
 import time
 from typing import Any
 
-BEAT_SECONDS = 2.0  # between signs of life
+BEAT_SECONDS = 2.0  # between heartbeats
 _CHUNK = 1 << 16
-_LONGEST = 1 << 24  # bytes of one message: nothing of ours comes near it
+_LONGEST = 1 << 24  # bytes of one message, far more than any of ours
 
 
 class Channel:
     """One connection.
 
     Attributes:
-        closed: the other side is gone, or sent what is no message.
+        closed: the other side is gone, or sent something else than messages.
         heard: `time.monotonic()` when something last came in.
     """
 
@@ -33,7 +33,7 @@ class Channel:
 
     @property
     def pending(self) -> bool:
-        """Whether something waits to be sent."""
+        """Whether data are waiting to be sent."""
         return bool(self._outgoing) and not self.closed
 
     def send(self, message: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Channel:
             self.flush()
 
     def flush(self) -> None:
-        """Send what waits, as far as the network takes it."""
+        """Send what is waiting, as far as the network accepts it."""
         try:
             while self.pending:
                 del self._outgoing[: self._socket.send(self._outgoing)]
@@ -90,13 +90,13 @@ class Channel:
 
 
 class Every:
-    """Something that is due every so many seconds, at once the first time."""
+    """Something due at regular intervals, the first time at once."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._next = seconds, 0.0
 
     def due(self) -> bool:
-        """Whether it is; if so, the next time is that much later."""
+        """Whether it is due; if so, the next interval starts."""
         now = time.monotonic()
         if now < self._next:
             return False

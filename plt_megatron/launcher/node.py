@@ -1,7 +1,7 @@
 """The launcher of one node: `in_job.py node RUN`, started by srun once on each.
 
-It meets the others at the first node's launcher, which also coordinates (`coordinator`), and does what it is told: the
-node's processes are started, watched and ended, their lines logged. One thread, and nothing that waits.
+It connects to the first node's launcher, which also coordinates (`coordinator`), and follows its commands: it starts,
+watches and ends the node's processes and logs their output. It has one thread, which never blocks.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def launch_node(run: Path) -> int:
     """Take part in the job's run as one of its nodes; returns the exit status, the same on every node.
 
     Raises:
-        UserError: this is no Slurm job, or the run's folder is not as plt-submit makes it.
+        UserError: this is not a Slurm job, or plt-submit did not make the run's folder.
     """
     settings, allocation = load_settings(run), read_allocation()
     others = [str(event.get("job_id")) for event in records.unended(records.read_events(run))]
     other = job_at_work([job for job in others if job != allocation.scheduler_id])
     if other is not None:
-        # Two would spoil each other's work. Jobs of one script wait for one another; those of an array's do not.
-        print_error(f"job {other} trains {run} at present: wait until it has ended, or scancel {other}")
+        # Two jobs would overwrite each other's work. Jobs of one script wait for one another; an array's do not.
+        print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")
         return coordinator.EXIT_BUSY
     launcher = NodeLauncher(run, settings, allocation)
     with launcher.signals():
@@ -78,7 +78,7 @@ class NodeLauncher:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Hear what Slurm asks: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
+        """Listen to Slurm: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
 
         def hear(number: int, frame: Any) -> None:
             self._asked_to_stop = True
@@ -91,7 +91,7 @@ class NodeLauncher:
                 signal.signal(number, handler)
 
     def launch(self) -> int:
-        """Until all is over; the exit status."""
+        """Run until the job is over; returns the exit status."""
         allocation = self._allocation
         try:
             if allocation.is_first:
@@ -118,7 +118,7 @@ class NodeLauncher:
         }
 
     def _connect(self) -> bool:
-        """Reach the first node's launcher, which may not be up yet."""
+        """Connect to the first node's launcher, which may not be up yet."""
         address = (self._allocation.first_node, self._allocation.launcher_port)
         deadline = time.monotonic() + coordinator.JOIN_SECONDS
         while not self._asked_to_stop or self._hub is not None:
@@ -137,7 +137,7 @@ class NodeLauncher:
         return False
 
     def _turn(self) -> None:
-        """One turn of the loop: what has come in, what has ended, what is due."""
+        """One turn of the loop: messages, ended processes, and what is due."""
         for key, _ in self._selector.select(_TICK_SECONDS):
             key.data()
         self._tend_processes()
@@ -198,7 +198,7 @@ class NodeLauncher:
     def _start(self, task: str, attempt: int, port: int) -> None:
         self._task, self._attempt = task, attempt
         per_node = self._settings.processes_per_node if task == "train" else coordinator.probes_per_node(self._settings)
-        # -P: the package comes from where this file lies, the run's snapshot, also if the job runs in a checkout.
+        # -P: import the package from the run's snapshot, where this file is, even if the job runs in a checkout.
         command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.probe"]
         if task == "train":
             command = [*command[:-1], "plt_megatron.train.main", str(self._run / "config.yaml")]

@@ -1,4 +1,4 @@
-"""What is looked at on every node before training, and which node is the odd one out. Imports no torch."""
+"""Checks every node before training, and finds the odd one out. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "nvidia-nccl-cu12",
                   "nvidia-nccl-cu13")  # fmt: skip
-_LEAST_SHARED_MEMORY = 64 << 20  # NCCL and the loader's workers exchange through it
+_LEAST_SHARED_MEMORY = 64 << 20  # used by NCCL and the loader's workers
 _LEAST_TEMPORARY = 256 << 20
 _LEAST_RUN_FOLDER = 1 << 30
 _LARGEST_SKEW = 5.0  # seconds
@@ -27,13 +27,13 @@ Facts = dict[str, Any]
 
 
 def gather_facts(run: Path, write_test: bool) -> Facts:
-    """What this node is like: devices, versions, space in bytes (None where there is no such folder).
+    """Describe this node: devices, versions, free space in bytes (None for a missing folder).
 
     Args:
-        write_test: also write to the run's folder and take it away again.
+        write_test: also write a file to the run's folder and remove it.
     """
     temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
-    with contextlib.suppress(OSError):  # then it is not there, and that is told
+    with contextlib.suppress(OSError):  # reported as missing
         temporary.mkdir(parents=True, exist_ok=True)
     return {
         "devices": _devices(),
@@ -49,7 +49,7 @@ def gather_facts(run: Path, write_test: bool) -> Facts:
 
 
 def _devices() -> list[dict[str, str]]:
-    """Model and driver of each NVIDIA GPU that the driver shows."""
+    """Model and driver of each NVIDIA GPU that the driver lists."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -93,7 +93,7 @@ def _write_error(run: Path) -> str | None:
 
 
 def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
-    """node -> what is wrong with it, by itself or next to the others.
+    """node -> what is wrong with it, by itself or compared with the others.
 
     Args:
         facts: of each node, the first node first; with `skew`, seconds its clock is ahead of the first node's.
@@ -121,7 +121,7 @@ def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
         (facts["temporary"], temporary, _LEAST_TEMPORARY),
     ):
         if free is None or free < least:
-            found.append(f"{name}: {'not there' if free is None else f'{free >> 20} MiB free'}, {least >> 20} needed")
+            found.append(f"{name}: {'missing' if free is None else f'{free >> 20} MiB free'}, {least >> 20} needed")
     if abs(facts.get("skew", 0.0)) > _LARGEST_SKEW:
         found.append(f"its clock is {facts['skew']:+.1f} s off the first node's")
     if facts.get("run_error"):
@@ -135,7 +135,7 @@ def _kinds(devices: list[dict[str, str]]) -> str:
 
 
 def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
-    """The nodes whose value is not the one that most have; of two that are as frequent, the first node's counts."""
+    """The nodes whose value differs from the majority's; in a tie the first node's value counts."""
     counts = Counter(values.values())
     first = next(iter(values.values()))
     usual = max(counts, key=lambda value: (counts[value], value == first))
@@ -143,7 +143,7 @@ def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
 
 
 def shared_problem(facts: Facts) -> str | None:
-    """What is wrong with what all nodes share: no other node would help."""
+    """What is wrong with shared resources, where other nodes would not help."""
     free = facts["space"]["run"]
     if free is not None and free < _LEAST_RUN_FOLDER:
         return f"the run's folder: {free >> 20} MiB free, {_LEAST_RUN_FOLDER >> 20} needed"
@@ -154,8 +154,8 @@ def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str,
     """The nodes at fault for a failed check of the devices and links.
 
     Args:
-        results: what each rank of the check has said last: `stage`, the last one that it has reached, and `error` of
-            its own device, if there was one. Ranks that have said nothing are absent.
+        results: the last report of each rank of the check: the last `stage` it reached, and the `error` of its device,
+            if any. Ranks without a report are absent.
         node_of: the node of each rank.
 
     Returns:
@@ -169,16 +169,16 @@ def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str,
     behind = {node_of[rank] for rank, stage in stages.items() if stage < furthest}
     if not behind or 2 * len(behind) >= len(set(node_of.values())) + 1:
         return {}
-    why = "its processes did not come as far as the others' in the check of devices and links"
+    why = "its processes fell behind the others' in the check of devices and links"
     return dict.fromkeys(sorted(behind), why)
 
 
 def describe_links(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> list[str]:
-    """What the check of links has measured, in lines; bandwidths in GB/s."""
+    """The measurements of the check of links, in lines; bandwidths in GB/s."""
     lines = []
     collective = [result["all_reduce"] for result in results.values() if result.get("all_reduce")]
     if collective:
-        lines.append(f"all-reduce over {len(results)} processes: {min(collective):.2f} GB/s a process")
+        lines.append(f"all-reduce over {len(results)} processes: {min(collective):.2f} GB/s per process")
     links = {rank: result["receive"] for rank, result in sorted(results.items()) if result.get("receive")}
     if links:
         median = statistics.median(links.values())

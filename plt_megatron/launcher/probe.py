@@ -1,8 +1,8 @@
-"""The check of devices and links: `python -m plt_megatron.launcher.probe`, one a device, before training.
+"""The check of devices and links before training: `python -m plt_megatron.launcher.probe`, one per device.
 
-Each process works its device, then all of them an all-reduce and a ring of point-to-point messages, whose contents are
-looked at. What it knows it prints as a line `probe {json}` after every stage, so that one that hangs has said how far
-it came: 1 the device works, 2 all have met, 3 the all-reduce, 4 the ring.
+Each process tests its device; then all run an all-reduce and a ring of point-to-point messages, and compare the
+contents. Each prints its results as a line `probe {json}` after every stage, so that one that hangs has shown how far
+it came: 1 the device works, 2 all are connected, 3 the all-reduce, 4 the ring.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _versions(torch: Any) -> dict[str, str]:
 
 
 def _work_device(torch: Any) -> Any:
-    """Have the device compute something whose result is known."""
+    """Have the device compute something with a known result."""
     device = torch.device("cpu")
     if int(os.environ["GPUS_PER_NODE"]):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -75,7 +75,7 @@ def _check_links(torch: Any, device: Any, result: dict[str, Any]) -> None:
     outgoing, incoming = torch.full_like(data, rank), torch.empty_like(data)
     seconds = _time(torch, device, lambda: _ring(dist, outgoing, incoming))
     before = (rank - 1) % world
-    assert bool((incoming == before).all()), f"what process {before} has sent did not arrive as it was"
+    assert bool((incoming == before).all()), f"the message of process {before} arrived changed"
     result["receive"] = 4 * elements / seconds / 1e9
     _say(result | {"stage": 4})
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""What is kept of a run's attempts in its folder: attempts.jsonl, why.txt, and how far it has come.
+"""The records of a run's attempts in its folder: attempts.jsonl, why.txt, and its progress.
 
-attempts.jsonl has a line at the start and at the end of each attempt, that is of each start of the run's processes, and
-one where the run was given up ("stop"). Appended to, never rewritten.
+attempts.jsonl has a line for the start and the end of each attempt, that is of each start of the run's processes, and
+one where the run was given up ("stop"). It is only appended to.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "fai
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that an attempt failed by.
+    """The rank that caused an attempt to fail.
 
     Attributes:
-        exit: how it ended, in words.
+        exit: how it ended, as text.
         lines: the last ones that it printed.
     """
 
@@ -45,10 +45,10 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        status: finished, preempted, failed, node_failed, or killed (it left no word; found at the next start).
+        status: finished, preempted, failed, node_failed, or killed (no record of its end; found at the next start).
         reason: one line.
-        retry: whether the same again may go better; not so after a mistake of the user's.
-        bad_nodes: node -> what is wrong with it; the job should go on without them.
+        retry: whether another attempt may succeed; not after a user error.
+        bad_nodes: node -> what is wrong with it; the job should continue without them.
         failure: of a rank, if one failed.
     """
 
@@ -71,12 +71,10 @@ class Records:
         self._allocation = allocation
 
     def begin(self) -> int:
-        """Note the start of an attempt; returns its number. An earlier one without an end gets one now."""
+        """Record the start of an attempt; returns its number. An earlier one without an end gets one now."""
         events = read_events(self.run)
         for event in unended(events):
-            reason = (
-                "it left no word: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
-            )
+            reason = "no exit record: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
             self._end(event, Outcome(KILLED, reason))
         if (self.run / WHY).exists():  # somebody runs it again all the same
             (self.run / WHY).replace(self.run / "logs" / f"why-before-attempt-{last_attempt(events) + 1}.txt")
@@ -85,11 +83,11 @@ class Records:
         return attempt
 
     def end(self, attempt: int, outcome: Outcome) -> None:
-        """Note the end of an attempt of this job."""
+        """Record the end of an attempt of this job."""
         self._end({"attempt": attempt, **self._job()}, outcome)
 
     def stop(self, attempt: int, reason: str) -> None:
-        """Note that the run is given up."""
+        """Record that the run is given up."""
         self._append({"event": "stop", "attempt": attempt, **self._job(), "reason": reason})
 
     def of_this_start(self) -> dict[str, Any] | None:
@@ -133,8 +131,8 @@ class Records:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:  # a full disk: the run can go on without
-            print(f"error: {self.run / FILE_NAME}: {error.strerror}; not noted: {line.strip()}", file=sys.stderr)
+        except OSError as error:  # a full disk: the run can continue without
+            print(f"error: {self.run / FILE_NAME}: {error.strerror}; not recorded: {line.strip()}", file=sys.stderr)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
@@ -199,7 +197,7 @@ def last_whole_checkpoint(run: Path) -> Path | None:
 
 
 def write_why(run: Path, reason: str, end: dict[str, Any] | None) -> None:
-    """Write why.txt: why the run has stopped, which rank it was, what it said last, and what is saved.
+    """Write why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
 
     Args:
         end: the end of the last attempt, from attempts.jsonl.
@@ -211,7 +209,7 @@ def write_why(run: Path, reason: str, end: dict[str, Any] | None) -> None:
             f"last step in metrics.jsonl: {end['step']}",
         ]
     path = last_whole_checkpoint(run)
-    lines.append(f"last whole checkpoint: {path or 'none'}")
+    lines.append(f"last complete checkpoint: {path or 'none'}")
     failure = (end or {}).get("failure")
     if failure:
         lines += ["", f"rank {failure['rank']} on {failure['node']} {failure['exit']}; its last lines:", ""]

@@ -1,4 +1,4 @@
-"""The few things a job asks of Slurm about itself: its state, to be requeued, to cancel what comes after it."""
+"""What a job asks of Slurm about itself: its state, a requeue, the cancellation of later jobs."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Scheduler:
         self._run = run or _run
 
     def ended_by_slurm(self) -> str | None:
-        """The job's state if Slurm has ended it (cancelled, requeued or out of time), while this process of its still
-        runs; None if it goes on.
+        """The job's state if Slurm has ended it (cancelled, requeued or out of time) while this process still
+        runs; None if it continues.
 
         Raises:
             SchedulerError: Slurm does not say.
@@ -101,12 +101,12 @@ class Scheduler:
 
 
 def job_at_work(jobs: Sequence[str]) -> str | None:
-    """The first of these jobs that runs. None as well where Slurm cannot be asked, as in a container."""
+    """The first of these jobs that runs. None too if Slurm cannot be asked, as in a container."""
     for job in jobs:
         try:
             if Scheduler(job).ended_by_slurm() is None:
                 return job
-        except SchedulerError:  # it is forgotten, or there is no scontrol
+        except SchedulerError:  # Slurm has forgotten it, or there is no scontrol
             continue
     return None
 
@@ -117,7 +117,7 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _run(command: Sequence[str]) -> str:
-    """A command's output; tried again where the controller does not answer."""
+    """A command's output; tried again if the controller does not answer."""
     problem = ""
     for attempt in range(_TRIES):
         if attempt:
@@ -125,7 +125,7 @@ def _run(command: Sequence[str]) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
         except FileNotFoundError as error:
-            raise SchedulerError(f"{command[0]} is not there: {error.strerror}") from error
+            raise SchedulerError(f"cannot run {command[0]}: {error.strerror}") from error
         except subprocess.TimeoutExpired:
             problem = f"no answer in {_TIMEOUT_SECONDS:.0f} s"
             continue

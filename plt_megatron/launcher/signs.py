@@ -1,8 +1,8 @@
-"""What each rank tells of itself while it trains, and which rank the others wait for when they stop.
+"""What each rank reports while it trains, and which rank the others wait for when they stop.
 
-Two kinds of evidence. Where a collective keeps its caller until it is done (gloo), the stacks show who waits in one and
-who does not. Where it returns at once (NCCL) nobody is ever in one, and all wait somewhere else, at the next value that
-the host needs; there the counts show who has started fewer collectives than the others of a process group.
+There are two kinds of evidence. If collectives block their caller (gloo), the stacks show who waits in one and who does
+not. If they return at once (NCCL), nobody is ever in one, and all ranks wait at the next value that the host needs;
+then the counts show who has started fewer collectives than the others of a process group.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _MOST_SHOWN = 8  # ranks in a message
 
 @dataclass(frozen=True)
 class Sign:
-    """What a rank's thread notes of it.
+    """A rank's report, made by its thread.
 
     Attributes:
         count: of the notes, so that a frozen process shows without comparing clocks.
         quiet_for: seconds since the training loop last gave a sign.
         waits_in: the collective that the rank is waiting in; None outside of one.
-        at: where its main thread stands: file, line and function.
+        at: where its main thread is: file, line and function.
         turn: how far the training loop is: counts every phase and step, and the first microbatch in each. Ranks that
             are equally far have the same.
         collectives: started so far, by process group.
@@ -45,7 +45,7 @@ class Sign:
 
 
 def describe_hang(signs: list[Sign]) -> str:
-    """Which ranks the others wait for, as well as it can be told from where each stands."""
+    """Which ranks the others wait for, as far as their positions show it."""
     moved = f"step {max(sign.step for sign in signs) + 1} has not moved for {max(s.quiet_for for s in signs):.0f} s"
     behind, outside = ranks_behind(signs), [sign for sign in signs if sign.waits_in is None]
     named = [sign for sign in behind if sign in outside] or outside or behind
@@ -64,7 +64,7 @@ def describe_silence(signs: list[Sign], silent: dict[int, float]) -> str:
 
 
 def ranks_behind(signs: list[Sign]) -> list[Sign]:
-    """The ranks that have not come as far as others and do not themselves wait for one that is further behind.
+    """The ranks that are behind others and do not themselves wait for one further behind.
 
     A rank waits if it has started a collective that another of its process group has not.
     """
@@ -89,7 +89,7 @@ def _where(sign: Sign) -> str:
 
 
 def collectives_started(backends: Collection[str] = ("nccl",)) -> dict[str, int]:
-    """How many collectives this rank has started in each of its process groups. torch counts them anyway.
+    """How many collectives this rank has started in each of its process groups, as torch counts them.
 
     Args:
         backends: whose groups; gloo counts messages from one rank to another as well, which ranks do not share.

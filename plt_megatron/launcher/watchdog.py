@@ -1,10 +1,10 @@
-"""Ends a job whose rank hangs or is gone, within a bounded time, and says which rank it is.
+"""Ends a job within a bounded time if a rank hangs or is gone, and names the rank.
 
 A rank that stops keeps all others waiting in a collective, where they can say nothing. So each process has a thread
-that notes in the job's store how far its rank is and where it stands. Rank 0's watches all of them, the others rank
+that writes its rank's progress and position to the job's store. Rank 0's watches all of them, the others rank
 0's, and that the store answers. Until the first step is done a rank may be quiet for `distributed_timeout_minutes`, as
 it may while it reads or writes checkpoints; after that for `distributed_timeout_seconds_after_init`, or five times its
-longest pause so far if that is longer: a slow machine is no hung one.
+longest pause so far if that is longer: a slow machine is not a hung one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from plt_megatron.launcher.signs import Sign, collective, collectives_started, d
 _NO_STORE = "rank 0, which holds the job's store, does not answer"
 _VERDICT = "watchdog/verdict"
 SLOW_PHASES = ("starting", "loading", "saving")  # limits of their own apply there: the long one
-_PAUSES = 5  # times the longest pause so far is no hang
+_PAUSES = 5  # times the longest pause so far do not count as a hang
 _MISSED = 4  # intervals without a sign make a process frozen, if the job hangs
 _EXIT_FAILED = 1
 
@@ -70,7 +70,7 @@ class Watchdog:
         self._interval = min(5.0, patience / 4) if interval is None else interval
         self._end = end
         self._main_thread = threading.get_ident()
-        self._seconds = 0.0  # awake, by its own count: a process that was suspended has not been quiet
+        self._seconds = 0.0  # while awake: a suspended process has not been quiet
         self._last_beat, self._longest_pause = 0.0, 0.0
         self._phase, self._step, self._first_step = "starting", 0, 0
         self._turn = 0
@@ -100,8 +100,8 @@ class Watchdog:
         self._last_beat, self._phase, self._step = now, phase, step
 
     def _count_turn(self, phase: str, step: int) -> None:
-        """Even: the step's phase has begun; odd: its first microbatch as well. Further ones come in an order that
-        differs between pipeline stages."""
+        """Even: the step's phase has started; odd: its first microbatch too. The order of further microbatches differs
+        between pipeline stages."""
         same = (phase, step) == (self._phase, self._step)
         self._turn = self._turn | 1 if same else (self._turn | 1) + 1
 
@@ -116,7 +116,7 @@ class Watchdog:
         return self._step > self._first_step
 
     def limit(self) -> float:
-        """Seconds this rank may be quiet where it stands now."""
+        """Seconds this rank may be quiet in its present phase."""
         if self._phase in SLOW_PHASES or not self._settled():
             return self._slow_patience
         return max(self._patience, _PAUSES * self._longest_pause)
@@ -145,7 +145,7 @@ class Watchdog:
                 return
 
     def _look(self) -> str | None:
-        """Note this rank's sign and look at the others'; what is wrong, in words, or None."""
+        """Report this rank's sign and check the others'; what is wrong, as text, or None."""
         sign = self._sign()
         self._store.set(_key(self._rank), json.dumps(asdict(sign)))
         return self._look_at_all(sign) if self._rank == 0 else self._look_at_rank_0()
@@ -207,9 +207,9 @@ class Watchdog:
                 file.write(f"{verdict}\n\n{self._sign()}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as error:  # the disk may be what hangs; the job must end all the same
+        except OSError as error:  # the disk may be what hangs; the job must end anyway
             print(f"error: {folder}: {error}", file=sys.stderr)
-        if self._rank == 0 or verdict.startswith("rank 0"):  # who else has found rank 0 wanting; the rest is its to say
+        if self._rank == 0 or verdict.startswith("rank 0"):  # rank 0 reports all but its own silence
             print(f"error: rank {self._rank}: {verdict}; stacks in {folder}", file=sys.stderr, flush=True)
         if self._rank == 0:
             time.sleep(2 * self._interval)  # the store lives here: let the others read the verdict
@@ -225,7 +225,7 @@ def _first_line(error: Exception) -> str:
 
 
 def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Watchdog:
-    """The watchdog of this process in the job that its environment describes, at work."""
+    """Start the watchdog of this process in the job that its environment describes."""
     from torch.distributed import HashStore, TCPStore
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

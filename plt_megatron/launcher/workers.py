@@ -1,4 +1,4 @@
-"""The processes of one node: started, listened to, signalled, and cleared away."""
+"""The processes of one node: started, read from, signalled and cleaned up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WorkerGroup:
     Args:
         command: the same for all.
         environments: of each, by rank.
-        cpus: that each is bound to; None: to none in particular.
+        cpus: that each is bound to; None: not bound.
         on_lines: told the whole lines that a rank has printed.
         on_exit: told each process's end, with its exit status, negative for a signal.
     """
@@ -83,18 +83,18 @@ class WorkerGroup:
                 return False
 
     def reap(self) -> None:
-        """Look for processes that have ended; their last words are passed on first."""
+        """Find processes that have ended; their last output is passed on first."""
         for worker in list(self.workers):
             returncode = worker.process.poll()
             if returncode is not None:
                 self.listen(worker)
-                if worker.partial:  # no newline, and children of its may still hold the pipe
+                if worker.partial:  # without a newline; its children may still hold the pipe
                     line = worker.partial.decode(errors="replace")
                     worker.tail.append(line)
                     self._on_lines(worker.rank, [line])
                 self.workers.remove(worker)
                 self._on_exit(worker, returncode)
-                _kill_group(worker)  # what it has left behind
+                _kill_group(worker)  # its remaining children
                 assert worker.process.stdout is not None
                 worker.process.stdout.close()
 
@@ -141,7 +141,7 @@ def _start(command: Sequence[str], env: Mapping[str, str], cpus: set[int] | None
 
 
 def describe_exit(returncode: int) -> str:
-    """An exit status in words."""
+    """An exit status as text."""
     if returncode >= 0:
         return f"exited with status {returncode}"
     try:

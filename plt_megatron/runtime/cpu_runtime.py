@@ -1,11 +1,11 @@
-"""Running megatron-core without CUDA.
+"""Runs megatron-core without CUDA.
 
 megatron-core asks `torch.cuda` for its device, its stream and its random state, and creates tensors with
 `device="cuda"`. `enter_cpu_runtime` answers these few calls for a process that has no GPU, so that tensor, sequence,
 pipeline and data parallelism and the distributed optimizer run for real, with gloo, on any machine.
 
 Entered once, before megatron is imported (some of its modules look at the device when imported). On a machine with a
-working GPU it does nothing. The "CUDA" random state is the CPU's own, so data code must keep generators of its own.
+working GPU it does nothing. The "CUDA" random state is the CPU's own, so data code must use its own generators.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _entered = False
 
 
 def enter_cpu_runtime(force: bool = False) -> bool:
-    """Answer megatron-core's `torch.cuda` calls on the CPU; does nothing where a GPU can be used.
+    """Answer megatron-core's `torch.cuda` calls on the CPU; does nothing if a GPU can be used.
 
     Args:
-        force: enter although a GPU is there (the parity tests).
+        force: enter even if there is a GPU (the parity tests).
 
     Returns:
         Whether this process now runs on the CPU runtime.
@@ -43,7 +43,7 @@ def enter_cpu_runtime(force: bool = False) -> bool:
     if torch.cuda.is_available() and not force:
         return False
     _entered = True
-    # TE's and megatron's fused paths would otherwise compile kernels for a device that is not there.
+    # TE's and megatron's fused paths would otherwise compile kernels for a missing device.
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
     _replace_device_queries()
     _replace_random_state()
@@ -58,8 +58,8 @@ def is_cpu_runtime() -> bool:
 
 
 def patch_token_dispatcher() -> None:
-    """Have megatron-core's dispatchers of tokens to experts take their counts to the host as they do from a GPU: what
-    asks for numpy gets it. Only models with experts import them."""
+    """Have megatron-core's token dispatchers move their counts to the host as they do from a GPU, as numpy arrays where
+    asked for. Only models with experts import them."""
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -194,8 +194,8 @@ def _map_device_keyword(function: Callable) -> Callable:
 
 
 def _replace_factories() -> None:
-    # `with torch.device("meta")` (transformers builds models in it) knows the factories by what they are when it first
-    # looks: it must have looked before they are replaced.
+    # `with torch.device("meta")` (transformers builds models in it) records the factories when it is
+    # first used: that must happen before they are replaced.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _map_device_keyword(getattr(torch, name)))

@@ -1,4 +1,4 @@
-"""What CUDA's libraries read from the environment when a process first uses its GPU."""
+"""Environment variables that CUDA's libraries read when a process first uses its GPU."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
         # they overlap. Megatron-LM asks for it up to Hopper.
         needed["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     if config.training.deterministic:
-        needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # without it torch refuses matrix products
+        needed["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # otherwise torch refuses matrix products
         needed["NCCL_ALGO"] = "^NVLS"  # no sums in switches: Megatron-LM's deterministic mode asks for it
     return needed
 
 
 def set_cuda_environment(config: RunConfig) -> None:
-    """Set what `cuda_environment` says. What the user has set stays. Before anything asks CUDA for its devices."""
+    """Set these variables, except those that the user has set. Call it before anything asks CUDA for its devices."""
     for name, value in cuda_environment(config).items():
         os.environ.setdefault(name, value)

@@ -1,7 +1,7 @@
-"""What this machine can run, and for what it cannot: why, and what to install.
+"""What this machine can run, what it cannot and why, and what to install.
 
 `judge` draws the conclusions from what `machine.observe` saw, `render` prints them.
-Each rule answers one thing that a user may want to do: yes and on what, or no, why, and what to do about it.
+Each rule covers one thing that a user may want to do: yes and on what, or no, why, and what to do about it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Capability:
-    """Something a user may want to do here. `remedy` is empty where nothing has to or can be done."""
+    """Something a user may want to do here. `remedy` is empty if nothing needs to or can be done."""
 
     name: str
     state: Literal["yes", "no"]
@@ -109,11 +109,11 @@ def _describe(device: Device) -> str:
     return f"{device.name} (sm{major}{minor}, {_size(device.memory)})"
 
 
-# Rules: each answers for one thing that a user may want to do.
+# Rules: one for each thing that a user may want to do.
 
 
 def _capabilities(machine: Machine) -> list[Capability]:
-    """All rules' answers, the most wanted first."""
+    """All rules' answers, the most important first."""
     return [
         _train_on_cpu(machine),
         _train_on_gpu(machine),
@@ -214,7 +214,7 @@ def _transformer_engine(machine: Machine) -> Capability:
     name = "Transformer Engine"
     if "transformer-engine" not in machine.packages:
         remedy = "" if _gpu_problem(machine) else _extra("gpu")
-        return _no(name, "not installed; the torch backend serves instead", remedy)
+        return _no(name, "not installed; the torch backend is used instead", remedy)
     if "transformer-engine" in machine.import_errors:
         error = machine.import_errors["transformer-engine"]
         return _no(name, f"does not load: {error}", "build it for this torch: " + _extra("gpu"))
@@ -243,7 +243,7 @@ def _fp8(machine: Machine) -> Capability:
 def _flash_attention(machine: Machine) -> Capability:
     name = "flash-attn"
     if "flash-attn" not in machine.packages:
-        return _no(name, "not installed; cuDNN's fused attention or torch's serves instead")
+        return _no(name, "not installed; cuDNN's fused attention or torch's is used instead")
     if "flash-attn" in machine.import_errors:
         return _no(name, f"does not load: {machine.import_errors['flash-attn']}", "build it for this torch")
     problem = _gpu_problem(machine)
@@ -253,9 +253,9 @@ def _flash_attention(machine: Machine) -> Capability:
 def _torch_compile(machine: Machine) -> Capability:
     name = "torch.compile"
     if machine.compiler is None:
-        return _no(name, "no C++ compiler; training does without", "apt-get install g++")
+        return _no(name, "no C++ compiler; not needed for training", "apt-get install g++")
     if not machine.python_headers:
-        return _no(name, "Python.h is missing; training does without", "apt-get install python3-dev")
+        return _no(name, "Python.h is missing; not needed for training", "apt-get install python3-dev")
     return _yes(name, machine.compiler)
 
 
@@ -308,7 +308,7 @@ def _print_columns(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) 
 
 
 def _render_tables(facts: Sequence[tuple[str, ...]], rows: Sequence[tuple[str, ...]], stream: TextIO) -> bool:
-    """False where rich is not installed, as on a machine that has nothing yet."""
+    """False if rich is not installed, as on a bare machine."""
     try:
         from rich.console import Console
         from rich.markup import escape

@@ -1,4 +1,4 @@
-"""Which FP8 kernels this run uses: the configuration's wish on the card that is here, said in the log."""
+"""Which FP8 kernels this run uses, given its configuration and this machine's card."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Starts the processes of a run on this machine and watches over them. Imports no torch.
+"""Starts the processes of a run on this machine and watches over them. Does not import torch.
 
-What torchrun does for one machine, with three differences that matter here: it starts in milliseconds, the
+Like torchrun on one machine, with three differences: it starts in milliseconds, the
 exit status of the process that failed first is the status of the whole (torchrun makes every failure 1, and a
 preempted run must not look like a broken one), and Ctrl-C or a preemption signal reaches every process once.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 EXIT_PREEMPTED = 75  # the trainer saved its state and stopped because it was asked to
-_PEACEFUL = (0, EXIT_PREEMPTED)  # statuses that do not make the others stop
+_PEACEFUL = (0, EXIT_PREEMPTED)  # statuses that do not stop the others
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -56,7 +56,7 @@ def run_processes(
 
 
 def threads_per_process(count: int) -> int:
-    """This machine's usable cores shared out over `count` processes, at least one each."""
+    """This machine's usable cores divided over `count` processes, at least one each."""
     return max(1, usable_cores() // count)
 
 
@@ -86,10 +86,10 @@ def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free TCP port that stays ours until rank 0 listens on it.
+    """A free TCP port, reserved until rank 0 listens on it.
 
     The socket is bound but never listens: with SO_REUSEADDR, which torch's store sets too, rank 0 may bind
-    the same port, while the kernel gives it to nobody who asks for any free one.
+    the same port, while the kernel gives it to nobody asking for a free one.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -111,7 +111,7 @@ class _Job:
             command, env=env, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_parent
         )
         self.processes.append(process)
-        for number in self.received:  # before this process was there to hear it
+        for number in self.received:  # before this process could receive it
             process.send_signal(number)
 
     def wait(self) -> int:
@@ -131,7 +131,7 @@ class _Job:
             time.sleep(_POLL_SECONDS)
 
     def stop(self) -> None:
-        """Ask the processes that still run to stop; kill those that do not in time."""
+        """Ask the running processes to stop; kill those that do not in time."""
         running = self.running()
         if not running:
             return
@@ -143,7 +143,7 @@ class _Job:
             time.sleep(_POLL_SECONDS)
 
     def kill(self) -> None:
-        """End what still runs, with its children."""
+        """Kill the running processes and their children."""
         for process in self.running():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -184,7 +184,7 @@ def _has_failed(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _exit_status(returncodes: Sequence[int]) -> int:
-    """The status that says most: a 1 beside another status is often only the echo of the other's failure."""
+    """The most informative status: a 1 beside another status is often only an echo of that failure."""
     returncode = next((code for code in returncodes if code != 1), 1)
     return returncode if returncode >= 0 else 128 - returncode
 

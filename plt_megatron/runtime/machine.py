@@ -1,4 +1,4 @@
-"""A look at this machine: hardware, packages, tools. Works on a bare Python with nothing installed."""
+"""Inspects this machine: hardware, packages, tools. Works on a bare Python with nothing installed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Device:
 
 @dataclass
 class Machine:
-    """What `observe` saw. Sizes in bytes; None where something is absent or could not be read."""
+    """The result of `observe`. Sizes in bytes; None if something is absent or unreadable."""
 
     python: tuple[int, int, int] = (0, 0, 0)
     executable: str = ""
@@ -80,7 +80,7 @@ class Machine:
 
 
 def observe() -> Machine:
-    """Look at this machine. Takes seconds: heavy packages are imported, each in a process of its own."""
+    """Inspect this machine. Takes seconds: heavy packages are imported, each in a process of its own."""
     machine = Machine(
         python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
         executable=sys.executable,
@@ -104,7 +104,7 @@ def observe() -> Machine:
 
 
 def _project_requirements() -> dict[str, str]:
-    """The ranges of `pyproject.toml`, or of the installed package's metadata where it was not kept."""
+    """The ranges of `pyproject.toml`, or of the installed package's metadata."""
     if is_checkout(ROOT):
         pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         requirements = tomllib.loads(pyproject)["project"]["dependencies"]
@@ -124,7 +124,7 @@ def _project_requirements() -> dict[str, str]:
 
 
 def _probe_imports(machine: Machine) -> None:
-    """Import what is compiled, each in its own process: a broken one may crash, and crash only that."""
+    """Import compiled packages, each in its own process, which a broken one may crash."""
     present = [distribution for distribution in _PROBED if distribution in machine.packages]
     with ThreadPoolExecutor(max_workers=max(1, min(4, machine.cores))) as pool:
         outcomes = dict(zip(present, pool.map(_probe_import, present), strict=True))
@@ -169,7 +169,7 @@ def _read_torch_probe(machine: Machine, output: str) -> None:
 
 
 def _first_line(*command: str) -> str | None:
-    """The first line a command prints; None if it is not there or fails."""
+    """The first line a command prints; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

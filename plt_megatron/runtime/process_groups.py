@@ -18,7 +18,7 @@ def init_process_groups(parallel: ParallelConfig) -> None:
     process) and build the tensor, pipeline, context and data-parallel groups.
 
     Raises:
-        UserError: the world size is no multiple of TP times PP times CP.
+        UserError: the world size is not a multiple of TP times PP times CP.
     """
     from megatron.core import parallel_state
 
@@ -40,7 +40,7 @@ def init_process_groups(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         **sizes,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,  # experts stay whole: tensor-parallel ranks share them out like any others
+        expert_tensor_parallel_size=1,  # experts stay whole: they are distributed over tensor-parallel ranks too
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )
 

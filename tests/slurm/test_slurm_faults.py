@@ -181,7 +181,7 @@ def test_a_second_job_for_one_run_leaves_it_alone(slurm, make_run, undisturbed):
         second = run.submit("--job-name=another")
         slurm.wait_for_state(second, "FAILED")
     assert slurm.job(second)["ExitCode"] == "78:0"
-    assert f"error: job {first} trains {run.folder} at present" in run.outputs()
+    assert f"error: job {first} is training {run.folder}" in run.outputs()
     run.job = first
     run.wait_for_end("finished")
     run.wait_until_over()
@@ -278,7 +278,7 @@ def test_a_failure_that_comes_back_stops_the_run(slurm, make_run):
     why = run.why()
     assert "not finite" in why.splitlines()[0] and "failed again" in why.splitlines()[0], why
     assert "rank 0 on node1 exited with status 1; its last lines:" in why
-    assert "last whole checkpoint: " in why and "checkpoints/step_" in why
+    assert "last complete checkpoint: " in why and "checkpoints/step_" in why
 
 
 def test_a_full_disk_of_logs(slurm, make_run, undisturbed):

@@ -41,7 +41,7 @@ def test_slurm_reads_lists_in_the_same_way(text, tmp_path):
 
 @pytest.mark.parametrize("text", ["n[1-", "n[a-b]", "n[]", "n[1-2", ""])
 def test_what_is_no_list_is_refused(text):
-    with pytest.raises(UserError, match="no list of nodes"):
+    with pytest.raises(UserError, match="is not a list of nodes"):
         expand_nodes(text)
 
 

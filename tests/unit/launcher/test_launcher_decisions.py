@@ -39,7 +39,7 @@ def test_a_failure_at_the_same_place_stops_the_run():
     assert action(end("failed", 7, 6), end("failed", 7, 6)) == "stop"
     assert action(end("failed"), end("failed")) == "stop"
     decision = decide([end("failed", 7, 6), end("failed", 7, 6)], settings())
-    assert decision.reason == "because; it has failed again since the run came further: step 7"
+    assert decision.reason == "because; it has failed again since its last progress, step 7"
 
 
 def test_failures_that_come_further_do_not():

@@ -105,7 +105,7 @@ def test_neither_requeue_nor_chain(job, capsys):
     assert job.asked == [] and not (job.run / "why.txt").exists()
     assert f"sbatch {job.run / 'job.sbatch'}" in capsys.readouterr().out
     assert job.ends(Outcome("node_failed", "n2 is lost"), 77) == 77
-    assert (job.run / "why.txt").read_text().startswith("n2 is lost; neither --requeue nor")
+    assert (job.run / "why.txt").read_text().startswith("n2 is lost; not continued: no --requeue")
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
@@ -136,7 +136,7 @@ def test_a_real_failure_stops_the_chain_and_says_why(job):
     assert job.ends(Outcome("failed", "rank 3 says gone", retry=False, failure=failure), 2) == 2
     assert job.asked == ["scancel 8 9"]
     why = (job.run / "why.txt").read_text()
-    assert why.startswith("rank 3 says gone\n") and "error: gone" in why and "last whole checkpoint: none" in why
+    assert why.startswith("rank 3 says gone\n") and "error: gone" in why and "last complete checkpoint: none" in why
     assert read_events(job.run)[-1]["event"] == "stop"
 
 

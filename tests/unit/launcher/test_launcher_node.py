@@ -277,7 +277,7 @@ def test_a_port_that_is_taken(two_nodes):
     with socket.create_server(("", Allocation(job.job, "", 0, ("a",), 0).launcher_port)):
         job.launch("localhost")
         assert job.wait() == [2]
-    assert "cannot be listened on" in job.outputs() and "Traceback" not in job.outputs()
+    assert "cannot listen on port" in job.outputs() and "Traceback" not in job.outputs()
 
 
 def test_outside_of_a_job(tmp_path):

@@ -42,7 +42,7 @@ def test_equal_nodes_are_good():
         ({"versions": {"torch": "2.13.0"}}, "torch 2.13.0 instead of 2.14.1"),
         ({"versions": {"transformer-engine": "2.5"}}, "transformer-engine 2.5 instead of none"),
         ({"space": {"/dev/shm": 1 << 20}}, "/dev/shm: 1 MiB free, 64 needed"),
-        ({"space": {"/dev/shm": None}}, "/dev/shm: not there, 64 needed"),
+        ({"space": {"/dev/shm": None}}, "/dev/shm: missing, 64 needed"),
         ({"space": {"temporary": 5 << 20}}, "/scratch: 5 MiB free, 256 needed"),
         ({"skew": -61.5}, "its clock is -61.5 s off the first node's"),
         ({"run_error": "/r: cannot be written to (Read-only file system)"}, "cannot be written to"),

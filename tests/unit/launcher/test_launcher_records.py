@@ -99,7 +99,7 @@ def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
     lines = (tmp_path / "why.txt").read_text().splitlines()
     assert lines[0] == "it broke"
     assert "attempt 1, job 7, on a, b: failed" in lines
-    assert f"last whole checkpoint: {whole}" in lines
+    assert f"last complete checkpoint: {whole}" in lines
     assert "rank 3 on b was killed by SIGBUS; its last lines:" in lines and "    line" in lines
 
 

@@ -120,7 +120,7 @@ def test_a_refusal_is_told_at_once(tmp_path, monkeypatch):
     with pytest.raises(SchedulerError, match="scontrol requeue: Job is in transition"):
         Scheduler("7").requeue()
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(SchedulerError, match="scontrol is not there"):
+    with pytest.raises(SchedulerError, match="cannot run scontrol"):
         Scheduler("7").requeue()
 
 
