@@ -80,8 +80,30 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
     if capability is not None:
         yield from _check_card(config, capability)
     yield from _check_sizes(config, "mxfp8" if training.fp8_recipe == "mxfp8" else _known_recipe(config, capability))
+    yield from _check_recomputation(config, capability)
     if training.fp8_attention:
         yield from _check_attention(config, capability)
+
+
+def _check_recomputation(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+    """Recomputation that would not compute what was computed before.
+
+    With delayed scaling Transformer Engine keeps a module's scales first in, first out until they are needed again. A
+    looped module is recomputed last loop first, so each loop would get another loop's. And megatron-core recomputes
+    attention outside of FP8, so the attention that is differentiated would not be the one that ran.
+    """
+    training, model, granularity = config.training, config.model, config.parallel.recompute_granularity
+    if granularity == "full" and model.loop_count > 1 and _known_recipe(config, capability) == "delayed":
+        yield (
+            f"training.fp8 with recipe delayed, parallel.recompute_granularity full and model.loop_count "
+            f"{model.loop_count}: a loop would be recomputed with another loop's scales; set "
+            "training.fp8_recipe=tensorwise, or parallel.recompute_granularity=selective"
+        )
+    if granularity == "selective" and training.fp8_attention:
+        yield (
+            "training.fp8_attention with parallel.recompute_granularity selective: attention would be recomputed in "
+            "BF16; set parallel.recompute_granularity=none, or training.fp8_attention=false"
+        )
 
 
 def _known_recipe(config: RunConfig, capability: Capability | None) -> str:

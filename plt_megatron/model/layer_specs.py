@@ -80,7 +80,7 @@ def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
     """The spec of a PLT layer on `backend` (`torch` or `te`).
 
     Raises:
-        ImportError: `te` without Transformer Engine.
+        UserError: `te` without Transformer Engine, or with one that is too old.
     """
     if backend == "torch":
         linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear

@@ -15,20 +15,29 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from plt_megatron.errors import UserError
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.transformer_config import PLTTransformerConfig
 
+OLDEST_TRANSFORMER_ENGINE = "2.9"  # the first with te.autocast
+
 
 def require_transformer_engine() -> None:
-    """Raise ImportError unless Transformer Engine can be used.
+    """Raise `UserError` unless Transformer Engine can be used.
 
     Without it megatron-core's TE classes are mocks that compute nothing, silently.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.utils import get_te_version, is_te_min_version
 
     if not HAVE_TE:
-        raise ImportError(
+        raise UserError(
             "model.backend: te needs Transformer Engine (pip install 'plt-megatron[gpu]'), or use model.backend: torch"
+        )
+    if not is_te_min_version(OLDEST_TRANSFORMER_ENGINE):
+        raise UserError(
+            f"model.backend: te needs Transformer Engine {OLDEST_TRANSFORMER_ENGINE} (NGC containers from 25.11 on), "
+            f"this is {get_te_version()}: update it, or use model.backend: torch"
         )
 
 

@@ -36,7 +36,7 @@ def causal_attention(
     if documents is not None:
         runs = [range(query.shape[0])]
         return causal_attention_of_runs(query, key, value, runs, softmax_scale=softmax_scale, documents=documents)
-    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
+    query, key, value = (aligned(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
     return _fused_causal(query, key, value, softmax_scale).permute(2, 0, 1, 3)
 
 
@@ -60,7 +60,9 @@ def causal_attention_of_runs(
     Returns:
         [rows, b, heads, d].
     """
-    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, rows or s, d]
+    query, key, value = (
+        aligned(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value)
+    )  # [b, heads, rows or s, d]
     rows = [(slice(None), [range(key.shape[2])])]
     if documents is not None:
         rows = [(slice(row, row + 1), spans) for row, spans in enumerate(documents.spans)]
@@ -78,6 +80,15 @@ def causal_attention_of_runs(
             first += len(run)
         out.append(torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])
     return (torch.cat(out) if len(out) > 1 else out[0]).permute(2, 0, 1, 3)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied where a GPU's fused attention could not load its rows, 16 bytes at a time.
+
+    Q beside the hidden gate's logit is such: a slice of rows of head_dim + 1 channels.
+    """
+    rows_are_aligned = all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
+    return tensor if tensor.device.type == "cpu" or rows_are_aligned else tensor.contiguous()
 
 
 def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged
 from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks, token_losses
@@ -93,6 +94,7 @@ class MegatronEngine:
                 is not accepted leaves weights and optimizer state as they were; the learning rate's schedule goes on.
         """
         self.stage.train()
+        fp8_state = Fp8State(self.stage)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.times.measure("forward_backward"):
@@ -105,6 +107,8 @@ class MegatronEngine:
             if updated:
                 self._clip(grad_norm)
                 self.optimizer.step_with_ready_grads()
+            else:
+                fp8_state.restore()
         self.scheduler.step(increment=1)
         return StepResult(loss, grad_norm, lr, tokens, updated)
 
@@ -117,7 +121,7 @@ class MegatronEngine:
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
         self.stage.eval()
-        with torch.no_grad():
+        with torch.no_grad(), fp8_state_unchanged(self.stage):
             return self._run(batches, loop_count, forward_only=True)
 
     @property

@@ -210,6 +210,23 @@ def fp8_state(engine: Any) -> dict[str, Any]:
     return found
 
 
+def state_around(config: Any, between: str) -> tuple[dict[str, Any], dict[str, Any], list]:
+    """This rank's FP8 state after two steps, after `between` (a `validation` at one and at two loops, or a step that is
+    `skipped`), and the numbers of a step after that."""
+    from tests.distributed import checkpoint_jobs as jobs
+
+    _forget_fp8_state()
+    engine = jobs.build(config)
+    jobs.train(engine, 1, 2)
+    before = fp8_state(engine)
+    if between == "validation":
+        for loop_count in (1, 2):
+            jobs.evaluate(engine, loop_count)
+    elif between == "skipped":
+        assert not engine.train_step(jobs.batches_of(7), lambda loss, norm: False).updated
+    return before, fp8_state(engine), jobs.train(engine, 3, 3)
+
+
 def run_whole(config: Any) -> bool | str:
     """A whole run through the trainer."""
     from tests.distributed import training_jobs

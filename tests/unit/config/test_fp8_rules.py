@@ -60,6 +60,14 @@ def test_the_choice_in_words():
         ({"training__precision": "fp32"}, "FP8 kernels read and write bf16"),
         ({"training__fp8": "none", "training__fp8_attention": True}, "training.fp8_attention needs FP8 linear layers"),
         ({"training__fp8_recipe": "blockwise", **ATTENTION}, "recipe blockwise: no card has a kernel"),
+        (
+            {"training__fp8_recipe": "delayed", "parallel__recompute_granularity": "full"},
+            "a loop would be recomputed with another loop's scales; set training.fp8_recipe=tensorwise",
+        ),
+        (
+            {**ATTENTION, "parallel__recompute_granularity": "selective"},
+            "attention would be recomputed in BF16; set parallel.recompute_granularity=none",
+        ),
         ({"data__reset_at_document_boundaries": True, **ATTENTION}, "no kernel for packed documents"),
         (
             {"parallel__context_parallel_size": 2, "parallel__cp_comm_type": "all_gather", **ATTENTION},
@@ -102,3 +110,21 @@ def test_sequence_and_context_parallel_ranks_share_the_tokens():
     layout = {"parallel__context_parallel_size": 2, "data__sequence_length": 24}
     assert any("one rank is 12" in line for line in problems(**layout))
     assert problems(**layout, training__micro_batch_size=2) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training__fp8_recipe": "tensorwise", "parallel__recompute_granularity": "full"},
+        {"training__fp8_recipe": "delayed", "parallel__recompute_granularity": "full", "model__loop_count": 1},
+        {"training__fp8_recipe": "delayed", "parallel__recompute_granularity": "selective"},
+    ],
+    ids=str,
+)
+def test_recomputation_in_fp8_where_it_computes_the_same(settings):
+    assert problems(HOPPER, **settings) == []
+
+
+def test_recipe_auto_is_delayed_where_hopper_computes_attention_in_fp8():
+    lines = problems(HOPPER, **ATTENTION, parallel__recompute_granularity="full")
+    assert len(lines) == 1 and "another loop's scales" in lines[0]

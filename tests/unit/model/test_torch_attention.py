@@ -165,3 +165,15 @@ def test_the_global_attention_makes_no_score_matrix():
     s = 1024
     _, elements = _cost(s, None, packed=False)
     assert elements <= s * 4 * 8
+
+
+def test_rows_that_a_gpu_could_not_load_are_copied():
+    """On the meta device, which has strides as a GPU has."""
+    from plt_megatron.model.torch_attention import aligned
+
+    beside_logit = torch.empty(8, 2, 4, 17, dtype=torch.bfloat16, device="meta")[..., :16]
+    assert aligned(beside_logit).stride() == (128, 64, 16, 1)
+    of_projection = torch.empty(8, 2, 12, 16, dtype=torch.bfloat16, device="meta")[:, :, :4]
+    assert aligned(of_projection) is of_projection
+    on_cpu = torch.empty(8, 2, 4, 17)[..., :16]
+    assert aligned(on_cpu) is on_cpu

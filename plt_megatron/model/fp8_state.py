@@ -1,0 +1,55 @@
+"""What delayed scaling carries from step to step: each FP8 module's scales and histories of largest values.
+
+Only a step that updates the weights may change it. Validation would leave histories that differ between data-parallel
+ranks, of which a checkpoint keeps one; and a step that was skipped for an infinite value would hold the scale down for
+as many calls as the history is long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def _states(stage: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(scales, history) of each module and direction that has run in FP8 with delayed scaling."""
+    for module in stage.modules():
+        meta = getattr(module, "fp8_meta", None) or {}
+        for key in ("scaling_fwd", "scaling_bwd"):
+            if hasattr(meta.get(key), "amax_history"):
+                yield meta[key].scale, meta[key].amax_history
+
+
+class Fp8State:
+    """The state of a stage's modules at one time. Nothing where a run has no FP8, or a recipe without history."""
+
+    @torch.no_grad()
+    def __init__(self, stage: nn.Module) -> None:
+        self._stage = stage
+        self._kept = [(scale, history, scale.clone(), history.clone()) for scale, history in _states(stage)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back, in place: Transformer Engine's own buffers refer to these tensors."""
+        known = set()
+        for scale, history, old_scale, old_history in self._kept:
+            scale.copy_(old_scale)
+            history.copy_(old_history)
+            known.add(id(scale))
+        for scale, history in _states(self._stage):
+            if id(scale) not in known:  # made since then
+                scale.fill_(1)
+                history.zero_()
+
+
+@contextmanager
+def fp8_state_unchanged(stage: nn.Module) -> Iterator[None]:
+    """Within it, FP8 modules run without leaving a trace."""
+    state = Fp8State(stage)
+    try:
+        yield
+    finally:
+        state.restore()
