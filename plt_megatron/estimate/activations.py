@@ -38,7 +38,6 @@ class Activations:
     padding: int
     element: int
     te: bool
-    query_gate: bool
     hidden_gate: bool
     windowed: bool
     shares_kv: bool
@@ -257,7 +256,6 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         padding=min(padded_vocab - vocab_size, padded_vocab // layout.tensor),
         element=BYTES[config.training.precision],
         te=layout.backend == "te",
-        query_gate=windowed and model.gate_input == "query",
         hidden_gate=windowed and model.gate_input == "hidden",
         windowed=windowed,
         shares_kv=looped and model.share_kv,

@@ -18,13 +18,7 @@ from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import BYTES
-from plt_megatron.estimate.parameters import (
-    active_ffn_parameters,
-    count_parameters,
-    gate_input_size,
-    projection_parameters,
-    qkv_parameters,
-)
+from plt_megatron.estimate.parameters import count_parameters, layer_matmuls
 
 ELEMENT = BYTES["bf16"]
 MAX_BATCH = 1 << 16
@@ -126,9 +120,9 @@ def _flops(model: ModelConfig, context: int, head: int) -> float:
     loops, layers = model.loop_count, model.num_layers
     later = loops - 1 if derived.has_gates(model) else 0
     width = model.num_attention_heads * derived.head_dim(model)
-    linear = qkv_parameters(model) + projection_parameters(model) + active_ffn_parameters(model)
+    linear = layer_matmuls(model, "attention", "ffn", "router", "experts")
     attention = 4 * width * (loops * context + later * min(model.window_size, context))
-    gates = later * 2 * model.num_attention_heads * gate_input_size(model)
+    gates = later * 2 * layer_matmuls(model, "gates")
     return layers * (loops * 2 * linear + attention + gates) + 2 * head
 
 

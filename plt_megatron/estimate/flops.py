@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.estimate import parameters
+from plt_megatron.estimate.parameters import layer_matmuls
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
 
@@ -72,19 +72,20 @@ def forward_flops_per_token(
 ) -> Flops:
     """FLOPs per token of one forward pass, logits included. `loop_count` None: the model's own."""
     loops = model.loop_count if loop_count is None else loop_count
+    model = dataclasses.replace(model, loop_count=loops)
     layers, later_loops = model.num_layers, loops - 1
     attention_width = model.num_attention_heads * derived.head_dim(model)
-    projections = loops * 2 * (parameters.qkv_parameters(model) + parameters.projection_parameters(model))
+    projections = loops * 2 * layer_matmuls(model, "attention")
     if model.share_kv and not model.gated_window:
         unused = 2 * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
         projections -= later_loops * 2 * unused
     windows = later_loops if model.gated_window else 0
     return Flops(
         projections=layers * projections,
-        ffn=layers * loops * 2 * parameters.active_ffn_parameters(model),
+        ffn=layers * loops * 2 * layer_matmuls(model, "ffn", "router", "experts"),
         global_attention=layers * loops * 4 * attention_width * mean_keys(sequence_length),
         local_attention=layers * windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
-        gate=layers * windows * 2 * model.num_attention_heads * parameters.gate_input_size(model),
+        gate=layers * windows * 2 * layer_matmuls(model, "gates"),
         output=2 * model.hidden_size * padded_vocab_size,
     )
 

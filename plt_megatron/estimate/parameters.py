@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import get_args
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
+from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,18 @@ def count_parameters(
     vocab_size = model.vocab_size if vocab_size is None else vocab_size
     if vocab_size is None:
         raise ValueError("vocab_size is neither an argument nor in the model configuration")
-    layers, hidden = model.num_layers, model.hidden_size
-    table = derived.padded_vocab_size(model, vocab_size, tensor_model_parallel_size) * hidden
-    return ParameterCount(
-        embedding=table,
-        attention=layers * (qkv_parameters(model) + _qkv_biases(model) + projection_parameters(model)),
-        ffn=layers * 3 * hidden * whole_ffn_width(model),
-        norms=layers * _layer_norms(model),
-        gates=layers * _layer_gate(model),
-        final_norm=hidden,
-        output_layer=0 if model.share_embeddings_and_output_weights else table,
-        router=layers * router_parameters(model),
-        experts=layers * (model.num_moe_experts or 0) * expert_parameters(model),
-        active_experts=layers * active_experts(model) * expert_parameters(model),
-    )
+    sizes = Sizes.of(model, derived.padded_vocab_size(model, vocab_size, tensor_model_parallel_size))
+    counted = dict.fromkeys(get_args(Component), 0)
+    for parameter in parameters_of(model):
+        counted[parameter.component] += parameter.size(sizes) * _copies(parameter, model)
+    used = counted["experts"] // (model.num_moe_experts or 1) * active_experts(model)
+    return ParameterCount(**counted, active_experts=used)
+
+
+def _copies(parameter: Parameter, model: ModelConfig) -> int:
+    """How many of one line of the table there are: layers, experts."""
+    copies = model.num_layers if parameter.per_layer else 1
+    return copies * (model.num_moe_experts or 0) if parameter.per_expert else copies
 
 
 @dataclass(frozen=True)
@@ -103,44 +103,32 @@ def count_rank_parameters(
     """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
     tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
     first, last = stage == 0, stage == pipeline - 1
+    layers = model.num_layers // pipeline
     table = derived.padded_vocab_size(model, vocab_size, tensor) // tensor * model.hidden_size
     shared = model.share_embeddings_and_output_weights and first
+    split, whole, expert = _layer(model)
+    experts = (model.num_moe_experts or 0) // expert_model_parallel_size
     return RankParameters(
-        layers=model.num_layers // pipeline * _rank_layer(model, tensor),
+        layers=layers * (split // tensor + whole),
         embedding=table if first else 0,
         final_norm=model.hidden_size if last else 0,
         output_layer=table if last and not shared else 0,
-        experts=model.num_layers
-        // pipeline
-        * ((model.num_moe_experts or 0) // expert_model_parallel_size)
-        * expert_parameters(model),
+        experts=layers * experts * expert,
     )
 
 
-def _rank_layer(model: ModelConfig, tensor: int) -> int:
-    """One layer on one tensor-parallel rank, without experts: linear layers and a query gate are divided, norms and a
-    router are not."""
-    divided = qkv_parameters(model) + _qkv_biases(model) + projection_parameters(model)
-    divided += 3 * model.hidden_size * whole_ffn_width(model)
-    whole, gate = _layer_norms(model) + router_parameters(model), _layer_gate(model)
-    if model.gate_input == "query":
-        return (divided + gate) // tensor + whole
-    return divided // tensor + whole + gate
-
-
-def qkv_parameters(model: ModelConfig) -> int:
-    """One layer's fused Q, K and V projection, without biases."""
-    return model.hidden_size * _qkv_width(model)
-
-
-def projection_parameters(model: ModelConfig) -> int:
-    """One layer's attention output projection."""
-    return model.num_attention_heads * derived.head_dim(model) * model.hidden_size
-
-
-def whole_ffn_width(model: ModelConfig) -> int:
-    """Width of the FFN that every token uses: a dense model's, or a shared expert's."""
-    return derived.split_ffn(model)[1]
+def _layer(model: ModelConfig) -> tuple[int, int, int]:
+    """One layer's parameters: (split over tensor-parallel ranks, whole on each, one expert's)."""
+    sizes = Sizes.of(model, 0)
+    split = whole = expert = 0
+    for parameter in parameters_of(model):
+        if parameter.per_expert:
+            expert += parameter.size(sizes)
+        elif parameter.per_layer and parameter.split:
+            split += parameter.size(sizes)
+        elif parameter.per_layer:
+            whole += parameter.size(sizes)
+    return split, whole, expert
 
 
 def active_experts(model: ModelConfig) -> int:
@@ -148,55 +136,11 @@ def active_experts(model: ModelConfig) -> int:
     return model.moe_router_topk if model.num_moe_experts else 0
 
 
-def active_ffn_width(model: ModelConfig) -> int:
-    """Width of all that one token uses of a layer's FFN."""
-    return whole_ffn_width(model) + active_experts(model) * derived.expert_ffn_hidden_size(model)
-
-
-def active_ffn_parameters(model: ModelConfig) -> int:
-    """Weights of one layer's FFN that a token meets, a router's among them: its multiply-adds."""
-    return 3 * model.hidden_size * active_ffn_width(model) + router_parameters(model)
-
-
-def expert_parameters(model: ModelConfig) -> int:
-    """One expert."""
-    return 3 * model.hidden_size * derived.expert_ffn_hidden_size(model)
-
-
-def router_parameters(model: ModelConfig) -> int:
-    """One layer's router."""
-    return model.hidden_size * (model.num_moe_experts or 0)
-
-
-def gate_input_size(model: ModelConfig) -> int:
-    """Width of what one head's gate reads: the head's query, or the layer's input."""
-    return derived.head_dim(model) if model.gate_input == "query" else model.hidden_size
-
-
-def _qkv_width(model: ModelConfig) -> int:
-    heads_out = model.num_attention_heads + 2 * derived.num_query_groups(model)
-    return heads_out * derived.head_dim(model)
-
-
-def _qkv_biases(model: ModelConfig) -> int:
-    return _qkv_width(model) if model.qkv_bias else 0
-
-
-def _layer_norms(model: ModelConfig) -> int:
-    norms = 2 * model.hidden_size  # attention's and the FFN's, on inputs or outputs
-    if model.qk_layernorm:
-        heads = 2
-        if model.norm_placement == "post":
-            heads = model.num_attention_heads + derived.num_query_groups(model)
-        norms += heads * derived.head_dim(model)
-    if model.ffn_output_norm:
-        norms += model.hidden_size
-    return norms
-
-
-def _layer_gate(model: ModelConfig) -> int:
-    """One weight row and one bias per head; a gate that reads the layer's input norms it first."""
-    if not derived.has_gates(model):
-        return 0
-    gate = model.num_attention_heads * (gate_input_size(model) + 1)
-    return gate + (model.hidden_size if model.gate_input == "hidden" else 0)
+def layer_matmuls(model: ModelConfig, *components: Component) -> int:
+    """Weights of one layer's components that one token is multiplied with in one loop: its multiply-adds."""
+    sizes = Sizes.of(model, 0)
+    return sum(
+        parameter.size(sizes) * (active_experts(model) if parameter.per_expert else 1)
+        for parameter in parameters_of(model)
+        if parameter.is_matrix and parameter.component in components
+    )

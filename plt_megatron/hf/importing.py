@@ -140,9 +140,10 @@ def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
 
 
 def _fresh(mapping: ParamMapping) -> Tensor:
-    """As a new model has them: gates of one half, norms of one."""
-    assert ".plt_gate." in mapping.name, mapping.name
-    return torch.ones(mapping.shape) if mapping.name.endswith("gate_norm.weight") else torch.zeros(mapping.shape)
+    """As a new model has them."""
+    init = mapping.parameter.init
+    assert mapping.parameter.only_in_loops and isinstance(init, float), mapping.name
+    return torch.full(mapping.shape, init)
 
 
 def _padded(make: Callable[[], Tensor], rows: int) -> Tensor:

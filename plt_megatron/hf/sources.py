@@ -21,6 +21,7 @@ from plt_megatron.hf.config_keys import CONFIG, read_config
 from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
+from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified_progress
 from plt_megatron.train.checkpoint import read_weights
 
@@ -181,5 +182,5 @@ def check_hf_tensors(files: SafetensorsFolder, mappings: list[ParamMapping], mod
             raise UserError(f"{files.folder}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}")
         del shapes[_HEAD]
     if not derived.has_gates(model):
-        shapes = {name: shape for name, shape in shapes.items() if ".plt_gate." not in name}
+        shapes = {name: shape for name, shape in shapes.items() if not only_in_loops(name)}
     conversion.check_tensors(shapes, mappings, str(files.folder))

@@ -1,71 +1,13 @@
-"""How Hugging Face's tensors lie in ours: of what a mapping of the table (`param_mapping`) is made."""
+"""How Hugging Face's tensors lie in ours: what each form of the table (`model/parameters.py`) means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The dimensions that shapes in the table are made of."""
-
-    hidden: int
-    ffn: int
-    vocab: int
-    heads: int
-    groups: int
-    head_dim: int
-    experts: int = 0
-    expert_ffn: int = 0
-    shared_ffn: int = 0
-
-    @classmethod
-    def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
-        return cls(
-            hidden=model.hidden_size,
-            ffn=model.ffn_hidden_size,
-            vocab=vocab_size,
-            heads=model.num_attention_heads,
-            groups=derived.num_query_groups(model),
-            head_dim=derived.head_dim(model),
-            experts=model.num_moe_experts or 0,
-            expert_ffn=derived.expert_ffn_hidden_size(model),
-            shared_ffn=model.moe_shared_expert_intermediate_size or 0,
-        )
-
-    @property
-    def query(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def key_value(self) -> int:
-        return self.groups * self.head_dim
-
-    @property
-    def qkv(self) -> int:
-        return self.query + 2 * self.key_value
-
-    @property
-    def gate_up(self) -> int:
-        return 2 * self.ffn
-
-    @property
-    def expert_gate_up(self) -> int:
-        return 2 * self.expert_ffn
-
-    @property
-    def shared_gate_up(self) -> int:
-        return 2 * self.shared_ffn
-
-    def shape(self, names: Sequence[str]) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in names)
+from plt_megatron.model.parameters import Form, Sizes
 
 
 class DirectMapping:
@@ -112,3 +54,4 @@ class GateUpMapping:
 
 
 TensorMapping = DirectMapping | NegatedMapping | QKVMapping | GateUpMapping
+MAPPINGS: dict[Form, TensorMapping] = {"direct": DirectMapping(), "qkv": QKVMapping(), "gate_up": GateUpMapping()}

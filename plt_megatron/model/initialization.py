@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from plt_megatron.model.looped_gpt import LoopedGPT
-
-_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")  # what writes into the residual stream
-
+from plt_megatron.model.parameters import Sizes, find
 
 # An expert's weight: one of several modules, or one of several parameters of a grouped GEMM.
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(?:local_experts\.(\d+)\.(.*)|(.*\.weight)(\d+))")
@@ -46,36 +44,25 @@ def _global_expert(name: str, stage: LoopedGPT) -> str:
     return f"{match[1]}{group.rank() * (experts // group.size()) + int(local)}.{weight}"
 
 
+@torch.no_grad()
 def initialize(stage: LoopedGPT, seed: int) -> None:
-    """Draw this stage's weights: normal with `init_method_std`, divided by sqrt(2 * num_layers) where a layer writes
-    into the residual stream (Megatron's scaled initialisation); biases, norms and gates stay as built."""
-    config = stage.config
+    """Give this stage's parameters their initial values."""
     for name, parameter in global_names(stage):
-        if name.endswith("linear_qkv.bias"):
-            with torch.no_grad():
-                parameter.zero_()
-        if parameter.dim() < 2 or ".plt_gate." in name:
-            continue
-        std = config.init_method_std
-        if name.endswith(_OUTPUTS):
-            std /= math.sqrt(2 * config.num_layers)
-        with torch.no_grad():
-            parameter.copy_(_own_part(_draw(name, seed, _whole_shape(name, parameter, stage), std), name, stage))
+        parameter.copy_(initial_value(stage, name, seed))
 
 
-def _whole_shape(name: str, parameter: Tensor, stage: LoopedGPT) -> tuple[int, ...]:
-    shape = list(parameter.shape)
-    axis = _split_axis(name)
-    if axis is not None:
-        shape[axis] *= stage.pg_collection.tp.size()
-    return tuple(shape)
-
-
-def _split_axis(name: str) -> int | None:
-    """The axis that tensor-parallel ranks split; experts and routers are whole on each."""
-    if ".mlp.experts." in name or ".mlp.router." in name:
-        return None
-    return 1 if name.endswith(_OUTPUTS) else 0
+def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
+    """What this tensor-parallel rank holds of a parameter before training, as the table (`model/parameters.py`) states
+    it; fp32, on the CPU. `name`: in the whole model."""
+    parameter = find(stage.plt, name)
+    shape = Sizes.of(stage.plt, stage.padded_vocab_size).shape(parameter.dims)
+    if isinstance(parameter.init, float):
+        whole = torch.full(shape, parameter.init)
+    else:
+        scale = math.sqrt(2 * stage.config.num_layers) if parameter.init == "output" else 1.0
+        whole = _draw(name, seed, shape, stage.config.init_method_std / scale)
+    group = stage.pg_collection.tp
+    return parameter.part_of_rank(whole, group.rank(), group.size())
 
 
 def _draw(name: str, seed: int, shape: tuple[int, ...], std: float) -> Tensor:
@@ -86,14 +73,3 @@ def _draw(name: str, seed: int, shape: tuple[int, ...], std: float) -> Tensor:
     size = math.prod(shape)
     whole_blocks = torch.empty(-(-size // 16) * 16, dtype=torch.float32)
     return whole_blocks.normal_(0.0, std, generator=generator)[:size].view(shape)
-
-
-def _own_part(whole: Tensor, name: str, stage: LoopedGPT) -> Tensor:
-    group, axis = stage.pg_collection.tp, _split_axis(name)
-    if group.size() == 1 or axis is None:
-        return whole
-    if name.endswith("linear_fc1.weight"):
-        # Each rank holds [its gate rows, its up rows].
-        gate, up = whole.chunk(2)
-        return torch.cat([half.chunk(group.size())[group.rank()] for half in (gate, up)])
-    return whole.chunk(group.size(), dim=axis)[group.rank()]

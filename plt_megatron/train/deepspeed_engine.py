@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import _get_param_groups, get_standard_config_overrides
+from megatron.core.optimizer import _get_param_groups
 from torch import Tensor
 
 from plt_megatron.config.deepspeed_settings import deepspeed_config
@@ -22,7 +22,14 @@ from plt_megatron.model.pipeline import token_losses
 from plt_megatron.train.deepspeed_gradients import GradientParts
 from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed_state import DeepSpeedState
-from plt_megatron.train.megatron_engine import StepResult, build_stage, finite_step, lr_scheduler, optimizer_config
+from plt_megatron.train.megatron_engine import (
+    StepResult,
+    build_stage,
+    decay_overrides,
+    finite_step,
+    lr_scheduler,
+    optimizer_config,
+)
 from plt_megatron.train.step_times import StepTimes
 
 
@@ -152,6 +159,5 @@ class _Verdict:
 
 
 def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
-    """megatron-core's: no weight decay on biases and norms."""
-    settings = optimizer_config(config)
-    return _get_param_groups([stage], settings, get_standard_config_overrides(settings))
+    """megatron-core's, as the other engine has them."""
+    return _get_param_groups([stage], optimizer_config(config), decay_overrides())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
+from plt_megatron.model.parameters import find
 
 
 class GradientParts:
@@ -67,10 +68,11 @@ def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: Loope
 def expected_parts(name: str, config: RunConfig) -> int:
     """In how many parts a parameter's gradient comes in one microbatch's backward."""
     model, granularity = config.model, config.parallel.recompute_granularity
-    if granularity == "none" or model.loop_count == 1 or not name.startswith("decoder.layers."):
+    parameter = find(model, name)
+    if granularity == "none" or model.loop_count == 1 or not parameter.per_layer:
         return 1
-    if ".plt_gate." in name and model.gate_input == "query":
-        return model.loop_count - 1  # in the core attention, recomputed in both; the first loop has no gate
+    if parameter.in_core_attention:
+        return model.loop_count - 1  # recomputed in both; the first loop has no use for it
     if granularity == "selective":
         return 1
     return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else model.loop_count

@@ -16,6 +16,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
+from plt_megatron.model.initialization import initial_value
+from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.engine_state import Reader
 
@@ -124,9 +126,11 @@ class DeepSpeedState:
 
     def _put(self, name: str, loaded: dict[str, Tensor]) -> None:
         entry = self._entries[name]
-        if not loaded:
-            assert state.is_gate(name), f"{name} is neither loaded nor a gate"
-        main = loaded[_MAIN] if loaded else torch.full(entry.shape, state.gate_as_built(name))
+        if loaded:
+            main = loaded[_MAIN]
+        else:
+            assert only_in_loops(name), f"{name} is neither loaded nor a gate"
+            main = initial_value(self._engine.stage, name, self._engine.config.training.seed)
         self._optimizer.scatter(entry.parameter, _MAIN, main.float())
         for key in _MOMENTS:
             moment = loaded.get(key)

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -31,6 +32,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged
 from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
+from plt_megatron.model.parameters import decays
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks, token_losses
 from plt_megatron.model.transformer_config import DTYPES, schedule_config, transformer_config
 from plt_megatron.runtime.fp8 import choose_fp8
@@ -78,7 +80,7 @@ class MegatronEngine:
         self.stage = build_stage(config, vocab_size)
         self.layers_config, self.groups = self.stage.config, self.stage.pg_collection
         self.ddp = wrap_ddp(self.stage, config.parallel.overlap_grad_reduce)
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), [self.ddp])
+        self.optimizer = get_megatron_optimizer(optimizer_config(config), [self.ddp], decay_overrides())
         self.scheduler = lr_scheduler(config, self.optimizer)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = _nothing
@@ -265,6 +267,12 @@ def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
         params_dtype=DTYPES[training.precision],
         use_distributed_optimizer=True,
     )
+
+
+def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's parameter groups: no weight decay where the table of parameters has none."""
+    undecayed = ParamWithNamePredicate("undecayed", lambda parameter, name: not decays(name))
+    return {ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)}
 
 
 def lr_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from plt_megatron.model.initialization import global_names, initial_value
+from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.engine import Engine
 from plt_megatron.train.megatron_engine import MegatronEngine
@@ -81,6 +83,7 @@ class MegatronState:
     @torch.no_grad()
     def _build_gates(self, loaded: dict[str, Any]) -> None:
         """As built, where none are loaded: an engine that has trained already may be loaded too."""
-        for name, parameter in self._engine.stage.named_parameters():
-            if state.is_gate(name) and name not in loaded:
-                parameter.fill_(state.gate_as_built(name))
+        stage = self._engine.stage
+        for own_name, (name, parameter) in zip(dict(stage.named_parameters()), global_names(stage), strict=True):
+            if only_in_loops(name) and own_name not in loaded:
+                parameter.copy_(initial_value(stage, name, self._engine.config.training.seed))

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from plt_megatron.errors import UserError
+from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.train.checkpoint import saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
@@ -146,17 +147,18 @@ def _fit(path: Path, request: dict[str, Any]) -> None:
     unexpected = sorted(saved.keys() - needed.keys(), key=_model_first)
     if "optimizer" not in request:
         unexpected = [key for key in unexpected if not key.startswith(state.OPTIMIZER_PREFIX)]
-    for keys, fault in ((missing, "lacks"), (unexpected, "has")):
-        strange = [key for key in keys if not state.is_gate(key)]
-        if strange:
-            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            other = "which this model needs" if fault == "lacks" else "which this model has not"
-            raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
     for key in sorted(needed.keys() & saved.keys(), key=_model_first):
         if needed[key] is not None and needed[key] != saved[key]:
             raise UserError(
                 f"checkpoint {path}: the tensor {key} has shape {saved[key]}, this model needs {needed[key]}"
             )
+    for keys, others, fault in ((missing, saved, "lacks"), (unexpected, needed, "has")):
+        both_have_gates = any(map(only_in_loops, others))  # then they are gates of another kind
+        strange = [key for key in keys if both_have_gates or not only_in_loops(key)]
+        if strange:
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            other = "which this model needs" if fault == "lacks" else "which this model has not"
+            raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
     if missing:
         _take_out(request, set(missing))
         _say(f"{path} has no gates: this model's start from zero, with fresh optimizer state")

@@ -27,18 +27,7 @@ from plt_megatron.train.megatron_engine import MegatronEngine
 
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
-_GATE = ".plt_gate."
 _TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
-
-
-def is_gate(name: str) -> bool:
-    """Whether a parameter or tensor is a gate's: a checkpoint of one loop has none."""
-    return _GATE in name
-
-
-def gate_as_built(name: str) -> float:
-    """The value of a gate's parameter before training."""
-    return 1.0 if "gate_norm" in name else 0.0
 
 
 def sharding_metadata(engine: Engine) -> dict[str, Any]:

@@ -70,16 +70,6 @@ def test_the_gate_of_the_other_side_is_its_negative():
     assert torch.equal(norm, weights[f"decoder.layers.1.{gate}gate_norm.weight"])  # the norm keeps its sign
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_shards_merge_to_the_whole(name):
-    model = make_model(**VARIANTS[name])
-    for rule in mappings_for(model, 118):
-        whole = torch.randn(rule.shape)
-        parts = [rule.shard(whole, rank, 2) for rank in range(2)]
-        assert torch.equal(rule.merge(parts), whole)
-        assert rule.split is None or parts[0].numel() == whole.numel() // 2
-
-
 def test_a_tensor_without_a_place_and_a_place_without_a_tensor():
     model = make_model()
     rules = mappings_for(model, VOCAB)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,27 +59,3 @@ def test_spreads_are_megatrons():
         assert tensor.std().item() == pytest.approx(expected, rel=0.1), name
         assert abs(tensor.mean().item()) < 0.1 * expected, name
     assert all(torch.all(tensor == 1) for name, tensor in weights.items() if name.endswith("norm.weight"))
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_tensor_parallel_parts_make_up_the_whole(ranks, monkeypatch):
-    """Each rank's part, taken from a stage that believes in `ranks` ranks; tests/distributed has real ones."""
-    from plt_megatron.model import initialization
-
-    for name, axis in (
-        ("x.linear_qkv.weight", 0),
-        ("x.linear_proj.weight", 1),
-        ("x.mlp.linear_fc1.weight", 0),
-    ):
-        whole = torch.arange(16 * 8.0).view(16, 8)
-        parts = []
-        for rank in range(ranks):
-            group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
-            stage = SimpleNamespace(pg_collection=SimpleNamespace(tp=group))
-            parts.append(initialization._own_part(whole, name, stage))
-        if name.endswith("linear_fc1.weight"):
-            halves = [part.chunk(2) for part in parts]  # [gate; up] on every rank
-            joined = torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
-        else:
-            joined = torch.cat(parts, dim=axis)
-        assert torch.equal(joined, whole)

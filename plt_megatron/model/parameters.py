@@ -1,0 +1,319 @@
+"""Every parameter that a PLT can have, once: names, shapes, splits, initial values, and what it is used for.
+
+Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`estimate`), initial
+weights (`model/initialization.py`), weight decay, what a checkpoint of one loop lacks (`train/checkpoint`), and in how
+many parts DeepSpeed gets a gradient. Without torch, since estimates read it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYER, EXPERT = "{layer}", "{expert}"  # in a name: one parameter for each, counted from 0 over the whole model
+_OURS, _THEIRS = f"decoder.layers.{LAYER}.", f"model.layers.{LAYER}."
+
+# How one of ours is made of Hugging Face's. qkv: rows by query group, its queries, its key, its value;
+# gate_up: SwiGLU's gate rows, then its up rows.
+Form = Literal["direct", "qkv", "gate_up"]
+_THEIR_ROWS = {"qkv": ("query", "key_value", "key_value"), "gate_up": ("ffn", "ffn")}
+# A constant; normal: of `init_method_std`; output: normal, divided by sqrt(2 * num_layers), for what writes into the
+# residual stream (Megatron's scaled initialisation).
+Init = float | Literal["normal", "output"]
+Component = Literal[
+    "embedding", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions that shapes in the table are made of."""
+
+    hidden: int
+    ffn: int  # of a dense FFN or a shared expert
+    vocab: int
+    heads: int
+    groups: int
+    head_dim: int
+    query_norm: int
+    key_norm: int
+    experts: int
+    expert_ffn: int
+
+    @classmethod
+    def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
+        """`vocab_size`: rows of the embedding, with padding or without."""
+        heads, groups, head_dim = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
+        return cls(
+            hidden=model.hidden_size,
+            ffn=derived.split_ffn(model)[1],
+            vocab=vocab_size,
+            heads=heads,
+            groups=groups,
+            head_dim=head_dim,
+            query_norm=heads * head_dim if _post(model) else head_dim,
+            key_norm=groups * head_dim if _post(model) else head_dim,
+            experts=model.num_moe_experts or 0,
+            expert_ffn=derived.expert_ffn_hidden_size(model),
+        )
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def key_value(self) -> int:
+        return self.groups * self.head_dim
+
+    @property
+    def qkv(self) -> int:
+        return self.query + 2 * self.key_value
+
+    @property
+    def gate_up(self) -> int:
+        return 2 * self.ffn
+
+    @property
+    def expert_gate_up(self) -> int:
+        return 2 * self.expert_ffn
+
+    def shape(self, dims: str) -> tuple[int, ...]:
+        """Of dimensions by name: `"qkv hidden"`."""
+        return tuple(getattr(self, name) for name in dims.split())
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A line of the table.
+
+    Attributes:
+        name: megatron-core's over the whole model, with `LAYER` and `EXPERT`.
+        dims: names of its dimensions, attributes of `Sizes`.
+        component: what it is counted as.
+        hf: Hugging Face's names, with `LAYER` and `EXPERT`: Llama's and PLT's gate, the same in all families we read.
+        form: how it is made of those.
+        split: over tensor-parallel ranks, gate and up rows each; None: whole on each.
+        init: its value before training.
+        exists: the models that have it.
+        gate_logit: its sign says which of the two attentions the gate multiplies.
+        in_core_attention: used in the core attention of loops >= 2, not in the layer around it.
+    """
+
+    name: str
+    dims: str
+    component: Component
+    hf: tuple[str, ...]
+    form: Form = "direct"
+    split: Literal["rows", "columns"] | None = None
+    init: Init = "normal"
+    exists: Callable[[ModelConfig], bool] = lambda model: True
+    gate_logit: bool = False
+    in_core_attention: bool = False
+
+    @property
+    def hf_dims(self) -> list[str]:
+        """Names of the dimensions of each of Hugging Face's."""
+        if self.form == "direct":
+            return [self.dims]
+        return [self.dims.replace(self.form, rows) for rows in _THEIR_ROWS[self.form]]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Matrices decay and, but for the embedding, are multiplied with tokens; vectors (norms, biases) do neither."""
+        return " " in self.dims
+
+    @property
+    def only_in_loops(self) -> bool:
+        """Whether a model of one loop has none."""
+        return self.component == "gates"
+
+    @property
+    def per_layer(self) -> bool:
+        return LAYER in self.name
+
+    @property
+    def per_expert(self) -> bool:
+        return EXPERT in self.name
+
+    def size(self, sizes: Sizes) -> int:
+        """Elements of one."""
+        return math.prod(sizes.shape(self.dims))
+
+    def part_of_rank(self, whole: Tensor, rank: int, size: int) -> Tensor:
+        """The part of the whole tensor that one of `size` tensor-parallel ranks holds."""
+        if self.split is None:
+            return whole
+        if self.form == "gate_up":
+            return whole.unflatten(0, (2, -1)).chunk(size, dim=1)[rank].flatten(0, 1)
+        return whole.chunk(size, dim=1 if self.split == "columns" else 0)[rank]
+
+    def is_named(self, name: str) -> bool:
+        """Whether a name is this parameter's: in a model or a stage, behind a prefix (a wrapper's, an optimizer
+        state's), as a checkpoint's key, or Hugging Face's."""
+        return self._pattern.fullmatch(name) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        names = "|".join(re.escape(name) for name in (self.name, *self.hf))
+        names = names.replace(re.escape(f"{LAYER}."), r"(?:\d+\.)?")
+        if self.per_expert:  # a module each, or a parameter of a grouped GEMM with the expert's number behind it
+            names = names.replace(re.escape(f"{EXPERT}."), r"(?:\w+\.)*").replace("weight", r"weight\d*")
+        return re.compile(rf"(?:.*\.)?(?:{names})")
+
+
+# ---------------------------------------------------------------- when a parameter exists
+
+
+def _untied(model: ModelConfig) -> bool:
+    return not model.share_embeddings_and_output_weights
+
+
+def _pre(model: ModelConfig) -> bool:
+    return model.norm_placement == "pre"
+
+
+def _post(model: ModelConfig) -> bool:
+    return model.norm_placement == "post"
+
+
+def _dense(model: ModelConfig) -> bool:
+    return model.num_moe_experts is None
+
+
+def _experts(model: ModelConfig) -> bool:
+    return not _dense(model)
+
+
+def _shared_expert(model: ModelConfig) -> bool:
+    return _experts(model) and model.moe_shared_expert_intermediate_size is not None
+
+
+def _qk_norm(model: ModelConfig) -> bool:
+    return model.qk_layernorm
+
+
+def _gate(kind: str) -> Callable[[ModelConfig], bool]:
+    return lambda model: derived.has_gates(model) and model.gate_input == kind
+
+
+# ---------------------------------------------------------------- the table
+
+
+def _parameter(name: str, dims: str, component: Component, *hf: str, **how: Any) -> Parameter:
+    return Parameter(name, dims, component, hf, **how)
+
+
+def _norm(name: str, hf: str, dims: str = "hidden", **how: Any) -> Parameter:
+    return Parameter(name, dims, "norms", (hf,), init=1.0, **how)
+
+
+def _in_layers(*parameters: Parameter) -> Iterator[Parameter]:
+    """Named over the whole model."""
+    for parameter in parameters:
+        yield replace(parameter, name=_OURS + parameter.name, hf=tuple(_THEIRS + name for name in parameter.hf))
+
+
+_QKV = "self_attention.linear_qkv."
+_GATE, _HF_GATE = "self_attention.core_attention.plt_gate.", "self_attn.plt_gate."
+_EXPERT, _SHARED, _HF_SHARED = f"mlp.experts.{EXPERT}.", "mlp.shared_experts.", "mlp.shared_expert."
+
+_OF_QKV = {"form": "qkv", "split": "rows"}
+_OF_QUERY_GATE = {"init": 0.0, "split": "rows", "gate_logit": True, "in_core_attention": True, "exists": _gate("query")}
+_OF_HIDDEN_GATE = {"init": 0.0, "gate_logit": True, "exists": _gate("hidden")}  # a rank has all heads, of its rows
+
+# In the order in which exports store them.
+# fmt: off
+TABLE = (
+    _parameter("embedding.word_embeddings.weight", "vocab hidden", "embedding", "model.embed_tokens.weight",
+               split="rows"),
+    *_in_layers(
+        _norm(_QKV + "layer_norm_weight", "input_layernorm.weight", exists=_pre),
+        _parameter(_QKV + "weight", "qkv hidden", "attention",
+                   "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", **_OF_QKV),
+        _parameter(_QKV + "bias", "qkv", "attention",
+                   "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias", **_OF_QKV,
+                   init=0.0, exists=lambda model: model.qkv_bias),
+        _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "query_norm", exists=_qk_norm),
+        _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "key_norm", exists=_qk_norm),
+        _parameter(_GATE + "weight", "heads head_dim", "gates", _HF_GATE + "weight", **_OF_QUERY_GATE),
+        _parameter(_GATE + "bias", "heads", "gates", _HF_GATE + "bias", **_OF_QUERY_GATE),
+        _parameter(_GATE + "weight", "heads hidden", "gates", _HF_GATE + "weight", **_OF_HIDDEN_GATE),
+        _parameter(_GATE + "bias", "heads", "gates", _HF_GATE + "bias", **_OF_HIDDEN_GATE),
+        _parameter(_GATE + "gate_norm.weight", "hidden", "gates", _HF_GATE + "gate_norm.weight",
+                   init=1.0, exists=_gate("hidden")),
+        _parameter("self_attention.linear_proj.weight", "hidden query", "attention", "self_attn.o_proj.weight",
+                   split="columns", init="output"),
+        _norm("self_attention.output_norm.weight", "post_attention_layernorm.weight", exists=_post),
+        _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight",
+              exists=lambda model: _pre(model) and _dense(model)),
+        _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight",
+              exists=lambda model: _pre(model) and _experts(model)),
+        _parameter("mlp.linear_fc1.weight", "gate_up hidden", "ffn", "mlp.gate_proj.weight", "mlp.up_proj.weight",
+                   form="gate_up", split="rows", exists=_dense),
+        _parameter("mlp.linear_fc2.weight", "hidden ffn", "ffn", "mlp.down_proj.weight",
+                   split="columns", init="output", exists=_dense),
+        _parameter("mlp.router.weight", "experts hidden", "router", "mlp.gate.weight", exists=_experts),
+        _parameter(_EXPERT + "linear_fc1.weight", "expert_gate_up hidden", "experts",
+                   _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", form="gate_up", exists=_experts),
+        _parameter(_EXPERT + "linear_fc2.weight", "hidden expert_ffn", "experts", _EXPERT + "down_proj.weight",
+                   init="output", exists=_experts),
+        _parameter(_SHARED + "linear_fc1.weight", "gate_up hidden", "ffn",
+                   _HF_SHARED + "gate_proj.weight", _HF_SHARED + "up_proj.weight",
+                   form="gate_up", split="rows", exists=_shared_expert),
+        _parameter(_SHARED + "linear_fc2.weight", "hidden ffn", "ffn", _HF_SHARED + "down_proj.weight",
+                   split="columns", init="output", exists=_shared_expert),
+        _norm("mlp.output_norm.weight", "post_feedforward_layernorm.weight",
+              exists=lambda model: model.ffn_output_norm or _post(model)),
+    ),
+    Parameter("final_layernorm.weight", "hidden", "final_norm", ("model.norm.weight",), init=1.0),
+    _parameter("output_layer.weight", "vocab hidden", "output_layer", "lm_head.weight", split="rows", exists=_untied),
+)
+# fmt: on
+
+
+# ---------------------------------------------------------------- asked of it
+
+
+def parameters_of(model: ModelConfig) -> list[Parameter]:
+    """The parameters that a model has, in the order of the table."""
+    return [parameter for parameter in TABLE if parameter.exists(model)]
+
+
+def find(model: ModelConfig, name: str) -> Parameter:
+    """The parameter of a model by a name that `Parameter.is_named` knows.
+
+    Raises:
+        KeyError: the model has none of this name.
+    """
+    return _first(parameters_of(model), name)
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter of a name that `Parameter.is_named` knows, in any model.
+
+    Raises:
+        KeyError: no model has one.
+    """
+    return _first(TABLE, name).is_matrix
+
+
+def only_in_loops(name: str) -> bool:
+    """Whether a name, ours or Hugging Face's, is that of a parameter that a model of one loop has not: a gate's."""
+    return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
+
+
+def _first(parameters: Iterable[Parameter], name: str) -> Parameter:
+    for parameter in parameters:
+        if parameter.is_named(name):
+            return parameter
+    raise KeyError(f"{name} is not in the table of parameters (model/parameters.py)")
