@@ -62,7 +62,7 @@ class ModelConfig:
     gated_window: bool = True  # ... and, gated per head, to a window of their own
     window_size: Size = 64  # keys a query sees in the local attention, itself included
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet
-    gate_input: Literal["query", "hidden"] = "query"
+    gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/gate.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2

@@ -17,6 +17,7 @@ from plt_megatron.hf.param_mapping import Style
 CONFIG = "config.json"
 LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
 _LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LOOPCODER_GATES = {"query": False, "hidden": True}  # model.gate_input: plt_gate_use_hidden_states
 AUTO_MAP = {
     "AutoConfig": "configuration_plt.PLTConfig",
     "AutoModel": "modeling_plt.PLTModel",
@@ -101,6 +102,8 @@ def loopcoder_keys(
     ]
     if model.loop_count == 1:
         other.append("model.loop_count is 1")
+    if model.gate_input not in _LOOPCODER_GATES:
+        other.append(f"model.gate_input is {model.gate_input}")
     if other:
         raise UserError(f"the loopcoder format cannot say that {', '.join(other)}; use --format plt")
     return {
@@ -118,7 +121,7 @@ def loopcoder_keys(
         "plt_normalize_per_loop": model.norm_between_loops,
         "plt_emb_scale": model.embedding_scale,
         "plt_hidden_scale": model.hidden_scale,
-        "plt_gate_use_hidden_states": model.gate_input == "hidden",
+        "plt_gate_use_hidden_states": _LOOPCODER_GATES[model.gate_input],
         **tokens,
         "use_cache": True,
         "torch_dtype": dtype,

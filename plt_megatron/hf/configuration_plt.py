@@ -6,6 +6,7 @@ This file travels with every exported model: it imports transformers and nothing
 from transformers.configuration_utils import PreTrainedConfig
 
 MAX_LOOPS = 8
+GATE_INPUTS = ("query", "hidden")
 
 
 class PLTConfig(PreTrainedConfig):
@@ -22,7 +23,7 @@ class PLTConfig(PreTrainedConfig):
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
             values, by one sigmoid gate per head. Needs `share_kv`.
         window_size (`int`): keys a query sees in the window, itself included.
-        gate_input (`str`): "query" (the query after RoPE) or "hidden" (RMSNorm of the layer's input).
+        gate_input (`str`): what the gate reads, one of `GATE_INPUTS`; `PLTGate` says how.
         gate_side (`str`): the attention that the gate multiplies, "local" or "global"; the other gets
             1 - gate.
         norm_between_loops (`bool`): the final norm is applied to every loop's output, not to the last's only.
@@ -153,8 +154,8 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError(f"loop_count must be an integer from 1 to {MAX_LOOPS}, not {count!r}")
         if self.gated_window and not self.share_kv:
             raise ValueError("gated_window needs share_kv: its gate blends the window with the first loop's K and V")
-        if self.gate_input not in ("query", "hidden"):
-            raise ValueError(f'gate_input must be "query" or "hidden", not {self.gate_input!r}')
+        if self.gate_input not in GATE_INPUTS:
+            raise ValueError(f"gate_input must be one of {', '.join(GATE_INPUTS)}, not {self.gate_input!r}")
         if self.gate_side not in ("local", "global"):
             raise ValueError(f'gate_side must be "local" or "global", not {self.gate_side!r}')
         scales = (self.embedding_scale, self.hidden_scale)

@@ -865,8 +865,8 @@ class PLTPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PLTGate):
             # Half and half at the start, as LoopCoder-v2 does.
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
 
 
 class PLTModel(PLTPreTrainedModel):

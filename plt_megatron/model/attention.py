@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.context_parallel import SequenceShard
-from plt_megatron.model.gate import HiddenGate, QueryGate
+from plt_megatron.model.gate import GATES, QueryGate
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.te_attention import TEAttention
 from plt_megatron.model.torch_attention import (
@@ -93,6 +93,8 @@ class FusedGatedWindow(nn.Module):
         gate reads the query -> y [s, b, heads, d]."""
         from plt_megatron.model.gated_window_kernel import gated_window
 
+        if logits is None and not isinstance(gate, QueryGate):
+            logits = gate(query)  # the kernel itself computes the paper's only
         of_query: dict[str, Any] = {} if logits is not None else {"weight": gate.weight, "bias": gate.bias}
         return gated_window(
             query,
@@ -148,8 +150,7 @@ class GatedSlidingWindowAttention(MegatronModule):
                 self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
             else:
                 self.local_attention = self._build(config, self.plt.window_size, **build)
-            gate = QueryGate if self.plt.gate_input == "query" else HiddenGate
-            self.plt_gate = gate(config, pg_collection.tp)
+            self.plt_gate = GATES[self.plt.gate_input](config, pg_collection.tp)
 
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         raise NotImplementedError
@@ -182,7 +183,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None, "PLT attention is causal, nothing else"
         context = packed_seq_params or LoopContext()
         logits = None
-        if isinstance(self.plt_gate, HiddenGate):
+        if getattr(self.plt_gate, "reads_hidden_states", False):
             query, logits = query[..., : self.head_dim], query[..., self.head_dim]
         out = self._attend(query, key, value, logits, context)
         return out.reshape(*out.shape[:2], -1)
@@ -260,7 +261,7 @@ class PLTSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As megatron-core's, with query [s, b, heads / TP, d + 1] where the gate reads hidden states."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        gate = getattr(self.core_attention, "plt_gate", None)
-        if isinstance(gate, HiddenGate):
+        gate = self.core_attention.plt_gate
+        if getattr(gate, "reads_hidden_states", False):
             query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
         return query, key, value

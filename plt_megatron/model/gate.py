@@ -25,33 +25,46 @@ def _zeros(config: TransformerConfig, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(*shape, dtype=config.params_dtype, device=torch.cuda.current_device()))
 
 
-class QueryGate(nn.Module):
+def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
+    """Of this tensor-parallel rank's heads."""
+    parameter = _zeros(config, *shape)
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    return parameter
+
+
+class GateByHead(nn.Module):
+    """A gate whose parameters are split over the tensor-parallel ranks by head, and that is called with the query."""
+
+    reads_hidden_states = False
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's modules have it."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
+
+
+class QueryGate(GateByHead):
     """Gate logits from each head's query. Weight [heads / TP, head_dim], bias [heads / TP]."""
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
         assert config.kv_channels is not None
         heads = config.num_attention_heads // tp_group.size()
-        self.weight = _zeros(config, heads, config.kv_channels)
-        self.bias = _zeros(config, heads)
-        for parameter in (self.weight, self.bias):
-            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+        self.weight = _zeros_by_head(config, heads, config.kv_channels)
+        self.bias = _zeros_by_head(config, heads)
 
     def forward(self, query: Tensor) -> Tensor:
         """query [s, b, heads / TP, head_dim], after RoPE -> logits [s, b, heads / TP]."""
         return (query * self.weight).sum(dim=-1) + self.bias
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        """Both parameters are split over the tensor-parallel ranks by head."""
-        state = self.state_dict(prefix="", keep_vars=True)
-        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0, "bias": 0}, sharded_offsets)
-
 
 class HiddenGate(nn.Module):
     """Gate logits from the residual stream. Weight [heads, hidden], bias [heads], norm [hidden], whole on every rank:
     each computes all heads for its rows, and only the logits travel."""
+
+    reads_hidden_states = True
 
     def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
         super().__init__()
@@ -74,3 +87,8 @@ class HiddenGate(nn.Module):
                 logits, tensor_parallel_output_grad=False, group=self.tp_group
             )
         return scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)
+
+
+# By `model.gate_input`. What `reads_hidden_states` is called with the layer's input in every loop, before the core
+# attention; the others with the query, in the core attention of loops >= 2.
+GATES = {"query": QueryGate, "hidden": HiddenGate}

@@ -99,13 +99,13 @@ class Parameter:
     Attributes:
         name: megatron-core's over the whole model, with `LAYER` and `EXPERT`.
         dims: names of its dimensions, attributes of `Sizes`.
-        component: what it is counted as.
+        component: what it is counted as, and what optimizers may group by.
         hf: Hugging Face's names, with `LAYER` and `EXPERT`: Llama's and PLT's gate, the same in all families we read.
         form: how it is made of those.
         split: over tensor-parallel ranks, gate and up rows each; None: whole on each.
         init: its value before training.
         exists: the models that have it.
-        gate_logit: its sign says which of the two attentions the gate multiplies.
+        gate_logit: negated, the gate multiplies the other of the two attentions, as in LoopCoder-v2's files.
         in_core_attention: used in the core attention of loops >= 2, not in the layer around it.
     """
 

@@ -21,6 +21,7 @@ import pytest
 
 from tests.distributed.cases import STEPS, Case, Layout, Outcome, train_cases
 from tests.distributed.covering import covering_design, pairs
+from tests.reference.gates import GATES
 
 TOLERANCE = 1e-5
 RECOMPUTE = ("none", "selective", "full")
@@ -48,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "+ CLP": {"share_kv": False, "gated_window": False},
     "+ KV sharing": {"gated_window": False},
-    "hidden gate": {"gate_input": "hidden"},
+    **GATES,
     "LoopCoder-v2": {
         "window_size": 4,
         "gate_input": "hidden",

@@ -133,7 +133,7 @@ def test_shipped_files_import_torch_and_transformers_only():
         ({"loop_count": 0}, "loop_count must be an integer from 1 to 8, not 0"),
         ({"loop_count": 2.0}, "loop_count must be an integer from 1 to 8, not 2.0"),
         ({"share_kv": False}, "gated_window needs share_kv"),
-        ({"gate_input": "key"}, 'gate_input must be "query" or "hidden"'),
+        ({"gate_input": "key"}, "gate_input must be one of query, hidden"),
         ({"gate_side": "left"}, 'gate_side must be "local" or "global"'),
         ({"window_size": 0}, "window_size must be a positive integer, not 0"),
         ({"head_dim": 15}, "head_dim must be even for RoPE, not 15"),

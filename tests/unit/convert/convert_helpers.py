@@ -18,6 +18,7 @@ from plt_megatron.hf.importing import ImportOptions, ImportResult, import_model
 from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.verification import single_process
 from plt_megatron.train.checkpoint import read_weights
+from tests.reference.gates import GATES
 
 VOCAB = 117
 # No two sizes agree by accident, and the window is shorter than the texts.
@@ -44,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"loop_count": 1},
     "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "plt3": {"loop_count": 3},
+    **GATES,
     "paper norms": {"qk_layernorm": True, "ffn_output_norm": True},
     "loopcoder": LOOPCODER,
     "biases, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},

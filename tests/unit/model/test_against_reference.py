@@ -30,6 +30,7 @@ from tiny_models import (
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
+from tests.reference.gates import GATES
 from tests.reference.megatron_weights import to_plain
 from tests.reference.plain_plt import KV, PlainPLT
 
@@ -56,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "PLT-3 without CLP": {"cross_loop_parallel": False, "loop_count": 3},
     "LoopCoder-v2": LOOPCODER_V2,
     "LoopCoder-v2, 3 loops": {**LOOPCODER_V2, "loop_count": 3},
-    "hidden gate": {"gate_input": "hidden"},
+    **GATES,
     "global side": {"gate_side": "global"},
     "norm between loops": {"norm_between_loops": True, "loop_count": 3},
     "scales": {"embedding_scale": 0.5, "hidden_scale": 0.25, "loop_count": 3},

@@ -71,7 +71,7 @@ def _run(command: list[str], tree: Path, text: str | None = None) -> subprocess.
         "GIT_CEILING_DIRECTORIES": str(tree.parent),  # not the repository around it, if there is one
     }
     return subprocess.run(
-        command, cwd=tree, env=environment, input=text, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tree, env=environment, input=text, capture_output=True, text=True, timeout=600, check=False
     )
 
 
