@@ -23,7 +23,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be above 0")
     return run_command(lambda: _generate(arguments))
 
 

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
-from plt_megatron.errors import UserError
+from plt_megatron.errors import UserError, import_optional
 
 
 def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, float]:
     """The prompt and its continuation, and the seconds that decoding took, on a GPU where there is one.
 
     Raises:
-        UserError: `folder` is no export, or transformers is missing.
+        UserError: `folder` is no whole export, the prompt is empty, or transformers is missing.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no exported model there (config.json is missing); see plt-export")
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-        from transformers.utils import logging
-    except ImportError as error:
-        raise UserError("generating needs transformers: pip install 'plt-megatron[hf]'") from error
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    import_optional("transformers", "generating", "hf")
+    import torch
+    from transformers import set_seed
+
+    tokenizer, model = _load(Path(folder))
     if torch.cuda.is_available():
         model.cuda()
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if not inputs["input_ids"].numel():
+        raise UserError("the prompt is empty")
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {}
     started = time.perf_counter()
@@ -37,3 +36,22 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     assert isinstance(text, str)
     return text, seconds
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Tokenizer and model. The files are looked through first: transformers would fill in what they lack at random."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from plt_megatron.hf.sources import open_source
+
+    if open_source(folder).tokenizer is None:
+        raise UserError(f"{folder}: the model has no tokenizer")
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    except (OSError, ValueError) as error:  # such as weights in LoopCoder's names, which come without code
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
+    return tokenizer, model.eval()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from convert_helpers import make_model, random_weights, save_run
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf import generation
+from plt_megatron.hf.exporting import ExportOptions, export
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -16,12 +23,18 @@ def generate(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def test_a_prompt_is_continued_and_the_seed_decides(tmp_path, tokenizer_model):
-    from plt_megatron.hf.exporting import ExportOptions, export
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer_model) -> Path:
+    """An export in several shards."""
+    folder = tmp_path_factory.mktemp("generate")
+    run = save_run(folder / "run", make_model(), random_weights(make_model(), 400), tokenizer=tokenizer_model)
+    export(ExportOptions(run, folder / "out", max_shard_size="50KB"), lambda line: None)
+    assert len(list((folder / "out").glob("*.safetensors"))) > 2
+    return folder / "out"
 
-    run = save_run(tmp_path / "run", make_model(), random_weights(make_model(), 400), tokenizer=tokenizer_model)
-    export(ExportOptions(run, tmp_path / "out"), lambda line: None)
-    texts = [generate(tmp_path / "out", "--max-new-tokens", "6", "--seed", seed).stdout for seed in ("1", "1", "2")]
+
+def test_a_prompt_is_continued_and_the_seed_decides(exported):
+    texts = [generate(exported, "--max-new-tokens", "6", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert all(text.startswith("the loop") and len(text) > len("the loop\n") for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
@@ -30,3 +43,92 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     result = generate(tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path}: no exported model")
     assert "Traceback" not in result.stderr
+
+
+def truncate(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def truncate_header(folder: Path) -> None:
+    first_shard(folder).write_bytes(first_shard(folder).read_bytes()[:20])
+
+
+def garble_header(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes().replace(b'"shape"', b'"shapf"', 1))
+
+
+def name_other_shapes(folder: Path) -> None:
+    path = first_shard(folder)
+    content = path.read_bytes()
+    assert content.count(b'"shape":[400,') == 1
+    path.write_bytes(content.replace(b'"shape":[400,', b'"shape":[200,'))
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def edit_index(folder: Path, edit) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+DAMAGES = {
+    "truncated": (truncate, r"model-00001-of-\d+\.safetensors: damaged, \d+ bytes instead of \d+"),
+    "truncated header": (truncate_header, r"model-00001-of-\d+\.safetensors: not a safetensors file, or a damaged one"),
+    "wrong header": (garble_header, r"model-00001-of-\d+\.safetensors: not a safetensors file, or a damaged one"),
+    "empty": (lambda folder: first_shard(folder).write_bytes(b""), "not a safetensors file, or a damaged one"),
+    "wrong shape": (name_other_shapes, r"model\.embed_tokens\.weight"),
+    "missing shard": (lambda folder: first_shard(folder).unlink(), r"model-00001-of-\d+\.safetensors is missing"),
+    "index names a missing tensor": (
+        lambda folder: edit_index(folder, lambda names: names.update({"model.none": first_shard(folder).name})),
+        r"index\.json: model\.none is not in model-00001",
+    ),
+    "index is no index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
+        r"index\.json: not a safetensors index",
+    ),
+    "a tensor is nowhere": (
+        lambda folder: edit_index(folder, lambda names: drop_file(folder, names)),
+        r"lacks tensor",
+    ),
+    "broken configuration": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json"),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "has no tokenizer"),
+}
+
+
+def drop_file(folder: Path, names: dict[str, str]) -> None:
+    """The first shard goes, and the index does not know it: transformers would make its tensors up."""
+    gone = first_shard(folder)
+    gone.unlink()
+    for name in [name for name, file in names.items() if file == gone.name]:
+        del names[name]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_export_is_one_line(exported, damage, tmp_path):
+    apply, said = DAMAGES[damage]
+    shutil.copytree(exported, tmp_path / "out")
+    apply(tmp_path / "out")
+    with pytest.raises(UserError, match=said) as error:
+        generation.generate(str(tmp_path / "out"), "the loop", 4, 0.0, 0)
+    assert "\n" not in str(error.value) and str(tmp_path / "out") in str(error.value)
+
+
+def test_the_command_on_a_truncated_file(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    truncate(tmp_path / "out")
+    result = generate(tmp_path / "out")
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
+
+
+def test_prompts_and_numbers_that_say_nothing(exported):
+    with pytest.raises(UserError, match="the prompt is empty"):
+        generation.generate(str(exported), "", 4, 0.0, 0)
+    result = generate(exported, "--max-new-tokens", "0")
+    assert result.returncode == 2 and "--max-new-tokens must be above 0" in result.stderr
