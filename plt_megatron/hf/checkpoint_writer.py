@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import platform
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-import plt_megatron
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_json
@@ -91,12 +88,7 @@ def write_checkpoint(
         "schedule": {},
         "vocab_size": vocab_size,
         "layout": {},
-        "versions": {
-            "plt_megatron": plt_megatron.__version__,
-            "megatron-core": version("megatron-core"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": publishing.versions(),
     }
     write_json(temporary / checkpoints.PROGRESS, described)
     return publishing.publish(temporary, {})

@@ -123,7 +123,10 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
     yield "optimizer", f"AdamW, learning rate {rate}, weight decay {optimizer['weight_decay']:g}"
     yield "layout", ", ".join(f"{name.removesuffix('_size')} {size}" for name, size in progress["layout"].items())
-    yield "versions", ", ".join(f"{name} {version}" for name, version in progress["versions"].items())
+    versions = dict(progress["versions"])
+    if "megatron-core" in versions:  # of checkpoints of before 2026-11-26 it ends with our commit
+        versions["megatron-core"] = versions["megatron-core"].partition("+")[0]
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _data(data: Mapping[str, Any]) -> str:

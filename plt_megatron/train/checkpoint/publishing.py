@@ -5,11 +5,14 @@ All of it is done by one process; any `OSError` leaves the last checkpoint intac
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import plt_megatron
 from plt_megatron.run_folder.checkpoints import (
     FORMAT,
     LATEST,
@@ -24,6 +27,23 @@ from plt_megatron.run_folder.files import write_json, write_text
 
 _TEMPORARY = ".tmp"  # being written, or being removed
 _REPLACED = ".old"  # about to give way to a newer one of the same step
+
+
+def versions() -> dict[str, str]:
+    """Of what a checkpoint is made with."""
+    import torch
+
+    try:
+        # Not `megatron.core.__version__`: it ends with the commit of whatever repository its folder lies in, ours too.
+        megatron_core = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        megatron_core = "unknown"  # on the path, but not installed
+    return {
+        "plt_megatron": plt_megatron.__version__,
+        "megatron-core": megatron_core,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def leftovers(directory: Path) -> list[Path]:

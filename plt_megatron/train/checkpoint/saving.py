@@ -8,14 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import platform
 import queue
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import megatron.core
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -26,7 +23,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
-import plt_megatron
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
@@ -216,12 +212,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
         "schedule": schedule(engine.config),
         "vocab_size": engine.stage.vocab_size,
         "layout": layout(engine),
-        "versions": {
-            "plt_megatron": plt_megatron.__version__,
-            "megatron-core": megatron.core.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": publishing.versions(),
     }
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
+from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.sources import open_source
 
 
@@ -91,6 +93,11 @@ def test_everything_a_user_needs(tmp_path, tokenizer_model):
     assert "| steps | 200 |" in card and f"| tokens | {200 * 8 * 64:,} |" in card
     assert "| loss with 2 loops | 2.5000 |" in card
     assert f"| parameters | {sum(tensor.numel() for tensor in weights.values()):,} |" in card
+    (versions,) = (line for line in card.splitlines() if line.startswith("| versions |"))
+    assert f"megatron-core {version('megatron-core')}, torch {torch.__version__}, " in versions
+    source = open_source(run)
+    source.progress["versions"]["megatron-core"] += "+17f3dea"  # as in earlier checkpoints
+    assert versions in model_card(source, "out", [], "plt")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert tokenizer.decode(tokenizer("def f(x):\n    return 12,5 \u00e9t\u00e9")["input_ids"]) == (
         "def f(x):\n    return 12,5 \u00e9t\u00e9"
