@@ -137,12 +137,11 @@ def test_variants_and_packed_documents(check):
     post_norm = _model(norm_placement="post", qk_layernorm=True, qkv_bias=True, layernorm_epsilon=1e-2)
     cases = [
         (Case(2, "full", model=LOOPCODER), Zero(2)),
-        (Case(2, "selective", model=LOOPCODER), Zero(3)),
+        (Case(2, "selective", packed=True, model=LOOPCODER), Zero(3)),
         (Case(3, "full", model=shared_keys), Zero(2)),
         (Case(2, "full", model=post_norm), Zero(2)),
-        (Case(2, "full", packed=True), Zero(3)),
     ]
-    names = ["LoopCoder-v2", "LoopCoder-v2", "+ KV sharing, QK norms", "post-norm", "packed"]
+    names = ["LoopCoder-v2", "LoopCoder-v2, packed", "+ KV sharing, QK norms", "post-norm"]
     check(Layout(tp=2, sp=True), cases, names)
 
 
