@@ -78,6 +78,8 @@ class PLTGate(nn.Module):
 
     def __init__(self, config: PLTConfig, heads: Heads):
         super().__init__()
+        if config.gate_input not in ("query", "hidden"):
+            raise ValueError(f"gate_input {config.gate_input!r} cannot be served yet: PLTGate has no equation for it")
         self.from_hidden = config.gate_input == "hidden"
         width = config.hidden_size if self.from_hidden else config.head_dim
         self.weight = sharded_parameter(heads.query, width, shard=heads.rank)
