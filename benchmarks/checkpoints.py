@@ -22,9 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from plt_megatron.config.loader import load_config, save_config  # noqa: E402
+from plt_megatron.config.loader import load_config  # noqa: E402
 from plt_megatron.errors import UserError, run_command  # noqa: E402
-from plt_megatron.train.metrics import read_metrics  # noqa: E402
+from plt_megatron.run_folder.folder import RunFolder, save_config  # noqa: E402
 
 BAR = 0.05
 SAVE_INTERVAL = 50
@@ -65,7 +65,7 @@ def measure(folder: Path, steps: int, asynchronous: bool) -> tuple[float, float,
     subprocess.run([sys.executable, "launch/local.py", str(folder / "run.yaml")], cwd=ROOT, check=True, stdout=2)
     run = folder / config.name
     # A save is recorded with the steps after it: the last line holds the save at `steps` and one step more.
-    records = [record for record in read_metrics(run) if record["kind"] == "train"]
+    records = [record for record in RunFolder(run).records() if record["kind"] == "train"]
     saving = sum(record["step_seconds"].get("checkpoint", 0.0) * _steps(records, i) for i, record in enumerate(records))
     training = sum(
         sum(record["step_seconds"][part] for part in ("data", "forward_backward", "optimizer")) * _steps(records, i)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    from plt_megatron.experiments.metrics_plot import plot_metrics
+    from plt_megatron.experiments.plots import plot_metrics
 
     output = arguments.output or arguments.runs[0] / "metrics.png"
     plot_metrics(arguments.runs, output, arguments.labels)

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Sequence
 
 from plt_megatron.config import derived
-from plt_megatron.config.loader import dump_config, load_config, save_config
+from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
 from plt_megatron.errors import run_command
 from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.local_processes import run_processes, threads_per_process
 
 
@@ -51,13 +52,13 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     validate(config)
     count = derived.required_world_size(config)
-    saved = derived.run_folder(config) / "config.yaml"
-    command = [sys.executable, "-m", "plt_megatron.train.main", str(saved)]
+    folder = RunFolder.of(config)
+    command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:
         print(describe(config, count, threads, command))
         return 0
-    save_config(config, saved)
+    folder.save_config(config)
     env = os.environ | threads | {"PYTHONPATH": python_path()}
     if count > 1:
         return run_processes(command, count, env=env)

@@ -10,7 +10,6 @@ remembers where its values come from: `place` puts that before a problem that is
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import os
@@ -87,26 +86,6 @@ def dump_config(config: RunConfig) -> str:
     return yaml.dump(
         dataclasses.asdict(config), Dumper=yaml_nodes.Dumper, sort_keys=False, allow_unicode=True, width=110
     )
-
-
-def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
-    """Write `dump_config` to `path`, all of it or nothing: a reader never sees half a file.
-
-    Creates the folder. Raises `UserError` where that cannot be done.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(dump_config(config))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 # ---------------------------------------------------------------- reading

@@ -16,14 +16,16 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import dump_config, load_config
-from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments.demo_data import data_steps
 from plt_megatron.experiments.plots import plot_losses
-from plt_megatron.experiments.run_metrics import RunMetrics, load_run
-from plt_megatron.experiments.steps import Stamp, Step, format_seconds, run_step
+from plt_megatron.experiments.steps import Stamp, Step, run_step
 from plt_megatron.installation import python_path
+from plt_megatron.run_folder.checkpoints import LATEST
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.metrics import RunMetrics
+from plt_megatron.run_folder.text import format_duration, format_table, plural
 
 # Relative to the current folder. configs/data/demo.yaml names the same files.
 FOLDER = Path(".demo")
@@ -46,8 +48,8 @@ class DemoRun:
     overrides: tuple[str, ...]
 
     @property
-    def folder(self) -> Path:
-        return RUNS / self.name
+    def folder(self) -> RunFolder:
+        return RunFolder(RUNS / self.name)
 
     def all_overrides(self) -> list[str]:
         return [f"name={self.name}", f"output_dir={RUNS}", *self.overrides]
@@ -81,29 +83,29 @@ def run_demo() -> None:
     steps = _steps()
     for number, step in enumerate(steps, start=1):
         stamps[step.name] = run_step(step, FOLDER / "stamps", number, len(steps))
-    metrics = [load_run(run.folder) for run in DEMO_RUNS]
+    metrics = [run.folder.trained_metrics() for run in DEMO_RUNS]
     plot = FOLDER / "loss.png"
-    plot_losses([run.folder for run in DEMO_RUNS], plot, [run.label for run in DEMO_RUNS])
+    plot_losses([run.folder.path for run in DEMO_RUNS], plot, [run.label for run in DEMO_RUNS])
     rows = [_result(run, stamps[run.name], values) for run, values in zip(DEMO_RUNS, metrics, strict=True)]
     print()
-    print(format_table(rows))
+    print(results_table(rows))
     print()
     print(f"losses plotted   {plot}")
     for run in DEMO_RUNS:
-        print(f"{run.label:<16} {run.folder} (checkpoint: {run.folder / 'checkpoints'})")
+        print(f"{run.label:<16} {run.folder.path} (checkpoint: {run.folder.checkpoints})")
     print(f"{'exported':<16} {EXPORT}; a sample, its loops decoded in parallel:")
     print(flush=True)
     start("generate", "--model", str(EXPORT), "--prompt", PROMPT, "--max-new-tokens", "60")
     print()
-    print(f"whole demo       {format_seconds(time.monotonic() - begun)}")
+    print(f"whole demo       {format_duration(time.monotonic() - begun)}")
 
 
-def format_table(rows: Sequence[ResultRow]) -> str:
+def results_table(rows: Sequence[ResultRow]) -> str:
     """Aligned columns; validation at a loop count that a model was not validated at is a dash."""
     loop_counts = sorted({loops for row in rows for loops in row.validation_losses})
     header = ["model", "parameters", "tokens", "train loss"]
-    header += [f"val. loss, {loops} loop{'s' if loops > 1 else ''}" for loops in loop_counts]
-    table = [[*header, "time"]]
+    header += [f"val. loss, {plural(loops, 'loop')}" for loops in loop_counts]
+    table = []
     for row in rows:
         losses = [row.validation_losses.get(loops) for loops in loop_counts]
         table.append(
@@ -113,17 +115,10 @@ def format_table(rows: Sequence[ResultRow]) -> str:
                 f"{row.tokens:,}",
                 f"{row.train_loss:.3f}",
                 *("-" if loss is None else f"{loss:.3f}" for loss in losses),
-                format_seconds(row.seconds),
+                format_duration(row.seconds),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for cells in table:
-        first, *rest = (cell for cell in cells)
-        aligned = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return format_table(table, header=[*header, "time"])
 
 
 def _steps() -> list[Step]:
@@ -136,7 +131,7 @@ def _steps() -> list[Step]:
             name="export",
             title="export of the two-loop model to Hugging Face",
             settings="",
-            inputs=[DEMO_RUNS[0].folder / "checkpoints" / "latest", DEMO_RUNS[0].folder / "metrics.jsonl"],
+            inputs=[DEMO_RUNS[0].folder.checkpoints / LATEST, DEMO_RUNS[0].folder.metrics_file],
             outputs=[EXPORT],
             run=lambda: start(
                 "export_hf", "--checkpoint", str(DEMO_RUNS[0].folder), "--output", str(EXPORT), "--verify"
@@ -153,17 +148,17 @@ def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
         title=f"training: {run.label}, {tokens:,} tokens, {derived.required_world_size(config)} processes",
         settings=dump_config(config),
         inputs=inputs,
-        outputs=[run.folder],
+        outputs=[run.folder.path],
         run=lambda: start("train", str(CONFIG), *run.all_overrides()),
     )
 
 
 def _result(run: DemoRun, stamp: Stamp, metrics: RunMetrics) -> ResultRow:
-    config: RunConfig = load_config(run.folder / "config.yaml")
+    config = run.folder.config()
     return ResultRow(
         label=run.label,
         parameters=count_parameters(config.model, VOCAB_SIZE, config.parallel.tensor_model_parallel_size).total,
-        tokens=metrics.train[-1].tokens,
+        tokens=metrics.tokens,
         train_loss=metrics.final_train_loss(),
         validation_losses=metrics.final_validation_losses(),
         seconds=stamp.seconds,

@@ -1,57 +1,98 @@
-"""One style for all figures, and ways to save them."""
+"""How all figures look, and how they become files and markup."""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter
 
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import replacing
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv<>pXP"
+TOKENS = "training tokens"
+_DPI = 150
+_SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 
 
 @dataclass(frozen=True)
 class Named:
-    """A figure, the stem of its file and what stands below it."""
+    """A figure of a page, the stem of its file and what stands below it."""
 
     name: str
     caption: str
     figure: Figure
 
 
-def tidy(axes: Axes) -> Axes:
-    """A light grid behind the data, no frame at the top and right."""
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes
+def colour(index: int) -> str:
+    """Of the run, row or loop at `index`."""
+    return COLOURS[index % len(COLOURS)]
 
 
-def save(named: Named, folder: Path) -> Path:
-    """Write a PNG of 150 dots per inch; returns its path."""
-    path = folder / f"{named.name}.png"
-    FigureCanvasAgg(named.figure)
-    named.figure.savefig(path, dpi=150)
-    return path
+def new_figure(width: float, height: float, count: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` plots, each `width` x `height` inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    layout = ConstrainedLayoutEngine(hspace=0.08)  # else a title touches the label of the plot above
+    figure = Figure(figsize=(width * columns, height * rows), layout=layout)
+    plots = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axes in plots[count:]:
+        axes.remove()
+    for axes in plots[:count]:
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=9)
+    return figure, plots[:count]
 
 
-def save_image(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a file whose suffix chooses the format (png, svg, pdf); `UserError` if it cannot be written."""
-    FigureCanvasAgg(figure)
+def over_tokens(axes: Axes) -> None:
+    """Label the x axis: tokens with engineers' prefixes (5M), from zero."""
+    axes.set_xlabel(TOKENS)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+
+
+def add_legend(axes: Axes, size: int = 9) -> None:
+    """If there is something to name."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=size)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """A centred running mean; the window shrinks at both ends and leaves out what is not finite."""
+    half = max(3, len(values) // _SMOOTHING_WINDOWS) // 2
+    means = []
+    for index in range(len(values)):
+        reach = min(half, index, len(values) - 1 - index)
+        window = [value for value in values[index - reach : index + reach + 1] if math.isfinite(value)]
+        means.append(sum(window) / len(window) if window else math.nan)
+    return means
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write an image; the path's suffix chooses the format (png, svg, pdf). Its folder is made.
+
+    Raises:
+        UserError: it cannot be written, or there is no such format.
+    """
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that names no image format
+        with replacing(Path(path), "wb") as file:
+            figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=_DPI)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot write the plot {path}: {error}") from error
 
 

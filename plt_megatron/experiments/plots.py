@@ -1,22 +1,64 @@
-"""Plots of runs' losses."""
+"""Plots of what runs recorded: their losses, or a page of curves of everything."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.figures import COLOURS, MARKERS, save_image, tidy
-from plt_megatron.experiments.run_metrics import RunMetrics, load_run
+from plt_megatron.experiments.figures import (
+    LINES,
+    MARKERS,
+    add_legend,
+    colour,
+    new_figure,
+    over_tokens,
+    save,
+    smooth,
+)
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.metrics import RunMetrics
+from plt_megatron.run_folder.text import plural
 
-_SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
+_COLUMNS = 3
 _HEAD_ROOM = 0.35  # of the y range is given to the steep beginning; the rest to where runs differ
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One plot: a field of the training records. A list has one curve a loop, a mapping one a name."""
+
+    field: str
+    title: str
+    unit: str
+    scale: float = 1.0
+    log: bool = False
+    smoothed: bool = False
+
+
+_PANELS = (
+    _Panel("loss", "loss", "nats per token", smoothed=True),
+    _Panel("grad_norm", "gradient norm", "before clipping", log=True, smoothed=True),
+    _Panel("lr", "learning rate", ""),
+    _Panel("tokens_per_second", "speed", "tokens/s"),
+    _Panel("mfu", "model FLOP/s utilisation", "% of the peak", scale=100),
+    _Panel("peak_memory_bytes", "peak memory", "GB, largest rank", scale=1e-9),
+    _Panel("gate_mean", "gates", "mean, 1 is all window"),
+    _Panel("hidden_norm", "hidden states after a loop", "L2 norm, mean over tokens", log=True),
+    _Panel("step_size", "change by a loop", "L2 norm, mean over tokens", log=True),
+    _Panel("expert_load_max", "load of the busiest expert", "over an even one, mean over layers"),
+    _Panel("expert_overlap", "experts that the first loop chose too", "% of a token's", scale=100),
+    _Panel("aux_loss", "load-balancing loss", "without its coefficient"),
+    _Panel("z_loss", "router z-loss", "without its coefficient"),
+    _Panel("dropped_share", "dropped by experts at their capacity", "%", scale=100),
+    _Panel("step_seconds", "where a step's time goes", "s per step", log=True),
+    _Panel("source_epochs", "passes over the sources", "epochs"),
+)
 
 
 def plot_losses(
@@ -31,66 +73,128 @@ def plot_losses(
     suffix chooses the format (png, svg, pdf).
     Raises `UserError` if a run has no metrics, or if the file cannot be written.
     """
-    if not run_dirs:
-        raise UserError("no run to plot")
-    labels = [Path(run).name for run in run_dirs] if labels is None else labels
-    runs = [load_run(run) for run in run_dirs]
-
-    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    labels, runs = _load(run_dirs, labels)
+    figure, (axes,) = new_figure(9, 5.4)
     for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
-        _draw_run(axes, metrics, label, COLOURS[index % len(COLOURS)])
-    _decorate(axes, runs)
-    save_image(figure, out_path)
-
-
-def _draw_run(axes: Axes, metrics: RunMetrics, label: str, colour: str) -> None:
-    tokens = [point.tokens for point in metrics.train]
-    losses = [point.loss for point in metrics.train]
-    axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(tokens, smooth(losses), color=colour, linewidth=1.8, label=f"{label}, training")
-    for index, loop_count in enumerate(metrics.loop_counts()):
-        points = [point for point in metrics.validation if point.loop_count == loop_count]
-        loops = "1 loop" if loop_count == 1 else f"{loop_count} loops"
-        axes.plot(
-            [point.tokens for point in points],
-            [point.loss for point in points],
-            color=colour,
-            marker=MARKERS[index % len(MARKERS)],
-            markerfacecolor="white",
-            markersize=6,
-            linewidth=1,
-            linestyle=(0, (2, 2)),
-            label=f"{label}, validation, {loops}: {points[-1].loss:.3f}",
-        )
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """A centred running mean; the window shrinks at both ends and leaves out what is not finite."""
-    half = max(3, len(values) // _SMOOTHING_WINDOWS) // 2
-    means = []
-    for index in range(len(values)):
-        reach = min(half, index, len(values) - 1 - index)
-        window = [value for value in values[index - reach : index + reach + 1] if math.isfinite(value)]
-        means.append(sum(window) / len(window) if window else math.nan)
-    return means
-
-
-def _decorate(axes: Axes, runs: Sequence[RunMetrics]) -> None:
-    axes.set_xlabel("training tokens")
+        tokens, losses = [r["tokens"] for r in metrics.train], [r["loss"] for r in metrics.train]
+        _draw_smoothed(axes, tokens, losses, colour(index), label=f"{label}, training")
+        _draw_validation(axes, metrics, colour(index), prefix=f"{label}, ", linestyle=(0, (2, 2)))
+    over_tokens(axes)
     axes.set_ylabel("loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlim(left=0)
     limits = _y_limits(runs)
     if limits is not None:
         axes.set_ylim(*limits)
-    tidy(axes).legend(frameon=False, fontsize=9)
+    add_legend(axes)
+    save(figure, out_path)
+
+
+def plot_metrics(
+    run_dirs: Sequence[str | os.PathLike[str]],
+    out_path: str | os.PathLike[str],
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Draw all that the runs recorded against training tokens, one panel a quantity, into an image file.
+
+    One colour a run; loops and named parts are told apart by line style. What no run recorded has no panel. The file's
+    suffix chooses the format (png, svg, pdf).
+
+    Raises:
+        UserError: a run has no metrics, or the file cannot be written.
+    """
+    labels, runs = _load(run_dirs, labels)
+    panels = [panel for panel in _PANELS if any(_curves(panel, run) for run in runs)]
+    figure, plots = new_figure(5, 3.5, len(panels), _COLUMNS)
+    for axes, panel in zip(plots, panels, strict=True):
+        _draw_panel(axes, panel, runs)
+    handles = [plots[0].plot([], [], color=colour(index), linewidth=2)[0] for index in range(len(runs))]
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+    save(figure, out_path)
+
+
+def _load(
+    run_dirs: Sequence[str | os.PathLike[str]], labels: Sequence[str] | None
+) -> tuple[Sequence[str], list[RunMetrics]]:
+    if not run_dirs:
+        raise UserError("no run to plot")
+    names = [Path(run).name for run in run_dirs] if labels is None else labels
+    return names, [RunFolder(run).trained_metrics() for run in run_dirs]
+
+
+def _draw_panel(axes: Axes, panel: _Panel, runs: Sequence[RunMetrics]) -> None:
+    styles: dict[str, str] = {}
+    for index, metrics in enumerate(runs):
+        for name, points in _curves(panel, metrics).items():
+            place = int(name.removeprefix("loop ")) - 1 if name.startswith("loop ") else len(styles)
+            style = styles.setdefault(name, LINES[place % len(LINES)])
+            tokens, values = [point[0] for point in points], [point[1] for point in points]
+            if panel.smoothed:
+                _draw_smoothed(axes, tokens, values, colour(index))
+                continue
+            marker = "." if len(tokens) < 3 else ""  # a line through one point is not seen
+            axes.plot(tokens, values, marker=marker, color=colour(index), linestyle=style, linewidth=1.5)
+        if panel.field == "loss":
+            _draw_validation(axes, metrics, colour(index))
+    _decorate(axes, panel, styles)
+
+
+def _curves(panel: _Panel, metrics: RunMetrics) -> dict[str, list[tuple[int, float]]]:
+    """Name of each curve -> its (tokens, value); a plain number's curve has no name."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for record in metrics.train:
+        value = record.get(panel.field)
+        named = {"": value}
+        if isinstance(value, list):
+            named = {f"loop {loop}": entry for loop, entry in enumerate(value, 1)}
+        elif isinstance(value, dict):
+            named = value
+        for name, number in named.items():
+            if isinstance(number, int | float):
+                curves.setdefault(name, []).append((record["tokens"], number * panel.scale))
+    return curves
+
+
+def _draw_smoothed(axes: Axes, xs: list[int], ys: list[float], colour: str, label: str | None = None) -> None:
+    """Each value faint, the running mean solid."""
+    marker = "." if len(xs) < 3 else ""
+    axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(xs, smooth(ys), color=colour, linewidth=1.8, marker=marker, label=label)
+
+
+def _draw_validation(
+    axes: Axes, metrics: RunMetrics, colour: str, prefix: str = "", linestyle: str | tuple[int, tuple[int, int]] = ""
+) -> None:
+    for marker, loop_count in zip(MARKERS, metrics.loop_counts(), strict=False):
+        points = metrics.validation_at(loop_count)
+        axes.plot(
+            [record["tokens"] for record in points],
+            [record["loss"] for record in points],
+            color=colour,
+            marker=marker,
+            markerfacecolor="white",
+            markersize=6,
+            linewidth=1,
+            linestyle=linestyle,
+            label=f"{prefix}validation, {plural(loop_count, 'loop')}: {points[-1]['loss']:.3f}",
+        )
+
+
+def _decorate(axes: Axes, panel: _Panel, styles: dict[str, str]) -> None:
+    over_tokens(axes)
+    axes.set_title(panel.title, fontsize=11)
+    axes.set_ylabel(panel.unit, fontsize=9)
+    if panel.log:
+        axes.set_yscale("log")
+    elif panel.field not in ("loss", "lr"):
+        axes.set_ylim(bottom=0)
+    for name, style in styles.items():
+        if name:
+            axes.plot([], [], color="#555555", linestyle=style, label=name.replace("_", " "))
+    add_legend(axes, size=8)
 
 
 def _y_limits(runs: Sequence[RunMetrics]) -> tuple[float, float] | None:
     """Limits that show where the runs differ: the steep fall of the first steps is cut off at the top."""
-    losses = [point.loss for run in runs for point in run.train]
-    losses += [point.loss for run in runs for point in run.validation]
+    losses = [record["loss"] for run in runs for record in (*run.train, *run.validation)]
     finite = sorted(loss for loss in losses if math.isfinite(loss))
     if not finite or finite[0] == finite[-1]:
         return None

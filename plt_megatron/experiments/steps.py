@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.text_files import write_text
+from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.text import format_duration
 
 _CHUNK = 1 << 20  # bytes
 
@@ -78,16 +79,8 @@ def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
         raise UserError(f"step {step.name} did not make {', '.join(missing)}")
     stamp.finished, stamp.sizes = True, _sizes(step)
     _write(path, stamp)
-    print(f"      done in {format_seconds(stamp.seconds)}", flush=True)
+    print(f"      done in {format_duration(stamp.seconds)}", flush=True)
     return stamp
-
-
-def format_seconds(seconds: float) -> str:
-    """`4.2 s`, `38 s` or `3 min 05 s`."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
 
 
 def _key(step: Step) -> str:
@@ -127,5 +120,4 @@ def _read(path: Path) -> Stamp | None:
 
 
 def _write(path: Path, stamp: Stamp) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asdict(stamp)))
+    write_json(path, asdict(stamp), indent=None)

@@ -12,18 +12,19 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.demo_data import prepare_demo_corpus
 from plt_megatron.experiments.sweep_file import SweepFile, read_sweep
-from plt_megatron.experiments.sweep_local import LocalSweep, format_duration
+from plt_megatron.experiments.sweep_local import LocalSweep
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, make_plan, merge, save_plan
 from plt_megatron.experiments.sweep_slurm import submit, submit_dry
 from plt_megatron.experiments.sweep_status import (
     State,
     check_same_data,
-    done_tokens,
     measured_flops_rate,
     note_finished,
     remaining_seconds,
+    remaining_tokens,
     state_of,
 )
+from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm.submission import Options
 
 
@@ -102,7 +103,7 @@ def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> in
         return 0
     if options.submit is not None:
         submit(plan, todo, options.submit)
-        print(f"{len(todo)} run(s) submitted; {report}")
+        print(f"{plural(len(todo), 'run')} submitted; {report}")
         return 0
     local = LocalSweep(plan, todo, options.jobs)
     status = local.run()
@@ -132,7 +133,7 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
     header = ["row", "runs", "done", "tokens", "training FLOPs", "parameters", "non-embedding"]
     if plan.match_budget:
         header.append(f"held: {plan.match_budget}")
-    table = [header]
+    table = []
     rows: dict[str, list[PlannedRun]] = {}
     for run in plan.runs:
         rows.setdefault(run.row(), []).append(run)
@@ -144,21 +145,13 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
         if plan.match_budget:
             cells.append(f"{first.deviation:+.2%}" + (f" ({first.change})" if first.change else ""))
         table.append(cells)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"{plan.title or plan.name}: {plan.folder}"]
-    for cells in table:
-        first_cell, *rest = (
-            cell.ljust(width) if index in (0, 7) else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        lines.append("  ".join([first_cell, *rest]).rstrip())
-    return "\n".join(lines)
+    return f"{plan.title or plan.name}: {plan.folder}\n{format_table(table, header=header)}"
 
 
 def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> str:
     """One line: what is left to do, and how long it takes."""
-    tokens = sum(max(0, run.tokens - done_tokens(run)) for run in todo)
-    flops = sum(max(0, run.tokens - done_tokens(run)) * run.flops_per_token for run in todo)
+    tokens = sum(remaining_tokens(run) for run in todo)
+    flops = sum(remaining_tokens(run) * run.flops_per_token for run in todo)
     seeds = ", ".join(map(str, sweep.seeds))
     line = (
         f"{len(todo)} of {len(plan.runs)} runs to do (seeds {seeds}): {tokens:,} tokens, {flops:.3g} training FLOPs; "

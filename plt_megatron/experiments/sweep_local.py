@@ -7,7 +7,6 @@ folder. A run that fails is noted and the others go on.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,29 +19,26 @@ from types import FrameType
 from typing import IO
 
 from plt_megatron.config import derived
-from plt_megatron.errors import EXIT_USER_ERROR, UserError
-from plt_megatron.experiments.steps import format_seconds
+from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path
 from plt_megatron.experiments.sweep_status import (
     RunRecord,
     data_fingerprint,
     measured_flops_rate,
     read_record,
-    records_of,
     remaining_seconds,
     state_of,
     write_record,
 )
 from plt_megatron.installation import python_path
-from plt_megatron.runtime.local_processes import EXIT_PREEMPTED, usable_cores
+from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
+from plt_megatron.run_folder.text import format_duration
+from plt_megatron.runtime.local_processes import die_with_parent, usable_cores
 
-LOG = "train.log"
 TRAIN = (sys.executable, "-m", "plt_megatron.commands.train")
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 60.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -94,8 +90,10 @@ class LocalSweep:
             finally:
                 self._kill()
         if self._signals:
-            return EXIT_PREEMPTED
-        return 1 if any(status != "finished" for status in self.outcome.values()) else 0
+            return ExitStatus.PREEMPTED
+        return (
+            ExitStatus.FAILED if any(status != "finished" for status in self.outcome.values()) else ExitStatus.FINISHED
+        )
 
     def _start_some(self) -> None:
         while self.waiting and len(self.running) < self.jobs and not self._signals:
@@ -105,7 +103,7 @@ class LocalSweep:
             record.attempts += 1
             record.fingerprint = data_fingerprint(run)
             write_record(run.folder, record)
-            log = (run.folder / LOG).open("ab")
+            log = run.folder.sweep_log.open("ab")
             process = subprocess.Popen(
                 [*TRAIN, str(config_path(self.plan, run))],
                 stdin=subprocess.DEVNULL,
@@ -113,7 +111,7 @@ class LocalSweep:
                 stderr=subprocess.STDOUT,
                 env=os.environ | self._threads() | {"PYTHONPATH": python_path()},
                 process_group=0,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
             self.running.append(_Running(run, process, log, time.monotonic(), record))
             print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
@@ -134,18 +132,18 @@ class LocalSweep:
         run, record, status = item.run, item.record, item.process.returncode
         record.exit_status = status
         record.seconds += time.monotonic() - item.started
-        record.status = {0: "finished", EXIT_PREEMPTED: "interrupted"}.get(status, "failed")
+        record.status = {0: "finished", int(ExitStatus.PREEMPTED): "interrupted"}.get(status, "failed")
         if self._signals and (status < 0 or status > 128):
             record.status = "interrupted"  # asked to stop before it could listen, or killed by a second request
         if record.status == "finished" and state_of(run) != "finished":
             record.status, record.reason = "failed", "ended with status 0 before its last step was validated and saved"
         elif record.status == "failed":
-            record.reason = _reason(run.folder / LOG, status)
+            record.reason = _reason(run.folder.sweep_log, status)
         write_record(run.folder, record)
         self.outcome[run.name] = record.status
         detail = _final_loss(run) if record.status == "finished" else record.reason
         print(
-            f"{self._place(run)} {run.name}: {record.status} after {format_seconds(record.seconds)}"
+            f"{self._place(run)} {run.name}: {record.status} after {format_duration(record.seconds)}"
             f"{f', {detail}' if detail else ''}",
             flush=True,
         )
@@ -196,24 +194,15 @@ class LocalSweep:
         self.running = []
 
 
-def format_duration(seconds: float) -> str:
-    """`4.2 s`, `38 s`, `3 min 05 s`, `2 h 40 min`, or `3.1 days`."""
-    if seconds < 3600:
-        return format_seconds(seconds)
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
 def _progress(run: PlannedRun) -> str:
-    train = [record for record in records_of(run.folder) if record["kind"] == "train"]
+    train = run.folder.metrics().train
     if not train:
         return f"{run.name} begins"
     return f"{run.name} {train[-1]['tokens'] / run.tokens:.0%} (loss {train[-1]['loss']:.3f})"
 
 
 def _final_loss(run: PlannedRun) -> str:
-    losses = {r["loop_count"]: r["loss"] for r in records_of(run.folder) if r["kind"] == "validation"}
-    own = losses.get(run.config.model.loop_count)
+    own = run.folder.metrics().final_validation_losses().get(run.config.model.loop_count)
     return "" if own is None else f"validation loss {own:.4f}"
 
 
@@ -221,13 +210,7 @@ def _reason(log: Path, status: int) -> str:
     """The run's own last error line, else how it ended."""
     lines = log.read_bytes()[-20000:].decode("utf-8", "replace").splitlines()
     errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-    how = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
-    if status == EXIT_USER_ERROR and not errors:
+    how = describe_exit(status)
+    if status == ExitStatus.USER_ERROR and not errors:
         how += " (a setting)"
     return f"{how}: {errors[-1].removeprefix('error: ')}" if errors else f"{how}; see {log}"
-
-
-def _die_with_parent() -> None:
-    """SIGTERM for this child if the sweep is killed: the run saves and ends instead of going on unseen."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

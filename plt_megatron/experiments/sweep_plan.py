@@ -20,15 +20,16 @@ from typing import Any
 
 import yaml
 
-from plt_megatron.config import derived
-from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.config.differences import config_differences
+from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments import matching
 from plt_megatron.experiments.sweep_file import SweepFile
-from plt_megatron.experiments.text_files import write_text
+from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.folder import RunFolder, save_config
 
 FILE_NAME = "sweep.yaml"
 CONFIGS = "plan"  # the folder of the runs' configurations
@@ -77,8 +78,8 @@ class PlannedRun:
         return count_parameters(self.config.model, self.vocab, tp).non_embedding
 
     @property
-    def folder(self) -> Path:
-        return derived.run_folder(self.config)
+    def folder(self) -> RunFolder:
+        return RunFolder.of(self.config)
 
     def row(self) -> str:
         """What the run is called without its seed."""
@@ -272,8 +273,8 @@ def merge(plan: SweepPlan) -> SweepPlan:
     known = {run.name: run for run in old.runs}
     for run in plan.runs:
         if run.name in known:
-            differences = config_differences(known[run.name].config, run.config)
-            problems += [f"{run.name}: {text}" for _, text in differences]
+            differences = plan_differences(known[run.name].config, run.config)
+            problems += [f"{run.name}: {text}" for text in differences.values()]
     if problems:
         raise UserError(
             f"{plan.folder} holds another sweep: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
@@ -283,24 +284,9 @@ def merge(plan: SweepPlan) -> SweepPlan:
     return dataclasses.replace(plan, runs=[*plan.runs, *(run for run in old.runs if run.name not in names)])
 
 
-def config_differences(before: RunConfig, now: RunConfig) -> list[tuple[str, str]]:
-    """(dotted key, in words) of every setting that differs, where the runs lie aside."""
-    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
-    return [
-        (key, f"{key} was {old.get(key)!r}, is {value!r}")
-        for key, value in new.items()
-        if old.get(key) != value and key != "output_dir"
-    ]
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            flat |= _flat(item, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = item
-    return flat
+def plan_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
+    """`config_differences`, where the runs lie aside."""
+    return {key: text for key, text in config_differences(before, now).items() if key != "output_dir"}
 
 
 def _recorded_config(folder: Path, name: str) -> RunConfig:

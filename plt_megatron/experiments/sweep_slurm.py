@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.config.loader import save_config
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path
 from plt_megatron.installation import ROOT
+from plt_megatron.run_folder.folder import save_config
 from plt_megatron.slurm import submission
 
 LIST = "array.txt"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from plt_megatron.config import derived
@@ -16,14 +14,12 @@ from plt_megatron.data.mix import fingerprint, fingerprint_differences, required
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun
-from plt_megatron.experiments.text_files import write_text
-from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified_progress, step_of
-from plt_megatron.slurm.progress import read_run_status
-from plt_megatron.train.metrics import FILE_NAME as METRICS
-from plt_megatron.train.metrics import read_metrics
+from plt_megatron.run_folder.checkpoints import latest_step, read_verified_progress
+from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.status import read_run_status
 
 State = Literal["finished", "failed", "interrupted", "pending"]
-RECORD = "sweep_run.json"  # in the run's folder: what the sweep knows of its attempts
 
 
 @dataclass
@@ -38,56 +34,38 @@ class RunRecord:
     fingerprint: dict[str, Any] | None = None
 
 
-def read_record(folder: Path) -> RunRecord | None:
+def read_record(folder: RunFolder) -> RunRecord | None:
     """None where no sweep has started the run, or seen it finished (a Slurm job does not write it)."""
     try:
-        return RunRecord(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        return RunRecord(**json.loads(folder.sweep_note.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{folder / RECORD}: broken ({error}); remove it") from error
+        raise UserError(f"{folder.sweep_note}: broken ({error}); remove it") from error
 
 
-def write_record(folder: Path, record: RunRecord) -> None:
+def write_record(folder: RunFolder, record: RunRecord) -> None:
     """Atomic."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RECORD, json.dumps(asdict(record)) + "\n")
-
-
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    """The run's metrics, none if it has not begun. Raises `UserError` on a broken file."""
-    try:
-        return read_metrics(folder)
-    except FileNotFoundError:
-        return []
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / METRICS}: a line is not JSON: {error}") from None
+    write_json(folder.sweep_note, asdict(record), indent=None)
 
 
 def state_of(run: PlannedRun) -> State:
     """Finished: the last step is recorded, validated and saved. Failed: the last attempt ended with an error."""
-    records, steps = records_of(run.folder), derived.train_iters(run.config)
-    last = {kind: max((r["step"] for r in records if r["kind"] == kind), default=0) for kind in ("train", "validation")}
-    is_trained = last["train"] >= steps
-    is_validated = run.config.validation.iters == 0 or last["validation"] >= steps
-    if is_trained and is_validated and _is_saved(run, steps):
+    metrics, steps = run.folder.metrics(), derived.train_iters(run.config)
+    is_validated = run.config.validation.iters == 0 or any(record["step"] >= steps for record in metrics.validation)
+    if metrics.step >= steps and is_validated and _is_saved(run, steps):
         return "finished"
     if failure_of(run) is not None:
         return "failed"
-    return "interrupted" if records or _saved_step(run) else "pending"
+    return "interrupted" if metrics.tokens or latest_step(run.folder.path) else "pending"
 
 
 def _is_saved(run: PlannedRun, steps: int) -> bool:
     """Whether nothing is left to train: in a copy without checkpoints the sweep's note says so."""
     if not run.config.checkpoint.enabled:
         return True
-    saved, record = _saved_step(run), read_record(run.folder)
+    saved, record = latest_step(run.folder.path), read_record(run.folder)
     return saved >= steps or (saved == 0 and record is not None and record.status == "finished")
-
-
-def _saved_step(run: PlannedRun) -> int:
-    checkpoint = latest_checkpoint(run.folder, verify=False)
-    return step_of(checkpoint) if checkpoint else 0
 
 
 def failure_of(run: PlannedRun) -> str | None:
@@ -95,7 +73,7 @@ def failure_of(run: PlannedRun) -> str | None:
     record = read_record(run.folder)
     if record is not None and record.status == "failed":
         return record.reason or "its last attempt failed"
-    return read_run_status(run.folder).stopped
+    return read_run_status(run.folder.path).stopped
 
 
 def note_finished(runs: Iterable[PlannedRun]) -> None:
@@ -106,11 +84,6 @@ def note_finished(runs: Iterable[PlannedRun]) -> None:
         if record.status != "finished" or record.fingerprint is None:
             record.status, record.reason, record.fingerprint = "finished", "", recorded_fingerprint(run)
             write_record(run.folder, record)
-
-
-def done_tokens(run: PlannedRun) -> int:
-    """Tokens up to the last record."""
-    return max((record["tokens"] for record in records_of(run.folder)), default=0)
 
 
 # ---------------------------------------------------------------- data
@@ -126,7 +99,7 @@ def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
 
 def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
     """Of the data that the run has read: its checkpoint's, else the sweep's note; None if neither has it."""
-    checkpoint = latest_checkpoint(run.folder, verify=False)
+    checkpoint = run.folder.latest_checkpoint(verify=False)
     if checkpoint is not None:
         # A damaged checkpoint is the training's matter: the note has the same fingerprint.
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -170,18 +143,19 @@ def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) 
 
 def measured_flops_rate(runs: Iterable[PlannedRun]) -> float | None:
     """Model FLOP/s that runs with metrics reached on this machine, the median over runs; None before the first."""
-    rates = []
-    for run in runs:
-        speeds = [r["tokens_per_second"] for r in records_of(run.folder) if r["kind"] == "train"]
-        speeds = [speed for speed in speeds if speed and math.isfinite(speed)]
-        if speeds:
-            rates.append(statistics.median(speeds) * run.flops_per_token)
+    speeds = [(run.folder.metrics().tokens_per_second(), run.flops_per_token) for run in runs]
+    rates = [speed * flops for speed, flops in speeds if speed]
     return statistics.median(rates) if rates else None
+
+
+def remaining_tokens(run: PlannedRun) -> int:
+    """Tokens after the last record."""
+    return max(0, run.tokens - run.folder.metrics().tokens)
 
 
 def remaining_seconds(runs: Sequence[PlannedRun], rate: float, jobs: int = 1) -> float:
     """Seconds that the rest of `runs` takes at `rate` model FLOP/s a run, `jobs` at once."""
-    rest = [max(0, run.tokens - done_tokens(run)) * run.flops_per_token / rate for run in runs]
+    rest = [remaining_tokens(run) * run.flops_per_token / rate for run in runs]
     ends = [0.0] * max(1, jobs)
     for seconds in rest:  # in order, each as soon as a place is free: what the sweep does
         first = ends.index(min(ends))

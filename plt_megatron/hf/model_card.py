@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import ParamMapping
 from plt_megatron.hf.sources import ModelSource
-from plt_megatron.train.metrics import read_metrics
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.text import plural
 
 _USE = """\
 ## Use
@@ -139,14 +141,9 @@ def _data(data: Mapping[str, Any]) -> str:
 def _validation_losses(source: ModelSource) -> Iterator[tuple[str, Any]] | None:
     """The losses measured at the checkpoint's step, from the run's metrics where they lie beside it."""
     try:
-        records = read_metrics(source.path.parent.parent)
-    except (OSError, ValueError):
+        records = RunFolder(source.path.parent.parent).metrics().validation
+    except UserError:
         return None
-    step = source.progress["step"]
-    losses = {
-        record["loop_count"]: record["loss"]
-        for record in records
-        if record.get("kind") == "validation" and record.get("step") == step
-    }
-    rows = [(f"loss with {count} loop{'s' if count > 1 else ''}", f"{loss:.4f}") for count, loss in losses.items()]
+    losses = {record["loop_count"]: record["loss"] for record in records if record["step"] == source.progress["step"]}
+    rows = [(f"loss with {plural(count, 'loop')}", f"{loss:.4f}") for count, loss in losses.items()]
     return iter(rows) if rows else None

@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from plt_megatron.errors import EXIT_USER_ERROR
-from plt_megatron.launcher import decisions, preflight, records
+from plt_megatron.launcher import decisions, preflight
 from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.failures import Exit, is_explained, outcome_of
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.launcher.records import Outcome, Records
-from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
-
-EXIT_FAILED, EXIT_BAD_NODE, EXIT_NODE_LOST, EXIT_BUSY = 1, 76, 77, 78
+from plt_megatron.run_folder import attempts
+from plt_megatron.run_folder.exit_status import PEACEFUL, ExitStatus
 
 JOIN_SECONDS = 300.0  # until all nodes have joined: containers may start slowly
 PROBE_SECONDS = 180.0  # the check of devices and links, including imports from a busy file system
@@ -33,12 +31,11 @@ UNEXPLAINED_SECONDS = 60.0
 STOP_SECONDS = 30.0  # for the nodes to have ended their processes
 _STRAGGLER_SECONDS = 1800.0  # after the first process has exited cleanly
 
-_PEACEFUL = (0, EXIT_PREEMPTED)
 _NEXT_TRY_STATUS = {
-    records.FINISHED: 0,
-    records.PREEMPTED: EXIT_PREEMPTED,
-    records.FAILED: EXIT_FAILED,
-    records.NODE_FAILED: EXIT_NODE_LOST,
+    attempts.FINISHED: ExitStatus.FINISHED,
+    attempts.PREEMPTED: ExitStatus.PREEMPTED,
+    attempts.FAILED: ExitStatus.FAILED,
+    attempts.NODE_FAILED: ExitStatus.NODE_LOST,
 }
 
 
@@ -108,7 +105,7 @@ class Coordinator:
         if self._state == "training":
             self._send_all({"type": "preempt"})
         elif self._state in ("joining", "preflight"):
-            self._stop(Outcome(records.PREEMPTED, "asked to stop before training began"))
+            self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
 
     def lost(self, node: str, why: str) -> None:
         """A node's launcher is gone."""
@@ -118,7 +115,7 @@ class Coordinator:
         if self._state == "stopping":
             self._on_stopped(node, {})
         else:
-            self._stop(Outcome(records.NODE_FAILED, f"{node} is lost: {why}"))
+            self._stop(Outcome(attempts.NODE_FAILED, f"{node} is lost: {why}"))
 
     def tick(self) -> None:
         """Check the time-outs; called often."""
@@ -151,7 +148,7 @@ class Coordinator:
             self._say(f"preflight: clocks within {skews[worst]:.3f} s of the first node's ({worst} the furthest)")
         shared = preflight.shared_problem(first)
         if shared is not None:
-            self._stop(Outcome(records.FAILED, f"preflight: {shared}", retry=False))
+            self._stop(Outcome(attempts.FAILED, f"preflight: {shared}", retry=False))
             return
         bad = preflight.judge(facts, self._settings.gpus_per_node)
         if bad:
@@ -163,12 +160,12 @@ class Coordinator:
         reason = "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items())
         if len(bad) == len(self._allocation.nodes) and len(bad) > 1:
             # All nodes fail alike: others would fail too.
-            return Outcome(records.FAILED, reason, retry=False)
-        return Outcome(records.NODE_FAILED, reason, bad_nodes=bad)
+            return Outcome(attempts.FAILED, reason, retry=False)
+        return Outcome(attempts.NODE_FAILED, reason, bad_nodes=bad)
 
     def _preflight(self) -> None:
         if self._preempted:
-            self._stop(Outcome(records.PREEMPTED, "asked to stop before training began"))
+            self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
             return
         per_node = probes_per_node(self._settings)
         self._node_of = dict(enumerate(node for node in self._allocation.nodes for _ in range(per_node)))
@@ -188,7 +185,7 @@ class Coordinator:
         if bad:
             self._stop(self._bad_nodes(bad))
         else:
-            self._stop(Outcome(records.FAILED, f"preflight: {what}; no single node is at fault"))
+            self._stop(Outcome(attempts.FAILED, f"preflight: {what}; no single node is at fault"))
 
     def _probe_passed(self) -> None:
         per_node: dict[str, dict[str, str]] = {}
@@ -237,7 +234,7 @@ class Coordinator:
         self._exits.append(end)
         if len(self._exits) == self._settings.world_size:
             self._stop(outcome_of(self._exits, self._preempted))
-        elif self._state == "settling" or end.code not in _PEACEFUL:
+        elif self._state == "settling" or end.code not in PEACEFUL:
             if self._state == "training":
                 self._enter("settling", UNEXPLAINED_SECONDS)
             if is_explained(self._exits):
@@ -271,7 +268,7 @@ class Coordinator:
             self._probe_failed(f"the check of devices and links took longer than {PROBE_SECONDS:.0f} s")
         elif self._state == "training":
             missing_ranks = sorted(set(range(self._settings.world_size)) - {end.rank for end in self._exits})
-            self._stop(Outcome(records.FAILED, f"ranks {missing_ranks} did not end with the others"))
+            self._stop(Outcome(attempts.FAILED, f"ranks {missing_ranks} did not end with the others"))
         elif self._state == "settling":
             self._stop(outcome_of(self._exits, self._preempted))
         elif self._outcome is not None:
@@ -290,16 +287,16 @@ class Coordinator:
         self._finish(self._status_of(outcome), outcome.reason)
 
     def _may_restart(self, outcome: Outcome) -> bool:
-        if outcome.status != records.FAILED or self._preempted or self._gone:
+        if outcome.status != attempts.FAILED or self._preempted or self._gone:
             return False
-        decision = decisions.decide(records.read_events(self._records.run), self._settings)
+        decision = decisions.decide(self._records.folder.attempts(), self._settings)
         return decision.action == decisions.AGAIN and self._restarts < self._settings.max_restarts
 
     def _status_of(self, outcome: Outcome) -> int:
         if outcome.bad_nodes:
-            return EXIT_BAD_NODE
-        if outcome.status == records.FAILED and not outcome.retry:
-            return EXIT_USER_ERROR
+            return ExitStatus.BAD_NODE
+        if outcome.status == attempts.FAILED and not outcome.retry:
+            return ExitStatus.USER_ERROR
         return _NEXT_TRY_STATUS[outcome.status]
 
     def _finish(self, status: int, reason: str) -> None:

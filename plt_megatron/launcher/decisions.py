@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plt_megatron.launcher.job import JobSettings
-from plt_megatron.launcher.records import FAILED, FINISHED, PREEMPTED
+from plt_megatron.run_folder.attempts import FAILED, FINISHED, PREEMPTED
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
 # Attempts in a row without progress, whatever ends them: lost nodes and preemptions are nobody's fault, but a run that

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from plt_megatron.errors import EXIT_USER_ERROR
-from plt_megatron.launcher import records
 from plt_megatron.launcher.records import Failure, Outcome
-from plt_megatron.launcher.workers import describe_exit
-from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
+from plt_megatron.run_folder import attempts
+from plt_megatron.run_folder.exit_status import PEACEFUL, ExitStatus, describe_exit
 
 # Errors of a rank whose peer has died: echoes of another's failure.
 _ECHOES = re.compile(
@@ -33,25 +31,25 @@ class Exit:
 
 def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
     """How an attempt ended, from the ends of its processes in order of arrival."""
-    failed = [end for end in exits if end.code not in (0, EXIT_PREEMPTED)]
+    failed = [end for end in exits if end.code not in PEACEFUL]
     if failed:
         cause = min(failed, key=_rank_as_cause)  # the first of the most likely
-        user_error = all(end.code == EXIT_USER_ERROR for end in failed)
+        user_error = all(end.code == ExitStatus.USER_ERROR for end in failed)
         failure = Failure(cause.rank, cause.node, describe_exit(cause.code), cause.lines)
         said = last_error(cause.lines)
         reason = f"rank {cause.rank} on {cause.node} {failure.exit}" + (f": {said}" if said else "")
-        return Outcome(records.FAILED, reason, retry=not user_error, failure=failure)
-    if any(end.code == EXIT_PREEMPTED for end in exits):
+        return Outcome(attempts.FAILED, reason, retry=not user_error, failure=failure)
+    if any(end.code == ExitStatus.PREEMPTED for end in exits):
         if preempted:
-            return Outcome(records.PREEMPTED, "asked to stop: saved")
+            return Outcome(attempts.PREEMPTED, "asked to stop: saved")
         # By a file named STOP in the run's folder, or a signal to a rank.
-        return Outcome(records.PREEMPTED, "stopped by a person, not by Slurm; saved", retry=False)
-    return Outcome(records.FINISHED, "trained to the end")
+        return Outcome(attempts.PREEMPTED, "stopped by a person, not by Slurm; saved", retry=False)
+    return Outcome(attempts.FINISHED, "trained to the end")
 
 
 def is_explained(exits: list[Exit]) -> bool:
     """Whether one of the failed processes reported a cause."""
-    return any(_rank_as_cause(end) < _SILENT for end in exits if end.code not in (0, EXIT_PREEMPTED))
+    return any(_rank_as_cause(end) < _SILENT for end in exits if end.code not in PEACEFUL)
 
 
 def _rank_as_cause(end: Exit) -> int:

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import EXIT_USER_ERROR
-from plt_megatron.launcher import decisions, records
+from plt_megatron.launcher import decisions
 from plt_megatron.launcher.allocation import read_allocation
-from plt_megatron.launcher.coordinator import EXIT_BUSY, EXIT_NODE_LOST
-from plt_megatron.launcher.job import SCRIPT_NAME, JobSettings, load_settings
-from plt_megatron.launcher.records import Outcome, Records
+from plt_megatron.launcher.job import JobSettings, load_settings
+from plt_megatron.launcher.records import Outcome, Records, write_why
 from plt_megatron.launcher.scheduler import Scheduler, SchedulerError
-from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
+from plt_megatron.run_folder import attempts
+from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.folder import RunFolder
 
 
 def finalize_job(run: Path, status: int) -> int:
@@ -29,7 +29,7 @@ def finalize_job(run: Path, status: int) -> int:
     Returns:
         The job's exit status: 0 if the run is finished, 75 if it continues or can be continued, else a failure's.
     """
-    if status == EXIT_BUSY:  # the run is another job's
+    if status == ExitStatus.RUN_BUSY:  # the run is another job's
         return status
     allocation, settings = read_allocation(), load_settings(run)
     # Slurm ends this process too when it requeues the job: finish what has been started.
@@ -38,22 +38,23 @@ def finalize_job(run: Path, status: int) -> int:
     run_records = Records(run, allocation)
     end = run_records.of_this_start()
     if end is None:
-        end = _missing_end(run, run_records, status)
-    decision = decisions.decide(records.read_events(run), settings)
+        end = _missing_end(run_records, status)
+    decision = decisions.decide(run_records.folder.attempts(), settings)
     scheduler = Scheduler(allocation.scheduler_id)
     return JobFinalizer(run, settings, run_records, scheduler, decision, end, status).act()
 
 
-def _missing_end(run: Path, run_records: Records, status: int) -> dict[str, Any]:
+def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     """Record the end that the launchers could not record."""
-    open_attempts = records.unended(records.read_events(run))
+    open_attempts = attempts.unended(run_records.folder.attempts())
     attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
-    if status == EXIT_NODE_LOST:
-        outcome = Outcome(records.NODE_FAILED, "the first node's launcher is gone")
-    elif status == EXIT_USER_ERROR:
-        outcome = Outcome(records.FAILED, "the launchers did not start: see the job's output", retry=False)
+    if status == ExitStatus.NODE_LOST:
+        outcome = Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
+    elif status == ExitStatus.USER_ERROR:
+        outcome = Outcome(attempts.FAILED, "the launchers did not start: see the job's output", retry=False)
     else:
-        outcome = Outcome(records.FAILED, f"the launchers ended with status {status}, without a record: see its output")
+        reason = f"the launchers ended with status {status}, without a record: see its output"
+        outcome = Outcome(attempts.FAILED, reason)
     run_records.end(attempt, outcome)
     end = run_records.of_this_start()
     return end or {"attempt": attempt, "job_id": None, "nodes": [], "status": outcome.status, "step": 0, "reason": ""}
@@ -86,7 +87,7 @@ class JobFinalizer:
             case decisions.HALT:
                 self._cancel_chain()
                 self._say(f"; continue with: {self._resubmit}")
-                return EXIT_PREEMPTED
+                return ExitStatus.PREEMPTED
             case decisions.STOP:
                 return self._give_up()
         return self._go_on()
@@ -101,7 +102,7 @@ class JobFinalizer:
             self._say("; the chain's next job continues")
         elif settings.requeue or excluding:
             return self._requeue()
-        elif self.end["status"] == records.PREEMPTED:
+        elif self.end["status"] == attempts.PREEMPTED:
             self._say(f". Continue with: {self._resubmit}")
         else:
             return self._give_up("; not continued: no --requeue and no further job of a chain")
@@ -120,11 +121,11 @@ class JobFinalizer:
         return self.status
 
     def _give_up(self, why: str = "") -> int:
-        reason, path = self.decision.reason + why, self.run / records.WHY
+        reason, path = self.decision.reason + why, self.records.folder.why_file
         self.records.stop(self.end["attempt"], reason)
         print(f"given up: {reason}; see {path}", flush=True)
         try:
-            records.write_why(self.run, reason, self.end)
+            write_why(self.records.folder, reason, self.end)
         except OSError as error:
             print(f"error: {path}: {error.strerror}", file=sys.stderr)
         self._cancel_chain()
@@ -132,7 +133,7 @@ class JobFinalizer:
 
     def _chain(self) -> list[str]:
         """The jobs waiting for this one."""
-        return _ask(lambda: self.scheduler.pending_after(self.run.absolute() / SCRIPT_NAME), [])
+        return _ask(lambda: self.scheduler.pending_after(RunFolder(self.run.absolute()).job_script), [])
 
     def _cancel_chain(self) -> None:
         if self.settings.chain > 1 and (jobs := self._chain()):
@@ -141,7 +142,7 @@ class JobFinalizer:
 
     @property
     def _resubmit(self) -> str:
-        return f"sbatch {self.run / SCRIPT_NAME}"
+        return f"sbatch {self.records.folder.job_script}"
 
     def _say(self, what: str) -> None:
         print(self.decision.reason + what, flush=True)

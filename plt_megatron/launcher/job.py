@@ -11,12 +11,8 @@ import yaml
 from plt_megatron.config.fields import Count, PositiveCount, WholeSeconds
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
-
-FILE_NAME = "job.yaml"
-SCRIPT_NAME = "job.sbatch"
-CODE_NAME = "code"
-LOGS_NAME = "logs"
-SUBMISSIONS_NAME = "submissions.jsonl"
+from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class JobSettings:
 
 def save_settings(settings: JobSettings, run: Path) -> None:
     """Write `RUN/job.yaml`."""
-    (run / FILE_NAME).write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
+    write_text(RunFolder(run).job_file, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
 
 
 def load_settings(run: Path) -> JobSettings:
@@ -57,7 +53,7 @@ def load_settings(run: Path) -> JobSettings:
     Raises:
         UserError: it is missing or not YAML, or a setting is unknown, missing, of the wrong type or out of its range.
     """
-    path = run / FILE_NAME
+    path = RunFolder(run).job_file
     if not path.is_file():
         raise UserError(f"there is no {path}; plt-submit writes it")
     settings = load(JobSettings, path)

@@ -6,17 +6,17 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-MERGED = "merged.log"
+from plt_megatron.run_folder.folder import RunFolder
 
 
 def rank_log(run: Path, rank: int) -> Path:
     """The log of one rank."""
-    return run / "logs" / f"rank-{rank:04d}.log"
+    return RunFolder(run).logs / f"rank-{rank:04d}.log"
 
 
 def merged_log(run: Path) -> Path:
     """The log of all ranks, in order of arrival."""
-    return run / "logs" / MERGED
+    return RunFolder(run).logs / "merged.log"
 
 
 def stamp(attempt: int, who: str, text: str) -> str:

@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config.loader import load_config
 from plt_megatron.errors import print_error
-from plt_megatron.launcher import binding, coordinator, preflight, records
+from plt_megatron.launcher import binding, coordinator, preflight
 from plt_megatron.launcher.allocation import Allocation, read_allocation
 from plt_megatron.launcher.hub import Hub
 from plt_megatron.launcher.job import JobSettings, load_settings
@@ -28,7 +27,10 @@ from plt_megatron.launcher.logs import LogFile, rank_log, stamp
 from plt_megatron.launcher.messages import BEAT_SECONDS, Channel, Every
 from plt_megatron.launcher.probe import MARK
 from plt_megatron.launcher.scheduler import job_at_work
-from plt_megatron.launcher.workers import Worker, WorkerGroup, describe_exit
+from plt_megatron.launcher.workers import Worker, WorkerGroup
+from plt_megatron.run_folder import attempts
+from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
+from plt_megatron.run_folder.folder import RunFolder
 
 _TICK_SECONDS = 0.1
 _REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet
@@ -43,12 +45,12 @@ def launch_node(run: Path) -> int:
         UserError: this is not a Slurm job, or plt-submit did not make the run's folder.
     """
     settings, allocation = load_settings(run), read_allocation()
-    others = [str(event.get("job_id")) for event in records.unended(records.read_events(run))]
+    others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]
     other = job_at_work([job for job in others if job != allocation.scheduler_id])
     if other is not None:
         # Two jobs would overwrite each other's work. Jobs of one script wait for one another; an array's do not.
         print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")
-        return coordinator.EXIT_BUSY
+        return ExitStatus.RUN_BUSY
     launcher = NodeLauncher(run, settings, allocation)
     with launcher.signals():
         return launcher.launch()
@@ -73,7 +75,7 @@ class NodeLauncher:
         self._preempting = self._stopping = False
         self._beat, self._repeat = Every(BEAT_SECONDS), Every(_REPEAT_SECONDS)
         self._status: int | None = None
-        config = load_config(run / "config.yaml")
+        config = RunFolder(run).config()
         self._threads = config.training.threads_per_process
 
     @contextlib.contextmanager
@@ -133,7 +135,7 @@ class NodeLauncher:
             self._channel = Channel(connection)
             self._selector.register(self._channel, selectors.EVENT_READ, self._receive)
             return True
-        self._status = coordinator.EXIT_PREEMPTED
+        self._status = ExitStatus.PREEMPTED
         return False
 
     def _turn(self) -> None:
@@ -169,7 +171,7 @@ class NodeLauncher:
 
     def _lose(self, why: str) -> None:
         print(stamp(self._attempt, f"launcher {self._allocation.node}", why), file=sys.stderr, flush=True)
-        self._status = coordinator.EXIT_NODE_LOST
+        self._status = ExitStatus.NODE_LOST
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._channel is not None:
@@ -201,7 +203,7 @@ class NodeLauncher:
         # -P: import the package from the run's snapshot, where this file is, even if the job runs in a checkout.
         command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.probe"]
         if task == "train":
-            command = [*command[:-1], "plt_megatron.train.main", str(self._run / "config.yaml")]
+            command = [*command[:-1], "plt_megatron.train.main", str(RunFolder(self._run).config_file)]
         first = self._allocation.node_index * per_node
         environments = {
             first + local: self._environment(first + local, local, per_node, port) for local in range(per_node)

@@ -1,28 +1,20 @@
-"""The records of a run's attempts in its folder: attempts.jsonl, why.txt, and its progress.
-
-attempts.jsonl has a line for the start and the end of each attempt, that is of each start of the run's processes, and
-one where the run was given up ("stop"). It is only appended to.
-"""
+"""The records of a run's attempts in its folder: attempts.jsonl (`run_folder.attempts`) and why.txt."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.launcher.allocation import Allocation
-from plt_megatron.run_folder import checkpoints
-
-FILE_NAME = "attempts.jsonl"
-WHY = "why.txt"
-_TAIL_BYTES = 1 << 16
-
-FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "failed", "node_failed", "killed"
+from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.attempts import KILLED, last_attempt, unended
+from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
+from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Outcome:
     """How an attempt ended.
 
     Attributes:
-        status: finished, preempted, failed, node_failed, or killed (no record of its end; found at the next start).
+        status: one of `run_folder.attempts`.
         reason: one line.
         retry: whether another attempt may succeed; not after a user error.
         bad_nodes: node -> what is wrong with it; the job should continue without them.
@@ -67,19 +59,19 @@ class Records:
     """
 
     def __init__(self, run: Path, allocation: Allocation) -> None:
-        self.run = run
+        self.folder = RunFolder(run)
         self._allocation = allocation
 
     def begin(self) -> int:
         """Record the start of an attempt; returns its number. An earlier one without an end gets one now."""
-        events = read_events(self.run)
+        events = self.folder.attempts()
         for event in unended(events):
             reason = "no exit record: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
             self._end(event, Outcome(KILLED, reason))
-        if (self.run / WHY).exists():  # somebody runs it again all the same
-            (self.run / WHY).replace(self.run / "logs" / f"why-before-attempt-{last_attempt(events) + 1}.txt")
         attempt = last_attempt(events) + 1
-        self._append({"event": "start", "attempt": attempt, **self._job(), "step": last_step(self.run)})
+        if self.folder.why_file.exists():  # somebody runs it again all the same
+            self.folder.why_file.replace(self.folder.logs / f"why-before-attempt-{attempt}.txt")
+        self._append({"event": "start", "attempt": attempt, **self._job(), "step": self.folder.last_step()})
         return attempt
 
     def end(self, attempt: int, outcome: Outcome) -> None:
@@ -93,7 +85,7 @@ class Records:
     def of_this_start(self) -> dict[str, Any] | None:
         """The end of this job's last attempt since Slurm started it; None if there is none."""
         job = self._job()
-        for event in reversed(read_events(self.run)):
+        for event in reversed(self.folder.attempts()):
             if event["event"] != "stop" and event.get("job_id") == job["job_id"]:
                 same = event.get("restart_count") == job["restart_count"]
                 return event if same and event["event"] == "end" else None
@@ -114,8 +106,8 @@ class Records:
             | {
                 "event": "end",
                 "status": outcome.status,
-                "step": last_step(self.run),
-                "checkpoint": last_checkpoint_step(self.run),
+                "step": self.folder.last_step(),
+                "checkpoint": latest_step(self.folder.path),
                 "reason": outcome.reason,
                 "retry": outcome.retry,
                 "bad_nodes": outcome.bad_nodes,
@@ -124,79 +116,16 @@ class Records:
         )
 
     def _append(self, event: dict[str, Any]) -> None:
-        line = json.dumps({"event": event["event"], "time": time.time()} | event) + "\n"
+        event = {"event": event["event"], "time": time.time()} | event
+        path = self.folder.attempts_file
         try:
-            self.run.mkdir(parents=True, exist_ok=True)
-            with (self.run / FILE_NAME).open("a", encoding="utf-8") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            json_lines.append(path, event, sync=True)
         except OSError as error:  # a full disk: the run can continue without
-            print(f"error: {self.run / FILE_NAME}: {error.strerror}; not recorded: {line.strip()}", file=sys.stderr)
+            print(f"error: {path}: {error.strerror}; not recorded: {json.dumps(event)}", file=sys.stderr)
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The lines of attempts.jsonl; those that a crash or a full disk has torn are left out."""
-    try:
-        text = (run / FILE_NAME).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return []
-    events = []
-    for line in text.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and event.get("event") in ("start", "end", "stop"):
-            events.append(event)
-    return events
-
-
-def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The starts of attempts that have no end."""
-    started: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if event["event"] == "start":
-            started[event["attempt"]] = event
-        elif event["event"] == "end":
-            started.pop(event["attempt"], None)
-    return list(started.values())
-
-
-def last_attempt(events: Iterable[dict[str, Any]]) -> int:
-    """The number of the last attempt; 0 if there was none."""
-    return max((int(event.get("attempt") or 0) for event in events), default=0)
-
-
-def last_step(run: Path) -> int:
-    """The last step in metrics.jsonl; 0 if there is none."""
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is a torn line, or nothing
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):  # torn by a crash, or cut where the tail begins
-            continue
-    return 0
-
-
-def last_checkpoint_step(run: Path) -> int:
-    """The step of the checkpoint that the run would go on from, by its name; 0 if there is none."""
-    path = checkpoints.latest_checkpoint(run, verify=False)
-    return checkpoints.step_of(path) if path is not None else 0
-
-
-def last_whole_checkpoint(run: Path) -> Path | None:
-    """The last checkpoint whose files are all there in full length. Checksums would take too long here."""
-    return checkpoints.latest_of_full_size(run)
-
-
-def write_why(run: Path, reason: str, end: dict[str, Any] | None) -> None:
+def write_why(folder: RunFolder, reason: str, end: dict[str, Any] | None) -> None:
     """Write why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
 
     Args:
@@ -208,11 +137,10 @@ def write_why(run: Path, reason: str, end: dict[str, Any] | None) -> None:
             f"attempt {end['attempt']}, job {end['job_id']}, on {', '.join(end['nodes'] or [])}: {end['status']}",
             f"last step in metrics.jsonl: {end['step']}",
         ]
-    path = last_whole_checkpoint(run)
-    lines.append(f"last complete checkpoint: {path or 'none'}")
+    lines.append(f"last complete checkpoint: {latest_of_full_size(folder.path) or 'none'}")
     failure = (end or {}).get("failure")
     if failure:
         lines += ["", f"rank {failure['rank']} on {failure['node']} {failure['exit']}; its last lines:", ""]
         lines += [f"    {line}" for line in failure["lines"]]
-    lines += ["", f"All ranks' lines are in {run / 'logs'}, all attempts in {run / FILE_NAME}."]
-    (run / WHY).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += ["", f"All ranks' lines are in {folder.logs}, all attempts in {folder.attempts_file}."]
+    write_text(folder.why_file, "\n".join(lines) + "\n")

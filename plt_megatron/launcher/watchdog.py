@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plt_megatron.launcher.signs import Sign, collective, collectives_started, describe_hang, describe_silence, position
+from plt_megatron.run_folder.exit_status import ExitStatus
 
 _NO_STORE = "rank 0, which holds the job's store, does not answer"
 _VERDICT = "watchdog/verdict"
 SLOW_PHASES = ("starting", "loading", "saving")  # limits of their own apply there: the long one
 _PAUSES = 5  # times the longest pause so far do not count as a hang
 _MISSED = 4  # intervals without a sign make a process frozen, if the job hangs
-_EXIT_FAILED = 1
 
 
 class Store(Protocol):
@@ -213,7 +213,7 @@ class Watchdog:
             print(f"error: rank {self._rank}: {verdict}; stacks in {folder}", file=sys.stderr, flush=True)
         if self._rank == 0:
             time.sleep(2 * self._interval)  # the store lives here: let the others read the verdict
-        self._end(_EXIT_FAILED)
+        self._end(ExitStatus.FAILED)
 
 
 def _key(rank: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from plt_megatron.runtime.local_processes import die_with_parent
+
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 16
 _TAIL_LINES = 40
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 @dataclass
@@ -117,7 +116,7 @@ def _kill_group(worker: Worker) -> None:
 def _start(command: Sequence[str], env: Mapping[str, str], cpus: set[int] | None) -> subprocess.Popen[bytes]:
     def prepare() -> None:
         # The launcher has one thread only, so that this is safe between fork and exec.
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent(signal.SIGKILL)
         # Until the trainer listens, a request to stop must not kill it: the launcher repeats its own, and Slurm's
         # reaches every process of the step.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -138,14 +137,3 @@ def _start(command: Sequence[str], env: Mapping[str, str], cpus: set[int] | None
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     return process
-
-
-def describe_exit(returncode: int) -> str:
-    """An exit status as text."""
-    if returncode >= 0:
-        return f"exited with status {returncode}"
-    try:
-        name = signal.Signals(-returncode).name
-    except ValueError:
-        name = f"signal {-returncode}"
-    return f"was killed by {name}" + (" (out of memory?)" if -returncode == signal.SIGKILL else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from enum import IntEnum
 
 from plt_megatron.errors import EXIT_USER_ERROR
@@ -22,3 +23,18 @@ class ExitStatus(IntEnum):
 
 # Statuses of a process that do not make the run's other processes stop.
 PEACEFUL = (ExitStatus.FINISHED, ExitStatus.PREEMPTED)
+
+
+def describe_exit(returncode: int) -> str:
+    """How a process ended, in words: `exited with status 1`, `was killed by SIGKILL (out of memory?)`.
+
+    Args:
+        returncode: as subprocess has it: below zero for a signal.
+    """
+    if returncode >= 0:
+        return f"exited with status {returncode}"
+    try:
+        name = signal.Signals(-returncode).name
+    except ValueError:
+        name = f"signal {-returncode}"
+    return f"was killed by {name}" + (" (out of memory?)" if -returncode == signal.SIGKILL else "")

@@ -95,6 +95,11 @@ class RunFolder:
         """What its jobs noted of their attempts (`attempts`)."""
         return attempts.read_events(self.attempts_file)
 
+    def last_step(self) -> int:
+        """The last step in metrics.jsonl, from the file's end alone; 0 if there is none."""
+        found = json_lines.last(self.metrics_file, 1, lambda record: isinstance(record.get("step"), int))
+        return found[0]["step"] if found else 0
+
     def incident_file(self, step: int) -> Path:
         """Where the report on a bad step goes."""
         return self.incidents / f"step_{step:08d}.json"

@@ -49,7 +49,7 @@ def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
         if record is not None:
             records.append(record)
         elif not skip_broken:
-            raise UserError(f"{path}: line {number} is not JSON")
+            raise UserError(f"{path}: line {number} is not a JSON object")
     return records
 
 

@@ -60,7 +60,7 @@ class RunStatus:
         return max(0, self.steps - self.step) * self.tokens_per_step / self.tokens_per_second
 
 
-def read_status(run: Path) -> RunStatus:
+def read_run_status(run: Path) -> RunStatus:
     """Look at a run's folder. Nothing that is missing or damaged in it is an error here."""
     folder = RunFolder(run)
     steps, tokens_per_step, problem = None, None, None

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-EXIT_PREEMPTED = 75  # the trainer saved its state and stopped because it was asked to
-_PEACEFUL = (0, EXIT_PREEMPTED)  # statuses that do not stop the others
+from plt_megatron.run_folder.exit_status import PEACEFUL, describe_exit
+
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
@@ -108,7 +108,7 @@ class _Job:
     def start(self, command: Sequence[str], env: dict[str, str]) -> None:
         # A process group of its own: the terminal's Ctrl-C then reaches a process through us only, once.
         process = subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_die_with_parent
+            command, env=env, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
         )
         self.processes.append(process)
         for number in self.received:  # before this process could receive it
@@ -121,7 +121,7 @@ class _Job:
             failed = [(r, p.returncode) for r, p in enumerate(self.processes) if _has_failed(p)]
             if failed:
                 for rank, returncode in failed:
-                    print(f"rank {rank} {_describe(returncode)}", file=sys.stderr, flush=True)
+                    print(f"rank {rank} {describe_exit(returncode)}", file=sys.stderr, flush=True)
                 self.stop()
                 return _exit_status([returncode for _, returncode in failed])
             if not running:
@@ -173,25 +173,20 @@ class _Job:
         return self.received.count(signal.SIGINT) > 1
 
 
-def _die_with_parent() -> None:
-    """Have the kernel send SIGTERM to this child if its parent is killed, so that no rank is left behind."""
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Have the kernel send a signal to this process if its parent is killed, so that nothing is left behind.
+
+    For a child between fork and exec (`preexec_fn`). Only Linux can; elsewhere it does nothing.
+    """
     if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _has_failed(process: subprocess.Popen[bytes]) -> bool:
-    return process.returncode is not None and process.returncode not in _PEACEFUL
+    return process.returncode is not None and process.returncode not in PEACEFUL
 
 
 def _exit_status(returncodes: Sequence[int]) -> int:
     """The most informative status: a 1 beside another status is often only an echo of that failure."""
     returncode = next((code for code in returncodes if code != 1), 1)
     return returncode if returncode >= 0 else 128 - returncode
-
-
-def _describe(returncode: int) -> str:
-    if returncode >= 0:
-        return f"failed with exit status {returncode}"
-    name = signal.Signals(-returncode).name
-    hint = " (out of memory?)" if -returncode == signal.SIGKILL else ""
-    return f"was killed by {name}{hint}"

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import CODE_NAME, LOGS_NAME
-from plt_megatron.slurm import run_folder
+from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.folder import CONFIG, RunFolder
+from plt_megatron.slurm import run_files
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.script import Array
+from plt_megatron.slurm.snapshot import snapshot_code
 from plt_megatron.slurm.times import format_duration
 
 if TYPE_CHECKING:
@@ -32,9 +34,9 @@ def config_paths(source: str) -> list[Path]:
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(path.glob(f"*/{run_folder.CONFIG_NAME}"))
+        found = sorted(path.glob(f"*/{CONFIG}"))
         if not found:
-            raise UserError(f"--array {source}: no */{run_folder.CONFIG_NAME} in this folder")
+            raise UserError(f"--array {source}: no */{CONFIG} in this folder")
         return found
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -60,7 +62,7 @@ def plan_array(source: str, runs: Sequence[Path], name: str | None, max_concurre
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     parent = Path(os.path.commonpath([run.parent for run in runs]))
     folder = parent / (name.replace(os.sep, "-") + SUFFIX)
-    return Array(folder, run_folder.job_name(folder, name), len(runs), max_concurrent)
+    return Array(folder, run_files.job_name(folder, name), len(runs), max_concurrent)
 
 
 def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:
@@ -69,14 +71,13 @@ def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> 
     Raises:
         UserError: the folder cannot be written.
     """
-    try:
-        (array.folder / LOGS_NAME).mkdir(parents=True, exist_ok=True)
-        run_folder.snapshot_code(root, array.folder)
-        array.runs_file.write_text("".join(f"{run}\n" for run in runs), encoding="utf-8")
-        run_folder.write_script(array.folder, script)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or array.folder}: {error.strerror or error}") from error
-    return array.folder / CODE_NAME
+    folder = RunFolder(array.folder)
+    with writing(array.folder):
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        snapshot_code(root, array.folder)
+        write_text(array.runs_file, "".join(f"{run}\n" for run in runs))
+        run_files.write_script(array.folder, script)
+    return folder.code
 
 
 def describe_array(array: Array, members: Sequence[Member], resources: Resources) -> list[tuple[str, str]]:

@@ -10,8 +10,13 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
-from plt_megatron.slurm.progress import checkpoint_steps, measured_tokens_per_second
+from plt_megatron.launcher.job import load_settings
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.metrics import median_speed
+from plt_megatron.run_folder.status import last_train_records
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.times import format_duration
 
@@ -66,13 +71,13 @@ def forecast(
         gpus_per_node=resources.processes_per_node,
         vocab_size=vocab_size,
     )
-    kept = checkpoint_steps(run)
+    kept = _checkpoint_steps(run)
     step_seconds: float | None = estimate.step_seconds
     if resources.card == "cpu":
         rate = config.logging.peak_tflops or tflops_per_process
         work = estimate.flops_per_token * derived.tokens_per_step(config)
         step_seconds = work / (rate * 1e12 * _CPU_SHARE * resources.world_size) if rate else None
-    measured = measured_tokens_per_second(run, resources.world_size)
+    measured = _measured_tokens_per_second(run, resources.world_size)
     if measured:
         step_seconds = derived.tokens_per_step(config) / measured
     size = estimate.checkpoint_bytes if config.checkpoint.enabled else 0
@@ -86,6 +91,25 @@ def forecast(
         storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,
         free_bytes=shutil.disk_usage(_existing(run)).free,
     )
+
+
+def _measured_tokens_per_second(run: Path, world_size: int) -> float | None:
+    """What the run's earlier jobs reached on as many processes; None: nothing to go by."""
+    folder = RunFolder(run)
+    if not folder.job_file.is_file():
+        return None
+    try:
+        settings = load_settings(run)
+    except UserError:
+        return None
+    records = last_train_records(folder)
+    return median_speed(records) if settings.world_size == world_size and len(records) > 2 else None
+
+
+def _checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the checkpoints that are there, ascending; checkpoints of a course given up are left out."""
+    last = latest_step(run)
+    return [step for step in map(step_of, checkpoint_folders(RunFolder(run).checkpoints)) if step <= last]
 
 
 def _checkpoints_at_most(config: RunConfig) -> int:

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.launcher.records import WHY
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.json_lines import Follower
+from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.slurm import client
-from plt_megatron.slurm.progress import METRICS, read_run_status
 from plt_megatron.slurm.submission import Submission
 
 _LOOK_SECONDS = 1.0  # at files
@@ -72,8 +73,9 @@ def _conclusion(run: Path, label: str) -> Iterator[str]:
         yield f"{label}finished: step {progress.step:,} of {progress.steps:,}; {run}"
         return
     yield f"{label}not finished: step {progress.step:,}, last checkpoint at step {progress.checkpoint:,}; {run}"
-    if (run / WHY).is_file():
-        yield f"{label}{(run / WHY).read_text(encoding='utf-8', errors='replace').rstrip()}"
+    why = RunFolder(run).why_file
+    if why.is_file():
+        yield f"{label}{why.read_text(encoding='utf-8', errors='replace').rstrip()}"
     elif progress.restarts:
         yield f"{label}{progress.restarts[-1]}"
 
@@ -119,51 +121,25 @@ class _Output:
     """New lines of a job's output: what its launchers say, and srun where something is wrong."""
 
     def __init__(self, path: Path, label: str) -> None:
-        self._path, self._label, self._offset = path, label, 0
+        self._label, self._follower = label, Follower(path)
 
     def lines(self) -> list[str]:
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                text = file.read()
-        except OSError:  # it comes with the job
-            return []
-        complete = text[: text.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [self._label + _STAMP.sub("", line) for line in complete.decode(errors="replace").splitlines()]
+        return [self._label + _STAMP.sub("", line) for line in self._follower.lines()]
 
 
 class _Tail:
-    """New records of metrics.jsonl, as lines. A trainer that resumes writes the file anew, up to where it resumes."""
+    """New records of metrics.jsonl, as lines. A trainer that resumes rewinds the file to where it resumes."""
 
     def __init__(self, run: Path, label: str) -> None:
-        self.run, self.label = run, label
-        self._path = run / METRICS
-        self._inode, self._offset = self._where()
+        self._run, self._label = run, label
+        self._follower = Follower(RunFolder(run).metrics_file, from_end=True)
         self._steps = read_run_status(run).steps
 
-    def _where(self) -> tuple[int, int]:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return 0, 0
-        return found.st_ino, found.st_size
-
     def lines(self) -> list[str]:
-        inode, size = self._where()
-        if not inode:
-            return []
-        if inode != self._inode and self._inode:
-            self._inode, self._offset = inode, size
-            return [f"{self.label}goes on after step {read_run_status(self.run).step:,}"]
-        self._inode = inode
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        complete = text[: text.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        records = [json.loads(line) for line in complete.splitlines()]
-        return [self.label + _step_line(record, self._steps) for record in records]
+        records = [json.loads(line) for line in self._follower.lines()]
+        if self._follower.replaced:
+            return [f"{self._label}goes on after step {read_run_status(self._run).step:,}"]
+        return [self._label + _step_line(record, self._steps) for record in records]
 
 
 def _step_line(record: dict[str, Any], steps: int | None) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import LOGS_NAME, JobSettings
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.profile import Container
 from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal
 from plt_megatron.slurm.times import format_duration
@@ -130,7 +131,7 @@ class Script:
 
     def _output(self) -> str:
         pattern = "slurm-%A_%a.out" if self.array else "slurm-%j.out"
-        return f"{str(self.run / LOGS_NAME).replace('%', '%%')}/{pattern}"
+        return f"{str(RunFolder(self.run).logs).replace('%', '%%')}/{pattern}"
 
     def _environment(self) -> list[str]:
         lines = list(self.request.setup)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.records import WHY
+from plt_megatron.run_folder.folder import CONFIG, RunFolder
+from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.slurm import client
-from plt_megatron.slurm.progress import METRICS, RunStatus, read_run_status
-from plt_megatron.slurm.run_folder import CONFIG_NAME, name_suffix, submitted_jobs
+from plt_megatron.slurm.run_files import name_suffix, submitted_jobs
 from plt_megatron.slurm.times import format_duration
 
 _DEPTH = 3  # of run folders below the output folder: sweeps lie one deeper than runs
@@ -48,7 +48,7 @@ def find_runs(folder: Path) -> list[Path]:
     found: list[Path] = []
 
     def look(at: Path, depth: int) -> None:
-        if (at / CONFIG_NAME).is_file():
+        if RunFolder(at).config_file.is_file():
             found.append(at)
             return
         if depth == 0:
@@ -79,7 +79,7 @@ def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
         path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
         found = find_runs(path)
         if not found:
-            raise UserError(f"{path} is no run folder and holds none: there is no {CONFIG_NAME}")
+            raise UserError(f"{path} is no run folder and holds none: there is no {CONFIG}")
         runs += found
     return list(dict.fromkeys(runs))
 
@@ -127,12 +127,13 @@ def _number(job_id: str) -> int:
 
 def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tuple[str, str]:
     """No job runs or waits: the folder knows how it ended; Slurm where the job could not write that down."""
+    folder = RunFolder(run)
     if progress.finished:
         return "finished", ""
-    if progress.stopped is not None or (run / WHY).is_file():
-        return "failed", progress.stopped or f"see {run / WHY}"
+    if progress.stopped is not None or folder.why_file.is_file():
+        return "failed", progress.stopped or f"see {folder.why_file}"
     last = max(ended, key=lambda job: _number(job.id), default=None)
-    advice = f"no job goes on with it: sbatch {run / 'job.sbatch'}" if (run / "job.sbatch").is_file() else ""
+    advice = f"no job goes on with it: sbatch {folder.job_script}" if folder.job_script.is_file() else ""
     # An attempt without an end: the job was killed before it could note one.
     if last is not None and not progress.last_status:
         why = f" ({last.reason})" if last.reason else ""
@@ -158,10 +159,12 @@ def describe(statuses: Sequence[JobStatus]) -> str:
     for each in statuses:
         notes = [each.detail] if each.detail else []
         if each.progress.problem:
-            notes.append(f"config.yaml: {each.progress.problem}")
+            notes.append(f"{CONFIG}: {each.progress.problem}")
         notes += each.progress.restarts[-3:]
         if len(each.progress.restarts) > 3:
-            notes[-3:-3] = [f"... {len(each.progress.restarts) - 3} earlier attempts in {each.run / 'attempts.jsonl'}"]
+            notes[-3:-3] = [
+                f"... {len(each.progress.restarts) - 3} earlier attempts in {RunFolder(each.run).attempts_file}"
+            ]
         if notes:
             lines += ["", f"{each.run}:", *(f"  {note}" for note in notes)]
     return "\n".join(lines)
@@ -200,7 +203,7 @@ def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
     """
     runs = runs_named(names, output_dir)
     if not runs:
-        raise UserError(f"no run below {output_dir}: nothing there holds a {CONFIG_NAME} or {METRICS}")
+        raise UserError(f"no run below {output_dir}: nothing there holds a {CONFIG}")
     jobs, note = None, ""
     try:
         jobs = client.my_jobs()

@@ -15,11 +15,12 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.installation import CONFIGS, is_checkout
-from plt_megatron.launcher.job import LOGS_NAME, SCRIPT_NAME, JobSettings
-from plt_megatron.slurm import arrays, checks, client, report, run_folder
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.status import read_run_status
+from plt_megatron.slurm import arrays, checks, client, report, run_files
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
-from plt_megatron.slurm.progress import read_run_status
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
 from plt_megatron.slurm.times import time_limit
@@ -111,7 +112,7 @@ class _Plan:
             raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
         self.limit = time_limit(given, "--time" if options.time else "default_time")
         self.margin = options.signal_margin or self.profile.signal_margin_seconds
-        self.workdir = run_folder.working_directory()
+        self.workdir = run_files.working_directory()
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.problems: list[str] = []
@@ -172,7 +173,7 @@ class _Plan:
 
     @staticmethod
     def _run_of(config: RunConfig) -> Path:
-        return run_folder.absolute_run_folder(config)
+        return run_files.absolute_run_folder(config)
 
     def _check_run(self, label: str, config: RunConfig) -> list[str]:
         """The problems of one run; it becomes a member if its configuration is sound enough to look ahead."""
@@ -194,7 +195,7 @@ class _Plan:
         if not sound:
             return problems
         run = self._run_of(config)
-        problems += run_folder.resume_problems(config, run, self.options.accept_changes)
+        problems += run_files.resume_problems(config, run, self.options.accept_changes)
         if vocab_size is None or self.resources.guessed:
             return problems
         ahead = checks.forecast(config, run, self.resources, vocab_size, self.profile.tflops_per_process)
@@ -211,7 +212,7 @@ class _Plan:
     def _settings(self, config: RunConfig, run: Path) -> JobSettings:
         profile, resources = self.profile, self.resources
         return JobSettings(
-            job_name=run_folder.job_name(run, config.name),
+            job_name=run_files.job_name(run, config.name),
             nodes=resources.nodes,
             processes_per_node=resources.processes_per_node,
             cpus_per_process=resources.cpus_per_process,
@@ -231,7 +232,9 @@ class _Plan:
 
     def _check_active(self, runs: Sequence[Path]) -> None:
         """Two jobs in one run folder would spoil each other's work."""
-        submitted = [run for run in runs if (run / run_folder.CONFIG_NAME).is_file() and (run / SCRIPT_NAME).is_file()]
+        submitted = [
+            run for run in runs if RunFolder(run).config_file.is_file() and RunFolder(run).job_script.is_file()
+        ]
         if not submitted or not client.is_installed():
             return
         try:
@@ -240,12 +243,12 @@ class _Plan:
             self.problems.append(str(error))
             return
         for run in submitted:
-            known = run_folder.submitted_jobs(run)
+            known = run_files.submitted_jobs(run)
             for job in jobs:
-                if job.id in known or job.name.endswith(run_folder.name_suffix(run)):
+                if job.id in known or job.name.endswith(run_files.name_suffix(run)):
                     advice = f"wait for it, or scancel {job.id}"
                     if "_" not in job.id:  # jobs of the run's own script wait for one another
-                        advice += f"; to queue one more behind it: sbatch {shlex.quote(str(run / SCRIPT_NAME))}"
+                        advice += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
                     self.problems.append(f"{run}: its job {job.id} is {job.state.lower()}: {advice}")
                     break
 
@@ -301,12 +304,12 @@ class _Plan:
         if self.array is not None:
             code = arrays.write_array(self.array, [member.run for member in self.members], job_script, self.root)
         for member, script in zip(self.members, scripts, strict=True):
-            run_folder.write_run(member.config, member.run, member.settings, script, root=self.root, code=code)
+            run_files.write_run(member.config, member.run, member.settings, script, root=self.root, code=code)
         return self._submit_array(self.array) if self.array is not None else self._submit_chain()
 
     def _submit_chain(self) -> Submission:
         member, ids = self.members[0], []
-        script = member.run / SCRIPT_NAME
+        script = RunFolder(member.run).job_script
         for _ in range(self.options.chain):
             try:
                 ids.append(client.submit(script))
@@ -315,29 +318,30 @@ class _Plan:
                     raise UserError(f"{error} (the run folder is ready: sbatch {shlex.quote(str(script))})") from error
                 print(f"warning: only {len(ids)} of {self.options.chain} jobs were submitted: {error}")
                 break
-            run_folder.record_submission(member.run, ids[-1:])
-        outputs = [member.run / LOGS_NAME / f"slurm-{job_id}.out" for job_id in ids]
+            run_files.record_submission(member.run, ids[-1:])
+        outputs = [RunFolder(member.run).logs / f"slurm-{job_id}.out" for job_id in ids]
         self._say_submitted(ids, member.run, outputs[0], script)
         return Submission([member.run], [ids], [outputs])
 
     def _submit_array(self, array: Array) -> Submission:
-        script = array.folder / SCRIPT_NAME
+        script = RunFolder(array.folder).job_script
         job_id = client.submit(script)
         ids = []
         for index, member in enumerate(self.members, 1):
             ids.append([f"{job_id}_{index}"])
-            run_folder.record_submission(member.run, ids[-1])
-        outputs = [[array.folder / LOGS_NAME / f"slurm-{member_id}.out"] for (member_id,) in ids]
+            run_files.record_submission(member.run, ids[-1])
+        outputs = [[RunFolder(array.folder).logs / f"slurm-{member_id}.out"] for (member_id,) in ids]
         self._say_submitted([job_id], array.folder.parent, outputs[0][0], script)
         return Submission([member.run for member in self.members], ids, outputs)
 
     def _say_submitted(self, ids: Sequence[str], watched: Path, log: Path, script: Path) -> None:
         status = f"python {shlex.quote(_shown(self.root / 'launch' / 'status.py'))}"
+        stop = f"touch {shlex.quote(_shown(RunFolder(watched).stop_file))}   # saves and leaves"
         rows = [
             ("submitted", f"job{'s' if len(ids) > 1 else ''} {' '.join(ids)}"),
             ("watch", f"{status if is_checkout(self.root) else 'plt-status'} {shlex.quote(_shown(watched))}"),
             ("log", f"tail -F {shlex.quote(_shown(log))}"),
-            ("stop", f"touch {shlex.quote(_shown(watched / 'STOP'))}   # saves and leaves" if not self.array else ""),
+            ("stop", stop if not self.array else ""),
             ("cancel", f"scancel {' '.join(ids)}"),
             ("resubmit", f"sbatch {shlex.quote(_shown(script))}"),
         ]

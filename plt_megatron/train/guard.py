@@ -6,15 +6,15 @@ come to the same verdict without a further word.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.schema import TrainingConfig
+from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.megatron_engine import finite_step
 
 _PER_STEPS = 1000  # max_skipped_steps is also a rate
@@ -98,11 +98,8 @@ class StepGuard:
 
 def write_incident(folder: Path, step: int, report: dict[str, Any]) -> Path:
     """Write what is known of a bad step to `incidents/step_XXXXXXXX.json`; numbers that are not finite as strings."""
-    path = folder / "incidents" / f"step_{step:08d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_jsonable(report), indent=1) + "\n")
-    os.replace(temporary, path)
+    path = RunFolder(folder).incident_file(step)
+    write_json(path, _jsonable(report))
     return path
 
 

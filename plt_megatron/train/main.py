@@ -17,11 +17,9 @@ from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
-from plt_megatron.errors import EXIT_USER_ERROR, UserError, print_error
+from plt_megatron.errors import UserError, print_error
+from plt_megatron.run_folder.exit_status import ExitStatus
 from plt_megatron.runtime.cuda_environment import set_cuda_environment
-from plt_megatron.runtime.local_processes import EXIT_PREEMPTED
-
-EXIT_FAILED = 1
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +31,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # the others have the same to say
             print_error(error)
-        return EXIT_USER_ERROR
+        return ExitStatus.USER_ERROR
 
 
 def train(config: RunConfig) -> int:
@@ -66,19 +64,19 @@ def train(config: RunConfig) -> int:
     except TrainingFailed as error:
         if trainer.is_first_rank:
             print_error(error)
-        return EXIT_FAILED
+        return ExitStatus.FAILED
     except (OSError, RuntimeError) as error:
         problem = _describe_failure(error)
         if problem is None:
             raise
         print_error(f"rank {trainer.rank}: {problem}. {trainer.what_is_saved()}")
-        return EXIT_FAILED
+        return ExitStatus.FAILED
     finally:
         trainer.close()
         watchdog.close()
     torch.distributed.barrier()  # rank 0 holds the store that the others' watchdogs ask
     destroy_process_groups()
-    return 0 if finished else EXIT_PREEMPTED
+    return ExitStatus.FINISHED if finished else ExitStatus.PREEMPTED
 
 
 def _describe_failure(error: OSError | RuntimeError) -> str | None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-
-FILE_NAME = "metrics.jsonl"
-# What the clock and the machine decide: two runs that do the same differ in these alone.
-MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
+from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.folder import RunFolder
 
 
 class MetricsWriter:
     """Writes one record a line. Only one rank's is enabled."""
 
     def __init__(self, folder: Path, config: RunConfig, enabled: bool) -> None:
-        self._path = folder / FILE_NAME
+        self._folder = RunFolder(folder)
         self._enabled = enabled
         self._board: Any = None
         self._wandb: Any = None
@@ -34,7 +30,7 @@ class MetricsWriter:
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(RunFolder(folder).tensorboard))
         if config.logging.wandb_project is not None:
             try:
                 import wandb
@@ -52,22 +48,14 @@ class MetricsWriter:
 
     def rewind(self, step: int) -> None:
         """Forget what an earlier attempt wrote beyond `step`, which is run again now. Atomic."""
-        if not self._enabled or not self._path.exists():
-            return
-        kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        if self._enabled:
+            json_lines.rewind(self._folder.metrics_file, lambda record: record["step"] <= step)
 
     def write(self, record: dict[str, Any]) -> None:
         """One record: `kind` (train or validation), `step`, `tokens` and numbers."""
         if not self._enabled:
             return
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        json_lines.append(self._folder.metrics_file, record)
         numbers = dict(_numbers(record))
         if self._board is not None:
             for tag, value in numbers.items():
@@ -98,13 +86,3 @@ def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for tag, entry in entries.items():
             if isinstance(entry, int | float):
                 yield f"{record['kind']}/{tag}{suffix}", entry
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line cut short by a crash is left out."""
-    records = []
-    with (folder / FILE_NAME).open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records

@@ -13,7 +13,7 @@ import pytest
 
 from plt_megatron.config.schema import DataConfig, RunConfig, ZeroConfig
 from plt_megatron.run_folder.checkpoints import read_progress
-from plt_megatron.train.metrics import read_metrics
+from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
 from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers
 
@@ -52,7 +52,7 @@ def finished(data, tmp_path_factory, run_distributed) -> dict[str, RunConfig]:
 @pytest.mark.parametrize("name", ["stage 1", "stage 3"])
 def test_the_records_are_the_megatron_engines(finished, name):
     """The same kinds, steps, fields and numbers, loop statistics and validation at each loop count included."""
-    expected, ours = (read_metrics(folder(finished[run])) for run in ("megatron", name))
+    expected, ours = (RunFolder(folder(finished[run])).records() for run in ("megatron", name))
     assert [sorted(record) for record in ours] == [sorted(record) for record in expected]
     for one, other in zip(numbers(finished[name]), numbers(finished["megatron"]), strict=True):
         assert _flat(one) == pytest.approx(_flat(other), rel=1e-5, abs=1e-9)

@@ -6,7 +6,7 @@ import pytest
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig
-from plt_megatron.train.metrics import read_metrics
+from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import make_data, run_config, train
 
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_z_loss_coeff": 1e-3}
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def records(run_distributed, world_size: int, config) -> list[dict]:
     assert run_distributed(train, world_size, config) is True
-    return [record for record in read_metrics(derived.run_folder(config)) if record["kind"] == "train"]
+    return [record for record in RunFolder(derived.run_folder(config)).records() if record["kind"] == "train"]
 
 
 @pytest.fixture(scope="module")

@@ -221,9 +221,9 @@ def test_a_clock_that_jumps_changes_nothing(run_distributed, data, tmp_path):
 
 
 def _train_records(config: RunConfig) -> list[dict]:
-    from plt_megatron.train.metrics import read_metrics
+    from plt_megatron.run_folder.folder import RunFolder
 
-    return [record for record in read_metrics(folder(config)) if record["kind"] == "train"]
+    return [record for record in RunFolder(folder(config)).records() if record["kind"] == "train"]
 
 
 def test_a_data_file_that_vanished_is_one_line_before_anything_starts(data, tmp_path):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
-from plt_megatron.train.metrics import read_metrics
+from plt_megatron.run_folder.folder import RunFolder, save_config
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
 from tests.distributed.whole_runs import folder, numbers
 
@@ -35,7 +34,7 @@ def finished(data, tmp_path_factory, run_distributed) -> RunConfig:
 
 
 def test_a_run_writes_its_metrics_and_checkpoints(finished):
-    records = read_metrics(folder(finished))
+    records = RunFolder(folder(finished)).records()
     trained = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in trained] == [1, 2, 3, 4, 5, 6]
     assert [record["tokens"] for record in trained] == [256 * step for step in range(1, 7)]
@@ -53,7 +52,7 @@ def test_a_run_writes_its_metrics_and_checkpoints(finished):
 
 
 def test_loop_statistics_tell_the_loops_apart(finished):
-    record = read_metrics(folder(finished))[0]
+    record = RunFolder(folder(finished)).records()[0]
     assert record["gate_mean"] == [None, 0.5], "gates start at one half, and the first loop has none"
     assert len(record["hidden_norm"]) == len(record["step_size"]) == 2
     assert all(value > 0 for value in (*record["hidden_norm"], *record["step_size"]))
@@ -101,7 +100,7 @@ def test_deterministic_runs_repeat_bit_for_bit(data, tmp_path, run_distributed, 
 
 
 def test_a_record_says_where_the_time_went_and_how_far_the_data_is(finished):
-    records = [record for record in read_metrics(folder(finished)) if record["kind"] == "train"]
+    records = [record for record in RunFolder(folder(finished)).records() if record["kind"] == "train"]
     parts = {"data", "forward_backward", "gradient_reduction", "optimizer"}
     assert all(parts <= record["step_seconds"].keys() for record in records)
     assert all(min(record["step_seconds"].values()) >= 0 for record in records)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.train.metrics import MACHINE_FIELDS, read_metrics
+from plt_megatron.run_folder.folder import RunFolder, save_config
+from plt_megatron.run_folder.metrics import MACHINE_FIELDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 240.0  # seconds that anything here may take on a machine that does much else
@@ -27,14 +27,14 @@ def numbers(config: RunConfig) -> list[dict]:
     """The records of a run without what a clock decides."""
     return [
         {name: value for name, value in record.items() if name not in MACHINE_FIELDS}
-        for record in read_metrics(folder(config))
+        for record in RunFolder(folder(config)).records()
     ]
 
 
 def last_step(config: RunConfig) -> int:
     """The step of the last record; 0 before there is one."""
     with contextlib.suppress(FileNotFoundError):
-        records = read_metrics(folder(config))
+        records = RunFolder(folder(config)).records()
         return records[-1]["step"] if records else 0
     return 0
 

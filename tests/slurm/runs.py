@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.launcher.job import JobSettings
-from plt_megatron.slurm.run_folder import job_name, write_run
+from plt_megatron.run_folder.folder import RunFolder, save_config
+from plt_megatron.run_folder.metrics import MACHINE_FIELDS
+from plt_megatron.slurm.run_files import job_name, write_run
 from plt_megatron.slurm.script import TEMPLATE, Request, Script
-from plt_megatron.train.metrics import MACHINE_FIELDS, read_metrics
 from tests.distributed.training_jobs import run_config
 from tests.slurm.cluster import SlurmCluster, wait_for
 
@@ -58,7 +58,7 @@ def train_locally(config: RunConfig) -> list[dict[str, Any]]:
 def numbers(run: Path) -> list[dict[str, Any]]:
     """The records of a run without what a clock decides; of several of one step the last counts."""
     found = {}
-    for record in read_metrics(run):
+    for record in RunFolder(run).records():
         found[record["kind"], record["step"], record.get("loop_count")] = {
             name: value for name, value in record.items() if name not in MACHINE_FIELDS
         }
@@ -109,7 +109,7 @@ class SlurmRun:
         """The last step in its metrics."""
         if not (self.folder / "metrics.jsonl").exists():
             return 0
-        records = read_metrics(self.folder)
+        records = RunFolder(self.folder).records()
         return records[-1]["step"] if records else 0
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.run_folder.folder import save_config
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import SAVE_INTERVAL, SlurmRun, make_config, submit
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from plt_megatron.config.loader import save_config
+from plt_megatron.run_folder.folder import save_config
 from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit
 
 

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from plt_megatron.experiments.diagnostics.bootstrap import Intervals
 from plt_megatron.experiments.diagnostics.catalog import MEASURES
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
-from plt_megatron.experiments.figures import COLOURS, MARKERS, Named, tidy
+from plt_megatron.experiments.figures import MARKERS, Named, add_legend, colour, new_figure
 
 _TITLES = {measure.name: measure.title for measure in MEASURES}
 _STATES = ("step_size", "update_cosine", "effective_rank", "fixed_point_gap", "loop_map_gap", "offset_cost")
@@ -34,6 +33,7 @@ _UNITS = {
     "head_rank": "heads",
     "head_cosine": "cosine",
 }
+_WIDTH, _HEIGHT = 3.4, 2.7  # of a plot, inches
 _HEAT_COLUMNS = 3
 _NUMBERED_CELLS = 96  # a heat map with no more cells has their numbers in them
 
@@ -64,7 +64,7 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
 def _grid(diagnosis: Diagnosis, names: Sequence[str]) -> Figure:
     """Small multiples over loops, bars for what is a share."""
     shown = [name for name in names if name in diagnosis.loops]
-    figure, all_axes = _panels(len(shown))
+    figure, all_axes = new_figure(_WIDTH, _HEIGHT, len(shown), columns=3)
     for axes, name in zip(all_axes, shown, strict=True):
         intervals = diagnosis.loops[name]
         loops = [loop for loop, value in enumerate(intervals.mean) if not math.isnan(value)]
@@ -83,10 +83,10 @@ def _draw(axes: Axes, name: str, loops: Sequence[int], intervals: Intervals) -> 
     if not np.isnan(intervals.low[loops]).any():
         errors = np.clip([means - intervals.low[loops], intervals.high[loops] - means], 0, None)
     if name == "peak_loop":
-        axes.bar(loops, means, yerr=errors, color=COLOURS[4], ecolor="#333333", capsize=4, width=0.6)
+        axes.bar(loops, means, yerr=errors, color=colour(4), ecolor="#333333", capsize=4, width=0.6)
         axes.set_ylim(0, 1.05)
         return
-    axes.errorbar(loops, means, yerr=errors, color=COLOURS[0], marker="o", markersize=5, linewidth=1.4, capsize=4)
+    axes.errorbar(loops, means, yerr=errors, color=colour(0), marker="o", markersize=5, linewidth=1.4, capsize=4)
     if name == "update_cosine":
         axes.axhline(0, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(-1.05, 1.05)
@@ -96,25 +96,12 @@ def _draw(axes: Axes, name: str, loops: Sequence[int], intervals: Intervals) -> 
         axes.set_ylim(0, 1.3 * float(means[0]) or 1.0)
 
 
-def _panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    layout = ConstrainedLayoutEngine(hspace=0.08)  # else a panel's title touches the label of the one above
-    figure = Figure(figsize=(3.3 * columns + 0.4, 2.7 * rows + 0.1), layout=layout)
-    found = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    for axes in found[count:]:
-        axes.remove()
-    for axes in found[:count]:
-        tidy(axes).tick_params(labelsize=9)
-    return figure, found[:count]
-
-
 # ---------------------------------------------------------------- by layer
 
 
 def _by_layer(diagnosis: Diagnosis, names: Sequence[str]) -> Figure:
     shown = [name for name in names if name in diagnosis.details]
-    figure, all_axes = _panels(len(shown), columns=2)
+    figure, all_axes = new_figure(_WIDTH, _HEIGHT, len(shown), columns=2)
     for axes, name in zip(all_axes, shown, strict=True):
         intervals = diagnosis.details[name]
         mean, low, high = (_over_heads(values) for values in (intervals.mean, intervals.low, intervals.high))
@@ -122,17 +109,16 @@ def _by_layer(diagnosis: Diagnosis, names: Sequence[str]) -> Figure:
         for loop in range(1, len(mean)):
             if np.isnan(mean[loop]).all():
                 continue
-            colour, marker = COLOURS[(loop - 1) % len(COLOURS)], MARKERS[(loop - 1) % len(MARKERS)]
-            axes.plot(layers, mean[loop], color=colour, marker=marker, markersize=4.5, label=f"loop {loop}")
-            axes.fill_between(layers, low[loop], high[loop], color=colour, alpha=0.18, linewidth=0)
+            shade, marker = colour(loop - 1), MARKERS[(loop - 1) % len(MARKERS)]
+            axes.plot(layers, mean[loop], color=shade, marker=marker, markersize=4.5, label=f"loop {loop}")
+            axes.fill_between(layers, low[loop], high[loop], color=shade, alpha=0.18, linewidth=0)
         axes.set_title(_TITLES[name], fontsize=10)
         axes.set_ylabel(_UNITS[name], fontsize=9)
         axes.set_xlabel("layer", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(-0.4, len(layers) - 0.6)
         axes.margins(y=0.15)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        add_legend(axes, size=8)
     return figure
 
 
@@ -157,7 +143,7 @@ def _gates(intervals: Intervals) -> Figure:
         mesh = axes.pcolormesh(values, cmap="RdBu_r", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
         if values.size <= _NUMBERED_CELLS:
             for (layer, head), value in np.ndenumerate(values):
-                colour = "white" if abs(value - 0.5) > 0.33 else "#222222"
+                ink = "white" if abs(value - 0.5) > 0.33 else "#222222"
                 axes.text(
                     head + 0.5,
                     layer + 0.5,
@@ -165,7 +151,7 @@ def _gates(intervals: Intervals) -> Figure:
                     ha="center",
                     va="center",
                     fontsize=7,
-                    color=colour,
+                    color=ink,
                 )
         axes.set_title(f"loop {loop}", fontsize=10)
         axes.set_xlabel("head", fontsize=9)

@@ -18,9 +18,9 @@ from plt_megatron.experiments.diagnostics.samples import HeldOut, draw_sequences
 from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, terminal_table
 from plt_megatron.experiments.figures import save
 from plt_megatron.experiments.pages import check_packages
-from plt_megatron.experiments.text_files import write_text
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.run_folder.checkpoints import step_of
+from plt_megatron.run_folder.files import write_text, writing
 
 JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
 LONGEST_DEFAULT = 2048
@@ -146,15 +146,13 @@ def _about(
 def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> None:
     figures = make_figures(diagnosis)
     title = f"Diagnostics of {Path(about['model']['path']).name}"
-    try:
+    with writing(folder):
         for named in figures:
-            save(named, folder)
+            save(named.figure, folder / f"{named.name}.png")
         text = json.dumps(as_json(diagnosis, decision, about), indent=1, ensure_ascii=False, allow_nan=False)
         write_text(folder / JSON, text + "\n")
         write_text(folder / CSV, csv_text(diagnosis))
         write_text(folder / PAGE, make_page(diagnosis, decision, about, title, figures))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:

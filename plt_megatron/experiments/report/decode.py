@@ -20,7 +20,8 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.results import RunResult, SweepResults
-from plt_megatron.run_folder.checkpoints import latest_checkpoint
+from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.text import plural
 
 FILE_NAME = "decode.json"
 EXPORTS = "exports"
@@ -89,11 +90,11 @@ def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
     conditions = (
         f"batch {protocol.batch}, {protocol.prefill} tokens in the cache, {protocol.decode} decoded in slices of "
         f"{protocol.slice}, {dtype}, eager, {platform.processor() or platform.machine()} CPU, "
-        f"{torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
+        f"{plural(torch.get_num_threads(), 'thread')}, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
     )
     measurement = Measurement(rows, conditions)
     content = {"conditions": conditions, "rows": {name: dataclasses.asdict(row) for name, row in rows.items()}}
-    (results.plan.folder / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(results.plan.folder / FILE_NAME, content)
     return measurement
 
 
@@ -102,7 +103,7 @@ def _choose(results: SweepResults) -> dict[str, RunResult]:
     chosen: dict[str, RunResult] = {}
     rows = dict.fromkeys(_row_name(result, results) for result in results.used())
     for result in results.used():
-        if _is_exported(result, results.plan.folder) or latest_checkpoint(result.run.folder, verify=False):
+        if _is_exported(result, results.plan.folder) or result.run.folder.latest_checkpoint(verify=False):
             chosen.setdefault(_row_name(result, results), result)
     without = [name for name in rows if name not in chosen]
     if without:
@@ -145,7 +146,7 @@ def _export(result: RunResult, folder: Path) -> Path:
 
     output = folder / EXPORTS / result.run.name
     if not _is_exported(result, folder):
-        export(ExportOptions(checkpoint=result.run.folder, output=output))
+        export(ExportOptions(checkpoint=result.run.folder.path, output=output))
     return output
 
 

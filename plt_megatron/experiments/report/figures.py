@@ -7,15 +7,23 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import FuncFormatter
 
-from plt_megatron.experiments.figures import COLOURS, MARKERS, Named, tidy
+from plt_megatron.experiments.figures import (
+    COLOURS,
+    LINES,
+    MARKERS,
+    TOKENS,
+    Named,
+    add_legend,
+    colour,
+    new_figure,
+    over_tokens,
+)
 from plt_megatron.experiments.fits import ScalingFit
 from plt_megatron.experiments.report.laws import LoopLaw
 from plt_megatron.experiments.report.rows import Row, groups
 
-_STYLES = ("-", "--", "-.", ":")
-_TOKENS = "training tokens"
 _MOST_GROUPS = 6  # figures of curves; more are not looked at
 
 
@@ -29,7 +37,7 @@ def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
         suffix, where = (f"_{index + 1}", f"{', '.join(group[0].group)}: ") if len(compared) > 1 else ("", "")
         bars = "Lines: mean over seeds. Marks: the seeds, at the end of their runs."
         caption = f"{where}Validation loss against training tokens. {bars}"
-        made.append(Named(f"loss_tokens{suffix}", caption, _curves(group, lambda row: 1.0, _TOKENS)))
+        made.append(Named(f"loss_tokens{suffix}", caption, _curves(group, lambda row: 1.0, TOKENS)))
         caption = f"{where}Validation loss against training FLOPs. {bars}"
         figure = _curves(group, lambda row: row.run.flops_per_token, "training FLOPs")
         made.append(Named(f"loss_flops{suffix}", caption, figure))
@@ -47,16 +55,14 @@ def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
 
 
 def _new(height: float = 4.6) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = tidy(figure.add_subplot())
+    figure, (axes,) = new_figure(8, height)
     axes.set_ylabel("validation loss (nats per token)")
     return figure, axes
 
 
 def _style(index: int) -> tuple[str, str, str]:
     """Colour, line and marker of the row at `index`: told apart in grey as well."""
-    cycle = len(COLOURS)
-    return COLOURS[index % cycle], _STYLES[(index // cycle) % len(_STYLES)], MARKERS[index % len(MARKERS)]
+    return colour(index), LINES[(index // len(COLOURS)) % len(LINES)], MARKERS[index % len(MARKERS)]
 
 
 def _curves(group: Sequence[Row], scale: Callable[[Row], float], label: str) -> Figure:
@@ -67,17 +73,19 @@ def _curves(group: Sequence[Row], scale: Callable[[Row], float], label: str) -> 
         curve = row.curve
         if not curve:
             continue
-        colour, line, marker = _style(index)
+        shade, line, marker = _style(index)
         xs, ys = [tokens * scale(row) for tokens, _ in curve], [loss for _, loss in curve]
-        axes.plot(xs, ys, color=colour, linestyle=line, linewidth=1.6, label=_legend(row))
+        axes.plot(xs, ys, color=shade, linestyle=line, linewidth=1.6, label=_legend(row))
         ends = list(row.losses.values())
-        axes.plot([xs[-1]] * len(ends), ends, color=colour, marker=marker, markersize=4.5, linestyle="", alpha=0.8)
+        axes.plot([xs[-1]] * len(ends), ends, color=shade, marker=marker, markersize=4.5, linestyle="", alpha=0.8)
         shown += [*ys[len(ys) // 3 :], *ends]
-    axes.set_xlabel(label)
-    # Engineers' prefixes for tokens (5M); powers of ten for FLOPs, whose prefixes nobody reads (5E).
-    axes.xaxis.set_major_formatter(EngFormatter(sep="") if label == _TOKENS else FuncFormatter(lambda x, _: f"{x:.3g}"))
+    if label == TOKENS:
+        over_tokens(axes)
+    else:
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))  # nobody reads prefixes of FLOPs (5E)
     _limit(axes, shown)
-    axes.legend(frameon=False, fontsize=9)
+    add_legend(axes)
     return figure
 
 
@@ -98,12 +106,12 @@ def _latency(group: Sequence[Row]) -> Figure:
     for index, row in enumerate(group):
         if row.decode is None or row.loss is None:
             continue
-        colour, _, marker = _style(index)
+        shade, _, marker = _style(index)
         axes.errorbar(
             [row.decode.milliseconds],
             [row.loss.mean],
             yerr=None if row.loss.half is None else [row.loss.half],
-            color=colour,
+            color=shade,
             marker=marker,
             markersize=7,
             capsize=4,
@@ -112,7 +120,7 @@ def _latency(group: Sequence[Row]) -> Figure:
         )
     axes.set_xlabel("milliseconds per decoded token step")
     axes.set_xlim(0, 1.12 * max(row.decode.milliseconds for row in group if row.decode is not None))
-    axes.legend(frameon=False, fontsize=9)
+    add_legend(axes)
     return figure
 
 
@@ -120,12 +128,12 @@ def _final_losses(rows: Sequence[Row]) -> Figure:
     figure, axes = _new()
     for index, label in enumerate(dict.fromkeys(row.label for row in rows)):
         found = [row for row in rows if row.label == label and row.loss is not None]
-        colour, _, marker = _style(index)
+        shade, _, marker = _style(index)
         axes.errorbar(
             [row.run.total_flops for row in found],
             [row.loss.mean for row in found if row.loss],
             yerr=[(row.loss.half or 0.0) for row in found if row.loss],
-            color=colour,
+            color=shade,
             marker=marker,
             markersize=6,
             capsize=3,
@@ -134,7 +142,7 @@ def _final_losses(rows: Sequence[Row]) -> Figure:
         )
     axes.set_xlabel("training FLOPs")
     axes.set_xscale("log")
-    axes.legend(frameon=False, fontsize=9)
+    add_legend(axes)
     return figure
 
 
@@ -142,11 +150,11 @@ def _residuals(laws: Sequence[LoopLaw]) -> Figure:
     figure, axes = _new(height=3.4)
     for index, law in enumerate(laws):
         assert isinstance(law.fit, ScalingFit)
-        colour, _, marker = _style(index)
+        shade, _, marker = _style(index)
         fitted = [point.loss - residual for point, residual in zip(law.fit.points, law.fit.residuals, strict=True)]
-        axes.plot(fitted, law.fit.residuals, color=colour, marker=marker, markersize=6, linestyle="", label=law.label)
+        axes.plot(fitted, law.fit.residuals, color=shade, marker=marker, markersize=6, linestyle="", label=law.label)
     axes.axhline(0, color="#666666", linewidth=0.8)
     axes.set_xlabel("fitted loss")
     axes.set_ylabel("residual")
-    axes.legend(frameon=False, fontsize=9)
+    add_legend(axes)
     return figure

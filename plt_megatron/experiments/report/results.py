@@ -9,20 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_differences, load_plan
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, load_plan, plan_differences
 from plt_megatron.experiments.sweep_status import (
     data_differences,
     data_part,
     failure_of,
     read_record,
     recorded_fingerprint,
-    records_of,
     state_of,
 )
-from plt_megatron.train.metrics import FILE_NAME as METRICS
+from plt_megatron.run_folder.metrics import RunMetrics
+from plt_megatron.run_folder.text import plural
 
 Status = Literal["used", "missing", "partial", "failed", "diverged", "other data", "other settings", "unreadable"]
 
@@ -80,30 +78,24 @@ def _read_run(run: PlannedRun) -> RunResult:
         return _read_files(run)
     except UserError as error:
         return RunResult(run, "unreadable", str(error))
-    except (KeyError, TypeError) as error:  # a record that is none
-        return RunResult(run, "unreadable", f"{run.folder / METRICS}: not this program's records ({error!r})")
 
 
 def _read_files(run: PlannedRun) -> RunResult:
-    records = records_of(run.folder)
-    loops = run.config.model.loop_count
-    validation = [r for r in records if r["kind"] == "validation" and r["loop_count"] == loops]
-    train = [r for r in records if r["kind"] == "train"]
-    result = RunResult(run, "used", fingerprint=recorded_fingerprint(run) if records else None)
-    result.curve = [(r["tokens"], r["loss"]) for r in validation]
-    result.train_loss = train[-1]["loss"] if train else None
-    result.tokens_per_second = _median([r["tokens_per_second"] for r in train])
-    incidents = run.folder / "incidents"
-    result.skipped = len(list(incidents.glob("step_*"))) if incidents.is_dir() else 0
+    metrics = run.folder.metrics()
+    result = RunResult(run, "used", fingerprint=recorded_fingerprint(run) if metrics.tokens else None)
+    result.curve = [(r["tokens"], r["loss"]) for r in metrics.validation_at(run.config.model.loop_count)]
+    result.train_loss = metrics.train[-1]["loss"] if metrics.train else None
+    result.tokens_per_second = metrics.tokens_per_second()
+    result.skipped = run.folder.bad_steps()
     record = read_record(run.folder)
     result.seconds = record.seconds if record else None
-    result.status, result.reason = _status(run, result, records)
+    result.status, result.reason = _status(run, result, metrics)
     if result.status == "used":
         result.loss = result.curve[-1][1]
     return result
 
 
-def _status(run: PlannedRun, result: RunResult, records: list[dict[str, Any]]) -> tuple[Status, str]:
+def _status(run: PlannedRun, result: RunResult, metrics: RunMetrics) -> tuple[Status, str]:
     differences = _other_settings(run)
     if differences:
         return "other settings", f"not run as planned: {differences}"
@@ -113,27 +105,24 @@ def _status(run: PlannedRun, result: RunResult, records: list[dict[str, Any]]) -
     if state == "pending":
         return "missing", "not begun"
     guessing = math.log(run.vocab)  # the loss of a model that knows nothing
-    bad = [r["loss"] for r in records if not math.isfinite(r["loss"])]
+    bad = [r["loss"] for r in (*metrics.train, *metrics.validation) if not math.isfinite(r["loss"])]
     last = result.curve[-1][1] if result.curve else None
     if (last is not None and not last < guessing) or (bad and state != "finished"):
         return "diverged", f"the loss is {last if last is not None else bad[-1]:.4g} (guessing: {guessing:.2f})"
     if state == "interrupted":
-        share = max((r["tokens"] for r in records), default=0) / run.tokens
-        return "partial", f"at {share:.0%} of its tokens"
+        return "partial", f"at {metrics.tokens / run.tokens:.0%} of its tokens"
     if last is None:
-        return "partial", f"trained, but not validated at its {run.config.model.loop_count} loop(s)"
+        return "partial", f"trained, but not validated at its {plural(run.config.model.loop_count, 'loop')}"
     return "used", ""
 
 
 def _other_settings(run: PlannedRun) -> str:
     """How the run folder's own configuration differs from the plan's, in words."""
-    path = run.folder / "config.yaml"
-    if not path.exists():
+    if not run.folder.config_file.exists():
         return ""
-    own: RunConfig = load_config(path, accept_old_names=True)
-    differences = config_differences(run.config, own)
+    differences = plan_differences(run.config, run.folder.config())
     ignored = ("logging.", "checkpoint.", "training.threads_per_process", "data.index")
-    return "; ".join(text for key, text in differences if not key.startswith(ignored))
+    return "; ".join(text for key, text in differences.items() if not key.startswith(ignored))
 
 
 def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
@@ -166,7 +155,7 @@ def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
     missing = [result.run.name for result in runs if result.status == "missing"]
     if missing:
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        problems.append(f"{len(missing)} run(s) have not begun: {shown}")
+        problems.append(f"{plural(len(missing), 'run')} not started: {shown}")
     seeds: dict[tuple[int, ...], list[str]] = {}
     for label in dict.fromkeys(result.run.row() for result in runs):
         own = tuple(sorted(result.run.seed for result in used if result.run.row() == label))
@@ -176,14 +165,9 @@ def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
         problems.append(f"the rows have different seeds, so their means are not of the same runs ({sets})")
     if any(r.fingerprint is None for r in used):
         problems.append("some runs recorded no data fingerprint: whether all read the same data cannot be said")
-    problems += [f"{r.run.name}: {r.skipped} step(s) were skipped or rolled back" for r in runs if r.skipped]
+    problems += [f"{r.run.name}: {plural(r.skipped, 'step')} skipped or rolled back" for r in runs if r.skipped]
     off = [r.run for r in runs if abs(r.run.deviation) > 0.005]
     rows = dict.fromkeys(f"{run.row()} {run.deviation:+.1%}" for run in off)
     if rows:
         problems.append(f"{plan.match_budget} is held only within: {', '.join(rows)}")
     return problems
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    known = sorted(value for value in values if value)
-    return known[len(known) // 2] if known else None

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import Named, save
 from plt_megatron.experiments.pages import check_packages
 from plt_megatron.experiments.report.decode import DecodeProtocol, measure, read_measurement
@@ -18,7 +17,7 @@ from plt_megatron.experiments.report.results import SweepResults, load_results
 from plt_megatron.experiments.report.rows import make_rows
 from plt_megatron.experiments.report.tables import Table, laws_table, main_table, questions_table, runs_table
 from plt_megatron.experiments.report.verdict import Verdict, verdicts
-from plt_megatron.experiments.text_files import write_text
+from plt_megatron.run_folder.files import write_text, writing
 
 FOLDER = "report"
 PAGE, MARKDOWN = "index.html", "report.md"
@@ -55,16 +54,14 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
         "runs": ("Runs", runs_table(results)),
     }
     figures = make_figures(rows, laws)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for named in figures:
-            save(named, folder)
+            save(named.figure, folder / f"{named.name}.png")
         for name, (_, table) in tables.items():
             write_text(folder / f"{name}.csv", table.csv())
         write_text(folder / MARKDOWN, _markdown(results, found, tables, figures))
         write_text(folder / PAGE, make_page(results, found, tables, figures))
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {error.strerror or error}") from error
     return Report(folder, found, answers, results.problems)
 
 

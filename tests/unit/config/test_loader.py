@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.loader import dump_config, load_config, save_config
+from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.folder import save_config
 
 
 @pytest.fixture

@@ -75,11 +75,11 @@ def finish(run: PlannedRun, loss: float, upto: float = 1.0, fingerprint: dict[st
         if step % 50 == 0 or step == steps:
             loops = run.config.model.loop_count
             records.append({**record, "kind": "validation", "loop_count": loops, "loss": now})
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    checkpoint = run.folder / "checkpoints" / f"step_{last:08d}"
+    run.folder.path.mkdir(parents=True, exist_ok=True)
+    run.folder.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    checkpoint = run.folder.checkpoints / f"step_{last:08d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
     data = {**(fingerprint or FINGERPRINT), "sampling": {"seed": run.seed}, "sha256": f"{run.name:0<64}"}
     (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": last, "data_fingerprint": data}))
-    (run.folder / "checkpoints" / "latest").write_text(f"{checkpoint.name}\n")
+    (run.folder.checkpoints / "latest").write_text(f"{checkpoint.name}\n")

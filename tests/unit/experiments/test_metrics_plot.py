@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import metrics_plot
+from plt_megatron.experiments import plots
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,10 +57,10 @@ def test_the_command_draws_runs_of_different_loop_counts(tmp_path):
 
 def panels_drawn(monkeypatch, tmp_path, runs) -> dict[str, object]:
     """Title -> axes of the page."""
-    figures = []
-    monkeypatch.setattr(metrics_plot.Figure, "savefig", lambda figure, path: figures.append(figure))
-    metrics_plot.plot_metrics(runs, tmp_path / "page.png")
-    return {axes.get_title(): axes for axes in figures[0].axes}
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.plot_metrics(runs, tmp_path / "page.png")
+    return {axes.get_title(): axes for axes in drawn[0].axes}
 
 
 def test_there_is_a_curve_for_each_loop_and_part(monkeypatch, tmp_path):
@@ -87,9 +87,9 @@ def test_what_no_run_recorded_has_no_panel(monkeypatch, tmp_path):
 def test_a_run_without_metrics_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl not found: .*empty is no run that has begun"):
-        metrics_plot.plot_metrics([tmp_path / "empty"], tmp_path / "page.png")
+        plots.plot_metrics([tmp_path / "empty"], tmp_path / "page.png")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no training step yet"):
-        metrics_plot.plot_metrics([tmp_path / "empty"], tmp_path / "page.png")
+        plots.plot_metrics([tmp_path / "empty"], tmp_path / "page.png")
     with pytest.raises(UserError, match="cannot write the plot"):
-        metrics_plot.plot_metrics([write_run(tmp_path / "run", 2)], tmp_path / "page.word")
+        plots.plot_metrics([write_run(tmp_path / "run", 2)], tmp_path / "page.word")

@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import plots
+from plt_megatron.experiments.figures import smooth
 
 
 @pytest.fixture
@@ -36,7 +37,12 @@ def drawn(monkeypatch):
     """The figures that were saved, to look into."""
     figures = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args: (figures.append(self), save(self, *args)))
+
+    def saved(self, *args, **options):
+        figures.append(self)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
     return figures
 
 
@@ -71,10 +77,10 @@ def test_the_curves_are_the_data_and_the_end_is_in_view(runs, tmp_path, drawn):
 
 def test_smoothing_keeps_length_ends_and_level_and_skips_what_is_not_finite():
     values = [float(value) for value in range(200)]
-    assert plots.smooth(values) == pytest.approx(values)  # a centred mean leaves a line alone
-    assert plots.smooth([2.0, math.nan, 4.0])[1] == 3.0
-    assert math.isnan(plots.smooth([math.nan])[0])
-    assert plots.smooth([]) == []
+    assert smooth(values) == pytest.approx(values)  # a centred mean leaves a line alone
+    assert smooth([2.0, math.nan, 4.0])[1] == 3.0
+    assert math.isnan(smooth([math.nan])[0])
+    assert smooth([]) == []
 
 
 def test_losses_that_are_not_finite_or_all_equal_still_give_a_picture(tmp_path):

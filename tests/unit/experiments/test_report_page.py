@@ -125,7 +125,7 @@ def test_problems_answers_and_figures_are_in_every_form(report):
     page = (report.folder / "index.html").read_text(encoding="utf-8")
     markdown = (report.folder / "report.md").read_text(encoding="utf-8")
     for text in (page, markdown):
-        assert "b100-3_loops-seed2" in text and "have not begun" in text
+        assert "b100-3_loops-seed2" in text and "not started" in text
         assert all(f"t equal {what}" in text for what in ("tokens", "training FLOPs", "decoding latency"))
     pictures = sorted(path.name for path in report.folder.glob("*.png"))
     assert {"loss_tokens_1.png", "loss_flops_3.png", "loss_latency_2.png", "residuals.png"} <= set(pictures)

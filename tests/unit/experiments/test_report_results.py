@@ -10,7 +10,7 @@ import shutil
 import pytest
 from sweep_helpers import FINGERPRINT, LOOPS, finish, saved_plan
 
-from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.results import load_results
 from plt_megatron.experiments.report.rows import make_rows
@@ -18,6 +18,7 @@ from plt_megatron.experiments.report.tables import main_table
 from plt_megatron.experiments.report.verdict import verdicts
 from plt_megatron.experiments.report.writing import write_report
 from plt_megatron.experiments.sweep_status import RunRecord, write_record
+from plt_megatron.run_folder.folder import save_config
 
 LOSS = {"1 loop": 3.0, "2 loops": 2.9, "3 loops": 2.95}
 
@@ -39,7 +40,7 @@ def answers(results):
 
 
 def edit_metrics(run, change):
-    path = run.folder / "metrics.jsonl"
+    path = run.folder.metrics_file
     records = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(change(record)) + "\n" for record in records))
 
@@ -56,7 +57,7 @@ def test_an_empty_sweep_says_so_and_decides_nothing(tmp_path):
     plan = saved_plan(tmp_path)
     report = write_report(plan.folder)
     assert report.problems[0].startswith("no run of the sweep is finished and usable (9 are planned)")
-    assert "9 run(s) have not begun: 1_loop-seed1, 2_loops-seed1" in report.problems[1]
+    assert "9 runs not started: 1_loop-seed1, 2_loops-seed1" in report.problems[1]
     assert all(verdict.winner is None for verdict in report.verdicts)
     page = (report.folder / "index.html").read_text()
     assert "there is no result yet" in page and "0 of 9 runs are used" in page
@@ -74,7 +75,7 @@ def test_unfinished_and_missing_runs_are_in_no_mean(tmp_path):
     assert statuses(results) == {"2_loops-seed2": "partial", "3_loops-seed3": "missing"}
     text = "\n".join(results.problems)
     assert "2_loops-seed2 is in no mean (partial): at 40% of its tokens" in text
-    assert "1 run(s) have not begun: 3_loops-seed3" in text
+    assert "1 run not started: 3_loops-seed3" in text
     assert "the rows have different seeds" in text and "1, 3: 2 loops" in text
     one, two, three = make_rows(results, {})
     assert (one.loss.n, two.loss.n, three.loss.n) == (3, 2, 2)
@@ -101,9 +102,9 @@ def test_a_failed_run_is_told_with_its_reason(tmp_path):
     finish_all(plan, **{"1_loop-seed1": {"loss": 3.0, "upto": 0.5}, "2_loops-seed1": {"loss": 3.0, "upto": 0.5}})
     write_record(plan.run("1_loop-seed1").folder, RunRecord(status="failed", reason="exit status 1: no luck today"))
     slurm = plan.run("2_loops-seed1").folder  # as plt_megatron/launcher leaves it
-    (slurm / "why.txt").write_text("out of memory\n")
+    slurm.why_file.write_text("out of memory\n")
     events = [{"event": "start", "attempt": 1}, {"event": "stop", "reason": "rank 3 was killed by signal 9"}]
-    (slurm / "attempts.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    slurm.attempts_file.write_text("".join(json.dumps(event) + "\n" for event in events))
     results = load_results(plan.folder)
     assert statuses(results) == {"1_loop-seed1": "failed", "2_loops-seed1": "failed"}
     text = "\n".join(results.problems)
@@ -126,7 +127,7 @@ def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
 def test_runs_whose_data_nobody_recorded_are_said_to_be_so(tmp_path):
     plan = saved_plan(tmp_path)
     finish_all(plan)
-    (progress,) = plan.run("1_loop-seed1").folder.glob("checkpoints/step_*/progress.json")
+    (progress,) = plan.run("1_loop-seed1").folder.path.glob("checkpoints/step_*/progress.json")
     progress.write_text(json.dumps({"format": 1, "step": 100}))
     assert any("no data fingerprint" in problem for problem in load_results(plan.folder).problems)
 
@@ -136,7 +137,7 @@ def test_a_run_with_other_settings_than_planned_is_in_no_mean(tmp_path):
     finish_all(plan)
     run = plan.run("3_loops-seed1")
     changed = load_config(plan.folder / "plan" / f"{run.name}.yaml", ["optimizer.lr=0.5", "logging.log_interval=3"])
-    save_config(changed, run.folder / "config.yaml")
+    save_config(changed, run.folder.config_file)
     results = load_results(plan.folder)
     assert statuses(results) == {"3_loops-seed1": "other settings"}
     (problem,) = [p for p in results.problems if "other settings" in p]
@@ -146,15 +147,15 @@ def test_a_run_with_other_settings_than_planned_is_in_no_mean(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{broken\n", "a line is not JSON"),
-        ('{"kind": "train"}\n', "not this program's records"),
-        ("[1, 2]\n", "not this program's records"),
+        ("{broken\n", "line 1 is not a JSON object"),
+        ('{"kind": "train"}\n', "a train record without step, tokens, loss"),
+        ("[1, 2]\n", "line 1 is not a JSON object"),
     ],
 )
 def test_a_broken_file_costs_its_run_alone(tmp_path, text, said):
     plan = saved_plan(tmp_path)
     finish_all(plan)
-    (plan.run("1_loop-seed1").folder / "metrics.jsonl").write_text(text)
+    plan.run("1_loop-seed1").folder.metrics_file.write_text(text)
     results = load_results(plan.folder)
     assert statuses(results) == {"1_loop-seed1": "unreadable"}
     assert any(said in problem and "1_loop-seed1" in problem for problem in results.problems)
@@ -163,10 +164,10 @@ def test_a_broken_file_costs_its_run_alone(tmp_path, text, said):
 def test_steps_that_were_skipped_are_told(tmp_path):
     plan = saved_plan(tmp_path)
     finish_all(plan)
-    incidents = plan.run("2_loops-seed2").folder / "incidents"
+    incidents = plan.run("2_loops-seed2").folder.incidents
     incidents.mkdir()
     (incidents / "step_00000007.json").write_text("{}")
-    assert "2_loops-seed2: 1 step(s) were skipped or rolled back" in load_results(plan.folder).problems
+    assert "2_loops-seed2: 1 step skipped or rolled back" in load_results(plan.folder).problems
 
 
 def test_what_is_held_only_roughly_is_told(tmp_path):
@@ -187,7 +188,7 @@ def test_a_copy_without_checkpoints_reports_the_same(tmp_path):
     before = load_results(plan.folder)
     table = main_table(before, make_rows(before, {}), None).csv()
     for run in plan.runs:
-        shutil.rmtree(run.folder / "checkpoints")
+        shutil.rmtree(run.folder.checkpoints)
     after = load_results(plan.folder)
     assert after.problems == before.problems == [] and len(after.used()) == 9
     assert main_table(after, make_rows(after, {}), None).csv() == table

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.steps import Step, format_seconds, run_step
+from plt_megatron.experiments.steps import Step, run_step
 
 
 class Work:
@@ -109,8 +109,3 @@ def test_a_step_that_makes_nothing_is_an_error_and_not_stamped(work):
         work.go(run=lambda: None)
     work.go()
     assert work.runs == 1
-
-
-def test_seconds_read_well():
-    cases = {0.04: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 59.6: "1 min 00 s", 61: "1 min 01 s", 600: "10 min 00 s"}
-    assert {seconds: format_seconds(seconds) for seconds in cases} == cases

@@ -29,7 +29,7 @@ def test_every_combination_with_every_seed_the_first_seed_first(tmp_path):
     run = plan.runs[8]
     assert run.name == "num_layers=2-3_loops-seed2"
     assert (run.config.model.num_layers, run.config.model.loop_count, run.config.training.seed) == (2, 3, 2)
-    assert run.folder == tmp_path / "sweeps" / "loops" / run.name
+    assert run.folder.path == tmp_path / "sweeps" / "loops" / run.name
     assert (plan.compare, plan.baseline) == ("model.loop_count", "1 loop")
 
 
@@ -129,7 +129,7 @@ def test_a_plan_reads_back_as_it_was_even_when_moved(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     plan.folder.rename(elsewhere)
     moved = load_plan(elsewhere)
-    assert moved.run("2_loops-seed3").folder == elsewhere / "2_loops-seed3"
+    assert moved.run("2_loops-seed3").folder.path == elsewhere / "2_loops-seed3"
     assert [dataclasses.replace(run, config=plan.runs[0].config) for run in moved.runs] == [
         dataclasses.replace(run, config=plan.runs[0].config) for run in plan.runs
     ]

@@ -11,7 +11,9 @@ from plt_megatron.launcher import coordinator as coordinating
 from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.coordinator import Coordinator
 from plt_megatron.launcher.job import JobSettings
-from plt_megatron.launcher.records import Records, read_events
+from plt_megatron.launcher.records import Records
+from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.folder import RunFolder
 
 FACTS = {
     "devices": [],
@@ -85,7 +87,7 @@ class Play:
 
     @property
     def ends(self) -> list[dict]:
-        return [event for event in read_events(self.run) if event["event"] == "end"]
+        return [event for event in RunFolder(self.run).attempts() if event["event"] == "end"]
 
 
 @pytest.fixture
@@ -125,13 +127,13 @@ def test_a_node_that_does_not_come_is_the_bad_one(play):
     assert play.coordinator.status is None
     play.after(2)
     play.stopped("a")
-    assert play.coordinator.status == coordinating.EXIT_BAD_NODE
+    assert play.coordinator.status == ExitStatus.BAD_NODE
     assert play.ends[0]["bad_nodes"] == {"b": "its launcher did not report within 300 s"}
 
 
 def test_no_node_comes(play):
     play.after(coordinating.JOIN_SECONDS + 1)
-    assert play.coordinator.status == coordinating.EXIT_USER_ERROR and not play.ends[0]["retry"]
+    assert play.coordinator.status == ExitStatus.USER_ERROR and not play.ends[0]["retry"]
 
 
 def test_bad_facts_end_it_before_anything_starts(play):
@@ -139,7 +141,7 @@ def test_bad_facts_end_it_before_anything_starts(play):
     play.hello("b", versions={"torch": "2.13"})
     assert play.told("start") == []
     play.stopped()
-    assert play.coordinator.status == coordinating.EXIT_BAD_NODE
+    assert play.coordinator.status == ExitStatus.BAD_NODE
     assert play.ends[0]["status"] == "node_failed" and "b: torch 2.13 instead of 2.14.1" in play.ends[0]["reason"]
 
 
@@ -147,14 +149,14 @@ def test_what_is_wrong_everywhere_is_nobodys_node(play):
     for node in play.nodes:
         play.hello(node, run_error="/r: cannot be written to")
     play.stopped()
-    assert play.coordinator.status == coordinating.EXIT_USER_ERROR and not play.ends[0]["bad_nodes"]
+    assert play.coordinator.status == ExitStatus.USER_ERROR and not play.ends[0]["bad_nodes"]
 
 
 def test_too_little_space_for_the_run(play):
     for node in play.nodes:
         play.hello(node, space={**FACTS["space"], "run": 5 << 20})
     play.stopped()
-    assert play.coordinator.status == coordinating.EXIT_USER_ERROR and "5 MiB free" in play.ends[0]["reason"]
+    assert play.coordinator.status == ExitStatus.USER_ERROR and "5 MiB free" in play.ends[0]["reason"]
 
 
 def test_a_check_that_hangs_names_the_node_behind(play):
@@ -164,7 +166,7 @@ def test_a_check_that_hangs_names_the_node_behind(play):
     play.coordinator.handle("a", {"type": "probe", "attempt": 1, "result": result})
     play.after(coordinating.PROBE_SECONDS + 1)
     play.stopped()
-    assert play.coordinator.status == coordinating.EXIT_BAD_NODE and list(play.ends[0]["bad_nodes"]) == ["b"]
+    assert play.coordinator.status == ExitStatus.BAD_NODE and list(play.ends[0]["bad_nodes"]) == ["b"]
 
 
 def test_libraries_that_only_the_check_sees(play):
@@ -234,7 +236,7 @@ def test_restarts_are_limited(tmp_path):
         play.stopped()
         if attempt < 3:
             play.probed()
-    assert play.coordinator.status == coordinating.EXIT_FAILED
+    assert play.coordinator.status == ExitStatus.FAILED
 
 
 def test_no_restart_without_progress(tmp_path):
@@ -245,7 +247,7 @@ def test_no_restart_without_progress(tmp_path):
             play.exited(rank, 1)
         play.stopped()
         play.probed()
-    assert play.coordinator.status == coordinating.EXIT_FAILED and len(play.ends) == 2
+    assert play.coordinator.status == ExitStatus.FAILED and len(play.ends) == 2
 
 
 def test_a_users_error_is_not_tried_again(play):
@@ -253,7 +255,7 @@ def test_a_users_error_is_not_tried_again(play):
     for rank in range(4):
         play.exited(rank, 2)
     play.stopped()
-    assert play.coordinator.status == coordinating.EXIT_USER_ERROR and play.coordinator.attempt == 1
+    assert play.coordinator.status == ExitStatus.USER_ERROR and play.coordinator.attempt == 1
 
 
 def test_a_silent_node_ends_the_attempt(play):
@@ -264,7 +266,7 @@ def test_a_silent_node_ends_the_attempt(play):
     play.coordinator.tick()
     assert play.told("stop") == ["a"]
     play.stopped("a")
-    assert play.coordinator.status == coordinating.EXIT_NODE_LOST
+    assert play.coordinator.status == ExitStatus.NODE_LOST
     assert "b is lost: its launcher has been silent for 121 s" in play.ends[0]["reason"]
 
 
@@ -272,7 +274,7 @@ def test_a_lost_launcher_ends_the_attempt_at_once(play):
     play.train()
     play.coordinator.lost("b", "its launcher has ended")
     play.stopped("a")
-    assert play.coordinator.status == coordinating.EXIT_NODE_LOST and play.told("quit") == ["a"]
+    assert play.coordinator.status == ExitStatus.NODE_LOST and play.told("quit") == ["a"]
 
 
 def test_a_node_lost_while_stopping_holds_nothing_up(play):
@@ -282,7 +284,7 @@ def test_a_node_lost_while_stopping_holds_nothing_up(play):
     play.stopped("a")
     play.coordinator.lost("b", "its launcher has ended")
     assert [end["status"] for end in play.ends] == ["failed"]
-    assert play.coordinator.status == coordinating.EXIT_FAILED, "no restart with a node less"
+    assert play.coordinator.status == ExitStatus.FAILED, "no restart with a node less"
 
 
 def test_processes_that_cannot_be_ended_hold_nothing_up(play):
@@ -319,7 +321,7 @@ def test_a_request_to_stop_while_an_attempt_fails_starts_no_other(play):
         play.exited(rank, 1)
     play.coordinator.preempt()
     play.stopped()
-    assert play.coordinator.status == coordinating.EXIT_FAILED and len(play.ends) == 1
+    assert play.coordinator.status == ExitStatus.FAILED and len(play.ends) == 1
 
 
 def test_slurm_ends_the_job_since_a_node_is_gone(play):

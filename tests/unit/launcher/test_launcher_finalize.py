@@ -10,7 +10,8 @@ import pytest
 from plt_megatron.launcher.allocation import read_allocation
 from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import JobSettings, save_settings
-from plt_megatron.launcher.records import Failure, Outcome, Records, read_events
+from plt_megatron.launcher.records import Failure, Outcome, Records
+from plt_megatron.run_folder.folder import RunFolder
 
 PROGRAM = """#!/bin/sh
 echo "$(basename "$0") $*" >> {log}
@@ -137,7 +138,7 @@ def test_a_real_failure_stops_the_chain_and_says_why(job):
     assert job.asked == ["scancel 8 9"]
     why = (job.run / "why.txt").read_text()
     assert why.startswith("rank 3 says gone\n") and "error: gone" in why and "last complete checkpoint: none" in why
-    assert read_events(job.run)[-1]["event"] == "stop"
+    assert RunFolder(job.run).attempts()[-1]["event"] == "stop"
 
 
 def test_a_requeue_that_is_refused_is_a_reason(job):
@@ -157,7 +158,7 @@ def test_launchers_that_left_no_word(job):
     records = Records(job.run, read_allocation())
     records.begin()
     assert finalize_job(job.run, 137) == 137
-    end = read_events(job.run)[-1]
+    end = RunFolder(job.run).attempts()[-1]
     assert (end["event"], end["status"], end["attempt"]) == ("end", "failed", 1) and "status 137" in end["reason"]
     assert job.asked == ["scontrol requeue 7"]
     assert finalize_job(job.run, 77) == 77
@@ -165,9 +166,9 @@ def test_launchers_that_left_no_word(job):
 
 def test_a_run_that_is_another_jobs(job):
     Records(job.run, read_allocation()).begin()
-    before = read_events(job.run)
+    before = RunFolder(job.run).attempts()
     assert finalize_job(job.run, 78) == 78
-    assert read_events(job.run) == before and job.asked == [] and not (job.run / "why.txt").exists()
+    assert RunFolder(job.run).attempts() == before and job.asked == [] and not (job.run / "why.txt").exists()
 
 
 def test_launchers_that_could_not_start(job):

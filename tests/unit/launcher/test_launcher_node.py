@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.loader import save_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.job import JobSettings, save_settings
+from plt_megatron.run_folder.folder import save_config
 
 ROOT = Path(__file__).resolve().parents[3]
 

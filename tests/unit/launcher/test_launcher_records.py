@@ -10,6 +10,8 @@ import pytest
 from plt_megatron.launcher import records
 from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.records import Failure, Outcome, Records
+from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
+from plt_megatron.run_folder.folder import RunFolder
 
 
 def allocation(job: int = 7, restart: int = 0) -> Allocation:
@@ -31,7 +33,7 @@ def test_an_attempt_from_start_to_end(tmp_path):
     run = Records(tmp_path, allocation())
     assert run.begin() == 1
     run.end(1, Outcome("failed", "why", failure=Failure(3, "b", "exited with status 1", ["last", "words"])))
-    start, end = records.read_events(tmp_path)
+    start, end = RunFolder(tmp_path).attempts()
     assert (start["event"], start["attempt"], start["job_id"], start["nodes"]) == ("start", 1, "7", ["a", "b"])
     assert (end["event"], end["status"], end["step"], end["checkpoint"]) == ("end", "failed", 5, 4)
     assert end["failure"] == {"rank": 3, "node": "b", "exit": "exited with status 1", "lines": ["last", "words"]}
@@ -50,21 +52,21 @@ def test_the_end_of_another_start_is_not_this_ones(tmp_path):
 def test_an_attempt_that_left_no_word_is_ended_at_the_next_start(tmp_path):
     Records(tmp_path, allocation(7, 0)).begin()
     assert Records(tmp_path, allocation(7, 1)).begin() == 2
-    start, end, again = records.read_events(tmp_path)
+    start, end, again = RunFolder(tmp_path).attempts()
     assert (end["status"], end["attempt"], end["job_id"], end["restart_count"]) == ("killed", 1, "7", 0)
     assert (again["event"], again["attempt"], again["restart_count"]) == ("start", 2, 1)
 
 
 def test_torn_lines_are_passed_over(tmp_path):
     Records(tmp_path, allocation()).begin()
-    with (tmp_path / records.FILE_NAME).open("a") as file:
+    with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"event": "end", "att\n[1]\n"x"\n{"event": "other"}\n')
-    assert [event["event"] for event in records.read_events(tmp_path)] == ["start"]
+    assert [event["event"] for event in RunFolder(tmp_path).attempts()] == ["start"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_loses_the_note_and_nothing_else(tmp_path, capsys):
-    (tmp_path / records.FILE_NAME).symlink_to("/dev/full")
+    (tmp_path / "attempts.jsonl").symlink_to("/dev/full")
     Records(tmp_path, allocation()).end(1, Outcome("finished", "done"))
     error = capsys.readouterr().err
     assert "No space left on device" in error and '"finished"' in error
@@ -76,18 +78,18 @@ def test_a_full_disk_loses_the_note_and_nothing_else(tmp_path, capsys):
 )
 def test_the_last_step(tmp_path, text, step):
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert records.last_step(tmp_path) == step
+    assert RunFolder(tmp_path).last_step() == step
 
 
 def test_the_last_step_of_a_long_file(tmp_path):
     lines = [json.dumps({"step": step, "padding": "x" * 5000}) for step in range(100)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    assert records.last_step(tmp_path) == 99
+    assert RunFolder(tmp_path).last_step() == 99
 
 
 def test_nothing_there_yet(tmp_path):
-    assert records.last_step(tmp_path) == records.last_checkpoint_step(tmp_path) == 0
-    assert records.read_events(tmp_path) == [] and records.last_whole_checkpoint(tmp_path) is None
+    assert RunFolder(tmp_path).last_step() == latest_step(tmp_path) == 0
+    assert RunFolder(tmp_path).attempts() == [] and latest_of_full_size(tmp_path) is None
 
 
 def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
@@ -95,7 +97,7 @@ def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
     write_checkpoint(tmp_path, 6, whole=False)
     run = Records(tmp_path, allocation())
     run.end(run.begin(), Outcome("failed", "r", failure=Failure(3, "b", "was killed by SIGBUS", ["some", "line"])))
-    records.write_why(tmp_path, "it broke", run.of_this_start())
+    records.write_why(RunFolder(tmp_path), "it broke", run.of_this_start())
     lines = (tmp_path / "why.txt").read_text().splitlines()
     assert lines[0] == "it broke"
     assert "attempt 1, job 7, on a, b: failed" in lines

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.launcher.workers import WorkerGroup, describe_exit
+from plt_megatron.launcher.workers import WorkerGroup
 
 READY = "import os, sys, time, signal; rank = int(os.environ['RANK']);"
 
@@ -128,10 +128,3 @@ def test_each_runs_on_its_cpus(start):
 def test_a_command_that_is_not_there():
     with pytest.raises(FileNotFoundError):
         WorkerGroup(["/nonexistent"], {0: {}}, [None], lambda *_: None, lambda *_: None)
-
-
-def test_exits_in_words():
-    assert describe_exit(3) == "exited with status 3"
-    assert describe_exit(-9) == "was killed by SIGKILL (out of memory?)"
-    assert describe_exit(-7) == "was killed by SIGBUS"
-    assert describe_exit(-63).startswith("was killed by ")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config import derived
-from plt_megatron.config.loader import load_config, save_config
+from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import demo, demo_data
+from plt_megatron.run_folder.folder import save_config
 
 
 class Commands:
@@ -129,7 +130,7 @@ def test_the_table_and_where_things_lie(commands, capsys):
     assert parameters[0] - parameters[1] == gates and parameters[1] > 1_000_000
     assert str(demo.FOLDER / "loss.png") in out and (demo.FOLDER / "loss.png").stat().st_size > 10_000
     for run in demo.DEMO_RUNS:
-        assert str(run.folder / "checkpoints") in out
+        assert str(run.folder.path / "checkpoints") in out
 
 
 def test_a_failed_step_ends_it_and_the_next_try_goes_on_there(commands):

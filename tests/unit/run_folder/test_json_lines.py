@@ -50,7 +50,7 @@ def test_wherever_a_crash_has_torn_a_line_the_others_stay_readable(tmp_path):
 def test_a_broken_line_within_is_named_or_left_out(tmp_path, line):
     path = tmp_path / "file.jsonl"
     path.write_text(f"{json.dumps(record(1))}\n{line}\n{json.dumps(record(2))}\n")
-    with pytest.raises(UserError, match=r"file\.jsonl: line 2 is not JSON$"):
+    with pytest.raises(UserError, match=r"file\.jsonl: line 2 is not a JSON object$"):
         json_lines.read(path)
     assert json_lines.read(path, skip_broken=True) == json_lines.last(path, 9) == [record(1), record(2)]
 

@@ -75,7 +75,7 @@ def test_a_failure_ends_the_others_and_is_named(capfd):
     assert run(f"{RANK} rank == 1 and sys.exit(3); {SLEEP}", 3) == 3
     assert time.monotonic() - started < 5
     error = capfd.readouterr().err
-    assert "rank 1 failed with exit status 3" in error and "stopping the other 2" in error
+    assert "rank 1 exited with status 3" in error and "stopping the other 2" in error
 
 
 def test_a_process_that_ignores_the_request_to_stop_is_killed(tmp_path):

@@ -14,7 +14,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.launcher.logs import stamp
 from plt_megatron.slurm import follow as follow_module
 from plt_megatron.slurm.follow import follow, watch
-from plt_megatron.slurm.run_folder import job_name
+from plt_megatron.slurm.run_files import job_name
 from plt_megatron.slurm.status import report
 
 

@@ -21,7 +21,7 @@ from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.launcher.job import load_settings
-from plt_megatron.slurm.run_folder import job_name, submitted_jobs
+from plt_megatron.slurm.run_files import job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
 
 
@@ -342,7 +342,7 @@ def test_another_configuration_is_refused_and_the_difference_said(folder, slurm)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     lines = refusal("optimizer.lr=1e-3", "training.seed=7")
     assert len(lines) == 3 and "2 settings" in lines[0] and "--accept-changes" in lines[0]
-    assert "training.seed is 7, was 1234" in lines[1] and "optimizer.lr is 0.001, was 0.0003" in lines[2]
+    assert "training.seed was 1234, is 7" in lines[1] and "optimizer.lr was 0.0003, is 0.001" in lines[2]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     submit_run("optimizer.lr=1e-3", accept_changes=True)
     assert load_config(run / "config.yaml").optimizer.lr == 1e-3

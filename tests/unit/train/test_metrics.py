@@ -8,7 +8,8 @@ import pytest
 
 from plt_megatron.config.schema import LoggingConfig, RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.train.metrics import MetricsWriter, read_metrics
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.train.metrics import MetricsWriter
 
 
 def writer(folder, **logging) -> MetricsWriter:
@@ -24,7 +25,7 @@ def test_records_come_back_as_written(tmp_path):
     records = [record(1, gate_mean=[None, 0.5]), {"kind": "validation", "step": 1, "loop_count": 2, "loss": 3.5}]
     for one in records:
         metrics.write(one)
-    assert read_metrics(tmp_path) == records
+    assert RunFolder(tmp_path).records() == records
 
 
 def test_rewinding_forgets_later_steps_and_a_line_cut_short(tmp_path):
@@ -35,7 +36,7 @@ def test_rewinding_forgets_later_steps_and_a_line_cut_short(tmp_path):
         file.write('{"kind": "train", "step": 4, "lo')
     metrics.rewind(2)
     metrics.write(record(3, again=True))
-    assert read_metrics(tmp_path) == [record(1), record(2), record(3, again=True)]
+    assert RunFolder(tmp_path).records() == [record(1), record(2), record(3, again=True)]
 
 
 def test_tensorboard_gets_one_curve_a_loop(tmp_path):
