@@ -34,18 +34,13 @@ from plt_megatron.data.mix import (
     PARTS,
     check_tokenizer,
     content_hash,
-    describe_mix,
     fingerprint,
-    index_folder,
     mix_shares,
     part_sources,
-    required_samples,
     split_matrix,
 )
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
-
-__all__ = ["Samples", "build_datasets", "describe_mix", "fingerprint", "index_folder", "required_samples"]
 
 logger = logging.getLogger(__name__)
 

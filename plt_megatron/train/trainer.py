@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.data.datasets import Samples, build_datasets, index_folder, required_samples
-from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, mix_shares
+from plt_megatron.data.datasets import Samples, build_datasets
+from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, index_folder, mix_shares, required_samples
 from plt_megatron.data.sampling import batches as sample_batches
 from plt_megatron.data.sampling import micro_batch_indices
 from plt_megatron.data.tokenizer import load_tokenizer

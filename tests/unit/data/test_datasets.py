@@ -16,7 +16,8 @@ from data_helpers import ROOT, tool_environment
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
-from plt_megatron.data.datasets import Samples, build_datasets, index_folder, make_sample, required_samples
+from plt_megatron.data.datasets import Samples, build_datasets, make_sample
+from plt_megatron.data.mix import index_folder, required_samples
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError

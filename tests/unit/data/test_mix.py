@@ -79,7 +79,8 @@ def test_fingerprint(tmp_path: Path, bpe_model: Path, unigram_model: Path) -> No
 
 def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool) -> None:
     from plt_megatron.config.loader import load_config
-    from plt_megatron.data.datasets import build_datasets, index_folder, required_samples
+    from plt_megatron.data.datasets import build_datasets
+    from plt_megatron.data.mix import index_folder, required_samples
 
     path = source(tmp_path, "a", [100] * 200)
     file = tmp_path / "run.yaml"
