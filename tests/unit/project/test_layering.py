@@ -25,7 +25,10 @@ ALLOWED = {
     "model": {"config", "runtime"},
     "train": {"config", "run_folder", "runtime", "estimate", "launcher", "data", "model"},
     "hf": {"config", "run_folder", "runtime", "estimate", "data", "model", "train"},
-    "experiments": {"config", "run_folder", "runtime", "estimate", "launcher", "slurm", "data", "model", "train", "hf"},
+    "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf"},
+    # A sweep is submitted to Slurm; everything else reads run folders.
+    "experiments.sweep": {"config", "run_folder", "estimate", "slurm", "experiments"},
+    "experiments.sweep_slurm": {"config", "run_folder", "estimate", "slurm", "experiments"},
     "commands": {"config", "run_folder", "runtime", "estimate", "slurm", "data", "hf", "experiments"},
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
