@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
@@ -51,7 +52,7 @@ def _train(arguments: argparse.Namespace) -> int:
         validate(config, check_files=False)
         return 0
     validate(config)
-    count = derived.required_world_size(config)
+    count = layout_of(config).world_size
     folder = RunFolder.of(config)
     command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
@@ -76,21 +77,15 @@ def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
 
 def describe(config: RunConfig, count: int, threads: dict[str, str], command: list[str]) -> str:
     """What the run would do, for --dry-run."""
-    parallel, steps = config.parallel, derived.train_iters(config)
-    cp = parallel.context_parallel_size
-    context = f" x context {cp}" if cp > 1 else ""
+    steps = derived.train_iters(config)
     rows = [
         ("run folder", str(derived.run_folder(config))),
-        (
-            "processes",
-            f"{count} (tensor {parallel.tensor_model_parallel_size} x pipeline "
-            f"{parallel.pipeline_model_parallel_size}{context} x data {derived.data_parallel_size(config)})",
-        ),
+        ("processes", f"{count} ({layout_of(config).in_words()})"),
         ("steps", f"{steps:,} of {derived.tokens_per_step(config):,} tokens"),
         ("tokens", f"{steps * derived.tokens_per_step(config):,}"),
-        ("microbatches", f"{derived.num_microbatches(config)} per step and data-parallel rank"),
+        ("microbatches", f"{num_microbatches(config)} per step and data-parallel rank"),
     ]
-    model, tp = config.model, parallel.tensor_model_parallel_size
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
     if model.vocab_size is not None:
         vocab = derived.padded_vocab_size(model, model.vocab_size, tp)
         flops = training_flops_per_token(model, config.data.sequence_length, vocab)

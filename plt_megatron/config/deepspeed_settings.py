@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from plt_megatron.config import derived
+from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.schema import RunConfig
 
 Kind = Literal["bool", "count", "positive"]
@@ -119,7 +119,7 @@ def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": derived.num_microbatches(config, world_size),
+        "gradient_accumulation_steps": num_microbatches(config, world_size),
         "gradient_clipping": optimizer.clip_grad,
         "optimizer.type": "AdamW",
         "optimizer.params.lr": optimizer.lr,

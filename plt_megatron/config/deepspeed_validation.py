@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from plt_megatron.config import deepspeed_settings as settings
-from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig, ZeroConfig
 
 VERSIONS = ">=0.19,<0.20"
@@ -66,8 +65,7 @@ def _check_zero(zero: ZeroConfig) -> Iterator[str]:
 
 
 def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    enough = world_size is None or world_size >= derived.model_parallel_size(config)
-    decided = settings.written(config, world_size if enough else None)
+    decided = settings.written(config, world_size)
     for key, value in settings.raw(config).items():
         if key in decided and _equal(value, decided[key]):
             continue

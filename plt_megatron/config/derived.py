@@ -5,7 +5,6 @@ Every function assumes a configuration that `validation.validate` accepts.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from plt_megatron.config.schema import ModelConfig, RunConfig
@@ -42,34 +41,6 @@ def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel
     """Rows of the embedding table for a tokenizer of `vocab_size` ids, as megatron-core pads them."""
     multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
-
-
-def model_parallel_size(config: RunConfig) -> int:
-    """Processes that share one copy of the model's work: that hold parts of it, or parts of its sequences."""
-    parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-
-
-def data_parallel_size(config: RunConfig, world_size: int | None = None) -> int:
-    """Copies of the model. Without a `world_size` to fill, the configured number, else as few as its experts need."""
-    parallel = config.parallel
-    if parallel.data_parallel_size is not None:
-        return parallel.data_parallel_size
-    if world_size is not None:
-        return world_size // model_parallel_size(config)
-    same_layers = parallel.tensor_model_parallel_size * parallel.context_parallel_size
-    return parallel.expert_model_parallel_size // math.gcd(parallel.expert_model_parallel_size, same_layers)
-
-
-def required_world_size(config: RunConfig) -> int:
-    """Processes the layout asks for when nothing else fixes their number."""
-    return model_parallel_size(config) * data_parallel_size(config)
-
-
-def num_microbatches(config: RunConfig, world_size: int | None = None) -> int:
-    """Microbatches each copy of the model runs per optimizer step."""
-    training = config.training
-    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("moe_"))
 
 
-def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+def find_problems(config: RunConfig) -> Iterator[str]:
     """The problems of a configuration whose single settings are in range, one line each."""
     if config.model.num_moe_experts is None:
         yield from _check_unused(config)
         return
     yield from _check_routing(config.model)
-    yield from _check_layout(config, world_size)
     if config.training.fp8 != "none":
         yield (
             f"training.fp8 {config.training.fp8} with model.num_moe_experts {config.model.num_moe_experts}: experts "
@@ -48,26 +46,4 @@ def _check_routing(model: ModelConfig) -> Iterator[str]:
         yield (
             "model.moe_router_topk 1 gives the one chosen expert the weight 1, so the router learns nothing; set "
             "model.moe_router_pre_softmax=true"
-        )
-
-
-def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    parallel, experts = config.parallel, config.model.num_moe_experts or 0
-    ep, tp, cp = (
-        parallel.expert_model_parallel_size,
-        parallel.tensor_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    if experts % ep:
-        yield f"model.num_moe_experts {experts} is not divisible by parallel.expert_model_parallel_size {ep}"
-    if tp > 1 and not parallel.sequence_parallel:
-        yield (
-            f"model.num_moe_experts with parallel.tensor_model_parallel_size {tp} needs "
-            "parallel.sequence_parallel=true: each rank routes its own share of the tokens"
-        )
-    dp = derived.data_parallel_size(config, world_size)
-    if (tp * cp * dp) % ep:
-        yield (
-            f"parallel.expert_model_parallel_size {ep} must divide the {tp * cp * dp} ranks that hold the same layers "
-            f"(tensor {tp} x context {cp} x data {dp}): change it, or parallel.data_parallel_size"
         )

@@ -11,8 +11,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plt_megatron.config import context_parallel_validation, deepspeed_validation, derived, fp8_rules, moe_validation
+from plt_megatron.config import deepspeed_validation, derived, fp8_rules, layout_validation, moe_validation
 from plt_megatron.config.fields import find_range_problems
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
@@ -55,15 +56,15 @@ def find_problems(
     problems += _check_required(config)
     if not problems:
         problems += _check_model(config)
-        problems += _check_layout(config, world_size)
+        problems += layout_validation.find_problems(config, world_size)
         problems += _check_schedule(config)
         problems += _check_validation(config)
         problems += _check_profile(config, world_size)
         problems += _check_fused_window(config)
-        problems += moe_validation.find_problems(config, world_size)
+        problems += moe_validation.find_problems(config)
         problems += deepspeed_validation.find_deepspeed_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
-        problems += context_parallel_validation.check_te_context_parallel(config, have)
+        problems += layout_validation.find_te_problems(config, have)
         problems += fp8_rules.find_problems(config, capability)
     if check_files:
         problems += _check_files(config)
@@ -140,65 +141,6 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
         yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
 
 
-def _check_layout(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    parallel, model = config.parallel, config.model
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, size in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", derived.num_query_groups(model)),
-        derived.split_ffn(model),
-    ):
-        if size % tp:
-            yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
-    if model.num_layers % pp:
-        yield f"model.num_layers {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size {pp}"
-    if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > model.num_layers // pp:
-        yield (
-            f"parallel.recompute_num_layers {parallel.recompute_num_layers} is more than the "
-            f"{model.num_layers // pp} layers of a pipeline stage"
-        )
-    if parallel.sequence_parallel and tp == 1:
-        yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
-    elif parallel.sequence_parallel and config.data.sequence_length % tp:
-        yield (
-            f"data.sequence_length {config.data.sequence_length} is not divisible by "
-            f"parallel.tensor_model_parallel_size {tp}, which parallel.sequence_parallel needs"
-        )
-    yield from context_parallel_validation.check_context_parallel(config)
-    yield from _check_batches(config, world_size)
-
-
-def _check_batches(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    parallel, training = config.parallel, config.training
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    copy, cp = derived.model_parallel_size(config), parallel.context_parallel_size
-    layout = f"tensor {tp} x pipeline {pp}" + (f" x context {cp}" if cp > 1 else "")
-    if world_size is not None:
-        if parallel.data_parallel_size is None and world_size % copy:
-            yield f"{world_size} processes: {layout} parallel needs a multiple of {copy}"
-            return
-        expected = copy * derived.data_parallel_size(config, world_size)
-        if expected != world_size:
-            yield (
-                f"{layout} x data {parallel.data_parallel_size} parallel needs {expected} processes, got {world_size}"
-            )
-    dp = derived.data_parallel_size(config, world_size)
-    step = training.micro_batch_size * dp
-    if training.global_batch_size % step:
-        yield (
-            f"training.global_batch_size {training.global_batch_size} is not divisible by {step} "
-            f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {dp})"
-        )
-        return
-    microbatches = training.global_batch_size // step
-    if microbatches % pp:
-        yield (
-            f"{microbatches} microbatches per step: not divisible by "
-            f"parallel.pipeline_model_parallel_size {pp}: "
-            "change training.global_batch_size or training.micro_batch_size"
-        )
-
-
 def _check_schedule(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
@@ -229,7 +171,7 @@ def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"logging.profile_step_end {logging.profile_step_end} must be above logging.profile_step_start "
             f"{logging.profile_step_start} (0 and 0: no trace)"
         )
-    ranks = derived.required_world_size(config) if world_size is None else world_size
+    ranks = layout_of(config).world_size if world_size is None else world_size
     if any(rank >= ranks for rank in logging.profile_ranks):
         yield f"logging.profile_ranks {logging.profile_ranks}: the run has the ranks 0 to {ranks - 1}"
 

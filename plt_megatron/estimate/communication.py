@@ -20,7 +20,7 @@ def communication_bytes(
 
     `parameters` and `embedding_parameters`: of the stage with most, and of the first one's embedding.
     """
-    loops, layers = config.model.loop_count, config.model.num_layers // layout.pipeline
+    loops, layers = config.model.loop_count, layout.most_stage_layers(config.model.num_layers)
     passes = layout.microbatches * loops
     dense, experts = _share(layout.shards) * parameters.dense, _share(layout.expert_shards) * parameters.experts
     traffic = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
-from plt_megatron.config import derived
 from plt_megatron.config.deepspeed_settings import deepspeed_config
+from plt_megatron.config.layout import DIMENSIONS, ParallelLayout, layout_of, num_microbatches
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
@@ -15,12 +16,10 @@ MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel dimensions, and how one rank runs its microbatches.
+class Layout(ParallelLayout):
+    """The layout, and how one rank runs its microbatches.
 
     Attributes:
-        tensor, pipeline, context, data: ranks along each dimension. `data` does not contain `context`.
-        expert: ranks, of those that hold the same layers, that share out the experts.
         zero_stage: 0 all optimizer state on every data-parallel rank; 1 optimizer state divided (megatron-core's
             distributed optimizer); 2 gradients too; 3 weights too.
         recompute: `none`, `selective` (core attention) or `full` (units of `recompute_num_layers` layers).
@@ -34,12 +33,6 @@ class Layout:
         on_cpu: gloo and torch's CPU kernels.
     """
 
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    data: int = 1
-    expert: int = 1
-    sequence_parallel: bool = False
     zero_stage: int = 1
     recompute: str = "none"
     recompute_num_layers: int = 1
@@ -54,28 +47,8 @@ class Layout:
     backend: str = "torch"
     on_cpu: bool = False
 
-    @property
-    def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.context * self.data
-
-    @property
-    def shards(self) -> int:
-        """Ranks that hold the same weights, over which gradients are added up and optimizer state is divided."""
-        return self.data * self.context
-
-    @property
-    def expert_shards(self) -> int:
-        """The same of experts, of which a tensor-parallel rank holds whole ones."""
-        return self.tensor * self.context * self.data // self.expert
-
     def __str__(self) -> str:
-        sizes = [("TP", self.tensor), ("PP", self.pipeline), ("CP", self.context)]
-        words = [f"{name}{size}" for name, size in sizes if size > 1 or name in ("TP", "PP")]
-        if self.sequence_parallel:
-            words.insert(1, "SP")
-        words.append(f"DP{self.data}")
-        if self.expert > 1:
-            words.append(f"EP{self.expert}")
+        words = [super().__str__()]
         if self.deepspeed:
             words.append(f"ZeRO{self.zero_stage}")
             if self.offload_optimizer or self.offload_weights:
@@ -83,27 +56,18 @@ class Layout:
         return " ".join(words)
 
 
-def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool = False) -> Layout:
+def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu: bool = False) -> Layout:
     """The layout of a validated configuration on `world_size` ranks (None: as many as it asks for).
 
     `model.backend: auto` is Transformer Engine on a GPU and torch on a CPU.
     """
-    parallel, training = config.parallel, config.training
-    context = parallel.context_parallel_size
-    data = max(1, derived.data_parallel_size(config, world_size))
+    parallel, backend = config.parallel, config.model.backend
     deepspeed = config.engine == "deepspeed"
     zero = deepspeed_config(config)["zero_optimization"] if deepspeed else {}
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    backend = config.model.backend
     if backend == "auto":
         backend = "torch" if on_cpu else "te"
     return Layout(
-        tensor=tensor,
-        pipeline=pipeline,
-        context=context,
-        data=data,
-        expert=parallel.expert_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
+        **dataclasses.asdict(layout_of(config, world_size)),
         zero_stage=config.zero.stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
         deepspeed=deepspeed,
         offload_optimizer=deepspeed and config.zero.offload_optimizer == "cpu",
@@ -112,20 +76,15 @@ def layout_of(config: RunConfig, world_size: int | None = None, *, on_cpu: bool 
         max_live_parameters=zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS),
         recompute=parallel.recompute_granularity,
         recompute_num_layers=parallel.recompute_num_layers,
-        micro_batch_size=training.micro_batch_size,
-        microbatches=max(1, training.global_batch_size // (training.micro_batch_size * data)),
+        micro_batch_size=config.training.micro_batch_size,
+        microbatches=max(1, num_microbatches(config, world_size)),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         backend=backend,
         on_cpu=on_cpu,
     )
 
 
-_SIZES = {
-    "TP": "parallel.tensor_model_parallel_size",
-    "PP": "parallel.pipeline_model_parallel_size",
-    "CP": "parallel.context_parallel_size",
-    "DP": "parallel.data_parallel_size",
-    "EP": "parallel.expert_model_parallel_size",
+_SIZES = {word: f"parallel.{setting}" for word, (_, setting) in DIMENSIONS.items()} | {
     "MB": "training.micro_batch_size",
     "ZERO": "zero.stage",
 }

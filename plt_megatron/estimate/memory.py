@@ -154,7 +154,7 @@ class MemorySimulator:
 
     def __post_init__(self) -> None:
         self.loops = self.config.model.loop_count
-        self.layers = self.config.model.num_layers // self.layout.pipeline
+        self.layers = len(self.layout.stage_layers(self.config.model.num_layers)[self.stage])
         self.full = self.layout.recompute == "full"
         self.alone = self.layout.pipeline == 1
         self.first, self.last = self.stage == 0, self.stage == self.layout.pipeline - 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
@@ -220,7 +221,7 @@ def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCo
 
 
 def _answer_search(options: EstimateOptions, config: RunConfig, vocab_size: int) -> int:
-    world_size = options.world_size or derived.required_world_size(config)
+    world_size = options.world_size or layout_of(config).world_size
     found = search(
         config,
         gpu=options.gpu,

@@ -11,7 +11,7 @@ from plt_megatron.estimate.activations import activations
 from plt_megatron.estimate.communication import communication_bytes
 from plt_megatron.estimate.flops import Flops, training_flops_per_token
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
-from plt_megatron.estimate.layout import Layout, layout_of
+from plt_megatron.estimate.layout import Layout, estimate_layout
 from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
 from plt_megatron.estimate.schedule import bubble_fraction
@@ -82,7 +82,7 @@ def estimate_run(
     unknown `gpu` (one of `cards.card_names()`).
     """
     model, vocab_size = config.model, known_vocab_size(config, vocab_size)
-    layout = layout_of(config, world_size, on_cpu=gpu == "cpu")
+    layout = estimate_layout(config, world_size, on_cpu=gpu == "cpu")
     card = find_gpu_spec(gpu, min(gpus_per_node, layout.world_size))
     counted = count_parameters(model, vocab_size, layout.tensor)
     padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)

@@ -102,7 +102,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec) -> float:
     shapes = dataclasses.replace(shapes, recompute="none")  # what is not kept is moved all the same
-    layers = config.model.num_layers // layout.pipeline
+    layers = layout.most_stage_layers(config.model.num_layers)
     loops = range(1, config.model.loop_count + 1)
     saved: float = layers * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
     saved += (shapes.softmax() + shapes.head_backward()) / layout.pipeline

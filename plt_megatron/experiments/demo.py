@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
@@ -145,7 +146,7 @@ def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
     tokens = derived.train_iters(config) * derived.tokens_per_step(config)
     return Step(
         name=run.name,
-        title=f"training: {run.label}, {tokens:,} tokens, {derived.required_world_size(config)} processes",
+        title=f"training: {run.label}, {tokens:,} tokens, {layout_of(config).world_size} processes",
         settings=dump_config(config),
         inputs=inputs,
         outputs=[run.folder.path],

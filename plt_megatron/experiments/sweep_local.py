@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path
 from plt_megatron.experiments.sweep_status import (
@@ -60,7 +60,7 @@ class LocalSweep:
     """
 
     def __init__(self, plan: SweepPlan, runs: Sequence[PlannedRun], jobs: int = 1) -> None:
-        large = [run.name for run in runs if derived.required_world_size(run.config) > 1]
+        large = [run.name for run in runs if layout_of(run.config).world_size > 1]
         if jobs > 1 and large:
             raise UserError(f"--jobs {jobs} is for runs of one process each; {large[0]} asks for more: use --jobs 1")
         self.plan = plan

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config import derived
 from plt_megatron.config.fp8_rules import Fp8Choice
+from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
@@ -154,8 +155,7 @@ def _fp8_settings(fp8: Fp8Choice) -> dict[str, Any]:
 def schedule_config(config: PLTTransformerConfig, loop_count: int) -> PLTTransformerConfig:
     """The pipeline schedule's view of the configuration: the loops are virtual stages."""
     config = copy.copy(config)
-    if config.pipeline_model_parallel_size > 1 and loop_count > 1:
-        config.virtual_pipeline_model_parallel_size = loop_count
-    else:
-        config.overlap_p2p_comm = False
+    layout = ParallelLayout(pipeline=config.pipeline_model_parallel_size, loops=loop_count)
+    config.virtual_pipeline_model_parallel_size = layout.virtual_stages
+    config.overlap_p2p_comm = layout.virtual_stages is not None
     return config

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
 
@@ -18,28 +18,20 @@ def init_process_groups(parallel: ParallelConfig) -> None:
     process) and build the tensor, pipeline, context and data-parallel groups.
 
     Raises:
-        UserError: the world size is not a multiple of TP times PP times CP.
+        UserError: the layout does not fill the world.
     """
     from megatron.core import parallel_state
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-    }
-    model_parallel = math.prod(sizes.values())
-    if world_size % model_parallel:
-        raise UserError(
-            f"parallel: {world_size} processes cannot hold {' x '.join(sizes)} = {model_parallel}; "
-            f"start a multiple of {model_parallel}"
-        )
+    layout = ParallelLayout.of(parallel, world_size)
+    problem = layout.world_size_problem(world_size)
+    if problem is not None:
+        raise UserError(f"parallel: {problem}")
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
         _init_torch_distributed(world_size, timeout)
     parallel_state.initialize_model_parallel(
-        **sizes,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        **{name: size for name, size in layout.sizes.items() if name != "data_parallel_size"},
         expert_tensor_parallel_size=1,  # experts stay whole: they are distributed over tensor-parallel ranks too
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )

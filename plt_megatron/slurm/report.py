@@ -23,10 +23,9 @@ def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Fore
     """Name and value of each line about one run."""
     estimate, layout = ahead.estimate, ahead.estimate.layout
     step_tokens = derived.tokens_per_step(config)
-    context = f" x context {layout.context}" if layout.context > 1 else ""
     rows = [
         ("run folder", str(run)),
-        ("layout", f"tensor {layout.tensor} x pipeline {layout.pipeline}{context} x data {layout.data}"),
+        ("layout", layout.in_words()),
         ("microbatches", f"{layout.microbatches} per step and data-parallel rank"),
         (
             "parameters",

@@ -144,8 +144,7 @@ class MegatronEngine:
         # FP8 copies of the weights are made in a layer's first call from here on, and serve every loop and microbatch.
         self.stage.set_is_first_microbatch()
         shared = MicroBatches([batch.shard_for_cp(self.stage.context_rows) for batch in batches])
-        pipelined = self.layers_config.pipeline_model_parallel_size > 1
-        virtual = loop_count if pipelined and loop_count > 1 else None
+        virtual = config.virtual_pipeline_model_parallel_size
         schedule = get_forward_backward_func(pp_size=config.pipeline_model_parallel_size, vp_size=virtual)
         rows, length = batches[0].tokens.shape
         results = schedule(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.mix import consumed_epochs, describe_mix, fingerprint, index_folder, mix_shares, required_samples
@@ -187,7 +188,7 @@ class Trainer:
             wrap=wrap,
             prefetch=2,
         )
-        count = derived.num_microbatches(self.config, dist.get_world_size())
+        count = num_microbatches(self.config, dist.get_world_size())
         with contextlib.closing(micro_batches):
             while batch := [to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
                 yield batch

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 
-from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
 from plt_megatron.runtime.local_processes import run_processes
 from plt_megatron.train import main as train_main
@@ -61,5 +61,5 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         HARMS[harm]()
         sys.exit(train_main.main([path]))
-    world_size = derived.required_world_size(load_config(path, []))
+    world_size = layout_of(load_config(path, [])).world_size
     sys.exit(run_processes([sys.executable, *sys.argv], world_size, grace_seconds=2.0))

@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch import Tensor
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
@@ -218,14 +219,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
 
 def layout(engine: Engine) -> dict[str, int]:
     """How the model lies over the processes. Random states are restored only in the same one."""
-    parallel = engine.config.parallel
-    return {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "data_parallel_size": engine.groups.dp.size(),
-    }
+    return layout_of(engine.config, dist.get_world_size()).sizes
 
 
 def schedule(config: RunConfig) -> dict[str, Any]:

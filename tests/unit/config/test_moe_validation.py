@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.validation import find_problems
 from tests.unit.config.test_validation import change, good
 
@@ -32,7 +32,7 @@ def test_launching_takes_as_many_processes_as_share_out_the_experts():
     for tensor, expected in ((1, 4), (2, 4), (4, 4), (8, 8)):
         config = change(good(), **EXPERTS, parallel__expert_model_parallel_size=4)
         config.parallel.tensor_model_parallel_size = tensor
-        assert derived.required_world_size(config) == expected
+        assert layout_of(config).world_size == expected
 
 
 def test_an_ffn_that_is_not_there_need_not_be_divisible():

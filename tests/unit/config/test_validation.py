@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config import derived, validation
+from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.config.validation import find_problems, validate
@@ -206,8 +207,8 @@ def test_context_parallelism_counts_among_the_processes():
     (line,) = problems(world_size=4, parallel__data_parallel_size=2, **two)
     assert "tensor 2 x pipeline 1 x context 2 x data 2 parallel needs 8 processes, got 4" in line
     config = change(good(), **two)
-    assert derived.required_world_size(config) == 4 and derived.data_parallel_size(config, 16) == 4
-    assert derived.num_microbatches(config, 16) == 2, "the ranks of one sequence read the same samples"
+    assert layout_of(config).world_size == 4 and layout_of(config, 16).data == 4
+    assert num_microbatches(config, 16) == 2, "the ranks of one sequence read the same samples"
 
 
 @pytest.mark.parametrize(
@@ -415,15 +416,15 @@ def test_derived_values():
     assert derived.padded_vocab_size(model, 1) == 128
     assert derived.padded_vocab_size(model, 256, 2) == 256
     assert derived.padded_vocab_size(model, 257, 2) == 512
-    assert derived.required_world_size(config) == 1
+    assert layout_of(config).world_size == 1
     config.parallel.tensor_model_parallel_size = 2
     config.parallel.pipeline_model_parallel_size = 2
-    assert derived.required_world_size(config) == 4
-    assert derived.data_parallel_size(config, world_size=16) == 4
-    assert derived.num_microbatches(config, world_size=16) == 2
-    assert derived.num_microbatches(config) == 8
+    assert layout_of(config).world_size == 4
+    assert layout_of(config, 16).data == 4
+    assert num_microbatches(config, 16) == 2
+    assert num_microbatches(config) == 8
     config.parallel.data_parallel_size = 2
-    assert derived.required_world_size(config) == 8
+    assert layout_of(config).world_size == 8
     assert derived.split_shares("969, 30, 1") == pytest.approx((0.969, 0.03, 0.001))
     assert derived.run_folder(config) == Path("runs/run")
 

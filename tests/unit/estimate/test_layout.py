@@ -8,7 +8,7 @@ import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.layout import Layout, layout_of, layout_overrides
+from plt_megatron.estimate.layout import Layout, estimate_layout, layout_overrides
 from plt_megatron.estimate.search import search
 
 RUN = "configs/runs/loopcoder_7b.yaml"
@@ -25,7 +25,7 @@ def test_every_layout_reads_as_it_is_printed(overrides):
         if layout.offload_weights:
             continue  # `offload` is the optimizer's
         text = f"{layout} MB{layout.micro_batch_size} {layout.recompute}"
-        again = layout_of(load_config(RUN, [*overrides, *layout_overrides(text)]), 16)
+        again = estimate_layout(load_config(RUN, [*overrides, *layout_overrides(text)]), 16)
         assert again == layout, text
 
 

@@ -13,7 +13,7 @@ import pytest
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig, ZeroConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.layout import layout_of
+from plt_megatron.estimate.layout import estimate_layout
 from plt_megatron.estimate.memory import persistent_bytes
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
 from plt_megatron.estimate.run_estimate import estimate_run
@@ -83,7 +83,7 @@ def test_ranks_together_hold_the_model(tied, gate):
     ],
 )
 def test_zero_stages_per_parameter(stage, precision, expected):
-    layout = dataclasses.replace(layout_of(run(), 8), zero_stage=stage)
+    layout = dataclasses.replace(estimate_layout(run(), 8), zero_stage=stage)
     held = persistent_bytes(8_000_000, precision, layout)
     assert sum(held.values()) == 8_000_000 * expected
     offloaded = persistent_bytes(8_000_000, precision, dataclasses.replace(layout, offload_optimizer=True))

@@ -1,0 +1,176 @@
+"""How a run is spread over ranks: the parallel sizes, and which ranks form a group. Imports no torch.
+
+Ranks are numbered in megatron-core's order: tensor parallelism varies fastest, then context, data, and pipeline
+parallelism. Experts have an order of their own over the same ranks: expert, expert-data, and pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+from plt_megatron.config.schema import ParallelConfig, RunConfig
+
+# What reports call a dimension, its attribute here, and its setting.
+DIMENSIONS = {
+    "TP": ("tensor", "tensor_model_parallel_size"),
+    "PP": ("pipeline", "pipeline_model_parallel_size"),
+    "CP": ("context", "context_parallel_size"),
+    "DP": ("data", "data_parallel_size"),
+    "EP": ("expert", "expert_model_parallel_size"),
+}
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of the parallel dimensions.
+
+    Attributes:
+        tensor, pipeline, context, data: ranks along each dimension. `data` does not contain `context`.
+        expert: ranks, of those that hold the same layers, that share out the experts, which stay whole.
+        loops: of the model; with a pipeline they are its virtual stages.
+        sequence_parallel: whether tensor-parallel ranks share out the rows between the layers' matrices.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    expert: int = 1
+    loops: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig, world_size: int | None = None, loops: int = 1) -> ParallelLayout:
+        """The layout on `world_size` ranks; None: as many as it asks for.
+
+        Data parallelism is as configured, else what the others leave of `world_size`, else as little as the experts
+        need.
+        """
+        tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        context, expert = parallel.context_parallel_size, parallel.expert_model_parallel_size
+        data = parallel.data_parallel_size
+        if data is None and world_size is not None:
+            data = max(1, world_size // (tensor * pipeline * context))
+        elif data is None:
+            data = expert // gcd(expert, tensor * context)
+        return cls(tensor, pipeline, context, data, expert, loops, parallel.sequence_parallel)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions' sizes by the names of their settings."""
+        return {setting: getattr(self, name) for name, setting in DIMENSIONS.values()}
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model's work: that hold parts of it, or parts of its sequences."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def world_size(self) -> int:
+        return self.model_parallel_size * self.data
+
+    @property
+    def shards(self) -> int:
+        """Ranks that hold the same weights, over which gradients are added up and optimizer state is divided."""
+        return self.data * self.context
+
+    @property
+    def ranks_per_stage(self) -> int:
+        """Ranks of one pipeline stage, among which experts are shared out."""
+        return self.tensor * self.context * self.data
+
+    @property
+    def expert_shards(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.ranks_per_stage // self.expert
+
+    @property
+    def virtual_stages(self) -> int | None:
+        """Model chunks of a pipeline stage, one a loop, in megatron-core's interleaved schedule; None: another."""
+        return self.loops if self.pipeline > 1 and self.loops > 1 else None
+
+    def stage_layers(self, num_layers: int) -> list[range]:
+        """The layers that each pipeline stage holds, of `num_layers`."""
+        each = num_layers // self.pipeline
+        return [range(stage * each, (stage + 1) * each) for stage in range(self.pipeline)]
+
+    def most_stage_layers(self, num_layers: int) -> int:
+        """Layers of the stage that holds most of them."""
+        return max(map(len, self.stage_layers(num_layers)))
+
+    def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
+        """Microbatches that each copy of the model runs per optimizer step."""
+        return global_batch_size // (micro_batch_size * self.data)
+
+    def world_size_problem(self, world_size: int) -> str | None:
+        """Why the layout does not fill `world_size` ranks; None: it does."""
+        if world_size == self.world_size:
+            return None
+        if world_size % self.model_parallel_size:
+            words = self.in_words(data=False)
+            return f"{world_size} processes: {words} parallel needs a multiple of {self.model_parallel_size}"
+        return f"{self.in_words()} parallel needs {self.world_size} processes, got {world_size}"
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """A rank's place along each dimension: `tp`, `cp`, `dp`, `pp`, and `ep` and `edp` of its experts."""
+        return {**_place(rank, self._dense()), **_place(rank, self._experts())}
+
+    def groups(self, *dimensions: str) -> list[list[int]]:
+        """The ranks of each group along one or several dimensions of `coordinates`, ascending.
+
+        Along `dp` and `cp` lie the ranks that hold the same weights.
+
+        Raises:
+            ValueError: `tp`, `cp` or `dp` together with `ep` or `edp`, or another name.
+        """
+        sizes = next((sizes for sizes in (self._dense(), self._experts()) if set(dimensions) <= sizes.keys()), None)
+        if sizes is None:
+            raise ValueError(f"no group lies along {' and '.join(dimensions)}")
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = _place(rank, sizes)
+            groups.setdefault(tuple(place[name] for name in sizes if name not in dimensions), []).append(rank)
+        return list(groups.values())
+
+    def _dense(self) -> dict[str, int]:
+        return {"tp": self.tensor, "cp": self.context, "dp": self.data, "pp": self.pipeline}
+
+    def _experts(self) -> dict[str, int]:
+        return {"ep": self.expert, "edp": self.expert_shards, "pp": self.pipeline}
+
+    def in_words(self, *, data: bool = True) -> str:
+        """`tensor 2 x pipeline 4 x data 8`."""
+        names = ["tensor", "pipeline", *(["context"] if self.context > 1 else []), *(["data"] if data else [])]
+        return " x ".join(f"{name} {getattr(self, name)}" for name in names)
+
+    def __str__(self) -> str:
+        """`TP2 SP PP4 DP8`."""
+        always = ("TP", "PP", "DP")
+        words = [
+            f"{word}{getattr(self, name)}"
+            for word, (name, _) in DIMENSIONS.items()
+            if word in always or getattr(self, name) > 1
+        ]
+        if self.sequence_parallel:
+            words.insert(1, "SP")
+        return " ".join(words)
+
+
+def _place(rank: int, sizes: dict[str, int]) -> dict[str, int]:
+    """Coordinates of a rank where the first dimension varies fastest."""
+    place = {}
+    for name, size in sizes.items():
+        rank, place[name] = divmod(rank, size)
+    return place
+
+
+def layout_of(config: RunConfig, world_size: int | None = None) -> ParallelLayout:
+    """The layout of a configuration on `world_size` ranks; None: as many as it asks for."""
+    return ParallelLayout.of(config.parallel, world_size, config.model.loop_count)
+
+
+def num_microbatches(config: RunConfig, world_size: int | None = None) -> int:
+    """Microbatches that each copy of the model runs per optimizer step."""
+    training = config.training
+    return layout_of(config, world_size).num_microbatches(training.global_batch_size, training.micro_batch_size)

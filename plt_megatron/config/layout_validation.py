@@ -1,0 +1,141 @@
+"""What the parallel sizes of a configuration have to divide, and what they ask of one another; part of `validation`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.layout import ParallelLayout, layout_of
+from plt_megatron.config.schema import RunConfig
+
+
+def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+    """The problems of a configuration whose single settings are in range, one line each."""
+    layout = layout_of(config, world_size)
+    yield from _check_tensor(config, layout)
+    yield from _check_pipeline(config, layout)
+    yield from _check_context(config, layout)
+    if config.model.num_moe_experts is not None:
+        yield from _check_experts(config, layout)
+    problem = None if world_size is None else layout.world_size_problem(world_size)
+    if problem is not None:
+        yield problem
+    else:
+        yield from _check_batches(config, layout)
+
+
+def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
+    model, length, tp = config.model, config.data.sequence_length, layout.tensor
+    for name, size in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", derived.num_query_groups(model)),
+        derived.split_ffn(model),
+    ):
+        if size % tp:
+            yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
+    if layout.sequence_parallel and tp == 1:
+        yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
+    elif layout.sequence_parallel and length % tp:
+        yield (
+            f"data.sequence_length {length} is not divisible by parallel.tensor_model_parallel_size {tp}, which "
+            "parallel.sequence_parallel needs"
+        )
+
+
+def _check_pipeline(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    if layers % layout.pipeline:
+        yield f"model.num_layers {layers} is not divisible by parallel.pipeline_model_parallel_size {layout.pipeline}"
+    fewest = min(map(len, layout.stage_layers(layers)))
+    if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > fewest:
+        yield (
+            f"parallel.recompute_num_layers {parallel.recompute_num_layers} is more than the {fewest} layers of a "
+            "pipeline stage"
+        )
+
+
+def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
+    """What the sequence has to be divisible by, and what no kernel does."""
+    length, cp, tp = config.data.sequence_length, layout.context, layout.tensor
+    if config.parallel.window_cp_comm_type == "p2p":
+        yield (
+            "parallel.window_cp_comm_type p2p: Transformer Engine's sliding window has no p2p context parallelism; "
+            "use a2a or all_gather"
+        )
+    if cp == 1:
+        return
+    if length % (2 * cp):
+        yield (
+            f"data.sequence_length {length} is not divisible by {2 * cp}: "
+            f"parallel.context_parallel_size {cp} cuts a sequence into twice as many chunks"
+        )
+    elif layout.sequence_parallel and length % (cp * tp):
+        yield (
+            f"data.sequence_length {length} is not divisible by {cp * tp}: parallel.sequence_parallel shares each of "
+            f"parallel.context_parallel_size {cp} parts among parallel.tensor_model_parallel_size {tp} ranks"
+        )
+
+
+def _check_experts(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
+    experts, ep = config.model.num_moe_experts or 0, layout.expert
+    if experts % ep:
+        yield f"model.num_moe_experts {experts} is not divisible by parallel.expert_model_parallel_size {ep}"
+    if layout.tensor > 1 and not layout.sequence_parallel:
+        yield (
+            f"model.num_moe_experts with parallel.tensor_model_parallel_size {layout.tensor} needs "
+            "parallel.sequence_parallel=true: each rank routes its own share of the tokens"
+        )
+    if layout.ranks_per_stage % ep:
+        yield (
+            f"parallel.expert_model_parallel_size {ep} must divide the {layout.ranks_per_stage} ranks that hold the "
+            f"same layers (tensor {layout.tensor} x context {layout.context} x data {layout.data}): change it, or "
+            "parallel.data_parallel_size"
+        )
+
+
+def _check_batches(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
+    training = config.training
+    step = training.micro_batch_size * layout.data
+    if training.global_batch_size % step:
+        yield (
+            f"training.global_batch_size {training.global_batch_size} is not divisible by {step} "
+            f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {layout.data})"
+        )
+        return
+    microbatches = layout.num_microbatches(training.global_batch_size, training.micro_batch_size)
+    if microbatches % layout.pipeline:
+        yield (
+            f"{microbatches} microbatches per step: not divisible by parallel.pipeline_model_parallel_size "
+            f"{layout.pipeline}: change training.global_batch_size or training.micro_batch_size"
+        )
+
+
+def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
+    """What Transformer Engine's attention, which `auto` may mean, cannot do when ranks share a sequence.
+
+    `have_te`: whether it is installed; None: look.
+    """
+    parallel, model = config.parallel, config.model
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if cp == 1 or model.backend == "torch":
+        return
+    if have_te is None:
+        have_te = importlib.util.find_spec("transformer_engine") is not None
+    if model.backend == "auto" and not have_te:
+        return
+    other = "or set model.backend=torch"
+    if config.data.reset_at_document_boundaries:
+        yield (
+            "data.reset_at_document_boundaries with parallel.context_parallel_size > 1: Transformer Engine would cut "
+            f"each document among the ranks, not the sequence; set it to false, {other}"
+        )
+    kinds = [("cp_comm_type", parallel.cp_comm_type)]
+    if derived.has_gates(model):
+        kinds.append(("window_cp_comm_type", parallel.window_cp_comm_type))
+    for name, kind in kinds:
+        if kind == "a2a" and derived.num_query_groups(model) % (tp * cp):
+            yield (
+                f"parallel.{name} a2a shares out the {derived.num_query_groups(model)} key/value heads "
+                f"(model.num_query_groups): not divisible by tensor {tp} x context {cp}; use all_gather, {other}"
+            )

@@ -1,0 +1,86 @@
+"""The layout's groups are megatron-core's: compared with `parallel_state` on each rank of a world that never talks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from plt_megatron.config.layout import ParallelLayout
+from plt_megatron.config.schema import ParallelConfig
+from plt_megatron.errors import UserError
+from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
+
+enter_cpu_runtime()
+WORLD_SIZE = 8
+LAYOUTS = [
+    ParallelLayout(data=8),
+    ParallelLayout(tensor=8),
+    ParallelLayout(pipeline=8),
+    ParallelLayout(context=8, expert=4),
+    ParallelLayout(data=8, expert=8),
+    ParallelLayout(tensor=2, pipeline=2, data=2, expert=2),
+    ParallelLayout(tensor=2, context=2, data=2, expert=4),
+    ParallelLayout(tensor=2, context=2, pipeline=2, expert=4),
+    ParallelLayout(context=2, pipeline=2, data=2, expert=2),
+    ParallelLayout(tensor=4, data=2, expert=8),
+]
+# Dimensions of the layout -> megatron-core's group. Its data-parallel groups of experts are those of our `edp`.
+GROUPS = {
+    ("tp",): "get_tensor_model_parallel_group",
+    ("pp",): "get_pipeline_model_parallel_group",
+    ("cp",): "get_context_parallel_group",
+    ("dp",): "get_data_parallel_group",
+    ("tp", "cp"): "get_tensor_and_context_parallel_group",
+    ("tp", "pp"): "get_model_parallel_group",
+    ("tp", "dp"): "get_tensor_and_data_parallel_group",
+    ("ep",): "get_expert_model_parallel_group",
+    ("edp",): "get_expert_data_parallel_group",
+    ("ep", "pp"): "get_expert_tensor_model_pipeline_parallel_group",
+}
+RANKS = {
+    "tp": "get_tensor_model_parallel_rank",
+    "cp": "get_context_parallel_rank",
+    "dp": "get_data_parallel_rank",
+    "pp": "get_pipeline_model_parallel_rank",
+    "ep": "get_expert_model_parallel_rank",
+    "edp": "get_expert_data_parallel_rank",
+}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The environment of one of eight ranks, with groups that connect nobody, also those that are to be gloo's."""
+    from megatron.core import parallel_state
+
+    create = parallel_state.create_group
+    monkeypatch.setattr(parallel_state, "create_group", lambda *ranks, backend=None, **rest: create(*ranks, **rest))
+    monkeypatch.setenv("WORLD_SIZE", str(WORLD_SIZE))
+    yield monkeypatch
+    destroy_process_groups()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_groups_and_coordinates_are_those_of_megatron_core(world, layout):
+    from megatron.core import parallel_state
+
+    for rank in range(WORLD_SIZE):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
+        init_process_groups(ParallelConfig(**layout.sizes))
+        for dimensions, name in GROUPS.items():
+            (own,) = [group for group in layout.groups(*dimensions) if rank in group]
+            assert dist.get_process_group_ranks(getattr(parallel_state, name)()) == own, name
+        with_context = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        assert [group for group in layout.groups("dp", "cp") if rank in group] == [
+            dist.get_process_group_ranks(with_context)
+        ]
+        assert layout.coordinates(rank) == {name: getattr(parallel_state, of)() for name, of in RANKS.items()}
+        destroy_process_groups()
+
+
+def test_a_world_of_another_size_is_refused(world):
+    with pytest.raises(UserError, match="parallel: 8 processes: tensor 3 x pipeline 1 parallel needs a multiple of 3"):
+        init_process_groups(ParallelConfig(tensor_model_parallel_size=3))
