@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError, run_command
+from plt_megatron.run_folder.files import write_bytes
 
 # Neither prose nor code worth continuing: tests, generated tables, and what pip installed.
 _SKIPPED_FOLDERS = {
@@ -84,10 +85,7 @@ def _write(path: Path, content: bytes) -> None:
     try:
         if path.is_file() and path.read_bytes() == content:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 

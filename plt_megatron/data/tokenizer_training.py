@@ -19,6 +19,7 @@ from plt_megatron.data.formats import Reader, ReadOptions, Span, open_inputs
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import write_text
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
@@ -117,19 +118,13 @@ def _train_and_publish(sample: Sample, options: TrainingOptions, folder: Path, t
     if different is not None:
         raise UserError(f"the tokenizer.json would not encode as the sentencepiece model does: {different}")
     for name, text in files.items():
-        _publish(folder / name, text.encode("utf-8"))
+        write_text(folder / name, text)
     os.replace(temporary, folder / "tokenizer.model")
     return len(texts)
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{error.filename or folder}: cannot be written ({error.strerror})")
-
-
-def _publish(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _train(sample: Sample, options: TrainingOptions) -> bytes:
