@@ -163,7 +163,7 @@ def sleeping_stage(seconds: float, first: bool, last: bool) -> Any:
             self.weight = torch.nn.Parameter(torch.zeros(()))
             self.pre_process, self.post_process, self.events = first, last, events
 
-        def run_loop(self, batch: Any, context: Any, input_tensor: Any, *, last_loop: bool) -> Any:
+        def run_loop(self, batch: Any, context: Any, input_tensor: Any) -> Any:
             if self.pre_process and context.loop == 1:
                 input_tensor = torch.zeros(4, 1, 8, requires_grad=True)
             return Sleep.apply(input_tensor, self.weight, context.loop)

@@ -204,7 +204,7 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     """Loss and gradients of one microbatch, on the CPU in float64; the same weights in every mode."""
     import torch
 
-    from plt_megatron.train.megatron_engine import build_stage
+    from plt_megatron.model.build import build_stage
 
     stage = build_stage(config, VOCAB_SIZE)
     with torch.no_grad():

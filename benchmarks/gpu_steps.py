@@ -10,7 +10,8 @@ VOCAB_SIZE = 256  # bytes
 
 
 def plt_step(config: Any, batch: Any) -> Callable[[], None]:
-    from plt_megatron.train.megatron_engine import build_stage, wrap_ddp
+    from plt_megatron.model.build import build_stage
+    from plt_megatron.train.megatron_engine import wrap_ddp
 
     stage = build_stage(config, VOCAB_SIZE)
     wrapped = wrap_ddp(stage, overlap_grad_reduce=False)

@@ -62,8 +62,8 @@ from plt_megatron.model.initialization import initialize  # noqa: E402
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
 from plt_megatron.model.transformer_config import DTYPES, transformer_config  # noqa: E402
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
+from plt_megatron.train.callbacks.throughput import measure_matmul_tflops  # noqa: E402
 from plt_megatron.train.megatron_engine import wrap_ddp  # noqa: E402
-from plt_megatron.train.throughput import measure_matmul_tflops  # noqa: E402
 
 VOCAB_SIZE = 8192
 
@@ -114,12 +114,10 @@ class Contest:
     def step_loops(self) -> None:
         """Forward and backward of the looped part alone: embeddings in, the last loop's hidden states out."""
         self.plt.zero_grad_buffer()
-        context, hidden = self.batch.context(), None
+        context, hidden = self.batch.context(3), None  # the head does not follow
         embeddings = self.stage.embed(self.batch)
         for loop in (1, 2):
-            hidden = self.stage.run_loop(
-                self.batch, context.at_loop(loop), hidden, last_loop=False, embeddings=embeddings
-            )
+            hidden = self.stage.run_loop(self.batch, context.at_loop(loop), hidden, embeddings)
         hidden.backward(torch.ones_like(hidden))
 
 

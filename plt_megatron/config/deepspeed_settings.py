@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from plt_megatron.config.layout import num_microbatches
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 
 Kind = Literal["bool", "count", "positive"]
@@ -47,7 +48,7 @@ DECIDED_BY: dict[str, str] = {
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
     "gradient_accumulation_steps": "training.global_batch_size",
     "gradient_clipping": "optimizer.clip_grad",
-    "optimizer.type": "the optimizer section",
+    "optimizer.type": "optimizer.name",
     "optimizer.params.lr": "optimizer.lr",
     "optimizer.params.betas": "optimizer.adam_beta1 and optimizer.adam_beta2",
     "optimizer.params.eps": "optimizer.adam_eps",
@@ -116,23 +117,19 @@ def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         world_size: processes; None: as many as the layout asks for.
     """
     training, optimizer, zero = config.training, config.optimizer, config.zero
+    deepspeed_optimizer = optimizer_spec(optimizer).deepspeed
     settings: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": num_microbatches(config, world_size),
         "gradient_clipping": optimizer.clip_grad,
-        "optimizer.type": "AdamW",
-        "optimizer.params.lr": optimizer.lr,
-        "optimizer.params.betas": [optimizer.adam_beta1, optimizer.adam_beta2],
-        "optimizer.params.eps": optimizer.adam_eps,
-        "optimizer.params.weight_decay": optimizer.weight_decay,
-        "optimizer.params.torch_adam": True,  # the others are compiled when first used
         "zero_optimization.stage": zero.stage,
         "zero_optimization.overlap_comm": False,
         "zero_optimization.contiguous_gradients": True,
         "zero_optimization.offload_optimizer.device": zero.offload_optimizer,
         "zero_optimization.offload_param.device": zero.offload_param,
         "bf16.enabled": training.precision == "bf16",
+        **(deepspeed_optimizer(optimizer) if deepspeed_optimizer is not None else {}),
     }
     if training.precision == "bf16":
         settings["bf16.check_grad_overflow"] = True  # else it updates with gradients that are no numbers

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from plt_megatron.config import deepspeed_settings as settings
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig, ZeroConfig
 
 VERSIONS = ">=0.19,<0.20"
@@ -23,7 +24,8 @@ def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) ->
         return
     yield from _check_features(config)
     yield from _check_zero(config.zero)
-    yield from _check_raw(config, world_size)
+    if optimizer_spec(config.optimizer).deepspeed is not None:
+        yield from _check_raw(config, world_size)
 
 
 def _check_unused(config: RunConfig) -> Iterator[str]:
@@ -50,6 +52,8 @@ def _check_features(config: RunConfig) -> Iterator[str]:
     if model.num_moe_experts is not None:
         what = f"model.num_moe_experts {model.num_moe_experts}"
         yield f"engine deepspeed: {what}: mixture of experts needs engine=megatron"
+    if optimizer_spec(config.optimizer).deepspeed is None:
+        yield f"engine deepspeed: optimizer.name {config.optimizer.name}: set it to adam, or set engine=megatron"
     if config.training.fp8 != "none":
         yield f"engine deepspeed: training.fp8 {config.training.fp8}: set it to none for BF16, or set engine=megatron"
 

@@ -48,24 +48,36 @@ def tokens_per_step(config: RunConfig) -> int:
     return config.training.global_batch_size * config.data.sequence_length
 
 
-def train_iters(config: RunConfig) -> int:
-    """Optimizer steps of the run: as given, or as many whole ones as `train_tokens` holds, at least one."""
+def train_iters(config: RunConfig, step_tokens: int | None = None) -> int:
+    """Optimizer steps of the run: as given, or as many whole ones as `train_tokens` holds, at least one.
+
+    Args:
+        step_tokens: of a step, where it is not the configuration's.
+    """
     training = config.training
     if training.train_iters is not None:
         return training.train_iters
     assert training.train_tokens is not None, "validate() asks for train_iters or train_tokens"
-    return max(1, training.train_tokens // tokens_per_step(config))
+    return max(1, training.train_tokens // (step_tokens or tokens_per_step(config)))
 
 
-def lr_decay_iters(config: RunConfig) -> int:
-    """Steps over which the learning rate falls, warm-up included."""
-    return config.optimizer.lr_decay_iters or train_iters(config)
+def last_step(config: RunConfig, step: int, tokens: int) -> int:
+    """The run's last step, when `step` steps have trained on `tokens`, perhaps in batches of another size."""
+    training = config.training
+    if training.train_tokens is None or step == 0:
+        return train_iters(config)
+    return step + max(0, training.train_tokens - tokens) // tokens_per_step(config)
 
 
-def lr_wsd_decay_iters(config: RunConfig) -> int:
+def lr_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:
+    """Steps over which the learning rate falls, warm-up included. `step_tokens`: see `train_iters`."""
+    return config.optimizer.lr_decay_iters or train_iters(config, step_tokens)
+
+
+def lr_wsd_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:
     """WSD: the last steps of `lr_decay_iters`, over which the rate falls; by default a tenth of them."""
     given = config.optimizer.lr_wsd_decay_iters
-    return max(1, lr_decay_iters(config) // 10) if given is None else given
+    return max(1, lr_decay_iters(config, step_tokens) // 10) if given is None else given
 
 
 def validation_loop_counts(config: RunConfig) -> list[int]:

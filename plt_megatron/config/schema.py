@@ -137,8 +137,9 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule, in optimizer steps."""
+    """The optimizer (config/optimizers.py) and its learning-rate schedule, in optimizer steps."""
 
+    name: Literal["adam", "sgd"] = "adam"  # adam: with decoupled weight decay (AdamW)
     lr: Positive = 3e-4
     min_lr: NotNegative = 3e-5
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
@@ -150,6 +151,7 @@ class OptimizerConfig:
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.95
     adam_eps: Positive = 1e-8
+    sgd_momentum: BelowOne = 0.9
     clip_grad: NotNegative = 1.0  # 0: no clipping
 
 
@@ -202,7 +204,7 @@ class CheckpointConfig:
     weights_only: bool = False  # of `load`: weights alone; optimizer, schedule, data and step start anew
     allow_other_data: bool = False  # go on although data, tokenizer or sampling are not the checkpoint's
     allow_other_schedule: bool = False  # go on although the optimizer's settings are not the checkpoint's
-    enabled: bool = True
+    enabled: bool = True  # false: saves nothing and does not go on with its own; `load` holds all the same
 
 
 @dataclass

@@ -32,8 +32,9 @@ from torch.utils.data import Dataset
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.mix import (
     PARTS,
+    SourceShare,
     check_tokenizer,
-    content_hash,
+    content_hashes,
     fingerprint,
     mix_shares,
     part_sources,
@@ -121,6 +122,32 @@ class Samples(Dataset):
 Parts = tuple[Samples | None, Samples | None, Samples | None]
 
 
+@dataclass(frozen=True)
+class SampleIndex:
+    """What rank 0 finds out for all ranks.
+
+    Attributes:
+        folder: where the index lies.
+        fingerprint: of the data and of the order of the training samples (`mix.fingerprint`).
+        shares: what each source contributes.
+    """
+
+    folder: str
+    fingerprint: dict[str, Any]
+    shares: list[SourceShare]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The samples of a run; a part of which none are asked for is None. `fingerprint`, `shares`: see `SampleIndex`."""
+
+    train: Samples | None
+    validation: Samples | None
+    test: Samples | None
+    fingerprint: dict[str, Any]
+    shares: list[SourceShare]
+
+
 def build_datasets(
     data: DataConfig,
     *,
@@ -128,8 +155,8 @@ def build_datasets(
     seed: int,
     cache_dir: str,
     tokenizer: Tokenizer | None,
-) -> Parts:
-    """The train, validation and test samples; None for a part of 0 requested samples.
+) -> Datasets:
+    """The samples of a run: `num_samples` of train, validation and test; None for a part of 0 requested samples.
 
     Called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
     missing; the others wait for up to `data.index_timeout_minutes`. Raises `UserError`, on all ranks, if the data is
@@ -152,15 +179,16 @@ def build_datasets(
         _broadcast(outcome, group, data.index_timeout_minutes)
     if failure is not None:
         raise failure
-    state, value = outcome[0]
+    state, index = outcome[0]
     if state == "failed":
-        raise UserError(value)
-    if not os.path.isdir(value):
+        raise UserError(index)
+    if not os.path.isdir(index.folder):
         raise UserError(
-            f"the sample index {value} that rank 0 built cannot be seen by rank {dist.get_rank()}: set "
+            f"the sample index {index.folder} that rank 0 built cannot be seen by rank {dist.get_rank()}: set "
             "data.index_cache to a folder all machines share"
         )
-    return _load(data, num_samples, seed, value, tokenizer)
+    parts = _load(data, num_samples, seed, index.folder, tokenizer)
+    return Datasets(*parts, fingerprint=index.fingerprint, shares=index.shares)
 
 
 def _index_failure(folder: Path, error: OSError) -> str:
@@ -187,26 +215,31 @@ def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
     dist.destroy_process_group(group)
 
 
-def _index_key(data: DataConfig, num_samples: Sequence[int], seed: int, tokenizer: Tokenizer | None) -> str:
-    paths = dict.fromkeys(os.path.abspath(source.path) for part in part_sources(data) for source in part)
-    content = {path: content_hash(path) for path in paths}
-    key = [fingerprint(data, tokenizer, seed=seed, num_samples=list(num_samples)), content]
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-
-
 def _build_index(
     data: DataConfig, num_samples: tuple[int, int, int], seed: int, folder: Path, tokenizer: Tokenizer | None
-) -> str:
-    """Check the data and build the index if it is missing; returns its folder."""
-    mix_shares(data, num_samples)
+) -> SampleIndex:
+    """Check the data and build the index if it is missing."""
+    shares = mix_shares(data, num_samples)
     if tokenizer is not None:
         check_tokenizer(data, tokenizer)
-    target = folder / _index_key(data, num_samples, seed, tokenizer)
-    if target.is_dir():
-        return str(target)
+    hashes = content_hashes(data)
+    content = {os.path.abspath(path): digest for path, digest in hashes.items()}
+    key = [fingerprint(data, tokenizer, hashes, seed=seed, num_samples=list(num_samples)), content]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    target = folder / digest[:24]
+    if not target.is_dir():
+        _build_in(target, data, num_samples, seed, tokenizer)
+    train = fingerprint(data, tokenizer, hashes, seed=seed, num_samples=num_samples[0])
+    return SampleIndex(str(target), train, shares)
+
+
+def _build_in(
+    target: Path, data: DataConfig, num_samples: tuple[int, int, int], seed: int, tokenizer: Tokenizer | None
+) -> None:
+    """Build the index under another name, and give it its own when it is whole."""
     started = time.monotonic()
     logger.info("building the sample index in %s", target)
-    temporary = folder / f"{target.name}.{os.getpid()}.tmp"
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -222,7 +255,6 @@ def _build_index(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("built the sample index in %.1f s", time.monotonic() - started)
-    return str(target)
 
 
 def _load(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,16 +239,24 @@ def content_hash(prefix: str) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(data: DataConfig, tokenizer: Tokenizer | None, **sampling: Any) -> dict[str, Any]:
+def content_hashes(data: DataConfig) -> dict[str, str]:
+    """The content hash of each source, by its path."""
+    paths = dict.fromkeys(source.path for sources in part_sources(data) for source in sources)
+    return {path: content_hash(path) for path in paths}
+
+
+def fingerprint(
+    data: DataConfig, tokenizer: Tokenizer | None, hashes: Mapping[str, str] | None = None, **sampling: Any
+) -> dict[str, Any]:
     """What the sequence of samples depends on, saved in checkpoints: JSON-able, with a `sha256` over the rest.
 
-    `sampling` is anything else it depends on, such as `seed` and `num_samples`: a name, and a JSON-able value.
     Paths and names do not enter: data may move.
+
+    Args:
+        hashes: `content_hashes`, where they have been computed.
+        sampling: anything else it depends on, such as `seed` and `num_samples`: a name, and a JSON-able value.
     """
-    hashes = {
-        path: content_hash(path)
-        for path in dict.fromkeys(source.path for sources in part_sources(data) for source in sources)
-    }
+    hashes = hashes or content_hashes(data)
     value: dict[str, Any] = {
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "split": data.split if data.sources else None,

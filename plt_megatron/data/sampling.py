@@ -72,7 +72,8 @@ def batches(
     wrap: bool = False,
     prefetch: int = 0,
 ) -> Generator[dict[str, Tensor]]:
-    """This rank's microbatches (dicts of stacked tensors) from sample `consumed_samples` on.
+    """This rank's microbatches (dicts of stacked tensors) from sample `consumed_samples` on, each with its samples'
+    numbers, `sample_ids` (int64 [micro batch]).
 
     Args:
         consumed_samples: samples that all ranks together have trained on.
@@ -91,7 +92,7 @@ def batches(
         data_parallel_size=data_parallel_size,
         wrap=wrap,
     )
-    made = (collate([dataset[index] for index in part]) for part in indices)
+    made = ({**collate([dataset[index] for index in part]), "sample_ids": torch.tensor(part)} for part in indices)
     return _ahead(made, prefetch) if prefetch > 0 else made
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations, activations
 from plt_megatron.estimate.layout import BYTES, Layout
@@ -46,7 +47,7 @@ COMPONENTS = (
     "FP8 weights",
     "main weights",
     "gradients",
-    "Adam moments",
+    "optimizer state",
     "DeepSpeed's buckets",
     "activations",
     "first-loop K/V",
@@ -75,10 +76,9 @@ def _stage_memory(
         expert_model_parallel_size=layout.expert,
         stage=stage,
     )
-    precision = config.training.precision
-    held = Counter(persistent_bytes(parameters.dense, precision, layout))
+    held = Counter(persistent_bytes(parameters.dense, config, layout))
     if parameters.experts:
-        held += Counter(persistent_bytes(parameters.experts, precision, layout, layout.expert_shards))
+        held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
         held["FP8 weights"] = FP8_COPIES * parameters.layers
@@ -93,7 +93,7 @@ def _stage_memory(
     return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, phase)
 
 
-def persistent_bytes(parameters: int, precision: str, layout: Layout, shards: int | None = None) -> dict[str, int]:
+def persistent_bytes(parameters: int, config: RunConfig, layout: Layout, shards: int | None = None) -> dict[str, int]:
     """What a rank with so many parameters holds throughout a step, by component.
 
     `shards`: ranks that hold the same ones; None: `layout.shards`.
@@ -101,7 +101,7 @@ def persistent_bytes(parameters: int, precision: str, layout: Layout, shards: in
     DeepSpeed keeps fp32 main weights in fp32 too. From stage 2 on, offloading the optimizer takes the gradients along.
     Stage 3 keeps weights that are used again soon whole, up to a limit: each loop uses them again.
     """
-    element, shards, zero = BYTES[precision], shards or layout.shards, layout.zero_stage
+    element, shards, zero = BYTES[config.training.precision], shards or layout.shards, layout.zero_stage
     part = parameters // shards
     optimizer = part if zero >= 1 else parameters
     gradients = part if zero >= 2 else parameters
@@ -114,7 +114,7 @@ def persistent_bytes(parameters: int, precision: str, layout: Layout, shards: in
         "gathered weights": element * gathered,
         "main weights": FP32 * optimizer if element != FP32 or layout.deepspeed else 0,
         "gradients": FP32 * gradients,
-        "Adam moments": 2 * FP32 * optimizer,
+        "optimizer state": optimizer_spec(config.optimizer).state_bytes * optimizer,
         "DeepSpeed's buckets": FP32 * layout.reduce_bucket,
     }
 
@@ -269,6 +269,7 @@ class MemorySimulator:
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
-    """One checkpoint on disk: weights in their precision, and main weights and both moments in fp32."""
+    """One checkpoint on disk: weights in their precision, main weights and the optimizer's state in fp32."""
     total = count_parameters(config.model, vocab_size, tensor).total
-    return total * (BYTES[config.training.precision] + 3 * FP32)
+    state = len(optimizer_spec(config.optimizer).state)
+    return total * (BYTES[config.training.precision] + FP32 * (1 + state))

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.config.optimizers import OPTIMIZERS
 from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import ParamMapping
 from plt_megatron.hf.sources import ModelSource
+from plt_megatron.run_folder.checkpoints import trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 
@@ -116,14 +118,14 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     if config["checkpoint"]["load"]:
         yield "started from", Path(config["checkpoint"]["load"]).name
     yield "steps", f"{progress['step']:,}"
-    tokens = progress["step"] * training["global_batch_size"] * config["data"]["sequence_length"]
-    yield "tokens", f"{tokens:,}"
+    yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
     yield "sequence length", f"{config['data']['sequence_length']:,}"
     yield "global batch", f"{training['global_batch_size']:,} sequences"
     yield "precision", training["precision"]
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
-    yield "optimizer", f"AdamW, learning rate {rate}, weight decay {optimizer['weight_decay']:g}"
+    title = OPTIMIZERS[optimizer.get("name", "adam")].title  # before optimizers had names
+    yield "optimizer", f"{title}, learning rate {rate}, weight decay {optimizer['weight_decay']:g}"
     yield "layout", ", ".join(f"{name.removesuffix('_size')} {size}" for name, size in progress["layout"].items())
     versions = dict(progress["versions"])
     if "megatron-core" in versions:  # of checkpoints of before 2026-11-26 it ends with our commit

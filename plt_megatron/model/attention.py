@@ -189,7 +189,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
-        shares = self.plt.share_kv and self.plt.loop_count > 1
+        shares = self.plt.share_kv and context.loop_count > 1
         if context.loop == 1 or not shares:
             key, value = self._for_global_attention(key, value)
             if shares:

@@ -79,15 +79,22 @@ class LoopContext(PackedSeqParams):
 
     Attributes:
         loop: 1 for the first loop.
+        loop_count: of this pass; an evaluation or a stage of training may run other numbers than the model's.
         first_loop_kv: K and V of this microbatch's first loop.
         documents: the packed documents, or None where a row is one text.
         statistics: where to leave what is logged of the loops, or None.
     """
 
     loop: int = 1
+    loop_count: int = 1
     first_loop_kv: FirstLoopKV = field(default_factory=FirstLoopKV)
     documents: Documents | None = None
     statistics: LoopStatistics | None = None
+
+    @property
+    def is_last_loop(self) -> bool:
+        """Whether the head follows."""
+        return self.loop == self.loop_count
 
     def at_loop(self, loop: int) -> LoopContext:
         """The same microbatch's context in another loop."""

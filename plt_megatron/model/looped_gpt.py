@@ -39,6 +39,7 @@ class MicroBatch:
         labels: int64, or None for logits instead of losses.
         loss_mask: float, 1 where a token counts in the loss; None: everywhere.
         document_starts: bool, True at each packed document's first token; None: a row is one text.
+        sample_ids: int64 [b] on the CPU, numbers of the data set's samples, for reports.
         statistics: where to leave what is logged of the loops, or None.
     """
 
@@ -47,12 +48,13 @@ class MicroBatch:
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
     document_starts: Tensor | None = None
+    sample_ids: Tensor | None = None
     statistics: LoopStatistics | None = None
 
-    def context(self) -> LoopContext:
+    def context(self, loop_count: int) -> LoopContext:
         """A fresh context for this microbatch's loops."""
         documents = None if self.document_starts is None else Documents(self.document_starts)
-        return LoopContext(documents=documents, statistics=self.statistics)
+        return LoopContext(loop_count=loop_count, documents=documents, statistics=self.statistics)
 
     def shard_for_cp(self, rows: SequenceShard) -> MicroBatch:
         """What a context-parallel rank takes: its own rows, [b, s / CP], but all document starts."""
@@ -165,12 +167,10 @@ class LoopedGPT(LanguageModule):
         """
         assert self.pre_process and self.post_process, "a pipeline stage runs loop by loop"
         loop_count = loop_count or self.plt.loop_count
-        context, embeddings = batch.context(), self.embed(batch)
+        context, embeddings = batch.context(loop_count), self.embed(batch)
         hidden_states: Tensor | None = None
         for loop in range(1, loop_count + 1):
-            hidden_states = self.run_loop(
-                batch, context.at_loop(loop), hidden_states, last_loop=loop == loop_count, embeddings=embeddings
-            )
+            hidden_states = self.run_loop(batch, context.at_loop(loop), hidden_states, embeddings)
         assert hidden_states is not None
         return hidden_states
 
@@ -179,8 +179,6 @@ class LoopedGPT(LanguageModule):
         batch: MicroBatch,
         context: LoopContext,
         hidden_states: Tensor | None,
-        *,
-        last_loop: bool,
         embeddings: Tensor | None = None,
     ) -> Tensor:
         """One loop through this stage.
@@ -189,7 +187,6 @@ class LoopedGPT(LanguageModule):
             context: the loop's; the same first-loop K/V in all loops of a microbatch.
             hidden_states: [s / CP (/ TP), b, h], what the stage before sent: the previous stage's output of this loop
                 or, on the first stage, the last stage's of the loop before. None in the first stage's first loop.
-            last_loop: whether the head follows.
             embeddings: E, where it has been computed for an earlier loop.
 
         Returns:
@@ -207,11 +204,11 @@ class LoopedGPT(LanguageModule):
         if not self.post_process:
             return hidden_states
         normed = hidden_states
-        if last_loop or self.plt.norm_between_loops:
+        if context.is_last_loop or self.plt.norm_between_loops:
             normed = self.final_layernorm(hidden_states)
         if context.statistics is not None:
             context.statistics.add_hidden(context.loop, normed if self.plt.norm_between_loops else hidden_states)
-        return self._head(normed, batch.labels) if last_loop else normed
+        return self._head(normed, batch.labels) if context.is_last_loop else normed
 
     def embed(self, batch: MicroBatch) -> Tensor:
         """Token embeddings E, [s / CP (/ TP), b, h]."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.transformer.enums import ModelType
 from torch import Tensor, nn
 
@@ -27,12 +26,12 @@ class MicroBatches:
         self.batches = batches
         self._contexts: list[LoopContext | None] = [None] * len(batches)
 
-    def context(self, index: int, loop: int, last_loop: bool) -> LoopContext:
+    def context(self, index: int, loop: int, loop_count: int) -> LoopContext:
         """The context of microbatch `index` in `loop`; forgotten here with its last loop, so that autograd alone
         decides how long K and V live."""
-        context = self._contexts[index] or self.batches[index].context()
-        self._contexts[index] = None if last_loop else context
-        return context.at_loop(loop)
+        context = (self._contexts[index] or self.batches[index].context(loop_count)).at_loop(loop)
+        self._contexts[index] = None if context.is_last_loop else context
+        return context
 
 
 class LoopChunk(nn.Module):
@@ -72,10 +71,8 @@ class LoopChunk(nn.Module):
         batch = batches.batches[index]
         if self.loop is None:
             return self._stage[0](batch, self.loop_count), batch
-        last_loop = self.loop == self.loop_count
-        context = batches.context(index, self.loop, last_loop)
-        hidden_states = self._stage[0].run_loop(batch, context, self.input_tensor, last_loop=last_loop)
-        return hidden_states, batch
+        context = batches.context(index, self.loop, self.loop_count)
+        return self._stage[0].run_loop(batch, context, self.input_tensor), batch
 
 
 def build_chunks(stage: LoopedGPT, config: Any, loop_count: int) -> list[LoopChunk]:
@@ -83,16 +80,3 @@ def build_chunks(stage: LoopedGPT, config: Any, loop_count: int) -> list[LoopChu
     if stage.pre_process and stage.post_process:
         return [LoopChunk(stage, config, None, loop_count)]
     return [LoopChunk(stage, config, loop, loop_count) for loop in range(1, loop_count + 1)]
-
-
-def token_losses(output: Tensor, loss_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(sum of the losses that count, their number) of one microbatch.
-
-    Args:
-        output: float [b, s], loss of each token.
-        loss_mask: float [b, s], or None where every token counts.
-    """
-    losses = output.float()
-    if loss_mask is None:
-        return losses.sum(), torch.tensor(losses.numel(), device=losses.device)
-    return (losses * loss_mask).sum(), loss_mask.sum()

@@ -166,3 +166,11 @@ def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
             f"checkpoint {checkpoint}: its format {progress['format']} is newer than this program; update it"
         )
     return progress
+
+
+def trained_tokens(progress: dict[str, Any]) -> int:
+    """Tokens that a checkpoint's run was trained on."""
+    if "consumed_tokens" in progress:
+        return progress["consumed_tokens"]
+    config = progress["config"]  # before they were counted, all steps had equally many
+    return progress["step"] * config["training"]["global_batch_size"] * config["data"]["sequence_length"]

@@ -29,6 +29,7 @@ class RunFolder:
         self.checkpoints = self.path / checkpoints.FOLDER
         self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
         self.tensorboard = self.path / "tensorboard"
+        self.wandb_id_file = self.path / "wandb_id"  # of its one run there
         self.profile = self.path / "profile"  # the profiler's traces
         self.index_cache = self.path / "index_cache"  # sample indices
         # What asks it to stop, or to save and go on.

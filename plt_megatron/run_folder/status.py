@@ -70,6 +70,8 @@ def read_run_status(run: Path) -> RunStatus:
     except (UserError, AssertionError) as error:
         problem = str(error).splitlines()[0] if str(error) else "config.yaml does not say how long the run is"
     records = last_train_records(folder)
+    if records and steps is not None:
+        steps = derived.last_step(config, int(records[-1]["step"]), int(records[-1].get("tokens", 0)))
     events = folder.attempts()
     ends = [event for event in events if event["event"] == "end"]
     stops = [event for event in events if event["event"] == "stop"]

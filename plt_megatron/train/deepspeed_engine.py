@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation, on DeepSpeed: ZeRO 1, 2, 3 and offload to CPU memory, TP x DP.
 
-The same model, data, losses and learning rates as `engine.MegatronEngine`; how weights, gradients and optimizer state
+The same model, data, losses and learning rates as `MegatronEngine`; how weights, gradients and optimizer state
 lie over the data-parallel ranks is ZeRO's business.
 """
 
@@ -16,35 +16,25 @@ from megatron.core.optimizer import _get_param_groups
 from torch import Tensor
 
 from plt_megatron.config.deepspeed_settings import deepspeed_config
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.build import build_stage
 from plt_megatron.model.looped_gpt import MicroBatch
-from plt_megatron.model.pipeline import token_losses
+from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.train.deepspeed_gradients import GradientParts
 from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed_state import DeepSpeedState
-from plt_megatron.train.megatron_engine import (
-    StepResult,
-    build_stage,
-    decay_overrides,
-    finite_step,
-    lr_scheduler,
-    optimizer_config,
-)
+from plt_megatron.train.engine import StepResult, finite_step, nothing
+from plt_megatron.train.optimizers import LearningRate, decay_overrides, megatron_settings
 from plt_megatron.train.step_times import StepTimes
 
 
 class DeepSpeedEngine:
-    """The model, its gradients and its optimizer on this rank; the counterpart of `MegatronEngine`.
+    """An `Engine`. At ZeRO 3 the stage's parameters are empty outside of forward and backward.
 
     Args:
         config: a validated configuration with `engine: deepspeed`; process groups exist.
         vocab_size: the tokenizer's.
-
-    Attributes:
-        stage: the model. At ZeRO 3 its parameters are empty outside of forward and backward.
-        state: its checkpoints' view of it.
-        times: where the time of steps goes.
-        on_progress: called at every forward pass of a microbatch.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
@@ -53,7 +43,9 @@ class DeepSpeedEngine:
         join_process_groups(deepspeed)
         self.stage = build_stage(config, vocab_size)
         self.groups = self.stage.pg_collection
-        self.state = DeepSpeedState(self)  # while the parameters are whole
+        self.state = DeepSpeedState(
+            self, tuple(optimizer_spec(config.optimizer).state)
+        )  # while the parameters are whole
         self._gradient_parts = GradientParts(self.stage, config)
         self.deepspeed = start_deepspeed(
             deepspeed,
@@ -62,33 +54,38 @@ class DeepSpeedEngine:
             deepspeed_config(config, dist.get_world_size()),
         )
         self.optimizer = self.deepspeed.optimizer
-        self.scheduler = lr_scheduler(config, self.optimizer)
+        self.scheduler = LearningRate(config, self.optimizer)
         self._verdict = _Verdict(self.optimizer, config.zero.stage)
         self.times = StepTimes()
-        self.on_progress: Callable[[], Any] = lambda: None
+        self.on_progress: Callable[[], Any] = nothing
         self._results: list[Tensor] = []
 
-    def train_step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool] = finite_step) -> StepResult:
-        """Forward and backward over this rank's microbatches, then the optimizer. See `MegatronEngine.train_step`."""
+    def train_step(
+        self,
+        batches: list[MicroBatch],
+        accept: Callable[[float, float], bool] = finite_step,
+        loop_count: int | None = None,
+    ) -> StepResult:
+        """See `Engine`."""
         self.deepspeed.train()
         tokens = self._count_tokens(batches)
         with self.times.measure("forward_backward"):
-            loss_sum, _ = self._run(batches, self.config.model.loop_count, tokens)
+            loss_sum, _ = self._run(batches, loop_count or self.config.model.loop_count, tokens)
         loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
         with self.times.measure("optimizer"):
             grad_norm, updated = self._verdict.step(self.deepspeed, lambda norm: accept(loss, norm))
-        self.scheduler.step(increment=1)
+        self.scheduler.count_step()
         return StepResult(loss, grad_norm, lr, tokens, updated)
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
-        """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
+        """See `Engine`."""
         self.deepspeed.eval()
         with torch.no_grad():
             return self._run(batches, loop_count, None)
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
-        """(sum of token losses, tokens that count) of each microbatch run last."""
+        """See `Engine`."""
         return [(float(loss), int(tokens)) for loss, tokens in self._results]
 
     def _count_tokens(self, batches: list[MicroBatch]) -> int:
@@ -107,7 +104,7 @@ class DeepSpeedEngine:
         self._results = []
         for index, batch in enumerate(batches):
             self.on_progress()
-            loss_sum, tokens = token_losses(self.deepspeed(batch, loop_count), batch.loss_mask)
+            loss_sum, tokens = sum_of_losses(self.deepspeed(batch, loop_count), batch.loss_mask)
             self._results.append(torch.stack((loss_sum.detach().double(), tokens.double())))
             if step_tokens is None:
                 continue
@@ -160,4 +157,4 @@ class _Verdict:
 
 def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
     """megatron-core's, as the other engine has them."""
-    return _get_param_groups([stage], optimizer_config(config), decay_overrides())
+    return _get_param_groups([stage], megatron_settings(config), decay_overrides())

@@ -22,7 +22,6 @@ from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.engine_state import Reader
 
 _MAIN = "param"  # the fp32 copy, by its name in checkpoints
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _ELEMENTS_AT_ONCE = 100_000_000  # read in one go: 1.2 GB in fp32 with both moments
 
 
@@ -49,13 +48,15 @@ class DeepSpeedState:
 
     Args:
         engine: a `DeepSpeedEngine` under construction: its stage's parameters are whole still.
+        keys: what its optimizer keeps of each parameter.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, keys: tuple[str, ...]) -> None:
         self._engine = engine
+        self._keys = keys
         names = {parameter: name for name, parameter in engine.stage.named_parameters()}
         self._entries: dict[str, _Entry] = {}
-        for sharded in state.model_state(engine).values():
+        for sharded in state.model_state(engine.stage).values():
             if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and sharded.data in names:
                 parameter = sharded.data
                 meta = torch.empty_like(parameter, device="meta")
@@ -73,7 +74,7 @@ class DeepSpeedState:
         optimizer: dict[int, Any] = {}
         for number, (name, owner) in enumerate(self._owners()):
             entry = self._entries[name]
-            whole = {key: self._optimizer.gather(entry.parameter, key) for key in (_MAIN, *_MOMENTS)}
+            whole = {key: self._optimizer.gather(entry.parameter, key) for key in (_MAIN, *self._keys)}
             if owner != self._engine.groups.dp.rank():
                 continue
             own = replace(entry, sharded=_only_copy(entry.sharded))
@@ -99,7 +100,7 @@ class DeepSpeedState:
         if not optimizer:
             return {"model": model}
         parameters = {
-            number: {key: entry.optimizer_tensor(key, _meta(entry)) for key in (_MAIN, *_MOMENTS)}
+            number: {key: entry.optimizer_tensor(key, _meta(entry)) for key in (_MAIN, *self._keys)}
             for number, entry in enumerate(self._entries.values())
         }
         return {"model": model, "optimizer": {0: parameters}}
@@ -115,7 +116,7 @@ class DeepSpeedState:
             for name in names:
                 entry = self._entries[name]
                 if numbers[name] in request.get("optimizer", {0: {}})[0]:
-                    wanted[name] = {key: entry.optimizer_tensor(key, _empty(entry)) for key in (_MAIN, *_MOMENTS)}
+                    wanted[name] = {key: entry.optimizer_tensor(key, _empty(entry)) for key in (_MAIN, *self._keys)}
                 elif name in request["model"]:
                     wanted[name] = {_MAIN: entry.with_data(_empty(entry, entry.dtype))}
             loaded = read(wanted)
@@ -132,7 +133,7 @@ class DeepSpeedState:
             assert only_in_loops(name), f"{name} is neither loaded nor a gate"
             main = initial_value(self._engine.stage, name, self._engine.config.training.seed)
         self._optimizer.scatter(entry.parameter, _MAIN, main.float())
-        for key in _MOMENTS:
+        for key in self._keys:
             moment = loaded.get(key)
             self._optimizer.scatter(entry.parameter, key, torch.zeros(entry.shape) if moment is None else moment)
 
@@ -155,7 +156,8 @@ class DeepSpeedState:
     @property
     def _optimizer(self) -> _ZeroPieces:
         optimizer = self._engine.optimizer
-        return _Zero3Pieces(optimizer) if self._engine.config.zero.stage == 3 else _Zero12Pieces(optimizer)
+        pieces = _Zero3Pieces if self._engine.config.zero.stage == 3 else _Zero12Pieces
+        return pieces(optimizer, self._keys)
 
 
 def _meta(entry: _Entry) -> Tensor:
@@ -175,18 +177,19 @@ def _only_copy(sharded: ShardedTensor | ShardedTensorFactory) -> ShardedTensor |
 
 
 class _ZeroPieces:
-    """ZeRO's flat fp32 pieces of the parameters, of their moments, and the step they are at."""
+    """ZeRO's flat fp32 pieces of the parameters, what the optimizer keeps of them (`keys`), and its step."""
 
-    def __init__(self, optimizer: Any, flat: list[Tensor]) -> None:
+    def __init__(self, optimizer: Any, flat: list[Tensor], keys: tuple[str, ...]) -> None:
         self.optimizer = optimizer
         self.flat = flat
+        self.keys = keys
         self.inner = optimizer.optimizer  # torch's AdamW
 
     def allocate(self) -> None:
         """Give an optimizer that has not made a step yet its moments, zero."""
         for piece in self.flat:
             if not self.inner.state[piece]:
-                moments = {key: torch.zeros_like(piece) for key in _MOMENTS}
+                moments = {key: torch.zeros_like(piece) for key in self.keys}
                 self.inner.state[piece] = {"step": torch.tensor(0.0), **moments}
 
     @property
@@ -219,8 +222,8 @@ class _ZeroPieces:
 class _Zero12Pieces(_ZeroPieces):
     """Stages 1 and 2: one flat piece per parameter group."""
 
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer, optimizer.single_partition_of_fp32_groups)
+    def __init__(self, optimizer: Any, keys: tuple[str, ...]) -> None:
+        super().__init__(optimizer, optimizer.single_partition_of_fp32_groups, keys)
 
     def allocate(self) -> None:
         super().allocate()
@@ -243,8 +246,8 @@ class _Zero12Pieces(_ZeroPieces):
 class _Zero3Pieces(_ZeroPieces):
     """Stage 3: parameters are cut one by one, the last rank's piece padded."""
 
-    def __init__(self, optimizer: Any) -> None:
-        super().__init__(optimizer, optimizer.fp32_partitioned_groups_flat)
+    def __init__(self, optimizer: Any, keys: tuple[str, ...]) -> None:
+        super().__init__(optimizer, optimizer.fp32_partitioned_groups_flat, keys)
 
     def scatter(self, parameter: nn.Parameter, key: str, whole: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

@@ -1,41 +1,87 @@
-"""The engines a run can train on, chosen by `config.engine`, and what the trainer and checkpoints ask of one."""
+"""What the trainer and checkpoints ask of an engine, `MegatronEngine` or `DeepSpeedEngine`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
-from plt_megatron.train.megatron_engine import MegatronEngine, StepResult, finite_step
+from plt_megatron.train.checkpoint.engine_state import EngineState
+from plt_megatron.train.optimizers import LearningRate
 from plt_megatron.train.step_times import StepTimes
 
 
+@dataclass
+class StepResult:
+    """What one optimizer step yields, equal on all ranks.
+
+    Attributes:
+        loss: mean cross-entropy over the step's tokens that count, in nats.
+        grad_norm: of the whole model's gradient, before clipping.
+        lr: the learning rate this step used.
+        loss_tokens: tokens that counted in the loss.
+        updated: whether the weights were updated.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    loss_tokens: int
+    updated: bool = True
+
+
+def finite_step(loss: float, grad_norm: float) -> bool:
+    """Whether loss and gradient norm are numbers."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
+
+
+def nothing() -> None:
+    """What `on_progress` does unless somebody listens."""
+
+
 class Engine(Protocol):
-    """The model, its gradients and its optimizer on this rank; `MegatronEngine` says what the methods do."""
+    """The model, its gradients and its optimizer on this rank.
+
+    Attributes:
+        stage: this rank's part of the model.
+        times: where the time of steps goes.
+        on_progress: called at every forward pass of a microbatch through a stage.
+    """
 
     config: RunConfig
     stage: LoopedGPT
     groups: Any
-    scheduler: Any
+    optimizer: Any
+    scheduler: LearningRate
     times: StepTimes
     on_progress: Callable[[], Any]
 
-    def train_step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool] = finite_step) -> StepResult:
-        """One optimizer step."""
+    @property
+    def state(self) -> EngineState:
+        """Model and optimizer for checkpoints."""
+
+    def train_step(
+        self,
+        batches: list[MicroBatch],
+        accept: Callable[[float, float], bool] = finite_step,
+        loop_count: int | None = None,
+    ) -> StepResult:
+        """Forward and backward over this rank's microbatches, then the optimizer.
+
+        Args:
+            batches: this rank's microbatches.
+            accept: given loss and gradient norm, equal on all ranks, whether the weights may be updated. A step that
+                is not accepted leaves weights and optimizer state as they were; the learning rate's schedule goes on.
+            loop_count: of this step; None: the model's.
+        """
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
-        """(sum of token losses, tokens that count)."""
+        """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
-        """(sum of token losses, tokens that count) of each microbatch run last."""
-
-
-def build_engine(config: RunConfig, vocab_size: int) -> Engine:
-    """The engine that `config.engine` names. Process groups exist; `config` is validated."""
-    if config.engine == "megatron":
-        return MegatronEngine(config, vocab_size)
-    from plt_megatron.train.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, vocab_size)
+        """(sum of token losses, tokens that count) of each microbatch run last, on the last stage. Collective over the
+        ranks that share its sequences."""

@@ -6,16 +6,12 @@ come to the same verdict without a further word.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.schema import TrainingConfig
-from plt_megatron.run_folder.files import write_json
-from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.megatron_engine import finite_step
+from plt_megatron.train.engine import finite_step
 
 _PER_STEPS = 1000  # max_skipped_steps is also a rate
 
@@ -94,20 +90,3 @@ class StepGuard:
         self._losses.extend(state["losses"])
         self._skipped.extend(state["skipped"])
         self._step, self._in_a_row = state["step"], state["in_a_row"]
-
-
-def write_incident(folder: Path, step: int, report: dict[str, Any]) -> Path:
-    """Write what is known of a bad step to `incidents/step_XXXXXXXX.json`; numbers that are not finite as strings."""
-    path = RunFolder(folder).incident_file(step)
-    write_json(path, _jsonable(report))
-    return path
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -49,7 +49,8 @@ def train(config: RunConfig) -> int:
 
     from plt_megatron.launcher import start_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
-    from plt_megatron.train.trainer import Trainer, TrainingFailed
+    from plt_megatron.train.callbacks.base import TrainingFailed
+    from plt_megatron.train.trainer import Trainer
 
     faulthandler.enable()  # a data file cut short under its memory map is a SIGBUS
     init_process_groups(config.parallel)

@@ -6,73 +6,40 @@ what data is the trainer's business.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from plt_megatron.config import derived
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.build import build_stage
 from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged
-from plt_megatron.model.initialization import initialize
-from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
-from plt_megatron.model.parameters import decays
-from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks, token_losses
-from plt_megatron.model.transformer_config import DTYPES, schedule_config, transformer_config
-from plt_megatron.runtime.fp8 import choose_fp8
+from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.model.loss import sum_of_losses
+from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
+from plt_megatron.model.transformer_config import schedule_config
+from plt_megatron.train.checkpoint.megatron_state import MegatronState
+from plt_megatron.train.engine import StepResult, finite_step, nothing
+from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts
 from plt_megatron.train.step_times import StepTimes
 
 
-@dataclass
-class StepResult:
-    """What one optimizer step yields, equal on all ranks.
-
-    Attributes:
-        loss: mean cross-entropy over the step's tokens that count, in nats.
-        grad_norm: of the whole model's gradient, before clipping.
-        lr: the learning rate this step used.
-        loss_tokens: tokens that counted in the loss.
-        updated: whether the weights were updated.
-    """
-
-    loss: float
-    grad_norm: float
-    lr: float
-    loss_tokens: int
-    updated: bool = True
-
-
-def finite_step(loss: float, grad_norm: float) -> bool:
-    """Whether loss and gradient norm are numbers."""
-    return math.isfinite(loss) and math.isfinite(grad_norm)
-
-
 class MegatronEngine:
-    """The model, its gradients and its optimizer on this rank.
+    """An `Engine`.
 
     Args:
         config: a validated configuration; process groups exist.
         vocab_size: the tokenizer's.
-
-    Attributes:
-        times: where the time of steps goes.
-        on_progress: called at every forward pass of a microbatch through a stage.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
@@ -80,27 +47,29 @@ class MegatronEngine:
         self.stage = build_stage(config, vocab_size)
         self.layers_config, self.groups = self.stage.config, self.stage.pg_collection
         self.ddp = wrap_ddp(self.stage, config.parallel.overlap_grad_reduce)
-        self.optimizer = get_megatron_optimizer(optimizer_config(config), [self.ddp], decay_overrides())
-        self.scheduler = lr_scheduler(config, self.optimizer)
+        self.optimizer = build_optimizer(config, self.ddp)
+        self.scheduler = LearningRate(config, self.optimizer)
+        self.state = MegatronState(
+            self.stage, distributed_parts(self.optimizer), optimizer_spec(config.optimizer), config.training.seed
+        )
         self.times = StepTimes()
-        self.on_progress: Callable[[], Any] = _nothing
+        self.on_progress: Callable[[], Any] = nothing
         self._results: list[Tensor] = []
         self._chunks: dict[int, tuple[list[LoopChunk], Any]] = {}
 
-    def train_step(self, batches: list[MicroBatch], accept: Callable[[float, float], bool] = finite_step) -> StepResult:
-        """Forward and backward over this rank's microbatches, then the optimizer.
-
-        Args:
-            batches: this rank's microbatches.
-            accept: given loss and gradient norm, equal on all ranks, whether the weights may be updated. A step that
-                is not accepted leaves weights and optimizer state as they were; the learning rate's schedule goes on.
-        """
+    def train_step(
+        self,
+        batches: list[MicroBatch],
+        accept: Callable[[float, float], bool] = finite_step,
+        loop_count: int | None = None,
+    ) -> StepResult:
+        """See `Engine`."""
         self.stage.train()
         fp8_state = Fp8State(self.stage)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.times.measure("forward_backward"):
-            loss_sum, tokens = self._run(batches, self.config.model.loop_count, forward_only=False)
+            loss_sum, tokens = self._run(batches, loop_count or self.config.model.loop_count, forward_only=False)
         loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
         with self.times.measure("optimizer"):
             self.optimizer.prepare_grads()
@@ -111,25 +80,24 @@ class MegatronEngine:
                 self.optimizer.step_with_ready_grads()
             else:
                 fp8_state.restore()
-        self.scheduler.step(increment=1)
+        self.scheduler.count_step()
         return StepResult(loss, grad_norm, lr, tokens, updated)
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
             return
-        for optimizer in self.optimizer.chained_optimizers:
+        for optimizer in distributed_parts(self.optimizer):
             clip_grad_by_total_norm_fp32(optimizer.get_parameters(), self.config.optimizer.clip_grad, grad_norm)
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
-        """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
+        """See `Engine`."""
         self.stage.eval()
         with torch.no_grad(), fp8_state_unchanged(self.stage):
             return self._run(batches, loop_count, forward_only=True)
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
-        """(sum of token losses, tokens that count) of each microbatch run last, on the last stage. Collective over the
-        ranks that share its sequences."""
+        """See `Engine`."""
         if not self._results:
             return []
         results = torch.stack(self._results)
@@ -188,42 +156,12 @@ class MegatronEngine:
         return float(total[0]), int(total[1])
 
 
-def _nothing() -> None:
-    return None
-
-
 def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss to differentiate, tokens, what is logged): the schedule divides by all tokens of the step at its end."""
-    loss_sum, tokens = token_losses(output, loss_mask)
+    loss_sum, tokens = sum_of_losses(output, loss_mask)
     # A copy: the schedule may scale the loss in place.
     logged = torch.stack((loss_sum.detach().double(), tokens.double()))
     return loss_sum, tokens.int(), logged
-
-
-def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
-    """This rank's part of the model with its initial weights, on the device in the run's precision.
-
-    Seeds megatron-core's random states on the way.
-    """
-    training, parallel = config.training, config.parallel
-    tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
-    stage = LoopedGPT(
-        transformer_config(
-            config.model,
-            parallel,
-            precision=training.precision,
-            deterministic=training.deterministic,
-            fp8=choose_fp8(config),
-        ),
-        vocab_size,
-        config.data.sequence_length,
-        padded_vocab_size=derived.padded_vocab_size(config.model, vocab_size, parallel.tensor_model_parallel_size),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
-    initialize(stage, training.seed)
-    return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())
 
 
 def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDataParallel:
@@ -248,48 +186,3 @@ def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDat
         expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
     )
     return DistributedDataParallel(stage.config, ddp_config, stage, full_param_layout=layout)
-
-
-def optimizer_config(config: RunConfig) -> MegatronOptimizerConfig:
-    """megatron-core's settings of the optimizer."""
-    optimizer, training = config.optimizer, config.training
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        clip_grad=optimizer.clip_grad,
-        bf16=training.precision == "bf16",
-        params_dtype=DTYPES[training.precision],
-        use_distributed_optimizer=True,
-    )
-
-
-def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's parameter groups: no weight decay where the table of parameters has none."""
-    undecayed = ParamWithNamePredicate("undecayed", lambda parameter, name: not decays(name))
-    return {ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)}
-
-
-def lr_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """The learning rate's schedule, in steps, over the parameter groups of `optimizer`."""
-    settings = config.optimizer
-    wsd = settings.lr_decay_style == "WSD"
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=derived.lr_decay_iters(config),
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=derived.train_iters(config),
-        wd_incr_style="constant",
-        wsd_decay_steps=derived.lr_wsd_decay_iters(config) if wsd else None,
-        lr_wsd_decay_style=settings.lr_wsd_decay_style if wsd else None,
-    )

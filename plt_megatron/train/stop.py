@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+from plt_megatron.run_folder.folder import RunFolder
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _NOTHING, _SAVE, _STOP = 0, 1, 2
@@ -25,9 +26,9 @@ class StopRequest:
         requested: whether the ranks have agreed to stop.
     """
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, folder: RunFolder) -> None:
         self.requested = False
-        self._folder = run_folder
+        self._folder = folder
         self._heard = _NOTHING
         self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
 
@@ -46,9 +47,9 @@ class StopRequest:
         return agreed != _NOTHING
 
     def _look_for_files(self) -> int:
-        for name, meaning in (("STOP", _STOP), ("SAVE", _SAVE)):
+        for file, meaning in ((self._folder.stop_file, _STOP), (self._folder.save_file, _SAVE)):
             with contextlib.suppress(FileNotFoundError):
-                (self._folder / name).unlink()
+                file.unlink()
                 return meaning
         return _NOTHING
 

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 117, 16, 8
 
 
-def run_config(layout: dict[str, Any] | None = None, precision: str = "fp32", **model: Any) -> RunConfig:
+def run_config(
+    layout: dict[str, Any] | None = None, precision: str = "fp32", optimizer: str = "adam", **model: Any
+) -> RunConfig:
     """Sizes no power of two divides, so that buffers need padding between parameters and between buckets."""
     sizes: dict[str, Any] = {
         "num_layers": 4,
@@ -41,7 +43,7 @@ def run_config(layout: dict[str, Any] | None = None, precision: str = "fp32", **
         parallel=ParallelConfig(**(layout or {})),
         data=DataConfig(sequence_length=LENGTH),
         training=TrainingConfig(micro_batch_size=1, global_batch_size=BATCH, train_iters=20, precision=precision),
-        optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4, lr_warmup_iters=2),
+        optimizer=OptimizerConfig(name=optimizer, lr=3e-3, min_lr=1e-4, lr_warmup_iters=2),
         checkpoint=CheckpointConfig(),
     )
 
@@ -83,17 +85,12 @@ def evaluate(engine: Any, loop_count: int) -> float:
 
 def digest(engine: Any) -> str:
     """One hash over the bits of this rank's parameters, main parameters, moments and learning rates."""
-    from plt_megatron.train.checkpoint import state
-
     tensors = list(engine.stage.parameters())
-    for optimizer in state.optimizers(engine):
-        for group in optimizer.optimizer.param_groups:
+    for part in engine.state.parts:
+        for group in part.inner.param_groups:
             tensors.append(torch.tensor([group["lr"], group["weight_decay"]], dtype=torch.float64))
             for main in group["params"]:
-                tensors += [
-                    main,
-                    *(optimizer.optimizer.state[main][key] for key in ("exp_avg", "exp_avg_sq", "step")),
-                ]
+                tensors += [main, *(value for _, value in sorted(part.inner.state[main].items()))]
     whole = hashlib.sha256()
     for tensor in tensors:
         whole.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -175,14 +172,12 @@ def error_of_load(path: Path, config: RunConfig, vocab_size: int = VOCAB) -> str
 
 def main_parameters(path: Path, config: RunConfig) -> str:
     """A hash over the bits of the fp32 main parameters after loading."""
-    from plt_megatron.train.checkpoint import load_checkpoint, state
+    from plt_megatron.train.checkpoint import load_checkpoint
 
     engine = build(config)
     load_checkpoint(engine, path)
     whole = hashlib.sha256()
-    optimizer = state.optimizers(engine)[0]
-    for parameter, _ in state._parameter_parts(optimizer):
-        group, order = optimizer.model_param_group_index_map[parameter]
-        main = optimizer.optimizer.param_groups[group]["params"][order]
-        whole.update(main.detach().contiguous().numpy().tobytes())
+    part = engine.state.parts[0]
+    for parameter, _ in part.parameter_parts():
+        whole.update(part.main_parameter(parameter).detach().contiguous().numpy().tobytes())
     return whole.hexdigest()

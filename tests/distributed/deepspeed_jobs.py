@@ -59,7 +59,7 @@ def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Numbers]
 
 
 def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
-    from plt_megatron.train.engine import build_engine
+    from plt_megatron.train.build_engine import build_engine
     from tests.distributed import parity
 
     with parity._randomised(case.zero_gates):
@@ -83,7 +83,7 @@ def refuse_steps(layout: Layout, stages: list[int]) -> list[list[Any]]:
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
-    from plt_megatron.train.engine import build_engine
+    from plt_megatron.train.build_engine import build_engine
     from tests.distributed import parity
 
     case = Case(2)
@@ -118,9 +118,8 @@ def _everything(engine: Any) -> str:
     import torch
 
     from plt_megatron.train.checkpoint import state
-    from plt_megatron.train.checkpoint.engine_state import state_of
 
-    saved = state_of(engine).to_save()
+    saved = engine.state.to_save()
     whole = hashlib.sha256(str(saved["optimizer_step"]).encode())
     for tensor in state.sharded_tensors(saved):
         whole.update(tensor.key.encode())
@@ -180,7 +179,7 @@ def _build(place: Place) -> Any:
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
-    from plt_megatron.train.engine import build_engine
+    from plt_megatron.train.build_engine import build_engine
     from tests.distributed import checkpoint_jobs as jobs
 
     config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)
@@ -267,7 +266,6 @@ def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:
     """An engine that has trained already, given a checkpoint's weights alone, then all of it: its losses on step 1's
     data, and the next step's gradient norm and its optimizer's step."""
     from plt_megatron.train.checkpoint import load_checkpoint, load_weights
-    from plt_megatron.train.checkpoint.engine_state import state_of
     from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(place)
@@ -275,9 +273,9 @@ def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:
     _steps(engine, 1, 1)
     load_weights(engine, folder)
     outcome = {"fresh": fresh, "weights": jobs.evaluate(engine, 2)}
-    outcome["weights step"] = state_of(engine).to_save()["optimizer_step"]
+    outcome["weights step"] = engine.state.to_save()["optimizer_step"]
     outcome["first"] = _steps(engine, 1, 1)
     load_checkpoint(engine, folder)
     outcome["all"] = jobs.evaluate(engine, 2)
-    outcome["all step"] = state_of(engine).to_save()["optimizer_step"]
+    outcome["all step"] = engine.state.to_save()["optimizer_step"]
     return outcome

@@ -17,14 +17,14 @@ def before_step(step: int, harm) -> None:
     """Have `harm` called when the step after `step` asks for its data."""
     from plt_megatron.train.trainer import Trainer
 
-    next_batches = Trainer._next_batches
+    next_step = Trainer._next_step
 
-    def harmed(self, data):
-        if self.step == step:
+    def harmed(self, batches):
+        if self.clock.step == step:
             harm()
-        return next_batches(self, data)
+        return next_step(self, batches)
 
-    Trainer._next_batches = harmed  # type: ignore[method-assign]
+    Trainer._next_step = harmed  # type: ignore[method-assign]
 
 
 def stuck() -> None:

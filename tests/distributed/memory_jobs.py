@@ -27,7 +27,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
-from plt_megatron.train.engine import build_engine
+from plt_megatron.train.build_engine import build_engine
 
 STEPS = 2  # the optimizer's state exists from the first step's end on
 UNRELEASED = 1e5  # bytes that may be left when all is dropped

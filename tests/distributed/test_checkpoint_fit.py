@@ -25,21 +25,20 @@ def _load_and_look(path, config):
     """Loss with one loop right after loading, gates and their moments, and a save and a load of what came of it."""
     import torch
 
-    from plt_megatron.train.checkpoint import load_checkpoint, save_checkpoint, state
+    from plt_megatron.train.checkpoint import load_checkpoint, save_checkpoint
 
     loaded = jobs.load_and_train(path, config, then=0)
     engine = jobs.build(config)
     load_checkpoint(engine, path)
     loss = jobs.evaluate(engine, loop_count=1)
-    optimizer = state.optimizers(engine)[0]
+    optimizer = engine.state.parts[0]
     gates = {p for name, p in engine.stage.named_parameters() if ".plt_gate." in name}
     moments, others = [], []
-    for parameter, part in state._parameter_parts(optimizer):
+    for parameter, part in optimizer.parameter_parts():
         if part is None:
             continue
-        group, order = optimizer.model_param_group_index_map[parameter]
-        main = optimizer.optimizer.param_groups[group]["params"][order]
-        (moments if parameter in gates else others).append(float(optimizer.optimizer.state[main]["exp_avg_sq"].max()))
+        state = optimizer.inner.state[optimizer.main_parameter(parameter)]
+        (moments if parameter in gates else others).append(float(state["exp_avg_sq"].max()))
     zero = all(not torch.any(gate) for gate in gates)
     history = jobs.train(engine, 4, 5)
     save_checkpoint(engine, path.parent / f"{path.name}_continued", {"step": 5})

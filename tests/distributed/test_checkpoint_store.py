@@ -84,6 +84,25 @@ def test_a_switched_off_store_loads_nothing(run_distributed, tmp_path):
     assert run_distributed(_run, 2, tmp_path, _config(enabled=False), 1)[0] == 0
 
 
+def _loaded(directory, config):
+    """Where a run starts, and what with."""
+    store, engine = _store(directory, config), jobs.build(config)
+    progress = store.load(engine)
+    return progress["step"] if progress else 0, jobs.digest(engine) if progress else jobs.evaluate(engine, 2)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_run_that_saves_nothing_starts_from_another_all_the_same(run_distributed, tmp_path, weights_only):
+    run_distributed(_run, 1, tmp_path / "old" / "checkpoints", _config({}), 2)
+    outcomes = [
+        run_distributed(
+            _loaded, 1, tmp_path / "new", _config({}, load=load, weights_only=weights_only, enabled=enabled)
+        )
+        for load, enabled in ((str(tmp_path / "old"), True), (str(tmp_path / "old"), False), (None, False))
+    ]
+    assert outcomes[0] == outcomes[1] != outcomes[2]
+
+
 def _save_in_background(directory, config):
     """Digests when saving, after training on, and loaded; what was published while the writer was held, and after."""
     from plt_megatron.train.checkpoint.saving import PendingSave

@@ -147,7 +147,7 @@ def test_what_is_held_between_steps_is_arithmetic(run_distributed):
     config = run_config(precision="bf16")
     (estimate,) = estimate_memory(config, estimate_layout(config, on_cpu=True), VOCAB_SIZE)
     measured = run_distributed(measure_all, 1, [config], VOCAB_SIZE)[0]
-    state = sum(estimate.components[name] for name in ("weights", "main weights", "gradients", "Adam moments"))
+    state = sum(estimate.components[name] for name in ("weights", "main weights", "gradients", "optimizer state"))
     assert state == pytest.approx(measured.between_steps, rel=0.01)
 
 

@@ -68,12 +68,14 @@ def train(config: RunConfig, bad_step: int = 0) -> bool | str:
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
-    from plt_megatron.train.trainer import Trainer, TrainingFailed
+    from plt_megatron.train.callbacks.base import TrainingFailed
+    from plt_megatron.train.trainer import Trainer
 
     init_process_groups(config.parallel)
     trainer = Trainer(config)
-    accept, calls = trainer.guard.accept, itertools.count(1)
-    trainer.guard.accept = lambda loss, norm: accept(math.nan if next(calls) == bad_step else loss, norm)  # type: ignore
+    (guard,) = [callback.guard for callback in trainer.callbacks if callback.name == "guard"]  # type: ignore
+    accept, calls = guard.accept, itertools.count(1)
+    guard.accept = lambda loss, norm: accept(math.nan if next(calls) == bad_step else loss, norm)
     try:
         return trainer.run()
     except TrainingFailed as error:

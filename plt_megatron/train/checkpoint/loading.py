@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -18,13 +19,15 @@ from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.train.checkpoint import saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
-from plt_megatron.train.checkpoint.engine_state import EngineState, state_of
 from plt_megatron.train.engine import Engine
+from plt_megatron.train.optimizers import LearningRate
 
 logger = logging.getLogger(__name__)
 
 
-def load_checkpoint(engine: Engine, path: Path | str, *, allow_other_schedule: bool = False) -> dict[str, Any]:
+def load_checkpoint(
+    engine: Engine, path: Path | str, *, kept: saving.Kept | None = None, allow_other_schedule: bool = False
+) -> dict[str, Any]:
     """Put the engine, new or not, into the state that was saved. Collective.
 
     In the layout that saved it the run goes on bit for bit; in another one with the same numbers, and random states of
@@ -33,6 +36,7 @@ def load_checkpoint(engine: Engine, path: Path | str, *, allow_other_schedule: b
 
     Args:
         path: a checkpoint, or a folder of them or a run's folder for the last whole one; the log names damaged ones.
+        kept: as for `save_checkpoint`: filled with what the checkpoint has of it, else left alone.
         allow_other_schedule: go on although the optimizer's settings differ from the saved ones.
 
     Returns:
@@ -45,15 +49,16 @@ def load_checkpoint(engine: Engine, path: Path | str, *, allow_other_schedule: b
     if progress.get("weights_only"):
         raise UserError(f"checkpoint {path} holds weights alone, as an import does; set checkpoint.weights_only=true")
     _check_vocabulary(engine, path, progress)
-    if not allow_other_schedule:
-        _check_schedule(engine, path, progress)
-    own = state_of(engine)
-    request = own.request(optimizer=True)
+    _check_schedule(engine, path, progress, allow_other_schedule)
+    request = engine.state.request(optimizer=True)
     _fit(path, request)
     if {"context_parallel_size": 1, "expert_model_parallel_size": 1, **progress["layout"]} == saving.layout(engine):
         request["rng"] = ShardedObject(state.RNG_KEY, None, (dist.get_world_size(),), (dist.get_rank(),))
-    loaded = own.load(request, partial(_read, path))
-    _set_steps(engine, own, optimizer=loaded["optimizer_step"], scheduler=loaded["scheduler"]["num_steps"])
+    loaded = engine.state.load(request, partial(_read, path))
+    engine.state.set_step(loaded["optimizer_step"])
+    engine.scheduler = LearningRate(engine.config, engine.optimizer, _schedule_step_tokens(progress))
+    engine.scheduler.go_to(progress["step"], checkpoints.trained_tokens(progress))
+    _load_kept(engine, path, kept or {})
     _tell_differences(engine, progress)
     if "rng" in loaded:
         state.restore_random_state(loaded["rng"])
@@ -67,19 +72,33 @@ def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
     """
     path, progress = _find(Path(path))
     _check_vocabulary(engine, path, progress)
-    own = state_of(engine)
-    request = own.request(optimizer=False)
+    request = engine.state.request(optimizer=False)
     _fit(path, request)
-    own.load(request, partial(_read, path))
-    _set_steps(engine, own, optimizer=0, scheduler=0)
+    engine.state.load(request, partial(_read, path))
+    engine.state.set_step(0)
+    engine.scheduler = LearningRate(engine.config, engine.optimizer)
     _tell_differences(engine, progress)
     return progress
 
 
-def _set_steps(engine: Engine, own: EngineState, optimizer: int, scheduler: int) -> None:
-    own.set_step(optimizer)
-    engine.scheduler.num_steps = scheduler
-    engine.scheduler.step(increment=0)
+@torch.no_grad()
+def _load_kept(engine: Engine, path: Path, kept: saving.Kept) -> None:
+    saved = on_rank_0(partial(_saved_entries, path))[0] if kept else {}
+    for name, tensors in kept.items():
+        sharded = state.parameter_tensors(engine.stage, name, tensors)
+        request = {own: value for own, value in sharded.items() if value.key in saved}
+        if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
+            _say(f"{path} has no state of {name}, which starts anew")
+            continue
+        for own, value in _read(path, {"kept": request})["kept"].items():
+            tensors[own].copy_(value)
+
+
+def _schedule_step_tokens(progress: dict[str, Any]) -> int:
+    """Tokens of a step that the checkpoint's schedule counts; before this was noted, those of each of its steps."""
+    if "schedule_step_tokens" in progress:
+        return progress["schedule_step_tokens"]
+    return progress["config"]["training"]["global_batch_size"] * progress["config"]["data"]["sequence_length"]
 
 
 # Which checkpoint.
@@ -107,8 +126,17 @@ def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> N
         raise UserError(f"checkpoint {path}: its vocabulary has {saved} entries, this run's {own}; use its tokenizer")
 
 
-def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any]) -> None:
-    own = saving.schedule(engine.config)
+def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_other: bool) -> None:
+    own = saving.schedule(engine.config, _schedule_step_tokens(progress))
+    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # once there was only Adam
+    if before != now:
+        raise UserError(
+            f"checkpoint {path} was trained with optimizer.name {before} (now {now}), whose state no other optimizer "
+            "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
+            "checkpoint.weights_only=true"
+        )
+    if allow_other:
+        return
     differences = [
         f"{name} {progress['schedule'][name]} (now {value})"
         for name, value in own.items()
@@ -136,6 +164,7 @@ def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
 def _fit(path: Path, request: dict[str, Any]) -> None:
     """Compare the checkpoint's tensors with those the engine needs, and take from `request` the gates it lacks."""
     saved, objects = on_rank_0(partial(_saved_entries, path))
+    saved = {key: shape for key, shape in saved.items() if not key.startswith(state.KEPT_PREFIX)}
     request["model"] = {
         name: value
         for name, value in request["model"].items()

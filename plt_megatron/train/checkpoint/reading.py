@@ -19,6 +19,7 @@ from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified
 
 _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
 STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key
+_NO_WEIGHTS = ("optimizer.", "kept.")
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -75,7 +76,7 @@ class _Reader:
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS)
         }
         self.keys = sorted(self._tensors)
 

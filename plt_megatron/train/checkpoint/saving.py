@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import queue
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,17 @@ from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.optimizers import settings_of_others
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.train.checkpoint import publishing, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
-from plt_megatron.train.checkpoint.engine_state import state_of
 from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
+Kept = Mapping[str, Mapping[str, Tensor]]
 
 
 def save_checkpoint(
@@ -42,6 +44,7 @@ def save_checkpoint(
     directory: Path | str,
     progress: dict[str, Any],
     *,
+    kept: Kept | None = None,
     keep_last: int = 2,
     keep_every: int = 0,
 ) -> Path:
@@ -50,6 +53,7 @@ def save_checkpoint(
     Args:
         directory: the run's folder of checkpoints, the same on all ranks; made if need be.
         progress: `step`, and whatever else the trainer wants back as JSON (tokens, fingerprints, ...).
+        kept: what else is kept of the model's parameters: by who keeps it, tensors in their shapes by their names.
         keep_last: checkpoints to keep; older ones are removed.
         keep_every: steps whose multiples are kept for good; 0: none.
 
@@ -59,12 +63,19 @@ def save_checkpoint(
     Raises:
         UserError: on all ranks, if it could not be written; the last checkpoint is intact.
     """
-    save = begin_save(engine, directory, progress)
+    save = begin_save(engine, directory, progress, kept)
     save.write()
     return save.publish(keep_last, keep_every)
 
 
-def begin_save(engine: Engine, directory: Path | str, progress: dict[str, Any], *, staged: bool = False) -> PendingSave:
+def begin_save(
+    engine: Engine,
+    directory: Path | str,
+    progress: dict[str, Any],
+    kept: Kept | None = None,
+    *,
+    staged: bool = False,
+) -> PendingSave:
     """Plan a save and collect its data. Collective; see `save_checkpoint`.
 
     Args:
@@ -75,12 +86,12 @@ def begin_save(engine: Engine, directory: Path | str, progress: dict[str, Any], 
         temporary = on_rank_0(lambda: publishing.prepare(directory, progress["step"]))
     except UserError as error:
         raise _cannot_save(progress["step"], str(error), directory) from error
-    strategy = _PlanOnly()
+    strategy, kept = _PlanOnly(), kept or {}
     data_parallel = engine.groups.dp_cp
     # Replicas share the writing.
     shared = FullyParallelSaveStrategyWrapper(strategy, data_parallel) if data_parallel.size() > 1 else strategy
     dist_checkpointing.save(
-        _state(engine),
+        _state(engine, kept),
         str(temporary),
         shared,
         async_sharded_save=True,
@@ -89,7 +100,7 @@ def begin_save(engine: Engine, directory: Path | str, progress: dict[str, Any], 
     )
     buckets = FileSystemWriterAsync.preload_tensors(strategy.writer.write_buckets, non_blocking=True)
     if staged:
-        buckets = _copy_live(buckets, engine)
+        buckets = _copy_live(buckets, engine, kept)
     text = json.dumps(describe_run(engine, progress), indent=1)
     return PendingSave(temporary, strategy.writer, strategy.global_metadata, buckets, progress["step"], text)
 
@@ -182,17 +193,19 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
-def _state(engine: Engine) -> dict[str, Any]:
+def _state(engine: Engine, kept: Kept) -> dict[str, Any]:
     return {
-        **state_of(engine).to_save(),
+        **engine.state.to_save(),
         "scheduler": engine.scheduler.state_dict(),
         "rng": state.random_state(),
+        "kept": {name: state.parameter_tensors(engine.stage, name, tensors) for name, tensors in kept.items()},
     }
 
 
-def _copy_live(buckets: list[Any], engine: Engine) -> list[Any]:
+def _copy_live(buckets: list[Any], engine: Engine, kept: Kept) -> list[Any]:
     """The buckets with copies of those tensors that training will change: on a CPU nothing else copies them."""
-    tensors = (*engine.stage.parameters(), *engine.stage.buffers())
+    beside = [tensor for tensors in kept.values() for tensor in tensors.values()]
+    tensors = (*engine.stage.parameters(), *engine.stage.buffers(), *beside)
     live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def copy(tensor: Tensor) -> Tensor:
@@ -210,7 +223,8 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
         **progress,
         "format": checkpoints.FORMAT,
         "config": dataclasses.asdict(engine.config),
-        "schedule": schedule(engine.config),
+        "schedule": schedule(engine.config, engine.scheduler.step_tokens),
+        "schedule_step_tokens": engine.scheduler.step_tokens,
         "vocab_size": engine.stage.vocab_size,
         "layout": layout(engine),
         "versions": publishing.versions(),
@@ -222,12 +236,17 @@ def layout(engine: Engine) -> dict[str, int]:
     return layout_of(engine.config, dist.get_world_size()).sizes
 
 
-def schedule(config: RunConfig) -> dict[str, Any]:
-    """What decides how the weights move from here on, by its name in the configuration, `None`s resolved."""
-    settings: dict[str, Any] = dataclasses.asdict(config.optimizer)
-    settings["lr_decay_iters"] = derived.lr_decay_iters(config)
+def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
+    """What decides how the weights move from here on, by its name in the configuration, `None`s resolved.
+
+    Args:
+        step_tokens: of a step that the learning rate's schedule counts.
+    """
+    others = settings_of_others(config.optimizer)
+    settings = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if name not in others}
+    settings["lr_decay_iters"] = derived.lr_decay_iters(config, step_tokens)
     is_wsd = config.optimizer.lr_decay_style == "WSD"
-    settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config) if is_wsd else None
+    settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config, step_tokens) if is_wsd else None
     return {f"optimizer.{name}": value for name, value in settings.items()}
 
 

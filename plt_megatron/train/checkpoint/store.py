@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from plt_megatron.run_folder import checkpoints
 from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import on_rank_0
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
-from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
+from plt_megatron.train.checkpoint.saving import Kept, PendingSave, begin_save
 from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
+
+
+def _nobody_listens(checkpoint: Path) -> None:
+    return None
 
 
 class CheckpointStore:
@@ -34,17 +39,28 @@ class CheckpointStore:
         directory: the run's folder of checkpoints.
         config: the run's; `checkpoint` says what to keep and where to start from.
         data_fingerprint: `data.mix.fingerprint`'s; a run goes on only with the data it was saved with.
+        on_publish: told of each checkpoint of this run once it is there, whole; on all ranks.
     """
 
-    def __init__(self, directory: Path, config: RunConfig, data_fingerprint: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: RunConfig,
+        data_fingerprint: dict[str, Any],
+        on_publish: Callable[[Path], None] = _nobody_listens,
+    ) -> None:
         self.directory = directory
         self.config = config
         self.data_fingerprint = json.loads(json.dumps(data_fingerprint))
+        self._on_publish = on_publish
         self._pending: PendingSave | None = None
         self._thread: threading.Thread | None = None
 
-    def load(self, engine: Engine) -> dict[str, Any] | None:
+    def load(self, engine: Engine, kept: Kept | None = None) -> dict[str, Any] | None:
         """Bring the engine to where the run left off or, for a new run, to where `checkpoint.load` says.
+
+        Args:
+            kept: see `load_checkpoint`.
 
         Returns:
             The checkpoint's progress (see `load_checkpoint`); None if training starts at step 0.
@@ -53,10 +69,8 @@ class CheckpointStore:
             UserError: on all ranks, if a checkpoint that should be there is damaged, or does not fit.
         """
         settings = self.config.checkpoint
-        if not settings.enabled:
-            return None
         self.close()
-        resumes = on_rank_0(self._look_for_own)
+        resumes = settings.enabled and on_rank_0(self._look_for_own)
         if not resumes and settings.load is None:
             return None
         source = self.directory if resumes else Path(settings.load or "")
@@ -64,7 +78,7 @@ class CheckpointStore:
             progress = load_weights(engine, source)
             self._say(f"starting from the weights of {source}, step {progress['step']}")
             return None
-        progress = load_checkpoint(engine, source, allow_other_schedule=settings.allow_other_schedule)
+        progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
         if not settings.allow_other_data and progress.get("data_fingerprint") != self.data_fingerprint:
             differences = fingerprint_differences(progress.get("data_fingerprint") or {}, self.data_fingerprint)
             raise UserError(
@@ -74,8 +88,11 @@ class CheckpointStore:
         self._say(f"going on from {source}, step {progress['step']}")
         return progress
 
-    def save(self, engine: Engine, progress: dict[str, Any]) -> Path:
+    def save(self, engine: Engine, progress: dict[str, Any], kept: Kept | None = None) -> Path:
         """Save the engine's state and the trainer's `progress`, which holds `step`; returns the checkpoint's folder.
+
+        Args:
+            kept: see `save_checkpoint`.
 
         Raises:
             UserError: on all ranks, if it could not be written; the last checkpoint is intact.
@@ -83,10 +100,10 @@ class CheckpointStore:
         self.close()
         progress = {**progress, "data_fingerprint": self.data_fingerprint}
         if not self.config.checkpoint.async_save:
-            pending = begin_save(engine, self.directory, progress)
+            pending = begin_save(engine, self.directory, progress, kept)
             pending.write()
             return self._publish(pending)
-        self._pending = begin_save(engine, self.directory, progress, staged=True)
+        self._pending = begin_save(engine, self.directory, progress, kept, staged=True)
         # Not a daemon: a process that leaves in good order has written its part.
         self._thread = threading.Thread(target=self._pending.write, name="checkpoint writer")
         self._thread.start()
@@ -128,7 +145,9 @@ class CheckpointStore:
         return bool(checkpoints.candidates(self.directory))
 
     def _publish(self, pending: PendingSave) -> Path:
-        return pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        path = pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        self._on_publish(path)
+        return path
 
     @staticmethod
     def _say(message: str) -> None:

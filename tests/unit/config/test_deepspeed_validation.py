@@ -81,6 +81,11 @@ def test_fp8_and_experts_are_refused():
     assert lines == ["engine deepspeed: model.num_moe_experts 4: mixture of experts needs engine=megatron"]
 
 
+def test_an_optimizer_that_deepspeed_does_not_run_is_refused():
+    lines = problems(optimizer__name="sgd", deepspeed={"optimizer": {"params": {"betas": [0.9, 0.95]}}})
+    assert lines == ["engine deepspeed: optimizer.name sgd: set it to adam, or set engine=megatron"]
+
+
 def test_there_are_three_stages():
     assert problems(zero__stage=-1) == ["zero.stage must be at least 0, got -1"]
     assert problems(zero__stage=4) == ["zero.stage must be at most 3, got 4"]

@@ -16,8 +16,8 @@ from data_helpers import ROOT, tool_environment
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.data import mix
 from plt_megatron.data.datasets import Samples, build_datasets, make_sample
-from plt_megatron.data.mix import index_folder, required_samples
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -49,7 +49,8 @@ def copy(prefix: str, tmp_path: Path) -> str:
 def build(
     data: DataConfig, counts: tuple[int, int, int], cache: Path, tokenizer: Tokenizer | None, seed: int = 1
 ) -> tuple[Samples | None, Samples | None, Samples | None]:
-    return build_datasets(data, num_samples=counts, seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
+    built = build_datasets(data, num_samples=counts, seed=seed, cache_dir=str(cache), tokenizer=tokenizer)
+    return built.train, built.validation, built.test
 
 
 def config(*paths: str, **settings: Any) -> DataConfig:
@@ -318,8 +319,8 @@ for mode in ("good", "fails", "bug", "late"):
     datasets._build_index = real if mode == "good" else build
     dist.barrier()
     try:
-        train, _, _ = datasets.build_datasets(
-            data, num_samples=(40, 4, 0), seed=1, cache_dir=f"{folder}/cache", tokenizer=None)
+        train = datasets.build_datasets(
+            data, num_samples=(40, 4, 0), seed=1, cache_dir=f"{folder}/cache", tokenizer=None).train
         print(json.dumps([int(train[i]["tokens"].sum()) for i in range(40)]))
     except Exception as error:
         print(type(error).__name__, error)
@@ -353,10 +354,22 @@ def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert second[3].startswith("UserError rank 1 waited 0.1 minutes for rank 0 to build the sample index: raise data.")
 
 
+def test_the_data_are_hashed_once_for_index_and_checkpoints(
+    prefix: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    hash_of = mix.content_hash
+    monkeypatch.setattr(mix, "content_hash", lambda path: hashed.append(path) or hash_of(path))
+    built = build_datasets(config(prefix), num_samples=(60, 5, 0), seed=3, cache_dir=str(tmp_path), tokenizer=tokenizer)
+    assert hashed == [prefix]
+    assert built.fingerprint == mix.fingerprint(config(prefix), tokenizer, seed=3, num_samples=60)
+    assert built.shares == mix.mix_shares(config(prefix), (60, 5, 0))
+
+
 def test_what_a_run_needs() -> None:
     run = RunConfig()
     run.training.train_iters, run.training.global_batch_size, run.validation.iters = 10, 8, 3
-    assert required_samples(run) == (80, 24, 0)
-    assert index_folder(run) == "runs/run/index_cache"
+    assert mix.required_samples(run) == (80, 24, 0)
+    assert mix.index_folder(run) == "runs/run/index_cache"
     run.data.index_cache = "/elsewhere"
-    assert index_folder(run) == "/elsewhere"
+    assert mix.index_folder(run) == "/elsewhere"

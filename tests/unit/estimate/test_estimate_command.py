@@ -99,7 +99,7 @@ def test_search():
 def test_search_that_finds_nothing_names_the_nearest_and_fails():
     done = command("configs/runs/loopcoder_7b.yaml", "--nodes", "1", "--gpus-per-node", "1", "--gpu", "l4", "--search")
     assert done.returncode == 1
-    assert "none fits; nearest: parallel." in done.stdout and "Adam moments" in done.stdout
+    assert "none fits; nearest: parallel." in done.stdout and "optimizer state" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,11 @@ def test_ranks_together_hold_the_model(tied, gate):
 )
 def test_zero_stages_per_parameter(stage, precision, expected):
     layout = dataclasses.replace(estimate_layout(run(), 8), zero_stage=stage)
-    held = persistent_bytes(8_000_000, precision, layout)
+    config = RunConfig(training=TrainingConfig(precision=precision))
+    held = persistent_bytes(8_000_000, config, layout)
     assert sum(held.values()) == 8_000_000 * expected
-    offloaded = persistent_bytes(8_000_000, precision, dataclasses.replace(layout, offload_optimizer=True))
-    assert offloaded["Adam moments"] == offloaded["main weights"] == 0
+    offloaded = persistent_bytes(8_000_000, config, dataclasses.replace(layout, offload_optimizer=True))
+    assert offloaded["optimizer state"] == offloaded["main weights"] == 0
     assert offloaded["gradients"] == (held["gradients"] if stage < 2 else 0), "they go along from stage 2 on"
 
 
@@ -216,7 +217,7 @@ def test_loops_cost_activations_not_state():
     one, two = (
         estimate_run(run({"loop_count": loops, "gated_window": False}, {"micro_batch_size": 8})) for loops in (1, 2)
     )
-    for name in ("weights", "main weights", "gradients", "Adam moments"):
+    for name in ("weights", "main weights", "gradients", "optimizer state"):
         assert one.memory[0].components[name] == two.memory[0].components[name]
     kept = [
         each.memory[0].components["activations"] + each.memory[0].components["first-loop K/V"] for each in (one, two)

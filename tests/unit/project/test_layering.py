@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ ALLOWED = {
     "experiments.sweep_slurm": {"config", "run_folder", "estimate", "slurm", "experiments"},
     "commands": {"config", "run_folder", "runtime", "estimate", "slurm", "data", "hf", "experiments"},
 }
+# Imports that close a circle of files; there is to be none.
+CIRCLES = {"plt_megatron.slurm.arrays": {"plt_megatron.slurm.submission"}}
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
 # Importing one of these takes seconds.
 HEAVY = ("torch", "megatron", "transformers", "matplotlib", "sentencepiece", "tensorboard")
@@ -73,6 +76,35 @@ def test_imports_point_one_way(part):
         imported = {name if name in ALLOWED[of] else name.split(".")[0] for name in imports_of_ours(path)}
         wrong = imported - ALLOWED[of] - {of, "errors", "installation"}
         assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def modules() -> dict[str, Path]:
+    """The package's files by module name."""
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imported_modules(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The files that a file imports, wherever in it: at its top, in a function, for type checkers alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            package = ".".join(name.split(".")[: -node.level]) if node.level else ""
+            source = ".".join(filter(None, (package, node.module)))
+            names = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {each if each in known else source for each in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return (found & known.keys()) - {name}
+
+
+def test_no_file_imports_one_that_imports_it():
+    known = modules()
+    graph = {name: imported_modules(name, path, known) - CIRCLES.get(name, set()) for name, path in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the files of a circle
 
 
 def test_the_modeling_file_of_an_export_stands_alone():

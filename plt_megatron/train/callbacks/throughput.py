@@ -6,9 +6,11 @@ on a CPU, or `logging.peak_tflops`.
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,47 +20,63 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate import flops, parameters, peaks
 from plt_megatron.model.transformer_config import DTYPES
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
+from plt_megatron.train.callbacks.base import Callback, Run, Step
+from plt_megatron.train.engine import StepResult
 
 
-class Throughput:
-    """Adds up steps between two log lines. Rates are of the whole job. Building it is collective."""
+class Throughput(Callback):
+    """Adds up steps between two records. Rates are of the whole job. Building it is collective."""
 
-    def __init__(self, config: RunConfig, vocab_size: int) -> None:
-        tp = config.parallel.tensor_model_parallel_size
-        padded = derived.padded_vocab_size(config.model, vocab_size, tp)
-        self.flops_per_token = flops.training_flops_per_token(config.model, config.data.sequence_length, padded).total
-        self.parameters = parameters.count_parameters(
-            config.model, vocab_size=vocab_size, tensor_model_parallel_size=tp
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self.peak, self.peak_source = _job_peak(run.config)
+        self._flops_per_token: dict[int, float] = {}  # by loop count
+        self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
+
+    def flops_per_token(self, loop_count: int) -> float:
+        """Of training with so many loops."""
+        if loop_count not in self._flops_per_token:
+            config = self.run.config
+            model = dataclasses.replace(config.model, loop_count=loop_count)
+            tp = config.parallel.tensor_model_parallel_size
+            padded = derived.padded_vocab_size(model, self.run.data.vocab_size, tp)
+            count = flops.training_flops_per_token(model, config.data.sequence_length, padded).total
+            self._flops_per_token[loop_count] = count
+        return self._flops_per_token[loop_count]
+
+    def on_start(self) -> None:
+        """A line about the model and what its speed is compared with."""
+        config = self.run.config
+        peak = f"{self.peak:.3g} TFLOP/s ({self.peak_source})" if self.peak else f"unknown ({self.peak_source})"
+        counted = parameters.count_parameters(
+            config.model, self.run.data.vocab_size, config.parallel.tensor_model_parallel_size
         )
-        self.peak, self.peak_source = _job_peak(config)
-        self._tokens = 0
-        self._seconds = 0.0
+        active = f"{counted.active:,} active, " if counted.active != counted.total else ""
+        self.run.say(
+            f"model: {counted.total:,} parameters ({active}{counted.non_embedding:,} without embeddings), "
+            f"{self.flops_per_token(config.model.loop_count):.3g} training FLOPs per token; peak of the job: {peak}"
+        )
 
-    def add(self, tokens: int, seconds: float) -> None:
-        """One optimizer step: the job's tokens and its duration."""
+    def after_step(self, step: Step, result: StepResult) -> None:
+        """Add the job's tokens and the step's duration."""
+        tokens = derived.tokens_per_step(self.run.config)
         self._tokens += tokens
-        self._seconds += seconds
+        self._flops += tokens * self.flops_per_token(step.loop_count)
+        self._seconds += step.seconds
+        self.run.engine.times.count_step()
 
-    def take(self) -> dict[str, float | None]:
-        """Rates since the last call; `mfu` is None where the peak is unknown."""
-        rate = self._tokens / self._seconds if self._seconds else 0.0
-        self._tokens, self._seconds = 0, 0.0
-        achieved = rate * self.flops_per_token / 1e12
+    def on_log(self) -> dict[str, Any]:
+        """Rates since the last record (`mfu` is None where the peak is unknown), memory, and where the time went."""
+        seconds = self._seconds or 1.0
+        rate, achieved = self._tokens / seconds, self._flops / seconds / 1e12
+        self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
         return {
             "tokens_per_second": rate,
             "model_tflops": achieved,
             "mfu": achieved / self.peak if self.peak else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "step_seconds": self.run.engine.times.take(),
         }
-
-    def describe(self) -> str:
-        """One line for the log."""
-        peak = f"{self.peak:.3g} TFLOP/s ({self.peak_source})" if self.peak else f"unknown ({self.peak_source})"
-        counted = self.parameters
-        active = f"{counted.active:,} active, " if counted.active != counted.total else ""
-        return (
-            f"model: {counted.total:,} parameters ({active}{counted.non_embedding:,} without embeddings), "
-            f"{self.flops_per_token:.3g} training FLOPs per token; peak of the job: {peak}"
-        )
 
 
 def _job_peak(config: RunConfig) -> tuple[float | None, str]:

@@ -10,17 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from plt_megatron.train.callbacks.base import Callback, Run, Step
+from plt_megatron.train.engine import StepResult
 
-class ProgressBar:
-    """Progress of `total` steps. Only one rank's is enabled."""
 
-    def __init__(self, total: int, enabled: bool) -> None:
-        self.total = total
-        self._enabled = enabled
+class ProgressBar(Callback):
+    """The first rank's."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
         self._started = time.monotonic()
         self._first = 0
         self._bar: Bar | None = None
-        if enabled and sys.stdout.isatty():
+        if run.is_first_rank and sys.stdout.isatty():
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -31,42 +33,44 @@ class ProgressBar:
                 console=Console(),
             )
 
-    def start(self, step: int) -> None:
-        """Training begins, or goes on, after `step` steps."""
+    def on_start(self) -> None:
+        """Put the bar up."""
+        step, total = self.run.clock.step, self.run.last_step
         self._started, self._first = time.monotonic(), step
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("training", total=self.total, completed=step, loss="-")
+            self._task = self._bar.add_task("training", total=total, completed=step, loss="-")
         if step:
-            self.say(f"resumed at step {step} of {self.total}")
+            self.say(f"resumed at step {step} of {total}")
 
-    def advance(self, step: int, loss: float) -> None:
-        """A step is done."""
+    def after_step(self, step: Step, result: StepResult) -> None:
+        """Move the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}")
+            self._bar.update(self._task, completed=step.number, loss=f"{result.loss:.4f}")
 
-    def report(self, record: dict[str, Any]) -> None:
-        """A metrics record, as a line."""
+    def on_record(self, record: dict[str, Any]) -> None:
+        """A line of it."""
         if record["kind"] == "validation":
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}")
             return
         mfu = "" if record["mfu"] is None else f", MFU {100 * record['mfu']:.1f} %"
         self.say(
-            f"step {record['step']}/{self.total}: loss {record['loss']:.4f}, gradient norm {record['grad_norm']:.3f}, "
-            f"lr {record['lr']:.2e}, {record['tokens_per_second']:,.0f} tokens/s{mfu}{self._remaining(record)}"
+            f"step {record['step']}/{self.run.last_step}: loss {record['loss']:.4f}, "
+            f"gradient norm {record['grad_norm']:.3f}, lr {record['lr']:.2e}, "
+            f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{self._remaining(record)}"
         )
 
     def _remaining(self, record: dict[str, Any]) -> str:
-        done = record["step"] - self._first
-        if self._bar is not None or done <= 0 or record["step"] >= self.total:
+        done, left = record["step"] - self._first, self.run.last_step - record["step"]
+        if self._bar is not None or done <= 0 or left <= 0:
             return ""
-        seconds = (time.monotonic() - self._started) / done * (self.total - record["step"])
+        seconds = (time.monotonic() - self._started) / done * left
         hours, minutes = divmod(int(seconds) // 60, 60)
         return f", {hours}:{minutes:02d}:{int(seconds) % 60:02d} left"
 
     def say(self, line: str) -> None:
         """A line of text above the bar."""
-        if not self._enabled:
+        if not self.run.is_first_rank:
             return
         if self._bar is not None:
             self._bar.console.print(line, highlight=False, markup=False)

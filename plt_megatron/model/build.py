@@ -1,0 +1,40 @@
+"""A configuration's model: this rank's part of it, with its initial weights."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.initialization import initialize
+from plt_megatron.model.looped_gpt import LoopedGPT
+from plt_megatron.model.transformer_config import DTYPES, transformer_config
+from plt_megatron.runtime.fp8 import choose_fp8
+
+
+def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
+    """This rank's part of the model with its initial weights, on the device in the run's precision.
+
+    Process groups exist. Seeds megatron-core's random states on the way.
+    """
+    training, parallel = config.training, config.parallel
+    tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
+    stage = LoopedGPT(
+        transformer_config(
+            config.model,
+            parallel,
+            precision=training.precision,
+            deterministic=training.deterministic,
+            fp8=choose_fp8(config),
+        ),
+        vocab_size,
+        config.data.sequence_length,
+        padded_vocab_size=derived.padded_vocab_size(config.model, vocab_size, parallel.tensor_model_parallel_size),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    initialize(stage, training.seed)
+    return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())

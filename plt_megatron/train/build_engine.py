@@ -1,0 +1,17 @@
+"""The engine that a configuration names."""
+
+from __future__ import annotations
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.train.engine import Engine
+
+
+def build_engine(config: RunConfig, vocab_size: int) -> Engine:
+    """Of a validated configuration; process groups exist. DeepSpeed is imported only where it is asked for."""
+    if config.engine == "megatron":
+        from plt_megatron.train.megatron_engine import MegatronEngine
+
+        return MegatronEngine(config, vocab_size)
+    from plt_megatron.train.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, vocab_size)

@@ -1,0 +1,31 @@
+"""What every run does beside training, in this order: who comes first is asked and told first.
+
+To add something, write a `Callback` (`base`) in a file of its own and enter it here; docs/extending.md shows one. What
+changes how a step is taken goes before what reports on it, and `TrainLog` after those whose `after_step` prepares what
+their `on_log` returns.
+"""
+
+from __future__ import annotations
+
+from plt_megatron.train.callbacks.base import Callback
+from plt_megatron.train.callbacks.data_progress import DataProgress
+from plt_megatron.train.callbacks.incidents import Incidents
+from plt_megatron.train.callbacks.loop_measures import LoopMeasures
+from plt_megatron.train.callbacks.metrics import Metrics
+from plt_megatron.train.callbacks.profiling import Profiling
+from plt_megatron.train.callbacks.progress import ProgressBar
+from plt_megatron.train.callbacks.throughput import Throughput
+from plt_megatron.train.callbacks.train_log import TrainLog
+from plt_megatron.train.callbacks.validation import Validation
+
+CALLBACKS: tuple[type[Callback], ...] = (
+    Profiling,
+    ProgressBar,
+    DataProgress,
+    Throughput,
+    Incidents,
+    LoopMeasures,
+    Metrics,
+    TrainLog,
+    Validation,
+)

@@ -1,0 +1,20 @@
+"""What is read: the mix before the first step, and passes over its sources in every record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plt_megatron.train.callbacks.base import Callback
+
+
+class DataProgress(Callback):
+    """Tells of the data."""
+
+    def on_start(self) -> None:
+        """A table of the sources."""
+        for line in self.run.data.describe():
+            self.run.say(line)
+
+    def on_log(self) -> dict[str, Any]:
+        """`source_epochs`."""
+        return {"source_epochs": self.run.data.epochs(self.run.clock.samples)}

@@ -1,0 +1,40 @@
+"""What the loops do in a step that is logged: `LoopStatistics` of its first microbatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.model.expert_statistics import ExpertStatistics
+from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.train.callbacks.base import Callback, Run, Step
+
+
+class LoopMeasures(Callback):
+    """Has them collected where the step will be logged."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._statistics: LoopStatistics | None = None
+
+    def before_step(self, step: Step) -> None:
+        """Give the first microbatch something to collect in."""
+        self._statistics = None
+        if self.run.is_due(self.run.config.logging.log_interval, step.number):
+            self._statistics = step.batches[0].statistics = _empty(self.run.config.model, step.loop_count)
+
+    def on_log(self) -> dict[str, Any]:
+        """Gate means, norms and step sizes, one entry a loop."""
+        return {} if self._statistics is None else self._statistics.reduce()
+
+
+def _empty(model: ModelConfig, loop_count: int) -> LoopStatistics:
+    layers, device = model.num_layers, torch.cuda.current_device()
+    if model.num_moe_experts is None:
+        return LoopStatistics(loop_count, layers, device)
+    parts = parallel_state.get_tensor_and_context_parallel_world_size()
+    experts = ExpertStatistics(loop_count, layers, model.num_moe_experts, device, parts)
+    return LoopStatistics(loop_count, layers, device, experts)

@@ -1,0 +1,77 @@
+"""The state of the megatron engine: a model on megatron-core's distributed optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from plt_megatron.config.optimizers import OptimizerSpec
+from plt_megatron.model.initialization import global_names, initial_value
+from plt_megatron.model.looped_gpt import LoopedGPT
+from plt_megatron.model.parameters import only_in_loops
+from plt_megatron.train.checkpoint import state
+from plt_megatron.train.checkpoint.engine_state import Reader
+from plt_megatron.train.checkpoint.optimizer_state import OptimizerPart
+
+
+class MegatronState:
+    """An `EngineState`.
+
+    Args:
+        stage: the model.
+        optimizers: megatron-core's, all of `spec`'s kind.
+        seed: the run's; parameters that a checkpoint lacks start as they are built.
+
+    Attributes:
+        parts: the optimizers' states.
+    """
+
+    def __init__(
+        self, stage: LoopedGPT, optimizers: Sequence[DistributedOptimizer], spec: OptimizerSpec, seed: int
+    ) -> None:
+        self._stage, self._seed = stage, seed
+        self.parts = [OptimizerPart(optimizer, spec) for optimizer in optimizers]
+
+    def to_save(self) -> dict[str, Any]:
+        """See `EngineState`."""
+        model = state.model_state(self._stage)
+        return {
+            "model": model,
+            "optimizer": self._optimizer(model, is_loading=False),
+            "optimizer_step": max(part.step for part in self.parts),
+        }
+
+    def _optimizer(self, model: dict[str, Any], *, is_loading: bool) -> dict[int, Any]:
+        metadata = state.sharding_metadata(self._stage)
+        return {index: part.sharded(model, metadata, is_loading=is_loading) for index, part in enumerate(self.parts)}
+
+    def request(self, *, optimizer: bool) -> dict[str, Any]:
+        """See `EngineState`."""
+        model = state.model_state(self._stage, is_loading=True)
+        return {"model": model} | ({"optimizer": self._optimizer(model, is_loading=True)} if optimizer else {})
+
+    def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
+        """See `EngineState`."""
+        loaded = read(request)
+        self._build_gates(loaded["model"])
+        with state.pickled_fp8_state_is_trusted():
+            self._stage.load_state_dict(loaded["model"], strict=False)  # what is missing is known to be a gate
+        for index, part in enumerate(self.parts):
+            part.load(loaded.get("optimizer", {}).get(index, {}))
+        return loaded
+
+    def set_step(self, step: int) -> None:
+        """See `EngineState`."""
+        for part in self.parts:
+            part.set_step(step)
+
+    @torch.no_grad()
+    def _build_gates(self, loaded: dict[str, Any]) -> None:
+        """As built, where none are loaded: an engine that has trained already may be loaded too."""
+        stage = self._stage
+        for own_name, (name, parameter) in zip(dict(stage.named_parameters()), global_names(stage), strict=True):
+            if only_in_loops(name) and own_name not in loaded:
+                parameter.copy_(initial_value(stage, name, self._seed))

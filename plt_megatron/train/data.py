@@ -1,0 +1,134 @@
+"""A run's text: its tokenizer, its samples, and this rank's microbatches of them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from plt_megatron.config import derived
+from plt_megatron.config.layout import num_microbatches
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.data.datasets import Samples, build_datasets
+from plt_megatron.data.mix import consumed_epochs, describe_mix, index_folder, required_samples
+from plt_megatron.data.sampling import batches
+from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from plt_megatron.errors import UserError
+from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.run_folder.checkpoints import candidates, read_verified_progress
+from plt_megatron.train.checkpoint.collective import on_rank_0
+
+
+class RunData:
+    """Training and validation data. Building it is collective; process groups exist.
+
+    Attributes:
+        vocab_size: the model's.
+        train, validation: samples.
+        fingerprint: what the sequence of training samples depends on.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        self.vocab_size = _vocab_size(config, self.tokenizer)
+        _, validation, test = required_samples(config)
+        self._samples = _training_samples(config)
+        built = build_datasets(
+            config.data,
+            num_samples=(self._samples, validation, test),
+            seed=config.training.seed,
+            cache_dir=index_folder(config),
+            tokenizer=self.tokenizer,
+        )
+        assert built.train is not None
+        self.train, self.validation = built.train, built.validation
+        self.fingerprint, self._shares = built.fingerprint, built.shares
+
+    def describe(self) -> list[str]:
+        """A table of the sources."""
+        tokens = derived.train_iters(self._config) * derived.tokens_per_step(self._config)
+        return describe_mix(self._config.data, tokens, self._shares)
+
+    def epochs(self, consumed_samples: int) -> dict[str, float]:
+        """Passes over each training source so far, by its name."""
+        return consumed_epochs(self._shares, consumed_samples, self._samples)
+
+    def training_batches(self, consumed_samples: int) -> Generator[list[MicroBatch]]:
+        """This rank's microbatches of one global batch after another."""
+        # More samples than there are: only after a rollback has passed over some.
+        return self._global_batches(self.train, consumed_samples, wrap=True)
+
+    def validation_batches(self) -> Generator[list[MicroBatch]]:
+        """The same of the validation data, from their start."""
+        assert self.validation is not None
+        return self._global_batches(self.validation, 0)
+
+    def _global_batches(
+        self, dataset: Samples, consumed_samples: int, wrap: bool = False
+    ) -> Generator[list[MicroBatch]]:
+        training = self._config.training
+        micro_batches = batches(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            wrap=wrap,
+            prefetch=2,
+        )
+        count = num_microbatches(self._config, dist.get_world_size())
+        with contextlib.closing(micro_batches):
+            while batch := [_to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
+                yield batch
+
+
+def _training_samples(config: RunConfig) -> int:
+    """Samples that the run's order is drawn from. A run whose length is given in tokens keeps to those it began with,
+    since another batch would make it a few more or less, and the order another one. Collective."""
+    own = required_samples(config)[0]
+    if config.training.train_tokens is None:
+        return own
+    return on_rank_0(lambda: _recorded_samples(config)) or own
+
+
+def _recorded_samples(config: RunConfig) -> int | None:
+    """What the checkpoint that the run will go on from says of that, if it was to have as many tokens."""
+    settings = config.checkpoint
+    places = [derived.run_folder(config)] if settings.enabled else []
+    places += [Path(settings.load)] if settings.load is not None and not settings.weights_only else []
+    for checkpoint in itertools.chain.from_iterable(map(candidates, places)):
+        with contextlib.suppress(OSError, ValueError):  # damaged: loading passes it over, too, and says so
+            progress = read_verified_progress(checkpoint)
+            if progress["config"]["training"]["train_tokens"] != config.training.train_tokens:
+                return None
+            return progress.get("data_fingerprint", {}).get("sampling", {}).get("num_samples")
+    return None
+
+
+def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
+    given = config.model.vocab_size
+    if tokenizer is None:
+        assert given is not None, "validate() asks for a tokenizer or model.vocab_size"
+        return given
+    if given is not None and given < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {given} is smaller than the tokenizer's {tokenizer.vocab_size} ids "
+            f"({config.data.tokenizer}); leave it out to use the tokenizer's"
+        )
+    return given or tokenizer.vocab_size
+
+
+def _to_microbatch(batch: dict[str, torch.Tensor]) -> MicroBatch:
+    """A collated microbatch of the data set, on this rank's device."""
+    sample_ids = batch.pop("sample_ids")
+    device = torch.cuda.current_device()
+    moved: dict[str, Any] = {name: tensor.to(device=device, non_blocking=True) for name, tensor in batch.items()}
+    return MicroBatch(**moved, sample_ids=sample_ids)

@@ -1,0 +1,125 @@
+"""A configuration's optimizer on megatron-core's distributed optimizer, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from plt_megatron.config import derived
+from plt_megatron.config.optimizers import OptimizerSpec, optimizer_spec
+from plt_megatron.config.schema import OptimizerConfig, RunConfig
+from plt_megatron.model.parameters import decays
+from plt_megatron.model.transformer_config import DTYPES
+
+
+def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
+    """megatron-core's optimizer, made of one distributed optimizer or several."""
+    optimizer = get_megatron_optimizer(megatron_settings(config), [ddp], decay_overrides())
+    spec = optimizer_spec(config.optimizer)
+    if spec.torch_class is not None:
+        for part in distributed_parts(optimizer):
+            _exchange(part, spec, config.optimizer)
+    return optimizer
+
+
+def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
+    """The distributed optimizers that megatron-core's optimizer is made of."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+class ElementwiseOptimizer(DistributedOptimizer):
+    """megatron-core's distributed optimizer around a torch optimizer that is not Adam."""
+
+    spec: OptimizerSpec
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        """Names of what is kept of each parameter; megatron-core's own property knows Adam's and Lion's."""
+        return tuple(self.spec.state)
+
+
+def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: OptimizerConfig) -> None:
+    """Put another torch optimizer into the place of Adam, over the same pieces of parameters.
+
+    megatron-core builds its distributed optimizer around Adam alone, but uses nothing of it but its step.
+    """
+    module, _, name = (spec.torch_class or "").rpartition(".")
+    build = getattr(import_module(module), name)
+    # Built over nothing: pieces of fp32 parameters are views, which torch's constructors refuse.
+    inner = build([torch.empty(0)], lr=settings.lr, **spec.arguments(settings))
+    inner.param_groups = part.optimizer.param_groups
+    for group in inner.param_groups:  # with the rates that each has already
+        group |= {key: value for key, value in inner.defaults.items() if key not in ("lr", "weight_decay")}
+    part.optimizer, part.spec = inner, spec
+    part.__class__ = ElementwiseOptimizer
+
+
+def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:
+    """megatron-core's settings of the optimizer."""
+    optimizer, training = config.optimizer, config.training
+    return MegatronOptimizerConfig(
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        clip_grad=optimizer.clip_grad,
+        bf16=training.precision == "bf16",
+        params_dtype=DTYPES[training.precision],
+        use_distributed_optimizer=True,
+        **optimizer_spec(optimizer).megatron(optimizer),
+    )
+
+
+def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's parameter groups: no weight decay where the table of parameters has none."""
+    undecayed = ParamWithNamePredicate("undecayed", lambda parameter, name: not decays(name))
+    return {ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)}
+
+
+class LearningRate(OptimizerParamScheduler):
+    """The learning rate's schedule over the parameter groups of an optimizer, which begins at step 0.
+
+    It counts steps. Where the run's length is given in tokens, these are steps of the batch that the run began with,
+    however large the batch is now: a rate belongs to a number of tokens.
+
+    Attributes:
+        step_tokens: of one step that it counts.
+    """
+
+    def __init__(self, config: RunConfig, optimizer: Any, step_tokens: int | None = None) -> None:
+        self.step_tokens = step_tokens or derived.tokens_per_step(config)
+        self._in_tokens = config.training.train_tokens is not None
+        self._increment = derived.tokens_per_step(config) / self.step_tokens if self._in_tokens else 1
+        settings = config.optimizer
+        wsd = settings.lr_decay_style == "WSD"
+        super().__init__(
+            optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr,
+            lr_warmup_steps=settings.lr_warmup_iters,
+            lr_decay_steps=derived.lr_decay_iters(config, self.step_tokens),
+            lr_decay_style=settings.lr_decay_style,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=derived.train_iters(config, self.step_tokens),
+            wd_incr_style="constant",
+            wsd_decay_steps=derived.lr_wsd_decay_iters(config, self.step_tokens) if wsd else None,
+            lr_wsd_decay_style=settings.lr_wsd_decay_style if wsd else None,
+        )
+
+    def count_step(self) -> None:
+        """A step of the run is done."""
+        self.step(self._increment)
+
+    def go_to(self, step: int, tokens: int) -> None:
+        """Where the run is after so many steps and tokens."""
+        self.num_steps = tokens / self.step_tokens if self._in_tokens else step
+        self.step(0)

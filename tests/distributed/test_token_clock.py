@@ -1,0 +1,107 @@
+"""Tokens are a run's clock: with another batch it ends, learns at the rate, and reads on where it would have."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.run_folder.status import read_status
+from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.whole_runs import folder, numbers
+
+TOKENS = 6 * 256  # six steps of eight samples
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return make_data(tmp_path_factory.mktemp("clock_data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory, run_distributed) -> RunConfig:
+    """A run of so many tokens, left alone."""
+    config = token_config("whole", tmp_path_factory.mktemp("runs"), data)
+    assert run_distributed(train, 1, config) is True
+    return config
+
+
+def token_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) -> RunConfig:
+    training = {"train_iters": None, "train_tokens": TOKENS} | changes.pop("training", {})
+    return run_config(name, output_dir, data, training=training, validation={"interval": 0}, **changes)
+
+
+def from_step_4(config: RunConfig, name: str, output_dir: Path, **training: Any) -> RunConfig:
+    """The run as it was after its checkpoint of step 4, with other settings."""
+    other = dataclasses.replace(
+        config, name=name, output_dir=str(output_dir), training=dataclasses.replace(config.training, **training)
+    )
+    shutil.copytree(folder(config), folder(other))
+    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
+    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
+    return other
+
+
+def trained(config: RunConfig) -> list[dict[str, Any]]:
+    return [record for record in numbers(config) if record["kind"] == "train"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "halves"),
+    [(16, [1536], [8]), (4, [1152, 1280, 1408, 1536], [8, 9, 10, 11])],
+    ids=["larger", "smaller"],
+)
+def test_with_another_batch_a_run_takes_the_tokens_it_was_given(
+    whole, tmp_path, run_distributed, batch, tokens, halves
+):
+    config = from_step_4(whole, "other", tmp_path, global_batch_size=batch)
+    assert run_distributed(train, 1, config) is True
+    undisturbed, ours = trained(whole), trained(config)
+    assert ours[:4] == undisturbed[:4]
+    assert [record["tokens"] for record in ours[4:]] == tokens
+    # Rates by tokens: the schedule goes on in steps of eight samples, of which these positions are twice.
+    rates = {2 * index: record["lr"] for index, record in enumerate(undisturbed)}
+    assert [record["lr"] for record, half in zip(ours[4:], halves, strict=True) if half in rates] == [
+        rates[half] for half in halves if half in rates
+    ]
+    assert all(one["lr"] > other["lr"] for one, other in zip(ours[3:], ours[4:], strict=False))
+    assert ours[-1]["source_epochs"] == undisturbed[-1]["source_epochs"]
+    assert read_status(folder(config)).checkpoint == ours[-1]["step"]
+
+
+def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, run_distributed):
+    one, other = (from_step_4(whole, name, tmp_path, global_batch_size=4) for name in ("one", "other"))
+    assert run_distributed(train, 1, one) is True
+    for finished in (False, True):
+        if not finished:
+            (folder(other) / "STOP").touch()
+        assert run_distributed(train, 1, other) is finished
+    assert numbers(other) == numbers(one)
+
+
+def test_a_runs_status_counts_its_tokens(whole, tmp_path, run_distributed):
+    from plt_megatron.config.loader import save_config
+
+    config = from_step_4(whole, "looked at", tmp_path, global_batch_size=16)
+    save_config(config, folder(config) / "config.yaml")
+    records = (folder(config) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder(config) / "metrics.jsonl").write_text("".join(records[:4]))
+    status = read_status(folder(config))
+    assert (status.step, status.steps, status.finished) == (4, 5, False)
+    assert run_distributed(train, 1, config) is True
+    assert read_status(folder(config)).finished
+
+
+def test_tokens_are_counted_where_steps_decide(data, tmp_path, run_distributed):
+    """A run of six steps, the last two of them with twice as many samples."""
+    first = run_config("first", tmp_path, data, validation={"interval": 0})
+    assert run_distributed(train, 1, first) is True
+    config = from_step_4(first, "second", tmp_path, global_batch_size=16)
+    config.checkpoint = dataclasses.replace(config.checkpoint, allow_other_data=True)
+    assert run_distributed(train, 1, config) is True
+    assert [record["tokens"] for record in trained(config)] == [256, 512, 768, 1024, 1536, 2048]
+    assert [record["lr"] for record in trained(config)] == [record["lr"] for record in trained(first)]

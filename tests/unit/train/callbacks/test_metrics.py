@@ -1,0 +1,111 @@
+"""The records of a run on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.train.callbacks.metrics import Metrics
+from tests.unit.train.callbacks.a_run import a_run
+
+
+def read(folder) -> list[dict]:
+    return RunFolder(folder).records()
+
+
+def record(step: int, **more) -> dict:
+    return {"kind": "train", "step": step, "tokens": 10 * step, "loss": 1.0 / step, **more}
+
+
+def test_records_come_back_as_written(tmp_path):
+    metrics = Metrics(a_run(tmp_path))
+    records = [record(1, gate_mean=[None, 0.5]), {"kind": "validation", "step": 1, "loop_count": 2, "loss": 3.5}]
+    for one in records:
+        metrics.on_record(one)
+    assert read(tmp_path) == records
+
+
+def test_rewinding_forgets_later_steps_and_a_line_cut_short(tmp_path):
+    metrics = Metrics(a_run(tmp_path))
+    for step in (1, 2, 3):
+        metrics.on_record(record(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 4, "lo')
+    metrics.run.clock.step = 2
+    metrics.on_start()
+    metrics.on_record(record(3, again=True))
+    assert read(tmp_path) == [record(1), record(2), record(3, again=True)]
+
+
+def test_tensorboard_gets_one_curve_a_loop(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(a_run(tmp_path, tensorboard=True))
+    metrics.on_record(record(5, gate_mean=[None, 0.25], updated=True))
+    metrics.on_record({"kind": "validation", "step": 5, "tokens": 50, "loop_count": 2, "loss": 3.5})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/gate_mean/loop_2", "validation/loss_loops_2"} <= set(events.Tags()["scalars"])
+    assert [(event.step, event.value) for event in events.Scalars("train/gate_mean/loop_2")] == [(5, 0.25)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    metrics = Metrics(a_run(tmp_path / "run", is_first_rank=False, tensorboard=True))
+    metrics.on_start()
+    metrics.on_record(record(1))
+    metrics.close()
+    assert not (tmp_path / "run").exists()
+
+
+class WandB:
+    """As much of W&B as is used: runs by id, and its rule that a log at a step already passed is dropped."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, list[dict]] = {}
+        self.axes: dict[str, str] = {}
+
+    def init(self, *, id: str, resume: str, **settings) -> SimpleNamespace:
+        logged = self.runs.setdefault(id, [])
+        assert resume == "allow" and settings["project"] == "loops"
+
+        def log(numbers: dict, step: int | None = None) -> None:
+            if step is None or step >= len(logged):
+                logged.append(numbers)
+
+        def define_metric(name: str, step_metric: str) -> None:
+            self.axes[name] = step_metric
+
+        return SimpleNamespace(log=log, define_metric=define_metric, finish=lambda: None)
+
+
+def test_wandb_has_one_run_a_folder_and_all_of_its_steps(tmp_path, monkeypatch):
+    """Started twice, and rolled back from step 3 to step 1 in between."""
+    wandb = WandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in ((1, 2, 3), (2, 3)):
+        metrics = Metrics(a_run(tmp_path / "one", wandb_project="loops"))
+        for step in steps:
+            metrics.on_record(record(step))
+        metrics.close()
+    Metrics(a_run(tmp_path / "other", wandb_project="loops")).on_record(record(1))
+    one, other = wandb.runs.values()
+    assert [numbers["step"] for numbers in one] == [1, 2, 3, 2, 3] and len(other) == 1
+    assert all(wandb.axes[f"{tag.split('/')[0]}/*"] == "step" for numbers in one for tag in numbers if tag != "step")
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb_project.*plt-megatron\[track\]"):
+        Metrics(a_run(tmp_path, wandb_project="loops"))
+
+
+def test_lines_are_json_objects(tmp_path):
+    Metrics(a_run(tmp_path)).on_record(record(1))
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1

@@ -1,0 +1,60 @@
+"""Traces of chosen steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from plt_megatron.train.callbacks.base import Step
+from plt_megatron.train.callbacks.profiling import Profiling
+from tests.unit.train.callbacks.a_run import a_run
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch):
+    """Make this process a rank of a job."""
+    return lambda number: monkeypatch.setattr("torch.distributed.get_rank", lambda: number)
+
+
+def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
+    rank(1)
+    run = a_run(tmp_path, profile_step_start=2, profile_step_end=4, profile_ranks=[1])
+    profiling, written = Profiling(run), []
+    for number in range(1, 7):
+        profiling.before_step(Step(number, [], 1))
+        written.append(list(run.said))
+        with torch.profiler.record_function(f"step {number}"):
+            torch.ones(3).sum()
+    path = tmp_path / "profile" / "rank_0001_steps_3-4.json.gz"
+    line = f"wrote the profiler's trace {path}"
+    assert written == [[], [], [], [], [line], [line]]
+    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert {name for name in names if str(name).startswith("step ")} == {"step 3", "step 4"}
+    assert "aten::sum" in names
+
+
+def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):
+    rank(0)
+    run = a_run(tmp_path, profile_step_start=0, profile_step_end=9)
+    profiling = Profiling(run)
+    profiling.before_step(Step(1, [], 1))
+    torch.ones(3).sum()
+    for _ in range(2):
+        profiling.on_end()
+        profiling.before_step(Step(2, [], 1))
+    assert len(run.said) == 1
+    assert (tmp_path / "profile" / "rank_0000_steps_1-9.json.gz").is_file()
+
+
+@pytest.mark.parametrize("logging", [{}, {"profile_step_end": 3, "profile_ranks": [1]}], ids=["no steps", "rank 1"])
+def test_no_trace_is_made_unasked(tmp_path, rank, logging):
+    rank(0)
+    run = a_run(tmp_path, **logging)
+    profiling = Profiling(run)
+    for number in range(1, 6):
+        profiling.before_step(Step(number, [], 1))
+    profiling.on_end()
+    assert not run.said and not (tmp_path / "profile").exists()
