@@ -60,7 +60,7 @@ class ModelSource:
 
 
 def open_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
-    """A run's folder (its last whole checkpoint), a checkpoint, or a Hugging Face folder.
+    """A run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.
 
     Args:
         tokenizer: instead of the one that the checkpoint names.
@@ -81,7 +81,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> ModelSource:
         raise UserError(f"{path}: no such run or checkpoint")
     found = latest_checkpoint(path)
     if found is None:
-        raise UserError(f"{path}: no whole checkpoint there")
+        raise UserError(f"{path}: no complete checkpoint there")
     progress = read_verified_progress(found)
     config = progress["config"]
     model = saved_model(config["model"], found)

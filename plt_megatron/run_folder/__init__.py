@@ -1,1 +1,1 @@
-"""A run's folder: where things lie in it, how they are written, and what they say. Imports no torch."""
+"""A run's folder: its files, how they are written, and how they are read. Does not import torch."""

@@ -1,11 +1,11 @@
-"""A run's checkpoints on disk: names, damage, and which one is the last whole one.
+"""A run's checkpoints on disk: names, damage, and the last complete one.
 
     checkpoints/
-      step_00000100/     a whole checkpoint; manifest.json lists its files with size and SHA-256
+      step_00000100/     a complete checkpoint; manifest.json lists its files with size and SHA-256
       step_00000200.tmp/ one being written, or what a crash left of it
       latest             the name of the one published last
 
-A checkpoint appears under its name only when it is complete: `train.checkpoint.publishing` sees to that.
+A checkpoint appears under its name only when it is complete: `train.checkpoint.publishing` ensures that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def step_of(path: Path) -> int:
 
 
 def checkpoint_folders(directory: Path) -> list[Path]:
-    """The published checkpoints of a run, by step. Published does not yet mean undamaged: see `damage`."""
+    """The published checkpoints of a run, by step. They may be damaged: see `damage`."""
     if not directory.is_dir():
         return []
     found = (path for path in directory.iterdir() if NAME.fullmatch(path.name) and path.is_dir())
@@ -56,7 +56,7 @@ def candidates(path: Path) -> list[Path]:
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run's folder. In a folder the one `latest` names comes first,
-            then the earlier ones: later ones belong to a course of training that was given up.
+            then the earlier ones: later ones belong to a course of training that was rolled back.
     """
     if NAME.fullmatch(path.name) or (path / MANIFEST).is_file():
         return [path]
@@ -69,11 +69,11 @@ def candidates(path: Path) -> list[Path]:
 
 
 def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
-    """The last whole checkpoint of a run; None if there is none.
+    """The last complete checkpoint of a run; None if there is none.
 
     Args:
         path: a run's folder, its folder of checkpoints, or a checkpoint.
-        verify: check every file's SHA-256, and name each damaged checkpoint in the log; otherwise believe the names.
+        verify: check every file's SHA-256, and log each damaged checkpoint; otherwise trust the names.
     """
     for candidate in candidates(Path(path)):
         problem = damage(candidate) if verify else None
@@ -84,12 +84,12 @@ def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:
 
 
 def latest_of_full_size(path: Path) -> Path | None:
-    """The last checkpoint whose files are all there in full length, where checksums would take too long."""
+    """The last checkpoint whose files all have their full size, for when checksums would take too long."""
     return next((candidate for candidate in candidates(path) if damage(candidate, checksums=False) is None), None)
 
 
 def latest_step(path: Path) -> int:
-    """The step of the checkpoint that a run would go on from, by its name; 0 if there is none."""
+    """The step of the checkpoint that a run would resume from, by its name; 0 if there is none."""
     found = latest_checkpoint(path, verify=False)
     return step_of(found) if found is not None else 0
 
@@ -106,7 +106,7 @@ def _pointed_at(directory: Path) -> Path | None:
 
 
 def damage(path: Path, part: int = 0, parts: int = 1, *, checksums: bool = True) -> str | None:
-    """What is wrong with a published checkpoint, in one line that names it; None if it is whole.
+    """What is wrong with a published checkpoint, in one line that names it; None if it is complete.
 
     Args:
         checksums: False: look at the files' sizes alone.
@@ -144,22 +144,22 @@ def sha256(path: Path, sync: bool = False) -> str:
 
 
 def read_progress(path: Path | str) -> dict[str, Any]:
-    """What a checkpoint says of its run: `step`, what the trainer counts, `config`, `versions`, `layout`, ...
+    """A checkpoint's record of its run: `step`, the trainer's counters, `config`, `versions`, `layout`, ...
 
     Args:
-        path: a checkpoint, or a run's folder for its last whole one.
+        path: a checkpoint, or a run's folder for its last complete one.
 
     Raises:
-        UserError: there is no whole checkpoint at `path`.
+        UserError: there is no complete checkpoint at `path`.
     """
     found = latest_checkpoint(path)
     if found is None:
-        raise UserError(f"{path}: no whole checkpoint there")
+        raise UserError(f"{path}: no complete checkpoint there")
     return read_verified_progress(found)
 
 
 def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
-    """`read_progress` of a checkpoint already known to be whole."""
+    """`read_progress` of a checkpoint known to be complete."""
     progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     if progress["format"] > FORMAT:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the status that a command ends with means. Job scripts and wrappers of users act on these numbers."""
+"""Exit statuses of commands. Job scripts and users' wrappers depend on these numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ExitStatus(IntEnum):
 
     FINISHED = 0
     FAILED = 1
-    USER_ERROR = EXIT_USER_ERROR  # something for the user to put right
-    PREEMPTED = 75  # asked to stop, and saved: the same command goes on (sysexits' EX_TEMPFAIL)
+    USER_ERROR = EXIT_USER_ERROR  # something for the user to fix
+    PREEMPTED = 75  # asked to stop, and saved: the same command continues (sysexits' EX_TEMPFAIL)
     # Of a Slurm job's launchers:
     BAD_NODE = 76  # a node failed the checks
     NODE_LOST = 77

@@ -1,4 +1,4 @@
-"""Files that are seen whole or not at all, whatever stops their writer: a full disk, a kill, a lost node."""
+"""Writes files atomically, whatever stops the writer: a full disk, a kill, a lost node."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from plt_megatron.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """A new file, open for writing, that takes the place of `path` when the block ends well, and else is gone.
+    """A new file, open for writing, that replaces `path` if the block succeeds and is removed otherwise.
 
-    It lies beside `path`, whose folder is made, and has reached the disk before it gets its name.
+    It is beside `path`, whose folder is created, and has reached the disk before it is renamed.
 
     Args:
         mode: `w` for UTF-8 text, `wb` for bytes.
@@ -58,12 +58,12 @@ def write_json(path: Path | str, value: Any, *, indent: int | None = 1) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have a folder's entries reach the disk: after that a file that was renamed keeps its new name."""
+    """Flush a folder's entries to the disk, so that renamed files keep their names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems have nothing to sync here, and say so
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
@@ -71,7 +71,7 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(target: str | os.PathLike[str]) -> Iterator[None]:
-    """An `OSError` in the block becomes a `UserError` that names its file, or `target` where it has none."""
+    """An `OSError` in the block becomes a `UserError` that names its file, or `target` if it has none."""
     try:
         yield
     except OSError as error:

@@ -19,20 +19,20 @@ STOP, SAVE = "STOP", "SAVE"
 
 
 class RunFolder:
-    """Where a run's things lie, and what they say. Nothing need be there."""
+    """The files of a run, any of which may be missing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config_file = self.path / CONFIG  # resolved
         # What training writes.
-        self.metrics_file = self.path / "metrics.jsonl"  # a record of training or validation a line
+        self.metrics_file = self.path / "metrics.jsonl"  # one record of training or validation per line
         self.checkpoints = self.path / checkpoints.FOLDER
         self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
         self.tensorboard = self.path / "tensorboard"
         self.wandb_id_file = self.path / "wandb_id"  # of its one run there
         self.profile = self.path / "profile"  # the profiler's traces
         self.index_cache = self.path / "index_cache"  # sample indices
-        # What asks it to stop, or to save and go on.
+        # Requests to stop, or to save and continue.
         self.stop_file = self.path / STOP
         self.save_file = self.path / SAVE
         # What a submission writes for its job.
@@ -52,7 +52,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: RunConfig) -> RunFolder:
-        """Where a run of this configuration lies."""
+        """The folder of a run of this configuration."""
         return cls(derived.run_folder(config))
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class RunFolder:
         save_config(config, self.config_file)
 
     def config(self) -> RunConfig:
-        """The run's configuration, also an older version's. Raises `UserError` if it is not there or broken."""
+        """The run's configuration, also an older version's. Raises `UserError` if it is missing or broken."""
         return load_config(self.config_file, accept_old_names=True)
 
     def records(self) -> list[dict[str, Any]]:
@@ -71,20 +71,20 @@ class RunFolder:
         return json_lines.read(self.metrics_file)
 
     def metrics(self) -> RunMetrics:
-        """What it recorded; empty if it has not begun. Raises `UserError` on a broken file."""
+        """Its metrics; empty if it has not started. Raises `UserError` on a broken file."""
         return read_metrics(self.metrics_file)
 
     def trained_metrics(self) -> RunMetrics:
         """`metrics` of a run that has made a step; `UserError` if it has not."""
         if not self.metrics_file.exists():
-            raise UserError(f"{self.metrics_file} not found: {self.path} is no run that has begun")
+            raise UserError(f"{self.metrics_file} not found: {self.path} has no run that has started")
         metrics = self.metrics()
         if not metrics.train:
-            raise UserError(f"{self.metrics_file} holds no training step yet")
+            raise UserError(f"{self.metrics_file} has no training step yet")
         return metrics
 
     def latest_checkpoint(self, verify: bool = True) -> Path | None:
-        """The last whole checkpoint; without `verify` by its name alone."""
+        """The last complete checkpoint; without `verify` by its name alone."""
         return checkpoints.latest_checkpoint(self.path, verify)
 
     def has_trained(self) -> bool:
@@ -93,7 +93,7 @@ class RunFolder:
         return recorded or bool(checkpoints.checkpoint_folders(self.checkpoints))
 
     def attempts(self) -> list[dict[str, Any]]:
-        """What its jobs noted of their attempts (`attempts`)."""
+        """Its jobs' records of their attempts (`attempts`)."""
         return attempts.read_events(self.attempts_file)
 
     def last_step(self) -> int:
@@ -102,7 +102,7 @@ class RunFolder:
         return found[0]["step"] if found else 0
 
     def incident_file(self, step: int) -> Path:
-        """Where the report on a bad step goes."""
+        """The file for the report on a bad step."""
         return self.incidents / f"step_{step:08d}.json"
 
     def bad_steps(self) -> int:

@@ -1,7 +1,7 @@
-"""Files of one JSON object a line that programs append to and others read meanwhile.
+"""Files of one JSON object per line that programs append to while others read.
 
-A line counts once its end is written. A crash or a full disk may leave half a line: readers pass it over, and the next
-record begins on a line of its own.
+A line counts once its end is written. A crash or a full disk may leave half a line: readers skip it, and the next
+record starts a new line.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
 Record = dict[str, Any]
-_TAIL_BYTES = 1 << 17  # of the end of a file, where its last records are looked for
+_TAIL_BYTES = 1 << 17  # of the end of a file, in which the last records are sought
 
 
 def append(path: Path, record: Record, *, sync: bool = False) -> None:
-    """Add a record. `sync`: have it reach the disk. Raises `OSError`."""
+    """Append a record. `sync`: flush it to the disk. Raises `OSError`."""
     with path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size:
@@ -34,10 +34,10 @@ def append(path: Path, record: Record, *, sync: bool = False) -> None:
 
 
 def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
-    """The records of a file, none if it is not there.
+    """The records of a file, none if it does not exist.
 
     Raises:
-        UserError: a line is no JSON object; with `skip_broken` it is left out.
+        UserError: a line is not a JSON object; with `skip_broken` it is skipped.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -55,7 +55,7 @@ def read(path: Path, *, skip_broken: bool = False) -> list[Record]:
 
 def last(path: Path, count: int, wanted: Callable[[Record], bool] = lambda record: True) -> list[Record]:
     """The last `count` records that are `wanted`, the oldest first, from the file's last 128 KiB; broken lines are
-    left out, and none are there where the file cannot be read."""
+    skipped, and an unreadable file has none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -88,10 +88,10 @@ def _parse(line: bytes) -> Record | None:
 
 
 class Follower:
-    """Follows a file that grows: whole lines, each once. It need not be there yet.
+    """Follows a growing file: complete lines, each once. It need not exist yet.
 
     Args:
-        from_end: pass over what is there already.
+        from_end: skip the existing lines.
 
     Attributes:
         replaced: whether another file had taken the name at the last call: it is followed from its end on, as one that

@@ -1,4 +1,4 @@
-"""What a run recorded in its metrics.jsonl, checked: numbers to compare and to plot."""
+"""The records of a run's metrics.jsonl, checked: numbers to compare and to plot."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from plt_megatron.run_folder import json_lines
 
 Record = dict[str, Any]
 _NUMBERS = {"train": ("step", "tokens", "loss"), "validation": ("step", "tokens", "loop_count", "loss")}
-# What the clock and the machine decide: two runs that do the same differ in these alone.
+# Fields that depend on clock and machine: identical runs differ only in these.
 MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """A run's records in the order of its steps; both lists are empty if it has not begun.
+    """A run's records in the order of its steps; both lists are empty if it has not started.
 
     Attributes:
-        train: records of training steps: `step`, `tokens` seen since the run began, `loss` in nats per token, and more.
+        train: records of training steps: `step`, `tokens` since the run started, `loss` in nats per token, and more.
         validation: the same with `loop_count`, the loops that the loss was measured with.
     """
 
@@ -58,19 +58,19 @@ class RunMetrics:
         return sorted({record["loop_count"] for record in self.validation})
 
     def tokens_per_second(self) -> float | None:
-        """The median speed; None where none was recorded."""
+        """The median speed; None if none was recorded."""
         return median_speed(self.train)
 
 
 def median_speed(records: Iterable[Record]) -> float | None:
-    """Median tokens/s of training records; None where none has it."""
+    """Median tokens/s of training records; None if no record has it."""
     speeds = [record.get("tokens_per_second") for record in records]
     known = [speed for speed in speeds if speed and math.isfinite(speed)]
     return statistics.median(known) if known else None
 
 
 def read_metrics(path: Path) -> RunMetrics:
-    """The records of training and validation in a metrics.jsonl. Records of other kinds are left out.
+    """The records of training and validation in a metrics.jsonl. Records of other kinds are skipped.
 
     Raises:
         UserError: a broken line, or a record without its numbers.

@@ -1,4 +1,4 @@
-"""How far a run has come, from its folder alone."""
+"""A run's progress, from its folder alone."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from plt_megatron.run_folder.checkpoints import latest_step
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 
-_RECORDS = 20  # whose median rate stands for the run's
+_RECORDS = 20  # whose median rate is taken as the run's
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run, as its folder shows it.
+    """The status of a run, as its folder shows it.
 
     Attributes:
-        step, steps: done, and in all; 0 and None where they cannot be told.
+        step, steps: done, and in all; 0 and None if unknown.
         tokens_per_second: of the whole job lately; None: nothing logged yet.
-        tokens_per_step: None where the configuration cannot be read.
+        tokens_per_step: None if the configuration cannot be read.
         checkpoint: step of the last one; 0: none.
         attempts: starts of the ranks so far.
         restarts: one line for each attempt that did not finish, the oldest first.
@@ -61,14 +61,14 @@ class RunStatus:
 
 
 def read_run_status(run: Path) -> RunStatus:
-    """Look at a run's folder. Nothing that is missing or damaged in it is an error here."""
+    """Read a run's folder. Missing or damaged files are not errors here."""
     folder = RunFolder(run)
     steps, tokens_per_step, problem = None, None, None
     try:
         config = folder.config()
         steps, tokens_per_step = derived.train_iters(config), derived.tokens_per_step(config)
     except (UserError, AssertionError) as error:
-        problem = str(error).splitlines()[0] if str(error) else "config.yaml does not say how long the run is"
+        problem = str(error).splitlines()[0] if str(error) else "config.yaml does not set the run's length"
     records = last_train_records(folder)
     if records and steps is not None:
         steps = derived.last_step(config, int(records[-1]["step"]), int(records[-1].get("tokens", 0)))

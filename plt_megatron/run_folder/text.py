@@ -1,4 +1,4 @@
-"""Figures as text: durations, sizes, counts, tables."""
+"""Formats durations, sizes, counts and tables as text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = (), i
         table.add_column(justify="right" if is_numeric else "left", no_wrap=True)
     for row in [header, *rows] if header else rows:
         table.add_row(*map(Text, row))
-    # Text of any width: a terminal wraps it, and a file is not cut off at 80 columns.
+    # Any width: terminals wrap, and files are not truncated at 80 columns.
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     with console.capture() as captured:
         console.print(table)

@@ -1,1 +1,1 @@
-"""Slurm: what is checked and written before a job is submitted, what runs in it, and how it stands."""
+"""Slurm: checks and files before a job is submitted, its script, and the status of runs."""

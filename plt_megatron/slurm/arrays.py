@@ -1,4 +1,4 @@
-"""Several runs in one job array: which they are, and what they share."""
+"""Several runs in one job array: its members, and what they share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config_paths(source: str) -> list[Path]:
     """The configurations of an array.
 
     Args:
-        source: a file that lists them, one path a line (empty lines and # comments aside), or a folder of run folders.
+        source: a file with one path per line (empty lines and # comments are ignored), or a folder of run folders.
 
     Raises:
         UserError: there are none.
@@ -44,7 +44,7 @@ def config_paths(source: str) -> list[Path]:
         raise UserError(f"--array: cannot read {source}: {getattr(error, 'strerror', None) or error}") from error
     found = [Path(line.strip()) for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not found:
-        raise UserError(f"--array {source}: the file names no configuration; one path a line")
+        raise UserError(f"--array {source}: the file names no configuration; list one path per line")
     return found
 
 
@@ -57,7 +57,7 @@ def check_distinct(runs: Sequence[tuple[str, Path]]) -> None:
 
 
 def plan_array(source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None) -> Array:
-    """The array of these runs. Its own folder lies beside them."""
+    """The array of these runs, whose own folder is beside theirs."""
     path = Path(source)
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     parent = Path(os.path.commonpath([run.parent for run in runs]))

@@ -1,4 +1,4 @@
-"""Memory, storage and time: what a run is estimated to need, against what the job gets."""
+"""Memory, storage and time: a run's estimated needs compared with the job's allocation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from plt_megatron.run_folder.status import last_train_records
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.times import format_duration
 
-# Slurm may send the signal this much earlier than asked.
+# Slurm may send the signal this much earlier than requested.
 SIGNAL_EARLY_SECONDS = 60
 # Until the first step: preflight, imports, NCCL, a checkpoint to read. A guess; it decides only close calls.
 START_SECONDS = 120
@@ -29,13 +29,13 @@ _CPU_SHARE = 0.5  # of a CPU's matrix product rate that training reaches
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a run before it starts. Seconds None: not known.
+    """What is known of a run before it starts. Seconds are None if unknown.
 
     Attributes:
-        start_step: it goes on from.
+        start_step: the step it resumes from.
         measured: whether the step's time is that of this run's earlier steps instead of an estimate.
         checkpoint_bytes: one checkpoint; 0 if none are written.
-        storage_bytes: what checkpoints will take besides those that are there.
+        storage_bytes: space that checkpoints will need beyond the existing ones.
         free_bytes: on the file system of the run's folder.
     """
 
@@ -113,7 +113,7 @@ def _checkpoint_steps(run: Path) -> list[int]:
 
 
 def _checkpoints_at_most(config: RunConfig) -> int:
-    """Checkpoints that lie beside one another at some time: the last ones, the one being written, those for good."""
+    """The most checkpoints at any time: the last ones, the one being written, and the permanent ones."""
     checkpoint, steps = config.checkpoint, derived.train_iters(config)
     interval = checkpoint.save_interval or steps
     for_good = 0
@@ -131,7 +131,7 @@ def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
             return []
         return [
             f"memory: {resources.processes_per_node} processes of {gibibytes(estimate.peak_memory_bytes)} need "
-            f"{gibibytes(needed)} a node, which has {gibibytes(there)}; {_MEMORY_ADVICE}"
+            f"{gibibytes(needed)} per node, which has {gibibytes(there)}; {_MEMORY_ADVICE}"
         ]
     if estimate.fits:
         return []
@@ -151,7 +151,7 @@ _MEMORY_ADVICE = (
 
 
 def storage_problems(ahead: Forecast, run: Path) -> list[str]:
-    """Whether the checkpoints fit the file system. Quotas are not seen."""
+    """Whether the checkpoints fit the file system. Quotas are not checked."""
     if ahead.storage_bytes <= ahead.free_bytes:
         return []
     return [
@@ -179,17 +179,17 @@ def storage_problems_of_all(runs: Sequence[tuple[Path, Forecast]]) -> list[str]:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or its nearest existing parent folder."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def usable_seconds(limit: int, margin: int) -> int:
-    """Of a job's time limit: what is left for steps."""
+    """The part of a job's time limit that is left for steps."""
     return limit - margin - SIGNAL_EARLY_SECONDS - START_SECONDS
 
 
 def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -> list[str]:
-    """Whether one job reaches a checkpoint of its own: a job that does not may start over for ever."""
+    """Whether one job reaches a checkpoint: otherwise jobs may start over forever."""
     usable = usable_seconds(limit, margin)
     given = f"--time {format_duration(limit)}"
     if usable <= 0:
@@ -201,7 +201,7 @@ def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -
     if ahead.step_seconds is None:
         return []
     checkpoint, left = config.checkpoint, ahead.steps - ahead.start_step
-    steps, what = left, "the run, which writes no checkpoints to go on from"
+    steps, what = left, "the run, which writes no checkpoints to resume from"
     advice = "set checkpoint.enabled=true"
     if checkpoint.enabled:
         steps, what = min(checkpoint.save_interval or left, left), "one checkpoint interval"
@@ -217,7 +217,7 @@ def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -
 
 
 def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, chain: int) -> list[str]:
-    """What to expect where one job is not enough, or the margin before its limit is short; one line each."""
+    """Warnings if one job is not enough or the margin before its limit is short; one line each."""
     remaining, step_seconds = ahead.remaining_seconds, ahead.step_seconds
     if remaining is None or step_seconds is None:
         return []

@@ -1,4 +1,4 @@
-"""Slurm's commands, and what they answer."""
+"""Slurm's commands and their output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.slurm.times import parse_duration
 
 _TIMEOUT_SECONDS = 20
-# Options that the environment would add to ours: a job script says all that counts. These two choose the cluster.
+# The environment would add options to ours: the job script is meant to be complete. These two choose the cluster.
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
@@ -23,12 +23,12 @@ _ENDED = (
 
 
 class SlurmError(UserError):
-    """Slurm is not there, or does not do what it was asked; one line."""
+    """Slurm is missing, or refuses a request; one line."""
 
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """Nodes of one partition that are alike."""
+    """Identical nodes of one partition."""
 
     count: int
     cpus: int
@@ -72,16 +72,16 @@ class Job:
 
     id: str  # of a member of an array: ARRAY_TASK
     state: str  # RUNNING, PENDING, COMPLETED, ...
-    reason: str  # why it waits or has failed; empty: Slurm names none
+    reason: str  # why it is pending or has failed; empty: no reason
     elapsed: str
     limit: str
-    start: str  # when it began or is expected to; N/A
+    start: str  # actual or expected start; N/A
     nodes: str
     name: str
 
     @property
     def active(self) -> bool:
-        """Whether it runs or is going to."""
+        """Whether it is running or pending."""
         return self.state not in _ENDED
 
 
@@ -155,7 +155,7 @@ def read_jobs(lines: Sequence[str]) -> list[Job]:
 
 
 def submit(script: Path) -> str:
-    """Hand a script to sbatch; the job's id.
+    """Submit a script with sbatch; the job's id.
 
     Raises:
         SlurmError: with sbatch's reason.
@@ -163,7 +163,7 @@ def submit(script: Path) -> str:
     answer = _ask("sbatch", "--parsable", str(script)).strip().splitlines()
     job_id = answer[-1].partition(";")[0] if answer else ""
     if not re.fullmatch(r"\d+", job_id):
-        raise SlurmError(f"sbatch did not answer with a job id but with {' '.join(answer)!r}")
+        raise SlurmError(f"sbatch returned {' '.join(answer)!r} instead of a job id")
     return job_id
 
 

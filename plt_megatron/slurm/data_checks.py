@@ -1,4 +1,4 @@
-"""Whether the data a run is to read is whole and made with its tokenizer: headers and manifests, no tokens."""
+"""Checks that a run's data are complete and made with its tokenizer, by headers and manifests alone."""
 
 from __future__ import annotations
 
@@ -50,16 +50,18 @@ def _paths(data: DataConfig) -> Iterator[str]:
 
 
 def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
-    """Whether header, last entry, the size of .bin and the width of its ids fit together."""
+    """Whether header, last entry, the size of .bin and the width of its ids are consistent."""
     try:
         index = open_index(prefix)  # not `read_index`: a login node should not read all lengths of a large corpus
     except UserError as error:
         return [str(error)]
     if not index.documents:
-        return [f"{prefix}.idx says that there are no documents: tokenize the data again (plt-preprocess)"]
+        return [f"{prefix}.idx has no documents: tokenize the data again (plt-preprocess)"]
     if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
         # Written with 16 bits only where every id of the tokenizer fits.
-        return [f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: made with another one"]
+        return [
+            f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: made with another tokenizer"
+        ]
     return []
 
 
@@ -84,7 +86,7 @@ def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) 
 
 
 def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Path]) -> list[str]:
-    """What the run reads that the container would not see, one line each.
+    """Paths of the run that the container cannot see, one line each.
 
     Args:
         mounted: folders that are mounted besides the profile's.
@@ -96,7 +98,7 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
     for key, value in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
         read += [(f"{key} {value}", value)] if value else []
     return [
-        f"{what} lies in no folder that the container sees: add one to container.mounts in the cluster's profile"
+        f"{what} is not in a folder that the container sees: add one to container.mounts in the cluster's profile"
         for what, path in read
         if not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in visible)
     ]

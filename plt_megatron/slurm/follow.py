@@ -1,4 +1,4 @@
-"""`plt-submit --follow`: a run's steps, what its launchers say and its jobs' states, as they come."""
+"""`plt-submit --follow`: shows a run's steps, its launchers' messages and its jobs' states as they arrive."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from plt_megatron.slurm import client
 from plt_megatron.slurm.submission import Submission
 
 _LOOK_SECONDS = 1.0  # at files
-_ASK_SECONDS = 5.0  # Slurm: its controller serves everybody
-# How logs.stamp begins a launcher's line; which attempt and node is of interest afterwards, in the log.
+_ASK_SECONDS = 5.0  # do not overload Slurm's controller
+# The start of a launcher's line (logs.stamp), left out here: attempt and node are in the log.
 _STAMP = re.compile(r"\S+ \S+ attempt \d+ launcher [^\s:]+: ")
 
 
@@ -33,7 +33,7 @@ def follow(submission: Submission) -> int:
                 print(line, flush=True)
     except KeyboardInterrupt:
         jobs = _whole([job_id for each in submission.job_ids for job_id in each])
-        print(f"\nno longer followed; the job goes on. To cancel it: scancel {' '.join(jobs)}", flush=True)
+        print(f"\nno longer followed; the job continues. To cancel it: scancel {' '.join(jobs)}", flush=True)
         return 0
     return 0 if all(read_run_status(run).finished for run in submission.runs) else 1
 
@@ -41,7 +41,7 @@ def follow(submission: Submission) -> int:
 def watch(
     submission: Submission, *, look_seconds: float = _LOOK_SECONDS, ask_seconds: float = _ASK_SECONDS
 ) -> Iterator[list[str]]:
-    """The new lines of one look after another, until all jobs have ended; then what has come of each run."""
+    """The new lines of each look until all jobs have ended, then the outcome of each run."""
     several = len(submission.runs) > 1
     labels = [f"{run.name}: " if several else "" for run in submission.runs]
     sources: list[_Output | _Tail] = [
@@ -55,7 +55,7 @@ def watch(
         if time.monotonic() >= due:
             due = time.monotonic() + ask_seconds
             lines = states.changes()
-        # In this order: what was written before a job ended is still shown.
+        # In this order, so that what was written before a job ended is still shown.
         yield lines + [line for source in sources for line in source.lines()]
         if not states.ended:
             time.sleep(look_seconds)
@@ -81,7 +81,7 @@ def _conclusion(run: Path, label: str) -> Iterator[str]:
 
 
 class _States:
-    """What Slurm says of the jobs. `ended`: none of them runs or is going to."""
+    """The jobs' states in Slurm. `ended`: none is running or pending."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         self._labels = labels  # by job
@@ -94,9 +94,9 @@ class _States:
         try:
             jobs = {job.id: job for job in client.my_jobs() if job.id in self._labels}
         except client.SlurmError as error:
-            # A controller that restarts is no reason to leave: it is asked again.
+            # The controller may be restarting: ask again.
             changed, self._problem = str(error) != self._problem, str(error)
-            return [f"Slurm does not answer, asked again: {error}"] if changed else []
+            return [f"Slurm does not answer, trying again: {error}"] if changed else []
         self._problem = ""
         lines = []
         for job_id, label in self._labels.items():
@@ -118,7 +118,7 @@ def _describe(job: client.Job) -> str:
 
 
 class _Output:
-    """New lines of a job's output: what its launchers say, and srun where something is wrong."""
+    """New lines of a job's output: messages of its launchers, and errors of srun."""
 
     def __init__(self, path: Path, label: str) -> None:
         self._label, self._follower = label, Follower(path)
@@ -128,7 +128,7 @@ class _Output:
 
 
 class _Tail:
-    """New records of metrics.jsonl, as lines. A trainer that resumes rewinds the file to where it resumes."""
+    """New records of metrics.jsonl, as lines. A resuming trainer rewinds the file to its step."""
 
     def __init__(self, run: Path, label: str) -> None:
         self._run, self._label = run, label
@@ -138,7 +138,7 @@ class _Tail:
     def lines(self) -> list[str]:
         records = [json.loads(line) for line in self._follower.lines()]
         if self._follower.replaced:
-            return [f"{self._label}goes on after step {read_run_status(self._run).step:,}"]
+            return [f"{self._label}continues after step {read_run_status(self._run).step:,}"]
         return [self._label + _step_line(record, self._steps) for record in records]
 
 

@@ -1,4 +1,4 @@
-"""A cluster's facts, from one YAML file: configs/clusters/NAME.yaml, or any path."""
+"""A cluster's settings, from one YAML file: configs/clusters/NAME.yaml, or any path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Container:
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """What one writes down once about a cluster. Options of plt-submit win over it."""
+    """The settings of a cluster. Options of plt-submit override them."""
 
     name: str = ""
     partition: str | None = None
@@ -45,12 +45,12 @@ class ClusterProfile:
     gpu: str | None = None  # the card, as estimate/ knows it (h100); None: Slurm's name for it, else h100
     tflops_per_process: Positive | None = None  # CPU clusters: a process's matrix product rate, for estimated times
     default_time: str | None = None
-    setup: list[str] = field(default_factory=list)  # shell lines before the modules, as they are
+    setup: list[str] = field(default_factory=list)  # shell lines, run as they are before the modules
     modules: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like; $NAMES are expanded
-    scratch: str | None = None  # each node's own fast folder; TMPDIR of the job
+    scratch: str | None = None  # a fast folder local to each node; TMPDIR of the job
     container: Container | None = None
-    python: str | None = None  # None: the one that submits; in a container python3
+    python: str | None = None  # None: the submitting one; in a container python3
     sbatch_options: list[str] = field(default_factory=list)  # further ones, as in --exclusive
     signal_margin_seconds: WholeSeconds = 300
     max_restarts: Count = 1
@@ -66,7 +66,7 @@ def load_profile(name: str, root: Path) -> ClusterProfile:
         root: of the checkout.
 
     Raises:
-        UserError: there is none, or it does not fit; one line per problem.
+        UserError: it is missing or invalid; one line per problem.
     """
     path = Path(name)
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
@@ -86,10 +86,10 @@ def _problems(profile: ClusterProfile) -> Iterator[str]:
         yield f"gpu: no card {profile.gpu} in the table; known: {', '.join(card_names())}"
     for name in profile.environment:
         if not _VARIABLE_NAME.fullmatch(name):
-            yield f"environment: {name!r} is no name for a variable"
+            yield f"environment: {name!r} is not a valid variable name"
     for option in profile.sbatch_options:
         if not option.startswith("-"):
-            yield f"sbatch_options: {option!r} is no option, as in --exclusive"
+            yield f"sbatch_options: {option!r} is not an option; write --exclusive or the like"
     for mount in profile.container.mounts if profile.container else []:
         if not mount.startswith(("/", "$")) or "," in mount:
             yield f"container.mounts: {mount!r} must be an absolute path without commas"

@@ -1,4 +1,4 @@
-"""What plt-submit says of a run before it submits it."""
+"""What plt-submit prints about a run before it submits it."""
 
 from __future__ import annotations
 
@@ -75,10 +75,10 @@ def _storage(ahead: Forecast) -> str:
 
 
 def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cluster: str | None) -> str:
-    """One line on what is asked of Slurm."""
+    """One line about the requested job."""
     devices = _count(resources.processes_per_node, "GPU" if resources.gpus_per_node else "process")
     parts = [f"{_count(resources.nodes, 'node')} x {devices}, {_count(resources.cpus_per_process, 'CPU')} each"]
-    parts.append(f"{format_duration(limit)}" + (f" x {chain} jobs, one after the other" if chain > 1 else ""))
+    parts.append(f"{format_duration(limit)}" + (f" x {chain} jobs, one after another" if chain > 1 else ""))
     if requeue:
         parts.append("requeued until it is finished")
     parts.append(f"partition {resources.partition or '(the default)'}")

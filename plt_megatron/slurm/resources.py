@@ -1,4 +1,4 @@
-"""What the job gets of each node, and whether the partition has it."""
+"""The job's share of each node, checked against the partition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plt_megatron.slurm.client import NodeGroup, Partition
 from plt_megatron.slurm.profile import ClusterProfile
 from plt_megatron.slurm.times import format_duration
 
-_ASSUMED_GPUS = 8  # where neither option, profile nor Slurm says: only possible with --dry-run
+_ASSUMED_GPUS = 8  # if neither option, profile nor Slurm tells: only with --dry-run
 _ASSUMED_CPUS = 8  # per process, likewise
 _DEFAULT_CARD = "h100"
 
@@ -24,7 +24,7 @@ class Resources:
 
     Attributes:
         card: the estimate's name for a process's device.
-        guessed: the number of processes is not known, or more than there can be: no layout can be held against it.
+        guessed: the number of processes is unknown or too large, so no layout can be checked.
     """
 
     partition: str | None
@@ -34,7 +34,7 @@ class Resources:
     gpu_type: str | None
     cpus_per_process: int
     card: str
-    node_memory_bytes: int | None  # of the smallest node that will do; None: not known
+    node_memory_bytes: int | None  # of the smallest suitable node; None: unknown
     notes: list[str] = field(default_factory=list)  # what was assumed
     guessed: bool = False
 
@@ -64,13 +64,13 @@ def resolve(
     partition: str | None,
     gpus: tuple[str | None, int] | None,
 ) -> tuple[Resources, list[str]]:
-    """Settle what option and profile leave open, and check it against the partition.
+    """Fill in what options and profile leave open, and check it against the partition.
 
     Args:
         available: the cluster's partitions; None: there is no Slurm to ask.
         seconds: time limit.
         partition: of the options; None: the profile's, else the cluster's default.
-        gpus: type and number a node, of the options; None: the profile's, else all that the partition's nodes have.
+        gpus: type and number per node, from the options; None: the profile's, else all of the partition's nodes.
 
     Returns:
         The resources, and one line for each problem.
@@ -88,12 +88,12 @@ def resolve(
             notes.append(f"{gpu_count} GPUs per node, as partition {chosen.name} has")
         else:
             gpu_count, guessed = _ASSUMED_GPUS, available is not None
-            notes.append(f"{gpu_count} GPUs per node, for want of --gpus-per-node or a profile that says it")
+            notes.append(f"{gpu_count} GPUs per node, assumed: neither --gpus-per-node nor a profile sets it")
     processes = gpu_count or profile.processes_per_node or 0
     if not processes:
         processes, guessed = 1, True
         if not problems:
-            where = f"partition {chosen.name} has no GPUs" if chosen else "no GPUs are asked for"
+            where = f"partition {chosen.name} has no GPUs" if chosen else "no GPUs are requested"
             problems.append(f"{where}: for a CPU run choose a --cluster whose profile sets processes_per_node")
     if chosen is not None:
         too_large = _size_problems(chosen, nodes, gpu_count, gpu_type)
@@ -117,7 +117,7 @@ def resolve(
 
 
 def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Partition | None, list[str]]:
-    """The partition the job will run in; None if that cannot be said."""
+    """The partition the job will run in; None if unknown."""
     if available is None:
         return None, []
     for partition in available:
@@ -127,7 +127,7 @@ def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Pa
     there = f"there are: {', '.join(names) or 'none'}"
     if name is None:
         return None, [f"the cluster has no default partition: give --partition; {there}"]
-    if "," in name:  # several, of which Slurm takes the one that starts first
+    if "," in name:  # several: Slurm uses the one that starts first
         missing = [part for part in name.split(",") if part not in names]
         several = [partition for partition in available if partition.name in name.split(",")]
         return _union(name, several) if not missing else None, [
@@ -139,7 +139,7 @@ def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Pa
 
 
 def _union(name: str, partitions: Sequence[Partition]) -> Partition:
-    """Several partitions as one: a job fits if it fits one of them, to the accuracy that a check before needs."""
+    """Several partitions as one: a job fits if it fits one of them, accurately enough for this check."""
     limits = [partition.time_limit_seconds for partition in partitions]
     states = [partition.available for partition in partitions]
     return Partition(
@@ -152,7 +152,7 @@ def _union(name: str, partitions: Sequence[Partition]) -> Partition:
 
 
 def _size_problems(partition: Partition, nodes: int, gpus: int, gpu_type: str | None) -> list[str]:
-    """Why the partition has no room for a job of this size."""
+    """Why a job of this size does not fit the partition."""
     name = f"partition {partition.name}"
     if gpus > partition.gpus:
         return [f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs"]
@@ -172,12 +172,12 @@ def _other_problems(partition: Partition, seconds: int) -> list[str]:
     problems = []
     name = f"partition {partition.name}"
     if not partition.takes_jobs:
-        problems.append(f"{name} is {partition.available}: it takes no jobs")
+        problems.append(f"{name} is {partition.available}: it accepts no jobs")
     limit = partition.time_limit_seconds
     if limit is not None and seconds > limit:
         problems.append(
             f"--time {format_duration(seconds)}: {name} allows {format_duration(limit)}; "
-            "take that, with --chain N or --requeue for a longer run"
+            "use that limit, with --chain N or --requeue for a longer run"
         )
     return problems
 
@@ -191,7 +191,7 @@ def _suitable(partition: Partition | None, gpus: int, gpu_type: str | None) -> l
 
 
 def _share_of_cpus(groups: Sequence[NodeGroup], processes: int) -> int:
-    """A process's fair share of a node: all of it over the node's GPUs, so that others' GPUs keep theirs."""
+    """A process's fair share of a node's CPUs: those per GPU, so that other jobs' GPUs keep theirs."""
     if not groups:
         return _ASSUMED_CPUS
     return max(1, min(group.cpus // max(group.gpus, processes) for group in groups))
@@ -209,5 +209,5 @@ def _card(
         for card in sorted(card_names(), key=len, reverse=True):
             if kind.lower().replace("_", "-").removeprefix("nvidia-").startswith(card):
                 return card
-    notes.append(f"the GPUs are taken to be {_DEFAULT_CARD.upper()}s: set gpu in the cluster's profile")
+    notes.append(f"assuming {_DEFAULT_CARD.upper()} GPUs: set gpu in the cluster's profile")
     return _DEFAULT_CARD

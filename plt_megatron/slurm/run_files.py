@@ -1,4 +1,4 @@
-"""What is written into a run's folder before its job is submitted, and what an earlier submission left there."""
+"""Writes a run's folder before its job is submitted, and reads what an earlier submission left there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from plt_megatron.slurm.snapshot import describe_environment, describe_git, link
 
 
 def job_name(run: Path, name: str) -> str:
-    """A name for Slurm that no other run folder has: what `singleton` goes by.
+    """A job name unique to the run folder, for `singleton`.
 
     Args:
         run: absolute path of the run's folder.
@@ -33,15 +33,15 @@ def job_name(run: Path, name: str) -> str:
 
 
 def name_suffix(run: Path) -> str:
-    """How the names of a run folder's jobs end, whatever the run is called."""
+    """The suffix of the names of a run folder's jobs, whatever the run's name."""
     return f"-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
 
 
-# What is there already.
+# Earlier submissions.
 
 
 def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[str]:
-    """Why this configuration cannot go on in a folder where another one has trained; one line each."""
+    """Why this configuration cannot resume in a folder where another has trained; one line each."""
     folder = RunFolder(run)
     if not folder.has_trained():
         return []
@@ -54,7 +54,7 @@ def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[
         return []
     return [
         f"{run} holds a run with another configuration ({plural(len(changed), 'setting')}): give another --name, or "
-        "--accept-changes to go on so",
+        "--accept-changes",
         *(f"  {line}" for line in changed.values()),
     ]
 
@@ -65,7 +65,7 @@ def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[
 def write_run(
     config: RunConfig, run: Path, settings: JobSettings, script: str, *, root: Path, code: Path | None = None
 ) -> None:
-    """Fill a run's folder: all that its job needs, and what it was made from.
+    """Fill a run's folder with everything its job needs, and a record of what it was made from.
 
     Args:
         run: absolute path of the folder.
@@ -109,16 +109,16 @@ def submitted_jobs(run: Path) -> list[str]:
     return [job_id for record in records for job_id in record["job_ids"]]
 
 
-# Where it lies.
+# Paths.
 
 
 def absolute_run_folder(config: RunConfig) -> Path:
-    """The run's folder as an absolute path, links kept: nodes may know the path by these only."""
+    """The run's folder as an absolute path, with links kept: nodes may know no other path."""
     return Path(os.path.normpath(working_directory() / derived.run_folder(config)))
 
 
 def working_directory() -> Path:
-    """The current directory by the path the user came by, as $PWD has it, or without links."""
+    """The current directory as the user entered it ($PWD), or without links."""
     pwd = os.environ.get("PWD")
     try:
         if pwd and os.path.isabs(pwd) and os.path.samefile(pwd, "."):

@@ -15,13 +15,13 @@ from plt_megatron.slurm.times import format_duration
 
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#SBATCH @DIRECTIVES@|#ENVIRONMENT @ENVIRONMENT@|@[A-Z_]+@")
-# How long srun waits for the other nodes' launchers once one has ended: a dead node's never does.
+# How long srun waits for the other nodes' launchers once one has ended: a dead node's never ends.
 _WAIT_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of Slurm besides the job's size: options of the command, else the profile's."""
+    """What is requested of Slurm besides the job's size, from the command's options, else the profile."""
 
     partition: str | None = None
     account: str | None = None
@@ -52,7 +52,7 @@ class Array:
 
 @dataclass(frozen=True)
 class Script:
-    """All that a job script depends on."""
+    """Everything a job script depends on."""
 
     settings: JobSettings
     request: Request
@@ -68,7 +68,7 @@ class Script:
             template: the text of slurm/job.sbatch.
 
         Raises:
-            UserError: a value that no job script can hold.
+            UserError: a value that a job script cannot contain.
         """
         for path in (self.run, self.workdir):
             check_one_line(str(path), "the path of the run folder and of the working directory")
@@ -84,7 +84,7 @@ class Script:
             "@SRUN_OPTIONS@": " ".join(self._srun_options()),
             "@CONTAINER@": " ".join(self._container_command()),
         }
-        # In one pass: a value that looks like a mark stays as it is.
+        # In one pass, so that a value that looks like a mark is kept.
         return _MARK.sub(lambda match: values[match[0]], template)
 
     def _directives(self) -> list[str]:
@@ -178,7 +178,7 @@ class Script:
         return [*command, expandable(container.image)]
 
     def _mounts(self, container: Container) -> list[str]:
-        """The profile's, the working directory and the folder the run lies in; none within another."""
+        """The profile's mounts, the working directory and the run's parent folder; none within another."""
         own = [str(self.workdir), str(self.run.parent)]
         for path in own:
             if "," in path or ":" in path or "$" in path:

@@ -1,4 +1,4 @@
-"""Text in shell scripts: nothing that a user gives is ever code."""
+"""Quotes text for shell scripts: user input never becomes code."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shlex
 from plt_megatron.errors import UserError
 
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)")
-# What keeps a meaning between double quotes.
+# Special within double quotes.
 _SPECIAL = re.compile(r'([\\"`$])')
 
 
 def literal(text: str) -> str:
-    """A shell word that stands for `text`, whatever is in it."""
+    """A shell word for `text`, whatever it contains."""
     return shlex.quote(text)
 
 
@@ -33,17 +33,17 @@ def directive(option: str, value: str | int | None = None) -> str:
     """An `#SBATCH` line. sbatch knows quotes as the shell does, but every backslash escapes, also within quotes.
 
     Raises:
-        UserError: a value that such a line cannot hold.
+        UserError: a value that such a line cannot contain.
     """
     if value is None:
         return f"#SBATCH {option}"
     check_one_line(str(value), option)
     if "\\" in str(value):
-        raise UserError(f"{option}: a backslash cannot stand in a job script, got {value}")
+        raise UserError(f"{option}: a job script cannot contain a backslash, got {value}")
     return f"#SBATCH {option}={literal(str(value))}"
 
 
 def check_one_line(text: str, what: str) -> None:
     """Raise `UserError` where `text` holds line breaks or other control characters."""
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
-        raise UserError(f"{what}: line breaks and control characters are not possible in it, got {text!r}")
+        raise UserError(f"{what} must not contain line breaks or control characters, got {text!r}")

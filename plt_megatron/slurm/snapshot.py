@@ -1,4 +1,4 @@
-"""The code that a job runs, copied into its run's folder, and what else there is to know of where it came from."""
+"""Copies the code that a job runs into its run's folder, and records where it came from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _GIT_SECONDS = 10
 
 
 def snapshot_code(root: Path, run: Path) -> None:
-    """Copy the code to `run`/code. Another version that is there already is kept, as code.1, code.2, ..."""
+    """Copy the code to `run`/code. Earlier versions are kept as code.1, code.2, ..."""
     target = run / CODE
     if target.exists() and target.resolve() == root.resolve():  # submitted from a run's own snapshot
         return
@@ -60,7 +60,7 @@ def snapshot_code(root: Path, run: Path) -> None:
 
 
 def link_code(run: Path, code: Path) -> None:
-    """Have `run`/code be another folder's snapshot."""
+    """Link `run`/code to another folder's snapshot."""
     target = run / CODE
     if target.is_symlink():
         target.unlink()
@@ -97,7 +97,7 @@ def describe_git(root: Path) -> str:
         return f"plt-megatron {plt_megatron.__version__}, installed in {root}; {CODE}/ holds the code.\n"
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
-        return f"{root} is no git checkout, or there is no git; {CODE}/ holds the code.\n"
+        return f"{root} is not a git checkout, or git is missing; {CODE}/ holds the code.\n"
     branch = _git(root, "rev-parse", "--abbrev-ref", "HEAD") or ""
     status = _git(root, "status", "--porcelain", "--", *_CHECKOUT) or ""
     changes = _git(root, "diff", "HEAD", "--", *_CHECKOUT) or ""
@@ -114,7 +114,7 @@ def _git(root: Path, *arguments: str) -> str | None:
             errors="replace",
             timeout=_GIT_SECONDS,
             check=True,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # looking changes nothing in the checkout
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},  # do not change the checkout
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -122,7 +122,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def describe_environment() -> str:
-    """Machine, interpreter, packages, and those variables that matter. No variable whose name sounds like a secret."""
+    """Machine, interpreter, packages and relevant variables, except those whose names suggest a secret."""
     packages = {
         f"{distribution.metadata['Name']}=={distribution.version}"
         for distribution in importlib.metadata.distributions()

@@ -1,4 +1,4 @@
-"""plt-status: how runs stand, from Slurm and from their folders."""
+"""plt-status: the status of runs, from Slurm and from their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plt_megatron.slurm import client
 from plt_megatron.slurm.run_files import name_suffix, submitted_jobs
 from plt_megatron.slurm.times import format_duration
 
-_DEPTH = 3  # of run folders below the output folder: sweeps lie one deeper than runs
+_DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
 _PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents"}
 
 
@@ -26,8 +26,8 @@ class JobStatus:
 
     Attributes:
         state: running, pending, held by its chain, finished, preempted, failed, stopped, not started, ...
-        detail: what there is to say of the state: the job, the nodes, why it waits.
-        jobs: ids of its jobs that run or wait.
+        detail: of the state: the job, the nodes, why it is pending.
+        jobs: ids of its running and pending jobs.
     """
 
     run: Path
@@ -67,10 +67,10 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
-    """The run folders that are meant: each name is one, or holds some; none: all below `output_dir`.
+    """The named run folders, or those in the named folders; without names, all below `output_dir`.
 
     Raises:
-        UserError: a name that is no run folder and holds none.
+        UserError: a name is not a run folder and contains none.
     """
     if not names:
         return find_runs(Path(output_dir))
@@ -79,13 +79,13 @@ def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
         path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
         found = find_runs(path)
         if not found:
-            raise UserError(f"{path} is no run folder and holds none: there is no {CONFIG}")
+            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}")
         runs += found
     return list(dict.fromkeys(runs))
 
 
 def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[JobStatus]:
-    """How the runs stand. `jobs`: this user's; None: Slurm cannot be asked."""
+    """The status of the runs. `jobs`: this user's; None if Slurm cannot be asked."""
     return [_run_status(run, jobs) for run in runs]
 
 
@@ -103,14 +103,14 @@ def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
 
 
 def _jobs_of(run: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
-    """By name, so that those submitted by hand count; members of an array, which share its name, by their ids."""
+    """Find jobs by name, to include those submitted by hand; members of an array share its name and are found by id."""
     known = set(submitted_jobs(run))
     suffix = name_suffix(Path(os.path.abspath(run)))
     return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
 
 
 def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:
-    """Of several jobs of a chain the one that runs counts, else the first that waits."""
+    """Of a chain's jobs, the running one counts, else the first pending one."""
     ordered = sorted(jobs, key=lambda job: (job.state == "PENDING", _number(job.id)))
     first, behind = ordered[0], len(ordered) - 1
     more = f", {behind} more of its chain behind it" if behind else ""
@@ -126,22 +126,22 @@ def _number(job_id: str) -> int:
 
 
 def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tuple[str, str]:
-    """No job runs or waits: the folder knows how it ended; Slurm where the job could not write that down."""
+    """With no running or pending job, the folder tells how it ended, or Slurm if the job could not record it."""
     folder = RunFolder(run)
     if progress.finished:
         return "finished", ""
     if progress.stopped is not None or folder.why_file.is_file():
         return "failed", progress.stopped or f"see {folder.why_file}"
     last = max(ended, key=lambda job: _number(job.id), default=None)
-    advice = f"no job goes on with it: sbatch {folder.job_script}" if folder.job_script.is_file() else ""
-    # An attempt without an end: the job was killed before it could note one.
+    advice = f"no job continues it: sbatch {folder.job_script}" if folder.job_script.is_file() else ""
+    # An attempt without an end: the job was killed before it could record one.
     if last is not None and not progress.last_status:
         why = f" ({last.reason})" if last.reason else ""
-        return last.state.lower(), "; ".join(filter(None, (f"job {last.id} has ended so{why}", advice)))
+        return last.state.lower(), "; ".join(filter(None, (f"job {last.id} ended that way{why}", advice)))
     if progress.last_status:
         return progress.last_status, advice
     if progress.attempts:
-        return "interrupted", "its last attempt left no word"
+        return "interrupted", "its last attempt left no exit record"
     if progress.step:
         return "not finished", ""
     return "not started", ""
@@ -151,7 +151,7 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
 
 
 def describe(statuses: Sequence[JobStatus]) -> str:
-    """A table, and below it what there is to say of single runs."""
+    """A table, and notes on single runs below it."""
     rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "RESTARTS", "CHECKPOINT")]
     rows += [_row(each) for each in statuses]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -186,7 +186,7 @@ def _row(each: JobStatus) -> tuple[str, ...]:
 
 
 def as_json(statuses: Sequence[JobStatus]) -> str:
-    """One object a line."""
+    """One JSON object per line."""
     lines = []
     for each in statuses:
         values = {name: value for name, value in dataclasses.asdict(each.progress).items() if name != "run"}
@@ -199,11 +199,11 @@ def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
     """What plt-status prints, and a note where Slurm could not be asked.
 
     Raises:
-        UserError: a run that is not there.
+        UserError: a run does not exist.
     """
     runs = runs_named(names, output_dir)
     if not runs:
-        raise UserError(f"no run below {output_dir}: nothing there holds a {CONFIG}")
+        raise UserError(f"no run below {output_dir}: no folder has a {CONFIG}")
     jobs, note = None, ""
     try:
         jobs = client.my_jobs()

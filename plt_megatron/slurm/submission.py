@@ -30,7 +30,7 @@ _MOST_JOBS = 1000  # of a chain
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. None: the cluster's profile says, else Slurm."""
+    """The command line. None: the cluster's profile decides, else Slurm."""
 
     config: str | None  # None with `array`
     overrides: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Member:
-    """One run that is to be submitted, checked. `label` names it where there are several."""
+    """One checked run to be submitted. `label` names it among several."""
 
     config: RunConfig
     run: Path
@@ -80,7 +80,7 @@ class Submission:
 
 
 def submit(options: Options, root: Path) -> Submission | None:
-    """Check, write the run folders, submit, and say what was done.
+    """Check, write the run folders, submit, and print what was done.
 
     Args:
         root: the checkout whose code is to run.
@@ -101,7 +101,7 @@ def submit(options: Options, root: Path) -> Submission | None:
 
 
 class _Plan:
-    """A submission on its way."""
+    """A submission in progress."""
 
     def __init__(self, options: Options, root: Path) -> None:
         _check_options(options)
@@ -122,7 +122,7 @@ class _Plan:
     # Checks.
 
     def check(self) -> None:
-        """Find out all that is wrong; `UserError` if anything is."""
+        """Find all problems; `UserError` if there are any."""
         self.resources, self.problems = self._resources()
         self.notes += self.resources.notes
         configs = self._configs()
@@ -176,10 +176,10 @@ class _Plan:
         return run_files.absolute_run_folder(config)
 
     def _check_run(self, label: str, config: RunConfig) -> list[str]:
-        """The problems of one run; it becomes a member if its configuration is sound enough to look ahead."""
+        """The problems of one run; it becomes a member if its configuration is valid enough for a forecast."""
         world_size = None if self.resources.guessed else self.resources.world_size
         container = self.profile.container
-        # In a container, optional packages are the image's matter, not this machine's.
+        # In a container, optional packages are those of the image, not of this machine.
         have_te = True if container is not None else None
         capability = find_gpu_spec(self.resources.card).capability
         problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
@@ -231,7 +231,7 @@ class _Plan:
         )
 
     def _check_active(self, runs: Sequence[Path]) -> None:
-        """Two jobs in one run folder would spoil each other's work."""
+        """Refuse runs with an active job: two jobs would overwrite each other's work."""
         submitted = [
             run for run in runs if RunFolder(run).config_file.is_file() and RunFolder(run).job_script.is_file()
         ]
@@ -255,7 +255,7 @@ class _Plan:
     # Saying.
 
     def describe(self) -> None:
-        """Print what the runs are and cost, and what to mind."""
+        """Print what the runs are and cost, with notes and warnings."""
         options, resources = self.options, self.resources
         rows = [("job", report.describe_job(resources, self.limit, options.chain, options.requeue, self.profile.name))]
         if self.array is None:
@@ -297,9 +297,9 @@ class _Plan:
         return script.render((self.root / TEMPLATE).read_text(encoding="utf-8"))
 
     def carry_out(self) -> Submission:
-        """Write the folders, submit, and say how to go on."""
+        """Write the folders, submit, and print how to continue."""
         scripts = [self._script(member.settings, member.run, None) for member in self.members]
-        job_script = self.job_script()  # rendered first: a value that cannot stand in it leaves nothing behind
+        job_script = self.job_script()  # rendered first: an invalid value must leave nothing behind
         code = None
         if self.array is not None:
             code = arrays.write_array(self.array, [member.run for member in self.members], job_script, self.root)
@@ -357,7 +357,7 @@ def _check_options(options: Options) -> None:
         raise UserError(f"--chain must be at most {_MOST_JOBS}, got {options.chain}")
     if options.array is not None and options.chain > 1:
         raise UserError(
-            "--chain does not go with --array: give --requeue, and each member goes on until it is finished"
+            "--chain cannot be combined with --array: use --requeue, and each member continues until it is finished"
         )
     if options.array is None and options.max_concurrent is not None:
         raise UserError("--max-concurrent is for --array")

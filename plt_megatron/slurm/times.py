@@ -15,7 +15,7 @@ _UNIT_SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 
 def parse_duration(text: str) -> int | None:
-    """Seconds of what sbatch's --time takes (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS); None: something else."""
+    """Seconds of an sbatch --time (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS); None: something else."""
     for form in _FORMS:
         match = re.fullmatch(form, text.strip(), re.ASCII)
         if match:

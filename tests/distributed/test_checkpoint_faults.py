@@ -82,7 +82,7 @@ def test_no_whole_checkpoint_left_is_an_error_not_a_fresh_start(run_distributed,
     for step in (1, 2):
         _flip(saved / "checkpoints" / f"step_0000000{step}" / ".metadata")
     error = run_distributed(jobs.error_of_load, 2, saved, jobs.run_config(PP2), all_ranks=True)
-    assert error == [f"{saved}: no whole checkpoint there"] * 2
+    assert error == [f"{saved}: no complete checkpoint there"] * 2
 
 
 def _die_while_writing(directory, config):

@@ -158,5 +158,5 @@ def test_fp32_state_goes_on_in_bf16_with_an_exact_main_copy(run_distributed, two
 
 
 def test_errors_of_a_job_reach_the_caller(run_distributed, tmp_path):
-    with pytest.raises(DistributedFailure, match="UserError: .*no whole checkpoint there"):
+    with pytest.raises(DistributedFailure, match="UserError: .*no complete checkpoint there"):
         run_distributed(jobs.load_and_train, 1, tmp_path / "nothing", jobs.run_config())

@@ -43,7 +43,7 @@ def load_checkpoint(
         What `save_checkpoint` was given as `progress`, and `config`, `schedule`, `layout`, `versions`, `vocab_size`.
 
     Raises:
-        UserError: on all ranks. There is no whole checkpoint, or it does not fit this engine: the message names what.
+        UserError: on all ranks. No complete checkpoint, or it does not fit this engine: the message says why.
     """
     path, progress = _find(Path(path))
     if progress.get("weights_only"):
@@ -105,7 +105,7 @@ def _schedule_step_tokens(progress: dict[str, Any]) -> int:
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The last whole checkpoint that `path` means, and its progress. Ranks share the checking."""
+    """The last complete checkpoint that `path` means, and its progress. Ranks share the checking."""
     candidates = on_rank_0(partial(checkpoints.candidates, path))
     damages: list[str] = []
     for candidate in candidates:
@@ -117,7 +117,7 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
         damages.append(problem)
         if len(candidates) > 1:
             _say(problem, logging.WARNING)
-    raise UserError(damages[0] if len(damages) == 1 else f"{path}: no whole checkpoint there")
+    raise UserError(damages[0] if len(damages) == 1 else f"{path}: no complete checkpoint there")
 
 
 def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> None:

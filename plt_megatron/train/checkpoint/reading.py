@@ -36,11 +36,11 @@ def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, T
         verify: check every file's SHA-256 first; not needed for a checkpoint just found whole.
 
     Raises:
-        UserError: there is no whole checkpoint at `path`.
+        UserError: there is no complete checkpoint at `path`.
     """
     found = latest_checkpoint(path, verify)
     if found is None:
-        raise UserError(f"{path}: no whole checkpoint there")
+        raise UserError(f"{path}: no complete checkpoint there")
     vocab_size = read_verified_progress(found)["vocab_size"]
     reader = _Reader(found)
     for key in reader.keys:

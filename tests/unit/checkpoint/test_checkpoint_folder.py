@@ -70,7 +70,7 @@ def test_nothing_there_is_none_and_an_error_to_read(tmp_path):
     (tmp_path / "step_x").mkdir()
     (tmp_path / "step_12").mkdir()
     assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(UserError, match="no whole checkpoint there"):
+    with pytest.raises(UserError, match="no complete checkpoint there"):
         read_progress(tmp_path)
 
 

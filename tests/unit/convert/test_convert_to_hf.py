@@ -228,7 +228,7 @@ def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
     with pytest.raises(UserError, match="nowhere: no such run or checkpoint"):
         quiet((tmp_path / "nowhere", out))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no whole checkpoint there"):
+    with pytest.raises(UserError, match="empty: no complete checkpoint there"):
         quiet((tmp_path / "empty", out))
     weights = dict(weights)
     del weights["decoder.layers.1.self_attention.core_attention.plt_gate.bias"]
@@ -237,7 +237,7 @@ def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
         quiet((save_run(tmp_path / "gateless", model, weights), out))
     progress = folder / "checkpoints" / "step_00000000" / "__0_0.distcp"
     progress.write_bytes(progress.read_bytes()[:-1])
-    with pytest.raises(UserError, match="run: no whole checkpoint there"):
+    with pytest.raises(UserError, match="run: no complete checkpoint there"):
         quiet((folder, out))
     assert not out.exists()
 

@@ -244,7 +244,7 @@ def test_errors(tmp_path, place):
     # What is given, and what is said.
     cases = [
         ({"model": tmp_path / "none"}, "no such run or checkpoint"),
-        ({"model": tmp_path}, "no whole checkpoint there"),
+        ({"model": tmp_path}, "no complete checkpoint there"),
         ({"data": tmp_path / "none.jsonl"}, "none.jsonl"),
         ({"data": empty}, "holds no text"),
         ({"data": binary}, "bad.jsonl, line 1"),

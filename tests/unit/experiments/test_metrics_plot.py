@@ -86,7 +86,7 @@ def test_what_no_run_recorded_has_no_panel(monkeypatch, tmp_path):
 
 def test_a_run_without_metrics_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl not found: .*empty is no run that has begun"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl not found: .*empty has no run that has started"):
         plots.plot_metrics([tmp_path / "empty"], tmp_path / "page.png")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no training step yet"):

@@ -96,7 +96,7 @@ def test_losses_that_are_not_finite_or_all_equal_still_give_a_picture(tmp_path):
 def test_bad_requests_are_refused(runs, tmp_path):
     with pytest.raises(UserError, match="no run to plot"):
         plots.plot_losses([], tmp_path / "loss.png")
-    with pytest.raises(UserError, match="no run that has begun"):
+    with pytest.raises(UserError, match="has no run that has started"):
         plots.plot_losses([tmp_path / "absent"], tmp_path / "loss.png")
     with pytest.raises(UserError, match="cannot write the plot"):
         plots.plot_losses(runs, tmp_path / "loss.sculpture")

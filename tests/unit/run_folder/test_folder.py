@@ -32,7 +32,7 @@ def test_an_empty_folder_is_a_run_that_has_not_begun(tmp_path):
     assert not run.has_trained() and run.latest_checkpoint() is None and run.attempts() == [] and run.bad_steps() == 0
     metrics = run.metrics()
     assert (metrics.step, metrics.tokens, metrics.tokens_per_second()) == (0, 0, None)
-    with pytest.raises(UserError, match="no run that has begun"):
+    with pytest.raises(UserError, match="has no run that has started"):
         run.trained_metrics()
     with pytest.raises(UserError, match=r"config\.yaml"):
         run.config()

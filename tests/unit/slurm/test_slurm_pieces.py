@@ -157,14 +157,14 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
         ("gpus_per_node: -1", ":1: gpus_per_node must be at least 0, got -1"),
         ("cpus_per_process: 0", ":1: cpus_per_process must be at least 1, got 0"),
         ("signal_margin_seconds: true", "signal_margin_seconds: expected an integer"),
-        ("environment: {'A B': x}", "no name for a variable"),
+        ("environment: {'A B': x}", "is not a valid variable name"),
         ("environment: {A: [b]}", ":1: environment.A: expected a string, got a list"),
         ("environment: [A]", "environment is a section of its own keys, got a list"),
         ("modules: cuda", "modules: expected a list of strings, got 'cuda'"),
         ("container: {runtime: docker, image: x}", "container.runtime: expected one of pyxis, apptainer; got 'docker'"),
         ("container: {runtime: pyxis}", ":1: container.image is missing"),
         ("container: {runtime: pyxis, image: x, mounts: [data]}", "must be an absolute path"),
-        ("sbatch_options: [exclusive]", "no option"),
+        ("sbatch_options: [exclusive]", "is not an option"),
         ("gpus_per_node: 8\nprocesses_per_node: 8", "processes_per_node is for CPU clusters"),
         ("gpu: h1000", "gpu: no card h1000"),
         ("- a", "expected `key: value` lines"),
@@ -245,7 +245,7 @@ def test_the_card_is_slurms_name_for_it(folder, slurm, capsys):
     slurm.answer("sinfo", "main*|up|infinite|2|64|2000000|gpu:mystery:8")
     submit_run(name="other")
     shown = capsys.readouterr().out
-    assert "taken to be H100s" in shown and "H100: " in shown
+    assert "assuming H100 GPUs" in shown and "H100: " in shown
 
 
 def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):

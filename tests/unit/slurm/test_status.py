@@ -49,7 +49,7 @@ def test_a_running_run(run, slurm):
 def test_restarts_and_their_reasons(run, slurm):
     write_progress(run, [100], checkpoint=100)
     for attempt, (status, reason) in enumerate(
-        [("preempted", "told to leave"), ("failed", "rank 3 was killed by SIGKILL"), ("killed", "it left no word")], 1
+        [("preempted", "told to leave"), ("failed", "rank 3 was killed by SIGKILL"), ("killed", "it left no record")], 1
     ):
         write_event(run, event="start", attempt=attempt, job_id="100", step=0)
         write_event(run, event="end", attempt=attempt, job_id="100", status=status, step=50 * attempt, reason=reason)
@@ -102,7 +102,7 @@ def test_a_job_that_slurm_ended_before_it_could_say_so(run, slurm):
     slurm.jobs(("100", "NODE_FAIL", job_name(run, "try")))
     text = report([], "runs", False)
     assert cells(text, "runs/try")[0] == "node_fail"
-    assert "job 100 has ended so; no job goes on with it: sbatch runs/try/job.sbatch" in text
+    assert "job 100 ended that way; no job continues it: sbatch runs/try/job.sbatch" in text
 
 
 def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_path):
@@ -232,7 +232,7 @@ def test_a_resumed_run_goes_back(run_name, look, folder, slurm):
     kept = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:1]
     (run / "metrics.tmp").write_text("".join(kept))
     (run / "metrics.tmp").replace(run / "metrics.jsonl")
-    assert look() == ["goes on after step 10"]
+    assert look() == ["continues after step 10"]
     write_progress(run, [20])
     assert look() == ["step 20/1,000: loss 2.0000, 1,000 tokens/s"]
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_goes_back(run_name, look, folder, slurm):
 def test_a_controller_that_restarts_is_asked_again(run_name, look, slurm):
     slurm.fail("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
     (line,) = look()
-    assert line.startswith("Slurm does not answer, asked again")
+    assert line.startswith("Slurm does not answer, trying again")
     assert look() == []
     (slurm.folder / "squeue.fails").unlink()
     slurm.jobs(("100", "COMPLETED", run_name))
@@ -266,5 +266,5 @@ def test_ctrl_c_leaves_the_job(run_name, slurm, monkeypatch, capsys):
     monkeypatch.setattr(follow_module.time, "sleep", interrupt)
     assert follow(submission) == 0
     said = capsys.readouterr().out
-    assert "scancel 100" in said and "goes on" in said
+    assert "scancel 100" in said and "the job continues" in said
     assert not slurm.calls("scancel")

@@ -57,7 +57,7 @@ def test_a_limit_above_the_partitions(folder, slurm):
 @pytest.mark.parametrize("state", ["drain", "inact", "inactive"])
 def test_a_partition_that_takes_no_jobs(folder, slurm, state):
     slurm.answer("sinfo", GPU_PARTITION.replace("|up|", f"|{state}|"))
-    assert_one_line(folder, slurm, refusal(), f"partition gpu is {state}: it takes no jobs")
+    assert_one_line(folder, slurm, refusal(), f"partition gpu is {state}: it accepts no jobs")
 
 
 def test_a_partition_that_is_down_takes_jobs(folder, slurm, capsys):
@@ -192,7 +192,7 @@ def test_a_long_run_that_saves_only_at_its_end(folder, slurm):
 
 def test_a_long_run_without_checkpoints(folder, slurm):
     lines = refusal("training.train_iters=100_000_000", "checkpoint.enabled=false", chain=900)
-    assert_one_line(folder, slurm, lines, "writes no checkpoints to go on from", "set checkpoint.enabled=true")
+    assert_one_line(folder, slurm, lines, "writes no checkpoints to resume from", "set checkpoint.enabled=true")
 
 
 @pytest.mark.parametrize("profile", [None, "processes_per_node: 2\npartition: cpu\n"], ids=["gpu", "no known speed"])

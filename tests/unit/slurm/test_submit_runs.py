@@ -91,7 +91,7 @@ def test_a_dry_run_needs_no_slurm(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert submit(Options("run.yaml", time="1:00:00", dry_run=True), ROOT) is None
     shown = capsys.readouterr().out
-    assert "not checked" in shown and "for want of --gpus-per-node" in shown
+    assert "not checked" in shown and "assumed: neither --gpus-per-node" in shown
 
 
 def test_the_environment_adds_no_options(folder, slurm, monkeypatch):
