@@ -164,7 +164,7 @@ class _Job:
                 for path in stale:
                     path.unlink()
                 publish_json(self.work / "plan.json", self.identity)
-            for leftover in [*self.work.glob("*.tmp"), *self.work.glob("*.spool")]:
+            for leftover in [*self.work.glob("*.tmp"), *self.work.glob(".*"), *self.work.glob("*.spool")]:
                 leftover.unlink()
             yield
 

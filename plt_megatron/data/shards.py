@@ -25,6 +25,7 @@ from plt_megatron.data.compressed import BrokenStream
 from plt_megatron.data.formats import Document, Span
 from plt_megatron.data.indexed import sync
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from plt_megatron.run_folder.files import write_text
 
 _BATCH_BYTES = 1 << 20  # of text encoded at once
 _BAD_LINES_KEPT = 1000  # per shard, with file, line and reason; all are counted
@@ -121,13 +122,8 @@ def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: P
 
 
 def publish_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        sync(file)
-    os.replace(temporary, path)
+    """Write a JSON file atomically, in ASCII: a file's name need not be UTF-8."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _read_into(writer: _SpanWriter, span: Span, broken: str, counters: Any) -> None:
