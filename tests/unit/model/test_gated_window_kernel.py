@@ -67,7 +67,7 @@ def check_resources(rows: list[dict[str, Any]]) -> None:
     print(*rows, sep="\n")
     for row in rows:
         assert row["shared"] <= (163 if row["sm"] == 80 else 227) * 1024, row
-        assert row["registers"] <= 255 and row["spilled bytes"] <= 64, row
+        assert row["registers"] <= 255 and row["spilled bytes"] <= 128, row
 
 
 def test_the_kernels_compile_for_h100():
