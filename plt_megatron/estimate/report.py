@@ -22,6 +22,7 @@ from plt_megatron.estimate.layout import layout_overrides
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
 from plt_megatron.estimate.search import Candidate, SearchResult, model_flops_share, search
+from plt_megatron.run_folder.text import format_bytes, format_duration
 
 GIB = 1 << 30
 UNITS = {"GiB": GIB, "MiB": 1 << 20}
@@ -151,8 +152,8 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
         ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and copy"],
         ["recomputation", layout.recompute, f"backend {layout.backend}"],
         ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
-        ["estimated time", _duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
-        ["checkpoint", _size(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} are kept"],
+        ["estimated time", format_duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
+        ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} are kept"],
     ]
 
 
@@ -184,7 +185,7 @@ def _verdict(estimate: RunEstimate) -> str:
 
 
 def _traffic_rows(estimate: RunEstimate) -> list[list[str]]:
-    rows = [[name, _size(amount)] for name, amount in estimate.communication.items()]
+    rows = [[name, format_bytes(amount)] for name, amount in estimate.communication.items()]
     return rows or [["nothing", ""]]
 
 
@@ -303,20 +304,8 @@ def _nearest(nearest: Candidate, usable: float) -> Iterator[str]:
 # Text.
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.3g} min"
-    return f"{seconds / 3600:.3g} h" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"
-
-
 def _count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
-
-
-def _size(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
 
 
 def _section(title: str, rows: list[list[str]]) -> Iterator[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import CONFIG, RunFolder
 from plt_megatron.run_folder.status import RunStatus, read_run_status
+from plt_megatron.run_folder.text import format_duration, format_table
 from plt_megatron.slurm import client
 from plt_megatron.slurm.run_files import name_suffix, submitted_jobs
-from plt_megatron.slurm.times import format_duration
 
 _DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
 _PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents"}
@@ -154,8 +154,7 @@ def describe(statuses: Sequence[JobStatus]) -> str:
     """A table, and notes on single runs below it."""
     rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "RESTARTS", "CHECKPOINT")]
     rows += [_row(each) for each in statuses]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [format_table(rows)]
     for each in statuses:
         notes = [each.detail] if each.detail else []
         if each.progress.problem:

@@ -42,7 +42,7 @@ def test_a_running_run(run, slurm):
     slurm.jobs(("100", "RUNNING", name), ("101", "PENDING", name), ("7", "RUNNING", "another"))
     text = report([], "runs", False)
     # 750 steps of 16,384 tokens are left, one a second.
-    assert cells(text, "runs/try") == ["running", "250 of 1,000", "16,384", "00:12:30", "0", "step 200"]
+    assert cells(text, "runs/try") == ["running", "250 of 1,000", "16,384", "12 min 30 s", "0", "step 200"]
     assert "job 100 on node[1-2], 1:00 of 30:00, 1 more of its chain behind it" in text
 
 
