@@ -1,0 +1,87 @@
+"""What is refused, in one line and before anything is loaded; what is not asked for has its default."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import assert_same, engine, prompts, served_model
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        (
+            "plt2",
+            {"additional_config": {"plt": {"loops": 1}}},
+            "plt.loops is not known: plt takes loop_mode and loop_count",
+        ),
+        (
+            "plt2",
+            {"additional_config": {"plt": {"loop_count": 3}}},
+            "loop_count must be from 1 to this model's 2, not 3",
+        ),
+        ("plt2", {"additional_config": {"plt": {"loop_count": True}}}, "loop_count must be from 1 to this model's 2"),
+        ("plt2", {"additional_config": {"plt": {"loop_mode": "both"}}}, 'loop_mode must be "parallel" or "serial"'),
+        ("plt2", {"additional_config": {"plt": "serial"}}, "additional_config plt must be an object, not 'serial'"),
+        ("naive loops", {"additional_config": {"plt": {"loop_mode": "parallel"}}}, "no cross_loop_parallel"),
+        (
+            "plt2",
+            {"enable_lora": True, "additional_config": {"plt": {"loop_mode": "parallel"}}},
+            "not possible with LoRA",
+        ),
+        ("plt2", {"pipeline_parallel_size": 2}, "cannot be served with pipeline parallelism"),
+    ],
+)
+def test_refusals(exports, monkeypatch, variant, options, message):
+    from vllm_plt import model
+
+    monkeypatch.setattr(model.PLTForCausalLM, "__init__", lambda *args, **kwargs: pytest.fail("a model was made"))
+    with pytest.raises(ValueError, match=message):
+        with engine(exports(variant), **options):
+            pass
+
+
+def test_windows_that_look_ahead_are_refused():
+    from vllm_plt.configuration_loopcoder import LoopCoderConfig
+
+    with pytest.raises(ValueError, match="looks ahead"):
+        LoopCoderConfig(plt_window_size=[64, 1])
+
+
+def test_loopcoders_defaults():
+    from vllm_plt.configuration_loopcoder import LoopCoderConfig
+
+    config = LoopCoderConfig(hidden_size=64, num_attention_heads=2)
+    assert (config.loop_count, config.window_size, config.norm_between_loops) == (2, 65, True)
+    assert (config.gate_input, config.gate_side, config.embedding_scale) == ("query", "global", 1.0)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def test_another_vllm_is_told_in_one_line():
+    """Other models are served all the same; the insides are not touched."""
+    code = """
+import logging, vllm
+vllm.__version__ = "0.33.1"
+import vllm_plt
+vllm_plt.register()
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+assert "plt" not in CONFIG_MAPPING
+try:
+    import vllm_plt.model
+except ImportError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    message = (
+        "vllm-plt is made for vLLM 0.32.x and uses its insides, and this is vLLM 0.33.1: PLT models are not served."
+    )
+    assert f"refused: {message}" in done.stdout
+    assert message in (done.stdout + done.stderr).replace("refused: " + message, "")
+
+
+def test_lora_runs_the_loops_serially(exports):
+    with engine(exports("plt2"), enable_lora=True, max_lora_rank=8) as llm:
+        model = served_model(llm)
+        assert model.model.rows is None
+        assert_same(exports("plt2"), llm, prompts(8))
