@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-faults test-slurm test-te test-serving serve-demo serving-bench sweep-smoke \
+.PHONY: help venv demo test test-all test-faults test-slurm test-te test-serving serve-demo sweep-smoke \
 	lint format bench docs doctor clean clean-all
 
 help: ## list the targets
@@ -65,9 +65,6 @@ test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (un
 
 serve-demo: $(SERVING) ## serve the demo's export with vLLM and ask it something; `make demo` first
 	@$(SERVING_PY) serving/demo.py
-
-serving-bench: $(SERVING) ## benchmarks/serving.py: decoding in vLLM, one loop against two and three; wants a quiet machine
-	$(SERVING_PY) benchmarks/serving.py
 
 sweep-smoke: $(READY) ## a tiny sweep over loop counts with its report (under 5 minutes)
 	$(PY) tools/sweep_loops.py configs/sweeps/smoke.yaml
