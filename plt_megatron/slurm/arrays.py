@@ -5,22 +5,32 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CONFIG, RunFolder
-from plt_megatron.slurm import run_files
+from plt_megatron.slurm import checks, run_files
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.script import Array
 from plt_megatron.slurm.snapshot import snapshot_code
 from plt_megatron.slurm.times import format_duration
 
-if TYPE_CHECKING:
-    from plt_megatron.slurm.submission import Member
-
 SUFFIX = ".array"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One checked run to be submitted. `label` names it among several."""
+
+    config: RunConfig
+    run: Path
+    settings: JobSettings
+    ahead: checks.Forecast
+    label: str
 
 
 def config_paths(source: str) -> list[Path]:

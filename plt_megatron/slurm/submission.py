@@ -19,6 +19,7 @@ from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.slurm import arrays, checks, client, report, run_files
+from plt_megatron.slurm.arrays import Member
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
@@ -51,17 +52,6 @@ class Options:
     name: str | None = None
     accept_changes: bool = False
     dry_run: bool = False
-
-
-@dataclass(frozen=True)
-class Member:
-    """One checked run to be submitted. `label` names it among several."""
-
-    config: RunConfig
-    run: Path
-    settings: JobSettings
-    ahead: checks.Forecast
-    label: str
 
 
 @dataclass(frozen=True)
