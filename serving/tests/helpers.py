@@ -134,9 +134,9 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = {"</s>": 0, **{f"t{index}": index for index in range(1, vocab)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t1"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="t1")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
     fast.chat_template = "{% for message in messages %}t2 {{ message['content'] }} {% endfor %}"
     fast.save_pretrained(folder)
 

@@ -1,0 +1,75 @@
+"""A server of its own process, as `vllm serve` starts it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_SECONDS = 400
+
+
+@dataclass
+class Server:
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return answer.read().decode()
+
+    def metric(self, name: str) -> float:
+        """The value of a metric that has one line."""
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(name + "{")]
+        assert len(lines) == 1, (name, lines)
+        return float(lines[0].rsplit(" ", 1)[1])
+
+    def wait_until_idle(self, seconds: float = 60) -> None:
+        """No request is left, and so no block is held."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+        end = time.monotonic() + seconds
+        while any(left := [self.metric(name) for name in names]):
+            assert time.monotonic() < end, dict(zip(names, left, strict=True))
+            time.sleep(0.2)
+
+    def is_healthy(self) -> bool:
+        try:
+            self.get("/health")
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
+
+
+@contextmanager
+def serve(model: Path, folder: Path, *arguments: str, name: str = "plt"):
+    """A server of this model at a free port, once it answers; it is stopped afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--served-model-name", name, *arguments]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    log = folder / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not server.is_healthy():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, f"no answer after {START_SECONDS} s\n" + log.read_text()[-4000:]
+            time.sleep(0.5)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
