@@ -216,8 +216,8 @@ def draw(arguments: argparse.Namespace, timelines: dict[int, list[list]], rows: 
         for rank, events in enumerate(stages):
             for kind, loop, start, end in events:
                 shade = 0.9 - 0.55 * (loop or 1) / max(timelines)
-                colour = (shade * 0.75, shade * 0.9, 1.0) if kind == "forward" else (1.0, shade * 0.95, shade * 0.7)
-                axes.barh(rank, (end - start) / work, left=(start - begun) / work, height=0.85, color=colour, lw=0)
+                color = (shade * 0.75, shade * 0.9, 1.0) if kind == "forward" else (1.0, shade * 0.95, shade * 0.7)
+                axes.barh(rank, (end - start) / work, left=(start - begun) / work, height=0.85, color=color, lw=0)
         axes.set_xlim(0, 1 + 1.05 * rows[min(rows)]["measured"])
         axes.set_yticks(range(arguments.stages), [f"stage {rank + 1}" for rank in range(arguments.stages)], fontsize=8)
         axes.invert_yaxis()

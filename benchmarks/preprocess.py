@@ -186,7 +186,7 @@ def memory(folder: Path, model: Path, size: int, workers: int) -> tuple[int, flo
 
 
 def speed(folder: Path, arguments: argparse.Namespace, model: Path, corpus: Path) -> dict[str, float]:
-    """Median tokens/s of the three, and the ratio of each pair of neighbours in time."""
+    """Median tokens/s of the three, and the ratio of each pair of neighbors in time."""
     from plt_megatron.data.indexed import read_index
 
     with open(corpus, encoding="utf-8") as file:

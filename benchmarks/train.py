@@ -8,7 +8,7 @@ One process on all cores. PLT-2 with N layers against megatron-core's own GPTMod
 length, given the same attention and norm modules, so that the ratio is the loop's overhead alone. A step is forward and
 backward, with gradients added up in DistributedDataParallel's buffers as in training; the optimizer is left out, since
 PLT-2 has half the weights to update and would look better for it. Repetitions are interleaved, ratios are taken between
-neighbours in time, figures are medians. "Model FLOP/s" follows plt_megatron/estimate/flops.py.
+neighbors in time, figures are medians. "Model FLOP/s" follows plt_megatron/estimate/flops.py.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def measure(contest: Contest, repetitions: int) -> dict[str, float]:
             samples[name].append(timed(step))
         rates.append(measure_matmul_tflops(dtype, size=2048, repetitions=3))
         samples["matmul"].append(statistics.mean(rates))
-        # Ratios of neighbours in time: what else the machine does weighs on both.
+        # Ratios of neighbors in time: what else the machine does weighs on both.
         samples["ratio"].append(samples["gpt"][-1] / samples["plt"][-1])
         samples["share"].append(flops / samples["loops"][-1] / samples["matmul"][-1])
     return {name: statistics.median(values) for name, values in samples.items()}

@@ -2,7 +2,7 @@
 
     plt-plot runs/plt2_demo [runs/other ...] --output metrics.png
 
-One page, one colour per run. Without --output the plot is metrics.png in the first run's folder.
+One page, one color per run. Without --output the plot is metrics.png in the first run's folder.
 """
 
 from __future__ import annotations

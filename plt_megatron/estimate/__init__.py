@@ -1,1 +1,1 @@
-"""Figures on paper, without torch: parameters, FLOPs, hardware peaks."""
+"""Estimates without torch: parameters, FLOPs, memory, time."""

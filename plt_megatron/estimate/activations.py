@@ -1,9 +1,9 @@
-"""Bytes that autograd keeps of one microbatch on one rank, from which tensors each operation saves.
+"""Bytes that autograd keeps of one microbatch on one rank, from the tensors that each operation saves.
 
 Symbols as in `flops`, of one rank: T tokens of a microbatch (divided by CP), S = T / TP with sequence parallelism and
 T without, d hidden, h heads and g groups (divided by TP), c channels of a head, f FFN width (divided by TP), w window,
-e bytes of an element. What a tensor's storage holds counts, not what is read of it: V is a view of the fused Q, K, V
-projection and keeps all of it alive.
+e bytes of an element. A tensor counts with its whole storage: V is a view of the fused Q, K, V projection and keeps
+all of it alive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Activations:
-    """What one rank keeps and needs; every method returns bytes of one microbatch.
+    """The memory of one rank; every method returns bytes of one microbatch.
 
     `vocab` is the padded vocabulary divided by TP, `padding` how many of the last rank's rows are padding.
     """
@@ -84,8 +84,8 @@ class Activations:
         return saved
 
     def _experts(self) -> int:
-        """Of the tokens that an even load sends to this rank's experts: their inputs, what SwiGLU keeps, and that times
-        the router's weights; and the router's logits, scores and map of each of this rank's tokens."""
+        """For the tokens of this rank's experts at an even load: their inputs, what SwiGLU keeps, and that times the
+        router's weights; for this rank's tokens: the router's logits, scores and map."""
         sent = self.rows * self.topk
         routing = self.rows * self.experts * (3 * FP32 + 1) + sent * (2 * FP32 + 8)
         return sent * (self.hidden + (3 if self.te else 6) * self.expert_ffn) * self.element + routing
@@ -95,7 +95,7 @@ class Activations:
         return self._keys() + self._fused_qkv() if self.shares_kv else 0
 
     def kv_gradients(self) -> int:
-        """Gradients of the first loop's K and V of one layer, while they wait in the mailbox."""
+        """Gradients of the first loop's K and V of one layer, accumulated until its backward."""
         return 2 * self._keys() if self.shares_kv else 0
 
     # A loop's ends.
@@ -131,7 +131,7 @@ class Activations:
         return max(cast, logits + masked - self.softmax(), logits + weight - self.softmax()) + self._gathered()
 
     def backward_working_set(self, loop: int) -> int:
-        """Temporaries of a layer's backward pass at its widest, beside everything that it has saved."""
+        """Temporaries of a layer's backward pass at its widest, besides everything that it has saved."""
         rows = 2 * self._rows_bytes() + self._gathered()
         ffn = 2 * (self.tokens * self.ffn + self.rows * self.topk * (self.expert_ffn + self.hidden)) * self.element
         attention = 0
@@ -143,7 +143,7 @@ class Activations:
 
     @property
     def _blocked_window(self) -> bool:
-        """Whether the window is attended to in blocks: torch's way, unless it spans the whole sequence."""
+        """Whether the window is computed in blocks, as torch does unless it spans the whole sequence."""
         return self.windowed and not self.te and self.window < self.row_length
 
     def _rows_bytes(self) -> int:
@@ -224,7 +224,7 @@ class Activations:
         return int(sequences * blocks * self.window * self.heads * 2 * self.window * self.element)
 
     def window_bias(self) -> int:
-        """The mask of the blocked window attention: kept for all layers, or made anew where documents are packed."""
+        """The mask of the blocked window attention: kept for all layers, or recomputed if documents are packed."""
         if not self._blocked_window:
             return 0
         return self._window_scores() // 2

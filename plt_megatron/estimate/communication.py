@@ -1,4 +1,4 @@
-"""Bytes that one rank sends in an optimizer step, by what they are for.
+"""Bytes that one rank sends in an optimizer step, by purpose.
 
 A ring collective over n ranks sends (n - 1) / n of the whole tensor per rank for an all-gather or a reduce-scatter,
 and twice that for an all-reduce.
@@ -36,7 +36,7 @@ def communication_bytes(
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
         traffic["tied embeddings"] = float(FP32 * embedding_parameters)
-    if layout.zero_stage >= 2:  # after every microbatch, for no rank has room for the sum
+    if layout.zero_stage >= 2:  # after every microbatch, since no rank has room for the sum
         traffic["gradient reduction"] *= layout.microbatches
     if layout.zero_stage == 3:  # in every loop, forward and backward
         traffic["weight gathering"] *= 2 * passes
@@ -92,6 +92,6 @@ def _tensor_ends(layout: Layout, shapes: Activations) -> float:
 
 
 def _context_layer(layout: Layout, shapes: Activations) -> float:
-    """K and V go round the ring in the forward pass; in the backward pass, they and their gradients."""
+    """K and V circulate in the ring in the forward pass; in the backward pass, their gradients too."""
     keys_and_values = 2 * shapes.tokens * shapes.groups * shapes.channels * shapes.element
     return 3.0 * (layout.context - 1) * keys_and_values

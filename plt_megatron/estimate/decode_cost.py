@@ -1,7 +1,7 @@
-"""What a decoded token costs: a roofline over bytes and FLOPs of one step of a batch of sequences.
+"""The cost of a decoded token: a roofline over bytes and FLOPs of one step of a batch of sequences.
 
-With cross-loop parallelism a step is one forward pass with L rows a sequence: weights are read once, so that further
-loops are free as long as reading is what takes the time. Without it the loops run one after another, each reading the
+With cross-loop parallelism a step is one forward pass with L rows per sequence: weights are read once, so extra loops
+are free while reading dominates. Without it the loops run one after another, each reading the
 weights again. bf16 weights and cache, on one card.
 
 Of a mixture of experts those are read that any row of the batch is sent to, taking it that rows choose independently

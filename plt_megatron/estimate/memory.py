@@ -1,8 +1,8 @@
 """Peak memory of one rank of each pipeline stage, by component.
 
 What a rank always holds (weights, gradient buffer, optimizer state) is arithmetic. On top of it the step's passes are
-played through in the order of the schedule, with what each layer saves and needs (`activations`), and the highest
-phase is reported. The optimizer's step is another candidate for the peak.
+simulated in the order of the schedule, with what each layer saves and needs (`activations`), and the peak is reported.
+The optimizer's step is another candidate for the peak.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from plt_megatron.estimate.layout import BYTES, Layout
 from plt_megatron.estimate.parameters import RankParameters, count_parameters, count_rank_parameters
 from plt_megatron.estimate.schedule import Pass, enough_microbatches, passes
 
-FP8_COPIES = 2  # Transformer Engine keeps each quantised weight and its transpose, a byte each, through the step
+FP8_COPIES = 2  # Transformer Engine keeps each quantized weight and its transpose, a byte each, through the step
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MemoryEstimate:
 
     Attributes:
         stage: from 0.
-        components: bytes at the peak by what holds them; what is not alive then is 0.
+        components: bytes at the peak by what holds them; components not alive then are 0.
         phase: when the peak is.
     """
 
@@ -60,7 +60,7 @@ COMPONENTS = (
 
 
 def estimate_memory(config: RunConfig, layout: Layout, vocab_size: int) -> list[MemoryEstimate]:
-    """One estimate a pipeline stage."""
+    """One estimate per pipeline stage."""
     shapes = activations(config, layout, vocab_size)
     return [_stage_memory(config, layout, vocab_size, shapes, stage) for stage in range(layout.pipeline)]
 
@@ -141,7 +141,7 @@ def _optimizer_step(parameters: RankParameters, layout: Layout) -> Counter[str]:
 
 @dataclass
 class MemorySimulator:
-    """Runs the passes of one stage and remembers the highest phase."""
+    """Simulates the passes of one stage and keeps the phase with the peak."""
 
     config: RunConfig
     layout: Layout
@@ -188,7 +188,7 @@ class MemorySimulator:
             self._mark({"logits": self.shapes.head_forward()}, "the loss of the last loop")
 
     def _saved(self, loop: int) -> Counter[str]:
-        """What one loop's forward pass leaves behind."""
+        """Add what one loop's forward pass saves."""
         shapes = self.shapes
         saved: Counter[str] = Counter()
         if self.full:
@@ -224,12 +224,12 @@ class MemorySimulator:
         self._mark({"logits": self.shapes.head_backward()}, "the gradient of the logits")
         self.live["logits"] -= self.shapes.softmax()
         if self.alone and self.config.model.share_embeddings_and_output_weights:
-            self.live["weight gradients in autograd"] += self.table  # until the embedding's own has come
+            self.live["weight gradients in autograd"] += self.table  # until the embedding's own arrives
         else:
             self._mark({"temporaries": self.table}, "the gradient of the output layer")
 
     def _working_set(self, loop: int) -> Counter[str]:
-        """What the last layer's backward pass needs beside `live`, which has all that is saved."""
+        """What the last layer's backward pass needs besides `live`, which has everything saved."""
         shapes = self.shapes
         needs = Counter({"temporaries": shapes.backward_working_set(loop)})
         largest = shapes.hidden * 2 * shapes.ffn * self.element
@@ -244,8 +244,8 @@ class MemorySimulator:
 
     @property
     def _autograd_keeps_weight_gradients(self) -> bool:
-        """Loops in one graph: autograd adds up a weight's gradients until its first loop has come. Pipelines run one
-        loop's backward at a time, and full recomputation one unit's."""
+        """With loops in one graph, autograd accumulates a weight's gradients until its first loop's arrive. Pipelines
+        run one loop's backward at a time, and full recomputation one unit's."""
         return self.alone and self.loops > 1 and not self.full
 
     def _first_layer(self, loop: int) -> Counter[str]:

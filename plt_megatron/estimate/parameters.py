@@ -16,7 +16,7 @@ class ParameterCount:
     """Number of parameters of each component, over all layers. Loops share them, so they count once."""
 
     embedding: int  # padded vocabulary x hidden_size
-    attention: int  # Q, K, V and output projections, and biases where there are some
+    attention: int  # Q, K, V and output projections, with any biases
     ffn: int  # gate, up and down projections of a dense FFN or of a shared expert
     norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
     gates: int  # G-SWA: none in a model of one loop
@@ -73,7 +73,7 @@ def _copies(parameter: Parameter, model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class RankParameters:
-    """Number of parameters that one rank of a pipeline stage holds: its slices, and whole what is not sliced."""
+    """Number of parameters that one rank of a pipeline stage holds: slices of split tensors, all others whole."""
 
     layers: int  # without experts
     embedding: int
@@ -87,7 +87,7 @@ class RankParameters:
 
     @property
     def dense(self) -> int:
-        """All but experts, which are shared out over other ranks."""
+        """All but experts, which are distributed over other ranks."""
         return self.total - self.experts
 
 

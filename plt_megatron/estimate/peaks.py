@@ -1,7 +1,7 @@
 """Dense peak rates from the vendor's data sheets, for MFU.
 
 TFLOP/s of one device, without sparsity. `fp32` is the rate of true single precision; a program that allows
-TF32 (`torch.backends.cuda.matmul.allow_tf32`) is held to `tf32`. A CPU is not here: its rate is measured.
+TF32 (`torch.backends.cuda.matmul.allow_tf32`) is compared with `tf32`. CPUs are not listed: their rate is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DevicePeak:
     fp8: float | None = None
 
 
-# First match wins, so a variant stands before the family it would also match.
+# The first match wins, so a variant comes before its family.
 _PEAKS: tuple[tuple[str, DevicePeak], ...] = (
     (r"GB300", DevicePeak("GB300", bf16=2500, fp32=80, tf32=1250, fp8=5000)),
     (r"B300", DevicePeak("B300", bf16=2250, fp32=75, tf32=1125, fp8=4500)),

@@ -1,4 +1,4 @@
-"""The answer of plt-estimate: tables for people, or JSON."""
+"""The output of plt-estimate: tables, or JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNITS = {"GiB": GIB, "MiB": 1 << 20}
 
 @dataclass(frozen=True)
 class EstimateOptions:
-    """What the command was asked; names are its options'."""
+    """The command's options."""
 
     path: str
     overrides: list[str] = field(default_factory=list)
@@ -50,10 +50,10 @@ class EstimateOptions:
 
 
 def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int]) -> int:
-    """Print the answer; returns the command's exit status.
+    """Print the estimate; returns the command's exit status.
 
     `tokenizer_size` gives a tokenizer file's vocabulary, for configurations that leave it to the tokenizer. Raises
-    `UserError` on a configuration that validation refuses (files of this machine are not looked at).
+    `UserError` on a configuration that validation refuses (files of this machine are not checked).
     """
     for name in ("nodes", "gpus_per_node", "batch_size", "context_length", "top"):
         value = getattr(options, name)
@@ -250,9 +250,9 @@ def _no_layout(config: RunConfig, world_size: int, found: SearchResult) -> Itera
         yield from (f"in the way: {problem}" for problem in found.problems)
         return
     yield (
-        f"{world_size} ranks cannot be shared out: no tensor x pipeline size (of {config.model.num_attention_heads} "
+        f"{world_size} ranks cannot be arranged: no tensor x pipeline size (of {config.model.num_attention_heads} "
         f"heads and {config.model.num_layers} layers) leaves a data parallel size that divides "
-        f"training.global_batch_size {config.training.global_batch_size}; take another number of nodes"
+        f"training.global_batch_size {config.training.global_batch_size}; use another number of nodes"
     )
 
 
@@ -268,7 +268,7 @@ def _search_report(options: EstimateOptions, config: RunConfig, world_size: int,
         assert found.nearest is not None
         yield from _nearest(found.nearest, usable)
         return
-    rows = [["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "what it spends beside the model's FLOPs"]]
+    rows = [["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "overhead over the model's FLOPs"]]
     for each in found.fitting[: options.top]:
         rows.append(_candidate_row(config, card, each))
     yield from _aligned(rows)

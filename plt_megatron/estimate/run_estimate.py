@@ -1,4 +1,4 @@
-"""A whole run on paper: size, work, memory, traffic, time and storage. Imports no torch."""
+"""Estimates a whole run: size, work, memory, traffic, time and storage. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from plt_megatron.estimate.parameters import count_parameters, count_rank_parame
 from plt_megatron.estimate.schedule import bubble_fraction
 from plt_megatron.estimate.step_time import StepTime, step_time
 
-# Left free: CUDA's context, NCCL's buffers, fragments of the allocator.
+# The rest is for CUDA's context, NCCL's buffers and fragmentation.
 USABLE_SHARE = 0.92
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What a run is and costs.
+    """The size and cost of a run.
 
     Attributes:
         parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
@@ -78,7 +78,7 @@ def estimate_run(
 ) -> RunEstimate:
     """Estimate a validated configuration on `world_size` ranks (None: as many as its layout asks for).
 
-    `vocab_size`: the tokenizer's; None: `model.vocab_size`. Raises `UserError` where neither is given, and on an
+    `vocab_size`: the tokenizer's; None: `model.vocab_size`. Raises `UserError` if neither is given, and on an
     unknown `gpu` (one of `cards.card_names()`).
     """
     model, vocab_size = config.model, known_vocab_size(config, vocab_size)
@@ -132,13 +132,13 @@ def estimate_run(
 
 
 def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:
-    """The vocabulary to estimate with; `UserError` where neither argument nor configuration says."""
+    """The vocabulary to estimate with; `UserError` if neither argument nor configuration gives it."""
     vocab_size = vocab_size or config.model.vocab_size
     if vocab_size is None:
         tokenizer = config.data.tokenizer
-        missing = f"the tokenizer {tokenizer} is not there" if tokenizer else "there is no data.tokenizer"
+        missing = f"the tokenizer {tokenizer} does not exist" if tokenizer else "there is no data.tokenizer"
         raise UserError(
-            f"the vocabulary is not known: {missing}; make the tokenizer, or add the size it will have, as in "
+            f"the vocabulary is unknown: {missing}; make the tokenizer, or add the size it will have, as in "
             "model.vocab_size=32000"
         )
     return vocab_size

@@ -1,4 +1,4 @@
-"""The pipeline schedule of one rank: in which order megatron-core runs loops of microbatches forward and backward.
+"""The pipeline schedule of one rank: the order in which megatron-core runs loops of microbatches forward and backward.
 
 Loops are the model chunks of its interleaved schedule (docs/decisions.md). A single stage runs all loops of a
 microbatch forward, then backward.
@@ -24,9 +24,9 @@ def bubble_fraction(pipeline: int, loops: int, microbatches: int) -> float:
 
 
 def passes(pipeline: int, stage: int, loops: int, microbatches: int) -> list[Pass]:
-    """What a stage does in one step, in order.
+    """The passes of a stage in one step, in order.
 
-    The steady state repeats, so that callers who want a peak may give fewer microbatches than there are:
+    The steady state repeats, so callers that need the peak may use fewer microbatches:
     `enough_microbatches`.
     """
     if pipeline == 1:
@@ -47,5 +47,5 @@ def passes(pipeline: int, stage: int, loops: int, microbatches: int) -> list[Pas
 
 
 def enough_microbatches(pipeline: int, microbatches: int) -> int:
-    """So few microbatches that show the same peak as all of them."""
+    """A number of microbatches that shows the same peak as all of them."""
     return min(microbatches, 2 if pipeline == 1 else 3 * pipeline)

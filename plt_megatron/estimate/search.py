@@ -1,4 +1,4 @@
-"""Every layout of a run on given cards that validation accepts, estimated, best first."""
+"""Searches the layouts of a run on given cards that validation accepts; best first."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Candidate:
 
     @property
     def overheads(self) -> list[tuple[str, float]]:
-        """What the step spends besides model FLOPs, as shares of its time, the largest first."""
+        """The step's overhead over model FLOPs, as shares of its time, largest first."""
         times, total = self.estimate.times, self.estimate.step_seconds
         shares = [
             ("recomputation", times.recompute),
@@ -49,7 +49,7 @@ class Candidate:
 @dataclass(frozen=True)
 class SearchResult:
     """`fitting`: best first. `nearest`: the layout that needs least memory, whether it fits or not; None if validation
-    accepts none, and then `problems` says what is in the way most often."""
+    accepts none, and then `problems` lists the most frequent reasons."""
 
     fitting: list[Candidate]
     nearest: Candidate | None
@@ -62,7 +62,7 @@ def search(
     config: RunConfig, *, gpu: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
 ) -> SearchResult:
     """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation,
-    and over how many ranks a mixture's experts are shared out.
+    and the number of ranks that a mixture's experts are distributed over.
 
     With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
     configuration's. Raises `UserError` as `estimate_run` does.
@@ -145,7 +145,7 @@ def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:
 
 
 def _zero(config: RunConfig) -> list[dict[str, object]]:
-    """DeepSpeed's stages, each without and with the optimizer, and at last the weights, in the host's memory."""
+    """DeepSpeed's stages, each without offloading, with the optimizer's, and finally with the weights'."""
     if config.engine != "deepspeed":
         return [{}]
     offloads = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]

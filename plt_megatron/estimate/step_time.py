@@ -1,9 +1,9 @@
-"""How long an optimizer step takes, from a card's rates and the shares of them that are achieved.
+"""The time of an optimizer step, from a card's rates and the achievable shares of them.
 
     step = (matrix products + attention + memory-bound operations + exposed tensor-parallel traffic) * (1 + bubble)
            + exposed gradient and weight traffic + the optimizer
 
-docs/estimates.md says where the shares come from and how far the figure is to be trusted.
+docs/estimates.md explains the shares, and how far to trust the figure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from plt_megatron.estimate.schedule import bubble_fraction
 # Reads and writes of the optimizer per parameter it owns: gradient, main weight and two moments in, the last three
 # and the weight out, and the norm's pass over the gradient.
 OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
-# Memory-bound operations move each saved activation about so often: written and read forward, read backward, and its
+# Memory-bound operations move each saved activation about this often: written and read forward, read backward, and its
 # gradient written and read.
 PASSES_OVER_ACTIVATIONS = 5
 # Of what matrix products reach of the BF16 peak, in terms of FP8's: casts and scales cost more next to them.
@@ -73,7 +73,7 @@ def step_time(
     tensor_parallel = traffic.get("tensor parallel", 0.0) / _bandwidth(card, layout.tensor, gpus_per_node)
     context_spread = layout.tensor * layout.context
     ring = traffic.get("context parallel", 0.0) / _bandwidth(card, context_spread, gpus_per_node)
-    tensor_parallel += max(0.0, ring - attention)  # the ring runs beside the attention
+    tensor_parallel += max(0.0, ring - attention)  # the ring overlaps with the attention
     tensor_parallel += traffic.get("expert parallel", 0.0) / _bandwidth(card, layout.expert, gpus_per_node)
     work = matmul + attention + memory_bound + recompute + tensor_parallel
     bubble = work * bubble_fraction(layout.pipeline, config.model.loop_count, layout.microbatches)
@@ -101,7 +101,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 
 
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec) -> float:
-    shapes = dataclasses.replace(shapes, recompute="none")  # what is not kept is moved all the same
+    shapes = dataclasses.replace(shapes, recompute="none")  # activations that are not kept are moved too
     layers = layout.most_stage_layers(config.model.num_layers)
     loops = range(1, config.model.loop_count + 1)
     saved: float = layers * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
@@ -111,7 +111,7 @@ def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: 
 
 
 def _recompute(layout: Layout, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
-    """Another forward pass, a third of a step, over what is recomputed."""
+    """Another forward pass, a third of a step, over the recomputed part."""
     if layout.recompute == "none":
         return 0.0
     if layout.recompute == "selective":
@@ -121,7 +121,7 @@ def _recompute(layout: Layout, matmul: float, attention: float, memory_bound: fl
 
 
 def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
-    """Of a collective over neighbouring ranks: the network's once they do not fit on a node."""
+    """Of a collective over neighboring ranks: the network's once they do not fit on a node."""
     link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
     return link * card.link_efficiency
 
@@ -129,7 +129,7 @@ def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
 def _other_communication(
     layout: Layout, card: GPUSpec, traffic: dict[str, float], work: float, gpus_per_node: int
 ) -> float:
-    """Data-parallel and pipeline traffic that does not hide behind computation.
+    """Data-parallel and pipeline traffic that does not overlap with computation.
 
     With overlapped reduction all but the last microbatch's backward pass is over when it starts: two thirds of one
     microbatch hide it. Pipeline messages are sent while the next pass computes; the first of each is waited for.

@@ -19,8 +19,8 @@ from matplotlib.ticker import EngFormatter
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
 
-# Okabe and Ito's palette: told apart by colour-blind readers and in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's palette: told apart by color-blind readers and in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINES = ("-", "--", "-.", ":")
 MARKERS = "os^Dv<>pXP"
 TOKENS = "training tokens"
@@ -37,9 +37,9 @@ class Named:
     figure: Figure
 
 
-def colour(index: int) -> str:
+def color(index: int) -> str:
     """Of the run, row or loop at `index`."""
-    return COLOURS[index % len(COLOURS)]
+    return COLORS[index % len(COLORS)]
 
 
 def new_figure(width: float, height: float, count: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -73,7 +73,7 @@ def add_legend(axes: Axes, size: int = 9) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centred running mean; the window shrinks at both ends and leaves out what is not finite."""
+    """A centered running mean; the window shrinks at both ends and leaves out what is not finite."""
     half = max(3, len(values) // _SMOOTHING_WINDOWS) // 2
     means = []
     for index in range(len(values)):

@@ -158,13 +158,13 @@ def _choose_law(points: Sequence[Point]) -> tuple[_Law, list[str]]:
     return law, notes
 
 
-# Centres of the logarithms: A and B are fitted at about the middle of the data, where they hardly depend on exponents.
-_CENTRE_N, _CENTRE_D = math.log(1e6), math.log(1e7)
+# Centers of the logarithms: A and B are fitted at about the middle of the data, where they hardly depend on exponents.
+_CENTER_N, _CENTER_D = math.log(1e6), math.log(1e7)
 
 
 def _logs(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-    log_n = np.log([p.parameters for p in points]) - _CENTRE_N
-    return log_n, np.log([p.tokens for p in points]) - _CENTRE_D
+    log_n = np.log([p.parameters for p in points]) - _CENTER_N
+    return log_n, np.log([p.tokens for p in points]) - _CENTER_D
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def _coefficients(law: _Law, theta: np.ndarray, samples: np.ndarray, level: floa
 
 def _natural(law: _Law, theta: np.ndarray) -> np.ndarray:
     natural = np.exp(theta)
-    centres = [centre for centre, has in ((_CENTRE_N, law.has_n), (_CENTRE_D, law.has_d)) if has]
-    for index, centre in enumerate(centres):
-        natural[:, 1 + 2 * index] = np.exp(theta[:, 1 + 2 * index] + natural[:, 2 + 2 * index] * centre)
+    centers = [center for center, has in ((_CENTER_N, law.has_n), (_CENTER_D, law.has_d)) if has]
+    for index, center in enumerate(centers):
+        natural[:, 1 + 2 * index] = np.exp(theta[:, 1 + 2 * index] + natural[:, 2 + 2 * index] * center)
     return natural

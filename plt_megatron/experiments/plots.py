@@ -15,7 +15,7 @@ from plt_megatron.experiments.figures import (
     LINES,
     MARKERS,
     add_legend,
-    colour,
+    color,
     new_figure,
     over_tokens,
     save,
@@ -46,7 +46,7 @@ _PANELS = (
     _Panel("grad_norm", "gradient norm", "before clipping", log=True, smoothed=True),
     _Panel("lr", "learning rate", ""),
     _Panel("tokens_per_second", "speed", "tokens/s"),
-    _Panel("mfu", "model FLOP/s utilisation", "% of the peak", scale=100),
+    _Panel("mfu", "model FLOP/s utilization", "% of the peak", scale=100),
     _Panel("peak_memory_bytes", "peak memory", "GB, largest rank", scale=1e-9),
     _Panel("gate_mean", "gates", "mean, 1 is all window"),
     _Panel("hidden_norm", "hidden states after a loop", "L2 norm, mean over tokens", log=True),
@@ -68,7 +68,7 @@ def plot_losses(
 ) -> None:
     """Draw training and validation loss against tokens, for one or more runs, into an image file.
 
-    One colour per run: the training loss of each logged step faint, its running mean solid, the validation
+    One color per run: the training loss of each logged step faint, its running mean solid, the validation
     loss at each loop count as markers. `labels` name the runs; by default their folders' names. The file's
     suffix chooses the format (png, svg, pdf).
     Raises `UserError` if a run has no metrics, or if the file cannot be written.
@@ -77,8 +77,8 @@ def plot_losses(
     figure, (axes,) = new_figure(9, 5.4)
     for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
         tokens, losses = [r["tokens"] for r in metrics.train], [r["loss"] for r in metrics.train]
-        _draw_smoothed(axes, tokens, losses, colour(index), label=f"{label}, training")
-        _draw_validation(axes, metrics, colour(index), prefix=f"{label}, ", linestyle=(0, (2, 2)))
+        _draw_smoothed(axes, tokens, losses, color(index), label=f"{label}, training")
+        _draw_validation(axes, metrics, color(index), prefix=f"{label}, ", linestyle=(0, (2, 2)))
     over_tokens(axes)
     axes.set_ylabel("loss (nats per token)")
     limits = _y_limits(runs)
@@ -95,7 +95,7 @@ def plot_metrics(
 ) -> None:
     """Draw all that the runs recorded against training tokens, one panel a quantity, into an image file.
 
-    One colour a run; loops and named parts are told apart by line style. What no run recorded has no panel. The file's
+    One color a run; loops and named parts are told apart by line style. What no run recorded has no panel. The file's
     suffix chooses the format (png, svg, pdf).
 
     Raises:
@@ -106,7 +106,7 @@ def plot_metrics(
     figure, plots = new_figure(5, 3.5, len(panels), _COLUMNS)
     for axes, panel in zip(plots, panels, strict=True):
         _draw_panel(axes, panel, runs)
-    handles = [plots[0].plot([], [], color=colour(index), linewidth=2)[0] for index in range(len(runs))]
+    handles = [plots[0].plot([], [], color=color(index), linewidth=2)[0] for index in range(len(runs))]
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
     save(figure, out_path)
 
@@ -128,12 +128,12 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Sequence[RunMetrics]) -> None:
             style = styles.setdefault(name, LINES[place % len(LINES)])
             tokens, values = [point[0] for point in points], [point[1] for point in points]
             if panel.smoothed:
-                _draw_smoothed(axes, tokens, values, colour(index))
+                _draw_smoothed(axes, tokens, values, color(index))
                 continue
             marker = "." if len(tokens) < 3 else ""  # a line through one point is not seen
-            axes.plot(tokens, values, marker=marker, color=colour(index), linestyle=style, linewidth=1.5)
+            axes.plot(tokens, values, marker=marker, color=color(index), linestyle=style, linewidth=1.5)
         if panel.field == "loss":
-            _draw_validation(axes, metrics, colour(index))
+            _draw_validation(axes, metrics, color(index))
     _decorate(axes, panel, styles)
 
 
@@ -153,22 +153,22 @@ def _curves(panel: _Panel, metrics: RunMetrics) -> dict[str, list[tuple[int, flo
     return curves
 
 
-def _draw_smoothed(axes: Axes, xs: list[int], ys: list[float], colour: str, label: str | None = None) -> None:
+def _draw_smoothed(axes: Axes, xs: list[int], ys: list[float], color: str, label: str | None = None) -> None:
     """Each value faint, the running mean solid."""
     marker = "." if len(xs) < 3 else ""
-    axes.plot(xs, ys, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(xs, smooth(ys), color=colour, linewidth=1.8, marker=marker, label=label)
+    axes.plot(xs, ys, color=color, alpha=0.25, linewidth=0.8)
+    axes.plot(xs, smooth(ys), color=color, linewidth=1.8, marker=marker, label=label)
 
 
 def _draw_validation(
-    axes: Axes, metrics: RunMetrics, colour: str, prefix: str = "", linestyle: str | tuple[int, tuple[int, int]] = ""
+    axes: Axes, metrics: RunMetrics, color: str, prefix: str = "", linestyle: str | tuple[int, tuple[int, int]] = ""
 ) -> None:
     for marker, loop_count in zip(MARKERS, metrics.loop_counts(), strict=False):
         points = metrics.validation_at(loop_count)
         axes.plot(
             [record["tokens"] for record in points],
             [record["loss"] for record in points],
-            color=colour,
+            color=color,
             marker=marker,
             markerfacecolor="white",
             markersize=6,

@@ -51,8 +51,8 @@ class TorchAttention(nn.Module):
 
 
 class ContextParallelTorchAttention(nn.Module):
-    """The same under context parallelism: a rank's queries against the whole sequence's keys and values or, within a
-    window, against this rank's own and the `window_size - 1` before each run of them."""
+    """The same under context parallelism: a rank's queries attend to the whole sequence's keys and values or, within a
+    window, to this rank's own and the `window_size - 1` before each run of them."""
 
     def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceShard) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class FusedGatedWindow(nn.Module):
 
 
 def require_fused_gated_window() -> None:
-    """Raise `UserError` unless Triton and a GPU (or Triton's interpreter, in tests) are there."""
+    """Raise `UserError` unless Triton and a GPU (or Triton's interpreter, in tests) are available."""
     try:
         import triton
     except ImportError as error:
@@ -121,9 +121,9 @@ def require_fused_gated_window() -> None:
 
 
 class GatedSlidingWindowAttention(MegatronModule):
-    """megatron-core `core_attention` of a PLT layer; which loop runs comes with each call, in `packed_seq_params`.
+    """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` says which loop runs.
 
-    Subclasses say which kernels the two attentions use.
+    Subclasses choose the kernels of the two attentions.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         """Attention of one loop.
 
         Args:
-            query: [s / CP, b, heads / TP, d], with one more channel, the gate's logit, where the gate reads hidden
+            query: [s / CP, b, heads / TP, d], with one more channel, the gate's logit, if the gate reads hidden
                 states.
             key, value: [s / CP, b, groups / TP, d].
             packed_seq_params: the loop's context; None stands for the only loop of a plain transformer.
@@ -180,7 +180,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         Returns:
             [s / CP, b, heads / TP * d].
         """
-        assert attention_mask is None and attention_bias is None, "PLT attention is causal, nothing else"
+        assert attention_mask is None and attention_bias is None, "PLT attention is always causal"
         context = packed_seq_params or LoopContext()
         logits = None
         if getattr(self.plt_gate, "reads_hidden_states", False):
@@ -211,13 +211,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         return torch.lerp(y_local, y_global, gate)
 
     def _gate(self, query: Tensor, logits: Tensor | None) -> Tensor:
-        """[s, b, heads / TP, 1]; `logits` are those of a gate that has read hidden states."""
+        """[s, b, heads / TP, 1]; `logits`: from a gate that reads hidden states."""
         assert self.plt_gate is not None
         return torch.sigmoid(self.plt_gate(query) if logits is None else logits).unsqueeze(-1)
 
     @torch.no_grad()
     def _add_gate_statistics(self, query: Tensor, logits: Tensor | None, context: LoopContext) -> None:
-        """Of a logged step: the fused kernel keeps the gate to itself."""
+        """Record gate values of a logged step: the fused kernel does not return them."""
         assert context.statistics is not None
         context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
 
@@ -254,12 +254,12 @@ class TEGatedAttention(GatedSlidingWindowAttention):
 class PLTSelfAttention(SelfAttention):
     """megatron-core's self-attention, which also lets the `hidden` gate read the residual stream.
 
-    The gate's logit rides as one more channel of each head's query: RoPE leaves channels beyond the head dimension
-    alone, and recomputation treats it as the tensor argument that it is.
+    The gate's logit is one more channel of each head's query: RoPE ignores channels beyond the head dimension, and
+    recomputation treats it like any tensor argument.
     """
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As megatron-core's, with query [s, b, heads / TP, d + 1] where the gate reads hidden states."""
+        """As megatron-core's, with query [s, b, heads / TP, d + 1] if the gate reads hidden states."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         gate = self.core_attention.plt_gate
         if getattr(gate, "reads_hidden_states", False):

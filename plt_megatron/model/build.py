@@ -1,4 +1,4 @@
-"""A configuration's model: this rank's part of it, with its initial weights."""
+"""Builds this rank's part of a configuration's model, with its initial weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plt_megatron.runtime.fp8 import choose_fp8
 def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
     """This rank's part of the model with its initial weights, on the device in the run's precision.
 
-    Process groups exist. Seeds megatron-core's random states on the way.
+    Process groups must exist. Also seeds megatron-core's random states.
     """
     training, parallel = config.training, config.parallel
     tensor_parallel.model_parallel_cuda_manual_seed(training.seed)

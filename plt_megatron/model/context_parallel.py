@@ -1,9 +1,9 @@
 """Context parallelism: a sequence's rows spread over ranks in megatron-core's zigzag order.
 
-A sequence is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r, so that under causal attention all
-ranks have as much to do. Sequence parallelism cuts a rank's rows further, in one piece for each tensor-parallel rank.
-What needs rows of other ranks gets them here: the whole of K and V for global attention, and the few rows that come
-right before a rank's own for the window and for the cross-loop shift.
+A sequence is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r, which balances the
+work of causal attention. Sequence parallelism divides a rank's rows further, in one piece per tensor-parallel rank.
+Rows of other ranks are fetched here: all of K and V for global attention, and the few rows right before a rank's own
+for the window and the cross-loop shift.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int) -> list[range]:
-    """The rows of a sequence of `length` that a rank holds, in its own order, as one or two runs of neighbours.
+    """The rows of a sequence of `length` that a rank holds, in its own order, as one or two runs of neighbors.
 
     Args:
         context_ranks: context-parallel size; 1: none.
@@ -36,7 +36,7 @@ def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int)
     for run in held:
         own = run[max(first, 0) : max(first + rows, 0)]
         first -= len(run)
-        if runs and own and runs[-1].stop == own.start:  # the last rank's chunks are neighbours
+        if runs and own and runs[-1].stop == own.start:  # the last rank's chunks are neighbors
             runs[-1] = range(runs[-1].start, own.stop)
         elif own:
             runs.append(own)
@@ -45,13 +45,13 @@ def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int)
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the rows before each rank's runs travel.
+    """How the rows before each rank's runs are exchanged.
 
     Attributes:
         send: int64 [rows sent], this rank's rows to send, by receiving rank.
         send_counts, receive_counts: rows to and from each rank.
         sizes: rows received for each of this rank's runs.
-        order: int64, where in what arrives the wanted rows lie; None: they arrive in the order wanted.
+        order: int64, positions of the wanted rows among those received; None: they arrive in order.
     """
 
     send: Tensor
@@ -62,7 +62,7 @@ class _Plan:
 
 
 class SequenceShard:
-    """The share of each sequence's rows that this rank holds, and how to get at others' rows.
+    """The share of each sequence's rows that this rank holds, and access to others' rows.
 
     Args:
         group: the ranks that share the rows, tensor-parallel ranks innermost; None: this rank holds all.
@@ -112,10 +112,10 @@ class SequenceShard:
         return own if self.size == 1 else _Gather.apply(self.group, *own)
 
     def halo(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
-        """The rows that come right before each of this rank's runs; only these travel. Gradients go back to them.
+        """The rows right before each of this rank's runs; only these are sent, and gradients are sent back.
 
         Args:
-            count: rows wanted; there are fewer where the sequence begins.
+            count: rows wanted; fewer at the start of the sequence.
             own: tensors [own rows, ...] of one dtype, this rank's rows in its order.
 
         Returns:
@@ -139,7 +139,7 @@ class SequenceShard:
         sources = [_held_by([row for part in parts for row in part], runs) for parts in wanted]
         send = [[row for owner, row in rows if owner == self.rank] for rows in sources]
         owners = [owner for owner, _ in sources[self.rank]]
-        arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each one's in the order wanted
+        arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each in the wanted order
         order = [0] * len(arrival)
         for place, index in enumerate(arrival):
             order[index] = place
@@ -168,7 +168,7 @@ def _held_by(rows: list[int], runs: list[list[range]]) -> list[tuple[int, int]]:
 
 
 class _RowsBefore(torch.autograd.Function):
-    """Tensors [own rows, ...] -> the wanted rows of other ranks (and of this one) of each, run after run."""
+    """Tensors [own rows, ...] -> the wanted rows of other ranks (and of this one) of each, one run after another."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
@@ -204,7 +204,7 @@ def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int],
 
 
 class _Gather(torch.autograd.Function):
-    """Tensors [s / CP, ...] in zigzag order -> [s, ...]; the gradients' sum over the ranks comes back."""
+    """Tensors [s / CP, ...] in zigzag order -> [s, ...]; in backward, the gradients' sum over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:

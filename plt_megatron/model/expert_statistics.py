@@ -1,5 +1,5 @@
-"""What a training step shows of its experts, loop by loop: how even their load is, whether later loops choose others
-than the first, what was dropped, and the auxiliary losses.
+"""Statistics of a training step's experts, by loop: how even their load is, whether later loops choose others than the
+first, dropped tokens, and the auxiliary losses.
 
 Collected from one microbatch of each data-parallel rank at logging intervals, as `LoopStatistics` are.
 """
@@ -16,7 +16,7 @@ LOSSES = ("aux_loss", "z_loss")
 class ExpertStatistics:
     """Sums over the tokens and layers of one microbatch, added up over the ranks by `reduce`.
 
-    Recomputation runs a layer twice: the first run counts. The losses exist in the run that is differentiated alone.
+    Recomputation runs a layer twice: the first run counts. The losses exist only in the run that is differentiated.
 
     Args:
         parts: ranks that share a microbatch's tokens (TP x CP).
@@ -55,14 +55,14 @@ class ExpertStatistics:
         self._losses[name][loop - 1, 1] += 1
 
     def reduce(self) -> dict[str, list]:
-        """One entry a loop. Collective over all ranks.
+        """One entry per loop. Collective over all ranks.
 
         Returns:
-            `expert_load`: a list of each expert's load, the busiest first, over an even load, mean over layers;
+            `expert_load`: a list of each expert's load, busiest first, relative to an even load, mean over layers;
             `expert_load_max`: the first of it. `expert_overlap`: the share of a token's experts that its first loop
-            has chosen too, None for the first loop. `dropped_tokens`: how often a token was turned away by an expert
-            beyond its capacity; `dropped_share`: of how many. `aux_loss` and `z_loss`, mean over layers and without
-            their coefficients, where they are on.
+            chose too, None for the first loop. `dropped_tokens`: how often an expert at its capacity dropped a token;
+            `dropped_share`: of all assignments. `aux_loss` and `z_loss`, if enabled: mean over layers, without their
+            coefficients.
         """
         for tensor in (self._chosen, self._dropped, self._as_first, *self._losses.values()):
             dist.all_reduce(tensor)

@@ -1,8 +1,8 @@
-"""What delayed scaling carries from step to step: each FP8 module's scales and histories of largest values.
+"""The state of delayed scaling: each FP8 module's scales and histories of largest values.
 
 Only a step that updates the weights may change it. Validation would leave histories that differ between data-parallel
-ranks, of which a checkpoint keeps one; and a step that was skipped for an infinite value would hold the scale down for
-as many calls as the history is long.
+ranks, of which a checkpoint keeps one; and a step skipped for an infinite value would keep the scale low for as
+many calls as the history is long.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _states(stage: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Fp8State:
-    """The state of a stage's modules at one time. Nothing where a run has no FP8, or a recipe without history."""
+    """A snapshot of a stage's modules. Empty without FP8, or for a recipe without history."""
 
     @torch.no_grad()
     def __init__(self, stage: nn.Module) -> None:
@@ -33,7 +33,7 @@ class Fp8State:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it back, in place: Transformer Engine's own buffers refer to these tensors."""
+        """Restore it in place: Transformer Engine's buffers refer to these tensors."""
         known = set()
         for scale, history, old_scale, old_history in self._kept:
             scale.copy_(old_scale)
@@ -47,7 +47,7 @@ class Fp8State:
 
 @contextmanager
 def fp8_state_unchanged(stage: nn.Module) -> Iterator[None]:
-    """Within it, FP8 modules run without leaving a trace."""
+    """Within this block, FP8 modules leave no trace."""
     state = Fp8State(stage)
     try:
         yield

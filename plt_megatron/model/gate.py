@@ -33,7 +33,7 @@ def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
 
 
 class GateByHead(nn.Module):
-    """A gate whose parameters are split over the tensor-parallel ranks by head, and that is called with the query."""
+    """A gate that reads the query, with parameters split over the tensor-parallel ranks by head."""
 
     reads_hidden_states = False
 
@@ -62,7 +62,7 @@ class QueryGate(GateByHead):
 
 class HiddenGate(nn.Module):
     """Gate logits from the residual stream. Weight [heads, hidden], bias [heads], norm [hidden], whole on every rank:
-    each computes all heads for its rows, and only the logits travel."""
+    each computes all heads for its rows, and only the logits are exchanged."""
 
     reads_hidden_states = True
 
@@ -89,6 +89,6 @@ class HiddenGate(nn.Module):
         return scatter_to_tensor_model_parallel_region(logits, group=self.tp_group)
 
 
-# By `model.gate_input`. What `reads_hidden_states` is called with the layer's input in every loop, before the core
-# attention; the others with the query, in the core attention of loops >= 2.
+# By `model.gate_input`. Gates with `reads_hidden_states` are called with the layer's input in every loop, before the
+# core attention; the others with the query, in the core attention of loops >= 2.
 GATES = {"query": QueryGate, "hidden": HiddenGate}

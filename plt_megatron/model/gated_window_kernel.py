@@ -1,14 +1,14 @@
 """The gated sliding-window attention of later loops as fused Triton kernels (paper section 3.3).
 
-With the first loop's attention `y_global` at hand, from whatever kernel the backend uses,
+Given the first loop's attention `y_global`, from whatever kernel the backend uses,
 
     y_local = softmax(Q K^T * scale within the window) V
     y       = lerp(y_global, y_local, g)   (gate_side local; global: the other way round),   g = sigmoid(logit)
 
-come from one kernel, which reads each query once: for the scores, for the paper's gate (logit = w_h . q + b_h), and
-beside the row of `y_global` that it is blended with. Neither `y_local` nor the gate reaches memory; the backward
-computes them again. The global attention stays a kernel of its own: at training lengths it is bound by arithmetic,
-where vendor kernels are hard to match, and the blend needs only its output, since each softmax is normalised by itself.
+are computed by one kernel, which reads each query once: for the scores, for the paper's gate (logit = w_h . q + b_h),
+with the row of `y_global` that it is blended with. Neither `y_local` nor the gate is written to memory; the backward
+recomputes them. The global attention stays a separate kernel: at training lengths it is bound by arithmetic, where
+vendor kernels are hard to match, and the blend needs only its output, since each softmax is normalized separately.
 
 Memory traffic of one layer and later loop, in units of one [s, b, heads, d] tensor; K and V count 1/r each, with
 r = heads / groups:
@@ -52,7 +52,7 @@ def _store_rows(pointer, value, rows, columns, row_stride, row_end, head_dim: tl
 
 @triton.jit
 def _first_keys(starts, rows, s, window: tl.constexpr, packed: tl.constexpr):
-    """The first key that each query sees: the window's, or its document's if that comes later."""
+    """The first key that each query sees: the window's, or its document's if later."""
     first = rows - window + 1
     if packed:
         first = tl.maximum(first, tl.load(starts + rows, mask=rows < s, other=0))
@@ -298,7 +298,7 @@ class _GatedWindow(torch.autograd.Function):
             "head_dim": head_dim,
             "block_d": max(16, triton.next_power_of_2(head_dim)),
             "packed": starts is not None,
-            "precision": "ieee" if query.dtype == torch.float32 else "tf32",  # half precision takes no notice
+            "precision": "ieee" if query.dtype == torch.float32 else "tf32",  # irrelevant in half precision
             **block_sizes(head_dim, query.element_size()),
         }
         gate = {"from_query": logits is None, "gate_local": gate_local}
@@ -338,7 +338,7 @@ class _GatedWindow(torch.autograd.Function):
             *_strides(query, key, value, dout, dk), s, key.shape[2], ctx.scale, **ctx.settings,
         )  # fmt: skip
         if dweight is not None and dbias is not None:
-            # Summed in a fixed order: the same bits every time.
+            # Summed in a fixed order, for identical bits every time.
             dweight, dbias = dweight.sum(dim=(0, 2)).to(weight.dtype), dbias.sum(dim=(0, 2)).to(bias.dtype)
         return dq, dk, dv, dglobal, dlogits, dweight, dbias, None, None, None, None
 

@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the layout.
 
-Each parameter's values come from a generator of its own, seeded with the run's seed and the parameter's name in the
-whole model. A tensor-parallel rank draws the whole tensor and keeps its part, so that a run has the same weights on one
-process and on any TP x PP x DP.
+Each parameter has its own generator, seeded with the run's seed and the parameter's name in the whole model. A
+tensor-parallel rank draws the whole tensor and keeps its part, so that one process and any TP x PP x DP start from the
+same weights.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def initialize(stage: LoopedGPT, seed: int) -> None:
 
 
 def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
-    """What this tensor-parallel rank holds of a parameter before training, as the table (`model/parameters.py`) states
-    it; fp32, on the CPU. `name`: in the whole model."""
+    """This tensor-parallel rank's part of a parameter before training, by the table (`model/parameters.py`); fp32, on
+    the CPU. `name`: in the whole model."""
     parameter = find(stage.plt, name)
     shape = Sizes.of(stage.plt, stage.padded_vocab_size).shape(parameter.dims)
     if isinstance(parameter.init, float):
@@ -67,7 +67,7 @@ def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
 
 def _draw(name: str, seed: int, shape: tuple[int, ...], std: float) -> Tensor:
     # The embedding's padding rows must not move the others: one stream, in fp32. torch draws it in blocks of 16 and
-    # draws the last 16 anew where they are no whole block: ask for whole ones.
+    # redraws the last 16 if they are not a whole block: ask for whole blocks.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     size = math.prod(shape)

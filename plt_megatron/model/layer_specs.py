@@ -28,7 +28,7 @@ from plt_megatron.model.transformer_config import resolve_backend
 
 
 class _OutputNorm:
-    """Puts an RMSNorm on the output of the megatron-core module beside which it is inherited."""
+    """Mixin that adds an RMSNorm to the output of a megatron-core module."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,7 +50,7 @@ class OutputNormMLP(_OutputNorm, MLP):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, which takes the norm's copies on tensor-parallel ranks for one rank's."""
+        """As megatron-core's, which would take the norm's copies on tensor-parallel ranks for one rank's."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         norm = (self.output_norm, f"{prefix}output_norm.", sharded_offsets, metadata)
         return state | sharded_state_dict_default(*norm, tp_group=self.tp_group)
@@ -66,7 +66,7 @@ class OutputNormSelfAttention(_OutputNorm, PLTSelfAttention):
 
 @dataclass(frozen=True)
 class _Kit:
-    """What a backend builds layers of."""
+    """The modules of a backend's layers."""
 
     backend: str
     linear: type

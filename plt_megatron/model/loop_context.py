@@ -1,7 +1,7 @@
-"""What a layer must know about the pass it is in: which loop runs, the first loop's K and V, document boundaries.
+"""What a layer knows about the current pass: its loop, the first loop's K and V, document boundaries.
 
-It travels as the `packed_seq_params` argument, which megatron-core hands to `core_attention` on every path, activation
-recomputation included. An argument, never a global: recomputation and pipelines run a loop again later.
+It is passed as the `packed_seq_params` argument, which megatron-core hands to `core_attention` on every path, including
+activation recomputation. It is not a global, since recomputation and pipelines run a loop again later.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from plt_megatron.model.shared_kv import FirstLoopKV
 
 
 class Documents:
-    """The documents packed into a microbatch's rows; the whole rows', whatever part of them a rank holds.
+    """The documents packed into a microbatch's rows: whole rows, whatever part of them a rank holds.
 
     Attributes:
-        starts: bool [b, s], True at each document's first token. A row's first token starts a document always.
+        starts: bool [b, s], True at each document's first token. A row's first token always starts a document.
         segments: int [b, s], the index of a token's document within its row.
         lengths: the documents' lengths in tokens, row after row; they add up to b * s.
     """
@@ -64,7 +64,7 @@ class Documents:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """int32 [documents + 1]: where each document begins in the rows laid end to end."""
+        """int32 [documents + 1]: where each document begins in the concatenated rows."""
         if self._cu_seqlens is None:
             bounds = [0]
             for length in self.lengths:
@@ -79,10 +79,10 @@ class LoopContext(PackedSeqParams):
 
     Attributes:
         loop: 1 for the first loop.
-        loop_count: of this pass; an evaluation or a stage of training may run other numbers than the model's.
+        loop_count: of this pass; an evaluation or a phase of training may differ from the model's.
         first_loop_kv: K and V of this microbatch's first loop.
-        documents: the packed documents, or None where a row is one text.
-        statistics: where to leave what is logged of the loops, or None.
+        documents: the packed documents, or None if a row is one text.
+        statistics: collects the loops' statistics, or None.
     """
 
     loop: int = 1
@@ -93,7 +93,7 @@ class LoopContext(PackedSeqParams):
 
     @property
     def is_last_loop(self) -> bool:
-        """Whether the head follows."""
+        """Whether this is the last loop, which the head follows."""
         return self.loop == self.loop_count
 
     def at_loop(self, loop: int) -> LoopContext:

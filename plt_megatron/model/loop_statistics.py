@@ -1,4 +1,4 @@
-"""What a training step shows of the loops at almost no cost: gate means, and how far each loop moves the hidden states.
+"""Statistics of a training step's loops at almost no cost: gate means, and how far each loop moves the hidden states.
 
 Collected from one microbatch at logging intervals. The names are LoopCoder-v2's diagnostics (arXiv 2606.18023,
 section 3.2), here over training text.
@@ -17,7 +17,7 @@ class LoopStatistics:
     """Sums over tokens (and heads) of one microbatch, added up over the ranks by `reduce`.
 
     Args:
-        experts: the same of a mixture of experts, or None.
+        experts: the statistics of a mixture of experts, or None.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class LoopStatistics:
 
     @torch.no_grad()
     def add_hidden(self, loop: int, hidden_states: Tensor) -> None:
-        """h^(loop) as it goes on to the next loop, [s (/ TP), b, h]; loop 0 is the embeddings. In order of loops."""
+        """h^(loop) as passed to the next loop, [s (/ TP), b, h]; loop 0 is the embeddings. In order of loops."""
         hidden_states = hidden_states.detach().float()
         if loop > 0:
             self._hidden[loop - 1, 0] += hidden_states.norm(dim=-1).double().sum()
@@ -46,7 +46,7 @@ class LoopStatistics:
         self._previous = hidden_states
 
     def reduce(self) -> dict[str, list]:
-        """Means over tokens, one entry a loop. Collective over all ranks.
+        """Means over tokens, one entry per loop. Collective over all ranks.
 
         Returns:
             `gate_mean` (over heads and layers; None without gates), `hidden_norm` (L2) and `step_size`

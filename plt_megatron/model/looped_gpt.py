@@ -5,7 +5,7 @@ With E the token embeddings and f the shared stack,
     h^(1) = f(E),    h^(l) = f(E + shift(h^(l-1)))    for l = 2 .. L,    logits = Head(norm(h^(L))).
 
 `LoopedGPT` holds one pipeline stage of it: its share of the layers, once, and the embedding or the head at the ends.
-`run_loop` is one loop through this stage; `forward` chains all of them where one stage holds everything.
+`run_loop` runs one loop through this stage; `forward` chains all loops if one stage holds everything.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_
 
 @dataclass
 class MicroBatch:
-    """One microbatch's inputs, all [b, s]. What runs through the model under context parallelism is `shard_for_cp`'s.
+    """One microbatch's inputs, all [b, s]. Under context parallelism the model gets those of `shard_for_cp`.
 
     Attributes:
         tokens: int64 token ids.
@@ -40,7 +40,7 @@ class MicroBatch:
         loss_mask: float, 1 where a token counts in the loss; None: everywhere.
         document_starts: bool, True at each packed document's first token; None: a row is one text.
         sample_ids: int64 [b] on the CPU, numbers of the data set's samples, for reports.
-        statistics: where to leave what is logged of the loops, or None.
+        statistics: collects the loops' statistics, or None.
     """
 
     tokens: Tensor
@@ -57,7 +57,7 @@ class MicroBatch:
         return LoopContext(loop_count=loop_count, documents=documents, statistics=self.statistics)
 
     def shard_for_cp(self, rows: SequenceShard) -> MicroBatch:
-        """What a context-parallel rank takes: its own rows, [b, s / CP], but all document starts."""
+        """A context-parallel rank's part: its own rows, [b, s / CP], but all document starts."""
         if rows.size == 1:
             return self
 
@@ -79,8 +79,8 @@ class LoopedGPT(LanguageModule):
     Args:
         config: the layers' configuration; `config.plt` says how the loops are joined.
         vocab_size: the tokenizer's.
-        padded_vocab_size: rows of the embedding table, what the tensor-parallel layout needs. Padding never takes part
-            in the softmax, so that every layout computes the same loss.
+        padded_vocab_size: rows of the embedding table, as the tensor-parallel layout requires. Padding never enters the
+            softmax, so that every layout computes the same loss.
         max_sequence_length: tokens of a row.
         pre_process: whether this stage holds the embedding.
         post_process: whether it holds the final norm and the output layer.
@@ -156,16 +156,16 @@ class LoopedGPT(LanguageModule):
         )
 
     def forward(self, batch: MicroBatch, loop_count: int | None = None) -> Tensor:
-        """All loops, where this stage is the whole model.
+        """Run all loops; this stage must be the whole model.
 
         Args:
             batch: the microbatch.
             loop_count: fewer or more loops than the model was built with, for evaluation.
 
         Returns:
-            Loss of each token, float32 [b, s / CP], or logits [b, s / CP, vocab / TP] where `batch` has no labels.
+            Loss of each token, float32 [b, s / CP], or logits [b, s / CP, vocab / TP] if `batch` has no labels.
         """
-        assert self.pre_process and self.post_process, "a pipeline stage runs loop by loop"
+        assert self.pre_process and self.post_process, "a pipeline stage runs one loop at a time"
         loop_count = loop_count or self.plt.loop_count
         context, embeddings = batch.context(loop_count), self.embed(batch)
         hidden_states: Tensor | None = None
@@ -187,7 +187,7 @@ class LoopedGPT(LanguageModule):
             context: the loop's; the same first-loop K/V in all loops of a microbatch.
             hidden_states: [s / CP (/ TP), b, h], what the stage before sent: the previous stage's output of this loop
                 or, on the first stage, the last stage's of the loop before. None in the first stage's first loop.
-            embeddings: E, where it has been computed for an earlier loop.
+            embeddings: E, if computed for an earlier loop.
 
         Returns:
             Hidden states for the next stage or, from the last stage's last loop, what `forward` returns.

@@ -1,7 +1,7 @@
 """Mixture-of-experts layers: megatron-core's router, dispatchers and experts, with a router that knows its loop.
 
-Each loop of a layer routes anew and has auxiliary losses of its own: a model of L loops has L times those of a plain
-one. Their gradients come out the same in every layout: megatron-core multiplies them by a microbatch's tokens, and all
+Each loop of a layer routes again and has its own auxiliary losses: a model of L loops has L times as many as a plain
+one. Their gradients are the same in every layout: megatron-core multiplies them by a microbatch's tokens, and all
 gradients are divided by the step's tokens at the end.
 """
 
@@ -25,10 +25,10 @@ from plt_megatron.runtime.cpu_runtime import patch_token_dispatcher
 
 
 class LoopRouter(TopKRouter):
-    """megatron-core's router, which leaves what is logged in the statistics of the loop it runs in.
+    """megatron-core's router, which also records statistics of its loop.
 
     Attributes:
-        context: the pass that the router is in, while it is in one.
+        context: the current pass, if any.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +37,7 @@ class LoopRouter(TopKRouter):
         self.number = 0
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Told by the layer. megatron-core's own is left unset: its tracker of losses would add up the loops."""
+        """Set by the layer. megatron-core's own is left unset: its tracker of losses would add up the loops."""
         self.number = layer_number
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ class LoopRouter(TopKRouter):
         return super().apply_z_loss(logits, padding_mask)
 
     def _noted(self) -> tuple[ExpertStatistics, int] | None:
-        """Where this pass is noted down, and as which loop; None: it is not."""
+        """The statistics to record this pass in, and its loop; None: do not record."""
         statistics = None if self.context is None else self.context.statistics
         if self.context is None or statistics is None or statistics.experts is None:
             return None
@@ -77,7 +77,7 @@ class LoopRouter(TopKRouter):
 
 
 class MoETransformerLayer(TransformerLayer):
-    """A layer whose router is told the pass it is in, at every call: recomputation runs a loop again later."""
+    """A layer that passes its context to the router at every call: recomputation runs a loop again later."""
 
     def _forward_mlp(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
         self.mlp.router.context = packed_seq_params

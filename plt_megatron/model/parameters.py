@@ -1,8 +1,8 @@
-"""Every parameter that a PLT can have, once: names, shapes, splits, initial values, and what it is used for.
+"""The table of every parameter that a PLT can have: names, shapes, splits, initial values, and use.
 
 Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`estimate`), initial
 weights (`model/initialization.py`), weight decay, what a checkpoint of one loop lacks (`train/checkpoint`), and in how
-many parts DeepSpeed gets a gradient. Without torch, since estimates read it.
+many parts DeepSpeed gets a gradient. It does not import torch, since estimates read it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OURS, _THEIRS = f"decoder.layers.{LAYER}.", f"model.layers.{LAYER}."
 Form = Literal["direct", "qkv", "gate_up"]
 _THEIR_ROWS = {"qkv": ("query", "key_value", "key_value"), "gate_up": ("ffn", "ffn")}
 # A constant; normal: of `init_method_std`; output: normal, divided by sqrt(2 * num_layers), for what writes into the
-# residual stream (Megatron's scaled initialisation).
+# residual stream (Megatron's scaled initialization).
 Init = float | Literal["normal", "output"]
 Component = Literal[
     "embedding", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
@@ -37,7 +37,7 @@ Component = Literal[
 
 @dataclass(frozen=True)
 class Sizes:
-    """The dimensions that shapes in the table are made of."""
+    """The dimensions used by shapes in the table."""
 
     hidden: int
     ffn: int  # of a dense FFN or a shared expert
@@ -99,9 +99,9 @@ class Parameter:
     Attributes:
         name: megatron-core's over the whole model, with `LAYER` and `EXPERT`.
         dims: names of its dimensions, attributes of `Sizes`.
-        component: what it is counted as, and what optimizers may group by.
+        component: for counting, and for optimizers to group by.
         hf: Hugging Face's names, with `LAYER` and `EXPERT`: Llama's and PLT's gate, the same in all families we read.
-        form: how it is made of those.
+        form: how it is made from those.
         split: over tensor-parallel ranks, gate and up rows each; None: whole on each.
         init: its value before training.
         exists: the models that have it.
@@ -134,7 +134,7 @@ class Parameter:
 
     @property
     def only_in_loops(self) -> bool:
-        """Whether a model of one loop has none."""
+        """Whether it exists only in models of several loops."""
         return self.component == "gates"
 
     @property
@@ -229,7 +229,7 @@ _EXPERT, _SHARED, _HF_SHARED = f"mlp.experts.{EXPERT}.", "mlp.shared_experts.", 
 
 _OF_QKV = {"form": "qkv", "split": "rows"}
 _OF_QUERY_GATE = {"init": 0.0, "split": "rows", "gate_logit": True, "in_core_attention": True, "exists": _gate("query")}
-_OF_HIDDEN_GATE = {"init": 0.0, "gate_logit": True, "exists": _gate("hidden")}  # a rank has all heads, of its rows
+_OF_HIDDEN_GATE = {"init": 0.0, "gate_logit": True, "exists": _gate("hidden")}  # a rank computes all heads for its rows
 
 # In the order in which exports store them.
 # fmt: off
@@ -281,7 +281,7 @@ TABLE = (
 # fmt: on
 
 
-# ---------------------------------------------------------------- asked of it
+# ---------------------------------------------------------------- lookups
 
 
 def parameters_of(model: ModelConfig) -> list[Parameter]:
@@ -308,7 +308,7 @@ def decays(name: str) -> bool:
 
 
 def only_in_loops(name: str) -> bool:
-    """Whether a name, ours or Hugging Face's, is that of a parameter that a model of one loop has not: a gate's."""
+    """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack: a gate's."""
     return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
 
 

@@ -19,7 +19,7 @@ from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 class MicroBatches:
     """The microbatches of one step on this rank, with the context that joins each one's loops.
 
-    The chunks ask for them by index, each in its own order of time.
+    The chunks request them by index, each in its own order.
     """
 
     def __init__(self, batches: list[MicroBatch]) -> None:
@@ -27,7 +27,7 @@ class MicroBatches:
         self._contexts: list[LoopContext | None] = [None] * len(batches)
 
     def context(self, index: int, loop: int, loop_count: int) -> LoopContext:
-        """The context of microbatch `index` in `loop`; forgotten here with its last loop, so that autograd alone
+        """The context of microbatch `index` in `loop`; dropped here after its last loop, so that autograd alone
         decides how long K and V live."""
         context = (self._contexts[index] or self.batches[index].context(loop_count)).at_loop(loop)
         self._contexts[index] = None if context.is_last_loop else context
@@ -40,13 +40,13 @@ class LoopChunk(nn.Module):
     Args:
         stage: the stage whose weights it runs.
         config: the schedule's configuration (virtual pipeline size = loops).
-        loop: 1 for the first; None runs all loops in one go (a model in one stage).
+        loop: 1 for the first; None runs all loops at once (a model in one stage).
         loop_count: loops of this schedule.
     """
 
     def __init__(self, stage: LoopedGPT, config: Any, loop: int | None, loop_count: int) -> None:
         super().__init__()
-        self._stage = (stage,)  # in a tuple, so that it is no submodule: a chunk is a view
+        self._stage = (stage,)  # in a tuple, so that it is not a submodule: a chunk is a view
         self.config = config
         self.loop = loop
         self.loop_count = loop_count
@@ -56,13 +56,13 @@ class LoopChunk(nn.Module):
         self._next = 0
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """What the stage before sent; called by the schedule ahead of each forward."""
+        """Set the previous stage's output; called by the schedule before each forward."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
         self.input_tensor = input_tensor
 
     def rewind(self) -> None:
-        """Start over with the first microbatch."""
+        """Restart with the first microbatch."""
         self._next = 0
 
     def forward(self, batches: MicroBatches) -> tuple[Tensor, MicroBatch]:

@@ -1,9 +1,9 @@
-"""The first loop's keys and values, shared with later loops (paper section 3.2), and how their gradients return.
+"""The first loop's keys and values, shared with later loops (paper section 3.2), and their gradients.
 
 The first loop publishes K and V of each layer as detached leaves. Later loops read the leaves; their gradients
 accumulate there, and an identity function in the first loop's graph adds them when its own backward runs. So the loops
-are separate autograd graphs that only hidden states join: the same code serves one process, activation recomputation
-and pipelines, where a loop's backward runs long after its forward and on a stage of its own schedule.
+are separate autograd graphs connected only by hidden states: the same code serves one process, activation recomputation
+and pipelines, where a loop's backward runs long after its forward.
 
 It is exact because a loop's input depends on the previous loop's output: every backward of loop l is over before the
 backward of loop l-1 starts, in any schedule.
@@ -43,15 +43,15 @@ class FirstLoopKV:
     def publish(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Share K and V of `layer_number` with the later loops.
 
-        When recomputation runs the first loop again, the leaves stay those that the later loops have read; only the
-        identity is put into the new graph.
+        When recomputation runs the first loop again, the leaves that later loops have read are kept; only the identity
+        is added to the new graph.
 
         Args:
             layer_number: the layer's number in the whole model.
             key, value: [s, b, num_query_groups / TP, head_dim], after RoPE.
 
         Returns:
-            (key, value) to go on with in the first loop.
+            (key, value) for the rest of the first loop.
         """
         if layer_number not in self._leaves:
             self._leaves[layer_number] = (key.detach().requires_grad_(), value.detach().requires_grad_())

@@ -2,7 +2,7 @@
 
 `shift` moves hidden states one token to the right. The first position, and the first token of each packed document,
 receive the zero vector. Under sequence and context parallelism a rank holds some of the rows; only the last row of each
-of its runs of neighbouring rows travels.
+of its contiguous runs is sent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _shift_runs(hidden_states: Tensor, rows: SequenceShard) -> Tensor:
     for run, (before,) in zip(runs, rows.halo(1, hidden_states), strict=True):
         if run.start == 0:
             parts.append(torch.zeros_like(hidden_states[:1]))
-        # Where nothing comes before, an empty tensor, that all ranks take part in the exchange's backward.
+        # An empty tensor if nothing comes before, so that all ranks take part in the exchange's backward.
         parts += [before, hidden_states[first : first + len(run) - 1]]
         first += len(run)
     return torch.cat(parts)

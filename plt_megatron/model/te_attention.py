@@ -2,7 +2,7 @@
 
 The global one follows the configuration, FP8 included; the local one is a second TEDotProductAttention whose window
 is set at construction and which always computes in BF16, since Hopper has no FP8 sliding-window kernel. Under context
-parallelism each moves rows between the ranks in a way of its own; both keep them in megatron-core's zigzag order.
+parallelism each exchanges rows in its own way; both keep megatron-core's zigzag order.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class TEAttention(nn.Module):
         s, b, heads, d = query.shape
         packed = None
         if documents is not None:
-            # TE cuts packed documents one by one among the ranks, not the row: validation refuses the two together.
+            # TE splits each packed document over the ranks instead of the row: validation refuses the combination.
             assert self.attention.config.context_parallel_size == 1
             # Rows laid end to end: [b * s, heads, d], one entry of cu_seqlens a document.
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))

@@ -2,7 +2,7 @@
 
 The causal one is torch's fused kernel. The local one costs O(n * w): blocks of `w` queries against the `2w` keys
 that they can see, never an n x n score matrix. Packed documents do not see each other. Under context parallelism the
-queries are runs of a sequence's rows (`..._of_runs`): the same attention, without queries and keys that meet nobody.
+queries are runs of a sequence's rows (`..._of_runs`): the same attention, without queries and keys that see nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plt_megatron.model.loop_context import Documents
 
-_MASKED_ROWS = 512  # where a kernel needs a mask, it is made for so many queries at a time
+_MASKED_ROWS = 512  # if a kernel needs a mask, it is made for this many queries at a time
 
 
 def causal_attention(
@@ -28,7 +28,7 @@ def causal_attention(
         query: [s, b, heads, d].
         key, value: [s, b, groups, d]; a group serves heads / groups consecutive heads (GQA), without being repeated.
         softmax_scale: default d ** -0.5.
-        documents: where given, a query sees its own document only.
+        documents: if given, a query sees only its own document.
 
     Returns:
         [s, b, heads, d].
@@ -83,9 +83,9 @@ def causal_attention_of_runs(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied where a GPU's fused attention could not load its rows, 16 bytes at a time.
+    """The tensor, copied if a GPU's fused attention could not load its rows in units of 16 bytes.
 
-    Q beside the hidden gate's logit is such: a slice of rows of head_dim + 1 channels.
+    This is so for Q beside the hidden gate's logit: a slice of rows of head_dim + 1 channels.
     """
     rows_are_aligned = all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
     return tensor if tensor.device.type == "cpu" or rows_are_aligned else tensor.contiguous()
@@ -118,7 +118,7 @@ def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: floa
 
 
 def _lower_right(n: int, m: int, device: torch.device) -> Tensor:
-    """The causal mask of the last n of m tokens. On a GPU only its description: flash attention needs no mask."""
+    """The causal mask of the last n of m tokens; on a GPU only a description, since flash attention needs no mask."""
     if device.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right  # imports the compiler: a second on a CPU's start
 
@@ -138,8 +138,8 @@ def window_attention(
     """Sliding-window attention: a query sees the last `window_size` keys, its own included (paper section 3.3).
 
     Shapes and `documents` as in `causal_attention`. Time and memory are O(s * window_size): each block of w queries is
-    multiplied with its own block of keys and the one before it. Blocks lie outermost in memory, so that "the block
-    before" is a view.
+    multiplied with its own block of keys and the one before it. Blocks are the outermost dimension in
+    memory, so that "the previous block" is a view.
     """
     if window_size >= query.shape[0]:
         return causal_attention(query, key, value, softmax_scale=softmax_scale, documents=documents)

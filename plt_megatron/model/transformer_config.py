@@ -36,7 +36,7 @@ class PLTTransformerConfig(TransformerConfig):
 
 
 def resolve_backend(model: ModelConfig) -> str:
-    """`torch` or `te`: what `model.backend: auto` means on this machine."""
+    """`torch` or `te`: what `model.backend: auto` selects on this machine."""
     if model.backend != "auto":
         return model.backend
     if is_cpu_runtime():
@@ -59,14 +59,14 @@ def transformer_config(
     It has no virtual pipeline size: a stage holds its layers once, however many loops run through them.
 
     Raises:
-        UserError: `fp8` where the backend is not Transformer Engine.
+        UserError: `fp8` with a backend other than Transformer Engine.
     """
     dtype = DTYPES[precision]
     backend = resolve_backend(model)
     if fp8 is not None and backend != "te":
         raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=none")
     if deterministic and backend == "te":
-        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention asks for it and picks kernels by it
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention requires it and chooses kernels by it
     pipelined = parallel.pipeline_model_parallel_size > 1
     full = parallel.recompute_granularity == "full"
     return PLTTransformerConfig(
@@ -101,7 +101,7 @@ def transformer_config(
         recompute_granularity=None if parallel.recompute_granularity == "none" else parallel.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=parallel.recompute_num_layers if full else None,
-        # Initialisation is ours (model/initialization.py), the same in every layout.
+        # Initialization is ours (model/initialization.py), the same in every layout.
         perform_initialization=False,
         use_cpu_initialization=is_cpu_runtime(),
         # The mean over the global batch's tokens, however they fall into microbatches and ranks.
@@ -128,7 +128,7 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, backend: str) ->
         "moe_ffn_hidden_size": derived.expert_ffn_hidden_size(model),
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "moe_router_pre_softmax": model.moe_router_pre_softmax,
-        "moe_router_dtype": "fp32",  # a choice among near equals should not hang on bf16's rounding
+        "moe_router_dtype": "fp32",  # bf16's rounding should not decide between nearly equal experts
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type if balanced else "none",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff if balanced else 0.0,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,

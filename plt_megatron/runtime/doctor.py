@@ -319,10 +319,10 @@ def _render_tables(facts: Sequence[tuple[str, ...]], rows: Sequence[tuple[str, .
     for title, body in (("This machine", facts), ("What it can run", rows)):
         table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
         for row in body:
-            table.add_row(*(_COLOURS.get(cell, "{}").format(escape(cell)) for cell in row))
+            table.add_row(*(_COLORS.get(cell, "{}").format(escape(cell)) for cell in row))
         console.print(table)
         console.print()
     return True
 
 
-_COLOURS = {"yes": "[green]{}[/green]", "no": "[yellow]{}[/yellow]"}
+_COLORS = {"yes": "[green]{}[/green]", "no": "[yellow]{}[/yellow]"}

@@ -168,7 +168,7 @@ def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDat
     """One DistributedDataParallel around a stage: its loops share the weights and so the gradient buffers.
 
     With overlap, a bucket is sent when each of its parameters has had as many gradients as in the first step after
-    synchronisation was enabled; loops and recomputation change that number, not its being the same in every step.
+    synchronization was enabled; loops and recomputation change that number, not its being the same in every step.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

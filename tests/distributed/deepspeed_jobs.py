@@ -62,7 +62,7 @@ def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import parity
 
-    with parity._randomised(case.zero_gates):
+    with parity._randomized(case.zero_gates):
         engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
     numbers = {}
     for step in range(STEPS):

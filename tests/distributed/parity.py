@@ -1,6 +1,6 @@
 """Train a tiny model for a few steps in a layout, and report every number that must not depend on it.
 
-These functions run in the pool's workers. Gates and norms are randomised: as built, gates are zero and norms one, which
+These functions run in the pool's workers. Gates and norms are randomized: as built, gates are zero and norms one, which
 would hide most mistakes in them.
 """
 
@@ -41,7 +41,7 @@ from tests.distributed.cases import (
     Layout,
     Outcome,
 )
-from tests.reference.megatron_weights import randomise_gates_and_norms
+from tests.reference.megatron_weights import randomize_gates_and_norms
 
 
 def train_all(layout: Layout, cases: list[Case]) -> list[Outcome]:
@@ -59,7 +59,7 @@ def train_all(layout: Layout, cases: list[Case]) -> list[Outcome]:
 
 def _train(layout: Layout, case: Case) -> Outcome:
     outcome = Outcome()
-    with _randomised(case.zero_gates), _small_buckets():
+    with _randomized(case.zero_gates), _small_buckets():
         engine = MegatronEngine(_config(layout, case), VOCAB_SIZE)
     dispatched = _observe_reduction(engine)
     outcome.initial = _gather(engine.stage)
@@ -139,12 +139,12 @@ def _batches(seed: int, layout: Layout, case: Case) -> list[MicroBatch]:
 
 
 @contextmanager
-def _randomised(zero_gates: bool) -> Iterator[None]:
+def _randomized(zero_gates: bool) -> Iterator[None]:
     """Have the engine start from random gates and norms, drawn by their names in the whole model."""
 
     def initialize_all(stage: LoopedGPT, seed: int) -> None:
         initialize(stage, seed)
-        randomise_gates_and_norms(stage, zero_gates)
+        randomize_gates_and_norms(stage, zero_gates)
 
     engine_module.initialize = initialize_all
     try:

@@ -54,7 +54,7 @@ def _train_save_and_evaluate(layout: Layout, case: Case, folder: Path) -> dict[s
     from plt_megatron.train.checkpoint import save_checkpoint
     from tests.distributed import parity
 
-    with parity._randomised(False):
+    with parity._randomized(False):
         engine = engine_module.MegatronEngine(parity._config(layout, case), VOCAB_SIZE)
     engine.train_step(parity._batches(0, layout, case))
     save_checkpoint(engine, folder, {"step": 1})

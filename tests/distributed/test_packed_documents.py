@@ -27,7 +27,7 @@ def logits_of_packs(sequence_parallel: bool, settings: dict[str, Any], packs: li
     from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
     from plt_megatron.model.transformer_config import transformer_config
     from plt_megatron.runtime.process_groups import init_process_groups
-    from tests.reference.megatron_weights import randomise_gates_and_norms
+    from tests.reference.megatron_weights import randomize_gates_and_norms
 
     ranks = dist.get_world_size()
     parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=sequence_parallel)
@@ -42,7 +42,7 @@ def logits_of_packs(sequence_parallel: bool, settings: dict[str, Any], packs: li
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     initialize(stage, 1)
-    randomise_gates_and_norms(stage)
+    randomize_gates_and_norms(stage)
     starts = torch.zeros(1, LENGTH, dtype=torch.bool)
     starts[0, list(BOUNDS[:-1])] = True
     results = []
@@ -72,7 +72,7 @@ def _packs() -> list[list[int]]:
     [{"loop_count": 3}, {"gate_input": "hidden", "gate_side": "global", "norm_between_loops": True}],
     ids=["PLT-3", "LoopCoder-v2's gate"],
 )
-def test_a_document_does_not_see_its_neighbours(run_distributed, ranks, settings):
+def test_a_document_does_not_see_its_neighbors(run_distributed, ranks, settings):
     world_size, sequence_parallel = ranks
     packs = _packs()
     first, *others = run_distributed(logits_of_packs, world_size, sequence_parallel, settings, packs)
@@ -81,4 +81,4 @@ def test_a_document_does_not_see_its_neighbours(run_distributed, ranks, settings
     for (begin, end), other in zip(itertools.pairwise(BOUNDS), others, strict=True):
         assert np.array_equal(first[begin:end], other[begin:end])
         outside = np.r_[0:begin, end:LENGTH]
-        assert not np.isclose(first[outside], other[outside]).all(axis=1).any(), "the neighbours do differ"
+        assert not np.isclose(first[outside], other[outside]).all(axis=1).any(), "the neighbors do differ"

@@ -8,8 +8,8 @@ from tests.hf.tiny import decode, full, make_config, make_model, make_tokens
 TOLERANCE = 1e-4
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 VARIANTS = {
-    "normalised": {},
-    "not normalised": {"norm_topk_prob": False, "num_experts_per_tok": 3},
+    "normalized": {},
+    "not normalized": {"norm_topk_prob": False, "num_experts_per_tok": 3},
     "shared, normed": {"shared_expert_intermediate_size": 40, "ffn_output_norm": True, "qk_norm": True},
 }
 

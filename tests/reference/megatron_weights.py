@@ -68,7 +68,7 @@ def _split_qkv(config: ModelConfig, tensor: Tensor) -> list[Tensor]:
     return [part.flatten(0, 1) for part in by_group.split([per_group * head_dim, head_dim, head_dim], dim=1)]
 
 
-def randomise_gates_and_norms(stage: LoopedGPT, zero_gates: bool = False) -> None:
+def randomize_gates_and_norms(stage: LoopedGPT, zero_gates: bool = False) -> None:
     """Gates ~ N(0, 1), norms and biases ~ 1 + N(0, 0.3): as built they are zero and one, which would hide mistakes.
 
     Drawn by the parameters' names in the whole model, so that they are equal in every layout.

@@ -1,7 +1,7 @@
 """Transformer Engine's Python on a CPU: `enter()` once in a process, before megatron is imported.
 
 Needs the pure-Python wheel `transformer_engine` alone, in the environment or in `build/te` (`make test-te`). The
-process then takes itself for one with a Hopper GPU. This proves wiring, FP8 state, what is quantised when,
+process then takes itself for one with a Hopper GPU. This proves wiring, FP8 state, what is quantized when,
 communication and the choice of backends; it proves nothing about kernels.
 """
 

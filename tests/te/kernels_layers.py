@@ -101,7 +101,7 @@ def get_num_cublas_streams() -> int:
 def rmsnorm_fwd(
     x: Tensor, weight: Tensor, eps: float, out: Any, quantizer: Any, otype: Any, sm_margin: int, zero_centered: bool
 ) -> tuple[Any, None, Tensor]:
-    """(normalised, nothing, 1 / root mean square [rows])."""
+    """(normalized, nothing, 1 / root mean square [rows])."""
     rows = x.float()
     rsigma = (rows.square().mean(-1) + eps).rsqrt()
     normed = rows * rsigma.unsqueeze(-1) * (weight.float() + zero_centered)

@@ -1,4 +1,4 @@
-"""Quantisation in plain torch: what Transformer Engine's CUDA kernels do for its four FP8 recipes.
+"""Quantization in plain torch: what Transformer Engine's CUDA kernels do for its four FP8 recipes.
 
 Delayed and current ("tensorwise") scaling have one scale a tensor, block scaling one for 1 x 128 or 128 x 128
 elements, MXFP8 a power of two for 32. Layouts of data and scales are Transformer Engine's, without the swizzling that
@@ -68,7 +68,7 @@ def fp8_transpose(data: Tensor, dtype: Any, *, out: Tensor | None) -> Tensor:
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """Quantise a high-precision tensor, into `output` where there is one; nothing happens where `noop` is not zero."""
+    """Quantize a high-precision tensor, into `output` where there is one; nothing happens where `noop` is not zero."""
     if quantizer is None:
         return tensor if output is None else output.copy_(tensor)
     if output is None:
@@ -79,7 +79,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def bgrad_quantize(grad: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
-    """(the bias's gradient, the quantised gradient)."""
+    """(the bias's gradient, the quantized gradient)."""
     return grad.reshape(-1, grad.shape[-1]).sum(0), quantize(grad, quantizer)
 
 
@@ -221,12 +221,12 @@ _FILL = {
 
 
 def dequantize(tensor: Any, otype: Any) -> Tensor:
-    """A quantised tensor in high precision."""
+    """A quantized tensor in high precision."""
     return operand(tensor, columnwise=False).to(torch_dtype(otype))
 
 
 def operand(tensor: Any, columnwise: bool) -> Tensor:
-    """What a matrix product multiplies: float32 of a tensor or, of a quantised one, of the copy the product reads.
+    """What a matrix product multiplies: float32 of a tensor or, of a quantized one, of the copy the product reads.
 
     Args:
         columnwise: the copy whose blocks run along the leading dimensions. Per-tensor scales have one copy's values.

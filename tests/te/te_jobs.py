@@ -56,7 +56,7 @@ def train_fresh(layout: Layout, cases: list[Case]) -> list[Outcome]:
     return outcomes
 
 
-# ---------------------------------------------------------------- what is quantised, and which attention runs
+# ---------------------------------------------------------------- what is quantized, and which attention runs
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Counts:
     """What happened in each call of the engine, `train` or `evaluate`.
 
     Attributes:
-        weights: how often each parameter was quantised, by name.
+        weights: how often each parameter was quantized, by name.
         attentions: how often fused attention ran, by (FP8 or not, window).
     """
 
@@ -127,7 +127,7 @@ def _counting(calls: list[Counts]) -> Iterator[None]:
 
 
 def train_without_cache(layout: Layout, case: Case) -> Outcome:
-    """Train a case whose layers quantise their weights in every call."""
+    """Train a case whose layers quantize their weights in every call."""
     from megatron.core.extensions import transformer_engine as layers
 
     from tests.distributed import parity

@@ -1,4 +1,4 @@
-"""FP8 on an emulated Hopper (and Blackwell, for mxfp8): close to BF16, weights quantised once a step, which attention
+"""FP8 on an emulated Hopper (and Blackwell, for mxfp8): close to BF16, weights quantized once a step, which attention
 is in FP8, and what the log and the errors say."""
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_mxfp8_is_blackwells(run_te, bf16, check_close, recipe):
 @pytest.mark.parametrize(
     ("layout", "loops"), [(Layout(), 1), (Layout(), 3), (Layout(tp=2, sp=True), 2), (Layout(pp=2), 3)], ids=str
 )
-def test_weights_are_quantised_once_a_step_whatever_loops_and_microbatches(run_te, layout, loops, recipe):
+def test_weights_are_quantized_once_a_step_whatever_loops_and_microbatches(run_te, layout, loops, recipe):
     """Each step runs at least two microbatches, each `loops` times through every layer."""
     calls, _ = run_te(jobs.count, layout.world_size, layout, fp8_case(loops, recipe))
     assert [call.call for call in calls].count("train") == 3
@@ -89,7 +89,7 @@ def test_weights_are_quantised_once_a_step_whatever_loops_and_microbatches(run_t
         assert set(call.weights.values()) == {1}, call.weights
 
 
-def test_full_recomputation_quantises_no_weight_again_but_at_the_very_start(run_te):
+def test_full_recomputation_quantizes_no_weight_again_but_at_the_very_start(run_te):
     """Transformer Engine's norm-and-linear layer leaves out the transposed copy where no gradient follows, and so makes
     its weight's anew in the first backward pass of a run."""
     calls, _ = run_te(jobs.count, 1, Layout(), fp8_case(3, "tensorwise", recompute="full"))
@@ -109,7 +109,7 @@ def test_full_recomputation_gives_the_same_gradient_with_scales_of_the_tensors_t
 
 
 def test_the_cached_weights_are_never_stale(run_te):
-    """Over three steps the numbers are those of layers that quantise in every call, bit for bit. Tensorwise scales
+    """Over three steps the numbers are those of layers that quantize in every call, bit for bit. Tensorwise scales
     depend on the weight alone."""
     case = fp8_case(2, "tensorwise")
     (cached,) = run_te(jobs.train_fresh, 1, Layout(), [case])

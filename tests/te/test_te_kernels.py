@@ -10,7 +10,7 @@ def in_pool(run_te, check, *args):
     run_te(check, 1, *args)
 
 
-# ---------------------------------------------------------------- quantisation
+# ---------------------------------------------------------------- quantization
 
 
 def round_trip(kind: str, settings: dict, shape: tuple[int, ...], scale: float) -> None:
@@ -60,7 +60,7 @@ def round_trip(kind: str, settings: dict, shape: tuple[int, ...], scale: float) 
     ],
     ids=["delayed", "tensorwise", "blocks 1 x 128", "blocks 128 x 128", "mxfp8"],
 )
-def test_quantised_tensors_decode_to_what_was_quantised(run_te, kind, settings, dtype, scale):
+def test_quantized_tensors_decode_to_what_was_quantized(run_te, kind, settings, dtype, scale):
     in_pool(run_te, round_trip, kind, {**settings, "dtype": dtype}, (64, 3, 160), scale)
 
 

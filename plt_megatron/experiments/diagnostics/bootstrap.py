@@ -61,8 +61,8 @@ class Bootstrap:
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = filled.sum(0) / number
             # Relative to the mean, so that rounding does not show where all values are equal.
-            centred = np.where(defined, values - mean, 0.0)
-            resampled = (self._counts @ centred) / (self._counts @ defined.astype(np.float64))
+            centered = np.where(defined, values - mean, 0.0)
+            resampled = (self._counts @ centered) / (self._counts @ defined.astype(np.float64))
         bounds = np.full((2, values.shape[1]), math.nan)
         enough = number > 1
         if enough.any():

@@ -44,7 +44,7 @@ MEASURES = (
     Measure(
         "effective_rank",
         "effective rank",
-        "exp(entropy of the normalised singular values) of the states of a sequence, each divided by its RMS",
+        "exp(entropy of the normalized singular values) of the states of a sequence, each divided by its RMS",
         0,
         form=".2f",
     ),

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from plt_megatron.experiments.diagnostics.bootstrap import Intervals
 from plt_megatron.experiments.diagnostics.catalog import MEASURES
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
-from plt_megatron.experiments.figures import MARKERS, Named, add_legend, colour, new_figure
+from plt_megatron.experiments.figures import MARKERS, Named, add_legend, color, new_figure
 
 _TITLES = {measure.name: measure.title for measure in MEASURES}
 _STATES = ("step_size", "update_cosine", "effective_rank", "fixed_point_gap", "loop_map_gap", "offset_cost")
@@ -83,10 +83,10 @@ def _draw(axes: Axes, name: str, loops: Sequence[int], intervals: Intervals) -> 
     if not np.isnan(intervals.low[loops]).any():
         errors = np.clip([means - intervals.low[loops], intervals.high[loops] - means], 0, None)
     if name == "peak_loop":
-        axes.bar(loops, means, yerr=errors, color=colour(4), ecolor="#333333", capsize=4, width=0.6)
+        axes.bar(loops, means, yerr=errors, color=color(4), ecolor="#333333", capsize=4, width=0.6)
         axes.set_ylim(0, 1.05)
         return
-    axes.errorbar(loops, means, yerr=errors, color=colour(0), marker="o", markersize=5, linewidth=1.4, capsize=4)
+    axes.errorbar(loops, means, yerr=errors, color=color(0), marker="o", markersize=5, linewidth=1.4, capsize=4)
     if name == "update_cosine":
         axes.axhline(0, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(-1.05, 1.05)
@@ -109,7 +109,7 @@ def _by_layer(diagnosis: Diagnosis, names: Sequence[str]) -> Figure:
         for loop in range(1, len(mean)):
             if np.isnan(mean[loop]).all():
                 continue
-            shade, marker = colour(loop - 1), MARKERS[(loop - 1) % len(MARKERS)]
+            shade, marker = color(loop - 1), MARKERS[(loop - 1) % len(MARKERS)]
             axes.plot(layers, mean[loop], color=shade, marker=marker, markersize=4.5, label=f"loop {loop}")
             axes.fill_between(layers, low[loop], high[loop], color=shade, alpha=0.18, linewidth=0)
         axes.set_title(_TITLES[name], fontsize=10)

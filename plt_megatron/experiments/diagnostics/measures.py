@@ -48,7 +48,7 @@ def offset_cost(state: Tensor, starts: Tensor | None = None) -> float:
 
 
 def effective_rank(states: Tensor) -> float:
-    """exp(entropy of the normalised singular values) of [T, d] whose rows are divided by their RMS; 1 .. min(T, d)."""
+    """exp(entropy of the normalized singular values) of [T, d] whose rows are divided by their RMS; 1 .. min(T, d)."""
     rows = states.double()
     rms = rows.pow(2).mean(-1, keepdim=True).sqrt()
     rows = torch.where(rms > 0, rows / rms, rows)

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from plt_megatron.experiments.figures import (
-    COLOURS,
+    COLORS,
     LINES,
     MARKERS,
     TOKENS,
     Named,
     add_legend,
-    colour,
+    color,
     new_figure,
     over_tokens,
 )
@@ -61,8 +61,8 @@ def _new(height: float = 4.6) -> tuple[Figure, Axes]:
 
 
 def _style(index: int) -> tuple[str, str, str]:
-    """Colour, line and marker of the row at `index`: told apart in grey as well."""
-    return colour(index), LINES[(index // len(COLOURS)) % len(LINES)], MARKERS[index % len(MARKERS)]
+    """Color, line and marker of the row at `index`: told apart in grey as well."""
+    return color(index), LINES[(index // len(COLORS)) % len(LINES)], MARKERS[index % len(MARKERS)]
 
 
 def _curves(group: Sequence[Row], scale: Callable[[Row], float], label: str) -> Figure:

@@ -162,7 +162,7 @@ def test_each_decision_names_the_setting_it_follows_from(key):
         ({"steps_per_print": None}, "deepspeed.steps_per_print: expected a whole number of at least 1, got null"),
     ],
 )
-def test_the_raw_section_may_not_contradict_nor_be_misspelt(section, expected):
+def test_the_raw_section_may_not_contradict_nor_be_misspelled(section, expected):
     (line,) = raw(section)
     assert expected in line and "\n" not in line
 

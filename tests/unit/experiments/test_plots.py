@@ -46,7 +46,7 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_the_picture_holds_every_run_in_its_colour(runs, tmp_path, drawn):
+def test_the_picture_holds_every_run_in_its_color(runs, tmp_path, drawn):
     out = tmp_path / "new folder" / "loss.png"
     plots.plot_losses(runs, out, ["two loops", "one loop"])
     picture = imread(out)
@@ -61,8 +61,8 @@ def test_the_picture_holds_every_run_in_its_colour(runs, tmp_path, drawn):
         "one loop, training",
         f"one loop, validation, 1 loop: {3.2 + 6 * math.exp(-12.5) + 1:.3f}",
     ]
-    colours = [line.get_color() for line in axes.get_lines()]
-    assert len(set(colours)) == 2
+    colors = [line.get_color() for line in axes.get_lines()]
+    assert len(set(colors)) == 2
 
 
 def test_the_curves_are_the_data_and_the_end_is_in_view(runs, tmp_path, drawn):
@@ -77,7 +77,7 @@ def test_the_curves_are_the_data_and_the_end_is_in_view(runs, tmp_path, drawn):
 
 def test_smoothing_keeps_length_ends_and_level_and_skips_what_is_not_finite():
     values = [float(value) for value in range(200)]
-    assert smooth(values) == pytest.approx(values)  # a centred mean leaves a line alone
+    assert smooth(values) == pytest.approx(values)  # a centered mean leaves a line alone
     assert smooth([2.0, math.nan, 4.0])[1] == 3.0
     assert math.isnan(smooth([math.nan])[0])
     assert smooth([]) == []

@@ -204,7 +204,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "rotary base": ({}, {"rotary_base": 9000.0}, False),
     "epsilon": ({}, {"layernorm_epsilon": 1e-3}, False),
     "loops": ({}, {"loop_count": 3}, False),
-    "normalised weights": (EXPERTS, {"moe_router_pre_softmax": True}, False),
+    "normalized weights": (EXPERTS, {"moe_router_pre_softmax": True}, False),
     "experts of a token": (EXPERTS, {"moe_router_topk": 3}, False),
 }
 

@@ -41,7 +41,7 @@ def test_every_token_a_document():
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("explicit", [True, False], ids=["position_ids", "no position_ids"])
 @pytest.mark.parametrize("settings", [{"loop_count": 3}, LOOPCODER_V2], ids=["PLT-3", "LoopCoder-v2"])
-def test_a_documents_logits_do_not_depend_on_its_neighbours(settings, explicit):
+def test_a_documents_logits_do_not_depend_on_its_neighbors(settings, explicit):
     from plt_megatron.model.looped_gpt import MicroBatch
 
     stage = build(settings)

@@ -385,7 +385,7 @@ def test_a_run_whose_job_is_queued_is_left_alone(folder, slurm):
     submit_run()
 
 
-def test_an_installed_package_goes_along_without_its_neighbours(folder, slurm, checkout, capsys):
+def test_an_installed_package_goes_along_without_its_neighbors(folder, slurm, checkout, capsys):
     (checkout / "pyproject.toml").unlink()
     (checkout / "plt_megatron-0.1.0.dist-info").mkdir()
     submit_run(root=checkout)
