@@ -117,7 +117,7 @@ def test_search_that_finds_nothing_names_the_nearest_and_fails():
         ([RUN, "--batch", "0"], "error: --batch must be at least 1"),
         ([RUN, "--nodes", "3", "--search"], "error: 24 ranks cannot be arranged"),
         ([RUN, "--search", "model.num_query_groups=7"], "not divisible by model.num_query_groups 7"),
-        ([RUN, "model.vocab_size=null"], "error: the vocabulary is not known: the tokenizer data/tokenizer.json"),
+        ([RUN, "model.vocab_size=null"], "error: the vocabulary is unknown: the tokenizer data/tokenizer.json"),
         ([RUN, "--layout", "TP2 XP3"], "error: --layout: XP3 is not known; it is written as in 'TP2 SP PP4"),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
