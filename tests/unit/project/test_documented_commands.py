@@ -1,0 +1,172 @@
+"""Every command in a fenced block of README and docs runs, in order, in a folder of a newcomer with a small corpus.
+
+A page is read for its blocks of `bash`, and of no language, whose lines begin with a command; its prose is free.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.loader import dump_config, load_config
+from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "results/paper_ablation/README.md"]
+PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+COMMAND = re.compile(r"(plt-|python|make|pip|export|mkdir|tar)\b.*")
+
+# What is not run as it is written: where it is found, what stands in for it (nothing: it is left out), and why.
+INSTEAD = [
+    (r"^make\b", "make --no-print-directory -n -C $ROOT", "takes minutes; each target has tests of its own"),
+    (r"^pip install.*", "", "installs from the network; test_wheel.py installs"),
+    (r"^export SLURM_CONF.*", "", "starts the tests' own Slurm, which tests/slurm does; here Slurm only answers"),
+    (r" --follow\b", "", "waits for a job, and there is none"),
+    (r" --cluster NAME\b", " --cluster h100_modules", "a name for the reader to fill in"),
+    (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
+    (r"^python benchmarks/gpu.py.*", "python $ROOT/benchmarks/gpu.py --help", "needs a GPU"),
+    (r"^plt-train .*engine=deepspeed.*", r"\g<0> --print-config", "needs DeepSpeed and the memory of a 1.2B model"),
+    (r"^plt-train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
+    (r"^plt-train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
+    (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
+    (r"^plt-report runs/sweeps/loop_count", "plt-report runs/sweeps/paper_ablation", "the sweep was not trained"),
+    (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
+    (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),
+    (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 1024", "minutes on 65,536 tokens"),
+    (
+        r"^plt-submit .*plt2_1b.*",
+        r"\g<0> model.num_layers=1 model.vocab_size=512",
+        "needs room for 66 GB of checkpoints",
+    ),
+    (r"^plt-submit .*plt2_tiny.*", r"\g<0> name=on_slurm", "README's commands have trained a run of its own name"),
+]
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page, continuation lines joined."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    shown = "".join(block for language, block in blocks if language in ("", "bash"))
+    lines = shown.replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if COMMAND.match(line)]
+
+
+def stand_in(command: str) -> str:
+    """What is run for a command."""
+    words = re.sub(r"\s+#.*", "", command)  # a remark for the reader
+    for pattern, replacement, _ in INSTEAD:
+        words = re.sub(pattern, replacement, words)
+    return words
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The commands of this tree first on PATH, and a Slurm that only answers."""
+    slurm = FakeSlurm(tmp_path_factory.mktemp("slurm") / "slurm")
+    programs = tmp_path_factory.mktemp("programs")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for name, entry in project["scripts"].items():
+        module = entry.partition(":")[0]
+        (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+        (programs / name).chmod(0o755)
+    path = [str(programs), str(slurm.bin), str(Path(sys.executable).parent), os.environ["PATH"]]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MAKE"))}
+    return kept | {
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": str(ROOT),
+        "ROOT": str(ROOT),
+        "FAKE_SLURM": str(slurm.folder),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages take for granted: texts, the demo's data and the large run's, a finished sweep."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
+    (folder / "corpus").mkdir()
+    for name, part in (("corpus/a", documents[::2]), ("corpus/b", documents[1::2]), ("corpus", documents[:50])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    shutil.copy(folder / "corpus.jsonl", folder / "heldout.jsonl")
+    for run in ("plt2_tiny", "plt2_1b"):
+        data = load_config(ROOT / f"configs/runs/{run}.yaml").data
+        for source in [*data.sources, *data.train_sources, *data.validation_sources]:
+            write_tokens(folder / source.path)
+        assert data.tokenizer is not None
+        write_tokenizer(folder / data.tokenizer)
+    write_tokens(folder / "data/heldout")
+    for path, run, settings in (
+        ("configs/runs/mine.yaml", "plt2_1b", ["model.num_layers=1", "model.vocab_size=512"]),
+        ("a.yaml", "plt2_tiny", ["name=a", "training.global_batch_size=64"]),
+        ("b.yaml", "plt2_tiny", ["name=b", "training.global_batch_size=64"]),
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(dump_config(load_config(ROOT / f"configs/runs/{run}.yaml", settings)))
+    (folder / "list.txt").write_text("a.yaml\nb.yaml\n")
+    for copy in ("results/paper_ablation", "runs/sweeps/paper_ablation"):
+        shutil.copytree(ROOT / "results/paper_ablation", folder / copy)
+    return folder
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer of two or three ids, of the kind that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        model = {"type": "WordLevel", "vocab": {"</s>": 0, "<unk>": 1}, "unk_token": "<unk>"}
+        path.write_text(json.dumps({"version": "1.0", "model": model}))
+        return
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto()
+    for piece, kind in (("<unk>", "UNKNOWN"), ("</s>", "CONTROL"), ("a", "NORMAL")):
+        proto.pieces.add(piece=piece, score=0, type=proto.SentencePiece.Type.Value(kind))
+    proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.pad_id = -1, 1, -1
+    path.write_bytes(proto.SerializeToString())
+
+
+def test_every_exception_is_of_a_documented_command():
+    every = [re.sub(r"\s+#.*", "", command) for page in PAGES for command in commands(page)]
+    assert len(commands("README.md")) >= 15
+    for pattern, _, reason in INSTEAD:
+        assert reason and any(re.search(pattern, command) for command in every), pattern
+
+
+def test_documented_commands_run_in_order(newcomer, environment):
+    """README first: the other pages go on with what it has made."""
+    failed = []
+    for page in PAGES:
+        for command in commands(page):
+            words, before = stand_in(command), cpu_seconds()
+            if not words:
+                continue
+            done = subprocess.run(
+                ["bash", "-o", "pipefail", "-c", words],
+                cwd=newcomer,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            print(f"{cpu_seconds() - before:5.1f} s  {page}: {words}")
+            if done.returncode != 0:
+                failed.append(f"{page}: {words}: {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    assert not failed, "\n".join(failed)
+    assert (newcomer / "mine.png").stat().st_size > 0 and (newcomer / "exported/modeling_plt.py").is_file()
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have been started and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
