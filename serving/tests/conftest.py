@@ -21,7 +21,6 @@ os.environ.update(
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 MISSING = None if find_spec("vllm") else "vLLM is not installed: `make test-serving` makes an environment that has it"
-collect_ignore_glob = []
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,7 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
     return sum(out.num_cached_tokens for out in outputs)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "wide slices", "no window", "CLP only"])
+@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "wide slices", "CLP only"])
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
     """A prompt again; cut before, at and after blocks; with another end."""
@@ -78,8 +78,7 @@ def step_until_done(llm) -> dict[str, list[int]]:
     return out
 
 
-@pytest.mark.parametrize("blocks", [40, 60])
-@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(("blocks", "caching"), [(40, True), (60, False)])
 def test_preempted_requests_go_on(exports, blocks, caching):
     """Too few blocks for all: requests are thrown out and computed again."""
     export = exports("plt3")

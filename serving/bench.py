@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""What loops cost when vLLM decodes them: one loop, naive loops, PLT of two and three loops, one against the other.
+
+    python serving/bench.py                    # a 276M model in bf16, batch 1, 4 and 16, then a mixed load
+    python serving/bench.py --compile          # torch.compile (and CUDA graphs on a GPU)
+    python serving/bench.py --small            # does it run? Times of so small a model say nothing
+
+All engines live in this process and take turns, a few decode steps each, so that a busy moment of the machine hits all
+of them. Figures are medians over turns, ratios are taken within a turn. Exits with 1 when a bar is missed.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROWS = {
+    "vanilla": {"loop_count": 1},
+    "naive loops": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "PLT-2": {},
+    "PLT-3": {"loop_count": 3},
+}
+MODEL = {
+    "architectures": ["PLTForCausalLM"],
+    "model_type": "plt",
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "window_size": 64,
+    "loop_count": 2,
+    "dtype": "bfloat16",
+}
+SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+PLT2_TO_VANILLA = {"cpu": 1.25, "cuda": 1.05}  # at batch 1 and 4
+PLT2_TO_NAIVE = 0.65
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--turns", type=int, default=12, help="turns that each engine gets")
+    parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")
+    parser.add_argument("--requests", type=int, default=24, help="of the mixed load; 0: none")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    if args.small:
+        args.batch, args.prompt, args.turns, args.steps, args.requests = [1, 4], 16, 2, 2, 4
+    return args
+
+
+def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
+    """An engine of random weights of one scale; what its layers compute does not matter, only how long it takes."""
+    from vllm import LLM
+
+    folder.mkdir()
+    config = {**MODEL, **(SMALL if args.small else {}), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    return LLM(
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=not args.compile,
+        max_model_len=1024,
+        max_num_seqs=16,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=1 << 29,
+        enable_prefix_caching=False,
+        seed=0,
+    ).llm_engine
+
+
+class Decoding:
+    """An engine with a batch of requests that are past their prompts."""
+
+    def __init__(self, engine, batch: int, prompt: int, tokens: int):
+        from vllm import SamplingParams
+
+        self.engine = engine
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        for index in range(batch):
+            ids = [random.Random(index).randrange(1, 500) for _ in range(prompt)]
+            engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+        self.names = [str(index) for index in range(batch)]
+        self.first_tokens(batch)
+
+    def first_tokens(self, batch: int) -> None:
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {out.request_id for out in self.engine.step() if out.outputs[0].token_ids}
+
+    def milliseconds(self, steps: int) -> float:
+        """A decode step's, over `steps` of them."""
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self.engine.step()
+        return 1e3 * (time.perf_counter() - begun) / steps
+
+    def stop(self) -> None:
+        self.engine.abort_request(self.names)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def decode_times(engines: dict, batch: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Milliseconds a step, by row and turn."""
+    tokens = (args.turns + 1) * args.steps + 8
+    decodings = {name: Decoding(engine, batch, args.prompt, tokens) for name, engine in engines.items()}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(args.turns + 1):
+        for name, decoding in decodings.items():
+            milliseconds = decoding.milliseconds(args.steps)
+            if turn:  # the first one warms up
+                times[name].append(milliseconds)
+    for decoding in decodings.values():
+        decoding.stop()
+    return times
+
+
+def mixed_load(engine, requests: int, small: bool) -> dict[str, float]:
+    """Uneven prompts and answers, twice as many requests as fit at once: tokens/s and inter-token latency in ms."""
+    from vllm import SamplingParams
+
+    rng = random.Random(0)
+    longest = 32 if small else 400
+    for index in range(requests):
+        ids = [rng.randrange(1, 500) for _ in range(rng.randrange(8, longest))]
+        params = SamplingParams(
+            temperature=0, max_tokens=rng.randrange(4, longest // 4), ignore_eos=True, detokenize=False
+        )
+        engine.add_request(str(index), {"prompt_token_ids": ids}, params)
+    last: dict[str, float] = {}
+    gaps, tokens, begun = [], 0, time.perf_counter()
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for out in outputs:
+            tokens += 1
+            if out.request_id in last:
+                gaps.append(1e3 * (now - last[out.request_id]))
+            last[out.request_id] = now
+    gaps.sort()
+    seconds = time.perf_counter() - begun
+    return {"tokens/s": tokens / seconds, "p50": gaps[len(gaps) // 2], "p99": gaps[int(0.99 * (len(gaps) - 1))]}
+
+
+def ratio(times: dict[str, list[float]], name: str, other: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+
+
+def missed_bars(times: dict[str, list[float]], batch: int, device: str) -> list[str]:
+    if batch > 4 or not {"vanilla", "naive loops", "PLT-2"} <= times.keys():
+        return []
+    bars = (("vanilla", PLT2_TO_VANILLA[device]), ("naive loops", PLT2_TO_NAIVE))
+    found = [(other, ratio(times, "PLT-2", other), bar) for other, bar in bars]
+    return [f"batch {batch}: PLT-2 takes {got:.2f}x {other}, bar {bar}x" for other, got, bar in found if got > bar]
+
+
+def main() -> int:
+    args = parse_arguments()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    figures: dict = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "compile": args.compile,
+        "ms": {},
+        "mixed": {},
+    }
+    missed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {name: make_engine(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(args.rows)}
+        for batch in args.batch:
+            times = decode_times(engines, batch, args)
+            figures["ms"][batch] = {name: statistics.median(values) for name, values in times.items()}
+            base = args.rows[0]
+            for name, value in figures["ms"][batch].items():
+                print(
+                    f"batch {batch:>2}  {name:<12} {value:8.2f} ms a step  {ratio(times, name, base):5.2f}x {base}",
+                    flush=True,
+                )
+            missed += missed_bars(times, batch, device)
+        for name in args.rows if args.requests else []:
+            figures["mixed"][name] = found = mixed_load(engines[name], args.requests, args.small)
+            print(
+                f"mixed     {name:<12} " + ", ".join(f"{key} {value:.1f}" for key, value in found.items()), flush=True
+            )
+    if args.output:
+        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.small:
+        return 0
+    print("\n".join(missed) or "all bars are held")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
