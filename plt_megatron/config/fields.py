@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context
 from typing import Annotated, Any
 
 MAX_LOOP_COUNT = 8
@@ -45,7 +45,11 @@ class Range:
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, float) or abs(value) < 10**15 else f"{Decimal(value):.6g}"
+    return (
+        str(value)
+        if isinstance(value, float) or abs(value) < 10**15
+        else str(Context(prec=6).create_decimal(value).normalize())
+    )
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class _Reader:
         for key, node, _ in entries:
             if key == INCLUDE:
                 for included in _include_paths(node):
-                    self.read_file(path.parent / included, (*including, path))
+                    self.read_file(_beside(path, included), (*including, path))
         self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
@@ -281,6 +281,13 @@ class _Reader:
 
 def _join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
+
+
+def _beside(path: Path, included: str) -> Path:
+    """The path of a file that `path` includes, without `..` where that names the same file."""
+    whole = path.parent / included
+    short = Path(os.path.normpath(whole))
+    return short if short.resolve() == whole.resolve() else whole
 
 
 def _include_paths(node: yaml.Node) -> list[str]:

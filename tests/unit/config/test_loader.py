@@ -184,9 +184,9 @@ def test_a_wrong_value_names_key_expected_and_got(write, text, expected):
 
 
 def test_a_wrong_value_from_an_include_names_its_own_file(write):
-    write("\n\nmodel: {num_layers: x}\n", "m.yaml")
-    message = failure(write("include: m.yaml\nname: y\n"))
-    assert "m.yaml:3: model.num_layers" in message
+    path = write("\n\nmodel: {num_layers: x}\n", "m.yaml")
+    message = failure(write("include: ../m.yaml\nname: y\n", "runs/run.yaml"))
+    assert message.startswith(f"{path}:3: model.num_layers")
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,7 @@ def test_no_integer_is_so_large_that_work_with_it_would_not_end(key, value):
     config = change(good(), training__train_iters=None)
     (line,) = find_problems(change(config, **{f"training__{key}": value}), check_files=False)[:1]
     assert line.startswith(f"training.{key} must be at most ") and len(line) < 120
+    assert value < 10**15 or line.endswith(f"got 1E+{len(str(value)) - 1}")
 
 
 def test_the_samples_that_follow_are_bounded_too():
