@@ -26,6 +26,12 @@ _TRAINING = (_TRAIN_ON_CPU, _TRAIN_ON_GPU)
 _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
 _FIRST_WITH_FP8 = (8, 9)
+_OLDEST_TRANSFORMER_ENGINE = "2.9"  # as in model/te_attention.py, which imports torch
+# Its torch part comes as source.
+_BUILD_TRANSFORMER_ENGINE = (
+    "use an NGC container (25.11 or newer), or with CUDA's nvcc and cuDNN's headers (CPATH) at hand "
+    f"pip install --no-build-isolation 'transformer-engine[pytorch]>={_OLDEST_TRANSFORMER_ENGINE}'"
+)
 
 
 @dataclass(frozen=True)
@@ -213,13 +219,16 @@ def _train_on_gpu(machine: Machine) -> Capability:
 def _transformer_engine(machine: Machine) -> Capability:
     name = "Transformer Engine"
     if "transformer-engine" not in machine.packages:
-        remedy = "" if _gpu_problem(machine) else _extra("gpu")
+        remedy = "" if _gpu_problem(machine) else _BUILD_TRANSFORMER_ENGINE
         return _no(name, "not installed; the torch backend is used instead", remedy)
     if "transformer-engine" in machine.import_errors:
         error = machine.import_errors["transformer-engine"]
-        return _no(name, f"does not load: {error}", "build it for this torch: " + _extra("gpu"))
-    problem = _gpu_problem(machine)
-    return _no(name, *problem) if problem else _yes(name, machine.packages["transformer-engine"])
+        return _no(name, f"does not load: {error}", "build it for this torch: " + _BUILD_TRANSFORMER_ENGINE)
+    version = machine.packages["transformer-engine"]
+    if not _in_range(version, f">={_OLDEST_TRANSFORMER_ENGINE}"):
+        return _no(name, f"{version} is older than {_OLDEST_TRANSFORMER_ENGINE}", _BUILD_TRANSFORMER_ENGINE)
+    problem = _gpu_problem(machine) or _compiler_problem(machine)
+    return _no(name, *problem) if problem else _yes(name, version)
 
 
 def _fp8(machine: Machine) -> Capability:
@@ -248,6 +257,16 @@ def _flash_attention(machine: Machine) -> Capability:
         return _no(name, f"does not load: {machine.import_errors['flash-attn']}", "build it for this torch")
     problem = _gpu_problem(machine)
     return _no(name, *problem) if problem else _yes(name, machine.packages["flash-attn"])
+
+
+def _compiler_problem(machine: Machine) -> tuple[str, str] | None:
+    """megatron-core compiles its SwiGLU on Transformer Engine's layers."""
+    compiling = _torch_compile(machine)
+    return (
+        None
+        if compiling.state == "yes"
+        else (f"megatron-core compiles its SwiGLU: {compiling.reason}", compiling.remedy)
+    )
 
 
 def _torch_compile(machine: Machine) -> Capability:

@@ -163,6 +163,18 @@ def test_transformer_engine_built_for_another_torch_is_reported():
     assert doctor.judge(seen).can_train
 
 
+def test_transformer_engine_before_2_9_is_too_old():
+    packages = {**gpu_machine(H100).packages, "transformer-engine": "2.8.0"}
+    found = answer(gpu_machine(H100, packages=packages), "Transformer Engine")
+    assert (found.state, found.reason) == ("no", "2.8.0 is older than 2.9") and "--no-build-isolation" in found.remedy
+
+
+def test_transformer_engine_needs_a_compiler():
+    found = answer(gpu_machine(H100, compiler=None), "Transformer Engine")
+    assert found.state == "no" and "megatron-core compiles its SwiGLU: no C++ compiler" in found.reason
+    assert found.remedy == "apt-get install g++" and answer(gpu_machine(H100, compiler=None), "FP8").state == "no"
+
+
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [({"compiler": None}, "apt-get install g++"), ({"python_headers": False}, "apt-get install python3-dev")],
@@ -176,7 +188,7 @@ def test_every_extra_it_advises_exists():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     advised = [item.remedy for item in doctor.judge(gpu_machine(H100, packages=dict(VERSIONS))).capabilities]
     named = {remedy.split(".[")[1].split("]")[0] for remedy in advised if ".[" in remedy}
-    assert {"gpu", "hf", "data", "report", "track", "eval", "deepspeed", "dev"} == named <= set(extras)
+    assert {"hf", "data", "report", "track", "eval", "deepspeed", "dev"} == named <= set(extras)
 
 
 def test_plain_text_has_a_line_for_everything():
