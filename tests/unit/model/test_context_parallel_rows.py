@@ -260,9 +260,10 @@ def test_te_attentions_communicate_as_configured(monkeypatch, cp, expected):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.enums import AttnMaskType
 
+    from plt_megatron.model import te_attention
     from plt_megatron.model.attention import TEGatedAttention
 
-    monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
+    monkeypatch.setattr(te_attention, "require_transformer_engine", lambda: None)
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", FakeDotProductAttention)
     kinds = {} if cp == 1 else {"cp_comm_type": expected[0], "window_cp_comm_type": expected[1]}
     parallel = ParallelConfig(context_parallel_size=cp, **kinds)  # type: ignore[arg-type]
