@@ -19,6 +19,7 @@ PAGES = {
     "LICENSE": "LICENSE.txt",
     "configs/README.md": "configuration.md",
     "results/README.md": "results.md",
+    "serving/README.md": "serving.md",
     "results/paper_ablation/README.md": "paper_ablation.md",
     "results/paper_ablation/report/index.html": "paper_ablation_report.html",
 }

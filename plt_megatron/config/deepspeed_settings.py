@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, written from ours.
+"""DeepSpeed's configuration, generated from ours.
 
 Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed:` section may add what
 `ADDABLE` names. No torch here: `deepspeed_validation` answers a bad section in milliseconds.
@@ -59,7 +59,7 @@ DECIDED_BY: dict[str, str] = {
     "zero_optimization.offload_param.device": "zero.offload_param",
 }
 
-# DeepSpeed's, but not to be had here: what to do instead. A key stands for all below it.
+# DeepSpeed's keys that are refused here: what to do instead. A key includes all below it.
 REFUSED: dict[str, str] = {
     "fp16": "set training.precision=bf16",
     "amp": "set training.precision=bf16",
@@ -97,7 +97,7 @@ REFUSED: dict[str, str] = {
     "data_efficiency": "set the data section",
     "curriculum_learning": "set the data section",
     "compression_training": "leave it out",
-    "elasticity": "leave it out: a checkpoint goes on in any layout",
+    "elasticity": "leave it out: checkpoints load in any layout",
     "autotuning": "leave it out",
     "sparse_gradients": "leave it out",
     "prescale_gradients": "leave it out: gradients are reduced in fp32",
@@ -132,7 +132,7 @@ def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         **(deepspeed_optimizer(optimizer) if deepspeed_optimizer is not None else {}),
     }
     if training.precision == "bf16":
-        settings["bf16.check_grad_overflow"] = True  # else it updates with gradients that are no numbers
+        settings["bf16.check_grad_overflow"] = True  # otherwise it updates with gradients that are not numbers
         settings["data_types.grad_accum_dtype"] = settings["communication_data_type"] = "fp32"
     return settings
 
@@ -151,7 +151,7 @@ def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
-    """The dictionary that DeepSpeed is given. `config` is validated."""
+    """The dictionary for DeepSpeed. `config` must be validated."""
     whole = copy.deepcopy({**_DEFAULTS, **raw(config), **written(config, world_size)})
     nested: dict[str, Any] = {}
     for key, value in whole.items():

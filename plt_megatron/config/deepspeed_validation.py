@@ -29,15 +29,15 @@ def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) ->
 
 
 def _check_unused(config: RunConfig) -> Iterator[str]:
-    """Settings that the other engine would pass over in silence."""
+    """Settings that the other engine would silently ignore."""
     if config.deepspeed:
-        yield "deepspeed: this section is read with engine=deepspeed only; set that, or leave the section out"
+        yield "deepspeed: this section is for engine=deepspeed; set that, or leave the section out"
     if config.zero != ZeroConfig():
-        yield "zero: this section is read with engine=deepspeed only; set that, or leave the section out"
+        yield "zero: this section is for engine=deepspeed; set that, or leave the section out"
 
 
 def _check_features(config: RunConfig) -> Iterator[str]:
-    """What a run may ask for that this engine has not."""
+    """Requested features that this engine lacks."""
     parallel, model = config.parallel, config.model
     wanted: tuple[tuple[str, Any], ...] = (
         ("pipeline_model_parallel_size", 1),
@@ -110,10 +110,10 @@ def _unknown(key: str) -> str:
     known = [*settings.ADDABLE, *settings.DECIDED_BY]
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
-        return f"deepspeed.{key} is a section: give what it shall hold, as in deepspeed.{inside[0]}"
+        return f"deepspeed.{key} is a section: set its keys, as in deepspeed.{inside[0]}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     hint = f"did you mean {close[0]}?" if close else "docs/deepspeed.md lists those that may be added"
-    return f"deepspeed.{key} is unknown, and DeepSpeed would pass over it in silence; {hint}"
+    return f"deepspeed.{key} is unknown, and DeepSpeed would silently ignore it; {hint}"
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -129,7 +129,7 @@ def _text(value: Any) -> str:
 
 
 def find_package_problem(config: RunConfig) -> str | None:
-    """Whether DeepSpeed is there where it is needed; does not import it."""
+    """Whether DeepSpeed is installed if it is needed; does not import it."""
     if config.engine != "deepspeed":
         return None
     try:

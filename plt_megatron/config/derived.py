@@ -1,4 +1,4 @@
-"""What follows from a configuration: sizes that are stated as `None` or not at all.
+"""Values derived from a configuration: sizes given as `None` or not at all.
 
 Every function assumes a configuration that `validation.validate` accepts.
 """

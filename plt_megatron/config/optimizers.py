@@ -1,7 +1,7 @@
-"""The optimizers that `optimizer.name` may name: what each keeps, reads, and is called elsewhere.
+"""The optimizers of `optimizer.name`: state, settings, and names elsewhere.
 
-An entry here, its settings in `schema.OptimizerConfig`, and it is known to training, checkpoints, estimates, validation
-and the model card. docs/extending.md adds one.
+An entry here and its settings in `schema.OptimizerConfig` suffice for training, checkpoints, estimates, validation and
+the model card. docs/extending.md adds one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class OptimizerSpec:
     """One optimizer.
 
     Attributes:
-        title: for people.
-        state: what is kept of each parameter, by its name in checkpoints: bytes an element.
+        title: name in messages.
+        state: state of each parameter, name in checkpoints -> bytes per element.
         settings: the fields of `OptimizerConfig` that no other optimizer reads.
-        megatron: megatron-core's settings of it, where it has it with its distributed optimizer: Adam alone.
-        torch_class: otherwise, the class that takes Adam's place there, as in `torch.optim.SGD`. It must treat each
-            element by itself, since a rank holds pieces that follow no row or column.
-        arguments: of that class, beside the parameters, `lr` and `weight_decay`.
-        counts_steps: whether it keeps count of its updates.
+        megatron: megatron-core's settings, if its distributed optimizer supports it: Adam alone.
+        torch_class: otherwise, the class that replaces Adam there, such as `torch.optim.SGD`. It must treat each
+            element separately, since a rank holds pieces that follow no row or column.
+        arguments: of that class, besides the parameters, `lr` and `weight_decay`.
+        counts_steps: whether it counts its updates.
         deepspeed: DeepSpeed's dotted settings of it; None: not with `engine: deepspeed`.
     """
 
@@ -47,7 +47,7 @@ class OptimizerSpec:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that it keeps of one parameter, beside the main weights."""
+        """Bytes of state of one parameter, besides the main weights."""
         return sum(self.state.values())
 
 

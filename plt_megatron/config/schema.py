@@ -1,7 +1,7 @@
 """The run configuration: every setting of a run, its type, its default and its meaning.
 
 Plain dataclasses: no torch, so that a bad configuration is answered in milliseconds. A setting's type states its range
-(`fields`); loading is in `loader`, what settings ask of one another in `validation`.
+(`fields`); `loader` loads, and `validation` checks settings against one another.
 Names are megatron-core's where it has one.
 """
 
@@ -33,7 +33,7 @@ from plt_megatron.config.fields import (
 class ModelConfig:
     """A Parallel Loop Transformer (arXiv 2510.24824): a decoder whose layers run `loop_count` times.
 
-    `loop_count: 1` is a plain transformer (RMSNorm, SwiGLU, GQA, RoPE), no parameter added.
+    `loop_count: 1` is a plain transformer (RMSNorm, SwiGLU, GQA, RoPE) without extra parameters.
     """
 
     num_layers: Annotated[int, Range(1, 10_000)] = 4
@@ -46,7 +46,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: Size = 128  # the embedding is padded to a multiple of this times TP
     share_embeddings_and_output_weights: bool = True  # tied embeddings
     rotary_base: Positive = 10000.0
-    # Llama 3.1's scaling, from 8,192 tokens to this many times as many
+    # Llama 3.1's scaling, from 8,192 tokens to this many times that
     rope_scaling_factor: Annotated[float, Range(1)] | None = None
     layernorm_epsilon: Positive = 1e-5
     qkv_bias: bool = False  # biases on the Q, K and V projections (Qwen2)
@@ -59,8 +59,8 @@ class ModelConfig:
     loop_count: LoopCount = 2
     cross_loop_parallel: bool = True  # loop l reads E + shift(h of loop l-1); False: h itself
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
-    gated_window: bool = True  # ... and, gated per head, to a window of their own
-    window_size: Size = 64  # keys a query sees in the local attention, itself included
+    gated_window: bool = True  # ... and, through a gate per head, to a window of their own
+    window_size: Size = 64  # keys a query sees in the window, itself included
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet
     gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/gate.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
@@ -71,13 +71,13 @@ class ModelConfig:
     num_moe_experts: Annotated[int, Range(2, 2**16)] | None = None  # None: a dense model
     moe_router_topk: Size = 2  # experts a token is sent to
     moe_ffn_hidden_size: Size | None = None  # of one expert; None: ffn_hidden_size
-    moe_shared_expert_intermediate_size: Size | None = None  # of an expert that every token uses beside; None: none
-    moe_router_pre_softmax: bool = False  # weights of the chosen: their share of all (true), or of the chosen (false)
-    # Over what the load is balanced: each sequence (whatever the layout and the micro-batch size), or each microbatch.
+    moe_shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; None: none
+    moe_router_pre_softmax: bool = False  # weights: shares of all experts (true), or of the chosen (false)
+    # What the load is balanced over: each sequence (independent of layout and micro-batch size), or each microbatch.
     moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
     moe_aux_loss_coeff: NotNegative = 0.01
     moe_z_loss_coeff: NotNegative = 0.0  # keeps the router's logits small
-    moe_expert_capacity_factor: Positive | None = None  # what exceeds this times an even load is dropped; None: nothing
+    moe_expert_capacity_factor: Positive | None = None  # experts drop tokens beyond this times an even load; None: none
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
 
 
@@ -87,21 +87,21 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1  # loops are its virtual stages
-    context_parallel_size: Ranks = 1  # ranks that share each sequence, for lengths that one does not hold
-    # How Transformer Engine's attentions move rows between these ranks; the torch backend has one way of its own.
+    context_parallel_size: Ranks = 1  # ranks that share each sequence, for lengths that do not fit one
+    # How Transformer Engine's attentions exchange rows between these ranks; the torch backend has its own way.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
-    # ... and of the window, which has no p2p.
+    # ... and the window, which has no p2p.
     window_cp_comm_type: Annotated[Literal["p2p", "a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
-    # Ranks that share out a layer's experts, among those that hold the same layers (TP x CP x DP).
+    # Ranks that a layer's experts are distributed over, among those that hold the same layers (TP x CP x DP).
     expert_model_parallel_size: Ranks = 1
-    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens travel to their experts
-    # None: world size / (TP * PP * CP); plt-train: 1, or as many as share out the experts
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
+    # None: world size / (TP * PP * CP); plt-train: 1, or as many as the experts need
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_num_layers: PositiveCount = 1  # layers per recomputed unit, for "full"
-    # How long a rank may hang before the job is ended with its name: minutes until the first step is done and while
+    # How long a rank may hang before the job is ended and the rank named: minutes until the first step ends and while
     # checkpoints are read or written, seconds after that (a slow machine gets five times its longest pause).
     distributed_timeout_minutes: Minutes = 10.0
     distributed_timeout_seconds_after_init: Seconds = 300.0
@@ -119,7 +119,7 @@ class DataSource:
 
 @dataclass
 class DataConfig:
-    """What is read. Either `sources` cut by `split`, or one list per part."""
+    """The data. Either `sources` divided by `split`, or one list per part."""
 
     ALTERNATIVES: ClassVar = (("sources",), ("train_sources", "validation_sources", "test_sources"))
 
@@ -131,7 +131,7 @@ class DataConfig:
     tokenizer: str | None = None  # a sentencepiece .model or a Hugging Face tokenizer.json
     sequence_length: Size = 256
     reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
-    index_cache: str | None = None  # where sample indices lie; None: beside the run
+    index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
     index_timeout_minutes: Minutes = 30.0
 
 
@@ -145,7 +145,7 @@ class OptimizerConfig:
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: Steps = 0
     lr_decay_iters: PositiveSteps | None = None  # None: train_iters
-    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: the last steps, over which the rate falls; None: a tenth
+    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: the last steps, over which the rate decays; None: a tenth
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     weight_decay: NotNegative = 0.1
     adam_beta1: BelowOne = 0.9
@@ -157,7 +157,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    """How long and in which batches. Exactly one of `train_iters` and `train_tokens` is given."""
+    """Length and batches. Exactly one of `train_iters` and `train_tokens` is given."""
 
     ALTERNATIVES: ClassVar = (("train_iters",), ("train_tokens",))
 
@@ -173,14 +173,14 @@ class TrainingConfig:
     fp8_attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
     deterministic: bool = False
     threads_per_process: PositiveCount | None = None  # CPU only; None: this machine's cores / processes
-    # A step that goes wrong is reported in <run folder>/incidents. skip: the weights stay as they were;
-    # rollback: back to the last checkpoint, then on with the data that comes after the bad step.
-    on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or no number
+    # A bad step is reported in <run folder>/incidents. skip: keep the weights; rollback: return to the last checkpoint
+    # and continue with the data after the bad step.
+    on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
     spike_threshold: Positive = 6.0  # standard deviations above the mean loss of the last `spike_window` steps
-    # steps; none counts as a spike before there are a quarter as many
+    # steps; spikes are detected once there are a quarter as many
     spike_window: Annotated[int, Range(2, 10**6)] = 128
-    max_skipped_steps: Count = 10  # in a row, and as often altogether per 1,000 steps: more end the run
+    max_skipped_steps: Count = 10  # in a row, and in total per 1,000 steps; more end the run
 
 
 @dataclass
@@ -198,18 +198,18 @@ class CheckpointConfig:
 
     save_interval: Steps = 0  # steps; 0: only after the last
     keep_last: PositiveCount = 2
-    keep_every: Steps = 0  # steps whose multiples are kept for good; 0: none
-    async_save: bool = False  # write while training goes on; published at a later step
+    keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
+    async_save: bool = False  # write while training continues; published at a later step
     load: str | None = None  # another run's folder or checkpoint to start from; None: resume this run's own
-    weights_only: bool = False  # of `load`: weights alone; optimizer, schedule, data and step start anew
-    allow_other_data: bool = False  # go on although data, tokenizer or sampling are not the checkpoint's
-    allow_other_schedule: bool = False  # go on although the optimizer's settings are not the checkpoint's
-    enabled: bool = True  # false: saves nothing and does not go on with its own; `load` holds all the same
+    weights_only: bool = False  # with `load`: load the weights only; reset optimizer, schedule, data and step
+    allow_other_data: bool = False  # resume with other data, tokenizer or sampling than the checkpoint's
+    allow_other_schedule: bool = False  # resume with other optimizer settings than the checkpoint's
+    enabled: bool = True  # false: neither save nor resume from own checkpoints; `load` still works
 
 
 @dataclass
 class LoggingConfig:
-    """Where metrics go. metrics.jsonl is always written."""
+    """Destinations of metrics. metrics.jsonl is always written."""
 
     log_interval: PositiveSteps = 10  # steps
     tensorboard: bool = True
@@ -222,7 +222,7 @@ class LoggingConfig:
 
 @dataclass
 class ZeroConfig:
-    """`engine: deepspeed`: what ZeRO shards over the data-parallel ranks, and what it keeps in CPU memory."""
+    """`engine: deepspeed`: what ZeRO shards over the data-parallel ranks, and what it offloads to the CPU."""
 
     # 1: optimizer state; 2: gradients too; 3: parameters too, gathered layer by layer
     stage: Annotated[int, Range(0, 3)] = 1
@@ -246,4 +246,4 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: Literal["megatron", "deepspeed"] = "megatron"  # deepspeed: few GPUs, much CPU memory (docs/deepspeed.md)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's configuration, which is ours
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's generated configuration

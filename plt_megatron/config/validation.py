@@ -1,4 +1,4 @@
-"""Every check of a configuration that needs no torch: done before a process group or a model exists.
+"""All checks of a configuration that need no torch, before a process group or a model exists.
 
 `validate` collects all problems, so that one run of a command shows them all. Checks that relate settings to
 one another assume that each setting is in its own range (`fields`), so they run only when all are.
@@ -33,8 +33,8 @@ def validate(
 
     `world_size`: number of processes the run gets; None: as many as the layout asks for (plt-train).
     `check_files`: also check what belongs to this machine: data files, tokenizer, folders, optional packages.
-    `have_te`: whether Transformer Engine is installed; None: look (without importing it).
-    `capability`: the card's compute capability, where it is known: FP8 kernels depend on it.
+    `have_te`: whether Transformer Engine is installed; None: find out (without importing it).
+    `capability`: the card's compute capability, if known: FP8 kernels depend on it.
     """
     problems = find_problems(
         config, world_size=world_size, check_files=check_files, have_te=have_te, capability=capability
@@ -83,7 +83,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
         yield f"training: give exactly one of train_iters and train_tokens; {given} given"
     by_part = data.train_sources or data.validation_sources or data.test_sources
     if data.sources and by_part:
-        yield "data: give either sources (cut by split) or train_sources/validation_sources, not both"
+        yield "data: give either sources (divided by split) or train_sources/validation_sources, not both"
     elif by_part and not data.train_sources:
         yield "data.train_sources is empty: there is nothing to train on"
     elif not data.sources and not by_part:
@@ -99,7 +99,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
         yield f"name must be a folder name below output_dir, got {config.name!r}"
 
 
-# ---------------------------------------------------------------- settings against one another
+# ---------------------------------------------------------------- settings that depend on one another
 
 
 def _check_model(config: RunConfig) -> Iterator[str]:
@@ -124,7 +124,7 @@ def _check_model(config: RunConfig) -> Iterator[str]:
 
 
 def _check_fused_window(config: RunConfig) -> Iterator[str]:
-    """What the fused kernel has not been proven for. Whether there is a GPU is checked when the model is built."""
+    """What the fused kernel does not support. Whether there is a GPU is checked when the model is built."""
     model = config.model
     if not model.fused_gated_window:
         return
@@ -241,13 +241,13 @@ def _check_tokenizer(path: Path) -> Iterator[str]:
             sentencepiece.SentencePieceProcessor(model_file=str(file))
     except Exception as error:  # of types that neither library names
         kind = "Hugging Face tokenizer.json" if file.suffix == ".json" else "sentencepiece model"
-        yield f"data.tokenizer: {file} is no {kind} ({' '.join(str(error).split())})"
+        yield f"data.tokenizer: {file} is not a {kind} ({' '.join(str(error).split())})"
 
 
 def _check_writable(folder: Path, key: str) -> Iterator[str]:
     existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
     if not existing.is_dir():
-        yield f"{key}: the run folder {folder} cannot be made: {existing} is not a folder"
+        yield f"{key}: the run folder {folder} cannot be created: {existing} is not a folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
         yield f"{key}: the run folder {folder} cannot be written: no permission for {existing}"
 

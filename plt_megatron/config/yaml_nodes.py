@@ -15,7 +15,7 @@ import yaml
 
 from plt_megatron.errors import UserError
 
-OVERRIDE = "override "  # begins the name of what the command line says, which has no lines
+OVERRIDE = "override "  # prefix of names for the command line, which has no lines
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
@@ -35,7 +35,7 @@ class Dumper(yaml.SafeDumper):
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises `UserError` where it cannot be read."""
+    """A file's text. Raises `UserError` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -69,7 +69,7 @@ def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:
         what: dotted key of the mapping, for messages; empty: the document.
 
     Raises:
-        UserError: it is no mapping, a key is no scalar, or a key is given twice.
+        UserError: it is not a mapping, a key is not a scalar, or a key is given twice.
     """
     if not isinstance(node, yaml.MappingNode):
         named = f"{what}: " if what else ""
@@ -87,7 +87,7 @@ def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:
 
 
 def scalar(hint: type, node: yaml.Node) -> str | bool | int | float | None:
-    """The node's value as `hint`, one of str, bool, int and float; None: it is none."""
+    """The node's value as `hint`, one of str, bool, int and float; None if it is not one."""
     if not isinstance(node, yaml.ScalarNode) or is_null(node):
         return None
     text = str(node.value)

@@ -1,1 +1,1 @@
-"""Hugging Face side of PLT: the model that travels with every export, and its conversion tables."""
+"""PLT for Hugging Face: the model copied into every export, and the conversions."""

@@ -1,7 +1,7 @@
-"""A training checkpoint from weights alone, written one tensor at a time: no process groups, no megatron.
+"""Writes a training checkpoint from weights alone, one tensor at a time, without process groups or megatron.
 
-The counterpart of `train.checkpoint.reading`. What lies on disk is what a run in any layout starts from: whole tensors
-by megatron-core's names, with the layers stacked.
+The counterpart of `train.checkpoint.reading`. A run in any layout can start from it: it has whole tensors by
+megatron-core's names, with the layers stacked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from plt_megatron.train.checkpoint import publishing
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
-_COMMON = "common_state/shard_0_1"  # megatron-core's: what is no tensor
+_COMMON = "common_state/shard_0_1"  # megatron-core's, for what is not a tensor
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
 
@@ -61,7 +61,7 @@ def write_checkpoint(
         tensors: all of the model's, the vocabulary padded.
         config: a run's that has these weights; `model` and `training.precision` matter.
         dtype: of the tensors on disk.
-        progress: what a reader may want to know beside.
+        progress: further information for readers.
 
     Returns:
         The checkpoint's folder.
@@ -73,9 +73,9 @@ def write_checkpoint(
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what we mean
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
             save({}, storage_writer=writer, planner=_Planner(list(tensors), dtype), no_dist=True)
-    except CheckpointException as error:  # torch's wrapping of what happened, no Exception
+    except CheckpointException as error:  # torch's wrapper of the error, not an Exception
         raise next(iter(error.failures.values()))[0] from None
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     described = {
@@ -95,7 +95,7 @@ def write_checkpoint(
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans from names and shapes, and makes each tensor when the writer has come to it."""
+    """Plans from names and shapes, and makes each tensor when the writer reaches it."""
 
     def __init__(self, tensors: list[LazyTensor], dtype: torch.dtype) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

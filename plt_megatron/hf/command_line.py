@@ -1,4 +1,4 @@
-"""What the two conversion commands share."""
+"""Shared by the two conversion commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plt_megatron.errors import run_command
 
 
 def run_conversion(convert: Callable[[], None]) -> int:
-    """Run a conversion, which leaves nothing half-written however it ends; returns the exit status."""
+    """Run a conversion, which never leaves partial output; returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run_command(convert)
@@ -23,7 +23,7 @@ def run_conversion(convert: Callable[[], None]) -> int:
 
 
 def quiet_imports() -> None:
-    """Keep torch, megatron-core and transformers from printing what is no news, and from asking the network."""
+    """Silence torch's, megatron-core's and transformers' routine messages, and keep them off the network."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

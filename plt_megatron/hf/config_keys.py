@@ -27,7 +27,7 @@ AUTO_MAP = {
 
 @dataclass
 class HFModelConfig:
-    """What a config.json says.
+    """The contents of a config.json.
 
     Attributes:
         model: our settings, `vocab_size` included.
@@ -51,7 +51,7 @@ class HFModelConfig:
 def plt_keys(
     model: ModelConfig, vocab_size: int, max_position_embeddings: int, tokens: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """config.json of an export that brings configuration_plt.py and modeling_plt.py with it."""
+    """config.json of an export that includes configuration_plt.py and modeling_plt.py."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     clp = model.cross_loop_parallel
@@ -67,7 +67,7 @@ def plt_keys(
         loop_count=model.loop_count,
         cross_loop_parallel=clp,
         share_kv=model.share_kv,
-        gated_window=model.gated_window and model.share_kv,  # says nothing in a model of one loop
+        gated_window=model.gated_window and model.share_kv,  # meaningless in a model of one loop
         window_size=model.window_size,
         gate_input=model.gate_input,
         gate_side=model.gate_side,
@@ -85,7 +85,7 @@ def loopcoder_keys(
     """config.json in LoopCoder-v2's keys.
 
     Raises:
-        UserError: the model has something that LoopCoder-v2 has not.
+        UserError: the model has something that LoopCoder-v2 lacks.
     """
     wanted = {
         "cross_loop_parallel": True,
@@ -105,7 +105,7 @@ def loopcoder_keys(
     if model.gate_input not in _LOOPCODER_GATES:
         other.append(f"model.gate_input is {model.gate_input}")
     if other:
-        raise UserError(f"the loopcoder format cannot say that {', '.join(other)}; use --format plt")
+        raise UserError(f"the loopcoder format cannot express that {', '.join(other)}; use --format plt")
     return {
         "architectures": [LOOPCODER_ARCHITECTURE],
         "model_type": LOOPCODER_TYPE,
@@ -173,14 +173,14 @@ def _llama_keys(model: ModelConfig, vocab_size: int, max_position_embeddings: in
 
 
 def read_config(folder: Path, loop_count: int | None = None) -> HFModelConfig:
-    """What a Hugging Face folder's config.json says.
+    """Read a Hugging Face folder's config.json.
 
     Args:
         loop_count: loops to run instead of its own. A dense model becomes the start of a PLT with the paper's
             settings.
 
     Raises:
-        UserError: no such file, an architecture we do not know, or one with parts that we do not have.
+        UserError: no such file, or an architecture or part of one that is not supported.
     """
     path = folder / CONFIG
     if not folder.is_dir():
@@ -189,7 +189,7 @@ def read_config(folder: Path, loop_count: int | None = None) -> HFModelConfig:
         keys = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(keys, dict)
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no {CONFIG}") from error
+        raise UserError(f"{folder} has no {CONFIG}") from error
     except (ValueError, AssertionError) as error:
         raise UserError(f"{path}: not a JSON object") from error
     family = keys.get("model_type")
@@ -236,7 +236,7 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
 
 
 def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
-    """LoopCoder-v2's keys; what is left out has its own class's defaults. Without them it is a Llama."""
+    """LoopCoder-v2's keys; missing ones have its own class's defaults. Without any it is a Llama."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
     loops = {key: keys[key] for key in keys if key.startswith("plt_")}
@@ -247,7 +247,7 @@ def _from_loopcoder(keys: dict[str, Any]) -> HFModelConfig:
     described = _described(config)
     left, right = loops.get("plt_window_size") or (64, 0)
     if right != 0:
-        raise UserError(f"plt_window_size [{left}, {right}] looks ahead: only [n, 0] is known")
+        raise UserError(f"plt_window_size [{left}, {right}] looks ahead: only [n, 0] is supported")
     model = described.model
     model.loop_count = loops.get("plt_num_loops", 2)
     if not isinstance(model.loop_count, int) or not 1 <= model.loop_count <= MAX_LOOP_COUNT:
@@ -329,7 +329,7 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], HFModelConfig]] = {
 
 
 def _transformers_config(family: str, keys: dict[str, Any]) -> Any:
-    """transformers' own class fills in defaults and understands older spellings."""
+    """transformers' own class fills in defaults and accepts older spellings."""
     from transformers import CONFIG_MAPPING
 
     return CONFIG_MAPPING[family].from_dict(_without_code(keys))
@@ -346,7 +346,7 @@ def _refuse(config: Any, **understood: Any) -> None:
 
 
 def _described(config: Any, **settings: Any) -> HFModelConfig:
-    """What all families have in common, and `settings`. A dense model is one loop with the paper's settings."""
+    """The settings common to all families, and `settings`. A dense model is one loop with the paper's settings."""
     rope = dict(config.rope_parameters or {})
     heads = config.num_attention_heads
     model = ModelConfig(

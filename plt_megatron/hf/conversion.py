@@ -1,4 +1,4 @@
-"""Weights, one tensor at a time, from our names to Hugging Face's and back. A tensor without a place is an error."""
+"""Converts weights, one tensor at a time, between our names and Hugging Face's. Unknown tensors are errors."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def to_megatron(read: Callable[[str], Tensor], mappings: Sequence[ParamMapping])
 
 
 def check_tensors(shapes: dict[str, tuple[int, ...]], mappings: Sequence[ParamMapping], where: str) -> None:
-    """Raise `UserError` unless `shapes` (their names) are just the tensors that `mappings` want.
+    """Raise `UserError` unless `shapes` (their names) are exactly the tensors of `mappings`.
 
     Args:
-        where: what the message begins with.
+        where: start of the message.
     """
     wanted = dict(pair for mapping in mappings for pair in mapping.hf)
     for names, problem in ((wanted.keys() - shapes.keys(), "lacks"), (shapes.keys() - wanted.keys(), "has unknown")):

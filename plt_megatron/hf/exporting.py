@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder."""
+"""Exports a checkpoint as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. `difference` of logits and `tokens` compared are None without verification."""
+    """The output. `difference` of logits and `tokens` compared are None without verification."""
 
     output: Path
     checkpoint: Path
@@ -56,14 +56,14 @@ class ExportResult:
 
 
 def export(options: ExportOptions, say: Callable[[str], None] = print) -> ExportResult:
-    """Write the folder, whole or not at all.
+    """Write the folder, completely or not at all.
 
     Args:
-        say: told what is going on.
+        say: gets progress messages.
 
     Raises:
-        UserError: the checkpoint, its tokenizer or the target is not what it has to be, a tensor is missing or has no
-            place, or the verification found another model.
+        UserError: the checkpoint, its tokenizer or the target is unusable, a tensor is missing or unknown, or the
+            verification failed.
     """
     check_target(options.output)
     shard_size = parse_size(options.max_shard_size)
@@ -73,7 +73,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     if source.tokenizer is not None:
         check_vocabulary(source.tokenizer, source.vocab_size, _trained_with(source))
     else:
-        say("no tokenizer: this model was trained on numbers alone")
+        say("no tokenizer: this model was trained on token ids alone")
     with published_folder(options.output) as folder:
         if source.tokenizer is not None:
             write_tokenizer(source.tokenizer, folder)
@@ -118,7 +118,7 @@ def _write_configs(source: ModelSource, folder: Path, style: Style, dtype: str) 
     _write_json(folder / CONFIG, keys)
     generation = {**source.tokens, **source.generation, "transformers_version": version("transformers")}
     if "eos_token_id" in generation and "pad_token_id" not in generation:
-        # So that batches of prompts of uneven lengths can be generated from.
+        # Allows batches of prompts of different lengths.
         ends = generation["eos_token_id"]
         generation["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
     _write_json(folder / GENERATION_CONFIG, generation)

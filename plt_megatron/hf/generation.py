@@ -10,10 +10,10 @@ from plt_megatron.errors import UserError, import_optional
 
 
 def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, float]:
-    """The prompt and its continuation, and the seconds that decoding took, on a GPU where there is one.
+    """The prompt and its continuation, and the seconds that decoding took, on a GPU if there is one.
 
     Raises:
-        UserError: `folder` is no whole export, the prompt is empty, or transformers is missing.
+        UserError: `folder` is not a complete export, the prompt is empty, or transformers is missing.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no exported model there (config.json is missing); see plt-export")
@@ -39,7 +39,7 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
 
 
 def _load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and model. The files are looked through first: transformers would fill in what they lack at random."""
+    """Tokenizer and model. The files are checked first: transformers would fill in missing weights at random."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -51,7 +51,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    except (OSError, ValueError) as error:  # such as weights in LoopCoder's names, which come without code
+    except (OSError, ValueError) as error:  # such as weights with LoopCoder's names, which have no code
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
     return tokenizer, model.eval()

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a training checkpoint: continued pretraining from a public model."""
+"""Imports a Hugging Face folder as a training checkpoint, for continued pretraining of a public model."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What was written.
+    """The output.
 
     Attributes:
         checkpoint: the published folder.
         fresh: tensors that the files lack and that start from zero (gates) or one (their norms).
-        dropped: tensors of the files that the model has no use for.
+        dropped: tensors of the files that the model does not use.
         tokenizer: the copy that training reads, None if there was none.
     """
 
@@ -66,10 +66,10 @@ class ImportResult:
 
 
 def import_model(options: ImportOptions) -> ImportResult:
-    """Write a run's folder with one checkpoint, of weights at step 0, whole or not at all.
+    """Write a run's folder with one checkpoint, of weights at step 0, completely or not at all.
 
     Raises:
-        UserError: the folder is no model that we know, is broken, or the target exists.
+        UserError: the folder is not a known model, is broken, or the target exists.
     """
     check_target(options.output)
     described = read_config(options.model)
@@ -140,7 +140,7 @@ def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
 
 
 def _fresh(mapping: ParamMapping) -> Tensor:
-    """As a new model has them."""
+    """The values of a new model."""
     init = mapping.parameter.init
     assert mapping.parameter.only_in_loops and isinstance(init, float), mapping.name
     return torch.full(mapping.shape, init)
@@ -164,12 +164,12 @@ def _run_config(options: ImportOptions, target: HFModelConfig, precision: str, t
 
 
 def _model_yaml(config: RunConfig, output: Path) -> str:
-    """What a run's configuration includes to start from here."""
+    """The file for a run's configuration to include."""
     defaults = dataclasses.asdict(ModelConfig())
     model = {name: value for name, value in dataclasses.asdict(config.model).items() if value != defaults[name]}
     model["loop_count"] = config.model.loop_count
     settings = {"model": model, "checkpoint": {"load": str(output), "weights_only": True}}
     if config.data.tokenizer is not None:
         settings["data"] = {"tokenizer": config.data.tokenizer}
-    header = f"# Include this in a run's configuration to train on from the weights in {output}.\n"
+    header = f"# Include this in a run's configuration to continue training from the weights in {output}.\n"
     return header + yaml.safe_dump(settings, sort_keys=False)

@@ -32,7 +32,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
 _LOOPS = """\
 The layers run {loops} times with the same weights. `generate` decodes all loops of a token in one pass;
-`loop_mode="serial"` runs them one after the other, and `loop_count=1` (when loading, or in a call) runs fewer.
+`loop_mode="serial"` runs them one after another, and `loop_count=1` (when loading, or in a call) runs fewer.
 """
 _LOOPCODER = """\
 ## Use
@@ -141,7 +141,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _validation_losses(source: ModelSource) -> Iterator[tuple[str, Any]] | None:
-    """The losses measured at the checkpoint's step, from the run's metrics where they lie beside it."""
+    """The losses measured at the checkpoint's step, from the run's metrics if they are beside it."""
     try:
         records = RunFolder(source.path.parent.parent).metrics().validation
     except UserError:

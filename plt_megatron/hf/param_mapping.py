@@ -1,5 +1,5 @@
-"""Translates weights: each tensor of a model by its name here and in Hugging Face files, and how one becomes the other.
-All of it follows from the table in `model/parameters.py`.
+"""Maps each tensor of a model between its name here and its names and form in Hugging Face files, from the table in
+`model/parameters.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from plt_megatron.config.schema import ModelConfig
 from plt_megatron.hf.tensor_mapping import MAPPINGS, NegatedMapping, TensorMapping
 from plt_megatron.model.parameters import EXPERT, LAYER, Parameter, Sizes, parameters_of
 
-# "loopcoder": the gate multiplies the global attention, whatever side it has in the model.
+# "loopcoder": the gate multiplies the global attention, whatever its side in the model.
 Style = Literal["plt", "loopcoder"]
-# What files hold beside the weights and can be worked out again.
+# Tensors of files that can be computed from the configuration.
 DERIVED_BUFFERS = ("rotary_emb.inv_freq",)
 EXTRA_STATES = ("._extra_state",)  # Transformer Engine's
 
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One tensor of a model and what it is on the other side.
+    """One tensor of a model and its counterpart.
 
     Attributes:
         name, shape: ours, over the whole model, without the vocabulary's padding.

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Publishes folders atomically."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plt_megatron.errors import UserError
 
 
 def check_target(target: Path) -> None:
-    """Raise `UserError` if something is there already."""
+    """Raise `UserError` if the target exists."""
     if os.path.lexists(target):
         raise UserError(f"{target} exists: remove it, or choose another --output")
 

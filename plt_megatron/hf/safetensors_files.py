@@ -1,8 +1,8 @@
 """Safetensors files, sharded, read and written one tensor at a time.
 
 A file is the length of its header (8 bytes, little endian), the header (JSON: each tensor's dtype, shape and place) and
-the tensors' bytes. Names, shapes and dtype of an export are known before its first tensor, so headers come first and
-tensors may arrive in any order: nothing is kept in memory.
+the tensors' bytes. Names, shapes and dtype of an export are known before its first tensor, so headers are written first
+and tensors in any order: nothing is kept in memory.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def parse_size(text: str) -> int:
         power = " KMGT".index(match[2].upper() or " ")
         size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
     if size < 1:
-        raise UserError(f"{text!r} is no size: give bytes, or something like 5GB")
+        raise UserError(f"{text!r} is not a size: give bytes, or something like 5GB")
     return size
 
 
 class SafetensorsWriter:
-    """Writes tensors of one dtype into as many files as `max_shard_size` asks for. A context manager.
+    """Writes tensors of one dtype into files of at most `max_shard_size`. A context manager.
 
     Args:
         folder: exists.
@@ -88,7 +88,7 @@ class SafetensorsWriter:
             self._left[name] = (descriptor, 8 + len(text) + header[name]["data_offsets"][0], shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor of any floating dtype, on the CPU, in its place; each just once."""
+        """Write a tensor of any floating dtype, on the CPU, to its place; each exactly once."""
         descriptor, place, shape = self._left.pop(name)
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
         values = tensor.detach().to(self.dtype).contiguous()
@@ -144,7 +144,7 @@ class SafetensorsFolder:
             if not single.is_file():
                 other = next(iter(sorted(self.folder.glob("*.bin"))), None)
                 hint = f", only {other.name}: save the model as safetensors" if other else ""
-                raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}{hint}")
+                raise UserError(f"{self.folder} has neither {SINGLE} nor {INDEX}{hint}")
             return {}
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -1,4 +1,4 @@
-"""Where a conversion's weights come from: a training checkpoint of any layout, or a Hugging Face folder."""
+"""The source of a conversion: a training checkpoint of any layout, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class ModelSource:
         vocab_size: without padding.
         max_position_embeddings: tokens of the longest text it was made for.
         precision: of the weights, a key of `PRECISIONS`.
-        weights: (our name, whole tensor) of each parameter; every call reads them anew, one at a time.
-        tokenizer: None where it has none.
+        weights: (our name, whole tensor) of each parameter; every call reads them again, one at a time.
+        tokenizer: None if it has none.
         tokens: ids of special tokens, by config.json's names.
-        generation: what generation_config.json says beside.
-        progress: what a checkpoint says of its run, else empty.
+        generation: further settings of generation_config.json.
+        progress: a checkpoint's record of its run, else empty.
     """
 
     path: Path
@@ -63,10 +63,10 @@ def open_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
     """A run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.
 
     Args:
-        tokenizer: instead of the one that the checkpoint names.
+        tokenizer: overrides the one that the checkpoint names.
 
     Raises:
-        UserError: nothing of these is there, or it is broken.
+        UserError: it is none of these, or broken.
     """
     if (path / CONFIG).is_file():
         return _open_hf(path, tokenizer)
@@ -86,7 +86,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> ModelSource:
     config = progress["config"]
     model = saved_model(config["model"], found)
     loaded = _saved_tokenizer(config["data"], found, tokenizer)
-    # An import leaves one beside the tokenizer.
+    # Imports put one beside the tokenizer.
     generation = read_generation_config(loaded.path.parent) if loaded else {}
     tokens = special_tokens(loaded) if loaded else progress.get("special_tokens", {})
     tokens |= {name: generation.pop(name) for name in _TOKEN_IDS if name in generation}
@@ -105,7 +105,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> ModelSource:
 
 
 def saved_model(settings: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
-    """The model settings that lie in a checkpoint; what it does not know yet has its default.
+    """The model settings in a checkpoint; newer settings have their defaults.
 
     Raises:
         UserError: it has settings that this program does not know.
@@ -130,7 +130,7 @@ def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | No
     for candidate in (path, beside):
         if candidate.exists():
             return load_tokenizer(candidate)
-    raise UserError(f"tokenizer {path}, which the run used, is not there (from this directory): pass --tokenizer")
+    raise UserError(f"tokenizer {path}, which the run used, is missing (seen from this directory): pass --tokenizer")
 
 
 # ---------------------------------------------------------------- Hugging Face folders
@@ -161,7 +161,7 @@ def hf_precision(files: SafetensorsFolder) -> str:
     """`fp32` if any tensor is, else what all of them are; mixed half precisions need fp32.
 
     Raises:
-        UserError: a tensor has a type that is no model's weights' (integers, fp8): name it.
+        UserError: a tensor has an unsupported type (integers, fp8); the message names it.
     """
     for name, dtype in files.dtypes.items():
         if dtype not in DTYPES:
@@ -173,11 +173,11 @@ def hf_precision(files: SafetensorsFolder) -> str:
 
 
 def check_hf_tensors(files: SafetensorsFolder, mappings: list[ParamMapping], model: ModelConfig) -> None:
-    """Raise `UserError` unless the files hold just the model's tensors."""
+    """Raise `UserError` unless the files contain exactly the model's tensors."""
     hf_precision(files)
     shapes = {name: shape for name, shape in files.shapes.items() if not name.endswith(DERIVED_BUFFERS)}
     if model.share_embeddings_and_output_weights and _HEAD in shapes:
-        # Some files hold the tied matrix twice.
+        # Some files contain the tied matrix twice.
         if _EMBEDDING in shapes and not torch.equal(files.read(_HEAD), files.read(_EMBEDDING)):
             raise UserError(f"{files.folder}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}")
         del shapes[_HEAD]

@@ -1,4 +1,4 @@
-"""How Hugging Face's tensors lie in ours: what each form of the table (`model/parameters.py`) means."""
+"""How our tensors are made from Hugging Face's, for each form of the table (`model/parameters.py`)."""
 
 from __future__ import annotations
 

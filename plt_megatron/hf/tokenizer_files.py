@@ -1,4 +1,4 @@
-"""The tokenizer's files, as they travel with a model."""
+"""The tokenizer's files of a model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from plt_megatron.errors import UserError
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-# What Hugging Face folders keep of a tokenizer, beside these three.
+# Other tokenizer files of Hugging Face folders.
 _OTHERS = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
-# Compared before a tokenizer.json found beside a sentencepiece model is believed.
+# Compared before trusting a tokenizer.json found beside a sentencepiece model.
 _SAMPLES = (
     *("The quick brown fox jumps over the lazy dog.", "def f(x):\n    return x ** 2  # ok\n\n\n", "12,345.678e-9"),
     *("  two  spaces and\ttabs", "\u65e5\u672c\u8a9e \u00e9\u00e8\u00fc \U0001f600", "CamelCase snake_case"),
@@ -56,15 +56,15 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, trained_with: str | 
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}: "
-            "it is another model's"
+            "it belongs to another model"
         )
     if trained_with is not None and tokenizer.fingerprint != trained_with:
         raise UserError(f"tokenizer {tokenizer.path} is not the file the model was trained with: its content differs")
 
 
 def hf_tokenizer_file(folder: Path, family: str) -> Path | None:
-    """The file of a Hugging Face folder that training reads. In our exports it is the sentencepiece model, where data
-    was tokenized with it; other families' `tokenizer.model` may be anything."""
+    """The file of a Hugging Face folder that training reads. In our exports it is the sentencepiece model if data were
+    tokenized with it; other families' `tokenizer.model` may be anything."""
     names = (MODEL, JSON) if family == "plt" else (JSON, MODEL)
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
@@ -86,7 +86,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write all that `AutoTokenizer.from_pretrained(folder)` needs.
 
     Raises:
-        UserError: a sentencepiece model that has no equal tokenizer.json beside it, and none can be made.
+        UserError: a sentencepiece model has no equivalent tokenizer.json beside it, and none can be made.
     """
     source = tokenizer.path.parent
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -125,9 +125,9 @@ def _write_config(tokenizer: HuggingFaceTokenizer, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, folder: Path, family: str, vocab_size: int, tokens: dict[str, Any]) -> Path | None:
-    """Copy the tokenizer's files of a Hugging Face folder, as they are, into `folder`, which is made.
+    """Copy the tokenizer's files of a Hugging Face folder, as they are, into `folder`, which is created.
 
-    A generation_config.json with the ids in `tokens` goes with them: an export from there on has it again.
+    A generation_config.json with the ids in `tokens` is written too, for later exports.
 
     Returns:
         The file that training reads, or None if there is no tokenizer in `source`.

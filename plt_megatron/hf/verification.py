@@ -1,4 +1,4 @@
-"""Whether an export computes what the training model computes: the same text through both, in fp32."""
+"""Checks that an export computes what the training model computes: the same text through both, in fp32."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def build_model(source: ModelSource, sequence_length: int) -> Any:
 
 
 def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list[ParamMapping]) -> None:
-    """Give a stage, whatever its place in the layout, its part of whole weights; vocabulary padding becomes zero.
+    """Load a stage's part of whole weights, whatever its place in the layout; vocabulary padding becomes zero.
 
     Raises:
-        UserError: a parameter stays without weights, or one has another shape.
+        UserError: a parameter gets no weights, or has another shape.
     """
     from plt_megatron.model.initialization import global_names
 

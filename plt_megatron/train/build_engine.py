@@ -1,4 +1,4 @@
-"""The engine that a configuration names."""
+"""Builds the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from plt_megatron.train.engine import Engine
 
 
 def build_engine(config: RunConfig, vocab_size: int) -> Engine:
-    """Of a validated configuration; process groups exist. DeepSpeed is imported only where it is asked for."""
+    """`config` must be validated and process groups must exist. DeepSpeed is imported only if configured."""
     if config.engine == "megatron":
         from plt_megatron.train.megatron_engine import MegatronEngine
 

@@ -62,7 +62,7 @@ class RunData:
 
     def training_batches(self, consumed_samples: int) -> Generator[list[MicroBatch]]:
         """This rank's microbatches of one global batch after another."""
-        # More samples than there are: only after a rollback has passed over some.
+        # Wraps only after a rollback has skipped some samples.
         return self._global_batches(self.train, consumed_samples, wrap=True)
 
     def validation_batches(self) -> Generator[list[MicroBatch]]:
@@ -91,8 +91,8 @@ class RunData:
 
 
 def _training_samples(config: RunConfig) -> int:
-    """Samples that the run's order is drawn from. A run whose length is given in tokens keeps to those it began with,
-    since another batch would make it a few more or less, and the order another one. Collective."""
+    """The number of samples that the run's order is drawn from. A run whose length is given in tokens keeps its initial
+    number, since another batch size would change it slightly, and with it the order. Collective."""
     own = required_samples(config)[0]
     if config.training.train_tokens is None:
         return own
@@ -100,12 +100,12 @@ def _training_samples(config: RunConfig) -> int:
 
 
 def _recorded_samples(config: RunConfig) -> int | None:
-    """What the checkpoint that the run will go on from says of that, if it was to have as many tokens."""
+    """That number from the checkpoint that the run resumes from, if its length was the same."""
     settings = config.checkpoint
     places = [derived.run_folder(config)] if settings.enabled else []
     places += [Path(settings.load)] if settings.load is not None and not settings.weights_only else []
     for checkpoint in itertools.chain.from_iterable(map(candidates, places)):
-        with contextlib.suppress(OSError, ValueError):  # damaged: loading passes it over, too, and says so
+        with contextlib.suppress(OSError, ValueError):  # damaged: loading will skip it too, and log it
             progress = read_verified_progress(checkpoint)
             if progress["config"]["training"]["train_tokens"] != config.training.train_tokens:
                 return None

@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation, on DeepSpeed: ZeRO 1, 2, 3 and offload to CPU memory, TP x DP.
 
-The same model, data, losses and learning rates as `MegatronEngine`; how weights, gradients and optimizer state
-lie over the data-parallel ranks is ZeRO's business.
+The same model, data, losses and learning rates as `MegatronEngine`; ZeRO distributes weights, gradients and optimizer
+state over the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class DeepSpeedEngine:
 class _Verdict:
     """Lets the caller decide on a step once its gradient norm is known.
 
-    DeepSpeed computes the norm within its step. A norm that is no number makes it drop the gradients and leave weights
-    and optimizer state alone: that is what it is shown for a step that is not accepted.
+    DeepSpeed computes the norm within its step. A norm that is not a number makes it drop the gradients and keep
+    weights and optimizer state: it is given one for steps that are not accepted.
     """
 
     def __init__(self, optimizer: Any, stage: int) -> None:
@@ -141,9 +141,9 @@ class _Verdict:
         """DeepSpeed's step; (gradient norm before clipping, whether the weights were updated)."""
         self._judge, self._norm = judge, float("nan")
         engine.step()
-        if self._judge is not None:  # it has seen gradients that are no numbers, and did not ask
+        if self._judge is not None:  # it has seen gradients that are not numbers, and skipped the norm
             updated = self._judge(self._norm)
-            assert not updated, "a step whose gradients are no numbers cannot be accepted"
+            assert not updated, "a step whose gradients are not numbers cannot be accepted"
         return self._norm, not engine.optimizer.overflow
 
     def _judged(self, norm: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""What DeepSpeed has to be told of a looped model's gradients.
+"""Makes DeepSpeed handle a looped model's gradients correctly.
 
-A recomputed region runs a backward of its own for every loop, so that a parameter in it gets its gradient in several
-parts. DeepSpeed sends a gradient off when its hook fires: `GradientParts` holds each parameter back
-(`ds_grad_is_ready`) until its last part is there. And under sequence parallelism some parameters see a slice of the
+A recomputed region has a separate backward for every loop, so that a parameter in it gets its gradient in several
+parts. DeepSpeed reduces a gradient when its hook fires: `GradientParts` holds each parameter back
+(`ds_grad_is_ready`) until its last part has arrived. And under sequence parallelism some parameters see a slice of the
 sequence on each tensor-parallel rank: their parts are added up first, as megatron-core does at the end of a step.
 """
 
@@ -41,7 +41,7 @@ class GradientParts:
         parameter.ds_grad_is_ready = self._seen[name] == self._expected[name]  # type: ignore[attr-defined]
 
     def finish_microbatch(self) -> None:
-        """After a microbatch's backward: every part has come, and none too many.
+        """After a microbatch's backward: check that every part has arrived, and no more.
 
         Raises:
             RuntimeError: not so. DeepSpeed would train on without some of the gradient.
@@ -72,7 +72,7 @@ def expected_parts(name: str, config: RunConfig) -> int:
     if granularity == "none" or model.loop_count == 1 or not parameter.per_layer:
         return 1
     if parameter.in_core_attention:
-        return model.loop_count - 1  # recomputed in both; the first loop has no use for it
+        return model.loop_count - 1  # recomputed in both, but unused in the first loop
     if granularity == "selective":
         return 1
     return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else model.loop_count

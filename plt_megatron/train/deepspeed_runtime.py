@@ -1,4 +1,4 @@
-"""DeepSpeed in our process: what it is told about the device and the process groups, and what it must not build.
+"""Sets DeepSpeed up in our process: device, process groups, and no compiled extensions.
 
 DeepSpeed's own launcher is never used: it joins the groups that `runtime/process_groups.py` made.
 """
@@ -26,7 +26,7 @@ def import_deepspeed() -> ModuleType:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # Else DeepSpeed has torch count devices to see whether there is CUDA; the CPU runtime answers one.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")  # asked for although the device is chosen already
+    os.environ.setdefault("LOCAL_RANK", "0")  # required although the device is already chosen
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -38,7 +38,7 @@ def import_deepspeed() -> ModuleType:
 
 
 def join_process_groups(deepspeed: ModuleType) -> None:
-    """Have DeepSpeed use the process groups there are now, and nothing that it remembers of earlier ones."""
+    """Make DeepSpeed use the current process groups and forget earlier ones."""
     from deepspeed.runtime.zero import parameter_offload, partition_parameters
     from deepspeed.utils import groups
 

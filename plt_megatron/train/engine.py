@@ -1,4 +1,4 @@
-"""What the trainer and checkpoints ask of an engine, `MegatronEngine` or `DeepSpeedEngine`."""
+"""The interface of an engine (`MegatronEngine` or `DeepSpeedEngine`) for the trainer and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plt_megatron.train.step_times import StepTimes
 
 @dataclass
 class StepResult:
-    """What one optimizer step yields, equal on all ranks.
+    """The result of an optimizer step, equal on all ranks.
 
     Attributes:
         loss: mean cross-entropy over the step's tokens that count, in nats.
@@ -34,12 +34,12 @@ class StepResult:
 
 
 def finite_step(loss: float, grad_norm: float) -> bool:
-    """Whether loss and gradient norm are numbers."""
+    """Whether loss and gradient norm are finite."""
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 def nothing() -> None:
-    """What `on_progress` does unless somebody listens."""
+    """The default of `on_progress`."""
 
 
 class Engine(Protocol):
@@ -74,7 +74,7 @@ class Engine(Protocol):
         Args:
             batches: this rank's microbatches.
             accept: given loss and gradient norm, equal on all ranks, whether the weights may be updated. A step that
-                is not accepted leaves weights and optimizer state as they were; the learning rate's schedule goes on.
+                is not accepted leaves weights and optimizer state as they were; the learning rate's schedule continues.
             loop_count: of this step; None: the model's.
         """
 

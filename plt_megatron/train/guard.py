@@ -1,7 +1,7 @@
-"""Steps that go wrong: non-finite losses or gradients, and loss spikes.
+"""Detects bad steps: non-finite losses or gradients, and loss spikes.
 
 The guard looks at each step's loss and gradient norm before the optimizer does. Both are the same on all ranks, so all
-come to the same verdict without a further word.
+reach the same verdict without communication.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _PER_STEPS = 1000  # max_skipped_steps is also a rate
 
 
 class StepGuard:
-    """Judges steps and keeps count of those that were not accepted.
+    """Judges steps and counts those that were not accepted.
 
     Attributes:
-        problem: what was wrong with the last step judged, in words; None if nothing.
+        problem: what was wrong with the last judged step, as text; None if nothing.
         action: what to do about it: `fail`, `skip` or `rollback`.
     """
 
@@ -77,7 +77,7 @@ class StepGuard:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """The state for a resumed run."""
         return {
             "losses": list(self._losses),
             "skipped": list(self._skipped),
@@ -86,7 +86,7 @@ class StepGuard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `state` returned."""
+        """Restore what `state` returned."""
         self._losses.extend(state["losses"])
         self._skipped.extend(state["skipped"])
         self._step, self._in_a_row = state["step"], state["in_a_row"]

@@ -1,7 +1,7 @@
 """The process that trains: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
 
 Launchers start it (plt-train on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
-Exit status: 0 finished, 2 something for the user to put right, 75 stopped on request with its state saved, 1 failed.
+Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request with its state saved, 1 failed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # the others have the same to say
+        if os.environ.get("RANK", "0") == "0":  # the others would print the same
             print_error(error)
         return ExitStatus.USER_ERROR
 
@@ -52,7 +52,7 @@ def train(config: RunConfig) -> int:
     from plt_megatron.train.callbacks.base import TrainingFailed
     from plt_megatron.train.trainer import Trainer
 
-    faulthandler.enable()  # a data file cut short under its memory map is a SIGBUS
+    faulthandler.enable()  # a data file truncated under its memory map is a SIGBUS
     init_process_groups(config.parallel)
     watchdog = start_watchdog(
         derived.run_folder(config),
@@ -75,13 +75,13 @@ def train(config: RunConfig) -> int:
     finally:
         trainer.close()
         watchdog.close()
-    torch.distributed.barrier()  # rank 0 holds the store that the others' watchdogs ask
+    torch.distributed.barrier()  # rank 0 hosts the store that the others' watchdogs use
     destroy_process_groups()
     return ExitStatus.FINISHED if finished else ExitStatus.PREEMPTED
 
 
 def _describe_failure(error: OSError | RuntimeError) -> str | None:
-    """What went wrong on this rank alone, where that takes no traceback to see; None where it does."""
+    """What went wrong on this rank, if that needs no traceback; else None."""
     if isinstance(error, OSError):
         return str(error)
     text = str(error)
@@ -91,9 +91,9 @@ def _describe_failure(error: OSError | RuntimeError) -> str | None:
 
 
 def _quiet_imports() -> None:
-    """megatron-core and torch warn at import about everything a machine lacks; plt-doctor says what matters.
+    """Silence megatron-core's and torch's warnings about everything a machine lacks; plt-doctor reports what matters.
 
-    After torch's import, which sets its loggers' levels itself.
+    Call it after importing torch, which sets its loggers' levels.
     """
     warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

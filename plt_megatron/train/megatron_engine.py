@@ -1,7 +1,7 @@
 """One optimizer step, and one evaluation, on megatron-core: its schedules, DistributedDataParallel and optimizer.
 
 The engine knows how to run microbatches through the model in this process's part of the layout. When, how often and on
-what data is the trainer's business.
+what data is up to the trainer.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class MegatronEngine:
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
-        # FP8 copies of the weights are made in a layer's first call from here on, and serve every loop and microbatch.
+        # FP8 copies of the weights are made in a layer's next call, and used in every loop and microbatch.
         self.stage.set_is_first_microbatch()
         shared = MicroBatches([batch.shard_for_cp(self.stage.context_rows) for batch in batches])
         virtual = config.virtual_pipeline_model_parallel_size
@@ -147,7 +147,7 @@ class MegatronEngine:
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
 
     def _reduce(self, results: list[Tensor]) -> tuple[float, int]:
-        """Sum the last stage's (loss, tokens) over data-parallel ranks and tell the other stages."""
+        """Sum the last stage's (loss, tokens) over data-parallel ranks and send it to the other stages."""
         self._results = results
         device = torch.cuda.current_device()
         total = torch.stack(results).sum(dim=0) if results else torch.zeros(2, dtype=torch.float64, device=device)
@@ -167,7 +167,7 @@ def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Ten
 def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDataParallel:
     """One DistributedDataParallel around a stage: its loops share the weights and so the gradient buffers.
 
-    With overlap, a bucket is sent when each of its parameters has had as many gradients as in the first step after
+    With overlap, a bucket is reduced when each of its parameters has had as many gradients as in the first step after
     synchronization was enabled; loops and recomputation change that number, not its being the same in every step.
     """
     ddp_config = DistributedDataParallelConfig(

@@ -42,21 +42,21 @@ class ElementwiseOptimizer(DistributedOptimizer):
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
-        """Names of what is kept of each parameter; megatron-core's own property knows Adam's and Lion's."""
+        """Names of the state of each parameter; megatron-core's own property knows only Adam's and Lion's."""
         return tuple(self.spec.state)
 
 
 def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: OptimizerConfig) -> None:
-    """Put another torch optimizer into the place of Adam, over the same pieces of parameters.
+    """Replace Adam with another torch optimizer over the same pieces of parameters.
 
-    megatron-core builds its distributed optimizer around Adam alone, but uses nothing of it but its step.
+    megatron-core builds its distributed optimizer only around Adam, but uses only its step.
     """
     module, _, name = (spec.torch_class or "").rpartition(".")
     build = getattr(import_module(module), name)
     # Built over nothing: pieces of fp32 parameters are views, which torch's constructors refuse.
     inner = build([torch.empty(0)], lr=settings.lr, **spec.arguments(settings))
     inner.param_groups = part.optimizer.param_groups
-    for group in inner.param_groups:  # with the rates that each has already
+    for group in inner.param_groups:  # with each group's current rate
         group |= {key: value for key, value in inner.defaults.items() if key not in ("lr", "weight_decay")}
     part.optimizer, part.spec = inner, spec
     part.__class__ = ElementwiseOptimizer
@@ -86,8 +86,8 @@ def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
 class LearningRate(OptimizerParamScheduler):
     """The learning rate's schedule over the parameter groups of an optimizer, which begins at step 0.
 
-    It counts steps. Where the run's length is given in tokens, these are steps of the batch that the run began with,
-    however large the batch is now: a rate belongs to a number of tokens.
+    It counts steps. Where the run's length is given in tokens, these are steps of the run's initial batch size,
+    whatever it is now, so that a rate belongs to a number of tokens.
 
     Attributes:
         step_tokens: of one step that it counts.

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Measures the parts of a step's time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StepTimes:
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Time a block. Blocks may lie in one another: each then counts its own whole time."""
+        """Time a block. Nested blocks each count their whole time."""
         started = time.perf_counter()
         try:
             yield
@@ -26,7 +26,7 @@ class StepTimes:
             self._seconds[name] += time.perf_counter() - started
 
     def count_step(self) -> None:
-        """A step is done."""
+        """Count a finished step."""
         self._steps += 1
 
     def take(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""Being asked to stop: by a signal, or by a file named STOP or SAVE in the run folder.
+"""Requests to stop or save: by a signal, or by a file named STOP or SAVE in the run folder.
 
-Every rank hears a signal at its own moment, so the ranks agree at the step boundary: if one was asked, all save at the
-same step. STOP saves and leaves, SAVE saves and goes on; rank 0 looks for the files and removes them.
+Ranks receive a signal at different times, so they agree at the step boundary: if one was asked, all save at the same
+step. STOP saves and exits, SAVE saves and continues; rank 0 looks for the files and removes them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,6 @@ class StopRequest:
         return _NOTHING
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""The training loop: what happens to a run between its first step and its last.
+"""The training loop: a run from its first step to its last.
 
-What happens beside it, validation, metrics, incidents, is in `callbacks`.
+Validation, metrics, incidents and the like are in `callbacks`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from plt_megatron.train.stop import StopRequest
 
 
 class Trainer:
-    """A run: its model, its data, and how far it has come; a `Run` to its callbacks. Process groups exist.
+    """A run: its model, data and progress; a `Run` to its callbacks. Process groups must exist.
 
     Args:
         config: validated.
-        heartbeat: told at every turn what this rank does, and the step it has come to.
+        heartbeat: called at every turn with this rank's phase and step.
     """
 
     def __init__(self, config: RunConfig, heartbeat: Callable[[str, int], Any] | None = None) -> None:
@@ -129,11 +129,11 @@ class Trainer:
             raise TrainingFailed(f"step {step}: there is no checkpoint to roll back to yet")
         for callback in self.callbacks:
             callback.on_rollback(progress.get(callback.name, {}))
-        self._save()  # else a crash before the next save would bring the bad data back
+        self._save()  # otherwise a crash before the next save would repeat the bad data
         self.checkpoints.close()
 
     def _load(self) -> dict[str, Any] | None:
-        """Bring engine and clock, but not the data, to where the checkpoint is; what it says, None if there is none."""
+        """Restore engine and clock, but not the data, from the checkpoint; its progress, or None without one."""
         self.beat("loading")
         progress = self.checkpoints.load(self.engine, self._kept())
         if progress is not None:
@@ -151,7 +151,7 @@ class Trainer:
             self.checkpoints.save(self.engine, progress | states, self._kept())
 
     def _kept(self) -> dict[str, dict[str, Tensor]]:
-        """What callbacks keep of the parameters."""
+        """The callbacks' tensors of the parameters."""
         kept = {callback.name: callback.parameter_state() for callback in self.callbacks}
         return {name: tensors for name, tensors in kept.items() if tensors}
 
@@ -167,7 +167,7 @@ class Trainer:
     # Signs of life.
 
     def beat(self, phase: str | None = None) -> None:
-        """A sign of life; without a `phase`, still in the one that was named last."""
+        """Report a sign of life; without a `phase`, in the last one."""
         self._phase = phase or self._phase
         if self._heartbeat is not None:
             self._heartbeat(self._phase, self.clock.step)
@@ -181,6 +181,6 @@ class Trainer:
         self._each(Callback.on_record, record)
 
     def close(self) -> None:
-        """Give back what the run holds: trackers, the terminal, signals."""
+        """Release the run's resources: trackers, terminal, signals."""
         self._each(Callback.close)
         self.stop.close()

@@ -67,7 +67,7 @@ def test_one_loop_goes_on_with_two_in_a_layout_with_more_vocabulary_padding(run_
         assert rank["continued"][0] == rank["continued"][1]
     about_gates = [line for line in seen[0]["log"] if "gate" in line]
     assert len(about_gates) == 1 and "has no gates: this model's start from zero" in about_gates[0]
-    assert "model.loop_count: 1 in the checkpoint, 2 from here on" in seen[0]["log"]
+    assert "model.loop_count: 1 in the checkpoint, now 2" in seen[0]["log"]
     assert not seen[1]["log"]
 
 
@@ -82,7 +82,7 @@ def test_two_loops_go_on_with_one(run_distributed, two_loops, tmp_path):
 
 def test_two_loops_go_on_with_three_and_nothing_to_say_of_gates(run_distributed, two_loops):
     seen = run_distributed(jobs.load_and_train, 1, two_loops, jobs.run_config(loop_count=3), then=1)
-    assert seen["log"] == ["model.loop_count: 2 in the checkpoint, 3 from here on"]
+    assert seen["log"] == ["model.loop_count: 2 in the checkpoint, now 3"]
 
 
 def test_anything_else_missing_or_of_another_shape_is_named(run_distributed, two_loops):
@@ -113,7 +113,7 @@ def _errors_of_loads(path, configs):
 def test_a_tensor_the_model_has_not_is_named(run_distributed, tmp_path):
     run_distributed(jobs.train_and_save, 1, tmp_path, jobs.run_config(ffn_output_norm=True), steps=1)
     error = run_distributed(jobs.error_of_load, 1, tmp_path, jobs.run_config())
-    assert "has the tensor decoder.layers.mlp." in error and "which this model has not" in error
+    assert "has the tensor decoder.layers.mlp." in error and "which this model lacks" in error
 
 
 def test_another_vocabulary_is_refused_although_its_padded_size_fits(run_distributed, two_loops):
@@ -139,7 +139,7 @@ def test_weights_alone_start_a_new_run(run_distributed, two_loops):
     assert seen["after"][0][0] == pytest.approx(trained, rel=3e-3)  # trained weights in bf16 ...
     assert abs(seen["after"][0][0] - fresh) > 3e-2  # ... not fresh ones
     assert seen["progress"]["step"] == 3
-    assert "training.precision: fp32 in the checkpoint, bf16 from here on" in seen["log"]
+    assert "training.precision: fp32 in the checkpoint, now bf16" in seen["log"]
 
 
 def _trained_and_fresh_loss(path, config):

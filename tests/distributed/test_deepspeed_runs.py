@@ -121,7 +121,7 @@ EXPECTED_LINES = (
     r"part +source .*",
     r"(train|validation) +text .*",
     r"model: .*",
-    r"(going on from|resumed at step) .*",
+    r"(resuming from|resumed at step) .*",
     r"step \d+/\d+: loss .*",
     r"  validation, \d loop\(s\): loss .*",
     r"(saved|asked to stop|stopping|SIGTERM).*",
@@ -158,7 +158,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(data, tmp_path, 
     assert 1 <= stopped_at < 24
     run = LocalRun(config, env=stale_build)
     assert run.finish() == 0, run.out + run.err
-    assert _unexpected(run) == [] and "going on from" in run.err
+    assert _unexpected(run) == [] and "resuming from" in run.err
     assert run_distributed(train, 2, undisturbed) is True
     assert numbers(config) == numbers(undisturbed)
     assert sorted((tmp_path / "extensions").rglob("*")) == before

@@ -1,8 +1,8 @@
-"""What every run does beside training, in this order: who comes first is asked and told first.
+"""The callbacks of every run, called in this order.
 
-To add something, write a `Callback` (`base`) in a file of its own and enter it here; docs/extending.md shows one. What
-changes how a step is taken goes before what reports on it, and `TrainLog` after those whose `after_step` prepares what
-their `on_log` returns.
+To add one, write a `Callback` (`base`) in its own file and list it here; docs/extending.md shows one. Callbacks that
+change a step come before those that report on it, and `TrainLog` after those whose `after_step` prepares what their
+`on_log` returns.
 """
 
 from __future__ import annotations

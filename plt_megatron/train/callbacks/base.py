@@ -1,4 +1,4 @@
-"""What happens in a run beside training: the interface of callbacks, and what they may use of the run."""
+"""The interface of callbacks, and what they may use of the run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from plt_megatron.train.engine import Engine, StepResult
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says why, and what is intact."""
+    """Training cannot continue; the message says why, and what is intact."""
 
 
 @dataclass
 class Clock:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
-        step: optimizer steps, those without an update included.
-        samples: taken from the training data, those that a rollback has passed over included.
+        step: optimizer steps, including those without an update.
+        samples: taken from the training data, including those skipped by rollbacks.
         tokens: trained on.
     """
 
@@ -36,13 +36,13 @@ class Clock:
 
 @dataclass
 class Step:
-    """An optimizer step under way.
+    """An optimizer step in progress.
 
     Attributes:
         number: 1 for the run's first.
         batches: this rank's microbatches.
         loop_count: of this step. A callback may change it before the step, to the same number on all ranks.
-        seconds: what data, passes and update took, once it is done.
+        seconds: time of data, passes and update, once it is done.
     """
 
     number: int
@@ -52,7 +52,7 @@ class Step:
 
 
 class Run(Protocol):
-    """What callbacks see of a run."""
+    """A run, as callbacks see it."""
 
     config: RunConfig
     folder: RunFolder
@@ -71,29 +71,29 @@ class Run(Protocol):
         default the one just done."""
 
     def beat(self, phase: str | None = None) -> None:
-        """A sign of life, before what may take long; `phase` names it."""
+        """Report a sign of life before long work; `phase` names it."""
 
     def say(self, line: str) -> None:
         """A line for the people who watch."""
 
     def report(self, record: dict[str, Any]) -> None:
-        """Hand a record, `kind`, `step`, `tokens` and numbers, to all callbacks' `on_record`."""
+        """Pass a record of `kind`, `step`, `tokens` and numbers to all callbacks' `on_record`."""
 
     def roll_back(self) -> None:
-        """Go back to the last checkpoint's weights, and on with the data that come next. Collective."""
+        """Return to the last checkpoint's weights, and continue with the next data. Collective."""
 
     def what_is_saved(self) -> str:
         """One sentence for an error message."""
 
 
 class Callback:
-    """Something that a run does beside training. Subclasses override what they need.
+    """Something that a run does besides training. Subclasses override what they need.
 
     A run has one of each class in `callbacks.CALLBACKS`. All methods are called on all ranks at the same points, in the
-    order of that list, so that they may communicate. What a class is asked to do, it reads from `run.config`.
+    order of that list, so that they may communicate. A class reads its settings from `run.config`.
 
     Attributes:
-        name: of its state in checkpoints; none needed without state.
+        name: of its state in checkpoints; not needed without state.
     """
 
     name = ""
@@ -104,32 +104,32 @@ class Callback:
     # Before training.
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned, in a run that goes on."""
+        """Restore what `state_dict` returned, in a resumed run."""
 
     def on_start(self) -> None:
-        """The first step, or the next one of a run that goes on, is about to come."""
+        """Before the first step of a new or resumed run."""
 
     # In every step.
 
     def before_step(self, step: Step) -> None:
-        """Its data are there."""
+        """Before each step, with its data."""
 
     def accept(self, loss: float, grad_norm: float) -> bool:
-        """Whether the weights may be updated with the step's gradients; all callbacks have to agree. Once a step, the
-        same numbers on all ranks."""
+        """Whether the weights may be updated with the step's gradients; all callbacks must agree. Called once per step,
+        with the same numbers on all ranks."""
         return True
 
     def on_rejected(self, step: Step, result: StepResult) -> bool:
-        """The weights have not been updated. Whether the run went back: then the step is over, without `after_step`."""
+        """The weights were not updated. Returns whether the run rolled back; then `after_step` is not called."""
         return False
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """It is done, and the run's clock has moved on."""
+        """After each step, with the run's clock advanced."""
 
-    # When something is to be told.
+    # Reports.
 
     def on_log(self) -> dict[str, Any]:
-        """What it adds to the training record of the step just done. Collective."""
+        """What it adds to the training record of the last step. Collective."""
         return {}
 
     def on_record(self, record: dict[str, Any]) -> None:
@@ -141,25 +141,25 @@ class Callback:
     # Around checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """What it has to know in a run that goes on: JSON, the same on all ranks."""
+        """Its state for a resumed run: JSON, the same on all ranks."""
         return {}
 
     def parameter_state(self) -> dict[str, Tensor]:
-        """The same in tensors, such as averages of weights: each in the shape of one of `engine.stage`'s parameters, by
-        its name. They are saved in a layout's parts, and loading a checkpoint fills them, in whatever layout."""
+        """State in tensors, such as averages of weights: each in the shape of one of `engine.stage`'s parameters, by
+        its name. They are saved like parameters, and loading a checkpoint in any layout fills them."""
         return {}
 
     def on_save(self, checkpoint: Path) -> None:
-        """A checkpoint is there, whole."""
+        """A complete checkpoint has been published."""
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """The run is back at a checkpoint, with this state in it."""
+        """The run has rolled back to a checkpoint with this state."""
         self.load_state_dict(state)
 
     # At the end.
 
     def on_end(self) -> None:
-        """The last step is done, or the run has been asked to stop."""
+        """After the last step, or when the run stops on request."""
 
     def close(self) -> None:
-        """Give back what it holds, however the run ended. Not collective."""
+        """Release resources, however the run ended. Not collective."""

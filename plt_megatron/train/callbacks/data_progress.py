@@ -1,4 +1,4 @@
-"""What is read: the mix before the first step, and passes over its sources in every record."""
+"""Reports the data mix before the first step, and passes over its sources in every record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from plt_megatron.train.callbacks.base import Callback
 
 
 class DataProgress(Callback):
-    """Tells of the data."""
+    """Reports on the data."""
 
     def on_start(self) -> None:
         """A table of the sources."""

@@ -1,4 +1,4 @@
-"""Steps that go wrong: judged before the optimizer runs, reported, then skipped, rolled back, or the end of the run."""
+"""Bad steps: detected before the optimizer runs, reported, then skipped, rolled back, or fatal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Incidents(Callback):
         return self.guard.accept(loss, grad_norm)
 
     def on_rejected(self, step: Step, result: StepResult) -> bool:
-        """Report it, then skip it, roll back or end the run."""
+        """Report the step, then skip it, roll back or end the run."""
         action, problem = self.guard.action, self.guard.problem
         report = {"step": step.number, "problem": problem, "action": action, **dataclasses.asdict(result)}
         report["recent_losses"] = self.guard.statistics()
@@ -56,7 +56,7 @@ class Incidents(Callback):
         return action == "rollback"
 
     def _describe_microbatches(self, step: Step) -> list[dict[str, Any]]:
-        """Loss and documents of each of the step's microbatches, all data-parallel ranks'. Collective."""
+        """Loss and documents of each of the step's microbatches, on all data-parallel ranks. Collective."""
         own, train = [], self.run.data.train
         losses = self.run.engine.microbatch_losses
         for number, ((loss, tokens), batch) in enumerate(zip(losses, step.batches, strict=False)):

@@ -1,4 +1,4 @@
-"""What the loops do in a step that is logged: `LoopStatistics` of its first microbatch."""
+"""Statistics of the loops in a logged step: `LoopStatistics` of its first microbatch."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from plt_megatron.train.callbacks.base import Callback, Run, Step
 
 
 class LoopMeasures(Callback):
-    """Has them collected where the step will be logged."""
+    """Collects them in steps that will be logged."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._statistics: LoopStatistics | None = None
 
     def before_step(self, step: Step) -> None:
-        """Give the first microbatch something to collect in."""
+        """Give the first microbatch an object to collect in."""
         self._statistics = None
         if self.run.is_due(self.run.config.logging.log_interval, step.number):
             self._statistics = step.batches[0].statistics = _empty(self.run.config.model, step.loop_count)
 
     def on_log(self) -> dict[str, Any]:
-        """Gate means, norms and step sizes, one entry a loop."""
+        """Gate means, norms and step sizes, one entry per loop."""
         return {} if self._statistics is None else self._statistics.reduce()
 
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard and Weights & Biases where asked for."""
+"""Writes a run's numbers: metrics.jsonl always, TensorBoard and Weights & Biases if configured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Metrics(Callback):
             self._wandb = self._open_wandb(config.logging.wandb_project)
 
     def _open_wandb(self, project: str) -> Any:
-        """One W&B run for the run's folder, however often the run is started."""
+        """One W&B run per run folder, however often the run is restarted."""
         try:
             import wandb
         except ImportError as error:
@@ -53,13 +53,13 @@ class Metrics(Callback):
             config=dataclasses.asdict(config),
             resume="allow",
         )
-        # An axis of our own: W&B drops what is logged at a step that its own has passed, as after a rollback.
+        # Our own axis: W&B drops what is logged at an earlier step than its own, as after a rollback.
         for kind in ("train", "validation"):
             opened.define_metric(f"{kind}/*", step_metric="step")
         return opened
 
     def on_start(self) -> None:
-        """Forget what an earlier attempt wrote beyond this step, which is run again now."""
+        """Remove what an earlier attempt wrote after this step."""
         if self.run.is_first_rank:
             json_lines.rewind(self._path, lambda record: record["step"] <= self.run.clock.step)
 
@@ -89,7 +89,7 @@ class Metrics(Callback):
 
 
 def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, number) of a record; a list has one entry a loop, a mapping one a name."""
+    """(tag, number) of a record; a list has one entry per loop, a mapping one per name."""
     suffix = f"_loops_{record['loop_count']}" if record["kind"] == "validation" else ""
     for name, value in record.items():
         if name in ("kind", "step", "loop_count"):

@@ -26,7 +26,7 @@ class Profiling(Callback):
         self._profiler: Any = None
 
     def before_step(self, step: Step) -> None:
-        """Begin or end the trace if it is time."""
+        """Start or end the trace if due."""
         if not self._wanted:
             return
         if self._profiler is not None and step.number > self._last:
@@ -39,7 +39,7 @@ class Profiling(Callback):
             self._profiler.start()
 
     def on_end(self) -> None:
-        """Write the trace that is being recorded, whole or not."""
+        """Write the current trace, complete or not."""
         if self._profiler is None:
             return
         self._wanted = False

@@ -1,4 +1,4 @@
-"""What a person sees of a running run: a bar on a terminal, plain lines in a log."""
+"""Shows a run's progress: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ProgressBar(Callback):
             )
 
     def on_start(self) -> None:
-        """Put the bar up."""
+        """Show the bar."""
         step, total = self.run.clock.step, self.run.last_step
         self._started, self._first = time.monotonic(), step
         if self._bar is not None:
@@ -78,6 +78,6 @@ class ProgressBar(Callback):
             print(line, flush=True)
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()

@@ -34,7 +34,7 @@ class Throughput(Callback):
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
 
     def flops_per_token(self, loop_count: int) -> float:
-        """Of training with so many loops."""
+        """Training FLOPs per token with this many loops."""
         if loop_count not in self._flops_per_token:
             config = self.run.config
             model = dataclasses.replace(config.model, loop_count=loop_count)
@@ -45,7 +45,7 @@ class Throughput(Callback):
         return self._flops_per_token[loop_count]
 
     def on_start(self) -> None:
-        """A line about the model and what its speed is compared with."""
+        """A line about the model and the peak for its MFU."""
         config = self.run.config
         peak = f"{self.peak:.3g} TFLOP/s ({self.peak_source})" if self.peak else f"unknown ({self.peak_source})"
         counted = parameters.count_parameters(
@@ -66,7 +66,7 @@ class Throughput(Callback):
         self.run.engine.times.count_step()
 
     def on_log(self) -> dict[str, Any]:
-        """Rates since the last record (`mfu` is None where the peak is unknown), memory, and where the time went."""
+        """Rates since the last record (`mfu` is None if the peak is unknown), memory, and time by part of a step."""
         seconds = self._seconds or 1.0
         rate, achieved = self._tokens / seconds, self._flops / seconds / 1e12
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
@@ -80,7 +80,7 @@ class Throughput(Callback):
 
 
 def _job_peak(config: RunConfig) -> tuple[float | None, str]:
-    """Dense peak TFLOP/s of all devices together, and where the figure comes from."""
+    """Dense peak TFLOP/s of all devices together, and its source."""
     devices, precision = dist.get_world_size(), config.training.precision
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * devices, "logging.peak_tflops"
@@ -96,7 +96,7 @@ def _job_peak(config: RunConfig) -> tuple[float | None, str]:
 
 
 def peak_memory_bytes() -> int:
-    """The most that any rank has held at once: on its GPU, or on a CPU as a whole process. Collective."""
+    """The peak memory of any rank: of its GPU, or on a CPU of its process. Collective."""
     if is_cpu_runtime():
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     else:

@@ -13,7 +13,7 @@ class TrainLog(Callback):
     """Every `logging.log_interval` steps and after the last one."""
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Make the record and report it if it is due."""
+        """Report the record if due."""
         if not self.run.is_due(self.run.config.logging.log_interval):
             return
         clock = self.run.clock

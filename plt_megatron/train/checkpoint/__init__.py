@@ -1,8 +1,8 @@
 """Checkpoints: megatron-core's distributed format, published atomically, loadable in any layout.
 
-`publishing` makes a folder a checkpoint (`run_folder.checkpoints` finds it), `state` is the engine's state as sharded
-tensors, `saving` and `loading` move one to the other, `reading` serves programs without an engine, `store` is a
-training run's use of it all.
+`publishing` turns a folder into a checkpoint (`run_folder.checkpoints` finds it), `state` is the engine's state as
+sharded tensors, `saving` and `loading` convert between the two, `reading` is for programs without an engine, `store`
+for a training run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Imported when asked for: importing megatron-core takes seconds, and reading weights needs none of it.
+# Imported on demand: importing megatron-core takes seconds, and reading weights does not need it.
 _HOMES = {
     "CheckpointStore": "store",
     "load_checkpoint": "loading",

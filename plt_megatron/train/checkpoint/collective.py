@@ -1,4 +1,4 @@
-"""What all ranks have to agree on while they save or load."""
+"""Agreement of all ranks while they save or load."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def first_of_all_ranks(message: str | None) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: what the system says of a file, or the message."""
+    """An error in one line: the system's message about a file, or the error's own."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).strip() or type(error).__name__

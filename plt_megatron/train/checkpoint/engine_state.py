@@ -1,6 +1,6 @@
-"""What saving and loading ask of an engine's model and optimizer, whichever engine it is.
+"""The interface of an engine's model and optimizer for saving and loading.
 
-Both engines' states have the same keys and shapes, those of the whole model: a checkpoint does not show who wrote it.
+Both engines' states have the same keys and shapes, those of the whole model: checkpoints do not depend on the engine.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class EngineState(Protocol):
         """`model`, and `optimizer` if wanted, to be loaded. What is taken out of it stays as it is built: gates."""
 
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
-        """Read the request, what is left of it and what is added to it, and put it in its place. Without `optimizer` in
+        """Read the request, as changed by the caller, and load it. Without `optimizer` in
         the request, the optimizer's state is zero. Returns what was read."""
 
     def set_step(self, step: int) -> None:
-        """Make the optimizer go on from `step` updates."""
+        """Set the optimizer's number of updates to `step`."""

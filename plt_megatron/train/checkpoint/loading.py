@@ -1,4 +1,4 @@
-"""Loading a checkpoint into an engine of any layout, with one loop or several."""
+"""Loads a checkpoint into an engine of any layout, with one loop or several."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 def load_checkpoint(
     engine: Engine, path: Path | str, *, kept: saving.Kept | None = None, allow_other_schedule: bool = False
 ) -> dict[str, Any]:
-    """Put the engine, new or not, into the state that was saved. Collective.
+    """Restore the saved state in the engine, new or not. Collective.
 
-    In the layout that saved it the run goes on bit for bit; in another one with the same numbers, and random states of
-    its own. Gates that a checkpoint of one loop lacks start as they are built, with zero moments; gates that one
-    loop has no use for are dropped. Both are said in the log.
+    In the layout that saved it the run resumes bit for bit; in another one with the same numbers, but its own random
+    states. Gates missing from a checkpoint of one loop keep their initial values, with zero moments; gates that one
+    loop does not use are dropped. Both are logged.
 
     Args:
-        path: a checkpoint, or a folder of them or a run's folder for the last whole one; the log names damaged ones.
+        path: a checkpoint, or a folder of them or a run's folder for the last complete one; damaged ones are logged.
         kept: as for `save_checkpoint`: filled with what the checkpoint has of it, else left alone.
-        allow_other_schedule: go on although the optimizer's settings differ from the saved ones.
+        allow_other_schedule: resume even if the optimizer's settings differ from the saved ones.
 
     Returns:
         What `save_checkpoint` was given as `progress`, and `config`, `schedule`, `layout`, `versions`, `vocab_size`.
@@ -47,7 +47,7 @@ def load_checkpoint(
     """
     path, progress = _find(Path(path))
     if progress.get("weights_only"):
-        raise UserError(f"checkpoint {path} holds weights alone, as an import does; set checkpoint.weights_only=true")
+        raise UserError(f"checkpoint {path} has only weights, like an import; set checkpoint.weights_only=true")
     _check_vocabulary(engine, path, progress)
     _check_schedule(engine, path, progress, allow_other_schedule)
     request = engine.state.request(optimizer=True)
@@ -88,7 +88,7 @@ def _load_kept(engine: Engine, path: Path, kept: saving.Kept) -> None:
         sharded = state.parameter_tensors(engine.stage, name, tensors)
         request = {own: value for own, value in sharded.items() if value.key in saved}
         if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
-            _say(f"{path} has no state of {name}, which starts anew")
+            _say(f"{path} has no state of {name}, which is reset")
             continue
         for own, value in _read(path, {"kept": request})["kept"].items():
             tensors[own].copy_(value)
@@ -128,7 +128,7 @@ def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> N
 
 def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_other: bool) -> None:
     own = saving.schedule(engine.config, _schedule_step_tokens(progress))
-    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # once there was only Adam
+    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # once only Adam existed
     if before != now:
         raise UserError(
             f"checkpoint {path} was trained with optimizer.name {before} (now {now}), whose state no other optimizer "
@@ -155,7 +155,7 @@ def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
     for section, name in [*(("model", key) for key in own["model"]), ("training", "precision")]:
         before, now = saved[section].get(name), own[section][name]
         if before != now and name not in ("backend", "vocab_size"):
-            _say(f"{section}.{name}: {before} in the checkpoint, {now} from here on")
+            _say(f"{section}.{name}: {before} in the checkpoint, now {now}")
 
 
 # Whether it fits.
@@ -182,11 +182,11 @@ def _fit(path: Path, request: dict[str, Any]) -> None:
                 f"checkpoint {path}: the tensor {key} has shape {saved[key]}, this model needs {needed[key]}"
             )
     for keys, others, fault in ((missing, saved, "lacks"), (unexpected, needed, "has")):
-        both_have_gates = any(map(only_in_loops, others))  # then they are gates of another kind
+        both_have_gates = any(map(only_in_loops, others))  # they are gates of another kind
         strange = [key for key in keys if both_have_gates or not only_in_loops(key)]
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-            other = "which this model needs" if fault == "lacks" else "which this model has not"
+            other = "which this model needs" if fault == "lacks" else "which this model lacks"
             raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
     if missing:
         _take_out(request, set(missing))

@@ -1,4 +1,4 @@
-"""Publishing checkpoints: each is complete when it gets its name (`run_folder.checkpoints`), and old ones are removed.
+"""Publishes checkpoints: each is complete when it gets its name (`run_folder.checkpoints`), and old ones are removed.
 
 All of it is done by one process; any `OSError` leaves the last checkpoint intact.
 """
@@ -30,7 +30,7 @@ _REPLACED = ".old"  # about to give way to a newer one of the same step
 
 
 def versions() -> dict[str, str]:
-    """Of what a checkpoint is made with."""
+    """Versions of the software that writes a checkpoint."""
     import torch
 
     try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Folders a crash left behind, half written or half removed."""
+    """Folders left by a crash, partly written or partly removed."""
     if not directory.is_dir():
         return []
     names = (rf"{NAME.pattern}({re.escape(suffix)})" for suffix in (_TEMPORARY, _REPLACED))
@@ -56,7 +56,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def prepare(directory: Path, step: int) -> Path:
-    """Clear what crashes left behind and make the temporary folder that becomes step `step`'s checkpoint."""
+    """Remove leftovers of crashes and create the temporary folder of step `step`'s checkpoint."""
     directory.mkdir(parents=True, exist_ok=True)
     recover(directory)
     for path in leftovers(directory):
@@ -69,7 +69,7 @@ def prepare(directory: Path, step: int) -> Path:
 
 
 def recover(directory: Path) -> None:
-    """Put back checkpoints that a crash left without a name, on their way out for a newer one of the same step."""
+    """Restore checkpoints that a crash left without a name while they were being replaced by one of the same step."""
     for path in leftovers(directory):
         if path.suffix == _REPLACED and not path.with_suffix("").exists():
             path.rename(path.with_suffix(""))
@@ -92,7 +92,9 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
     }
     missing = checksums.keys() - files.keys()
     if missing:
-        raise FileNotFoundError(2, "another process has written what is not there: a folder not shared?", missing.pop())
+        raise FileNotFoundError(
+            2, "files that another process has written are missing: is the folder not shared?", missing.pop()
+        )
     write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
     published = temporary.with_suffix("")
     if published.exists():
@@ -102,7 +104,7 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
         shutil.rmtree(replaced)
     else:
         temporary.rename(published)
-    write_text(published.parent / LATEST, published.name + "\n")  # and has the renamed folder reach the disk
+    write_text(published.parent / LATEST, published.name + "\n")  # also flushes the renamed folder to the disk
     return published
 
 
@@ -110,7 +112,7 @@ def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
     """Remove the checkpoints that need not be kept, `published` being the newest; returns those removed.
 
     Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Later ones than
-    `published` go: they belong to a course of training that was given up.
+    `published` are removed: they belong to a course of training that was rolled back.
     """
     found = checkpoint_folders(published.parent)
     current = [path for path in found if step_of(path) <= step_of(published)]

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's weights in one process: no process groups, no megatron, one tensor in memory at a time."""
+"""Reads a checkpoint's weights in one process, without process groups or megatron, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, T
     value), in the dtype the model was trained in, the vocabulary without its padding rows.
 
     Args:
-        path: a checkpoint, or a run's folder for its last whole one. Unpickles its metadata: read only what you trust.
-        verify: check every file's SHA-256 first; not needed for a checkpoint just found whole.
+        path: a checkpoint, or a run's folder for its last complete one. Unpickles metadata: read only what you trust.
+        verify: check every file's SHA-256 first; not needed for a checkpoint just verified.
 
     Raises:
         UserError: there is no complete checkpoint at `path`.
@@ -95,7 +95,7 @@ class _Reader:
 
 
 class _Into(DefaultLoadPlanner):
-    """Puts all that is read into one tensor."""
+    """Collects everything read in one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

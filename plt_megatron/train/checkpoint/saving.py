@@ -1,6 +1,6 @@
-"""Saving: every rank writes its part into a temporary folder, rank 0 publishes it when all of it is there.
+"""Saves: every rank writes its part into a temporary folder, and rank 0 publishes it once it is complete.
 
-An error on any rank, a full disk say, is an error on all of them, and leaves the last checkpoint as it was.
+An error on any rank, such as a full disk, is an error on all of them, and leaves the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def save_checkpoint(
     """Save the engine's whole state as `<directory>/step_00000100` and make it the latest. Collective.
 
     Args:
-        directory: the run's folder of checkpoints, the same on all ranks; made if need be.
-        progress: `step`, and whatever else the trainer wants back as JSON (tokens, fingerprints, ...).
+        directory: the run's folder of checkpoints, the same on all ranks; created if needed.
+        progress: `step`, and whatever else the trainer needs again, as JSON (tokens, fingerprints, ...).
         kept: what else is kept of the model's parameters: by who keeps it, tensors in their shapes by their names.
         keep_last: checkpoints to keep; older ones are removed.
-        keep_every: steps whose multiples are kept for good; 0: none.
+        keep_every: keep multiples of this step permanently; 0: none.
 
     Returns:
         The checkpoint's folder.
@@ -79,7 +79,7 @@ def begin_save(
     """Plan a save and collect its data. Collective; see `save_checkpoint`.
 
     Args:
-        staged: copy the data, so that training can go on while `PendingSave.write` runs in a thread.
+        staged: copy the data, so that training can continue while `PendingSave.write` runs in a thread.
     """
     directory = Path(directory)
     try:
@@ -140,8 +140,8 @@ class PendingSave:
                 if isinstance(outcome, Exception):
                     raise outcome
                 self.results += outcome
-                self.checksums[name] = checkpoints.sha256(Path(path), sync=True)  # to the disk at last
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+                self.checksums[name] = checkpoints.sha256(Path(path), sync=True)  # flush to the disk
+        except Exception as error:  # of any kind: the other ranks must know of it
             self.error = f"{describe(error)} (rank {dist.get_rank()})"
         self.buckets = []
 
@@ -182,7 +182,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
     def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
         """Plan; the request does nothing."""
-        # Asked for by the planning alone: a queue that is there already keeps it from starting that process.
+        # Needed by the planning alone: an existing queue keeps it from starting that process.
         filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
         return super().async_save(*args, **kwargs)
 
@@ -203,7 +203,7 @@ def _state(engine: Engine, kept: Kept) -> dict[str, Any]:
 
 
 def _copy_live(buckets: list[Any], engine: Engine, kept: Kept) -> list[Any]:
-    """The buckets with copies of those tensors that training will change: on a CPU nothing else copies them."""
+    """The buckets, with copies of tensors that training will change: on a CPU nothing else copies them."""
     beside = [tensor for tensors in kept.values() for tensor in tensors.values()]
     tensors = (*engine.stage.parameters(), *engine.stage.buffers(), *beside)
     live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
@@ -218,7 +218,7 @@ def _copy_live(buckets: list[Any], engine: Engine, kept: Kept) -> list[Any]:
 
 
 def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's progress, and what a reader has to know of the run."""
+    """The trainer's progress, and what readers need to know of the run."""
     return {
         **progress,
         "format": checkpoints.FORMAT,
@@ -237,7 +237,7 @@ def layout(engine: Engine) -> dict[str, int]:
 
 
 def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
-    """What decides how the weights move from here on, by its name in the configuration, `None`s resolved.
+    """The settings that decide how the weights change, by name in the configuration, `None`s resolved.
 
     Args:
         step_tokens: of a step that the learning rate's schedule counts.
@@ -259,9 +259,11 @@ def _cannot_save(step: int, reason: str, directory: Path) -> UserError:
 def _prune(published: Path, keep_last: int, keep_every: int) -> None:
     try:
         removed = publishing.prune(published, keep_last, keep_every)
-    except OSError as error:  # the new checkpoint is safe all the same
+    except OSError as error:  # the new checkpoint is safe anyway
         logger.warning("cannot remove an old checkpoint: %s", describe(error))
         return
     given_up = [path.name for path in removed if checkpoints.step_of(path) > checkpoints.step_of(published)]
     if given_up:
-        logger.info("removed %s: later than %s, which training went back before", ", ".join(given_up), published.name)
+        logger.info(
+            "removed %s: later than %s, before which training was rolled back", ", ".join(given_up), published.name
+        )

@@ -25,12 +25,12 @@ from plt_megatron.model.looped_gpt import LoopedGPT
 
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
-KEPT_PREFIX = "kept."  # what callbacks keep of the parameters
+KEPT_PREFIX = "kept."  # callbacks' tensors
 _TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def sharding_metadata(stage: LoopedGPT) -> dict[str, Any]:
-    """What megatron-core's `sharded_state_dict` methods have to be told, the model's and the optimizer's alike."""
+    """Arguments of megatron-core's `sharded_state_dict` methods, for the model and the optimizer."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -53,10 +53,10 @@ def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]
 
 
 def parameter_tensors(stage: LoopedGPT, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors that somebody called `name` keeps of the model's parameters, as sharded ones, by the parameters' names.
+    """The tensors that callback `name` keeps of the model's parameters, as sharded ones, by the parameters' names.
 
     Args:
-        tensors: in the shape of the stage's parameters, by their names; not of all of them, perhaps.
+        tensors: in the shape of the stage's parameters, by their names; possibly not of all.
     """
     names = {parameter: name for name, parameter in stage.named_parameters()}
     sharded = {
@@ -72,7 +72,7 @@ def parameter_tensors(stage: LoopedGPT, name: str, tensors: Mapping[str, Tensor]
 
 @contextmanager
 def pickled_fp8_state_is_trusted() -> Iterator[None]:
-    """Within it, Transformer Engine's layers take the scales and histories of delayed scaling, which they keep pickled.
+    """Within this block, Transformer Engine's layers accept the pickled scales and histories of delayed scaling.
 
     A checkpoint is unpickled anyway, by megatron-core, after its checksums have been compared.
     """
@@ -106,7 +106,7 @@ def random_state() -> ShardedObject:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` saw."""
+    """Restore what `random_state` returned."""
     random.setstate(state["python"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

@@ -1,4 +1,4 @@
-"""A training run's checkpoints: where to go on from, what to save beside the engine, what to keep."""
+"""A training run's checkpoints: where to resume, what to save besides the engine, what to keep."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class CheckpointStore:
     Args:
         directory: the run's folder of checkpoints.
         config: the run's; `checkpoint` says what to keep and where to start from.
-        data_fingerprint: `data.mix.fingerprint`'s; a run goes on only with the data it was saved with.
-        on_publish: told of each checkpoint of this run once it is there, whole; on all ranks.
+        data_fingerprint: `data.mix.fingerprint`'s; a run resumes only with the data it was saved with.
+        on_publish: called with each published checkpoint of this run, on all ranks.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
 
     def load(self, engine: Engine, kept: Kept | None = None) -> dict[str, Any] | None:
-        """Bring the engine to where the run left off or, for a new run, to where `checkpoint.load` says.
+        """Restore the run's last state in the engine or, for a new run, load from `checkpoint.load`.
 
         Args:
             kept: see `load_checkpoint`.
@@ -66,7 +66,7 @@ class CheckpointStore:
             The checkpoint's progress (see `load_checkpoint`); None if training starts at step 0.
 
         Raises:
-            UserError: on all ranks, if a checkpoint that should be there is damaged, or does not fit.
+            UserError: on all ranks, if the checkpoint is missing, damaged, or does not fit.
         """
         settings = self.config.checkpoint
         self.close()
@@ -85,7 +85,7 @@ class CheckpointStore:
                 f"{source}: step {progress['step']} was trained on other data ({', '.join(differences)}); "
                 "restore it, or set checkpoint.allow_other_data"
             )
-        self._say(f"going on from {source}, step {progress['step']}")
+        self._say(f"resuming from {source}, step {progress['step']}")
         return progress
 
     def save(self, engine: Engine, progress: dict[str, Any], kept: Kept | None = None) -> Path:
@@ -104,7 +104,7 @@ class CheckpointStore:
             pending.write()
             return self._publish(pending)
         self._pending = begin_save(engine, self.directory, progress, kept, staged=True)
-        # Not a daemon: a process that leaves in good order has written its part.
+        # Not a daemon: a process that exits normally has written its part.
         self._thread = threading.Thread(target=self._pending.write, name="checkpoint writer")
         self._thread.start()
         return self.directory / checkpoints.folder_name(progress["step"])
@@ -129,7 +129,7 @@ class CheckpointStore:
         if pending is None or thread is None:
             return None
         minutes = self.config.parallel.distributed_timeout_minutes
-        thread.join(minutes * 60 * 0.9)  # the other ranks wait in a collective, which must not run out first
+        thread.join(minutes * 60 * 0.9)  # the other ranks wait in a collective, which must not time out first
         if thread.is_alive():
             pending.error = f"writing took longer than {0.9 * minutes:g} minutes (rank {dist.get_rank()})"
         return self._publish(pending)
@@ -141,7 +141,7 @@ class CheckpointStore:
     def _look_for_own(self) -> bool:
         publishing.recover(self.directory)
         for path in publishing.leftovers(self.directory):
-            logger.warning("%s: left half-written by a run that was stopped; not used", path)
+            logger.warning("%s: left incomplete by a run that was stopped; not used", path)
         return bool(checkpoints.candidates(self.directory))
 
     def _publish(self, pending: PendingSave) -> Path:

@@ -93,9 +93,9 @@ def test_there_are_three_stages():
 
 def test_the_megatron_engine_does_not_pass_over_the_sections_in_silence():
     (line,) = problems(engine="megatron", zero__stage=2)
-    assert line.startswith("zero: this section is read with engine=deepspeed only")
+    assert line.startswith("zero: this section is for engine=deepspeed")
     (line,) = problems(engine="megatron", deepspeed={"steps_per_print": 1})
-    assert line.startswith("deepspeed: this section is read with engine=deepspeed only")
+    assert line.startswith("deepspeed: this section is for engine=deepspeed")
 
 
 # ---------------------------------------------------------------- the raw section
@@ -148,10 +148,10 @@ def test_each_decision_names_the_setting_it_follows_from(key):
         ({"zero_optimization": {"contiguous_gradients": False}}, "must be true here: leave it out"),
         (
             {"zero_optimization": {"reduce_bucket_sise": 1}},
-            "DeepSpeed would pass over it in silence; did you mean zero_optimization.reduce_bucket_size?",
+            "DeepSpeed would silently ignore it; did you mean zero_optimization.reduce_bucket_size?",
         ),
         ({"wibble": 1}, "deepspeed.wibble is unknown"),
-        ({"zero_optimization": 3}, "deepspeed.zero_optimization is a section: give what it shall hold"),
+        ({"zero_optimization": 3}, "deepspeed.zero_optimization is a section: set its keys"),
         ({"zero_optimization": {"sub_group_size": -1}}, "expected a whole number of at least 0, got -1"),
         ({"zero_optimization": {"allgather_bucket_size": 0}}, "expected a whole number of at least 1, got 0"),
         ({"zero_optimization": {"sub_group_size": 1.5}}, "expected a whole number of at least 0, got 1.5"),

@@ -348,14 +348,14 @@ def test_missing_files_are_named(here):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("t.model", b"", "no sentencepiece model"),
-        ("t.model", b"Once upon a time\n", "no sentencepiece model"),
-        ("t.model", TOKENIZER[:-1], "no sentencepiece model"),
-        ("t.model", b"{}", "no sentencepiece model"),
-        ("t.json", TOKENIZER, "no Hugging Face tokenizer.json"),
-        ("t.json", b"{}", "no Hugging Face tokenizer.json (Model missing"),
-        ("t.json", b'{"model": {"type": "BPE", "vocab": {', "no Hugging Face tokenizer.json"),
-        ("folder/tokenizer.json", b"[]", "folder/tokenizer.json is no Hugging Face tokenizer.json"),
+        ("t.model", b"", "is not a sentencepiece model"),
+        ("t.model", b"Once upon a time\n", "is not a sentencepiece model"),
+        ("t.model", TOKENIZER[:-1], "is not a sentencepiece model"),
+        ("t.model", b"{}", "is not a sentencepiece model"),
+        ("t.json", TOKENIZER, "not a Hugging Face tokenizer.json"),
+        ("t.json", b"{}", "not a Hugging Face tokenizer.json (Model missing"),
+        ("t.json", b'{"model": {"type": "BPE", "vocab": {', "not a Hugging Face tokenizer.json"),
+        ("folder/tokenizer.json", b"[]", "folder/tokenizer.json is not a Hugging Face tokenizer.json"),
         ("folder/other.model", TOKENIZER, "folder not found"),
     ],
 )

@@ -174,7 +174,7 @@ def test_training_starts_from_it(tmp_path, caplog):
             assert torch.equal(value, weights[name]), name
         saved = store.save(engine, {"step": 1})
         config.checkpoint.weights_only = False
-        with pytest.raises(UserError, match="holds weights alone, as an import does; set checkpoint.weights_only=true"):
+        with pytest.raises(UserError, match="has only weights, like an import; set checkpoint.weights_only=true"):
             CheckpointStore(tmp_path / "other" / "checkpoints", config, {}).load(engine)
     assert f"starting from the weights of {tmp_path / 'run'}" in caplog.text
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(saved))
@@ -205,7 +205,7 @@ def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
     LlamaForCausalLM(LlamaConfig(**TINY)).save_pretrained(small)
     for path in tokenizer_model.parent.iterdir():
         shutil.copyfile(path, small / path.name)
-    with pytest.raises(UserError, match="has 400 ids, the model's vocabulary 117: it is another model's"):
+    with pytest.raises(UserError, match="has 400 ids, the model's vocabulary 117: it belongs to another model"):
         import_model(ImportOptions(small, tmp_path / "fails"))
     assert not (tmp_path / "fails").exists()
 
@@ -268,7 +268,7 @@ def test_broken_folders(tmp_path):
 
     refused(tmp_path / "nowhere", "nowhere: no such folder")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty holds no config.json")
+    refused(tmp_path / "empty", "empty has no config.json")
     folder = tmp_path / "hf"
     save_dense(folder, "llama", max_shard_size="30kB")
     refused(folder, "--loop-count must be from 1 to 8, not 0", loop_count=0)

@@ -67,7 +67,7 @@ def test_another_models_tokenizer(tmp_path, tokenizer_model):
     moved = tmp_path / "tokenizer" / "tokenizer.model"
     weights = random_weights(model)
     run = save_run(tmp_path / "run", model, weights, tokenizer=moved)
-    with pytest.raises(UserError, match=r"has 400 ids, the model's vocabulary 117: it is another model's"):
+    with pytest.raises(UserError, match=r"has 400 ids, the model's vocabulary 117: it belongs to another model"):
         quiet((run, tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "tokenizer"]
 
@@ -121,7 +121,7 @@ def test_a_tokenizer_that_is_not_the_runs(tmp_path, tokenizer_model):
     lost = tmp_path / "gone" / "tokenizer.model"
     fingerprint = {"tokenizer": "0" * 64}
     run = save_run(tmp_path / "run", model, weights, tokenizer=lost, data_fingerprint=fingerprint)
-    with pytest.raises(UserError, match="which the run used, is not there .*: pass --tokenizer"):
+    with pytest.raises(UserError, match="which the run used, is missing .*: pass --tokenizer"):
         quiet((run, tmp_path / "out"))
     with pytest.raises(UserError, match="is not the file the model was trained with: its content differs"):
         quiet((run, tmp_path / "out"), tokenizer=tokenizer_model)
@@ -223,7 +223,7 @@ def test_targets_and_checkpoints_that_cannot_be_used(tmp_path, run):
     with pytest.raises(UserError, match="there exists: remove it, or choose another --output"):
         quiet((folder, tmp_path / "there"))
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="'many' is no size"):
+    with pytest.raises(UserError, match="'many' is not a size"):
         quiet((folder, out), max_shard_size="many")
     with pytest.raises(UserError, match="nowhere: no such run or checkpoint"):
         quiet((tmp_path / "nowhere", out))
@@ -254,11 +254,11 @@ def test_a_checkpoint_of_a_newer_program(tmp_path, run):
 def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
     model = make_model(**LOOPCODER, qk_layernorm=True)
     run = save_run(tmp_path / "run", model, random_weights(model))
-    with pytest.raises(UserError, match=r"cannot say that model\.qk_layernorm is True; use --format plt"):
+    with pytest.raises(UserError, match=r"cannot express that model\.qk_layernorm is True; use --format plt"):
         quiet((run, tmp_path / "out"), style="loopcoder")
     plain = make_model(loop_count=1)
     run = save_run(tmp_path / "plain", plain, random_weights(plain))
-    with pytest.raises(UserError, match=r"cannot say that model\.loop_count is 1"):
+    with pytest.raises(UserError, match=r"cannot express that model\.loop_count is 1"):
         quiet((run, tmp_path / "out"), style="loopcoder")
     assert not (tmp_path / "out").exists()
 

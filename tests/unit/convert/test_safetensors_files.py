@@ -71,7 +71,7 @@ def test_what_the_library_wrote(tmp_path):
 
 
 def test_broken_folders_are_named(tmp_path):
-    with pytest.raises(UserError, match=f"holds neither {SINGLE} nor {INDEX}$"):
+    with pytest.raises(UserError, match=f"has neither {SINGLE} nor {INDEX}$"):
         SafetensorsFolder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"only pytorch_model\.bin: save the model as safetensors"):
@@ -109,5 +109,5 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "0", "-1GB", "5XB", "GB", "1e9"])
 def test_no_sizes(text):
-    with pytest.raises(UserError, match="is no size"):
+    with pytest.raises(UserError, match="is not a size"):
         parse_size(text)

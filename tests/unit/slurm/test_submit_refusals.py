@@ -95,7 +95,7 @@ def test_a_missing_tokenizer(folder, slurm):
 
 def test_a_tokenizer_that_is_none(folder, slurm):
     lines = refusal("data.tokenizer=data/corpus.bin")
-    assert_one_line(folder, slurm, lines, "data.tokenizer: data/corpus.bin is no sentencepiece model")
+    assert_one_line(folder, slurm, lines, "data.tokenizer: data/corpus.bin is not a sentencepiece model")
 
 
 def test_data_cut_short(folder, slurm):
