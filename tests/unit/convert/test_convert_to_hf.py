@@ -79,7 +79,7 @@ def test_everything_a_user_needs(tmp_path, tokenizer_model):
     weights = random_weights(model, 410)  # more ids than the tokenizer has are no fault
     progress = {"step": 200, "data_fingerprint": {"tokenizer": open_fingerprint(tokenizer_model)}}
     run = save_run(tmp_path / "run", model, weights, tokenizer=tokenizer_model, **progress)
-    records = [{"kind": "validation", "step": 200, "loop_count": n, "loss": 3.0 - n / 4} for n in (1, 2)]
+    records = [{"kind": "validation", "step": 200, "tokens": 9, "loop_count": n, "loss": 3.0 - n / 4} for n in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     said: list[str] = []
     result = export(ExportOptions(run, tmp_path / "out", verify=True), said.append)
