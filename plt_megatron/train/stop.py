@@ -29,20 +29,20 @@ class StopRequest:
     def __init__(self, folder: RunFolder) -> None:
         self.requested = False
         self._folder = folder
-        self._heard = _NOTHING
+        self._signaled = False  # never taken back: a signal during a collective counts at the next step boundary
         self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = _STOP
+        self._signaled = True
 
     def agree(self) -> bool:
         """Ask all ranks, at a step boundary: True if a checkpoint is due now. Collective."""
+        asked = _STOP if self._signaled else _NOTHING
         if dist.get_rank() == 0:
-            self._heard = max(self._heard, self._look_for_files())
-        flag = torch.tensor(self._heard, dtype=torch.int32, device=torch.cuda.current_device())
+            asked = max(asked, self._look_for_files())
+        flag = torch.tensor(asked, dtype=torch.int32, device=torch.cuda.current_device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         agreed = int(flag)
-        self._heard = _NOTHING
         self.requested = agreed == _STOP
         return agreed != _NOTHING
 

@@ -25,11 +25,11 @@ from plt_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
+from plt_megatron.model import build
 from plt_megatron.model.initialization import global_names, initialize
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
-from plt_megatron.train import megatron_engine as engine_module
 from plt_megatron.train.megatron_engine import MegatronEngine
 from tests.distributed.cases import (
     GLOBAL_BATCH_SIZE,
@@ -146,11 +146,11 @@ def _randomized(zero_gates: bool) -> Iterator[None]:
         initialize(stage, seed)
         randomize_gates_and_norms(stage, zero_gates)
 
-    engine_module.initialize = initialize_all
+    build.initialize = initialize_all
     try:
         yield
     finally:
-        engine_module.initialize = initialize
+        build.initialize = initialize
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.run_folder.status import read_status
+from plt_megatron.run_folder.status import read_run_status
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
 
@@ -70,7 +70,7 @@ def test_with_another_batch_a_run_takes_the_tokens_it_was_given(
     ]
     assert all(one["lr"] > other["lr"] for one, other in zip(ours[3:], ours[4:], strict=False))
     assert ours[-1]["source_epochs"] == undisturbed[-1]["source_epochs"]
-    assert read_status(folder(config)).checkpoint == ours[-1]["step"]
+    assert read_run_status(folder(config)).checkpoint == ours[-1]["step"]
 
 
 def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, run_distributed):
@@ -84,16 +84,16 @@ def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_pa
 
 
 def test_a_runs_status_counts_its_tokens(whole, tmp_path, run_distributed):
-    from plt_megatron.config.loader import save_config
+    from plt_megatron.run_folder.folder import save_config
 
     config = from_step_4(whole, "looked at", tmp_path, global_batch_size=16)
     save_config(config, folder(config) / "config.yaml")
     records = (folder(config) / "metrics.jsonl").read_text().splitlines(keepends=True)
     (folder(config) / "metrics.jsonl").write_text("".join(records[:4]))
-    status = read_status(folder(config))
+    status = read_run_status(folder(config))
     assert (status.step, status.steps, status.finished) == (4, 5, False)
     assert run_distributed(train, 1, config) is True
-    assert read_status(folder(config)).finished
+    assert read_run_status(folder(config)).finished
 
 
 def test_tokens_are_counted_where_steps_decide(data, tmp_path, run_distributed):

@@ -96,7 +96,7 @@ def test_all_is_done_once_and_in_order(commands, capsys):
 
 def test_both_models_see_the_same_tokens_and_differ_in_the_loop_only(commands):
     demo.run_demo()
-    looped, plain = (load_config(Path(run.folder, "config.yaml")) for run in demo.DEMO_RUNS)
+    looped, plain = (run.folder.config() for run in demo.DEMO_RUNS)
     assert (looped.model.loop_count, plain.model.loop_count) == (2, 1)
     assert looped.validation.loop_counts == [1, 2]
     assert looped.parallel.tensor_model_parallel_size == 2 and looped.parallel.sequence_parallel
@@ -165,7 +165,7 @@ def test_columns_align_whatever_is_missing():
         demo.ResultRow("PLT", 1_234_567, 600_000, 3.21, {1: 4.0, 2: 3.3}, 75.0),
         demo.ResultRow("a longer name", 9, 1, 10.5, {}, 4.0),
     ]
-    lines = demo.format_table(rows).splitlines()
+    lines = demo.results_table(rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert re.split(r" {2,}", lines[2])[1:] == ["1,234,567", "600,000", "3.210", "4.000", "3.300", "1 min 15 s"]
     assert re.split(r" {2,}", lines[3])[1:] == ["9", "1", "10.500", "-", "-", "4.0 s"]
