@@ -60,7 +60,7 @@ $(TE): tests/te/requirements.txt
 $(SERVING): serving/pyproject.toml serving/make_venv.sh
 	@serving/make_venv.sh $(SERVING_VENV)
 
-test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (under 10 minutes; 3.4 GB, once)
+test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (a 3.4 GB environment, once)
 	$(SERVING_PY) -m pytest --config-file serving/pyproject.toml $(PYTEST_ARGS) serving/tests
 
 serve-demo: $(SERVING) ## serve the demo's export with vLLM and ask it something; `make demo` first
