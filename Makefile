@@ -32,7 +32,7 @@ $(READY): pyproject.toml tools/make_venv.sh
 demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (under 10 minutes)
 	@$(PY) tools/demo.py
 
-test: $(READY) ## the test suite (13 to 16 minutes on 2 cores)
+test: $(READY) ## the test suite (12 to 13 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
 test-all: $(READY) ## every test, including slow ones
