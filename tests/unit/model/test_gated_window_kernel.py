@@ -27,39 +27,21 @@ def run_script(path: str, *arguments: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def results():
+def test_the_kernels_equal_dense_attention():
+    """Output and gradients, of the kernels and of whole models. One test, since its half minute would be spent by each
+    worker that got a part of it."""
     import torch
 
     interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    return run_script("tests/unit/model/gated_window_cases.py", **interpreter)
-
-
-def test_output_and_gradients_equal_dense_attention(results):
+    results = run_script("tests/unit/model/gated_window_cases.py", **interpreter)
     wrong = {}
-    for name, errors in results["cases"].items():
+    for name, errors in {**results["cases"], **results["models"]}.items():
         bound = BOUNDS.get(name.partition(",")[0], FP32)
         wrong |= {f"{name}: {tensor}": error for tensor, error in errors.items() if not error <= bound}
-    assert len(results["cases"]) == 19 and not wrong, wrong
-
-
-def test_models_train_alike_fused_and_not(results):
-    wrong = {}
-    for name, errors in results["models"].items():
-        wrong |= {f"{name}: {tensor}": error for tensor, error in errors.items() if not error <= FP32}
-    assert len(results["models"]) == 6 and not wrong, wrong
-
-
-def test_strided_inputs_are_read_where_they_are(results):
-    assert results["strided"]["out"] == 0
-
-
-def test_the_comparison_sees_every_mistake(results):
-    assert all(error > 1e-2 for error in results["mistakes"].values()), results["mistakes"]
-
-
-def test_two_backward_passes_give_the_same_bits(results):
-    assert results["same twice"]
+    assert (len(results["cases"]), len(results["models"])) == (19, 6) and not wrong, wrong
+    assert results["strided"]["out"] == 0, "strided inputs are read where they are"
+    assert all(error > 1e-2 for error in results["mistakes"].values()), "the comparison sees every mistake"
+    assert results["same twice"], "two backward passes give the same bits"
 
 
 def check_resources(rows: list[dict[str, Any]]) -> None:
