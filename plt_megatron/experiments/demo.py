@@ -135,7 +135,7 @@ def _steps() -> list[Step]:
             inputs=[DEMO_RUNS[0].folder.checkpoints / LATEST, DEMO_RUNS[0].folder.metrics_file],
             outputs=[EXPORT],
             run=lambda: start(
-                "export_hf", "--checkpoint", str(DEMO_RUNS[0].folder), "--output", str(EXPORT), "--verify"
+                "export_hf", "--checkpoint", str(DEMO_RUNS[0].folder.path), "--output", str(EXPORT), "--verify"
             ),
         ),
     ]

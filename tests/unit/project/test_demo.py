@@ -26,6 +26,7 @@ class Commands:
         self.calls.append(command)
         if command == self.broken:
             raise UserError(f"{command} ended with status 1")
+        assert not any("RunFolder(" in argument for argument in arguments)
         {"train": self.train, "export_hf": self.export, "generate": lambda arguments: None}[command](arguments)
 
     def corpus(self, folder: Path) -> None:
