@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 
-def _states(stage: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _states(stage: MegatronModule) -> Iterator[tuple[Tensor, Tensor]]:
     """(scales, history) of each module and direction that has run in FP8 with delayed scaling."""
+    if stage.config.fp8 is None:  # every step asks: spare it the walk over all modules
+        return
     for module in stage.modules():
         meta = getattr(module, "fp8_meta", None) or {}
         for key in ("scaling_fwd", "scaling_bwd"):
@@ -27,7 +30,7 @@ class Fp8State:
     """A snapshot of a stage's modules. Empty without FP8, or for a recipe without history."""
 
     @torch.no_grad()
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: MegatronModule) -> None:
         self._stage = stage
         self._kept = [(scale, history, scale.clone(), history.clone()) for scale, history in _states(stage)]
 
@@ -46,7 +49,7 @@ class Fp8State:
 
 
 @contextmanager
-def fp8_state_unchanged(stage: nn.Module) -> Iterator[None]:
+def fp8_state_unchanged(stage: MegatronModule) -> Iterator[None]:
     """Within this block, FP8 modules leave no trace."""
     state = Fp8State(stage)
     try:
