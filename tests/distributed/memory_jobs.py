@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from plt_megatron.train.build_engine import build_engine
 STEPS = 2  # the optimizer's state exists from the first step's end on
 UNRELEASED = 1e5  # bytes that may be left when all is dropped
 ATTEMPTS = 10
+PATIENCE = 60.0  # seconds until gloo's threads have let go
 
 
 @dataclasses.dataclass
@@ -51,10 +53,13 @@ class Measured:
     released: int
 
 
-def measure_all(configs: list[RunConfig], vocab_size: int) -> list[Measured]:
-    """Train two steps of each configuration, all of one layout, and report this rank's memory."""
+def measure_all(configs: list[RunConfig], vocab_size: int, await_release: bool = False) -> list[Measured]:
+    """Train two steps of each configuration, all of one layout, and report this rank's memory.
+
+    With `await_release`, give gloo's threads up to PATIENCE to let go of everything in the end.
+    """
     init_process_groups(configs[0].parallel)
-    return [_measure(config, vocab_size) for config in configs]
+    return [_measure(config, vocab_size, await_release) for config in configs]
 
 
 class StorageCounter(TorchDispatchMode):
@@ -89,18 +94,32 @@ class StorageCounter(TorchDispatchMode):
         del self._live[key]
         self.held -= size
 
+    def settle(self, limit: float = 0) -> int:
+        """Wait until gloo's threads have let go of what they sent, and return the bytes that are held then.
 
-def _measure(config: RunConfig, vocab_size: int) -> Measured:
+        A collective's tensors are released by the thread that ran it, some time after its result is there. Without a
+        `limit` in bytes to wait for, wait until nothing has been released for a moment.
+        """
+        deadline, before = time.monotonic() + PATIENCE, -1
+        while (self.held > limit if limit else self.held != before) and time.monotonic() < deadline:
+            before = self.held
+            time.sleep(0.02)  # gives up the interpreter's lock, which a release needs
+        return self.held
+
+
+def _measure(config: RunConfig, vocab_size: int, await_release: bool) -> Measured:
     with StorageCounter() as counter:
         engine = build_engine(config, vocab_size)
         batches = _batches(config, vocab_size)
         for _ in range(STEPS):
+            counter.settle()
             counter.peak = counter.held
             engine.train_step(batches)
-        peak, between = counter.peak, counter.held
+        peak, between = counter.peak, counter.settle()
         del engine, batches
         _forget()
-    return Measured(parallel_state.get_pipeline_model_parallel_rank(), peak, between, counter.held)
+        left = counter.settle(UNRELEASED if await_release else 0)
+    return Measured(parallel_state.get_pipeline_model_parallel_rank(), peak, between, left)
 
 
 def allocator_peak(config: RunConfig, vocab_size: int) -> int:
@@ -131,9 +150,9 @@ def _allocated(config: RunConfig, vocab_size: int) -> tuple[int, int]:
     events = profiler.profiler.kineto_results.events()
     ((begin, end),) = ((e.start_ns(), e.end_ns()) for e in events if e.name() == f"step {STEPS - 1}")
     held = peak = 0
-    for time, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+    for moment, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         held += size
-        if begin <= time <= end:
+        if begin <= moment <= end:
             peak = max(peak, held)
     return peak, held
 

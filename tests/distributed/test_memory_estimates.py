@@ -136,7 +136,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(run_distributed, record_pr
 def test_two_ways_to_measure_agree(run_distributed):
     """Storages counted operation by operation, and every allocation of torch's CPU allocator."""
     config = run_config(precision="bf16")
-    counted = run_distributed(measure_all, 1, [config], VOCAB_SIZE)[0]
+    counted = run_distributed(measure_all, 1, [config], VOCAB_SIZE, True)[0]
     allocated = run_distributed(allocator_peak, 1, config, VOCAB_SIZE)
     assert counted.peak == pytest.approx(allocated, rel=0.01)
     assert counted.between_steps > 10e6 > 1e5 > counted.released, "releases are seen"
