@@ -29,7 +29,7 @@ def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
 
     from benchmarks.deeper_gpt import deeper_gpt
     from plt_megatron.model.transformer_config import DTYPES, transformer_config
-    from plt_megatron.runtime.fp8 import choose_fp8
+    from plt_megatron.runtime.kernels import choose_fp8
     from plt_megatron.train.megatron_engine import wrap_ddp
 
     layers_config = partial(transformer_config, parallel=config.parallel, precision="bf16", fp8=choose_fp8(config))

@@ -17,19 +17,20 @@ from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.validation import validate
-from plt_megatron.errors import run_command
+from plt_megatron.config.validation import processes_on, validate
+from plt_megatron.errors import UserError, run_command
 from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.runtime.local_processes import run_processes, threads_per_process
+from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Train a configuration on this machine.",
-        epilog="The number of processes is tensor x pipeline x context x data parallel size (the last: 1 unless set).",
+        epilog="The number of processes is tensor x pipeline x context x data parallel size. Unless set, the last is "
+        "as large as this machine's GPUs allow; without a GPU it is 1.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
@@ -52,13 +53,21 @@ def _train(arguments: argparse.Namespace) -> int:
         validate(config, check_files=False)
         return 0
     validate(config)
-    count = layout_of(config).world_size
+    gpus = len(local_gpus())
+    count = processes_on(config, gpus)
+    if 0 < gpus < count:
+        raise UserError(
+            f"{count} processes ({layout_of(config, count).in_words()}) need a GPU each, this machine has {gpus}: set "
+            "smaller parallel sizes, or CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
     folder = RunFolder.of(config)
     command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:
-        print(describe(config, count, threads, command))
+        print(describe(config, count, gpus, threads, command))
         return 0
+    if count < gpus:
+        print(f"using {count} of {gpus} GPUs: {layout_of(config, count).in_words()}", file=sys.stderr)
     folder.save_config(config)
     env = os.environ | threads | {"PYTHONPATH": python_path()}
     if count > 1:
@@ -75,15 +84,16 @@ def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads or threads_per_process(count))}
 
 
-def describe(config: RunConfig, count: int, threads: dict[str, str], command: list[str]) -> str:
+def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], command: list[str]) -> str:
     """What the run would do, for --dry-run."""
     steps = derived.train_iters(config)
+    on = f"on {count} of {gpus} GPUs" if gpus else "on the CPU"
     rows = [
         ("run folder", str(derived.run_folder(config))),
-        ("processes", f"{count} ({layout_of(config).in_words()})"),
+        ("processes", f"{count} ({layout_of(config, count).in_words()}) {on}"),
         ("steps", f"{steps:,} of {derived.tokens_per_step(config):,} tokens"),
         ("tokens", f"{steps * derived.tokens_per_step(config):,}"),
-        ("microbatches", f"{num_microbatches(config)} per step and data-parallel rank"),
+        ("microbatches", f"{num_microbatches(config, count)} per step and data-parallel rank"),
     ]
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     if model.vocab_size is not None:

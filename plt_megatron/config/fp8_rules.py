@@ -111,7 +111,7 @@ def _known_recipe(config: RunConfig, capability: Capability | None) -> str:
 
 
 def _check_card(config: RunConfig, capability: Capability) -> Iterator[str]:
-    card, recipe = _card(capability), _recipe(config, capability)
+    card, recipe = card_name(capability), _recipe(config, capability)
     if capability < ADA:
         yield f"training.fp8 {config.training.fp8}: {card} has no FP8 units (Ada, Hopper and Blackwell have)"
     elif recipe == "mxfp8" and not BLACKWELL <= capability < CONSUMER_BLACKWELL:
@@ -154,7 +154,7 @@ def _check_attention(config: RunConfig, capability: Capability | None) -> Iterat
         yield f"training.fp8_attention with parallel.cp_comm_type all_gather: use p2p or a2a, {off}"
     if capability is None:
         return
-    card = _card(capability)
+    card = card_name(capability)
     if not HOPPER <= capability < CONSUMER_BLACKWELL:
         yield f"training.fp8_attention: {card} has no FP8 attention in training; set training.fp8_attention=false"
     elif capability < BLACKWELL:
@@ -167,5 +167,6 @@ def _check_attention(config: RunConfig, capability: Capability | None) -> Iterat
             )
 
 
-def _card(capability: Capability) -> str:
+def card_name(capability: Capability) -> str:
+    """As in sm90."""
     return f"sm{capability[0]}{capability[1]}"

@@ -72,6 +72,17 @@ def find_problems(
     return place(config, problems)
 
 
+def processes_on(config: RunConfig, devices: int) -> int:
+    """Processes that a machine with so many devices runs: as many as the layout asks for and, where it leaves data
+    parallelism open, copies of it on the other devices as far as the batch can be shared out."""
+    least = layout_of(config).world_size
+    if config.parallel.data_parallel_size is None:
+        for count in range(devices - devices % least, least, -least):
+            if not find_problems(config, world_size=count, check_files=False):
+                return count
+    return least
+
+
 # ---------------------------------------------------------------- each setting by itself
 
 

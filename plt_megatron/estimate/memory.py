@@ -273,3 +273,24 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int
     total = count_parameters(config.model, vocab_size, tensor).total
     state = len(optimizer_spec(config.optimizer).state)
     return total * (BYTES[config.training.precision] + FP32 * (1 + state))
+
+
+def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
+    """Host memory that the worst rank needs beside training's while a checkpoint is written: the part that it writes.
+
+    Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it.
+    """
+    precise = FP32 * (1 + len(optimizer_spec(config.optimizer).state))
+    each = BYTES[config.training.precision] + precise
+    ranks = (
+        count_rank_parameters(
+            config.model,
+            vocab_size,
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            expert_model_parallel_size=layout.expert,
+            stage=stage,
+        )
+        for stage in range(layout.pipeline)
+    )
+    return max(each * rank.dense // layout.shards + each * rank.experts // layout.expert_shards for rank in ranks)

@@ -154,6 +154,7 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
         ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
         ["estimated time", format_duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
         ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} are kept"],
+        ["saving it", format_bytes(estimate.saving_bytes), "of host memory per process"],
     ]
 
 

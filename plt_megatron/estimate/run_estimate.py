@@ -12,7 +12,7 @@ from plt_megatron.estimate.communication import communication_bytes
 from plt_megatron.estimate.flops import Flops, training_flops_per_token
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.estimate.layout import Layout, estimate_layout
-from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory
+from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
 from plt_megatron.estimate.schedule import bubble_fraction
 from plt_megatron.estimate.step_time import StepTime, step_time
@@ -40,6 +40,7 @@ class RunEstimate:
         step_seconds, total_seconds, gpu_hours: from the card's peaks and achievable shares, without validation and
             checkpoints; `times` has the parts.
         checkpoint_bytes: one checkpoint on disk.
+        saving_bytes: of host memory, for the part of a checkpoint that a rank writes, while it does.
         world_size: ranks.
         layout: how they are arranged.
         gpu: the card's short name.
@@ -63,6 +64,7 @@ class RunEstimate:
     total_seconds: float
     gpu_hours: float
     checkpoint_bytes: int
+    saving_bytes: int
     world_size: int
     layout: Layout
     gpu: str
@@ -125,6 +127,7 @@ def estimate_run(
         total_seconds=steps * times.total,
         gpu_hours=steps * times.total * layout.world_size / 3600,
         checkpoint_bytes=checkpoint_bytes(config, vocab_size, layout.tensor),
+        saving_bytes=saving_bytes(config, layout, vocab_size),
         world_size=layout.world_size,
         layout=layout,
         gpu=gpu,

@@ -33,7 +33,7 @@ from plt_megatron.experiments.sweep_status import (
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
 from plt_megatron.run_folder.text import format_duration
-from plt_megatron.runtime.local_processes import die_with_parent, usable_cores
+from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, usable_cores
 
 TRAIN = (sys.executable, "-m", "plt_megatron.commands.train")
 _POLL_SECONDS = 0.1
@@ -48,6 +48,7 @@ class _Running:
     log: IO[bytes]
     started: float
     record: RunRecord
+    gpu: str | None
 
 
 class LocalSweep:
@@ -68,6 +69,7 @@ class LocalSweep:
         self.waiting = list(runs)
         self.running: list[_Running] = []
         self.outcome: dict[str, str] = {}
+        self._gpus = local_gpus() if jobs > 1 else []
         self._numbers = {run.name: number for number, run in enumerate(runs, start=1)}
         self._signals: list[int] = []
         self._reported = time.monotonic()
@@ -103,18 +105,24 @@ class LocalSweep:
             record.attempts += 1
             record.fingerprint = data_fingerprint(run)
             write_record(run.folder, record)
-            log = run.folder.sweep_log.open("ab")
+            log, gpu = run.folder.sweep_log.open("ab"), self._least_used_gpu()
+            own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
             process = subprocess.Popen(
                 [*TRAIN, str(config_path(self.plan, run))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | self._threads() | {"PYTHONPATH": python_path()},
+                env=os.environ | self._threads() | own | {"PYTHONPATH": python_path()},
                 process_group=0,
                 preexec_fn=die_with_parent,
             )
-            self.running.append(_Running(run, process, log, time.monotonic(), record))
+            self.running.append(_Running(run, process, log, time.monotonic(), record, gpu))
             print(f"{self._place(run)} {run.name}: started, {run.tokens:,} tokens", flush=True)
+
+    def _least_used_gpu(self) -> str | None:
+        """Several runs at once have one GPU each, where there are some; a single one has them all."""
+        used = [item.gpu for item in self.running]
+        return min(self._gpus, key=used.count, default=None)
 
     def _threads(self) -> dict[str, str]:
         """Each run's share of the cores, unless the user has said how many threads there should be."""

@@ -10,8 +10,9 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT
-from plt_megatron.model.transformer_config import DTYPES, transformer_config
-from plt_megatron.runtime.fp8 import choose_fp8
+from plt_megatron.model.te_attention import require_transformer_engine
+from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
+from plt_megatron.runtime.kernels import check_kernels, choose_fp8
 
 
 def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
@@ -20,6 +21,9 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
     Process groups must exist. Also seeds megatron-core's random states.
     """
     training, parallel = config.training, config.parallel
+    if resolve_backend(config.model) == "te":
+        require_transformer_engine()
+        check_kernels(config)
     tensor_parallel.model_parallel_cuda_manual_seed(training.seed)
     stage = LoopedGPT(
         transformer_config(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
+from plt_megatron.config.kernel_rules import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.runtime.machine import Device, Machine
 
@@ -126,6 +127,7 @@ def _capabilities(machine: Machine) -> list[Capability]:
         _transformer_engine(machine),
         _fp8(machine),
         _flash_attention(machine),
+        _deterministic(machine),
         _torch_compile(machine),
         _packages(machine, "tokenizers and data", ("sentencepiece", "tokenizers"), _INSTALL_PROJECT),
         _packages(machine, ".zst and Parquet input", ("zstandard", "pyarrow"), _extra("data")),
@@ -239,14 +241,20 @@ def _fp8(machine: Machine) -> Capability:
     oldest = min(device.capability for device in machine.devices)
     if oldest < _FIRST_WITH_FP8:
         return _no(name, f"sm{oldest[0]}{oldest[1]} has no FP8 units; Ada, Hopper and Blackwell have")
+    if oldest < _HOPPER:
+        return _yes(name, "linear layers; attention in BF16")
+    wanted = ".".join(map(str, BLOCKWISE_CUDA))
+    blockwise = "" if _at_least(machine.cuda_build, wanted) else f"; blockwise needs a torch built for CUDA {wanted}"
     if oldest >= _BLACKWELL:
-        return _yes(name, "linear layers and attention: delayed, tensorwise and mxfp8 recipes")
-    if oldest >= _HOPPER:
-        return _yes(
-            name,
-            "linear layers; global attention with the delayed recipe and head dimension 128; local in BF16",
-        )
-    return _yes(name, "linear layers; attention in BF16")
+        return _yes(name, f"linear layers and attention: delayed, tensorwise and mxfp8 recipes{blockwise}")
+    return _yes(
+        name,
+        f"linear layers; global attention with the delayed recipe and head dimension 128; local in BF16{blockwise}",
+    )
+
+
+def _at_least(version: str | None, wanted: str) -> bool:
+    return version is not None and _in_range(version, f">={wanted}")
 
 
 def _flash_attention(machine: Machine) -> Capability:
@@ -257,6 +265,24 @@ def _flash_attention(machine: Machine) -> Capability:
         return _no(name, f"does not load: {machine.import_errors['flash-attn']}", "build it for this torch")
     problem = _gpu_problem(machine)
     return _no(name, *problem) if problem else _yes(name, machine.packages["flash-attn"])
+
+
+def _deterministic(machine: Machine) -> Capability:
+    """`training.deterministic` with Transformer Engine: config/kernel_rules.py, for the oldest card."""
+    name = "deterministic on TE"
+    if _transformer_engine(machine).state == "no":
+        return _no(name, "needs Transformer Engine on a GPU; the torch backend is deterministic without it")
+    oldest = min(device.capability for device in machine.devices)
+    wanted = ".".join(map(str, DETERMINISTIC_FLASH_ATTN))
+    flash = _flash_attention(machine).state == "yes" and _at_least(machine.packages["flash-attn"], wanted)
+    remedy = f"pip install 'flash-attn>={wanted}'"
+    if not flash and oldest < _HOPPER:
+        return _no(name, f"cuDNN's attention is not deterministic on sm{oldest[0]}{oldest[1]}", remedy)
+    limits = [] if flash or oldest >= _BLACKWELL else ["packed documents need flash-attn"]
+    major, minor = DETERMINISTIC_FP8_CUDNN
+    if oldest >= _HOPPER and (machine.cudnn or 0) < 10000 * major + 100 * minor:
+        limits.append(f"FP8 attention needs cuDNN {major}.{minor}")
+    return _yes(name, "; ".join(limits) or "all attentions")
 
 
 def _compiler_problem(machine: Machine) -> tuple[str, str] | None:

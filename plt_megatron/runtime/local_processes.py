@@ -73,6 +73,20 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
+def local_gpus() -> list[str]:
+    """The GPUs that a process of this machine may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        except (OSError, subprocess.SubprocessError):  # no driver, or no GPU
+            return []
+        visible = ",".join(done.stdout.split())
+    names = [name.strip() for name in visible.split(",")]
+    return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
+
+
 def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     return {
         "RANK": str(rank),

@@ -41,6 +41,7 @@ properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.devi
 devices = [{"name": p.name, "capability": [p.major, p.minor], "memory": p.total_memory} for p in properties]
 print(json.dumps({
     "cuda_build": torch.version.cuda, "cuda": cuda, "devices": devices,
+    "cudnn": torch.backends.cudnn.version() if cuda else None,
     "gloo": dist.is_available() and dist.is_gloo_available(),
     "nccl": dist.is_available() and dist.is_nccl_available(),
 }))
@@ -66,6 +67,7 @@ class Machine:
     requirements: dict[str, str] = field(default_factory=dict)  # distribution -> the range this project needs
     import_errors: dict[str, str] = field(default_factory=dict)  # distribution -> why it does not load
     cuda_build: str | None = None  # the CUDA version torch was built for
+    cudnn: int | None = None  # as cuDNN counts: 91900 is 9.19.0
     devices: list[Device] = field(default_factory=list)
     gloo: bool = False
     nccl: bool = False
@@ -162,6 +164,7 @@ def _probe_import(distribution: str) -> tuple[str, str]:
 def _read_torch_probe(machine: Machine, output: str) -> None:
     found: dict[str, Any] = json.loads(output)
     machine.cuda_build, machine.gloo, machine.nccl = found["cuda_build"], found["gloo"], found["nccl"]
+    machine.cudnn = found["cudnn"]
     machine.devices = [
         Device(device["name"], (device["capability"][0], device["capability"][1]), device["memory"])
         for device in found["devices"]

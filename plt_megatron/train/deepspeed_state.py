@@ -84,6 +84,10 @@ class DeepSpeedState:
             optimizer[number] = {key: own.optimizer_tensor(key, tensor) for key, tensor in tensors.items()}
         return {"model": model, "optimizer": {0: optimizer}, "optimizer_step": self._optimizer.step}
 
+    def live_tensors(self) -> Iterator[Tensor]:
+        """See `EngineState`. What is saved was gathered."""
+        yield from (*self._engine.stage.parameters(), *self._engine.stage.buffers())
+
     def _owners(self) -> Iterator[tuple[str, int]]:
         """(name, data-parallel rank that saves it): equal shares, the same on all ranks."""
         load = [0] * self._engine.groups.dp.size()

@@ -5,8 +5,10 @@ Both engines' states have the same keys and shapes, those of the whole model: ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
+
+from torch import Tensor
 
 # Reads what a request of sharded tensors asks for, and what all ranks have in common.
 Reader = Callable[[dict[str, Any]], dict[str, Any]]
@@ -17,7 +19,10 @@ class EngineState(Protocol):
     methods are collective."""
 
     def to_save(self) -> dict[str, Any]:
-        """`model` and `optimizer` with their data; `optimizer_step`."""
+        """`model` and `optimizer` with their data, which may be the engine's own; `optimizer_step`."""
+
+    def live_tensors(self) -> Iterable[Tensor]:
+        """The tensors that training changes and `to_save` may refer to. Not collective."""
 
     def request(self, *, optimizer: bool) -> dict[str, Any]:
         """`model`, and `optimizer` if wanted, to be loaded. What is taken out of it stays as it is built: gates."""

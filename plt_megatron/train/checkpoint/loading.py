@@ -10,7 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -52,16 +55,15 @@ def load_checkpoint(
     _check_schedule(engine, path, progress, allow_other_schedule)
     request = engine.state.request(optimizer=True)
     _fit(path, request)
-    if {"context_parallel_size": 1, "expert_model_parallel_size": 1, **progress["layout"]} == saving.layout(engine):
-        request["rng"] = ShardedObject(state.RNG_KEY, None, (dist.get_world_size(),), (dist.get_rank(),))
-    loaded = engine.state.load(request, partial(_read, path))
+    loaded = engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
     engine.state.set_step(loaded["optimizer_step"])
     engine.scheduler = LearningRate(engine.config, engine.optimizer, _schedule_step_tokens(progress))
     engine.scheduler.go_to(progress["step"], checkpoints.trained_tokens(progress))
     _load_kept(engine, path, kept or {})
     _tell_differences(engine, progress)
-    if "rng" in loaded:
-        state.restore_random_state(loaded["rng"])
+    if {"context_parallel_size": 1, "expert_model_parallel_size": 1, **progress["layout"]} == saving.layout(engine):
+        own = ShardedObject(state.RNG_KEY, None, (dist.get_world_size(),), (dist.get_rank(),))
+        state.restore_random_state(_read(path, {"rng": own})["rng"])
     return progress
 
 
@@ -74,7 +76,7 @@ def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
     _check_vocabulary(engine, path, progress)
     request = engine.state.request(optimizer=False)
     _fit(path, request)
-    engine.state.load(request, partial(_read, path))
+    engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
     engine.state.set_step(0)
     engine.scheduler = LearningRate(engine.config, engine.optimizer)
     _tell_differences(engine, progress)
@@ -90,7 +92,7 @@ def _load_kept(engine: Engine, path: Path, kept: saving.Kept) -> None:
         if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
             _say(f"{path} has no state of {name}, which is reset")
             continue
-        for own, value in _read(path, {"kept": request})["kept"].items():
+        for own, value in _read(path, {"kept": request}, engine.groups.dp_cp)["kept"].items():
             tensors[own].copy_(value)
 
 
@@ -224,25 +226,56 @@ def _take_out(request: dict[str, Any], keys: set[str]) -> None:
         request["optimizer"][index] = {
             number: tensors
             for number, tensors in parameters.items()
-            if not any(tensor.key in keys for tensor in tensors.values())
+            if not any(tensor.key in keys for tensor in nested_values(tensors))
         }
 
 
 # Reading.
 
 
-def _read(path: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Every rank reads what it asks for; a rank that cannot is an error on all."""
-    loaded, problem = None, None
+def _read(path: Path, request: dict[str, Any], sharing: dist.ProcessGroup | None = None) -> dict[str, Any]:
+    """Every rank reads what it asks for; a rank that cannot is an error on all.
+
+    Args:
+        sharing: of ranks that ask for the same tensors: one of them reads it and sends it to the others.
+    """
+    loaded, problem, strategy = None, None, _AgreedLoad(path)
     try:
-        loaded = dist_checkpointing.load(request, str(path))
+        shared = FullyParallelLoadStrategyWrapper(strategy, sharing) if sharing else strategy
+        loaded = dist_checkpointing.load(request, str(path), shared)
+    except UserError:  # all ranks have it
+        raise
     except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must hear of it
-        problem = f"checkpoint {path}: cannot be loaded on rank {dist.get_rank()}, {describe(error)}"
+        problem = _cannot_load(path, error)
     problem = first_of_all_ranks(problem)
     if problem is not None:
         raise UserError(problem)
     assert loaded is not None
     return loaded
+
+
+class _AgreedLoad(TorchDistLoadShardedStrategy):
+    """Reads files, and raises a UserError on all ranks if one cannot, before they wait for what it should send."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        """See megatron-core. Collective."""
+        loaded, problem = None, None
+        try:
+            loaded = super().load(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            problem = _cannot_load(self._path, error)
+        problem = first_of_all_ranks(problem)
+        if problem is not None:
+            raise UserError(problem)
+        return loaded
+
+
+def _cannot_load(path: Path, error: BaseException) -> str:
+    return f"checkpoint {path}: cannot be loaded on rank {dist.get_rank()}, {describe(error)}"
 
 
 def _say(message: str, level: int = logging.INFO) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from plt_megatron.config.optimizers import OptimizerSpec
 from plt_megatron.model.initialization import global_names, initial_value
@@ -40,18 +41,23 @@ class MegatronState:
         model = state.model_state(self._stage)
         return {
             "model": model,
-            "optimizer": self._optimizer(model, is_loading=False),
+            "optimizer": self._optimizer(model),
             "optimizer_step": max(part.step for part in self.parts),
         }
 
-    def _optimizer(self, model: dict[str, Any], *, is_loading: bool) -> dict[int, Any]:
-        metadata = state.sharding_metadata(self._stage)
-        return {index: part.sharded(model, metadata, is_loading=is_loading) for index, part in enumerate(self.parts)}
+    def _optimizer(self, model: dict[str, Any]) -> dict[int, Any]:
+        return {index: part.sharded(model) for index, part in enumerate(self.parts)}
+
+    def live_tensors(self) -> Iterator[Tensor]:
+        """See `EngineState`."""
+        yield from (*self._stage.parameters(), *self._stage.buffers())
+        for part in self.parts:
+            yield from part.tensors()
 
     def request(self, *, optimizer: bool) -> dict[str, Any]:
         """See `EngineState`."""
         model = state.model_state(self._stage, is_loading=True)
-        return {"model": model} | ({"optimizer": self._optimizer(model, is_loading=True)} if optimizer else {})
+        return {"model": model} | ({"optimizer": self._optimizer(model)} if optimizer else {})
 
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
         """See `EngineState`."""
@@ -60,7 +66,7 @@ class MegatronState:
         with state.pickled_fp8_state_is_trusted():
             self._stage.load_state_dict(loaded["model"], strict=False)  # what is missing is known to be a gate
         for index, part in enumerate(self.parts):
-            part.load(loaded.get("optimizer", {}).get(index, {}))
+            part.reset_others(loaded.get("optimizer", {}).get(index, {}))
         return loaded
 
     def set_step(self, step: int) -> None:

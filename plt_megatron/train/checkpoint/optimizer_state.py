@@ -1,20 +1,25 @@
 """The state of one of megatron-core's distributed optimizers: allocated, cut out for checkpoints, and put back.
 
-Keys and shapes are those of the whole model (`fully_reshardable`), so that any layout can load what any other has
-saved. Three things that megatron-core 0.19 gets wrong are put right here, each where it is marked.
+Keys and shapes are those of the whole model, so that any layout can load what any other has saved: the same as
+megatron-core's `fully_reshardable`, without its gathering. A data-parallel rank owns a flat range of each buffer. Of a
+matrix that is at most three boxes: the end of a row, whole rows, the start of a row. Each is a sharded tensor that
+shares the optimizer's memory, so that saving copies only what a rank writes and loading reads into place.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from plt_megatron.config.optimizers import OptimizerSpec
+from plt_megatron.train.checkpoint import state as sharding
 
 
 class OptimizerPart:
@@ -74,40 +79,50 @@ class OptimizerPart:
 
     # Main parameters and what is kept beside them.
 
-    def sharded(self, model: dict[str, Any], metadata: dict[str, Any], *, is_loading: bool) -> dict[int, Any]:
-        """Main parameters and state by the parameter's index in its buffers, as sharded tensors. Collective.
+    def sharded(self, model: dict[str, Any]) -> dict[int, dict[str, dict[int, ShardedTensor]]]:
+        """This data-parallel rank's part of the main parameters and their state, as sharded tensors that share its
+        memory: by the parameter's index in its buffers, the state's name (`param`, `exp_avg`, ...) and number.
 
         Parameter groups are not part of it: they follow from the configuration.
 
         Args:
             model: the model's sharded tensors.
-            metadata: what megatron-core's `sharded_state_dict` methods have to be told.
         """
         self.allocate()
-        with self._offsets_without_padding():
-            return self.optimizer.sharded_param_state_fully_reshardable(model, is_loading, metadata)
+        wholes = {
+            value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)
+        }
+        return {
+            index: {
+                name: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, name, flat)))
+                for name, flat in self._tensors(parameter).items()
+            }
+            for index, (parameter, part) in enumerate(self.parameter_parts())
+            if part is not None
+        }
 
     @torch.no_grad()
-    def load(self, loaded: dict[int, dict[str, Tensor]]) -> None:
-        """Copy loaded main parameters and state into this data-parallel rank's part.
-
-        Args:
-            loaded: by the parameter's index, `param` and the state's tensors in the parameter's shape. A parameter that
-                is not there starts with what the model holds and with state zero.
-        """
+    def reset_others(self, loaded: dict[int, Any]) -> None:
+        """Start what was not loaded, by the parameter's index, with what the model holds and with state zero."""
         self.allocate()
         for index, (parameter, part) in enumerate(self.parameter_parts()):
-            if part is None:  # another data-parallel rank's
+            if part is None or index in loaded:
                 continue
-            main = self.main_parameter(parameter)
-            targets = {key: self.inner.state[main][key] for key in self._keys}
-            if index in loaded:
-                for key, target in {"param": main, **targets}.items():
-                    target.copy_(loaded[index][key].reshape(-1)[part.start : part.end])
-                continue
+            main, *kept = self._tensors(parameter).values()
             main.copy_(parameter.reshape(-1)[part.start : part.end])
-            for target in targets.values():
-                target.zero_()
+            for tensor in kept:
+                tensor.zero_()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """This rank's parts of all main parameters and what is kept of them."""
+        for parameter, part in self.parameter_parts():
+            if part is not None:
+                yield from self._tensors(parameter).values()
+
+    def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        """This rank's part of a main parameter, and what is kept of it, flat."""
+        main = self.main_parameter(parameter)
+        return {"param": main, **{key: self.inner.state[main][key] for key in self._keys}}
 
     def main_parameter(self, parameter: Tensor) -> Tensor:
         """This rank's part of a model parameter, flat, in fp32."""
@@ -126,26 +141,50 @@ class OptimizerPart:
             for parameter in buffer.param_index_map:
                 yield parameter, owned.get(parameter)
 
-    @contextmanager
-    def _offsets_without_padding(self) -> Iterator[None]:
-        """Within it, `fully_reshardable` saves the right elements of every bucket.
 
-        megatron-core gathers the buckets without the padding between them, then cuts the parameters out at offsets
-        that count the padding: all buckets but the first would be saved shifted, silently. A tied embedding in a
-        pipeline has a bucket of its own, and overlapped gradient reduction makes more.
-        """
-        saved = [buffer.param_index_map for buffer in self.optimizer.buffers]
-        try:
-            for buffer in self.optimizer.buffers:
-                padding, packed = [], 0
-                for bucket in buffer.buckets:
-                    padding.append(bucket.offset - packed)
-                    packed += bucket.numel_unpadded
-                buffer.param_index_map = {
-                    parameter: (start - padding[bucket], end - padding[bucket], bucket)
-                    for parameter, (start, end, bucket) in buffer.param_index_map.items()
-                }
-            yield
-        finally:
-            for buffer, index_map in zip(self.optimizer.buffers, saved, strict=True):
-                buffer.param_index_map = index_map
+def _boxes_of(
+    whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, name: str, flat: Tensor
+) -> Iterator[ShardedTensor]:
+    """The part of a parameter's state `name` that begins at its element `start`, as boxes of the whole model's tensor.
+
+    Args:
+        whole: the parameter's.
+        flat: the part.
+    """
+    for tensor in sharding.sharded_tensors({"": whole}):
+        # The parameter, or the gate's or the up projection's half of it.
+        first = tensor.data.storage_offset() - parameter.storage_offset()
+        assert tensor.data.is_contiguous() and 0 <= first <= parameter.numel() - tensor.data.numel()
+        shift = start - first
+        low, high = max(shift, 0), min(shift + flat.numel(), tensor.data.numel())
+        ones = (1,) * tensor.prepend_axis_num
+        for offset, shape in boxes(tensor.local_shape, low, high):
+            elements = math.prod(shape)
+            yield replace(
+                tensor,
+                key=f"{sharding.OPTIMIZER_PREFIX}{name}.{tensor.key}",
+                data=flat[low - shift : low - shift + elements].view(ones + shape),
+                dtype=flat.dtype,
+                local_shape=ones + shape,
+                global_offset=tuple(map(sum, zip(tensor.global_offset, (0,) * len(ones) + offset, strict=True))),
+                axis_fragmentations=None,  # not a regular grid
+                prepend_axis_num=0,
+                replica_id=(*tensor.replica_id[:-1], 0),  # no other data-parallel rank has it
+            )
+            low += elements
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, shape) of the boxes that are the elements `start` .. `stop` of a row-major tensor, in their order."""
+    row = math.prod(shape[1:])
+    while start < stop:
+        index, inside = divmod(start, row)
+        rows = 0 if inside else (stop - start) // row
+        if rows:
+            yield (index, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
+            start += rows * row
+        else:
+            end = min(stop, (index + 1) * row)
+            for offset, size in boxes(shape[1:], inside, end - index * row):
+                yield (index, *offset), (1, *size)
+            start = end

@@ -205,7 +205,7 @@ def _state(engine: Engine, kept: Kept) -> dict[str, Any]:
 def _copy_live(buckets: list[Any], engine: Engine, kept: Kept) -> list[Any]:
     """The buckets, with copies of tensors that training will change: on a CPU nothing else copies them."""
     beside = [tensor for tensors in kept.values() for tensor in tensors.values()]
-    tensors = (*engine.stage.parameters(), *engine.stage.buffers(), *beside)
+    tensors = (*engine.state.live_tensors(), *beside)
     live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def copy(tensor: Tensor) -> Tensor:

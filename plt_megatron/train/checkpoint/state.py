@@ -29,23 +29,13 @@ KEPT_PREFIX = "kept."  # callbacks' tensors
 _TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-def sharding_metadata(stage: LoopedGPT) -> dict[str, Any]:
-    """Arguments of megatron-core's `sharded_state_dict` methods, for the model and the optimizer."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": stage.pg_collection.dp_cp,
-    }
-
-
 def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]:
     """The stage's parameters by their local names. Extra states count only where a backend (FP8) has some.
 
     `is_loading`: a layer that has not run in FP8 yet has no state, but will take one.
     """
-    state = stage.sharded_state_dict(metadata=sharding_metadata(stage))
+    metadata = {"singleton_local_shards": False, "dp_cp_group": stage.pg_collection.dp_cp}
+    state = stage.sharded_state_dict(metadata=metadata)
     config = stage.config
     if is_loading and config.fp8 is not None and config.fp8_recipe == "delayed":
         return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.validation import processes_on
+from plt_megatron.estimate.run_estimate import estimate_run
 from tests.unit.config.run_files import write_run_files
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -136,3 +139,45 @@ def test_several_processes_pass_the_status_through(folder, status):
 def test_threads_of_the_environment_are_kept(folder):
     assert launch(folder, "run.yaml", FAKE_STATUS="0", OMP_NUM_THREADS="5").returncode == 0
     assert (folder / "seen.alone").read_text().split()[-1] == "5"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings", "said"),
+    [
+        ("0,1,2,3,4,5,6,7", [], "8 (tensor 1 x pipeline 1 x data 8) on 8 of 8 GPUs"),
+        ("3,5", [], "2 (tensor 1 x pipeline 1 x data 2) on 2 of 2 GPUs"),
+        ("0,1,2", [], "2 (tensor 1 x pipeline 1 x data 2) on 2 of 3 GPUs"),  # three do not divide the batch
+        ("0,1,2,3", ["parallel.tensor_model_parallel_size=2"], "4 (tensor 2 x pipeline 1 x data 2) on 4 of 4 GPUs"),
+        ("0,1,2,3", ["parallel.data_parallel_size=1"], "1 (tensor 1 x pipeline 1 x data 1) on 1 of 4 GPUs"),
+        ("", [], "1 (tensor 1 x pipeline 1 x data 1) on the CPU"),
+    ],
+)
+def test_all_gpus_of_the_machine_are_used(folder, gpus, settings, said):
+    result = launch(folder, "run.yaml", "--dry-run", *settings, CUDA_VISIBLE_DEVICES=gpus)
+    assert result.returncode == 0 and said in result.stdout, result.stdout + result.stderr
+
+
+def test_fewer_gpus_than_processes_is_one_line(folder):
+    result = launch(folder, "run.yaml", "parallel.context_parallel_size=4", CUDA_VISIBLE_DEVICES="0,1")
+    assert result.returncode == 2 and not (folder / "seen.0").exists()
+    assert result.stderr == (
+        "error: 4 processes (tensor 1 x pipeline 1 x context 4 x data 1) need a GPU each, this machine has 2: set "
+        "smaller parallel sizes, or CUDA_VISIBLE_DEVICES= to train on the CPU\n"
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "runs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_runs_use_the_gpus_they_are_for(path):
+    """A file that names GPUs fits on them and uses them all; one that names none is small enough for any machine."""
+    named = re.search(r"^# For (\d+) GPUs of 80 GB", path.read_text(), re.MULTILINE)
+    config = load_config(path)
+    vocab_size = config.model.vocab_size or 8000
+    if named is None:
+        memory = estimate_run(config, gpu="cpu", vocab_size=vocab_size).peak_memory_bytes
+        assert processes_on(config, 0) <= 4 and memory < 1 << 30
+        return
+    gpus = int(named[1])
+    for count in (gpus, 2 * gpus):
+        assert processes_on(config, count) == count
+        for card in ("a100", "h100"):
+            assert estimate_run(config, gpu=card, world_size=count, vocab_size=vocab_size).fits

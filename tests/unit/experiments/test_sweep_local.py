@@ -47,6 +47,7 @@ run = PlannedRun("x", {{}}, config.training.seed, config, 256)
 asked = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: asked.set())
 (run.folder.path / "threads").write_text(os.environ.get("OMP_NUM_THREADS", "none"))
+(run.folder.path / "gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 behave = run.folder.path.parent / (run.folder.path.name + ".behave")
 todo = behave.read_text() if behave.exists() else ""
 others = sorted(path.parent.name for path in run.folder.path.parent.glob("*/now"))
@@ -107,8 +108,9 @@ def test_all_run_in_order_and_leave_their_notes(tmp_path, launcher, capsys):
     assert "[2/4] 2_loops-seed1: finished" in out and "validation loss 3.0000" in out
 
 
-def test_several_at_once_share_the_cores(tmp_path, launcher, monkeypatch):
+def test_several_at_once_share_the_cores_and_gpus(tmp_path, launcher, monkeypatch):
     plan = small(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(sweep_local, "usable_cores", lambda: 6)
     first, second = plan.runs[:2]
@@ -125,6 +127,7 @@ def test_several_at_once_share_the_cores(tmp_path, launcher, monkeypatch):
     assert local.run() == 75
     thread.join()
     assert {(run.folder.path / "threads").read_text() for run in (first, second)} == {"3"}
+    assert [(run.folder.path / "gpu").read_text() for run in (first, second)] == ["2", "5"]
     assert [run.name for run in local.waiting] == [run.name for run in plan.runs[2:]]
 
 

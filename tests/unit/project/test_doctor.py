@@ -155,6 +155,30 @@ def test_fp8_follows_the_oldest_card(devices, state, said):
     assert (found.state, said in found.reason) == (state, True)
 
 
+def test_blockwise_needs_a_cuda_that_has_it():
+    assert "blockwise" not in answer(gpu_machine(H100, cuda_build="12.10"), "FP8").reason
+    assert "; blockwise needs a torch built for CUDA 12.9" in answer(gpu_machine(H100, cuda_build="12.8"), "FP8").reason
+
+
+@pytest.mark.parametrize(
+    ("device", "flash", "cudnn", "state", "said"),
+    [
+        (H100, True, 91900, "yes", "all attentions"),
+        (H100, True, 91800, "yes", "FP8 attention needs cuDNN 9.19"),
+        (H100, False, 92400, "yes", "packed documents need flash-attn"),
+        (B200, False, 92400, "yes", "all attentions"),
+        (A100, False, 92400, "no", "cuDNN's attention is not deterministic on sm80"),
+        (A100, True, 90000, "yes", "all attentions"),
+    ],
+)
+def test_what_is_deterministic_follows_from_card_cudnn_and_flash_attn(device, flash, cudnn, state, said):
+    seen = gpu_machine(device, cudnn=cudnn)
+    if not flash:
+        del seen.packages["flash-attn"]
+    found = answer(seen, "deterministic on TE")
+    assert (found.state, found.reason) == (state, said) and bool(found.remedy) == (state == "no")
+
+
 def test_transformer_engine_built_for_another_torch_is_reported():
     seen = gpu_machine(H100, import_errors={"transformer-engine": "ImportError: undefined symbol: _ZN3c10"})
     found = answer(seen, "Transformer Engine")

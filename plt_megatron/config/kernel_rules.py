@@ -1,0 +1,88 @@
+"""What a run on Transformer Engine asks of the versions that a machine has, beside its card (see `fp8_rules`).
+
+The rules are those of Transformer Engine's own selectors (2.20), stated before a run starts. Where no fused attention
+is left it falls back, without a word, to one that holds all scores: that is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plt_megatron.config import fp8_rules
+from plt_megatron.config.fp8_rules import HOPPER, Capability, card_name
+from plt_megatron.config.schema import RunConfig
+
+Version = tuple[int, ...]
+BLOCKWISE_CUDA = (12, 9)
+DETERMINISTIC_FP8_CUDNN = (9, 19)
+DETERMINISTIC_FLASH_ATTN = (2, 4, 1)
+# cuDNN's deterministic backward over packed documents takes some 128 bytes of workspace for each of
+# documents x heads x longest^2 on Hopper.
+DETERMINISTIC_PACKED_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Of what a machine has; None: not there.
+
+    Attributes:
+        cuda: that torch is built for.
+        cudnn: that Transformer Engine uses.
+        flash_attn: of the package flash-attn.
+    """
+
+    cuda: Version | None
+    cudnn: Version | None
+    flash_attn: Version | None
+
+
+def find_problems(config: RunConfig, capability: Capability, versions: Versions) -> Iterator[str]:
+    """What has no kernel on a card of this compute capability with these versions, one line each."""
+    choice = fp8_rules.choose(config, capability)
+    if choice is not None and choice.recipe == "blockwise" and _older(versions.cuda, BLOCKWISE_CUDA):
+        yield (
+            f"training.fp8_recipe blockwise needs a torch built for CUDA {_text(BLOCKWISE_CUDA)} or newer, this one is "
+            f"for {_text(versions.cuda)}; use tensorwise or delayed"
+        )
+    if config.training.deterministic:
+        yield from _check_deterministic(config, capability, versions)
+
+
+def _check_deterministic(config: RunConfig, capability: Capability, versions: Versions) -> Iterator[str]:
+    card, other = card_name(capability), "or set training.deterministic=false or model.backend=torch"
+    if config.training.fp8_attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):
+        yield (
+            f"training.deterministic with training.fp8_attention needs cuDNN {_text(DETERMINISTIC_FP8_CUDNN)} or newer,"
+            f" this is {_text(versions.cudnn)}: update it, or set training.fp8_attention=false"
+        )
+    if not _older(versions.flash_attn, DETERMINISTIC_FLASH_ATTN):
+        return
+    install = f"install flash-attn {_text(DETERMINISTIC_FLASH_ATTN)} or newer, {other}"
+    if capability < HOPPER:
+        yield f"training.deterministic: cuDNN's attention is not deterministic on {card}; {install}"
+    elif capability[0] == HOPPER[0] and config.data.reset_at_document_boundaries:
+        size = _largest_packed_size(config)
+        if size >= DETERMINISTIC_PACKED_LIMIT:
+            yield (
+                "training.deterministic with data.reset_at_document_boundaries: on sm90 cuDNN's deterministic "
+                f"attention ends at documents x heads x longest^2 of {DETERMINISTIC_PACKED_LIMIT:.1e}, a microbatch "
+                f"may have {size:.1e}; {install}"
+            )
+
+
+def _largest_packed_size(config: RunConfig) -> int:
+    """documents x heads x longest^2 of the worst microbatch: one long document, the rest of one token each."""
+    longest, rows = config.data.sequence_length, config.training.micro_batch_size
+    tokens = rows * longest
+    longest = min(longest, max(1, 2 * tokens // 3))
+    heads = config.model.num_attention_heads // config.parallel.tensor_model_parallel_size
+    return (tokens - longest + 1) * heads * longest**2
+
+
+def _older(version: Version | None, wanted: Version) -> bool:
+    return version is None or version < wanted
+
+
+def _text(version: Version | None) -> str:
+    return "none" if version is None else ".".join(map(str, version))

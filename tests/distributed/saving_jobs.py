@@ -1,0 +1,73 @@
+"""What a rank holds and reads while a checkpoint is saved and loaded. These functions run in the pool's workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.train.checkpoint import load_checkpoint
+from plt_megatron.train.checkpoint.saving import begin_save
+from tests.distributed import checkpoint_jobs as jobs
+from tests.distributed.memory_jobs import StorageCounter
+
+
+@dataclasses.dataclass
+class SaveAndLoad:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: of the stage, counted, not bytes.
+        saving: the most that saving held at once beside what training holds; planned, and written.
+        written: by this rank.
+        loading: the most that loading held beside what training holds.
+        read: from the checkpoint's files by this rank, without checksums.
+    """
+
+    parameters: int
+    saving: int
+    written: int
+    loading: int
+    read: int
+
+
+def save_and_load(directory: Path, config: RunConfig, staged: bool = False) -> SaveAndLoad:
+    """Train a step, save, and load what was saved into the same engine."""
+    with StorageCounter() as counter:
+        engine = jobs.build(config)
+        jobs.train(engine, 1, 1)
+        before = counter.peak = counter.held
+        save = begin_save(engine, directory, {"step": 1}, staged=staged)
+        written = sum(tensor.nbytes for *_, (_, tensors) in save.buckets for _, tensor in tensors)
+        save.write()
+        path = save.publish(2, 0)
+        saving = counter.peak - before
+        del save
+        before = counter.peak = counter.held
+        with _BytesRead() as read:
+            load_checkpoint(engine, path)
+        loading = counter.peak - before
+    parameters = sum(parameter.numel() for parameter in engine.stage.parameters())
+    return SaveAndLoad(parameters, saving, written, loading, read.total)
+
+
+class _BytesRead:
+    """Counts what torch reads of a checkpoint's files: whole stored tensors, of which it may need a part."""
+
+    total = 0
+
+    def __enter__(self) -> _BytesRead:
+        self._stock = FileSystemReader._slice_file
+
+        def counting(reader: Any, file: Any, info: Any) -> Any:
+            self.total += info.length
+            return self._stock(reader, file, info)
+
+        FileSystemReader._slice_file = counting  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        FileSystemReader._slice_file = self._stock  # type: ignore[method-assign]
