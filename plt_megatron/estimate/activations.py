@@ -64,7 +64,7 @@ class Activations:
         saved += self._rope() + self._qk_norms() + self._hidden_gate()
         saved += self._queries() + self._attention_output()  # rotated queries; the output projection's input
         if loop == 1 or not self.shares_kv:
-            saved += 0 if self.shares_kv else self._keys() + self._fused_qkv()
+            saved += 0 if self.shares_kv else self._keys_and_values()
             saved += self._core_attention_statistics()
         else:
             saved += self._later_loop()
@@ -92,7 +92,11 @@ class Activations:
 
     def first_loop_kv(self) -> int:
         """K and V of one layer that later loops read (none are shared: 0)."""
-        return self._keys() + self._fused_qkv() if self.shares_kv else 0
+        if not self.shares_kv:
+            return 0
+        if self.te and self.recompute == "selective":  # beside what recomputation starts from
+            return self._keys() + self._fused_qkv() + self._keys()
+        return self._keys_and_values()
 
     def kv_gradients(self) -> int:
         """Gradients of the first loop's K and V of one layer, accumulated until its backward."""
@@ -170,6 +174,10 @@ class Activations:
     def _fused_qkv(self) -> int:
         return self._queries() + 2 * self._keys()
 
+    def _keys_and_values(self) -> int:
+        """As an attention keeps them: torch's V stays a part of the fused projection, Transformer Engine's does not."""
+        return 2 * self._keys() if self.te else self._keys() + self._fused_qkv()
+
     def _attention_output(self) -> int:
         return self._queries()
 
@@ -197,7 +205,7 @@ class Activations:
             return 0
         saved = self.tokens * self.heads * FP32
         if self.documents:
-            saved += self._fused_qkv() if self.te else self._attention_output()
+            saved += self._attention_output()
         if self.context > 1 and not self.te:  # K and V of the whole sequence; Transformer Engine passes them round
             saved += 2 * self._keys() * self.context
         return saved
@@ -211,7 +219,7 @@ class Activations:
             return saved
         saved += 2 * self._queries() + self.tokens * self.heads * self.element  # both outputs, the gate
         if not self._blocked_window:
-            return saved + self._keys() + self._fused_qkv() + self.tokens * self.heads * FP32
+            return saved + self._keys_and_values() + self.tokens * self.heads * FP32
         blocks = -(-self.row_length // self.window)
         padding = blocks * self.window / self.row_length
         keys = 2 * self._keys() * (blocks + 1) / blocks

@@ -23,8 +23,9 @@ from plt_megatron.errors import UserError
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.gate import GATES, QueryGate
 from plt_megatron.model.loop_context import Documents, LoopContext
-from plt_megatron.model.te_attention import TEAttention
+from plt_megatron.model.te_attention import TEAttention, laid_out
 from plt_megatron.model.torch_attention import (
+    aligned,
     causal_attention,
     causal_attention_of_runs,
     window_attention,
@@ -155,9 +156,13 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         raise NotImplementedError
 
-    def _for_global_attention(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
         """K and V as the global attention takes them, in this loop and, if shared, in later ones."""
         return key, value
+
+    def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
+        """Q as both attentions take it without a copy of their own."""
+        return aligned(query)
 
     def forward(
         self,
@@ -185,13 +190,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         logits = None
         if getattr(self.plt_gate, "reads_hidden_states", False):
             query, logits = query[..., : self.head_dim], query[..., self.head_dim]
-        out = self._attend(query, key, value, logits, context)
+        out = self._attend(self._for_both(query, context.documents), key, value, logits, context)
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
         shares = self.plt.share_kv and context.loop_count > 1
         if context.loop == 1 or not shares:
-            key, value = self._for_global_attention(key, value)
+            key, value = self._for_global_attention(key, value, context.documents)
             if shares:
                 key, value = context.first_loop_kv.publish(self.layer_number, key, value)
             return self.global_attention(query, key, value, context.documents)
@@ -231,7 +236,7 @@ class TorchGatedAttention(GatedSlidingWindowAttention):
         rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
         return ContextParallelTorchAttention(kwargs["softmax_scale"], window_size, rows)
 
-    def _for_global_attention(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
         if isinstance(self.global_attention, ContextParallelTorchAttention):
             return self.global_attention.rows.gather(key, value)
         return key, value
@@ -249,6 +254,12 @@ class TEGatedAttention(GatedSlidingWindowAttention):
             attention_type="self",
             **kwargs,
         )
+
+    def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
+        return laid_out(key, documents), laid_out(value, documents)
+
+    def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
+        return laid_out(query, documents)
 
 
 class PLTSelfAttention(SelfAttention):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -16,8 +17,24 @@ from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.shared_kv import FirstLoopKV
 
 
+def document_lengths(starts: Tensor) -> list[int]:
+    """The lengths in tokens of packed documents, row after row; they add up to b * s.
+
+    Args:
+        starts: bool [b, s], True at each document's first token. On a GPU the host waits for it.
+    """
+    starts = starts.clone()
+    starts[:, 0] = True
+    first = torch.nonzero(starts.flatten()).flatten().tolist()
+    return [end - start for start, end in zip(first, [*first[1:], starts.numel()], strict=True)]
+
+
 class Documents:
     """The documents packed into a microbatch's rows: whole rows, whatever part of them a rank holds.
+
+    Args:
+        starts: bool [b, s], True at each document's first token.
+        lengths: `document_lengths(starts)`, if known; with them nothing is read from the device.
 
     Attributes:
         starts: bool [b, s], True at each document's first token. A row's first token always starts a document.
@@ -25,12 +42,11 @@ class Documents:
         lengths: the documents' lengths in tokens, row after row; they add up to b * s.
     """
 
-    def __init__(self, starts: Tensor) -> None:
+    def __init__(self, starts: Tensor, lengths: list[int] | None = None) -> None:
         self.starts = starts.clone()
         self.starts[:, 0] = True
         self.segments = self.starts.cumsum(dim=1)
-        flat = torch.nonzero(self.starts.flatten()).flatten().tolist()
-        self.lengths = [end - start for start, end in zip(flat, [*flat[1:], starts.numel()], strict=True)]
+        self.lengths = document_lengths(starts) if lengths is None else lengths
         self._first_tokens: Tensor | None = None
         self._cu_seqlens: Tensor | None = None
         self._spans: list[list[range]] | None = None
@@ -66,10 +82,9 @@ class Documents:
     def cu_seqlens(self) -> Tensor:
         """int32 [documents + 1]: where each document begins in the concatenated rows."""
         if self._cu_seqlens is None:
-            bounds = [0]
-            for length in self.lengths:
-                bounds.append(bounds[-1] + length)
-            self._cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.starts.device)
+            # From what is on the device already: a list would be copied to it, for which the host waits.
+            first = torch.nonzero_static(self.starts.flatten(), size=len(self.lengths)).flatten()
+            self._cu_seqlens = F.pad(first, (0, 1), value=self.starts.numel()).int()
         return self._cu_seqlens
 
 

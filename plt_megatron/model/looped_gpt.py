@@ -39,6 +39,7 @@ class MicroBatch:
         labels: int64, or None for logits instead of losses.
         loss_mask: float, 1 where a token counts in the loss; None: everywhere.
         document_starts: bool, True at each packed document's first token; None: a row is one text.
+        document_lengths: their lengths (`loop_context.document_lengths`); None: computed where they are needed.
         sample_ids: int64 [b] on the CPU, numbers of the data set's samples, for reports.
         statistics: collects the loops' statistics, or None.
     """
@@ -48,12 +49,14 @@ class MicroBatch:
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
     document_starts: Tensor | None = None
+    document_lengths: list[int] | None = None
     sample_ids: Tensor | None = None
     statistics: LoopStatistics | None = None
 
     def context(self, loop_count: int) -> LoopContext:
         """A fresh context for this microbatch's loops."""
-        documents = None if self.document_starts is None else Documents(self.document_starts)
+        starts = self.document_starts
+        documents = None if starts is None else Documents(starts, self.document_lengths)
         return LoopContext(loop_count=loop_count, documents=documents, statistics=self.statistics)
 
     def shard_for_cp(self, rows: SequenceShard) -> MicroBatch:

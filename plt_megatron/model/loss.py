@@ -15,5 +15,5 @@ def sum_of_losses(losses: Tensor, loss_mask: Tensor | None) -> tuple[Tensor, Ten
     """
     losses = losses.float()
     if loss_mask is None:
-        return losses.sum(), torch.tensor(losses.numel(), device=losses.device)
+        return losses.sum(), torch.full((), losses.numel(), device=losses.device)
     return (losses * loss_mask).sum(), loss_mask.sum()

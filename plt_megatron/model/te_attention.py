@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
@@ -41,8 +42,22 @@ def require_transformer_engine() -> None:
         )
 
 
+def laid_out(tensor: Tensor, documents: Documents | None) -> Tensor:
+    """The tensor [s, b, heads, d] as a TEAttention reads it without a copy: V is a part of each row of the fused
+    projection, and packed documents are read row after row."""
+    if documents is None:
+        return tensor.contiguous()
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 class TEAttention(nn.Module):
-    """One TEDotProductAttention over [s, b, heads, d], causal, optionally within a window."""
+    """One TEDotProductAttention over [s, b, heads, d], causal, optionally within a window.
+
+    Transformer Engine remembers only the last call's choice of kernels. A layer's two attentions alternate, so each
+    kind has a memory of its own, which all layers share.
+    """
+
+    _selections: ClassVar[dict[bool, dict[str, Any]]] = {}
 
     def __init__(self, config: PLTTransformerConfig, layer_number: int, window_size: int | None, **kwargs: Any) -> None:
         super().__init__()
@@ -75,11 +90,22 @@ class TEAttention(nn.Module):
                 max_seqlen_kv=longest,
             )
         mask = AttnMaskType.causal if packed is None else AttnMaskType.padding_causal
-        with self._precision():
+        with self._precision(), self._own_selection():
             out = self.attention(query, key, value, None, attn_mask_type=mask, packed_seq_params=packed)
         if packed is not None:
             return out.view(b, s, heads, d).transpose(0, 1)
         return out.view(s, b, heads, d)
+
+    @contextlib.contextmanager
+    def _own_selection(self) -> Iterator[None]:
+        from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as module
+
+        common = module._attention_backends
+        module._attention_backends = self._selections.setdefault(self.local, dict.fromkeys(common))
+        try:
+            yield
+        finally:
+            module._attention_backends = common
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if not self.local:

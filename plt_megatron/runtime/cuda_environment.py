@@ -6,10 +6,14 @@ import os
 
 from plt_megatron.config.schema import RunConfig
 
+# The first is every torch's, and since 2.9 an alias of the second.
+ALLOCATOR, ALLOCATOR_TOO = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+
 
 def cuda_environment(config: RunConfig) -> dict[str, str]:
     """The variables that a run needs, by name."""
-    needed = {}
+    # Less memory is lost to fragments: sizes change from step to step with packed documents, experts and validation.
+    needed = {ALLOCATOR: "expandable_segments:True"}
     if max(config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size) > 1:
         # One queue to the device: a collective that is issued ahead of a matrix product also starts ahead of it, and
         # they overlap. Megatron-LM asks for it up to Hopper.
@@ -23,4 +27,5 @@ def cuda_environment(config: RunConfig) -> dict[str, str]:
 def set_cuda_environment(config: RunConfig) -> None:
     """Set these variables, except those that the user has set. Call it before anything asks CUDA for its devices."""
     for name, value in cuda_environment(config).items():
-        os.environ.setdefault(name, value)
+        if name != ALLOCATOR or ALLOCATOR_TOO not in os.environ:
+            os.environ.setdefault(name, value)

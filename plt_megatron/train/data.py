@@ -20,6 +20,7 @@ from plt_megatron.data.mix import consumed_epochs, describe_mix, index_folder, r
 from plt_megatron.data.sampling import batches
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.model.loop_context import document_lengths
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.run_folder.checkpoints import candidates, read_verified_progress
 from plt_megatron.train.checkpoint.collective import on_rank_0
@@ -128,7 +129,10 @@ def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
 
 def _to_microbatch(batch: dict[str, torch.Tensor]) -> MicroBatch:
     """A collated microbatch of the data set, on this rank's device."""
-    sample_ids = batch.pop("sample_ids")
+    sample_ids, starts = batch.pop("sample_ids"), batch.get("document_starts")
     device = torch.cuda.current_device()
-    moved: dict[str, Any] = {name: tensor.to(device=device, non_blocking=True) for name, tensor in batch.items()}
-    return MicroBatch(**moved, sample_ids=sample_ids)
+    moved: dict[str, Any] = {
+        name: tensor.pin_memory().to(device=device, non_blocking=True) for name, tensor in batch.items()
+    }
+    lengths = None if starts is None else document_lengths(starts)  # while they are on the host
+    return MicroBatch(**moved, document_lengths=lengths, sample_ids=sample_ids)

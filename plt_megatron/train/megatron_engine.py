@@ -30,7 +30,7 @@ from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
 from plt_megatron.train.engine import StepResult, finite_step, nothing
-from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts
+from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
 from plt_megatron.train.step_times import StepTimes
 
 
@@ -69,11 +69,12 @@ class MegatronEngine:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self.times.measure("forward_backward"):
-            loss_sum, tokens = self._run(batches, loop_count or self.config.model.loop_count, forward_only=False)
-        loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
-        with self.times.measure("optimizer"):
+            sums = self._run(batches, loop_count or self.config.model.loop_count, forward_only=False)
             self.optimizer.prepare_grads()
-            grad_norm = float(self.optimizer.get_grad_norm())
+            # The one time in a step that the host waits for a GPU.
+            loss_sum, tokens, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
+        loss, grad_norm, lr = loss_sum / max(tokens, 1), squared**0.5, float(self.optimizer.param_groups[0]["lr"])
+        with self.times.measure("optimizer"):
             updated = accept(loss, grad_norm)
             if updated:
                 self._clip(grad_norm)
@@ -81,7 +82,7 @@ class MegatronEngine:
             else:
                 fp8_state.restore()
         self.scheduler.count_step()
-        return StepResult(loss, grad_norm, lr, tokens, updated)
+        return StepResult(loss, grad_norm, lr, int(tokens), updated)
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
@@ -93,7 +94,8 @@ class MegatronEngine:
         """See `Engine`."""
         self.stage.eval()
         with torch.no_grad(), fp8_state_unchanged(self.stage):
-            return self._run(batches, loop_count, forward_only=True)
+            loss_sum, tokens = self._run(batches, loop_count, forward_only=True).tolist()
+            return loss_sum, int(tokens)
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
@@ -103,9 +105,10 @@ class MegatronEngine:
         results = torch.stack(self._results)
         if self.groups.cp.size() > 1:
             dist.all_reduce(results, group=self.groups.cp)
-        return [(float(loss), int(tokens)) for loss, tokens in results]
+        return [(loss, int(tokens)) for loss, tokens in results.tolist()]
 
-    def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> tuple[float, int]:
+    def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> Tensor:
+        """float64 [2] on the device, the same on all ranks: the sum of losses, and the tokens that count in it."""
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
@@ -146,14 +149,14 @@ class MegatronEngine:
         with self.times.measure("gradient_reduction"):  # inside forward_backward
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
 
-    def _reduce(self, results: list[Tensor]) -> tuple[float, int]:
+    def _reduce(self, results: list[Tensor]) -> Tensor:
         """Sum the last stage's (loss, tokens) over data-parallel ranks and send it to the other stages."""
         self._results = results
         device = torch.cuda.current_device()
         total = torch.stack(results).sum(dim=0) if results else torch.zeros(2, dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self.groups.dp_cp)
         dist.all_reduce(total, group=self.groups.pp)
-        return float(total[0]), int(total[1])
+        return total
 
 
 def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

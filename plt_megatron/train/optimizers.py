@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import ParamGroupOverride, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer import ParamGroupOverride, ParamKey, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import OptimizerSpec, optimizer_spec
@@ -33,6 +35,23 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
 def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
     """The distributed optimizers that megatron-core's optimizer is made of."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+@torch.no_grad()
+def squared_grad_norm(optimizer: Any) -> Tensor:
+    """float64 [1] on the device: the square of the whole model's gradient norm. Collective over all ranks.
+
+    With Transformer Engine it is megatron-core's own; without, megatron-core would read each parameter's norm.
+    """
+    if clip_grads.multi_tensor_scale_tensor_impl is not None:
+        return optimizer.get_grad_norm().double().square().reshape(1)
+    parts = distributed_parts(optimizer)
+    gradients = [gradient for part in parts for gradient in part.get_grads_for_grad_norm()]
+    total = torch.zeros(1, device=torch.cuda.current_device())
+    if gradients:
+        total += torch.stack(torch._foreach_norm(gradients)).norm().square()
+    dist.all_reduce(total, group=parts[0].get_grad_stats_parallel_group())
+    return total.double()
 
 
 class ElementwiseOptimizer(DistributedOptimizer):

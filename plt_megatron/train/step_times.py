@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 
 class StepTimes:
-    """Adds up host seconds by name. What runs on a GPU counts where the host waits for it: loss and gradient norm are
-    read in every step, so forward and backward are whole, and so is the optimizer but for its last kernels."""
+    """Adds up host seconds by name. What runs on a GPU counts where the host waits for it, once a step: loss and
+    gradient norm are read after forward and backward, which are whole; the optimizer's kernels run on into the next."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)

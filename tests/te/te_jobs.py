@@ -233,3 +233,58 @@ def run_whole(config: Any) -> bool | str:
 
     _forget_fp8_state()
     return training_jobs.train(config)
+
+
+# ---------------------------------------------------------------- what a step costs besides its kernels
+
+
+@dataclass
+class Overhead:
+    """Of a step over packed documents, or over rows of one text.
+
+    Attributes:
+        waits: of the host for the device, by place (`host_waits`).
+        selections: how often the kernels of an attention were chosen.
+        read: of each attention in its order, its window and where its Q, K and V lie.
+    """
+
+    waits: dict[str, int]
+    selections: int
+    read: list[tuple[tuple[int, int], int, int, int]]
+
+
+def overhead_of_a_step(packed: bool, **model: Any) -> Overhead:
+    """Train two steps in bf16, and look at the second."""
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
+
+    from tests.distributed import checkpoint_jobs as jobs
+    from tests.distributed.host_waits import HostWaits, packed_batches
+
+    _forget_fp8_state()
+    config = jobs.run_config({}, "bf16", **{**FP8_MODEL, "num_layers": 2, **model})
+    engine, extension, utils = (
+        jobs.build(config),
+        sys.modules["transformer_engine_torch"],
+        dot_product_attention.dpa_utils,
+    )
+    choose, attend = utils.get_attention_backend, extension.fused_attn_fwd
+    batches = [packed_batches(2) if packed else jobs.batches_of(1)[:2] for _ in range(2)]
+    found = Overhead({}, 0, [])
+
+    def counted_choice(*args: Any) -> Any:
+        found.selections += 1
+        return choose(*args)
+
+    def watched_attention(*args: Any) -> Any:
+        found.read.append((tuple(args[12]), *(tensor.data_ptr() for tensor in args[16:19])))
+        return attend(*args)
+
+    engine.train_step(batches[0])
+    utils.get_attention_backend, extension.fused_attn_fwd = counted_choice, watched_attention
+    try:
+        with HostWaits() as waits:
+            engine.train_step(batches[1])
+    finally:
+        utils.get_attention_backend, extension.fused_attn_fwd = choose, attend
+    found.waits = dict(waits.places)
+    return found

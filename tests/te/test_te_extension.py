@@ -21,7 +21,7 @@ COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 @pytest.fixture(scope="module")
 def source() -> dict[str, str]:
     """Header and binding files by name, without comments."""
-    archives = list((emulation.FOLDER / "source").glob("transformer_engine_torch-*.tar.gz"))
+    archives = list(emulation.FOLDER.with_name("te_source").glob("transformer_engine_torch-*.tar.gz"))
     if not archives:
         pytest.skip("the source of Transformer Engine's extension is not here (`make test-te` fetches it)")
     with tarfile.open(archives[0]) as archive:

@@ -111,7 +111,7 @@ def test_search_that_finds_nothing_names_the_nearest_and_fails():
         ([RUN, "--gpu", "a100", "training.fp8=hybrid"], "error: training.fp8 hybrid: sm80 has no FP8 units"),
         (
             [RUN, "--nodes", "3"],
-            "error: configs/runs/plt2_1b.yaml:11: training.global_batch_size 1024 is not divisible by 96",
+            "error: configs/runs/plt2_1b.yaml:12: training.global_batch_size 1024 is not divisible by 96",
         ),
         ([RUN, "--nodes", "0"], "error: --nodes must be at least 1"),
         ([RUN, "--batch", "0"], "error: --batch must be at least 1"),

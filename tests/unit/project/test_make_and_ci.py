@@ -54,8 +54,13 @@ class TestMakefile:
         assert "-m pytest" in line and "not slow" not in line
 
     def test_the_te_group_installs_what_it_needs_and_runs_all_of_its_tests(self, tmp_path):
-        planned = run(["make", "-n", "test-te", f"TE={tmp_path}/te/.complete"]).stdout
+        planned = run(
+            ["make", "-n", "test-te", f"TE={tmp_path}/te/.complete", f"TE_SOURCE={tmp_path}/source/.complete"]
+        ).stdout
         assert f"--target {tmp_path}/te --requirement tests/te/requirements.txt" in planned
+        assert f"--dest {tmp_path}/source" in planned
+        quick = run(["make", "-n", "te", f"TE={tmp_path}/te/.complete"]).stdout
+        assert "pip install" in quick and "pip download" not in quick, "the source is for `make test-te` alone"
         tests = planned.splitlines()[-1]
         assert tests.endswith("tests/te") and "-m pytest" in tests and "not slow" not in tests
         (tmp_path / "te").mkdir()
@@ -85,8 +90,14 @@ class TestCI:
         if "missing here" in done.stderr:
             pytest.skip(done.stderr.strip())
         assert done.returncode == 0, done.stderr
-        assert re.findall(r"^made (\w+)", done.stdout, re.MULTILINE) == ["venv", "lint", "test"]
+        assert re.findall(r"^made (\w+)", done.stdout, re.MULTILINE) == ["venv", "te", "lint", "test"]
         assert "all passed" in done.stdout
+
+    def test_without_transformer_engine_s_python_the_rest_goes_on(self, fake_make):
+        done = run(["bash", ".ci/run"], PATH=fake_make, FAIL_ON="te", FAIL_WITH="2")
+        if "missing here" in done.stderr:
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0 and "will be skipped" in done.stderr
 
     @pytest.mark.parametrize(("target", "status"), [("venv", 2), ("lint", 2), ("test", 2), ("test", 5)])
     def test_any_failure_fails_it_and_stops_it(self, fake_make, target, status):

@@ -6,10 +6,11 @@ import re
 import pytest
 
 from plt_megatron.config.schema import ParallelConfig, RunConfig, TrainingConfig
-from plt_megatron.runtime.cuda_environment import cuda_environment, set_cuda_environment
+from plt_megatron.runtime.cuda_environment import ALLOCATOR, ALLOCATOR_TOO, cuda_environment, set_cuda_environment
 from plt_megatron.train import main
 
-NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO")
+NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", ALLOCATOR, ALLOCATOR_TOO)
+ALWAYS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
@@ -31,7 +32,7 @@ def unset(monkeypatch):
     ],
 )
 def test_collectives_are_not_overtaken_where_layers_communicate(parallel, expected):
-    assert cuda_environment(RunConfig(parallel=ParallelConfig(**parallel))) == expected
+    assert cuda_environment(RunConfig(parallel=ParallelConfig(**parallel))) == ALWAYS | expected
 
 
 def test_deterministic_runs_have_what_torch_and_megatron_ask_for():
@@ -39,11 +40,25 @@ def test_deterministic_runs_have_what_torch_and_megatron_ask_for():
     # The values: torch's documentation of use_deterministic_algorithms, and Megatron-LM's --deterministic-mode.
     assert needed.pop("CUBLAS_WORKSPACE_CONFIG") in (":4096:8", ":16:8")
     assert re.fullmatch(r"Tree|Ring|CollnetDirect|CollnetChain|\^NVLS", needed.pop("NCCL_ALGO"))
-    assert needed == {}
+    assert needed == ALWAYS
+
+
+@pytest.mark.parametrize("name", [ALLOCATOR, ALLOCATOR_TOO])
+def test_the_user_s_allocator_settings_stay_under_both_their_names(unset, monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:512")
+    set_cuda_environment(RunConfig())
+    assert {key: os.environ.get(key) for key in (ALLOCATOR, ALLOCATOR_TOO)} == {
+        ALLOCATOR: None,
+        ALLOCATOR_TOO: None,
+        name: "max_split_size_mb:512",
+    }
 
 
 def test_what_the_user_has_set_stays(unset, monkeypatch):
-    own = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    own = {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUDA_DEVICE_MAX_CONNECTIONS": "8"} | {
+        ALLOCATOR: "max_split_size_mb:512",
+        ALLOCATOR_TOO: "max_split_size_mb:256",
+    }
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     parallel = ParallelConfig(tensor_model_parallel_size=2)

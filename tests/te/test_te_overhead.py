@@ -1,0 +1,27 @@
+"""What a step costs besides its kernels: waits of the host, choices of kernels, copies of Q, K and V."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.te import te_jobs as jobs
+
+LAYERS, LOOPS, MICROBATCHES = 2, 2, 2
+PER_MICROBATCH = LAYERS * (2 * LOOPS - 1)  # attentions
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed documents"])
+def test_one_wait_few_choices_and_no_copy_that_a_kernel_does_not_need(run_te, packed):
+    seen = run_te(jobs.overhead_of_a_step, 1, packed, gate_input="hidden")
+    assert len(seen.waits) == 1, seen.waits
+    ((place, count),) = seen.waits.items()
+    assert "train/megatron_engine.py" in place and count == 1
+    # Global attention and window keep their choice; the number of documents is part of what it depends on.
+    assert seen.selections <= (2 * MICROBATCHES if packed else 0)
+    assert len(seen.read) == MICROBATCHES * PER_MICROBATCH
+    for first in range(0, len(seen.read), PER_MICROBATCH):
+        calls = seen.read[first : first + PER_MICROBATCH]
+        for layer in range(LAYERS):
+            once, shared, window = calls[layer], *calls[LAYERS + 2 * layer : LAYERS + 2 * layer + 2]
+            assert once[2:] == shared[2:], "later loops read the first loop's K and V where they lie"
+            assert shared[1] == window[1] and shared[0] != window[0], "both attentions read the same Q"
