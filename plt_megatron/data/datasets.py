@@ -42,6 +42,7 @@ from plt_megatron.data.mix import (
 )
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import publish
 
 logger = logging.getLogger(__name__)
 
@@ -244,11 +245,8 @@ def _build_in(
     temporary.mkdir(parents=True)
     try:
         _load(data, num_samples, seed, str(temporary), tokenizer)
-        for path in temporary.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
         try:
-            os.replace(temporary, target)
+            publish(temporary, target)
         except OSError:
             if not target.is_dir():  # or another run has just built the same one
                 raise

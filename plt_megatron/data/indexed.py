@@ -112,7 +112,6 @@ def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarra
             start = int(ends[-1]) if len(part) else start
         for first in range(0, count + 1, 1 << 20):
             file.write(np.arange(first, min(first + (1 << 20), count + 1), dtype=np.int64).tobytes())
-        sync(file)
 
 
 def concatenate(parts: Sequence[Path], target: Path) -> str:
@@ -124,11 +123,4 @@ def concatenate(parts: Sequence[Path], target: Path) -> str:
                 while block := file.read(1 << 22):
                     digest.update(block)
                     output.write(block)
-        sync(output)
     return digest.hexdigest()
-
-
-def sync(file: Any) -> None:
-    """Flush a file to the disk."""
-    file.flush()
-    os.fsync(file.fileno())

@@ -20,6 +20,7 @@ from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data.indexed import IndexedFile, read_index
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.text import format_table
 
 PARTS = ("train", "validation", "test")
 _BLOCKS = 64  # of a .bin or .idx that enter its fingerprint
@@ -146,34 +147,26 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
         )
 
 
-def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceShare] | None = None) -> list[str]:
-    """Lines for the user: a table of the sources, with tokens, weight and the epochs that `train_tokens` make.
+def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceShare] | None = None) -> str:
+    """For the user: a table of the sources, with tokens, weight and the epochs that `train_tokens` make.
 
     By default for the train part alone; with `shares`, of `mix_shares`, for those.
     """
     if shares is None:
         shares = mix_shares(data, (max(1, train_tokens // data.sequence_length), 0, 0))
-    rows = [("part", "source", "documents", "tokens", "weight", "to draw", "epochs")]
-    for share in shares:
-        drawn = share.samples * data.sequence_length
-        rows.append(
-            (
-                share.part,
-                share.name,
-                f"{share.documents:,}",
-                f"{share.tokens:,}",
-                f"{share.weight:.4g}",
-                f"{drawn:,}",
-                f"{share.epochs:.2f}",
-            )
+    rows = [
+        (
+            share.part,
+            share.name,
+            f"{share.documents:,}",
+            f"{share.tokens:,}",
+            f"{share.weight:.4g}",
+            f"{share.samples * data.sequence_length:,}",
+            f"{share.epochs:.2f}",
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
+        for share in shares
     ]
+    return format_table(rows, header=("part", "source", "documents", "tokens", "weight", "to draw", "epochs"))
 
 
 def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_samples: int) -> dict[str, float]:

@@ -40,6 +40,7 @@ from plt_megatron.data.shards import (
 )
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import publish
 
 _VERSION = 1
 _BAD_LINES_SHOWN = 10
@@ -164,7 +165,7 @@ class _Job:
                 for path in stale:
                     path.unlink()
                 publish_json(self.work / "plan.json", self.identity)
-            for leftover in [*self.work.glob("*.tmp"), *self.work.glob(".*"), *self.work.glob("*.spool")]:
+            for leftover in [*self.work.glob(".*"), *self.work.glob("*.spool")]:
                 leftover.unlink()
             yield
 
@@ -272,8 +273,8 @@ class _Job:
             "identity": self.identity,
         }
         _write_bad_lines(self.prefix, self.sources, reports)
-        os.replace(self.work / "out", f"{self.prefix}.bin")
-        os.replace(self.work / "out.index", f"{self.prefix}.idx")
+        publish(self.work / "out", f"{self.prefix}.bin")
+        publish(self.work / "out.index", f"{self.prefix}.idx")
         publish_json(self.manifest_path, manifest)
         return manifest
 

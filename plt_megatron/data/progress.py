@@ -6,11 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(int(seconds + 0.5), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"
+from plt_megatron.run_folder.text import format_bytes, format_duration
 
 
 class ProgressBar:
@@ -39,9 +35,9 @@ class ProgressBar:
         done = min(self._before + disk_bytes, self._total)
         left = (self._total - done) * elapsed / disk_bytes if disk_bytes else None
         self._show(
-            f"{done / self._total:6.1%} of {self._total / 1e6:,.1f} MB  {text_bytes / elapsed / 1e6:.1f} MB/s  "
+            f"{done / self._total:6.1%} of {format_bytes(self._total)}  {format_bytes(text_bytes / elapsed)}/s  "
             f"{tokens / elapsed / 1e6:.2f}M tokens/s  {tokens:,} tokens  "
-            f"{_duration(elapsed)} elapsed, {_duration(left) if left is not None else '?'} left"
+            f"{format_duration(elapsed)} elapsed, {format_duration(left) if left is not None else '?'} left"
         )
 
     def _show(self, line: str) -> None:

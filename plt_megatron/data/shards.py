@@ -23,9 +23,8 @@ import numpy as np
 
 from plt_megatron.data.compressed import BrokenStream
 from plt_megatron.data.formats import Document, Span
-from plt_megatron.data.indexed import sync
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.files import replacing, write_bytes, write_text
 
 _BATCH_BYTES = 1 << 20  # of text encoded at once
 _BAD_LINES_KEPT = 1000  # per shard, with file, line and reason; all are counted
@@ -98,24 +97,18 @@ def run_in_worker(shard: Shard) -> str:
 def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: Path, counters: Any = None) -> None:
     """Read, encode and publish a shard. `counters` [3] int64: text bytes, tokens and disk bytes so far."""
     target = work / shard.key
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
     lengths: list[np.ndarray] = []
     reports = []
-    with open(temporary, "wb") as output:
+    with replacing(target.with_suffix(".bin"), "wb") as output:
         for place, span in enumerate(shard.spans):
             report = SpanReport(shard.files[place])
             writer = _SpanWriter(report, settings, tokenizer, output, lengths)
             try:
                 _read_into(writer, span, shard.broken, counters)
             except FatalBadLine as error:
-                temporary.unlink()
                 raise FatalBadLine(place, *error.args) from None
             reports.append(report)
-        sync(output)
-    os.replace(temporary, target.with_suffix(".bin"))
-    with open(target.with_suffix(".len"), "wb") as output:
-        output.write(np.concatenate([np.empty(0, np.int32), *lengths]).tobytes())
-        sync(output)
+    write_bytes(target.with_suffix(".len"), np.concatenate([np.empty(0, np.int32), *lengths]).tobytes())
     publish_json(target.with_suffix(".json"), [vars(report) for report in reports])
     if shard.spool_start is not None:
         os.unlink(shard.spans[0].reader.path)

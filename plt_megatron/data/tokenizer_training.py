@@ -19,7 +19,7 @@ from plt_megatron.data.formats import Reader, ReadOptions, Span, open_inputs
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.files import publish, write_text
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
@@ -119,7 +119,7 @@ def _train_and_publish(sample: Sample, options: TrainingOptions, folder: Path, t
         raise UserError(f"the tokenizer.json would not encode as the sentencepiece model does: {different}")
     for name, text in files.items():
         write_text(folder / name, text)
-    os.replace(temporary, folder / "tokenizer.model")
+    publish(temporary, folder / "tokenizer.model")
     return len(texts)
 
 

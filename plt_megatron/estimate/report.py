@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from plt_megatron.estimate.layout import layout_overrides
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
 from plt_megatron.estimate.search import Candidate, SearchResult, model_flops_share, search
-from plt_megatron.run_folder.text import format_bytes, format_duration
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_table
 
 GIB = 1 << 30
 UNITS = {"GiB": GIB, "MiB": 1 << 20}
@@ -109,16 +109,16 @@ def _report(
     options: EstimateOptions, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
 ) -> Iterator[str]:
     card = find_gpu_spec(options.gpu, min(options.gpus_per_node, estimate.world_size))
-    yield from _section("Model", _model_rows(config, vocab_size, estimate))
-    yield from _section("Training FLOPs per token", _flops_rows(config, vocab_size, estimate))
-    yield from _section(f"Run: {estimate.layout}, {estimate.world_size} x {card.name}", _run_rows(config, estimate))
+    yield _section("Model", _model_rows(config, vocab_size, estimate))
+    yield _section("Training FLOPs per token", _flops_rows(config, vocab_size, estimate))
+    yield _section(f"Run: {estimate.layout}, {estimate.world_size} x {card.name}", _run_rows(config, estimate))
     unit = _unit(estimate.peak_memory_bytes)
-    yield from _section(f"Memory of the worst rank of each stage, {unit}", _memory_rows(estimate, unit))
+    yield _section(f"Memory of the worst rank of each stage, {unit}", *_memory_rows(estimate, unit))
     yield _verdict(estimate)
     yield ""
-    yield from _section("Sent per step and rank", _traffic_rows(estimate))
-    yield from _section("Time of a step", _time_rows(config, estimate, card))
-    yield from _section("Decoding", _decode_rows(options, config, decoding))
+    yield _section("Sent per step and rank", _traffic_rows(estimate))
+    yield _section("Time of a step", _time_rows(config, estimate, card))
+    yield _section("Decoding", _decode_rows(options, config, decoding))
 
 
 def _model_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> list[list[str]]:
@@ -158,17 +158,17 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
     ]
 
 
-def _memory_rows(estimate: RunEstimate, unit: str) -> list[list[str]]:
+def _memory_rows(estimate: RunEstimate, unit: str) -> tuple[list[list[str]], list[str]]:
+    """The rows, and their header."""
     size = UNITS[unit]
     names = [name for name in estimate.memory[0].components if any(stage.components[name] for stage in estimate.memory)]
     chosen = estimate.memory
     if len(chosen) > 4:  # first, last and the worst of those between
         between = max(chosen[1:-1], key=lambda stage: stage.total_bytes)
         chosen = [chosen[0], between, chosen[-1]]
-    rows = [["", *(f"stage {stage.stage}" for stage in chosen)]]
-    rows += [[name, *(f"{stage.components[name] / size:,.2f}" for stage in chosen)] for name in names]
+    rows = [[name, *(f"{stage.components[name] / size:,.2f}" for stage in chosen)] for name in names]
     rows.append(["at the peak", *(f"{stage.total_bytes / size:,.2f}" for stage in chosen)])
-    return rows
+    return rows, ["", *(f"stage {stage.stage}" for stage in chosen)]
 
 
 def _unit(size: int) -> str:
@@ -269,10 +269,8 @@ def _search_report(options: EstimateOptions, config: RunConfig, world_size: int,
         assert found.nearest is not None
         yield from _nearest(found.nearest, usable)
         return
-    rows = [["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "overhead over the model's FLOPs"]]
-    for each in found.fitting[: options.top]:
-        rows.append(_candidate_row(config, card, each))
-    yield from _aligned(rows)
+    header = ["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "overhead over the model's FLOPs"]
+    yield format_table([_candidate_row(config, card, each) for each in found.fitting[: options.top]], header=header)
     yield ""
     yield f"best: {found.fitting[0].command_line}"
 
@@ -298,7 +296,7 @@ def _nearest(nearest: Candidate, usable: float) -> Iterator[str]:
     yield f"none fits; nearest: {nearest.command_line}"
     yield f"it needs {worst.total_bytes / GIB:.1f} GiB in stage {worst.stage}, {usable:.1f} are usable; most of it:"
     largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
-    yield from _aligned([[name, f"{size / GIB:.1f} GiB"] for name, size in largest])
+    yield format_table([[name, f"{size / GIB:.1f} GiB"] for name, size in largest])
     yield "more devices divide the optimizer's state and allow more stages; shorter sequences save activations"
 
 
@@ -309,25 +307,5 @@ def _count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
-def _section(title: str, rows: list[list[str]]) -> Iterator[str]:
-    yield title
-    yield "-" * len(title)
-    yield from _aligned(rows)
-    yield ""
-
-
-def _aligned(rows: Iterable[list[str]]) -> Iterator[str]:
-    """Columns padded to their widest cell; cells that begin with a digit to the right."""
-    rows = list(rows)
-    columns = max(map(len, rows))
-    widths = [max((len(row[column]) for row in rows if column < len(row)), default=0) for column in range(columns)]
-    numeric = [
-        column > 0 and all(row[column][:1].isdigit() for row in rows[1:] if column < len(row) and row[column])
-        for column in range(columns)
-    ]
-    for row in rows:
-        cells = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=False)
-        )
-        yield "  ".join(cells).rstrip()
+def _section(title: str, rows: list[list[str]], header: Sequence[str] = ()) -> str:
+    return f"{title}\n{'-' * len(title)}\n{format_table(rows, header=header)}\n"

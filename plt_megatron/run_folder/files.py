@@ -30,14 +30,23 @@ def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        publish(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(path.parent)
+
+
+def publish(temporary: Path, target: Path | str) -> None:
+    """Give a complete file, or a folder of files, its name once it has reached the disk.
+
+    Both are on one file system. A file or an empty folder of that name is replaced. Raises `OSError`.
+    """
+    target = Path(target)
+    for path in temporary.iterdir() if temporary.is_dir() else (temporary,):
+        _sync(path)
+    temporary.replace(target)
+    _sync(target.parent)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -57,13 +66,13 @@ def write_json(path: Path | str, value: Any, *, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk, so that renamed files keep their names."""
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot sync folders
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)

@@ -6,7 +6,8 @@ import io
 import re
 from collections.abc import Sequence
 
-_NUMERIC = re.compile(r"[-+±~<]?\d.*|[-?]?")
+# A number with short words, as in `38 %`, `2 h 40 min`, `12 of 300` or `1.2 [1.1, 1.3]`; or none.
+_NUMERIC = re.compile(r"[-+±~<]?\d[\d.,]*\S{0,5}( (\S{1,5}|[\d.,]+|\[.*\]))*|[-?]?")
 _UNITS = {1000: ("B", "kB", "MB", "GB", "TB", "PB"), 1024: ("B", "KiB", "MiB", "GiB", "TiB", "PiB")}
 
 
@@ -25,9 +26,17 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {rest:02d} min" if hours < 48 else f"{seconds / 86400:,.1f} days"
 
 
-def format_bytes(size: float, *, binary: bool = False) -> str:
-    """Three digits and a unit: `1.25 GB`, `12.5 MB`, `512 B`; `binary`: `80.0 GiB`, as memory is counted."""
-    base = 1024 if binary else 1000
+def format_bytes(size: float) -> str:
+    """Three digits and a unit of files: `1.25 GB`, `12.5 MB`, `512 B`."""
+    return _with_unit(size, 1000)
+
+
+def format_memory(size: float) -> str:
+    """Three digits and a unit of memory: `80.0 GiB`."""
+    return _with_unit(size, 1024)
+
+
+def _with_unit(size: float, base: int) -> str:
     power = 0
     while size >= 0.9995 * base and power < len(_UNITS[base]) - 1:
         size, power = size / base, power + 1

@@ -15,10 +15,10 @@ from typing import Literal, TextIO
 
 from plt_megatron.config.kernel_rules import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
 from plt_megatron.installation import ROOT, is_checkout
+from plt_megatron.run_folder.text import format_memory, format_table
 from plt_megatron.runtime.machine import Device, Machine
 
 SUPPORTED_PYTHONS = ((3, 12), (3, 13))
-GIB = 2**30
 
 _TRAIN_ON_CPU = "train on the CPU"
 _TRAIN_ON_GPU = "train on GPUs"
@@ -108,7 +108,7 @@ def _torch_detail(machine: Machine) -> str:
 
 
 def _size(size: int | None) -> str:
-    return "unknown" if size is None else f"{size / GIB:.0f} GiB"
+    return "unknown" if size is None else format_memory(size)
 
 
 def _describe(device: Device) -> str:
@@ -330,8 +330,8 @@ def render(report: Report, stream: TextIO | None = None) -> None:
     facts = [(fact.name, fact.detail) for fact in report.facts]
     if stream.isatty() and _render_tables(facts, rows, stream):
         return
-    _print_columns("This machine", facts, stream)
-    _print_columns("What it can run", rows, stream)
+    for title, body in (("This machine", facts), ("What it can run", rows)):
+        print(f"{title}\n{_as_text(body)}\n", file=stream)
     print(_verdict(report), file=stream)
 
 
@@ -343,13 +343,11 @@ def _verdict(report: Report) -> str:
     return "Training works here." if report.can_train else "Training does not work here; see the lines above."
 
 
-def _print_columns(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    print(title, file=stream)
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  " + "  ".join([*cells, row[-1]]), file=stream)
-    print(file=stream)
+def _as_text(rows: Sequence[tuple[str, ...]]) -> str:
+    try:
+        return format_table(rows, indent=2)
+    except ImportError:  # a bare machine has no rich
+        return "\n".join("  " + "  ".join(row) for row in rows)
 
 
 def _render_tables(facts: Sequence[tuple[str, ...]], rows: Sequence[tuple[str, ...]], stream: TextIO) -> bool:

@@ -13,11 +13,11 @@ from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CONFIG, RunFolder
+from plt_megatron.run_folder.text import format_duration
 from plt_megatron.slurm import checks, run_files
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.script import Array
 from plt_megatron.slurm.snapshot import snapshot_code
-from plt_megatron.slurm.times import format_duration
 
 SUFFIX = ".array"
 

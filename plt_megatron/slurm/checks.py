@@ -17,8 +17,9 @@ from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step,
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 from plt_megatron.run_folder.status import last_train_records
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory
 from plt_megatron.slurm.resources import Resources
-from plt_megatron.slurm.times import format_duration
+from plt_megatron.slurm.times import time_option
 
 # Slurm may send the signal this much earlier than requested.
 SIGNAL_EARLY_SECONDS = 60
@@ -130,17 +131,17 @@ def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
         if there is None or needed <= there:
             return []
         return [
-            f"memory: {resources.processes_per_node} processes of {gibibytes(estimate.peak_memory_bytes)} need "
-            f"{gibibytes(needed)} per node, which has {gibibytes(there)}; {_MEMORY_ADVICE}"
+            f"memory: {resources.processes_per_node} processes of {format_memory(estimate.peak_memory_bytes)} need "
+            f"{format_memory(needed)} per node, which has {format_memory(there)}; {_MEMORY_ADVICE}"
         ]
     if estimate.fits:
         return []
-    worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
+    worst, card = max(estimate.memory, key=lambda stage: stage.total_bytes), resources.card.upper()
     largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {gibibytes(size)}" for name, size in largest)
+    parts = ", ".join(f"{name} {format_memory(size)}" for name, size in largest)
     return [
-        f"memory: a rank needs {gibibytes(estimate.peak_memory_bytes)} ({parts}), the card ({resources.card.upper()}) "
-        f"has {gibibytes(estimate.device_memory_bytes)}, of which a part must stay free; {_MEMORY_ADVICE}"
+        f"memory: a rank needs {format_memory(estimate.peak_memory_bytes)} ({parts}), the card ({card}) "
+        f"has {format_memory(estimate.device_memory_bytes)}, of which a part must stay free; {_MEMORY_ADVICE}"
     ]
 
 
@@ -155,9 +156,9 @@ def storage_problems(ahead: Forecast, run: Path) -> list[str]:
     if ahead.storage_bytes <= ahead.free_bytes:
         return []
     return [
-        f"output_dir: checkpoints of {gigabytes(ahead.checkpoint_bytes)} will need {gigabytes(ahead.storage_bytes)}, "
-        f"the file system of {run} has {gigabytes(ahead.free_bytes)} free: lower checkpoint.keep_last or "
-        "checkpoint.keep_every, or choose another output_dir"
+        f"output_dir: checkpoints of {format_bytes(ahead.checkpoint_bytes)} will need "
+        f"{format_bytes(ahead.storage_bytes)}, the file system of {run} has {format_bytes(ahead.free_bytes)} free: "
+        "lower checkpoint.keep_last or checkpoint.keep_every, or choose another output_dir"
     ]
 
 
@@ -171,9 +172,9 @@ def storage_problems_of_all(runs: Sequence[tuple[Path, Forecast]]) -> list[str]:
         needed, free = sum(ahead.storage_bytes for ahead in group), min(ahead.free_bytes for ahead in group)
         if needed > free >= max(ahead.storage_bytes for ahead in group):
             problems.append(
-                f"output_dir: the checkpoints of {len(group)} runs will need {gigabytes(needed)} together, their file "
-                f"system has {gigabytes(free)} free: lower checkpoint.keep_last or checkpoint.keep_every, or submit "
-                "fewer runs"
+                f"output_dir: the checkpoints of {len(group)} runs will need {format_bytes(needed)} together, their "
+                f"file system has {format_bytes(free)} free: lower checkpoint.keep_last or checkpoint.keep_every, or "
+                "submit fewer runs"
             )
     return problems
 
@@ -191,7 +192,7 @@ def usable_seconds(limit: int, margin: int) -> int:
 def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -> list[str]:
     """Whether one job reaches a checkpoint: otherwise jobs may start over forever."""
     usable = usable_seconds(limit, margin)
-    given = f"--time {format_duration(limit)}"
+    given = f"--time {time_option(limit)}"
     if usable <= 0:
         return [
             f"{given} leaves no time for steps: it takes about {START_SECONDS} s to start, and the job is told to save "
@@ -237,15 +238,3 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
             f"step {reached:,} of {ahead.steps:,}: give --chain {jobs} or --requeue"
         )
     return warnings
-
-
-def gibibytes(size: float) -> str:
-    """Bytes as `12.3 GiB` (2^30): how the memory of devices is counted."""
-    return f"{size / 2**30:.1f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as `12.3 GB` (10^9)."""
-    if size >= 1e12:
-        return f"{size / 1e12:.2f} TB"
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

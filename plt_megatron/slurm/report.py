@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.slurm.checks import Forecast, gibibytes, gigabytes
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, plural
+from plt_megatron.slurm.checks import Forecast
 from plt_megatron.slurm.resources import Resources
-from plt_megatron.slurm.times import format_duration
-
-_WIDTH = 15
-
-
-def rows_as_text(rows: Sequence[tuple[str, str]]) -> str:
-    """Lines of name and value."""
-    return "\n".join(f"{name:<{_WIDTH}} {value}" for name, value in rows)
 
 
 def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Forecast) -> list[tuple[str, str]]:
@@ -57,8 +50,9 @@ def _time(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
 
 def _memory(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
     estimate = ahead.estimate
-    stages = [gibibytes(stage.total_bytes) for stage in estimate.memory]
-    has = "" if resources.card == "cpu" else f"; {resources.card.upper()}: {gibibytes(estimate.device_memory_bytes)}"
+    stages = [format_memory(stage.total_bytes) for stage in estimate.memory]
+    card, there = resources.card, format_memory(estimate.device_memory_bytes)
+    has = "" if card == "cpu" else f"; {card.upper()}: {there}"
     if len(stages) == 1:
         yield "memory", f"{stages[0]} per rank (estimated){has}"
     else:
@@ -69,24 +63,19 @@ def _storage(ahead: Forecast) -> str:
     if not ahead.checkpoint_bytes:
         return "none: checkpoint.enabled is false, so nothing can be resumed"
     return (
-        f"{gigabytes(ahead.checkpoint_bytes)} each, up to {gigabytes(ahead.storage_bytes)} more in all; "
-        f"{gigabytes(ahead.free_bytes)} free"
+        f"{format_bytes(ahead.checkpoint_bytes)} each, up to {format_bytes(ahead.storage_bytes)} more in all; "
+        f"{format_bytes(ahead.free_bytes)} free"
     )
 
 
 def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cluster: str | None) -> str:
     """One line about the requested job."""
-    devices = _count(resources.processes_per_node, "GPU" if resources.gpus_per_node else "process")
-    parts = [f"{_count(resources.nodes, 'node')} x {devices}, {_count(resources.cpus_per_process, 'CPU')} each"]
-    parts.append(f"{format_duration(limit)}" + (f" x {chain} jobs, one after another" if chain > 1 else ""))
+    devices = plural(resources.processes_per_node, "GPU" if resources.gpus_per_node else "process")
+    parts = [f"{plural(resources.nodes, 'node')} x {devices}, {plural(resources.cpus_per_process, 'CPU')} each"]
+    parts.append(format_duration(limit) + (f" x {chain} jobs, one after another" if chain > 1 else ""))
     if requeue:
         parts.append("requeued until it is finished")
     parts.append(f"partition {resources.partition or '(the default)'}")
     if cluster:
         parts.append(f"cluster {cluster}")
     return "; ".join(parts)
-
-
-def _count(number: int, what: str) -> str:
-    ending = "es" if what.endswith("s") else "s"
-    return f"{number} {what}" + (ending if number != 1 else "")

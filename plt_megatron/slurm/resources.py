@@ -11,7 +11,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
 from plt_megatron.slurm.client import NodeGroup, Partition
 from plt_megatron.slurm.profile import ClusterProfile
-from plt_megatron.slurm.times import format_duration
+from plt_megatron.slurm.times import time_option
 
 _ASSUMED_GPUS = 8  # if neither option, profile nor Slurm tells: only with --dry-run
 _ASSUMED_CPUS = 8  # per process, likewise
@@ -176,7 +176,7 @@ def _other_problems(partition: Partition, seconds: int) -> list[str]:
     limit = partition.time_limit_seconds
     if limit is not None and seconds > limit:
         problems.append(
-            f"--time {format_duration(seconds)}: {name} allows {format_duration(limit)}; "
+            f"--time {time_option(seconds)}: {name} allows {time_option(limit)}; "
             "use that limit, with --chain N or --requeue for a longer run"
         )
     return problems

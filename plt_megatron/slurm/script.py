@@ -11,7 +11,7 @@ from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.profile import Container
 from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal
-from plt_megatron.slurm.times import format_duration
+from plt_megatron.slurm.times import time_option
 
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#SBATCH @DIRECTIVES@|#ENVIRONMENT @ENVIRONMENT@|@[A-Z_]+@")
@@ -107,7 +107,7 @@ class Script:
         if settings.gpus_per_node:
             lines.append(directive("--gpus-per-node", self._gpus()))
         lines += [
-            directive("--time", format_duration(settings.time_limit_seconds)),
+            directive("--time", time_option(settings.time_limit_seconds)),
             directive("--signal", f"B:USR1@{settings.signal_margin_seconds}"),
             directive("--requeue" if settings.requeue else "--no-requeue"),
             directive("--open-mode", "append"),

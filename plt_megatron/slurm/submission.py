@@ -18,6 +18,7 @@ from plt_megatron.installation import CONFIGS, is_checkout
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.status import read_run_status
+from plt_megatron.run_folder.text import format_table
 from plt_megatron.slurm import arrays, checks, client, report, run_files
 from plt_megatron.slurm.arrays import Member
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
@@ -252,7 +253,7 @@ class _Plan:
             rows += report.describe_run(self.members[0].config, self.members[0].run, resources, self.members[0].ahead)
         else:
             rows += arrays.describe_array(self.array, self.members, resources)
-        print(report.rows_as_text(rows))
+        print(format_table(rows))
         for note in dict.fromkeys(self.notes):
             print(f"note: {note}")
         for warning in self.warnings:
@@ -335,7 +336,7 @@ class _Plan:
             ("cancel", f"scancel {' '.join(ids)}"),
             ("resubmit", f"sbatch {shlex.quote(_shown(script))}"),
         ]
-        print("\n" + report.rows_as_text([row for row in rows if row[1]]), flush=True)
+        print("\n" + format_table([row for row in rows if row[1]]), flush=True)
 
 
 def _check_options(options: Options) -> None:

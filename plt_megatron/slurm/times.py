@@ -35,7 +35,7 @@ def time_limit(text: str, option: str = "--time") -> int:
     return seconds
 
 
-def format_duration(seconds: float) -> str:
+def time_option(seconds: float) -> str:
     """`90061.0` as `1-01:01:01`, `3661` as `01:01:01`: sbatch reads both back."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)

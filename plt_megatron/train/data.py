@@ -52,7 +52,7 @@ class RunData:
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
 
-    def describe(self) -> list[str]:
+    def describe(self) -> str:
         """A table of the sources."""
         tokens = derived.train_iters(self._config) * derived.tokens_per_step(self._config)
         return describe_mix(self._config.data, tokens, self._shares)

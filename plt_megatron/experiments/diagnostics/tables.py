@@ -14,6 +14,7 @@ from plt_megatron.experiments.diagnostics.bootstrap import LEVEL, RESAMPLES, Int
 from plt_megatron.experiments.diagnostics.catalog import Measure
 from plt_megatron.experiments.diagnostics.decision import Decision
 from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis
+from plt_megatron.run_folder.text import format_table
 
 Number = tuple[float, float, float]  # mean, low, high; NaN: none
 
@@ -43,13 +44,7 @@ def terminal_table(diagnosis: Diagnosis) -> str:
     """Measures down, loops across. Loop 0 is the embeddings."""
     header = ["", "embeddings", *(f"loop {loop}" for loop in range(1, diagnosis.loop_count + 1))]
     rows = [[measure.title, *cells] for measure, cells in loop_rows(diagnosis)]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = []
-    for row in [header, *rows]:
-        first, *others = (text.ljust(width) for text, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first, *others]).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    return format_table(rows, header=header)
 
 
 # ---------------------------------------------------------------- CSV

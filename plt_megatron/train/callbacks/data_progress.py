@@ -12,8 +12,7 @@ class DataProgress(Callback):
 
     def on_start(self) -> None:
         """A table of the sources."""
-        for line in self.run.data.describe():
-            self.run.say(line)
+        self.run.say(self.run.data.describe())
 
     def on_log(self) -> dict[str, Any]:
         """`source_epochs`."""

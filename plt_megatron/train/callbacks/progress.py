@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from plt_megatron.run_folder.text import format_duration
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
 
@@ -64,9 +65,7 @@ class ProgressBar(Callback):
         done, left = record["step"] - self._first, self.run.last_step - record["step"]
         if self._bar is not None or done <= 0 or left <= 0:
             return ""
-        seconds = (time.monotonic() - self._started) / done * left
-        hours, minutes = divmod(int(seconds) // 60, 60)
-        return f", {hours}:{minutes:02d}:{int(seconds) % 60:02d} left"
+        return f", {format_duration((time.monotonic() - self._started) / done * left)} left"
 
     def say(self, line: str) -> None:
         """A line of text above the bar."""

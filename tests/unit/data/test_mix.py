@@ -37,8 +37,9 @@ def test_shares(tmp_path: Path) -> None:
     ]
     assert shares[0].epochs == 7501 / 1600 and shares[1].epochs == 2501 / 400
     assert consumed_epochs(shares, 500, 1000) == {"first": 7501 / 3200, "b": 2501 / 800}
-    assert describe_mix(data, 10_000) == [
+    assert describe_mix(data, 10_000).splitlines() == [
         "part   source  documents  tokens  weight  to draw  epochs",
+        "---------------------------------------------------------",
         "train  first          16   1,600    0.75    7,500    4.69",
         "train  b               8     400    0.25    2,500    6.25",
     ]

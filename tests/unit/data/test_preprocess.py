@@ -311,15 +311,15 @@ def test_killed_while_publishing(
 ) -> None:
     """The .bin is in place and the .idx is not: the next run finishes, and does not take it for a stranger's."""
     run([corpus], tmp_path / "whole", bpe_model)
-    real = os.replace
+    real = module.publish
 
-    def replace(source: Any, target: Any) -> None:
+    def publish(source: Any, target: Any) -> None:
         if str(target).endswith("x.idx"):
             raise KeyboardInterrupt
         real(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.os, "replace", replace)
+        patch.setattr(module, "publish", publish)
         run([corpus], tmp_path / "x", bpe_model)
     assert (tmp_path / "x.bin").exists() and not (tmp_path / "x.idx").exists()
     run([corpus], tmp_path / "x", bpe_model)

@@ -86,8 +86,8 @@ def test_search():
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and "fit into" in lines[0]
     assert lines[2].split()[:3] == ["layout", "micro", "batch"]
-    assert all(line.startswith("TP") and "%" in line for line in lines[3:6]) and lines[6] == ""
-    assert lines[7].startswith("best: parallel.tensor_model_parallel_size=")
+    assert all(line.startswith("TP") and "%" in line for line in lines[4:7]) and lines[7] == ""
+    assert lines[8].startswith("best: parallel.tensor_model_parallel_size=")
     found = json.loads(
         command("configs/runs/loopcoder_7b.yaml", "--nodes", "4", "--search", "--top", "3", "--json").stdout
     )

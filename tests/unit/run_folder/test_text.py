@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.run_folder.text import format_bytes, format_duration, format_table, plural
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, format_table, plural
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_durations(seconds, text):
     ],
 )
 def test_sizes(size, text, binary):
-    assert (format_bytes(size), format_bytes(size, binary=True)) == (text, binary)
+    assert (format_bytes(size), format_memory(size)) == (text, binary)
 
 
 def test_counts():

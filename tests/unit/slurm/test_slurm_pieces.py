@@ -20,7 +20,7 @@ from plt_megatron.slurm.client import read_partitions
 from plt_megatron.slurm.profile import Container, load_profile
 from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
 from plt_megatron.slurm.shell import expandable
-from plt_megatron.slurm.times import format_duration, parse_duration
+from plt_megatron.slurm.times import parse_duration, time_option
 
 SETTINGS = JobSettings("name-1234", 2, 8, 12, 8, 3600, "/env/bin/python")
 PROFILES = sorted(path.stem for path in (ROOT / "configs" / "clusters").glob("*.yaml"))
@@ -202,7 +202,7 @@ def test_settings_come_back_as_they_were_written(tmp_path):
 )
 def test_times_are_read_as_slurm_reads_them(text, seconds):
     assert parse_duration(text) == seconds
-    assert parse_duration(format_duration(seconds)) == seconds
+    assert parse_duration(time_option(seconds)) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "x", "1h", "1:2:3:4", "1-", "-1", "1.5", "\u0661"])

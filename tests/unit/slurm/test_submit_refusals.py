@@ -206,7 +206,7 @@ def test_a_limit_that_leaves_no_time_for_steps(folder, slurm, time, profile):
 def test_too_little_free_space(folder, slurm, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    assert_one_line(folder, slurm, refusal(), "output_dir", "1.0 MB free", "keep_last")
+    assert_one_line(folder, slurm, refusal(), "output_dir", "1.00 MB free", "keep_last")
 
 
 def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, capsys):

@@ -315,7 +315,7 @@ def test_a_limit_shorter_than_the_run_is_said(folder, slurm, capsys):
     overrides = ("training.train_iters=50_000_000", "checkpoint.save_interval=100", "checkpoint.keep_last=1")
     submit_run(*overrides)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert "--requeue" in line and "one job of 01:00:00 ends at about step" in line
+    assert "--requeue" in line and "one job of 1 h 00 min ends at about step" in line
     jobs = int(re.search(r"--chain (\d+)", line)[1])
     submit_run(*overrides, chain=jobs)
     assert "warning" not in capsys.readouterr().out
