@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
+import select
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 EXIT_USER_ERROR = 2
+EXIT_BROKEN_PIPE = 128 + 13
 
 
 class UserError(ValueError):
@@ -24,12 +27,28 @@ def import_optional(module: str, purpose: str, extra: str) -> Any:
 
 
 def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; each line of a `UserError` becomes an `error:` line on stderr, exit status 2."""
+    """Run a command's `main`; each line of a `UserError` becomes an `error:` line on stderr, exit status 2.
+
+    A command whose reader has left, as `head` does, ends as one that SIGPIPE has killed.
+    """
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print_error(error)
         return EXIT_USER_ERROR
+    except BrokenPipeError:
+        if not _lost_its_reader(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return EXIT_BROKEN_PIPE
+
+
+def _lost_its_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, select.POLLERR)
+    return bool(poll.poll(0))
 
 
 def print_error(error: Exception | str) -> None:

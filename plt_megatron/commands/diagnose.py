@@ -57,9 +57,9 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.command_line import quiet_imports
+    from plt_megatron.hf.command_line import prepare_imports
 
-    quiet_imports()
+    prepare_imports()
     from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
 
     options = DiagnoseOptions(

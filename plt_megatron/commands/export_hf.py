@@ -50,9 +50,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.command_line import quiet_imports
-
-    quiet_imports()
     from plt_megatron.hf.exporting import ExportOptions, export
 
     result = export(

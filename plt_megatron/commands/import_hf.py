@@ -39,9 +39,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.command_line import quiet_imports
-
-    quiet_imports()
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 
     result = import_model(

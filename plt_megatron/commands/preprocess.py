@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.build_index:
         from plt_megatron.data.build_index import build_index
+        from plt_megatron.runtime.quiet_imports import quiet_imports
 
+        quiet_imports()
         return run_command(lambda: build_index(arguments.build_index, arguments.overrides))
     needed = {
         "--input": arguments.input,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from collections.abc import Sequence
 
 from plt_megatron.config.loader import load_config
@@ -19,7 +16,6 @@ def build_index(config_path: str, overrides: Sequence[str] = ()) -> None:
     validate(config)
     samples = required_samples(config)
     print(describe_mix(config.data, 0, mix_shares(config.data, samples)), flush=True)
-    _quiet_imports()
     from plt_megatron.data.datasets import build_datasets
 
     build_datasets(
@@ -30,10 +26,3 @@ def build_index(config_path: str, overrides: Sequence[str] = ()) -> None:
         tokenizer=load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None,
     )
     print(f"the sample index of {samples[0]:,} train and {samples[1]:,} validation samples is ready")
-
-
-def _quiet_imports() -> None:
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("megatron", "torch", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads no other globals
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def _backward_queries_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision=precision)
         ds = p * (dp - delta[:, None]) * share[:, None]
         dq += tl.dot(ds.to(k.dtype), k, input_precision=precision)
-    dq = dq * (scale / 1.4426950408889634)  # the scores' scale without the base's
+    dq = dq * (scale / LOG2_E)  # the scores' scale without the base's
 
     global_ptr += batch * global_stride_b + head * global_stride_h
     y_global = _rows(global_ptr, queries, columns, global_stride_s, s, head_dim).to(tl.float32)
@@ -259,7 +259,7 @@ def _backward_keys_kernel(
             ds = p * (dp - delta[:, None])
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=precision)
     own = batch * own_stride_b + group * own_stride_h
-    _store_rows(dk_ptr + own, dk * (scale / 1.4426950408889634), keys, columns, own_stride_s, s, head_dim)
+    _store_rows(dk_ptr + own, dk * (scale / LOG2_E), keys, columns, own_stride_s, s, head_dim)
     _store_rows(dv_ptr + own, dv, keys, columns, own_stride_s, s, head_dim)
 
 
@@ -303,7 +303,7 @@ class _GatedWindow(torch.autograd.Function):
         }
         gate = {"from_query": logits is None, "gate_local": gate_local}
         pointers = [tensor if tensor is not None else query for tensor in (logits, weight, bias, starts)]
-        scale = softmax_scale * LOG2_E
+        scale = softmax_scale * LOG2_E.value
         _forward_kernel[(triton.cdiv(s, settings["block_m"]), b * heads)](
             query, key, value, y_global, *pointers, out, lse,
             *_strides(query, key, value, y_global, out), s, heads, scale, **settings, **gate,

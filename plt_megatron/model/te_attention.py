@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from plt_megatron.errors import UserError
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.transformer_config import PLTTransformerConfig
-
-OLDEST_TRANSFORMER_ENGINE = "2.9"  # the first with te.autocast
+from plt_megatron.runtime.doctor import OLDEST_TRANSFORMER_ENGINE
 
 
 def require_transformer_engine() -> None:

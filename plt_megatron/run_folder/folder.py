@@ -1,8 +1,9 @@
-"""One run's folder."""
+"""The folders of runs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
 
 CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
+_DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
+_PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents"}
 
 
 class RunFolder:
@@ -114,3 +117,50 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Write a configuration that `load_config` reads back to an equal one. `UserError` if it cannot be written."""
     with writing(path):
         write_text(Path(path), dump_config(config))
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """All run folders below `folder`, by name.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} not found: name run folders, or give --output-dir")
+    found: list[Path] = []
+
+    def look(at: Path, depth: int) -> None:
+        if RunFolder(at).config_file.is_file():
+            found.append(at)
+            return
+        if depth == 0:
+            return
+        for path in sorted(at.iterdir()):
+            if (
+                path.is_dir()
+                and not path.is_symlink()
+                and not path.name.startswith(".")
+                and path.name not in _PASSED_OVER
+            ):
+                look(path, depth - 1)
+
+    look(folder, _DEPTH)
+    return found
+
+
+def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
+    """The named run folders, or those in the named folders; without names, all below `output_dir`.
+
+    Raises:
+        UserError: a name is not a run folder and contains none.
+    """
+    if not names:
+        return find_runs(Path(output_dir))
+    runs: list[Path] = []
+    for name in names:
+        path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
+        found = find_runs(path)
+        if not found:
+            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}")
+        runs += found
+    return list(dict.fromkeys(runs))

@@ -27,11 +27,11 @@ _TRAINING = (_TRAIN_ON_CPU, _TRAIN_ON_GPU)
 _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
 _FIRST_WITH_FP8 = (8, 9)
-_OLDEST_TRANSFORMER_ENGINE = "2.9"  # as in model/te_attention.py, which imports torch
+OLDEST_TRANSFORMER_ENGINE = "2.9"  # the first with te.autocast
 # Its torch part comes as source.
 _BUILD_TRANSFORMER_ENGINE = (
     "use an NGC container (25.11 or newer), or with CUDA's nvcc and cuDNN's headers (CPATH) at hand "
-    f"pip install --no-build-isolation 'transformer-engine[pytorch]>={_OLDEST_TRANSFORMER_ENGINE}'"
+    f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST_TRANSFORMER_ENGINE}'"
 )
 
 
@@ -227,8 +227,8 @@ def _transformer_engine(machine: Machine) -> Capability:
         error = machine.import_errors["transformer-engine"]
         return _no(name, f"does not load: {error}", "build it for this torch: " + _BUILD_TRANSFORMER_ENGINE)
     version = machine.packages["transformer-engine"]
-    if not _in_range(version, f">={_OLDEST_TRANSFORMER_ENGINE}"):
-        return _no(name, f"{version} is older than {_OLDEST_TRANSFORMER_ENGINE}", _BUILD_TRANSFORMER_ENGINE)
+    if not _in_range(version, f">={OLDEST_TRANSFORMER_ENGINE}"):
+        return _no(name, f"{version} is older than {OLDEST_TRANSFORMER_ENGINE}", _BUILD_TRANSFORMER_ENGINE)
     problem = _gpu_problem(machine) or _compiler_problem(machine)
     return _no(name, *problem) if problem else _yes(name, version)
 

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.folder import CONFIG, RunFolder
+from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
 from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.run_folder.text import format_duration, format_table
 from plt_megatron.slurm import client
 from plt_megatron.slurm.run_files import name_suffix, submitted_jobs
-
-_DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
-_PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents"}
 
 
 @dataclass(frozen=True)
@@ -35,53 +32,6 @@ class JobStatus:
     detail: str
     jobs: list[str]
     progress: RunStatus
-
-
-def find_runs(folder: Path) -> list[Path]:
-    """All run folders below `folder`, by name.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} not found: name run folders, or give --output-dir")
-    found: list[Path] = []
-
-    def look(at: Path, depth: int) -> None:
-        if RunFolder(at).config_file.is_file():
-            found.append(at)
-            return
-        if depth == 0:
-            return
-        for path in sorted(at.iterdir()):
-            if (
-                path.is_dir()
-                and not path.is_symlink()
-                and not path.name.startswith(".")
-                and path.name not in _PASSED_OVER
-            ):
-                look(path, depth - 1)
-
-    look(folder, _DEPTH)
-    return found
-
-
-def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
-    """The named run folders, or those in the named folders; without names, all below `output_dir`.
-
-    Raises:
-        UserError: a name is not a run folder and contains none.
-    """
-    if not names:
-        return find_runs(Path(output_dir))
-    runs: list[Path] = []
-    for name in names:
-        path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
-        found = find_runs(path)
-        if not found:
-            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}")
-        runs += found
-    return list(dict.fromkeys(runs))
 
 
 def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[JobStatus]:

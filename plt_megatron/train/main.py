@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import faulthandler
 import io
-import logging
 import os
 import sys
-import warnings
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
@@ -20,6 +18,7 @@ from plt_megatron.config.validation import validate
 from plt_megatron.errors import UserError, print_error
 from plt_megatron.run_folder.exit_status import ExitStatus
 from plt_megatron.runtime.cuda_environment import set_cuda_environment
+from plt_megatron.runtime.quiet_imports import quiet_imports
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +38,8 @@ def train(config: RunConfig) -> int:
     set_cuda_environment(config)
     import torch
 
-    _quiet_imports()
+    quiet_imports()
+    _quiet_streams()
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     if enter_cpu_runtime() and config.training.threads_per_process is not None:
@@ -90,17 +90,9 @@ def _describe_failure(error: OSError | RuntimeError) -> str | None:
     return None
 
 
-def _quiet_imports() -> None:
-    """Silence megatron-core's and torch's warnings about everything a machine lacks; plt-doctor reports what matters.
-
-    Call it after importing torch, which sets its loggers' levels.
-    """
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\..*")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("megatron", "torch", "absl"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _quiet_streams() -> None:
+    """On a full disk torch's checkpoint writer fails, which is reported, and once more as its streams are dropped."""
     report = sys.unraisablehook
-    # On a full disk torch's checkpoint writer fails, which is reported, and once more as its streams are thrown away.
     sys.unraisablehook = lambda found: None if isinstance(found.object, io.IOBase) else report(found)
 
 

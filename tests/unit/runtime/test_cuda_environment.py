@@ -73,7 +73,7 @@ def test_a_run_sets_it_before_anything_asks_for_devices(unset, monkeypatch):
     def first_thing_after_importing_torch():
         raise ReachedError
 
-    monkeypatch.setattr(main, "_quiet_imports", first_thing_after_importing_torch)
+    monkeypatch.setattr(main, "quiet_imports", first_thing_after_importing_torch)
     with pytest.raises(ReachedError):
         main.train(RunConfig(training=TrainingConfig(deterministic=True)))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
