@@ -25,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTCache, PLTForCausalLM
+from plt_megatron.run_folder.text import format_memory, format_table
 
 ROWS: dict[str, dict[str, Any]] = {
     "vanilla": {"loop_count": 1},
@@ -275,22 +276,29 @@ def missed_kv_bars(table: dict[str, dict[str, int]]) -> list[str]:
 def print_timings(batch: int, timings: dict[str, Timing]) -> None:
     vanilla, naive = timings["vanilla"], timings["naive loop"]
     print(f"\nbatch {batch}: milliseconds per token")
-    print(f"{'':14}{'ms':>8}{'x vanilla':>11}{'x naive':>9}{'KV/seq':>10}{'linear':>9}{'attn':>7}{'other':>7}")
-    for name, timing in timings.items():
-        parts = [timing.parts[part] for part in ("linear", "attention", "other")]
-        print(
-            f"{name:14}{timing.ms:8.2f}{timing.relative_to(vanilla):11.3f}{timing.relative_to(naive):9.3f}"
-            f"{timing.kv_bytes / 2**20:8.2f}Mi{parts[0]:9.0%}{parts[1]:7.0%}{parts[2]:7.0%}"
-        )
+    rows = [
+        [
+            name,
+            f"{timing.ms:.2f}",
+            f"{timing.relative_to(vanilla):.3f}",
+            f"{timing.relative_to(naive):.3f}",
+            format_memory(timing.kv_bytes),
+            *(f"{timing.parts[part]:.0%}" for part in ("linear", "attention", "other")),
+        ]
+        for name, timing in timings.items()
+    ]
+    print(format_table(rows, header=["", "ms", "x vanilla", "x naive", "KV/seq", "linear", "attention", "other"]))
     print(f"(KV/seq: measured, after {vanilla.kv_tokens} tokens; shares of a step's time)")
 
 
 def print_kv(table: dict[str, dict[str, int]]) -> None:
     print("\ndecoding state per sequence, by formula: MiB (times vanilla)")
-    print(f"{'':14}" + "".join(f"{label:>20}" for label in LENGTHS))
-    for name, sizes in table.items():
-        cells = (f"{sizes[n] / 2**20:10.2f} ({sizes[n] / table['vanilla'][n]:.4f})" for n in LENGTHS)
-        print(f"{name:14}" + "".join(f"{cell:>20}" for cell in cells))
+    vanilla = table["vanilla"]
+    rows = [
+        [name, *(f"{sizes[label] / 2**20:.2f} ({sizes[label] / vanilla[label]:.4f})" for label in LENGTHS)]
+        for name, sizes in table.items()
+    ]
+    print(format_table(rows, header=["", *LENGTHS]))
 
 
 def check_formula(timings: dict[str, Timing], models: dict[str, PLTForCausalLM], dtype: torch.dtype) -> None:

@@ -62,7 +62,20 @@ def markdown(results: dict[str, Any]) -> str:
     lines.append("; ".join(f"{name} {version}" for name, version in results["versions"].items()) + "\n")
     for name, value in results.get("rates", {}).items():
         lines.append(f"- {name}: {value:,.1f}")
-    tables: dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]] = {
+    for title, (header, rows) in _tables(results).items():
+        if rows:
+            lines += ["", f"## {title}", "", " | ".join(header), " | ".join("---" for _ in header)]
+            lines += [" | ".join(str(cell) for cell in row) for row in rows]
+    missed = missed_bars(results)
+    if results["bars"]:
+        lines += ["", *(f"- missed: {line}" for line in missed)] if missed else ["", "Every bar is met."]
+    return "\n".join(lines) + "\n"
+
+
+def _tables(results: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]]:
+    """The header and rows of each table by its title."""
+    means = results.get("training", {}).get("running means", {})
+    return {
         "Against float64 on the CPU (relative to a tensor's largest element)": (
             ("mode", "loss", "median gradient", "worst gradient", "in"),
             [
@@ -75,12 +88,10 @@ def markdown(results: dict[str, Any]) -> str:
             [(name, f"{loss:.4f}") for name, loss in results.get("training", {}).get("last quarter", {}).items()],
         ),
         "Loss curves: means over tenths of the run": (
-            ("tenth", *results.get("training", {}).get("running means", {})),
+            ("tenth", *means),
             [
                 (number, *(f"{loss:.4f}" for loss in losses))
-                for number, losses in enumerate(
-                    zip(*results.get("training", {}).get("running means", {}).values(), strict=True), 1
-                )
+                for number, losses in enumerate(zip(*means.values(), strict=True), 1)
             ],
         ),
         "PLT-2 against GPT of twice the depth, forward and backward": (
@@ -104,11 +115,3 @@ def markdown(results: dict[str, Any]) -> str:
             ],
         ),
     }
-    for title, (header, rows) in tables.items():
-        if rows:
-            lines += ["", f"## {title}", "", " | ".join(header), " | ".join("---" for _ in header)]
-            lines += [" | ".join(str(cell) for cell in row) for row in rows]
-    missed = missed_bars(results)
-    if results["bars"]:
-        lines += ["", *(f"- missed: {line}" for line in missed)] if missed else ["", "Every bar is met."]
-    return "\n".join(lines) + "\n"

@@ -61,6 +61,7 @@ from plt_megatron.estimate.parameters import count_parameters  # noqa: E402
 from plt_megatron.model.initialization import initialize  # noqa: E402
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
 from plt_megatron.model.transformer_config import DTYPES, transformer_config  # noqa: E402
+from plt_megatron.run_folder.text import format_table  # noqa: E402
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
 from plt_megatron.train.callbacks.throughput import measure_matmul_tflops  # noqa: E402
 from plt_megatron.train.megatron_engine import wrap_ddp  # noqa: E402
@@ -185,8 +186,7 @@ def report(contest: Contest, seconds: dict[str, float], bars: bool) -> list[str]
     }
     print(f"\n{contest.precision}: {contest.model.num_layers} layers x 2 loops, hidden {contest.model.hidden_size}, "
           f"sequence {contest.length}, {torch.get_num_threads()} threads")  # fmt: skip
-    for name, value in lines.items():
-        print(f"  {name:<32} {value}")
+    print(format_table(list(lines.items()), indent=2))
     missed = []
     if bars and parameters.total < MIN_PARAMETERS:
         missed.append(f"{contest.precision}: {parameters.total:,} parameters, the bars want {MIN_PARAMETERS:,}")

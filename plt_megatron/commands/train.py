@@ -23,6 +23,7 @@ from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
 
 
@@ -105,7 +106,7 @@ def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], 
         ]
     environment = " ".join(f"{key}={value}" for key, value in threads.items())
     rows.append(("command", f"{environment} {shlex.join(command)}".strip()))
-    return "\n".join(f"{name:<15} {value}" for name, value in rows)
+    return format_table(rows)
 
 
 if __name__ == "__main__":

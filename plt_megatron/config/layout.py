@@ -62,6 +62,11 @@ class ParallelLayout:
         return {setting: getattr(self, name) for name, setting in DIMENSIONS.values()}
 
     @property
+    def megatron_sizes(self) -> dict[str, int]:
+        """`sizes` as megatron-core is told them: the data-parallel one follows from the number of ranks."""
+        return {setting: size for setting, size in self.sizes.items() if setting != "data_parallel_size"}
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that share one copy of the model's work: that hold parts of it, or parts of its sequences."""
         return self.tensor * self.pipeline * self.context

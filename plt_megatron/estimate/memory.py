@@ -68,14 +68,7 @@ def estimate_memory(config: RunConfig, layout: Layout, vocab_size: int) -> list[
 def _stage_memory(
     config: RunConfig, layout: Layout, vocab_size: int, shapes: Activations, stage: int
 ) -> MemoryEstimate:
-    parameters = count_rank_parameters(
-        config.model,
-        vocab_size,
-        tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
-        expert_model_parallel_size=layout.expert,
-        stage=stage,
-    )
+    parameters = count_rank_parameters(config.model, vocab_size, layout, stage)
     held = Counter(persistent_bytes(parameters.dense, config, layout))
     if parameters.experts:
         held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
 
@@ -92,22 +93,16 @@ class RankParameters:
 
 
 def count_rank_parameters(
-    model: ModelConfig,
-    vocab_size: int,
-    *,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    expert_model_parallel_size: int = 1,
-    stage: int = 0,
+    model: ModelConfig, vocab_size: int, layout: ParallelLayout, stage: int = 0
 ) -> RankParameters:
     """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
-    tensor, pipeline = tensor_model_parallel_size, pipeline_model_parallel_size
-    first, last = stage == 0, stage == pipeline - 1
-    layers = model.num_layers // pipeline
+    tensor = layout.tensor
+    first, last = stage == 0, stage == layout.pipeline - 1
+    layers = len(layout.stage_layers(model.num_layers)[stage])
     table = derived.padded_vocab_size(model, vocab_size, tensor) // tensor * model.hidden_size
     shared = model.share_embeddings_and_output_weights and first
     split, whole, expert = _layer(model)
-    experts = (model.num_moe_experts or 0) // expert_model_parallel_size
+    experts = (model.num_moe_experts or 0) // layout.expert
     return RankParameters(
         layers=layers * (split // tensor + whole),
         embedding=table if first else 0,

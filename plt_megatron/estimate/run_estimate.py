@@ -10,7 +10,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.activations import activations
 from plt_megatron.estimate.communication import communication_bytes
 from plt_megatron.estimate.flops import Flops, training_flops_per_token
-from plt_megatron.estimate.gpu_specs import find_gpu_spec
+from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import Layout, estimate_layout
 from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
@@ -89,21 +89,7 @@ def estimate_run(
     counted = count_parameters(model, vocab_size, layout.tensor)
     padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
     flops = training_flops_per_token(model, config.data.sequence_length, padded)
-    shapes = activations(config, layout, vocab_size)
-    ranks = [
-        count_rank_parameters(
-            model,
-            vocab_size,
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            expert_model_parallel_size=layout.expert,
-            stage=stage,
-        )
-        for stage in range(layout.pipeline)
-    ]
-    largest = max(ranks, key=lambda rank: rank.total)
-    traffic = communication_bytes(config, layout, shapes, largest, ranks[0].embedding)
-    times = step_time(config, layout, shapes, card, flops, traffic, largest, gpus_per_node)
+    traffic, times = _step_costs(config, layout, vocab_size, card, flops, gpus_per_node)
     memory = estimate_memory(config, layout, vocab_size)
     peak = max(stage.total_bytes for stage in memory)
     steps = derived.train_iters(config)
@@ -132,6 +118,17 @@ def estimate_run(
         layout=layout,
         gpu=gpu,
     )
+
+
+def _step_costs(
+    config: RunConfig, layout: Layout, vocab_size: int, card: GPUSpec, flops: Flops, gpus_per_node: int
+) -> tuple[dict[str, float], StepTime]:
+    """Bytes that a rank sends in a step, by purpose, and the step's time."""
+    shapes = activations(config, layout, vocab_size)
+    ranks = [count_rank_parameters(config.model, vocab_size, layout, stage) for stage in range(layout.pipeline)]
+    largest = max(ranks, key=lambda rank: rank.total)
+    traffic = communication_bytes(config, layout, shapes, largest, ranks[0].embedding)
+    return traffic, step_time(config, layout, shapes, card, flops, traffic, largest, gpus_per_node)
 
 
 def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,24 +87,7 @@ def loopcoder_keys(
     Raises:
         UserError: the model has something that LoopCoder-v2 lacks.
     """
-    wanted = {
-        "cross_loop_parallel": True,
-        "share_kv": True,
-        "gated_window": True,
-        "qk_layernorm": False,
-        "qkv_bias": False,
-        "ffn_output_norm": False,
-        "norm_placement": "pre",
-        "num_moe_experts": None,
-    }
-    other = [
-        f"model.{name} is {getattr(model, name)}" for name, value in wanted.items() if getattr(model, name) != value
-    ]
-    if model.loop_count == 1:
-        other.append("model.loop_count is 1")
-    if model.gate_input not in _LOOPCODER_GATES:
-        other.append(f"model.gate_input is {model.gate_input}")
-    if other:
+    if other := list(_beyond_loopcoder(model)):
         raise UserError(f"the loopcoder format cannot express that {', '.join(other)}; use --format plt")
     return {
         "architectures": [LOOPCODER_ARCHITECTURE],
@@ -126,6 +109,27 @@ def loopcoder_keys(
         "use_cache": True,
         "torch_dtype": dtype,
     }
+
+
+def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
+    """What `model` has and LoopCoder-v2 lacks."""
+    wanted = {
+        "cross_loop_parallel": True,
+        "share_kv": True,
+        "gated_window": True,
+        "qk_layernorm": False,
+        "qkv_bias": False,
+        "ffn_output_norm": False,
+        "norm_placement": "pre",
+        "num_moe_experts": None,
+    }
+    for name, value in wanted.items():
+        if getattr(model, name) != value:
+            yield f"model.{name} is {getattr(model, name)}"
+    if model.loop_count == 1:
+        yield "model.loop_count is 1"
+    if model.gate_input not in _LOOPCODER_GATES:
+        yield f"model.gate_input is {model.gate_input}"
 
 
 def _expert_keys(model: ModelConfig) -> dict[str, Any]:

@@ -61,46 +61,20 @@ def transformer_config(
     Raises:
         UserError: `fp8` with a backend other than Transformer Engine.
     """
-    dtype = DTYPES[precision]
     backend = resolve_backend(model)
     if fp8 is not None and backend != "te":
         raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=none")
     if deterministic and backend == "te":
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention requires it and chooses kernels by it
-    pipelined = parallel.pipeline_model_parallel_size > 1
-    full = parallel.recompute_granularity == "full"
     return PLTTransformerConfig(
         plt=model,
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.layernorm_epsilon,
-        qk_layernorm=model.qk_layernorm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=model.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=model.init_method_std,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
-        cp_comm_type=parallel.cp_comm_type,
-        window_cp_comm_type=parallel.window_cp_comm_type,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision == "bf16",
+        **_layer_settings(model),
+        **_parallel_settings(parallel),
         **({} if fp8 is None else _fp8_settings(fp8)),
         **({} if model.num_moe_experts is None else _moe_settings(model, parallel, backend)),
-        recompute_granularity=None if parallel.recompute_granularity == "none" else parallel.recompute_granularity,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=parallel.recompute_num_layers if full else None,
+        params_dtype=DTYPES[precision],
+        pipeline_dtype=DTYPES[precision],
+        bf16=precision == "bf16",
         # Initialization is ours (model/initialization.py), the same in every layout.
         perform_initialization=False,
         use_cpu_initialization=is_cpu_runtime(),
@@ -114,10 +88,46 @@ def transformer_config(
         apply_rope_fusion=False,
         # megatron-core writes it into the process's environment: one value, whatever backends a process builds.
         attention_backend=AttnBackend.auto,
-        # With batched p2p and two stages the interleaved schedule mixes up messages between the ranks, silently.
-        batch_p2p_comm=False,
-        overlap_p2p_comm=pipelined,
     )
+
+
+def _layer_settings(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels or model.hidden_size // model.num_attention_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "qk_layernorm": model.qk_layernorm,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": model.init_method_std,
+    }
+
+
+def _parallel_settings(parallel: ParallelConfig) -> dict[str, Any]:
+    layout = ParallelLayout.of(parallel)
+    granularity = parallel.recompute_granularity
+    full = granularity == "full"
+    return {
+        **layout.megatron_sizes,
+        "sequence_parallel": layout.sequence_parallel,
+        "cp_comm_type": parallel.cp_comm_type,
+        "window_cp_comm_type": parallel.window_cp_comm_type,
+        "recompute_granularity": None if granularity == "none" else granularity,
+        "recompute_method": "uniform" if full else None,
+        "recompute_num_layers": parallel.recompute_num_layers if full else None,
+        # With batched p2p and two stages the interleaved schedule mixes up messages between the ranks, silently.
+        "batch_p2p_comm": False,
+        "overlap_p2p_comm": layout.pipeline > 1,
+    }
 
 
 def _moe_settings(model: ModelConfig, parallel: ParallelConfig, backend: str) -> dict[str, Any]:
@@ -135,7 +145,6 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, backend: str) ->
         "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "moe_grouped_gemm": backend == "te",
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,
     }
 

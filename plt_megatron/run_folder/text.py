@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 # A number with short words, as in `38 %`, `2 h 40 min`, `12 of 300` or `1.2 [1.1, 1.3]`; or none.
-_NUMERIC = re.compile(r"[-+±~<]?\d[\d.,]*\S{0,5}( (\S{1,5}|[\d.,]+|\[.*\]))*|[-?]?")
+_NUMERIC = re.compile(r"[-+±~<]?\d[\d.,]*\S{0,5}( (\S{1,5}|\(?[\d.,]+\)?|\[.*\]))*|[-?]?")
 _UNITS = {1000: ("B", "kB", "MB", "GB", "TB", "PB"), 1024: ("B", "KiB", "MiB", "GiB", "TiB", "PiB")}
 
 

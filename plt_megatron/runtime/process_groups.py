@@ -31,7 +31,7 @@ def init_process_groups(parallel: ParallelConfig) -> None:
     if not dist.is_initialized():
         _init_torch_distributed(world_size, timeout)
     parallel_state.initialize_model_parallel(
-        **{name: size for name, size in layout.sizes.items() if name != "data_parallel_size"},
+        **layout.megatron_sizes,
         expert_tensor_parallel_size=1,  # experts stay whole: they are distributed over tensor-parallel ranks too
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )

@@ -78,17 +78,11 @@ def resolve(
     wanted = partition or profile.partition
     chosen, problems = _choose(wanted, available)
     gpu_type, gpu_count = gpus or (None, profile.gpus_per_node)
-    notes = []
+    notes: list[str] = []
     guessed = False
     if gpu_count is None:
-        if profile.processes_per_node:
-            gpu_count = 0
-        elif chosen is not None:
-            gpu_count = chosen.gpus
-            notes.append(f"{gpu_count} GPUs per node, as partition {chosen.name} has")
-        else:
-            gpu_count, guessed = _ASSUMED_GPUS, available is not None
-            notes.append(f"{gpu_count} GPUs per node, assumed: neither --gpus-per-node nor a profile sets it")
+        gpu_count, assumed = _gpus_per_node(profile, chosen, notes)
+        guessed = assumed and available is not None
     processes = gpu_count or profile.processes_per_node or 0
     if not processes:
         processes, guessed = 1, True
@@ -103,17 +97,21 @@ def resolve(
             notes.append(f"partition {chosen.name} is down: the job waits until it is up again")
     groups = _suitable(chosen, gpu_count, gpu_type)
     cpus = profile.cpus_per_process or _share_of_cpus(groups, processes)
-    if groups and processes * cpus > max(group.cpus for group in groups):
-        problems.append(
-            f"{processes} processes of {cpus} CPUs need {processes * cpus} CPUs per node, the nodes of partition "
-            f"{chosen.name if chosen else ''} have {max(group.cpus for group in groups)}"
-        )
+    problems += _cpu_problems(chosen, groups, processes, cpus)
     card = _card(profile, gpu_count, gpu_type, groups, notes)
-    memory = min((group.memory_mib for group in groups), default=0) << 20
-    return (
-        Resources(wanted, nodes, processes, gpu_count, gpu_type, cpus, card, memory or None, notes, guessed),
-        problems,
-    )
+    memory = min((group.memory_mib for group in groups), default=0) << 20 or None
+    return Resources(wanted, nodes, processes, gpu_count, gpu_type, cpus, card, memory, notes, guessed), problems
+
+
+def _gpus_per_node(profile: ClusterProfile, partition: Partition | None, notes: list[str]) -> tuple[int, bool]:
+    """GPUs where neither an option nor the profile says how many, and whether that is assumed."""
+    if profile.processes_per_node:
+        return 0, False
+    if partition is not None:
+        notes.append(f"{partition.gpus} GPUs per node, as partition {partition.name} has")
+        return partition.gpus, False
+    notes.append(f"{_ASSUMED_GPUS} GPUs per node, assumed: neither --gpus-per-node nor a profile sets it")
+    return _ASSUMED_GPUS, True
 
 
 def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Partition | None, list[str]]:
@@ -165,6 +163,16 @@ def _size_problems(partition: Partition, nodes: int, gpus: int, gpu_type: str | 
         kind = f" with {gpus} GPUs" if gpus and count < partition.nodes else ""
         return [f"--nodes {nodes}: {name} has {count} nodes{kind}"]
     return []
+
+
+def _cpu_problems(partition: Partition | None, groups: Sequence[NodeGroup], processes: int, cpus: int) -> list[str]:
+    most = max((group.cpus for group in groups), default=0)
+    if partition is None or not groups or processes * cpus <= most:
+        return []
+    return [
+        f"{processes} processes of {cpus} CPUs need {processes * cpus} CPUs per node, the nodes of partition "
+        f"{partition.name} have {most}"
+    ]
 
 
 def _other_problems(partition: Partition, seconds: int) -> list[str]:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from plt_megatron.config import derived
-from plt_megatron.config.layout import num_microbatches
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.mix import consumed_epochs, describe_mix, index_folder, required_samples
@@ -75,17 +74,18 @@ class RunData:
         self, dataset: Samples, consumed_samples: int, wrap: bool = False
     ) -> Generator[list[MicroBatch]]:
         training = self._config.training
+        layout = layout_of(self._config, dist.get_world_size())
         micro_batches = batches(
             dataset,
             consumed_samples=consumed_samples,
             micro_batch_size=training.micro_batch_size,
             global_batch_size=training.global_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=layout.coordinates(dist.get_rank())["dp"],
+            data_parallel_size=layout.data,
             wrap=wrap,
             prefetch=2,
         )
-        count = num_microbatches(self._config, dist.get_world_size())
+        count = layout.num_microbatches(training.global_batch_size, training.micro_batch_size)
         with contextlib.closing(micro_batches):
             while batch := [_to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
                 yield batch

@@ -93,7 +93,7 @@ def test_search():
     )
     assert len(found) == 3 and found[0]["step_seconds"] <= found[1]["step_seconds"]
     best = " ".join(f"{key}={str(value).lower()}" for key, value in found[0]["overrides"].items())
-    assert lines[7] == f"best: {best}"
+    assert lines[8] == f"best: {best}"
 
 
 def test_search_that_finds_nothing_names_the_nearest_and_fails():

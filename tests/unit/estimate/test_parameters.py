@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
@@ -166,9 +167,9 @@ def test_experts_by_hand():
     layer = [*[(96, 96)] * 4, (8, 96), *[(40, 96)] * 3 * 8, *[(56, 96)] * 3, (96,), (96,)]
     assert counted.total == 3 * count(layer) + count([(1024, 96), (96,)])
     assert counted.total - counted.active == 3 * 6 * 3 * 40 * 96, "six of eight experts are idle"
-    one = count_rank_parameters(model, 1000)
+    one = count_rank_parameters(model, 1000, ParallelLayout())
     assert one.total == counted.total and one.experts == counted.experts == 3 * 8 * 3 * 40 * 96
-    shared_out = count_rank_parameters(model, 1000, tensor_model_parallel_size=2, expert_model_parallel_size=4)
+    shared_out = count_rank_parameters(model, 1000, ParallelLayout(tensor=2, expert=4))
     assert shared_out.experts == counted.experts // 4, "experts are shared out over ranks, and never split"
     split = 4 * 96 * 96 + 3 * 56 * 96
     assert shared_out.layers == 3 * (split // 2 + 8 * 96 + 2 * 96)

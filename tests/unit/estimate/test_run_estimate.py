@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig, ZeroConfig
 from plt_megatron.errors import UserError
@@ -62,12 +63,12 @@ def test_ranks_together_hold_the_model(tied, gate):
     """Slices add up; what is whole on every tensor-parallel rank, and a tied embedding's copy, comes on top."""
     model = dataclasses.replace(MODEL, share_embeddings_and_output_weights=tied, gate_input=gate)
     whole = count_parameters(model)
-    one = count_rank_parameters(model, 1000)
+    one = count_rank_parameters(model, 1000, ParallelLayout())
     assert one.total == whole.total
-    stages = [count_rank_parameters(model, 1000, pipeline_model_parallel_size=4, stage=stage) for stage in range(4)]
+    stages = [count_rank_parameters(model, 1000, ParallelLayout(pipeline=4), stage) for stage in range(4)]
     copy = whole.embedding if tied else 0
     assert sum(stage.total for stage in stages) == whole.total + copy
-    halves = 2 * count_rank_parameters(model, 1000, tensor_model_parallel_size=2).total
+    halves = 2 * count_rank_parameters(model, 1000, ParallelLayout(tensor=2)).total
     replicated = whole.norms + whole.final_norm + (whole.gates if gate == "hidden" else 0)
     assert halves == whole.total + replicated
 
@@ -256,7 +257,7 @@ def test_fp8_is_faster_and_keeps_copies_of_the_weights():
     assert fp8.times.matmul == pytest.approx(bf16.times.matmul * (1 - linear + linear / (2 * 0.75)), rel=1e-3)
     assert fp8.times.attention == bf16.times.attention
     copies = fp8.memory[0].components["FP8 weights"]
-    assert copies == 2 * count_rank_parameters(MODEL, 1000).layers
+    assert copies == 2 * count_rank_parameters(MODEL, 1000, ParallelLayout()).layers
     assert fp8.peak_memory_bytes == bf16.peak_memory_bytes + copies
     with pytest.raises(UserError, match="gpu a100 has no FP8: set training.fp8=none"):
         estimate_run(run(training={"fp8": "hybrid"}), gpu="a100")
