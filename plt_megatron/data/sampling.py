@@ -44,6 +44,12 @@ def micro_batch_indices(
 
     Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Ends before the
     first global batch that does not fit in `length`, or with `wrap` starts over, endlessly.
+
+    Args:
+        consumed_samples: samples that all ranks together have trained on.
+
+    Raises:
+        ValueError: the global batch does not divide into microbatches over the ranks.
     """
     per_step = micro_batch_size * data_parallel_size
     if not 0 <= data_parallel_rank < data_parallel_size:
@@ -61,37 +67,13 @@ def micro_batch_indices(
         start += global_batch_size
 
 
-def batches(
-    dataset: SampleSource,
-    *,
-    consumed_samples: int,
-    micro_batch_size: int,
-    global_batch_size: int,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    wrap: bool = False,
-    prefetch: int = 0,
-) -> Generator[dict[str, Tensor]]:
-    """This rank's microbatches (dicts of stacked tensors) from sample `consumed_samples` on, each with its samples'
-    numbers, `sample_ids` (int64 [micro batch]).
+def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:
+    """Microbatches (dicts of stacked tensors), each with its samples' numbers, `sample_ids` (int64 [micro batch]).
 
     Args:
-        consumed_samples: samples that all ranks together have trained on.
-        wrap: start over at the end of the dataset instead of ending before the first incomplete global batch.
+        indices: of `micro_batch_indices`.
         prefetch: microbatches that a thread prepares ahead; the order is the same. Close the iterator to end it.
-
-    Raises:
-        ValueError: the global batch does not divide into microbatches over the ranks.
     """
-    indices = micro_batch_indices(
-        len(dataset),
-        consumed_samples=consumed_samples,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        data_parallel_rank=data_parallel_rank,
-        data_parallel_size=data_parallel_size,
-        wrap=wrap,
-    )
     made = ({**collate([dataset[index] for index in part]), "sample_ids": torch.tensor(part)} for part in indices)
     return _ahead(made, prefetch) if prefetch > 0 else made
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,7 @@ from plt_megatron.experiments.sweep_status import (
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
 from plt_megatron.run_folder.text import format_duration
-from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, usable_cores
+from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
 
 TRAIN = (sys.executable, "-m", "plt_megatron.commands.train")
 _POLL_SECONDS = 0.1
@@ -80,7 +80,7 @@ class LocalSweep:
         Returns the exit status: 0 all finished, 75 stopped with the running ones saved, 1 some failed. A second SIGINT
         kills what runs.
         """
-        with self._signals_heard():
+        with signals_handled(_SIGNALS, self._hear):
             try:
                 while self.running or (self.waiting and not self._signals):
                     self._start_some()
@@ -175,15 +175,6 @@ class LocalSweep:
         print(f"      {', '.join(parts)}{left}", flush=True)
 
     # Being stopped.
-
-    @contextlib.contextmanager
-    def _signals_heard(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signals.append(number)

@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from plt_megatron.launcher.workers import Worker, WorkerGroup
 from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.runtime.local_processes import signals_handled
 
 _TICK_SECONDS = 0.1
 _REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet
@@ -78,19 +78,13 @@ class NodeLauncher:
         config = RunFolder(run).config()
         self._threads = config.training.threads_per_process
 
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
+    def signals(self) -> contextlib.AbstractContextManager[None]:
         """Listen to Slurm: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
 
         def hear(number: int, frame: Any) -> None:
             self._asked_to_stop = True
 
-        previous = {number: signal.signal(number, hear) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        return signals_handled((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), hear)
 
     def launch(self) -> int:
         """Run until the job is over; returns the exit status."""

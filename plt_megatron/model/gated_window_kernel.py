@@ -117,17 +117,8 @@ def _forward_kernel(
 
     total = tl.where(queries < s, total, 1.0)
     y_local = acc / total[:, None]
-    g = _gate(
-        q,
-        logits_ptr + row * s,
-        weight_ptr + head * head_dim,
-        bias_ptr + head,
-        queries,
-        columns,
-        s,
-        head_dim,
-        from_query,
-    )
+    weight_ptr += head * head_dim
+    g = _gate(q, logits_ptr + row * s, weight_ptr, bias_ptr + head, queries, columns, s, head_dim, from_query)
     if not gate_local:
         g = 1.0 - g
     global_ptr += batch * global_stride_b + head * global_stride_h
@@ -174,17 +165,8 @@ def _backward_queries_kernel(
         v = _rows(v_ptr, keys, columns, v_stride_s, s, head_dim)
         delta += tl.sum(p * tl.dot(dout, tl.trans(v), input_precision=precision), axis=1)
 
-    g = _gate(
-        q,
-        logits_ptr + row * s,
-        weight_ptr + head * head_dim,
-        bias_ptr + head,
-        queries,
-        columns,
-        s,
-        head_dim,
-        from_query,
-    )
+    weight_ptr += head * head_dim
+    g = _gate(q, logits_ptr + row * s, weight_ptr, bias_ptr + head, queries, columns, s, head_dim, from_query)
     share = g if gate_local else 1.0 - g
     dq = tl.zeros([block_m, block_d], tl.float32)
     for start in range(begin, end, block_n):
@@ -203,7 +185,7 @@ def _backward_queries_kernel(
     difference = delta - tl.sum(dout * y_global, axis=1)
     dz = g * (1.0 - g) * (difference if gate_local else -difference)
     if from_query:
-        w = tl.load(weight_ptr + head * head_dim + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
+        w = tl.load(weight_ptr + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
         dq += dz[:, None] * w[None, :]
         part = row * tl.num_programs(0) + block
         dz = tl.where(queries < s, dz, 0.0)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -46,13 +46,24 @@ def run_processes(
     base = dict(os.environ if env is None else env)
     with _reserved_port() as port:
         job = _Job(grace_seconds)
-        with job.signals_forwarded():
+        with signals_handled(_FORWARDED, job.forward):
             try:
                 for rank in range(count):
                     job.start(command, base | _rank_environment(rank, count, port))
                 return job.wait()
             finally:
                 job.kill()
+
+
+@contextlib.contextmanager
+def signals_handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """`handler` gets these signals while the block runs. In the main thread only."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in previous.items():
+            signal.signal(number, former)
 
 
 def threads_per_process(count: int) -> int:
@@ -167,16 +178,8 @@ class _Job:
     def running(self) -> list[subprocess.Popen[bytes]]:
         return [process for process in self.processes if process.poll() is None]
 
-    @contextlib.contextmanager
-    def signals_forwarded(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._forward) for number in _FORWARDED}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         self.received.append(number)
         if self._killed_by_user():
             return  # the waiting loop sees it and kills

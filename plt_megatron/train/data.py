@@ -16,7 +16,7 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.mix import consumed_epochs, describe_mix, index_folder, required_samples
-from plt_megatron.data.sampling import batches
+from plt_megatron.data.sampling import batches, micro_batch_indices
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model.loop_context import document_lengths
@@ -75,18 +75,17 @@ class RunData:
     ) -> Generator[list[MicroBatch]]:
         training = self._config.training
         layout = layout_of(self._config, dist.get_world_size())
-        micro_batches = batches(
-            dataset,
+        indices = micro_batch_indices(
+            len(dataset),
             consumed_samples=consumed_samples,
             micro_batch_size=training.micro_batch_size,
             global_batch_size=training.global_batch_size,
             data_parallel_rank=layout.coordinates(dist.get_rank())["dp"],
             data_parallel_size=layout.data,
             wrap=wrap,
-            prefetch=2,
         )
         count = layout.num_microbatches(training.global_batch_size, training.micro_batch_size)
-        with contextlib.closing(micro_batches):
+        with contextlib.closing(batches(dataset, indices, prefetch=2)) as micro_batches:
             while batch := [_to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
                 yield batch
 

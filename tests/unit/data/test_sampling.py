@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import pytest
 import torch
@@ -26,18 +26,24 @@ class Numbers:
         return {"tokens": torch.tensor([index, index]), "loss_mask": torch.ones(2)}
 
 
-def numbers(
-    length: int, consumed: int, micro: int, total: int, rank: int = 0, ranks: int = 1, **settings: Any
-) -> list[list[int]]:
-    found = batches(
-        Numbers(length),
+def indices(
+    length: int, consumed: int, micro: int, total: int, rank: int = 0, ranks: int = 1, wrap: bool = False
+) -> Iterator[list[int]]:
+    return micro_batch_indices(
+        length,
         consumed_samples=consumed,
         micro_batch_size=micro,
         global_batch_size=total,
         data_parallel_rank=rank,
         data_parallel_size=ranks,
-        **settings,
+        wrap=wrap,
     )
+
+
+def numbers(
+    length: int, consumed: int, micro: int, total: int, rank: int = 0, ranks: int = 1, prefetch: int = 0
+) -> list[list[int]]:
+    found = batches(Numbers(length), indices(length, consumed, micro, total, rank, ranks), prefetch)
     return [batch["tokens"][:, 0].tolist() for batch in found]
 
 
@@ -68,28 +74,11 @@ def test_the_end() -> None:
 
 
 def test_starting_over() -> None:
-    dataset = Numbers(10)
-    endless = batches(
-        dataset,
-        consumed_samples=16,
-        micro_batch_size=2,
-        global_batch_size=4,
-        data_parallel_rank=1,
-        data_parallel_size=2,
-        wrap=True,
-    )
-    assert [batch["tokens"][:, 0].tolist() for batch in islice(endless, 4)] == [[8, 9], [2, 3], [6, 7], [0, 1]]
+    assert list(islice(indices(10, 16, 2, 4, 1, 2, wrap=True), 4)) == [[8, 9], [2, 3], [6, 7], [0, 1]]
 
 
 def test_batches_are_stacked() -> None:
-    (batch, *_) = batches(
-        Numbers(8),
-        consumed_samples=0,
-        micro_batch_size=4,
-        global_batch_size=4,
-        data_parallel_rank=0,
-        data_parallel_size=1,
-    )
+    (batch, *_) = batches(Numbers(8), indices(8, 0, 4, 4))
     assert batch["tokens"].shape == (4, 2) and batch["tokens"].dtype == torch.int64
     assert batch["loss_mask"].dtype == torch.float32
     assert set(collate([{"a": torch.tensor(True)}])) == {"a"}
@@ -98,9 +87,7 @@ def test_batches_are_stacked() -> None:
 def test_no_random_numbers_and_nothing_read_ahead() -> None:
     dataset = Numbers(100)
     state = torch.get_rng_state()
-    iterator = batches(
-        dataset, consumed_samples=0, micro_batch_size=2, global_batch_size=4, data_parallel_rank=0, data_parallel_size=1
-    )
+    iterator = batches(dataset, indices(100, 0, 2, 4))
     next(iterator)
     assert dataset.asked == [0, 1]
     assert torch.equal(torch.get_rng_state(), state)
@@ -117,13 +104,12 @@ def test_prefetching_passes_errors_on_and_ends() -> None:
                 raise OSError("vanished")
             return super().__getitem__(index)
 
-    settings = {"micro_batch_size": 1, "global_batch_size": 1, "data_parallel_rank": 0, "data_parallel_size": 1}
-    iterator = batches(Broken(100), consumed_samples=0, prefetch=2, **settings)
+    iterator = batches(Broken(100), indices(100, 0, 1, 1), prefetch=2)
     assert [int(next(iterator)["tokens"][0, 0]) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(OSError, match="vanished"):
         next(iterator)
     before = threading.active_count()
-    iterator = batches(Numbers(1000), consumed_samples=0, prefetch=2, **settings)
+    iterator = batches(Numbers(1000), indices(1000, 0, 1, 1), prefetch=2)
     next(iterator)
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "batches"]
     iterator.close()  # type: ignore[attr-defined]
