@@ -1,1 +1,1 @@
-"""What is done with whole runs: the demo, reading their metrics, plots."""
+"""Work with whole runs: the demo, sweeps and their reports, diagnostics, plots."""

@@ -1,7 +1,7 @@
 """The demo: everything once, on this machine's CPU.
 
-A corpus out of text the machine has, a tokenizer, tokenized data, a small PLT of two loops, the same model
-with one loop on the same tokens, and a table that compares them. Finished steps are skipped.
+A corpus of text that the machine has, a tokenizer, tokenized data, a small PLT of two loops, the same model with one
+loop on the same tokens, and a table that compares them. Finished steps are skipped.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def start(command: str, *arguments: str) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        # The terminal sent it to the whole group: the command ends by itself, and cleanly if we let it.
+        # The terminal sent it to the whole group: the command ends by itself, cleanly if we let it.
         process.wait()
         raise
     if status != 0:

@@ -15,9 +15,9 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 def prepare_demo_corpus(settings: DemoCorpus) -> None:
-    """Make a sweep's corpus, tokenizer and tokenized data, as far as they are missing or outdated.
+    """Make what is missing or outdated of a sweep's corpus, tokenizer and tokenized data.
 
-    The corpus, in the folder above `settings.folder`, is the one of `make demo`: each reuses the other's.
+    The corpus, in the folder above `settings.folder`, is that of `make demo`; each reuses the other's.
     Raises `UserError` when a step fails.
     """
     folder = Path(settings.folder)

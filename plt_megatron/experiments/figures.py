@@ -30,7 +30,7 @@ _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 
 @dataclass(frozen=True)
 class Named:
-    """A figure of a page, the stem of its file and what stands below it."""
+    """A figure of a page, the stem of its file name and its caption."""
 
     name: str
     caption: str
@@ -38,7 +38,7 @@ class Named:
 
 
 def color(index: int) -> str:
-    """Of the run, row or loop at `index`."""
+    """The color of the run, row or loop at `index`."""
     return COLORS[index % len(COLORS)]
 
 
@@ -67,7 +67,7 @@ def over_tokens(axes: Axes) -> None:
 
 
 def add_legend(axes: Axes, size: int = 9) -> None:
-    """If there is something to name."""
+    """Add a legend if any curve has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=size)
 

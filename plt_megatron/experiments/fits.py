@@ -21,8 +21,8 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.statistics import t_quantile
 
 _SPARE_POINTS = 2  # a fit has at least so many more points than coefficients
-_DISTINCT = 3  # values of N or D that its exponent takes
-_FARTHEST = 10.0  # times beyond the data that a prediction may lie
+_DISTINCT = 3  # distinct values of N or D that fitting its exponent takes
+_FARTHEST = 10.0  # how many times beyond the data a prediction may go
 _EXPONENTS = (0.02, 3.0)  # searched; a fit that ends at either is not determined
 _STARTS = 4  # points of the grid, the best, from which a fit descends
 _CONVERGED = 1e-8  # relative change of the logarithms of the coefficients
@@ -54,11 +54,11 @@ class ScalingFit:
     """A fitted law.
 
     Attributes:
-        coefficients: `E`, and of `A`, `alpha`, `B`, `beta` those that the points can tell: N in parameters, D in
+        coefficients: `E`, and of `A`, `alpha`, `B`, `beta` those that the points determine: N in parameters, D in
             tokens.
         residuals: loss minus fitted loss, in the points' order.
         level: of the intervals.
-        notes: what the reader must know: terms left out, exponents at the edge of the search.
+        notes: what readers must know: terms left out, exponents at the edge of the search.
     """
 
     points: tuple[Point, ...]
@@ -75,7 +75,7 @@ class ScalingFit:
         return math.sqrt(sum(r * r for r in self.residuals) / len(self.residuals))
 
     def fitted(self, parameters: float, tokens: float) -> float:
-        """The law's loss, without asking whether it may be asked there."""
+        """The law's loss, even where `predict` refuses to give it."""
         return float(self._law.evaluate(self._theta[None], *_logs([Point(parameters, tokens, 0.0)]))[0, 0])
 
     def predict(self, parameters: float, tokens: float) -> Interval:
@@ -138,7 +138,7 @@ def _stretch(level: float, degrees: int) -> float:
 
 
 def _choose_law(points: Sequence[Point]) -> tuple[_Law, list[str]]:
-    """The terms that the points can tell. Raises `UserError` if they tell too few."""
+    """The terms that the points determine. Raises `UserError` if they determine too few."""
     sizes, budgets = len({p.parameters for p in points}), len({p.tokens for p in points})
     for count, name in ((sizes, "model sizes"), (budgets, "token budgets")):
         if 1 < count < _DISTINCT:

@@ -130,7 +130,7 @@ def _draw_panel(axes: Axes, panel: _Panel, runs: Sequence[RunMetrics]) -> None:
             if panel.smoothed:
                 _draw_smoothed(axes, tokens, values, color(index))
                 continue
-            marker = "." if len(tokens) < 3 else ""  # a line through one point is not seen
+            marker = "." if len(tokens) < 3 else ""  # a line through one point is invisible
             axes.plot(tokens, values, marker=marker, color=color(index), linestyle=style, linewidth=1.5)
         if panel.field == "loss":
             _draw_validation(axes, metrics, color(index))

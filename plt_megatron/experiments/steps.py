@@ -1,8 +1,8 @@
-"""Steps of a longer job that are done once: each leaves a stamp, and is skipped while the stamp is right.
+"""Steps of a longer job that run once: each leaves a stamp, and is skipped as long as the stamp is valid.
 
-A stamp is right while everything the step depends on (its settings, the content of its input files) is what
-it was and its outputs lie there unchanged in size. A step that was interrupted is run again on what it left,
-so that it can go on where it stopped; if what it depends on has changed, its outputs are removed first.
+A stamp is valid while everything that the step depends on (its settings, the content of its input files) is unchanged
+and its outputs exist with the same sizes. An interrupted step runs again on what it left, so that it can continue where
+it stopped; if something that it depends on has changed, its outputs are removed first.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Stamp:
 
 
 def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
-    """Do the step unless its stamp, in the folder `stamps`, says that it is done; say which of the two.
+    """Run the step unless it has a valid stamp in the folder `stamps`; print which of the two.
 
     Raises whatever `step.run` raises, and `UserError` if it made less than it should have.
     """

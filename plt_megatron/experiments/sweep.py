@@ -45,7 +45,7 @@ class SweepOptions:
 
 
 def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
-    """Print the plan, then run or submit what is not done.
+    """Print the plan, then run or submit the unfinished runs.
 
     Returns the exit status: 0 done (or submitted, or a dry run), 1 a run failed, 75 stopped, the running ones saved.
     Raises `UserError` for what is wrong with the sweep, before anything runs.
@@ -77,14 +77,14 @@ def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
 
 
 def _check_files(runs: Sequence[PlannedRun]) -> None:
-    """Raise `UserError` for files that are not there, each once: a sweep's own corpus is made after the plan."""
+    """Raise `UserError` for missing files, each named once. A sweep's own corpus is made after the plan."""
     problems = [problem for run in runs for problem in find_problems(run.config)]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
 def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> int:
-    """After the plan: what this machine lacks for a real run, each once; with nothing lacking, the cluster's checks."""
+    """After the plan, print what this machine lacks for a real run, or if nothing, do the cluster's checks."""
     problems = list(dict.fromkeys(problem for run in todo for problem in find_problems(run.config)))
     for problem in problems if sweep.demo_corpus is None else []:
         print(f"note: {problem}")
@@ -109,7 +109,7 @@ def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> in
     status = local.run()
     counts = [f"{list(local.outcome.values()).count(state)} {state}" for state in ("finished", "failed", "interrupted")]
     waiting = f", {len(local.waiting)} not started" if local.waiting else ""
-    print(f"{', '.join(counts)}{waiting}; the same command goes on with what is not finished; {report}")
+    print(f"{', '.join(counts)}{waiting}; the same command continues the unfinished runs; {report}")
     return status
 
 
@@ -149,7 +149,7 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
 
 
 def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> str:
-    """One line: what is left to do, and how long it takes."""
+    """One line: what is left to do, and how long it will take."""
     tokens = sum(remaining_tokens(run) for run in todo)
     flops = sum(remaining_tokens(run) * run.flops_per_token for run in todo)
     seeds = ", ".join(map(str, sweep.seeds))
@@ -166,7 +166,7 @@ def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile,
 
 
 def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
-    """Before anything is measured. What is done of a run is not subtracted."""
+    """An estimate before anything is measured. Finished parts of runs are not subtracted."""
     from plt_megatron.estimate.run_estimate import estimate_run
 
     gpu = options.gpu or ("h100" if options.submit is not None else "cpu")
@@ -177,4 +177,4 @@ def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
         return f"on paper {hours:,.1f} GPU hours on {gpu}, the longest run {format_duration(longest)}"
     seconds = sum(estimate.total_seconds for estimate in estimates) / options.jobs
     means = "one core at its nominal rate a run" if gpu == "cpu" else gpu
-    return f"on paper {format_duration(seconds)} ({means}; told from measured speed once a run has begun)"
+    return f"on paper {format_duration(seconds)} ({means}; estimated from measured speed once a run has begun)"

@@ -39,7 +39,7 @@ _OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # the 
 
 
 class SettingText(str):
-    """A run's setting as its writer wrote it."""
+    """A run's setting as the user wrote it."""
 
     @classmethod
     def from_node(cls, node: yaml.Node, _: str) -> SettingText:

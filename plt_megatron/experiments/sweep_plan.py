@@ -1,6 +1,6 @@
 """A sweep's plan: its runs with their resolved configurations, and `sweep.yaml`, which holds it.
 
-The plan lies at the top of the sweep's folder, one run folder a run beside it:
+The plan is at the top of the sweep's folder, beside one folder for each run:
 
     runs/sweeps/NAME/
       sweep.yaml            this plan
@@ -112,7 +112,7 @@ class SweepPlan:
 def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool = True) -> SweepPlan:
     """Every combination of the axes' values and the seeds, with what is held equal.
 
-    `tokenizer_vocab`: ids of a tokenizer that is still to be made; None: read from the run's tokenizer.
+    `tokenizer_vocab`: vocabulary of a tokenizer that does not exist yet; None: read from the run's tokenizer.
     Raises `UserError`, one line per problem, if a run's settings are wrong or the target cannot be met.
     """
     compare = sweep.compared_axis()
@@ -257,7 +257,7 @@ _IDENTITY = ("match_budget", "compare", "baseline")  # what two sweeps in one fo
 
 
 def merge(plan: SweepPlan) -> SweepPlan:
-    """The plan together with the one that lies in its folder already.
+    """The plan merged with the one already in its folder.
 
     More seeds or more values of an axis extend a sweep. Raises `UserError` if the two contradict each other: another
     thing held equal, or a run of the same name with other settings.
@@ -285,7 +285,7 @@ def merge(plan: SweepPlan) -> SweepPlan:
 
 
 def plan_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
-    """`config_differences`, where the runs lie aside."""
+    """`config_differences` but for the runs' folders."""
     return {key: text for key, text in config_differences(before, now).items() if key != "output_dir"}
 
 

@@ -1,4 +1,4 @@
-"""How far the runs of a sweep have come, by what lies in their folders, and how long the rest will take."""
+"""The progress of a sweep's runs, read from their folders, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_record(folder: RunFolder) -> RunRecord | None:
 
 
 def write_record(folder: RunFolder, record: RunRecord) -> None:
-    """Atomic."""
+    """Write the note atomically."""
     write_json(folder.sweep_note, asdict(record), indent=None)
 
 
@@ -90,7 +90,7 @@ def note_finished(runs: Iterable[PlannedRun]) -> None:
 
 
 def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
-    """Of the data that the run would read now."""
+    """The fingerprint of the data that the run would read now."""
     config = run.config
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
     samples = required_samples(config)[0]
@@ -98,10 +98,11 @@ def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
 
 
 def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
-    """Of the data that the run has read: its checkpoint's, else the sweep's note; None if neither has it."""
+    """The fingerprint of the data that the run has read, from its checkpoint or the sweep's note; None if neither has
+    it."""
     checkpoint = run.folder.latest_checkpoint(verify=False)
     if checkpoint is not None:
-        # A damaged checkpoint is the training's matter: the note has the same fingerprint.
+        # Training reports a damaged checkpoint; the note has the same fingerprint.
         with contextlib.suppress(OSError, ValueError, KeyError):
             found: dict[str, Any] | None = read_verified_progress(checkpoint).get("data_fingerprint")
             if found is not None:

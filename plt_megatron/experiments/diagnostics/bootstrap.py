@@ -47,7 +47,7 @@ class Bootstrap:
         self._quantiles = (tail, 1 - tail)
 
     def intervals(self, values: np.ndarray) -> Intervals:
-        """Of values [n, ...], float64. A sequence where a value is NaN does not count for it."""
+        """Intervals of the means of values [n, ...], float64. A sequence where a value is NaN does not count for it."""
         assert len(values) == self.sequences
         flat = values.reshape(len(values), -1)
         parts = [self._columns(flat[:, first : first + _COLUMNS]) for first in range(0, flat.shape[1], _COLUMNS)]

@@ -1,4 +1,4 @@
-"""The measures: their names in files, what a reader sees, and from which loop on each is defined."""
+"""The measures: their names in files, what a reader sees, and the loop from which each is defined."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MEASURES = (
     Measure(
         "loop_map_gap",
         "loop-map gap",
-        "||h(r) - what the next loop would make of h(r)||: the step of loop r + 1, and after the last loop of one more",
+        "||h(r) - what the next loop would make of h(r)||: the step of loop r + 1; after the last, of one more",
         1,
     ),
     Measure("offset_cost", "offset cost", "||h_i(r-1) - h_(i-1)(r-1)||: what the shift changes", 2, clp_only=True),
@@ -64,7 +64,7 @@ MEASURES = (
     Measure("head_rank", "head rank", "effective rank of the heads' outputs; 1: all say the same", 1, "layer", ".3f"),
     Measure("head_cosine", "head cosine", "mean cosine of two heads' outputs", 1, "layer", "+.3f"),
     Measure("lens_loss", "loss", "cross-entropy if the model stopped after loop r, nats per token", 1, form=".4f"),
-    Measure("lens_rank", "rank of the truth", "place of the right token among all, 1 is best, mean", 1),
+    Measure("lens_rank", "rank of the truth", "mean rank of the right token among all; 1 is best", 1),
     Measure("lens_entropy", "lens entropy", "of the prediction, nats", 1, form=".3f"),
     Measure("lens_kl", "lens KL", "KL(p(r) || p(r-1)), nats", 2),
     Measure("peak_loop", "peak loop", "share of tokens whose largest KL is at loop r", 2, form=".3f"),
@@ -72,7 +72,7 @@ MEASURES = (
 
 
 def measures_for(*, loop_count: int, cross_loop_parallel: bool, gated_window: bool) -> list[Measure]:
-    """Those that a model with these settings has."""
+    """The measures that a model with these settings has."""
     return [
         measure
         for measure in MEASURES

@@ -17,7 +17,7 @@ from plt_megatron.experiments.diagnostics.catalog import Measure, measures_for
 from plt_megatron.experiments.diagnostics.recording import Recording, record
 from plt_megatron.experiments.diagnostics.samples import HeldOut
 
-# Whose change from loop to loop is given an interval of its own.
+# Measures whose change from loop to loop gets an interval of its own.
 DIFFERENCES = ("effective_rank", "lens_loss", "lens_rank", "step_size")
 _STATE_MEASURES = (
     *("hidden_norm", "step_size", "relative_step", "update_cosine", "effective_rank"),
@@ -59,7 +59,7 @@ def diagnose(
     Args:
         reset: packed documents see and receive nothing of each other, as with data.reset_at_document_boundaries.
         seed: of the bootstrap.
-        progress: told the number of sequences done and of all.
+        progress: called with the number of sequences done and in all.
     """
     total = len(held_out.tokens)
     wanted = _measures_of(model.config)

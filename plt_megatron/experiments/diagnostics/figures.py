@@ -35,11 +35,11 @@ _UNITS = {
 }
 _WIDTH, _HEIGHT = 3.4, 2.7  # of a plot, inches
 _HEAT_COLUMNS = 3
-_NUMBERED_CELLS = 96  # a heat map with no more cells has their numbers in them
+_NUMBERED_CELLS = 96  # heat maps of up to so many cells show their numbers
 
 
 def make_figures(diagnosis: Diagnosis) -> list[Named]:
-    """Those that the model has numbers for."""
+    """The figures that the model has numbers for."""
     bars = "Bars: 95 % bootstrap intervals over sequences."
     made = [
         Named(
@@ -123,7 +123,7 @@ def _by_layer(diagnosis: Diagnosis, names: Sequence[str]) -> Figure:
 
 
 def _over_heads(values: np.ndarray) -> np.ndarray:
-    """[L + 1, layers]; of intervals' ends the mean over heads, which is wider than the mean's own interval."""
+    """[L + 1, layers]; the ends of intervals are averaged over heads, which is wider than the interval of the mean."""
     return values if values.ndim == 2 else values.mean(-1)
 
 

@@ -1,4 +1,4 @@
-"""The model to diagnose, whatever it lies in, in the exported model's own code."""
+"""Loads the model to diagnose from a run, a checkpoint or an export, as the exported model's own code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
     """A run, a checkpoint or a Hugging Face folder, its tokenizer checked against its vocabulary.
 
     Raises:
-        UserError: there is no whole one at `path`, or the tokenizer is another model's.
+        UserError: there is no complete model at `path`, or the tokenizer belongs to another one.
     """
     source = open_source(path, tokenizer)
     if source.tokenizer is not None:
@@ -36,7 +36,7 @@ def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
         device: `cpu`, `cuda`, or `auto`: a GPU if there is one.
 
     Raises:
-        UserError: `cuda` is asked for and not there, or the weights do not fit the settings.
+        UserError: `cuda` is requested but not available, or the weights do not fit the settings.
     """
     from plt_megatron.hf.configuration_plt import PLTConfig
     from plt_megatron.hf.modeling_plt import PLTForCausalLM

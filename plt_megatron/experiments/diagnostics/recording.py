@@ -1,7 +1,7 @@
 """One sequence through the exported model's own code, watched by hooks: the states after each loop, gates, attention.
 
-Nothing is recomputed by other rules than the model's: queries come out of its projection, norm and RoPE, keys are those
-it attended to, head outputs what its output projection got, gates what its gate gave.
+Nothing is recomputed by rules of our own: queries come from the model's projection, norm and RoPE, keys are those it
+attended to, head outputs are its output projection's input, and gates its gate's output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYER_MEASURES = ("head_rank", "head_cosine")
 
 
 class Recording:
-    """What one pass over one sequence of T tokens left.
+    """What one pass over a sequence of T tokens recorded.
 
     Attributes:
         states: h(0) .. h(L), [T, d]: the embeddings, then each loop's output as the next loop gets it, so after the

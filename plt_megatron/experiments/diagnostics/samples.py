@@ -16,7 +16,7 @@ from plt_megatron.data.mix import check_tokenizer
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 
-# Of a text file, sequences are drawn from its first this many times as many tokens as are wanted: no more is tokenized.
+# Of a text file, so many times the wanted tokens are tokenized; sequences are drawn from them.
 POOL = 32
 
 
@@ -27,8 +27,8 @@ class HeldOut:
     Attributes:
         tokens: int64 [n, S + 1], the last one only as a label.
         starts: bool [n, S + 1], where documents begin, each sequence's first token included.
-        seen: sequences there were to draw from.
-        bad: documents of a text file that could not be read (and empty ones), left out.
+        seen: sequences that these were drawn from.
+        bad: documents of a text file that are left out because they are empty or cannot be read.
     """
 
     tokens: np.ndarray

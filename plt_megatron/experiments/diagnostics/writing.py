@@ -51,7 +51,7 @@ class DiagnoseOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it, and the folder it lies in."""
+    """The outcome, and the folder with the files."""
 
     diagnosis: Diagnosis
     decision: Decision
@@ -63,7 +63,7 @@ def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None]
     """Measure, decide and write diagnostics.json, diagnostics.csv, PNGs and index.html.
 
     Raises:
-        UserError: no model or text there, they do not belong together, or the result cannot be written.
+        UserError: the model or the text is missing, they do not match, or the result cannot be written.
     """
     check_packages()
     source = open_model(options.model, options.tokenizer)

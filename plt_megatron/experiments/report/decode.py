@@ -1,8 +1,8 @@
 """Decoding time of a sweep's final checkpoints, measured: exported, loaded, and decoded in turns.
 
 As in benchmarks/decode.py the rows take turns, a slice of tokens each, so that a busy moment of the machine hits all of
-them; ratios are taken within a slice and the median slice is reported. What was measured lies in the sweep's
-`decode.json` and is used again by later reports.
+them; ratios are taken within a slice and the median slice is reported. The measurement is kept in the sweep's
+`decode.json` for later reports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from plt_megatron.run_folder.text import plural
 
 FILE_NAME = "decode.json"
 EXPORTS = "exports"
-_WARM_UP = 4  # tokens before the clock
+_WARM_UP = 4  # warm-up tokens, not timed
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class DecodeProtocol:
 
 @dataclass(frozen=True)
 class Timing:
-    """One row's decoding: milliseconds a token step (median slice), the same over the baseline's, and its cache."""
+    """One row's decoding: milliseconds per token step (median slice), the ratio to the baseline's, and its cache."""
 
     milliseconds: float
     relative: float
@@ -56,7 +56,7 @@ class Measurement:
 
 
 def read_measurement(folder: Path) -> Measurement | None:
-    """What an earlier report measured; None if none did. Raises `UserError` on a broken file."""
+    """What an earlier report measured; None without one. Raises `UserError` on a broken file."""
     path = folder / FILE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -141,7 +141,7 @@ def _baseline_name(name: str, chosen: Mapping[str, RunResult], results: SweepRes
 
 
 def _export(result: RunResult, folder: Path) -> Path:
-    """The run's last checkpoint as a Hugging Face folder; one that is there already serves."""
+    """The run's last checkpoint as a Hugging Face folder; an existing one is reused."""
     from plt_megatron.hf.exporting import ExportOptions, export
 
     output = folder / EXPORTS / result.run.name

@@ -24,11 +24,11 @@ from plt_megatron.experiments.fits import ScalingFit
 from plt_megatron.experiments.report.laws import LoopLaw
 from plt_megatron.experiments.report.rows import Row, groups
 
-_MOST_GROUPS = 6  # figures of curves; more are not looked at
+_MOST_GROUPS = 6  # figures of curves at most: nobody looks at more
 
 
 def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
-    """Those that the data suffice for."""
+    """The figures that there is enough data for."""
     made: list[Named] = []
     compared = groups(rows)
     for index, group in enumerate(compared[:_MOST_GROUPS]):

@@ -30,7 +30,7 @@ class RunResult:
     """One run of the plan.
 
     Attributes:
-        status: `used`, or why the run is in no mean; `reason`: the same in words.
+        status: `used`, or why the run is left out of the means; `reason`: the same in words.
         curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
         loss: the last of them, for a run that is used; None for others.
         seconds: of training, if known; `skipped`: steps that the training loop did not accept.
@@ -66,7 +66,8 @@ class SweepResults:
 
 
 def load_results(folder: str | Path) -> SweepResults:
-    """Read the sweep in `folder`. Raises `UserError` if it is none; a run whose files are broken is in no mean."""
+    """Read the sweep in `folder`. Raises `UserError` if there is none; runs with broken files are left out of the
+    means."""
     plan = load_plan(folder)
     runs = [_read_run(run) for run in plan.runs]
     _set_other_data_aside(runs)
@@ -126,7 +127,7 @@ def _other_settings(run: PlannedRun) -> str:
 
 
 def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
-    """Runs that read other data than most are in no mean."""
+    """Leave runs that read other data than most out of the means."""
     seen = {id(r): _data_key(r.fingerprint) for r in runs if r.status == "used" and r.fingerprint}
     if len(set(seen.values())) < 2:
         return
@@ -150,7 +151,9 @@ def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
     if not used:
         problems.append(f"no run of the sweep is finished and usable ({len(runs)} are planned): there is no result yet")
     problems += [
-        f"{r.run.name} is in no mean ({r.status}): {r.reason}" for r in runs if r.status not in ("used", "missing")
+        f"{r.run.name} is left out of the means ({r.status}): {r.reason}"
+        for r in runs
+        if r.status not in ("used", "missing")
     ]
     missing = [result.run.name for result in runs if result.status == "missing"]
     if missing:
@@ -164,7 +167,7 @@ def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
         sets = "; ".join(f"{', '.join(map(str, own)) or 'none'}: {', '.join(rows)}" for own, rows in seeds.items())
         problems.append(f"the rows have different seeds, so their means are not of the same runs ({sets})")
     if any(r.fingerprint is None for r in used):
-        problems.append("some runs recorded no data fingerprint: whether all read the same data cannot be said")
+        problems.append("some runs recorded no data fingerprint: it is unknown whether all read the same data")
     problems += [f"{r.run.name}: {plural(r.skipped, 'step')} skipped or rolled back" for r in runs if r.skipped]
     off = [r.run for r in runs if abs(r.run.deviation) > 0.005]
     rows = dict.fromkeys(f"{run.row()} {run.deviation:+.1%}" for run in off)

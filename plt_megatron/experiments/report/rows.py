@@ -42,7 +42,7 @@ class Row:
 
     @property
     def run(self) -> PlannedRun:
-        """The first of its runs: what does not depend on the seed is its."""
+        """The first of its runs, for what does not depend on the seed."""
         return self.results[0].run
 
     @property

@@ -1,4 +1,4 @@
-"""The report's tables as cells: HTML, Markdown and CSV write the same ones, so that their numbers are the same."""
+"""The report's tables as cells, which HTML, Markdown and CSV share, so that their numbers agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Value = str | int | float | None
 
 @dataclass(frozen=True)
 class Cell:
-    """`value`: what a CSV holds, whole; `text`: what a reader sees."""
+    """`value`: unrounded, for the CSV; `text`: what a reader sees."""
 
     value: Value
     text: str
@@ -37,14 +37,14 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table and what the reader has to know of it."""
+    """A table and its notes."""
 
     columns: tuple[Column, ...]
     rows: list[list[Cell]]
     notes: tuple[str, ...] = ()
 
     def csv(self) -> str:
-        """With the values whole; an empty field where there is none."""
+        """With unrounded values; an empty field where there is none."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([column.key for column in self.columns])

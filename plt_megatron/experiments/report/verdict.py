@@ -1,7 +1,7 @@
 """The answer in words: which loop count wins at equal tokens, FLOPs and decoding latency, or why that is not decided.
 
 A row wins when its paired difference (by seed) to every other row excludes zero, all intervals together holding with
-95 % (Bonferroni). What the sweep did not hold equal is not decided by it, whatever the curves suggest.
+95 % (Bonferroni). A sweep does not decide about what it did not hold equal, whatever the curves suggest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from plt_megatron.experiments.report.results import SweepResults
 from plt_megatron.experiments.report.rows import LEVEL, Row, baseline_of, groups
 from plt_megatron.experiments.report.statistics import Estimate, estimate, paired_difference
 
-SAME_LATENCY = 0.05  # relative: as fast as the baseline
+SAME_LATENCY = 0.05  # relative; so near the baseline counts as equally fast
 
 
 @dataclass(frozen=True)

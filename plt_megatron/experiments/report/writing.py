@@ -25,7 +25,7 @@ PAGE, MARKDOWN = "index.html", "report.md"
 
 @dataclass(frozen=True)
 class Report:
-    """Where the report lies, and what to tell the user right away."""
+    """Where the report is, and what to tell the user right away."""
 
     folder: Path
     verdicts: list[Verdict]

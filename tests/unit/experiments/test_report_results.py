@@ -1,4 +1,4 @@
-"""What a report says of runs that are missing, unfinished, diverged or not comparable: named, and in no mean."""
+"""What a report says of runs that are missing, unfinished, diverged or not comparable: named, and left out of the means."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_unfinished_and_missing_runs_are_in_no_mean(tmp_path):
     results = load_results(plan.folder)
     assert statuses(results) == {"2_loops-seed2": "partial", "3_loops-seed3": "missing"}
     text = "\n".join(results.problems)
-    assert "2_loops-seed2 is in no mean (partial): at 40% of its tokens" in text
+    assert "2_loops-seed2 is left out of the means (partial): at 40% of its tokens" in text
     assert "1 run not started: 3_loops-seed3" in text
     assert "the rows have different seeds" in text and "1, 3: 2 loops" in text
     one, two, three = make_rows(results, {})
@@ -91,7 +91,9 @@ def test_a_diverged_run_is_named_and_in_no_mean(tmp_path, loss):
     edit_metrics(run, lambda r: {**r, "loss": loss} if r["step"] == 100 else r)
     results = load_results(plan.folder)
     assert statuses(results) == {"1_loop-seed2": "diverged"}
-    assert any("1_loop-seed2 is in no mean (diverged): the loss is" in problem for problem in results.problems)
+    assert any(
+        "1_loop-seed2 is left out of the means (diverged): the loss is" in problem for problem in results.problems
+    )
     assert make_rows(results, {})[0].loss.mean == pytest.approx(3.002)  # of seeds 1 and 3
     if math.isnan(loss):  # figures and tables of it can be made
         assert write_report(plan.folder).folder.is_dir()
