@@ -171,7 +171,7 @@ def sleeping_stage(seconds: float, first: bool, last: bool) -> Any:
     return Stage()
 
 
-# ---------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------- results
 
 
 def report(arguments: argparse.Namespace, timelines: dict[int, list[list]]) -> int:

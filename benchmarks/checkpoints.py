@@ -37,7 +37,7 @@ def main() -> int:
     arguments = parser.parse_args()
     data = load_config(str(ROOT / "configs/runs/plt2_demo.yaml"), []).data
     if not (ROOT / f"{data.train_sources[0].path}.idx").exists():
-        raise UserError("the demo's data are not there: run `make demo` first")
+        raise UserError("the demo's data is missing: run `make demo` first")
     missed = False
     with tempfile.TemporaryDirectory(dir=arguments.folder or ROOT / ".demo") as folder:
         for asynchronous in (False, True):

@@ -1,4 +1,4 @@
-"""What a loop costs at decoding: the rows of the paper's ablation, with the same weights, one against the other.
+"""What a loop costs when decoding: the rows of the paper's ablation compared, with the same weights.
 
     python benchmarks/decode.py                         # a 276M model in bf16; about six minutes on two CPU cores
     python benchmarks/decode.py --dtype fp32 --batch 1 4
@@ -53,7 +53,7 @@ LENGTHS = {"1,280": 1280, "4k": 4096, "32k": 32768, "128k": 131072}
 
 # Bars of decoding on a CPU, for models of at least this many parameters.
 BAR_PARAMETERS = 200e6
-NAIVE_RANGE = (1.6, 2.4)  # times vanilla: what a loop costs if nothing is done about it
+NAIVE_RANGE = (1.6, 2.4)  # times vanilla: the cost of a loop that nothing is done about
 PLT2_TO_VANILLA = 1.25  # batch 4
 PLT2_TO_NAIVE = 0.65  # batch 4
 PLT2_KV = 1.07  # times vanilla, at any of LENGTHS
@@ -185,7 +185,7 @@ def measure(models: dict[str, PLTForCausalLM], batch: int, args: argparse.Namesp
     timings = {name: Timing() for name in models}
     decoders = {}
     if args.compile:
-        torch._dynamo.reset()  # it keeps a few versions of a function, and every row and batch is one
+        torch._dynamo.reset()  # it keeps only a few versions of a function, and each row and batch size is one
     for name, model in models.items():
         cache, timings[name].prefill_seconds = prefill(model, args, batch)
         decoders[name] = Decoder(model, cache, batch, args)

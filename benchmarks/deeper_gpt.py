@@ -1,4 +1,4 @@
-"""What PLT-2's speed is held against: megatron-core's GPT of twice the depth, with our attention and norm modules."""
+"""The baseline of PLT-2's speed: megatron-core's GPT of twice the depth, with our attention and norm modules."""
 
 from __future__ import annotations
 

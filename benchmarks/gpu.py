@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """What this card has kernels for: name -> (the model's backend, training's FP8)."""
+    """The modes this card has kernels for: name -> (model.backend, training.fp8)."""
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -126,7 +126,7 @@ def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_b
 
 
 def forget() -> None:
-    """What the last model left: memory, and FP8 scales that its modules share."""
+    """Drop what the last model left behind: memory, and FP8 scales that its modules share."""
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -177,7 +177,7 @@ def rates(sizes: Sizes, folder: Path) -> dict[str, float]:
 
 
 def timed(step: Callable[[], Any], repetitions: int) -> float:
-    """Median seconds, after two calls that do not count."""
+    """Median seconds, after two warm-up calls."""
     import torch
 
     seconds = []
@@ -209,7 +209,7 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     stage = build_stage(config, VOCAB_SIZE)
     with torch.no_grad():
         for parameter in stage.parameters():
-            parameter.copy_(parameter.bfloat16())  # what every precision holds exactly
+            parameter.copy_(parameter.bfloat16())  # which every precision represents exactly
     if double:
         stage.double()
     stage.set_is_first_microbatch()
@@ -317,11 +317,11 @@ def decode(sizes: Sizes, folder: Path) -> dict[str, Any]:
     return {batch: {name: timing["ms"] for name, timing in timings.items()} for batch, timings in rows.items()}
 
 
-# ---------------------------------------------------------------- all of it
+# ---------------------------------------------------------------- everything
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Versions of what the figures depend on."""
     import torch
 
     found = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}

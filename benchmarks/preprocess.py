@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Tokenizing speed and memory, against the plain way of doing it and against the tokenizer itself.
+"""Tokenizing speed and memory, compared with the usual way and with the tokenizer alone.
 
-The plain way, as most training code bases have it: a pool of processes that encode one document at a time, and the
+The usual way, as in most training code bases: a pool of processes that encode one document at a time, and the
 parent process writing what they send back (megatron-core's IndexedDatasetBuilder). Same documents, same tokenizer,
 same number of workers, repetitions interleaved, medians; both outputs must be the same bytes. Exits with status 1
 when a bar is missed:
@@ -47,7 +47,7 @@ def python_sources() -> Iterator[str]:
 
 
 def write_corpus(path: Path, size: int) -> int:
-    """At least `size` bytes of JSONL, repeating itself only where the machine has less text; the size."""
+    """Write at least `size` bytes of JSONL, repeated only where the machine has less text; returns the size."""
     written = 0
     with gzip.open(path, "wb", compresslevel=1) if path.suffix == ".gz" else open(path, "wb") as file:
         while written < size:
@@ -60,7 +60,7 @@ def write_corpus(path: Path, size: int) -> int:
     return written
 
 
-# The plain way.
+# The usual way.
 
 _processor: Any = None
 
@@ -79,7 +79,7 @@ def _encode_plain(line: str) -> tuple[list[int], int]:
 
 
 def plain(corpus: Path, model: Path, prefix: str, workers: int) -> float:
-    """Seconds the plain way takes, start of the pool included."""
+    """Seconds that the usual way takes, including the start of the pool."""
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

@@ -115,7 +115,7 @@ class Contest:
     def step_loops(self) -> None:
         """Forward and backward of the looped part alone: embeddings in, the last loop's hidden states out."""
         self.plt.zero_grad_buffer()
-        context, hidden = self.batch.context(3), None  # the head does not follow
+        context, hidden = self.batch.context(3), None  # no head after it
         embeddings = self.stage.embed(self.batch)
         for loop in (1, 2):
             hidden = self.stage.run_loop(self.batch, context.at_loop(loop), hidden, embeddings)
@@ -155,7 +155,7 @@ def measure(contest: Contest, repetitions: int) -> dict[str, float]:
             samples[name].append(timed(step))
         rates.append(measure_matmul_tflops(dtype, size=2048, repetitions=3))
         samples["matmul"].append(statistics.mean(rates))
-        # Ratios of neighbors in time: what else the machine does weighs on both.
+        # Ratios of neighbors in time: other load on the machine affects both.
         samples["ratio"].append(samples["gpt"][-1] / samples["plt"][-1])
         samples["share"].append(flops / samples["loops"][-1] / samples["matmul"][-1])
     return {name: statistics.median(values) for name, values in samples.items()}

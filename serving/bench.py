@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What loops cost when vLLM decodes them: one loop, naive loops, PLT of two and three loops, one against the other.
+"""What loops cost when vLLM decodes: one loop, naive loops, PLT of two and three loops compared.
 
     python serving/bench.py                    # a 276M model in bf16, batch 1, 4 and 16, then a mixed load
     python serving/bench.py --compile          # torch.compile (and CUDA graphs on a GPU)
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
-    """An engine of random weights of one scale; what its layers compute does not matter, only how long it takes."""
+    """An engine with random weights: only the time that its layers take matters, not what they compute."""
     from vllm import LLM
 
     folder.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# The engine runs in the test's own process, so that it starts in seconds and can be looked into.
+# The engine runs in the test's own process, so that it starts in seconds and can be inspected.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_OMP_THREADS_BIND="nobind",

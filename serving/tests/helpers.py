@@ -151,7 +151,7 @@ def prompts(count: int = 20, seed: int = 0, longest: int = 110) -> list[list[int
 
 @contextmanager
 def engine(export: Export, **options):
-    """An engine in this process; what it leaves in the process is undone afterwards."""
+    """An engine in this process; its changes to the process are undone afterwards."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -1,4 +1,4 @@
-"""A server of its own process, as `vllm serve` starts it."""
+"""A server in a process of its own, as `vllm serve` starts it."""
 
 import os
 import socket

@@ -7,7 +7,7 @@ SHARED = prompts(1, seed=7)[0] + prompts(10, seed=8)[9] + prompts(10, seed=9)[9]
 
 
 def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int = 24) -> int:
-    """Tokens as transformers'; returns how many prompt tokens came out of the cache."""
+    """The tokens are transformers'; returns how many prompt tokens came from the cache."""
     outputs = generate(llm, token_lists, tokens)
     expected = [export.decode(ids, tokens) for ids in token_lists]
     assert [list(out.outputs[0].token_ids) for out in outputs] == expected
@@ -80,7 +80,7 @@ def step_until_done(llm) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize(("blocks", "caching"), [(40, True), (60, False)])
 def test_preempted_requests_go_on(exports, blocks, caching):
-    """Too few blocks for all: requests are thrown out and computed again."""
+    """Too few blocks for all: requests are evicted and computed again."""
     export = exports("plt3")
     options = {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 64, "enable_prefix_caching": caching}
     with engine(export, **options) as llm:

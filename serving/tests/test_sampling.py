@@ -42,7 +42,7 @@ def test_several_samples_of_one_prompt(exports):
 
 
 def test_aborted_requests(exports):
-    """Some vanish in the middle; the others' tokens and the block pool are as if they had not been."""
+    """Some disconnect halfway; the others' tokens and the block pool are as if those had never existed."""
     from vllm import SamplingParams
 
     export = exports("plt3")

@@ -1,4 +1,4 @@
-"""What is refused, in one line and before anything is loaded; what is not asked for has its default."""
+"""What is refused, in one line and before anything is loaded; the rest has its defaults."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def test_loopcoders_defaults():
 
 
 def test_another_vllm_is_told_in_one_line():
-    """Other models are served all the same; the insides are not touched."""
+    """Other models are served all the same; its internals are not touched."""
     code = """
 import logging, vllm
 vllm.__version__ = "0.33.1"
@@ -74,7 +74,7 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     message = (
-        "vllm-plt is made for vLLM 0.32.x and uses its insides, and this is vLLM 0.33.1: PLT models are not served."
+        "vllm-plt is made for vLLM 0.32.x and uses its internals, and this is vLLM 0.33.1: PLT models are not served."
     )
     assert f"refused: {message}" in done.stdout
     assert message in (done.stdout + done.stderr).replace("refused: " + message, "")

@@ -99,7 +99,7 @@ def test_loopcoders_names(exports, tmp_path):
 
 @pytest.mark.parametrize(("variant", "options"), [("plt3", {}), ("loopcoder", {"max_num_batched_tokens": 30})])
 def test_a_dropped_carry_shows(exports, monkeypatch, variant, options):
-    """What these tests would say if the carries were wrong."""
+    """These tests fail if the carries are wrong."""
     from vllm_plt.carry import Carry
 
     export = exports(variant)

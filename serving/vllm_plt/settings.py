@@ -1,4 +1,4 @@
-"""What may be asked of the plugin, and what a PLT model cannot be combined with, checked before anything starts.
+"""The plugin's settings, and what a PLT model cannot be combined with, checked before anything starts.
 
 --additional-config '{"plt": {"loop_mode": "serial", "loop_count": 1}}'
 """
@@ -30,10 +30,10 @@ class Settings:
 
 
 def read_settings(vllm_config: "VllmConfig") -> Settings:
-    """The settings of a model; what is not given has its default.
+    """The settings of a model; those not given have their defaults.
 
     Raises:
-        ValueError: a key or value that means nothing here, in one line.
+        ValueError: an unknown key or value, in one line.
     """
     config = vllm_config.model_config.hf_config
     given = _given(vllm_config)

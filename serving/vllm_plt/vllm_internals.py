@@ -1,6 +1,6 @@
 """All that this plugin uses of vLLM, and the one place that its internal interfaces are touched.
 
-Public names of vLLM are re-exported so that a new version is gone through here, line by line.
+Public names of vLLM are re-exported, so that a new version can be checked here, line by line.
 """
 
 from dataclasses import replace

@@ -98,7 +98,7 @@ def digest(engine: Any) -> str:
 
 
 def train_and_save(directory: Path, config: RunConfig, steps: int = 3, then: int = 0, **arguments: Any) -> dict:
-    """Train, save, and go on for `then` steps."""
+    """Train, save, and train on for `then` steps."""
     from plt_megatron.train.checkpoint import save_checkpoint
 
     engine = build(config)
@@ -126,7 +126,7 @@ def load_and_train(path: Path, config: RunConfig, then: int = 3, weights_only: b
 
 
 def resume_bit_for_bit(directory: Path, layout: dict[str, Any], precisions: tuple[str, ...], **model: Any) -> list:
-    """For each precision: what a run did that never stopped, and what one did that was saved and loaded."""
+    """For each precision, the numbers of a run that never stopped and of one that was saved and loaded."""
     outcomes = []
     for precision in precisions:
         config = run_config(layout, precision, **model)

@@ -15,8 +15,8 @@ def pairs(combinations: Iterable[Any], described: Described) -> set[Any]:
 
 
 def covering_design(everything: Sequence[Any], described: Described) -> list[Any]:
-    """Few of them in which each pair that occurs at all occurs: the one that adds most pairs, again and again; of equal
-    ones that of the smallest layout, which comes first in a combination."""
+    """Few combinations that cover all pairs, greedily: always the one that adds most pairs; of equal ones that of the
+    smallest layout, which comes first in a combination."""
     bits: dict[Any, int] = {}
     masks = [
         sum(1 << bits.setdefault(pair, len(bits)) for pair in itertools.combinations(described(one), 2))

@@ -1,4 +1,4 @@
-"""What the package logs, for jobs whose tests look at it."""
+"""Captures what the package logs, for jobs whose tests check it."""
 
 from __future__ import annotations
 

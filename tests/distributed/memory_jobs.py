@@ -42,7 +42,7 @@ class Measured:
 
     Attributes:
         stage: the rank's pipeline stage.
-        peak: the most that was held at once in the last step.
+        peak: the most that was held at any moment of the last step.
         between_steps: what is held after it.
         released: what is left once everything is dropped; near 0 if every release was seen.
     """
@@ -158,7 +158,7 @@ def _allocated(config: RunConfig, vocab_size: int) -> tuple[int, int]:
 
 
 def _forget() -> None:
-    """Let go of cycles and of what functions remember."""
+    """Free reference cycles and what functions have cached."""
     from plt_megatron.model.torch_attention import _causal_bias
 
     _causal_bias.cache_clear()

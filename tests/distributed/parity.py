@@ -111,8 +111,7 @@ def _config(layout: Layout, case: Case) -> RunConfig:
 
 
 def _micro_batch_size(layout: Layout) -> int:
-    """Two microbatches for each stage of a pipeline, or one where there is most to do: their number is one more thing
-    that must not matter."""
+    """Two microbatches per pipeline stage, or one in the largest layouts: their number must not matter either."""
     per_stage = 1 if layout.tp == 2 and layout.world_size == 8 else 2
     return GLOBAL_BATCH_SIZE // (layout.dp * per_stage * layout.pp)
 

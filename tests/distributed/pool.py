@@ -44,7 +44,7 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class DistributedFailure(RuntimeError):
-    """A rank raised, died or ran past its time; the message holds what is known of it."""
+    """A rank raised, died or timed out; the message holds what is known about it."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class _Job:
 
 
 class WorkerPool:
-    """See the module's docstring. Nothing starts before the first `run`.
+    """See the module's docstring. Nothing is started before the first `run`.
 
     Args:
         prepare: "module:function", called in the server before anything else is imported.
@@ -281,7 +281,7 @@ def _dump_stacks(workers: list[_Worker]) -> None:
 
 
 def _outcome(worker: _Worker) -> bytes | str:
-    """A worker's pickled result, or what became of it."""
+    """A worker's pickled result, or how it ended."""
     try:
         succeeded, payload = worker.connection.recv()
     except (EOFError, ConnectionError):

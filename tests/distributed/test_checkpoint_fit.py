@@ -1,4 +1,4 @@
-"""What a checkpoint may differ in from the engine that loads it, and what not."""
+"""How a checkpoint may differ from the engine that loads it, and how not."""
 
 from __future__ import annotations
 

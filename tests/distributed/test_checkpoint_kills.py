@@ -1,4 +1,4 @@
-"""A run whose ranks are killed at random moments, saves included, ends where one does that was left alone."""
+"""A run whose ranks are killed at random moments, even while saving, ends like an undisturbed one."""
 
 from __future__ import annotations
 

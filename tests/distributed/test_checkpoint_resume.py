@@ -1,4 +1,4 @@
-"""A run that was saved and loaded goes on as if it had never stopped: bit for bit in the layout that saved it."""
+"""A run that was saved and loaded continues as if it had never stopped: bit for bit in the layout that saved it."""
 
 from __future__ import annotations
 

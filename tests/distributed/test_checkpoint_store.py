@@ -1,4 +1,4 @@
-"""A run's use of checkpoints: start, go on, start from another run, other data, saving in the background."""
+"""A run's use of checkpoints: start, resume, start from another run, other data, saving in the background."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _store(directory, config, sha256="a"):
 
 
 def _run(directory, config, to_step, sha256="a"):
-    """A run that goes on from where it is to `to_step` and saves after every step; where it started."""
+    """Continue a run to `to_step`, saving after every step; returns where it started."""
     store, engine = _store(directory, config, sha256), jobs.build(config)
     progress = store.load(engine)
     start = progress["step"] if progress else 0

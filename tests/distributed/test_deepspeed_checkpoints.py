@@ -45,7 +45,7 @@ def tensors(run_distributed, tmp_path_factory):
 
 @pytest.fixture
 def travel(run_distributed, tmp_path):
-    """Train at a place, save, and go on there and elsewhere: a job for each place."""
+    """Train at a place, save, and continue there and elsewhere: a job for each place."""
 
     def travel(start: Place, ends: list[Place]) -> Journey:
         journey = run_distributed(set_out, 2, tmp_path, start)

@@ -1,4 +1,4 @@
-"""The counts that tell who is behind are torch's own."""
+"""The counts that show which rank is behind are torch's own."""
 
 from __future__ import annotations
 

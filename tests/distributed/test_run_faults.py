@@ -1,4 +1,4 @@
-"""Whole runs that are harmed while they run: what the user reads, the exit status, and that nothing is lost."""
+"""Whole runs with faults injected: what the user reads, the exit status, and that nothing is lost."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_a_command_killed_twenty_times_has_the_metrics_of_one_left_alone(run_dis
 
 
 def endless(name: str, tmp_path: Path, data: DataConfig, **parallel) -> RunConfig:
-    """A run that only harm ends."""
+    """A run that only a fault ends."""
     return run_config(
         name,
         tmp_path,

@@ -1,4 +1,4 @@
-"""Tokens are a run's clock: with another batch it ends, learns at the rate, and reads on where it would have."""
+"""Tokens are a run's clock: with another batch size its end, learning rate and data stay where they would have been."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs: what they write, and that stopping and going on changes nothing."""
+"""Whole runs: what they write, and that stopping and resuming changes nothing."""
 
 from __future__ import annotations
 

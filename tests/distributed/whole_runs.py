@@ -1,4 +1,4 @@
-"""Whole runs through the command a user types, for tests that harm them while they run."""
+"""Whole runs through the command a user types, for tests that inject faults."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class LocalRun:
         os.kill(self.pid(rank), number)
 
     def finish(self) -> int:
-        """Wait for the end; the exit status. `out` and `err` hold what was printed."""
+        """Wait for the end; returns the exit status. `out` and `err` hold what was printed."""
         try:
             self.out, self.err = self.process.communicate(timeout=LIMIT)
         finally:
@@ -83,7 +83,7 @@ class LocalRun:
         return self.process.returncode
 
     def kill(self) -> None:
-        """End what is left of it."""
+        """Kill what is left of it."""
         for pid in [*_rank_processes(self.process.pid, None)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

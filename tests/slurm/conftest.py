@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """The cluster, for whoever brings no jobs of others to grief; the tests use `slurm`."""
+    """The cluster, for tests that do not disturb other jobs; most use `slurm`."""
     reason = SlurmCluster.reason_for_none()
     if reason is not None:
         pytest.skip(f"no Slurm test cluster: {reason}")
@@ -91,5 +91,5 @@ def slurm_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 @pytest.fixture(scope="session")
 def undisturbed(slurm_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The metrics of the tests' configuration, started locally and left alone."""
+    """The metrics of the tests' configuration, run locally and undisturbed."""
     return train_locally(make_config("local", tmp_path_factory.mktemp("local"), slurm_data))

@@ -1,4 +1,4 @@
-"""Runs of the fault tests: made as plt-submit makes them, looked at while they run, compared bit for bit."""
+"""Runs of the fault tests: made as plt-submit makes them, watched while they run, compared bit for bit."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class SlurmRun:
         return (self.folder / "why.txt").read_text()
 
     def outputs(self) -> str:
-        """All that its jobs have printed, for the message of a failed test."""
+        """Everything that its jobs have printed, for the message of a failed test."""
         texts = [path.read_text(errors="replace") for path in sorted((self.folder / "logs").glob("*.out"))]
         merged = self.folder / "logs" / "merged.log"
         texts.append(merged.read_text(errors="replace")[-6000:] if merged.exists() else "")
@@ -175,7 +175,7 @@ class SlurmRun:
 
     @contextlib.contextmanager
     def paused(self, step: int) -> Iterator[None]:
-        """The run stands still at a step or soon after: fast machines must not finish before the fault comes."""
+        """Pause the run at a step or soon after, so that fast machines do not finish before the fault."""
         self.wait_for_step(max(1, step - 2))
         process = self.rank_process(3)
         self.wait_for_step(step)

@@ -1,4 +1,4 @@
-"""Every kind of fault, on a real Slurm cluster: the run ends as one left alone does, or stops and says why."""
+"""Every kind of fault, on a real Slurm cluster: the run ends like an undisturbed one, or stops and says why."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_first_node_loses_power(slurm, make_run, undisturbed):
 
 
 def test_a_killed_launcher(make_run, undisturbed):
-    """Its node is lost to the run: known at once, and the job requeued by itself."""
+    """The run loses its node, notices at once, and requeues the job."""
     run = make_run()
     run.submit()
     run.wait_for_step(6)
@@ -85,7 +85,7 @@ def launcher(run: SlurmRun, node: str) -> int:
 
 
 def test_a_job_of_higher_priority(slurm, make_run, undisturbed, tmp_path):
-    """Slurm preempts: the run saves, leaves, and goes on when the nodes are free again."""
+    """Slurm preempts: the run saves, exits, and resumes when the nodes are free again."""
     run = make_run()
     run.submit()
     urgent = tmp_path / "urgent.sh"

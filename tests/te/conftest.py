@@ -13,7 +13,7 @@ from tests.te import emulation
 
 @pytest.fixture(scope="session")
 def te_pool() -> Iterator[WorkerPool]:
-    """Workers that take themselves for processes with a GPU and Transformer Engine."""
+    """Workers that believe they have a GPU and Transformer Engine."""
     reason = emulation.find()
     if reason is not None:
         pytest.skip(reason)

@@ -73,7 +73,7 @@ def _answer_for_a_gpu() -> None:
 
 @contextlib.contextmanager
 def card(major: int, minor: int = 0) -> Iterator[None]:
-    """Within it, the process takes itself for one with a card of another generation."""
+    """Within it, the process believes that it has a card of another generation."""
     from transformer_engine.pytorch import quantization, utils
 
     def become(generation: tuple[int, int]) -> None:
@@ -125,7 +125,7 @@ def _let_float32_be_attended() -> None:
 
 
 class _Once:
-    """A request of torch.distributed that is waited for once, however often it is asked."""
+    """A request of torch.distributed that waits once, however often `wait` is called."""
 
     def __init__(self, request: Any) -> None:
         self._request = request

@@ -1,4 +1,4 @@
-"""The stand-in is held against the C++ that it stands in for: the source distribution of Transformer Engine's
+"""The stand-in is compared with the C++ that it replaces: the source distribution of Transformer Engine's
 extension, which `make test-te` fetches and does not build."""
 
 from __future__ import annotations

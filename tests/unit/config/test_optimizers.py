@@ -1,4 +1,4 @@
-"""The registry of optimizers and the schema tell the same."""
+"""The registry of optimizers agrees with the schema."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def hf_logits(folder: Path, tokens: Tensor, **options: Any) -> Tensor:
 
 
 def quiet(options: tuple, **others: Any) -> ExportResult:
-    """Export without a word."""
+    """Export without output."""
     return export(ExportOptions(*options, **others), say=lambda line: None)
 
 

@@ -1,4 +1,4 @@
-"""Imports: transformers' own tiny models, our own exports, and what is neither."""
+"""Imports: transformers' own tiny models, our own exports, and folders that are neither."""
 
 from __future__ import annotations
 

@@ -268,8 +268,8 @@ def wait_until(condition: Any, process: subprocess.Popen[str] | None = None, sec
 
 
 def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
-    """SIGKILL of the command at several moments: its workers go too, finished shards are not redone, and the
-    result is that of an undisturbed run."""
+    """SIGKILL of the command at several moments: its workers end too, finished shards are skipped, and the result is
+    that of an undisturbed run."""
     texts = make_texts(3000, seed=9)
     plain = write_jsonl(tmp_path / "a.jsonl", texts[:2000])
     packed = tmp_path / "b.jsonl.gz"
@@ -309,7 +309,7 @@ def alive(process: psutil.Process) -> bool:
 def test_killed_while_publishing(
     corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The .bin is in place and the .idx is not: the next run finishes, and does not take it for a stranger's."""
+    """The .bin is in place and the .idx is not: the next run recognizes its own files and finishes."""
     run([corpus], tmp_path / "whole", bpe_model)
     real = module.publish
 
@@ -469,7 +469,7 @@ def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: P
 
 
 def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
-    """Ctrl-C goes to all processes of the terminal: one line, status 130, no worker left, and work kept."""
+    """Ctrl-C goes to all processes of the terminal: one line, status 130, no worker left, and finished work kept."""
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(4000, seed=2) * 15)  # seconds of work, of which little is done
     arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
     process = start(*arguments, "--shard-mb", 0.02)

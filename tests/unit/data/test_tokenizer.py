@@ -242,7 +242,7 @@ def test_types_of_ids() -> None:
 
 
 def test_the_fast_way_is_taken(bpe_model: Path, unigram_model: Path) -> None:
-    """Guards the speed: nothing else notices when models of ours stop being cut."""
+    """Guards the speed: no other test notices if texts are no longer cut for our models."""
     bpe, unigram = load_tokenizer(bpe_model), load_tokenizer(unigram_model)
     assert isinstance(bpe, SentencePieceTokenizer) and isinstance(unigram, SentencePieceTokenizer)
     assert bpe._segments is not None and bpe._segments._pattern is not COARSE

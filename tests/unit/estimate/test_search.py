@@ -1,4 +1,4 @@
-"""Proposed layouts: valid, fitting, in order, and honest where there are none."""
+"""Proposed layouts: valid, fitting, in order, and a clear answer where there are none."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page. `events`: whatever the browser has told so far, in order: (method, parameters)."""
+    """One page. `events`: everything the browser has reported so far, in order: (method, parameters)."""
 
     def __init__(self, executable: str, folder: Path) -> None:
         read_commands, self._commands = os.pipe()
@@ -82,7 +82,7 @@ class Browser:
         return message
 
     def open(self, page: Path) -> None:
-        """Load it, and wait until it is there."""
+        """Load a page, and wait until it is complete."""
         self("Page.navigate", url=page.resolve().as_uri())
         while not any(method == "Page.loadEventFired" for method, _ in self.events):
             self._next()

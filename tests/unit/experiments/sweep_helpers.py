@@ -45,7 +45,7 @@ def write_sweep(folder: Path, text: str = LOOPS) -> Path:
 
 
 def write_text_data(folder: Path) -> None:
-    """Tokenized text that is whole, in place of the noise: 20 documents of 200 ids below 256."""
+    """Write complete tokenized text in place of the noise: 20 documents of 200 ids below 256."""
     np.tile(np.arange(200, dtype=np.uint16), 20).tofile(folder / "text.bin")
     write_index(folder / "text.idx", np.uint16, lambda: [np.full(20, 200, dtype=np.int32)])
 

@@ -1,4 +1,4 @@
-"""What a report says of runs that are missing, unfinished, diverged or not comparable: named, and left out of the means."""
+"""What a report says of missing, unfinished, diverged or incomparable runs: named, and left out of the means."""
 
 from __future__ import annotations
 

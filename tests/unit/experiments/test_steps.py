@@ -1,4 +1,4 @@
-"""Steps that are done once: when they are skipped, gone on with, or done anew."""
+"""Steps that run once: when they are skipped, continued, or run again from the start."""
 
 from __future__ import annotations
 

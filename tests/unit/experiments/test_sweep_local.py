@@ -1,4 +1,4 @@
-"""Running a sweep, around a stand-in for plt-train: order, several at once, failures, being stopped, going on."""
+"""Running a sweep, around a stand-in for plt-train: order, several at once, failures, stopping, resuming."""
 
 from __future__ import annotations
 

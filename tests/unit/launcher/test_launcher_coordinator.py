@@ -44,7 +44,7 @@ class Play:
         )
 
     def told(self, kind: str) -> list[str]:
-        """The nodes that were told something since the last look; forgets all before."""
+        """The nodes that were sent something since the last call."""
         nodes = [node for node, message in self.sent if message["type"] == kind]
         self.sent.clear()
         return nodes

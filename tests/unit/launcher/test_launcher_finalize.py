@@ -154,7 +154,7 @@ def test_a_preempted_job_is_left_to_slurm(job):
 
 
 def test_launchers_that_left_no_word(job):
-    """Killed together with srun: the status is all there is."""
+    """Killed together with srun: only the status is left."""
     records = Records(job.run, read_allocation())
     records.begin()
     assert finalize_job(job.run, 137) == 137

@@ -116,7 +116,7 @@ class TwoNodes:
 
 
 def free_job() -> int:
-    """A job number whose ports nobody uses."""
+    """A job number whose ports are free."""
     while True:
         job = random.randrange(1 << 20)
         with socket.socket() as attempt:
@@ -224,7 +224,7 @@ def test_the_other_nodes_launcher_dies(two_nodes):
 
 
 def test_the_first_nodes_launcher_dies(two_nodes):
-    """Its word is the last: the others end their ranks and leave."""
+    """Its message is the last: the others end their ranks and exit."""
     job = two_nodes(LISTEN)
     job.launch()
     job.wait_until(job.all_up)

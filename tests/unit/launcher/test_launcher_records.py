@@ -1,4 +1,4 @@
-"""attempts.jsonl, why.txt and what a run's folder says of how far it has come."""
+"""attempts.jsonl, why.txt and the progress that a run's folder shows."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Memory:
 
 
 class Ranks:
-    """Watchdogs of `count` ranks whose ends are recorded instead of done."""
+    """Watchdogs of `count` ranks whose exits are recorded instead of carried out."""
 
     def __init__(self, folder: Path, count: int, patience: float = 0.3, slow: float = 60.0) -> None:
         self.store = Memory()

@@ -91,7 +91,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages take for granted: texts, the demo's data and the large run's, a finished sweep."""
+    """What the pages assume: texts, the demo's data and the large run's, a finished sweep."""
     folder = tmp_path_factory.mktemp("newcomer")
     documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
     (folder / "corpus").mkdir()
@@ -142,7 +142,7 @@ def test_every_exception_is_of_a_documented_command():
 
 
 def test_documented_commands_run_in_order(newcomer, environment):
-    """README first: the other pages go on with what it has made."""
+    """README first: the other pages use what it has made."""
     failed = []
     for page in PAGES:
         for command in commands(page):
