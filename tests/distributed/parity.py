@@ -111,7 +111,7 @@ def _config(layout: Layout, case: Case) -> RunConfig:
 
 
 def _micro_batch_size(layout: Layout) -> int:
-    """Two microbatches per pipeline stage, or one in the largest layouts: their number must not matter either."""
+    """Two microbatches per pipeline stage, or one for TP 2 on eight ranks: their number must not matter either."""
     per_stage = 1 if layout.tp == 2 and layout.world_size == 8 else 2
     return GLOBAL_BATCH_SIZE // (layout.dp * per_stage * layout.pp)
 
