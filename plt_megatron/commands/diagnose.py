@@ -39,11 +39,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the model's")
     parser.add_argument(
         "--reset-at-document-boundaries",
+        dest="reset",
         action=argparse.BooleanOptionalAction,
         help="documents in a sequence do not see each other (default: as in training; exports: no)",
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="the model's precision (default: fp32)"
+        "--dtype",
+        dest="precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="the model's precision (default: fp32)",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
@@ -62,19 +67,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     prepare_imports()
     from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
 
-    options = DiagnoseOptions(
-        model=arguments.model,
-        data=arguments.data,
-        output=arguments.output,
-        tokenizer=arguments.tokenizer,
-        max_tokens=arguments.max_tokens,
-        sequence_length=arguments.sequence_length,
-        seed=arguments.seed,
-        reset=arguments.reset_at_document_boundaries,
-        precision=arguments.dtype,
-        device=arguments.device,
-    )
-    result = run_diagnosis(options, _show_progress)
+    result = run_diagnosis(DiagnoseOptions(**vars(arguments)), _show_progress)
     print(result.text)
     print(f"\n{result.folder}/index.html")
 

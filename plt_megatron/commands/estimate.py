@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to fix.",
     )
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
+    parser.add_argument("path", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=3"
     )
@@ -32,10 +32,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", type=int, metavar="N", help="default: as many as the layout asks for")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument(
-        "--context", type=int, metavar="TOKENS", help="context length when decoding; default: the sequence length"
+        "--context",
+        dest="context_length",
+        type=int,
+        metavar="TOKENS",
+        help="context length when decoding; default: the sequence length",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="SEQUENCES", help="batch size when decoding; default: 1"
+        "--batch",
+        dest="batch_size",
+        type=int,
+        default=1,
+        metavar="SEQUENCES",
+        help="batch size when decoding; default: 1",
     )
     parser.add_argument("--search", action="store_true", help="propose layouts that fit on these cards, best first")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts that --search shows; default: 10")
@@ -52,22 +61,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from plt_megatron.data.tokenizer import load_tokenizer
     from plt_megatron.estimate.report import EstimateOptions, print_estimate
 
-    return print_estimate(
-        EstimateOptions(
-            path=arguments.config,
-            overrides=arguments.overrides,
-            layout=arguments.layout,
-            gpu=arguments.gpu,
-            nodes=arguments.nodes,
-            gpus_per_node=arguments.gpus_per_node,
-            context_length=arguments.context,
-            batch_size=arguments.batch,
-            search=arguments.search,
-            top=arguments.top,
-            json=arguments.json,
-        ),
-        tokenizer_size=lambda path: load_tokenizer(path).vocab_size,
-    )
+    return print_estimate(EstimateOptions(**vars(arguments)), lambda path: load_tokenizer(path).vocab_size)
 
 
 if __name__ == "__main__":

@@ -27,20 +27,16 @@ def _parser() -> argparse.ArgumentParser:
         help="a run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder to re-export",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the checkpoint's")
+    parser.add_argument("--dtype", dest="precision", choices=("fp32", "bf16", "fp16"), help="default: the checkpoint's")
     parser.add_argument(
         "--format",
+        dest="style",
         choices=("plt", "loopcoder"),
         default="plt",
         help="loopcoder: LoopCoder-v2's names and keys, without modeling code",
     )
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)")
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        metavar="FILE",
-        help="the run's tokenizer, if it has moved",
-    )
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, if it has moved")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -52,17 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 def _export(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.exporting import ExportOptions, export
 
-    result = export(
-        ExportOptions(
-            checkpoint=arguments.checkpoint,
-            output=arguments.output,
-            precision=arguments.dtype,
-            style=arguments.format,
-            max_shard_size=arguments.max_shard_size,
-            verify=arguments.verify,
-            tokenizer=arguments.tokenizer,
-        )
-    )
+    result = export(ExportOptions(**vars(arguments)))
     files = f"{result.files} file{'s' if result.files > 1 else ''}"
     print(f"{result.output}: {result.tensors} tensors, {result.total_bytes / 1e9:.3f} GB in {files}")
 

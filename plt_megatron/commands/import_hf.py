@@ -33,7 +33,10 @@ def _parser() -> argparse.ArgumentParser:
         help="loops (default: the model's own, 1 for a dense one); new gates start from zero",
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="precision of the weights (default: the files'; fp32 for fp16)"
+        "--dtype",
+        dest="precision",
+        choices=("fp32", "bf16"),
+        help="precision of the weights (default: the files'; fp32 for fp16)",
     )
     return parser
 
@@ -41,14 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 def _import(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 
-    result = import_model(
-        ImportOptions(
-            model=arguments.model,
-            output=arguments.output,
-            loop_count=arguments.loop_count,
-            precision=arguments.dtype,
-        )
-    )
+    result = import_model(ImportOptions(**vars(arguments)))
     loops = f"{result.model.loop_count} loop{'s' if result.model.loop_count > 1 else ''}"
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
