@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.run_folder.text import format_bytes, plural
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -49,8 +51,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.exporting import ExportOptions, export
 
     result = export(ExportOptions(**vars(arguments)))
-    files = f"{result.files} file{'s' if result.files > 1 else ''}"
-    print(f"{result.output}: {result.tensors} tensors, {result.total_bytes / 1e9:.3f} GB in {files}")
+    files = plural(result.files, "file")
+    print(f"{result.output}: {result.tensors} tensors, {format_bytes(result.total_bytes)} in {files}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.run_folder.text import plural
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -45,7 +47,7 @@ def _import(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 
     result = import_model(ImportOptions(**vars(arguments)))
-    loops = f"{result.model.loop_count} loop{'s' if result.model.loop_count > 1 else ''}"
+    loops = plural(result.model.loop_count, "loop")
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
         print(f"{result.fresh} of them are new gates, which start from zero")

@@ -22,7 +22,7 @@ from plt_megatron.estimate.layout import layout_overrides
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
 from plt_megatron.estimate.search import Candidate, SearchResult, model_flops_share, search
-from plt_megatron.run_folder.text import format_bytes, format_duration, format_table
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, format_table, plural
 
 GIB = 1 << 30
 UNITS = {"GiB": GIB, "MiB": 1 << 20}
@@ -206,10 +206,10 @@ def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCo
     context = options.context_length or config.data.sequence_length
     rows = [
         ["a token step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
-        ["", f"{decoding.bytes / 1e9:.3g} GB", f"read for {options.batch_size} sequence(s) of {context:,} tokens"],
+        ["", format_bytes(decoding.bytes), f"read for {plural(options.batch_size, 'sequence')} of {context:,} tokens"],
         ["", f"{decoding.flops / 1e9:.3g} GFLOP", ""],
-        ["KV cache", f"{decoding.kv_cache_bytes / 1e6:,.2f} MB", "per sequence"],
-        ["state beside it", f"{decoding.state_bytes / 1e6:,.3f} MB", "per sequence: windows and carried states"],
+        ["KV cache", format_bytes(decoding.kv_cache_bytes), "per sequence"],
+        ["state beside it", format_bytes(decoding.state_bytes), "per sequence: windows and carried states"],
     ]
     if config.model.loop_count > 1:
         first = decoding.loops_stop_being_free_at
@@ -296,7 +296,7 @@ def _nearest(nearest: Candidate, usable: float) -> Iterator[str]:
     yield f"none fits; nearest: {nearest.command_line}"
     yield f"it needs {worst.total_bytes / GIB:.1f} GiB in stage {worst.stage}, {usable:.1f} are usable; most of it:"
     largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
-    yield format_table([[name, f"{size / GIB:.1f} GiB"] for name, size in largest])
+    yield format_table([[name, format_memory(size)] for name, size in largest])
     yield "more devices divide the optimizer's state and allow more stages; shorter sequences save activations"
 
 

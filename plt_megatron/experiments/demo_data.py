@@ -9,6 +9,7 @@ from pathlib import Path
 from plt_megatron.data.demo_corpus import write_demo_corpus
 from plt_megatron.experiments.steps import Step, run_step
 from plt_megatron.experiments.sweep_file import DemoCorpus
+from plt_megatron.run_folder.text import format_bytes
 
 PARTS = ("train", "validation")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
@@ -73,7 +74,7 @@ def data_steps(corpus: Path, tokenizer: Path, data: Path, *, vocab_size: int, pr
 
 def write_corpus(folder: Path) -> None:
     made = write_demo_corpus(folder)
-    print(f"      {made.documents:,} files, {made.bytes / 1e6:.1f} MB", flush=True)
+    print(f"      {made.documents:,} files, {format_bytes(made.bytes)}", flush=True)
 
 
 def make_tokenizer(text: Path, folder: Path, vocab_size: int) -> None:

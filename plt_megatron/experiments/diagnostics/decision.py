@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from plt_megatron.experiments.diagnostics.bootstrap import LEVEL
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
+from plt_megatron.run_folder.text import plural
 
 FEW_SEQUENCES = 8
 RULE = "add a loop while the effective rank still rises; stop when it falls"
@@ -74,7 +75,7 @@ def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> D
         )
         return Decision("add", loops, answer, steps, signs, cautions)
     loops = end.loop - 1
-    many = f"{loops} loop{'s' if loops > 1 else ''}"
+    many = plural(loops, "loop")
     if end.direction == "falls":
         answer = f"The effective rank falls with loop {end.loop}, by {_signed(end)}: by the rule, stop at {many}."
         return Decision("stop", loops, answer, steps, signs, cautions)

@@ -10,6 +10,7 @@ from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
 from plt_megatron.experiments.diagnostics.tables import cell, loop_rows
 from plt_megatron.experiments.figures import Named
 from plt_megatron.experiments.pages import render
+from plt_megatron.run_folder.text import plural
 
 
 def make_page(
@@ -35,7 +36,7 @@ def describe(about: dict[str, Any]) -> str:
     """One line: the model, and the text."""
     model, data = about["model"], about["data"]
     step = f", step {model['step']:,}" if model.get("step") is not None else ""
-    loops = f"{model['loop_count']} loop{'s' if model['loop_count'] > 1 else ''}"
+    loops = plural(model["loop_count"], "loop")
     return (
         f"{model['path']}{step}: {model['num_layers']} layers x {loops}, width {model['hidden_size']}. "
         f"{data['sequences']} of {data['available_sequences']} sequences of {data['sequence_length']:,} tokens of "

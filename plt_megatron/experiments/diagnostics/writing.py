@@ -21,6 +21,7 @@ from plt_megatron.experiments.pages import check_packages
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.text import plural
 
 JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
 LONGEST_DEFAULT = 2048
@@ -160,7 +161,7 @@ def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) ->
     bad = about["data"]["unreadable_documents"]
     lines = [describe(about)]
     if bad:
-        lines.append(f"Left out: {bad} document{'s' if bad > 1 else ''} that are empty or cannot be read.")
+        lines.append(f"Left out: {plural(bad, 'document')} that are empty or cannot be read.")
     lines += ["", terminal_table(diagnosis), "", f"Rule: {RULE}.", decision.answer]
     lines += [f"- {sentence}" for sentence in (*decision.signs, *decision.cautions)]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from plt_megatron.experiments.report.results import SweepResults
 from plt_megatron.experiments.report.rows import LEVEL, Row, baseline_of, groups
 from plt_megatron.experiments.report.statistics import Estimate, estimate, paired_difference
+from plt_megatron.run_folder.text import plural
 
 SAME_LATENCY = 0.05  # relative; so near the baseline counts as equally fast
 
@@ -155,5 +156,5 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 
 
 def _with_loops(row: Row) -> str:
-    loops = f"{row.loop_count} loop{'s' if row.loop_count > 1 else ''}"
+    loops = plural(row.loop_count, "loop")
     return loops if row.label == loops else f"{row.label} ({loops})"

@@ -65,5 +65,5 @@ def test_command(tmp_path: Path) -> None:
     ]
     environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert "0.3 MB of Python sources" in result.stdout
+    assert " kB of Python sources" in result.stdout
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["train.jsonl", "validation.jsonl"]
