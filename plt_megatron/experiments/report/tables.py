@@ -124,28 +124,27 @@ def _main_row(row: Row) -> list[Cell]:
     run = row.run
     timing = row.decode
     return [
-        Cell(row.name, row.name),
-        Cell(row.loop_count, str(row.loop_count)),
-        Cell(len(row.losses), str(len(row.losses))),
-        Cell(len(row.results), str(len(row.results))),
+        _cell(row.name),
+        _cell(row.loop_count),
+        _cell(len(row.losses)),
+        _cell(len(row.results)),
         *_estimate_cells(row.loss, "{:.4f}"),
         *_estimate_cells(row.to_baseline, "{:+.4f}"),
         *_estimate_cells(row.to_previous, "{:+.4f}"),
-        Cell(run.tokens, f"{run.tokens:,}"),
-        Cell(run.total_flops, f"{run.total_flops:.3g}"),
-        Cell(run.parameters, f"{run.parameters:,}"),
-        Cell(run.non_embedding_parameters, f"{run.non_embedding_parameters:,}"),
-        Cell(timing.milliseconds, f"{timing.milliseconds:.2f}") if timing else Cell(None, ""),
-        Cell(timing.relative, f"{timing.relative:.2f}x") if timing else Cell(None, ""),
-        Cell(row.kv_bytes, f"{row.kv_bytes:,}"),
+        _cell(run.tokens, "{:,}"),
+        _cell(run.total_flops, "{:.3g}"),
+        _cell(run.parameters, "{:,}"),
+        _cell(run.non_embedding_parameters, "{:,}"),
+        _cell(timing.milliseconds if timing else None, "{:.2f}"),
+        _cell(timing.relative if timing else None, "{:.2f}x"),
+        _cell(row.kv_bytes, "{:,}"),
     ]
 
 
 def _estimate_cells(value: Estimate | None, form: str) -> list[Cell]:
     if value is None:
         return [Cell(None, "-"), Cell(None, "")]
-    half = Cell(None, "") if value.half is None else Cell(value.half, f"{value.half:.4f}")
-    return [Cell(value.mean, form.format(value.mean)), half]
+    return [_cell(value.mean, form), _cell(value.half, "{:.4f}")]
 
 
 def questions_table(answers: Sequence[Answer]) -> Table:
@@ -167,10 +166,10 @@ def questions_table(answers: Sequence[Answer]) -> Table:
         seeds = answer.difference.n if answer.difference else 0
         table.append(
             [
-                *(Cell(text, text) for text in texts),
-                Cell(seeds, str(seeds)),
+                *(_cell(text) for text in texts),
+                _cell(seeds),
                 *_estimate_cells(answer.difference, "{:+.4f}"),
-                Cell(answer.text, answer.text),
+                _cell(answer.text),
             ]
         )
     if not has_groups:
@@ -202,16 +201,16 @@ def runs_table(results: SweepResults) -> Table:
         sha = (result.fingerprint or {}).get("sha256")
         table.append(
             [
-                Cell(result.run.name, result.run.name),
-                Cell(result.run.row(), result.run.row()),
-                Cell(result.run.seed, str(result.run.seed)),
-                Cell(result.status, result.status),
-                _number(last, "{:.4f}"),
-                _number(result.train_loss, "{:.4f}"),
-                _number(result.tokens_per_second, "{:,.0f}"),
-                _number(result.seconds, "{:,.0f}"),
+                _cell(result.run.name),
+                _cell(result.run.row()),
+                _cell(result.run.seed),
+                _cell(result.status),
+                _cell(last, "{:.4f}"),
+                _cell(result.train_loss, "{:.4f}"),
+                _cell(result.tokens_per_second, "{:,.0f}"),
+                _cell(result.seconds, "{:,.0f}"),
                 Cell(sha, sha[:8] if sha else ""),
-                Cell(result.reason, result.reason),
+                _cell(result.reason),
             ]
         )
     return Table(columns, table, ("Only runs with status used are in the means. Data: of the sample order as well.",))
@@ -224,7 +223,7 @@ def laws_table(laws: Sequence[LoopLaw]) -> Table:
         reasons = {law.label: law.reason for law in laws}
         if len(set(reasons.values())) == 1:
             reasons = {"all": laws[0].reason}
-        return Table(brief, [[Cell(label, label), Cell(reason, reason)] for label, reason in reasons.items()])
+        return Table(brief, [[_cell(label), _cell(reason)] for label, reason in reasons.items()])
     names = ("E", "A", "alpha", "B", "beta")
     columns = [Column("row", "row", is_text=True), Column("points", "points")]
     for name in names:
@@ -238,12 +237,12 @@ def laws_table(laws: Sequence[LoopLaw]) -> Table:
     table = []
     for law in laws:
         fit = law.fit
-        cells = [Cell(law.label, law.label), _number(len(fit.points) if fit else None, "{:d}")]
+        cells = [_cell(law.label), _cell(len(fit.points) if fit else None, "{:d}")]
         for name in names:
             cells += _interval_cells(fit.coefficients.get(name) if fit else None)
         remark = law.reason if fit is None else "; ".join(fit.notes)
-        cells += [_number(fit.rms_residual if fit else None, "{:.2g}"), *_interval_cells(law.farther)]
-        table.append([*cells, Cell(remark, remark)])
+        cells += [_cell(fit.rms_residual if fit else None, "{:.2g}"), *_interval_cells(law.farther)]
+        table.append([*cells, _cell(remark)])
     notes = (
         f"loss = E + A N^-alpha + B D^-beta, N without embeddings, D tokens; from, to: {LEVEL:.0%} bootstrap interval.",
         f"At {FARTHER:.0f}x: the law's loss for {FARTHER:.0f} times the largest N and D of its runs (where they vary).",
@@ -252,8 +251,8 @@ def laws_table(laws: Sequence[LoopLaw]) -> Table:
 
 
 def _interval_cells(found: Interval | None) -> list[Cell]:
-    return [_number(value, "{:.4g}") for value in ((found.value, found.low, found.high) if found else [None] * 3)]
+    return [_cell(value, "{:.4g}") for value in ((found.value, found.low, found.high) if found else [None] * 3)]
 
 
-def _number(value: Value, form: str) -> Cell:
+def _cell(value: Value, form: str = "{}") -> Cell:
     return Cell(value, "" if value is None else form.format(value))
