@@ -275,15 +275,5 @@ def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
     """
     precise = FP32 * (1 + len(optimizer_spec(config.optimizer).state))
     each = BYTES[config.training.precision] + precise
-    ranks = (
-        count_rank_parameters(
-            config.model,
-            vocab_size,
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            expert_model_parallel_size=layout.expert,
-            stage=stage,
-        )
-        for stage in range(layout.pipeline)
-    )
+    ranks = (count_rank_parameters(config.model, vocab_size, layout, stage) for stage in range(layout.pipeline))
     return max(each * rank.dense // layout.shards + each * rank.experts // layout.expert_shards for rank in ranks)
