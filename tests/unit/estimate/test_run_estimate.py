@@ -184,10 +184,15 @@ def test_few_microbatches_show_the_memory_of_many(monkeypatch):
 # How figures move.
 
 
-def test_recomputation_saves_memory_and_costs_time():
-    none, selective, full = (estimate_run(run(recompute_granularity=kind)) for kind in ("none", "selective", "full"))
-    assert none.peak_memory_bytes > selective.peak_memory_bytes > full.peak_memory_bytes
-    assert none.step_seconds < selective.step_seconds < full.step_seconds
+@pytest.mark.parametrize("backend", ["torch", "te"])
+def test_recomputation_saves_memory_and_costs_time(backend):
+    settings = [run({"backend": backend}, recompute_granularity=kind) for kind in ("none", "selective", "full")]
+    kinds = [estimate_run(each) for each in settings]
+    none, selective, full = (each.peak_memory_bytes for each in kinds)
+    assert none > full < selective
+    # So small a model's attention keeps no more with Transformer Engine than what it is recomputed from.
+    assert (none > selective) == (backend == "torch"), (none, selective)
+    assert kinds[0].step_seconds < kinds[1].step_seconds < kinds[2].step_seconds
 
 
 def test_parallel_sizes_divide_memory_and_time():
