@@ -44,10 +44,11 @@ def _check_features(config: RunConfig) -> Iterator[str]:
         ("context_parallel_size", 1),
         ("expert_model_parallel_size", 1),
         ("overlap_grad_reduce", False),
+        ("overlap_param_gather", False),
     )
     for name, off in wanted:
         value = getattr(parallel, name)
-        if value != off:
+        if value is not None and value != off:
             yield f"engine deepspeed: parallel.{name} {_text(value)}: set it to {_text(off)}, or set engine=megatron"
     if model.num_moe_experts is not None:
         what = f"model.num_moe_experts {model.num_moe_experts}"

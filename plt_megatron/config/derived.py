@@ -80,6 +80,12 @@ def lr_wsd_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int
     return max(1, lr_decay_iters(config, step_tokens) // 10) if given is None else given
 
 
+def overlap_param_gather(config: RunConfig) -> bool:
+    """Whether updated weights are gathered during the next forward pass."""
+    wanted = config.parallel.overlap_param_gather
+    return config.parallel.overlap_grad_reduce and not config.model.fused_gated_window if wanted is None else wanted
+
+
 def validation_loop_counts(config: RunConfig) -> list[int]:
     """Loop counts the validation loss is measured at; by default the model's own."""
     return config.validation.loop_counts or [config.model.loop_count]

@@ -28,15 +28,19 @@ class Fp8Choice:
         format: `hybrid` (E4M3, gradients in E5M2) or `e4m3`.
         recipe: how values are scaled: `delayed`, `tensorwise`, `blockwise` or `mxfp8`.
         attention: whether the global attention is in FP8 too.
+        layers_in_bf16: how many layers at the start and at the end of the stack are in BF16 instead.
     """
 
     format: str
     recipe: str
     attention: bool
+    layers_in_bf16: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         rest = "global attention in FP8, window in BF16" if self.attention else "attention in BF16"
-        return f"linear layers in FP8 ({self.format}, recipe {self.recipe}), {rest}"
+        start, end = self.layers_in_bf16
+        ends = f", the first {start} and last {end} layers in BF16" if start or end else ""
+        return f"linear layers in FP8 ({self.format}, recipe {self.recipe}), {rest}{ends}"
 
 
 def choose(config: RunConfig, capability: Capability) -> Fp8Choice | None:
@@ -48,7 +52,9 @@ def choose(config: RunConfig, capability: Capability) -> Fp8Choice | None:
     training = config.training
     if training.fp8 == "none":
         return None
-    return Fp8Choice(training.fp8, _recipe(config, capability), training.fp8_attention)
+    ends = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    in_bf16 = ends if training.first_last_layers_bf16 else (0, 0)
+    return Fp8Choice(training.fp8, _recipe(config, capability), training.fp8_attention, in_bf16)
 
 
 def _recipe(config: RunConfig, capability: Capability) -> str:
@@ -69,6 +75,8 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
     if training.fp8 == "none":
         if training.fp8_attention:
             yield "training.fp8_attention needs FP8 linear layers: set training.fp8=hybrid, or fp8_attention=false"
+        if training.first_last_layers_bf16:
+            yield "training.first_last_layers_bf16 needs training.fp8: all layers are in BF16 without; set it to false"
         return
     if config.model.backend == "torch":
         yield f"training.fp8 {training.fp8} needs Transformer Engine: set model.backend=te, or training.fp8=none"
@@ -81,6 +89,7 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
         yield from _check_card(config, capability)
     yield from _check_sizes(config, "mxfp8" if training.fp8_recipe == "mxfp8" else _known_recipe(config, capability))
     yield from _check_recomputation(config, capability)
+    yield from _check_ends(config, capability)
     if training.fp8_attention:
         yield from _check_attention(config, capability)
 
@@ -93,17 +102,36 @@ def _check_recomputation(config: RunConfig, capability: Capability | None) -> It
     attention outside of FP8, so the attention that is differentiated would not be the one that ran.
     """
     training, model, granularity = config.training, config.model, config.parallel.recompute_granularity
-    if granularity == "full" and model.loop_count > 1 and _known_recipe(config, capability) == "delayed":
-        yield (
-            f"training.fp8 with recipe delayed, parallel.recompute_granularity full and model.loop_count "
-            f"{model.loop_count}: a loop would be recomputed with another loop's scales; set "
-            "training.fp8_recipe=tensorwise, or parallel.recompute_granularity=selective"
-        )
-    if granularity == "selective" and training.fp8_attention:
+    modules = config.parallel.recompute_modules if granularity == "selective" else []
+    linears = "full" if granularity == "full" else "selective with mlp in recompute_modules"
+    if (granularity == "full" or "mlp" in modules) and model.loop_count > 1:
+        if _known_recipe(config, capability) == "delayed":
+            yield (
+                f"training.fp8 with recipe delayed, parallel.recompute_granularity {linears} and model.loop_count "
+                f"{model.loop_count}: a loop would be recomputed with another loop's scales; set "
+                "training.fp8_recipe=tensorwise, or parallel.recompute_granularity=selective (core_attn)"
+            )
+    if "core_attn" in modules and training.fp8_attention:
         yield (
             "training.fp8_attention with parallel.recompute_granularity selective: attention would be recomputed in "
             "BF16; set parallel.recompute_granularity=none, or training.fp8_attention=false"
         )
+
+
+def _check_ends(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+    """First and last layers in BF16, as megatron-core has them."""
+    training = config.training
+    if not training.first_last_layers_bf16:
+        return
+    if _known_recipe(config, capability) == "delayed":
+        yield (
+            "training.first_last_layers_bf16 with recipe delayed: scales are reduced for the whole stack at once; set "
+            "training.fp8_recipe=tensorwise, or first_last_layers_bf16=false"
+        )
+    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+        if getattr(training, name) > layers:
+            yield f"training.{name} {getattr(training, name)} is more than the {layers} layers of a pipeline stage"
 
 
 def _known_recipe(config: RunConfig, capability: Capability | None) -> str:

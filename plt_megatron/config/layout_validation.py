@@ -16,6 +16,8 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[
     yield from _check_tensor(config, layout)
     yield from _check_pipeline(config, layout)
     yield from _check_context(config, layout)
+    yield from _check_overlap(config)
+    yield from _check_recomputation(config)
     if config.model.num_moe_experts is not None:
         yield from _check_experts(config, layout)
     problem = None if world_size is None else layout.world_size_problem(world_size)
@@ -53,6 +55,31 @@ def _check_pipeline(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
             f"parallel.recompute_num_layers {parallel.recompute_num_layers} is more than the {fewest} layers of a "
             "pipeline stage"
         )
+
+
+def _check_overlap(config: RunConfig) -> Iterator[str]:
+    if not config.parallel.overlap_param_gather:
+        return
+    off = "set parallel.overlap_param_gather=false"
+    if not config.parallel.overlap_grad_reduce:
+        yield f"parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true, which makes buckets; or {off}"
+    if config.model.fused_gated_window:
+        yield (
+            "parallel.overlap_param_gather with model.fused_gated_window: the kernel reads the gates' weights without "
+            f"waiting for them; {off}"
+        )
+
+
+def _check_recomputation(config: RunConfig) -> Iterator[str]:
+    parallel, model, modules = config.parallel, config.model, config.parallel.recompute_modules
+    if parallel.recompute_granularity != "selective":
+        return
+    if not modules or len(set(modules)) < len(modules):
+        yield f"parallel.recompute_modules {modules}: name each part once, and at least one"
+    if "mlp" in modules and model.num_moe_experts is not None:
+        yield "parallel.recompute_modules mlp: with model.num_moe_experts layers have no dense FFN; leave it out"
+    if "shared_experts" in modules and model.moe_shared_expert_intermediate_size is None:
+        yield "parallel.recompute_modules shared_experts needs model.moe_shared_expert_intermediate_size; leave it out"
 
 
 def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:

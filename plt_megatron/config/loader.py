@@ -268,6 +268,9 @@ class _Reader:
 
     def _unknown_key(self, at: str, cls: type, section: str, name: str) -> UserError:
         """Names the nearest key of the same section, else the same or nearest name in any other section."""
+        refused = getattr(self._schema, "REFUSED", {}).get(name)
+        if refused is not None:
+            return UserError(f"{at}: {_join(section, name)} is not supported: {refused}; leave it out")
         siblings = list(field_types(cls))
         close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
         candidates = [_join(section, close[0])] if close else []

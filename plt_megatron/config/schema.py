@@ -27,6 +27,7 @@ from plt_megatron.config.fields import (
     Size,
     Steps,
 )
+from plt_megatron.config.refused_settings import REFUSED
 
 
 @dataclass
@@ -99,8 +100,18 @@ class ParallelConfig:
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
+    # Updated weights are gathered during the next forward pass, each bucket before the first loop that uses it.
+    overlap_param_gather: bool | None = None  # null: with overlap_grad_reduce, where possible
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_num_layers: PositiveCount = 1  # layers per recomputed unit, for "full"
+    # Parts of a layer that are recomputed, for "selective"; mlp: a dense FFN
+    recompute_modules: list[Literal["core_attn", "mlp", "shared_experts"]] = field(
+        default_factory=lambda: ["core_attn"]  # type: ignore[list-item]
+    )
+    # Fused operations of Transformer Engine (docs/throughput.md); null: on wherever they are possible.
+    gradient_accumulation_fusion: bool | None = None  # products add weight gradients to the fp32 buffer themselves
+    apply_rope_fusion: bool | None = None
+    cross_entropy_loss_fusion: bool | None = None
     # How long a rank may hang before the job is ended and the rank named: minutes until the first step ends and while
     # checkpoints are read or written, seconds after that (a slow machine gets five times its longest pause).
     distributed_timeout_minutes: Minutes = 10.0
@@ -170,6 +181,10 @@ class TrainingConfig:
     # Linear layers of the `te` backend in FP8; hybrid: E4M3, gradients in E5M2. The window's attention stays in BF16.
     fp8: Literal["none", "hybrid", "e4m3"] = "none"
     fp8_recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"  # auto: the card's best
+    # Layers at both ends of the stack whose linear layers stay in BF16, in every loop; not with recipe delayed.
+    first_last_layers_bf16: bool = False
+    num_layers_at_start_in_bf16: Count = 1
+    num_layers_at_end_in_bf16: Count = 1
     fp8_attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
     deterministic: bool = False
     threads_per_process: PositiveCount | None = None  # CPU only; None: this machine's cores / processes
@@ -233,6 +248,8 @@ class ZeroConfig:
 @dataclass
 class RunConfig:
     """The whole configuration; what a YAML file in configs/runs resolves to."""
+
+    REFUSED: ClassVar = REFUSED  # settings of Megatron-LM, and why they are none here
 
     name: str = "run"
     output_dir: str = "runs"  # the run folder is <output_dir>/<name>

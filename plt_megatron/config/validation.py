@@ -11,7 +11,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plt_megatron.config import deepspeed_validation, derived, fp8_rules, layout_validation, moe_validation
+from plt_megatron.config import (
+    deepspeed_validation,
+    derived,
+    fp8_rules,
+    fusion_rules,
+    layout_validation,
+    moe_validation,
+)
 from plt_megatron.config.fields import find_range_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
@@ -66,6 +73,7 @@ def find_problems(
         have = have_te if check_files else bool(have_te)
         problems += layout_validation.find_te_problems(config, have)
         problems += fp8_rules.find_problems(config, capability)
+        problems += fusion_rules.find_problems(config)
     if check_files:
         problems += _check_files(config)
         problems += _check_packages(config, have_te)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plt_megatron.config import derived
+from plt_megatron.config import derived, fusion_rules
+from plt_megatron.config.fusion_rules import Fusions
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.layout import BYTES, Layout
 from plt_megatron.estimate.parameters import active_experts
@@ -46,8 +47,9 @@ class Activations:
     input_norms: bool
     norm_between_loops: bool
     documents: bool
-    recompute: str
+    recomputed: tuple[str, ...]  # parts of a layer, when it is not recomputed as a whole
     context: int  # ranks that share a sequence
+    fusions: Fusions
     experts: int = 0  # of a layer, all ranks'; 0: a dense FFN
     topk: int = 0
     expert_ffn: int = 0
@@ -73,7 +75,10 @@ class Activations:
         return saved
 
     def ffn_block(self) -> int:
-        """Norm, gate and up projections, SwiGLU, down projection."""
+        """Norm, gate and up projections, SwiGLU, down projection, or the input of all that if it is recomputed."""
+        return self._rows_bytes() if "mlp" in self.recomputed else self._whole_ffn_block()
+
+    def _whole_ffn_block(self) -> int:
         wide = self.tokens * self.ffn * self.element
         saved = self._norm(self.rows * self.hidden, feeds_linear=True) if self.input_norms else self._rows_bytes()
         # torch: both halves, silu(gate), the other half + 0, their product; fused SwiGLU: both halves and the product.
@@ -115,12 +120,13 @@ class Activations:
         return 0
 
     def softmax(self) -> int:
-        """What the cross-entropy keeps: probabilities in fp32."""
-        return self.tokens * self.vocab * FP32
+        """What the cross-entropy keeps: probabilities in fp32; the fused one a copy of the logits."""
+        return self.tokens * self.vocab * (self.element if self.fusions.cross_entropy_loss_fusion else FP32)
 
     def head_forward(self) -> int:
         """Logits beside the probabilities, and the gathered hidden states."""
-        logits = self.tokens * self.vocab * self.element if self.element != FP32 else 0
+        copied = self.element != FP32 or self.fusions.cross_entropy_loss_fusion
+        logits = self.tokens * self.vocab * self.element if copied else 0
         return logits + self._gathered()
 
     def head_backward(self) -> int:
@@ -129,7 +135,7 @@ class Activations:
         weight = self.vocab * self.hidden * self.element
         # Padding is masked in place: its backward copies all gradients once and those of the padding twice.
         masked = logits + 2 * self.tokens * self.padding * self.element if self.padding else 0
-        if self.element == FP32:
+        if self.element == FP32 or self.fusions.cross_entropy_loss_fusion:
             return max(masked, weight) + self._gathered()
         cast = logits  # beside the fp32 ones, which are gone when padding is masked
         return max(cast, logits + masked - self.softmax(), logits + weight - self.softmax()) + self._gathered()
@@ -138,6 +144,7 @@ class Activations:
         """Temporaries of a layer's backward pass at its widest, besides everything that it has saved."""
         rows = 2 * self._rows_bytes() + self._gathered()
         ffn = 2 * (self.tokens * self.ffn + self.rows * self.topk * (self.expert_ffn + self.hidden)) * self.element
+        ffn += self._whole_ffn_block() - self.ffn_block()
         attention = 0
         if loop > 1 and self._blocked_window:
             attention = 3 * self._window_scores() + 2 * self._queries() - self.ffn_block()
@@ -182,7 +189,9 @@ class Activations:
         return self._queries()
 
     def _rope(self) -> int:
-        """Cosines and sines, of Q and of K."""
+        """Cosines and sines, of Q and of K; the fused kernel keeps the angles, which all layers share."""
+        if self.fusions.apply_rope_fusion:
+            return 0
         rows = self.tokens if self.documents else self.row_length
         return 4 * rows * self.channels * self.element
 
@@ -201,7 +210,7 @@ class Activations:
 
     def _core_attention_statistics(self) -> int:
         """Log-sum-exp of one attention; packed documents add copies around each document's."""
-        if self.recompute == "selective":
+        if "core_attn" in self.recomputed:
             return 0
         saved = self.tokens * self.heads * FP32
         if self.documents:
@@ -212,7 +221,7 @@ class Activations:
 
     def _later_loop(self) -> int:
         """Attention of a loop >= 2 with the first loop's K and V, and its window."""
-        if self.recompute == "selective":
+        if "core_attn" in self.recomputed:
             return self._keys() + self._fused_qkv()
         saved = self._core_attention_statistics()
         if not self.windowed:
@@ -272,6 +281,7 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         input_norms=not post,
         norm_between_loops=model.norm_between_loops,
         documents=config.data.reset_at_document_boundaries,
-        recompute=layout.recompute,
+        recomputed=layout.recompute_modules,
         context=layout.context,
+        fusions=fusion_rules.choose(config, fusion_rules.obstacles(config, layout.backend)),
     )

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from plt_megatron.config import derived
 from plt_megatron.config.deepspeed_settings import deepspeed_config
 from plt_megatron.config.layout import DIMENSIONS, ParallelLayout, layout_of, num_microbatches
 from plt_megatron.config.schema import RunConfig
@@ -22,7 +23,8 @@ class Layout(ParallelLayout):
     Attributes:
         zero_stage: 0 all optimizer state on every data-parallel rank; 1 optimizer state divided (megatron-core's
             distributed optimizer); 2 gradients too; 3 weights too.
-        recompute: `none`, `selective` (core attention) or `full` (units of `recompute_num_layers` layers).
+        recompute: `none`, `selective` (`recompute_modules`) or `full` (units of `recompute_num_layers` layers).
+        recompute_modules: parts of layers that are recomputed by themselves.
         micro_batch_size: sequences.
         microbatches: per optimizer step and data-parallel rank.
         deepspeed: trained by DeepSpeed, which has buffers of its own.
@@ -36,9 +38,11 @@ class Layout(ParallelLayout):
     zero_stage: int = 1
     recompute: str = "none"
     recompute_num_layers: int = 1
+    recompute_modules: tuple[str, ...] = ()
     micro_batch_size: int = 1
     microbatches: int = 1
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     deepspeed: bool = False
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -76,9 +80,11 @@ def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu:
         max_live_parameters=zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS),
         recompute=parallel.recompute_granularity,
         recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=tuple(parallel.recompute_modules) if parallel.recompute_granularity == "selective" else (),
         micro_batch_size=config.training.micro_batch_size,
         microbatches=max(1, num_microbatches(config, world_size)),
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=derived.overlap_param_gather(config),
         backend=backend,
         on_cpu=on_cpu,
     )

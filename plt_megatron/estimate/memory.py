@@ -74,7 +74,7 @@ def _stage_memory(
         held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
-        held["FP8 weights"] = FP8_COPIES * parameters.layers
+        held["FP8 weights"] = FP8_COPIES * parameters.layers * _layers_in_fp8(config, layout, stage)
     player = MemorySimulator(config, layout, shapes, parameters, stage)
     count = enough_microbatches(layout.pipeline, layout.microbatches)
     for each in passes(layout.pipeline, stage, config.model.loop_count, count):
@@ -84,6 +84,16 @@ def _stage_memory(
     step, phase = max(candidates, key=lambda candidate: candidate[0].total())
     held += step
     return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, phase)
+
+
+def _layers_in_fp8(config: RunConfig, layout: Layout, stage: int) -> float:
+    """The share of a stage's layers whose linear layers are in FP8."""
+    training, layers = config.training, config.model.num_layers
+    own = layout.stage_layers(layers)[stage]
+    if not training.first_last_layers_bf16:
+        return 1.0
+    in_fp8 = range(training.num_layers_at_start_in_bf16, layers - training.num_layers_at_end_in_bf16)
+    return sum(layer in in_fp8 for layer in own) / len(own)
 
 
 def persistent_bytes(parameters: int, config: RunConfig, layout: Layout, shards: int | None = None) -> dict[str, int]:
@@ -230,7 +240,9 @@ class MemorySimulator:
             needs["activations"] = self.unit * shapes.layer(loop)
             needs["first-loop K/V"] = self.unit * shapes.first_loop_kv() if loop == 1 else 0
         if not self._autograd_keeps_weight_gradients:
-            needs["temporaries"] += largest
+            # Fused accumulation returns a dummy gradient, one for each shape of weight.
+            dummies = self.parameters.layers // self.layers * self.element
+            needs["temporaries"] += dummies if shapes.fusions.gradient_accumulation_fusion else largest
         if shapes.documents:
             needs["temporaries"] += 2 * shapes.window_bias()
         return needs

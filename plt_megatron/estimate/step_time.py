@@ -101,7 +101,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 
 
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec) -> float:
-    shapes = dataclasses.replace(shapes, recompute="none")  # activations that are not kept are moved too
+    shapes = dataclasses.replace(shapes, recomputed=())  # activations that are not kept are moved too
     layers = layout.most_stage_layers(config.model.num_layers)
     loops = range(1, config.model.loop_count + 1)
     saved: float = layers * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
@@ -115,7 +115,8 @@ def _recompute(layout: Layout, matmul: float, attention: float, memory_bound: fl
     if layout.recompute == "none":
         return 0.0
     if layout.recompute == "selective":
-        return attention / 3
+        parts = attention if "core_attn" in layout.recompute_modules else 0.0
+        return (parts + (matmul * flops.ffn / flops.total if "mlp" in layout.recompute_modules else 0.0)) / 3
     looped = flops.looped / flops.total
     return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
 
@@ -132,17 +133,21 @@ def _other_communication(
     """Data-parallel and pipeline traffic that does not overlap with computation.
 
     With overlapped reduction all but the last microbatch's backward pass is over when it starts: two thirds of one
-    microbatch hide it. Pipeline messages are sent while the next pass computes; the first of each is waited for.
+    microbatch hide it, and the forward third of one hides overlapped gathering. Pipeline messages are sent while the
+    next pass computes; the first of each is waited for.
     """
     spread = layout.world_size if layout.shards > 1 else 1
     bandwidth = _bandwidth(card, spread, gpus_per_node)
     reduction = traffic.get("gradient reduction", 0.0) / bandwidth
     if layout.overlap_grad_reduce:
         reduction = max(reduction * 0.05, reduction - work / layout.microbatches * 2 / 3)
-    gathering = traffic.get("weight gathering", 0.0) / bandwidth + traffic.get("host transfers", 0.0) / HOST_LINK
+    gathering = traffic.get("weight gathering", 0.0) / bandwidth
+    if layout.overlap_param_gather:
+        gathering = max(gathering * 0.05, gathering - work / layout.microbatches / 3)
     pipeline = traffic.get("pipeline", 0.0) / _bandwidth(card, layout.tensor * layout.pipeline, gpus_per_node)
     tied = traffic.get("tied embeddings", 0.0) / _bandwidth(card, layout.tensor * layout.pipeline, gpus_per_node)
-    return reduction + gathering + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
+    offloading = traffic.get("host transfers", 0.0) / HOST_LINK
+    return reduction + gathering + offloading + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
 
 
 def _optimizer(layout: Layout, card: GPUSpec, parameters: RankParameters) -> float:

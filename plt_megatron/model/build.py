@@ -12,6 +12,7 @@ from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
+from plt_megatron.runtime.fusions import choose_fusions
 from plt_megatron.runtime.kernels import check_kernels, choose_fp8
 
 
@@ -32,6 +33,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
             precision=training.precision,
             deterministic=training.deterministic,
             fp8=choose_fp8(config),
+            fusions=choose_fusions(config, resolve_backend(config.model), vocab_size),
         ),
         vocab_size,
         config.data.sequence_length,

@@ -26,6 +26,24 @@ def _states(stage: MegatronModule) -> Iterator[tuple[Tensor, Tensor]]:
                 yield meta[key].scale, meta[key].amax_history
 
 
+def renew_weight_copies(stage: MegatronModule) -> None:
+    """At the start of a step: each layer's next call quantizes its weights, and all later calls use that copy.
+
+    Transformer Engine takes a call that is flagged as a step's first microbatch for the first to be differentiated too:
+    with fused accumulation its gradient overwrites the buffer. Of a looped layer it is the last, and the gradients of
+    all other loops would be lost. So no call is flagged; without a copy, a layer makes one. With full recomputation the
+    flagged call is not the one that is differentiated, and the copies are renewed in place.
+    """
+    config = stage.config
+    if config.recompute_granularity == "full" or not config.gradient_accumulation_fusion:
+        stage.set_is_first_microbatch()
+        return
+    for module in stage.modules():
+        if hasattr(module, "is_first_microbatch"):
+            module.is_first_microbatch = False
+            module._fp8_workspaces.clear()
+
+
 class Fp8State:
     """A snapshot of a stage's modules. Empty without FP8, or for a recipe without history."""
 

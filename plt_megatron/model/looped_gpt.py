@@ -10,6 +10,7 @@ With E the token embeddings and f the shared stack,
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 from megatron.core import tensor_parallel
@@ -147,10 +148,13 @@ class LoopedGPT(LanguageModule):
         self.final_layernorm = norm_class(backend)(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
+        # Transformer Engine has no such layer; megatron-core's would add up its gradient with a kernel of apex.
+        head_config = copy.copy(config)
+        head_config.gradient_accumulation_fusion = False
         self.output_layer = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             self.padded_vocab_size,
-            config=config,
+            config=head_config,
             init_method=config.init_method,
             bias=False,
             gather_output=False,

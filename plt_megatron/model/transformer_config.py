@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config import derived
 from plt_megatron.config.fp8_rules import Fp8Choice
+from plt_megatron.config.fusion_rules import Fusions
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
 from plt_megatron.errors import UserError
@@ -53,6 +55,7 @@ def transformer_config(
     precision: str = "fp32",
     deterministic: bool = False,
     fp8: Fp8Choice | None = None,
+    fusions: Fusions | None = None,
 ) -> PLTTransformerConfig:
     """The layers' configuration.
 
@@ -81,11 +84,11 @@ def transformer_config(
         # The mean over the global batch's tokens, however they fall into microbatches and ranks.
         calculate_per_token_loss=True,
         deterministic_mode=deterministic,
-        gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=backend == "te",
         bias_dropout_fusion=False,
-        apply_rope_fusion=False,
+        **dataclasses.asdict(fusions or Fusions()),
+        cross_entropy_fusion_impl="te",
         # megatron-core writes it into the process's environment: one value, whatever backends a process builds.
         attention_backend=AttnBackend.auto,
     )
@@ -124,6 +127,7 @@ def _parallel_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "recompute_granularity": None if granularity == "none" else granularity,
         "recompute_method": "uniform" if full else None,
         "recompute_num_layers": parallel.recompute_num_layers if full else None,
+        "recompute_modules": list(parallel.recompute_modules),
         # With batched p2p and two stages the interleaved schedule mixes up messages between the ranks, silently.
         "batch_p2p_comm": False,
         "overlap_p2p_comm": layout.pipeline > 1,
@@ -154,6 +158,9 @@ def _fp8_settings(fp8: Fp8Choice) -> dict[str, Any]:
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,
         "fp8_dot_product_attention": fp8.attention,
+        "first_last_layers_bf16": any(fp8.layers_in_bf16),
+        "num_layers_at_start_in_bf16": fp8.layers_in_bf16[0],
+        "num_layers_at_end_in_bf16": fp8.layers_in_bf16[1],
         # Delayed scaling: loops have value ranges of their own and share a module's history, so a scale must hold for
         # the largest value of many calls. megatron-core's default is the last call's.
         "fp8_amax_history_len": AMAX_HISTORY_LENGTH,

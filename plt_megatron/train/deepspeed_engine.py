@@ -83,6 +83,9 @@ class DeepSpeedEngine:
         with torch.no_grad():
             return self._run(batches, loop_count, None)
 
+    def gather_parameters(self) -> None:
+        """See `Engine`. DeepSpeed's step has done it; what stage 3 shards, only DeepSpeed reads."""
+
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
         """See `Engine`."""

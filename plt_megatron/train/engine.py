@@ -81,6 +81,10 @@ class Engine(Protocol):
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
 
+    def gather_parameters(self) -> None:
+        """Complete the weights that the last step updated, before anything but a forward pass reads them. Collective;
+        with `parallel.overlap_param_gather` a rank has only its own share of them until the next forward pass."""
+
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
         """(sum of token losses, tokens that count) of each microbatch run last, on the last stage. Collective over the

@@ -20,10 +20,11 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
-from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged
+from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged, renew_weight_copies
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.loss import sum_of_losses
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
@@ -46,7 +47,8 @@ class MegatronEngine:
         self.config = config
         self.stage = build_stage(config, vocab_size)
         self.layers_config, self.groups = self.stage.config, self.stage.pg_collection
-        self.ddp = wrap_ddp(self.stage, config.parallel.overlap_grad_reduce)
+        gather = derived.overlap_param_gather(config)
+        self.ddp = wrap_ddp(self.stage, config.parallel.overlap_grad_reduce, overlap_param_gather=gather)
         self.optimizer = build_optimizer(config, self.ddp)
         self.scheduler = LearningRate(config, self.optimizer)
         self.state = MegatronState(
@@ -97,6 +99,25 @@ class MegatronEngine:
             loss_sum, tokens = self._run(batches, loop_count, forward_only=True).tolist()
             return loss_sum, int(tokens)
 
+    @torch.no_grad()
+    def gather_parameters(self) -> None:
+        """See `Engine`."""
+        if self.ddp.ddp_config.overlap_param_gather:
+            for group in self._bucket_groups:
+                if not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
+    def _await_gathering(self) -> None:
+        """Of buckets that no layer has waited for: a pass of fewer loops than the model's may leave out gates."""
+        for group in self._bucket_groups:
+            if group.param_gather_handle is not None:
+                group.finish_param_sync(skip_next_bucket_dispatch=True)
+
+    @property
+    def _bucket_groups(self) -> list[Any]:
+        return self.ddp.bucket_groups + self.ddp.expert_parallel_bucket_groups
+
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
         """See `Engine`."""
@@ -112,8 +133,7 @@ class MegatronEngine:
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
-        # FP8 copies of the weights are made in a layer's next call, and used in every loop and microbatch.
-        self.stage.set_is_first_microbatch()
+        renew_weight_copies(self.stage)
         shared = MicroBatches([batch.shard_for_cp(self.stage.context_rows) for batch in batches])
         virtual = config.virtual_pipeline_model_parallel_size
         schedule = get_forward_backward_func(pp_size=config.pipeline_model_parallel_size, vp_size=virtual)
@@ -127,6 +147,8 @@ class MegatronEngine:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
+        if forward_only:
+            self._await_gathering()
         return self._reduce(results)
 
     def _schedule(self, loop_count: int) -> tuple[list[LoopChunk], Any]:
@@ -146,6 +168,7 @@ class MegatronEngine:
     def _finalize(self, chunks: list[LoopChunk], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         # The chunks are views of one stage: its gradients are reduced once.
         self.on_progress()
+        self._await_gathering()
         with self.times.measure("gradient_reduction"):  # inside forward_backward
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
 
@@ -167,15 +190,20 @@ def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Ten
     return loss_sum, tokens.int(), logged
 
 
-def wrap_ddp(stage: MegatronModule, overlap_grad_reduce: bool) -> DistributedDataParallel:
+def wrap_ddp(
+    stage: MegatronModule, overlap_grad_reduce: bool, *, overlap_param_gather: bool = False
+) -> DistributedDataParallel:
     """One DistributedDataParallel around a stage: its loops share the weights and so the gradient buffers.
 
     With overlap, a bucket is reduced when each of its parameters has had as many gradients as in the first step after
-    synchronization was enabled; loops and recomputation change that number, not its being the same in every step.
+    synchronization was enabled; loops and recomputation change that number, not its being the same in every step. A
+    bucket of weights is waited for by the first layer that uses it, in whichever loop, and counts as gathered until the
+    gradients of the step have been reduced.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
         use_distributed_optimizer=True,
         average_in_collective=False,
     )

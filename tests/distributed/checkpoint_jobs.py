@@ -85,6 +85,7 @@ def evaluate(engine: Any, loop_count: int) -> float:
 
 def digest(engine: Any) -> str:
     """One hash over the bits of this rank's parameters, main parameters, moments and learning rates."""
+    engine.gather_parameters()
     tensors = list(engine.stage.parameters())
     for part in engine.state.parts:
         for group in part.inner.param_groups:

@@ -71,6 +71,7 @@ def _train(layout: Layout, case: Case) -> Outcome:
             for loops in _evaluated_loops(case):
                 loss, tokens = engine.evaluate(_batches(100, layout, case), loops)
                 outcome.numbers[f"validation loss at {loops}"] = loss / tokens
+    engine.gather_parameters()
     outcome.final = _gather(engine.stage)
     outcome.dispatched = _gather_objects(dispatched)
     return outcome

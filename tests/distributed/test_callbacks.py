@@ -45,6 +45,7 @@ class Average(Callback):
 
     def after_step(self, step: Any, result: Any) -> None:
         self.updates += 1
+        self.run.engine.gather_parameters()
         for name, weight in self.run.engine.stage.named_parameters():
             self.weights[name].lerp_(weight.detach().float(), 0.5)
 

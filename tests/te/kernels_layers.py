@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.te.extension import NVTE_QKV_Format as Format
 from tests.te.kernels_quantize import operand, quantize, torch_dtype
 
 
@@ -139,6 +140,47 @@ def dswiglu(grad: Tensor, x: Tensor, quantizer: Any) -> Any:
     return quantize(torch.cat((of_gate, of_up), -1).to(x.dtype), quantizer)
 
 
+def fused_rope_forward(
+    x: Tensor,
+    freqs: Tensor,
+    start_positions: Tensor | None,
+    qkv_format: Any,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    cp_size: int,
+    cp_rank: int,
+) -> Tensor:
+    """x [s, b, heads, d] turned by the angles [s, 1, 1, d2 <= d], in float32; the other channels are copied."""
+    return _turned(x, freqs, freqs.sin(), start_positions, qkv_format, interleaved, cp_size)
+
+
+def fused_rope_backward(
+    grad: Tensor,
+    freqs: Tensor,
+    start_positions: Tensor | None,
+    qkv_format: Any,
+    interleaved: bool,
+    cu_seqlens: Tensor | None,
+    cp_size: int,
+    cp_rank: int,
+) -> Tensor:
+    """Gradient of `fused_rope_forward`: turned back."""
+    return _turned(grad, freqs, -freqs.sin(), start_positions, qkv_format, interleaved, cp_size)
+
+
+def _turned(x: Tensor, freqs: Tensor, sin: Tensor, start: Any, qkv_format: Any, interleaved: bool, cp: int) -> Tensor:
+    assert qkv_format == Format.NVTE_SBHD and start is None and not interleaved and cp == 1, (
+        "not what a PLT layer calls"
+    )
+    # As the extension checks.
+    assert freqs.dim() == 4 and freqs.shape[1:3] == (1, 1) and freqs.dtype == torch.float32
+    assert freqs.shape[0] >= x.shape[0] and freqs.shape[3] <= x.shape[3]
+    angles, rows = freqs.shape[3], x[..., : freqs.shape[3]].float()
+    first, second = rows.chunk(2, -1)
+    turned = rows * freqs[: len(x)].cos() + torch.cat((-second, first), -1) * sin[: len(x)]
+    return torch.cat((turned.to(x.dtype), x[..., angles:]), -1)
+
+
 def swap_first_dims(tensor: Tensor, *, out: Tensor | None) -> Tensor:
     """[a, b, ..] -> [b, a, ..]."""
     swapped = tensor.transpose(0, 1).contiguous()
@@ -199,6 +241,8 @@ FUNCTIONS = {
         rmsnorm_bwd,
         swiglu,
         dswiglu,
+        fused_rope_forward,
+        fused_rope_backward,
         swap_first_dims,
         multi_tensor_scale,
         multi_tensor_l2norm,

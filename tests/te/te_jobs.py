@@ -24,9 +24,14 @@ FP8_MODEL: dict[str, Any] = {
 WEIGHTS_PER_LAYER = 4  # QKV, projection, and the two of the MLP
 
 
+# In Triton's interpreter it takes most of a test's time: test_te_fusions.py has it.
+UNFUSED = {"cross_entropy_loss_fusion": False}
+
+
 def on_te(case: Case) -> Case:
     """The case on Transformer Engine's layers."""
-    return replace(case, model=tuple(sorted({**dict(case.model), "backend": "te"}.items())))
+    model, parallel = {**dict(case.model), "backend": "te"}, {**UNFUSED, **dict(case.parallel)}
+    return replace(case, model=tuple(sorted(model.items())), parallel=tuple(sorted(parallel.items())))
 
 
 def fp8_case(
@@ -35,7 +40,8 @@ def fp8_case(
     """A bf16 case with FP8 linear layers; `recipe` None: without FP8."""
     fp8 = {} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_attention": attention}
     settings = tuple(sorted({**FP8_MODEL, **model}.items()))
-    return Case(loops, recompute, model=settings, precision="bf16", training=tuple(fp8.items()))
+    parallel = tuple(UNFUSED.items())
+    return Case(loops, recompute, model=settings, precision="bf16", parallel=parallel, training=tuple(fp8.items()))
 
 
 def _forget_fp8_state() -> None:
@@ -159,6 +165,7 @@ def checkpoint_config(layout: dict[str, Any], recipe: str | None, **model: Any) 
     """A run configuration for `checkpoint_jobs`; `recipe` None: fp32 without FP8."""
     from tests.distributed import checkpoint_jobs
 
+    layout = {**layout, **UNFUSED}
     if recipe is None:
         return checkpoint_jobs.run_config(layout, **model)
     sizes = {**FP8_MODEL, "num_layers": 2, "kv_channels": 128}

@@ -162,7 +162,7 @@ def test_fp8_attention_with_context_parallelism(run_te, check_close, kind):
     """The window communicates by itself, in BF16."""
     case = fp8_case(2, "delayed", attention=True, kv_channels=128)
     (expected,) = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(2, None, kv_channels=128)])
-    shared = replace(case, parallel=(("cp_comm_type", kind), ("window_cp_comm_type", "a2a")))
+    shared = replace(case, parallel=(("cp_comm_type", kind), *case.parallel))
     calls, outcome = run_te(jobs.count, 2, Layout(cp=2), shared)
     check_close(outcome, expected, f"delayed, attention in FP8 L2 {Layout(cp=2)} {kind}")
     assert {fp8 for fp8, window in calls[0].attentions if window[0] > 0} == {False}

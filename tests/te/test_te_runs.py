@@ -19,7 +19,8 @@ def make(tmp_path_factory):
     """A configuration by name and layout."""
     data = make_data(tmp_path_factory.mktemp("data"))
     runs = tmp_path_factory.mktemp("runs")
-    return lambda name, **parallel: run_config(name, runs, data, model=MODEL, training=TRAINING, parallel=parallel)
+    kinds = {"model": MODEL, "training": TRAINING}
+    return lambda name, **parallel: run_config(name, runs, data, **kinds, parallel={**jobs.UNFUSED, **parallel})
 
 
 @pytest.fixture(scope="module")

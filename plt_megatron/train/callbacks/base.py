@@ -146,7 +146,8 @@ class Callback:
 
     def parameter_state(self) -> dict[str, Tensor]:
         """State in tensors, such as averages of weights: each in the shape of one of `engine.stage`'s parameters, by
-        its name. They are saved like parameters, and loading a checkpoint in any layout fills them."""
+        its name. They are saved like parameters, and loading a checkpoint in any layout fills them. After a step,
+        weights are complete on a rank only once `engine.gather_parameters()` was called on all."""
         return {}
 
     def on_save(self, checkpoint: Path) -> None:

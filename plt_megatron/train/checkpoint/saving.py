@@ -194,6 +194,7 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 def _state(engine: Engine, kept: Kept) -> dict[str, Any]:
+    engine.gather_parameters()
     return {
         **engine.state.to_save(),
         "scheduler": engine.scheduler.state_dict(),

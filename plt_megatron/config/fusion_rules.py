@@ -1,0 +1,63 @@
+"""Megatron-LM's fused operations (`parallel.*_fusion`): where each can be on, and what a run gets where it is not set.
+
+All are Transformer Engine's kernels. A setting that is null means: on, unless something here is in the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plt_megatron.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """What is fused, under megatron-core's names.
+
+    Attributes:
+        gradient_accumulation_fusion: the matrix product of a linear layer's weight gradient adds it to the fp32
+            gradient buffer itself, once for each loop and microbatch.
+        apply_rope_fusion: RoPE in one kernel.
+        cross_entropy_loss_fusion: cross-entropy in one kernel each way, without logits in fp32.
+    """
+
+    gradient_accumulation_fusion: bool = False
+    apply_rope_fusion: bool = False
+    cross_entropy_loss_fusion: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(name for name in NAMES if getattr(self, name)) or "none"
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Fusions))
+
+
+def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
+    """Fusion -> why it cannot be on, with `backend` (`torch` or `te`)."""
+    if backend != "te":
+        return dict.fromkeys(NAMES, "needs Transformer Engine (model.backend=te)")
+    if config.engine == "deepspeed":
+        return dict.fromkeys(NAMES, "is not proven with engine deepspeed")
+    if config.data.reset_at_document_boundaries:
+        why = "with data.reset_at_document_boundaries: the kernel knows one position a row, packed rows have their own"
+        return {"apply_rope_fusion": why}
+    return {}
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """Fusions that are asked for and cannot be, one line each. What `model.backend: auto` is, is not known here."""
+    return refusals(config, obstacles(config, "te" if config.model.backend == "auto" else config.model.backend))
+
+
+def refusals(config: RunConfig, why: dict[str, str]) -> Iterator[str]:
+    """A line for each fusion that is asked for and has an obstacle."""
+    for name in NAMES:
+        if getattr(config.parallel, name) and name in why:
+            yield f"parallel.{name} {why[name]}; set parallel.{name}=null (on where possible) or false"
+
+
+def choose(config: RunConfig, why: dict[str, str]) -> Fusions:
+    """What is on, given the obstacles."""
+    return Fusions(**{name: getattr(config.parallel, name) is not False and name not in why for name in NAMES})

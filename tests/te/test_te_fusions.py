@@ -1,0 +1,194 @@
+"""Megatron-LM's fused operations on Transformer Engine's layers, with loops: a run has the same numbers without them.
+
+All other tests of this group have gradient accumulation and RoPE fused, as runs have, and are compared with the torch
+backend, which has neither; here each is switched by itself, and what it does is counted. Cross-entropy's Triton kernels
+run in Triton's interpreter, which is slow, so only here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import MODEL, Case, Layout, train_cases
+from tests.te import te_jobs as jobs
+from tests.te.te_jobs import fp8_case, on_te
+
+TOLERANCE = 1e-5
+BF16_TOLERANCE = 5e-3  # one sum in fp32 instead of rounded loop by loop; cos and sin not rounded
+OFF = {"gradient_accumulation_fusion": False, "apply_rope_fusion": False, "cross_entropy_loss_fusion": False}
+MICROBATCHES, LAYERS = 2, 4
+
+
+def fused(case: Case, *names: str) -> Case:
+    """The case on Transformer Engine with these fusions and no others."""
+    settings = {**dict(case.parallel), **OFF, **dict.fromkeys(names, True)}
+    return on_te(replace(case, parallel=tuple(sorted(settings.items()))))
+
+
+@pytest.fixture
+def same(run_te) -> Callable[..., None]:
+    """Train cases with fusions and without, and compare losses, gradient norms and, in fp32, the final weights."""
+
+    def check(layout: Layout, cases: list[Case], *names: str, tolerance: float = TOLERANCE) -> None:
+        both = [fused(case, *which) for case in cases for which in ((), names)]
+        outcomes = run_te(train_cases, layout.world_size, layout, both, timeout_s=240)
+        for case, plain, other in zip(cases, outcomes[::2], outcomes[1::2], strict=True):
+            assert plain.numbers.keys() == other.numbers.keys()
+            for name, value in plain.numbers.items():
+                assert other.numbers[name] == pytest.approx(value, rel=tolerance), (case, name)
+            for name, value in plain.final.items() if tolerance == TOLERANCE else ():
+                assert np.abs(other.final[name] - value).max() <= tolerance * np.abs(value).max(), (case, name)
+
+    return check
+
+
+# ---------------------------------------------------------------- gradient accumulation
+
+
+def test_gradients_are_accumulated_over_loops_and_microbatches(same):
+    same(Layout(), [Case(1), Case(3), Case(2, "selective"), Case(3, "full")], "gradient_accumulation_fusion")
+
+
+def test_gradients_are_accumulated_in_pipelines_and_while_they_are_reduced(same):
+    same(Layout(pp=2), [Case(2), Case(3, "full", overlap=True)], "gradient_accumulation_fusion")
+    same(Layout(tp=2, sp=True), [Case(2, overlap=True)], "gradient_accumulation_fusion")
+
+
+def test_in_bf16(same):
+    names = ("gradient_accumulation_fusion", "apply_rope_fusion")
+    same(Layout(), [Case(3, precision="bf16")], *names, tolerance=BF16_TOLERANCE)
+
+
+def accumulated(layout: Layout, case: Case) -> list[bool]:
+    """Of each product that went into a buffer in the second step: whether it was added to what was there."""
+    import sys
+
+    from tests.distributed import parity
+
+    extension = sys.modules["transformer_engine_torch"]
+    stock, seen, before = extension.generic_gemm, [], {}
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        if args[4] is not None and args[11]:  # `out` and `grad`: a weight's gradient
+            seen.append(args[14])  # `accumulate`
+        return stock(*args, **kwargs)
+
+    def batches(step: int, *args: Any) -> Any:
+        before[step] = len(seen)
+        return stock_batches(step, *args)
+
+    stock_batches, parity._batches = parity._batches, batches
+    extension.generic_gemm = noted
+    try:
+        parity.train_all(layout, [case])
+    finally:
+        extension.generic_gemm, parity._batches = stock, stock_batches
+    return seen[before[1] : before[2]]
+
+
+@pytest.mark.parametrize("case", [Case(3), fp8_case(3, "tensorwise"), Case(3, "full")], ids=["fp32", "fp8", "full"])
+def test_each_weight_is_added_once_for_each_loop_and_microbatch(run_te, case):
+    """And never overwrites the buffer: Transformer Engine would, for a call flagged as a step's first microbatch."""
+    added = run_te(accumulated, 1, Layout(), fused(case, "gradient_accumulation_fusion"))
+    assert added == [True] * (3 * MICROBATCHES * LAYERS * jobs.WEIGHTS_PER_LAYER)
+
+
+def flagged(layout: Layout, case: Case) -> list[Any]:
+    """Outcomes as they are, and with the first call of each step flagged as megatron-core's schedule does."""
+    from plt_megatron.train import megatron_engine
+
+    right = jobs.train_fresh(layout, [case])
+    stock = megatron_engine.renew_weight_copies
+    megatron_engine.renew_weight_copies = lambda stage: stage.set_is_first_microbatch()
+    try:
+        from tests.distributed import parity
+
+        jobs._forget_fp8_state()
+        return [*right, parity._train(layout, case)]
+    finally:
+        megatron_engine.renew_weight_copies = stock
+
+
+def test_the_flag_of_a_first_microbatch_would_lose_the_other_loops(run_te):
+    """What the function that is left out here is for. A plain transformer does not need it."""
+    right, wrong = run_te(flagged, 1, Layout(), fused(Case(3), "gradient_accumulation_fusion"))
+    name = "gradient norm 0"
+    assert abs(wrong.numbers[name] / right.numbers[name] - 1) > 0.1
+
+
+def test_fp8_with_fused_accumulation_is_fp8_without(run_te):
+    """In the first step: bf16 rounds each loop's gradient in one of them, and FP8 makes the most of any difference."""
+    cases = [fused(fp8_case(3, "tensorwise"), *names) for names in ((), ("gradient_accumulation_fusion",))]
+    plain, other = run_te(jobs.train_fresh, 1, Layout(), cases)
+    assert other.numbers["loss 0"] == plain.numbers["loss 0"]
+    assert other.numbers["gradient norm 0"] == pytest.approx(plain.numbers["gradient norm 0"], rel=BF16_TOLERANCE)
+
+
+def test_experts(same):
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 8}
+    same(Layout(dp=2, ep=2), [Case(2, model=tuple(sorted(experts.items())))], "gradient_accumulation_fusion")
+
+
+# ---------------------------------------------------------------- RoPE and cross-entropy
+
+
+def test_rope(same):
+    """Also where queries carry a channel that is not turned: the `hidden` gate's logit."""
+    hidden = Case(2, model=(("gate_input", "hidden"),))
+    same(Layout(), [Case(2), Case(3, "full"), hidden], "apply_rope_fusion")
+
+
+def test_rope_on_ranks_that_share_a_sequence(same):
+    same(Layout(cp=2), [Case(2, parallel=(("cp_comm_type", "a2a"),))], "apply_rope_fusion")
+
+
+def test_cross_entropy(same):
+    """Tokens that do not count, padding of the vocabulary, and its parts on two ranks."""
+    same(Layout(), [Case(2)], "cross_entropy_loss_fusion")
+    same(Layout(tp=2, sp=True), [Case(2)], "cross_entropy_loss_fusion")
+
+
+def test_cross_entropy_in_bf16(same):
+    same(Layout(), [Case(2, precision="bf16")], "cross_entropy_loss_fusion", tolerance=BF16_TOLERANCE)
+
+
+# ---------------------------------------------------------------- what a run gets
+
+
+def choice(backend: str, vocab_size: int = 50, oldest: str | None = None, **parallel: Any) -> str:
+    """What is fused, or why not."""
+    from plt_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+    from plt_megatron.errors import UserError
+    from plt_megatron.runtime import fusions
+
+    stock = fusions.OLDEST_CROSS_ENTROPY
+    fusions.OLDEST_CROSS_ENTROPY = oldest or stock
+    config = RunConfig(model=ModelConfig(**{**MODEL, "backend": backend}), parallel=ParallelConfig(**parallel))
+    try:
+        return str(fusions.choose_fusions(config, backend, vocab_size))
+    except UserError as error:
+        return str(error)
+    finally:
+        fusions.OLDEST_CROSS_ENTROPY = stock
+
+
+def test_what_is_on_where_nothing_is_set(run_te):
+    everything = "gradient_accumulation_fusion, apply_rope_fusion, cross_entropy_loss_fusion"
+    assert run_te(choice, 1, "te") == everything
+    assert run_te(choice, 1, "torch") == "none"
+    assert run_te(choice, 1, "te", oldest="99.0") == "gradient_accumulation_fusion, apply_rope_fusion"
+    # 9 tokens, padded to 8 a rank, leave nothing for the third and fourth.
+    assert "cross" not in run_te(choice, 1, "te", vocab_size=9, tensor_model_parallel_size=4)
+
+
+def test_what_is_asked_for_and_not_possible_is_refused(run_te):
+    wanted = {"cross_entropy_loss_fusion": True}
+    assert "needs Transformer Engine 99.0" in run_te(choice, 1, "te", oldest="99.0", **wanted)
+    error = run_te(choice, 1, "te", vocab_size=9, tensor_model_parallel_size=4, **wanted)
+    assert error.startswith("parallel.cross_entropy_loss_fusion with a vocabulary of 9 padded to 4 x 8")
+    assert "needs Transformer Engine (model.backend=te)" in run_te(choice, 1, "torch", **wanted)

@@ -1,0 +1,107 @@
+"""Megatron-LM's throughput switches: what is refused, by name and with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from plt_megatron.config import derived, fp8_rules
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.refused_settings import REFUSED
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+
+RUN = "configs/runs/plt2_1b.yaml"
+TE_FP8 = ["model.backend=te", "training.fp8=hybrid", "training.fp8_recipe=tensorwise"]
+
+
+def problems(*settings: str, **kwargs: Any) -> str:
+    config = load_config(RUN, ["parallel.overlap_grad_reduce=false", *settings])
+    return "\n".join(find_problems(config, check_files=False, have_te=True, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            ["model.backend=torch", "parallel.gradient_accumulation_fusion=true"],
+            "parallel.gradient_accumulation_fusion needs Transformer Engine (model.backend=te)",
+        ),
+        (
+            ["data.reset_at_document_boundaries=true", "parallel.apply_rope_fusion=true"],
+            "parallel.apply_rope_fusion with data.reset_at_document_boundaries",
+        ),
+        (
+            ["engine=deepspeed", "parallel.cross_entropy_loss_fusion=true"],
+            "parallel.cross_entropy_loss_fusion is not proven with engine deepspeed",
+        ),
+        (["engine=deepspeed", "parallel.overlap_param_gather=true"], "engine deepspeed: parallel.overlap_param_gather"),
+        (
+            ["parallel.overlap_param_gather=true"],
+            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true",
+        ),
+        (
+            [
+                "parallel.overlap_grad_reduce=true",
+                "parallel.overlap_param_gather=true",
+                "model.fused_gated_window=true",
+            ],
+            "parallel.overlap_param_gather with model.fused_gated_window",
+        ),
+        (
+            ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[shared_experts]"],
+            "parallel.recompute_modules shared_experts needs model.moe_shared_expert_intermediate_size",
+        ),
+        (
+            ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[mlp,mlp]"],
+            "parallel.recompute_modules ['mlp', 'mlp']: name each part once",
+        ),
+        (
+            [*TE_FP8, "training.fp8_recipe=delayed", "parallel.recompute_granularity=selective"]
+            + ["parallel.recompute_modules=[mlp]"],
+            "a loop would be recomputed with another loop's scales",
+        ),
+        (["training.first_last_layers_bf16=true"], "training.first_last_layers_bf16 needs training.fp8"),
+        (
+            [*TE_FP8, "training.fp8_recipe=delayed", "training.first_last_layers_bf16=true"],
+            "training.first_last_layers_bf16 with recipe delayed",
+        ),
+        (
+            [*TE_FP8, "training.first_last_layers_bf16=true", "training.num_layers_at_end_in_bf16=17"],
+            "training.num_layers_at_end_in_bf16 17 is more than the 16 layers",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_together_is_refused(settings, expected):
+    assert expected in problems(*settings)
+
+
+def test_what_fits_is_not():
+    fusions = ["parallel.apply_rope_fusion=true", "data.reset_at_document_boundaries=false"]
+    assert problems(*TE_FP8, "training.first_last_layers_bf16=true", *fusions) == ""
+    modules = ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[core_attn,mlp]"]
+    assert problems(*TE_FP8, *modules) == ""
+    assert problems("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true") == ""
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_settings_of_megatron_lm_that_are_none_here_say_why(name):
+    with pytest.raises(UserError, match=f"parallel.{name} is not supported: .*; leave it out"):
+        load_config(RUN, [f"parallel.{name}=true"])
+
+
+def test_gathering_overlaps_where_the_reduction_does():
+    config = RunConfig()
+    assert not derived.overlap_param_gather(config)
+    config.parallel.overlap_grad_reduce = True
+    assert derived.overlap_param_gather(config)
+    config.parallel.overlap_param_gather = False
+    assert not derived.overlap_param_gather(config)
+
+
+def test_the_choice_of_fp8_names_the_layers_that_are_not():
+    config = load_config(RUN, [*TE_FP8, "training.first_last_layers_bf16=true"])
+    assert str(fp8_rules.choose(config, (9, 0))).endswith("the first 1 and last 1 layers in BF16")
