@@ -1,12 +1,23 @@
-"""The baseline of PLT-2's speed: megatron-core's GPT of twice the depth, with our attention and norm modules."""
+"""What PLT-2's speed is held against: megatron-core's GPT of twice the depth.
+
+On the torch backend it has our attention and norm modules, so that a ratio is the loops' overhead alone. On Transformer
+Engine it is megatron-core's own GPT throughout, with everything fused that PLT-2 has fused, and the output layer too
+where apex is.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config.schema import ModelConfig
@@ -19,15 +30,36 @@ def deeper_gpt(
 ) -> GPTModel:
     """A GPTModel of the width of `model` and twice its layers, fp32 or as `layers_config` says, with random weights."""
     plain = dataclasses.replace(model, num_layers=2 * model.num_layers, loop_count=1)
-    gpt = GPTModel(
-        layers_config(plain),
-        layer_spec(plain, resolve_backend(plain)),
-        vocab_size,
-        sequence_length,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-    )
+    backend = resolve_backend(plain)
+    spec = get_gpt_layer_with_transformer_engine_spec() if backend == "te" else layer_spec(plain, backend)
+    config = layers_config(plain)
+    with _output_layer_without_apex():
+        gpt = GPTModel(
+            config,
+            spec,
+            vocab_size,
+            sequence_length,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope",
+        )
     for parameter in gpt.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     return gpt
+
+
+@contextmanager
+def _output_layer_without_apex() -> Iterator[None]:
+    """Within it, megatron-core's own linear layers are built where apex is missing, and do not fuse their gradient."""
+    stock = ColumnParallelLinear.__init__
+
+    def build(self: ColumnParallelLinear, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.gradient_accumulation_fusion &= layers._grad_accum_fusion_available
+        stock(self, *args, config=config, **kwargs)
+
+    ColumnParallelLinear.__init__ = build
+    try:
+        yield
+    finally:
+        ColumnParallelLinear.__init__ = stock

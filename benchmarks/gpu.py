@@ -7,7 +7,8 @@
 
 Parts: `rates` (what the card copies and multiplies), `correctness` (gradients of a small PLT-2 on both backends, bf16
 and FP8, against float64 on the CPU), `training` (loss curves, bf16 and FP8 on the same data), `speed` (tokens/s, MFU
-and memory of PLT-2 against megatron-core's GPT of twice the depth), `decode` (benchmarks/decode.py at batch 1 to 64).
+and memory of PLT-2 against megatron-core's own GPT of twice the depth, both with all that docs/throughput.md has on,
+both without, and on the torch backend), `decode` (benchmarks/decode.py at batch 1 to 64).
 Exits with 1 when a bar is missed. Results are written after each part.
 """
 
@@ -49,6 +50,8 @@ class Sizes:
     repetitions: int
     matrix: int
     copy_bytes: int
+    # In correctness and training. A dry run's Triton kernels are interpreted, seconds a step; `speed` has them anyway.
+    cross_entropy_loss_fusion: bool | None = None
 
 
 _HEADS = {"kv_channels": 128}
@@ -72,6 +75,7 @@ DRY = Sizes(
     repetitions=2,
     matrix=256,
     copy_bytes=1 << 20,
+    cross_entropy_loss_fusion=False,
 )
 
 
@@ -97,10 +101,11 @@ def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"torch bf16": {"backend": "torch"}}
     if not (HAVE_TE and torch.cuda.is_available()):
         return found
-    found["te bf16"] = {"backend": "te"}
+    fusions = {"fusions": {"cross_entropy_loss_fusion": sizes.cross_entropy_loss_fusion}}
+    found["te bf16"] = {"backend": "te", **fusions}
     fp8 = {"te fp8": {}, "te fp8 attention": {"fp8_attention": True}}
     for name, attention in fp8.items():
-        mode = {"backend": "te", "fp8": "hybrid", **attention}
+        mode = {"backend": "te", "fp8": "hybrid", **attention, **fusions}
         config = run_config(sizes.small, sizes.small_length, mode)
         if not list(fp8_rules.find_problems(config, torch.cuda.get_device_capability())):
             found[name] = mode
@@ -109,10 +114,18 @@ def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
 
 def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_batch_size: int = 4) -> Any:
     """A run on one device with a microbatch a step."""
-    from plt_megatron.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from plt_megatron.config.schema import (
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+        TrainingConfig,
+    )
 
     return RunConfig(
         model=ModelConfig(**model, loop_count=2, vocab_size=VOCAB_SIZE, backend=mode["backend"]),  # type: ignore[arg-type]
+        parallel=ParallelConfig(**mode.get("fusions", {})),
         data=DataConfig(sequence_length=length),
         training=TrainingConfig(
             micro_batch_size=micro_batch_size,
@@ -205,6 +218,8 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
     import torch
 
     from plt_megatron.model.build import build_stage
+    from plt_megatron.model.fp8_state import renew_weight_copies
+    from plt_megatron.train.megatron_engine import wrap_ddp
 
     stage = build_stage(config, VOCAB_SIZE)
     with torch.no_grad():
@@ -212,10 +227,13 @@ def gradients(config: Any, double: bool = False) -> dict[str, Any]:
             parameter.copy_(parameter.bfloat16())  # which every precision represents exactly
     if double:
         stage.double()
-    stage.set_is_first_microbatch()
+    else:
+        wrap_ddp(stage, overlap_grad_reduce=False).zero_grad_buffer()  # where fused accumulation adds the gradients up
+    renew_weight_copies(stage)
     loss = stage(text(2, config.data.sequence_length, seed=7)).float().mean()
     loss.backward()
-    found = {name: value.grad.double().cpu() for name, value in stage.named_parameters() if value.grad is not None}
+    kind = "grad" if double else "main_grad"
+    found = {name: getattr(value, kind).double().cpu() for name, value in stage.named_parameters()}
     return {"loss": loss.detach().double().cpu(), **found}
 
 
@@ -273,6 +291,17 @@ def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- speed
 
 
+def speed_modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
+    """Everything that can be fused is, and once nothing."""
+    from plt_megatron.config import fusion_rules
+
+    found = {name: {**mode, "fusions": {}} for name, mode in modes(sizes).items()}
+    if "te bf16" in found:
+        off = dict.fromkeys(fusion_rules.NAMES, False)
+        found["te bf16, nothing fused"] = {**found["te bf16"], "fusions": off}
+    return found
+
+
 def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Forward and backward of PLT-2 and of GPT with twice the layers, in each mode."""
     import torch
@@ -281,7 +310,7 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
     from plt_megatron.estimate.flops import training_flops_per_token
 
     found: dict[str, Any] = {}
-    for name, mode in modes(sizes).items():
+    for name, mode in speed_modes(sizes).items():
         config = run_config(sizes.large, sizes.large_length, mode, micro_batch_size=1)
         batch = text(1, sizes.large_length, seed=0)
         seconds, memory = {}, {}

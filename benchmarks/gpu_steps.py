@@ -1,4 +1,7 @@
-"""What benchmarks/gpu.py times: forward and backward of PLT-2 and of megatron-core's GPT of twice the depth."""
+"""What benchmarks/gpu.py times: forward and backward of PLT-2 and of megatron-core's GPT of twice the depth.
+
+Both have the throughput switches that `config` has; GPT's are megatron-core's own modules, with its defaults too.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ VOCAB_SIZE = 256  # bytes
 
 def plt_step(config: Any, batch: Any) -> Callable[[], None]:
     from plt_megatron.model.build import build_stage
+    from plt_megatron.model.fp8_state import renew_weight_copies
     from plt_megatron.train.megatron_engine import wrap_ddp
 
     stage = build_stage(config, VOCAB_SIZE)
     wrapped = wrap_ddp(stage, overlap_grad_reduce=False)
 
     def step() -> None:
-        stage.set_is_first_microbatch()
+        renew_weight_copies(stage)
         wrapped.zero_grad_buffer()
         wrapped(batch).float().mean().backward()
 
@@ -28,11 +32,14 @@ def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
     import torch
 
     from benchmarks.deeper_gpt import deeper_gpt
-    from plt_megatron.model.transformer_config import DTYPES, transformer_config
+    from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
+    from plt_megatron.runtime.fusions import choose_fusions
     from plt_megatron.runtime.kernels import choose_fp8
     from plt_megatron.train.megatron_engine import wrap_ddp
 
-    layers_config = partial(transformer_config, parallel=config.parallel, precision="bf16", fp8=choose_fp8(config))
+    fusions = choose_fusions(config, resolve_backend(config.model), VOCAB_SIZE)
+    how = {"precision": "bf16", "fp8": choose_fp8(config), "fusions": fusions}
+    layers_config = partial(transformer_config, parallel=config.parallel, **how)
     gpt = deeper_gpt(config.model, layers_config, VOCAB_SIZE, config.data.sequence_length)
     gpt = gpt.to(dtype=DTYPES["bf16"], device=torch.cuda.current_device())
     wrapped = wrap_ddp(gpt, overlap_grad_reduce=False)

@@ -74,7 +74,7 @@ def _stage_memory(
         held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
-        held["FP8 weights"] = FP8_COPIES * parameters.layers * _layers_in_fp8(config, layout, stage)
+        held["FP8 weights"] = int(FP8_COPIES * parameters.layers * _layers_in_fp8(config, layout, stage))
     player = MemorySimulator(config, layout, shapes, parameters, stage)
     count = enough_microbatches(layout.pipeline, layout.microbatches)
     for each in passes(layout.pipeline, stage, config.model.loop_count, count):

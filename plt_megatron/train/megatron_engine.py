@@ -109,7 +109,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _await_gathering(self) -> None:
-        """Of buckets that no layer has waited for: a pass of fewer loops than the model's may leave out gates."""
+        """Of buckets that no layer has waited for: an evaluation of one loop leaves out the gates."""
         for group in self._bucket_groups:
             if group.param_gather_handle is not None:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
@@ -168,7 +168,6 @@ class MegatronEngine:
     def _finalize(self, chunks: list[LoopChunk], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         # The chunks are views of one stage: its gradients are reduced once.
         self.on_progress()
-        self._await_gathering()
         with self.times.measure("gradient_reduction"):  # inside forward_backward
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
 

@@ -37,7 +37,8 @@ def test_every_mode_runs(run_te, tmp_path):
     assert all(
         one == pytest.approx(other, rel=0.05) for one, other in zip(means["te fp8"], means["te bf16"], strict=True)
     )
-    assert results["speed"].keys() == MODES and all(figures["ratio"] > 0 for figures in results["speed"].values())
+    assert results["speed"].keys() == MODES | {"te bf16, nothing fused"}
+    assert all(figures["ratio"] > 0 for figures in results["speed"].values())
     report = (tmp_path / "gpu.md").read_text()
     assert all(f"{mode} | " in report for mode in MODES) and "copy GB/s" in report
 
