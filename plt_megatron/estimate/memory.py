@@ -240,9 +240,10 @@ class MemorySimulator:
             needs["activations"] = self.unit * shapes.layer(loop)
             needs["first-loop K/V"] = self.unit * shapes.first_loop_kv() if loop == 1 else 0
         if not self._autograd_keeps_weight_gradients:
-            # Fused accumulation returns a dummy gradient, one for each shape of weight.
-            dummies = self.parameters.layers // self.layers * self.element
-            needs["temporaries"] += dummies if shapes.fusions.gradient_accumulation_fusion else largest
+            if not shapes.fusions.gradient_accumulation_fusion:
+                needs["temporaries"] += largest
+            elif self.layout.overlap_grad_reduce:  # a dummy gradient for each shape of weight
+                needs["temporaries"] += self.parameters.layers // self.layers * self.element
         if shapes.documents:
             needs["temporaries"] += 2 * shapes.window_bias()
         return needs
@@ -250,8 +251,10 @@ class MemorySimulator:
     @property
     def _autograd_keeps_weight_gradients(self) -> bool:
         """With loops in one graph, autograd accumulates a weight's gradients until its first loop's arrive. Pipelines
-        run one loop's backward at a time, and full recomputation one unit's."""
-        return self.alone and self.loops > 1 and not self.full
+        run one loop's backward at a time, and full recomputation one unit's. Fused accumulation has none for it, but
+        dummies where the reduction overlaps."""
+        fused = self.shapes.fusions.gradient_accumulation_fusion and not self.layout.overlap_grad_reduce
+        return self.alone and self.loops > 1 and not self.full and not fused
 
     def _first_layer(self, loop: int) -> Counter[str]:
         """The same at the first layer, which alone is left of what the loop has saved."""

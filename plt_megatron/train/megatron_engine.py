@@ -68,7 +68,7 @@ class MegatronEngine:
         """See `Engine`."""
         self.stage.train()
         fp8_state = Fp8State(self.stage)
-        self.ddp.zero_grad_buffer()
+        zero_gradients(self.ddp)
         self.optimizer.zero_grad()
         with self.times.measure("forward_backward"):
             sums = self._run(batches, loop_count or self.config.model.loop_count, forward_only=False)
@@ -187,6 +187,22 @@ def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Ten
     # A copy: the schedule may scale the loss in place.
     logged = torch.stack((loss_sum.detach().double(), tokens.double()))
     return loss_sum, tokens.int(), logged
+
+
+def zero_gradients(ddp: DistributedDataParallel) -> None:
+    """Zero the gradient buffers for a step.
+
+    A layer whose products add up the gradients themselves returns dummies for autograd, which DistributedDataParallel
+    counts where it overlaps the reduction. Where it does not, they would only cost memory: of all loops in one graph,
+    autograd adds them up. Transformer Engine returns none for a weight that lacks the attribute.
+    """
+    ddp.zero_grad_buffer()
+    if ddp.config.gradient_accumulation_fusion and not ddp.ddp_config.overlap_grad_reduce:
+        for module in ddp.module.modules():
+            if getattr(module, "fuse_wgrad_accumulation", False):
+                for name, parameter in module.named_parameters(recurse=False):
+                    if name.startswith("weight"):  # of several experts: weight0, weight1 ..
+                        del parameter.grad_added_to_main_grad
 
 
 def wrap_ddp(

@@ -1,5 +1,5 @@
-"""`overlap_param_gather` with loops: each bucket of weights is gathered once a step, whatever the loops, and nobody reads
-weights that are not there yet. That losses and weights are those of one process is the parity tests' (with overlap)."""
+"""`overlap_param_gather` with loops: each bucket of weights is gathered once a step, whatever the loops, and nobody
+reads weights that are not there yet. The parity tests (with overlap) compare losses and weights with one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.distributed.cases import Case, Layout
 
 
 def gathered(layout: Layout, case: Case) -> dict[str, Any]:
-    """(gathers of a step, bucket groups) of two steps and a validation, and how many weights were stale after a step."""
+    """(gathers, bucket groups) of each of two steps and of a validation; how many weights were stale after a step."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
 
     from plt_megatron.runtime.process_groups import init_process_groups

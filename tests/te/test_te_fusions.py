@@ -98,6 +98,42 @@ def test_each_weight_is_added_once_for_each_loop_and_microbatch(run_te, case):
     assert added == [True] * (3 * MICROBATCHES * LAYERS * jobs.WEIGHTS_PER_LAYER)
 
 
+def seen_by_autograd(layout: Layout, case: Case) -> list[int]:
+    """How many gradients of linear layers' weights autograd sees in each step."""
+    from plt_megatron.train import megatron_engine
+    from tests.distributed import parity
+
+    seen: list[int] = []
+    stock = megatron_engine.zero_gradients
+
+    def noted(ddp: Any) -> None:
+        if not seen:
+            for name, weight in ddp.module.named_parameters():
+                if ".linear_" in name and name.endswith(".weight"):
+                    weight.register_hook(count)
+        seen.append(0)
+        stock(ddp)
+
+    def count(gradient: Any) -> None:
+        seen[-1] += 1
+
+    megatron_engine.zero_gradients = noted
+    try:
+        parity.train_all(layout, [case])
+    finally:
+        megatron_engine.zero_gradients = stock
+    return seen
+
+
+def test_autograd_keeps_no_copy_of_the_gradients_of_loops(run_te):
+    """One graph has all loops; overlapped reduction needs to see that a gradient arrives."""
+    fusion, weights = "gradient_accumulation_fusion", LAYERS * jobs.WEIGHTS_PER_LAYER * MICROBATCHES
+    found = [
+        run_te(seen_by_autograd, 1, Layout(), fused(Case(3, overlap=overlap), fusion)) for overlap in (False, True)
+    ]
+    assert found == [[0] * 3, [weights] * 3]
+
+
 def flagged(layout: Layout, case: Case) -> list[Any]:
     """Outcomes as they are, and with the first call of each step flagged as megatron-core's schedule does."""
     from plt_megatron.train import megatron_engine
