@@ -26,57 +26,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.gpu_modes import DRY, FULL, Sizes, modes, run_config, speed_modes
 from benchmarks.gpu_report import markdown, missed_bars, running_means
 from benchmarks.gpu_steps import VOCAB_SIZE, gpt_step, plt_step
 
 PARTS = ("rates", "correctness", "training", "speed", "decode")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What each part works on."""
-
-    small: dict[str, int]  # correctness and training
-    large: dict[str, int]  # speed
-    small_length: int
-    large_length: int
-    steps: int
-    repetitions: int
-    matrix: int
-    copy_bytes: int
-    # In correctness and training. A dry run's Triton kernels are interpreted, seconds a step; `speed` has them anyway.
-    cross_entropy_loss_fusion: bool | None = None
-
-
-_HEADS = {"kv_channels": 128}
-FULL = Sizes(
-    small={"num_layers": 4, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 4, **_HEADS},
-    large={"num_layers": 12, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 16, **_HEADS},
-    small_length=512,
-    large_length=4096,
-    steps=200,
-    repetitions=10,
-    matrix=8192,
-    copy_bytes=1 << 30,
-)
-_TINY = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 2, "kv_channels": 32}
-DRY = Sizes(
-    small=_TINY,
-    large=_TINY,
-    small_length=64,
-    large_length=64,
-    steps=8,
-    repetitions=2,
-    matrix=256,
-    copy_bytes=1 << 20,
-    cross_entropy_loss_fusion=False,
-)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,53 +48,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- engines
-
-
-def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """The modes this card has kernels for: name -> (model.backend, training.fp8)."""
-    import torch
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from plt_megatron.config import fp8_rules
-
-    found: dict[str, dict[str, Any]] = {"torch bf16": {"backend": "torch"}}
-    if not (HAVE_TE and torch.cuda.is_available()):
-        return found
-    fusions = {"fusions": {"cross_entropy_loss_fusion": sizes.cross_entropy_loss_fusion}}
-    found["te bf16"] = {"backend": "te", **fusions}
-    fp8 = {"te fp8": {}, "te fp8 attention": {"fp8_attention": True}}
-    for name, attention in fp8.items():
-        mode = {"backend": "te", "fp8": "hybrid", **attention, **fusions}
-        config = run_config(sizes.small, sizes.small_length, mode)
-        if not list(fp8_rules.find_problems(config, torch.cuda.get_device_capability())):
-            found[name] = mode
-    return found
-
-
-def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_batch_size: int = 4) -> Any:
-    """A run on one device with a microbatch a step."""
-    from plt_megatron.config.schema import (
-        DataConfig,
-        ModelConfig,
-        OptimizerConfig,
-        ParallelConfig,
-        RunConfig,
-        TrainingConfig,
-    )
-
-    return RunConfig(
-        model=ModelConfig(**model, loop_count=2, vocab_size=VOCAB_SIZE, backend=mode["backend"]),  # type: ignore[arg-type]
-        parallel=ParallelConfig(**mode.get("fusions", {})),
-        data=DataConfig(sequence_length=length),
-        training=TrainingConfig(
-            micro_batch_size=micro_batch_size,
-            global_batch_size=micro_batch_size,
-            train_iters=10_000,
-            fp8=mode.get("fp8", "none"),
-            fp8_attention=mode.get("fp8_attention", False),
-        ),
-        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=20),
-    )
 
 
 def forget() -> None:
@@ -289,17 +201,6 @@ def training(sizes: Sizes, folder: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- speed
-
-
-def speed_modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
-    """Everything that can be fused is, and once nothing."""
-    from plt_megatron.config import fusion_rules
-
-    found = {name: {**mode, "fusions": {}} for name, mode in modes(sizes).items()}
-    if "te bf16" in found:
-        off = dict.fromkeys(fusion_rules.NAMES, False)
-        found["te bf16, nothing fused"] = {**found["te bf16"], "fusions": off}
-    return found
 
 
 def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
