@@ -99,7 +99,7 @@ class Activations:
         """K and V of one layer that later loops read (none are shared: 0)."""
         if not self.shares_kv:
             return 0
-        if self.te and self.recompute == "selective":  # beside what recomputation starts from
+        if self.te and "core_attn" in self.recomputed:  # beside what recomputation starts from
             return self._keys() + self._fused_qkv() + self._keys()
         return self._keys_and_values()
 
