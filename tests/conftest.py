@@ -20,27 +20,48 @@ if str(ROOT) not in sys.path:
 
 # With `-n WORKERS` each of these stays with one worker: a pool of processes, a cluster, is paid for once, and the
 # pool's jobs do not take the few cores from one another. Beside them runs what waits much: for a hung rank's time-out
-# and for processes that start (whole runs, with a pool of their own), for Slurm. The first that fits counts.
+# and for processes that start (whole runs, with a pool of their own), for Slurm. The first that fits counts; the tests
+# of every other file stay together for the sake of their fixtures.
 _TOGETHER = {
-    "tests/distributed/test_deepspeed_runs.py": "whole runs",
+    "tests/distributed/test_deepspeed": "deepspeed",
+    "tests/distributed/test_memory_estimates.py": "deepspeed",
     "tests/distributed/test_run_faults.py": "whole runs",
     "tests/distributed/test_training.py": "whole runs",
     "tests/distributed/": "pool",
     "tests/te/": "pool",
     "tests/slurm/": "cluster",
+    "tests/unit/convert/test_generate.py": "warm python",
+    "tests/unit/data/test_datasets.py": "warm python",
+    "tests/unit/experiments/test_diagnose_command.py": "warm python",
+    "tests/unit/project/test_benchmarks.py": "warm python",
+    "tests/unit/project/test_documented_commands.py": "warm python",
+    "tests/unit/project/test_sweep_smoke.py": "warm python",
+    "tests/unit/project/test_warm_python.py": "warm python",
 }
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Grouped tests first, every other test where there is time."""
+    """What stays together first, every other file wherever there is time."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((name for folder, name in _TOGETHER.items() if nodeid.startswith(folder)), nodeid)
+            return next(
+                (name for folder, name in _TOGETHER.items() if nodeid.startswith(folder)), nodeid.split("::")[0]
+            )
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A stand-in for `sys.executable` that has imported what is slow: tests/warm_python.py."""
+    from tests.warm_python import WarmPython
+
+    python = WarmPython(tmp_path_factory.mktemp("warm_python"))
+    yield str(python.executable)
+    python.close()
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,14 @@ from plt_megatron.hf.exporting import ExportOptions, export
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def generate(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/generate.py"), "--model", str(folder), "--prompt", "the loop", *more]
+@pytest.fixture
+def generate(warm_python) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command, on a folder with more options."""
+    return functools.partial(_generate, warm_python)
+
+
+def _generate(python: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [python, str(ROOT / "tools/generate.py"), "--model", str(folder), "--prompt", "the loop", *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -33,13 +40,13 @@ def exported(tmp_path_factory, tokenizer_model) -> Path:
     return folder / "out"
 
 
-def test_a_prompt_is_continued_and_the_seed_decides(exported):
+def test_a_prompt_is_continued_and_the_seed_decides(generate, exported):
     texts = [generate(exported, "--max-new-tokens", "6", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert all(text.startswith("the loop") and len(text) > len("the loop\n") for text in texts)
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
+def test_a_folder_without_a_model_is_named(generate, tmp_path):
     result = generate(tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path}: no exported model")
     assert "Traceback" not in result.stderr
@@ -119,7 +126,7 @@ def test_a_damaged_export_is_one_line(exported, damage, tmp_path):
     assert "\n" not in str(error.value) and str(tmp_path / "out") in str(error.value)
 
 
-def test_the_command_on_a_truncated_file(exported, tmp_path):
+def test_the_command_on_a_truncated_file(generate, exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     truncate(tmp_path / "out")
     result = generate(tmp_path / "out")
@@ -127,7 +134,7 @@ def test_the_command_on_a_truncated_file(exported, tmp_path):
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
 
 
-def test_prompts_and_numbers_that_say_nothing(exported):
+def test_prompts_and_numbers_that_say_nothing(generate, exported):
     with pytest.raises(UserError, match="the prompt is empty"):
         generation.generate(str(exported), "", 4, 0.0, 0)
     result = generate(exported, "--max-new-tokens", "0")

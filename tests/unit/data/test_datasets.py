@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -329,14 +328,14 @@ for mode in ("good", "fails", "bug", "late"):
 """
 
 
-def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path, warm_python: str) -> None:
     """Rank 0 builds and rank 1 waits; errors of rank 0, foreseen or not, reach rank 1; waiting ends."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     environment = {**tool_environment(), "PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path), prefix],
+            [warm_python, str(script), str(rank), str(tmp_path), prefix],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for rank in range(2)

@@ -9,7 +9,6 @@ import math
 import random
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -271,12 +270,12 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, place):
         draw_sequences(str(place.text), _tokenizer(place), 50, length=64, max_tokens=64 * 9, seed=0)
 
 
-def test_the_command(tmp_path, place):
+def test_the_command(tmp_path, place, warm_python):
     """As a user starts it: what it prints, where it writes, and its exit statuses."""
 
     def command(*arguments):
         return subprocess.run(
-            [sys.executable, str(ROOT / "tools/diagnose_loops.py"), *map(str, arguments)],
+            [warm_python, str(ROOT / "tools/diagnose_loops.py"), *map(str, arguments)],
             cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_the_bubble_benchmark_measures_real_schedules(tmp_path):
+def test_the_bubble_benchmark_measures_real_schedules(tmp_path, warm_python):
     """Two stages, short sleeps: whether the bar holds is for a quiet machine, that the bubble shrinks is not."""
-    command = [sys.executable, str(ROOT / "benchmarks/bubble.py"), "--stages", "2", "--microbatches", "2"]
+    command = [warm_python, str(ROOT / "benchmarks/bubble.py"), "--stages", "2", "--microbatches", "2"]
     command += ["--loops", "1", "3", "--milliseconds", "60", "--json", str(tmp_path / "b.json")]
     result = subprocess.run([*command, "--plot", str(tmp_path / "b.png")], capture_output=True, text=True, timeout=240)
     assert result.returncode in (0, 1) and "(P-1)/(LM)" in result.stdout, result.stdout + result.stderr
@@ -25,8 +24,8 @@ def test_the_bubble_benchmark_measures_real_schedules(tmp_path):
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
-def test_the_training_benchmark_runs_and_explains_itself(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/train.py"), "--quick", "--json", str(tmp_path / "figures.json")]
+def test_the_training_benchmark_runs_and_explains_itself(tmp_path, warm_python):
+    command = [warm_python, str(ROOT / "benchmarks/train.py"), "--quick", "--json", str(tmp_path / "figures.json")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -35,9 +34,9 @@ def test_the_training_benchmark_runs_and_explains_itself(tmp_path):
     assert result.stdout.count("where a PLT-2 step's time goes") == 2 and "aten::mm" in result.stdout
 
 
-def test_the_gpu_benchmark_runs_without_a_gpu_when_told_to(tmp_path):
+def test_the_gpu_benchmark_runs_without_a_gpu_when_told_to(tmp_path, warm_python):
     """With Transformer Engine's layers and FP8: tests/te/test_te_gpu_benchmark.py."""
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
+    command = [warm_python, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
     result = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads((tmp_path / "gpu.json").read_text())
@@ -46,8 +45,8 @@ def test_the_gpu_benchmark_runs_without_a_gpu_when_told_to(tmp_path):
     assert (tmp_path / "gpu.md").read_text() in result.stdout
 
 
-def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
+def test_the_gpu_benchmark_says_that_it_needs_a_gpu(tmp_path, warm_python):
+    command = [warm_python, str(ROOT / "benchmarks/gpu.py"), "--output", str(tmp_path / "gpu")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 2 and "no GPU here" in result.stderr

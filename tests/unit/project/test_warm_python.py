@@ -1,0 +1,88 @@
+"""The stand-in for the interpreter behaves as one: arguments, streams, exit statuses, signals, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SLEEPER = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print(os.getpid(), flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def run(warm_python, tmp_path):
+    """Run a program's text as a script."""
+
+    def run(text: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "script.py").write_text(text)
+        command = [warm_python, str(tmp_path / "script.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+    return run
+
+
+def test_arguments_folder_environment_streams_and_modules(run, tmp_path):
+    text = (
+        "import os, sys\n"
+        "print(sys.argv[1:], os.getcwd(), os.environ['ONLY'], 'HOME' in os.environ, sys.stdin.read())\n"
+        "print('torch' in sys.modules)"
+    )
+    done = run(text, "a", "b c", cwd=tmp_path, env={"PATH": os.environ["PATH"], "ONLY": "this"}, input="typed")
+    assert done.stdout == f"['a', 'b c'] {tmp_path} this False typed\nTrue\n"
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "said"),
+    [
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit('a reason')", 1, "a reason\n"),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
+        ("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr)", 0, "bye\n"),
+    ],
+)
+def test_exit_statuses(run, text, status, said):
+    done = run(text)
+    assert done.returncode == status and done.stderr.endswith(said) and bool(done.stderr) == bool(said)
+
+
+def test_modules_run_and_what_they_start_is_warm_too(run, warm_python):
+    done = subprocess.run([warm_python, "-m", "platform"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Linux" in done.stdout
+    inner = (
+        "import subprocess, sys; print(sys.executable, subprocess.run([sys.executable, '-m', 'platform']).returncode)"
+    )
+    assert run(inner).stdout.splitlines()[-1] == f"{warm_python} 0"
+
+
+def test_other_options_go_to_the_interpreter_itself(warm_python):
+    text = "import sys; print(sys.executable, 'torch' in sys.modules)"
+    done = subprocess.run([warm_python, "-c", text], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{sys.executable} False\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_signals_reach_the_command(warm_python, tmp_path, number, status):
+    """SIGKILL cannot be passed on: the command ends since its caller is gone."""
+    (tmp_path / "script.py").write_text(SLEEPER)
+    with subprocess.Popen([warm_python, str(tmp_path / "script.py")], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        command = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(60) == status
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{command}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,248 @@
+"""A `python` for tests that runs commands without their seconds of imports.
+
+A server process has torch, megatron-core and the package imported, on the CPU runtime, and forks for each command.
+`WarmPython.executable` stands in for the interpreter: `-m MODULE` and scripts run in a fork, with the arguments,
+folder, environment and standard streams of the caller; the processes that they start by `sys.executable` do so too.
+Signals are passed on, and its exit status is the command's. Anything else (`-c`) goes to the real interpreter, which is
+also used where the start itself is tested: what is imported, and when, cannot be seen here.
+
+This file is also the server's and the executable's program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+_START_TIMEOUT_S = 180.0
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PRELOADED = (
+    "torch._dynamo",
+    "plt_megatron.train.trainer",
+    "plt_megatron.train.megatron_engine",
+    "plt_megatron.hf.exporting",
+    "plt_megatron.hf.generation",
+    "plt_megatron.experiments.diagnostics.writing",
+    "transformers.models.auto.modeling_auto",
+    "transformers.generation.utils",
+    "matplotlib.pyplot",
+)
+
+
+class WarmPython:
+    """The server; it ends with this process, or by `close`.
+
+    Attributes:
+        executable: to be used like `sys.executable`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is for its files."""
+        self.executable, address = folder / "python", folder / "socket"
+        self.executable.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {address} "$@"\n')
+        self.executable.chmod(0o755)
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "MPLBACKEND": "Agg",
+        }
+        ours, theirs = socket.socketpair()
+        self._lifeline = ours  # closed, however this process ends
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, str(address), str(theirs.fileno()), str(self.executable)],
+            pass_fds=[theirs.fileno()],
+            env=environment,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=(folder / "log").open("wb"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        theirs.close()
+        ours.settimeout(_START_TIMEOUT_S)
+        assert ours.recv(1), (folder / "log").read_text()
+
+    def close(self) -> None:
+        self._lifeline.close()
+        self._server.wait(30)
+
+
+# ---------------------------------------------------------------- the server
+
+
+def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any] | None:
+    """Fork for each request until the lifeline ends. Returns in every fork, with its request; at the end None."""
+    selector = selectors.DefaultSelector()
+    selector.register(lifeline, selectors.EVENT_READ)
+    selector.register(listener, selectors.EVENT_READ)
+    running: dict[Any, int] = {}  # caller: process
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is lifeline:
+                for process in running.values():
+                    os.kill(process, signal.SIGKILL)
+                return None
+            if key.fileobj is listener:
+                caller, _ = listener.accept()
+                received = _receive(caller)
+                if received is None:
+                    caller.close()
+                    continue
+                request, streams = received
+                process = os.fork()
+                if process == 0:
+                    selector.close()
+                    for other in (lifeline, listener, caller, *running):
+                        other.close()
+                    return {**request, "streams": streams}
+                for stream in streams:
+                    os.close(stream)
+                running[caller] = process
+                selector.register(caller, selectors.EVENT_READ)
+                selector.register(os.pidfd_open(process), selectors.EVENT_READ, caller)
+            elif key.data is not None:
+                selector.unregister(key.fileobj)
+                os.close(key.fileobj)  # type: ignore[arg-type]
+                _report(key.data, running.pop(key.data), selector)
+            elif key.fileobj in running:
+                _pass_on(key.fileobj, running[key.fileobj], selector)
+
+
+def _receive(caller: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """A request and its standard streams; None if the caller has died."""
+    size, streams, _, _ = socket.recv_fds(caller, 8, 3)
+    data = b""
+    while size and len(data) < int(size):
+        part = caller.recv(1 << 16)
+        if not part:
+            break
+        data += part
+    if size and len(data) == int(size):
+        return json.loads(data), streams
+    for stream in streams:
+        os.close(stream)
+    return None
+
+
+def _pass_on(caller: Any, process: int, selector: selectors.BaseSelector) -> None:
+    """The signals that a caller has received; SIGKILL if it is dead."""
+    numbers = b""
+    with contextlib.suppress(ConnectionResetError):
+        numbers = caller.recv(16)
+    if not numbers:
+        selector.unregister(caller)
+    for number in numbers or [signal.SIGKILL]:
+        os.kill(process, number)  # not reaped yet: it exists
+
+
+def _report(caller: Any, process: int, selector: selectors.BaseSelector) -> None:
+    """A process has ended: its exit status to the caller."""
+    _, status = os.waitpid(process, 0)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        caller.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+    with contextlib.suppress(KeyError):
+        selector.unregister(caller)
+    caller.close()
+
+
+def run(request: dict[str, Any], executable: str) -> None:
+    """In a fork: become the command."""
+    import runpy
+
+    for number, stream in enumerate(request["streams"]):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(request["folder"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.executable = executable
+    first, *arguments = request["arguments"]
+    if first == "-m":
+        sys.argv, sys.path[0] = arguments, request["folder"]
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = request["arguments"], str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+def main_of_server(address: str, lifeline: int, executable: str) -> None:
+    import atexit
+    import gc
+    import importlib
+    import random
+    import threading
+    import traceback
+
+    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+
+    enter_cpu_runtime(force=True)
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    ready = socket.socket(fileno=lifeline)
+    ready.send(b"r")
+    gc.collect()
+    gc.freeze()
+    request = serve(listener, ready)
+    if request is None:
+        return
+    random.seed()
+    status: Any = 0
+    try:
+        run(request, executable)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    # Not to the interpreter's own end: it would take a hundred thousand objects apart one by one.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else bool(status))
+
+
+# ---------------------------------------------------------------- the executable
+
+
+def main_of_client(address: str, arguments: list[str]) -> None:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(address)
+    for number in _FORWARDED:
+        signal.signal(number, lambda number, frame: server.send(bytes([number])))
+    request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
+    data = json.dumps(request).encode()
+    socket.send_fds(server, [f"{len(data):8}".encode()], [0, 1, 2])
+    server.sendall(data)
+    status = int(server.recv(16) or 1)
+    if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+        time.sleep(10)  # it comes
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    if sys.flags.isolated:
+        main_of_client(sys.argv[1], sys.argv[2:])
+    else:
+        main_of_server(sys.argv[1], int(sys.argv[2]), sys.argv[3])
