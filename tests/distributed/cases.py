@@ -10,7 +10,7 @@ import numpy as np
 VOCAB_SIZE = 50
 SEQUENCE_LENGTH = 8
 GLOBAL_BATCH_SIZE = 16
-STEPS = 3
+STEPS = 2  # the second shows what the first one's update did, and overlap, which begins with it
 MODEL: dict[str, Any] = {
     "num_layers": 4,
     "hidden_size": 16,

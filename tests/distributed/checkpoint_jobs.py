@@ -23,6 +23,7 @@ from tests.distributed.heard import heard
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 117, 16, 8
+ROWS = 2  # of a microbatch
 
 
 def run_config(
@@ -42,7 +43,7 @@ def run_config(
         model=ModelConfig(**{**sizes, **model}),
         parallel=ParallelConfig(**(layout or {})),
         data=DataConfig(sequence_length=LENGTH),
-        training=TrainingConfig(micro_batch_size=1, global_batch_size=BATCH, train_iters=20, precision=precision),
+        training=TrainingConfig(micro_batch_size=ROWS, global_batch_size=BATCH, train_iters=20, precision=precision),
         optimizer=OptimizerConfig(name=optimizer, lr=3e-3, min_lr=1e-4, lr_warmup_iters=2),
         checkpoint=CheckpointConfig(),
     )
@@ -74,7 +75,8 @@ def batches_of(step: int) -> list[Any]:
     ranks, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     own = range(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     text = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    return [MicroBatch(text[row : row + 1, :-1], labels=text[row : row + 1, 1:].contiguous()) for row in own]
+    parts = [text[row : row + ROWS] for row in own[::ROWS]]
+    return [MicroBatch(part[:, :-1], labels=part[:, 1:].contiguous()) for part in parts]
 
 
 def evaluate(engine: Any, loop_count: int) -> float:

@@ -10,20 +10,28 @@ TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 
 
+CASES = {  # layout, world size, precision in `make test`, changes; `make test-all` runs both precisions
+    "1 process": ({}, 1, "bf16", {"gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True}),
+    "TP2+SP untied": (TP, 2, "bf16", {"share_embeddings_and_output_weights": False}),
+    "PP2": (PP, 2, "fp32", {}),
+    "DP2": ({"overlap_grad_reduce": True}, 2, "bf16", {}),
+    "DP2 SGD": ({"overlap_grad_reduce": True}, 2, "fp32", {"optimizer": "sgd"}),
+    "CP2": ({"context_parallel_size": 2, "overlap_grad_reduce": True}, 2, "fp32", {}),
+}
+
+
 @pytest.mark.parametrize(
-    ("layout", "world_size", "changes"),
+    ("name", "precision"),
     [
-        pytest.param({}, 1, {"gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True}, id="1 process"),
-        pytest.param(TP, 2, {"share_embeddings_and_output_weights": False}, id="TP2+SP untied"),
-        pytest.param(PP, 2, {}, id="PP2"),
-        pytest.param({"overlap_grad_reduce": True}, 2, {}, id="DP2"),
-        pytest.param({"overlap_grad_reduce": True}, 2, {"optimizer": "sgd"}, id="DP2 SGD"),
-        pytest.param({"context_parallel_size": 2, "overlap_grad_reduce": True}, 2, {}, id="CP2"),
+        pytest.param(name, precision, marks=[] if precision == case[2] else pytest.mark.slow, id=f"{name} {precision}")
+        for name, case in CASES.items()
+        for precision in ("fp32", "bf16")
     ],
 )
-def test_resume_is_bit_for_bit(run_distributed, tmp_path, layout, world_size, changes):
+def test_resume_is_bit_for_bit(run_distributed, tmp_path, name, precision):
+    layout, world_size, _, changes = CASES[name]
     ranks = run_distributed(
-        jobs.resume_bit_for_bit, world_size, tmp_path, layout, ("fp32", "bf16"), all_ranks=True, **changes
+        jobs.resume_bit_for_bit, world_size, tmp_path, layout, (precision,), all_ranks=True, **changes
     )
     for outcomes in ranks:
         for whole, whole_digest, resumed, resumed_digest, before in outcomes:
