@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Any, Literal
 from tests.distributed.cases import VOCAB_SIZE, Case, Layout
 from tests.distributed.heard import heard
 
-STEPS = 5
-ROWS = 2  # of a microbatch in the journeys: two microbatches a step at DP 2
+STEPS = 3
 Numbers = dict[str, float]
 
 
@@ -35,6 +35,22 @@ class Zero:
 MEGATRON = Zero(0)
 
 
+def enter() -> None:
+    """Import DeepSpeed into this process, the server of a pool, and what its engine imports when it is built."""
+    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+
+    enter_cpu_runtime(force=True)
+    from plt_megatron.train import deepspeed_engine, deepspeed_runtime  # noqa: F401
+
+    deepspeed_runtime.import_deepspeed()
+    for name in (
+        "deepspeed.module_inject.auto_ep_layer",
+        "torch._dynamo.backends.debugging",
+        "torch._inductor.compile_fx",
+    ):
+        importlib.import_module(name)
+
+
 def with_engine(config: Any, zero: Zero) -> Any:
     """The configuration with the engine that `zero` asks for."""
     from plt_megatron.config.schema import ZeroConfig
@@ -50,7 +66,7 @@ def with_engine(config: Any, zero: Zero) -> Any:
 
 
 def train_cases(layout: Layout, cases: list[tuple[Case, Zero]]) -> list[Numbers]:
-    """Train each case for five steps: losses, gradient norms, and validation losses at other loop counts."""
+    """Train each case for three steps: losses, gradient norms, and validation losses at other loop counts."""
     from plt_megatron.runtime.process_groups import init_process_groups
     from tests.distributed import parity
 
@@ -183,30 +199,10 @@ def _build(place: Place) -> Any:
     from tests.distributed import checkpoint_jobs as jobs
 
     config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)
-    config.training.micro_batch_size = ROWS
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     init_process_groups(config.parallel)
     return build_engine(config, jobs.VOCAB)
-
-
-def _steps(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
-    """Steps `first` .. `last`, each on data of its own, in microbatches of `ROWS`: (loss, gradient norm) per step."""
-    import torch
-    from megatron.core import parallel_state
-
-    from plt_megatron.model.looped_gpt import MicroBatch
-    from tests.distributed.checkpoint_jobs import BATCH, LENGTH, VOCAB
-
-    share = BATCH // parallel_state.get_data_parallel_world_size()
-    own = range(parallel_state.get_data_parallel_rank() * share, (parallel_state.get_data_parallel_rank() + 1) * share)
-    results = []
-    for step in range(first, last + 1):
-        text = torch.randint(0, VOCAB, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-        parts = [text[row : row + ROWS] for row in own[::ROWS]]
-        result = engine.train_step([MicroBatch(part[:, :-1], labels=part[:, 1:].contiguous()) for part in parts])
-        results.append((result.loss, result.grad_norm))
-    return results
 
 
 def set_out(folder: Path, start: Place) -> Journey:
@@ -216,11 +212,12 @@ def set_out(folder: Path, start: Place) -> Journey:
     """
     from plt_megatron.train.checkpoint.loading import _saved_entries
     from plt_megatron.train.checkpoint.saving import begin_save
+    from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(start)
-    before = _steps(engine, 1, 3)
+    before = jobs.train(engine, 1, 3)
     save = begin_save(engine, folder, {"step": 3}, staged=True)
-    stayed, digest = _steps(engine, 4, 6), _everyones_state(engine)
+    stayed, digest = jobs.train(engine, 4, 6), _everyones_state(engine)
     save.write()
     path = save.publish(2, 0)
     return Journey(before, stayed, _saved_entries(path)[0], digest)
@@ -231,13 +228,14 @@ def arrive(folder: Path, end: Place) -> tuple[list[tuple[float, float]], list[st
     import torch
 
     from plt_megatron.train.checkpoint import load_checkpoint
+    from tests.distributed import checkpoint_jobs as jobs
 
     engine = _build(end)
     torch.manual_seed(99)
     messages: list[str] = []
     with heard(messages):
         load_checkpoint(engine, folder)
-    return _steps(engine, 4, 6), messages, _everyones_state(engine)
+    return jobs.train(engine, 4, 6), messages, _everyones_state(engine)
 
 
 def _everyones_state(engine: Any) -> list[str]:
@@ -256,7 +254,7 @@ def save_from(folder: Path, places: list[Place]) -> list[float]:
     losses = []
     for number, place in enumerate(places):
         engine = _build(place)
-        _steps(engine, 1, 3)
+        jobs.train(engine, 1, 3)
         save_checkpoint(engine, folder / str(number), {"step": 3})
         losses.append(jobs.evaluate(engine, 2))
     return losses
@@ -270,11 +268,11 @@ def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:
 
     engine = _build(place)
     fresh = jobs.evaluate(engine, 2)
-    _steps(engine, 1, 1)
+    jobs.train(engine, 1, 1)
     load_weights(engine, folder)
     outcome = {"fresh": fresh, "weights": jobs.evaluate(engine, 2)}
     outcome["weights step"] = engine.state.to_save()["optimizer_step"]
-    outcome["first"] = _steps(engine, 1, 1)
+    outcome["first"] = jobs.train(engine, 1, 1)
     load_checkpoint(engine, folder)
     outcome["all"] = jobs.evaluate(engine, 2)
     outcome["all step"] = engine.state.to_save()["optimizer_step"]

@@ -1,6 +1,6 @@
 """The DeepSpeed engine gives the megatron engine's numbers, to 1e-5 relative in float32, at every ZeRO stage.
 
-Compared with the megatron engine on one process over five steps: losses, gradient norms, learning rates, and the
+Compared with the megatron engine on one process over three steps: losses, gradient norms, learning rates, and the
 validation loss of the same weights at other loop counts in between. `make test` runs a covering design, in which every
 pair of settings occurs; all of TP 1, TP 2, TP 2 with sequence parallelism x DP 1/2 x stage 1/2/3 x loops 1 to 3 x
 recompute is `slow`.
@@ -18,7 +18,7 @@ import pytest
 
 from tests.distributed.cases import Case, Layout
 from tests.distributed.covering import covering_design, pairs
-from tests.distributed.deepspeed_jobs import MEGATRON, Zero, refuse_steps, train_cases
+from tests.distributed.deepspeed_jobs import MEGATRON, STEPS, Zero, refuse_steps, train_cases
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
@@ -40,25 +40,25 @@ COVERING = covering_design(EVERYTHING, _settings)
 
 
 @pytest.fixture(scope="module")
-def reference(run_distributed) -> Callable[[Case], dict[str, float]]:
+def reference(run_deepspeed) -> Callable[[Case], dict[str, float]]:
     """A case's numbers from the megatron engine on one process."""
     known: dict[Case, dict[str, float]] = {}
 
     def numbers(case: Case) -> dict[str, float]:
         if case.reference not in known:
-            known[case.reference] = run_distributed(train_cases, 1, Layout(), [(case.reference, MEGATRON)])[0]
+            known[case.reference] = run_deepspeed(train_cases, 1, Layout(), [(case.reference, MEGATRON)])[0]
         return known[case.reference]
 
     return numbers
 
 
 @pytest.fixture
-def check(run_distributed, reference, record_property) -> Callable[..., None]:
+def check(run_deepspeed, reference, record_property) -> Callable[..., None]:
     """Train the cases in the layout and compare; what was found goes into the table."""
 
     def check(layout: Layout, cases: list[tuple[Case, Zero]], names: list[str] | None = None) -> None:
         failures = []
-        outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=280)
+        outcomes = run_deepspeed(train_cases, layout.world_size, layout, cases, timeout_s=280)
         for index, ((case, zero), numbers) in enumerate(zip(cases, outcomes, strict=True)):
             wrong = differences(numbers, reference(case))
             worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else math.inf)
@@ -145,16 +145,16 @@ def test_variants_and_packed_documents(check):
     check(Layout(tp=2, sp=True), cases, names)
 
 
-def test_bfloat16_is_close(run_distributed, reference):
+def test_bfloat16_is_close(run_deepspeed, reference):
     case = Case(2, "full", precision="bf16")
-    for numbers in run_distributed(train_cases, 2, Layout(dp=2), [(case, Zero(stage)) for stage in (1, 2, 3)]):
+    for numbers in run_deepspeed(train_cases, 2, Layout(dp=2), [(case, Zero(stage)) for stage in (1, 2, 3)]):
         wrong = differences(numbers, reference(case))
         assert max(wrong.values()) < 0.03, wrong
 
 
-def test_a_step_that_is_refused_changes_nothing(run_distributed):
+def test_a_step_that_is_refused_changes_nothing(run_deepspeed):
     """Nor does one whose loss is no number; and each step is judged once, with the numbers that are reported."""
-    megatron, *others = run_distributed(refuse_steps, 2, Layout(dp=2), [0, 1, 2, 3])
+    megatron, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), [0, 1, 2, 3])
     for seen, asked in others:
         assert [updated for updated, *_ in seen] == [True, False, False, True]
         assert [same for *_, same in seen] == [False, True, True, False]
@@ -169,5 +169,5 @@ def test_the_comparison_would_notice_a_lost_loop(reference):
     """One loop less, or another model, is seen in every step."""
     base = reference(Case(3))
     for other in (reference(Case(2)), reference(Case(3, model=_model(gated_window=False)))):
-        wrong = {name: abs(base[f"gradient norm {name}"] / other[f"gradient norm {name}"] - 1) for name in range(5)}
+        wrong = {name: abs(base[f"gradient norm {name}"] / other[f"gradient norm {name}"] - 1) for name in range(STEPS)}
         assert min(wrong.values()) > 100 * TOLERANCE

@@ -35,22 +35,22 @@ OFFLOADED = [Place(Zero(1, "cpu")), Place(Zero(3, "cpu", "cpu"), 2)]
 
 
 @pytest.fixture(scope="module")
-def tensors(run_distributed, tmp_path_factory):
+def tensors(run_deepspeed, tmp_path_factory):
     """The shapes of the tensors in a megatron engine's checkpoint, by key."""
-    shapes = run_distributed(set_out, 1, tmp_path_factory.mktemp("megatron"), Place()).shapes
+    shapes = run_deepspeed(set_out, 1, tmp_path_factory.mktemp("megatron"), Place()).shapes
     moments = sum("exp_avg_sq" in key for key in shapes)
     assert moments >= 10 and len(shapes) == 4 * moments, "weights, fp32 copies and two moments"
     return shapes
 
 
 @pytest.fixture
-def travel(run_distributed, tmp_path):
-    """Train at a place, save, and continue there and elsewhere: a job for each place."""
+def travel(run_deepspeed, tmp_path):
+    """Train at a place, save, and go on there and elsewhere: a job for each place."""
 
     def travel(start: Place, ends: list[Place]) -> Journey:
-        journey = run_distributed(set_out, 2, tmp_path, start)
+        journey = run_deepspeed(set_out, 2, tmp_path, start)
         for end in ends:
-            moved, log, digest = run_distributed(arrive, 2, tmp_path, end)
+            moved, log, digest = run_deepspeed(arrive, 2, tmp_path, end)
             journey.moved.append(moved)
             journey.logs.append(log)
             journey.digests.append(digest)
@@ -165,11 +165,11 @@ def test_the_number_of_loops_changes_as_on_the_megatron_engine(travel, before, n
 
 
 @pytest.mark.slow
-def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_distributed, tmp_path):
-    (saved,) = run_distributed(save_from, 2, tmp_path, [Place()])
-    megatron = run_distributed(weights_then_all, 2, tmp_path / "0", Place())
+def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_deepspeed, tmp_path):
+    (saved,) = run_deepspeed(save_from, 2, tmp_path, [Place()])
+    megatron = run_deepspeed(weights_then_all, 2, tmp_path / "0", Place())
     for place in (Place(Zero(2), 2), Place(Zero(3), 1)):
-        ours = run_distributed(weights_then_all, 2, tmp_path / "0", place)
+        ours = run_deepspeed(weights_then_all, 2, tmp_path / "0", place)
         assert abs(ours["fresh"] - saved) > 1e-3, "it has learned something"
         assert ours["weights"] == pytest.approx(saved, rel=TOLERANCE) == ours["all"]
         assert (ours["weights step"], ours["all step"]) == (0, 3)
@@ -184,9 +184,9 @@ def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_distrib
     ],
     ids=lambda places: ", ".join(map(str, places)),
 )
-def test_exports_do_not_know_the_engine(run_distributed, tmp_path, places):
+def test_exports_do_not_know_the_engine(run_deepspeed, tmp_path, places):
     """To Hugging Face: the exported model has the training model's loss."""
-    losses = run_distributed(save_from, 2, tmp_path, places)
+    losses = run_deepspeed(save_from, 2, tmp_path, places)
     for number, (place, loss) in enumerate(zip(places, losses, strict=True)):
         assert _exported_loss(tmp_path / str(number), tmp_path / f"out{number}") == pytest.approx(loss, rel=1e-5), place
 

@@ -36,7 +36,7 @@ def on_deepspeed(config: RunConfig, zero: ZeroConfig) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory, run_distributed) -> dict[str, RunConfig]:
+def finished(data, tmp_path_factory, run_deepspeed) -> dict[str, RunConfig]:
     """Runs of six steps that were never disturbed, by their names."""
     output = tmp_path_factory.mktemp("runs")
     runs = [
@@ -45,7 +45,7 @@ def finished(data, tmp_path_factory, run_distributed) -> dict[str, RunConfig]:
         on_deepspeed(run_config("stage 3", output, data, parallel=DP_RECOMPUTE), OFFLOAD),
     ]
     for config in runs:
-        assert run_distributed(train, 2, config) is True
+        assert run_deepspeed(train, 2, config) is True
     return {config.name: config for config in runs}
 
 
@@ -71,13 +71,13 @@ def _flat(record: dict) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run_distributed):
+def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run_deepspeed):
     """The fourth step is bad: back to step 2's checkpoint, on with the samples after the bad step's."""
     rollback = {"on_nonfinite": "rollback"}
     megatron, ours = (run_config(name, tmp_path, data, parallel=TP_SP, training=rollback) for name in ("one", "other"))
     ours = on_deepspeed(ours, ZeroConfig(3))
     for config in (megatron, ours):
-        assert run_distributed(train_with_bad_step, 2, config, bad_step=4) is True
+        assert run_deepspeed(train_with_bad_step, 2, config, bad_step=4) is True
         (report,) = (folder(config) / "incidents").glob("step_*.json")
         assert report.name == "step_00000004.json" and json.loads(report.read_text())["action"] == "rollback"
         assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
@@ -86,7 +86,7 @@ def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_distributed, stage):
+def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_deepspeed, stage):
     config = run_config(
         "diverging",
         tmp_path,
@@ -95,7 +95,7 @@ def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_pa
         training={"max_skipped_steps": 1},
         parallel={"data_parallel_size": 2},
     )
-    message = run_distributed(train, 2, on_deepspeed(config, ZeroConfig(stage)))
+    message = run_deepspeed(train, 2, on_deepspeed(config, ZeroConfig(stage)))
     assert isinstance(message, str) and "not finite" in message and "checkpoint" in message
     first, second = (json.loads(path.read_text()) for path in sorted((folder(config) / "incidents").glob("*.json")))
     assert (first["action"], second["action"]) == ("skip", "fail")
@@ -133,7 +133,9 @@ def _unexpected(run: LocalRun) -> list[str]:
     return [line for line in lines if line and not any(re.fullmatch(known, line) for known in EXPECTED_LINES)]
 
 
-def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(data, tmp_path, run_distributed, stale_build):
+def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
+    data, tmp_path, run_deepspeed, stale_build, warm_python
+):
     """ZeRO 3 with everything offloaded, through the command: 75, then 0, the uninterrupted run's records; no word but
     ours, and nothing compiled."""
     before = sorted((tmp_path / "extensions").rglob("*"))
@@ -156,10 +158,10 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(data, tmp_path, 
     assert _unexpected(run) == []
     stopped_at = read_progress(folder(config))["step"]
     assert 1 <= stopped_at < 24
-    run = LocalRun(config, env=stale_build)
+    run = LocalRun(config, env=stale_build, python=warm_python)
     assert run.finish() == 0, run.out + run.err
     assert _unexpected(run) == [] and "resuming from" in run.err
-    assert run_distributed(train, 2, undisturbed) is True
+    assert run_deepspeed(train, 2, undisturbed) is True
     assert numbers(config) == numbers(undisturbed)
     assert sorted((tmp_path / "extensions").rglob("*")) == before
 

@@ -40,13 +40,25 @@ def last_step(config: RunConfig) -> int:
 
 
 class LocalRun:
-    """`plt-train` at work, or another command that starts a configuration's ranks."""
+    """`plt-train` at work, or another command that starts a configuration's ranks.
 
-    def __init__(self, config: RunConfig, command: list[str] | None = None, env: dict[str, str] | None = None) -> None:
+    Args:
+        command: without the path of the configuration, which comes last.
+        python: runs plt-train if no command is given; tests/warm_python.py spares each process its imports, but has
+            children that are not the launcher's, so that `pid` and `signal` find none.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        command: list[str] | None = None,
+        env: dict[str, str] | None = None,
+        python: str = sys.executable,
+    ) -> None:
         self.config = config
         path = Path(config.output_dir) / f"{config.name}.yaml"
         save_config(config, path)
-        command = command or [sys.executable, str(ROOT / "launch/local.py")]
+        command = command or [python, str(ROOT / "launch/local.py")]
         self.process = subprocess.Popen(
             [*command, str(path)],
             stdout=subprocess.PIPE,
@@ -63,7 +75,7 @@ class LocalRun:
         while not condition():
             assert self.process.poll() is None, f"exit status {self.finish()}\n{self.out}{self.err}"
             assert time.monotonic() < deadline, "the run is too slow, or stuck"
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def pid(self, rank: int) -> int:
         """The process of a rank, once it is there."""
