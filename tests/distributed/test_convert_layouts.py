@@ -113,7 +113,14 @@ def _record_losses(engine_module: Any, run: Any) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(tp=2, sp=True), Layout(pp=2), Layout(tp=2, sp=True, pp=2), Layout(dp=2)], ids=str
+    "layout",
+    [
+        Layout(tp=2, sp=True, pp=2),
+        Layout(dp=2),
+        pytest.param(Layout(tp=2, sp=True), marks=pytest.mark.slow),
+        pytest.param(Layout(pp=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_path, layout):
     import torch
@@ -141,7 +148,9 @@ def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_pat
         assert np.abs(losses.numpy() - outcome["losses"]).max() < 2e-5, list(CASES)[number]
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, sp=True, pp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(tp=2), marks=pytest.mark.slow), Layout(tp=2, sp=True, pp=2)], ids=str
+)
 def test_post_norm_trains_alike_in_every_layout(run_distributed, layout):
     cases = [_case(2, **POST_NORM), _case(1, **POST_NORM), _case(2, **{**POST_NORM, "qk_layernorm": False})]
     cases += [_case(2, **{**POST_NORM, "gate_input": "hidden"})]

@@ -32,12 +32,13 @@ def test_without_noise_the_law_itself_comes_back():
     assert fit.predict(3e9, 5e10).value == pytest.approx(planted(3e9, 5e10), abs=1e-5)
 
 
-def test_planted_coefficients_lie_within_the_intervals():
+@pytest.mark.parametrize("repetitions", [40, pytest.param(100, marks=pytest.mark.slow)])
+def test_planted_coefficients_lie_within_the_intervals(repetitions):
     """Over many data sets a 95 % interval holds the truth 95 times in 100, give or take 3 standard errors.
 
     Of nine points each, where the residuals say the least about their own size.
     """
-    repetitions, noise = 100, 0.01
+    noise = 0.01
     sizes, budgets = [1e7, 1e8, 1e9], [1e8, 1e9, 1e10]
     hits = dict.fromkeys(LAW, 0)
     widths = []

@@ -47,11 +47,10 @@ def examples(document: str) -> list[Example]:
 
 
 def try_out(example: Example, tree: Path) -> None:
-    """Apply a change to a copy of the tree and run its check, before and after."""
+    """Apply a change to a copy of the tree and run its check."""
     stated = re.search(r"It touches (\d+) files?\b", example.prose)
     assert stated is not None, "It touches how many files?"
     assert len(example.files) == int(stated[1]), f"it touches {len(example.files)} files: {', '.join(example.files)}"
-    assert _run([sys.executable, "-c", example.check], tree).returncode != 0, "the check passes without the change"
     applied = _run(["git", "apply", "--recount", "-"], tree, example.patch)
     assert applied.returncode == 0, applied.stderr
     for command in (
@@ -60,6 +59,11 @@ def try_out(example: Example, tree: Path) -> None:
     ):
         done = _run([sys.executable, *command], tree)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def check_without(example: Example, tree: Path) -> None:
+    """The check fails in the tree as it is."""
+    assert _run([sys.executable, "-c", example.check], tree).returncode != 0, "the check passes without the change"
 
 
 def _run(command: list[str], tree: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -95,6 +99,12 @@ EXAMPLES = examples((ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
 def test_the_example_applies_and_works(example, tree):
     try_out(example, tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.title)
+def test_the_check_notices_that_the_change_is_missing(example, tree):
+    check_without(example, tree)
 
 
 # The mechanism itself, on a document of its own.
@@ -143,6 +153,7 @@ def small_tree(tmp_path: Path) -> Path:
 
 def test_a_sound_example_passes(small_tree):
     (example,) = examples(SOUND)
+    check_without(example, small_tree)
     try_out(example, small_tree)
     assert (small_tree / "settings.txt").read_text() == "There is a second.\n"
 
@@ -155,7 +166,6 @@ def test_a_sound_example_passes(small_tree):
         ("It touches 2 files", "Few files", "how many files"),
         ("+second = 2", "+second = 3", "AssertionError"),
         ("+second = 2", "+import os; second = 2", "F401"),
-        ("settings.second == 2", "settings.first == 1", "passes without the change"),
         ("```python", "```text", "one check"),
     ],
 )
@@ -163,3 +173,9 @@ def test_a_rotten_example_is_noticed(small_tree, written, instead, complaint):
     assert written in SOUND
     with pytest.raises(AssertionError, match=complaint):
         try_out(examples(SOUND.replace(written, instead))[0], small_tree)
+
+
+def test_a_check_of_nothing_is_noticed(small_tree):
+    (example,) = examples(SOUND.replace("settings.second == 2", "settings.first == 1"))
+    with pytest.raises(AssertionError, match="passes without the change"):
+        check_without(example, small_tree)
