@@ -20,7 +20,7 @@ from tests.distributed.pool import DistributedFailure
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import LocalRun, folder, last_step, numbers
 
-HARMED = [sys.executable, str(Path(__file__).with_name("harmed_run.py"))]
+HARMED = str(Path(__file__).with_name("harmed_run.py"))
 PP2 = {"pipeline_model_parallel_size": 2}
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 QUICK = {"distributed_timeout_seconds_after_init": 2.0}
@@ -154,10 +154,10 @@ def test_a_stopped_process_ends_the_job_and_is_named(data, tmp_path, rank):
     assert list((folder(config) / "incidents").glob("hang_rank_*.txt"))
 
 
-def test_a_rank_that_is_stuck_is_named_with_where_it_stands(data, tmp_path):
+def test_a_rank_that_is_stuck_is_named_with_where_it_stands(data, tmp_path, warm_python):
     config = endless("stuck", tmp_path, data)
     config.parallel.distributed_timeout_seconds_after_init = 3.0
-    run = LocalRun(config, [*HARMED, "stuck"])
+    run = LocalRun(config, [warm_python, HARMED, "stuck"])
     assert run.finish() == 1, run.err
     assert "the others wait for rank 1 on " in run.err and "wait" in run.err, run.err
     stacks = (folder(config) / "incidents" / "hang_rank_0001.txt").read_text()
@@ -179,9 +179,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run_distributed, data, small_disk):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run_distributed, data, small_disk, warm_python):
     config = steps_config("full", small_disk, data, 40)
-    run = LocalRun(config)
+    run = LocalRun(config, python=warm_python)
     checkpoints = folder(config) / "checkpoints"
     run.until(lambda: (checkpoints / "latest").exists())
     filler = small_disk / "filler"
@@ -202,19 +202,19 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run_dist
     assert [record["step"] for record in numbers(config) if record["kind"] == "train"] == list(range(1, 41))
 
 
-def test_an_error_of_one_ranks_disk_is_said_with_its_rank(data, tmp_path):
+def test_an_error_of_one_ranks_disk_is_said_with_its_rank(data, tmp_path, warm_python):
     config = endless("unreadable", tmp_path, data)
-    run = LocalRun(config, [*HARMED, "unreadable"])
+    run = LocalRun(config, [warm_python, HARMED, "unreadable"])
     assert run.finish() == 1
     assert "error: rank 1: [Errno 5] Input/output error: 'corpus.bin'. There is no checkpoint yet" in run.err
     assert "Traceback" not in run.err
 
 
-def test_a_clock_that_jumps_changes_nothing(run_distributed, data, tmp_path):
+def test_a_clock_that_jumps_changes_nothing(run_distributed, data, tmp_path, warm_python):
     whole = run_config("whole", tmp_path, data, parallel=TP_SP, training={"train_iters": 6})
     assert run_distributed(train, 2, whole) is True
     config = run_config("jumped", tmp_path, data, parallel=TP_SP, training={"train_iters": 6})
-    run = LocalRun(config, [*HARMED, "clock"])
+    run = LocalRun(config, [warm_python, HARMED, "clock"])
     assert run.finish() == 0, run.err
     assert numbers(config) == numbers(whole)
     assert all(0 < seconds < 1000 for record in _train_records(config) for seconds in record["step_seconds"].values())

@@ -175,17 +175,19 @@ def test_a_rollback_goes_back_in_weights_and_on_in_data(finished, data, tmp_path
     assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
 
 
-def test_local_launch_trains_from_the_command_line(data, tmp_path):
-    """As a user starts it: two real processes, and the exit status of a run that is asked to stop."""
+def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):
+    """As a user starts it: two real processes, and the exit status of a run that is asked to stop; then it goes on."""
     config = run_config("launched", tmp_path, data, parallel=TP_SP, training={"train_iters": 3})
     save_config(config, tmp_path / "run.yaml")
-    command = [sys.executable, str(ROOT / "launch/local.py"), str(tmp_path / "run.yaml")]
+    command = [str(ROOT / "launch/local.py"), str(tmp_path / "run.yaml")]
     folder(config).mkdir(parents=True)
     (folder(config) / "STOP").touch()
-    for status in (75, 0):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    for python, status in ((sys.executable, 75), (warm_python, 0)):
+        result = subprocess.run([python, *command], capture_output=True, text=True, timeout=240)
         assert result.returncode == status, result.stdout + result.stderr
         assert "step " in result.stdout and "Traceback" not in result.stderr
     assert (folder(config) / "config.yaml").is_file()
-    result = subprocess.run([*command, "model.num_layers=0"], capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, *command, "model.num_layers=0"], capture_output=True, text=True, timeout=60
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -59,7 +59,7 @@ class SlurmCluster:
 
     def wait_for_state(self, job: str, *states: str, seconds: float = 300) -> None:
         wait_for(lambda: self.state_of(job) in states, f"job {job} to be {' or '.join(states)}", seconds,
-                 lambda: self.job(job))  # fmt: skip
+                 lambda: self.job(job), interval=0.3)  # fmt: skip
 
     def jobs(self) -> list[str]:
         """Ids of all jobs that are not over."""
@@ -71,19 +71,25 @@ class SlurmCluster:
             self.run("scancel", "--user=root")
             # What does not listen need not be waited for. It fails for a job that has ended by now.
             subprocess.run(["scancel", "--signal=KILL", "--full", *self.jobs()], env=self.environment, check=False)
-            wait_for(lambda: not self.jobs(), "the jobs to be gone", 60)
+            wait_for(lambda: not self.jobs(), "the jobs to be gone", 60, interval=0.3)
         for node in self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N").split():
             self.control("node-on", node)
-        wait_for(self._all_idle, "all nodes to be idle", 60)
+        wait_for(self._all_idle, "all nodes to be idle", 60, interval=0.3)
 
     def _all_idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split()
         return set(states) == {"idle"}
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300, details: Callable[[], Any] = str) -> None:
-    """Wait until a condition holds."""
+def wait_for(
+    condition: Callable[[], Any],
+    what: str,
+    seconds: float = 300,
+    details: Callable[[], Any] = str,
+    interval: float = 0.05,
+) -> None:
+    """Wait until a condition holds; `interval`: seconds between looks, which take a process if Slurm is asked."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}: {details()}"
-        time.sleep(0.05)
+        time.sleep(interval)

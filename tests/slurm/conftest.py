@@ -90,6 +90,8 @@ def slurm_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(slurm_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def undisturbed(
+    slurm_data: DataConfig, tmp_path_factory: pytest.TempPathFactory, warm_python: str
+) -> list[dict[str, Any]]:
     """The metrics of the tests' configuration, run locally and undisturbed."""
-    return train_locally(make_config("local", tmp_path_factory.mktemp("local"), slurm_data))
+    return train_locally(make_config("local", tmp_path_factory.mktemp("local"), slurm_data), warm_python)

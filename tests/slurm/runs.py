@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -45,11 +46,11 @@ def make_config(name: str, folder: Path, data: DataConfig, **changes: Any) -> Ru
     return run_config(name, folder, data, **sections)
 
 
-def train_locally(config: RunConfig) -> list[dict[str, Any]]:
+def train_locally(config: RunConfig, python: str = sys.executable) -> list[dict[str, Any]]:
     """The same layout by plt-train; its metrics."""
     path = Path(config.output_dir) / f"{config.name}.yaml"
     save_config(config, path)
-    command = [sys.executable, str(ROOT / "launch" / "local.py"), str(path)]
+    command = [python, str(ROOT / "launch" / "local.py"), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return numbers(Path(config.output_dir) / config.name)
@@ -76,6 +77,7 @@ class SlurmRun:
     def __init__(self, cluster: SlurmCluster, config: RunConfig) -> None:
         self.cluster, self.config = cluster, config
         self.folder = Path(config.output_dir) / config.name
+        self.last_rank = layout_of(config).world_size - 1
         self.job = ""
 
     def prepare(self, **settings: Any) -> SlurmRun:
@@ -177,7 +179,7 @@ class SlurmRun:
     def paused(self, step: int) -> Iterator[None]:
         """Pause the run at a step or soon after, so that fast machines do not finish before the fault."""
         self.wait_for_step(max(1, step - 2))
-        process = self.rank_process(3)
+        process = self.rank_process(self.last_rank)
         self.wait_for_step(step)
         os.kill(process, signal.SIGSTOP)
         try:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from plt_megatron.run_folder.folder import save_config
-from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit
+from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit, train_locally
 
 
 def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, undisturbed, tmp_path):
@@ -107,11 +107,16 @@ def test_queued_within_three_seconds(slurm, slurm_data, tmp_path, capsys):
     assert statistics.median(seconds["submit.py"]) < 3, seconds
 
 
-def test_a_killed_rank_a_warning_and_a_controller_that_is_gone(slurm, slurm_data, undisturbed, tmp_path):
-    """Three faults in the course of one run: processes take seconds to start."""
-    run = SlurmRun(slurm, make_config("disturbed", tmp_path, slurm_data)).prepare()
+def test_a_killed_rank_a_warning_and_a_controller_that_is_gone(slurm, slurm_data, warm_python, tmp_path):
+    """Three faults in the course of one run, of one process a node: processes take seconds to start."""
+    alone, config = (
+        make_config(name, tmp_path, slurm_data, parallel={"tensor_model_parallel_size": 1})
+        for name in ("alone", "disturbed")
+    )
+    undisturbed = train_locally(alone, warm_python)
+    run = SlurmRun(slurm, config).prepare(processes_per_node=1)
     run.submit()
-    run.kill_rank(2, step=5)  # started again in the same allocation
+    run.kill_rank(1, step=5)  # started again in the same allocation
     run.wait_for_attempt(2)
     assert slurm.job(run.job)["Restarts"] == "0"
     run.warn(step=9)  # as before the time limit: saved, and requeued
@@ -126,4 +131,4 @@ def test_a_killed_rank_a_warning_and_a_controller_that_is_gone(slurm, slurm_data
     assert slurm.job(run.job)["Restarts"] == "1"
     run.check(undisturbed)
     killed = run.events("end")[0]
-    assert killed["failure"]["rank"] == 2 and "SIGKILL" in killed["reason"] and killed["failure"]["node"] == "node2"
+    assert killed["failure"]["rank"] == 1 and "SIGKILL" in killed["reason"] and killed["failure"]["node"] == "node2"
