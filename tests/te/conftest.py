@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.pool import WorkerPool
 from tests.te import emulation
+
+HERE = Path(__file__).parent
+# `make test` runs these, a minute of CPU time in all, where Transformer Engine's Python is; `make test-te` runs all.
+QUICK = {
+    "test_te_extension.py": {""},
+    "test_te_kernels.py": {""},
+    "test_te_overhead.py": {"test_one_wait_few_choices_and_no_copy_that_a_kernel_does_not_need[packed documents]"},
+    "test_te_parity.py": {"test_every_loop_count[TP2 SP PP1 DP1]", "test_packed_documents"},
+    "test_te_fp8.py": {
+        "test_every_recipe_of_hopper_is_close_to_bf16[delayed]",
+        "test_weights_are_quantized_once_a_step_whatever_loops_and_microbatches[TP1 PP1 DP1-3-delayed]",
+        "test_global_attention_in_fp8_and_the_window_in_bf16_in_one_layer",
+        "test_what_the_card_has_no_kernel_for_is_refused_before_the_first_step",
+        "test_only_steps_that_update_the_weights_change_scales_and_histories[skipped]",
+    },
+    "test_te_checkpoints.py": {"test_fp8_state_survives_a_resume_bit_for_bit"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark this folder's tests that are not quick as slow."""
+    for item in items:
+        if item.path.parent == HERE and not item.name.startswith(tuple(QUICK.get(item.path.name, ()))):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
