@@ -33,6 +33,8 @@ def init_process_groups(parallel: ParallelConfig) -> None:
     parallel_state.initialize_model_parallel(
         **layout.megatron_sizes,
         expert_tensor_parallel_size=1,  # experts stay whole: they are distributed over tensor-parallel ranks too
+        # For checkpoints that are gathered on the host: ours are not, and each group costs connections at the start.
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )
 

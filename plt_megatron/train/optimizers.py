@@ -24,7 +24,9 @@ from plt_megatron.model.transformer_config import DTYPES
 
 def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
     """megatron-core's optimizer, made of one distributed optimizer or several."""
-    optimizer = get_megatron_optimizer(megatron_settings(config), [ddp], decay_overrides())
+    optimizer = get_megatron_optimizer(
+        megatron_settings(config), [ddp], decay_overrides(), use_gloo_process_groups=False
+    )
     spec = optimizer_spec(config.optimizer)
     if spec.torch_class is not None:
         for part in distributed_parts(optimizer):

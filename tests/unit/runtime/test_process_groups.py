@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -53,11 +54,16 @@ RANKS = {
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The environment of one of eight ranks, with groups that connect nobody, also those that are to be gloo's."""
+    """The environment of one of eight ranks, with groups that connect nobody."""
     from megatron.core import parallel_state
 
     create = parallel_state.create_group
-    monkeypatch.setattr(parallel_state, "create_group", lambda *ranks, backend=None, **rest: create(*ranks, **rest))
+
+    def create_group(*arguments: Any, backend: str | None = None, **rest: Any) -> Any:
+        assert backend != "gloo", "a second set of groups, which nothing uses"
+        return create(*arguments, backend=backend, **rest)
+
+    monkeypatch.setattr(parallel_state, "create_group", create_group)
     monkeypatch.setenv("WORLD_SIZE", str(WORLD_SIZE))
     yield monkeypatch
     destroy_process_groups()
