@@ -268,7 +268,8 @@ def overhead_of_a_step(packed: bool, **model: Any) -> Overhead:
     from tests.distributed.host_waits import HostWaits, packed_batches
 
     _forget_fp8_state()
-    config = jobs.run_config({}, "bf16", **{**FP8_MODEL, "num_layers": 2, **model})
+    config = jobs.run_config(UNFUSED, "bf16", **{**FP8_MODEL, "num_layers": 2, **model})
+    config.data.reset_at_document_boundaries = packed
     engine, extension, utils = (
         jobs.build(config),
         sys.modules["transformer_engine_torch"],

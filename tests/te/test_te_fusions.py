@@ -115,7 +115,7 @@ def seen_by_autograd(layout: Layout, case: Case) -> list[int]:
         stock(ddp)
 
     def count(gradient: Any) -> None:
-        seen[-1] += 1
+        seen[-1] += gradient is not None
 
     megatron_engine.zero_gradients = noted
     try:
