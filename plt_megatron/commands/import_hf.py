@@ -50,9 +50,9 @@ def _import(arguments: argparse.Namespace) -> None:
     loops = plural(result.model.loop_count, "loop")
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
-        print(f"{result.fresh} of them are new gates, which start from zero")
+        print(f"{result.fresh} of them are new gates or scales, with the values of a new model")
     if result.dropped:
-        print(f"{result.dropped} tensors of gates are dropped: a model of one loop has none")
+        print(f"{result.dropped} tensors of gates or scales are dropped: a model of one loop has none")
     if result.tokenizer is None:
         print("no tokenizer was there: name one in data.tokenizer")
     print(f"start from it with `include: {result.output / MODEL_YAML}`")

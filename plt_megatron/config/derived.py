@@ -5,7 +5,9 @@ Every function assumes a configuration that `validation.validate` accepts.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 from plt_megatron.config.schema import ModelConfig, RunConfig
 
@@ -23,6 +25,46 @@ def num_query_groups(model: ModelConfig) -> int:
 def has_gates(model: ModelConfig) -> bool:
     """Whether the layers carry gate parameters: only loops >= 2 use them."""
     return model.loop_count > 1 and model.gated_window
+
+
+def adds_embeddings(model: ModelConfig) -> bool:
+    """Whether loops >= 2 read the embeddings too, not only the loop before."""
+    return model.cross_loop_parallel or model.input_injection
+
+
+def has_learned_hidden_scale(model: ModelConfig) -> bool:
+    """Whether the scale of h in the input of loops >= 2 is a parameter."""
+    return model.loop_count > 1 and adds_embeddings(model) and model.learned_hidden_scale != "none"
+
+
+def hidden_scale(model: ModelConfig) -> float:
+    """The factor of h in the input of loops >= 2, or the value that a learned one starts with.
+
+    With a ratio, h has been normed to an RMS of 1 and the embeddings start with one of `init_method_std`.
+    """
+    if model.hidden_scale_ratio is None:
+        return model.hidden_scale
+    return model.hidden_scale_ratio * abs(model.embedding_scale) * model.init_method_std
+
+
+def residual_factor(model: ModelConfig) -> float:
+    """What the outputs of attention and FFN are multiplied by before they are added to the residual stream."""
+    if model.residual_scaling == "none":
+        return 1.0
+    if model.residual_scaling == "layers":
+        return model.residual_scale / model.num_layers
+    return model.residual_scale / (model.loop_count * math.sqrt(model.num_layers))
+
+
+def residual_settings(factor: float, num_layers: int) -> dict[str, Any]:
+    """Settings with this `residual_factor`: by layers, so that it stays the same with another loop count."""
+    return {} if factor == 1.0 else {"residual_scaling": "layers", "residual_scale": factor * num_layers}
+
+
+def output_init_std(model: ModelConfig) -> float:
+    """Initial standard deviation of the weights that write into the residual stream."""
+    runs = model.num_layers * (model.loop_count if model.init_counts_loops else 1)
+    return model.init_method_std / math.sqrt(2 * runs)
 
 
 def expert_ffn_hidden_size(model: ModelConfig) -> int:

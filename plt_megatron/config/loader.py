@@ -3,6 +3,7 @@
 A file holds any part of the schema. Its `include:` (one path or a list, relative to the file) names files that are
 read first, in order. Each file is a layer, all overrides together are the last one, and later layers win: sections
 merge key by key, lists are replaced whole, and of `ALTERNATIVES` what a layer gives replaces what earlier ones gave.
+A preset (`PRESETS`) stands for its settings in the layer that names it; what that layer gives beside it wins.
 
 Values are converted to the types the schema states, and every error names the file, the line and the key. What is read
 remembers where its values come from: `place` puts that before a problem that is found later.
@@ -134,8 +135,24 @@ class _Reader:
         self._add_layer(layer)
 
     def _add_layer(self, layer: _Tree) -> None:
+        self._expand_presets(self._schema, layer, "")
         _supersede(self._schema, self.tree, layer, "")
         _merge(self.tree, layer)
+
+    def _expand_presets(self, cls: type, layer: _Tree, section: str) -> None:
+        for name, presets in getattr(cls, "PRESETS", {}).items():
+            chosen = layer.get(name)
+            if not isinstance(chosen, yaml.ScalarNode):
+                continue
+            settings = presets.get(chosen.value, {})
+            for other in settings.keys() - layer.keys():
+                layer[other] = yaml.ScalarNode("", yaml_nodes.text_of(settings[other]), chosen.start_mark)
+                at = self.places[_join(section, name)]
+                self.places[_join(section, other)] = f"{at} ({_join(section, name)} {chosen.value})"
+        for name, value in layer.items():
+            inner = section_of(field_types(cls).get(name))
+            if inner is not None and isinstance(value, dict):
+                self._expand_presets(inner, value, _join(section, name))
 
     def _section(self, cls: type, entries: Iterable[tuple[str, yaml.Node, str]], key: str) -> _Tree:
         """The tree of a mapping, its keys checked against the dataclass `cls`."""

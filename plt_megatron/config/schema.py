@@ -27,6 +27,7 @@ from plt_megatron.config.fields import (
     Size,
     Steps,
 )
+from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.refused_settings import REFUSED
 
 
@@ -36,6 +37,8 @@ class ModelConfig:
 
     `loop_count: 1` is a plain transformer (RMSNorm, SwiGLU, GQA, RoPE) without extra parameters.
     """
+
+    PRESETS: ClassVar = {"loop_preset": LOOP_PRESETS}
 
     num_layers: Annotated[int, Range(1, 10_000)] = 4
     hidden_size: Size = 128
@@ -57,8 +60,11 @@ class ModelConfig:
     norm_placement: Literal["pre", "post"] = "pre"
     init_method_std: Positive = 0.02
     # The loop (paper section 3; published variants: see docs/model.md).
+    # Stands for settings of the loop (config/presets.py) in the file that names it: what is set beside it wins.
+    loop_preset: Literal["paper", "loopcoder", "recommended"] | None = None
     loop_count: LoopCount = 2
     cross_loop_parallel: bool = True  # loop l reads E + shift(h of loop l-1); False: h itself
+    input_injection: bool = False  # without cross_loop_parallel too, loop l reads E + h instead of h
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
     gated_window: bool = True  # ... and, through a gate per head, to a window of their own
     window_size: Size = 64  # keys a query sees in the window, itself included
@@ -68,6 +74,16 @@ class ModelConfig:
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
     hidden_scale: Finite = 1.0
+    hidden_norm: bool = False  # h is divided by its RMS before it is scaled: an RMSNorm whose weight is the scale
+    learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # hidden_scale is where it starts
+    # Replaces hidden_scale: RMS(scaled h) / RMS(scaled E) at the start, whatever width, depth and initial std. 0: the
+    # model starts as one loop.
+    hidden_scale_ratio: NotNegative | None = None
+    # What attention and FFN add to the residual stream is multiplied by a constant, with N loops of L layers.
+    # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
+    residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
+    residual_scale: Positive = 1.0
+    init_counts_loops: bool = False  # initial std of what writes into the stream: / sqrt(2 N L) instead of / sqrt(2 L)
     # Mixture of experts (docs/moe.md): every layer's FFN becomes num_moe_experts of them, of which a token uses topk.
     num_moe_experts: Annotated[int, Range(2, 2**16)] | None = None  # None: a dense model
     moe_router_topk: Size = 2  # experts a token is sent to

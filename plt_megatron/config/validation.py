@@ -22,7 +22,7 @@ from plt_megatron.config import (
 from plt_megatron.config.fields import find_range_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
-from plt_megatron.config.schema import DataSource, RunConfig
+from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 
 MAX_SAMPLES = 2**40
@@ -63,6 +63,7 @@ def find_problems(
     problems += _check_required(config)
     if not problems:
         problems += _check_model(config)
+        problems += _check_loop_input(config.model)
         problems += layout_validation.find_problems(config, world_size)
         problems += _check_schedule(config)
         problems += _check_validation(config)
@@ -139,6 +140,30 @@ def _check_model(config: RunConfig) -> Iterator[str]:
         yield (
             "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
             "their own; set model.gated_window=false or model.share_kv=true"
+        )
+
+
+def _check_loop_input(model: ModelConfig) -> Iterator[str]:
+    """What the input of loops >= 2 needs. A model of one loop ignores it."""
+    if model.loop_count == 1:
+        return
+    scaled = {
+        "hidden_norm": model.hidden_norm,
+        f"learned_hidden_scale {model.learned_hidden_scale}": model.learned_hidden_scale != "none",
+        "hidden_scale_ratio": model.hidden_scale_ratio is not None,
+    }
+    first = next((name for name, given in scaled.items() if given), None)
+    if first is not None and not derived.adds_embeddings(model):
+        yield (
+            f"model.{first} is for E + h, but without model.cross_loop_parallel a loop reads h itself; "
+            "set model.input_injection=true"
+        )
+    if model.hidden_norm and model.norm_between_loops:
+        yield "model.hidden_norm and model.norm_between_loops both norm h; set one of them to false"
+    if model.hidden_scale_ratio is not None and not (model.hidden_norm or model.norm_between_loops):
+        yield (
+            "model.hidden_scale_ratio needs h to have a known RMS; set model.hidden_norm=true or "
+            "model.norm_between_loops=true"
         )
 
 

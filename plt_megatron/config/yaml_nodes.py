@@ -141,6 +141,13 @@ def describe(node: yaml.Node) -> str:
     return "nothing (null)" if is_null(node) else repr(text)
 
 
+def text_of(value: bool | float | str | None) -> str:
+    """A scalar as YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
 def to_text(node: yaml.Node) -> str:
     """The node as one line of YAML, scalars as their writer wrote them."""
     if isinstance(node, yaml.ScalarNode):

@@ -46,6 +46,8 @@ class Activations:
     output_norms: int  # norms on the outputs of attention or FFN
     input_norms: bool
     norm_between_loops: bool
+    hidden_norm: bool
+    learned_scale: bool
     documents: bool
     recomputed: tuple[str, ...]  # parts of a layer, when it is not recomputed as a whole
     context: int  # ranks that share a sequence
@@ -112,6 +114,11 @@ class Activations:
     def layer_input(self) -> int:
         """Hidden states between layers."""
         return self._rows_bytes()
+
+    def loop_input(self) -> int:
+        """What joining h and E keeps, in loops >= 2: h for its norm in fp32, and what a learned scale multiplies."""
+        wide = FP32 * (self.rows * self.hidden + self.rows) if self.hidden_norm else 0
+        return wide + (self._rows_bytes() if self.learned_scale else 0)
 
     def loop_end(self, last_loop: bool) -> int:
         """The final norm, where the loop has one."""
@@ -280,6 +287,8 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         output_norms=2 if post else int(model.ffn_output_norm),
         input_norms=not post,
         norm_between_loops=model.norm_between_loops,
+        hidden_norm=looped and model.hidden_norm,
+        learned_scale=derived.has_learned_hidden_scale(model),
         documents=config.data.reset_at_document_boundaries,
         recomputed=layout.recompute_modules,
         context=layout.context,

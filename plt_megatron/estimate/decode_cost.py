@@ -99,7 +99,7 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     stack: float = counted.attention + counted.ffn + counted.norms + counted.gates + counted.router
     stack += counted.experts * _read_experts(model, batch * (model.loop_count if model.cross_loop_parallel else 1))
     reads = 1 if model.cross_loop_parallel else model.loop_count
-    weights = ELEMENT * (reads * stack + head + counted.final_norm)
+    weights = ELEMENT * (reads * stack + head + counted.loop_input + counted.final_norm)
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
         caches += (model.loop_count - 1) * kv_cache_bytes(model, context)

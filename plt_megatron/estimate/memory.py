@@ -198,6 +198,8 @@ class MemorySimulator:
             saved["activations"] = -(-self.layers // self.unit) * shapes.layer_input()
         else:
             saved["activations"] = self.layers * shapes.layer(loop)
+        if self.first and loop > 1:
+            saved["activations"] += shapes.loop_input()
         if self.last:
             saved["activations"] += shapes.loop_end(loop == self.loops)
         if not self.alone:  # what was received and what is sent

@@ -17,6 +17,7 @@ class ParameterCount:
     """Number of parameters of each component, over all layers. Loops share them, so they count once."""
 
     embedding: int  # padded vocabulary x hidden_size
+    loop_input: int  # the learned scale of h in the input of loops >= 2
     attention: int  # Q, K, V and output projections, with any biases
     ffn: int  # gate, up and down projections of a dense FFN or of a shared expert
     norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
@@ -77,7 +78,7 @@ class RankParameters:
     """Number of parameters that one rank of a pipeline stage holds: slices of split tensors, all others whole."""
 
     layers: int  # without experts
-    embedding: int
+    embedding: int  # and the loops' input, beside it
     final_norm: int
     output_layer: int  # a pipeline's last stage holds a copy of a tied embedding
     experts: int = 0  # this rank's, all layers
@@ -105,11 +106,16 @@ def count_rank_parameters(
     experts = (model.num_moe_experts or 0) // layout.expert
     return RankParameters(
         layers=layers * (split // tensor + whole),
-        embedding=table if first else 0,
+        embedding=table + _loop_input(model) if first else 0,
         final_norm=model.hidden_size if last else 0,
         output_layer=table if last and not shared else 0,
         experts=layers * experts * expert,
     )
+
+
+def _loop_input(model: ModelConfig) -> int:
+    sizes = Sizes.of(model, 0)
+    return sum(parameter.size(sizes) for parameter in parameters_of(model) if parameter.component == "loop_input")
 
 
 def _layer(model: ModelConfig) -> tuple[int, int, int]:

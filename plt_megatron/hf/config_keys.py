@@ -54,7 +54,7 @@ def plt_keys(
     """config.json of an export that includes configuration_plt.py and modeling_plt.py."""
     from plt_megatron.hf.configuration_plt import PLTConfig
 
-    clp = model.cross_loop_parallel
+    adds = derived.adds_embeddings(model)
     config = PLTConfig(
         **_llama_keys(model, vocab_size, max_position_embeddings),
         **tokens,
@@ -65,15 +65,19 @@ def plt_keys(
         norm_placement=model.norm_placement,
         **_expert_keys(model),
         loop_count=model.loop_count,
-        cross_loop_parallel=clp,
+        cross_loop_parallel=model.cross_loop_parallel,
         share_kv=model.share_kv,
         gated_window=model.gated_window and model.share_kv,  # meaningless in a model of one loop
         window_size=model.window_size,
         gate_input=model.gate_input,
         gate_side=model.gate_side,
         norm_between_loops=model.norm_between_loops,
-        embedding_scale=model.embedding_scale if clp else 1.0,
-        hidden_scale=model.hidden_scale if clp else 1.0,
+        input_injection=model.input_injection,
+        embedding_scale=model.embedding_scale if adds else 1.0,
+        hidden_scale=derived.hidden_scale(model) if adds else 1.0,
+        hidden_norm=model.hidden_norm and adds,
+        learned_hidden_scale=model.learned_hidden_scale if adds else "none",
+        residual_scale=derived.residual_factor(model),
     )
     keys: dict[str, Any] = json.loads(config.to_json_string())
     return {"architectures": ["PLTForCausalLM"], "auto_map": AUTO_MAP, **keys, "dtype": dtype}
@@ -103,7 +107,7 @@ def loopcoder_keys(
         "plt_window_size": [model.window_size - 1, 0],
         "plt_normalize_per_loop": model.norm_between_loops,
         "plt_emb_scale": model.embedding_scale,
-        "plt_hidden_scale": model.hidden_scale,
+        "plt_hidden_scale": derived.hidden_scale(model),
         "plt_gate_use_hidden_states": _LOOPCODER_GATES[model.gate_input],
         **tokens,
         "use_cache": True,
@@ -122,6 +126,9 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
         "ffn_output_norm": False,
         "norm_placement": "pre",
         "num_moe_experts": None,
+        "hidden_norm": False,
+        "learned_hidden_scale": "none",
+        "residual_scaling": "none",
     }
     for name, value in wanted.items():
         if getattr(model, name) != value:
@@ -234,8 +241,12 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
         gate_input=config.gate_input,
         gate_side=config.gate_side,
         norm_between_loops=config.norm_between_loops,
+        input_injection=config.input_injection,
         embedding_scale=config.embedding_scale,
         hidden_scale=config.hidden_scale,
+        hidden_norm=config.hidden_norm,
+        learned_hidden_scale=config.learned_hidden_scale,
+        **derived.residual_settings(config.residual_scale, config.num_hidden_layers),
     )
 
 

@@ -19,6 +19,8 @@ class PLTConfig(PreTrainedConfig):
         loop_count (`int`): L, 1 to 8. 1 is a plain transformer and has no extra parameter.
         cross_loop_parallel (`bool`): loops >= 2 read `embedding_scale * E + hidden_scale * shift(h)`;
             else `h`.
+        input_injection (`bool`): without cross_loop_parallel, loops >= 2 read
+            `embedding_scale * E + hidden_scale * h`.
         share_kv (`bool`): loops >= 2 attend to the first loop's keys and values.
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
             values, by one sigmoid gate per head. Needs `share_kv`.
@@ -28,6 +30,10 @@ class PLTConfig(PreTrainedConfig):
             1 - gate.
         norm_between_loops (`bool`): the final norm is applied to every loop's output, not to the last's only.
         embedding_scale, hidden_scale (`float`): scales of the input of loops >= 2.
+        hidden_norm (`bool`): h is divided by its root mean square before it is scaled.
+        learned_hidden_scale (`str`): the scale of h is "none" (`hidden_scale`), or a parameter of the "model" or of
+            each "channel".
+        residual_scale (`float`): factor of what attention and MLP add to the residual stream.
         qk_norm (`bool`): RMSNorm on queries and keys, per head (over the whole projection if `norm_placement`
             is "post").
         ffn_output_norm (`bool`): RMSNorm on the MLP's output before the residual is added.
@@ -87,6 +93,10 @@ class PLTConfig(PreTrainedConfig):
     norm_between_loops: bool = False
     embedding_scale: float = 1.0
     hidden_scale: float = 1.0
+    input_injection: bool = False
+    hidden_norm: bool = False
+    learned_hidden_scale: str = "none"
+    residual_scale: float = 1.0
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -158,9 +168,16 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError(f"gate_input must be one of {', '.join(GATE_INPUTS)}, not {self.gate_input!r}")
         if self.gate_side not in ("local", "global"):
             raise ValueError(f'gate_side must be "local" or "global", not {self.gate_side!r}')
-        scales = (self.embedding_scale, self.hidden_scale)
-        if not self.cross_loop_parallel and scales != (1.0, 1.0):
-            raise ValueError("embedding_scale and hidden_scale need cross_loop_parallel: without it a loop reads h")
+        if self.learned_hidden_scale not in ("none", "model", "channel"):
+            raise ValueError(
+                f"learned_hidden_scale must be one of none, model, channel, not {self.learned_hidden_scale!r}"
+            )
+        scales = (self.embedding_scale, self.hidden_scale, self.hidden_norm, self.learned_hidden_scale)
+        if not (self.cross_loop_parallel or self.input_injection) and scales != (1.0, 1.0, False, "none"):
+            raise ValueError(
+                "embedding_scale, hidden_scale, hidden_norm and learned_hidden_scale need cross_loop_parallel or "
+                "input_injection: without them a loop reads h"
+            )
 
 
 __all__ = ["PLTConfig"]

@@ -49,7 +49,7 @@ class ImportResult:
 
     Attributes:
         checkpoint: the published folder.
-        fresh: tensors that the files lack and that start from zero (gates) or one (their norms).
+        fresh: tensors that the files lack and that start as in a new model: gates, their norms, scales of loops.
         dropped: tensors of the files that the model does not use.
         tokenizer: the copy that training reads, None if there was none.
     """
@@ -126,7 +126,7 @@ def _tensors(
         if mapping.name in by_name:
             make = partial(_convert, files, by_name[mapping.name])
         else:
-            make = partial(_fresh, mapping)
+            make = partial(_fresh, mapping, target.model)
             fresh += 1
         if mapping.name.endswith(("word_embeddings.weight", "output_layer.weight")):
             shape = (padded, *shape[1:])
@@ -139,11 +139,11 @@ def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
     return mapping.to_megatron([files.read(name) for name, _ in mapping.hf])
 
 
-def _fresh(mapping: ParamMapping) -> Tensor:
+def _fresh(mapping: ParamMapping, model: ModelConfig) -> Tensor:
     """The values of a new model."""
-    init = mapping.parameter.init
-    assert mapping.parameter.only_in_loops and isinstance(init, float), mapping.name
-    return torch.full(mapping.shape, init)
+    value = mapping.parameter.constant(model)
+    assert mapping.parameter.only_in_loops and value is not None, mapping.name
+    return torch.full(mapping.shape, value)
 
 
 def _padded(make: Callable[[], Tensor], rows: int) -> Tensor:

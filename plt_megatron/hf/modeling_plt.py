@@ -369,6 +369,12 @@ class PLTCache(Cache):
             yield layer.keys, layer.values, None
 
 
+def unit_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) over the last dimension, computed in fp32."""
+    x = hidden_states.float()
+    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(hidden_states.dtype)
+
+
 class PLTRMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in fp32."""
 
@@ -378,9 +384,7 @@ class PLTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x.to(hidden_states.dtype)
+        return self.weight * unit_rms(hidden_states, self.eps)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
@@ -815,6 +819,7 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         pre = config.norm_placement == "pre"
+        self.residual_scale = config.residual_scale
         self.self_attn = PLTAttention(config, layer_idx)
         self.mlp = PLTMLP(config) if config.num_experts is None else PLTMoE(config)
         self.input_layernorm = PLTRMSNorm(size, eps) if pre else None
@@ -837,11 +842,37 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
         )
         if not pre:
             out = self.post_attention_layernorm(out)
-        hidden_states = hidden_states + out
+        hidden_states = self._add(hidden_states, out)
         out = self.mlp(self.post_attention_layernorm(hidden_states) if pre else hidden_states)
         if self.post_feedforward_layernorm is not None:
             out = self.post_feedforward_layernorm(out)
-        return hidden_states + out, key, value
+        return self._add(hidden_states, out), key, value
+
+    def _add(self, residual: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return residual + out if self.residual_scale == 1.0 else residual + self.residual_scale * out
+
+
+class PLTLoopInput(nn.Module):
+    """Input of loops >= 2: embedding_scale * E + hidden_scale * N(h), N the identity or the division by the RMS."""
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.embedding_scale, self.norm, self.eps = config.embedding_scale, config.hidden_norm, config.rms_norm_eps
+        self.initial = self.hidden_scale = config.hidden_scale
+        if config.learned_hidden_scale != "none" and config.loop_count > 1:
+            size = config.hidden_size if config.learned_hidden_scale == "channel" else 1
+            self.hidden_scale = nn.Parameter(torch.full((size,), self.initial))
+
+    def forward(self, embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """E and h, shifted with cross_loop_parallel, [B, T, d] to the same."""
+        if self.norm:
+            hidden_states = unit_rms(hidden_states, self.eps)
+        a, b = self.embedding_scale, self.hidden_scale
+        return _scaled(embeds, a) + _scaled(hidden_states, b)
+
+
+def _scaled(x: torch.Tensor, scale: Any) -> torch.Tensor:
+    return x if isinstance(scale, float) and scale == 1.0 else scale * x
 
 
 class PLTPreTrainedModel(PreTrainedModel):
@@ -867,6 +898,8 @@ class PLTPreTrainedModel(PreTrainedModel):
             # Half and half at the start, as LoopCoder-v2 does.
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
+        if isinstance(module, PLTLoopInput) and isinstance(module.hidden_scale, nn.Parameter):
+            init.constant_(module.hidden_scale, module.initial)
 
 
 class PLTModel(PLTPreTrainedModel):
@@ -887,6 +920,7 @@ class PLTModel(PLTPreTrainedModel):
         self.layers = nn.ModuleList([PLTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = PLTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = PLTRotaryEmbedding(config)
+        self.loop_input = PLTLoopInput(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -1041,7 +1075,7 @@ class PLTModel(PLTPreTrainedModel):
 
     def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache, layout: "_Layout") -> torch.Tensor:
         """One token, every loop at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
-        later = self._loop_input(embeds, cache.carry)
+        later = self.loop_input(embeds, cache.carry)
         hidden_states = torch.cat([embeds, later], 1)
         for layer in self.layers:
             hidden_states = layer(hidden_states, state=state, cache=cache)[0]
@@ -1085,18 +1119,14 @@ class PLTModel(PLTPreTrainedModel):
         loop: int,
         layout: "_Layout",
     ) -> torch.Tensor:
-        """Input of loop `loop` (from 0): B = embedding_scale * E + hidden_scale * shift(h), or h itself."""
+        """Input of loop `loop` (from 0): `PLTLoopInput` of E and shift(h) or h, or h itself."""
         if not self.config.cross_loop_parallel:
-            return hidden_states
+            return self.loop_input(embeds, hidden_states) if self.config.input_injection else hidden_states
         if cache is None:
             shifted = F.pad(hidden_states[:, :-1], (0, 0, 1, 0))
         else:
             shifted = torch.cat([cache.carry[:, loop - 1 : loop], hidden_states[:, :-1]], 1)
-        return self._loop_input(embeds, layout.continued(shifted))
-
-    def _loop_input(self, embeds: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
-        a, b = self.config.embedding_scale, self.config.hidden_scale
-        return (embeds if a == 1.0 else a * embeds) + (shifted if b == 1.0 else b * shifted)
+        return self.loop_input(embeds, layout.continued(shifted))
 
 
 def _documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from plt_megatron.config import derived
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Sizes, find
 
@@ -56,11 +57,12 @@ def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
     the CPU. `name`: in the whole model."""
     parameter = find(stage.plt, name)
     shape = Sizes.of(stage.plt, stage.padded_vocab_size).shape(parameter.dims)
-    if isinstance(parameter.init, float):
-        whole = torch.full(shape, parameter.init)
+    constant = parameter.constant(stage.plt)
+    if constant is not None:
+        whole = torch.full(shape, constant)
     else:
-        scale = math.sqrt(2 * stage.config.num_layers) if parameter.init == "output" else 1.0
-        whole = _draw(name, seed, shape, stage.config.init_method_std / scale)
+        std = derived.output_init_std(stage.plt) if parameter.init == "output" else stage.plt.init_method_std
+        whole = _draw(name, seed, shape, std)
     group = stage.pg_collection.tp
     return parameter.part_of_rank(whole, group.rank(), group.size())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -117,6 +119,7 @@ def _all_heads_norms(model: ModelConfig) -> tuple[partial, partial]:
 def _layer_spec(model: ModelConfig, kit: _Kit) -> ModuleSpec:
     post = model.norm_placement == "post"
     norms = _all_heads_norms(model) if post else (kit.norm, kit.norm)
+    residual_add = _residual_add(derived.residual_factor(model))
     q_norm, k_norm = norms if model.qk_layernorm else (IdentityOp, IdentityOp)
     return ModuleSpec(
         module=TransformerLayer if model.num_moe_experts is None else MoETransformerLayer,
@@ -132,13 +135,29 @@ def _layer_spec(model: ModelConfig, kit: _Kit) -> ModuleSpec:
                     k_layernorm=k_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual_add,
             # A router needs the normed states by themselves; an MLP's first linear layer norms its input.
             pre_mlp_layernorm=IdentityOp if post or model.num_moe_experts is None else kit.norm,
             mlp=_ffn(model, kit),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual_add,
         ),
     )
+
+
+def _residual_add(factor: float) -> Callable[..., Any]:
+    """How a layer adds to the residual stream, as megatron-core's layers take it: residual + factor * output."""
+    if factor == 1.0:
+        return get_bias_dropout_add
+
+    def build(training: bool, fused: bool) -> Callable[..., Tensor]:
+        return add
+
+    def add(output_and_bias: tuple[Tensor, None], residual: Tensor, dropout: float) -> Tensor:
+        output, bias = output_and_bias
+        assert bias is None and dropout == 0.0
+        return torch.add(residual, output.to(residual.dtype), alpha=factor)
+
+    return build
 
 
 def _ffn(model: ModelConfig, kit: _Kit) -> Any:

@@ -22,9 +22,11 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from plt_megatron.config import derived
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.layer_specs import layer_spec, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
+from plt_megatron.model.loop_input import LoopInput
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
@@ -120,6 +122,7 @@ class LoopedGPT(LanguageModule):
                 position_embedding_type="rope",
                 tp_group=self.pg_collection.tp,
             )
+            self.loop_input = LoopInput(config)
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
@@ -224,8 +227,8 @@ class LoopedGPT(LanguageModule):
     def _loop_input(
         self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor | None, embeddings: Tensor | None
     ) -> Tensor:
-        """The stack's input: E in the first loop, then E + shift(h) or, without cross-loop parallelism, h."""
-        if context.loop > 1 and not self.plt.cross_loop_parallel:
+        """The stack's input: E in the first loop, then E + shift(h) or, without cross-loop parallelism, h or E + h."""
+        if context.loop > 1 and not derived.adds_embeddings(self.plt):
             assert hidden_states is not None
             return hidden_states
         if embeddings is None:
@@ -235,9 +238,10 @@ class LoopedGPT(LanguageModule):
                 context.statistics.add_hidden(0, embeddings)
             return embeddings
         assert hidden_states is not None
-        starts = context.documents.starts if context.documents is not None else None
-        shifted = shift(hidden_states, starts, self.hidden_rows)
-        return _scaled(embeddings, self.plt.embedding_scale) + _scaled(shifted, self.plt.hidden_scale)
+        if self.plt.cross_loop_parallel:
+            starts = context.documents.starts if context.documents is not None else None
+            hidden_states = shift(hidden_states, starts, self.hidden_rows)
+        return self.loop_input(embeddings, hidden_states)
 
     def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""
@@ -260,7 +264,3 @@ class LoopedGPT(LanguageModule):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1.0 else tensor * scale

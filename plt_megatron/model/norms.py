@@ -20,13 +20,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
-def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 or wider, returned in x's dtype."""
     if hidden_states.dtype in (torch.float32, torch.float64):
         return torch.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, eps)
     wide = hidden_states.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale).to(hidden_states.dtype) * weight
+    normed = (wide * scale).to(hidden_states.dtype)
+    return normed if weight is None else normed * weight
 
 
 def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:

@@ -28,10 +28,10 @@ _OURS, _THEIRS = f"decoder.layers.{LAYER}.", f"model.layers.{LAYER}."
 Form = Literal["direct", "qkv", "gate_up"]
 _THEIR_ROWS = {"qkv": ("query", "key_value", "key_value"), "gate_up": ("ffn", "ffn")}
 # A constant; normal: of `init_method_std`; output: normal, divided by sqrt(2 * num_layers), for what writes into the
-# residual stream (Megatron's scaled initialization).
-Init = float | Literal["normal", "output"]
+# residual stream (Megatron's scaled initialization); hidden_scale: the constant that the settings say.
+Init = float | Literal["normal", "output", "hidden_scale"]
 Component = Literal[
-    "embedding", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
+    "embedding", "loop_input", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
 ]
 
 
@@ -49,6 +49,7 @@ class Sizes:
     key_norm: int
     experts: int
     expert_ffn: int
+    one: int = 1
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
@@ -135,7 +136,7 @@ class Parameter:
     @property
     def only_in_loops(self) -> bool:
         """Whether it exists only in models of several loops."""
-        return self.component == "gates"
+        return self.component in ("gates", "loop_input")
 
     @property
     def per_layer(self) -> bool:
@@ -144,6 +145,12 @@ class Parameter:
     @property
     def per_expert(self) -> bool:
         return EXPERT in self.name
+
+    def constant(self, model: ModelConfig) -> float | None:
+        """The initial value of all its elements; None: they are drawn."""
+        if self.init == "hidden_scale":
+            return derived.hidden_scale(model)
+        return self.init if isinstance(self.init, float) else None
 
     def size(self, sizes: Sizes) -> int:
         """Elements of one."""
@@ -206,6 +213,10 @@ def _gate(kind: str) -> Callable[[ModelConfig], bool]:
     return lambda model: derived.has_gates(model) and model.gate_input == kind
 
 
+def _hidden_scale(kind: str) -> Callable[[ModelConfig], bool]:
+    return lambda model: derived.has_learned_hidden_scale(model) and model.learned_hidden_scale == kind
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -227,6 +238,7 @@ _QKV = "self_attention.linear_qkv."
 _GATE, _HF_GATE = "self_attention.core_attention.plt_gate.", "self_attn.plt_gate."
 _EXPERT, _SHARED, _HF_SHARED = f"mlp.experts.{EXPERT}.", "mlp.shared_experts.", "mlp.shared_expert."
 
+_SCALES = {"model": "one", "channel": "hidden"}  # dimensions, by `model.learned_hidden_scale`
 _OF_QKV = {"form": "qkv", "split": "rows"}
 _OF_QUERY_GATE = {"init": 0.0, "split": "rows", "gate_logit": True, "in_core_attention": True, "exists": _gate("query")}
 _OF_HIDDEN_GATE = {"init": 0.0, "gate_logit": True, "exists": _gate("hidden")}  # a rank computes all heads for its rows
@@ -236,6 +248,8 @@ _OF_HIDDEN_GATE = {"init": 0.0, "gate_logit": True, "exists": _gate("hidden")}  
 TABLE = (
     _parameter("embedding.word_embeddings.weight", "vocab hidden", "embedding", "model.embed_tokens.weight",
                split="rows"),
+    *(_parameter("loop_input.hidden_scale", dims, "loop_input", "model.loop_input.hidden_scale",
+                 init="hidden_scale", exists=_hidden_scale(kind)) for kind, dims in _SCALES.items()),
     *_in_layers(
         _norm(_QKV + "layer_norm_weight", "input_layernorm.weight", exists=_pre),
         _parameter(_QKV + "weight", "qkv hidden", "attention",
@@ -308,7 +322,7 @@ def decays(name: str) -> bool:
 
 
 def only_in_loops(name: str) -> bool:
-    """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack: a gate's."""
+    """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack."""
     return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
 
 

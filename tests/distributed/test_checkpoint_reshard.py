@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
 from tests.distributed import checkpoint_jobs as jobs
 
+run_config = partial(jobs.run_config, hidden_norm=True, learned_hidden_scale="channel")
 TP2_PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
 PP4 = {"pipeline_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -21,7 +23,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 def reference(run_distributed, tmp_path_factory):
     """Six steps of one process, saved after the third."""
     directory = tmp_path_factory.mktemp("one")
-    outcome = run_distributed(jobs.train_and_save, 1, directory, jobs.run_config(), then=3)
+    outcome = run_distributed(jobs.train_and_save, 1, directory, run_config(), then=3)
     return outcome, directory
 
 
@@ -29,7 +31,7 @@ def reference(run_distributed, tmp_path_factory):
 def saved(run_distributed, tmp_path_factory):
     """Three steps at TP2 x PP2 with tied embeddings, saved."""
     directory = tmp_path_factory.mktemp("tp2pp2")
-    run_distributed(jobs.train_and_save, 4, directory, jobs.run_config(TP2_PP2))
+    run_distributed(jobs.train_and_save, 4, directory, run_config(TP2_PP2))
     return directory
 
 
@@ -44,19 +46,19 @@ def saved(run_distributed, tmp_path_factory):
     ],
 )
 def test_reshard_goes_on_with_the_same_numbers(run_distributed, reference, saved, layout, world_size):
-    resumed = run_distributed(jobs.load_and_train, world_size, saved, jobs.run_config(layout))
+    resumed = run_distributed(jobs.load_and_train, world_size, saved, run_config(layout))
     _assert_same_numbers(resumed["after"], reference[0]["after"])
     assert not any("in the checkpoint" in line for line in resumed["log"])
 
 
 def test_replicas_share_the_writing(run_distributed, reference, tmp_path):
     """Of PP2 x DP2 with tied embeddings, every rank writes something, and nothing is written twice."""
-    run_distributed(jobs.train_and_save, 4, tmp_path, jobs.run_config({**PP2, "overlap_grad_reduce": True}))
+    run_distributed(jobs.train_and_save, 4, tmp_path, run_config({**PP2, "overlap_grad_reduce": True}))
     sizes = {path.name: path.stat().st_size for path in tmp_path.glob("step_*/*.distcp")}
     assert sorted(sizes) == [f"__{rank}_0.distcp" for rank in range(4)]
     single = sum(path.stat().st_size for path in reference[1].glob("step_*/*.distcp"))
     assert sum(sizes.values()) < 1.2 * single
-    resumed = run_distributed(jobs.load_and_train, 1, tmp_path, jobs.run_config())
+    resumed = run_distributed(jobs.load_and_train, 1, tmp_path, run_config())
     _assert_same_numbers(resumed["after"], reference[0]["after"])
 
 

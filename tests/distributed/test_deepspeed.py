@@ -133,15 +133,17 @@ def test_offloaded_states_and_parameters(check):
 def test_variants_and_packed_documents(check):
     """Those whose gradients come in other numbers of parts: gates that read the residual stream, keys that only the
     first loop uses, norms over all heads."""
-    shared_keys = _model(gated_window=False, qk_layernorm=True)
+    by_channel: dict[str, Any] = {"hidden_norm": True, "learned_hidden_scale": "channel", "residual_scaling": "layers"}
+    shared_keys = _model(gated_window=False, qk_layernorm=True, **by_channel)
+    by_model = (*LOOPCODER, ("learned_hidden_scale", "model"))
     post_norm = _model(norm_placement="post", qk_layernorm=True, qkv_bias=True, layernorm_epsilon=1e-2)
     cases = [
         (Case(2, "full", model=LOOPCODER), Zero(2)),
-        (Case(2, "selective", packed=True, model=LOOPCODER), Zero(3)),
+        (Case(2, "selective", packed=True, model=by_model), Zero(3)),
         (Case(3, "full", model=shared_keys), Zero(2)),
         (Case(2, "full", model=post_norm), Zero(2)),
     ]
-    names = ["LoopCoder-v2", "LoopCoder-v2, packed", "+ KV sharing, QK norms", "post-norm"]
+    names = ["LoopCoder-v2", "LoopCoder-v2, learned scale, packed", "+ KV sharing, QK norms, scales", "post-norm"]
     check(Layout(tp=2, sp=True), cases, names)
 
 

@@ -84,6 +84,7 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
             {},
             {"recompute": "full"},
             {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True},
+            {"num_layers": 1, "loops": 3, "hidden_norm": True, "learned_hidden_scale": "channel"},
         ],
     ),
     (

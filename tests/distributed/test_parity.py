@@ -60,8 +60,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "share_embeddings_and_output_weights": False,
     },
     "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True},
-    "qkv bias, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
-    "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
+    "qkv bias, untied, E + h": {
+        "qkv_bias": True,
+        "share_embeddings_and_output_weights": False,
+        "cross_loop_parallel": False,
+        "input_injection": True,
+        "learned_hidden_scale": "model",
+        "residual_scaling": "loops_sqrt_layers",
+        "init_counts_loops": True,
+    },
+    "no GQA, window 1, scale per channel": {
+        "num_query_groups": None,
+        "window_size": 1,
+        "hidden_norm": True,
+        "learned_hidden_scale": "channel",
+        "hidden_scale_ratio": 0.5,
+        "residual_scaling": "layers",
+        "residual_scale": 3.0,
+    },
 }
 
 PLAIN = "PLT"

@@ -62,7 +62,9 @@ class Reference:
         for loop in range(self.loops):
             if loop and config.cross_loop_parallel:
                 shifted = torch.cat([torch.zeros_like(e[:1]), states[-1][:-1]])
-                x = config.embedding_scale * e + config.hidden_scale * shifted
+                x = self.loop_input(e, shifted)
+            elif loop and config.input_injection:
+                x = self.loop_input(e, states[-1])
             elif loop:
                 x = states[-1]
             for layer in range(config.num_hidden_layers):
@@ -74,18 +76,27 @@ class Reference:
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         return out @ self.w(f"{head}.weight").T, states
 
+    def loop_input(self, e, h):
+        config = self.config
+        if config.hidden_norm:
+            h = h / (h.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+        scale = config.hidden_scale
+        if config.learned_hidden_scale != "none":
+            scale = self.w("model.loop_input.hidden_scale")
+        return config.embedding_scale * e + scale * h
+
     def layer(self, x, index, loop, first_kv):
         name = f"model.layers.{index}"
         pre = self.config.norm_placement == "pre"
         inside = self.norm(x, f"{name}.input_layernorm") if pre else x
         y = self.attention(inside, x, index, loop, first_kv)
-        x = x + (y if pre else self.norm(y, f"{name}.post_attention_layernorm"))
+        x = x + self.config.residual_scale * (y if pre else self.norm(y, f"{name}.post_attention_layernorm"))
         inside = self.norm(x, f"{name}.post_attention_layernorm") if pre else x
         gate, up = self.linear(inside, f"{name}.mlp.gate_proj"), self.linear(inside, f"{name}.mlp.up_proj")
         y = self.linear(gate / (1 + torch.exp(-gate)) * up, f"{name}.mlp.down_proj")
         if not pre or self.config.ffn_output_norm:
             y = self.norm(y, f"{name}.post_feedforward_layernorm")
-        return x + y
+        return x + self.config.residual_scale * y
 
     def heads(self, x, name, norm):
         config = self.config

@@ -44,6 +44,20 @@ VARIANTS = {
     "qwen2": {"qkv_bias": True},
     "hidden_local": {"gate_input": "hidden", "attention_bias": True, "mlp_bias": True},
     "window_1": {"window_size": 1},
+    "learned_scale": {
+        "hidden_norm": True,
+        "learned_hidden_scale": "channel",
+        "embedding_scale": 0.7,
+        "residual_scale": 0.6,
+        "loop_count": 3,
+    },
+    "injected": {
+        "cross_loop_parallel": False,
+        "input_injection": True,
+        "learned_hidden_scale": "model",
+        "norm_between_loops": True,
+        "residual_scale": 1.3,
+    },
 }
 
 

@@ -30,6 +30,7 @@ _NAMES = {
     "embedding.word_embeddings.weight": "embedding",
     "output_layer.weight": "head",
     "final_layernorm.weight": "final_norm",
+    "loop_input.hidden_scale": "hidden_scale",
 }
 
 

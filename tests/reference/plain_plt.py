@@ -6,7 +6,7 @@ package but the settings' names. It computes in the dtype of its weights, float6
 With E the token embeddings, f the stack of layers and L loops:
 
     h(1) = f(E)
-    h(l) = f(a E + b shift(h(l-1)))                   cross-loop parallelism, else f(h(l-1))
+    h(l) = f(a E + b N(shift(h(l-1))))                cross-loop parallelism, else f(h(l-1)) or f(a E + b N(h(l-1)))
     logits = Head(norm(h(L)))
 
 Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1:
@@ -32,7 +32,8 @@ KV = dict[int, tuple[Tensor, Tensor]]  # by layer
 class PlainPLT:
     """The model: its settings, and its weights by name.
 
-    Linear weights are [out, in]. `embedding` [V, h], `final_norm` [h], where untied `head` [V, h], and of each layer
+    Linear weights are [out, in]. `embedding` [V, h], `final_norm` [h], where untied `head` [V, h], where learned
+    `hidden_scale` [1 or h], and of each layer
     `layers.<i>.`: `attention_norm`, `ffn_norm` [h], `q` [heads d, h], `k`, `v` [groups d, h], `o` [h, heads d],
     `gate_proj`, `up_proj` [f, h], `down_proj` [h, f]; where the settings ask for them `q_norm`, `k_norm` [d],
     `q_bias` [heads d], `k_bias`, `v_bias` [groups d],
@@ -65,11 +66,24 @@ class PlainPLT:
                 shifted = torch.zeros_like(hidden)
                 shifted[:, 1:] = hidden[:, :-1]
                 shifted = torch.where(starts.unsqueeze(-1), torch.zeros_like(shifted), shifted)
-                hidden = config.embedding_scale * embeddings + config.hidden_scale * shifted
+                hidden = self._loop_input(embeddings, shifted)
+            elif loop > 1 and config.input_injection:
+                hidden = self._loop_input(embeddings, hidden)
             for layer in range(config.num_layers):
                 hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
         head = "embedding" if config.share_embeddings_and_output_weights else "head"
         return self._norm(hidden, "final_norm") @ self.weights[head].T
+
+    def _loop_input(self, embeddings: Tensor, hidden: Tensor) -> Tensor:
+        config = self.config
+        if config.hidden_norm:
+            hidden = hidden / torch.sqrt((hidden * hidden).mean(-1, keepdim=True) + config.layernorm_epsilon)
+        scale: Tensor | float = config.hidden_scale
+        if config.learned_hidden_scale != "none":
+            scale = self.weights["hidden_scale"]
+        elif config.hidden_scale_ratio is not None:
+            scale = config.hidden_scale_ratio * config.embedding_scale * config.init_method_std
+        return config.embedding_scale * embeddings + scale * hidden
 
     def auxiliary_loss(self) -> Tensor | float:
         """Of what has run since the model was made: all layers' in all loops, with their coefficients."""
@@ -82,12 +96,21 @@ class PlainPLT:
 
     def _layer(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         name = f"layers.{layer}."
-        x = x + self._attention(x, layer, loop, starts, first_loop_kv)
+        factor = self._residual_factor()
+        x = x + factor * self._attention(x, layer, loop, starts, first_loop_kv)
         normed = self._norm(x, name + "ffn_norm")
         out = self._ffn(normed, name) if self.config.num_moe_experts is None else self._experts(normed, name)
         if self.config.ffn_output_norm:
             out = self._norm(out, name + "ffn_output_norm")
-        return x + out
+        return x + factor * out
+
+    def _residual_factor(self) -> float:
+        config = self.config
+        if config.residual_scaling == "none":
+            return 1.0
+        if config.residual_scaling == "layers":
+            return config.residual_scale / config.num_layers
+        return config.residual_scale / (config.loop_count * config.num_layers**0.5)
 
     def _ffn(self, x: Tensor, name: str) -> Tensor:
         gate, up = x @ self.weights[name + "gate_proj"].T, x @ self.weights[name + "up_proj"].T

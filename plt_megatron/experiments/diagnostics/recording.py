@@ -124,13 +124,14 @@ class Recording:
         return (self._model.norm(out) if self._model.config.norm_between_loops else out)[0]
 
     def next_input(self, state: Tensor, starts: Tensor | None = None) -> Tensor:
-        """What the loop after the state [T, d] reads: embedding_scale E + hidden_scale shift(h), or h itself."""
-        if not self._model.config.cross_loop_parallel:
-            return state
+        """What the loop after the state [T, d] reads: E and shift(h) joined, E and h, or h itself."""
+        config = self._model.config
+        if not config.cross_loop_parallel:
+            return self._model.loop_input(self.states[0], state) if config.input_injection else state
         shifted = torch.cat([torch.zeros_like(state[:1]), state[:-1]])
         if starts is not None:
             shifted = shifted.masked_fill(starts[:, None], 0.0)
-        return self._model._loop_input(self.states[0], shifted)
+        return self._model.loop_input(self.states[0], shifted)
 
 
 @torch.no_grad()

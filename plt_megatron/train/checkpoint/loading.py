@@ -184,17 +184,21 @@ def _fit(path: Path, request: dict[str, Any]) -> None:
                 f"checkpoint {path}: the tensor {key} has shape {saved[key]}, this model needs {needed[key]}"
             )
     for keys, others, fault in ((missing, saved, "lacks"), (unexpected, needed, "has")):
-        both_have_gates = any(map(only_in_loops, others))  # they are gates of another kind
-        strange = [key for key in keys if both_have_gates or not only_in_loops(key)]
+        both_loop = any(map(only_in_loops, others))  # gates of another kind, or a learned scale
+        strange = [key for key in keys if both_loop or not only_in_loops(key)]
         if strange:
             more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
             other = "which this model needs" if fault == "lacks" else "which this model lacks"
             raise UserError(f"checkpoint {path} {fault} the tensor {strange[0]}{more}, {other}")
     if missing:
         _take_out(request, set(missing))
-        _say(f"{path} has no gates: this model's start from zero, with fresh optimizer state")
+        _say(f"{path} has no {_loop_parameters(missing)}: this model's are new, with fresh optimizer state")
     if unexpected:
-        _say(f"the gates in {path} are dropped: this model has none")
+        _say(f"the {_loop_parameters(unexpected)} in {path} are dropped: this model has none")
+
+
+def _loop_parameters(keys: list[str]) -> str:
+    return "gates and scales of loops" if any("hidden_scale" in key for key in keys) else "gates"
 
 
 def _model_first(key: str) -> tuple[bool, str]:

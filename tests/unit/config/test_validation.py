@@ -50,6 +50,7 @@ def test_a_good_configuration_passes():
     assert problems(name="sweep/loops_2") == []
 
 
+NAIVE = {"model__cross_loop_parallel": False, "model__share_kv": False, "model__gated_window": False}
 TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
 
 
@@ -70,6 +71,11 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"model__num_query_groups": 3},
             "num_attention_heads 4 is not divisible by model.num_query_groups 3",
         ),
+        ({"model__learned_hidden_scale": "model", **NAIVE}, "learned_hidden_scale model is for E + h, but"),
+        ({"model__hidden_norm": True, **NAIVE}, "a loop reads h itself; set model.input_injection=true"),
+        ({"model__hidden_norm": True, "model__norm_between_loops": True}, "both norm h; set one of them to false"),
+        ({"model__hidden_scale_ratio": 0.5}, "needs h to have a known RMS; set model.hidden_norm=true or"),
+        ({"model__residual_scale": 0.0}, "model.residual_scale must be above 0, got 0.0"),
         ({"model__embedding_scale": float("nan")}, "model.embedding_scale must be a finite number, got nan"),
         ({"model__rotary_base": float("inf")}, "model.rotary_base must be a finite number, got inf"),
         ({"model__layernorm_epsilon": 0.0}, "model.layernorm_epsilon must be above 0, got 0.0"),

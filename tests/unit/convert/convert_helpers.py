@@ -19,6 +19,7 @@ from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.verification import single_process
 from plt_megatron.train.checkpoint import read_weights
 from tests.reference.gates import GATES
+from tests.reference.loop_inputs import LOOP_INPUTS
 
 VOCAB = 117
 # No two sizes agree by accident, and the window is shorter than the texts.
@@ -46,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "plt3": {"loop_count": 3},
     **GATES,
+    **{name: LOOP_INPUTS[name] for name in ("scale per model", "scale per channel", "naive loop with E", "ratio")},
     "paper norms": {"qk_layernorm": True, "ffn_output_norm": True},
     "loopcoder": LOOPCODER,
     "biases, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},

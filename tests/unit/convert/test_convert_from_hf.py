@@ -24,6 +24,7 @@ from convert_helpers import (
 from safetensors.torch import load_file, save_file
 
 from plt_megatron.commands import import_hf
+from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.hf.importing import ImportOptions, import_model
@@ -130,6 +131,9 @@ def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     changed = {"vocab_size", "num_query_groups", "kv_channels"}  # None stands for what an import writes out
+    assert derived.hidden_scale(result.model) == derived.hidden_scale(model)
+    assert derived.residual_factor(result.model) == pytest.approx(derived.residual_factor(model))
+    changed |= {"hidden_scale", "hidden_scale_ratio", "residual_scaling", "residual_scale"}
     for setting, value in vars(result.model).items():
         assert setting in changed or value == getattr(model, setting), setting
 

@@ -50,6 +50,10 @@ def test_llama_style_layer_by_hand():
     assert count_parameters(by_hidden).total == expected + 3 * count([(8, 96), (8,), (96,)])
     normed = dataclasses.replace(looped, qk_layernorm=True, ffn_output_norm=True)
     assert count_parameters(normed).total == count_parameters(looped).total + 3 * count([(16,), (16,), (96,)])
+    scaled = dataclasses.replace(looped, learned_hidden_scale="channel")
+    assert count_parameters(scaled).total == count_parameters(looped).total + 96
+    assert count_rank_parameters(scaled, 1000, ParallelLayout()).total == count_parameters(scaled).total
+    assert count_parameters(dataclasses.replace(scaled, loop_count=1)).total == expected
     biased = dataclasses.replace(looped, qkv_bias=True)
     biases = [(8 * 16,), (2 * 16,), (2 * 16,)]
     assert count_parameters(biased).total == count_parameters(looped).total + 3 * count(biases)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
 from tests.reference.gates import GATES
+from tests.reference.loop_inputs import LOOP_INPUTS
 from tests.reference.megatron_weights import to_plain
 from tests.reference.plain_plt import KV, PlainPLT
 
@@ -61,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "global side": {"gate_side": "global"},
     "norm between loops": {"norm_between_loops": True, "loop_count": 3},
     "scales": {"embedding_scale": 0.5, "hidden_scale": 0.25, "loop_count": 3},
+    **LOOP_INPUTS,
     "qk-norm": {"qk_layernorm": True},
     "ffn output norm": {"ffn_output_norm": True},
     "the paper's dense models": {"qk_layernorm": True, "ffn_output_norm": True, "loop_count": 3},
@@ -201,6 +203,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "no norm between": (LOOPCODER_V2, {"norm_between_loops": False}, False),
     "embedding scale": (LOOPCODER_V2, {"embedding_scale": 1.0}, False),
     "hidden scale": (LOOPCODER_V2, {"hidden_scale": 1.0}, False),
+    "no injection": (LOOP_INPUTS["naive loop with E"], {"input_injection": False}, False),
+    "no norm of h": (LOOP_INPUTS["scale per channel"], {"hidden_norm": False}, False),
+    "ratio": (LOOP_INPUTS["ratio"], {"hidden_scale_ratio": 0.6}, False),
+    "residual scale": (LOOP_INPUTS["branches by layers"], {"residual_scale": 1.4}, False),
+    "residual scaling": (LOOP_INPUTS["branches by layers"], {"residual_scaling": "loops_sqrt_layers"}, False),
     "rotary base": ({}, {"rotary_base": 9000.0}, False),
     "epsilon": ({}, {"layernorm_epsilon": 1e-3}, False),
     "loops": ({}, {"loop_count": 3}, False),

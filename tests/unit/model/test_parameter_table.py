@@ -37,8 +37,9 @@ def test_it_has_what_the_built_model_has(settings):
         if not parameter.per_expert:  # they are built as split over one rank
             axis = tensor.partition_dim if getattr(tensor, "tensor_model_parallel", False) else None
             assert {"rows": 0, "columns": 1, None: None}[parameter.split] == axis, name
-        if isinstance(parameter.init, float):
-            assert torch.all(tensor == parameter.init), name
+        constant = parameter.constant(stage.plt)
+        if constant is not None:
+            assert torch.all(tensor == torch.tensor(constant)), name
     assert not left, "in the table, but not in the model"
 
 
@@ -59,7 +60,8 @@ def test_what_only_loops_have_is_what_one_loop_lacks(settings):
     one = {parameter.name for parameter in parameters_of(dataclasses.replace(model, loop_count=1))}
     for parameter in parameters_of(model):
         assert parameter.only_in_loops == (parameter.name not in one)
-        assert not parameter.only_in_loops or isinstance(parameter.init, float), "imports have no seed to draw from"
+        fixed = parameter.constant(model) is not None
+        assert fixed or not parameter.only_in_loops, "imports have no seed to draw from"
 
 
 def test_every_name_is_one_parameters():

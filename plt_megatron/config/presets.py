@@ -1,0 +1,45 @@
+"""How loops are parameterised, by name (`model.loop_preset`): the input of loops >= 2, gate, scales, initial weights.
+
+A preset stands for its settings in the file or on the command line that names it: what is set beside it or later wins.
+Which switches of the ablation are on, how many loops run and how large a window is are not a preset's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PAPER: dict[str, Any] = {
+    "input_injection": False,
+    "gate_input": "query",
+    "gate_side": "local",
+    "norm_between_loops": False,
+    "embedding_scale": 1.0,
+    "hidden_scale": 1.0,
+    "hidden_norm": False,
+    "learned_hidden_scale": "none",
+    "hidden_scale_ratio": None,
+    "residual_scaling": "none",
+    "residual_scale": 1.0,
+    "init_counts_loops": False,
+}
+LOOP_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _PAPER,
+    "loopcoder": {
+        **_PAPER,
+        "gate_input": "hidden",
+        "gate_side": "global",
+        "norm_between_loops": True,
+        "embedding_scale": 0.707,
+        "hidden_scale": 0.053,
+    },
+    # What measurements chose (docs/decisions.md): h is normed, and comes in channel by channel as training asks for it.
+    "recommended": {
+        **_PAPER,
+        "input_injection": True,
+        "hidden_norm": True,
+        "learned_hidden_scale": "channel",
+        "hidden_scale_ratio": 0.0,
+        "residual_scaling": "layers",
+        "residual_scale": 4.0,
+    },
+}

@@ -1,0 +1,193 @@
+"""The coordinate check: do activations, updates and logits keep their size as a model gets wider, deeper or loops more?
+
+Tiny models of a configuration's kind take a few optimizer steps on one batch of random tokens, at its learning rate.
+Compared is what the last step left: the root mean square of the last loop's output, of the logits, and of how far both
+have moved since the start. A parameterisation under which they are the same at every size can be expected to keep its
+best learning rate (arXiv 2203.03466, appendix D.1; 2505.01618 for depth).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.experiments.figures import add_legend, color, new_figure, save
+from plt_megatron.hf.verification import single_process
+from plt_megatron.run_folder.text import format_table
+
+FLAT = 1.5  # largest over smallest
+SIZES = {"width": (32, 64, 128), "depth": (2, 4, 8, 16), "loops": (1, 2, 3, 4)}
+HEAD_DIM, VOCAB_SIZE, ROWS, TOKENS = 16, 128, 2, 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        axes: by name the sizes to compare, the other axes at `base`.
+        base: width, depth and loops of what is not varied.
+        steps: optimizer steps, of AdamW at the configuration's learning rate without warm-up.
+    """
+
+    axes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=lambda: dict(SIZES))
+    base: dict[str, int] = dataclasses.field(default_factory=lambda: {"width": 64, "depth": 4, "loops": 2})
+    steps: int = 5
+    seed: int = 1234
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Root mean squares after the last step, of all elements."""
+
+    hidden: float  # the last loop's output, before the final norm
+    logits: float
+    hidden_update: float
+    logits_update: float
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {name.replace("_", " "): value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One axis's measurements, by size."""
+
+    axis: str
+    measured: dict[int, Coordinates]
+
+    def spread(self) -> dict[str, float]:
+        """Largest over smallest of each quantity."""
+        every = [coordinates.values for coordinates in self.measured.values()]
+        return {name: max(one[name] for one in every) / min(one[name] for one in every) for name in every[0]}
+
+    @property
+    def is_flat(self) -> bool:
+        return max(self.spread().values()) <= FLAT
+
+
+def check_coordinates(config: RunConfig, options: Options | None = None) -> list[Result]:
+    """Measure every axis. Runs on the CPU, in fp32, on the torch backend."""
+    options = options or Options()
+    results = []
+    with single_process():
+        for axis, sizes in options.axes.items():
+            measured = {size: _measure(config, {**options.base, axis: size}, options) for size in sizes}
+            results.append(Result(axis, measured))
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """All measurements, and the spread of each quantity along each axis."""
+    rows = []
+    for result in results:
+        for size, coordinates in result.measured.items():
+            rows.append([f"{result.axis} {size}", *(f"{value:.4g}" for value in coordinates.values.values())])
+        rows.append(["  largest / smallest", *(f"{value:.2f}" for value in result.spread().values())])
+    return format_table(rows, header=["", *results[0].spread()])
+
+
+def verdict(result: Result) -> str:
+    """In one line."""
+    name, worst = max(result.spread().items(), key=lambda item: item[1])
+    if result.is_flat:
+        return f"{result.axis}: flat, within {worst:.2f}x"
+    return f"{result.axis}: not flat: {name} differs by {worst:.1f}x (at most {FLAT}x)"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """One panel an axis."""
+    save(_figure(results), path)
+
+
+def _figure(results: Sequence[Result]) -> Figure:
+    figure, panels = new_figure(4.2, 3.4, len(results), len(results))
+    for axes, result in zip(panels, results, strict=True):
+        for index, name in enumerate(result.spread()):
+            values = [coordinates.values[name] for coordinates in result.measured.values()]
+            axes.loglog(list(result.measured), values, "o-", base=2, color=color(index), label=name)
+        axes.set_xlabel(result.axis)
+        axes.set_xticks(list(result.measured), [str(size) for size in result.measured])
+        axes.set_title("flat" if result.is_flat else "not flat", fontsize=10)
+    panels[0].set_ylabel("root mean square after the last step")
+    add_legend(panels[0])
+    return figure
+
+
+def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coordinates:
+    stage = _build(_resized(config.model, size), options.seed)
+    batch = torch.randint(0, VOCAB_SIZE, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(options.seed))
+    optimizer = config.optimizer
+    adam = torch.optim.AdamW(
+        stage.parameters(), optimizer.lr, (optimizer.adam_beta1, optimizer.adam_beta2), optimizer.adam_eps, 0.0
+    )
+    hidden, logits = _forward(stage, batch)
+    for _ in range(options.steps):
+        _loss(stage, batch).backward()
+        adam.step()
+        adam.zero_grad()
+    after_hidden, after_logits = _forward(stage, batch)
+    return Coordinates(_rms(after_hidden), _rms(after_logits), _rms(after_hidden - hidden), _rms(after_logits - logits))
+
+
+def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
+    """The configuration's kind of model at another size: heads of 16 channels, the FFN in the same proportion."""
+    heads = size["width"] // HEAD_DIM
+    return dataclasses.replace(
+        model,
+        hidden_size=size["width"],
+        num_layers=size["depth"],
+        loop_count=size["loops"],
+        ffn_hidden_size=max(1, model.ffn_hidden_size * size["width"] // model.hidden_size),
+        num_attention_heads=heads,
+        num_query_groups=max(1, heads // 2),
+        kv_channels=HEAD_DIM,
+        window_size=TOKENS // 2,
+        vocab_size=VOCAB_SIZE,
+        num_moe_experts=None,
+        fused_gated_window=False,
+        backend="torch",
+    )
+
+
+def _build(model: ModelConfig, seed: int) -> torch.nn.Module:
+    from plt_megatron.model.build import build_stage
+
+    config = RunConfig(
+        model=model,
+        parallel=ParallelConfig(),
+        data=DataConfig(sequence_length=TOKENS),
+        training=TrainingConfig(precision="fp32", seed=seed),
+    )
+    return build_stage(config, VOCAB_SIZE)
+
+
+def _loss(stage: torch.nn.Module, batch: Tensor) -> Tensor:
+    from plt_megatron.model.looped_gpt import MicroBatch
+
+    losses: Tensor = stage(MicroBatch(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous()))
+    return losses.mean()
+
+
+@torch.no_grad()
+def _forward(stage: torch.nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """(the last loop's output, logits)."""
+    from plt_megatron.model.looped_gpt import MicroBatch
+
+    seen: list[Tensor] = []
+    hook = stage.final_layernorm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    logits = stage(MicroBatch(batch[:, :-1].contiguous()))[..., :VOCAB_SIZE]
+    hook.remove()
+    return seen[-1], logits
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())

@@ -1,0 +1,47 @@
+"""The coordinate check: `recommended` is flat over depth and loops, the paper's form is not, and it says so."""
+
+from __future__ import annotations
+
+import pytest
+
+from plt_megatron.commands.check_coordinates import main
+from plt_megatron.config.loader import load_config
+from plt_megatron.experiments.coordinates import FLAT, Coordinates, Options, Result, check_coordinates, verdict
+
+CONFIG = "configs/runs/plt2_demo.yaml"
+
+
+def test_recommended_is_flat_over_depth_and_loops(capsys, tmp_path):
+    output = tmp_path / "coordinates.png"
+    assert main([CONFIG, "model.loop_preset=recommended", "--axes", "depth", "loops", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "depth: flat" in printed and "loops: flat" in printed and "depth 16" in printed and "loops 4" in printed
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_papers_form_is_not(capsys):
+    assert main([CONFIG, "model.loop_preset=paper", "--axes", "loops"]) == 1
+    assert "loops: not flat: hidden update differs by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("broken", "axis"),
+    [
+        (["model.hidden_norm=false", "model.hidden_scale_ratio=null"], "loops"),
+        (["model.residual_scaling=none"], "depth"),
+    ],
+    ids=["no norm", "unscaled branches"],
+)
+def test_each_part_of_recommended_is_needed(broken, axis):
+    config = load_config(CONFIG, ["model.loop_preset=recommended", *broken])
+    sizes = {"loops": (1, 4), "depth": (2, 16)}[axis]
+    (result,) = check_coordinates(config, Options(axes={axis: sizes}))
+    assert not result.is_flat
+
+
+def test_the_worst_quantity_decides():
+    small, large = Coordinates(1.0, 1.0, 1.0, 1.0), Coordinates(1.0, 1.0, 1.0, FLAT + 0.1)
+    assert Result("loops", {1: small, 2: small}).is_flat
+    result = Result("loops", {1: small, 2: large, 3: small})
+    assert not result.is_flat
+    assert verdict(result) == "loops: not flat: logits update differs by 1.6x (at most 1.5x)"
