@@ -19,7 +19,7 @@ from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
 from plt_megatron.errors import UserError, run_command
-from plt_megatron.estimate.flops import training_flops_per_token
+from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.folder import RunFolder
@@ -99,7 +99,7 @@ def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], 
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     if model.vocab_size is not None:
         vocab = derived.padded_vocab_size(model, model.vocab_size, tp)
-        flops = training_flops_per_token(model, config.data.sequence_length, vocab)
+        flops = run_flops_per_token(config, vocab)
         rows += [
             ("parameters", f"{count_parameters(model, tensor_model_parallel_size=tp).total:,}"),
             ("training FLOPs", f"{flops.total:.4g} per token"),

@@ -125,7 +125,10 @@ def lr_wsd_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int
 def overlap_param_gather(config: RunConfig) -> bool:
     """Whether updated weights are gathered during the next forward pass."""
     wanted = config.parallel.overlap_param_gather
-    return config.parallel.overlap_grad_reduce and not config.model.fused_gated_window if wanted is None else wanted
+    if wanted is not None:
+        return wanted
+    impossible = config.model.fused_gated_window or bool(config.training.loop_schedule)
+    return config.parallel.overlap_grad_reduce and not impossible
 
 
 def validation_loop_counts(config: RunConfig) -> list[int]:

@@ -24,6 +24,7 @@ from plt_megatron.config.fields import (
     Ranks,
     RenamedFrom,
     Seconds,
+    Share,
     Size,
     Steps,
 )
@@ -183,6 +184,18 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoopStage:
+    """A part of the run in which a step's loops are so many, or drawn (docs/loop_schedule.md)."""
+
+    until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # share of the run, from its start, at which it ends
+    loop_count: LoopCount | None = None  # of every step, or ...
+    loop_shares: list[Share] = field(default_factory=list)  # ... the shares of steps with 1, 2, ... loops
+    # The stage's first part (a share of it), in which the probability of its loops rises from 0 to 1: the other steps
+    # have those of the stage before.
+    ramp: Share = 0.0
+
+
+@dataclass
 class TrainingConfig:
     """Length and batches. Exactly one of `train_iters` and `train_tokens` is given."""
 
@@ -192,6 +205,8 @@ class TrainingConfig:
     global_batch_size: Size = 8  # sequences per optimizer step
     train_iters: PositiveSteps | None = None
     train_tokens: Annotated[int, Range(1, 10**15)] | None = None
+    # As in [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count loops in every step.
+    loop_schedule: list[LoopStage] = field(default_factory=list)
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
     # Linear layers of the `te` backend in FP8; hybrid: E4M3, gradients in E5M2. The window's attention stays in BF16.

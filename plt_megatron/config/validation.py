@@ -17,6 +17,7 @@ from plt_megatron.config import (
     fp8_rules,
     fusion_rules,
     layout_validation,
+    loop_schedule,
     moe_validation,
 )
 from plt_megatron.config.fields import find_range_problems
@@ -66,6 +67,7 @@ def find_problems(
         problems += _check_loop_input(config.model)
         problems += layout_validation.find_problems(config, world_size)
         problems += _check_schedule(config)
+        problems += loop_schedule.find_problems(config)
         problems += _check_validation(config)
         problems += _check_profile(config, world_size)
         problems += _check_fused_window(config)

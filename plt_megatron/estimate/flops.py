@@ -27,7 +27,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.parameters import layer_matmuls
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
@@ -55,6 +56,9 @@ class Flops:
 
     def times(self, factor: float) -> Flops:
         return Flops(*(factor * part for part in dataclasses.astuple(self)))
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
@@ -99,6 +103,15 @@ def training_flops_per_token(
     """Model FLOPs per token of one training step (forward and backward, no recomputation)."""
     forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count)
     return forward.times(TRAINING_OVER_FORWARD)
+
+
+def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
+    """Training FLOPs per token, the mean over the run's steps after `start`: `training.loop_schedule` decides their
+    loops."""
+    length, total = config.data.sequence_length, Flops(0, 0, 0, 0, 0, 0)
+    for loops, share in LoopSchedule(config).mean_shares(start).items():
+        total += training_flops_per_token(config.model, length, padded_vocab_size, loops).times(share)
+    return total
 
 
 def flops_of_loops(model: ModelConfig, sequence_length: int, padded_vocab_size: int) -> list[float]:

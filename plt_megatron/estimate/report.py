@@ -12,6 +12,7 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -135,7 +136,10 @@ def _flops_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> li
     rows += [[name.replace("_", " "), *_share(part, estimate.flops_per_token)] for name, part in parts.items() if part]
     padded = derived.padded_vocab_size(config.model, vocab_size, estimate.layout.tensor)
     loops = flops_of_loops(config.model, config.data.sequence_length, padded)
-    rows += [[f"loop {loop}", *_share(part, estimate.flops_per_token)] for loop, part in enumerate(loops, start=1)]
+    shares = LoopSchedule(config).mean_shares()
+    for loop, part in enumerate(loops, start=1):
+        reached = sum(share for loop_count, share in shares.items() if loop_count >= loop)
+        rows.append([f"loop {loop}", *_share(reached * part, estimate.flops_per_token)])
     return rows
 
 
@@ -146,8 +150,11 @@ def _share(part: float, whole: float) -> tuple[str, str]:
 def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
     steps = derived.train_iters(config)
     layout = estimate.layout
+    shares = {plural(loops, "loop"): f"{share:.1%}" for loops, share in LoopSchedule(config).mean_shares().items()}
+    schedule = [[loops, share, "of the steps"] for loops, share in shares.items() if config.training.loop_schedule]
     return [
         ["tokens", f"{estimate.tokens:,}", f"{steps:,} steps of {derived.tokens_per_step(config):,}"],
+        *schedule,
         ["training FLOPs", f"{estimate.total_flops:.4g}"],
         ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and copy"],
         ["recomputation", layout.recompute, f"backend {layout.backend}"],

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
+from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.activations import activations
 from plt_megatron.estimate.communication import communication_bytes
-from plt_megatron.estimate.flops import Flops, training_flops_per_token
+from plt_megatron.estimate.flops import Flops, run_flops_per_token, training_flops_per_token
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import Layout, estimate_layout
 from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
@@ -23,7 +26,8 @@ USABLE_SHARE = 0.92
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """The size and cost of a run.
+    """The size and cost of a run. What a step takes is the mean over the run's: `training.loop_schedule` decides their
+    loops. Memory is that of a step with all loops.
 
     Attributes:
         parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
@@ -88,8 +92,8 @@ def estimate_run(
     card = find_gpu_spec(gpu, min(gpus_per_node, layout.world_size))
     counted = count_parameters(model, vocab_size, layout.tensor)
     padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
-    flops = training_flops_per_token(model, config.data.sequence_length, padded)
-    traffic, times = _step_costs(config, layout, vocab_size, card, flops, gpus_per_node)
+    flops = run_flops_per_token(config, padded)
+    traffic, times, bubble = _mean_step_costs(config, layout, vocab_size, card, gpus_per_node)
     memory = estimate_memory(config, layout, vocab_size)
     peak = max(stage.total_bytes for stage in memory)
     steps = derived.train_iters(config)
@@ -106,7 +110,7 @@ def estimate_run(
         peak_memory_bytes=peak,
         device_memory_bytes=card.memory_bytes,
         fits=peak <= USABLE_SHARE * card.memory_bytes,
-        bubble_fraction=bubble_fraction(layout.pipeline, model.loop_count, layout.microbatches),
+        bubble_fraction=bubble,
         communication=traffic,
         step_seconds=times.total,
         times=times,
@@ -120,15 +124,24 @@ def estimate_run(
     )
 
 
-def _step_costs(
-    config: RunConfig, layout: Layout, vocab_size: int, card: GPUSpec, flops: Flops, gpus_per_node: int
-) -> tuple[dict[str, float], StepTime]:
-    """Bytes that a rank sends in a step, by purpose, and the step's time."""
-    shapes = activations(config, layout, vocab_size)
+def _mean_step_costs(
+    config: RunConfig, layout: Layout, vocab_size: int, card: GPUSpec, gpus_per_node: int
+) -> tuple[dict[str, float], StepTime, float]:
+    """Bytes that a rank sends in a step, by purpose, the step's time, and its bubble: the mean over the run's steps."""
     ranks = [count_rank_parameters(config.model, vocab_size, layout, stage) for stage in range(layout.pipeline)]
     largest = max(ranks, key=lambda rank: rank.total)
-    traffic = communication_bytes(config, layout, shapes, largest, ranks[0].embedding)
-    return traffic, step_time(config, layout, shapes, card, flops, traffic, largest, gpus_per_node)
+    padded = derived.padded_vocab_size(config.model, vocab_size, layout.tensor)
+    traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
+    for loops, share in LoopSchedule(config).mean_shares().items():
+        step, own = with_loop_count(config, loops), dataclasses.replace(layout, loops=loops)
+        shapes = activations(step, own, vocab_size)
+        sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding)
+        flops = training_flops_per_token(step.model, config.data.sequence_length, padded)
+        times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node).times(share)
+        bubble += share * bubble_fraction(layout.pipeline, loops, layout.microbatches)
+        for purpose, amount in sent.items():
+            traffic[purpose] += share * amount
+    return dict(traffic), times, bubble
 
 
 def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:

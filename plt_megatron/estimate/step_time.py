@@ -37,18 +37,24 @@ HOST_MEMORY = 25e9
 class StepTime:
     """Seconds of one step of the slowest rank, by what they are spent on."""
 
-    matmul: float
-    attention: float
-    memory_bound: float
-    recompute: float
-    tensor_parallel: float  # and the experts' exchange of tokens
-    bubble: float
-    other_communication: float
-    optimizer: float
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    recompute: float = 0.0
+    tensor_parallel: float = 0.0  # and the experts' exchange of tokens
+    bubble: float = 0.0
+    other_communication: float = 0.0
+    optimizer: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(dataclasses.astuple(self))
+
+    def times(self, factor: float) -> StepTime:
+        return StepTime(*(factor * part for part in dataclasses.astuple(self)))
+
+    def __add__(self, other: StepTime) -> StepTime:
+        return StepTime(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 def step_time(

@@ -21,7 +21,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import decode_cost
-from plt_megatron.estimate.flops import training_flops_per_token
+from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments.sweep_file import LOOP_SWITCHES, DecodeSettings, Hold
 
@@ -47,9 +47,9 @@ def vocab_size(config: RunConfig, tokenizer_vocab_size: int | None) -> int:
 
 
 def flops_per_token(config: RunConfig, vocab: int) -> float:
-    """Training FLOPs per token."""
+    """Training FLOPs per token, the mean over the run."""
     padded = derived.padded_vocab_size(config.model, vocab, config.parallel.tensor_model_parallel_size)
-    return training_flops_per_token(config.model, config.data.sequence_length, padded).total
+    return run_flops_per_token(config, padded).total
 
 
 def parameters(config: RunConfig, vocab: int) -> int:
@@ -97,7 +97,8 @@ def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> Matched
     steps = max(1, round(target / per_step))
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     held = dataclasses.replace(config, training=training)
-    return MatchedConfig(held, steps * per_step / target - 1, f"tokens {tokens(held):,}")
+    deviation = tokens(held) * flops_per_token(held, vocab) / target - 1
+    return MatchedConfig(held, deviation, f"tokens {tokens(held):,}")
 
 
 def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:

@@ -43,6 +43,7 @@ class _Panel:
 
 _PANELS = (
     _Panel("loss", "loss", "nats per token", smoothed=True),
+    _Panel("loss_by_loops", "loss of steps by their number of loops", "nats per token"),
     _Panel("grad_norm", "gradient norm", "before clipping", log=True, smoothed=True),
     _Panel("lr", "learning rate", ""),
     _Panel("tokens_per_second", "speed", "tokens/s"),
@@ -184,7 +185,7 @@ def _decorate(axes: Axes, panel: _Panel, styles: dict[str, str]) -> None:
     axes.set_ylabel(panel.unit, fontsize=9)
     if panel.log:
         axes.set_yscale("log")
-    elif panel.field not in ("loss", "lr"):
+    elif panel.field not in ("loss", "loss_by_loops", "lr"):
         axes.set_ylim(bottom=0)
     for name, style in styles.items():
         if name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.estimate.flops import run_flops_per_token, training_flops_per_token
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
@@ -34,6 +36,8 @@ class Forecast:
 
     Attributes:
         start_step: the step it resumes from.
+        step_seconds: the mean of the steps after it.
+        slowest: the seconds of a step with all loops over the mean: 1 without `training.loop_schedule`.
         measured: whether the step's time is that of this run's earlier steps instead of an estimate.
         checkpoint_bytes: one checkpoint; 0 if none are written.
         storage_bytes: space that checkpoints will need beyond the existing ones.
@@ -44,6 +48,7 @@ class Forecast:
     steps: int
     start_step: int
     step_seconds: float | None
+    slowest: float
     measured: bool
     checkpoint_bytes: int
     storage_bytes: int
@@ -73,20 +78,23 @@ def forecast(
         vocab_size=vocab_size,
     )
     kept = _checkpoint_steps(run)
-    step_seconds: float | None = estimate.step_seconds
+    start = kept[-1] if kept else 0
+    padded = derived.padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
+    flops = run_flops_per_token(config, padded, start).total  # what is still to be done, of which loops may be most
+    work = flops * derived.tokens_per_step(config)
+    step_seconds: float | None = estimate.step_seconds * flops / estimate.flops_per_token
     if resources.card == "cpu":
         rate = config.logging.peak_tflops or tflops_per_process
-        work = estimate.flops_per_token * derived.tokens_per_step(config)
         step_seconds = work / (rate * 1e12 * _CPU_SHARE * resources.world_size) if rate else None
-    measured = _measured_tokens_per_second(run, resources.world_size)
-    if measured:
-        step_seconds = derived.tokens_per_step(config) / measured
+    measured = _measured_step_seconds(config, run, resources.world_size, work)
+    step_seconds = measured or step_seconds
     size = estimate.checkpoint_bytes if config.checkpoint.enabled else 0
     return Forecast(
         estimate=estimate,
         steps=derived.train_iters(config),
-        start_step=kept[-1] if kept else 0,
+        start_step=start,
         step_seconds=step_seconds,
+        slowest=training_flops_per_token(config.model, config.data.sequence_length, padded).total / flops,
         measured=bool(measured),
         checkpoint_bytes=size,
         storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,
@@ -94,8 +102,9 @@ def forecast(
     )
 
 
-def _measured_tokens_per_second(run: Path, world_size: int) -> float | None:
-    """What the run's earlier jobs reached on as many processes; None: nothing to go by."""
+def _measured_step_seconds(config: RunConfig, run: Path, world_size: int, work: float) -> float | None:
+    """As the run's earlier jobs had them on as many processes; None: nothing to go by. `work`: FLOPs of a step, since
+    the steps measured may have had fewer loops."""
     folder = RunFolder(run)
     if not folder.job_file.is_file():
         return None
@@ -104,7 +113,13 @@ def _measured_tokens_per_second(run: Path, world_size: int) -> float | None:
     except UserError:
         return None
     records = last_train_records(folder)
-    return median_speed(records) if settings.world_size == world_size and len(records) > 2 else None
+    if settings.world_size != world_size or len(records) <= 2:
+        return None
+    if config.training.loop_schedule:
+        rates = [record["model_tflops"] for record in records if record.get("model_tflops")]
+        return work / (1e12 * statistics.median(rates)) if rates else None
+    speed = median_speed(records)
+    return derived.tokens_per_step(config) / speed if speed else None
 
 
 def _checkpoint_steps(run: Path) -> list[int]:
@@ -207,11 +222,12 @@ def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -
     if checkpoint.enabled:
         steps, what = min(checkpoint.save_interval or left, left), "one checkpoint interval"
         advice = f"{'lower' if checkpoint.save_interval else 'set'} checkpoint.save_interval"
-    needed = steps * ahead.step_seconds
+    step_seconds = ahead.step_seconds * (1 if steps == left else ahead.slowest)
+    needed = steps * step_seconds
     if needed <= usable:
         return []
     return [
-        f"{given} is too short for {what}: {steps:,} steps of {ahead.step_seconds:.3g} s take "
+        f"{given} is too short for {what}: {steps:,} steps of {step_seconds:.3g} s take "
         f"{format_duration(needed)}, and {format_duration(limit)} leaves {format_duration(usable)} for steps; {advice} "
         "or give more time"
     ]
@@ -222,11 +238,11 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
     remaining, step_seconds = ahead.remaining_seconds, ahead.step_seconds
     if remaining is None or step_seconds is None:
         return []
-    warnings = []
-    if 2 * step_seconds > margin:
+    warnings, slowest = [], step_seconds * ahead.slowest
+    if 2 * slowest > margin:
         warnings.append(
-            f"a step takes about {step_seconds:.3g} s, and the job is told to save {margin} s before its limit: "
-            f"give --signal-margin {round(3 * step_seconds) + margin}"
+            f"a step takes about {slowest:.3g} s, and the job is told to save {margin} s before its limit: "
+            f"give --signal-margin {round(3 * slowest) + margin}"
         )
     usable = max(1, usable_seconds(limit, margin))  # without any, the run is refused
     jobs = max(1, math.ceil(remaining / usable))

@@ -25,8 +25,9 @@ from plt_megatron.train.deepspeed_gradients import GradientParts
 from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed_state import DeepSpeedState
 from plt_megatron.train.engine import StepResult, finite_step, nothing
-from plt_megatron.train.optimizers import LearningRate, decay_overrides, megatron_settings
+from plt_megatron.train.optimizers import LearningRate, group_overrides, megatron_settings
 from plt_megatron.train.step_times import StepTimes
+from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
 
 class DeepSpeedEngine:
@@ -55,6 +56,9 @@ class DeepSpeedEngine:
         )
         self.optimizer = self.deepspeed.optimizer
         self.scheduler = LearningRate(config, self.optimizer)
+        if config.training.loop_schedule:
+            self.state.allocate()  # a step may update some parameters only, and all are saved
+        self._leave_alone = _LeaveAlone(self.optimizer, self.state.later_groups)
         self._verdict = _Verdict(self.optimizer, config.zero.stage)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = nothing
@@ -68,12 +72,16 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """See `Engine`."""
         self.deepspeed.train()
+        loop_count = loop_count or self.config.model.loop_count
+        self._gradient_parts.expect(loop_count)
+        self._leave_alone.unused = leaves_later_loops_out(self.config, loop_count)
         tokens = self._count_tokens(batches)
         with self.times.measure("forward_backward"):
-            loss_sum, _ = self._run(batches, loop_count or self.config.model.loop_count, tokens)
+            loss_sum, _ = self._run(batches, loop_count, tokens)
         loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
         with self.times.measure("optimizer"):
             grad_norm, updated = self._verdict.step(self.deepspeed, lambda norm: accept(loss, norm))
+        self.state.later_step += updated and not self._leave_alone.unused
         self.scheduler.count_step()
         return StepResult(loss, grad_norm, lr, tokens, updated)
 
@@ -121,6 +129,39 @@ class DeepSpeedEngine:
         return float(total[0]), int(total[1])
 
 
+class _LeaveAlone:
+    """Skips the optimizer's step of parameter groups that a step does not use.
+
+    Args:
+        optimizer: DeepSpeed's.
+        later_groups: numbers of the groups that only later loops use.
+
+    Attributes:
+        unused: whether the step that is about to begin does not use them. Set it before its first backward.
+    """
+
+    def __init__(self, optimizer: Any, later_groups: set[int]) -> None:
+        self._optimizer, self._unused = optimizer, False
+        step = optimizer._optimizer_step
+
+        def step_if_used(number: int) -> None:
+            if not (self._unused and number in later_groups):
+                step(number)
+
+        optimizer._optimizer_step = step_if_used
+
+    @property
+    def unused(self) -> bool:
+        return self._unused
+
+    @unused.setter
+    def unused(self, unused: bool) -> None:
+        self._unused = unused
+        kept = getattr(self._optimizer, "grad_partitions_flat_buffer", None)
+        if unused and kept is not None:
+            kept.zero_()  # stage 3 would take the last step's gradient of what has none in this one
+
+
 class _Verdict:
     """Lets the caller decide on a step once its gradient norm is known.
 
@@ -160,4 +201,4 @@ class _Verdict:
 
 def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
     """megatron-core's, as the other engine has them."""
-    return _get_param_groups([stage], megatron_settings(config), decay_overrides())
+    return _get_param_groups([stage], megatron_settings(config), group_overrides(config))

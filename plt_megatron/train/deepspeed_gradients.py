@@ -26,15 +26,24 @@ class GradientParts:
     must be before DeepSpeed's."""
 
     def __init__(self, stage: LoopedGPT, config: RunConfig) -> None:
-        self._expected = {name: expected_parts(name, config) for name, _ in stage.named_parameters()}
+        self._config = config
+        self._counted: dict[str, nn.Parameter] = {}
+        self._expected: dict[str, int] = {}
         self._seen: Counter[str] = Counter()
         group = stage.pg_collection.tp
         for name, parameter in stage.named_parameters():
             if group.size() > 1 and summed_over_tensor_parallel(name, parameter, stage):
                 parameter.register_hook(partial(_all_reduce, group))
-            parameter.ds_grad_is_ready = self._expected[name] == 1  # type: ignore[attr-defined]
-            if self._expected[name] > 1:
+            parameter.ds_grad_is_ready = True  # type: ignore[attr-defined]
+            if any(expected_parts(name, config, loops) > 1 for loops in range(2, config.model.loop_count + 1)):
+                self._counted[name] = parameter
                 parameter.register_hook(partial(self._count, name, parameter))
+
+    def expect(self, loop_count: int) -> None:
+        """The microbatches that follow have so many loops."""
+        for name, parameter in self._counted.items():
+            self._expected[name] = expected_parts(name, self._config, loop_count)
+            parameter.ds_grad_is_ready = self._expected[name] == 1  # type: ignore[attr-defined]
 
     def _count(self, name: str, parameter: nn.Parameter, grad: Tensor) -> None:
         self._seen[name] += 1
@@ -47,7 +56,7 @@ class GradientParts:
             RuntimeError: not so. DeepSpeed would train on without some of the gradient.
         """
         for name, expected in self._expected.items():
-            if expected > 1 and self._seen[name] != expected:
+            if self._seen[name] != expected:
                 raise RuntimeError(f"the gradient of {name} came in {self._seen[name]} parts instead of {expected}")
         self._seen.clear()
 
@@ -65,17 +74,19 @@ def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: Loope
     return stage.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
 
-def expected_parts(name: str, config: RunConfig) -> int:
-    """In how many parts a parameter's gradient comes in one microbatch's backward."""
+def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
+    """In how many parts a parameter's gradient comes in one microbatch's backward through so many loops."""
     model, granularity = config.model, config.parallel.recompute_granularity
     parameter = find(model, name)
-    if granularity == "none" or model.loop_count == 1 or not parameter.per_layer:
+    if loop_count == 1 and parameter.only_in_loops:
+        return 0
+    if granularity == "none" or loop_count == 1 or not parameter.per_layer:
         return 1
     if parameter.in_core_attention:
-        return model.loop_count - 1  # recomputed in both, but unused in the first loop
+        return loop_count - 1  # recomputed in both, but unused in the first loop
     if granularity == "selective":
         return 1
-    return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else model.loop_count
+    return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else loop_count
 
 
 def _later_loops_use_their_keys(model: ModelConfig) -> bool:

@@ -49,11 +49,15 @@ class DeepSpeedState:
     Args:
         engine: a `DeepSpeedEngine` under construction: its stage's parameters are whole still.
         keys: what its optimizer keeps of each parameter.
+
+    Attributes:
+        later_step: updates of the parameters that only later loops use.
     """
 
     def __init__(self, engine: Any, keys: tuple[str, ...]) -> None:
         self._engine = engine
         self._keys = keys
+        self.later_step = 0
         names = {parameter: name for name, parameter in engine.stage.named_parameters()}
         self._entries: dict[str, _Entry] = {}
         for sharded in state.model_state(engine.stage).values():
@@ -82,7 +86,8 @@ class DeepSpeedState:
             # DeepSpeed's weights are the fp32 copy's, rounded.
             model[name] = own.with_data(tensors[_MAIN].to(entry.dtype))
             optimizer[number] = {key: own.optimizer_tensor(key, tensor) for key, tensor in tensors.items()}
-        return {"model": model, "optimizer": {0: optimizer}, "optimizer_step": self._optimizer.step}
+        steps = {"optimizer_step": self._optimizer.step, "optimizer_later_step": self.later_step}
+        return {"model": model, "optimizer": {0: optimizer}, **steps}
 
     def live_tensors(self) -> Iterator[Tensor]:
         """See `EngineState`. What is saved was gathered."""
@@ -153,9 +158,22 @@ class DeepSpeedState:
             elements += entry.shape.numel()
         yield names
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int, later_step: int) -> None:
         """See `EngineState`."""
-        self._optimizer.set_step(step)
+        self.later_step = later_step
+        self._optimizer.set_step(step, later_step, self.later_groups)
+
+    def allocate(self) -> None:
+        """Give a new optimizer its state, zero."""
+        self._optimizer.allocate()
+
+    @property
+    def later_groups(self) -> set[int]:
+        """Numbers of the optimizer's groups of nothing but parameters that only later loops use."""
+        optimizer = self._engine.optimizer
+        groups = optimizer.fp16_groups if self._engine.config.zero.stage == 3 else optimizer.bit16_groups
+        later = {id(parameter) for name, parameter in self._engine.stage.named_parameters() if only_in_loops(name)}
+        return {number for number, group in enumerate(groups) if {id(parameter) for parameter in group} <= later}
 
     @property
     def _optimizer(self) -> _ZeroPieces:
@@ -201,10 +219,10 @@ class _ZeroPieces:
         """Updates made so far."""
         return int(self.inner.state[self.flat[0]]["step"])
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int, later_step: int, later_groups: set[int]) -> None:
         """Go on from there."""
-        for piece in self.flat:
-            self.inner.state[piece]["step"] = torch.tensor(float(step))
+        for number, piece in enumerate(self.flat):
+            self.inner.state[piece]["step"] = torch.tensor(float(later_step if number in later_groups else step))
 
     def gather(self, parameter: nn.Parameter, key: str) -> Tensor:
         """A parameter's fp32 copy or moment, whole, on every data-parallel rank. Collective."""

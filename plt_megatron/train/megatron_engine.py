@@ -33,6 +33,12 @@ from plt_megatron.train.checkpoint.megatron_state import MegatronState
 from plt_megatron.train.engine import StepResult, finite_step, nothing
 from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
 from plt_megatron.train.step_times import StepTimes
+from plt_megatron.train.unused_parameters import (
+    ExpectedGradients,
+    leaves_later_loops_out,
+    left_alone,
+    unused_parameters,
+)
 
 
 class MegatronEngine:
@@ -54,6 +60,10 @@ class MegatronEngine:
         self.state = MegatronState(
             self.stage, distributed_parts(self.optimizer), optimizer_spec(config.optimizer), config.training.seed
         )
+        if config.training.loop_schedule:  # a step may update some parameters only, and all are saved
+            for part in self.state.parts:
+                part.allocate()
+        self._expected = ExpectedGradients(self.ddp)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = nothing
         self._results: list[Tensor] = []
@@ -67,11 +77,14 @@ class MegatronEngine:
     ) -> StepResult:
         """See `Engine`."""
         self.stage.train()
+        loop_count = loop_count or self.config.model.loop_count
+        unused = unused_parameters(self.stage, loop_count)
         fp8_state = Fp8State(self.stage)
         zero_gradients(self.ddp)
         self.optimizer.zero_grad()
+        self._expected.begin(loop_count, unused)
         with self.times.measure("forward_backward"):
-            sums = self._run(batches, loop_count or self.config.model.loop_count, forward_only=False)
+            sums = self._run(batches, loop_count, forward_only=False)
             self.optimizer.prepare_grads()
             # The one time in a step that the host waits for a GPU.
             loss_sum, tokens, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
@@ -80,7 +93,9 @@ class MegatronEngine:
             updated = accept(loss, grad_norm)
             if updated:
                 self._clip(grad_norm)
-                self.optimizer.step_with_ready_grads()
+                with left_alone(self.state.parts, unused):
+                    self.optimizer.step_with_ready_grads()
+                self.state.later_step += not leaves_later_loops_out(self.config, loop_count)
             else:
                 fp8_state.restore()
         self.scheduler.count_step()

@@ -20,12 +20,13 @@ from plt_megatron.config.optimizers import OptimizerSpec, optimizer_spec
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
 from plt_megatron.model.parameters import decays
 from plt_megatron.model.transformer_config import DTYPES
+from plt_megatron.train.unused_parameters import later_loops_override
 
 
 def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
     """megatron-core's optimizer, made of one distributed optimizer or several."""
     optimizer = get_megatron_optimizer(
-        megatron_settings(config), [ddp], decay_overrides(), use_gloo_process_groups=False
+        megatron_settings(config), [ddp], group_overrides(config), use_gloo_process_groups=False
     )
     spec = optimizer_spec(config.optimizer)
     if spec.torch_class is not None:
@@ -102,6 +103,11 @@ def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
     """megatron-core's parameter groups: no weight decay where the table of parameters has none."""
     undecayed = ParamWithNamePredicate("undecayed", lambda parameter, name: not decays(name))
     return {ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)}
+
+
+def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """The same, and groups of what only later loops use, if a schedule leaves those out."""
+    return decay_overrides() | (later_loops_override(config) if config.training.loop_schedule else {})
 
 
 class LearningRate(OptimizerParamScheduler):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plt_megatron.config import derived
+from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.run_folder.checkpoints import trained_tokens
@@ -40,6 +41,7 @@ class Trainer:
         self.config = config
         self.folder = RunFolder.of(config)
         self.clock = Clock()
+        self.loops = LoopSchedule(config)
         self.stop = StopRequest(self.folder)
         self.data = RunData(config)
         self.engine = build_engine(config, self.data.vocab_size)
@@ -81,7 +83,8 @@ class Trainer:
 
     def _next_step(self, batches: Iterator[list[MicroBatch]]) -> Step:
         with self.engine.times.measure("data"):
-            return Step(self.clock.step + 1, next(batches), self.config.model.loop_count)
+            loop_count = self.loops.loop_count(self.clock.step, self.clock.tokens)
+            return Step(self.clock.step + 1, next(batches), loop_count)
 
     def _accept(self, loss: float, grad_norm: float) -> bool:
         return all(self._each(Callback.accept, loss, grad_norm))

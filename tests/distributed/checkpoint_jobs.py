@@ -61,8 +61,12 @@ def build(config: RunConfig, vocab_size: int = VOCAB) -> Any:
 
 
 def train(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
-    """Steps `first` .. `last`, each on data of its own: (loss, gradient norm) per step."""
-    results = [engine.train_step(batches_of(step)) for step in range(first, last + 1)]
+    """Steps `first` .. `last`, each on data of its own: (loss, gradient norm) per step. Under a loop schedule every
+    other step has one loop."""
+    results = []
+    for step in range(first, last + 1):
+        loops = 1 if engine.config.training.loop_schedule and step % 2 else None
+        results.append(engine.train_step(batches_of(step), loop_count=loops))
     return [(result.loss, result.grad_norm) for result in results]
 
 

@@ -81,8 +81,8 @@ def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
     with parity._randomized(case.zero_gates):
         engine = build_engine(with_engine(parity._config(layout, case), zero), VOCAB_SIZE)
     numbers = {}
-    for step in range(STEPS):
-        result = engine.train_step(parity._batches(step, layout, case))
+    for step, step_loops in enumerate(case.step_loops or (case.loops,) * STEPS):
+        result = engine.train_step(parity._batches(step, layout, case), loop_count=step_loops)
         assert result.updated
         numbers[f"loss {step}"], numbers[f"gradient norm {step}"] = result.loss, result.grad_norm
         numbers[f"learning rate {step}"] = result.lr
@@ -136,7 +136,7 @@ def _everything(engine: Any) -> str:
     from plt_megatron.train.checkpoint import state
 
     saved = engine.state.to_save()
-    whole = hashlib.sha256(str(saved["optimizer_step"]).encode())
+    whole = hashlib.sha256(f"{saved['optimizer_step']} {saved['optimizer_later_step']}".encode())
     for tensor in state.sharded_tensors(saved):
         whole.update(tensor.key.encode())
         whole.update(tensor.data.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
@@ -155,6 +155,7 @@ class Place:
     pp: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     model: tuple[tuple[str, Any], ...] = ()
+    loop_schedule: bool = False
 
     def __str__(self) -> str:
         engine = "megatron" if self.zero == MEGATRON else str(self.zero)
@@ -194,11 +195,14 @@ class Journey:
 def _build(place: Place) -> Any:
     from megatron.core import parallel_state
 
+    from plt_megatron.config.schema import LoopStage
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import checkpoint_jobs as jobs
 
     config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)
+    if place.loop_schedule:
+        config.training.loop_schedule = [LoopStage(loop_shares=[0.5, 0.5])]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     init_process_groups(config.parallel)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from plt_megatron.config.schema import (
     DataConfig,
+    LoopStage,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -63,14 +64,14 @@ def _train(layout: Layout, case: Case) -> Outcome:
         engine = MegatronEngine(_config(layout, case), VOCAB_SIZE)
     dispatched = _observe_reduction(engine)
     outcome.initial = _gather(engine.stage)
-    for step in range(STEPS):
-        result = engine.train_step(_batches(step, layout, case))
+    for step, loops in enumerate(case.step_loops or (case.loops,) * STEPS):
+        result = engine.train_step(_batches(step, layout, case), loop_count=loops)
         outcome.numbers[f"loss {step}"] = result.loss
         outcome.numbers[f"gradient norm {step}"] = result.grad_norm
         if step == 0:
-            for loops in _evaluated_loops(case):
-                loss, tokens = engine.evaluate(_batches(100, layout, case), loops)
-                outcome.numbers[f"validation loss at {loops}"] = loss / tokens
+            for evaluated in _evaluated_loops(case):
+                loss, tokens = engine.evaluate(_batches(100, layout, case), evaluated)
+                outcome.numbers[f"validation loss at {evaluated}"] = loss / tokens
     engine.gather_parameters()
     outcome.final = _gather(engine.stage)
     outcome.dispatched = _gather_objects(dispatched)
@@ -104,6 +105,7 @@ def _config(layout: Layout, case: Case) -> RunConfig:
             global_batch_size=GLOBAL_BATCH_SIZE,
             train_iters=10,
             precision=case.precision,
+            loop_schedule=[LoopStage(loop_shares=[1 / case.loops] * case.loops)] if case.step_loops else [],
             **dict(case.training),
         ),
         # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.

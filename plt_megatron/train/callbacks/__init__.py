@@ -10,6 +10,7 @@ from __future__ import annotations
 from plt_megatron.train.callbacks.base import Callback
 from plt_megatron.train.callbacks.data_progress import DataProgress
 from plt_megatron.train.callbacks.incidents import Incidents
+from plt_megatron.train.callbacks.loop_losses import LoopLosses
 from plt_megatron.train.callbacks.loop_measures import LoopMeasures
 from plt_megatron.train.callbacks.metrics import Metrics
 from plt_megatron.train.callbacks.profiling import Profiling
@@ -25,6 +26,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Throughput,
     Incidents,
     LoopMeasures,
+    LoopLosses,
     Metrics,
     TrainLog,
     Validation,

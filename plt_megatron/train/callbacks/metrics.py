@@ -92,7 +92,7 @@ def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """(tag, number) of a record; a list has one entry per loop, a mapping one per name."""
     suffix = f"_loops_{record['loop_count']}" if record["kind"] == "validation" else ""
     for name, value in record.items():
-        if name in ("kind", "step", "loop_count"):
+        if name in ("kind", "step") or (suffix and name == "loop_count"):
             continue
         entries = {name: value}
         if isinstance(value, list):

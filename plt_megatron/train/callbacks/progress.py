@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from plt_megatron.run_folder.text import format_duration
+from plt_megatron.run_folder.text import format_duration, plural
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
 
@@ -54,9 +54,10 @@ class ProgressBar(Callback):
         if record["kind"] == "validation":
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}")
             return
+        loops = f" ({plural(record['loop_count'], 'loop')})" if "loop_count" in record else ""
         mfu = "" if record["mfu"] is None else f", MFU {100 * record['mfu']:.1f} %"
         self.say(
-            f"step {record['step']}/{self.run.last_step}: loss {record['loss']:.4f}, "
+            f"step {record['step']}/{self.run.last_step}: loss {record['loss']:.4f}{loops}, "
             f"gradient norm {record['grad_norm']:.3f}, lr {record['lr']:.2e}, "
             f"{record['tokens_per_second']:,.0f} tokens/s{mfu}{self._remaining(record)}"
         )

@@ -19,7 +19,8 @@ class EngineState(Protocol):
     methods are collective."""
 
     def to_save(self) -> dict[str, Any]:
-        """`model` and `optimizer` with their data, which may be the engine's own; `optimizer_step`."""
+        """`model` and `optimizer` with their data, which may be the engine's own; `optimizer_step` and
+        `optimizer_later_step`."""
 
     def live_tensors(self) -> Iterable[Tensor]:
         """The tensors that training changes and `to_save` may refer to. Not collective."""
@@ -31,5 +32,5 @@ class EngineState(Protocol):
         """Read the request, as changed by the caller, and load it. Without `optimizer` in
         the request, the optimizer's state is zero. Returns what was read."""
 
-    def set_step(self, step: int) -> None:
-        """Set the optimizer's number of updates to `step`."""
+    def set_step(self, step: int, later_step: int) -> None:
+        """Set the optimizer's number of updates to `step`; of what only later loops use, to `later_step`."""

@@ -56,7 +56,8 @@ def load_checkpoint(
     request = engine.state.request(optimizer=True)
     _fit(path, request)
     loaded = engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
-    engine.state.set_step(loaded["optimizer_step"])
+    # Once all parameters were used in every step.
+    engine.state.set_step(loaded["optimizer_step"], loaded.get("optimizer_later_step", loaded["optimizer_step"]))
     engine.scheduler = LearningRate(engine.config, engine.optimizer, _schedule_step_tokens(progress))
     engine.scheduler.go_to(progress["step"], checkpoints.trained_tokens(progress))
     _load_kept(engine, path, kept or {})
@@ -77,7 +78,7 @@ def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
     request = engine.state.request(optimizer=False)
     _fit(path, request)
     engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
-    engine.state.set_step(0)
+    engine.state.set_step(0, 0)
     engine.scheduler = LearningRate(engine.config, engine.optimizer)
     _tell_differences(engine, progress)
     return progress

@@ -28,6 +28,7 @@ class MegatronState:
 
     Attributes:
         parts: the optimizers' states.
+        later_step: updates of the parameters that only later loops use.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class MegatronState:
     ) -> None:
         self._stage, self._seed = stage, seed
         self.parts = [OptimizerPart(optimizer, spec) for optimizer in optimizers]
+        self.later_step = 0
 
     def to_save(self) -> dict[str, Any]:
         """See `EngineState`."""
@@ -43,6 +45,7 @@ class MegatronState:
             "model": model,
             "optimizer": self._optimizer(model),
             "optimizer_step": max(part.step for part in self.parts),
+            "optimizer_later_step": self.later_step,
         }
 
     def _optimizer(self, model: dict[str, Any]) -> dict[int, Any]:
@@ -69,10 +72,12 @@ class MegatronState:
             part.reset_others(loaded.get("optimizer", {}).get(index, {}))
         return loaded
 
-    def set_step(self, step: int) -> None:
+    def set_step(self, step: int, later_step: int) -> None:
         """See `EngineState`."""
+        self.later_step = later_step
+        later = [parameter for name, parameter in self._stage.named_parameters() if only_in_loops(name)]
         for part in self.parts:
-            part.set_step(step)
+            part.set_step(step, later, later_step)
 
     @torch.no_grad()
     def _build_gates(self, loaded: dict[str, Any]) -> None:

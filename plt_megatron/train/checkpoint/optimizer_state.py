@@ -9,7 +9,7 @@ shares the optimizer's memory, so that saving copies only what a rank writes and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -44,20 +44,24 @@ class OptimizerPart:
     def step(self) -> int:
         """How many updates it has made, where it keeps count: less than the run's steps where some were skipped."""
         counters = self.inner.state.values() if self._torchs else self.inner.param_groups
-        return next((int(counter["step"]) for counter in counters if "step" in counter), 0)
+        return max((int(counter["step"]) for counter in counters if "step" in counter), default=0)
 
-    def set_step(self, step: int) -> None:
-        """Go on from `step` updates."""
+    def set_step(self, step: int, later: Collection[Tensor] = (), later_step: int = 0) -> None:
+        """Go on from `step` updates, or `later_step` of the model parameters `later`.
+
+        Where steps are counted for groups, it is the group's if it has no other parameters.
+        """
         if not self._counts_steps:
             return
-        if not self._torchs:
-            for group in self.inner.param_groups:
-                group["step"] = step
-            return
-        for state in self.inner.state.values():
-            # One tensor each: megatron-core's own loading lets all parameters share one, which then advances once per
-            # parameter in every step.
-            state["step"] = torch.tensor(float(step))
+        own = {id(main) for parameter in later if (main := self.own_main_parameter(parameter)) is not None}
+        for group in self.inner.param_groups:
+            if not self._torchs:
+                group["step"] = later_step if {id(main) for main in group["params"]} <= own else step
+                continue
+            for main in group["params"]:
+                # One tensor each: megatron-core's own loading lets all parameters share one, which then advances once
+                # per parameter in every step.
+                self.inner.state[main]["step"] = torch.tensor(float(later_step if id(main) in own else step))
 
     def allocate(self) -> None:
         """Give an optimizer that has not made a step yet its state, zero.
@@ -128,6 +132,10 @@ class OptimizerPart:
         """This rank's part of a model parameter, flat, in fp32."""
         group, order = self.optimizer.model_param_group_index_map[parameter]
         return self.inner.param_groups[group]["params"][order]
+
+    def own_main_parameter(self, parameter: Tensor) -> Tensor | None:
+        """The same, or None if all of it is in other ranks' hands, or another optimizer's."""
+        return self.main_parameter(parameter) if parameter in self.optimizer.model_param_group_index_map else None
 
     def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
         """(parameter, the range of it that this rank owns, or None), in the order of `sharded`."""

@@ -248,7 +248,8 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
     settings["lr_decay_iters"] = derived.lr_decay_iters(config, step_tokens)
     is_wsd = config.optimizer.lr_decay_style == "WSD"
     settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config, step_tokens) if is_wsd else None
-    return {f"optimizer.{name}": value for name, value in settings.items()}
+    stages = [dataclasses.asdict(stage) for stage in config.training.loop_schedule]
+    return {f"optimizer.{name}": value for name, value in settings.items()} | {"training.loop_schedule": stages}
 
 
 def _cannot_save(step: int, reason: str, directory: Path) -> UserError:

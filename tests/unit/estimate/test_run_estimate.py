@@ -12,7 +12,15 @@ import pytest
 
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig, ZeroConfig
+from plt_megatron.config.schema import (
+    DataConfig,
+    LoopStage,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    ZeroConfig,
+)
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.layout import estimate_layout
 from plt_megatron.estimate.memory import persistent_bytes
@@ -55,6 +63,23 @@ def test_sizes_of_the_whole_run():
     assert estimate.total_seconds == pytest.approx(7 * estimate.step_seconds)
     assert estimate.gpu_hours == pytest.approx(4 * estimate.total_seconds / 3600)
     assert estimate.layout.data == 4 and estimate.layout.microbatches == 8
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2}], ids=str)
+def test_a_run_of_two_stages_costs_what_each_of_them_costs(layout):
+    """Time, FLOPs, traffic and bubble are the mean of the stages' own runs; memory is the later one's."""
+    stages = [LoopStage(3 / 7, 1), LoopStage(loop_count=2)]
+    whole, one, two = (
+        estimate_run(run(model, {"loop_schedule": schedule}, **layout), world_size=8)
+        for model, schedule in (({}, stages), ({"loop_count": 1}, []), ({}, []))
+    )
+    for name in ("flops_per_token", "total_flops", "step_seconds", "total_seconds", "gpu_hours", "bubble_fraction"):
+        expected = (3 * getattr(one, name) + 4 * getattr(two, name)) / 7
+        assert getattr(whole, name) == pytest.approx(expected, rel=2e-3), name  # two loops' gates are reduced in all
+    assert whole.communication == pytest.approx(
+        {name: (3 * sent + 4 * two.communication[name]) / 7 for name, sent in one.communication.items()}, rel=2e-3
+    )
+    assert whole.peak_memory_bytes == two.peak_memory_bytes and whole.parameters_total == two.parameters_total
 
 
 @pytest.mark.parametrize("tied", [True, False])

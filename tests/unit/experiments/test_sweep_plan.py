@@ -9,6 +9,7 @@ import pytest
 import yaml
 from sweep_helpers import LOOPS, plan_of, saved_plan
 
+from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import decode_cost
 from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan, merge
@@ -43,6 +44,18 @@ def test_equal_training_flops_are_equal_within_half_a_step(tmp_path):
         assert run.deviation == pytest.approx(run.total_flops / one.total_flops - 1)
         assert run.change == f"tokens {run.tokens:,}"
     assert one.tokens > two.tokens > three.tokens
+
+
+def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
+    stages = "[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
+    axis = f"axes: {{loops: {{always: {{model.loop_count: 2}}, late: {{training.loop_schedule: {stages}}}}}}}"
+    text = match_on("training_flops").replace("axes: {model.loop_count: [1, 2, 3]}", axis)
+    always, late = first_seed(plan_of(tmp_path, text, ("model.loop_count=2",)))
+    one = dataclasses.replace(always, config=with_loop_count(always.config, 1))
+    # An odd number of steps.
+    assert late.flops_per_token == pytest.approx((one.flops_per_token + always.flops_per_token) / 2, rel=0.005)
+    assert late.deviation == pytest.approx(late.total_flops / always.total_flops - 1)
+    assert late.tokens > always.tokens == 100 * 64 and abs(late.deviation) < 0.01
 
 
 def test_equal_effective_depth_needs_layers_that_divide(tmp_path):

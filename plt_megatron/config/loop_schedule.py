@@ -1,0 +1,169 @@
+"""How many loops each step of a run has: `training.loop_schedule`.
+
+A function of the configuration and of how far the run is, so that all ranks agree, a resumed run goes on as it would
+have, and estimates know what a run costs, none of which needs a state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import LoopStage, RunConfig
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage, by points of the run from 0 to 1. `shares`: of steps with 1, 2, ... loops."""
+
+    start: float
+    end: float
+    ramp_end: float
+    shares: tuple[float, ...]
+
+
+class LoopSchedule:
+    """The loops of a run's steps. Without a schedule, the model's in all of them.
+
+    Args:
+        config: validated.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        stages = config.training.loop_schedule or [LoopStage(loop_count=config.model.loop_count)]
+        starts = [0.0, *(stage.until for stage in stages)]
+        self._stages = [
+            _Stage(start, stage.until, start + stage.ramp * (stage.until - start), _shares(stage, config))
+            for start, stage in zip(starts, stages, strict=False)
+        ]
+
+    def loop_count(self, step: int, tokens: int) -> int:
+        """Loops of the step that follows `step` steps, which have trained on `tokens`."""
+        shares = self._shares_at(self._progress(step, tokens))
+        if max(shares) == 1:
+            return shares.index(1) + 1
+        drawn = random.Random(f"loops {self._config.training.seed} {step}").random()  # of a text: by its SHA-512
+        for loops, share in enumerate(shares, start=1):
+            drawn -= share
+            if drawn < 0:
+                return loops
+        return max(loops for loops, share in enumerate(shares, start=1) if share > 0)  # shares add up to 1 - 1e-16
+
+    def mean_shares(self, start: int = 0) -> dict[int, float]:
+        """Loop count -> the share of the steps after `start` that have it, where it is drawn the expected one."""
+        steps = range(derived.train_iters(self._config))
+        start = min(start, len(steps) - 1)
+        # Between these the shares are constant, or change by the same in every step.
+        points = [point for stage in self._stages for point in (stage.ramp_end, stage.end)]
+        bounds = [max(start, bisect_left(steps, point, key=self._progress_of_step)) for point in points]
+        means = [0.0] * self._config.model.loop_count
+        for first, end in zip([start, *bounds], bounds, strict=False):
+            if first < end:
+                ends = (self._shares_at(self._progress_of_step(step)) for step in (first, end - 1))
+                for index, (one, other) in enumerate(zip(*ends, strict=True)):
+                    means[index] += (end - first) / (len(steps) - start) * (one + other) / 2
+        return {loops: share for loops, share in enumerate(means, start=1) if share > 0}
+
+    def _progress_of_step(self, step: int) -> float:
+        return self._progress(step, step * derived.tokens_per_step(self._config))
+
+    def _progress(self, step: int, tokens: int) -> float:
+        """The share of the run that is done, by its clock: tokens, or steps if its length is given in them."""
+        training = self._config.training
+        if training.train_tokens is not None:
+            return tokens / training.train_tokens
+        return step / derived.train_iters(self._config)
+
+    def _shares_at(self, progress: float) -> tuple[float, ...]:
+        number = next((n for n, stage in enumerate(self._stages) if progress < stage.end), len(self._stages) - 1)
+        stage = self._stages[number]
+        if progress >= stage.ramp_end:
+            return stage.shares
+        new = (progress - stage.start) / (stage.ramp_end - stage.start)
+        pairs = zip(self._stages[number - 1].shares, stage.shares, strict=True)
+        return tuple((1 - new) * old + new * own for old, own in pairs)
+
+
+def _shares(stage: LoopStage, config: RunConfig) -> tuple[float, ...]:
+    loops = config.model.loop_count
+    if stage.loop_count is not None:
+        return tuple(float(count == stage.loop_count) for count in range(1, loops + 1))
+    return tuple(stage.loop_shares) + (0.0,) * (loops - len(stage.loop_shares))
+
+
+def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
+    """The run whose every step has `loop_count` loops: what a step of them costs."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, loop_count=loop_count),
+        training=dataclasses.replace(config.training, loop_schedule=[]),
+    )
+
+
+# ---------------------------------------------------------------- checks
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """The problems of a schedule whose single numbers are in range, one line each."""
+    stages = config.training.loop_schedule
+    if not stages:
+        return
+    found = [problem for number in range(len(stages)) for problem in _check_stage(config, number)]
+    if stages[-1].until != 1:
+        found.append(
+            f"training.loop_schedule[{len(stages) - 1}].until {stages[-1].until:g}: the last stage ends with the run; "
+            "leave it out, or add a stage"
+        )
+    yield from found
+    if not found:
+        yield from _check_whole(config)
+
+
+def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
+    stage, before = config.training.loop_schedule[number], config.training.loop_schedule[:number]
+    key, loops = f"training.loop_schedule[{number}]", config.model.loop_count
+    if before and stage.until <= before[-1].until:
+        yield f"{key}.until {stage.until:g} must be above the stage before's {before[-1].until:g}"
+    if (stage.loop_count is None) == (not stage.loop_shares):
+        yield f"{key}: give either loop_count or loop_shares"
+    elif stage.loop_count is not None and stage.loop_count > loops:
+        yield f"{key}.loop_count {stage.loop_count} is above model.loop_count {loops}, the loops of the model"
+    elif len(stage.loop_shares) > loops:
+        yield f"{key}.loop_shares has {len(stage.loop_shares)} shares, but model.loop_count is {loops}"
+    elif stage.loop_shares and abs(sum(stage.loop_shares) - 1) > 1e-6:
+        yield f"{key}.loop_shares must add up to 1, not {sum(stage.loop_shares):g}"
+    if stage.ramp and not before:
+        yield f"{key}.ramp {stage.ramp:g}: there is no stage before it to go over from"
+
+
+def _check_whole(config: RunConfig) -> Iterator[str]:
+    stages, loops, steps = config.training.loop_schedule, config.model.loop_count, derived.train_iters(config)
+    most = max(stage.loop_count or _most(stage) for stage in stages)
+    if most < loops:
+        yield f"training.loop_schedule never runs model.loop_count {loops} loops: set model.loop_count={most}"
+    if config.training.on_spike != "ignore":
+        yield (
+            f"training.on_spike {config.training.on_spike} with training.loop_schedule: losses of other loop counts "
+            "are no measure of a spike; set training.on_spike=ignore"
+        )
+    if config.training.fp8 != "none":
+        yield f"training.fp8 {config.training.fp8} does not run with training.loop_schedule yet: set training.fp8=none"
+    if config.parallel.overlap_param_gather:
+        yield (
+            "parallel.overlap_param_gather with training.loop_schedule: nothing waits for weights that a step does not "
+            "use; set parallel.overlap_param_gather=false"
+        )
+    start = 0.0
+    for number, stage in enumerate(stages):
+        if (stage.until - start) * steps < 1:
+            yield f"training.loop_schedule[{number}] is shorter than a step of the run's {steps:,}"
+        start = stage.until
+
+
+def _most(stage: LoopStage) -> int:
+    return max(loops for loops, share in enumerate(stage.loop_shares, start=1) if share > 0)
