@@ -86,13 +86,13 @@ RUN: dict[str, Any] = {
 }
 
 
-def write_progress(run: Path, steps: Sequence[int], checkpoint: int = 0, rate: float = 1000.0) -> None:
+def write_progress(run: Path, steps: Sequence[int], checkpoint: int = 0, rate: float = 1000.0, **fields: Any) -> None:
     """What a trainer leaves: records of steps, and one checkpoint's folder."""
     run.mkdir(parents=True, exist_ok=True)
     with (run / "metrics.jsonl").open("a") as file:
         for step in steps:
             record = {"kind": "train", "step": step, "tokens": step * 64, "loss": 2.0, "tokens_per_second": rate}
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record | fields) + "\n")
     if checkpoint:
         name = f"step_{checkpoint:08d}"
         (run / "checkpoints" / name).mkdir(parents=True)

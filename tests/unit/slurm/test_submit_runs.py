@@ -20,6 +20,8 @@ from fake_slurm import RUN, write_event, write_progress
 from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.slurm.run_files import job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
@@ -425,6 +427,21 @@ def test_earlier_steps_are_measured_rather_than_estimated(folder, slurm, capsys)
     assert "2 s (measured" in capsys.readouterr().out
     # A step of two seconds: 100 of them take longer than this limit.
     assert "too short for one checkpoint interval" in refusal(cluster=str(profile), time="00:09:00")[0]
+
+
+def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, slurm, capsys):
+    profile = folder / "cpu.yaml"
+    profile.write_text("processes_per_node: 2\npartition: cpu\n")
+    stages = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
+    model, length = ModelConfig(**RUN["model"]), RUN["data"]["sequence_length"]
+    one, two = (training_flops_per_token(model, length, model.vocab_size, loops).total for loops in (1, 2))
+    submit_run(stages, cluster=str(profile))
+    tokens = RUN["training"]["global_batch_size"] * length  # of a step, which took a second
+    write_progress(folder / "runs/try", [480, 490, 500], checkpoint=500, rate=tokens, model_tflops=tokens * one / 1e12)
+    write_event(folder / "runs/try", event="start", attempt=1, job_id="100")
+    capsys.readouterr()
+    submit_run(stages, cluster=str(profile))
+    assert f"{two / one:.3g} s (measured" in capsys.readouterr().out and two / one > 1.5
 
 
 # Arrays.
