@@ -62,7 +62,7 @@ def test_steps_of_changing_loop_counts_do_not_depend_on_the_layout(run_distribut
 
 
 def _steps_of_one_loop(config: RunConfig, control: bool) -> list[tuple[bool, bool]]:
-    """After steps of one and of two loops: whether steps of 1, 1 and 2 loops changed the gates or the optimizer's state of
+    """After two steps: whether steps of 1, 1 and 2 loops changed the gates or the optimizer's state of
     them, and any other parameter. `control`: with an optimizer that is not told what was used."""
     from plt_megatron.model.parameters import only_in_loops
     from plt_megatron.train import megatron_engine
