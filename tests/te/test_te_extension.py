@@ -14,6 +14,7 @@ import pytest
 
 from tests.te import emulation, extension
 
+SOURCE = emulation.FOLDER.with_name("te_source")
 ENUMERATION = re.compile(r"(?:enum (?:class )?(\w+)|typedef enum) \{(.*?)\} ?(\w*);", re.DOTALL)
 COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 
@@ -21,7 +22,7 @@ COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
 @pytest.fixture(scope="module")
 def source() -> dict[str, str]:
     """Header and binding files by name, without comments."""
-    archives = list(emulation.FOLDER.with_name("te_source").glob("transformer_engine_torch-*.tar.gz"))
+    archives = list(SOURCE.glob("transformer_engine_torch-*.tar.gz"))
     if not archives:
         pytest.skip("the source of Transformer Engine's extension is not here (`make test-te` fetches it)")
     with tarfile.open(archives[0]) as archive:
@@ -116,4 +117,4 @@ def test_functions_take_the_extensions_arguments(source):
 def test_the_source_is_of_the_version_that_is_installed(source):
     requirements = Path(__file__).with_name("requirements.txt").read_text()
     version = re.search(r"^transformer_engine==([\d.]+)$", requirements, re.MULTILINE)[1]
-    assert source and list((emulation.FOLDER / "source").glob(f"*-{version}.tar.gz"))
+    assert source and list(SOURCE.glob(f"*-{version}.tar.gz"))
