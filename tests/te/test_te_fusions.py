@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.cases import MODEL, Case, Layout, train_cases
+from tests.distributed.cases import MODEL, STEPS, Case, Layout, train_cases
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case, on_te
 
@@ -65,7 +65,7 @@ def test_in_bf16(same):
 
 
 def accumulated(layout: Layout, case: Case) -> list[bool]:
-    """Of each product that went into a buffer in the second step: whether it was added to what was there."""
+    """Of each product that went into a buffer in the last step: whether it was added to what was there."""
     import sys
 
     from tests.distributed import parity
@@ -88,7 +88,7 @@ def accumulated(layout: Layout, case: Case) -> list[bool]:
         parity.train_all(layout, [case])
     finally:
         extension.generic_gemm, parity._batches = stock, stock_batches
-    return seen[before[1] : before[2]]
+    return seen[before[STEPS - 1] :]
 
 
 @pytest.mark.parametrize("case", [Case(3), fp8_case(3, "tensorwise"), Case(3, "full")], ids=["fp32", "fp8", "full"])
@@ -131,7 +131,7 @@ def test_autograd_keeps_no_copy_of_the_gradients_of_loops(run_te):
     found = [
         run_te(seen_by_autograd, 1, Layout(), fused(Case(3, overlap=overlap), fusion)) for overlap in (False, True)
     ]
-    assert found == [[0] * 3, [weights] * 3]
+    assert found == [[0] * STEPS, [weights] * STEPS]
 
 
 def flagged(layout: Layout, case: Case) -> list[Any]:
