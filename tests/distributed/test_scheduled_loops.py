@@ -205,22 +205,22 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
     ],
     ids=str,
 )
-def test_deepspeed_has_the_other_engines_numbers(run_distributed, layout, zeros, recompute):
+def test_deepspeed_has_the_other_engines_numbers(run_deepspeed, layout, zeros, recompute):
     case = Case(3, recompute, step_loops=(2, 1, 3, 1, 2))
-    (expected,) = run_distributed(deepspeed_jobs.train_cases, 1, Layout(), [(case.reference, deepspeed_jobs.MEGATRON)])
-    outcomes = run_distributed(deepspeed_jobs.train_cases, layout.world_size, layout, [(case, zero) for zero in zeros])
+    (expected,) = run_deepspeed(deepspeed_jobs.train_cases, 1, Layout(), [(case.reference, deepspeed_jobs.MEGATRON)])
+    outcomes = run_deepspeed(deepspeed_jobs.train_cases, layout.world_size, layout, [(case, zero) for zero in zeros])
     for zero, outcome in zip(zeros, outcomes, strict=True):
         assert outcome == pytest.approx(expected, rel=1e-5), str(zero)
 
 
 @needs_deepspeed
-def test_deepspeed_resumes_with_what_was_not_used(run_distributed, tmp_path):
+def test_deepspeed_resumes_with_what_was_not_used(run_deepspeed, tmp_path):
     """Steps of one and of two loops in turn: bit for bit in the same place, and on the other engine."""
     place = deepspeed_jobs.Place(Zero(1), loop_schedule=True)
-    journey = run_distributed(deepspeed_jobs.set_out, 2, tmp_path, place)
-    steps, _, digest = run_distributed(deepspeed_jobs.arrive, 2, tmp_path, place)
+    journey = run_deepspeed(deepspeed_jobs.set_out, 2, tmp_path, place)
+    steps, _, digest = run_deepspeed(deepspeed_jobs.arrive, 2, tmp_path, place)
     assert (steps, digest) == (journey.stayed, journey.digest)
-    other, _, _ = run_distributed(
+    other, _, _ = run_deepspeed(
         deepspeed_jobs.arrive, 1, tmp_path, dataclasses.replace(place, zero=deepspeed_jobs.MEGATRON)
     )
     for ours, expected in zip(other, journey.stayed, strict=True):
