@@ -188,6 +188,6 @@ def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):
         assert "step " in result.stdout and "Traceback" not in result.stderr
     assert (folder(config) / "config.yaml").is_file()
     result = subprocess.run(
-        [sys.executable, *command, "model.num_layers=0"], capture_output=True, text=True, timeout=60
+        [sys.executable, *command, "model.num_layers=0"], capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

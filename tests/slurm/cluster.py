@@ -27,7 +27,7 @@ class SlurmCluster:
     @staticmethod
     def reason_for_none() -> str | None:
         """Why no cluster can run on this machine."""
-        done = subprocess.run([str(SCRIPT), "check"], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([str(SCRIPT), "check"], capture_output=True, text=True, check=False, timeout=240)
         return done.stdout.strip() or done.stderr.strip() if done.returncode else None
 
     def control(self, *arguments: str) -> str:

@@ -51,7 +51,7 @@ def launch(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedPro
         env=clean | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 

@@ -25,7 +25,7 @@ def command(*arguments: str, cwd: Path = ROOT, blocked: Path | None = None) -> s
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 

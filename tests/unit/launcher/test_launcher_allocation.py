@@ -33,7 +33,7 @@ def test_slurm_reads_lists_in_the_same_way(text, tmp_path):
     (tmp_path / "slurm.conf").write_text("ClusterName=x\nSlurmctldHost=localhost\n")
     command = ["scontrol", "show", "hostnames", text]
     env = {"PATH": "/usr/bin:/bin", "SLURM_CONF": str(tmp_path / "slurm.conf")}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     if done.returncode:
         pytest.skip(done.stderr.strip())
     assert done.stdout.split() == LISTS[text]

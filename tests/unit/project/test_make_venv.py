@@ -63,7 +63,7 @@ class Machine:
             env={"PATH": str(self.bin), "HOME": str(self.home), "LOG": str(self.log), **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
             check=False,
         )
 

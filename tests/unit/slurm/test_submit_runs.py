@@ -527,7 +527,7 @@ def command(folder: Path, name: str, *arguments: str, **env: str) -> subprocess.
         env=os.environ | env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
