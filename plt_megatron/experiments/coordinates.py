@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -158,7 +159,7 @@ def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
     )
 
 
-def _build(model: ModelConfig, seed: int) -> torch.nn.Module:
+def _build(model: ModelConfig, seed: int) -> Any:
     from plt_megatron.model.build import build_stage
 
     config = RunConfig(
@@ -170,7 +171,7 @@ def _build(model: ModelConfig, seed: int) -> torch.nn.Module:
     return build_stage(config, VOCAB_SIZE)
 
 
-def _loss(stage: torch.nn.Module, batch: Tensor) -> Tensor:
+def _loss(stage: Any, batch: Tensor) -> Tensor:
     from plt_megatron.model.looped_gpt import MicroBatch
 
     losses: Tensor = stage(MicroBatch(batch[:, :-1].contiguous(), labels=batch[:, 1:].contiguous()))
@@ -178,7 +179,7 @@ def _loss(stage: torch.nn.Module, batch: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _forward(stage: torch.nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(stage: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
     """(the last loop's output, logits)."""
     from plt_megatron.model.looped_gpt import MicroBatch
 
