@@ -136,6 +136,12 @@ def validation_loop_counts(config: RunConfig) -> list[int]:
     return config.validation.loop_counts or [config.model.loop_count]
 
 
+def loops_with_loss(config: RunConfig, loop_count: int) -> list[int]:
+    """The loops of a training step of `loop_count` whose outputs have a loss: the last one, and those with a weight."""
+    weights = config.training.loop_loss_weights[: loop_count - 1]
+    return [loop for loop, weight in enumerate(weights, start=1) if weight > 0] + [loop_count]
+
+
 def run_folder(config: RunConfig) -> Path:
     """Where everything the run writes lies."""
     return Path(config.output_dir) / config.name

@@ -109,7 +109,9 @@ def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a schedule whose single numbers are in range, one line each."""
+    """The problems of a schedule, and of losses on other loops than the last, whose single numbers are in range, one
+    line each."""
+    yield from _check_loss_weights(config)
     stages = config.training.loop_schedule
     if not stages:
         return
@@ -122,6 +124,21 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     yield from found
     if not found:
         yield from _check_whole(config)
+
+
+def _check_loss_weights(config: RunConfig) -> Iterator[str]:
+    training, earlier = config.training, config.model.loop_count - 1
+    if not training.loop_loss_weights:
+        return
+    if len(training.loop_loss_weights) > earlier:
+        yield (
+            f"training.loop_loss_weights has {len(training.loop_loss_weights)} weights, but {earlier} of "
+            f"model.loop_count {config.model.loop_count} loops come before the last, whose own is 1"
+        )
+    if config.engine == "deepspeed":
+        yield "engine deepspeed: training.loop_loss_weights: leave them out, or set engine=megatron"
+    if training.fp8 != "none":
+        yield f"training.fp8 {training.fp8} does not run with training.loop_loss_weights yet: set training.fp8=none"
 
 
 def _check_stage(config: RunConfig, number: int) -> Iterator[str]:

@@ -207,6 +207,8 @@ class TrainingConfig:
     train_tokens: Annotated[int, Range(1, 10**15)] | None = None
     # As in [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count loops in every step.
     loop_schedule: list[LoopStage] = field(default_factory=list)
+    # Weights of the losses on the outputs of loops 1, 2, ..., beside the last one's, whose weight is 1; empty: none.
+    loop_loss_weights: list[NotNegative] = field(default_factory=list)
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
     # Linear layers of the `te` backend in FP8; hybrid: E4M3, gradients in E5M2. The window's attention stays in BF16.

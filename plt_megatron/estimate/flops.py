@@ -105,12 +105,19 @@ def training_flops_per_token(
     return forward.times(TRAINING_OVER_FORWARD)
 
 
+def step_flops_per_token(config: RunConfig, padded_vocab_size: int, loop_count: int) -> Flops:
+    """The same of a run's step with so many loops: `training.loop_loss_weights` ask for more than one output layer."""
+    flops = training_flops_per_token(config.model, config.data.sequence_length, padded_vocab_size, loop_count)
+    outputs = len(derived.loops_with_loss(config, loop_count))
+    return dataclasses.replace(flops, output=outputs * flops.output)
+
+
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
     """Training FLOPs per token, the mean over the run's steps after `start`: `training.loop_schedule` decides their
     loops."""
-    length, total = config.data.sequence_length, Flops(0, 0, 0, 0, 0, 0)
+    total = Flops(0, 0, 0, 0, 0, 0)
     for loops, share in LoopSchedule(config).mean_shares(start).items():
-        total += training_flops_per_token(config.model, length, padded_vocab_size, loops).times(share)
+        total += step_flops_per_token(config, padded_vocab_size, loops).times(share)
     return total
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations, activations
@@ -161,6 +162,7 @@ class MemorySimulator:
         self.full = self.layout.recompute == "full"
         self.alone = self.layout.pipeline == 1
         self.first, self.last = self.stage == 0, self.stage == self.layout.pipeline - 1
+        self.with_loss = derived.loops_with_loss(self.config, self.loops) if self.last else []
         self.unit = min(self.layout.recompute_num_layers, self.layers)
         self.element = self.shapes.element
         loops = range(1, self.loops + 1)
@@ -186,9 +188,10 @@ class MemorySimulator:
 
     def _forward(self, loop: int) -> None:
         self.live.update(self.saved[loop])
-        if self.last and loop == self.loops:
+        if loop in self.with_loss:
             self.live["logits"] += self.shapes.softmax()
-            self._mark({"logits": self.shapes.head_forward()}, "the loss of the last loop")
+            which = "the last loop" if loop == self.loops else f"loop {loop}"
+            self._mark({"logits": self.shapes.head_forward()}, f"the loss of {which}")
 
     def _saved(self, loop: int) -> Counter[str]:
         """Add what one loop's forward pass saves."""
@@ -201,7 +204,7 @@ class MemorySimulator:
         if self.first and loop > 1:
             saved["activations"] += shapes.loop_input()
         if self.last:
-            saved["activations"] += shapes.loop_end(loop == self.loops)
+            saved["activations"] += shapes.loop_end(loop in self.with_loss)
         if not self.alone:  # what was received and what is sent
             saved["activations"] += shapes.layer_input()
         if loop == 1:
@@ -211,8 +214,8 @@ class MemorySimulator:
     # Backward.
 
     def _backward(self, loop: int) -> None:
-        if self.last and loop == self.loops:
-            self._head_backward()
+        if loop in self.with_loss:
+            self._head_backward(loop)
         self._mark(self.working[loop], f"backward of loop {loop}, last layer")
         if loop == self.loops > 1:  # what waits for earlier loops
             self.live["K/V gradients"] += self.layers * self.shapes.kv_gradients()
@@ -225,10 +228,10 @@ class MemorySimulator:
         if loop == 1 < self.loops:
             self.live["K/V gradients"] -= self.layers * self.shapes.kv_gradients()
 
-    def _head_backward(self) -> None:
+    def _head_backward(self, loop: int) -> None:
         self._mark({"logits": self.shapes.head_backward()}, "the gradient of the logits")
         self.live["logits"] -= self.shapes.softmax()
-        if self.alone and self.config.model.share_embeddings_and_output_weights:
+        if self.alone and self.config.model.share_embeddings_and_output_weights and loop == self.loops:
             self.live["weight gradients in autograd"] += self.table  # until the embedding's own arrives
         else:
             self._mark({"temporaries": self.table}, "the gradient of the output layer")

@@ -12,7 +12,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.activations import activations
 from plt_megatron.estimate.communication import communication_bytes
-from plt_megatron.estimate.flops import Flops, run_flops_per_token, training_flops_per_token
+from plt_megatron.estimate.flops import Flops, run_flops_per_token, step_flops_per_token
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import Layout, estimate_layout
 from plt_megatron.estimate.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
@@ -136,7 +136,7 @@ def _mean_step_costs(
         step, own = with_loop_count(config, loops), dataclasses.replace(layout, loops=loops)
         shapes = activations(step, own, vocab_size)
         sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding)
-        flops = training_flops_per_token(step.model, config.data.sequence_length, padded)
+        flops = step_flops_per_token(config, padded, loops)
         times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node).times(share)
         bubble += share * bubble_fraction(layout.pipeline, loops, layout.microbatches)
         for purpose, amount in sent.items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import Activations
 from plt_megatron.estimate.flops import Flops
@@ -111,7 +112,8 @@ def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: 
     layers = layout.most_stage_layers(config.model.num_layers)
     loops = range(1, config.model.loop_count + 1)
     saved: float = layers * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
-    saved += (shapes.softmax() + shapes.head_backward()) / layout.pipeline
+    heads = len(derived.loops_with_loss(config, config.model.loop_count))
+    saved += heads * (shapes.softmax() + shapes.head_backward()) / layout.pipeline
     moved = PASSES_OVER_ACTIVATIONS * saved * layout.microbatches
     return moved / (card.memory_bandwidth * card.memory_efficiency)
 

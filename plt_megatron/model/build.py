@@ -42,5 +42,6 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
         post_process=parallel_state.is_pipeline_last_stage(),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
+    stage.loop_loss_weights = tuple(training.loop_loss_weights)
     initialize(stage, training.seed)
     return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())

@@ -28,6 +28,7 @@ from plt_megatron.model.layer_specs import layer_spec, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_input import LoopInput
 from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.model.loss import attach_loss, sum_of_losses
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
 
@@ -90,6 +91,9 @@ class LoopedGPT(LanguageModule):
         max_sequence_length: tokens of a row.
         pre_process: whether this stage holds the embedding.
         post_process: whether it holds the final norm and the output layer.
+
+    Attributes:
+        loop_loss_weights: of the losses on the outputs of loops 1, 2, ... in training; none at first.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class LoopedGPT(LanguageModule):
         self.padded_vocab_size = padded_vocab_size or vocab_size
         self.pre_process = pre_process
         self.post_process = post_process
+        self.loop_loss_weights: tuple[float, ...] = ()
         self.share_embeddings_and_output_weights = self.plt.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder
         self.context_rows = SequenceShard.of(self.pg_collection, sequence_parallel=False)
@@ -218,7 +223,19 @@ class LoopedGPT(LanguageModule):
             normed = self.final_layernorm(hidden_states)
         if context.statistics is not None:
             context.statistics.add_hidden(context.loop, normed if self.plt.norm_between_loops else hidden_states)
-        return self._head(normed, batch.labels) if context.is_last_loop else normed
+        if context.is_last_loop:
+            return self._head(normed, batch.labels)
+        return self._with_loop_loss(batch, context.loop, hidden_states, normed)
+
+    def _with_loop_loss(self, batch: MicroBatch, loop: int, hidden_states: Tensor, normed: Tensor) -> Tensor:
+        """What a loop but the last passes on. In training the loss on its output, through final norm and head, is
+        attached, if it has a weight."""
+        weight = self.loop_loss_weights[loop - 1] if loop <= len(self.loop_loss_weights) else 0.0
+        if weight == 0 or not self.training or batch.labels is None:
+            return normed
+        output = normed if self.plt.norm_between_loops else self.final_layernorm(hidden_states)
+        loss_sum, _ = sum_of_losses(self._head(output, batch.labels), batch.loss_mask)
+        return attach_loss(normed, weight * loss_sum)
 
     def embed(self, batch: MicroBatch) -> Tensor:
         """Token embeddings E, [s / CP (/ TP), b, h]."""

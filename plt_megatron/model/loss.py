@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,23 @@ def sum_of_losses(losses: Tensor, loss_mask: Tensor | None) -> tuple[Tensor, Ten
     if loss_mask is None:
         return losses.sum(), torch.full((), losses.numel(), device=losses.device)
     return (losses * loss_mask).sum(), loss_mask.sum()
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss = torch.empty_like(loss, device="meta")
+        return carrier
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        (gradient,) = gradients
+        return gradient, torch.ones_like(ctx.loss, device=gradient.device)
+
+
+def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
+    """`carrier`, whose backward pass differentiates `loss` too: a scalar that adds to the sum of the step's losses.
+
+    So a loss in the middle of a pipeline needs no way of its own to the schedule. The gradient of the sum must be 1.
+    """
+    return _Attached.apply(carrier, loss)

@@ -12,7 +12,7 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.flops import run_flops_per_token, training_flops_per_token
+from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_token
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
@@ -94,7 +94,7 @@ def forecast(
         steps=derived.train_iters(config),
         start_step=start,
         step_seconds=step_seconds,
-        slowest=training_flops_per_token(config.model, config.data.sequence_length, padded).total / flops,
+        slowest=step_flops_per_token(config, padded, config.model.loop_count).total / flops,
         measured=bool(measured),
         checkpoint_bytes=size,
         storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,

@@ -6,7 +6,6 @@ on a CPU, or `logging.peak_tflops`.
 
 from __future__ import annotations
 
-import dataclasses
 import resource
 import sys
 import time
@@ -37,11 +36,9 @@ class Throughput(Callback):
         """Training FLOPs per token with this many loops."""
         if loop_count not in self._flops_per_token:
             config = self.run.config
-            model = dataclasses.replace(config.model, loop_count=loop_count)
             tp = config.parallel.tensor_model_parallel_size
-            padded = derived.padded_vocab_size(model, self.run.data.vocab_size, tp)
-            count = flops.training_flops_per_token(model, config.data.sequence_length, padded).total
-            self._flops_per_token[loop_count] = count
+            padded = derived.padded_vocab_size(config.model, self.run.data.vocab_size, tp)
+            self._flops_per_token[loop_count] = flops.step_flops_per_token(config, padded, loop_count).total
         return self._flops_per_token[loop_count]
 
     def on_start(self) -> None:

@@ -249,7 +249,11 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
     is_wsd = config.optimizer.lr_decay_style == "WSD"
     settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config, step_tokens) if is_wsd else None
     stages = [dataclasses.asdict(stage) for stage in config.training.loop_schedule]
-    return {f"optimizer.{name}": value for name, value in settings.items()} | {"training.loop_schedule": stages}
+    loops = {
+        "training.loop_schedule": stages,
+        "training.loop_loss_weights": config.training.loop_loss_weights,
+    }
+    return {f"optimizer.{name}": value for name, value in settings.items()} | loops
 
 
 def _cannot_save(step: int, reason: str, directory: Path) -> UserError:

@@ -82,6 +82,16 @@ def test_a_run_of_two_stages_costs_what_each_of_them_costs(layout):
     assert whole.peak_memory_bytes == two.peak_memory_bytes and whole.parameters_total == two.parameters_total
 
 
+def test_a_loss_on_another_loop_is_another_output_layer():
+    plain, both = (
+        estimate_run(run(training={"loop_loss_weights": weights}), gpu="h100", world_size=1) for weights in ([], [0.5])
+    )
+    assert both.flops.output == 2 * plain.flops.output and both.flops.looped == pytest.approx(plain.flops.looped)
+    softmax = 256 * 1024 * 4  # probabilities of a microbatch's tokens, in fp32
+    assert both.peak_memory_bytes - plain.peak_memory_bytes == pytest.approx(softmax, rel=0.6)
+    assert both.step_seconds > plain.step_seconds
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("gate", ["query", "hidden"])
 def test_ranks_together_hold_the_model(tied, gate):
