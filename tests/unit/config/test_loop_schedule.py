@@ -122,3 +122,11 @@ ONE, TWO = LoopStage(0.5, 1), LoopStage(loop_count=2)
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
     (problem,) = find_problems(run(stages, **changes), check_files=False)
     assert expected in problem
+
+
+def test_losses_on_earlier_loops_are_refused_in_a_pipeline():
+    config = run([], loop_loss_weights=[0.5])
+    assert find_problems(config, check_files=False) == []
+    config.parallel.pipeline_model_parallel_size = 2
+    (problem,) = find_problems(config, check_files=False)
+    assert "pipeline_model_parallel_size 2 does not run with training.loop_loss_weights yet" in problem
