@@ -19,6 +19,8 @@ from plt_megatron.errors import UserError, run_command
 from plt_megatron.installation import ROOT
 
 if TYPE_CHECKING:
+    from plt_megatron.config.schema import RunConfig
+    from plt_megatron.slurm.resources import Resources
     from plt_megatron.slurm.submission import Options
 
 
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--max-concurrent", type=int, metavar="N", help="runs of the array at a time")
     parser.add_argument("--name", help="name of the run or array, whose folder is OUTPUT_DIR/NAME")
     parser.add_argument("--accept-changes", action="store_true", help="resume a run with a changed configuration")
+    parser.add_argument("--rehearse", action="store_true", help="rehearse the job here first, which takes a minute")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the job script, and stop")
     parser.add_argument(
         "--follow", action="store_true", help="show progress until the job ends; Ctrl-C leaves it running"
@@ -62,15 +65,35 @@ def _submit(arguments: argparse.Namespace) -> int:
     from plt_megatron.slurm.follow import follow
     from plt_megatron.slurm.submission import submit
 
-    submission = submit(_options(arguments), ROOT)
+    submission = submit(_options(arguments), ROOT, _rehearsed if arguments.rehearse else None)
     return follow(submission) if arguments.follow and submission is not None else 0
+
+
+def _rehearsed(config: RunConfig, vocab_size: int, resources: Resources) -> list[str]:
+    """A rehearsal's problems; the rest of what it finds is printed."""
+    if resources.card == "cpu":
+        return ["--rehearse is for jobs on GPUs: leave it out"]
+    from plt_megatron.rehearsal.rehearse import rehearse
+    from plt_megatron.rehearsal.report import to_text
+
+    found = rehearse(
+        config,
+        vocab_size,
+        world_size=resources.world_size,
+        gpu=resources.card,
+        gpus_per_node=resources.processes_per_node,
+    )
+    print(to_text(found), flush=True)
+    return [f"rehearsal: {problem}" for problem in found.problems]
 
 
 def read_options(argv: Sequence[str]) -> Options:
     """The options alone, for a caller that supplies the runs and settings."""
     arguments = _parser().parse_args(argv)
-    if arguments.arguments or arguments.follow:
-        raise UserError("--submit takes options of plt-submit, but neither configurations, settings nor --follow")
+    if arguments.arguments or arguments.follow or arguments.rehearse:
+        raise UserError(
+            "--submit takes options of plt-submit, but neither configurations, settings, --rehearse nor --follow"
+        )
     return _options(arguments)
 
 
@@ -78,7 +101,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     from plt_megatron.slurm.submission import Options
 
     given = vars(arguments).copy()
-    words, _ = given.pop("arguments"), given.pop("follow")
+    words, _, _ = given.pop("arguments"), given.pop("follow"), given.pop("rehearse")
     config = None if arguments.array or not words else words[0]
     return Options(config=config, overrides=words if config is None else words[1:], **given)
 

@@ -24,14 +24,14 @@ def communication_bytes(
     passes = layout.microbatches * loops
     dense, experts = _share(layout.shards) * parameters.dense, _share(layout.expert_shards) * parameters.experts
     traffic = {
-        "tensor parallel": passes * layers * _tensor_layer(layout, shapes) + _tensor_ends(layout, shapes),
-        "pipeline": passes * 2.0 * shapes.layer_input() if layout.pipeline > 1 else 0.0,
+        "tensor parallel": passes * layers * _tensor_layer(layout, shapes) + _tensor_ends(layout, shapes, loops),
+        "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
         "gradient reduction": FP32 * (dense + experts),
         "weight gathering": shapes.element * (dense + experts),
         "host transfers": 0.0
         if layout.on_cpu
         else _host(layout, shapes.element, parameters.total // layout.shards, passes),
-        "context parallel": passes * layers * _context_layer(layout, shapes),
+        "context parallel": layout.microbatches * layers * _context_layer(layout, shapes, loops),
         "expert parallel": passes * layers * _expert_layer(config, layout, shapes),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
@@ -52,6 +52,14 @@ def _host(layout: Layout, element: int, owned: int, passes: int) -> float:
     return float(optimizer + weights)
 
 
+def _pipeline(layout: Layout, loops: int) -> float:
+    """Messages of a step: hidden states forward and gradients backward in every loop. The first stage has no gradients
+    to send in the first loop, and the last no hidden states in the last."""
+    if layout.pipeline == 1:
+        return 0.0
+    return float(layout.microbatches * (2 * loops - (1 if layout.pipeline == 2 else 0)))
+
+
 def _share(ranks: int) -> float:
     return (ranks - 1) / ranks
 
@@ -66,8 +74,7 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
     if shapes.ffn == 0:  # experts alone: attention's half
         whole /= 2
     forward, backward = 4 * whole, (6 if layout.sequence_parallel else 4) * whole
-    recomputed = forward / 2 if layout.sequence_parallel else forward
-    return forward + backward + (recomputed if layout.recompute == "full" else 0)
+    return forward + backward + (forward if layout.recompute == "full" else 0)
 
 
 def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> float:
@@ -85,13 +92,21 @@ def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> flo
     return one_way * (6 if layout.recompute == "full" else 4)
 
 
-def _tensor_ends(layout: Layout, shapes: Activations) -> float:
-    """Embedding and output layer of all microbatches."""
+def _tensor_ends(layout: Layout, shapes: Activations, loops: int) -> float:
+    """Embedding and output layer of all microbatches; in a pipeline, where each loop embeds anew, of the busier end."""
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
-    return layout.microbatches * (2 + 3) * whole
+    embedding, head = 2 * whole, (3 if layout.sequence_parallel else 2) * whole
+    return layout.microbatches * (embedding + head if layout.pipeline == 1 else max(loops * embedding, head))
 
 
-def _context_layer(layout: Layout, shapes: Activations) -> float:
-    """K and V circulate in the ring in the forward pass; in the backward pass, their gradients too."""
-    keys_and_values = 2 * shapes.tokens * shapes.groups * shapes.channels * shapes.element
-    return 3.0 * (layout.context - 1) * keys_and_values
+def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:
+    """K and V of one layer and microbatch in all loops.
+
+    Transformer Engine sends them around a ring in every loop; in the backward pass, their gradients too. The torch
+    backend gathers them, in the first loop for all if they are shared, again to recompute core attention, and reduces
+    their gradients; the few rows before a rank's own, for its window, are left out.
+    """
+    others = 2.0 * (layout.context - 1) * shapes.tokens * shapes.groups * shapes.channels * shapes.element
+    if shapes.te:
+        return 3 * loops * others
+    return (1 if shapes.shares_kv else loops) * (2 if layout.recompute == "none" else 3) * others

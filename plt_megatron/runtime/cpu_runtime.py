@@ -79,7 +79,7 @@ def _to_cpu(device: Any) -> Any:
     return torch.device("cpu") if _is_cuda(device) else device
 
 
-class _Stream:
+class Stream:
     """A stream on a device that has none: everything queued has already run."""
 
     device = torch.device("cpu")
@@ -93,19 +93,19 @@ class _Stream:
 
     def wait_event(self, event: Any) -> None: ...
 
-    def record_event(self, event: Any = None) -> _Event:
-        return event or _Event()
+    def record_event(self, event: Any = None) -> Event:
+        return event or Event()
 
     def query(self) -> bool:
         return True
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *error: Any) -> None: ...
 
 
-class _Event:
+class Event:
     """An event that has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -122,7 +122,7 @@ class _Event:
 
 def _replace_device_queries() -> None:
     cuda = torch.cuda
-    stream = _Stream()
+    stream = Stream()
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     cuda.device_count = lambda: 1
     # With PYTORCH_NVML_BASED_CUDA_CHECK=1, which importing DeepSpeed sets, torch would ask the count above.
@@ -131,8 +131,8 @@ def _replace_device_queries() -> None:
     cuda.synchronize = lambda device=None: None
     cuda.current_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
     cuda.default_stream = lambda device=None: stream  # type: ignore[assignment,return-value]
-    cuda.Stream = _Stream  # type: ignore[assignment,misc]
-    cuda.Event = _Event  # type: ignore[assignment,misc]
+    cuda.Stream = Stream  # type: ignore[assignment,misc]
+    cuda.Event = Event  # type: ignore[assignment,misc]
     cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment,return-value]
     cuda.empty_cache = lambda: None
 

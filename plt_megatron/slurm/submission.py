@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,11 +70,16 @@ class Submission:
     outputs: list[list[Path]]
 
 
-def submit(options: Options, root: Path) -> Submission | None:
+# Given a sound configuration, its vocabulary size and the job's resources: one line for each problem.
+Check = Callable[[RunConfig, int, Resources], list[str]]
+
+
+def submit(options: Options, root: Path, last_check: Check | None = None) -> Submission | None:
     """Check, write the run folders, submit, and print what was done.
 
     Args:
         root: the checkout whose code is to run.
+        last_check: called for each run in which no problem has been found (a rehearsal takes a minute).
 
     Returns:
         None after a dry run.
@@ -82,7 +87,7 @@ def submit(options: Options, root: Path) -> Submission | None:
     Raises:
         UserError: nothing was submitted; one line for each problem.
     """
-    plan = _Plan(options, root)
+    plan = _Plan(options, root, last_check)
     plan.check()
     plan.describe()
     if options.dry_run:
@@ -94,9 +99,9 @@ def submit(options: Options, root: Path) -> Submission | None:
 class _Plan:
     """A submission in progress."""
 
-    def __init__(self, options: Options, root: Path) -> None:
+    def __init__(self, options: Options, root: Path, last_check: Check | None) -> None:
         _check_options(options)
-        self.options, self.root = options, root
+        self.options, self.root, self.last_check = options, root, last_check
         self.profile = load_profile(options.cluster, CONFIGS.parent) if options.cluster else ClusterProfile()
         given = options.time or self.profile.default_time
         if given is None:
@@ -198,6 +203,8 @@ class _Plan:
         )
         self.warnings += [f"{label}: {line}" if self.options.array else line for line in warnings]
         self.members.append(Member(config, run, self._settings(config, run), ahead, label))
+        if self.last_check is not None and not problems:
+            problems += self.last_check(config, vocab_size, self.resources)
         return problems
 
     def _settings(self, config: RunConfig, run: Path) -> JobSettings:

@@ -39,6 +39,8 @@ INSTEAD = [
     (r"^plt-train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
     (r"^plt-train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
     (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
+    (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),
+    (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
     (r"^plt-report runs/sweeps/loop_count", "plt-report runs/sweeps/paper_ablation", "the sweep was not trained"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),

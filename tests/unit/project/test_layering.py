@@ -25,12 +25,13 @@ ALLOWED = {
     "data": {"config", "run_folder"},
     "model": {"config", "runtime"},
     "train": {"config", "run_folder", "runtime", "estimate", "launcher", "data", "model"},
+    "rehearsal": {"config", "runtime", "estimate", "model", "train"},
     "hf": {"config", "run_folder", "runtime", "estimate", "data", "model", "train"},
     "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf"},
     # A sweep is submitted to Slurm; everything else reads run folders.
     "experiments.sweep": {"config", "run_folder", "estimate", "slurm", "experiments"},
     "experiments.sweep_slurm": {"config", "run_folder", "estimate", "slurm", "experiments"},
-    "commands": {"config", "run_folder", "runtime", "estimate", "slurm", "data", "hf", "experiments"},
+    "commands": {"config", "run_folder", "runtime", "estimate", "slurm", "data", "hf", "experiments", "rehearsal"},
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
 # Importing one of these takes seconds.

@@ -12,6 +12,7 @@ import yaml
 from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokens
 from submitting import ROOT, refusal, submit_run
 
+from plt_megatron.errors import UserError
 from plt_megatron.slurm.submission import Options, submit
 
 HUGE = (
@@ -308,3 +309,22 @@ def test_a_name_no_script_can_hold(folder, slurm, name):
         submit_run(name=name)
     assert not slurm.calls("sbatch")
     assert not (folder / "runs").exists()
+
+
+def test_what_a_rehearsal_finds(folder, slurm):
+    """It is the last check: a run with another problem is not rehearsed."""
+    rehearsed = []
+
+    def last_check(config, vocab_size, resources):
+        rehearsed.append((vocab_size, resources.world_size))
+        return ["rehearsal: wrong group"]
+
+    def refused(*overrides):
+        with pytest.raises(UserError) as caught:
+            submit(Options(config="run.yaml", time="01:00:00", overrides=list(overrides)), ROOT, last_check)
+        return str(caught.value).splitlines()
+
+    assert_one_line(folder, slurm, refused(), "rehearsal: wrong group")
+    assert len(rehearsed) == 1 and rehearsed[0][1] > 0
+    assert_one_line(folder, slurm, refused("training.global_batch_size=7"), "global_batch_size")
+    assert len(rehearsed) == 1

@@ -1,0 +1,158 @@
+"""What the ranks did against what the estimate calculates: memory, FLOPs, bytes sent."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate
+from plt_megatron.rehearsal.communication import Call
+from plt_megatron.rehearsal.record import RankRecord
+
+TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01}
+# Phases of a training step; what is sent per microbatch is counted as often as there are microbatches.
+_PER_MICROBATCH = ("forward", "backward", "between")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of one rank.
+
+    Attributes:
+        kind: of `TOLERANCES`.
+        what: as in `bytes sent, tensor parallel`.
+        rank: the one it is from: the worst, where several are.
+    """
+
+    kind: str
+    what: str
+    rank: int
+    rehearsed: float
+    estimated: float
+
+    @property
+    def off(self) -> float:
+        """Relative to the rehearsed; infinite where that is 0."""
+        if self.rehearsed == self.estimated:
+            return 0.0
+        return self.estimated / self.rehearsed - 1 if self.rehearsed else float("inf")
+
+    @property
+    def is_wrong(self) -> bool:
+        return abs(self.off) > TOLERANCES[self.kind]
+
+    def __str__(self) -> str:
+        missing = " (missing: the ranks send nothing)" if not self.rehearsed else ""
+        return (
+            f"{self.what}, rank {self.rank}: rehearsed {self.rehearsed:,.0f}, estimated {self.estimated:,.0f}{missing}"
+        )
+
+
+def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
+    """Every figure that both know."""
+    return [
+        *_memory(records, estimate),
+        *(_flops(config, record, estimate) for record in records),
+        *_traffic(records, estimate),
+    ]
+
+
+def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate) -> list[str]:
+    """Ranks that do not fit the card."""
+    usable = int(USABLE_SHARE * estimate.device_memory_bytes)
+    return [
+        f"memory over: rank {record.rank} needs {sum(record.memory.values()):,} bytes in {record.peak_phase}, the card "
+        f"({estimate.gpu}) has {usable:,} of {estimate.device_memory_bytes:,} to use"
+        for record in records
+        if sum(record.memory.values()) > usable
+    ]
+
+
+def _memory(records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
+    worst: dict[int, RankRecord] = {}
+    for record in records:
+        stage = record.place["pp"]
+        if stage not in worst or sum(record.memory.values()) > sum(worst[stage].memory.values()):
+            worst[stage] = record
+    return [
+        Difference(
+            "memory",
+            f"memory, stage {stage}",
+            record.rank,
+            sum(record.memory.values()),
+            estimate.memory[stage].total_bytes,
+        )
+        for stage, record in sorted(worst.items())
+    ]
+
+
+def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Difference:
+    """Linear layers and causal attention; not the window, which torch computes in blocks, nor recomputation."""
+    layout, stages = estimate.layout, estimate.layout.stage_layers(config.model.num_layers)
+    stage = record.place["pp"]
+    share = len(stages[stage]) / config.model.num_layers
+    parts = estimate.flops
+    expected = share * (parts.projections + parts.ffn + parts.global_attention)
+    if config.model.gate_input == "hidden":
+        expected += share * parts.gate
+    if stage == layout.pipeline - 1:
+        expected += parts.output
+    tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
+    rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
+    return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)
+
+
+def sent_by_purpose(record: RankRecord, microbatches: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step of so many microbatches, by the estimate's purposes."""
+    sent: dict[str, float] = defaultdict(float)
+    for call in record.calls:
+        if call.phase in ("validation", "checkpoint"):
+            continue
+        purpose = _purpose(call)
+        times = microbatches / record.microbatches if purpose in _SCALED and _is_per_microbatch(call) else 1
+        sent[purpose] += times * call.sent_bytes
+    return sent
+
+
+_NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, under context parallelism, the window
+_SCALED = ("neighbours' rows", "tensor parallel", "context parallel", "expert parallel", "pipeline")
+
+
+def _is_per_microbatch(call: Call) -> bool:
+    return call.phase.startswith(_PER_MICROBATCH)
+
+
+def _purpose(call: Call) -> str:
+    group = call.group
+    if call.operation == "send":
+        return "pipeline"
+    if call.operation == "all_to_all":
+        return "neighbours' rows"
+    if group == "embedding":
+        return "tied embeddings"
+    if group.startswith(("data parallel", "expert data parallel")) and call.elements > 8:
+        return "gradient reduction" if call.operation == "reduce_scatter" else "weight gathering"
+    if group in ("context parallel", "tensor and context parallel"):
+        return "context parallel"
+    if group.startswith("tensor model parallel"):
+        return "tensor parallel"
+    if group.startswith("expert"):
+        return "expert parallel"
+    return "scalars"
+
+
+def _traffic(records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
+    sent = {record.rank: sent_by_purpose(record, estimate.layout.microbatches) for record in records}
+    purposes = [
+        *estimate.communication,
+        *(each for counts in sent.values() for each in counts if each not in _NOT_ESTIMATED),
+    ]
+    differences = []
+    for purpose in dict.fromkeys(purposes):
+        rank = max(sent, key=lambda each: sent[each][purpose])
+        expected = estimate.communication.get(purpose, 0.0)
+        if sent[rank][purpose] or expected:
+            differences.append(Difference("bytes sent", f"bytes sent, {purpose}", rank, sent[rank][purpose], expected))
+    return differences

@@ -1,0 +1,160 @@
+"""A rehearsal: the ranks of each kind, one process after another, and the findings about all of them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.gpu_specs import find_gpu_spec
+from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
+from plt_megatron.rehearsal.classes import ranks_of_each_kind
+from plt_megatron.rehearsal.compare import Difference, compare, memory_problems
+from plt_megatron.rehearsal.matching import Waiting, group_problems, play
+from plt_megatron.rehearsal.rank import rehearse_rank
+from plt_megatron.rehearsal.record import RankRecord
+
+NOT_SEEN = (
+    "kernels (their speed, numerics and workspaces)",
+    "NCCL (its buffers, its choice of algorithm, broken links)",
+    "time",
+    "the allocator's fragmentation",
+)
+
+
+@dataclass
+class Rehearsal:
+    """What a rehearsal found.
+
+    Attributes:
+        records: one per rehearsed rank.
+        waiting: the ranks played through together.
+        differences: against the estimate.
+        replaced: settings that could not be rehearsed, and what stood in for them.
+        problems: one line each; none: nothing speaks against starting.
+    """
+
+    config: RunConfig
+    estimate: RunEstimate
+    records: list[RankRecord]
+    waiting: Waiting
+    differences: list[Difference]
+    replaced: list[str]
+    problems: list[str]
+
+
+def rehearse(
+    config: RunConfig,
+    vocab_size: int,
+    *,
+    world_size: int,
+    gpu: str = "h100",
+    gpus_per_node: int = 8,
+    processes: int | None = None,
+    prepare: Callable[[int], None] | None = None,
+) -> Rehearsal:
+    """Rehearse a configuration on `world_size` ranks. Imports torch and megatron-core and forks.
+
+    Args:
+        vocab_size: the tokenizer's.
+        gpu: the card, as `plt-estimate` knows it.
+        processes: ranks at a time; None: as many as there are cores, at most 4.
+        prepare: see `rehearse_rank`.
+
+    Raises:
+        UserError: the configuration does not fit this world, or cannot be rehearsed.
+    """
+    capability = find_gpu_spec(gpu).capability
+    problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
+    if problems:
+        raise UserError("\n".join(problems))
+    config, replaced = _rehearsable(config)
+    layout = layout_of(config, world_size)
+    estimate = estimate_run(config, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+    _import_once()
+    ranks = ranks_of_each_kind(layout)
+    calls = [(config, vocab_size, rank, world_size, prepare) for rank in ranks]
+    processes = processes or min(4, len(os.sched_getaffinity(0)))
+    results = _in_processes(calls, processes)
+    records = [each for each in results if isinstance(each, RankRecord)]
+    problems = [each for each in results if isinstance(each, str)]
+    waiting = Waiting() if problems else play(records)
+    differences = [] if problems else compare(config, records, estimate)
+    problems += [
+        *group_problems(records, layout),
+        *waiting.problems,
+        *memory_problems(records, estimate),
+        *(f"not as estimated: {each}" for each in differences if each.is_wrong),
+    ]
+    return Rehearsal(config, estimate, records, waiting, differences, replaced, problems)
+
+
+def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with what needs a GPU's libraries replaced, and what was replaced."""
+    if config.engine != "megatron":
+        raise UserError("engine: only megatron can be rehearsed; set engine=megatron")
+    if config.model.num_moe_experts is not None:
+        raise UserError("model.num_moe_experts: where tokens go depends on values, so experts cannot be rehearsed")
+    if config.parallel.context_parallel_size > 1:
+        raise UserError("parallel.context_parallel_size: context parallelism cannot be rehearsed yet; set it to 1")
+    replaced = []
+    model, training, data = config.model, config.training, config.data
+    if model.backend != "torch":
+        replaced.append("Transformer Engine's layers by the torch backend's: same collectives, other activations")
+        model = dataclasses.replace(model, backend="torch")
+    if model.fused_gated_window:
+        replaced.append("the fused window by the torch backend's blocks")
+        model = dataclasses.replace(model, fused_gated_window=False)
+    if training.fp8 != "none":
+        replaced.append("FP8 by bf16")
+        training = dataclasses.replace(training, fp8="none")
+    if data.reset_at_document_boundaries:
+        replaced.append("packed documents by one document a row")
+        data = dataclasses.replace(data, reset_at_document_boundaries=False)
+    return dataclasses.replace(config, model=model, training=training, data=data), replaced
+
+
+@cache
+def _import_once() -> None:
+    """Everything that the forked processes would import one by one."""
+    warnings.filterwarnings("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from plt_megatron.rehearsal.fake_groups import share_rank_lists
+
+    share_rank_lists()
+    with FakeTensorMode():  # registers torch's shape functions and flop counters
+        torch.empty(2, 2).softmax(-1).to(torch.bfloat16) @ torch.empty(2, 2, dtype=torch.bfloat16)
+
+
+def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[RankRecord | str]:
+    with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+        pending = [pool.apply_async(_rehearse_or_say, call) for call in calls]
+        return [each.get() for each in pending]
+
+
+def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:
+    """The record, or in one line why the rank failed."""
+    try:
+        return rehearse_rank(config, vocab_size, rank, world_size, prepare)
+    except (UserError, AssertionError, RuntimeError, ValueError) as error:
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        place = "" if where is None else f" ({where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno})"
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"rank {rank} fails: {text}{place}"

@@ -1,0 +1,184 @@
+"""Rehearsals for test_rehearsal.py: of a real gloo run, and with faults seeded into the code.
+
+The main program rehearses the cases that it is given, in a process of its own since the tests' processes run on the CPU
+runtime, and prints their findings as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+
+VOCAB_SIZE = 200
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+    "PP4 DP2 overlap": {"pipeline_model_parallel_size": 4, "data_parallel_size": 2, "overlap_grad_reduce": True},
+    "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "TP2": {"tensor_model_parallel_size": 2},
+}
+
+
+def run_config(layout: str) -> RunConfig:
+    """A small model in one of `LAYOUTS`, tied embeddings included."""
+    parallel = ParallelConfig(**LAYOUTS[layout])  # type: ignore[arg-type]
+    pipeline = parallel.pipeline_model_parallel_size
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=max(2, pipeline),
+            hidden_size=64,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            window_size=8,
+            vocab_size=VOCAB_SIZE,
+            backend="torch",
+        ),
+        data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
+        training=TrainingConfig(
+            micro_batch_size=1, global_batch_size=pipeline * (parallel.data_parallel_size or 1), train_iters=10
+        ),
+        parallel=parallel,
+    )
+
+
+def record_real(config: RunConfig) -> list[list[Any]]:
+    """What this gloo rank communicates in a training step and a validation, as `essence` has it."""
+    import torch
+
+    from plt_megatron.model.looped_gpt import MicroBatch
+    from plt_megatron.rehearsal.communication import CommunicationRecorder
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.build_engine import build_engine
+
+    init_process_groups(config.parallel)
+    engine = build_engine(config, VOCAB_SIZE)
+    shape = 1, config.data.sequence_length
+    ones = torch.ones(shape, dtype=torch.int64)
+    batches = [
+        MicroBatch(tokens=ones, labels=ones, loss_mask=torch.ones(shape))
+        for _ in range(config.parallel.pipeline_model_parallel_size)
+    ]
+    if config.parallel.overlap_grad_reduce:
+        engine.train_step(batches)
+    with CommunicationRecorder() as recorder:
+        engine.train_step(batches)
+        engine.evaluate(batches, config.model.loop_count)
+    return essence(recorder.log.calls, recorder.log.groups)
+
+
+def essence(calls: Any, groups: Any) -> list[list[Any]]:
+    """Operation, the group's ranks, peer, dtype, elements and bytes of each call before the checkpoint."""
+    return [
+        [call.operation, list(groups[call.ranks]), call.peer, call.dtype, call.elements, call.size]
+        for call in calls
+        if call.operation != "wait" and call.phase != "checkpoint"
+    ]
+
+
+# Faults, each seeded on a rank when its process groups exist.
+
+
+def _wrong_group(rank: int) -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    group = dist.new_group([rank % 2, rank % 2 + 2], group_desc="TENSOR_MODEL_PARALLEL_GROUP")
+    parallel_state._TENSOR_MODEL_PARALLEL_GROUP = group
+
+
+def _rank_dependent_shape(rank: int) -> None:
+    from plt_megatron.train.megatron_engine import MegatronEngine
+
+    if rank != 1:
+        return
+    stock = MegatronEngine._run
+
+    def shorter(self: Any, batches: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = ("tokens", "labels", "loss_mask")
+        cut = [dataclasses.replace(each, **{name: getattr(each, name)[:, :-8] for name in parts}) for each in batches]
+        return stock(self, cut, *args, **kwargs)
+
+    MegatronEngine._run = shorter  # type: ignore[method-assign]
+
+
+def _no_embedding_reduction(rank: int) -> None:
+    finalize_model_grads: Any = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    finalize_model_grads._allreduce_word_embedding_grads = lambda *args, **kwargs: None
+
+
+def _mismatched_messages(rank: int) -> None:
+    """The last stage takes the even stages' turn."""
+    from megatron.core.pipeline_parallel import p2p_communication
+
+    stock = p2p_communication._p2p_ops
+
+    class Turned:
+        def __init__(self, group: Any) -> None:
+            self.group = group
+
+        def rank(self) -> int:
+            return self.group.rank() + 1
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.group, name)
+
+    def turned(*, group: Any, **kwargs: Any) -> Any:
+        return stock(group=group, **kwargs) if group.rank() == 0 else _unwrapped(stock, Turned(group), kwargs)
+
+    p2p_communication._p2p_ops = turned
+
+
+def _unwrapped(stock: Callable, group: Any, kwargs: Any) -> Any:
+    import torch.distributed as dist
+
+    isend, irecv = dist.isend, dist.irecv
+    dist.isend = lambda tensor, dst, group: isend(tensor, dst, getattr(group, "group", group))
+    dist.irecv = lambda tensor, src, group: irecv(tensor, src, getattr(group, "group", group))
+    dist_backend, dist.get_backend = dist.get_backend, lambda group=None: "fake"
+    try:
+        return stock(group=group, **kwargs)
+    finally:
+        dist.isend, dist.irecv, dist.get_backend = isend, irecv, dist_backend
+
+
+FAULTS: dict[str, tuple[str, Callable[[int], None]]] = {
+    "wrong group": ("TP2 DP2", _wrong_group),
+    "rank-dependent shape": ("TP2", _rank_dependent_shape),
+    "tied embeddings": ("PP2", _no_embedding_reduction),
+    "mismatched messages": ("PP2", _mismatched_messages),
+}
+
+
+def main(cases: list[str]) -> None:
+    """Rehearse layouts, and layouts with faults, and print what is found."""
+    from plt_megatron.rehearsal.compare import memory_problems
+    from plt_megatron.rehearsal.rehearse import rehearse
+
+    found = {}
+    for case in cases:
+        layout, prepare = FAULTS.get(case, (case, None))
+        config = run_config(layout)
+        world_size = 1
+        for name in ("tensor_model", "pipeline_model", "context", "data"):
+            world_size *= getattr(config.parallel, f"{name}_parallel_size") or 1
+        result = rehearse(config, VOCAB_SIZE, world_size=world_size, prepare=prepare)
+        small = dataclasses.replace(result.estimate, device_memory_bytes=100_000)
+        found[case] = {
+            "calls": {record.rank: essence(record.calls, record.groups) for record in result.records},
+            "problems": result.problems,
+            "on_a_small_card": memory_problems(result.records, small),
+            "differences": [[each.what, each.off] for each in result.differences],
+            "matched": result.waiting.matched,
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""A rehearsal communicates exactly as the real ranks do, and finds faults that are seeded into the code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.errors import UserError
+from tests.distributed.rehearsal_jobs import FAULTS, VOCAB_SIZE, record_real, run_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def rehearsed(*cases: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.distributed.rehearsal_jobs", *cases]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    return rehearsed("TP2 PP2 DP2")
+
+
+@pytest.fixture(scope="module")
+def faulty() -> dict[str, Any]:
+    return rehearsed(*FAULTS)
+
+
+def assert_as_real(run_distributed: Any, layout: str, found: dict[str, Any]) -> None:
+    real = run_distributed(record_real, 8, run_config(layout), all_ranks=True)
+    assert len(found["calls"]) >= 4
+    for rank, calls in found["calls"].items():
+        assert len(calls) > 20 and calls == real[int(rank)], f"{layout}: rank {rank}"
+    assert found["problems"] == [] and found["matched"] > 100
+
+
+def test_groups_bytes_and_order_are_those_of_the_real_run(run_distributed, found):
+    assert_as_real(run_distributed, "TP2 PP2 DP2", found["TP2 PP2 DP2"])
+    off = dict(found["TP2 PP2 DP2"]["differences"])
+    assert abs(off["FLOPs"]) < 1e-3 and len(off) >= 7
+    assert all(abs(difference) < 0.01 for what, difference in off.items() if "bytes" in what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["PP4 DP2 overlap"])
+def test_other_layouts_are_those_of_the_real_run(run_distributed, layout):
+    assert_as_real(run_distributed, layout, rehearsed(layout)[layout])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("wrong group", r"wrong group: rank 0's .*tensor model parallel.* has ranks 0, 2, the layout 0, 1"),
+        ("rank-dependent shape", r"mismatched collective: rank 0's .* meets rank 1's"),
+        ("tied embeddings", r"bytes sent, tied embeddings.*missing"),
+        ("mismatched messages", r"waits forever: rank \d in recv"),
+    ],
+)
+def test_a_seeded_fault_is_named(faulty, fault, named):
+    assert any(re.search(named, problem) for problem in faulty[fault]["problems"]), faulty[fault]["problems"]
+
+
+def test_memory_over_is_named_with_rank_and_phase(found):
+    problems = found["TP2 PP2 DP2"]["on_a_small_card"]
+    assert len(problems) == 5 and all(
+        re.match(r"memory over: rank \d needs .* in (for|back)ward \d", each) for each in problems
+    )
+
+
+def test_bad_divisibility_is_refused():
+    from plt_megatron.rehearsal.rehearse import rehearse
+
+    config = run_config("PP2")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=3))
+    with pytest.raises(UserError, match="num_layers"):
+        rehearse(config, VOCAB_SIZE, world_size=2)
