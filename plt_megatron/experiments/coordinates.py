@@ -184,7 +184,8 @@ def _forward(stage: Any, batch: Tensor) -> tuple[Tensor, Tensor]:
     from plt_megatron.model.looped_gpt import MicroBatch
 
     seen: list[Tensor] = []
-    hook = stage.get_submodule("final_layernorm").register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    norm = stage.get_submodule("final_layernorm")
+    hook = norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     logits = stage(MicroBatch(batch[:, :-1].contiguous()))[..., :VOCAB_SIZE]
     hook.remove()
     return seen[-1], logits
