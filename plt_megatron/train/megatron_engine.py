@@ -60,9 +60,6 @@ class MegatronEngine:
         self.state = MegatronState(
             self.stage, distributed_parts(self.optimizer), optimizer_spec(config.optimizer), config.training.seed
         )
-        if config.training.loop_schedule:  # a step may update some parameters only, and all are saved
-            for part in self.state.parts:
-                part.allocate()
         self._expected = ExpectedGradients(self.ddp)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = nothing

@@ -53,6 +53,7 @@ def left_alone(parts: Sequence[OptimizerPart], unused: list[nn.Parameter]) -> It
         return
     groups = []
     for part in parts:
+        part.allocate()  # what no step has updated yet is saved too
         own = [main for parameter in unused if (main := part.own_main_parameter(parameter)) is not None]
         for main in own:
             main.grad = None

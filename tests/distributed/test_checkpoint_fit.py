@@ -66,7 +66,7 @@ def test_one_loop_goes_on_with_two_in_a_layout_with_more_vocabulary_padding(run_
         assert rank["gates"] == 8 and rank["zero"] and not any(rank["moments"]) and min(rank["others"]) > 0
         assert rank["continued"][0] == rank["continued"][1]
     about_gates = [line for line in seen[0]["log"] if "gate" in line]
-    assert len(about_gates) == 1 and "has no gates: this model's start from zero" in about_gates[0]
+    assert len(about_gates) == 1 and "has no gates: this model's are new, with fresh optimizer state" in about_gates[0]
     assert "model.loop_count: 1 in the checkpoint, now 2" in seen[0]["log"]
     assert not seen[1]["log"]
 

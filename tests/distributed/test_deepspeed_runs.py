@@ -118,7 +118,7 @@ def stale_build(tmp_path: Path) -> dict[str, str]:
 EXPECTED_LINES = (
     r"building the sample index in .*",
     r"built the sample index in [\d.]+ s",
-    r"part +source .*",
+    r"part +source .*|-+",
     r"(train|validation) +text .*",
     r"model: .*",
     r"(resuming from|resumed at step) .*",

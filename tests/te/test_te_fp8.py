@@ -83,7 +83,7 @@ def test_mxfp8_is_blackwells(run_te, bf16, check_close, recipe):
 def test_weights_are_quantized_once_a_step_whatever_loops_and_microbatches(run_te, layout, loops, recipe):
     """Each step runs at least two microbatches, each `loops` times through every layer."""
     calls, _ = run_te(jobs.count, layout.world_size, layout, fp8_case(loops, recipe))
-    assert [call.call for call in calls].count("train") == 3
+    assert [call.call for call in calls].count("train") == 2
     for call in calls:
         assert len(call.weights) == jobs.WEIGHTS_PER_LAYER * LAYERS // layout.pp
         assert set(call.weights.values()) == {1}, call.weights
