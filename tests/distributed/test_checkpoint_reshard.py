@@ -108,7 +108,7 @@ def test_read_weights_needs_no_megatron(saved):
     )
     command = [sys.executable, "-W", "ignore", "-c", program, str(saved)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=jobs.ROOT, timeout=120)
-    assert done.stdout.split() == ["34", "False"], done.stderr
+    assert done.stdout.split() == ["35", "False"], done.stderr
 
 
 def test_read_weights_needs_no_processes_and_gives_whole_tensors(reference, saved):
