@@ -40,10 +40,12 @@ def train(config: RunConfig) -> int:
 
     quiet_imports()
     _quiet_streams()
-    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime, keep_freed_memory
 
-    if enter_cpu_runtime() and config.training.threads_per_process is not None:
-        torch.set_num_threads(config.training.threads_per_process)
+    if enter_cpu_runtime():
+        keep_freed_memory()
+        if config.training.threads_per_process is not None:
+            torch.set_num_threads(config.training.threads_per_process)
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 

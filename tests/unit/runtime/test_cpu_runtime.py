@@ -254,6 +254,28 @@ def probe_no_gpu_whatever_torch_asks() -> None:
     assert not torch.cuda.is_available()
 
 
+def probe_freed_memory_is_kept() -> None:
+    """The last probe. A large tensor gets the pages of a freed one, not new ones, which the kernel has to clear."""
+    import platform
+    import resource
+
+    import torch
+
+    from plt_megatron.runtime.cpu_runtime import keep_freed_memory
+
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(50_000_000)  # 200 MB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if platform.libc_ver()[0] != "glibc":
+        return
+    new_each_time = min(new_pages(), new_pages())
+    keep_freed_memory()
+    new_pages()
+    assert 10 * new_pages() < new_each_time  # thousands, or a hundred huge ones
+
+
 PROBES: dict[str, Callable[[], None]] = {
     name.removeprefix("probe_"): function for name, function in list(globals().items()) if name.startswith("probe_")
 }
