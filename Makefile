@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv te demo test test-all test-faults test-slurm test-te test-serving serve-demo sweep-smoke \
+.PHONY: help venv te demo test test-all test-faults test-slurm test-te test-serving serving-bench serve-demo sweep-smoke \
 	lint format bench docs doctor clean clean-all
 
 help: ## list the targets
@@ -69,6 +69,9 @@ $(SERVING): serving/pyproject.toml serving/make_venv.sh
 
 test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (a 3.4 GB environment, once)
 	$(SERVING_PY) -m pytest --config-file serving/pyproject.toml $(PYTEST_ARGS) serving/tests
+
+serving-bench: $(SERVING) ## what loops cost when vLLM decodes them, against one loop; needs a quiet machine
+	$(SERVING_PY) benchmarks/serving.py
 
 serve-demo: $(SERVING) ## serve the demo's export with vLLM and ask it something; `make demo` first
 	@$(SERVING_PY) serving/demo.py

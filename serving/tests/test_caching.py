@@ -47,25 +47,46 @@ def test_prompts_of_one_step_share_a_prefix(exports, variant):
 
 
 @pytest.mark.parametrize("variant", ["plt2", "plt3"])
-def test_a_carry_of_the_same_step_is_waited_for(exports, variant):
-    """Steps of one token a request, whose loops run at once: one computes the block's last token, another hits it."""
-    export = exports(variant)
-    first, second = SHARED[:64], SHARED[:65]
-    with engine(export, max_num_batched_tokens=64, max_num_seqs=8) as llm:
-        # 63 tokens lie cached, so that the first request computes one token, the block's last, and so publishes it.
-        add(llm, "cut", SHARED[:63])
-        step_until_done(llm)
-        add(llm, "first", first)
-        add(llm, "second", second)
-        out = step_until_done(llm)
-    assert out["first"] == export.decode(first, 24)
-    assert out["second"] == export.decode(second, 24)
+def test_a_carry_of_the_same_step_is_waited_for(exports, variant, monkeypatch):
+    """In a step of one token a request all loops run at once: one computes a block's last token, others hit it."""
+    served, expected, waits = serve_same_step_hits(exports(variant), monkeypatch)
+    assert served == expected
+    assert waits == [True], "one step had to be waited for, and no more"
 
 
-def add(llm, name: str, ids: list[int]) -> None:
+def test_without_waiting_the_carry_is_wrong(exports, monkeypatch):
+    from vllm_plt.carry_cache import CarryManager
+
+    monkeypatch.setattr(CarryManager, "needs_carry_of_this_step", lambda *args: False)
+    served, expected, waits = serve_same_step_hits(exports("plt3"), monkeypatch)
+    assert served["decoding"] == expected["decoding"] and served != expected and not waits
+
+
+def serve_same_step_hits(export, monkeypatch) -> tuple[dict, dict, list[bool]]:
+    """Tokens served, those of transformers, and a True for each time that a request was made to wait."""
+    from vllm_plt.carry_cache import CarryManager
+
+    waits, asked = [], CarryManager.needs_carry_of_this_step
+    monkeypatch.setattr(CarryManager, "needs_carry_of_this_step", lambda *args: asked(*args) and not waits.append(True))
+    start = SHARED[:40]
+    known = start + export.decode(start, 24)  # 64 tokens: two blocks
+    wanted = {"decoding": start, **{f"hit {token}": [*known, token] for token in range(1, 7)}}
+    kept = {"prefix_cache_retention_interval": None, "async_scheduling": False}
+    with engine(export, max_num_seqs=8, **kept) as llm:
+        add(llm, "decoding", start, tokens=48)
+        for _ in range(24):  # the prompt's, and 23 of one token: the next one computes the second block's last
+            llm.llm_engine.step()
+        for name, ids in wanted.items():
+            if name != "decoding":
+                add(llm, name, ids)
+        served = step_until_done(llm)
+    return served, {name: export.decode(ids, len(served[name])) for name, ids in wanted.items()}, waits
+
+
+def add(llm, name: str, ids: list[int], tokens: int = 24) -> None:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     llm.llm_engine.add_request(name, {"prompt_token_ids": ids}, params)
 
 

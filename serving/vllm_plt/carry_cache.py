@@ -38,7 +38,7 @@ class CarryManager(SlidingWindowManager):
     ) -> int:
         """More blocks than there are make the scheduler try again in the next step."""
         single = num_tokens_main_model - total_computed_tokens == 1
-        if single and new_computed_blocks and new_computed_blocks[-1].block_hash in self.published_this_step:
+        if single and self.needs_carry_of_this_step(new_computed_blocks):
             return self.block_pool.num_gpu_blocks + 1
         return super().get_num_blocks_to_allocate(
             request_id,
@@ -49,6 +49,10 @@ class CarryManager(SlidingWindowManager):
             num_tokens_main_model,
             **kwargs,
         )
+
+    def needs_carry_of_this_step(self, hit_blocks: Sequence) -> bool:
+        """Whether the last block hit, which holds the carry, is computed in this step."""
+        return bool(hit_blocks) and hit_blocks[-1].block_hash in self.published_this_step
 
     def cache_blocks(self, request, num_tokens: int, *args, **kwargs) -> None:
         before = self.num_cached_block.get(request.request_id, 0)

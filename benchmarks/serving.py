@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """What loops cost when vLLM decodes: one loop, naive loops, PLT of two and three loops compared.
 
-    python serving/bench.py                    # a 276M model in bf16, batch 1, 4 and 16, then a mixed load
-    python serving/bench.py --compile          # torch.compile (and CUDA graphs on a GPU)
-    python serving/bench.py --small            # does it run? Times of so small a model say nothing
+    python benchmarks/serving.py              # a 276M model in bf16, batch 1, 4 and 16, then a mixed load
+    python benchmarks/serving.py --compile    # torch.compile (and CUDA graphs on a GPU)
+    python benchmarks/serving.py --small      # does it run? Times of so small a model say nothing
 
 All engines live in this process and take turns, a few decode steps each, so that a busy moment of the machine hits all
 of them. Figures are medians over turns, ratios are taken within a turn. Exits with 1 when a bar is missed.
