@@ -128,7 +128,8 @@ def test_the_table_and_where_things_lie(commands, capsys):
     config = load_config(demo.CONFIG)
     heads, head_size = config.model.num_attention_heads, derived.head_dim(config.model)
     gates = config.model.num_layers * heads * (head_size + 1)
-    assert parameters[0] - parameters[1] == gates and parameters[1] > 1_000_000
+    scales = config.model.hidden_size  # of the preset's loop input
+    assert parameters[0] - parameters[1] == gates + scales and parameters[1] > 1_000_000
     assert str(demo.FOLDER / "loss.png") in out and (demo.FOLDER / "loss.png").stat().st_size > 10_000
     for run in demo.DEMO_RUNS:
         assert str(run.folder.path / "checkpoints") in out
