@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import bias
 from torch.optim.optimizer import _foreach_supported_types as foreach_types
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plt_megatron.rehearsal.observer import Observer
+from plt_megatron.rehearsal.observer import Observer, plausible_value
 from plt_megatron.runtime.cpu_runtime import Event, Stream
 
 CUDA = torch.device("cuda", 0)
@@ -32,8 +34,9 @@ def fake_gpu(observer: Observer) -> Iterator[None]:
     """Within it, all tensors are fake, `cuda` is a device, and `observer` sees every operation. For a process that does
     nothing else: what is replaced stays so."""
     _replace_cuda_queries(observer)
-    _replace_tensor_queries()
+    _replace_tensor_queries(observer)
     torch.tensor = _tensor_of  # type: ignore[assignment]
+    bias.causal_lower_right = _LowerRight  # type: ignore[assignment]
     F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
     with FakeTensorMode(allow_non_fake_inputs=True), _OnFakeGpu(observer):
         yield
@@ -84,8 +87,15 @@ def _replace_cuda_queries(observer: Observer) -> None:
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
-def _replace_tensor_queries() -> None:
+def _replace_tensor_queries(observer: Observer) -> None:
     stock_type = Tensor.type
+
+    def tolist(self: FakeTensor) -> Any:  # one wait, where the stock method reads element after element
+        observer.waits_for_device("tolist")
+        values = plausible_value(self.dtype)
+        for size in reversed(self.shape):
+            values = [values] * size
+        return values
 
     def make_subclass(cls: Any, tensor: Tensor, require_grad: bool = False, **kwargs: Any) -> Any:
         keys = kwargs.get("device_for_backend_keys")
@@ -99,6 +109,7 @@ def _replace_tensor_queries() -> None:
         return stock_type(self, dtype, *args, **kwargs)
 
     FakeTensor.type = type_of  # type: ignore[method-assign,assignment]
+    FakeTensor.tolist = tolist  # type: ignore[method-assign,assignment]
     Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign,assignment]
     foreach_types.append(FakeTensor)  # as on a GPU, the optimizer goes through all parameters at once
     torch.nn.Module._apply = _convert_module  # type: ignore[method-assign,assignment]
@@ -128,11 +139,20 @@ def _convert_module(self: torch.nn.Module, fn: Any, recurse: bool = True) -> tor
     return self
 
 
+@dataclass
+class _LowerRight:
+    """`torch.nn.attention.bias.causal_lower_right`, which as a tensor cannot be fake."""
+
+    queries: int
+    keys: int
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """Flash attention, which is what torch would choose on a GPU for causal attention in half precision; it would not
     for a fake tensor. Other calls are left to torch."""
-    causal = kwargs.get("is_causal", False) or type(attn_mask).__name__ == "CausalBias"
-    if not causal or query.dtype not in (torch.float16, torch.bfloat16):
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    fused = isinstance(attn_mask, _LowerRight) or (kwargs.get("is_causal", False) and half)
+    if not fused:
         return _stock_attention(query, key, value, attn_mask, *args, **kwargs)
     scale = kwargs.get("scale")
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]

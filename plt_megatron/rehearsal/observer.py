@@ -59,7 +59,7 @@ class Observer:
         if func in _READS and args[0].constant is None:
             if args[0].fake_device.type == "cuda":
                 self.waits_for_device(func._schema.name)
-            return _plausible(args[0].dtype)
+            return plausible_value(args[0].dtype)
         return None
 
     def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -129,7 +129,7 @@ class Observer:
         self._most, self.peak = self._total, self.held.copy()
 
 
-def _plausible(dtype: torch.dtype) -> Any:
+def plausible_value(dtype: torch.dtype) -> Any:
     """A value that lets a step be taken: a finite loss, no overflow, one token."""
     if dtype == torch.bool:
         return False

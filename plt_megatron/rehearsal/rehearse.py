@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 from typing import Any
 
 from plt_megatron.config.layout import layout_of
@@ -105,8 +106,6 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
         raise UserError("engine: only megatron can be rehearsed; set engine=megatron")
     if config.model.num_moe_experts is not None:
         raise UserError("model.num_moe_experts: where tokens go depends on values, so experts cannot be rehearsed")
-    if config.parallel.context_parallel_size > 1:
-        raise UserError("parallel.context_parallel_size: context parallelism cannot be rehearsed yet; set it to 1")
     replaced = []
     model, training, data = config.model, config.training, config.data
     if model.backend != "torch":
@@ -142,9 +141,33 @@ def _import_once() -> None:
 
 
 def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[RankRecord | str]:
-    with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
-        pending = [pool.apply_async(_rehearse_or_say, call) for call in calls]
-        return [each.get() for each in pending]
+    """Each rank's record or problem, in the order of `calls`, from a forked process of its own."""
+    context = get_context("fork")
+    results: dict[int, RankRecord | str] = {}
+    left, running = list(enumerate(calls)), dict[Any, tuple[int, Any]]()
+    while left or running:
+        while left and len(running) < processes:
+            index, call = left.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_send_result, args=(theirs, call))
+            process.start()
+            theirs.close()
+            running[ours] = index, process
+        ready: list[Any] = wait(list(running))
+        for connection in ready:
+            index, process = running.pop(connection)
+            try:
+                results[index] = connection.recv()
+                process.join()
+            except EOFError:
+                process.join()
+                rank, code = calls[index][2], process.exitcode
+                results[index] = f"rank {rank}'s process ended with exit code {code}: was its memory enough?"
+    return [results[index] for index in range(len(calls))]
+
+
+def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
+    connection.send(_rehearse_or_say(*call))
 
 
 def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:

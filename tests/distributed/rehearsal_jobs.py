@@ -18,6 +18,12 @@ from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, Para
 VOCAB_SIZE = 200
 LAYOUTS: dict[str, dict[str, int]] = {
     "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+    "TP2 SP CP2 DP2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "context_parallel_size": 2,
+        "data_parallel_size": 2,
+    },
     "PP4 DP2 overlap": {"pipeline_model_parallel_size": 4, "data_parallel_size": 2, "overlap_grad_reduce": True},
     "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
@@ -42,7 +48,9 @@ def run_config(layout: str) -> RunConfig:
         ),
         data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
         training=TrainingConfig(
-            micro_batch_size=1, global_batch_size=pipeline * (parallel.data_parallel_size or 1), train_iters=10
+            micro_batch_size=1,
+            global_batch_size=(pipeline if pipeline > 1 else 8) * (parallel.data_parallel_size or 1),
+            train_iters=10,
         ),
         parallel=parallel,
     )
@@ -63,13 +71,13 @@ def record_real(config: RunConfig) -> list[list[Any]]:
     ones = torch.ones(shape, dtype=torch.int64)
     batches = [
         MicroBatch(tokens=ones, labels=ones, loss_mask=torch.ones(shape))
-        for _ in range(config.parallel.pipeline_model_parallel_size)
+        for _ in range(max(2, config.parallel.pipeline_model_parallel_size))  # a rehearsal runs no more
     ]
     if config.parallel.overlap_grad_reduce:
         engine.train_step(batches)
     with CommunicationRecorder() as recorder:
         engine.train_step(batches)
-        engine.evaluate(batches, config.model.loop_count)
+        engine.evaluate(batches[: config.parallel.pipeline_model_parallel_size], config.model.loop_count)
     return essence(recorder.log.calls, recorder.log.groups)
 
 

@@ -51,7 +51,7 @@ def test_groups_bytes_and_order_are_those_of_the_real_run(run_distributed, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["PP4 DP2 overlap"])
+@pytest.mark.parametrize("layout", ["TP2 SP CP2 DP2", "PP4 DP2 overlap"])
 def test_other_layouts_are_those_of_the_real_run(run_distributed, layout):
     assert_as_real(run_distributed, layout, rehearsed(layout)[layout])
 
