@@ -29,6 +29,12 @@ LOOPCODER = {
     "embedding_scale": 0.7,
     "hidden_scale": 0.3,
 }
+RECOMMENDED = {
+    "input_injection": True,
+    "hidden_norm": True,
+    "learned_hidden_scale": "channel",
+    "residual_scale": 0.5,
+}
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -64,6 +70,14 @@ VARIANTS = {
     "CLP only, 3 loops": {"share_kv": False, "gated_window": False, "loop_count": 3},
     "no window": {"gated_window": False, "loop_count": 3},
     "no CLP": {"cross_loop_parallel": False},
+    "recommended": {**RECOMMENDED, "loop_count": 3},
+    "scaled branches, scale of the model": {**RECOMMENDED, "learned_hidden_scale": "model", "norm_placement": "post"},
+    "naive loops with embeddings": {
+        **RECOMMENDED,
+        "cross_loop_parallel": False,
+        "share_kv": False,
+        "gated_window": False,
+    },
 }
 
 

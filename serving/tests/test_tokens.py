@@ -56,7 +56,10 @@ def test_serial_loops(exports, variant):
         assert_same(export, llm, prompts(12))
 
 
-@pytest.mark.parametrize(("variant", "count"), [("plt3", 1), ("plt3", 2), ("loopcoder3", 2), ("naive loops", 2)])
+@pytest.mark.parametrize(
+    ("variant", "count"),
+    [("plt3", 1), ("plt3", 2), ("loopcoder3", 2), ("naive loops", 2), ("recommended", 1), ("recommended", 2)],
+)
 def test_fewer_loops(exports, variant, count):
     export = exports(variant)
     with engine(export, additional_config={"plt": {"loop_count": count}}) as llm:

@@ -306,6 +306,7 @@ class PLTDecoderLayer(nn.Module):
             return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
         self.pre = config.norm_placement == "pre"
+        self.residual_scale = config.residual_scale
         self.input_layernorm = norm() if self.pre else None
         self.post_attention_layernorm = norm()
         self.post_feedforward_layernorm = norm() if not self.pre or config.ffn_output_norm else None
@@ -323,16 +324,20 @@ class PLTDecoderLayer(nn.Module):
             residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(positions, hidden_states, residual, loop)
+        hidden_states = self._scaled(self.self_attn(positions, hidden_states, residual, loop))
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         hidden_states = self.mlp(hidden_states)
         if self.post_feedforward_layernorm is not None:
             hidden_states = self.post_feedforward_layernorm(hidden_states)
-        return hidden_states, residual
+        return self._scaled(hidden_states), residual
+
+    def _scaled(self, out: torch.Tensor) -> torch.Tensor:
+        """A branch's output as it is added."""
+        return out if self.residual_scale == 1.0 else self.residual_scale * out
 
     def _post_norm(self, positions, hidden_states, residual, loop) -> tuple[torch.Tensor, torch.Tensor]:
         """OLMo-2: norms on the outputs of attention and MLP."""
         layer_input = hidden_states if residual is None else hidden_states + residual
         out = self.self_attn(positions, layer_input, layer_input, loop)
-        residual = layer_input + self.post_attention_layernorm(out)
-        return self.post_feedforward_layernorm(self.mlp(residual)), residual
+        residual = layer_input + self._scaled(self.post_attention_layernorm(out))
+        return self._scaled(self.post_feedforward_layernorm(self.mlp(residual))), residual

@@ -33,6 +33,25 @@ from vllm_plt.vllm_internals import (
 logger = init_logger("vllm.plt")
 
 
+class LoopInput(nn.Module):
+    """Input of loops >= 2: embedding_scale * E + hidden_scale * N(h), N the identity or the division by the RMS."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embedding_scale, self.norm, self.eps = config.embedding_scale, config.hidden_norm, config.rms_norm_eps
+        self.hidden_scale = config.hidden_scale
+        if config.learned_hidden_scale != "none":
+            size = config.hidden_size if config.learned_hidden_scale == "channel" else 1
+            self.hidden_scale = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def forward(self, embeds: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """E [T, d] and h, shifted with cross_loop_parallel, [..., T, d]."""
+        if self.norm:
+            x = hidden_states.float()
+            hidden_states = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)).to(hidden_states.dtype)
+        return self.embedding_scale * embeds + self.hidden_scale * hidden_states
+
+
 class PLTModel(nn.Module):
     """Embedding, looped layer stack, final norm, and the carried states."""
 
@@ -52,6 +71,9 @@ class PLTModel(nn.Module):
             PLTDecoderLayer(config, index, loops, rows, prefix, vllm_config) for index in range(count)
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.loop_input = None
+        if loops > 1 and (config.cross_loop_parallel or config.input_injection):
+            self.loop_input = LoopInput(config)
         self.carry = None
         if config.cross_loop_parallel and loops > 1:
             attention = self.layers[0].self_attn.attn
@@ -80,7 +102,7 @@ class PLTModel(nn.Module):
         if self.carry.metadata is not None:
             found = self.carry.read(slice(None))
             carried[:, : found.shape[1]] = found  # beyond it lies padding
-        inputs = torch.cat([embeds[None], self._loop_input(embeds, carried)])
+        inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
         states, last = self.rows(positions, inputs)
         if self.carry.metadata is not None:
             self.carry.write(states, slice(None))
@@ -97,7 +119,7 @@ class PLTModel(nn.Module):
     def _next_input(self, embeds: torch.Tensor, hidden_states: torch.Tensor, loop: int) -> torch.Tensor:
         """Input of loop `loop`, from 0, after h(loop) [T, d]."""
         if self.carry is None:
-            return hidden_states
+            return hidden_states if self.loop_input is None else self.loop_input(embeds, hidden_states)
         shifted = torch.cat([torch.zeros_like(hidden_states[:1]), hidden_states])
         metadata = self.carry.metadata
         if metadata is not None:
@@ -105,10 +127,7 @@ class PLTModel(nn.Module):
             # All tokens first: a request's prefix may be computed by another one in this very step.
             self.carry.write(hidden_states[None], which)
             shifted.index_copy_(0, metadata.query_start_loc[:-1].long(), self.carry.read(which)[0])
-        return self._loop_input(embeds, shifted[:-1])
-
-    def _loop_input(self, embeds: torch.Tensor, shifted: torch.Tensor) -> torch.Tensor:
-        return self.config.embedding_scale * embeds + self.config.hidden_scale * shifted
+        return self.loop_input(embeds, shifted[:-1])
 
 
 class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
@@ -166,7 +185,8 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         ignored = []
         if self.config.tie_word_embeddings:
             ignored.append("lm_head.")
-        if self.model.settings.loop_count == 1:  # one loop has no use for gates
-            weights = ((name, tensor) for name, tensor in weights if ".plt_gate." not in name)
+        if self.model.settings.loop_count == 1:  # one loop has no use for gates and loop inputs
+            later = (".plt_gate.", ".loop_input.")
+            weights = ((name, tensor) for name, tensor in weights if not any(part in name for part in later))
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored)
         return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "plt"
-# Keys of config.json that the model here does not compute, with the value at which they mean nothing.
-NOT_SERVED = {"input_injection": False, "hidden_norm": False, "learned_hidden_scale": "none", "residual_scale": 1.0}
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,6 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if parallel.decode_context_parallel_size > 1:
         raise ValueError("PLT models cannot be served with decode context parallelism: their windows are not split")
-    config = vllm_config.model_config.hf_config
-    for name, served in NOT_SERVED.items():
-        value = getattr(config, name, served)
-        if value != served:
-            raise ValueError(f"models with {name} {value} cannot be served by this plugin yet: use transformers")
     read_settings(vllm_config)
 
 
