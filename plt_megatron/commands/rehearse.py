@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from plt_megatron.errors import UserError, run_command
 
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _rehearse(arguments: argparse.Namespace) -> int:
     from plt_megatron.config.loader import load_config
     from plt_megatron.data.tokenizer import load_tokenizer
-    from plt_megatron.estimate.run_estimate import known_vocab_size
+    from plt_megatron.estimate.run_estimate import known_vocab_size, tokenizer_vocab_size
     from plt_megatron.rehearsal.rehearse import rehearse
     from plt_megatron.rehearsal.report import to_json, to_text
 
@@ -49,11 +48,10 @@ def _rehearse(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     config = load_config(arguments.config, arguments.overrides)
-    tokenizer = config.data.tokenizer
-    vocab_size = load_tokenizer(tokenizer).vocab_size if tokenizer and Path(tokenizer).is_file() else None
+    vocab_size = tokenizer_vocab_size(config, lambda path: load_tokenizer(path).vocab_size)
     found = rehearse(
         config,
-        config.model.vocab_size or known_vocab_size(config, vocab_size),
+        known_vocab_size(config, vocab_size),
         world_size=arguments.nodes * arguments.gpus_per_node,
         gpu=arguments.gpu,
         gpus_per_node=arguments.gpus_per_node,

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
@@ -21,7 +20,13 @@ from plt_megatron.estimate.flops import flops_of_loops
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import layout_overrides
 from plt_megatron.estimate.parameters import count_parameters
-from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate, estimate_run, known_vocab_size
+from plt_megatron.estimate.run_estimate import (
+    USABLE_SHARE,
+    RunEstimate,
+    estimate_run,
+    known_vocab_size,
+    tokenizer_vocab_size,
+)
 from plt_megatron.estimate.search import Candidate, SearchResult, model_flops_share, search
 from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, format_table, plural
 
@@ -64,7 +69,7 @@ def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int
             )
     layout = layout_overrides(options.layout) if options.layout else []
     config = load_config(options.path, layout + options.overrides)
-    vocab_size = known_vocab_size(config, _tokenizer_vocab_size(config, tokenizer_size))
+    vocab_size = known_vocab_size(config, tokenizer_vocab_size(config, tokenizer_size))
     if options.search:
         return _answer_search(options, config, vocab_size)
     capability = find_gpu_spec(options.gpu).capability
@@ -90,13 +95,6 @@ def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int
     else:
         print("\n".join(_report(options, config, vocab_size, estimate, decoding)))
     return 0
-
-
-def _tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]) -> int | None:
-    tokenizer = config.data.tokenizer
-    if config.model.vocab_size is not None or tokenizer is None or not Path(tokenizer).is_file():
-        return None
-    return tokenizer_size(tokenizer)
 
 
 def _as_json(estimate: RunEstimate, decoding: DecodeCost) -> dict[str, Any]:

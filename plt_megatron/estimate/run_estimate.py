@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
@@ -142,6 +144,15 @@ def _mean_step_costs(
         for purpose, amount in sent.items():
             traffic[purpose] += share * amount
     return dict(traffic), times, bubble
+
+
+def tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]) -> int | None:
+    """The vocabulary of the configuration's tokenizer, a file that `tokenizer_size` reads; None if it is not needed or
+    not there."""
+    tokenizer = config.data.tokenizer
+    if config.model.vocab_size is not None or tokenizer is None or not Path(tokenizer).is_file():
+        return None
+    return tokenizer_size(tokenizer)
 
 
 def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:

@@ -35,9 +35,9 @@ from plt_megatron.train.optimizers import LearningRate, build_optimizer, distrib
 from plt_megatron.train.step_times import StepTimes
 from plt_megatron.train.unused_parameters import (
     ExpectedGradients,
+    later_parameters,
     leaves_later_loops_out,
     left_alone,
-    unused_parameters,
 )
 
 
@@ -75,7 +75,8 @@ class MegatronEngine:
         """See `Engine`."""
         self.stage.train()
         loop_count = loop_count or self.config.model.loop_count
-        unused = unused_parameters(self.stage, loop_count)
+        leaves_out = leaves_later_loops_out(self.config, loop_count)
+        unused = later_parameters(self.stage) if leaves_out else []
         fp8_state = Fp8State(self.stage)
         zero_gradients(self.ddp)
         self.optimizer.zero_grad()
@@ -92,7 +93,7 @@ class MegatronEngine:
                 self._clip(grad_norm)
                 with left_alone(self.state.parts, unused):
                     self.optimizer.step_with_ready_grads()
-                self.state.later_step += not leaves_later_loops_out(self.config, loop_count)
+                self.state.later_step += not leaves_out
             else:
                 fp8_state.restore()
         self.scheduler.count_step()

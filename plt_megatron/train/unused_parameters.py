@@ -27,10 +27,8 @@ def leaves_later_loops_out(config: RunConfig, loop_count: int) -> bool:
     return loop_count == 1 < config.model.loop_count
 
 
-def unused_parameters(stage: nn.Module, loop_count: int) -> list[nn.Parameter]:
-    """A stage's parameters that have no gradient after `loop_count` loops."""
-    if loop_count > 1:
-        return []
+def later_parameters(stage: nn.Module) -> list[nn.Parameter]:
+    """A stage's parameters that only later loops use: without a gradient in a step that leaves those out."""
     return [parameter for name, parameter in stage.named_parameters() if only_in_loops(name)]
 
 
