@@ -11,39 +11,21 @@ import pytest
 from helpers import VOCAB
 from server import serve
 
+from tests.hf.lm_eval_tasks import write_tasks
+
 pytest.importorskip("lm_eval")
 
-COMMON = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-doc_to_text: "{{{{question}}}}"
-"""
-CHOICE = """
-output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
-WRITE = """
-output_type: generate_until
-doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: ["t9"], max_gen_toks: 6, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""
 OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--kv-cache-memory-bytes", str(1 << 28))
 
 
-def write_tasks(folder: Path) -> None:
+def questions() -> list[dict]:
     """48 questions with four answers each, of one to three words."""
     rng = random.Random(0)
 
     def words(count: int) -> str:
         return " ".join(f"t{rng.randrange(1, VOCAB)}" for _ in range(count))
 
-    rows = [
+    return [
         {
             "question": words(rng.randrange(2, 90)),
             "choices": [words(rng.randrange(1, 4)) for _ in range(4)],
@@ -51,10 +33,6 @@ def write_tasks(folder: Path) -> None:
         }
         for _ in range(48)
     ]
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    for name, kind in (("choice", CHOICE), ("write", WRITE)):
-        (folder / f"{name}.yaml").write_text(COMMON.format(name=name, data=data) + kind)
 
 
 def evaluate(folder: Path, model: str, arguments: str) -> dict[str, list]:
@@ -79,7 +57,7 @@ def evaluate(folder: Path, model: str, arguments: str) -> dict[str, list]:
 
 def test_the_server_scores_as_transformers_does(exports, tmp_path):
     export = exports("plt3", tokenizer=True)
-    write_tasks(tmp_path)
+    write_tasks(tmp_path, questions(), stop="t9")
     plain = evaluate(tmp_path, "hf", f"pretrained={export.folder},dtype=float32,trust_remote_code=True")
     with serve(export.folder, tmp_path, *OPTIONS) as server:
         arguments = f"model=plt,base_url={server.url}/v1/completions,tokenizer={export.folder},num_concurrent=4"

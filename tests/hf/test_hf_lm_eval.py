@@ -7,42 +7,19 @@ import sys
 
 import pytest
 
+from tests.hf.lm_eval_tasks import write_tasks
 from tests.hf.test_hf_generate import make_tokenizer
 from tests.hf.tiny import make_model
 
 pytest.importorskip("lm_eval")
-
-COMMON = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-doc_to_text: "{{{{question}}}}"
-"""
-CHOICE = """
-output_type: multiple_choice
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc}]
-"""
-WRITE = """
-output_type: generate_until
-doc_to_target: "{{choices[answer]}}"
-generation_kwargs: {until: ["w9"], max_gen_toks: 6, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""
 
 
 @pytest.mark.parametrize("options", ["", pytest.param(",loop_count=1", marks=pytest.mark.slow)])
 def test_lm_eval(tmp_path, options):
     make_model(loop_count=2).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    data = tmp_path / "data.jsonl"
     rows = [{"question": f"w{i} w{i + 1} w7", "choices": ["w5", "w6 w8"], "answer": i % 2} for i in range(3, 9)]
-    data.write_text("\n".join(json.dumps(row) for row in rows))
-    for name, kind in (("choice", CHOICE), ("write", WRITE)):
-        (tmp_path / f"{name}.yaml").write_text(COMMON.format(name=name, data=data) + kind)
+    write_tasks(tmp_path, rows, stop="w9")
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "choice,write"]
     command += ["--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32{options}"]
     command += ["--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
