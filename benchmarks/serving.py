@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed load; 0: none")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     parser.add_argument("--small", action="store_true")
@@ -69,6 +70,8 @@ def make_engine(changes: dict, folder: Path, args: argparse.Namespace):
 
     folder.mkdir()
     config = {**MODEL, **(SMALL if args.small else {}), **changes}
+    if args.num_layers:
+        config["num_hidden_layers"] = args.num_layers
     (folder / "config.json").write_text(json.dumps(config))
     return LLM(
         model=str(folder),

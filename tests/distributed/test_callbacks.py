@@ -201,7 +201,7 @@ def test_a_callback_is_asked_at_every_turn_of_a_run(data, tmp_path, run_distribu
     ]
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_crash_after_a_rollback_does_not_bring_the_bad_data_back(data, tmp_path, run_distributed, async_save):
     changes: dict[str, Any] = {"training": {"on_nonfinite": "rollback"}, "checkpoint": {"async_save": async_save}}
     whole, crashed = (run_config(name, tmp_path, data, **changes) for name in ("whole", "crashed"))

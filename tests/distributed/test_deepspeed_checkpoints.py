@@ -96,7 +96,11 @@ def difference(numbers: list[tuple[float, float]], expected: list[tuple[float, f
 @pytest.mark.parametrize(
     ("start", "ends"),
     [
-        (Place(MEGATRON, 1), [Place(Zero(1), 2), Place(Zero(2), 1), Place(Zero(3), 2)]),
+        pytest.param(
+            Place(MEGATRON, 1),
+            [Place(Zero(1), 2), Place(Zero(2), 1), Place(Zero(3), 2)],
+            marks=pytest.mark.slow,
+        ),
         # Whatever the start, the checkpoint is the same: one or two ways on are enough.
         (Place(MEGATRON, pp=2), [Place(Zero(3), 1)]),
         (Place(Zero(1), 2), [Place(MEGATRON, pp=2), Place(Zero(3), 1)]),
@@ -127,8 +131,8 @@ def test_a_run_moves_from_everywhere_to_everywhere(go_on, start):
     "place",
     [
         Place(Zero(1), 1, precision="bf16"),
-        Place(Zero(3), 1),
         Place(Zero(3, "cpu", "cpu"), 2, precision="bf16"),
+        pytest.param(Place(Zero(3), 1), marks=pytest.mark.slow),
         pytest.param(Place(Zero(2), 2), marks=pytest.mark.slow),
         pytest.param(Place(Zero(1), 2), marks=pytest.mark.slow),
         pytest.param(Place(Zero(1, "cpu"), 1), marks=pytest.mark.slow),
@@ -151,7 +155,9 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(travel, place):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "zero", "tp"), [(1, 2, Zero(3), 1), (2, 1, Zero(1), 2)], ids=["1 to 2 loops", "2 to 1 loops"]
+    ("before", "now", "zero", "tp"),
+    [(1, 2, Zero(3), 1), pytest.param(2, 1, Zero(1), 2, marks=pytest.mark.slow)],
+    ids=["1 to 2 loops", "2 to 1 loops"],
 )
 def test_the_number_of_loops_changes_as_on_the_megatron_engine(travel, before, now, zero, tp):
     """New gates start as they are built, with zero moments; unused ones are dropped; the log says so."""

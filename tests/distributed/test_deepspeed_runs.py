@@ -133,6 +133,7 @@ def _unexpected(run: LocalRun) -> list[str]:
     return [line for line in lines if line and not any(re.fullmatch(known, line) for known in EXPECTED_LINES)]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     data, tmp_path, run_deepspeed, stale_build, warm_python
 ):

@@ -95,7 +95,7 @@ def _steps_of_one_loop(config: RunConfig, control: bool) -> list[tuple[bool, boo
         megatron_engine.left_alone = left_alone
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adam"), ("fp32", "sgd")])
+@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adam"), pytest.param("fp32", "sgd", marks=SLOW)])
 def test_parameters_that_a_step_does_not_use_stay_as_they_are(run_distributed, precision, optimizer):
     config = jobs.run_config({"overlap_grad_reduce": True}, precision, optimizer)
     config.training.loop_schedule = [LoopStage(loop_shares=[0.5, 0.5])]
@@ -200,7 +200,8 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 @pytest.mark.parametrize(
     ("layout", "zeros", "recompute"),
     [
-        (Layout(dp=2), [Zero(1), Zero(2, "cpu"), Zero(3)], "none"),
+        (Layout(dp=2), [Zero(1), Zero(3)], "none"),
+        pytest.param(Layout(dp=2), [Zero(2, "cpu")], "none", marks=SLOW),
         pytest.param(Layout(tp=2, sp=True, dp=2), [Zero(2), Zero(3, "cpu", "cpu")], "full", marks=SLOW),
         pytest.param(Layout(dp=2), [Zero(1, "cpu"), Zero(3)], "selective", marks=SLOW),
     ],
