@@ -22,9 +22,12 @@ from pathlib import Path
 ROWS = {
     "vanilla": {"loop_count": 1},
     "naive loops": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
+    "+ CLP": {"share_kv": False, "gated_window": False},
+    "+ KV sharing": {"gated_window": False},
     "PLT-2": {},
     "PLT-3": {"loop_count": 3},
 }
+WITH_BARS = ["vanilla", "naive loops", "PLT-2", "PLT-3"]
 MODEL = {
     "architectures": ["PLTForCausalLM"],
     "model_type": "plt",
@@ -53,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=12, help="turns that each engine gets")
     parser.add_argument("--steps", type=int, default=6, help="decode steps in a turn")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed load; 0: none")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=WITH_BARS, help="of the ablation")
     parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")

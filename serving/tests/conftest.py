@@ -1,5 +1,6 @@
 """Tests of the plugin with vLLM's CPU build. Where vLLM is not installed they are skipped, and say so."""
 
+import functools
 import os
 import sys
 from importlib.util import find_spec
@@ -35,6 +36,21 @@ def compile_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm_cache")
     os.environ["VLLM_CACHE_ROOT"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_replaced_once():
+    """vLLM 0.32's CPU build replaces kernels whenever an engine starts, looks at every module's attributes for it, and
+    fails at one of llvmlite's, which drafting by n-grams has imported. The first time in a process is enough."""
+    if MISSING:
+        yield
+        return
+    from vllm.platforms import current_platform
+
+    platform, name = type(current_platform), "register_triton_kernel_overrides"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, name, staticmethod(functools.cache(getattr(platform, name))))
+        yield
 
 
 @pytest.fixture(scope="session")
