@@ -1,7 +1,7 @@
 """Convert a Hugging Face model to a training checkpoint: an exported PLT, LoopCoder-v2, a dense Llama, Mistral,
 Qwen2, Qwen3 or OLMo-2, or a Qwen3-MoE, as it is or as the start of a PLT of several loops.
 
-    plt-import --model Qwen3-0.6B --output runs/qwen3 --loop-count 2
+    plt-import --model Qwen3-0.6B --output runs/qwen3 --loop-count 2 --preset recommended
 
 A run starts from it with `include: runs/qwen3/model.yaml` in its configuration.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.run_folder.text import plural
 
 
@@ -35,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
         help="loops (default: the model's own, 1 for a dense one); new gates start from zero",
     )
     parser.add_argument(
+        "--preset",
+        choices=LOOP_PRESETS,
+        help="how the new loops of a model of one loop are parameterised, with the first logits its own: recommended "
+        "(default: as in the paper, with other logits)",
+    )
+    parser.add_argument(
         "--dtype",
         dest="precision",
         choices=("fp32", "bf16"),
@@ -44,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from plt_megatron.config import derived
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 
     result = import_model(ImportOptions(**vars(arguments)))
@@ -51,6 +59,10 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
         print(f"{result.fresh} of them are new gates or scales, with the values of a new model")
+    if result.new_loops and derived.starts_as_one_loop(result.model):
+        print("its first logits are the model's own: until they are trained, later loops change nothing")
+    elif result.new_loops:
+        print("its first logits are not the model's own; with --preset recommended they are")
     if result.dropped:
         print(f"{result.dropped} tensors of gates or scales are dropped: a model of one loop has none")
     if result.tokenizer is None:

@@ -47,6 +47,14 @@ def hidden_scale(model: ModelConfig) -> float:
     return model.hidden_scale_ratio * abs(model.embedding_scale) * model.init_method_std
 
 
+def starts_as_one_loop(model: ModelConfig) -> bool:
+    """Whether loops >= 2 change nothing before training: they read E again, and their gates let the attention to the
+    first loop's K and V through."""
+    reads_embeddings = adds_embeddings(model) and model.embedding_scale == 1 and hidden_scale(model) == 0
+    passes_on = (model.gate_activation, model.gate_side) == ("tanh", "local")
+    return model.loop_count == 1 or (reads_embeddings and (passes_on or not model.gated_window))
+
+
 def residual_factor(model: ModelConfig) -> float:
     """What the outputs of attention and FFN are multiplied by before they are added to the residual stream."""
     if model.residual_scaling == "none":

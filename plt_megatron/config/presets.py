@@ -12,6 +12,7 @@ _PAPER: dict[str, Any] = {
     "input_injection": False,
     "gate_input": "query",
     "gate_side": "local",
+    "gate_activation": "sigmoid",
     "norm_between_loops": False,
     "embedding_scale": 1.0,
     "hidden_scale": 1.0,

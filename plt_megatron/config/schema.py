@@ -72,6 +72,9 @@ class ModelConfig:
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet
     gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/gate.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
+    # Of the gate's logit, which starts at zero: sigmoid starts as an even blend, tanh as the attention that the gate
+    # does not multiply.
+    gate_activation: Literal["sigmoid", "tanh"] = "sigmoid"
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
     hidden_scale: Finite = 1.0

@@ -177,6 +177,8 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
     refusal = "model.fused_gated_window {}; set model.fused_gated_window=false"
     if model.loop_count == 1 or not model.gated_window:
         yield refusal.format("needs model.gated_window and model.loop_count > 1: there is no window to fuse")
+    if model.gate_activation != "sigmoid":
+        yield refusal.format(f"does not compute model.gate_activation {model.gate_activation}")
     if config.parallel.context_parallel_size > 1:
         yield refusal.format(
             f"does not run with parallel.context_parallel_size {config.parallel.context_parallel_size}"

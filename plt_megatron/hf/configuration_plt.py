@@ -23,11 +23,12 @@ class PLTConfig(PreTrainedConfig):
             `embedding_scale * E + hidden_scale * h`.
         share_kv (`bool`): loops >= 2 attend to the first loop's keys and values.
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
-            values, by one sigmoid gate per head. Needs `share_kv`.
+            values, by one gate per head. Needs `share_kv`.
         window_size (`int`): keys a query sees in the window, itself included.
         gate_input (`str`): what the gate reads, one of `GATE_INPUTS`; `PLTGate` says how.
         gate_side (`str`): the attention that the gate multiplies, "local" or "global"; the other gets
             1 - gate.
+        gate_activation (`str`): of the gate's logit, "sigmoid" or "tanh".
         norm_between_loops (`bool`): the final norm is applied to every loop's output, not to the last's only.
         embedding_scale, hidden_scale (`float`): scales of the input of loops >= 2.
         hidden_norm (`bool`): h is divided by its root mean square before it is scaled.
@@ -90,6 +91,7 @@ class PLTConfig(PreTrainedConfig):
     window_size: int = 64
     gate_input: str = "query"
     gate_side: str = "local"
+    gate_activation: str = "sigmoid"
     norm_between_loops: bool = False
     embedding_scale: float = 1.0
     hidden_scale: float = 1.0
@@ -168,6 +170,8 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError(f"gate_input must be one of {', '.join(GATE_INPUTS)}, not {self.gate_input!r}")
         if self.gate_side not in ("local", "global"):
             raise ValueError(f'gate_side must be "local" or "global", not {self.gate_side!r}')
+        if self.gate_activation not in ("sigmoid", "tanh"):
+            raise ValueError(f'gate_activation must be "sigmoid" or "tanh", not {self.gate_activation!r}')
         if self.learned_hidden_scale not in ("none", "model", "channel"):
             raise ValueError(
                 f"learned_hidden_scale must be one of none, model, channel, not {self.learned_hidden_scale!r}"

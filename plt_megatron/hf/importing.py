@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor
 
 from plt_megatron.config import derived
+from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
@@ -34,12 +35,15 @@ class ImportOptions:
 
     Attributes:
         loop_count: None: the model's own, 1 for a dense one.
+        preset: how the new loops of a model of one loop are parameterised (config/presets.py), with the first logits
+            its own; None: as in the paper, with others.
         precision: fp32 or bf16; None: the files', fp32 for fp16 (which bf16 would round).
     """
 
     model: Path
     output: Path
     loop_count: int | None = None
+    preset: str | None = None
     precision: str | None = None
 
 
@@ -49,6 +53,8 @@ class ImportResult:
 
     Attributes:
         checkpoint: the published folder.
+        model: the imported one's settings.
+        new_loops: whether the files are of a model of one loop, and this is one of several.
         fresh: tensors that the files lack and that start as in a new model: gates, their norms, scales of loops.
         dropped: tensors of the files that the model does not use.
         tokenizer: the copy that training reads, None if there was none.
@@ -58,6 +64,7 @@ class ImportResult:
     checkpoint: Path
     family: str
     model: ModelConfig
+    new_loops: bool
     precision: str
     tensors: int
     fresh: int
@@ -74,6 +81,8 @@ def import_model(options: ImportOptions) -> ImportResult:
     check_target(options.output)
     described = read_config(options.model)
     target = read_config(options.model, options.loop_count)
+    if options.preset is not None:
+        target.model = _with_preset(target.model, described.model, options.preset)
     files = SafetensorsFolder(options.model)
     source_mappings = mappings_for(described.model, described.vocab_size, described.style)
     check_hf_tensors(files, source_mappings, described.model)
@@ -96,12 +105,36 @@ def import_model(options: ImportOptions) -> ImportResult:
         checkpoint=options.output / checkpoint.relative_to(folder),
         family=target.family,
         model=target.model,
+        new_loops=described.model.loop_count == 1 < target.model.loop_count,
         precision=precision,
         tensors=len(mappings),
         fresh=fresh,
         dropped=sum(mapping.name not in names for mapping in source_mappings),
         tokenizer=published,
     )
+
+
+def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelConfig:
+    """The preset's loops around the source's layers, which stay as they are.
+
+    Raises:
+        UserError: there are no new loops, or the preset's would change the first logits.
+    """
+    if source.loop_count > 1:
+        raise UserError(
+            f"--preset is for a model of one loop; this one's {source.loop_count} have settings of their own"
+        )
+    if model.loop_count == 1:
+        raise UserError("--preset says how later loops are parameterised: give --loop-count 2 or more, too")
+    branches = {name: getattr(source, name) for name in ("residual_scaling", "residual_scale")}
+    model = dataclasses.replace(model, **{**LOOP_PRESETS[preset], **branches, "gate_activation": "tanh"})
+    if not derived.starts_as_one_loop(model):
+        read = f"{model.embedding_scale:g} E + {derived.hidden_scale(model):g} h"
+        raise UserError(
+            f"--preset {preset}: later loops would read {read} instead of E, so that the first logits would not be the "
+            "model's; use --preset recommended"
+        )
+    return model
 
 
 def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:

@@ -461,7 +461,7 @@ class _FoldedHeads:
 
 
 class PLTGate(nn.Module):
-    """One scalar in (0, 1) per head and token, sigmoid of a linear function (paper section 3, G-SWA).
+    """One scalar per head and token, gate_activation of a linear function (paper section 3, G-SWA).
 
     gate_input "query": weight [H, D] against the query after RoPE.
     gate_input "hidden": weight [H, d] against RMSNorm of the layer's input residual stream.
@@ -470,6 +470,7 @@ class PLTGate(nn.Module):
     def __init__(self, config: PLTConfig):
         super().__init__()
         self.from_hidden = config.gate_input == "hidden"
+        self.activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.gate_activation]
         width = config.hidden_size if self.from_hidden else config.head_dim
         self.weight = nn.Parameter(torch.zeros(config.num_attention_heads, width))
         self.bias = nn.Parameter(torch.zeros(config.num_attention_heads))
@@ -482,7 +483,7 @@ class PLTGate(nn.Module):
             logits = F.linear(self.gate_norm(residual).float(), self.weight.float(), self.bias.float())
         else:
             logits = (query.float() * self.weight.float()).sum(-1) + self.bias.float()
-        return logits.sigmoid().to(query.dtype).unsqueeze(-1)
+        return self.activation(logits).to(query.dtype).unsqueeze(-1)
 
 
 class PLTAttention(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.context_parallel import SequenceShard
-from plt_megatron.model.gate import GATES, QueryGate
+from plt_megatron.model.gate import ACTIVATIONS, GATES, QueryGate
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.te_attention import TEAttention, laid_out
 from plt_megatron.model.torch_attention import (
@@ -218,7 +218,8 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _gate(self, query: Tensor, logits: Tensor | None) -> Tensor:
         """[s, b, heads / TP, 1]; `logits`: from a gate that reads hidden states."""
         assert self.plt_gate is not None
-        return torch.sigmoid(self.plt_gate(query) if logits is None else logits).unsqueeze(-1)
+        logits = self.plt_gate(query) if logits is None else logits
+        return ACTIVATIONS[self.plt.gate_activation](logits).unsqueeze(-1)
 
     @torch.no_grad()
     def _add_gate_statistics(self, query: Tensor, logits: Tensor | None, context: LoopContext) -> None:

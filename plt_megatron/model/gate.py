@@ -2,6 +2,7 @@
 
 `query`: g = sigmoid(w_h . Q_h + b_h), the paper's. `hidden`: g = sigmoid(w_h . RMSNorm(x) + b_h) with x the layer's
 input residual stream and a norm of its own, LoopCoder-v2's. Weights start at zero, so that g = 1/2.
+`model.gate_activation` may be tanh instead: g starts at 0, with gradients, as in Flamingo (arXiv 2204.14198).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from plt_megatron.model.norms import norm_weight, rms_norm
+
+ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}  # by `model.gate_activation`
 
 
 def _zeros(config: TransformerConfig, *shape: int) -> nn.Parameter:

@@ -58,6 +58,7 @@ VARIANTS = {
     "biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "OLMo-2": {"norm_placement": "post", "qk_norm": True},
     "llama3 rope": {"rope_parameters": LLAMA3},
+    "tanh gate": {"gate_activation": "tanh"},
     "window 1": {"window_size": 1},
     "window above blocks": {"window_size": 75, "loop_count": 3},
     "window above the context": {"window_size": 900},

@@ -74,13 +74,14 @@ class WholeRMSNorm(nn.Module):
 
 
 class PLTGate(nn.Module):
-    """One scalar in (0, 1) per head and row, from the query after RoPE or from the layer's input."""
+    """One scalar per head and row, from the query after RoPE or from the layer's input."""
 
     def __init__(self, config: PLTConfig, heads: Heads):
         super().__init__()
         if config.gate_input not in ("query", "hidden"):
             raise ValueError(f"gate_input {config.gate_input!r} cannot be served yet: PLTGate has no equation for it")
         self.from_hidden = config.gate_input == "hidden"
+        self.activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.gate_activation]
         width = config.hidden_size if self.from_hidden else config.head_dim
         self.weight = sharded_parameter(heads.query, width, shard=heads.rank)
         self.bias = sharded_parameter(heads.query, shard=heads.rank)
@@ -93,7 +94,7 @@ class PLTGate(nn.Module):
             logits = nn.functional.linear(self.gate_norm(residual).float(), self.weight.float(), self.bias.float())
         else:
             logits = (query.float() * self.weight.float()).sum(-1) + self.bias.float()
-        return logits.sigmoid().to(query.dtype).unsqueeze(-1)
+        return self.activation(logits).to(query.dtype).unsqueeze(-1)
 
 
 class PLTAttention(nn.Module):

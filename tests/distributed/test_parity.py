@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "learned_hidden_scale": "model",
         "residual_scaling": "loops_sqrt_layers",
         "init_counts_loops": True,
+        "gate_activation": "tanh",
     },
     "no GQA, window 1, scale per channel": {
         "num_query_groups": None,

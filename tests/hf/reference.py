@@ -132,4 +132,4 @@ class Reference:
             score = self.norm(residual, f"{name}.plt_gate.gate_norm") @ weight.T + bias
         else:
             score = torch.einsum("nhd,hd->nh", q, weight) + bias
-        return torch.sigmoid(score)[..., None]
+        return (torch.tanh if self.config.gate_activation == "tanh" else torch.sigmoid)(score)[..., None]

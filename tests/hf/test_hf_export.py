@@ -135,6 +135,7 @@ def test_shipped_files_import_torch_and_transformers_only():
         ({"share_kv": False}, "gated_window needs share_kv"),
         ({"gate_input": "key"}, "gate_input must be one of query, hidden"),
         ({"gate_side": "left"}, 'gate_side must be "local" or "global"'),
+        ({"gate_activation": "relu"}, 'gate_activation must be "sigmoid" or "tanh"'),
         ({"window_size": 0}, "window_size must be a positive integer, not 0"),
         ({"head_dim": 15}, "head_dim must be even for RoPE, not 15"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),

@@ -43,6 +43,7 @@ VARIANTS = {
     "olmo2": {"norm_placement": "post", "qk_norm": True, "num_key_value_heads": 4},
     "qwen2": {"qkv_bias": True},
     "hidden_local": {"gate_input": "hidden", "attention_bias": True, "mlp_bias": True},
+    "tanh_gate": {"gate_activation": "tanh"},
     "window_1": {"window_size": 1},
     "learned_scale": {
         "hidden_norm": True,

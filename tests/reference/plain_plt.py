@@ -12,7 +12,7 @@ With E the token embeddings, f the stack of layers and L loops:
 Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1:
 
     y_global = Attn(Q, K1, V1)        y_local = Attn(Q, K, V) over the last w keys
-    y = g y_local + (1 - g) y_global,  g = sigmoid(gate), one scalar a head and token
+    y = g y_local + (1 - g) y_global,  g = sigmoid(gate) or tanh(gate), one scalar a head and token
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ class PlainPLT:
             out = attend(query, *first_loop_kv[layer], starts, None)
             if config.gated_window:
                 local = attend(query, key, value, starts, config.window_size)
-                gate = torch.sigmoid(self._gate(query, x, name)).unsqueeze(-1)
+                activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.gate_activation]
+                gate = activation(self._gate(query, x, name)).unsqueeze(-1)
                 first, second = (local, out) if config.gate_side == "local" else (out, local)
                 out = gate * first + (1 - gate) * second
         return out.flatten(-2) @ self.weights[name + "o"].T

@@ -36,6 +36,7 @@ class Diagnosis:
         details: by name, [L + 1, layers, H] or [L + 1, layers], of the measures that have them.
         differences: by the names of `DIFFERENCES`, [L + 1]: loop r minus loop r - 1, paired by sequence.
         sequences: n.
+        gate_activation: of the gates, sigmoid or tanh.
     """
 
     loop_count: int
@@ -44,6 +45,7 @@ class Diagnosis:
     details: dict[str, Intervals]
     differences: dict[str, Intervals]
     sequences: int
+    gate_activation: str = "sigmoid"
 
 
 def diagnose(
@@ -79,7 +81,7 @@ def diagnose(
         loops[measure.name] = bootstrap.intervals(values)
         if measure.name in DIFFERENCES:
             differences[measure.name] = bootstrap.intervals(np.diff(values, axis=1, prepend=math.nan))
-    return Diagnosis(model.config.loop_count, wanted, loops, details, differences, total)
+    return Diagnosis(model.config.loop_count, wanted, loops, details, differences, total, model.config.gate_activation)
 
 
 def _measures_of(config: Any) -> list[Measure]:

@@ -48,8 +48,9 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
         Named("lens", f"What the model would predict if it stopped after each loop. {bars}", _grid(diagnosis, _LENS)),
     ]
     if "gate_mean" in diagnosis.details:
-        caption = "Mean of the gate g by layer and head: 0.5, where it began, is white."
-        made.append(Named("gates", caption, _gates(diagnosis.details["gate_mean"])))
+        lowest, start = (-1.0, 0.0) if diagnosis.gate_activation == "tanh" else (0.0, 0.5)
+        caption = f"Mean of the gate g by layer and head: {start:g}, where it began, is white."
+        made.append(Named("gates", caption, _gates(diagnosis.details["gate_mean"], lowest)))
     attention = ("entropy_global", "entropy_local", "kl_global", "kl_local")
     caption = f"Attention by layer, mean over heads and tokens. Shaded: {bars[6:]}"
     made.append(Named("attention", caption, _by_layer(diagnosis, attention)))
@@ -127,8 +128,8 @@ def _over_heads(values: np.ndarray) -> np.ndarray:
     return values if values.ndim == 2 else values.mean(-1)
 
 
-def _gates(intervals: Intervals) -> Figure:
-    """One heat map a loop, layers down, heads across."""
+def _gates(intervals: Intervals, lowest: float) -> Figure:
+    """One heat map a loop, layers down, heads across. A gate is between `lowest` and 1."""
     loops = range(2, len(intervals.mean))
     layers, heads = intervals.mean.shape[1:]
     columns = min(_HEAT_COLUMNS, len(loops))
@@ -140,14 +141,14 @@ def _gates(intervals: Intervals) -> Figure:
         axes.remove()
     for axes, loop in zip(found, loops, strict=False):
         values = intervals.mean[loop]
-        mesh = axes.pcolormesh(values, cmap="RdBu_r", vmin=0, vmax=1, edgecolors="white", linewidth=0.5)
+        mesh = axes.pcolormesh(values, cmap="RdBu_r", vmin=lowest, vmax=1, edgecolors="white", linewidth=0.5)
         if values.size <= _NUMBERED_CELLS:
             for (layer, head), value in np.ndenumerate(values):
-                ink = "white" if abs(value - 0.5) > 0.33 else "#222222"
+                ink = "white" if abs((value - lowest) / (1 - lowest) - 0.5) > 0.33 else "#222222"
                 axes.text(
                     head + 0.5,
                     layer + 0.5,
-                    f"{value:.2f}".removeprefix("0"),
+                    f"{value:.2f}".replace("0.", ".", 1),
                     ha="center",
                     va="center",
                     fontsize=7,

@@ -189,6 +189,7 @@ def test_context_parallelism_must_fit_the_sequence(settings, expected):
         ({"model__gated_window": False}, "needs model.gated_window and model.loop_count > 1"),
         ({"parallel__context_parallel_size": 2}, "does not run with parallel.context_parallel_size 2"),
         ({"engine": "deepspeed"}, "does not run with engine deepspeed"),
+        ({"model__gate_activation": "tanh"}, "does not compute model.gate_activation tanh"),
         ({"model__kv_channels": 8}, "takes head dimensions from 16 to 256, got 8"),
     ],
 )

@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plt3": {"loop_count": 3},
     **GATES,
     **{name: LOOP_INPUTS[name] for name in ("scale per model", "scale per channel", "naive loop with E", "ratio")},
+    "tanh gate": {"gate_activation": "tanh"},
     "paper norms": {"qk_layernorm": True, "ffn_output_norm": True},
     "loopcoder": LOOPCODER,
     "biases, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
@@ -112,22 +113,40 @@ def megatron_logits(
     model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor, vocab_size: int = VOCAB, **options: Any
 ) -> Tensor:
     """Logits [b, s, vocab_size] of the training model with these weights, in fp32."""
+    with single_process(), torch.no_grad():
+        from plt_megatron.model.looped_gpt import MicroBatch
+
+        built = _build(model, weights, tokens.shape[1], vocab_size)
+        return built.eval()(MicroBatch(tokens), **options)[..., :vocab_size]
+
+
+def megatron_gradients(model: ModelConfig, weights: Mapping[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+    """The gradient of each parameter, of the summed loss of predicting each next token."""
     with single_process():
         from plt_megatron.model.initialization import global_names
-        from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
-        from plt_megatron.model.transformer_config import transformer_config
+        from plt_megatron.model.looped_gpt import MicroBatch
 
-        rows = derived.padded_vocab_size(model, vocab_size)
-        config = transformer_config(model, ParallelConfig())
-        built = LoopedGPT(config, vocab_size, tokens.shape[1], padded_vocab_size=rows)
-        parameters = dict(global_names(built))
-        assert parameters.keys() == weights.keys()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                value = weights[name].float()
-                table = name in ("embedding.word_embeddings.weight", "output_layer.weight")
-                parameter.copy_(F.pad(value, (0, 0, 0, rows - vocab_size)) if table else value)
-            return built.eval()(MicroBatch(tokens), **options)[..., :vocab_size]
+        built = _build(model, weights, tokens.shape[1] - 1, VOCAB)
+        built(MicroBatch(tokens[:, :-1], labels=tokens[:, 1:])).sum().backward()
+        return {name: torch.clone(parameter.grad) for name, parameter in global_names(built)}
+
+
+def _build(model: ModelConfig, weights: Mapping[str, Tensor], length: int, vocab_size: int) -> Any:
+    """The training model with these weights."""
+    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.looped_gpt import LoopedGPT
+    from plt_megatron.model.transformer_config import transformer_config
+
+    rows = derived.padded_vocab_size(model, vocab_size)
+    built = LoopedGPT(transformer_config(model, ParallelConfig()), vocab_size, length, padded_vocab_size=rows)
+    parameters = dict(global_names(built))
+    assert parameters.keys() == weights.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = weights[name].float()
+            table = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+            parameter.copy_(F.pad(value, (0, 0, 0, rows - vocab_size)) if table else value)
+    return built
 
 
 def make_tokens(rows: int = 2, length: int = 33, vocab_size: int = VOCAB) -> Tensor:

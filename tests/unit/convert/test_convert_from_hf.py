@@ -16,6 +16,7 @@ from convert_helpers import (
     imported,
     make_model,
     make_tokens,
+    megatron_gradients,
     megatron_logits,
     quiet,
     random_weights,
@@ -115,6 +116,71 @@ def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
     assert (loops - expected).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", [name for name in DENSE if name != "llama"])
+def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name):
+    """At any loop count, in a text longer than the window, trained or exported."""
+    source, _ = save_dense(tmp_path / "hf", name)
+    result, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=3, preset="recommended")
+    tokens = make_tokens(2, 80)
+    assert result.model.window_size < 80 and result.new_loops
+    with torch.no_grad():
+        expected = source(tokens, use_cache=False).logits
+    bound = 1e-5 * expected.abs().max()
+    for loops in (1, 2, 3):
+        logits = megatron_logits(result.model, weights, tokens, loop_count=loops)
+        assert (logits - expected).abs().max() < bound
+    quiet((tmp_path / "run", tmp_path / "out"))
+    assert (hf_logits(tmp_path / "out", tokens) - expected).abs().max() < bound
+
+
+def test_what_is_new_is_learned_from_the_first_step(tmp_path):
+    save_dense(tmp_path / "hf", "llama")
+    result, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=2, preset="recommended")
+    gradients = megatron_gradients(result.model, weights, make_tokens(2, 80))
+    new = {name for name in weights if ".plt_gate." in name or name == "loop_input.hidden_scale"}
+    assert len(new) == result.fresh == 5 and not any(weights[name].any() for name in new)
+    largest = gradients["final_layernorm.weight"].abs().max()
+    assert all(gradients[name].abs().max() > 1e-3 * largest for name in new)
+    # With h let in and the gates open, later loops change what comes out.
+    opened = {name: tensor + 0.1 if name in new else tensor for name, tensor in weights.items()}
+    one, two = (megatron_logits(result.model, opened, make_tokens(), loop_count=loops) for loops in (1, 2))
+    assert (one - two).abs().max() > 0.01
+
+
+def test_the_layers_stay_the_sources(tmp_path):
+    """The preset scales branches; those of a trained model are as they are, and come back with it."""
+    model = make_model(loop_count=1, residual_scaling="layers", residual_scale=3.0)
+    weights = random_weights(model)
+    quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
+    result, back = imported(tmp_path / "out", tmp_path / "back", loop_count=2, preset="recommended")
+    assert derived.residual_factor(result.model) == 1.5 and not result.model.loop_preset
+    expected = megatron_logits(model, weights, make_tokens(2, 80))
+    assert (megatron_logits(result.model, back, make_tokens(2, 80)) - expected).abs().max() < 1e-5
+    settings = load_config(tmp_path / "back" / "model.yaml").model
+    assert settings == result.model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"loop_count": 2, "preset": "paper"},
+            r"--preset paper: later loops would read 1 E \+ 1 h instead of E, .*use --pre",
+        ),
+        (
+            {"loop_count": 2, "preset": "loopcoder"},
+            r"--preset loopcoder: later loops would read 0\.707 E \+ 0\.053 h inste",
+        ),
+        ({"preset": "recommended"}, "--preset says how later loops are .*: give --loop-count 2 or more, too"),
+    ],
+)
+def test_presets_that_do_not_start_as_the_source(tmp_path, options, message):
+    save_dense(tmp_path / "hf", "llama")
+    with pytest.raises(UserError, match=message) as error:
+        import_model(ImportOptions(tmp_path / "hf", tmp_path / "run", **options))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
@@ -142,6 +208,8 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
     model = make_model(loop_count=2)
     weights = random_weights(model)
     quiet((save_run(tmp_path / "run", model, weights), tmp_path / "out"))
+    with pytest.raises(UserError, match="--preset is for a model of one loop; this one's 2 have settings of their own"):
+        import_model(ImportOptions(tmp_path / "out", tmp_path / "fails", 3, "recommended"))
     result, three = imported(tmp_path / "out", tmp_path / "three", loop_count=3)
     assert result.fresh == 0 and all(torch.equal(three[key], weights[key]) for key in weights)
     result, one = imported(tmp_path / "out", tmp_path / "one", loop_count=1)
@@ -316,6 +384,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert import_hf.main(arguments) == 0
     out = capsys.readouterr().out
     assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new gates" in out
+    assert "its first logits are not the model's own; with --preset recommended they are" in out
     assert open_source(tmp_path / "run").model.loop_count == 2
     assert import_hf.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'run'} exists")
+    arguments[3] = str(tmp_path / "other")
+    assert import_hf.main([*arguments, "--preset", "recommended"]) == 0
+    assert "its first logits are the model's own: until they are trained" in capsys.readouterr().out

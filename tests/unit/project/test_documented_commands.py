@@ -38,6 +38,7 @@ INSTEAD = [
     (r"^plt-train .*engine=deepspeed.*", r"\g<0> --print-config", "needs DeepSpeed and the memory of a 1.2B model"),
     (r"^plt-train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
     (r"^plt-train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
+    (r"^plt-import .*Qwen3.*", "plt-import --help", "downloads; tests/unit/convert imports a tiny one"),
     (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
     (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
