@@ -160,6 +160,36 @@ def test_the_layers_stay_the_sources(tmp_path):
     assert settings == result.model
 
 
+def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
+    """While steps of one loop train the source's weights, two loops compute the same; then they do not."""
+    save_dense(tmp_path / "hf", "llama")
+    imported(tmp_path / "hf", tmp_path / "run", loop_count=2, preset="recommended")
+    schedule = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
+    settings = ["training.precision=fp32", "training.train_iters=4", "training.global_batch_size=2", schedule]
+    config = load_config(
+        tmp_path / "run" / "model.yaml", [*settings, "model.backend=torch", "model.window_size=5", "optimizer.lr=0.01"]
+    )
+    config.training.micro_batch_size = 2
+    from plt_megatron.hf.verification import single_process
+
+    with single_process():
+        from plt_megatron.model.looped_gpt import MicroBatch
+        from plt_megatron.train.checkpoint import CheckpointStore
+        from plt_megatron.train.megatron_engine import MegatronEngine
+
+        engine = MegatronEngine(config, VOCAB)
+        assert CheckpointStore(tmp_path / "new" / "checkpoints", config, {}).load(engine) is None
+        tokens = make_tokens()
+        batches = [MicroBatch(tokens[:, :-1], labels=tokens[:, 1:])]
+        losses = []
+        for loops in (1, 1, 2, 2):
+            losses.append([engine.evaluate(batches, count)[0] for count in (1, 2)])
+            assert engine.train_step(batches, loop_count=loops).updated
+        one, two = (engine.evaluate(batches, count)[0] for count in (1, 2))
+    assert all(first == pytest.approx(second, rel=1e-6) for first, second in losses[:3])
+    assert losses[2][0] < losses[0][0] and two != pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
