@@ -102,8 +102,8 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
     if model.loop_count > 1:
         yield "cross-loop parallelism", "yes" if model.cross_loop_parallel else "no"
         yield "first-loop key/value sharing", "yes" if model.share_kv else "no"
-        window = f"{model.window_size} keys, gate reads the {model.gate_input}, multiplies the {model.gate_side} part"
-        yield "gated sliding window", window if model.gated_window else "no"
+        gate = f"{model.gate_activation} gate reads the {model.gate_input}, multiplies the {model.gate_side} part"
+        yield "gated sliding window", f"{model.window_size} keys, {gate}" if model.gated_window else "no"
 
 
 def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence
+from plt_megatron.experiments.diagnostics.figures import make_figures
 from plt_megatron.experiments.diagnostics.recording import record
 from plt_megatron.experiments.diagnostics.samples import HeldOut
 from tests.hf.reference import Reference
@@ -135,6 +136,24 @@ def test_gates_that_are_known(bias):
     expected = [1 / (1 + math.exp(-bias * factor)) for factor in (0, 1, -1, 2)]
     np.testing.assert_allclose(found[2:], np.broadcast_to(expected, (2, 2, 4)), rtol=1e-6)
     assert np.isnan(found[:2]).all(), "the first loop has no gate"
+
+
+def test_gates_of_tanh_are_drawn_from_minus_one():
+    """Zero, where they begin, is in the middle of the colours, as one half is for a sigmoid's."""
+    held_out = HeldOut(np.stack([make_tokens(9).numpy()] * 2), np.zeros((2, 9), dtype=bool), 2, 1)
+    limits = {}
+    for activation in ("sigmoid", "tanh"):
+        model = make_model(gate_activation=activation)
+        for layer in model.model.layers:
+            layer.self_attn.plt_gate.weight.data.zero_()
+            layer.self_attn.plt_gate.bias.data.fill_(-1.0)
+        diagnosis = diagnose(model, held_out)
+        expected = math.tanh(-1) if activation == "tanh" else 1 / (1 + math.e)
+        np.testing.assert_allclose(diagnosis.loops["gate_mean"].mean[2], expected, rtol=1e-5)
+        gates = next(made for made in make_figures(diagnosis) if made.name == "gates")
+        limits[gates.caption] = gates.figure.axes[0].collections[0].get_clim()
+    (half, to_half), (zero, to_zero) = limits.items()
+    assert "0.5, where it began" in half and to_half == (0, 1) and "0, where it began" in zero and to_zero == (-1, 1)
 
 
 def test_attention_without_queries_is_uniform():
