@@ -119,6 +119,11 @@ def last_step(config: RunConfig, step: int, tokens: int) -> int:
     return step + max(0, training.train_tokens - tokens) // tokens_per_step(config)
 
 
+def order_samples(config: RunConfig) -> int:
+    """Training samples whose order is drawn: as given, or as many as the run reads."""
+    return config.data.order_samples or train_iters(config) * config.training.global_batch_size
+
+
 def lr_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:
     """Steps over which the learning rate falls, warm-up included. `step_tokens`: see `train_iters`."""
     return config.optimizer.lr_decay_iters or train_iters(config, step_tokens)

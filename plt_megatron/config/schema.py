@@ -161,6 +161,9 @@ class DataConfig:
     test_sources: list[DataSource] = field(default_factory=list)
     tokenizer: str | None = None  # a sentencepiece .model or a Hugging Face tokenizer.json
     sequence_length: Size = 256
+    # Training samples whose order is drawn, of which the run reads the first: those of its longest branch, so that all
+    # branches of a run read the same; null: as many as it reads.
+    order_samples: Annotated[int, Range(1, 10**15)] | None = None
     reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
     index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
     index_timeout_minutes: Minutes = 30.0

@@ -193,6 +193,9 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
     samples = derived.train_iters(config) * config.training.global_batch_size
+    order = config.data.order_samples
+    if order is not None and not samples <= order <= MAX_SAMPLES:
+        yield f"data.order_samples {order:,} must be from the {samples:,} that the run reads to {MAX_SAMPLES:,}"
     if samples > MAX_SAMPLES:
         yield (
             f"training: {derived.train_iters(config):,} steps of training.global_batch_size "

@@ -29,8 +29,7 @@ _BLOCK = 1 << 16  # bytes
 
 def required_samples(config: RunConfig) -> tuple[int, int, int]:
     """Samples a run draws of train, validation and test; every validation reads the same ones."""
-    batch = config.training.global_batch_size
-    return derived.train_iters(config) * batch, config.validation.iters * batch, 0
+    return derived.order_samples(config), config.validation.iters * config.training.global_batch_size, 0
 
 
 def index_folder(config: RunConfig) -> str:

@@ -94,7 +94,7 @@ def _training_samples(config: RunConfig) -> int:
     """The number of samples that the run's order is drawn from. A run whose length is given in tokens keeps its initial
     number, since another batch size would change it slightly, and with it the order. Collective."""
     own = required_samples(config)[0]
-    if config.training.train_tokens is None:
+    if config.training.train_tokens is None or config.data.order_samples is not None:
         return own
     return on_rank_0(lambda: _recorded_samples(config)) or own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from plt_megatron.commands.train import branch_config
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
+from plt_megatron.train.checkpoint import read_weights
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
 from tests.distributed.whole_runs import folder, numbers
 
@@ -173,6 +177,33 @@ def test_a_rollback_goes_back_in_weights_and_on_in_data(finished, data, tmp_path
     (report,) = (folder(config) / "incidents").glob("step_*.json")
     assert report.name == "step_00000004.json" and json.loads(report.read_text())["action"] == "rollback"
     assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
+
+
+def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distributed):
+    """Bit for bit: a run of five steps, and the branch of one of eight from its third step."""
+    order = {**dataclasses.asdict(data), "order_samples": 64, "sources": data.sources}
+    shared = {"parallel": TP_SP, "validation": {"interval": 0}}
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
+    trunk = run_config(
+        "trunk",
+        tmp_path,
+        DataConfig(**order),
+        training={"train_iters": 8},
+        optimizer=wsd,
+        checkpoint={"save_interval": 3, "keep_every": 3},
+        **shared,
+    )
+    alone = run_config("alone", tmp_path, DataConfig(**order), training={"train_iters": 5}, optimizer=wsd, **shared)
+    for config in (trunk, alone):
+        RunFolder.of(config).save_config(config)
+        assert run_distributed(train, 2, config) is True
+    branch = branch_config(f"{folder(trunk)}@3", ["name=branch"], decay=2)
+    assert run_distributed(train, 2, branch) is True
+    assert numbers(branch) == [record for record in numbers(alone) if record["step"] > 3] and numbers(branch)
+    weights = [dict(read_weights(folder(config))) for config in (branch, alone)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert numbers(trunk)[-1]["loss"] != numbers(branch)[-1]["loss"]
 
 
 def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):

@@ -1,0 +1,59 @@
+"""Decay branches: a run of WSD (warm-up, constant rate, decay) whose rate falls earlier or later than another's.
+
+Until the rate falls, runs of one seed that differ in length alone take the same steps on the same samples. So one of
+them, the trunk, may take them for all: a branch begins with its checkpoint, and ends as a run of its length would have.
+"""
+
+from __future__ import annotations
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+
+
+def first_decay_step(config: RunConfig) -> int:
+    """The last step with a constant rate: after it the rate falls."""
+    return derived.lr_decay_iters(config) - derived.lr_wsd_decay_iters(config)
+
+
+def decay_steps(step: int) -> int:
+    """Steps of decay that make a tenth of a run whose rate is constant up to `step`, WSD's default."""
+    return max(1, round(step / 9))
+
+
+def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) -> list[str]:
+    """`key=value` settings that make a trunk's configuration that of a branch.
+
+    Args:
+        checkpoint: the trunk's, at `step`.
+        decay: steps over which the rate falls, the branch's last.
+
+    Raises:
+        UserError: the trunk has no constant rate up to that step.
+    """
+    if trunk.optimizer.lr_decay_style != "WSD":
+        raise UserError(
+            f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only a run of WSD has a "
+            "constant rate to branch from"
+        )
+    if not trunk.optimizer.lr_warmup_iters <= step <= first_decay_step(trunk):
+        raise UserError(
+            f"{trunk.name} has a constant rate from step {trunk.optimizer.lr_warmup_iters} to "
+            f"{first_decay_step(trunk)}: it cannot branch at step {step}"
+        )
+    length = step + decay
+    order = max(derived.order_samples(trunk), length * trunk.training.global_batch_size)
+    if order > derived.order_samples(trunk):
+        raise UserError(
+            f"a branch of {length} steps is longer than {trunk.name}, whose samples are drawn in the order of a run of "
+            f"{derived.train_iters(trunk)}: give that run data.order_samples={order} from its start, or a shorter decay"
+        )
+    return [
+        f"training.train_iters={length}",
+        f"optimizer.lr_decay_iters={length}",
+        f"optimizer.lr_wsd_decay_iters={decay}",
+        f"data.order_samples={order}",
+        f"checkpoint.load={checkpoint}",
+        "checkpoint.weights_only=false",
+        "checkpoint.allow_other_schedule=true",
+    ]

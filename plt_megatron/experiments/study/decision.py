@@ -1,0 +1,294 @@
+"""The answer: how many loops, at equal training FLOPs, step time, decoding latency or memory, and how sure that is.
+
+Each contender (a variant with a number of loops) comes in many shapes. At a given price the best of them that is within
+the limit counts: large and trained briefly, or small and trained long. Its loss is the law's; how often a contender
+is the best over the law's bootstrap samples is how sure the answer is, as far as the law holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.fits import Interval
+from plt_megatron.experiments.study.law import LawFit, Model
+from plt_megatron.experiments.study.observations import Observation, to_arrays
+from plt_megatron.experiments.study.solver import jacobian
+from plt_megatron.run_folder.text import format_bytes, format_duration, plural
+
+_POINTS = 25  # of a frontier's curve
+_SPAN = 30.0  # how far it reaches from the target, either way, as a factor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that could be trained; see `Observation`.
+
+    Attributes:
+        flops, seconds: of training, per token; seconds None: not measured.
+        latency_ms: per decoded token; memory: bytes of weights and KV cache, both at the target's context and batch.
+    """
+
+    variant: str
+    loops: int
+    once: float
+    looped: float
+    flops: float
+    seconds: float | None
+    latency_ms: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the decision is asked for. `confidence`: share of the samples that decides; `indifference`: a difference of
+    loss that nobody would pay for."""
+
+    flops: float
+    latency_ms: float
+    memory: float
+    confidence: float = 0.9
+    indifference: float = 0.002
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A contender's frontier: price or limit x [k], loss [k] (NaN: no candidate is within it), and its interval."""
+
+    variant: str
+    loops: int
+    x: np.ndarray
+    loss: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A contender at the target. `share`: of samples in which it is the best; `behind`: its loss less the best's."""
+
+    variant: str
+    loops: int
+    loss: Interval
+    behind: Interval
+    share: float
+    parameters: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to one question for one variant, its contenders best first.
+
+    Attributes:
+        best: of `standings`; None where no contender is within the limits.
+        decided: whether its share reaches the target's confidence, or nobody would pay for the difference.
+        beyond: how far the answer lies from the law's runs, in words; empty: near them.
+    """
+
+    question: str
+    variant: str
+    standings: tuple[Standing, ...]
+    decided: bool
+    text: str
+    beyond: str = ""
+
+    @property
+    def best(self) -> Standing | None:
+        return self.standings[0] if self.standings else None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One question's curves and verdicts, by variant. `axis`: what x is."""
+
+    question: str
+    axis: str
+    curves: tuple[Curve, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def decide(fit: LawFit, candidates: Sequence[Candidate], target: Target) -> list[Frontier]:
+    """All frontiers; the headline, at equal decoding latency, first."""
+    return [_frontier(fit, candidates, question, target) for question in _questions(candidates, target)]
+
+
+def headline(frontiers: Sequence[Frontier]) -> Verdict:
+    """The first variant's answer at equal decoding latency."""
+    return frontiers[0].verdicts[0]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is held equal: tokens that a price buys, and what a candidate must not exceed."""
+
+    name: str
+    axis: str
+    target: float
+    words: str
+    tokens: Callable[[Candidate, float], float]  # for a value of the axis
+    measure: Callable[[Candidate], float] | None = None  # None: the axis is the price
+
+
+def _questions(candidates: Sequence[Candidate], target: Target) -> list[_Question]:
+    price = f"{target.flops:.3g} training FLOPs"
+
+    def buys(candidate: Candidate, _: float) -> float:
+        return target.flops / candidate.flops
+
+    questions = [
+        _Question(
+            "decoding latency",
+            "milliseconds per decoded token",
+            target.latency_ms,
+            f"at {price} and {target.latency_ms:.3g} ms a token",
+            buys,
+            lambda candidate: candidate.latency_ms,
+        ),
+        _Question(
+            "memory",
+            "bytes of weights and KV cache",
+            target.memory,
+            f"at {price} and {format_bytes(target.memory)} of weights and KV cache",
+            buys,
+            lambda candidate: candidate.memory,
+        ),
+        _Question("training FLOPs", "training FLOPs", target.flops, f"at {price}", lambda c, value: value / c.flops),
+    ]
+    if all(candidate.seconds is not None for candidate in candidates):
+        single = [c.seconds / c.flops for c in candidates if c.loops == 1 and c.seconds is not None]
+        seconds = target.flops * float(np.median(single))
+        words = f"at {format_duration(seconds)} of training, at the speed measured"
+        questions.append(
+            _Question("step time", "seconds of training", seconds, words, lambda c, value: value / (c.seconds or 1.0))
+        )
+    return questions
+
+
+def _frontier(fit: LawFit, candidates: Sequence[Candidate], question: _Question, target: Target) -> Frontier:
+    values = question.target * np.geomspace(1 / _SPAN, _SPAN, _POINTS)
+    contenders = _contenders(fit, candidates)
+    curves = tuple(_curve(fit, own, question, values) for own in contenders.values())
+    verdicts = []
+    for variant in fit.data.variants:
+        own = [found for (name, loops), found in contenders.items() if name == variant or loops == 1]
+        verdicts.append(_verdict(fit, own, question, target, variant))
+    return Frontier(question.name, question.axis, curves, tuple(verdicts))
+
+
+def _contenders(fit: LawFit, candidates: Sequence[Candidate]) -> dict[tuple[str, int], list[Candidate]]:
+    """Candidates by variant and loops; those of one loop are every variant's."""
+    found: dict[tuple[str, int], list[Candidate]] = {}
+    for candidate in candidates:
+        if candidate.loops == 1 or candidate.variant in fit.data.variants:
+            found.setdefault((candidate.variant if candidate.loops > 1 else "", candidate.loops), []).append(candidate)
+    if ("", 1) not in found:
+        raise UserError("no candidate has one loop: there is nothing to set loops against")
+    return found
+
+
+def _best(
+    fit: LawFit, own: Sequence[Candidate], question: _Question, value: float
+) -> tuple[Candidate, float, np.ndarray] | None:
+    """A contender's best candidate within a value of the axis, its tokens, and its loss [1 + b] by the fit and its
+    samples; None where no candidate is within it.
+
+    The fit chooses the shape: samples say how well that choice does, not how well one made with hindsight would.
+    """
+    inside = [c for c in own if question.measure is None or question.measure(c) <= value * (1 + 1e-9)]
+    if not inside:
+        return None
+    models = [_model(candidate, question.tokens(candidate, value)) for candidate in inside]
+    place = int(np.argmin(fit.fitted(models)))
+    return inside[place], models[place].tokens, fit.drawn([models[place]])[:, 0]
+
+
+def _model(candidate: Candidate, tokens: float) -> Model:
+    return Model(candidate.variant, candidate.once, candidate.looped, candidate.loops, tokens)
+
+
+def _curve(fit: LawFit, own: Sequence[Candidate], question: _Question, values: np.ndarray) -> Curve:
+    rows = np.full((3, len(values)), np.nan)
+    for place, value in enumerate(values):
+        found = _best(fit, own, question, float(value))
+        if found is not None:
+            rows[:, place] = found[2][0], *fit.bounds(found[2][1:])
+    return Curve(own[0].variant if own[0].loops > 1 else "", own[0].loops, values, *rows)
+
+
+def _verdict(
+    fit: LawFit, contenders: Sequence[Sequence[Candidate]], question: _Question, target: Target, variant: str
+) -> Verdict:
+    best = [_best(fit, own, question, question.target) for own in contenders]
+    inside = sorted((found for found in best if found is not None), key=lambda found: found[2][0])
+    if not inside:
+        text = f"{question.words}: no shape that was looked at is within the limit"
+        return Verdict(question.name, variant, (), False, text)
+    losses = np.stack([own for _, _, own in inside])  # [contenders, 1 + b]
+    wins = np.bincount(np.argmin(losses[:, 1:], axis=0), minlength=len(inside)) / (losses.shape[1] - 1)
+    standings = tuple(
+        Standing(
+            variant,
+            candidate.loops,
+            fit.interval(own),
+            fit.interval(own - losses[0]),
+            float(share),
+            candidate.once + candidate.looped,
+            tokens,
+        )
+        for (candidate, tokens, own), share in zip(inside, wins, strict=True)
+    )
+    beyond = fit.beyond([_model(candidate, tokens) for candidate, tokens, _ in inside])
+    return _in_words(question, variant, standings, target, beyond)
+
+
+def _in_words(
+    question: _Question, variant: str, standings: tuple[Standing, ...], target: Target, beyond: str
+) -> Verdict:
+    best, others = standings[0], standings[1:]
+    text = f"{question.words}: {_loops(best.loops)}, {best.share:.0%}"
+    near = [other for other in others if other.behind.high < target.indifference]
+    decided = best.share >= target.confidence or len(near) == len(others)
+    if others:
+        second = others[0]
+        text += (
+            f"; {_loops(second.loops)} {second.behind.value:+.4f} "
+            f"[{second.behind.low:+.4f}, {second.behind.high:+.4f}], {second.share:.0%}"
+        )
+    if near and best.share < target.confidence:
+        text += f". Nobody would pay for the difference to {', '.join(_loops(other.loops) for other in near)}"
+    if not decided:
+        text += ". Not decided"
+    if beyond:
+        text += f". The law is stretched far to say so: {beyond}"
+    return Verdict(question.name, variant, standings, decided, text, beyond)
+
+
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+
+
+def _loops(count: int) -> str:
+    """`two loops`."""
+    return plural(count, "loop").replace(str(count), _NUMBERS[count])
+
+
+def contrast(fit: LawFit, verdict: Verdict, candidates: Sequence[Candidate]) -> np.ndarray | None:
+    """The gradient [1, p] of the difference between the two best: what further runs should tell; None for one."""
+    if len(verdict.standings) < 2:
+        return None
+    asked = [
+        Observation(s.variant, own.once, own.looped, s.loops, s.tokens, 0.0, "")
+        for s in verdict.standings[:2]
+        for own in [_like(s, candidates)]
+    ]
+    rows = jacobian(fit.theta, to_arrays(asked, fit.data.variants), fit.groups)
+    return rows[:1] - rows[1:]
+
+
+def _like(standing: Standing, candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate that a standing is of."""
+    own = [c for c in candidates if c.loops == standing.loops and (c.loops == 1 or c.variant == standing.variant)]
+    return min(own, key=lambda c: abs(c.once + c.looped - standing.parameters))

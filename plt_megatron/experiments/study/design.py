@@ -1,0 +1,258 @@
+"""Which runs tell the most about the law for their price: chosen one by one by the Fisher information they add.
+
+An `Arm` is a model with a seed. Training it to one horizon leaves checkpoints from which shorter and longer ones
+branch, so that an arm's further horizons cost little: the decay alone, or what a longer run adds. Branches share their
+trunk's luck, which the information takes into account.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plt_megatron.experiments.study.law import LawFit
+from plt_megatron.experiments.study.observations import Observation, to_arrays
+from plt_megatron.experiments.study.solver import UNIT_D, UNIT_N, jacobian
+
+Z95 = 1.959964
+# What is believed before any run, as standard deviations of E, A, B, alpha, beta and each phi: little.
+_BELIEF = (1.0, 1.0, 1.0, 0.2, 0.2)
+_BELIEF_PHI = 0.5
+_LEAST_GAIN = 1e-4  # of the criterion, in logarithms: what adds less is not worth a run
+_SKELETON = 0.7  # of the budget, at most, for the runs without which there is no law
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model with a seed; see `Observation`. `seconds_per_token`: of training."""
+
+    variant: str
+    size: str
+    loops: int
+    seed: int
+    once: float
+    looped: float
+    seconds_per_token: float
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations of a loss: `trunk`, what branches of a trunk have in common, and `run`, each one's own."""
+
+    trunk: float = 0.006
+    run: float = 0.003
+
+
+@dataclass(frozen=True)
+class Horizons:
+    """Lengths of runs, ascending, in tokens; the last `decay_share` of each has a falling learning rate."""
+
+    tokens: tuple[float, ...]
+    decay_share: float = 0.2
+
+    def new_tokens(self, done: Sequence[float], added: Sequence[float]) -> float:
+        """Tokens to train for horizons `added` to an arm that has `done`: the longest first, shorter ones branch."""
+        known, total = list(done), 0.0
+        for tokens in sorted(added, reverse=True):
+            if any(other >= tokens for other in known):
+                total += self.decay_share * tokens
+            else:
+                longest = max(known, default=0.0)
+                total += tokens - (1 - self.decay_share) * longest
+            known.append(tokens)
+        return total
+
+
+@dataclass
+class Design:
+    """Chosen runs, and what they would tell.
+
+    Attributes:
+        chosen: (index of an arm, tokens), in the order of choice.
+        seconds: of training, all together.
+        covariance: [p, p] of E, A, B, alpha, beta and the phis, after them and all that was done before.
+        variants: whose phis these are.
+    """
+
+    chosen: list[tuple[int, float]]
+    seconds: float
+    covariance: np.ndarray
+    variants: tuple[str, ...]
+    before: np.ndarray = field(repr=False)
+
+    def half_width(self, variant: str) -> float:
+        """Half of the 95 % interval of a variant's phi that is expected after the runs."""
+        column = 5 + self.variants.index(variant)
+        return Z95 * math.sqrt(self.covariance[column, column])
+
+    def in_words(self) -> str:
+        """`this budget tells phi of PLT within ±0.10, of naive loop within ±0.12`."""
+        parts = [f"phi of {name} within ±{self.half_width(name):.2g}" for name in self.variants]
+        return f"this budget tells {', '.join(parts)}"
+
+
+def expected_theta(sizes: Sequence[float], tokens: Sequence[float], variants: int, phi: float = 0.46) -> np.ndarray:
+    """A law [5 + variants] to plan with before the first run: Chinchilla's exponents, and terms of 0.7 nats for the
+    middle of the sizes and tokens."""
+    alpha, beta = 0.34, 0.28
+    n, d = (math.exp(float(np.mean(np.log(values)))) for values in (sizes, tokens))
+    a, b = 0.7 * (n / UNIT_N) ** alpha, 0.7 * (d / UNIT_D) ** beta
+    return np.array([1.7, a, b, alpha, beta, *[phi] * variants])
+
+
+def estimated_noise(fit: LawFit) -> Noise:
+    """The luck that a fit's residuals show, of trunks and of runs."""
+    count = np.bincount(fit.data.blocks)
+    means = np.bincount(fit.data.blocks, fit.adjusted) / count
+    within = fit.adjusted - means[fit.data.blocks]
+    spare = max(1, fit.data.n - len(count))
+    run = math.sqrt(float(within @ within) / spare)
+    between = float(np.mean(means**2)) - run**2 * float(np.mean(1 / count))
+    return Noise(math.sqrt(max(between, (0.2 * run) ** 2, 1e-12)), max(run, 1e-6))
+
+
+def choose_runs(
+    arms: Sequence[Arm],
+    horizons: Horizons,
+    theta: np.ndarray,
+    variants: Sequence[str],
+    seconds: float,
+    *,
+    noise: Noise | None = None,
+    done: Mapping[int, Sequence[float]] | None = None,
+    closed: Collection[int] = (),
+    contrasts: np.ndarray | None = None,
+) -> Design:
+    """Spend `seconds` of training on the runs that tell the phis, and `contrasts`, best.
+
+    Without runs that are `done`, those come first that any law takes: one loop of three sizes, as different as can be
+    paid for, and two wirings of each variant.
+
+    Args:
+        theta: [5 + variants], the law as far as it is known.
+        done: index of an arm -> horizons that are there or under way.
+        closed: indices of arms that are trained no further.
+        contrasts: [k, 5 + variants], gradients of further quantities to tell, such as differences of losses.
+    """
+    planner = _Planner(arms, horizons, theta, tuple(variants), noise or Noise(), contrasts, frozenset(closed))
+    start = {index: tuple(sorted(tokens)) for index, tokens in (done or {}).items()}
+    designs = [planner.spend(seconds, start, by_price) for by_price in (True, False)]
+    return min(designs, key=lambda design: planner.criterion(np.linalg.inv(design.covariance)[None])[0])
+
+
+class _Planner:
+    """Information of arms, and the greedy choice among them."""
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        horizons: Horizons,
+        theta: np.ndarray,
+        variants: tuple[str, ...],
+        noise: Noise,
+        contrasts: np.ndarray | None,
+        closed: frozenset[int],
+    ) -> None:
+        self.arms, self.horizons, self.variants, self.noise, self.closed = arms, horizons, variants, noise, closed
+        count = len(variants)
+        self.prior = np.diag(1.0 / np.array([*_BELIEF, *[_BELIEF_PHI] * count]) ** 2)
+        phis = np.eye(5 + count)[5:]
+        self.interests = phis if contrasts is None else np.concatenate([phis, contrasts])
+        self.slopes = self._slopes(theta)
+        self._known: dict[tuple[int, tuple[float, ...]], np.ndarray] = {}
+
+    def _slopes(self, theta: np.ndarray) -> np.ndarray:
+        """Derivatives [arms, horizons, p] of the losses."""
+        asked = [
+            Observation(arm.variant, arm.once, arm.looped, arm.loops, tokens, 0.0, "")
+            for arm in self.arms
+            for tokens in self.horizons.tokens
+        ]
+        data = to_arrays(asked, self.variants)
+        found = jacobian(theta, data, np.arange(len(self.variants)))
+        return found.reshape(len(self.arms), len(self.horizons.tokens), -1)
+
+    def information(self, arm: int, tokens: tuple[float, ...]) -> np.ndarray:
+        """[p, p], of an arm trained to these horizons."""
+        key = (arm, tokens)
+        if key not in self._known:
+            slopes = self.slopes[arm, [self.horizons.tokens.index(each) for each in tokens]]
+            covariance = self.noise.trunk**2 + self.noise.run**2 * np.eye(len(tokens))
+            self._known[key] = slopes.T @ np.linalg.solve(covariance, slopes)
+        return self._known[key]
+
+    def criterion(self, informations: np.ndarray) -> np.ndarray:
+        """[b], of informations [b, p, p]: the mean logarithm of the variances of what is asked, and a tenth of the
+        whole law's, so that none of its coefficients is left to belief."""
+        covariances = np.linalg.inv(informations)
+        variances = np.einsum("kp,bpq,kq->bk", self.interests, covariances, self.interests)
+        _, volume = np.linalg.slogdet(covariances)
+        return np.log(np.maximum(variances, 1e-300)).mean(1) + 0.1 * volume / covariances.shape[1]
+
+    def spend(self, seconds: float, start: Mapping[int, tuple[float, ...]], by_price: bool) -> Design:
+        """Choose runs one by one: what tells most for its price, or what tells most."""
+        held: dict[int, tuple[float, ...]] = {arm: tokens for arm, tokens in start.items() if tokens}
+        information = self.prior + sum((self.information(*item) for item in held.items()), np.zeros_like(self.prior))
+        design = Design([], 0.0, np.linalg.inv(information), self.variants, np.linalg.inv(information))
+        first = [] if held else self._skeleton(_SKELETON * seconds)
+        while True:
+            found = first.pop(0) if first else self._best(information, held, seconds - design.seconds, by_price)
+            if found is None:
+                design.covariance = np.linalg.inv(information)
+                return design
+            arm, tokens, price = found
+            old = held.get(arm, ())
+            information = information + self._added(arm, tokens, old)
+            design.chosen += [(arm, each) for each in sorted(set(tokens) - set(old), reverse=True)]
+            design.seconds += price
+            held[arm] = tokens
+
+    def _added(self, arm: int, tokens: tuple[float, ...], old: tuple[float, ...]) -> np.ndarray:
+        """The information that further horizons of an arm add."""
+        return self.information(arm, tokens) - (self.information(arm, old) if old else 0.0)
+
+    def _skeleton(self, seconds: float) -> list[tuple[int, tuple[float, ...], float]]:
+        """What any law takes, with as large a size as `seconds` pay for; nothing where they do not pay for any."""
+        arms, tokens = self.arms, self.horizons.tokens
+        single = sorted((i for i, arm in enumerate(arms) if arm.loops == 1), key=lambda i: arms[i].looped)
+        sizes = list(dict.fromkeys(arms[i].size for i in single))
+        for largest in range(len(sizes) - 1, 1, -1):
+            chosen = [next(i for i in single if arms[i].size == sizes[at]) for at in (0, largest // 2, largest)]
+            for variant in self.variants:
+                for size, pick in ((sizes[0], max), (sizes[largest // 2], min)):
+                    own = [i for i, a in enumerate(arms) if a.variant == variant and a.loops > 1 and a.size == size]
+                    chosen += [pick(own, key=lambda i: arms[i].loops)] if own else []
+            prices = [self.horizons.new_tokens([], tokens) * arms[i].seconds_per_token for i in chosen]
+            if sum(prices) <= seconds:
+                return [(i, tokens, price) for i, price in zip(chosen, prices, strict=True)]
+        return []
+
+    def _best(
+        self, information: np.ndarray, held: Mapping[int, tuple[float, ...]], left: float, by_price: bool
+    ) -> tuple[int, tuple[float, ...], float] | None:
+        """(arm, all its horizons, price) of the best addition that `left` seconds pay for."""
+        options = [option for option in self._options(held) if option[2] <= left]
+        if not options:
+            return None
+        changed = information + np.stack([self._added(arm, tokens, held.get(arm, ())) for arm, tokens, _ in options])
+        gains = self.criterion(information[None])[0] - self.criterion(changed)
+        prices = np.array([price for _, _, price in options])
+        best = int(np.argmax(gains / prices if by_price else gains))
+        return options[best] if gains[best] > _LEAST_GAIN else None
+
+    def _options(self, held: Mapping[int, tuple[float, ...]]) -> list[tuple[int, tuple[float, ...], float]]:
+        """(arm, all its horizons, price of the new ones): each arm up to each horizon, with all shorter ones."""
+        options = []
+        for index, arm in enumerate(self.arms):
+            if index in self.closed:
+                continue
+            own = held.get(index, ())
+            for place in range(len(self.horizons.tokens)):
+                tokens = tuple(sorted({*own, *self.horizons.tokens[: place + 1]}))
+                if len(tokens) > len(own):
+                    new = self.horizons.new_tokens(own, [each for each in tokens if each not in own])
+                    options.append((index, tokens, new * arm.seconds_per_token))
+        return options

@@ -1,0 +1,291 @@
+"""The joint law of a study: L = E + A (N_once + r^phi N_loop)^-alpha + B D^-beta, with a phi for each variant.
+
+phi says what a loop is worth: at 1 a model of r loops is as good as one of r times the layers, at 0 looping is for
+nothing (arXiv 2604.21106 finds 0.46). All variants share the rest of the law, so that runs of one loop serve each.
+
+The fit is robust (Huber's weights): one run that went wrong does not decide. Intervals come from `resampling`, are
+centered on the fit and stretched by Student's t over the normal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+import numpy as np
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.fits import Interval
+from plt_megatron.experiments.report.statistics import t_quantile
+from plt_megatron.experiments.study.observations import Arrays, Observation, looped_variants, to_arrays
+from plt_megatron.experiments.study.resampling import adjusted_residuals, draw_errors
+from plt_megatron.experiments.study.solver import EXPONENTS, PHIS, UNIT_D, UNIT_N, Solution, evaluate, jacobian, solve
+
+LEVEL = 0.95
+FARTHEST = 10.0  # how many times beyond its runs the law is trusted without a word
+_SPARE = 2  # a fit has at least so many more points than coefficients
+_DISTINCT = 3  # distinct sizes, and distinct tokens, that their exponents take
+_SAME = 0.05  # relative: nearer sizes are one
+_HUBER = 1.345  # standard deviations beyond which a residual counts less: 95 % efficient for normal errors
+_ROUNDS = 12  # of reweighting, at most
+_TINY = 1e-12  # stands for a coefficient of 0 where logarithms are taken
+_REFITS = 2  # of reweighting in a draw of the bootstrap
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a law is asked about; see `Observation`."""
+
+    variant: str
+    once: float
+    looped: float
+    loops: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A loss, its interval, and what has to be said with it: nothing within ten times the law's runs."""
+
+    loss: Interval
+    beyond: str = ""
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """A fitted law.
+
+    Attributes:
+        groups: [variants], the phi that each variant has: one each, unless they were asked to be equal.
+        theta: [5 + phis], E, A, B, alpha, beta, phis; A and B for sizes in `UNIT_N` and tokens in `UNIT_D`.
+        weights: [n], Huber's; below 1 for runs that the law does not explain.
+        residuals: [n], loss less fitted loss.
+        adjusted: [n], the same at the size of errors (`resampling`).
+        samples: [b, 5 + phis], thetas of other draws of luck, stretched.
+        notes: what readers must know.
+    """
+
+    data: Arrays
+    groups: np.ndarray
+    theta: np.ndarray
+    weights: np.ndarray
+    residuals: np.ndarray
+    adjusted: np.ndarray
+    samples: np.ndarray
+    cost: float
+    level: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def rms_residual(self) -> float:
+        return math.sqrt(float(np.mean(self.residuals**2)))
+
+    @property
+    def coefficients(self) -> dict[str, Interval]:
+        """E, alpha, beta, and A and B for sizes in parameters and tokens one by one."""
+        return {name: self.interval(_natural(self._rows, name)) for name in ("E", "A", "alpha", "B", "beta")}
+
+    @property
+    def phis(self) -> dict[str, Interval]:
+        """By variant."""
+        return {name: self.interval(self._rows[:, self.phi_column(name)]) for name in self.data.variants}
+
+    def phi_column(self, variant: str) -> int:
+        """Where the variant's phi is in theta."""
+        return 5 + int(self.groups[self.data.variants.index(variant)])
+
+    def difference(self, variant: str, reference: str) -> Interval:
+        """phi of the one less phi of the other."""
+        return self.interval(self._rows[:, self.phi_column(variant)] - self._rows[:, self.phi_column(reference)])
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.vstack([self.theta, self.samples])
+
+    def interval(self, values: np.ndarray) -> Interval:
+        """Of a quantity [1 + b] by the fit, first, and by its samples."""
+        low, high = self.bounds(values[1:])
+        return Interval(float(values[0]), float(low), float(high))
+
+    def bounds(self, values: np.ndarray) -> np.ndarray:
+        """Both ends [2, ...] of the interval of quantities [b, ...] by the samples."""
+        # weibull: between two order statistics as it is for draws of any number, not only for very many.
+        return np.quantile(values, [(1 - self.level) / 2, (1 + self.level) / 2], axis=0, method="weibull")
+
+    def fitted(self, models: Sequence[Model]) -> np.ndarray:
+        """Losses [m] of models by the fit, however far they are from its runs. Raises `UserError` as `drawn` does."""
+        return evaluate(self.theta[None], self._asked(models), self.groups)[0]
+
+    def drawn(self, models: Sequence[Model]) -> np.ndarray:
+        """Losses [1 + b, m] by the fit, first, and by its samples.
+
+        Raises:
+            UserError: a model with several loops is of a variant without a phi.
+        """
+        return evaluate(self._rows, self._asked(models), self.groups)
+
+    def _asked(self, models: Sequence[Model]) -> Arrays:
+        unknown = sorted({m.variant for m in models if m.loops > 1} - set(self.data.variants))
+        if unknown:
+            raise UserError(f"the law has no phi for {', '.join(unknown)}: no finished run of it has several loops")
+        observations = [Observation(m.variant, m.once, m.looped, m.loops, m.tokens, 0.0, "") for m in models]
+        return to_arrays(observations, self.data.variants)
+
+    def predict(self, model: Model, *, far: bool = False) -> Prediction:
+        """The law's loss.
+
+        Args:
+            far: predict beyond ten times the runs, too: the answer then says how far that is.
+
+        Raises:
+            UserError: without `far`, what is asked about is farther than that from the law's runs.
+        """
+        beyond = self.beyond([model])
+        if beyond and not far:
+            raise UserError(f"no prediction: {beyond}, where the law is not known to hold")
+        return Prediction(self.interval(self.drawn([model])[:, 0]), beyond)
+
+    def beyond(self, models: Sequence[Model]) -> str:
+        """In words, how far models are outside of the law's runs; empty within `FARTHEST` times them."""
+        data, words = self.data, []
+        own = data.once + data.looped
+        asked = np.array([m.once + m.looped for m in models])
+        tokens = np.array([m.tokens for m in models])
+        for what, values, known in (("parameters", asked, own), ("tokens", tokens, data.tokens)):
+            up, down = values.max() / known.max(), known.min() / values.min()
+            if max(up, down) > FARTHEST:
+                words.append(f"{max(up, down):,.0f} times {'more' if up >= down else 'fewer'} {what} than any run has")
+        loops = max(m.loops for m in models)
+        if loops > data.loops.max():
+            words.append(f"{loops} loops where runs have at most {int(data.loops.max())}")
+        return " and ".join(words)
+
+
+def fit_law(
+    observations: Sequence[Observation] | Arrays,
+    *,
+    variants: Sequence[str] | None = None,
+    equal: bool = False,
+    bootstraps: int = 400,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> LawFit:
+    """Fit the law.
+
+    Args:
+        variants: their order; None: as they come.
+        equal: one phi for all variants.
+        bootstraps: how many draws the intervals come from; 0: none, and `samples` is empty.
+
+    Raises:
+        UserError: the observations do not determine the law.
+    """
+    if not isinstance(observations, Arrays):
+        found = looped_variants(observations)
+        observations = to_arrays(observations, [name for name in variants or found if name in found])
+    data = observations
+    groups = np.zeros(len(data.variants), dtype=int) if equal else np.arange(len(data.variants))
+    problem = _missing(data, groups)
+    if problem:
+        raise UserError(f"no law yet: {problem}")
+    solution, weights, spread = _robust(data, groups)
+    residuals = data.loss - evaluate(solution.theta[None], data, groups)[0]
+    adjusted = adjusted_residuals(residuals, jacobian(solution.theta, data, groups), weights, data)
+    samples = np.empty((bootstraps, len(solution.theta)))
+    errors = draw_errors(adjusted, data, bootstraps, np.random.default_rng(seed))
+    for row, error in enumerate(errors):
+        samples[row] = _refit(data, groups, data.loss - residuals + error, solution, weights, spread)
+    samples = _stretched(samples, solution.theta, level, data)
+    notes = tuple(_notes(data, groups, solution.theta, weights))
+    return LawFit(data, groups, solution.theta, weights, residuals, adjusted, samples, solution.cost, level, notes)
+
+
+def _missing(data: Arrays, groups: np.ndarray) -> str | None:
+    """What the law lacks; None: nothing."""
+    if not data.variants:
+        return "no finished run has several loops, so nothing is said about phi"
+    if not (data.loops == 1).any():
+        return "no finished run has one loop, which every variant is measured against"
+    for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
+        # Variants of one size differ in gates: such sizes are one.
+        count = 1 + int((np.diff(np.sort(np.log(values))) > _SAME).sum())
+        if count < _DISTINCT:
+            return f"{count} {name}; an exponent takes at least {_DISTINCT}"
+    coefficients = 5 + int(groups.max()) + 1
+    if data.n < coefficients + _SPARE:
+        return f"{data.n} finished runs for {coefficients} coefficients; it takes {coefficients + _SPARE} at least"
+    return None
+
+
+def _robust(data: Arrays, groups: np.ndarray) -> tuple[Solution, np.ndarray, float]:
+    """The fit, Huber's weights that it agrees with, and the standard deviation that they go by."""
+    weights, spread = np.ones(data.n), 0.0
+    solution = solve(data, groups, data.loss, weights)
+    for _ in range(_ROUNDS):
+        residuals = data.loss - evaluate(solution.theta[None], data, groups)[0]
+        spread = float(np.median(np.abs(residuals))) / NormalDist().inv_cdf(0.75)
+        spread *= math.sqrt(data.n / (data.n - len(solution.theta)))
+        new = _weights(residuals, spread)
+        if np.allclose(new, weights, atol=1e-3):
+            break
+        weights = new
+        solution = solve(data, groups, data.loss, weights, start=solution.shape)
+    return solution, weights, spread
+
+
+def _refit(
+    data: Arrays, groups: np.ndarray, losses: np.ndarray, found: Solution, weights: np.ndarray, spread: float
+) -> np.ndarray:
+    """Theta of other losses. Their weights are their own: with the fit's, intervals would be too narrow."""
+    for _ in range(_REFITS):
+        solution = solve(data, groups, losses, weights, start=found.shape)
+        weights = _weights(losses - evaluate(solution.theta[None], data, groups)[0], spread)
+    return solve(data, groups, losses, weights, start=solution.shape).theta
+
+
+def _weights(residuals: np.ndarray, spread: float) -> np.ndarray:
+    """Huber's; losses without noise have none to be weighed by."""
+    if spread < 1e-12:
+        return np.ones(len(residuals))
+    return np.minimum(1.0, _HUBER * spread / np.maximum(np.abs(residuals), 1e-300))
+
+
+def _stretched(samples: np.ndarray, theta: np.ndarray, level: float, data: Arrays) -> np.ndarray:
+    """Samples moved away from the fit by Student's t over the normal; positive coefficients by their logarithms."""
+    # Half: each coefficient is told by a part of the blocks only, phi of a variant by its own and those of one loop.
+    degrees = max(3, (int(data.blocks.max()) + 1 - len(theta)) // 2)
+    probability = (1 + level) / 2
+    factor = t_quantile(probability, degrees) / NormalDist().inv_cdf(probability)
+    moved = theta + (samples - theta) * factor
+    moved[:, 0] = np.maximum(moved[:, 0], 0.0)
+    center, drawn = (np.log(np.maximum(values, _TINY)) for values in (theta[1:5], samples[:, 1:5]))
+    moved[:, 1:5] = np.exp(np.clip(center + factor * (drawn - center), -50, 50))
+    return moved
+
+
+def _notes(data: Arrays, groups: np.ndarray, theta: np.ndarray, weights: np.ndarray) -> list[str]:
+    notes = []
+    for name, value in (("alpha", theta[3]), ("beta", theta[4])):
+        if not 1.05 * EXPONENTS[0] < value < 0.95 * EXPONENTS[1]:
+            notes.append(f"{name} is at the edge of what was searched: the runs do not determine it")
+    for index, name in enumerate(data.variants):
+        if not PHIS[0] + 0.1 < theta[5 + groups[index]] < PHIS[1] - 0.1:
+            notes.append(f"phi of {name} is at the edge of what was searched: the runs do not determine it")
+    for name, value in zip(("E", "A", "B"), theta[:3], strict=True):
+        if value == 0:
+            notes.append(f"{name} is 0: the runs do not show its term")
+    low = int((weights < 0.5).sum())
+    if low:
+        notes.append(f"{low} of {data.n} runs are far from the law and count less than half")
+    return notes
+
+
+def _natural(theta: np.ndarray, name: str) -> np.ndarray:
+    """A coefficient's column of theta [b, p] for sizes in parameters and tokens one by one."""
+    if name == "A":
+        return theta[:, 1] * UNIT_N ** theta[:, 3]
+    if name == "B":
+        return theta[:, 2] * UNIT_D ** theta[:, 4]
+    return theta[:, {"E": 0, "alpha": 3, "beta": 4}[name]]

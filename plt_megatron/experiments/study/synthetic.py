@@ -1,0 +1,69 @@
+"""Studies of a planted law: for tests, the benchmark of intervals, and to try a design before it is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plt_megatron.experiments.study.law import Model
+from plt_megatron.experiments.study.observations import Observation
+
+SIZES = (0.3e6, 0.7e6, 1.5e6, 3e6, 5e6)
+HORIZONS = (2.5e6, 5e6, 1e7)
+
+
+@dataclass(frozen=True)
+class PlantedLaw:
+    """A law for small models, A and B in units of a million parameters and ten million tokens."""
+
+    e: float = 2.0
+    a: float = 0.9
+    alpha: float = 0.35
+    b: float = 0.35
+    beta: float = 0.4
+    phis: dict[str, float] = field(default_factory=lambda: {"PLT": 0.5, "naive loop": 0.4})
+
+    def loss(self, model: Model) -> float:
+        """Without luck."""
+        phi = self.phis.get(model.variant, 0.0)
+        size = model.once + model.loops**phi * model.looped
+        return self.e + self.a * (size / 1e6) ** -self.alpha + self.b * (model.tokens / 1e7) ** -self.beta
+
+
+@dataclass(frozen=True)
+class Luck:
+    """Standard deviations of what a trunk and its branches have in common, of each run's own, and of a seed's."""
+
+    trunk: float = 0.006
+    run: float = 0.003
+    seed: float = 0.0
+
+
+def synthetic_study(
+    law: PlantedLaw,
+    luck: Luck,
+    number: int,
+    *,
+    sizes: Sequence[float] = SIZES,
+    loops: Sequence[int] = (1, 2, 3),
+    horizons: Sequence[float] = HORIZONS,
+    seeds: Sequence[int] = (1,),
+) -> list[Observation]:
+    """What the runs of every combination would say; runs of one loop serve all variants. `number`: of the draw."""
+    rng = np.random.default_rng(number)
+    wirings = [("", 1)] if 1 in loops else []
+    wirings += [(variant, count) for variant in law.phis for count in loops if count > 1]
+    observations = []
+    for seed in seeds:
+        common = luck.seed * rng.standard_normal()
+        for size in sizes:
+            for variant, count in wirings:
+                own = common + luck.trunk * rng.standard_normal()
+                for tokens in horizons:
+                    model = Model(variant, 0.0, size, count, tokens)
+                    loss = law.loss(model) + own + luck.run * rng.standard_normal()
+                    block = f"{variant}-{size:g}-{count}-{seed}"
+                    observations.append(Observation(variant, 0.0, size, count, tokens, loss, block, seed))
+    return observations

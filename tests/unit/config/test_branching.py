@@ -1,0 +1,93 @@
+"""Decay branches: which settings make a run one, and what cannot branch."""
+
+from __future__ import annotations
+
+import pytest
+
+from plt_megatron.commands import train
+from plt_megatron.commands.train import branch_config
+from plt_megatron.config.branching import branch_settings, decay_steps, first_decay_step
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.folder import RunFolder
+
+TRUNK = [
+    "name=trunk",
+    "training.train_iters=100",
+    "training.global_batch_size=4",
+    "optimizer.lr_decay_style=WSD",
+    "optimizer.lr_warmup_iters=5",
+]
+
+
+@pytest.fixture
+def trunk(tmp_path) -> RunFolder:
+    """A run's folder with a checkpoint of step 36."""
+    config = load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, f"output_dir={tmp_path / 'runs'}"])
+    folder = RunFolder.of(config)
+    folder.save_config(config)
+    (folder.checkpoints / "step_00000036").mkdir(parents=True)
+    return folder
+
+
+def test_a_branch_is_the_run_of_its_length_from_the_trunks_checkpoint(trunk):
+    config = branch_config(f"{trunk.path}@36", ["logging.log_interval=1"])
+    assert (config.name, config.output_dir) == ("trunk_branch_36", str(trunk.path.parent))
+    assert (config.training.train_iters, config.optimizer.lr_wsd_decay_iters) == (40, 4)
+    assert first_decay_step(config) == 36 and decay_steps(36) == 4
+    assert config.checkpoint.load == str(trunk.checkpoints / "step_00000036") and config.checkpoint.allow_other_schedule
+    assert config.data.order_samples == 400, "the samples come in the trunk's order"
+    assert config.logging.log_interval == 1 and config.model == trunk.config().model
+    assert not [problem for problem in find_problems(config, check_files=False) if "order" in problem]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "said"),
+    [
+        ("{trunk}", [], r"expected RUN@STEP"),
+        ("{trunk}@last", [], r"expected RUN@STEP"),
+        ("{trunk}@40", [], r"no checkpoint of step 40; it has 36 \(checkpoint.keep_every keeps them\)"),
+        ("{trunk}x@36", [], r"cannot read .*config.yaml"),
+        ("{trunk}@36", ["name=trunk"], r"the branch needs a name of its own"),
+    ],
+)
+def test_what_is_no_branch_is_refused(trunk, source, settings, said):
+    with pytest.raises(UserError, match=said):
+        branch_config(source.format(trunk=trunk.path), settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "step", "decay", "said"),
+    [
+        (["optimizer.lr_decay_style=cosine"], 36, 4, "lr_decay_style cosine: only a run of WSD"),
+        ([], 4, 4, "constant rate from step 5 to 90: it cannot branch at step 4"),
+        ([], 91, 4, "it cannot branch at step 91"),
+        ([], 90, 20, "a branch of 110 steps is longer than trunk.*data.order_samples=440"),
+    ],
+)
+def test_a_trunk_without_a_constant_rate_there_is_refused(changes, step, decay, said):
+    config = load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, *changes])
+    with pytest.raises(UserError, match=said):
+        branch_settings(config, "checkpoint", step, decay)
+
+
+def test_the_order_of_samples_must_hold_the_runs(trunk):
+    config = load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, "data.order_samples=399"])
+    (problem,) = [text for text in find_problems(config, check_files=False) if "order_samples" in text]
+    assert "data.order_samples 399 must be from the 400 that the run reads" in problem
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--decay-steps", "3", "run.yaml"],
+        ["--branch-from", "r@1", "run.yaml"],
+        ["--branch-from", "r@1", "--decay-steps", "0"],
+    ],
+)
+def test_the_command_line_takes_a_configuration_or_a_branch(arguments, capsys):
+    with pytest.raises(SystemExit) as status:
+        train.main(arguments)
+    assert status.value.code == 2 and "usage" in capsys.readouterr().err

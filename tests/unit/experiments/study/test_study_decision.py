@@ -1,0 +1,124 @@
+"""The answer: the law's best by hand, its share, and what it says where nothing is decided or known."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from plt_megatron.experiments.study.decision import Candidate, Target, contrast, decide, headline
+from plt_megatron.experiments.study.law import LawFit, fit_law
+from plt_megatron.experiments.study.synthetic import Luck, PlantedLaw, synthetic_study
+
+LAW = PlantedLaw()
+
+
+def candidates(seconds: float | None = 1e-12) -> list[Candidate]:
+    """Sizes from 0.1M to 100M: FLOPs and, for the naive loop, latency and cache grow with the loops."""
+    made = []
+    for size in np.geomspace(1e5, 1e8, 40):
+        for variant, loops in (("", 1), ("PLT", 2), ("PLT", 3), ("naive loop", 2), ("naive loop", 3)):
+            slow = loops if variant == "naive loop" else 1 + 0.02 * (loops - 1)
+            flops = 6 * size * loops
+            paid = None if seconds is None else flops * seconds
+            made.append(Candidate(variant, loops, 0.0, size, flops, paid, size * slow / 1e6, 2 * size * slow))
+    return made
+
+
+def fit(luck: Luck | None = None) -> LawFit:
+    return fit_law(synthetic_study(LAW, luck or Luck(), 1), bootstraps=60)
+
+
+TARGET = Target(flops=6 * 3e6 * 6e6, latency_ms=2.0, memory=8e6)
+
+
+def by_hand(variant: str, loops: int, **limits: float) -> float:
+    """The planted law's best loss over the candidates at the target's FLOPs."""
+    best = np.inf
+    for c in candidates():
+        if (c.variant, c.loops) != (variant, loops) or any(getattr(c, k) > v for k, v in limits.items()):
+            continue
+        size = loops ** LAW.phis.get(variant, 0.0) * c.looped / 1e6
+        loss = LAW.e + LAW.a * size**-LAW.alpha + LAW.b * (TARGET.flops / c.flops / 1e7) ** -LAW.beta
+        best = min(best, loss)
+    return best
+
+
+@pytest.mark.parametrize(
+    ("question", "limits"),
+    [
+        ("decoding latency", {"latency_ms": 2.0}),
+        ("memory", {"memory": 8e6}),
+        ("training FLOPs", {}),
+        ("step time", {}),
+    ],
+)
+def test_losses_are_the_laws_best_within_the_limit(question, limits):
+    found = {f.question: f for f in decide(fit(Luck(0.0, 0.0)), candidates(), TARGET)}[question]
+    assert [verdict.variant for verdict in found.verdicts] == list(LAW.phis)
+    for verdict in found.verdicts:
+        expected = {1: by_hand("", 1, **limits)} | {r: by_hand(verdict.variant, r, **limits) for r in (2, 3)}
+        assert {s.loops: s.loss.value for s in verdict.standings} == pytest.approx(expected, abs=1e-6)
+        assert verdict.best.loops == min(expected, key=lambda loops: expected[loops])
+        assert verdict.best.share == 1.0 and verdict.decided
+        assert sum(s.share for s in verdict.standings) == pytest.approx(1.0)
+    at = int(np.argmin(np.abs(np.log(found.curves[0].x / found.curves[0].x[12]))))
+    assert found.curves[0].loss[at] == pytest.approx(by_hand("", 1, **limits), abs=1e-6)
+
+
+def test_latency_is_where_plt_pays_and_the_naive_loop_does_not():
+    """At equal latency a PLT's loops are free and the naive loop's are not; at equal FLOPs both are paid for."""
+    found = decide(fit(), candidates(), dataclasses.replace(TARGET, latency_ms=0.5))
+    answer = headline(found)
+    assert answer.question == "decoding latency" and answer.variant == "PLT" and answer.best.loops > 1
+    assert answer.text.startswith("at 1.08e+14 training FLOPs and 0.5 ms a token: three loops, 100%")
+    naive = next(verdict for verdict in found[0].verdicts if verdict.variant == "naive loop")
+    assert naive.best.loops == 1
+
+
+def test_without_measured_speed_there_is_no_frontier_of_step_time():
+    questions = [f.question for f in decide(fit(), candidates(seconds=None), TARGET)]
+    assert questions == ["decoding latency", "memory", "training FLOPs"]
+
+
+def test_what_is_not_decided_says_so_and_what_nobody_pays_for_is():
+    """Loops that are worth little: somewhere between tight and generous latency one loop and two are on a par."""
+    noisy = fit_law(synthetic_study(PlantedLaw(phis={"PLT": 0.34}), Luck(0.05, 0.03), 5), bootstraps=60)
+    own = [c for c in candidates() if c.variant != "naive loop" and c.loops < 3]
+    targets = [dataclasses.replace(TARGET, latency_ms=limit) for limit in np.geomspace(0.3, 3, 15)]
+    answers = [headline(decide(noisy, own, target)) for target in targets]
+    assert answers[0].best.loops == 2 and answers[-1].best.loops == 1
+    place = min(range(15), key=lambda place: answers[place].best.share)
+    verdict = answers[place]
+    assert not verdict.decided and verdict.text.endswith("Not decided") and verdict.best.share < 0.9
+    verdict = headline(decide(noisy, own, dataclasses.replace(targets[place], indifference=1.0)))
+    assert verdict.decided and "Nobody would pay for the difference to" in verdict.text
+
+
+def test_no_shape_within_the_limit():
+    verdict = headline(decide(fit(), candidates(), dataclasses.replace(TARGET, latency_ms=1e-3)))
+    assert verdict.best is None and not verdict.decided and "no shape" in verdict.text
+
+
+def test_far_from_the_runs_the_answer_says_so():
+    verdict = headline(decide(fit(), candidates(), dataclasses.replace(TARGET, flops=1e20, latency_ms=1e3)))
+    assert "The law is stretched far to say so" in verdict.text and "more tokens than any run has" in verdict.beyond
+
+
+def test_the_contrast_is_the_gradient_of_the_difference():
+    found = fit()
+    verdict = headline(decide(found, candidates(), TARGET))
+    (row,) = contrast(found, verdict, candidates())
+    first, second = verdict.standings[:2]
+
+    def difference(theta):
+        size = lambda s: theta[1] * (s.loops ** theta[5] * s.parameters / 1e6) ** -theta[3]  # noqa: E731
+        text = lambda s: theta[2] * (s.tokens / 1e7) ** -theta[4]  # noqa: E731
+        return size(first) + text(first) - size(second) - text(second)
+
+    for index in range(7):
+        step = np.zeros(7)
+        step[index] = 1e-6
+        slope = (difference(found.theta + step) - difference(found.theta - step)) / 2e-6
+        assert row[index] == pytest.approx(slope, rel=1e-3, abs=1e-8)
