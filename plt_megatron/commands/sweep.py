@@ -37,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="a setting of the sweep (seeds=[1,2], match_budget=tokens, axes.model.loop_count=[1,2]) or of every run",
     )
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Where runs run, and whether they do."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run on this machine (the default)")
     where.add_argument("--slurm", action="store_true", help="submit a job array; needs --cluster")
@@ -48,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", metavar="CARD", help="card to estimate times for (default: h100; without Slurm, cpu)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="single-process runs at once on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    return parser
 
 
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the command where options contradict each other."""
     if arguments.slurm != (arguments.cluster is not None):
         parser.error("--slurm and --cluster NAME go together")
     if (arguments.max_concurrent is not None or arguments.submit) and not arguments.slurm:
@@ -63,7 +69,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
-    _check(parser, arguments)
+    check_options(parser, arguments)
     return run_command(lambda: _sweep(arguments))
 
 
@@ -72,14 +78,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     options = SweepOptions(
         dry_run=arguments.dry_run,
-        submit=_submit_options(arguments) if arguments.slurm else None,
+        submit=submit_options(arguments) if arguments.slurm else None,
         jobs=arguments.jobs,
         gpu=arguments.gpu,
     )
     return run_sweep(arguments.config, arguments.settings, options)
 
 
-def _submit_options(arguments: argparse.Namespace) -> Options:
+def submit_options(arguments: argparse.Namespace) -> Options:
+    """Of `--slurm`."""
     given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
     if arguments.max_concurrent is not None:
         given += ["--max-concurrent", str(arguments.max_concurrent)]

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -153,6 +153,11 @@ def loops_with_loss(config: RunConfig, loop_count: int) -> list[int]:
     """The loops of a training step of `loop_count` whose outputs have a loss: the last one, and those with a weight."""
     weights = config.training.loop_loss_weights[: loop_count - 1]
     return [loop for loop, weight in enumerate(weights, start=1) if weight > 0] + [loop_count]
+
+
+def source_name(source: DataSource) -> str:
+    """As given, else its file's."""
+    return source.name or Path(source.path).name
 
 
 def run_folder(config: RunConfig) -> Path:

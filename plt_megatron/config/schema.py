@@ -244,6 +244,8 @@ class ValidationConfig:
     interval: Steps = 0  # steps; 0: only after the last
     iters: Count = 8  # global batches; 0: no validation
     loop_counts: list[LoopCount] = field(default_factory=list)  # empty: the model's own
+    # `iters` batches of each source instead of the mix: its loss and bits per byte, and those of all sources together.
+    by_source: bool = False
 
 
 @dataclass

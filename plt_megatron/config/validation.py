@@ -240,6 +240,10 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
         yield f"data.split {config.data.split} keeps nothing for validation: set validation.iters=0"
     elif config.data.train_sources and not config.data.validation_sources:
         yield "data.validation_sources is empty; name one or set validation.iters=0"
+    names = [derived.source_name(source) for source in (config.data.validation_sources or config.data.sources)]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if config.validation.by_source and double is not None:
+        yield f"validation.by_source: two sources are called {double!r}: give each a name"
 
 
 # ---------------------------------------------------------------- this machine

@@ -29,6 +29,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.mix import (
     PARTS,
@@ -275,7 +276,7 @@ def _load(
         bounds = split_matrix(data)
         config.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
     built = _Builder(_DocumentDataset, list(num_samples), lambda: True, config).build()
-    names = [[source.name or os.path.basename(source.path) for source in part] for part in part_sources(data)]
+    names = [[derived.source_name(source) for source in part] for part in part_sources(data)]
     train, validation, test = (
         None if dataset is None or not size else Samples(dataset, name, size)
         for dataset, name, size in zip(built, names, num_samples, strict=True)

@@ -120,7 +120,7 @@ def _share(
     drawn = samples if len(sources) == 1 else math.ceil(samples * weight)
     return SourceShare(
         part=part,
-        name=source.name or os.path.basename(source.path),
+        name=derived.source_name(source),
         path=source.path,
         weight=weight,
         first=first,

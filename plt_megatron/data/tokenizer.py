@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from plt_megatron.errors import UserError
 
 # Tried in this order if the tokenizer does not say which token ends a document.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # the token of a byte that no piece has
 
 # Unigram scores that are multiples of this add up exactly in sentencepiece's float32 over a chunk of this many
 # characters (2^16 characters * a score under 2^5 / 2^-6 < 2^24 is met by real text with room to spare).
@@ -77,6 +80,13 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control tokens give nothing."""
+
+    @abstractmethod
+    def byte_lengths(self) -> np.ndarray:
+        """int64 [vocab_size]: bytes of UTF-8 text that each token stands for; control tokens stand for none.
+
+        Raises `UserError` where the tokenizer's file does not say so.
+        """
 
     def _require_eod(self, candidate: int | None, name: str | None) -> int:
         if candidate is not None and 0 <= candidate < self.vocab_size:
@@ -185,6 +195,16 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
 
+    def byte_lengths(self) -> np.ndarray:
+        processor = self._processor
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for index in range(self.vocab_size):
+            if processor.is_byte(index):
+                lengths[index] = 1
+            elif not (processor.is_control(index) or processor.is_unknown(index)):
+                lengths[index] = _utf8_length(processor.id_to_piece(index))
+        return lengths
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library. A `tokenizer_config.json` beside it names its tokens."""
@@ -202,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        names = _token_names(path.with_name("tokenizer_config.json"))
+        names, self._control_names = _token_names(path.with_name("tokenizer_config.json"))
         self.bos, self.eos, self.pad = (self._id(names.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
         candidates = [eod_token] if eod_token else [names.get("eos_token"), *EOD_NAMES]
         found = [index for index in map(self._id, candidates) if index is not None]
@@ -220,22 +240,55 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=True)
 
+    def byte_lengths(self) -> np.ndarray:
+        described = json.loads(self._tokenizer.to_str())
+        decoders = _types(described.get("decoder"))
+        if not decoders & {"ByteLevel", "ByteFallback"}:
+            raise UserError(f"{self.path}: cannot tell how many bytes a token stands for: its decoder is of neither")
+        added = {token["id"]: token for token in described["added_tokens"]}
+        names = {described["model"].get("unk_token"), *self._control_names}
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for text, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if text in names or (index in added and added[index]["special"]):
+                continue
+            if index in added:
+                lengths[index] = len(text.encode())
+            elif "ByteLevel" in decoders:
+                lengths[index] = len(text)  # a character for each byte
+            else:
+                lengths[index] = 1 if _BYTE.fullmatch(text) else _utf8_length(text)
+        return lengths
+
+
+def _utf8_length(piece: str) -> int:
+    """Bytes of a sentencepiece piece, which has a sign for each space."""
+    return len(piece.replace("\u2581", " ").encode())
+
+
+def _types(decoder: dict[str, Any] | None) -> set[str]:
+    """Types of a tokenizer.json's decoder and of those it is made of."""
+    if decoder is None:
+        return set()
+    return {decoder["type"]}.union(*(_types(part) for part in decoder.get("decoders", [])))
+
 
 def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(arrays, dtype=dtype, casting="unsafe") if len(arrays) else np.empty(0, dtype)
 
 
-def _token_names(config: Path) -> dict[str, str]:
-    """The bos, eos and pad tokens named in a tokenizer_config.json, if there is one."""
+def _token_names(config: Path) -> tuple[dict[str, str], set[str]]:
+    """The bos, eos and pad tokens named in a tokenizer_config.json, if there is one, and all control tokens."""
     if not config.is_file():
-        return {}
+        return {}, set()
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{config}: not valid JSON ({error})") from error
-    names = {key: values.get(key) for key in ("bos_token", "eos_token", "pad_token")}
+    names = {key: values.get(key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     plain = {key: name.get("content") if isinstance(name, dict) else name for key, name in names.items()}
-    return {key: name for key, name in plain.items() if isinstance(name, str)}
+    known = {key: name for key, name in plain.items() if isinstance(name, str)}
+    others = [name for name in values.get("additional_special_tokens") or [] if isinstance(name, str)]
+    return known, {*known.values(), *others}
 
 
 def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:

@@ -74,6 +74,11 @@ def decode_cost(
     )
 
 
+def decode_milliseconds(model: ModelConfig, vocab_size: int, context_length: int, batch_size: int, gpu: str) -> float:
+    """The time of `decode_cost` alone, for searches over many shapes."""
+    return 1e3 * _seconds(find_gpu_spec(gpu), *_step(model, vocab_size, context_length, batch_size))[0]
+
+
 def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
     """K and V of the whole context, per sequence: the first loop's or, without sharing, every loop's."""
     caches = 1 if model.share_kv else model.loop_count

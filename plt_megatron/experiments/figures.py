@@ -7,7 +7,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -30,11 +31,15 @@ _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 
 @dataclass(frozen=True)
 class Named:
-    """A figure of a page, the stem of its file name and its caption."""
+    """A figure of a page, the stem of its file name and its caption.
+
+    `titles`: gid of an artist -> what hovering over it shows.
+    """
 
     name: str
     caption: str
     figure: Figure
+    titles: dict[str, str] = field(default_factory=dict)
 
 
 def color(index: int) -> str:
@@ -107,5 +112,9 @@ def svg(named: Named) -> str:
     # Several figures share a page: their ids must not.
     text = re.sub(r'\bid="', f'id="{named.name}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{named.name}-", text)
+    for gid, title in named.titles.items():
+        text = text.replace(
+            f'<g id="{named.name}-{gid}">', f'<g id="{named.name}-{gid}"><title>{escape(title)}</title>'
+        )
     # As wide as the page, but no wider than drawn: a small figure would have huge letters.
     return re.sub(r'width="([\d.]+pt)" height="[\d.]+pt"', r'style="max-width: \1"', text, count=1)

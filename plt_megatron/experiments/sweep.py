@@ -58,7 +58,7 @@ def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
         check_files=not options.dry_run and not makes_data,
     )
     asked = [run.name for run in plan.runs]
-    with _locked(plan.folder) if not options.dry_run else contextlib.nullcontext():
+    with locked(plan.folder) if not options.dry_run else contextlib.nullcontext():
         plan = merge(plan)
         states = {run.name: state_of(run) for run in plan.runs}
         todo = [run for run in plan.runs if run.name in asked and states[run.name] != "finished"]
@@ -70,13 +70,13 @@ def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
         note_finished(finished)
         if todo and sweep.demo_corpus is not None:
             prepare_demo_corpus(sweep.demo_corpus)
-        _check_files(todo)
+        check_run_files(todo)
         check_same_data(todo, finished)
         save_plan(plan)
         return _start(plan, todo, options)
 
 
-def _check_files(runs: Sequence[PlannedRun]) -> None:
+def check_run_files(runs: Sequence[PlannedRun]) -> None:
     """Raise `UserError` for missing files, each named once. A sweep's own corpus is made after the plan."""
     problems = [problem for run in runs for problem in find_problems(run.config)]
     if problems:
@@ -114,14 +114,14 @@ def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> in
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One sweep at a time in a folder. Raises `UserError` if another process has it."""
+def locked(folder: Path) -> Iterator[None]:
+    """One sweep or study at a time in a folder. Raises `UserError` if another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another sweep is running there; wait for it or stop it") from None
+            raise UserError(f"{folder}: another sweep or study is running there; wait for it or stop it") from None
         yield
 
 

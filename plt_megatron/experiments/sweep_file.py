@@ -35,7 +35,7 @@ Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "dec
 HOLDS: tuple[str, ...] = typing.get_args(Hold)
 LOOP_SWITCHES = ("model.loop_count", "model.cross_loop_parallel", "model.share_kv", "model.gated_window")
 SEED_KEY = "training.seed"
-_OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # the sweep sets these itself: by which key
+OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # the sweep sets these itself: by which key
 
 
 class SettingText(str):
@@ -73,7 +73,7 @@ class Axis:
             choices = [Choice(_value_label(name, text), (f"{name}={text}",)) for text in texts]
         elif isinstance(node, yaml.MappingNode):
             choices = [
-                Choice(label, tuple(_overrides(value, f"{key}.{label}"))) for label, value, _ in items(node, key)
+                Choice(label, tuple(settings_of(value, f"{key}.{label}"))) for label, value, _ in items(node, key)
             ]
         else:
             raise UserError(f"{where(node)}: {key}: expected a list of values or a mapping of named settings")
@@ -172,7 +172,7 @@ def _value_label(key: str, text: str) -> str:
     return f"{key.rpartition('.')[2]}={text}"
 
 
-def _overrides(node: yaml.Node, key: str) -> list[str]:
+def settings_of(node: yaml.Node, key: str) -> list[str]:
     """`key=value` texts of a mapping of dotted keys; nothing where the node is null."""
     return [] if is_null(node) else [f"{name}={to_text(value)}" for name, value, _ in items(node, key)]
 
@@ -183,12 +183,12 @@ def _problems(sweep: SweepFile) -> Iterator[str]:
     if Path(sweep.name).name != sweep.name:
         yield f"name: must be a folder name, got {sweep.name!r}"
     for axis in sweep.axes.values():
-        for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & _OWNED.keys()):
-            yield f"axes.{axis.name}: {key} is the sweep's own; use {_OWNED[key]}"
+        for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & OWNED.keys()):
+            yield f"axes.{axis.name}: {key} is the sweep's own; use {OWNED[key]}"
     for override in sweep.overrides:
         key = override.partition("=")[0].strip()
-        if key in _OWNED:
-            yield f"set.{key}: {key} is the sweep's own; use {_OWNED[key]}"
+        if key in OWNED:
+            yield f"set.{key}: {key} is the sweep's own; use {OWNED[key]}"
     if sweep.compare is not None and sweep.compare not in sweep.axes:
         yield f"compare: there is no axis {sweep.compare!r}; the axes are {', '.join(sweep.axes) or 'none'}"
         return

@@ -129,7 +129,7 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
     runs: list[PlannedRun] = []
     for config, labels in rows.values():
         held = matching.MatchedConfig(config, 0.0)
-        vocab = _vocab(config, tokenizer_vocab)
+        vocab = vocab_of(config, tokenizer_vocab)
         if sweep.match_budget is not None and compare is not None:
             reference = rows[tuple({**labels, compare.name: str(baseline)}.values())][0]
             try:
@@ -167,7 +167,8 @@ def _problems(rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]], che
     return [p if len(labels) == everywhere else f"{labels[0]}: {p}" for p, labels in found.items()]
 
 
-def _vocab(config: RunConfig, tokenizer_vocab: int | None) -> int:
+def vocab_of(config: RunConfig, tokenizer_vocab: int | None) -> int:
+    """The run's vocabulary. `tokenizer_vocab`: of a tokenizer that does not exist yet; None: read it."""
     if config.model.vocab_size is None and tokenizer_vocab is None:
         from plt_megatron.data.tokenizer import load_tokenizer
 
@@ -180,13 +181,13 @@ def _seeded(
     held: matching.MatchedConfig, labels: dict[str, str], seeds: Sequence[int], vocab: int
 ) -> Iterator[PlannedRun]:
     for seed in seeds:
-        name = "-".join([*(_slug(label) for label in labels.values()), f"seed{seed}"])
+        name = "-".join([*(slug(label) for label in labels.values()), f"seed{seed}"])
         training = dataclasses.replace(held.config.training, seed=seed)
         config = dataclasses.replace(held.config, name=name, training=training)
         yield PlannedRun(name, labels, seed, config, vocab, held.change, held.deviation)
 
 
-def _slug(label: str) -> str:
+def slug(label: str) -> str:
     """A label as part of a folder's name: `+ KV sharing` is `kv_sharing`, `loop_count=2` stays."""
     return re.sub(r"[^a-z0-9=.-]+", "_", label.lower()).strip("_") or "x"
 

@@ -62,6 +62,11 @@ class RunMetrics:
         return median_speed(self.train)
 
 
+def bits_per_byte(loss_sum: float, size: int) -> float:
+    """Of tokens whose losses add up to `loss_sum` nats and that stand for `size` bytes, whatever the tokenizer."""
+    return loss_sum / math.log(2) / size
+
+
 def median_speed(records: Iterable[Record]) -> float | None:
     """Median tokens/s of training records; None if no record has it."""
     speeds = [record.get("tokens_per_second") for record in records]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Generator
 from pathlib import Path
@@ -15,7 +16,13 @@ from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
-from plt_megatron.data.mix import consumed_epochs, describe_mix, index_folder, required_samples
+from plt_megatron.data.mix import (
+    consumed_epochs,
+    describe_mix,
+    index_folder,
+    part_sources,
+    required_samples,
+)
 from plt_megatron.data.sampling import batches, micro_batch_indices
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -31,6 +38,7 @@ class RunData:
     Attributes:
         vocab_size: the model's.
         train, validation: samples.
+        by_source: with `validation.by_source`, each source's validation samples by its name; else empty.
         fingerprint: what the sequence of training samples depends on.
     """
 
@@ -50,6 +58,34 @@ class RunData:
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
+        self.by_source = self._build_by_source(validation) if config.validation.by_source else {}
+        self._bytes: dict[str, int] = {}
+
+    def _build_by_source(self, samples: int) -> dict[str, Samples]:
+        config = self._config
+        found = {}
+        for source in part_sources(config.data)[1]:
+            part = "sources" if config.data.sources else "validation_sources"
+            built = build_datasets(
+                dataclasses.replace(config.data, **{part: [source]}),
+                num_samples=(0, samples, 0),
+                seed=config.training.seed,
+                cache_dir=index_folder(config),
+                tokenizer=self.tokenizer,
+            )
+            assert built.validation is not None
+            found[derived.source_name(source)] = built.validation
+        return found
+
+    def validation_bytes(self, source: str) -> int | None:
+        """Bytes of text that a source's validation samples ask to predict; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        if source not in self._bytes:
+            lengths, samples = torch.from_numpy(self.tokenizer.byte_lengths()), self.by_source[source]
+            counts = (lengths[samples[i]["labels"]] @ samples[i]["loss_mask"].long() for i in range(len(samples)))
+            self._bytes[source] = int(sum(counts))
+        return self._bytes[source]
 
     def describe(self) -> str:
         """A table of the sources."""
@@ -65,10 +101,11 @@ class RunData:
         # Wraps only after a rollback has skipped some samples.
         return self._global_batches(self.train, consumed_samples, wrap=True)
 
-    def validation_batches(self) -> Generator[list[MicroBatch]]:
-        """The same of the validation data, from their start."""
-        assert self.validation is not None
-        return self._global_batches(self.validation, 0)
+    def validation_batches(self, source: str | None = None) -> Generator[list[MicroBatch]]:
+        """The same of the validation data, or of one source's, from their start."""
+        samples = self.validation if source is None else self.by_source[source]
+        assert samples is not None
+        return self._global_batches(samples, 0)
 
     def _global_batches(
         self, dataset: Samples, consumed_samples: int, wrap: bool = False

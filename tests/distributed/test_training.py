@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from plt_megatron.commands.train import branch_config
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.train.checkpoint import read_weights
@@ -204,6 +204,31 @@ def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distribut
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert numbers(trunk)[-1]["loss"] != numbers(branch)[-1]["loss"]
+
+
+def test_losses_of_sources_add_up(data, tmp_path, run_distributed):
+    """Of two sources with other texts each: the total is their sum over tokens, as of the mix, and so are bits."""
+    other = make_data(tmp_path / "other", seed=8, tokenizer=data.tokenizer)
+    sources = [DataSource(data.sources[0].path, name="one"), DataSource(other.sources[0].path, name="two")]
+    parts = dataclasses.replace(data, sources=sources, split="60,40,0")
+    config = run_config(
+        "by_source",
+        tmp_path,
+        parts,
+        training={"train_iters": 2},
+        validation={"interval": 0, "iters": 2, "loop_counts": [], "by_source": True},
+        checkpoint={"enabled": False},
+    )
+    assert run_distributed(train, 2, config) is True
+    (record,) = [record for record in RunFolder(folder(config)).records() if record["kind"] == "validation"]
+    losses = record["source_loss"]
+    assert set(losses) == {"one", "two"} and losses["one"] != losses["two"]
+    assert record["loss"] == pytest.approx(sum(losses.values()) / 2), "as many tokens of each"
+    bits, tokens = record["source_bits_per_byte"], 2 * 8 * 32
+    sizes = {name: losses[name] * tokens / math.log(2) / bits[name] for name in losses}
+    assert all(size == pytest.approx(round(size)) and 0.5 * tokens < size < 10 * tokens for size in sizes.values())
+    total = sum(bits[name] * sizes[name] for name in losses) / sum(sizes.values())
+    assert record["bits_per_byte"] == pytest.approx(total)
 
 
 def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):

@@ -24,21 +24,22 @@ from plt_megatron.config.schema import (
 )
 
 
-def make_data(folder: Path) -> DataConfig:
-    """Tokenize a small corpus with a tokenizer trained on it, by the tools' own functions."""
+def make_data(folder: Path, seed: int = 7, tokenizer: str | None = None) -> DataConfig:
+    """Tokenize a small corpus, with a tokenizer trained on it unless one is given, by the tools' own functions."""
     from plt_megatron.data.preprocess import PreprocessOptions, preprocess
     from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
-    rng = random.Random(7)
+    rng = random.Random(seed)
     words = [f"{first}{second}" for first in ("lo", "ka", "min", "ter", "a") for second in ("op", "ra", "el", "us")]
     texts = [" ".join(rng.choices(words, k=rng.randrange(5, 60))) + "." for _ in range(400)]
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokenizer = train_tokenizer(TrainingOptions([str(corpus)], str(folder), 380, threads=1)).model
-    preprocess(PreprocessOptions([str(corpus)], str(folder / "text"), str(tokenizer), workers=1))
+    if tokenizer is None:
+        tokenizer = str(train_tokenizer(TrainingOptions([str(corpus)], str(folder), 380, threads=1)).model)
+    preprocess(PreprocessOptions([str(corpus)], str(folder / "text"), tokenizer, workers=1))
     return DataConfig(
-        sources=[DataSource(path=str(folder / "text"))], split="80,20,0", tokenizer=str(tokenizer), sequence_length=32
+        sources=[DataSource(path=str(folder / "text"))], split="80,20,0", tokenizer=tokenizer, sequence_length=32
     )
 
 

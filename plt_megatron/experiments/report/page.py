@@ -11,7 +11,7 @@ from plt_megatron.experiments.report.results import SweepResults
 from plt_megatron.experiments.report.tables import Table, csv_text
 from plt_megatron.experiments.report.verdict import Verdict
 
-_SHORT = 16  # rows of a table that printing keeps on one page
+SHORT = 16  # rows of a table that printing keeps on one page
 
 
 def make_page(
@@ -29,7 +29,7 @@ def make_page(
         by_question=by_question(verdicts),
         tables=tables,
         figures=figures,
-        short=_SHORT,
+        short=SHORT,
         csv_text=csv_text,
         zip=zip,
     )

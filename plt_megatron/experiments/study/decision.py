@@ -7,6 +7,8 @@ is the best over the law's bootstrap samples is how sure the answer is, as far a
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,15 +70,26 @@ class Curve:
 
 @dataclass(frozen=True)
 class Standing:
-    """A contender at the target. `share`: of samples in which it is the best; `behind`: its loss less the best's."""
+    """A contender at the target, by its best shape, `model`.
 
-    variant: str
-    loops: int
+    Attributes:
+        behind: its loss less the best's.
+        share: of the samples, in which it is the best.
+    """
+
+    model: Model
     loss: Interval
     behind: Interval
     share: float
-    parameters: float
-    tokens: float
+
+    @property
+    def loops(self) -> int:
+        return self.model.loops
+
+    @property
+    def parameters(self) -> float:
+        """Without embeddings."""
+        return self.model.once + self.model.looped
 
 
 @dataclass(frozen=True)
@@ -198,12 +211,35 @@ def _best(
 
     The fit chooses the shape: samples say how well that choice does, not how well one made with hindsight would.
     """
-    inside = [c for c in own if question.measure is None or question.measure(c) <= value * (1 + 1e-9)]
+    inside = _within(own, question.measure, value) if question.measure is not None else list(own)
     if not inside:
         return None
     models = [_model(candidate, question.tokens(candidate, value)) for candidate in inside]
     place = int(np.argmin(fit.fitted(models)))
     return inside[place], models[place].tokens, fit.drawn([models[place]])[:, 0]
+
+
+def _within(own: Sequence[Candidate], measure: Callable[[Candidate], float], limit: float) -> list[Candidate]:
+    """The candidates up to a limit, and one between two shapes that is right at it: else one whose next shape is just
+    too large would lose by as much as shapes are apart."""
+    inside = [c for c in own if measure(c) <= limit * (1 + 1e-9)]
+    beyond = [c for c in own if measure(c) > limit * (1 + 1e-9)]
+    if inside and beyond:
+        low, high = max(inside, key=measure), min(beyond, key=measure)
+        share = math.log(limit / measure(low)) / math.log(measure(high) / measure(low))
+        inside.append(_between(low, high, share))
+    return inside
+
+
+def _between(low: Candidate, high: Candidate, share: float) -> Candidate:
+    """A candidate on the way from one to another, in logarithms."""
+
+    def at(name: str) -> float | None:
+        first, last = getattr(low, name), getattr(high, name)
+        return first * (last / first) ** share if first and last else first
+
+    names = ("once", "looped", "flops", "seconds", "latency_ms", "memory")
+    return dataclasses.replace(low, **{name: at(name) for name in names})
 
 
 def _model(candidate: Candidate, tokens: float) -> Model:
@@ -230,18 +266,10 @@ def _verdict(
     losses = np.stack([own for _, _, own in inside])  # [contenders, 1 + b]
     wins = np.bincount(np.argmin(losses[:, 1:], axis=0), minlength=len(inside)) / (losses.shape[1] - 1)
     standings = tuple(
-        Standing(
-            variant,
-            candidate.loops,
-            fit.interval(own),
-            fit.interval(own - losses[0]),
-            float(share),
-            candidate.once + candidate.looped,
-            tokens,
-        )
+        Standing(_model(candidate, tokens), fit.interval(own), fit.interval(own - losses[0]), float(share))
         for (candidate, tokens, own), share in zip(inside, wins, strict=True)
     )
-    beyond = fit.beyond([_model(candidate, tokens) for candidate, tokens, _ in inside])
+    beyond = fit.beyond([standing.model for standing in standings])
     return _in_words(question, variant, standings, target, beyond)
 
 
@@ -275,20 +303,11 @@ def _loops(count: int) -> str:
     return plural(count, "loop").replace(str(count), _NUMBERS[count])
 
 
-def contrast(fit: LawFit, verdict: Verdict, candidates: Sequence[Candidate]) -> np.ndarray | None:
+def contrast(fit: LawFit, verdict: Verdict) -> np.ndarray | None:
     """The gradient [1, p] of the difference between the two best: what further runs should tell; None for one."""
     if len(verdict.standings) < 2:
         return None
-    asked = [
-        Observation(s.variant, own.once, own.looped, s.loops, s.tokens, 0.0, "")
-        for s in verdict.standings[:2]
-        for own in [_like(s, candidates)]
-    ]
+    models = [standing.model for standing in verdict.standings[:2]]
+    asked = [Observation(m.variant, m.once, m.looped, m.loops, m.tokens, 0.0, "") for m in models]
     rows = jacobian(fit.theta, to_arrays(asked, fit.data.variants), fit.groups)
     return rows[:1] - rows[1:]
-
-
-def _like(standing: Standing, candidates: Sequence[Candidate]) -> Candidate:
-    """The candidate that a standing is of."""
-    own = [c for c in candidates if c.loops == standing.loops and (c.loops == 1 or c.variant == standing.variant)]
-    return min(own, key=lambda c: abs(c.once + c.looped - standing.parameters))

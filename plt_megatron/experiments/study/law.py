@@ -187,7 +187,7 @@ def fit_law(
         observations = to_arrays(observations, [name for name in variants or found if name in found])
     data = observations
     groups = np.zeros(len(data.variants), dtype=int) if equal else np.arange(len(data.variants))
-    problem = _missing(data, groups)
+    problem = what_is_missing(data, groups)
     if problem:
         raise UserError(f"no law yet: {problem}")
     solution, weights, spread = _robust(data, groups)
@@ -202,8 +202,8 @@ def fit_law(
     return LawFit(data, groups, solution.theta, weights, residuals, adjusted, samples, solution.cost, level, notes)
 
 
-def _missing(data: Arrays, groups: np.ndarray) -> str | None:
-    """What the law lacks; None: nothing."""
+def what_is_missing(data: Arrays, groups: np.ndarray) -> str | None:
+    """What the law lacks, in words; None: nothing. `groups`: see `LawFit`."""
     if not data.variants:
         return "no finished run has several loops, so nothing is said about phi"
     if not (data.loops == 1).any():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.run_folder.metrics import bits_per_byte
 from plt_megatron.train.callbacks.base import Callback, Step
 from plt_megatron.train.engine import StepResult
 
@@ -18,15 +20,34 @@ class Validation(Callback):
         if not self.run.is_due(settings.interval) or settings.iters == 0 or self.run.data.validation is None:
             return
         self.run.beat("validating")
+        clock = self.run.clock
         with self.run.engine.times.measure("validation"):
             for loop_count in derived.validation_loop_counts(self.run.config):
-                self._validate(loop_count)
+                record = {"kind": "validation", "step": clock.step, "tokens": clock.tokens, "loop_count": loop_count}
+                self.run.report({**record, **self._measure(loop_count)})
 
-    def _validate(self, loop_count: int) -> None:
-        loss_sum, tokens, clock = 0.0, 0, self.run.clock
-        with contextlib.closing(self.run.data.validation_batches()) as data:
+    def _measure(self, loop_count: int) -> dict[str, Any]:
+        """Nats per token and, with `validation.by_source`, the same and bits per byte of each source."""
+        sources = list(self.run.data.by_source)
+        if not sources:
+            loss_sum, tokens = self._losses(loop_count)
+            return {"loss": loss_sum / max(tokens, 1)}
+        sums = {source: self._losses(loop_count, source) for source in sources}
+        total, tokens = (sum(part) for part in zip(*sums.values(), strict=True))
+        measured: dict[str, Any] = {"loss": total / max(tokens, 1)}
+        measured["source_loss"] = {source: own / max(count, 1) for source, (own, count) in sums.items()}
+        sizes = {source: self.run.data.validation_bytes(source) for source in sources}
+        known = {source: size for source, size in sizes.items() if size}
+        if len(known) == len(sources):
+            measured["bits_per_byte"] = bits_per_byte(total, sum(known.values()))
+            measured["source_bits_per_byte"] = {s: bits_per_byte(sums[s][0], size) for s, size in known.items()}
+        return measured
+
+    def _losses(self, loop_count: int, source: str | None = None) -> tuple[float, int]:
+        """(sum of token losses, tokens that count)."""
+        loss_sum, tokens = 0.0, 0
+        with contextlib.closing(self.run.data.validation_batches(source)) as data:
             for _ in range(self.run.config.validation.iters):
                 losses, counted = self.run.engine.evaluate(next(data), loop_count)
                 loss_sum, tokens = loss_sum + losses, tokens + counted
-        record = {"kind": "validation", "step": clock.step, "tokens": clock.tokens}
-        self.run.report({**record, "loop_count": loop_count, "loss": loss_sum / max(tokens, 1)})
+        return loss_sum, tokens

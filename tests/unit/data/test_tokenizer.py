@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import random
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from plt_megatron.data.segments import COARSE, chunks, crosses_no_piece, word_pa
 from plt_megatron.data.tokenizer import SentencePieceTokenizer, load_tokenizer, token_dtype
 from plt_megatron.data.tokenizer_training import hostile_strings
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.metrics import bits_per_byte
 
 
 def reference(model: Path) -> sentencepiece.SentencePieceProcessor:
@@ -247,3 +249,47 @@ def test_the_fast_way_is_taken(bpe_model: Path, unigram_model: Path) -> None:
     assert isinstance(bpe, SentencePieceTokenizer) and isinstance(unigram, SentencePieceTokenizer)
     assert bpe._segments is not None and bpe._segments._pattern is not COARSE
     assert unigram._exact_chunks
+
+
+def byte_level_json(path: Path, texts: list[str]) -> Path:
+    """A byte-level BPE tokenizer, as GPT-2's."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    fast = FastTokenizer(models.BPE())
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    fast.train_from_iterator(texts, trainer)
+    fast.save(str(path))
+    return path
+
+
+def test_a_model_that_predicts_bytes_uniformly_has_eight_bits_per_byte(bpe_model, unigram_model, texts, tmp_path):
+    """Whatever the tokenizer: a token of b bytes then costs b ln 256, and the end of a document nothing."""
+    paths = [
+        bpe_model,
+        unigram_model,
+        bpe_model.with_name("tokenizer.json"),
+        byte_level_json(tmp_path / "t.json", texts),
+    ]
+    read = [text for text in [*texts, "naïve → 東京 \U0001f642\n\t  x"] if "\u2581" not in text]
+    counts = set()
+    for path in paths:
+        tokenizer = load_tokenizer(path)
+        lengths = tokenizer.byte_lengths()
+        assert lengths.shape == (tokenizer.vocab_size,) and lengths[tokenizer.eod] == 0
+        ids = [index for text in read for index in (*tokenizer.encode(text), tokenizer.eod)]
+        loss_sum = math.fsum(lengths[index] * math.log(256) for index in ids)
+        size = sum(len(text.encode()) for text in read)
+        assert int(lengths[ids].sum()) == size, path
+        assert bits_per_byte(loss_sum, size) == pytest.approx(8.0, rel=1e-12)
+        counts.add(len(ids))
+    assert len(counts) >= 3, "the tokenizers cut the texts differently"
+
+
+def test_bytes_of_a_decoder_that_does_not_say_are_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    fast = FastTokenizer.from_str('{"model": {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}}')
+    path.write_text(fast.to_str())
+    with pytest.raises(UserError, match="how many bytes a token stands for"):
+        load_tokenizer(path).byte_lengths()

@@ -193,8 +193,8 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
 
 
 def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
-    with sweep._locked(tmp_path), pytest.raises(UserError, match="another sweep is running there"):
-        with sweep._locked(tmp_path):
+    with sweep.locked(tmp_path), pytest.raises(UserError, match="another sweep or study is running there"):
+        with sweep.locked(tmp_path):
             pass
 
 

@@ -40,6 +40,7 @@ INSTEAD = [
     (r"^plt-train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
     (r"^plt-import .*Qwen3.*", "plt-import --help", "downloads; tests/unit/convert imports a tiny one"),
     (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
+    (r"^plt-study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
     (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
     (r"^plt-report runs/sweeps/loop_count", "plt-report runs/sweeps/paper_ablation", "the sweep was not trained"),

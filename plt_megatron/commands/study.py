@@ -1,0 +1,63 @@
+"""Which loop count should I train? A study over sizes, loops and tokens, in rounds of the runs that tell the most.
+
+    plt-study configs/studies/smoke.yaml --dry-run
+    plt-study configs/studies/loop_law.yaml --jobs 2 --budget 40h
+    plt-study configs/studies/cluster.yaml --slurm --cluster mine
+
+Each round is printed before it runs, with what it will tell. Finished runs are skipped and others resume where they
+stopped, so the same command continues a study. docs/studies.md describes the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from plt_megatron.commands import sweep
+from plt_megatron.errors import run_command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status: 0 decided, the budget spent, or submitted; 1 a run failed, 2 something for you to fix, 75 "
+        "stopped (the running runs saved their state).",
+    )
+    parser.add_argument("config", metavar="STUDY.yaml", help="a study, as in configs/studies")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="a setting of the study (rounds=2, seeds=[1,2]) or of every run",
+    )
+    parser.add_argument("--budget", metavar="TIME", help="of training, all runs together: 40h, 90min, 2d")
+    parser.add_argument("--report", action="store_true", help="report on what is there, and run nothing")
+    sweep.add_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv)
+    sweep.check_options(parser, arguments)
+    return run_command(lambda: _study(arguments))
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from plt_megatron.experiments.study.rounds import StudyOptions, run_study
+
+    options = StudyOptions(
+        dry_run=arguments.dry_run,
+        submit=sweep.submit_options(arguments) if arguments.slurm else None,
+        jobs=arguments.jobs,
+        gpu=arguments.gpu,
+        report_only=arguments.report,
+    )
+    budget = [f"budget={arguments.budget}"] if arguments.budget else []
+    return run_study(arguments.config, [*arguments.settings, *budget], options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Every run that a study may make: arms (a size, a wiring, a loop count, a seed) and their horizons, as configurations.
+
+An arm's runs are one trunk and its branches (`config.branching`): all share seed, order of samples and constant rate,
+and keep checkpoints where any of the horizons begins to decay. A run starts from the latest of these that an earlier
+run of its arm has passed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.branching import first_decay_step
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.estimate.parameters import count_parameters
+from plt_megatron.experiments.study.design import Arm, Horizons
+from plt_megatron.experiments.study.study_file import StudyFile
+from plt_megatron.experiments.sweep_plan import PlannedRun, slug, vocab_of
+from plt_megatron.run_folder.checkpoints import folder_name, step_of
+from plt_megatron.run_folder.text import plural
+
+ONE_LOOP = "every"  # the variant of a run of one loop
+_PARTS = 4  # of the shortest horizon: all begin to decay at a multiple of it, so that few checkpoints serve all
+
+
+@dataclass(frozen=True)
+class GridArm:
+    """An arm and its runs.
+
+    Attributes:
+        config: of a run without its name and length.
+        lengths: step after which the rate falls, and steps over which it does, of each horizon.
+    """
+
+    arm: Arm
+    config: RunConfig
+    vocab: int
+    lengths: tuple[tuple[int, int], ...]
+
+    @property
+    def name(self) -> str:
+        """Of its runs, without the horizon."""
+        arm = self.arm
+        variant = arm.variant if arm.loops > 1 else ONE_LOOP
+        return "-".join([slug(variant), slug(arm.size), f"{arm.loops}x", f"seed{arm.seed}"])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All arms, and the horizons that they have in common."""
+
+    study: StudyFile
+    arms: tuple[GridArm, ...]
+    horizons: Horizons
+
+    def run_name(self, arm: int, tokens: float) -> str:
+        return f"{self.arms[arm].name}-{_short(tokens)}"
+
+    def places(self) -> dict[str, tuple[int, float]]:
+        """Name of a run -> its arm and horizon, of all that could be made."""
+        return {self.run_name(arm, t): (arm, t) for arm in range(len(self.arms)) for t in self.horizons.tokens}
+
+    def planned(
+        self, chosen: Sequence[tuple[int, float]], number: int, before: Sequence[PlannedRun]
+    ) -> list[PlannedRun]:
+        """The runs of round `number`. `before`: those of earlier rounds, in order."""
+        runs: list[PlannedRun] = []
+        for index, tokens in chosen:
+            own = [run for run in (*before, *runs) if run.name.startswith(f"{self.arms[index].name}-")]
+            runs.append(self._planned(index, tokens, number, own))
+        return runs
+
+    def _planned(self, index: int, tokens: float, number: int, own: Sequence[PlannedRun]) -> PlannedRun:
+        grid_arm, name = self.arms[index], self.run_name(index, tokens)
+        arm, (step, decay) = grid_arm.arm, grid_arm.lengths[self.horizons.tokens.index(tokens)]
+        source = _source(own, step)
+        config = dataclasses.replace(
+            grid_arm.config,
+            name=name,
+            training=dataclasses.replace(grid_arm.config.training, train_iters=step + decay),
+            optimizer=dataclasses.replace(
+                grid_arm.config.optimizer, lr_decay_iters=step + decay, lr_wsd_decay_iters=decay
+            ),
+            checkpoint=dataclasses.replace(
+                grid_arm.config.checkpoint,
+                load=None if source is None else str(source[0].folder.checkpoints / folder_name(source[1])),
+                allow_other_schedule=source is not None,
+            ),
+        )
+        labels = {
+            "variant": arm.variant if arm.loops > 1 else ONE_LOOP,
+            "size": arm.size,
+            "loops": plural(arm.loops, "loop"),
+            "horizon": f"{_short(tokens)} tokens",
+            "round": str(number),
+        }
+        change = "" if source is None else f"branch of {source[0].name} at step {source[1]}"
+        return PlannedRun(name, labels, arm.seed, config, grid_arm.vocab, change)
+
+
+def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool = True) -> Grid:
+    """The grid of a study. `tokenizer_vocab`: see `sweep_plan.vocab_of`.
+
+    Raises `UserError`, one line per problem, for settings of runs that are wrong.
+    """
+    wirings = [("", 1), *((variant, loops) for variant in study.variants for loops in study.loops if loops > 1)]
+    width = load_config(study.base, study.overrides).model.hidden_size
+    arms, problems = [], []
+    for size in study.sizes:
+        for variant, loops in wirings:
+            config = _config(study, size, variant, loops, width)
+            found = find_problems(dataclasses.replace(config, name="run"), check_files=check_files)
+            problems += [f"size {size}, {variant or ONE_LOOP}, {plural(loops, 'loop')}: {text}" for text in found]
+            if not found:
+                arms += [_arm(study, size, variant, loops, seed, config, tokenizer_vocab) for seed in study.seeds]
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return Grid(study, tuple(arms), Horizons(tuple(study.horizons), study.decay_share))
+
+
+def trained_steps(run: PlannedRun) -> int:
+    """Steps that the run itself takes: without its trunk's."""
+    return derived.train_iters(run.config) - start_step(run)
+
+
+def start_step(run: PlannedRun) -> int:
+    """The step of the checkpoint that a branch starts from; 0 for a run from the beginning."""
+    load = run.config.checkpoint.load
+    return 0 if load is None else step_of(run.folder.checkpoints / load.rpartition("/")[2])
+
+
+def source_of(run: PlannedRun) -> str | None:
+    """The name of the run that a branch starts from."""
+    load = run.config.checkpoint.load
+    return None if load is None else load.split("/")[-3]
+
+
+def _source(own: Sequence[PlannedRun], step: int) -> tuple[PlannedRun, int] | None:
+    """The run of the arm that has passed the latest step up to `step` with a constant rate, and that step."""
+    found = [(run, min(step, first_decay_step(run.config))) for run in own]
+    usable = [(run, at) for run, at in found if at > start_step(run)]
+    return max(usable, key=lambda item: item[1], default=None)
+
+
+def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -> RunConfig:
+    settings = [*study.overrides, *study.sizes[size], *(study.variants[variant] if loops > 1 else ())]
+    own = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
+    config = load_config(study.base, [*settings, *own, "optimizer.lr_decay_style=WSD"])
+    factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
+    if any(text.startswith("optimizer.lr=") for text in settings):
+        factor = 1.0
+    rates = {"lr": factor * config.optimizer.lr, "min_lr": factor * config.optimizer.min_lr}
+    lengths = _lengths(study, derived.tokens_per_step(config))
+    longest = sum(lengths[-1])
+    every = math.gcd(*(step for step, _ in lengths))
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(
+            config.optimizer, **rates, lr_decay_iters=longest, lr_wsd_decay_iters=lengths[-1][1]
+        ),
+        training=dataclasses.replace(config.training, train_iters=longest),
+        data=dataclasses.replace(config.data, order_samples=longest * config.training.global_batch_size),
+        checkpoint=dataclasses.replace(config.checkpoint, save_interval=every, keep_every=every),
+    )
+
+
+def _arm(
+    study: StudyFile, size: str, variant: str, loops: int, seed: int, config: RunConfig, tokenizer_vocab: int | None
+) -> GridArm:
+    vocab = vocab_of(config, tokenizer_vocab)
+    once, looped = loop_parameters(config, vocab)
+    seeded = dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+    lengths = _lengths(study, derived.tokens_per_step(config))
+    return GridArm(Arm(variant, size, loops, seed, once, looped, 0.0), seeded, vocab, lengths)
+
+
+def loop_parameters(config: RunConfig, vocab: int) -> tuple[float, float]:
+    """Parameters without embeddings that a token meets once, and in each loop."""
+    counted = count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size)
+    once = counted.final_norm + counted.loop_input
+    return float(once), float(counted.non_embedding - once)
+
+
+def _lengths(study: StudyFile, tokens_per_step: int) -> tuple[tuple[int, int], ...]:
+    """(steps with a constant rate, steps of decay) of each horizon."""
+    constant = [(1 - study.decay_share) * tokens / tokens_per_step for tokens in study.horizons]
+    unit = max(1, round(constant[0] / _PARTS))
+    steps = [max(1, round(each / unit)) * unit for each in constant]
+    if len(set(steps)) < len(steps):
+        raise UserError(f"{study.path}: horizons are too near to each other for steps of {tokens_per_step:,} tokens")
+    share = study.decay_share / (1 - study.decay_share)
+    return tuple((step, max(1, round(step * share))) for step in steps)
+
+
+def _short(tokens: float) -> str:
+    """`2.5M`."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= factor:
+            return f"{tokens / factor:g}{unit}"
+    return f"{tokens:g}"

@@ -1,0 +1,261 @@
+"""The study command: rounds of runs, each chosen by what is known, until the decision is made or the budget spent.
+
+Everything that a study knows is in its plan and its runs' folders, so that the same command goes on after a kill
+anywhere: unfinished runs first, then what they say, then the next round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.demo_data import prepare_demo_corpus
+from plt_megatron.experiments.study.decision import contrast
+from plt_megatron.experiments.study.design import (
+    Arm,
+    Design,
+    Noise,
+    choose_runs,
+    estimated_noise,
+    expected_theta,
+)
+from plt_megatron.experiments.study.grid import Grid, make_grid
+from plt_megatron.experiments.study.knowledge import Knowledge, is_ready, learn, priced_arms, seconds_of
+from plt_megatron.experiments.study.law import what_is_missing
+from plt_megatron.experiments.study.observations import Observation, looped_variants, to_arrays
+from plt_megatron.experiments.study.report import write_report
+from plt_megatron.experiments.study.study_file import StudyFile, read_study
+from plt_megatron.experiments.sweep import check_run_files, locked
+from plt_megatron.experiments.sweep_local import LocalSweep
+from plt_megatron.experiments.sweep_plan import FILE_NAME, PlannedRun, SweepPlan, load_plan, plan_differences, save_plan
+from plt_megatron.experiments.sweep_slurm import submit, submit_dry
+from plt_megatron.experiments.sweep_status import check_same_data, note_finished, state_of
+from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.text import format_duration, format_table, plural
+from plt_megatron.slurm.submission import Options
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What the command line says besides the study's file and its settings; see `sweep.SweepOptions`.
+
+    Attributes:
+        report_only: report on what is there, and run nothing.
+    """
+
+    dry_run: bool = False
+    submit: Options | None = None
+    jobs: int = 1
+    gpu: str | None = None
+    report_only: bool = False
+
+
+def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
+    """Run a study, or go on with it.
+
+    Returns the exit status: 0 decided, the budget spent, or submitted; 1 runs failed; 75 stopped, the running ones
+    saved.
+
+    Raises:
+        UserError: the study's file or a run's settings are wrong, or the folder holds another study.
+    """
+    study = read_study(path, settings)
+    if study.demo_corpus is not None and not (options.dry_run or options.report_only):
+        prepare_demo_corpus(study.demo_corpus)
+    vocab = study.demo_corpus.vocab_size if study.demo_corpus else None
+    grid = make_grid(study, vocab, check_files=False)
+    with contextlib.nullcontext() if options.dry_run else locked(study.folder):
+        return _Study(grid, options).run()
+
+
+@dataclass
+class _Study:
+    grid: Grid
+    options: StudyOptions
+    failed: set[str] = field(default_factory=set)  # tried by this command, and not finished
+
+    @property
+    def study(self) -> StudyFile:
+        return self.grid.study
+
+    def run(self) -> int:
+        plan = self._load_plan()
+        while True:
+            if plan is not None and not self.options.report_only:
+                status = self._finish(plan)
+                if status is not None:
+                    return status
+            known = learn(self.grid, plan)
+            ended = self._ended(plan, known)
+            if plan is not None and not self.options.dry_run:
+                self._report(plan, known, ended)
+            if ended or self.options.report_only:
+                return ExitStatus.FAILED if self.failed else ExitStatus.FINISHED
+            arms = priced_arms(self.grid, known.rates, self._gpu())
+            design = self._design(plan, known, arms)
+            number = _rounds(plan) + 1
+            print(self._describe(design, arms, number, known), flush=True)
+            if not design.chosen:
+                print("the budget does not pay for a further run")
+                return ExitStatus.FAILED if self.failed else ExitStatus.FINISHED
+            before = plan.runs if plan is not None else []
+            runs = self.grid.planned(design.chosen, number, before)
+            plan = SweepPlan(self.study.name, self.study.folder, [*before, *runs], self.study.title or self.study.name)
+            if self.options.dry_run:
+                return self._dry_run(plan, runs)
+            check_run_files([run for run in runs if run.config.checkpoint.load is None])
+            save_plan(plan)
+
+    def _gpu(self) -> str | None:
+        return self.options.gpu or ("h100" if self.options.submit is not None else None)
+
+    # What is there.
+
+    def _load_plan(self) -> SweepPlan | None:
+        """The plan in the study's folder, if the study's file still gives the same runs."""
+        if not (self.study.folder / FILE_NAME).exists():
+            return None
+        plan, places, problems = load_plan(self.study.folder), self.grid.places(), []
+        again: list[PlannedRun] = []
+        for run in plan.runs:
+            if run.name not in places:
+                problems.append(f"{run.name} is none of its runs now")
+                continue
+            (own,) = self.grid.planned([places[run.name]], int(run.labels["round"]), again)
+            again.append(own)
+            changes = plan_differences(run.config, own.config)
+            changes.pop("checkpoint.load", None)  # a study may have been moved
+            problems += [f"{run.name}: {text}" for text in changes.values()]
+        if problems:
+            raise UserError(
+                f"{plan.folder} holds another study: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
+                "Give this one another name (name=...), or remove that folder"
+            )
+        return plan
+
+    def _ended(self, plan: SweepPlan | None, known: Knowledge) -> str:
+        """Why no further round is needed; empty: one is."""
+        if known.answer is not None and known.answer.decided:
+            return "decided"
+        if plan is not None and _rounds(plan) >= self.study.rounds:
+            return f"not decided after {plural(_rounds(plan), 'round')}"
+        return ""
+
+    # A round.
+
+    def _design(self, plan: SweepPlan | None, known: Knowledge, arms: Sequence[Arm]) -> Design:
+        """The next round's runs: of what is left of the budget, the share of one of the rounds that are left."""
+        places, spent = self.grid.places(), 0.0
+        done: dict[int, list[float]] = {}
+        closed: set[int] = set()
+        used = {result.run.name for result in known.results if result.status == "used"}
+        for run in plan.runs if plan is not None else []:
+            arm, tokens = places[run.name]
+            spent += seconds_of(run, arms[arm])
+            if run.name in used:
+                done.setdefault(arm, []).append(tokens)
+            else:
+                closed.add(arm)  # what failed once is not tried in a longer run
+        left = max(0.0, 3600 * float(self.study.budget) - spent) / (self.study.rounds - _rounds(plan))
+        variants = list(self.study.variants)
+        theta, noise, rows = self._believed(known, arms), Noise(self.study.noise.trunk, self.study.noise.run), None
+        if known.fit is not None:
+            noise = estimated_noise(known.fit)
+            if known.answer is not None and list(known.fit.data.variants) == variants:
+                rows = contrast(known.fit, known.answer)
+        return choose_runs(
+            arms,
+            self.grid.horizons,
+            theta,
+            variants,
+            left,
+            noise=noise,
+            done=done,
+            closed=closed,
+            contrasts=rows,
+        )
+
+    def _believed(self, known: Knowledge, arms: Sequence[Arm]) -> np.ndarray:
+        """The law, as far as it is known."""
+        variants = list(self.study.variants)
+        theta = expected_theta([arm.looped for arm in arms], self.grid.horizons.tokens, len(variants))
+        if known.fit is not None:
+            theta[:5] = np.maximum(known.fit.theta[:5], 1e-3)
+            for place, name in enumerate(variants):
+                if name in known.fit.data.variants:
+                    theta[5 + place] = known.fit.theta[known.fit.phi_column(name)]
+        return theta
+
+    def _finish(self, plan: SweepPlan) -> int | None:
+        """Run what is not finished, trunks before their branches; an exit status where the command ends with that."""
+        while True:
+            todo = [
+                run
+                for run in plan.runs
+                if state_of(run) != "finished" and run.name not in self.failed and is_ready(run)
+            ]
+            if not todo:
+                note_finished([run for run in plan.runs if state_of(run) == "finished"])
+                return None
+            check_same_data(todo, [run for run in plan.runs if state_of(run) == "finished"])
+            if self.options.dry_run:
+                return self._dry_run(plan, todo)
+            if self.options.submit is not None:
+                submit(plan, todo, self.options.submit)
+                print(f"{plural(len(todo), 'run')} submitted; when they have ended, the same command goes on")
+                return ExitStatus.FINISHED
+            local = LocalSweep(plan, todo, self.options.jobs)
+            if local.run() == ExitStatus.PREEMPTED:
+                print("stopped; the same command goes on")
+                return ExitStatus.PREEMPTED
+            self.failed |= {name for name, status in local.outcome.items() if status != "finished"}
+
+    # What the user reads.
+
+    def _describe(self, design: Design, arms: Sequence[Arm], number: int, known: Knowledge) -> str:
+        chosen: dict[int, list[float]] = {}
+        for index, tokens in design.chosen:
+            chosen.setdefault(index, []).append(tokens)
+        rows = []
+        for index, horizons in chosen.items():
+            arm, own = arms[index], self.grid.arms[index]
+            lengths = ", ".join(self.grid.run_name(index, t).rpartition("-")[2] for t in sorted(horizons))
+            rows.append([own.name, lengths, f"{arm.once + arm.looped:,.0f}", f"{1 / arm.seconds_per_token:,.0f}"])
+        table = format_table(rows, header=["arm", "tokens", "non-embedding", "tokens/s"])
+        lacks = self._lacks(design, known)
+        return (
+            f"round {number} of at most {self.study.rounds}: {plural(len(design.chosen), 'run')}, "
+            f"{format_duration(design.seconds)} of training\n{table}\n"
+            f"{f'this budget gives no law: {lacks}' if lacks else design.in_words()}"
+        )
+
+    def _lacks(self, design: Design, known: Knowledge) -> str | None:
+        """What the law lacks even when the chosen runs are finished."""
+        coming = [
+            Observation(arm.variant, arm.once, arm.looped, arm.loops, tokens, 1.0, f"{index}", arm.seed)
+            for index, tokens in design.chosen
+            for arm in [self.grid.arms[index].arm]
+        ]
+        seen = [*known.observations, *coming]
+        data = to_arrays(seen, looped_variants(seen))
+        return what_is_missing(data, np.arange(len(data.variants)))
+
+    def _dry_run(self, plan: SweepPlan, runs: Sequence[PlannedRun]) -> int:
+        if self.options.submit is not None:
+            submit_dry(plan, [run for run in runs if run.config.checkpoint.load is None], self.options.submit)
+        return ExitStatus.FINISHED
+
+    def _report(self, plan: SweepPlan, known: Knowledge, ended: str) -> None:
+        page = write_report(self.grid, plan, known, ended)
+        for problem in known.problems():
+            print(f"note: {problem}")
+        print(known.answer.text if known.answer is not None else known.no_law)
+        print(f"{f'{ended}; ' if ended else ''}report: {page}", flush=True)
+
+
+def _rounds(plan: SweepPlan | None) -> int:
+    return max((int(run.labels["round"]) for run in plan.runs), default=0) if plan is not None else 0

@@ -1,0 +1,172 @@
+"""The study command: rounds, kills, runs that go wrong, what is submitted, and the report."""
+
+from __future__ import annotations
+
+import csv
+import re
+import time
+
+import pytest
+
+from plt_megatron.commands import study as command
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.study import rounds
+from plt_megatron.experiments.study.grid import make_grid
+from plt_megatron.experiments.study.knowledge import learn
+from plt_megatron.experiments.study.report import write_report
+from plt_megatron.experiments.study.rounds import StudyOptions, run_study
+from plt_megatron.experiments.study.study_file import read_study
+from plt_megatron.experiments.sweep_plan import load_plan
+from plt_megatron.slurm.submission import Options
+from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
+
+
+@pytest.fixture
+def training(monkeypatch) -> type[PlantedTraining]:
+    class Training(PlantedTraining):
+        killed_after, diverging, failing, trained = None, set(), set(), []
+
+    monkeypatch.setattr(rounds, "LocalSweep", Training)
+    learn_quickly = lambda grid, plan: learn(grid, plan, bootstraps=40)  # noqa: E731
+    monkeypatch.setattr(rounds, "learn", learn_quickly)
+    return Training
+
+
+@pytest.fixture
+def reported(monkeypatch) -> list:
+    """What reports would be made of, instead of the reports."""
+    known: list = []
+    monkeypatch.setattr(rounds, "write_report", lambda grid, plan, found, ended: known.append(found) or "page")
+    return known
+
+
+def settings(folder, *more: str) -> list[str]:
+    return [f"output_dir={folder / 'studies'}", *more]
+
+
+def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_path, training, capsys):
+    path = write_study(tmp_path)
+    assert run_study(str(path), settings(tmp_path, "rounds=2"), StudyOptions()) == 0
+    plan = load_plan(tmp_path / "studies/study")
+    assert {run.labels["round"] for run in plan.runs} == {"1", "2"}
+    assert sorted(training.trained) == sorted(run.name for run in plan.runs) and len(plan.runs) > 20
+    said = capsys.readouterr().out
+    assert "round 1 of at most 2" in said and "this budget tells phi of PLT within ±" in said
+    assert "not decided after 2 rounds; report: " in said
+    with (tmp_path / "studies/study/report/phi.csv").open() as file:
+        phis = {row["variant"]: row for row in csv.DictReader(file)}
+    for name, phi in PHIS.items():
+        assert float(phis[name]["low"]) < phi < float(phis[name]["high"])
+    page = (tmp_path / "studies/study/report/index.html").read_text()
+    answer = re.search(r'<p class="answer open">(.*?)</p>', page)[1]
+    assert answer.startswith("At 1e+12 training FLOPs and 0.0005 ms a token: ") and "%" in answer
+    assert page.index("Answer") < page.index("Frontier") < page.index("<h2>Law") < page.index("Learning curves")
+    assert page.index("Learning curves") < page.index("<h2>Runs") and "http" not in page.replace(
+        "http://www.w3.org", ""
+    )
+    assert "<title>every-s-1x-seed1-" in page, "hovering tells a run's name"
+
+
+def test_a_study_killed_anywhere_ends_as_one_that_was_not(tmp_path, training, reported):
+    path = write_study(tmp_path)
+    run_study(str(path), settings(tmp_path / "whole", "rounds=2"), StudyOptions())
+    whole = reported.pop()
+    for runs in (1, len(whole.results) - 1):
+        training.killed_after, training.trained[:] = runs, []
+        killed = settings(tmp_path / f"killed{runs}", "rounds=2")
+        with pytest.raises(KeyboardInterrupt):
+            run_study(str(path), killed, StudyOptions())
+        training.killed_after = None
+        assert run_study(str(path), killed, StudyOptions()) == 0
+        assert len(training.trained) == len(set(training.trained)) == len(whole.results), "none was trained twice"
+        assert reported[-1].observations == whole.observations
+        assert (reported[-1].fit.samples == whole.fit.samples).all() and reported[-1].answer == whole.answer
+
+
+def test_runs_that_went_wrong_are_named_and_never_averaged(tmp_path, training, reported, capsys):
+    path = write_study(tmp_path)
+    training.diverging = {"plt-s-3x-seed1-1.28k"}
+    training.failing = {"every-m-1x-seed1-5.12k"}
+    assert run_study(str(path), settings(tmp_path, "rounds=1", "budget=1h"), StudyOptions()) == 1
+    grid = make_grid(read_study(path, settings(tmp_path, "rounds=1", "budget=1h")), None)
+    plan = load_plan(tmp_path / "studies/study")
+    known = learn(grid, plan, bootstraps=20)
+    problems = "\n".join(known.problems())
+    assert "plt-s-3x-seed1-1.28k does not count (diverged): the loss is 6.5" in problems
+    lost = [run.name for run in plan.runs if run.name.startswith("every-m-1x-seed1-")]
+    for name in lost:
+        assert name in problems
+    assert "every-m-1x-seed1-1.28k does not count (missing): its trunk every-m-1x-seed1-5.12k has no" in problems
+    assert len(known.observations) == len(plan.runs) - 1 - len(lost)
+    assert max(o.loss for o in known.observations) < 5
+    said = capsys.readouterr().out
+    assert all(f"note: {line}" in said for line in known.problems())
+
+
+def test_a_decision_ends_the_study(tmp_path, training, reported, capsys):
+    text = STUDY.replace("confidence: 0.999, indifference: 0", "indifference: 9")
+    assert run_study(str(write_study(tmp_path, text)), settings(tmp_path), StudyOptions()) == 0
+    assert {run.labels["round"] for run in load_plan(tmp_path / "studies/study").runs} == {"1"}
+    assert "decided; report" in capsys.readouterr().out
+
+
+def test_another_study_in_the_folder_is_refused(tmp_path, training, reported):
+    path = write_study(tmp_path)
+    run_study(str(path), settings(tmp_path, "rounds=1"), StudyOptions())
+    with pytest.raises(UserError, match="holds another study: .*optimizer.lr"):
+        run_study(str(path), settings(tmp_path, "rounds=1", "optimizer.lr=1e-3"), StudyOptions())
+    path.write_text(STUDY.replace("  L:", "  XL:"))
+    with pytest.raises(UserError, match="holds another study: .*is none of its runs now"):
+        run_study(str(path), settings(tmp_path, "rounds=1"), StudyOptions())
+
+
+def test_a_dry_run_leaves_nothing(tmp_path, capsys):
+    path = write_study(tmp_path)
+    assert command.main([str(path), *settings(tmp_path), "--dry-run", "--budget", "30min"]) == 0
+    assert not (tmp_path / "studies").exists() and "round 1 of at most 3" in capsys.readouterr().out
+
+
+def test_a_budget_too_small_for_a_law_says_so(tmp_path, capsys):
+    path = write_study(tmp_path)
+    assert run_study(str(path), settings(tmp_path, "budget=0.0001h"), StudyOptions(dry_run=True)) == 0
+    assert re.search(
+        "this budget gives no law: (no finished run|\\d sizes|\\d+ finished runs)", capsys.readouterr().out
+    )
+
+
+def test_on_a_cluster_trunks_are_an_array_and_their_branches_the_next(
+    tmp_path, monkeypatch, training, reported, capsys
+):
+    """The same command, called when an array has ended, submits what can start now: two rounds of two arrays."""
+    submitted: list[list[str]] = []
+
+    def submit(plan, runs, options) -> None:
+        submitted.append([run.name for run in runs])
+        for run in runs:
+            train(run, 2.0 + 0.1 * len(run.name))
+
+    monkeypatch.setattr(rounds, "submit", submit)
+    path, options = write_study(tmp_path), StudyOptions(submit=Options(config=None), gpu="cpu")
+    for _ in range(4):
+        assert run_study(str(path), settings(tmp_path, "rounds=2"), options) == 0
+    plan = load_plan(tmp_path / "studies/study")
+    by_name = {run.name: run for run in plan.runs}
+    kinds = [
+        {(by_name[n].labels["round"], by_name[n].config.checkpoint.load is None) for n in s} for s in submitted[:2]
+    ]
+    assert kinds == [{("1", True)}, {("1", False)}]
+    assert sorted(name for names in submitted for name in names) == sorted(by_name)
+    assert "when they have ended, the same command goes on" in capsys.readouterr().out
+
+
+def test_the_report_of_a_hundred_runs_takes_seconds(tmp_path, training, monkeypatch):
+    path = write_study(tmp_path)
+    more = settings(tmp_path, "seeds=[1,2,3]", "rounds=1", "budget=4h")
+    monkeypatch.setattr(rounds, "write_report", lambda *_: "page")
+    run_study(str(path), more, StudyOptions())
+    monkeypatch.undo()
+    grid, plan = make_grid(read_study(path, more), None), load_plan(tmp_path / "studies/study")
+    assert len(plan.runs) >= 100
+    started = time.process_time()
+    write_report(grid, plan, learn(grid, plan), "decided")
+    assert time.process_time() - started < 30
