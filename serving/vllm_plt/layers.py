@@ -38,8 +38,8 @@ def load_shard(shard: int):
     return load
 
 
-def sharded_parameter(*shape: int, shard: int) -> nn.Parameter:
-    param = nn.Parameter(torch.zeros(*shape), requires_grad=False)
+def sharded_parameter(*shape: int, shard: int, dtype: torch.dtype | None = None) -> nn.Parameter:
+    param = nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
     param.weight_loader = load_shard(shard)
     return param
 
@@ -83,17 +83,18 @@ class PLTGate(nn.Module):
         self.from_hidden = config.gate_input == "hidden"
         self.activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.gate_activation]
         width = config.hidden_size if self.from_hidden else config.head_dim
-        self.weight = sharded_parameter(heads.query, width, shard=heads.rank)
-        self.bias = sharded_parameter(heads.query, shard=heads.rank)
+        # In fp32, which they are computed in: a step has no casts to make.
+        self.weight = sharded_parameter(heads.query, width, shard=heads.rank, dtype=torch.float32)
+        self.bias = sharded_parameter(heads.query, shard=heads.rank, dtype=torch.float32)
         if self.from_hidden:
             self.gate_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, query: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Gates [N, H, 1] from query [N, H, D] and residual [N, d]; computed in fp32."""
         if self.from_hidden:
-            logits = nn.functional.linear(self.gate_norm(residual).float(), self.weight.float(), self.bias.float())
+            logits = nn.functional.linear(self.gate_norm(residual).float(), self.weight, self.bias)
         else:
-            logits = (query.float() * self.weight.float()).sum(-1) + self.bias.float()
+            logits = (query.float() * self.weight).sum(-1) + self.bias
         return self.activation(logits).to(query.dtype).unsqueeze(-1)
 
 
@@ -215,9 +216,10 @@ class PLTAttention(nn.Module):
         if self.plt_gate is None:
             return shared
         windows = zip(self.windows, queries[1:], keys[1:], values[1:], strict=True)
-        local = torch.cat([layer(*qkv) for layer, *qkv in windows])
-        blended = self._blend(query[count:], residual[count:], local, shared[count:])
-        return torch.cat([shared[:count], blended])
+        local = [layer(*qkv) for layer, *qkv in windows]
+        local = local[0] if len(local) == 1 else torch.cat(local)
+        shared[count:] = self._blend(query[count:], residual[count:], local, shared[count:])
+        return shared
 
     def _shared_rows(self, query, queries, key, value, count: int) -> torch.Tensor:
         """All loops' queries [L * T, H * D] against the first loop's keys and values, which are read once."""
