@@ -9,7 +9,9 @@ from __future__ import annotations
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations
 from plt_megatron.estimate.layout import Layout
-from plt_megatron.estimate.parameters import RankParameters
+from plt_megatron.estimate.parameters import RankParameters, undivided_parameters
+
+_COUNT = 8  # bytes of a number of tokens
 
 
 def communication_bytes(
@@ -24,7 +26,9 @@ def communication_bytes(
     passes = layout.microbatches * loops
     dense, experts = _share(layout.shards) * parameters.dense, _share(layout.expert_shards) * parameters.experts
     traffic = {
-        "tensor parallel": passes * layers * _tensor_layer(layout, shapes) + _tensor_ends(layout, shapes, loops),
+        "tensor parallel": passes * layers * _tensor_layer(layout, shapes)
+        + _tensor_ends(layout, shapes, loops)
+        + _whole_gradients(config, layout, layers, shapes.hidden),
         "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
         "gradient reduction": FP32 * (dense + experts),
         "weight gathering": shapes.element * (dense + experts),
@@ -80,23 +84,38 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
 def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> float:
     """Tokens of one layer, loop and microbatch to their experts and back, forward and backward, at an even load.
 
-    `alltoall` sends a token to each of its experts' ranks, `allgather` every token to all ranks.
+    `alltoall` sends a token to each of its experts' ranks, `allgather` every token to all ranks, and adds up there what
+    comes back. With it go the router's weights and, forward, which token goes where: its counts, or the whole map.
     """
     if layout.expert == 1:
         return 0.0
-    one_way = float(shapes.rows * shapes.hidden * shapes.element)
+    others, forwards = layout.expert - 1, 2 if layout.recompute == "full" else 1
     if config.parallel.moe_token_dispatcher_type == "alltoall":
-        one_way *= config.model.moe_router_topk * _share(layout.expert)
+        sent = shapes.rows * config.model.moe_router_topk * _share(layout.expert)
+        there = back = sent * shapes.hidden * shapes.element
+        weights, choice = sent * FP32, _COUNT * shapes.experts * others
     else:
-        one_way *= layout.expert - 1
-    return one_way * (6 if layout.recompute == "full" else 4)
+        sent = shapes.rows * others
+        there, back = sent * shapes.hidden * shapes.element, sent * shapes.hidden * FP32  # sums of experts' outputs
+        weights, choice = sent * shapes.experts * FP32, sent * shapes.experts
+    return float((there + back + weights) * (forwards + 1) + choice * forwards)
 
 
 def _tensor_ends(layout: Layout, shapes: Activations, loops: int) -> float:
-    """Embedding and output layer of all microbatches; in a pipeline, where each loop embeds anew, of the busier end."""
+    """Embedding and output layer of all microbatches; in a pipeline, where each loop embeds anew, of the busier end.
+    The cross-entropy adds up three numbers of each token."""
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
-    embedding, head = 2 * whole, (3 if layout.sequence_parallel else 2) * whole
+    losses = 2 * _share(layout.tensor) * 3 * shapes.tokens * FP32
+    embedding, head = 2 * whole, (3 if layout.sequence_parallel else 2) * whole + losses
     return layout.microbatches * (embedding + head if layout.pipeline == 1 else max(loops * embedding, head))
+
+
+def _whole_gradients(config: RunConfig, layout: Layout, layers: int, hidden: int) -> float:
+    """Gradients of what tensor-parallel ranks have whole (norms, routers), where each sees a part of the rows."""
+    if not layout.sequence_parallel:
+        return 0.0
+    whole = layers * undivided_parameters(config.model) + hidden  # the final norm's
+    return 2 * _share(layout.tensor) * FP32 * whole
 
 
 def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:

@@ -291,9 +291,16 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int
 def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
     """Host memory that the worst rank needs beside training's while a checkpoint is written: the part that it writes.
 
-    Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it.
+    Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it. Of the weights, each
+    writes whole tensors: one of them an embedding, which with many ranks is far more than its share.
     """
-    precise = FP32 * (1 + len(optimizer_spec(config.optimizer).state))
-    each = BYTES[config.training.precision] + precise
-    ranks = (count_rank_parameters(config.model, vocab_size, layout, stage) for stage in range(layout.pipeline))
-    return max(each * rank.dense // layout.shards + each * rank.experts // layout.expert_shards for rank in ranks)
+    element, precise = BYTES[config.training.precision], FP32 * (1 + len(optimizer_spec(config.optimizer).state))
+
+    def written(rank: RankParameters) -> int:
+        weights = max(element * rank.dense // layout.shards, element * max(rank.embedding, rank.output_layer))
+        experts = (element + precise) * rank.experts // layout.expert_shards
+        return weights + precise * rank.dense // layout.shards + experts
+
+    return max(
+        written(count_rank_parameters(config.model, vocab_size, layout, stage)) for stage in range(layout.pipeline)
+    )

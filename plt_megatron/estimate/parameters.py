@@ -132,6 +132,11 @@ def _layer(model: ModelConfig) -> tuple[int, int, int]:
     return split, whole, expert
 
 
+def undivided_parameters(model: ModelConfig) -> int:
+    """One layer's parameters that every tensor-parallel rank holds whole, experts not counted."""
+    return _layer(model)[1]
+
+
 def active_experts(model: ModelConfig) -> int:
     """Experts of a layer that a token is sent to, the shared one not counted."""
     return model.moe_router_topk if model.num_moe_experts else 0

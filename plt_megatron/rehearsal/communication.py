@@ -126,7 +126,7 @@ class Log:
         """Record an exchange of Python objects."""
         group = group or dist.group.WORLD
         assert group is not None
-        self.calls.append(Call(operation, _described(group), self.key_of(group), phase=self.phase, work=self.work))
+        self.calls.append(Call(operation, described(group), self.key_of(group), phase=self.phase, work=self.work))
 
     def add_wait(self, message: int) -> None:
         """Record that the rank waits for the message at that position in `calls`."""
@@ -144,7 +144,7 @@ class Log:
             peer = dist.get_process_group_ranks(group)[args[2]]
         call = Call(
             operation,
-            _described(group),
+            described(group),
             self.key_of(group),
             peer,
             dtype=str(tensors[0].dtype).removeprefix("torch.") if tensors else "",
@@ -158,8 +158,8 @@ class Log:
         self.calls.append(call)
 
 
-def _described(group: dist.ProcessGroup) -> str:
-    """`TENSOR_MODEL_PARALLEL_GROUP` as `tensor model parallel`."""
+def described(group: dist.ProcessGroup) -> str:
+    """megatron-core's description of a group: `TENSOR_MODEL_PARALLEL_GROUP` as `tensor model parallel`."""
     name = group.group_desc.removesuffix("_GROUP").replace("_", " ").lower()
     return "all ranks" if name in ("undefined", "default pg") else name
 

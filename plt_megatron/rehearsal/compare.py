@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
@@ -11,7 +11,7 @@ from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate
 from plt_megatron.rehearsal.communication import Call
 from plt_megatron.rehearsal.record import RankRecord
 
-TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01}
+TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01, "checkpoint": 0.01}
 # Phases of a training step; what is sent per microbatch is counted as often as there are microbatches.
 _PER_MICROBATCH = ("forward", "backward", "between")
 
@@ -56,6 +56,7 @@ def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstim
         *_memory(records, estimate),
         *(_flops(config, record, estimate) for record in records),
         *_traffic(records, estimate),
+        *_saving(records, estimate),
     ]
 
 
@@ -104,6 +105,15 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
     return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)
 
 
+def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
+    written = {rank: size for each in records if each.saving for rank, size in each.saving.written.items()}
+    if written:
+        whole = sum(written.values())
+        yield Difference("checkpoint", "checkpoint, written by all", records[0].rank, whole, estimate.checkpoint_bytes)
+        most = max(written, key=lambda rank: written[rank])
+        yield Difference("memory", "checkpoint, of one rank", most, written[most], estimate.saving_bytes)
+
+
 def sent_by_purpose(record: RankRecord, microbatches: int) -> dict[str, float]:
     """Bytes that a rank sends in a step of so many microbatches, by the estimate's purposes."""
     sent: dict[str, float] = defaultdict(float)
@@ -128,12 +138,14 @@ def _purpose(call: Call) -> str:
     group = call.group
     if call.operation == "send":
         return "pipeline"
-    if call.operation == "all_to_all":
+    if call.operation == "all_to_all" and not group.startswith("expert"):
         return "neighbours' rows"
     if group == "embedding":
         return "tied embeddings"
     if group.startswith(("data parallel", "expert data parallel")) and call.elements > 8:
         return "gradient reduction" if call.operation == "reduce_scatter" else "weight gathering"
+    if group == "tensor and context parallel" and call.operation == "all_reduce":
+        return "scalars"  # how a router's load is spread
     if group in ("context parallel", "tensor and context parallel"):
         return "context parallel"
     if group.startswith("tensor model parallel"):

@@ -61,8 +61,16 @@ class _OnFakeGpu(TorchDispatchMode):
 
 
 def _replace_cuda_queries(observer: Observer) -> None:
+    class WaitedEvent(Event):
+        def synchronize(self) -> None:
+            observer.waits_for_device("Event.synchronize")
+
+    class EventStream(Stream):
+        def record_event(self, event: Any = None) -> Event:
+            return event or WaitedEvent()
+
     cuda = torch.cuda
-    stream = Stream()
+    stream = EventStream()
     replaced: dict[str, Any] = {
         "current_device": lambda: 0,
         "device_count": lambda: 1,
@@ -71,8 +79,8 @@ def _replace_cuda_queries(observer: Observer) -> None:
         "synchronize": lambda device=None: observer.waits_for_device("torch.cuda.synchronize"),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "Stream": Stream,
-        "Event": Event,
+        "Stream": EventStream,
+        "Event": WaitedEvent,
         "stream": lambda stream: contextlib.nullcontext(),
         "empty_cache": lambda: None,
     }

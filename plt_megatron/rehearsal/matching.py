@@ -24,6 +24,7 @@ _DIMENSIONS = {
     "tensor and context parallel": ("tp", "cp"),
     "tensor and data parallel group with cp": ("tp", "cp", "dp"),
     "expert model parallel": ("ep",),
+    "expert tensor and model parallel": ("ep",),  # an expert is never divided
     "expert data parallel": ("edp",),
     "intra distributed optimizer instance": ("tp", "cp", "dp", "pp"),
 }
@@ -51,18 +52,19 @@ def group_problems(records: Sequence[RankRecord], layout: ParallelLayout) -> lis
     problems = []
     for record in records:
         for call in record.calls:
-            dimensions = _DIMENSIONS.get(call.group)
-            if dimensions is None:
-                continue
-            expected = _group_of(record.rank, layout, dimensions)
-            if record.groups[call.ranks] != expected:
+            expected = group_of(record.rank, layout, call.group)
+            if expected is not None and record.groups[call.ranks] != expected:
                 given, wanted = _some(record.groups[call.ranks]), _some(expected)
                 problems.append(f"wrong group: rank {record.rank}'s {call} has ranks {given}, the layout {wanted}")
                 break
     return problems
 
 
-def _group_of(rank: int, layout: ParallelLayout, dimensions: tuple[str, ...]) -> tuple[int, ...]:
+def group_of(rank: int, layout: ParallelLayout, description: str) -> tuple[int, ...] | None:
+    """The ranks of a rank's group by the layout's numbering; None: of no such group."""
+    dimensions = _DIMENSIONS.get(description)
+    if dimensions is None:
+        return None
     key = (layout, dimensions)
     if key not in _groups:
         _groups[key] = {member: tuple(group) for group in layout.groups(*dimensions) for member in group}

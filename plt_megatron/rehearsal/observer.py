@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +19,6 @@ from plt_megatron.rehearsal.communication import Log
 
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default}
-_DATA_DEPENDENT = {_aten.nonzero.default, _aten.masked_select.default}
 # How many products of a mask's size the kernel makes, and the model has: flash recomputes one in its backward pass.
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default: (2, 2),
@@ -43,6 +44,7 @@ class Observer:
         self.peak_phase = ""
         self.flops: Counter[str] = Counter()
         self.waits: Counter[tuple[str, str]] = Counter()
+        self._count: int | None = None
         self._recomputing = 0
         self._most = 0
         self._total = 0
@@ -59,8 +61,18 @@ class Observer:
         if func in _READS and args[0].constant is None:
             if args[0].fake_device.type == "cuda":
                 self.waits_for_device(func._schema.name)
-            return plausible_value(args[0].dtype)
+            return plausible_value(args[0].dtype) if self._count is None else self._count
+        if func is _aten.masked_select.default and self._count is not None:
+            self.waits_for_device(func._schema.name)
+            return args[0].new_empty(self._count)
         return None
+
+    @contextlib.contextmanager
+    def counted(self, count: int) -> Iterator[None]:
+        """Within it, what depends on values is so many: numbers that are read, and what a mask selects."""
+        self._count = count
+        yield
+        self._count = None
 
     def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Called after an operation."""

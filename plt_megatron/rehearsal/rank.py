@@ -1,4 +1,4 @@
-"""One rank's rehearsal: its part of the model, one training step, a validation step, and the plan of a checkpoint."""
+"""One rank's rehearsal: its part of the model, one training step, a validation step, and its stage's part of a save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from plt_megatron.rehearsal.observer import Observer
 from plt_megatron.rehearsal.record import RankRecord
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.build_engine import build_engine
-from plt_megatron.train.checkpoint.state import sharded_tensors
 from plt_megatron.train.megatron_engine import MegatronEngine
 from plt_megatron.train.step_times import StepTimes
 
@@ -39,6 +38,10 @@ def rehearse_rank(
         prepare(rank)
     layout = layout_of(config, world_size)
     record = RankRecord(rank, layout.coordinates(rank), groups_made=dict(groups_made))
+    if config.model.num_moe_experts is not None:
+        from plt_megatron.rehearsal.experts import balance_routing  # imports megatron-core's experts
+
+        balance_routing(observer)
     with fake_gpu(observer):
         engine = build_engine(config, vocab_size)
         assert isinstance(engine, MegatronEngine)
@@ -53,11 +56,12 @@ def rehearse_rank(
         _measure_step(engine, batches, observer, record)
         observer.log.phase = "validation"
         engine.evaluate(_batches(config, layout.pipeline), config.model.loop_count)
-        if config.checkpoint.enabled:
-            observer.log.phase = "checkpoint"
-            _plan_checkpoint(engine, record)
     record.calls, record.groups = observer.log.calls, observer.log.groups
     record.waits = dict(observer.waits)
+    if config.checkpoint.enabled and rank % layout.ranks_per_stage == 0:
+        from plt_megatron.rehearsal.saving import plan_saving
+
+        record.saving = plan_saving(engine, layout, rank)
     record.seconds = time.perf_counter() - started
     return record
 
@@ -137,10 +141,3 @@ class _Phases(StepTimes):
         log.phase = name.replace("_", " ")
         yield
         log.phase = "loss" if name == "gradient_reduction" else "between steps"
-
-
-def _plan_checkpoint(engine: MegatronEngine, record: RankRecord) -> None:
-    state = engine.state.to_save()
-    tensors = list(sharded_tensors({name: state[name] for name in ("model", "optimizer")}))
-    record.saved_tensors = len(tensors)
-    record.saved_bytes = sum(each.data.numel() * each.data.element_size() for each in tensors)

@@ -7,6 +7,22 @@ from typing import Any
 
 from plt_megatron.rehearsal.communication import Call
 
+# A part of a tensor and the rank that writes it: offset and shape, global.
+Box = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+@dataclass
+class Saving:
+    """What the ranks of a pipeline stage write of a checkpoint's tensors.
+
+    Attributes:
+        tensors: by their keys: the whole tensor's shape, and what is written of it.
+        written: bytes by global rank.
+    """
+
+    tensors: dict[str, tuple[tuple[int, ...], list[Box]]] = field(default_factory=dict)
+    written: dict[int, int] = field(default_factory=dict)
+
 
 @dataclass
 class RankRecord:
@@ -22,7 +38,7 @@ class RankRecord:
         flops: of matrix products, by kind (`Observer`), in the step.
         waits: how often the host waits for the GPU, by phase and place.
         shapes: of what enters and leaves this rank's layers.
-        saved_bytes, saved_tensors: what this rank has for a checkpoint, replicas included.
+        saving: what this rank's stage writes of a checkpoint; None: another rank's record has it.
         microbatches: as many as were run.
         seconds: the rehearsal took.
     """
@@ -37,7 +53,6 @@ class RankRecord:
     flops: dict[str, int] = field(default_factory=dict)
     waits: dict[tuple[str, str], int] = field(default_factory=dict)
     shapes: dict[str, str] = field(default_factory=dict)
-    saved_bytes: int = 0
-    saved_tensors: int = 0
+    saving: Saving | None = None
     microbatches: int = 0
     seconds: float = 0.0

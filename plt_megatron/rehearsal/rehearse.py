@@ -24,6 +24,7 @@ from plt_megatron.rehearsal.compare import Difference, compare, memory_problems
 from plt_megatron.rehearsal.matching import Waiting, group_problems, play
 from plt_megatron.rehearsal.rank import rehearse_rank
 from plt_megatron.rehearsal.record import RankRecord
+from plt_megatron.rehearsal.written_once import saving_problems
 
 NOT_SEEN = (
     "kernels (their speed, numerics and workspaces)",
@@ -89,8 +90,10 @@ def rehearse(
     results = _in_processes(calls, processes)
     records = [each for each in results if isinstance(each, RankRecord)]
     problems = [each for each in results if isinstance(each, str)]
+    savings = [record.saving for record in records if record.saving is not None]
     waiting = Waiting() if problems else play(records)
     differences = [] if problems else compare(config, records, estimate)
+    problems += [] if problems else saving_problems(savings)
     problems += [
         *group_problems(records, layout),
         *waiting.problems,
@@ -104,13 +107,13 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration with what needs a GPU's libraries replaced, and what was replaced."""
     if config.engine != "megatron":
         raise UserError("engine: only megatron can be rehearsed; set engine=megatron")
-    if config.model.num_moe_experts is not None:
-        raise UserError("model.num_moe_experts: where tokens go depends on values, so experts cannot be rehearsed")
     replaced = []
     model, training, data = config.model, config.training, config.data
     if model.backend != "torch":
         replaced.append("Transformer Engine's layers by the torch backend's: same collectives, other activations")
         model = dataclasses.replace(model, backend="torch")
+    if model.num_moe_experts is not None:
+        replaced.append("the router's choice, which depends on values, by an even load of all experts")
     if model.fused_gated_window:
         replaced.append("the fused window by the torch backend's blocks")
         model = dataclasses.replace(model, fused_gated_window=False)
@@ -167,6 +170,9 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[Rank
 
 
 def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # renews the forked thread pool, before autograd's threads do it all at once and abort
     connection.send(_rehearse_or_say(*call))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from plt_megatron.rehearsal.compare import sent_by_purpose
 from plt_megatron.rehearsal.record import RankRecord
 from plt_megatron.rehearsal.rehearse import NOT_SEEN, Rehearsal
+from plt_megatron.run_folder.text import format_bytes
 
 _GB = 2**30
 
@@ -32,6 +33,7 @@ def to_text(found: Rehearsal) -> str:
         "",
         *_groups(found.records),
         *_shapes(found.records),
+        *_saving(found.records),
         *_host_waits(found.records),
         *_waiting(found),
         "",
@@ -67,6 +69,8 @@ def to_json(found: Rehearsal) -> str:
 def _plain(record: RankRecord) -> dict[str, Any]:
     plain = dataclasses.asdict(record)
     del plain["groups"]  # of thousands of ranks
+    if record.saving is not None:
+        plain["saving"] = {"tensors": len(record.saving.tensors), "written": record.saving.written}
     plain["waits"] = [[*key, count] for key, count in record.waits.items()]
     return plain
 
@@ -100,6 +104,8 @@ def _head(records: Sequence[RankRecord]) -> list[str]:
 
 
 def _communication(found: Rehearsal) -> list[str]:
+    if not found.records:  # all failed
+        return []
     record = max(found.records, key=lambda each: len(each.calls))
     counts: Counter[tuple[str, ...]] = Counter()
     sizes: Counter[tuple[str, ...]] = Counter()
@@ -128,12 +134,24 @@ def _groups(records: Sequence[RankRecord]) -> list[str]:
 
 def _shapes(records: Sequence[RankRecord]) -> list[str]:
     shapes = {f"{name} {shape}": None for record in records for name, shape in record.shapes.items()}
-    saved = sum(record.saved_bytes for record in records[:1]) / _GB
-    tensors = records[0].saved_tensors if records else 0
-    return [
-        f"shapes: {'; '.join(shapes)}",
-        f"checkpoint: rank 0 has {tensors} tensors, {saved:.2f} GiB, of which its replicas save a part",
-    ]
+    return [f"shapes: {'; '.join(shapes)}"]
+
+
+def _saving(records: Sequence[RankRecord]) -> list[str]:
+    stages = [(record.place["pp"], record.saving) for record in records if record.saving is not None]
+    if not stages:
+        return []
+    keys = {key for _, saving in stages for key in saving.tensors}
+    ranks = sum(len(saving.written) for _, saving in stages)
+    whole = sum(sum(saving.written.values()) for _, saving in stages)
+    lines = [f"checkpoint: {ranks:,} ranks write {len(keys):,} tensors, {format_bytes(whole)}"]
+    for stage, saving in stages:
+        least, most = (choose(saving.written, key=lambda rank: saving.written[rank]) for choose in (min, max))
+        lines.append(
+            f"checkpoint: of stage {stage}, rank {least} writes least, {format_bytes(saving.written[least])}, and rank "
+            f"{most} most, {format_bytes(saving.written[most])}"
+        )
+    return lines
 
 
 def _host_waits(records: Sequence[RankRecord]) -> list[str]:

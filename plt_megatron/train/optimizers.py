@@ -28,6 +28,9 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
     optimizer = get_megatron_optimizer(
         megatron_settings(config), [ddp], group_overrides(config), use_gloo_process_groups=False
     )
+    for part in distributed_parts(optimizer)[:-1]:
+        # Each would gather all weights after its own step, those of experts and others alike: the last one does.
+        part._defer_param_sync = True
     spec = optimizer_spec(config.optimizer)
     if spec.torch_class is not None:
         for part in distributed_parts(optimizer):

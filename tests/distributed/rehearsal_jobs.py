@@ -6,17 +6,22 @@ runtime, and prints their findings as JSON.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 
 VOCAB_SIZE = 200
-LAYOUTS: dict[str, dict[str, int]] = {
+_EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_z_loss_coeff": 0.001}
+LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
     "TP2 SP CP2 DP2": {
         "tensor_model_parallel_size": 2,
@@ -25,6 +30,18 @@ LAYOUTS: dict[str, dict[str, int]] = {
         "data_parallel_size": 2,
     },
     "PP4 DP2 overlap": {"pipeline_model_parallel_size": 4, "data_parallel_size": 2, "overlap_grad_reduce": True},
+    "TP2 SP DP2 EP2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "data_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    },
+    "PP2 DP4 EP4 allgather": {
+        "pipeline_model_parallel_size": 2,
+        "data_parallel_size": 4,
+        "expert_model_parallel_size": 4,
+        "moe_token_dispatcher_type": "allgather",
+    },
     "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
@@ -32,8 +49,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 def run_config(layout: str) -> RunConfig:
-    """A small model in one of `LAYOUTS`, tied embeddings included."""
-    parallel = ParallelConfig(**LAYOUTS[layout])  # type: ignore[arg-type]
+    """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out."""
+    parallel = ParallelConfig(**LAYOUTS[layout])
     pipeline = parallel.pipeline_model_parallel_size
     return RunConfig(
         model=ModelConfig(
@@ -45,6 +62,7 @@ def run_config(layout: str) -> RunConfig:
             window_size=8,
             vocab_size=VOCAB_SIZE,
             backend="torch",
+            **(_EXPERTS if parallel.expert_model_parallel_size > 1 else {}),  # type: ignore[arg-type]
         ),
         data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
         training=TrainingConfig(
@@ -56,14 +74,16 @@ def run_config(layout: str) -> RunConfig:
     )
 
 
-def record_real(config: RunConfig) -> list[list[Any]]:
-    """What this gloo rank communicates in a training step and a validation, as `essence` has it."""
+def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
+    """What this gloo rank communicates in a training step and a validation, as `essence` has it, and what it writes of
+    a checkpoint: key, offset and shape."""
     import torch
 
     from plt_megatron.model.looped_gpt import MicroBatch
     from plt_megatron.rehearsal.communication import CommunicationRecorder
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
+    from plt_megatron.train.checkpoint.saving import begin_save
 
     init_process_groups(config.parallel)
     engine = build_engine(config, VOCAB_SIZE)
@@ -75,16 +95,57 @@ def record_real(config: RunConfig) -> list[list[Any]]:
     ]
     if config.parallel.overlap_grad_reduce:
         engine.train_step(batches)
-    with CommunicationRecorder() as recorder:
+    with balanced_routing(), CommunicationRecorder() as recorder:
         engine.train_step(batches)
         engine.evaluate(batches[: config.parallel.pipeline_model_parallel_size], config.model.loop_count)
-    return essence(recorder.log.calls, recorder.log.groups)
+    items = [item for *_, (_, tensors) in begin_save(engine, folder, {"step": 1}).buckets for item, _ in tensors]
+    written = [
+        [item.index.fqn, list(item.tensor_data.chunk.offsets), list(item.tensor_data.chunk.sizes)] for item in items
+    ]
+    return {"calls": essence(recorder.log.calls, recorder.log.groups), "written": sorted(written)}
+
+
+def written_by_rank(records: Any) -> dict[int, list[list[Any]]]:
+    """The same of all ranks, by a rehearsal's plan."""
+    found: dict[int, list[list[Any]]] = {}
+    for saving in (record.saving for record in records if record.saving is not None):
+        for key, (_, boxes) in saving.tensors.items():
+            for offset, shape, rank in boxes:
+                found.setdefault(rank, []).append([key, list(offset), list(shape)])
+    return {rank: sorted(boxes) for rank, boxes in found.items()}
+
+
+@contextlib.contextmanager
+def balanced_routing() -> Iterator[None]:
+    """Within it, each expert gets as many tokens as every other, as a rehearsal assumes."""
+    import torch
+
+    from plt_megatron.model.moe import LoopRouter
+
+    stock = LoopRouter.routing
+
+    def routing(self: Any, logits: Any, padding_mask: Any = None) -> Any:
+        experts = logits.shape[-1]
+        tokens = torch.arange(logits[..., 0].numel()).view(logits.shape[:-1])
+        chosen = (tokens[..., None] * self.topk + torch.arange(self.topk)) % experts
+        return stock(self, 0 * logits + torch.nn.functional.one_hot(chosen, experts).sum(dim=-2), padding_mask)
+
+    with mock.patch.object(LoopRouter, "routing", routing):
+        yield
 
 
 def essence(calls: Any, groups: Any) -> list[list[Any]]:
-    """Operation, the group's ranks, peer, dtype, elements and bytes of each call before the checkpoint."""
+    """Operation, the group's ranks, peer, dtype, elements, bytes and splits of each call before the checkpoint."""
     return [
-        [call.operation, list(groups[call.ranks]), call.peer, call.dtype, call.elements, call.size]
+        [
+            call.operation,
+            list(groups[call.ranks]),
+            call.peer,
+            call.dtype,
+            call.elements,
+            call.size,
+            [list(rows) for rows in call.splits],
+        ]
         for call in calls
         if call.operation != "wait" and call.phase != "checkpoint"
     ]
@@ -156,10 +217,35 @@ def _unwrapped(stock: Callable, group: Any, kwargs: Any) -> Any:
         dist.isend, dist.irecv, dist.get_backend = isend, irecv, dist_backend
 
 
+def _replica_is_written(rank: int) -> None:
+    """Norms and whatever else tensor-parallel ranks hold whole count as theirs on each of them."""
+    from plt_megatron.train.checkpoint import state
+
+    stock = state.model_state
+
+    def model_state(*args: Any, **kwargs: Any) -> Any:
+        found = stock(*args, **kwargs)
+        for value in found.values():
+            value.replica_id = (0, 0, value.replica_id[-1])
+        return found
+
+    importlib.import_module("plt_megatron.rehearsal.saving").model_state = model_state
+
+
+def _end_is_not_written(rank: int) -> None:
+    """An optimizer's rank leaves out the last element of each part that it has."""
+    from plt_megatron.train.checkpoint import optimizer_state
+
+    stock = optimizer_state.boxes
+    optimizer_state.boxes = lambda shape, start, stop: stock(shape, start, stop - 1)
+
+
 FAULTS: dict[str, tuple[str, Callable[[int], None]]] = {
     "wrong group": ("TP2 DP2", _wrong_group),
     "rank-dependent shape": ("TP2", _rank_dependent_shape),
     "tied embeddings": ("PP2", _no_embedding_reduction),
+    "written twice": ("TP2 DP2", _replica_is_written),
+    "not written": ("TP2 DP2", _end_is_not_written),
     "mismatched messages": ("PP2", _mismatched_messages),
 }
 
@@ -173,13 +259,11 @@ def main(cases: list[str]) -> None:
     for case in cases:
         layout, prepare = FAULTS.get(case, (case, None))
         config = run_config(layout)
-        world_size = 1
-        for name in ("tensor_model", "pipeline_model", "context", "data"):
-            world_size *= getattr(config.parallel, f"{name}_parallel_size") or 1
-        result = rehearse(config, VOCAB_SIZE, world_size=world_size, prepare=prepare)
+        result = rehearse(config, VOCAB_SIZE, world_size=layout_of(config).world_size, prepare=prepare)
         small = dataclasses.replace(result.estimate, device_memory_bytes=100_000)
         found[case] = {
             "calls": {record.rank: essence(record.calls, record.groups) for record in result.records},
+            "written": written_by_rank(result.records),
             "problems": result.problems,
             "on_a_small_card": memory_problems(result.records, small),
             "differences": [[each.what, each.off] for each in result.differences],

@@ -131,8 +131,10 @@ def test_zero_stages_per_parameter(stage, precision, expected):
 def test_traffic_by_hand():
     row = 256 * 512 * 2  # one microbatch's hidden states in bf16
     tensor = estimate_run(run(tensor_model_parallel_size=2)).communication
-    # 32 microbatches, 2 loops, 8 layers: 4 all-reduces of a whole tensor on 2 ranks; then the embedding and the head.
-    assert tensor["tensor parallel"] == 32 * (2 * 8 * 4 * 2 * row / 2 + 4 * row / 2)
+    # 32 microbatches, 2 loops, 8 layers: 4 all-reduces of a whole tensor on 2 ranks; then the embedding and the head,
+    # and three fp32 numbers of each token for the cross-entropy.
+    head = 4 * row / 2 + 3 * 256 * 4
+    assert tensor["tensor parallel"] == 32 * (2 * 8 * 4 * 2 * row / 2 + head)
     assert estimate_run(run(pipeline_model_parallel_size=2)).communication["pipeline"] == 32 * 3 * row
     assert estimate_run(run(pipeline_model_parallel_size=4)).communication["pipeline"] == 32 * 2 * 2 * row
     data = estimate_run(run(), world_size=4).communication
