@@ -127,7 +127,9 @@ def _as_rank(rank: int, layout: ParallelLayout) -> Iterator[None]:
         return ranks.index(rank)
 
     def get_rank(group: Any = None) -> int:
-        return place(group or dist.group.WORLD)
+        chosen = group or dist.group.WORLD
+        assert chosen is not None, "the process group stands"
+        return place(chosen)
 
     with mock.patch.object(dist.ProcessGroup, "rank", place), mock.patch.object(dist, "get_rank", get_rank):
         yield
@@ -152,7 +154,7 @@ class PartOfOtherRank(OptimizerPart):
     def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
         """See `OptimizerPart`."""
         for buffer in self.optimizer.buffers:
-            owned = {}
+            owned: dict[Tensor, Any] = {}
             for bucket in buffer.buckets:
                 size = bucket.grad_data.numel() // buffer.data_parallel_group.size()
                 start = bucket.offset + self._place * size
