@@ -21,6 +21,7 @@ PAGES = {
     "results/README.md": "results.md",
     "serving/README.md": "serving.md",
     "results/paper_ablation/README.md": "paper_ablation.md",
+    "results/from_public_model/README.md": "from_public_model.md",
     "results/paper_ablation/report/index.html": "paper_ablation_report.html",
 }
 _REPOSITORY_PATHS = {site: path for path, site in PAGES.items()}
