@@ -65,9 +65,13 @@ class RunData:
         config = self._config
         found = {}
         for source in part_sources(config.data)[1]:
-            part = "sources" if config.data.sources else "validation_sources"
+            alone = (
+                dataclasses.replace(config.data, sources=[source])
+                if config.data.sources
+                else dataclasses.replace(config.data, validation_sources=[source])
+            )
             built = build_datasets(
-                dataclasses.replace(config.data, **{part: [source]}),
+                alone,
                 num_samples=(0, samples, 0),
                 seed=config.training.seed,
                 cache_dir=index_folder(config),

@@ -215,7 +215,7 @@ def test_losses_of_sources_add_up(data, tmp_path, run_distributed):
         "by_source",
         tmp_path,
         parts,
-        training={"train_iters": 2},
+        training={"train_iters": 3},
         validation={"interval": 0, "iters": 2, "loop_counts": [], "by_source": True},
         checkpoint={"enabled": False},
     )

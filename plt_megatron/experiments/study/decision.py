@@ -7,7 +7,6 @@ is the best over the law's bootstrap samples is how sure the answer is, as far a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -124,9 +123,9 @@ class Frontier:
     verdicts: tuple[Verdict, ...]
 
 
-def decide(fit: LawFit, candidates: Sequence[Candidate], target: Target) -> list[Frontier]:
-    """All frontiers; the headline, at equal decoding latency, first."""
-    return [_frontier(fit, candidates, question, target) for question in _questions(candidates, target)]
+def decide(fit: LawFit, candidates: Sequence[Candidate], target: Target, *, curves: bool = True) -> list[Frontier]:
+    """All frontiers; the headline, at equal decoding latency, first. `curves`: also beside the target."""
+    return [_frontier(fit, candidates, question, target, curves) for question in _questions(candidates, target)]
 
 
 def headline(frontiers: Sequence[Frontier]) -> Verdict:
@@ -181,10 +180,12 @@ def _questions(candidates: Sequence[Candidate], target: Target) -> list[_Questio
     return questions
 
 
-def _frontier(fit: LawFit, candidates: Sequence[Candidate], question: _Question, target: Target) -> Frontier:
+def _frontier(
+    fit: LawFit, candidates: Sequence[Candidate], question: _Question, target: Target, with_curves: bool
+) -> Frontier:
     values = question.target * np.geomspace(1 / _SPAN, _SPAN, _POINTS)
     contenders = _contenders(fit, candidates)
-    curves = tuple(_curve(fit, own, question, values) for own in contenders.values())
+    curves = tuple(_curve(fit, own, question, values) for own in contenders.values()) if with_curves else ()
     verdicts = []
     for variant in fit.data.variants:
         own = [found for (name, loops), found in contenders.items() if name == variant or loops == 1]
@@ -234,12 +235,20 @@ def _within(own: Sequence[Candidate], measure: Callable[[Candidate], float], lim
 def _between(low: Candidate, high: Candidate, share: float) -> Candidate:
     """A candidate on the way from one to another, in logarithms."""
 
-    def at(name: str) -> float | None:
+    def at(name: str) -> float:
         first, last = getattr(low, name), getattr(high, name)
-        return first * (last / first) ** share if first and last else first
+        return first * (last / first) ** share if first else 0.0
 
-    names = ("once", "looped", "flops", "seconds", "latency_ms", "memory")
-    return dataclasses.replace(low, **{name: at(name) for name in names})
+    return Candidate(
+        low.variant,
+        low.loops,
+        once=at("once"),
+        looped=at("looped"),
+        flops=at("flops"),
+        seconds=None if low.seconds is None or high.seconds is None else at("seconds"),
+        latency_ms=at("latency_ms"),
+        memory=at("memory"),
+    )
 
 
 def _model(candidate: Candidate, tokens: float) -> Model:

@@ -28,8 +28,9 @@ _LOSS = "loss (nats per token)"
 _MOST_SIZES = 6  # panels of learning curves at most
 
 
-def frontier_figure(frontier: Frontier, variants: Sequence[str], target: float) -> Named:
-    """Loss against what is held equal: a color for each number of loops, a line for each variant."""
+def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> Named:
+    """Loss in `unit` against what is held equal: a color for each number of loops, a line for each variant."""
+    target = float(frontier.curves[0].x[len(frontier.curves[0].x) // 2])
     figure, (axes,) = new_figure(6.4, 4.2)
     for curve in frontier.curves:
         style = LINES[variants.index(curve.variant) % len(LINES)] if curve.loops > 1 else "-"
@@ -40,7 +41,7 @@ def frontier_figure(frontier: Frontier, variants: Sequence[str], target: float) 
     axes.set_xscale("log")
     _limit(axes, frontier.curves, target)
     axes.set_xlabel(frontier.axis)
-    axes.set_ylabel(f"expected {_LOSS}")
+    axes.set_ylabel(f"expected loss ({unit})")
     add_legend(axes, size=8)
     name = f"frontier_{frontier.question.replace(' ', '_').lower()}"
     caption = f"At equal {frontier.question}: the best shape of each. Dotted: where the answer is asked for."

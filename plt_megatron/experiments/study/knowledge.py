@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from plt_megatron.config import derived
 from plt_megatron.errors import UserError
@@ -18,10 +20,20 @@ from plt_megatron.experiments.study.grid import Grid, source_of, start_step, tra
 from plt_megatron.experiments.study.law import LawFit, fit_law
 from plt_megatron.experiments.study.observations import Observation
 from plt_megatron.experiments.study.shapes import make_candidates
+from plt_megatron.experiments.study.study_file import DecideSettings
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
 from plt_megatron.experiments.sweep_status import state_of
 
 Wiring = tuple[str, int]  # a variant, "" for one loop, and a number of loops
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The law and the headline of one validation source alone, in bits per byte."""
+
+    name: str
+    fit: LawFit
+    answer: Verdict
 
 
 @dataclass(frozen=True)
@@ -30,22 +42,30 @@ class Knowledge:
 
     Attributes:
         results: of all planned runs, in order.
+        measure: what the law is about: `loss` or `bits_per_byte`.
         observations: of those that count.
         fit: the law; None where there is none yet, for the reason `no_law`.
         frontiers: empty without a law.
         rates: model FLOP/s that each wiring's runs reached.
+        domains: one for each validation source, where runs were validated by source.
     """
 
+    measure: str
     results: tuple[RunResult, ...]
     observations: tuple[Observation, ...]
     fit: LawFit | None
     no_law: str
     frontiers: tuple[Frontier, ...]
     rates: dict[Wiring, float]
+    domains: tuple[Domain, ...] = ()
 
     @property
     def answer(self) -> Verdict | None:
         return headline(self.frontiers) if self.frontiers else None
+
+    def counted(self) -> list[str]:
+        """Names of the runs that count, in the order of the observations."""
+        return [result.run.name for result in self.results if _value(result, self.measure) is not None]
 
     def problems(self) -> list[str]:
         """One line for each planned run that does not count, with the reason."""
@@ -61,6 +81,11 @@ class Knowledge:
             for r in self.results
             if r.status == "missing" and _lost_its_trunk(r.run)
         ]
+        lines += [
+            f"{r.run.name} does not count: it was validated without {self.measure.replace('_', ' ')}"
+            for r in self.results
+            if r.status == "used" and _value(r, self.measure) is None
+        ]
         if waiting:
             shown = ", ".join(waiting[:6]) + (f" and {len(waiting) - 6} more" if len(waiting) > 6 else "")
             lines.append(f"not started: {shown}")
@@ -69,30 +94,68 @@ class Knowledge:
 
 def learn(grid: Grid, plan: SweepPlan | None, bootstraps: int = 400) -> Knowledge:
     """Read the runs of a plan, fit the law, and decide. `plan` None: before the first round."""
-    results = load_results(plan.folder).runs if plan is not None else []
-    places, observations = grid.places(), []
-    for result in results:
-        if result.status != "used" or result.loss is None:
-            continue
-        own = grid.arms[places[result.run.name][0]]
-        arm = own.arm
-        seen = (arm.variant, arm.once, arm.looped, arm.loops, result.run.tokens, result.loss)
-        observations.append(Observation(*seen, own.name, arm.seed))
-    rates = _rates(grid, results)
+    results = tuple(load_results(plan.folder).runs if plan is not None else ())
+    rates, measure = _rates(grid, results), grid.study.measure
+    observations = _observations(grid, results, measure)
     try:
         fit = fit_law(observations, variants=list(grid.study.variants), bootstraps=bootstraps)
     except UserError as error:
-        return Knowledge(tuple(results), tuple(observations), None, str(error), (), rates)
-    settings = grid.study.decide
-    target = Target(
+        return Knowledge(measure, results, observations, None, str(error), (), rates)
+    candidates, target = make_candidates(grid, rates), _target(grid.study.decide)
+    frontiers = tuple(decide(fit, candidates, target))
+    domains = []
+    for name in _sources(results):
+        own = _observations(grid, results, name)
+        with contextlib.suppress(UserError):  # some runs were validated without it
+            law = fit_law(own, variants=list(grid.study.variants), bootstraps=bootstraps // 2)
+            domains.append(Domain(name, law, headline(decide(law, candidates, target, curves=False))))
+    return Knowledge(measure, results, observations, fit, "", frontiers, rates, tuple(domains))
+
+
+def _target(settings: DecideSettings) -> Target:
+    return Target(
         settings.training_flops,
         settings.latency_ms,
         1e9 * settings.memory_gb,
         settings.confidence,
         settings.indifference,
     )
-    frontiers = tuple(decide(fit, make_candidates(grid, rates), target))
-    return Knowledge(tuple(results), tuple(observations), fit, "", frontiers, rates)
+
+
+def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tuple[Observation, ...]:
+    """Of the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
+    places, observations = grid.places(), []
+    for result in results:
+        value = _value(result, measure)
+        if value is not None:
+            own = grid.arms[places[result.run.name][0]]
+            arm = own.arm
+            seen = (arm.variant, arm.once, arm.looped, arm.loops, result.run.tokens, value)
+            observations.append(Observation(*seen, own.name, arm.seed))
+    return tuple(observations)
+
+
+def _value(result: RunResult, measure: str) -> float | None:
+    """A run's final figure; None where it does not count, or was not measured."""
+    if result.status != "used":
+        return None
+    if measure == "loss":
+        return result.loss
+    record = _last_validation(result)
+    found = record.get(measure) if measure == "bits_per_byte" else record.get("source_bits_per_byte", {}).get(measure)
+    return found if isinstance(found, float) else None
+
+
+def _sources(results: Sequence[RunResult]) -> list[str]:
+    """The validation sources that runs have bits per byte of, if there are several."""
+    used = [result for result in results if result.status == "used"]
+    names = dict.fromkeys(name for r in used for name in _last_validation(r).get("source_bits_per_byte", {}))
+    return list(names) if len(names) > 1 else []
+
+
+def _last_validation(result: RunResult) -> dict[str, Any]:
+    records = result.run.folder.metrics().validation_at(result.run.config.model.loop_count)
+    return records[-1] if records else {}
 
 
 def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> list[Arm]:

@@ -30,6 +30,7 @@ from plt_megatron.run_folder.text import plural
 
 FOLDER, PAGE = "report", "index.html"
 Part = tuple[str, list[str], dict[str, Table], list[Named]]
+_UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
 _HOW = (
     "The percentage: how often a number of loops comes out best over the bootstrap of the law, each with its best "
     "shape within the limit. That is how sure the runs make it, if the law holds."
@@ -43,7 +44,7 @@ def write_report(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> P
     """
     check_packages()
     folder = plan.folder / FOLDER
-    parts = [*_frontiers(known), *_law(known), *_learning(known), _runs(known)]
+    parts = [*_frontiers(known), *_domains(known), *_law(known), *_learning(known), _runs(known)]
     page = render(
         "study.html",
         title=plan.title,
@@ -83,11 +84,33 @@ def _about(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> str:
 def _frontiers(known: Knowledge) -> list[Part]:
     if known.fit is None:
         return []
-    figures = [
-        frontier_figure(f, known.fit.data.variants, float(f.curves[0].x[len(f.curves[0].x) // 2]))
-        for f in known.frontiers
-    ]
+    unit = _UNITS[known.measure]
+    figures = [frontier_figure(f, known.fit.data.variants, unit) for f in known.frontiers]
     return [("Frontier", [], {"standings": _standings(known.frontiers)}, figures)]
+
+
+def _domains(known: Knowledge) -> list[Part]:
+    """The answer for each validation source alone."""
+    if not known.domains:
+        return []
+    columns = (
+        Column("source", "source", is_text=True),
+        Column("variant", "variant", is_text=True),
+        Column("phi", "phi"),
+        Column("answer", "at equal decoding latency", is_text=True),
+    )
+    rows = [
+        [Cell(d.name, d.name), Cell(variant, variant), _number(phi, ".3f"), *_once(d.answer.text, place)]
+        for d in known.domains
+        for place, (variant, phi) in enumerate(d.fit.phis.items())
+    ]
+    return [
+        ("Held-out sources", ["The same by bits per byte of each source alone."], {"sources": Table(columns, rows)}, [])
+    ]
+
+
+def _once(text: str, place: int) -> list[Cell]:
+    return [Cell(text, text) if place == 0 else Cell("", "")]
 
 
 def _standings(frontiers: Sequence[Frontier]) -> Table:
@@ -139,7 +162,7 @@ def _law(known: Knowledge) -> list[Part]:
             f"Foretold from the other sizes, {held.inside} of {len(held.rows)} runs of {held.what} lie within the "
             f"law's interval; the largest miss is {abs(held.seen - held.said).max():.4f}."
         )
-    names = [r.run.name for r in known.results if r.status == "used" and r.loss is not None]
+    names = known.counted()
     profiles = [profile(fit, variant) for variant in fit.data.variants]
     law = ("Law", text, {"law": _coefficients(fit)}, [residual_figure(fit, names, held)])
     return [law, ("What a loop is worth", _comparisons(fit), {"phi": _phis(fit)}, [phi_figure(fit, profiles)])]
@@ -198,9 +221,10 @@ def _runs(known: Knowledge) -> Part:
     )
     residuals = iter(known.fit.residuals.tolist() if known.fit is not None else [])
     rows: list[list[Cell]] = []
+    counted = set(known.counted())
     for result in known.results:
         run, loss = result.run, result.loss
-        residual = next(residuals, None) if result.status == "used" else None
+        residual = next(residuals, None) if run.name in counted else None
         source = f"{source_of(run)} at step {start_step(run)}" if source_of(run) else ""
         rows.append(
             [

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 
@@ -80,7 +80,7 @@ class DecideSettings:
         context_length, batch_size, gpu: of decoding.
         vocab_size: of the models decided about; None: the study's.
         confidence: share of the bootstrap samples that decides.
-        indifference: nats per token that nobody would pay for.
+        indifference: a difference of the study's `measure` that nobody would pay for.
     """
 
     training_flops: Positive = 1e20
@@ -114,6 +114,8 @@ class StudyFile:
             between depths and loops the loop parameterisation carries it over.
         budget: hours of training, of all runs together, each on the hardware that its configuration asks for.
         rounds: at most so many; after each the next runs are chosen by what is known.
+        measure: what the law is about: nats per token, or bits per byte of all validation sources together, which takes
+            `validation.by_source`.
         settings: `key=value` settings of every run, from the command line.
     """
 
@@ -130,6 +132,7 @@ class StudyFile:
     lr_exponent_of_width: NotNegative = 0.0
     budget: Hours = Hours(8.0)
     rounds: PositiveCount = 3
+    measure: Literal["loss", "bits_per_byte"] = "loss"
     decide: DecideSettings = field(default_factory=DecideSettings)
     noise: NoiseSettings = field(default_factory=NoiseSettings)
     output_dir: str = "runs/studies"

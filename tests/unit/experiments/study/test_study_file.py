@@ -15,7 +15,7 @@ def test_a_file_and_the_command_line(tmp_path):
     assert float(study.budget) == 48.0 and study.seeds == [3]
     assert study.overrides == ["optimizer.lr_warmup_iters=4", "optimizer.lr=1e-3"]
     assert study.variants["naive loop"].keys() >= {"model.share_kv"} and study.variants["PLT"] == ()
-    assert study.decide.latency_ms == 0.0005 and study.decide.batch_size == 1
+    assert study.decide.latency_ms == 0.0006 and study.decide.batch_size == 1
 
 
 @pytest.mark.parametrize(("text", "hours"), [("90min", 1.5), ("45 m", 0.75), ("40h", 40.0), ("1.5d", 36.0)])
@@ -32,9 +32,9 @@ def test_budgets_are_times(tmp_path, text, hours):
         ("[1280, 2560, 5120]", "[5120, 2560, 1280]", 12, "horizons: give them ascending"),
         ("  M: {model.hidden_size: 32, model.ffn_hidden_size: 64}\n", "", 7, "sizes: give at least 3"),
         ("seeds: [1, 2]", "seeds: [1, 1]", 13, "seeds: give at least one, each once"),
-        ("budget: 20min", "budget: 20", 14, "budget: expected a time as in 40h"),
-        ("budget: 20min", "budget: 0h", 14, "budget: expected a time as in 40h"),
-        ("latency_ms: 0.0005", "latency: 0.0005", 15, "did you mean decide.latency_ms"),
+        ("budget: 0.12min", "budget: 20", 14, "budget: expected a time as in 40h"),
+        ("budget: 0.12min", "budget: 0h", 14, "budget: expected a time as in 40h"),
+        ("latency_ms: 0.0006", "latency: 0.0006", 15, "did you mean decide.latency_ms"),
         ("confidence: 0.999", "confidence: 0.4", 15, "decide.confidence must be above 0.5"),
         ("context_length: 64", "gpu: abacus", 15, "no card 'abacus' in the table"),
         ("PLT: {}", "PLT: {model.loop_count: 2}", 5, "model.loop_count is the study's own; use loops"),

@@ -24,7 +24,7 @@ from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTrain
 @pytest.fixture
 def training(monkeypatch) -> type[PlantedTraining]:
     class Training(PlantedTraining):
-        killed_after, diverging, failing, trained = None, set(), set(), []
+        killed_after, diverging, failing, trained, sources = None, set(), set(), [], {}
 
     monkeypatch.setattr(rounds, "LocalSweep", Training)
     learn_quickly = lambda grid, plan: learn(grid, plan, bootstraps=40)  # noqa: E731
@@ -59,7 +59,7 @@ def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_pat
         assert float(phis[name]["low"]) < phi < float(phis[name]["high"])
     page = (tmp_path / "studies/study/report/index.html").read_text()
     answer = re.search(r'<p class="answer open">(.*?)</p>', page)[1]
-    assert answer.startswith("At 1e+12 training FLOPs and 0.0005 ms a token: ") and "%" in answer
+    assert answer.startswith("At 1e+12 training FLOPs and 0.0006 ms a token: ") and "%" in answer
     assert page.index("Answer") < page.index("Frontier") < page.index("<h2>Law") < page.index("Learning curves")
     assert page.index("Learning curves") < page.index("<h2>Runs") and "http" not in page.replace(
         "http://www.w3.org", ""
@@ -170,3 +170,19 @@ def test_the_report_of_a_hundred_runs_takes_seconds(tmp_path, training, monkeypa
     started = time.process_time()
     write_report(grid, plan, learn(grid, plan), "decided")
     assert time.process_time() - started < 30
+
+
+def test_bits_per_byte_and_each_source_alone(tmp_path, training, reported):
+    """A source in which loops are worth more, and one in which they are worth nothing, have laws and answers of
+    their own; the study's is about both together."""
+    text = STUDY.replace("set: {", "set: {validation.by_source: true, ")
+    text += "measure: bits_per_byte\nrounds: 1\n"
+    path = write_study(tmp_path, text)
+    training.sources = {"code": 1.0, "prose": 0.0}
+    assert run_study(str(path), settings(tmp_path), StudyOptions()) == 0
+    (known,) = reported
+    assert known.measure == "bits_per_byte" and [domain.name for domain in known.domains] == ["code", "prose"]
+    code, prose = (domain.fit.phis["PLT"] for domain in known.domains)
+    assert 1.0 in code and 0.0 in prose and known.fit.phis["PLT"].value == pytest.approx(0.5, abs=0.2)
+    with pytest.raises(UserError, match=r"measure: bits_per_byte takes validation.by_source=true"):
+        run_study(str(path), settings(tmp_path, "validation.by_source=false", "name=x"), StudyOptions())
