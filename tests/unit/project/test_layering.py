@@ -25,7 +25,7 @@ ALLOWED = {
     "data": {"config", "run_folder"},
     "model": {"config", "runtime"},
     "train": {"config", "run_folder", "runtime", "estimate", "launcher", "data", "model"},
-    "rehearsal": {"config", "runtime", "estimate", "model", "train"},
+    "rehearsal": {"config", "run_folder", "runtime", "estimate", "model", "train"},
     "hf": {"config", "run_folder", "runtime", "estimate", "data", "model", "train"},
     "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf"},
     # A sweep is submitted to Slurm; everything else reads run folders.
