@@ -13,19 +13,18 @@ Figures are medians over turns: throughput in generated tokens/s, and the inter-
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "serving")]
 
-from demo import answers, free_port  # noqa: E402
+
+from server import ServerError, serve  # noqa: E402
 
 from serving import MODEL, ROWS, SMALL  # noqa: E402
 
@@ -69,31 +68,18 @@ def write_model(folder: Path, row: str, args: argparse.Namespace) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@contextlib.contextmanager
-def server(folder: Path, concurrency: int) -> Iterator[int]:
-    """A server of the model in `folder`; yields its port."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--load-format", "dummy", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += ["--max-num-seqs", str(concurrency), "--max-model-len", "1024", "--max-num-batched-tokens", "512"]
-    command += ["--kv-cache-memory-bytes", str(1 << 29), "--no-enable-prefix-caching", "--generation-config", "vllm"]
-    env = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    log = folder / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
-    try:
-        if not answers(process, port):
-            sys.exit("error: a server did not start:\n" + "\n".join(log.read_text().splitlines()[-15:]))
-        yield port
-    finally:
-        process.terminate()
-        process.wait()
+def options(concurrency: int) -> list[str]:
+    """A server's, beside its model."""
+    chosen = ["--load-format", "dummy", "--enforce-eager", "--no-enable-prefix-caching", "--generation-config", "vllm"]
+    chosen += ["--max-num-seqs", str(concurrency), "--max-model-len", "1024", "--max-num-batched-tokens", "512"]
+    return [*chosen, "--kv-cache-memory-bytes", str(1 << 29)]
 
 
 def load(folder: Path, port: int, turn: int, args: argparse.Namespace) -> dict[str, float]:
     """One turn of `vllm bench serve`."""
     result = folder / f"turn{turn}.json"
     command = [sys.executable, "-c", BENCH, "--model", str(folder), "--port", str(port), "--dataset-name", "random"]
+    command += ["--served-model-name", "plt"]
     command += ["--random-input-len", str(args.prompt), "--random-output-len", str(args.answer)]
     command += ["--random-range-ratio", "0.5", "--num-prompts", str(args.requests), "--seed", str(turn)]
     command += ["--max-concurrency", str(args.concurrency), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
@@ -114,7 +100,10 @@ def main() -> int:
         folders = {row: Path(temporary) / str(number) for number, row in enumerate(args.rows)}
         for row, folder in folders.items():
             write_model(folder, row, args)
-        ports = {row: servers.enter_context(server(folder, args.concurrency)) for row, folder in folders.items()}
+        ports = {}
+        for row, folder in folders.items():
+            started = serve(folder, folder, *options(args.concurrency), VLLM_CPU_OMP_THREADS_BIND="nobind")
+            ports[row] = servers.enter_context(started).port
         for turn in range(args.turns + 1):
             for row, port in ports.items():
                 figures = load(folders[row], port, turn, args)
@@ -133,4 +122,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ServerError as error:
+        sys.exit(f"error: {error}")

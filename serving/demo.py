@@ -4,17 +4,14 @@
 import argparse
 import json
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
+
+from server import ServerError, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPORT = ROOT / ".demo" / "hf"
-START_SECONDS = 300
 
 
 def main() -> int:
@@ -33,28 +30,18 @@ def main() -> int:
 
 
 def serve_and_ask(model: Path, prompt: str, tokens: int) -> int:
-    port = free_port()
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    server += ["--served-model-name", "plt", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    server += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(1 << 28)]
-    log = model / "server.log"
-    print("$", " ".join(server), f"> {log}", flush=True)
-    with log.open("w") as output:
-        process = subprocess.Popen(server, stdout=output, stderr=subprocess.STDOUT)
+    options = ("--enforce-eager", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(1 << 28))
     try:
-        if not answers(process, port):
-            print(f"error: the server did not start; the last lines of {log}:", file=sys.stderr)
-            print("\n".join(log.read_text().splitlines()[-15:]), file=sys.stderr)
-            return 1
-        return ask(port, prompt, tokens)
-    finally:
-        process.terminate()
-        process.wait()
+        with serve(model, model, *options, show=True) as server:
+            return ask(server.url, prompt, tokens)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
-def ask(port: int, prompt: str, tokens: int) -> int:
+def ask(server: str, prompt: str, tokens: int) -> int:
     body = json.dumps({"model": "plt", "prompt": prompt, "max_tokens": tokens, "temperature": 0})
-    url = f"http://127.0.0.1:{port}/v1/completions"
+    url = f"{server}/v1/completions"
     request = ["curl", "--silent", "--show-error", "--fail-with-body", url]
     request += ["--header", "Content-Type: application/json", "--data", body]
     print(f"\n$ curl {url} --header 'Content-Type: application/json' --data '{body}'", flush=True)
@@ -64,24 +51,6 @@ def ask(port: int, prompt: str, tokens: int) -> int:
         return 1
     print("\n" + prompt + json.loads(done.stdout)["choices"][0]["text"])
     return 0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def answers(process: subprocess.Popen, port: int) -> bool:
-    """Whether the server comes up, before it ends or the time is over."""
-    end = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return True
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    return False
 
 
 if __name__ == "__main__":

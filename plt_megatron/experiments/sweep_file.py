@@ -19,7 +19,7 @@ read alike in a run file, on the command line and here.
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -101,8 +101,27 @@ class DemoCorpus:
     folder: str = ".demo/vocab_2048"
 
 
+class FileOfRuns:
+    """What the files of sweeps and studies have in common: settings of all their runs, and a folder for these."""
+
+    name: str
+    set: dict[str, SettingText]
+    output_dir: str
+    path: Path
+    settings: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def overrides(self) -> list[str]:
+        """Settings of every run."""
+        return [*(f"{key}={text}" for key, text in self.set.items()), *self.settings]
+
+
 @dataclass
-class SweepFile:
+class SweepFile(FileOfRuns):
     """A sweep as its file and the command line state it.
 
     Attributes:
@@ -131,15 +150,6 @@ class SweepFile:
     path: Path = field(init=False)
     settings: list[str] = field(init=False)
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.output_dir) / self.name
-
-    @property
-    def overrides(self) -> list[str]:
-        """Settings of every run."""
-        return [*(f"{key}={text}" for key, text in self.set.items()), *self.settings]
-
     def compared_axis(self) -> Axis | None:
         """The axis that is compared: as named, else the first that sets a switch of the loop, else the first."""
         if self.compare is not None:
@@ -156,13 +166,24 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepFile:
     changes the sweep; any other is a setting of every run.
     Raises `UserError` naming file, line and key.
     """
-    own = [text for text in settings if text.partition("=")[0].partition(".")[0].strip() in field_types(SweepFile)]
-    sweep = load(SweepFile, path, own)
-    sweep.path = Path(path)
-    sweep.settings = [text for text in settings if text not in own]
-    sweep.name = sweep.name or sweep.path.stem
-    check(sweep, _problems(sweep))
-    return sweep
+    return read_file_of_runs(SweepFile, path, settings, _problems)
+
+
+def read_file_of_runs[T: FileOfRuns](
+    kind: type[T], path: str | Path, settings: Sequence[str], problems: Callable[[T], Iterator[str]]
+) -> T:
+    """Read a file; `settings` of its own keys change it, all others are settings of every run.
+
+    Raises `UserError` naming file, line and key, also of what `problems` finds.
+    """
+    keys = field_types(typing.cast(type, kind))
+    own = [text for text in settings if text.partition("=")[0].partition(".")[0].strip() in keys]
+    file = load(kind, path, own)
+    file.path = Path(path)
+    file.settings = [text for text in settings if text not in own]
+    file.name = file.name or file.path.stem
+    check(file, problems(file))
+    return file
 
 
 def _value_label(key: str, text: str) -> str:

@@ -18,8 +18,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
 )
-# The reference: the modeling file that travels with exports.
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+# The reference, which is the modeling file that travels with exports; server.py; helpers.
+sys.path[:0] = [str(ROOT), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 MISSING = None if find_spec("vllm") else "vLLM is not installed: `make test-serving` makes an environment that has it"
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from helpers import prompts
-from server import serve
+from server import ServerError, serve
 
 OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "24"),
@@ -140,6 +140,6 @@ def test_what_is_wrong_gets_the_right_status(server, client, export):
 
 
 def test_a_wrong_option_ends_the_server_with_one_line_that_says_so(export, tmp_path):
-    with pytest.raises(AssertionError, match="loop_count must be from 1 to this model's 3, not 9"):
+    with pytest.raises(ServerError, match="loop_count must be from 1 to this model's 3, not 9"):
         with serve(export.folder, tmp_path, *OPTIONS, "--additional-config", '{"plt": {"loop_count": 9}}'):
             pass

@@ -33,6 +33,7 @@ class RunResult:
         status: `used`, or why the run is left out of the means; `reason`: the same in words.
         curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
         loss: the last of them, for a run that is used; None for others.
+        validation: the last record of a validation at the model's own loop count; empty: there is none.
         seconds: of training, if known; `skipped`: steps that the training loop did not accept.
     """
 
@@ -41,6 +42,7 @@ class RunResult:
     reason: str = ""
     curve: list[tuple[int, float]] = field(default_factory=list)
     loss: float | None = None
+    validation: dict[str, Any] = field(default_factory=dict)
     train_loss: float | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
@@ -84,7 +86,9 @@ def _read_run(run: PlannedRun) -> RunResult:
 def _read_files(run: PlannedRun) -> RunResult:
     metrics = run.folder.metrics()
     result = RunResult(run, "used", fingerprint=recorded_fingerprint(run) if metrics.tokens else None)
-    result.curve = [(r["tokens"], r["loss"]) for r in metrics.validation_at(run.config.model.loop_count)]
+    validations = metrics.validation_at(run.config.model.loop_count)
+    result.curve = [(r["tokens"], r["loss"]) for r in validations]
+    result.validation = validations[-1] if validations else {}
     result.train_loss = metrics.train[-1]["loss"] if metrics.train else None
     result.tokens_per_second = metrics.tokens_per_second()
     result.skipped = run.folder.bad_steps()

@@ -7,7 +7,6 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from plt_megatron.config import derived
 from plt_megatron.errors import UserError
@@ -141,7 +140,7 @@ def _value(result: RunResult, measure: str) -> float | None:
         return None
     if measure == "loss":
         return result.loss
-    record = _last_validation(result)
+    record = result.validation
     found = record.get(measure) if measure == "bits_per_byte" else record.get("source_bits_per_byte", {}).get(measure)
     return found if isinstance(found, float) else None
 
@@ -149,13 +148,8 @@ def _value(result: RunResult, measure: str) -> float | None:
 def _sources(results: Sequence[RunResult]) -> list[str]:
     """The validation sources that runs have bits per byte of, if there are several."""
     used = [result for result in results if result.status == "used"]
-    names = dict.fromkeys(name for r in used for name in _last_validation(r).get("source_bits_per_byte", {}))
+    names = dict.fromkeys(name for r in used for name in r.validation.get("source_bits_per_byte", {}))
     return list(names) if len(names) > 1 else []
-
-
-def _last_validation(result: RunResult) -> dict[str, Any]:
-    records = result.run.folder.metrics().validation_at(result.run.config.model.loop_count)
-    return records[-1] if records else {}
 
 
 def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> list[Arm]:

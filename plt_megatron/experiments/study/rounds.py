@@ -193,15 +193,13 @@ class _Study:
     def _finish(self, plan: SweepPlan) -> int | None:
         """Run what is not finished, trunks before their branches; an exit status where the command ends with that."""
         while True:
-            todo = [
-                run
-                for run in plan.runs
-                if state_of(run) != "finished" and run.name not in self.failed and is_ready(run)
-            ]
+            finished = [run for run in plan.runs if state_of(run) == "finished"]
+            done = {run.name for run in finished} | self.failed
+            todo = [run for run in plan.runs if run.name not in done and is_ready(run)]
             if not todo:
-                note_finished([run for run in plan.runs if state_of(run) == "finished"])
+                note_finished(finished)
                 return None
-            check_same_data(todo, [run for run in plan.runs if state_of(run) == "finished"])
+            check_same_data(todo, finished)
             if self.options.dry_run:
                 return self._dry_run(plan, todo)
             if self.options.submit is not None:

@@ -25,12 +25,19 @@ from typing import Annotated, Literal
 
 import yaml
 
-from plt_megatron.config.fields import LoopCount, NotNegative, Positive, PositiveCount, Range, Size, field_types
-from plt_megatron.config.loader import check, load
+from plt_megatron.config.fields import LoopCount, NotNegative, Positive, PositiveCount, Range, Size
 from plt_megatron.config.yaml_nodes import describe, where
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
-from plt_megatron.experiments.sweep_file import LOOP_SWITCHES, OWNED, DemoCorpus, SettingText, settings_of
+from plt_megatron.experiments.sweep_file import (
+    LOOP_SWITCHES,
+    OWNED,
+    DemoCorpus,
+    FileOfRuns,
+    SettingText,
+    read_file_of_runs,
+    settings_of,
+)
 
 _HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
 _BUDGET = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(m|min|h|d)")
@@ -104,7 +111,7 @@ class NoiseSettings:
 
 
 @dataclass
-class StudyFile:
+class StudyFile(FileOfRuns):
     """A study as its file and the command line state it.
 
     Attributes:
@@ -140,28 +147,13 @@ class StudyFile:
     path: Path = field(init=False)
     settings: list[str] = field(init=False)
 
-    @property
-    def folder(self) -> Path:
-        return Path(self.output_dir) / self.name
-
-    @property
-    def overrides(self) -> list[str]:
-        """Settings of every run."""
-        return [*(f"{key}={text}" for key, text in self.set.items()), *self.settings]
-
 
 def read_study(path: str | Path, settings: Sequence[str] = ()) -> StudyFile:
     """Read a study's file and apply `key=value` settings: of the study itself, else of every run.
 
     Raises `UserError` naming file, line and key.
     """
-    own = [text for text in settings if text.partition("=")[0].partition(".")[0].strip() in field_types(StudyFile)]
-    study = load(StudyFile, path, own)
-    study.path = Path(path)
-    study.settings = [text for text in settings if text not in own]
-    study.name = study.name or study.path.stem
-    check(study, _problems(study))
-    return study
+    return read_file_of_runs(StudyFile, path, settings, _problems)
 
 
 def _problems(study: StudyFile) -> Iterator[str]:

@@ -14,9 +14,14 @@ from pathlib import Path
 START_SECONDS = 400
 
 
+class ServerError(RuntimeError):
+    """The server did not start; the message ends with the end of its log."""
+
+
 @dataclass
 class Server:
     url: str
+    port: int
     process: subprocess.Popen
     log: Path
 
@@ -46,24 +51,40 @@ class Server:
         return True
 
 
-@contextmanager
-def serve(model: Path, folder: Path, *arguments: str, name: str = "plt"):
-    """A server of this model at a free port, once it answers; it is stopped afterwards."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serve(model: Path, folder: Path, *arguments: str, name: str = "plt", show: bool = False, **environment: str):
+    """A server of this model at a free port, once it answers; it is stopped afterwards.
+
+    Args:
+        folder: for its log.
+        show: print the command.
+        environment: variables beside this process's.
+
+    Raises:
+        ServerError: it does not start.
+    """
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", name, *arguments]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     log = folder / "server.log"
+    if show:
+        print("$", " ".join(command), f"> {log}", flush=True)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-    server = Server(f"http://127.0.0.1:{port}", process, log)
+    server = Server(f"http://127.0.0.1:{port}", port, process, log)
     try:
         end = time.monotonic() + START_SECONDS
         while not server.is_healthy():
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < end, f"no answer after {START_SECONDS} s\n" + log.read_text()[-4000:]
+            if process.poll() is not None or time.monotonic() > end:
+                ended = "it ended" if process.poll() is not None else f"no answer after {START_SECONDS} s"
+                raise ServerError(f"the server did not start ({ended}):\n{log.read_text()[-4000:]}")
             time.sleep(0.5)
         yield server
     finally:
