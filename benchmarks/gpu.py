@@ -8,7 +8,8 @@
 Parts: `rates` (what the card copies and multiplies), `correctness` (gradients of a small PLT-2 on both backends, bf16
 and FP8, against float64 on the CPU), `training` (loss curves, bf16 and FP8 on the same data), `speed` (tokens/s, MFU
 and memory of PLT-2 against megatron-core's own GPT of twice the depth, both with all that docs/throughput.md has on,
-both without, and on the torch backend), `decode` (benchmarks/decode.py at batch 1 to 64).
+both without, on the torch backend, and with GPT's layers as CUDA graphs, which PLT-2 cannot have), `decode`
+(benchmarks/decode.py at batch 1 to 64).
 Exits with 1 when a bar is missed. Results are written after each part.
 """
 
@@ -229,7 +230,23 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
             "MFU of the bf16 peak": flops / seconds["PLT-2"] / 1e12 / peak if peak else None,
             "ratio": seconds["GPT, twice the depth"] / seconds["PLT-2"],
         }
-    return found
+    with_graphs = [name for name in found if name.startswith("te") and "nothing fused" not in name]
+    return found | {f"{name}, GPT with CUDA graphs": graphs(name, found[name], sizes, folder) for name in with_graphs}
+
+
+def graphs(name: str, plt2: dict[str, Any], sizes: Sizes, folder: Path) -> dict[str, Any]:
+    """PLT-2 as it was timed, against GPT whose layers are CUDA graphs; `failed` says why if that GPT did not run."""
+    path = folder / "graphs.json"
+    command = [sys.executable, str(Path(__file__).with_name("gpu_graphs.py")), "--mode", name, "--output", str(path)]
+    command += ["--dry-run"] if sizes is DRY else []
+    forget()
+    process = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if process.returncode != 0:
+        lines = process.stderr.strip().splitlines()
+        return {"failed": lines[-1] if lines else f"exit status {process.returncode}"}
+    kind, figures = "GPT, twice the depth", json.loads(path.read_text())
+    row = {unit: plt2[unit] | {kind: figures[unit]} for unit in ("tokens/s", "memory MiB")}
+    return {**plt2, **row, "ratio": plt2["tokens/s"]["PLT-2"] / figures["tokens/s"]}
 
 
 # ---------------------------------------------------------------- decoding

@@ -27,7 +27,9 @@ def missed_bars(results: dict[str, Any]) -> list[str]:
     for name, end in training["last quarter"].items():
         missed += _missed_curves(name, end, training) if "fp8" in name else []
     for name, figures in results.get("speed", {}).items():
-        if not figures["ratio"] >= SPEED_BAR:
+        if "failed" in figures:
+            missed.append(f"{name}: nothing to compare with, GPT did not run: {figures['failed']}")
+        elif not figures["ratio"] >= SPEED_BAR:
             missed.append(f"{name}: PLT-2 at {figures['ratio']:.3f} of GPT's tokens/s, bar {SPEED_BAR}")
     return missed
 
@@ -96,16 +98,7 @@ def _tables(results: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], list[tu
         ),
         "PLT-2 against GPT of twice the depth, forward and backward": (
             ("mode", "PLT-2 tokens/s", "GPT tokens/s", "ratio", "MFU (bf16 peak)", "PLT-2 MiB", "GPT MiB"),
-            [
-                (
-                    name,
-                    *(f"{value:,.0f}" for value in f["tokens/s"].values()),
-                    f"{f['ratio']:.3f}",
-                    "" if f["MFU of the bf16 peak"] is None else f"{f['MFU of the bf16 peak']:.1%}",
-                    *(f"{value:,.0f}" for value in f["memory MiB"].values()),
-                )
-                for name, f in results.get("speed", {}).items()
-            ],
+            [_speed_row(name, figures) for name, figures in results.get("speed", {}).items()],
         ),
         "Decoding, ms a token (times vanilla)": (
             ("batch", *next(iter(results.get("decode", {}).values()), {})),
@@ -115,3 +108,16 @@ def _tables(results: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], list[tu
             ],
         ),
     }
+
+
+def _speed_row(name: str, figures: dict[str, Any]) -> tuple[str, ...]:
+    if "failed" in figures:
+        return (name, "", "did not run", "", "", "", "")
+    mfu = figures["MFU of the bf16 peak"]
+    return (
+        name,
+        *(f"{value:,.0f}" for value in figures["tokens/s"].values()),
+        f"{figures['ratio']:.3f}",
+        "" if mfu is None else f"{mfu:.1%}",
+        *(f"{value:,.0f}" for value in figures["memory MiB"].values()),
+    )

@@ -5,8 +5,8 @@ Both have the throughput switches that `config` has; GPT's are megatron-core's o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 VOCAB_SIZE = 256  # bytes
@@ -28,8 +28,11 @@ def plt_step(config: Any, batch: Any) -> Callable[[], None]:
     return step
 
 
-def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
+def gpt_step(config: Any, batch: Any, graphs: bool = False) -> Callable[[], None]:
+    """`graphs`: each layer is a CUDA graph, captured after the first step as megatron-core's schedules do it."""
     import torch
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer import cuda_graphs
 
     from benchmarks.deeper_gpt import deeper_gpt
     from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
@@ -39,7 +42,16 @@ def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
 
     fusions = choose_fusions(config, resolve_backend(config.model), VOCAB_SIZE)
     how = {"precision": "bf16", "fp8": choose_fp8(config), "fusions": fusions}
-    layers_config = partial(transformer_config, parallel=config.parallel, **how)
+    if graphs:  # a captured layer needs a random state that graphs can advance
+        tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=True, force_reset_rng=True)
+
+    def layers_config(model: Any) -> Any:
+        layers = transformer_config(model, parallel=config.parallel, **how)
+        if not graphs:
+            return layers
+        # A finished configuration has derived the scope of inference from the other setting.
+        return dataclasses.replace(layers, cuda_graph_impl="local", inference_cuda_graph_scope=None)
+
     gpt = deeper_gpt(config.model, layers_config, VOCAB_SIZE, config.data.sequence_length)
     gpt = gpt.to(dtype=DTYPES["bf16"], device=torch.cuda.current_device())
     wrapped = wrap_ddp(gpt, overlap_grad_reduce=False)
@@ -48,5 +60,7 @@ def gpt_step(config: Any, batch: Any) -> Callable[[], None]:
         gpt.set_is_first_microbatch()
         wrapped.zero_grad_buffer()
         wrapped(batch.tokens, None, None, labels=batch.labels).float().mean().backward()
+        if graphs:
+            cuda_graphs.create_cudagraphs()  # does nothing once they are there
 
     return step

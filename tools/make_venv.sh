@@ -120,6 +120,15 @@ install() {
         "fix that and run 'make venv' again"
 }
 
+# A second one beside it would take the unfinished environment for a dead one's, and remove it. The lock ends with us.
+wait_for_others() {
+    command -v flock >/dev/null || return 0 # not on macOS
+    exec 9<"${BASH_SOURCE[0]}"
+    flock --nonblock 9 && return 0
+    say "another $(basename "${BASH_SOURCE[0]}") of this project is at work; waiting for it"
+    flock 9
+}
+
 main() {
     local python system_torch flags=()
     choose_python
@@ -128,6 +137,7 @@ main() {
         return
     fi
     local venv=${1:-$project/.venv}
+    wait_for_others
     # `unfinished` exists from before the first file until after the last: an interrupted installation is rebuilt.
     if [ -e "$venv/unfinished" ] || ! "$venv/bin/python" -c "$version_test; import pip" 2>/dev/null; then
         if [ -e "$venv" ]; then

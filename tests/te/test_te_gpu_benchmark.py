@@ -37,10 +37,60 @@ def test_every_mode_runs(run_te, tmp_path):
     assert all(
         one == pytest.approx(other, rel=0.05) for one, other in zip(means["te fp8"], means["te bf16"], strict=True)
     )
-    assert results["speed"].keys() == MODES | {"te bf16, nothing fused"}
-    assert all(figures["ratio"] > 0 for figures in results["speed"].values())
+    speed = results["speed"]
+    graphs = {f"{mode}, GPT with CUDA graphs" for mode in ("te bf16", "te fp8")}
+    assert speed.keys() == MODES | {"te bf16, nothing fused"} | graphs
+    # Another process has no such Transformer Engine: what fails there is said, and takes nothing else along.
+    assert all("te " in speed[name].pop("failed") and not speed[name] for name in graphs)
+    assert all(figures["ratio"] > 0 for name, figures in speed.items() if name not in graphs)
     report = (tmp_path / "gpu.md").read_text()
+    assert "te bf16, GPT with CUDA graphs |  | did not run" in report
     assert all(f"{mode} | " in report for mode in MODES) and "copy GB/s" in report
+
+
+def run_graphs() -> tuple[list[int], int, dict[str, float]]:
+    """GPT with graphs, whose capture is faked: the layers whose graph manager is called in the first step, how often
+    megatron-core is asked to capture, and what is measured then."""
+    import megatron.core.transformer.cuda_graphs as cuda_graphs
+    from megatron.core import tensor_parallel
+    from megatron.core.transformer.module import MegatronModule
+    from torch import nn
+
+    from benchmarks import gpu, gpu_graphs
+    from plt_megatron.config.schema import ParallelConfig
+    from plt_megatron.runtime.process_groups import init_process_groups
+
+    class Manager(nn.Module):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__()
+            assert config.cuda_graph_impl == "local" and random_states == [{"use_cudagraphable_rng": True}]
+
+        def __call__(self, module: Any, args: Any, kwargs: Any) -> Any:
+            called.append(module.layer_number)
+            return super(MegatronModule, module).__call__(*args, **kwargs)
+
+    called: list[int] = []
+    captures: list[None] = []
+    random_states: list[dict[str, Any]] = []
+    init_process_groups(ParallelConfig())
+    stock = cuda_graphs.CudaGraphManager, cuda_graphs.create_cudagraphs, gpu.is_cpu
+    seed = tensor_parallel.model_parallel_cuda_manual_seed
+    cuda_graphs.CudaGraphManager, cuda_graphs.create_cudagraphs = Manager, lambda: captures.append(None)
+    gpu.is_cpu = lambda: False
+    tensor_parallel.model_parallel_cuda_manual_seed = lambda _, *, force_reset_rng, **how: random_states.append(how)
+    try:
+        figures = gpu_graphs.measure("te bf16", dry=True)
+    finally:
+        cuda_graphs.CudaGraphManager, cuda_graphs.create_cudagraphs, gpu.is_cpu = stock
+        tensor_parallel.model_parallel_cuda_manual_seed = seed
+    return called, len(captures), figures
+
+
+def test_gpts_layers_are_graphs_captured_after_the_first_step(run_te):
+    called, captures, figures = run_te(run_graphs, 1)
+    steps = 4  # a dry run's: two to warm up, two timed
+    assert called == [1, 2] * steps and captures == steps
+    assert figures["tokens/s"] > 0
 
 
 def test_curves_are_compared_tenth_by_tenth():
@@ -63,7 +113,11 @@ def test_missed_bars_are_named():
             "last quarter": {"te bf16": 2.0, "te fp8": 2.1, "te fp8 attention": 2.01},
             "running means": {"te bf16": [4.0, 2.0], "te fp8": [4.1, 2.09], "te fp8 attention": [4.4, 2.01]},
         },
-        "speed": {"te bf16": {"ratio": 0.9}, "te fp8": {"ratio": 0.99}},
+        "speed": {
+            "te bf16": {"ratio": 0.9},
+            "te fp8": {"ratio": 0.99},
+            "te fp8, GPT with CUDA graphs": {"failed": "no memory"},
+        },
     }
     missed = missed_bars(results)
     assert [line.split(":")[0] for line in missed] == [
@@ -72,6 +126,8 @@ def test_missed_bars_are_named():
         "te fp8",
         "te fp8 attention",
         "te bf16",
+        "te fp8, GPT with CUDA graphs",
     ]
+    assert missed[-1].endswith("GPT did not run: no memory")
     assert "loss 2.1000 at the end, 2.0000 in bf16" in missed[2] and "10.0% off bf16's in tenth 1" in missed[3]
     assert missed_bars(results | {"bars": False}) == []

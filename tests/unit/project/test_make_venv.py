@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import textwrap
@@ -35,7 +36,7 @@ class Machine:
         self.venv = folder / "venv"
         self.bin.mkdir()
         self.home.mkdir()
-        for tool in "bash cat awk head tail mkdir touch rm cp ls cut du sleep dirname env".split():
+        for tool in "bash cat awk head tail mkdir touch rm cp ls cut du sleep dirname basename env flock".split():
             found = shutil.which(tool)
             assert found, tool
             (self.bin / tool).symlink_to(found)
@@ -53,18 +54,23 @@ class Machine:
         python.with_name(f"{python.name}.gpu_stack").write_text(f"{torch_version}\n")
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **environment)
+        output, errors = process.communicate(timeout=240)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         # The script also looks at /usr/bin; a copy that looks elsewhere keeps the real one out of the test.
         project = self.home / "project"
         (project / "tools").mkdir(parents=True, exist_ok=True)
         script = project / "tools" / SCRIPT.name
-        script.write_text(SCRIPT.read_text().replace("/usr/bin/python3", str(self.bin / "absent")))
-        return subprocess.run(
+        if not script.exists():
+            script.write_text(SCRIPT.read_text().replace("/usr/bin/python3", str(self.bin / "absent")))
+        return subprocess.Popen(
             ["bash", str(script), *arguments],
             env={"PATH": str(self.bin), "HOME": str(self.home), "LOG": str(self.log), **environment},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=240,
-            check=False,
         )
 
     def logged(self) -> list[str]:
@@ -161,6 +167,21 @@ def test_a_half_made_environment_is_made_anew(machine):
     assert "removing the incomplete" in result.stdout
     assert not (machine.venv / "rubbish").exists()
     assert (machine.venv / "installed").exists()
+
+
+def test_two_at_once_do_not_remove_each_others_environment(machine):
+    machine.add_python("python3.13")
+    os.mkfifo(machine.home / "go")
+    slow = machine.start(str(machine.venv), FAKE_PIP=f"read <{machine.home}/go || true")
+    with (machine.home / "go").open("w"):  # opens once pip reads it: the first one is in the middle of its work
+        other = machine.start(str(machine.venv))
+        assert other.stdout is not None
+        assert "another make_venv.sh of this project is at work" in other.stdout.readline()
+    for process in (slow, other):
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert "removing" not in output
+    assert [line.split()[0] for line in machine.logged()] == ["venv", "pip", "pip"]
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(machine):
