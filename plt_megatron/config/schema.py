@@ -255,6 +255,7 @@ class CheckpointConfig:
     save_interval: Steps = 0  # steps; 0: only after the last
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
+    export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
     async_save: bool = False  # write while training continues; published at a later step
     load: str | None = None  # another run's folder or checkpoint to start from; None: resume this run's own
     weights_only: bool = False  # with `load`: load the weights only; reset optimizer, schedule, data and step

@@ -69,6 +69,7 @@ def find_problems(
         problems += _check_schedule(config)
         problems += loop_schedule.find_problems(config)
         problems += _check_validation(config)
+        problems += _check_exports(config)
         problems += _check_profile(config, world_size)
         problems += _check_fused_window(config)
         problems += moe_validation.find_problems(config)
@@ -244,6 +245,20 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
     double = next((name for name in names if names.count(name) > 1), None)
     if config.validation.by_source and double is not None:
         yield f"validation.by_source: two sources are called {double!r}: give each a name"
+
+
+def _check_exports(config: RunConfig) -> Iterator[str]:
+    """Only what is saved can be exported."""
+    checkpoint = config.checkpoint
+    if checkpoint.export_interval == 0:
+        return
+    if not checkpoint.enabled:
+        yield "checkpoint.export_interval exports checkpoints, and checkpoint.enabled=false writes none"
+    elif checkpoint.save_interval == 0 or checkpoint.export_interval % checkpoint.save_interval:
+        yield (
+            f"checkpoint.export_interval {checkpoint.export_interval} must be a multiple of "
+            f"checkpoint.save_interval, which is {checkpoint.save_interval}"
+        )
 
 
 # ---------------------------------------------------------------- this machine

@@ -18,7 +18,7 @@ from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
 CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
 _DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
-_PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents"}
+_PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"}
 
 
 class RunFolder:
@@ -30,6 +30,8 @@ class RunFolder:
         # What training writes.
         self.metrics_file = self.path / "metrics.jsonl"  # one record of training or validation per line
         self.checkpoints = self.path / checkpoints.FOLDER
+        self.exports = self.path / "exports"  # Hugging Face folders, named like checkpoints
+        self.exporting = self.path / "exporting"  # checkpoints that wait to be exported
         self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
         self.tensorboard = self.path / "tensorboard"
         self.wandb_id_file = self.path / "wandb_id"  # of its one run there

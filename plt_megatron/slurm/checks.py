@@ -40,7 +40,7 @@ class Forecast:
         slowest: the seconds of a step with all loops over the mean: 1 without `training.loop_schedule`.
         measured: whether the step's time is that of this run's earlier steps instead of an estimate.
         checkpoint_bytes: one checkpoint; 0 if none are written.
-        storage_bytes: space that checkpoints will need beyond the existing ones.
+        storage_bytes: space that checkpoints will need beyond the existing ones, and exports.
         free_bytes: on the file system of the run's folder.
     """
 
@@ -97,7 +97,7 @@ def forecast(
         slowest=step_flops_per_token(config, padded, config.model.loop_count).total / flops,
         measured=bool(measured),
         checkpoint_bytes=size,
-        storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size,
+        storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size + _export_bytes(config, estimate, start),
         free_bytes=shutil.disk_usage(_existing(run)).free,
     )
 
@@ -138,6 +138,15 @@ def _checkpoints_at_most(config: RunConfig) -> int:
     return min(checkpoint.keep_last + 1 + for_good, -(-steps // interval) + 1)
 
 
+def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
+    """Of the exports still to be made, all of which stay."""
+    interval, steps = config.checkpoint.export_interval, derived.train_iters(config)
+    if interval == 0:
+        return 0
+    element = 4 if config.training.precision == "fp32" else 2
+    return (-(-steps // interval) - start // interval) * estimate.parameters_total * element
+
+
 def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
     """Whether the worst rank fits its device."""
     estimate = ahead.estimate
@@ -173,7 +182,7 @@ def storage_problems(ahead: Forecast, run: Path) -> list[str]:
     return [
         f"output_dir: checkpoints of {format_bytes(ahead.checkpoint_bytes)} will need "
         f"{format_bytes(ahead.storage_bytes)}, the file system of {run} has {format_bytes(ahead.free_bytes)} free: "
-        "lower checkpoint.keep_last or checkpoint.keep_every, or choose another output_dir"
+        "lower checkpoint.keep_last, keep_every or export less often, or choose another output_dir"
     ]
 
 

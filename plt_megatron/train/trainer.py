@@ -60,9 +60,9 @@ class Trainer:
         with contextlib.closing(self.data.training_batches(self.clock.samples)) as batches:
             while not self.is_finished and not self.stop.requested:
                 self._train_step(batches)
-        self._each(Callback.on_end)
         self.beat("saving")
         self.checkpoints.close()
+        self._each(Callback.on_end)
         return self.is_finished
 
     def _train_step(self, batches: Iterator[list[MicroBatch]]) -> None:

@@ -114,8 +114,8 @@ def _config(layout: Layout, case: Case) -> RunConfig:
 
 
 def _micro_batch_size(layout: Layout) -> int:
-    """Two microbatches per pipeline stage, or one for TP 2 on eight ranks: their number must not matter either."""
-    per_stage = 1 if layout.tp == 2 and layout.world_size == 8 else 2
+    """Two microbatches per pipeline stage, or one on eight ranks and in four stages: their number must not matter."""
+    per_stage = 1 if layout.world_size == 8 or layout.pp == 4 else 2
     return GLOBAL_BATCH_SIZE // (layout.dp * per_stage * layout.pp)
 
 

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.hf.exporting import ExportOptions, export
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.callbacks.base import Callback, TrainingFailed
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
@@ -221,3 +223,16 @@ def test_a_callback_may_choose_the_loops_of_a_step(data, tmp_path, run_distribut
     for one, other in zip(*runs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+def test_a_run_exports_as_it_goes(data, tmp_path, run_distributed):
+    """What plt-export makes of its last checkpoint."""
+    checkpoint = {"save_interval": 2, "export_interval": 4}
+    config = run_config("exporting", tmp_path, data, training={"train_iters": 4}, checkpoint=checkpoint)
+    assert run_distributed(train, 1, config, timeout_s=240) is True
+    run, expected = RunFolder.of(config), tmp_path / "step_00000004"
+    assert [path.name for path in run.exports.iterdir()] == [expected.name] and not list(run.exporting.iterdir())
+    export(ExportOptions(run.path, expected))
+    files = {path.name: path.read_bytes() for path in expected.iterdir()}
+    assert {path.name: path.read_bytes() for path in (run.exports / expected.name).iterdir()} == files
+    assert b"loss with 2 loops" in files["README.md"]

@@ -67,7 +67,9 @@ def test_metrics_are_those_of_one_process(single, shared):
 @pytest.mark.parametrize(
     ("layout", "ranks"),
     [
-        pytest.param({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4, id="TP2 SP CP2"),
+        pytest.param(
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 4, id="TP2 SP CP2", marks=pytest.mark.slow
+        ),
         pytest.param({"pipeline_model_parallel_size": 2, "recompute_granularity": "full"}, 4, id="PP2 CP2"),
     ],
 )

@@ -152,8 +152,7 @@ def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_pat
     "layout", [pytest.param(Layout(tp=2), marks=pytest.mark.slow), Layout(tp=2, sp=True, pp=2)], ids=str
 )
 def test_post_norm_trains_alike_in_every_layout(run_distributed, layout):
-    cases = [_case(2, **POST_NORM), _case(1, **POST_NORM), _case(2, **{**POST_NORM, "qk_layernorm": False})]
-    cases += [_case(2, **{**POST_NORM, "gate_input": "hidden"})]
+    cases = [_case(1, **POST_NORM), _case(2, **{**POST_NORM, "gate_input": "hidden"})]
     expected = run_distributed(train_cases, 1, Layout(), cases)
     outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=240)
     for outcome, reference in zip(outcomes, expected, strict=True):

@@ -172,7 +172,7 @@ VARIANTS = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["LoopCoder-v2, learned scale, packed", "post-norm"],
+        pytest.param(["LoopCoder-v2, learned scale, packed", "post-norm"], marks=pytest.mark.slow),
         pytest.param(["LoopCoder-v2", "+ KV sharing, QK norms, scales"], marks=pytest.mark.slow),
     ],
     ids=", ".join,
@@ -181,6 +181,7 @@ def test_variants_and_packed_documents(check, names):
     check(Layout(tp=2, sp=True), [VARIANTS[name] for name in names], names)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(run_deepspeed, reference):
     case = Case(2, "full", precision="bf16")
     for numbers in run_deepspeed(train_cases, 2, Layout(dp=2), [(case, Zero(stage)) for stage in (1, 3)]):
@@ -188,9 +189,10 @@ def test_bfloat16_is_close(run_deepspeed, reference):
         assert max(wrong.values()) < 0.03, wrong
 
 
-def test_a_step_that_is_refused_changes_nothing(run_deepspeed):
+@pytest.mark.parametrize("stages", [[3], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_a_step_that_is_refused_changes_nothing(run_deepspeed, stages):
     """Nor does one whose loss is no number; and each step is judged once, with the numbers that are reported."""
-    megatron, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), [0, 1, 2, 3])
+    megatron, *others = run_deepspeed(refuse_steps, 2, Layout(dp=2), [0, *stages])
     for seen, asked in others:
         assert [updated for updated, *_ in seen] == [True, False, False, True]
         assert [same for *_, same in seen] == [False, True, True, False]

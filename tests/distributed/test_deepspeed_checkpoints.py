@@ -102,14 +102,14 @@ def difference(numbers: list[tuple[float, float]], expected: list[tuple[float, f
             marks=pytest.mark.slow,
         ),
         # Whatever the start, the checkpoint is the same: one or two ways on are enough.
-        (Place(MEGATRON, pp=2), [Place(Zero(3), 1)]),
+        pytest.param(Place(MEGATRON, pp=2), [Place(Zero(3), 1)], marks=pytest.mark.slow),
         (Place(Zero(1), 2), [Place(MEGATRON, pp=2), Place(Zero(3), 1)]),
         pytest.param(
             Place(Zero(2), 1),
             [Place(MEGATRON, 2), Place(Zero(1), 1), Place(Zero(3), 2)],
             marks=pytest.mark.slow,
         ),
-        (Place(Zero(3), 1), [Place(MEGATRON, 1), Place(Zero(2), 2)]),
+        pytest.param(Place(Zero(3), 1), [Place(MEGATRON, 1), Place(Zero(2), 2)], marks=pytest.mark.slow),
     ],
     ids=lambda value: str(value) if isinstance(value, Place) else "on",
 )
@@ -131,7 +131,7 @@ def test_a_run_moves_from_everywhere_to_everywhere(go_on, start):
     "place",
     [
         Place(Zero(1), 1, precision="bf16"),
-        Place(Zero(3, "cpu", "cpu"), 2, precision="bf16"),
+        pytest.param(Place(Zero(3, "cpu", "cpu"), 2, precision="bf16"), marks=pytest.mark.slow),
         pytest.param(Place(Zero(3), 1), marks=pytest.mark.slow),
         pytest.param(Place(Zero(2), 2), marks=pytest.mark.slow),
         pytest.param(Place(Zero(1), 2), marks=pytest.mark.slow),
@@ -185,7 +185,8 @@ def test_weights_alone_and_all_of_it_into_an_engine_that_has_trained(run_deepspe
 @pytest.mark.parametrize(
     "places",
     [
-        [Place(Zero(1), 2), Place(Zero(3), 1)],
+        [Place(Zero(3), 1)],
+        pytest.param([Place(Zero(1), 2)], marks=pytest.mark.slow),
         pytest.param([Place(Zero(2), 1), Place(Zero(3, "cpu", "cpu"), 2)], marks=pytest.mark.slow),
     ],
     ids=lambda places: ", ".join(map(str, places)),

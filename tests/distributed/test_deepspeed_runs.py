@@ -167,6 +167,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert sorted((tmp_path / "extensions").rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_megatron_engine_does_not_notice_that_deepspeed_is_installed(data, tmp_path, stale_build):
     one = {"training": {"train_iters": 1}, "optimizer": {"lr_warmup_iters": 0}, "validation": {"iters": 0}}
     config = run_config("plain", tmp_path, data, **one)

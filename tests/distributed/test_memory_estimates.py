@@ -80,8 +80,6 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     (
         {},
         [
-            {"loops": 1},
-            {},
             {"recompute": "full"},
             {"precision": "bf16", "gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True},
             {"num_layers": 1, "loops": 3, "hidden_norm": True, "learned_hidden_scale": "channel"},
@@ -90,6 +88,8 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     (
         {},
         [
+            {"loops": 1},
+            {},
             {"loops": 3},
             {"recompute": "selective"},
             {"precision": "bf16"},
@@ -99,13 +99,13 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
         SLOW,
     ),
     ({"tp": 2}, [{}], SLOW),
-    ({"tp": 2, "sp": True}, [{"recompute": "none"}]),
+    ({"tp": 2, "sp": True}, [{"recompute": "none"}], SLOW),
     ({"tp": 2, "sp": True}, [{"recompute": "full", "loops": 3}], SLOW),
-    ({"pp": 2}, [{}, {"loops": 3, "recompute": "full"}]),
+    ({"pp": 2}, [{}, {"loops": 3, "recompute": "full"}], SLOW),
     ({"pp": 2}, [{"loops": 1}], SLOW),
     ({"dp": 2}, [{"precision": "bf16"}]),
-    ({"dp": 2, "zero": 1}, [{"precision": "bf16"}]),
-    ({"dp": 2, "zero": 2}, [{"recompute": "full", "precision": "bf16"}]),
+    ({"dp": 2, "zero": 1}, [{"precision": "bf16"}], SLOW),
+    ({"dp": 2, "zero": 2}, [{"recompute": "full", "precision": "bf16"}], SLOW),
     ({"dp": 2, "zero": 3}, [{}]),
     ({"dp": 2, "zero": 3}, [{"precision": "bf16"}], SLOW),
     ({"cp": 2}, [{"precision": "bf16", "recompute": "selective"}]),
@@ -113,7 +113,7 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({"tp": 2, "sp": True, "pp": 2}, [{}]),
     ({}, [EXPERTS]),
     ({}, [{**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}], SLOW),
-    ({"dp": 2, "ep": 2}, [EXPERTS]),
+    ({"dp": 2, "ep": 2}, [EXPERTS], SLOW),
 ]
 
 

@@ -160,6 +160,7 @@ def test_closing_ends_every_process_and_what_they_started():
     assert _gone_within([server, *workers, *children], 60)
 
 
+@pytest.mark.slow
 def test_processes_end_when_the_tests_are_killed():
     script = (
         "from tests.distributed import test_pool\n"

@@ -81,6 +81,7 @@ def check_what_is_left(config: RunConfig, undisturbed: list[dict], run_distribut
     assert records == undisturbed[: len(records)]
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_has_the_metrics_of_one_left_alone(run_distributed, data, tmp_path):
     started = time.monotonic()
     whole = steps_config("whole", tmp_path, data, 10)
@@ -210,6 +211,7 @@ def test_an_error_of_one_ranks_disk_is_said_with_its_rank(data, tmp_path, warm_p
     assert "Traceback" not in run.err
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(run_distributed, data, tmp_path, warm_python):
     whole = run_config("whole", tmp_path, data, parallel=TP_SP, training={"train_iters": 6})
     assert run_distributed(train, 2, whole) is True

@@ -34,8 +34,12 @@ SLOW = pytest.mark.slow
     ("layout", "case"),
     [
         (Layout(pp=2, dp=2), Case(3, "full", overlap=True, model=HIDDEN)),
-        (Layout(tp=2, sp=True, cp=2), Case(3, "selective", overlap=True, packed=True, training=LOSSES)),
-        (Layout(dp=2, ep=2), Case(3, model=EXPERTS)),
+        pytest.param(
+            Layout(tp=2, sp=True, cp=2),
+            Case(3, "selective", overlap=True, packed=True, training=LOSSES),
+            marks=SLOW,
+        ),
+        pytest.param(Layout(dp=2, ep=2), Case(3, model=EXPERTS), marks=SLOW),
         pytest.param(Layout(dp=2, ep=2), Case(3, overlap=True, model=EXPERTS), marks=SLOW),
         pytest.param(Layout(tp=2, dp=2), Case(3, "full", overlap=True, model=HIDDEN, training=LOSSES), marks=SLOW),
         pytest.param(Layout(pp=2, cp=2), Case(3, packed=True), marks=SLOW),
@@ -200,7 +204,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 @pytest.mark.parametrize(
     ("layout", "zeros", "recompute"),
     [
-        (Layout(dp=2), [Zero(1), Zero(3)], "none"),
+        pytest.param(Layout(dp=2), [Zero(1), Zero(3)], "none", marks=SLOW),
         pytest.param(Layout(dp=2), [Zero(2, "cpu")], "none", marks=SLOW),
         pytest.param(Layout(tp=2, sp=True, dp=2), [Zero(2), Zero(3, "cpu", "cpu")], "full", marks=SLOW),
         pytest.param(Layout(dp=2), [Zero(1, "cpu"), Zero(3)], "selective", marks=SLOW),

@@ -87,8 +87,11 @@ def test_metrics_beyond_the_checkpoint_are_written_once(finished, data, tmp_path
 @pytest.mark.parametrize(
     "changes",
     [
-        {"parallel": TP_SP},
-        {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"precision": "bf16"}},
+        pytest.param({"parallel": TP_SP}, marks=pytest.mark.slow),
+        pytest.param(
+            {"parallel": {"pipeline_model_parallel_size": 2}, "training": {"precision": "bf16"}},
+            marks=pytest.mark.slow,
+        ),
         {"parallel": {"data_parallel_size": 2, "overlap_grad_reduce": True, "recompute_granularity": "full"}},
     ],
     ids=["tp2", "pp2-bf16", "dp2-overlap-recompute"],
@@ -182,7 +185,7 @@ def test_a_rollback_goes_back_in_weights_and_on_in_data(finished, data, tmp_path
 def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distributed):
     """Bit for bit: a run of five steps, and the branch of one of eight from its third step."""
     order = {**dataclasses.asdict(data), "order_samples": 64, "sources": data.sources}
-    shared = {"parallel": TP_SP, "validation": {"interval": 0}}
+    shared = {"validation": {"interval": 0}}
     wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}
     trunk = run_config(
         "trunk",
@@ -196,9 +199,9 @@ def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distribut
     alone = run_config("alone", tmp_path, DataConfig(**order), training={"train_iters": 5}, optimizer=wsd, **shared)
     for config in (trunk, alone):
         RunFolder.of(config).save_config(config)
-        assert run_distributed(train, 2, config) is True
+        assert run_distributed(train, 1, config) is True
     branch = branch_config(f"{folder(trunk)}@3", ["name=branch"], decay=2)
-    assert run_distributed(train, 2, branch) is True
+    assert run_distributed(train, 1, branch) is True
     assert numbers(branch) == [record for record in numbers(alone) if record["step"] > 3] and numbers(branch)
     weights = [dict(read_weights(folder(config))) for config in (branch, alone)]
     assert weights[0].keys() == weights[1].keys()

@@ -50,7 +50,7 @@ def load_elsewhere(folder, tokens, tmp_path, **options):
     return (*torch.load(out), result.stderr)
 
 
-@pytest.mark.parametrize("name", ["plt", "loopcoder"])
+@pytest.mark.parametrize("name", ["plt", pytest.param("loopcoder", marks=pytest.mark.slow)])
 def test_round_trip_in_another_process(name, tmp_path):
     model = make_model(**ALL[name])
     model.save_pretrained(tmp_path / "model")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from plt_megatron.train.callbacks.base import Callback
 from plt_megatron.train.callbacks.data_progress import DataProgress
+from plt_megatron.train.callbacks.exports import Exports
 from plt_megatron.train.callbacks.incidents import Incidents
 from plt_megatron.train.callbacks.loop_losses import LoopLosses
 from plt_megatron.train.callbacks.loop_measures import LoopMeasures
@@ -30,4 +31,5 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Metrics,
     TrainLog,
     Validation,
+    Exports,
 )

@@ -62,6 +62,12 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"model__window_size": 0}, "model.window_size must be at least 1, got 0"),
         ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
         (
+            {"checkpoint__export_interval": 30, "checkpoint__save_interval": 20},
+            "checkpoint.export_interval 30 must be a multiple of checkpoint.save_interval, which is 20",
+        ),
+        ({"checkpoint__export_interval": 30}, "multiple of checkpoint.save_interval, which is 0"),
+        ({"checkpoint__export_interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
+        (
             {"model__hidden_size": 130},
             "model.hidden_size 130 is not divisible by model.num_attention_heads 4",
         ),

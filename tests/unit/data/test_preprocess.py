@@ -125,7 +125,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), BAD, ids=[reason[:12] for _, reason in BAD])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        pytest.param(*bad, id=bad[1][:12], marks=[pytest.mark.slow] if 0 < number < len(BAD) - 1 else [])
+        for number, bad in enumerate(BAD)
+    ],
+)
 def test_a_bad_line(
     line: bytes, reason: str, texts: list[str], bpe_model: Path, tmp_path: Path, run_tool: Tool
 ) -> None:

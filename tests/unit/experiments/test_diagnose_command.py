@@ -97,6 +97,7 @@ def _tokenizer(place):
     return load_tokenizer(place.tokenizer)
 
 
+@pytest.mark.slow
 def test_packed_documents_change_what_is_measured(place, done):
     apart = place.diagnose(place.run, reset=True, output=place.folder / "apart")
     assert read(apart.folder)["data"]["reset_at_document_boundaries"] is True

@@ -147,6 +147,7 @@ def test_the_scaling_law_of_each_loop_count_is_there(report):
         assert float(found["predicted_low"]) <= 2.002 + 0.1 / loops + 40 / (4 * 500 * 64) ** 0.5
 
 
+@pytest.mark.slow
 def test_writing_again_gives_the_same(report):
     before = {path.name: path.read_bytes() for path in report.folder.iterdir() if path.suffix != ".png"}
     write_report(report.folder.parent)

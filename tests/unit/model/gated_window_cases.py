@@ -1,5 +1,6 @@
 """The fused gated window against dense attention in float64, as a program: prints the errors of each case as JSON.
 
+Without arguments, every case; with `quick`, those that between them have every way through the kernels.
 In a process of its own, since Triton's interpreter (TRITON_INTERPRET=1) has to be chosen before Triton is imported.
 On a machine with a GPU the same cases run compiled, without that variable.
 """
@@ -7,6 +8,7 @@ On a machine with a GPU the same cases run compiled, without that variable.
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,10 @@ CASES |= {
 }
 
 
+QUICK_CASES = ("one key", "window over blocks", "one group", "hidden, global", "packed", "bf16, 64 channels")
+QUICK_MODELS = ("LoopCoder-v2, packed",)
+
+
 def errors_of(case: dict[str, Any]) -> dict[str, float]:
     case = {"s": 80, "heads": 4, "groups": 2, "d": 16, "dtype": torch.float32, "starts": None} | case
     settings = {"window_size": case["window_size"], "gate_side": "local", "gate": "query"}
@@ -206,7 +212,7 @@ def model_differences(settings: dict[str, Any], packed: bool, recompute: str) ->
     return differences(results[1], results[0])
 
 
-def models() -> dict[str, dict[str, float]]:
+def models(chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
     from plt_megatron.runtime.process_groups import init_process_groups
 
@@ -214,7 +220,7 @@ def models() -> dict[str, dict[str, float]]:
     init_process_groups(ParallelConfig())
     return {
         f"{name}, recompute {recompute}": model_differences(settings, name.endswith("packed"), recompute)
-        for name, settings in MODELS.items()
+        for name, settings in chosen.items()
         for recompute in ("none", "selective", "full")
         if recompute == "none" or name == "PLT-3, packed"
     }
@@ -223,6 +229,9 @@ def models() -> dict[str, dict[str, float]]:
 if __name__ == "__main__":
     if DEVICE == "cpu":
         mend_interpreter()
-    results = {"cases": {name: errors_of(case) for name, case in CASES.items()}, "models": models()}
+    if sys.argv[1:] == ["quick"]:
+        CASES = {name: CASES[name] for name in QUICK_CASES}
+        MODELS = {name: MODELS[name] for name in QUICK_MODELS}
+    results = {"cases": {name: errors_of(case) for name, case in CASES.items()}, "models": models(MODELS)}
     results |= {"strided": strided(), "mistakes": mistakes(), "same twice": same_twice()}
     print(json.dumps(results))

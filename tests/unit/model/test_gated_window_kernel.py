@@ -27,18 +27,20 @@ def run_script(path: str, *arguments: str, **environment: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_the_kernels_equal_dense_attention():
-    """Output and gradients, of the kernels and of whole models. One test, since its half minute would be spent by each
-    worker that got a part of it."""
+@pytest.mark.parametrize(
+    ("which", "count"), [(["quick"], (6, 1)), pytest.param([], (19, 6), marks=pytest.mark.slow)], ids=["quick", "all"]
+)
+def test_the_kernels_equal_dense_attention(which, count):
+    """Output and gradients, of the kernels and of whole models."""
     import torch
 
     interpreter = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
-    results = run_script("tests/unit/model/gated_window_cases.py", **interpreter)
+    results = run_script("tests/unit/model/gated_window_cases.py", *which, **interpreter)
     wrong = {}
     for name, errors in {**results["cases"], **results["models"]}.items():
         bound = BOUNDS.get(name.partition(",")[0], FP32)
         wrong |= {f"{name}: {tensor}": error for tensor, error in errors.items() if not error <= bound}
-    assert (len(results["cases"]), len(results["models"])) == (19, 6) and not wrong, wrong
+    assert (len(results["cases"]), len(results["models"])) == count and not wrong, wrong
     assert results["strided"]["out"] == 0, "strided inputs are read where they are"
     assert all(error > 1e-2 for error in results["mistakes"].values()), "the comparison sees every mistake"
     assert results["same twice"], "two backward passes give the same bits"

@@ -80,6 +80,7 @@ def test_every_command_answers(installed, tmp_path):
         assert run([str(installed / name), "--help"], tmp_path).startswith(f"usage: {name} ")
 
 
+@pytest.mark.slow
 def test_from_a_text_to_a_sample_without_the_tree(installed, tmp_path):
     where = [str(installed / "python"), "-c", "import plt_megatron; print(plt_megatron.__file__)"]
     assert Path(run(where, tmp_path).strip()).is_relative_to(installed.parent)

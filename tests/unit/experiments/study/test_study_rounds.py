@@ -27,7 +27,7 @@ def training(monkeypatch) -> type[PlantedTraining]:
         killed_after, diverging, failing, trained, sources = None, set(), set(), [], {}
 
     monkeypatch.setattr(rounds, "LocalSweep", Training)
-    learn_quickly = lambda grid, plan: learn(grid, plan, bootstraps=40)  # noqa: E731
+    learn_quickly = lambda grid, plan: learn(grid, plan, bootstraps=12)  # noqa: E731
     monkeypatch.setattr(rounds, "learn", learn_quickly)
     return Training
 
@@ -68,11 +68,12 @@ def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_pat
     assert "<title>every-s-1x-seed1-" in page, "hovering tells a run's name"
 
 
-def test_a_study_killed_anywhere_ends_as_one_that_was_not(tmp_path, training, reported):
+@pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_study_killed_anywhere_ends_as_one_that_was_not(tmp_path, training, reported, thorough):
     path = write_study(tmp_path)
     run_study(str(path), settings(tmp_path / "whole", "rounds=2"), StudyOptions())
     whole = reported.pop()
-    for runs in (1, len(whole.results) - 1):
+    for runs in (1, len(whole.results) - 1) if thorough else (len(whole.results) // 2,):
         training.killed_after, training.trained[:] = runs, []
         killed = settings(tmp_path / f"killed{runs}", "rounds=2")
         with pytest.raises(KeyboardInterrupt):
@@ -91,7 +92,7 @@ def test_runs_that_went_wrong_are_named_and_never_averaged(tmp_path, training, r
     assert run_study(str(path), settings(tmp_path, "rounds=1", "budget=1h"), StudyOptions()) == 1
     grid = make_grid(read_study(path, settings(tmp_path, "rounds=1", "budget=1h")), None)
     plan = load_plan(tmp_path / "studies/study")
-    known = learn(grid, plan, bootstraps=20)
+    known = learn(grid, plan, bootstraps=12)
     problems = "\n".join(known.problems())
     assert "plt-s-3x-seed1-1.28k does not count (diverged): the loss is 6.5" in problems
     lost = [run.name for run in plan.runs if run.name.startswith("every-m-1x-seed1-")]

@@ -1,0 +1,164 @@
+"""The queue of exports, with a stand-in for the exporting process; whole runs export in tests/distributed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.train.callbacks import exports
+from tests.unit.train.callbacks.a_run import a_run
+
+# Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
+STAND_IN = """
+import os, sys, time
+checkpoint, target = sys.argv[1:]
+while not os.path.exists(os.path.join(checkpoint, "..", "..", "..", "go")):
+    time.sleep(0.01)
+weights = open(os.path.join(checkpoint, "weights")).read()
+if weights == "bad":
+    sys.exit("warning: first line\\nerror: no tokenizer")
+os.makedirs(target)
+open(os.path.join(target, "model"), "w").write(weights)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Any:
+    """Exports at steps 4, 8 and 10, the last."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(exports, "_command", lambda *paths: [])
+    start = exports.subprocess.Popen
+
+    def stand_in(command: list[str], **how: Any) -> Any:
+        assert command[:3] == ["nice", "-n", "10"] and how["env"]["CUDA_VISIBLE_DEVICES"] == ""
+        checkpoint = Path(how["stderr"].name).with_suffix("")
+        target = checkpoint.parent.parent / "exports" / checkpoint.name
+        return start([sys.executable, str(tmp_path / "stand_in.py"), str(checkpoint), str(target)], **how)
+
+    monkeypatch.setattr(exports.subprocess, "Popen", stand_in)
+    monkeypatch.setattr(exports.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(exports.torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(exports, "_TURN_S", 0.01)
+    run = a_run(tmp_path / "run")
+    run.config.checkpoint.export_interval = 4
+    run.last_step = 10
+    run.is_due = lambda interval, step: step == 10 or step % interval == 0
+    run.beats = []
+    run.beat = run.beats.append
+    return run
+
+
+def save(run: Any, step: int, weights: str = "") -> Path:
+    checkpoint = run.folder.checkpoints / f"step_{step:08d}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "weights").unlink(missing_ok=True)
+    (checkpoint / "weights").write_text(weights or f"of {step}")
+    run.clock.step = step
+    return checkpoint
+
+
+def remove(checkpoint: Path) -> None:
+    (checkpoint / "weights").unlink()
+    checkpoint.rmdir()
+
+
+def exported(run: Any) -> dict[str, str]:
+    return {path.parent.name: path.read_text() for path in sorted(run.folder.exports.glob("*/model"))}
+
+
+def let_go(run: Any) -> None:
+    (run.folder.path.parent / "go").touch()
+
+
+def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run):
+    callback = exports.Exports(run)
+    callback.on_start()
+    for step in (2, 4, 6, 8, 10):
+        checkpoint = save(run, step)
+        callback.on_save(checkpoint)
+        remove(checkpoint)
+        callback.after_step()
+    assert exported(run) == {}, "the first one is not done, so no other has begun"
+    let_go(run)
+    callback.on_end()
+    assert exported(run) == {f"step_{step:08d}": f"of {step}" for step in (4, 8, 10)}
+    assert run.said == [f"exported {run.folder.exports / f'step_{step:08d}'}" for step in (4, 8, 10)]
+    assert set(run.beats) == {"exporting"} and not list(run.folder.exporting.iterdir())
+
+
+def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run):
+    callback = exports.Exports(run)
+    callback.on_save(save(run, 4))
+    callback.on_end()  # stopped at step 4: nobody waits
+    callback.close()
+    assert exported(run) == {}
+    let_go(run)
+    again = exports.Exports(run)
+    again.on_start()
+    run.clock.step = 10
+    again.on_end()
+    assert exported(run) == {"step_00000004": "of 4"}
+
+
+def test_a_step_that_is_trained_again_is_exported_again(run):
+    callback = exports.Exports(run)
+    let_go(run)
+    for weights in ("first", "second"):
+        callback.on_save(save(run, 4, weights))
+        run.clock.step = 10
+        callback.on_end()
+        assert exported(run) == {"step_00000004": weights}
+    (run.folder.path.parent / "go").unlink()
+    callback.on_save(save(run, 8, "first"))
+    callback.on_save(save(run, 8, "second"))  # while the first is under way
+    let_go(run)
+    run.clock.step = 10
+    callback.on_end()
+    assert exported(run)["step_00000008"] == "second"
+
+
+def test_what_is_rolled_back_is_not_exported(run):
+    callback = exports.Exports(run)
+    callback.on_save(save(run, 4))
+    callback.on_rollback({})
+    let_go(run)
+    run.clock.step = 10
+    callback.on_end()
+    assert exported(run) == {} and not run.folder.exporting.exists()
+
+
+def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
+    callback = exports.Exports(run)
+    let_go(run)
+    callback.on_save(save(run, 4, "bad"))
+    callback.on_save(save(run, 8))
+    run.clock.step = 10
+    callback.on_end()
+    assert run.said[0] == "warning: the export of step 4 failed: no tokenizer"
+    assert exported(run) == {"step_00000008": "of 8"}
+
+
+def test_where_no_links_can_be_made_it_says_so(run, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    callback = exports.Exports(run)
+    callback.on_save(save(run, 4))
+    assert len(run.said) == 1 and "is not exported" in run.said[0] and "not supported" in run.said[0]
+
+
+def test_other_ranks_and_runs_without_exports_do_nothing(run):
+    run.is_first_rank = False
+    other = exports.Exports(run)
+    run.is_first_rank, run.config.checkpoint.export_interval = True, 0
+    for callback in (other, exports.Exports(run)):
+        callback.on_start()
+        callback.on_save(save(run, 4))
+        callback.on_end()
+        callback.close()
+    assert not run.folder.exporting.exists()
