@@ -12,7 +12,9 @@ import yaml
 from fake_slurm import CPU_PARTITION, GPU_PARTITION, RUN, write_tokens
 from submitting import ROOT, refusal, submit_run
 
+from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
+from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.slurm.submission import Options, submit
 
 HUGE = (
@@ -208,6 +210,18 @@ def test_too_little_free_space(folder, slurm, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
     assert_one_line(folder, slurm, refusal(), "output_dir", "1.00 MB free", "keep_last")
+
+
+def test_exports_take_space_too(folder, slurm, capsys):
+    """Three of them, of two bytes a parameter (bf16), on top of the checkpoints."""
+    steps = ("training.train_iters=300", "checkpoint.save_interval=100")
+    sizes = []
+    for more in ((), ("checkpoint.export_interval=100",)):
+        submit(Options("run.yaml", time="01:00:00", dry_run=True, overrides=[*steps, *more]), ROOT)
+        (size,) = re.findall(r"up to ([\d.]+) MB more in all", capsys.readouterr().out)
+        sizes.append(float(size) * 1e6)
+    parameters = count_parameters(load_config("run.yaml").model, load_config("run.yaml").model.vocab_size).total
+    assert sizes[1] - sizes[0] == pytest.approx(3 * 2 * parameters, abs=2e4)
 
 
 def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, capsys):
