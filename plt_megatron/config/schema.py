@@ -265,6 +265,15 @@ class CheckpointConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Tasks of lm-evaluation-harness for the exports of a run (`checkpoint.export_interval`), on the CPU beside it."""
+
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None  # a folder of task files; None: lm-evaluation-harness's own, whose data are cached
+    limit: PositiveCount | None = None  # rows of each task; None: all
+
+
+@dataclass
 class LoggingConfig:
     """Destinations of metrics. metrics.jsonl is always written."""
 
@@ -302,6 +311,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     engine: Literal["megatron", "deepspeed"] = "megatron"  # deepspeed: few GPUs, much CPU memory (docs/deepspeed.md)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

@@ -248,8 +248,11 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
 
 
 def _check_exports(config: RunConfig) -> Iterator[str]:
-    """Only what is saved can be exported."""
+    """Only what is saved can be exported, and only what is exported with a tokenizer evaluated."""
     checkpoint = config.checkpoint
+    if config.evaluation.tasks and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
+        missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
+        yield f"evaluation.tasks are for a run's exports, with their tokenizer: set {missing}"
     if checkpoint.export_interval == 0:
         return
     if not checkpoint.enabled:
@@ -273,6 +276,8 @@ def _check_files(config: RunConfig) -> Iterator[str]:
         yield from _check_tokenizer(Path(data.tokenizer))
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
         yield f"checkpoint.load: {config.checkpoint.load} not found"
+    if config.evaluation.include_path is not None and not Path(config.evaluation.include_path).is_dir():
+        yield f"evaluation.include_path: there is no folder {config.evaluation.include_path}"
     yield from _check_writable(derived.run_folder(config), "output_dir")
 
 
@@ -331,6 +336,8 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
             "model.backend=torch"
         )
     yield from filter(None, [deepspeed_validation.find_package_problem(config)])
+    if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+        yield ("evaluation.tasks needs lm-evaluation-harness; install it (the `eval` extra) or set evaluation.tasks=[]")
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield (
             "logging.wandb_project needs the wandb package; install it (the `track` extra) or set "

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs an exported folder by `--model hf`, on tasks from local files."""
+"""lm-evaluation-harness runs an exported folder, on tasks from local files: by plt-evaluate, and by `--model hf`."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from plt_megatron.run_folder.scores import read_scores
 from tests.hf.lm_eval_tasks import write_tasks
 from tests.hf.test_hf_generate import make_tokenizer
 from tests.hf.tiny import make_model
@@ -14,20 +15,64 @@ from tests.hf.tiny import make_model
 pytest.importorskip("lm_eval")
 
 
-@pytest.mark.parametrize("options", ["", pytest.param(",loop_count=1", marks=pytest.mark.slow)])
-def test_lm_eval(tmp_path, options):
+@pytest.fixture
+def folder(tmp_path):
+    """An export in `model`, and tasks."""
     make_model(loop_count=2).save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/README.md").write_text("# model\n\n## Evaluation\n\nold\n\n## Use\n\nso\n")
     rows = [{"question": f"w{i} w{i + 1} w7", "choices": ["w5", "w6 w8"], "answer": i % 2} for i in range(3, 9)]
     write_tasks(tmp_path, rows, stop="w9")
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "choice,write"]
-    command += ["--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32{options}"]
-    command += ["--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
-    command += ["--output_path", str(tmp_path / "out")]
-    caches = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    result = subprocess.run(command, cwd=tmp_path, env={**os.environ, **caches}, capture_output=True, text=True)
+    return tmp_path
+
+
+def run(folder, *command):
+    caches = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, "-m", *command]
+    return subprocess.run(command, cwd=folder, env={**os.environ, **caches}, capture_output=True, text=True)
+
+
+def test_plt_evaluate(folder):
+    """Scores are printed, kept and on the card, in the place of older ones."""
+    command = ["plt_megatron.commands.evaluate", "--model", "model", "--include-path", ".", "--limit", "4", "--tasks"]
+    done = run(folder, *command, "choice,write")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = read_scores(folder / "model")
+    assert {"choice/acc", "choice/acc_stderr", "write/exact_match"} <= set(scores)
+    assert scores["choice/acc"] in (0, 0.25, 0.5, 0.75, 1)
+    assert ["choice/acc", f"{scores['choice/acc']:.4f}"] in [line.split() for line in done.stdout.splitlines()]
+    card = (folder / "model/README.md").read_text()
+    assert card.startswith("# model\n\n## Use\n\nso\n\n## Evaluation\n") and "old" not in card
+    assert f"| choice/acc | {scores['choice/acc']:.4f} |" in card and "| rows of each task | 4 |" in card
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "words"),
+    [
+        ("", "choice", "no exported model there"),
+        pytest.param(
+            "model", "chance", "there is no task 'chance' in lm-evaluation-harness", marks=pytest.mark.slow
+        ),  # it reads the names of some ten thousand tasks
+    ],
+)
+def test_errors(folder, monkeypatch, capsys, model, task, words):
+    from plt_megatron.commands import evaluate
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert evaluate.main(["--model", str(folder / model), "--tasks", task]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and words in error
+    assert not (folder / "model/evaluation.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["", ",loop_count=1"])
+def test_lm_eval(folder, options):
+    command = ["lm_eval", "--model", "hf", "--tasks", "choice,write", "--include_path", str(folder)]
+    command += ["--model_args", f"pretrained={folder / 'model'},trust_remote_code=True,dtype=float32{options}"]
+    result = run(folder, *command, "--device", "cpu", "--batch_size", "2", "--output_path", str(folder / "out"))
     assert result.returncode == 0, result.stderr[-3000:]
-    (report,) = (tmp_path / "out").rglob("results_*.json")
+    (report,) = (folder / "out").rglob("results_*.json")
     results = json.loads(report.read_text())["results"]
     assert set(results) == {"choice", "write"}
     assert 0 <= results["choice"]["acc,none"] <= 1

@@ -1,4 +1,4 @@
-"""Hugging Face exports beside the run, while it trains (`checkpoint.export_interval`)."""
+"""Hugging Face exports beside the run while it trains (`checkpoint.export_interval`), and their evaluation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plt_megatron.run_folder.checkpoints import checkpoint_folders, step_of
+from plt_megatron.config.schema import EvaluationConfig
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_progress, step_of, trained_tokens
+from plt_megatron.run_folder.scores import read_scores
 from plt_megatron.train.callbacks.base import Callback, Run
 
 _TURN_S = 0.5  # between two looks at an export, once training is over
 
 
 class Exports(Callback):
-    """Exports checkpoints to `<run folder>/exports/step_00000100`, one after the other.
+    """Exports checkpoints to `<run folder>/exports/step_00000100`, and evaluates the exports (`evaluation.tasks`), one
+    after the other.
 
-    The first rank starts a process of low priority for it that reads the checkpoint one tensor at a time and has no
+    The first rank starts a process of low priority for each that reads the checkpoint one tensor at a time and has no
     GPU. A checkpoint that waits for its turn lies in `<run folder>/exporting` too, as hard links: the run may remove
-    its own, and an export that a kill or a time limit cut short is made by the job that goes on. A failed export is
+    its own, and an export that a kill or a time limit cut short is made by the job that goes on. What fails is
     reported and does not end the run.
     """
 
@@ -33,7 +36,8 @@ class Exports(Callback):
         self._interval = run.config.checkpoint.export_interval
         self._works = run.is_first_rank and self._interval > 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._exported: Path | None = None  # the checkpoint that the process reads
+        self._checkpoint = Path()  # that the process is for
+        self._evaluates = False  # it exports first
 
     def on_start(self) -> None:
         """Go on with what an earlier job has left."""
@@ -80,7 +84,7 @@ class Exports(Callback):
 
     def _queue(self, checkpoint: Path) -> None:
         waiting = self.run.folder.exporting / checkpoint.name
-        if self._exported == waiting:
+        if self._process is not None and self._checkpoint == waiting:
             self._cancel()  # the step was trained again
         partial = waiting.with_suffix(".tmp")
         for path in (partial, waiting):
@@ -95,47 +99,68 @@ class Exports(Callback):
         waiting = checkpoint_folders(self.run.folder.exporting)
         if self._process is not None or not waiting:
             return
-        self._exported = waiting[0]
-        target = self._target(self._exported)
-        shutil.rmtree(target, ignore_errors=True)  # of the same step, before it was trained again
+        self._checkpoint = waiting[0]
+        shutil.rmtree(self._export, ignore_errors=True)  # of the same step, before it was trained again
+        self._start(_export_command(self._checkpoint, self._export), evaluates=False)
+
+    def _start(self, command: list[str], *, evaluates: bool) -> None:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        with self._log(self._exported).open("wb") as log:
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-m", *_command(self._exported, target)],
+                ["nice", "-n", "10", sys.executable, "-m", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 env=environment,
             )
+        self._evaluates = evaluates
 
     def _advance(self) -> None:
         if self._process is None or self._process.poll() is None:
             return
-        assert self._exported is not None
-        checkpoint, log = self._exported, self._log(self._exported)
-        if self._process.returncode == 0:
-            self.run.say(f"exported {self._target(checkpoint)}")
+        status, self._process = self._process.returncode, None
+        if status != 0:
+            words = self._log.read_text(errors="replace").strip().splitlines()
+            reason = words[-1].removeprefix("error: ") if words else f"exit status {status}"
+            what = "evaluation" if self._evaluates else "export"
+            self.run.say(f"warning: the {what} of step {step_of(self._checkpoint)} failed: {reason}")
+        elif self._evaluates:
+            self._report_scores()
         else:
-            words = log.read_text(errors="replace").strip().splitlines()
-            reason = words[-1].removeprefix("error: ") if words else f"exit status {self._process.returncode}"
-            self.run.say(f"warning: the export of step {step_of(checkpoint)} failed: {reason}")
-        self._process = self._exported = None
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        log.unlink(missing_ok=True)
+            self.run.say(f"exported {self._export}")
+            if self.run.config.evaluation.tasks:
+                self._start(_evaluation_command(self._export, self.run.config.evaluation), evaluates=True)
+                return
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        self._log.unlink(missing_ok=True)
         self._start_next()
+
+    def _report_scores(self) -> None:
+        progress = read_progress(self._checkpoint)
+        clock = {"step": progress["step"], "tokens": trained_tokens(progress)}
+        self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export)})
 
     def _cancel(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
-            self._process = self._exported = None
+            self._process = None
 
-    def _target(self, checkpoint: Path) -> Path:
-        return self.run.folder.exports / checkpoint.name
+    @property
+    def _export(self) -> Path:
+        return self.run.folder.exports / self._checkpoint.name
 
-    def _log(self, checkpoint: Path) -> Path:
-        return checkpoint.with_suffix(".log")
+    @property
+    def _log(self) -> Path:
+        return self._checkpoint.with_suffix(".log")
 
 
-def _command(checkpoint: Path, target: Path) -> list[str]:
-    return ["plt_megatron.commands.export_hf", "--checkpoint", str(checkpoint), "--output", str(target)]
+def _export_command(checkpoint: Path, export: Path) -> list[str]:
+    return ["plt_megatron.commands.export_hf", "--checkpoint", str(checkpoint), "--output", str(export)]
+
+
+def _evaluation_command(export: Path, settings: EvaluationConfig) -> list[str]:
+    command = ["plt_megatron.commands.evaluate", "--model", str(export), "--tasks", ",".join(settings.tasks)]
+    if settings.include_path is not None:
+        command += ["--include-path", settings.include_path]
+    return command + ([] if settings.limit is None else ["--limit", str(settings.limit)])

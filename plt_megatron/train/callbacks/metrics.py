@@ -54,7 +54,7 @@ class Metrics(Callback):
             resume="allow",
         )
         # Our own axis: W&B drops what is logged at an earlier step than its own, as after a rollback.
-        for kind in ("train", "validation"):
+        for kind in ("train", "validation", "evaluation"):
             opened.define_metric(f"{kind}/*", step_metric="step")
         return opened
 

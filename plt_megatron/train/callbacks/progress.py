@@ -54,6 +54,10 @@ class ProgressBar(Callback):
         if record["kind"] == "validation":
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}")
             return
+        if record["kind"] == "evaluation":
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
+            self.say(f"  evaluation of step {record['step']}: {scores}")
+            return
         loops = f" ({plural(record['loop_count'], 'loop')})" if "loop_count" in record else ""
         mfu = "" if record["mfu"] is None else f", MFU {100 * record['mfu']:.1f} %"
         self.say(

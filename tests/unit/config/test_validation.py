@@ -65,6 +65,10 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"checkpoint__export_interval": 30, "checkpoint__save_interval": 20},
             "checkpoint.export_interval 30 must be a multiple of checkpoint.save_interval, which is 20",
         ),
+        (
+            {"evaluation__tasks": ["a"]},
+            "evaluation.tasks are for a run's exports, with their tokenizer: set",
+        ),
         ({"checkpoint__export_interval": 30}, "multiple of checkpoint.save_interval, which is 0"),
         ({"checkpoint__export_interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
         (

@@ -39,6 +39,7 @@ INSTEAD = [
     (r"^plt-train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
     (r"^plt-train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
     (r"^plt-import .*Qwen3.*", "plt-import --help", "downloads; tests/unit/convert imports a tiny one"),
+    (r"^plt-evaluate .*", "plt-evaluate --help", "takes ten seconds; tests/hf evaluates"),
     (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
     (r"^plt-study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
     (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),

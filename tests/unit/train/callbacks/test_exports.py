@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,13 +10,20 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.train.callbacks import exports
 from tests.unit.train.callbacks.a_run import a_run
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
+# Of an export that exists it makes the scores.
 STAND_IN = """
-import os, sys, time
+import json, os, sys, time
 checkpoint, target = sys.argv[1:]
+if os.path.exists(target):
+    if open(os.path.join(target, "model")).read() == "unlucky":
+        sys.exit("error: no task 'choice'")
+    json.dump({"scores": {"choice/acc": 0.5}}, open(os.path.join(target, "evaluation.json"), "w"))
+    sys.exit()
 while not os.path.exists(os.path.join(checkpoint, "..", "..", "..", "go")):
     time.sleep(0.01)
 weights = open(os.path.join(checkpoint, "weights")).read()
@@ -30,10 +38,10 @@ open(os.path.join(target, "model"), "w").write(weights)
 def run(tmp_path, monkeypatch) -> Any:
     """Exports at steps 4, 8 and 10, the last."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setattr(exports, "_command", lambda *paths: [])
     start = exports.subprocess.Popen
 
     def stand_in(command: list[str], **how: Any) -> Any:
+        run.commands.append(command)
         assert command[:3] == ["nice", "-n", "10"] and how["env"]["CUDA_VISIBLE_DEVICES"] == ""
         checkpoint = Path(how["stderr"].name).with_suffix("")
         target = checkpoint.parent.parent / "exports" / checkpoint.name
@@ -47,7 +55,8 @@ def run(tmp_path, monkeypatch) -> Any:
     run.config.checkpoint.export_interval = 4
     run.last_step = 10
     run.is_due = lambda interval, step: step == 10 or step % interval == 0
-    run.beats = []
+    run.records, run.beats, run.commands = [], [], []
+    run.report = run.records.append
     run.beat = run.beats.append
     return run
 
@@ -140,6 +149,25 @@ def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
     callback.on_end()
     assert run.said[0] == "warning: the export of step 4 failed: no tokenizer"
     assert exported(run) == {"step_00000008": "of 8"}
+
+
+def test_exports_are_evaluated_one_by_one(run):
+    run.config.evaluation = EvaluationConfig(tasks=["choice"], include_path="tasks", limit=3)
+    callback = exports.Exports(run)
+    for step, weights in ((4, "unlucky"), (8, "lucky")):
+        checkpoint = save(run, step, weights)
+        (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
+        (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": step, "consumed_tokens": 9 * step}))
+        callback.on_save(checkpoint)
+    let_go(run)
+    run.clock.step = 10
+    callback.on_end()
+    assert "warning: the evaluation of step 4 failed: no task 'choice'" in run.said
+    assert run.records == [{"kind": "evaluation", "step": 8, "tokens": 72, "scores": {"choice/acc": 0.5}}]
+    assert run.commands[-1][5:] == [
+        *("plt_megatron.commands.evaluate", "--model", str(run.folder.exports / "step_00000008")),
+        *("--tasks", "choice", "--include-path", "tasks", "--limit", "3"),
+    ]
 
 
 def test_where_no_links_can_be_made_it_says_so(run, monkeypatch):

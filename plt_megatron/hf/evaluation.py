@@ -1,0 +1,87 @@
+"""lm-evaluation-harness on an exported model, with tasks from local files (the extra `eval`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf.config_keys import CONFIG
+from plt_megatron.run_folder.files import write_text
+from plt_megatron.run_folder.scores import write_scores
+
+_CARD, _HEADING = "README.md", "## Evaluation"
+
+
+def evaluate(
+    folder: Path,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    *,
+    limit: int | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """Run tasks, and leave the scores in the export's folder and on its card.
+
+    Args:
+        folder: an export, with its tokenizer.
+        tasks: names that lm-evaluation-harness knows, or finds in `include_path`. Nothing is downloaded.
+        include_path: a folder of task files.
+        limit: rows of each task; None: all.
+
+    Returns:
+        By `task/metric`, its standard errors too.
+
+    Raises:
+        UserError: no such export or task, or lm-evaluation-harness is not installed.
+    """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no exported model there; plt-export makes one")
+    # Read when they are imported. Tasks' texts are local, so nothing should wait for a network.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("evaluation needs lm-evaluation-harness: pip install 'plt-megatron[eval]'") from error
+    known = TaskManager(include_path=str(include_path) if include_path else None)
+    unknown = [task for task in tasks if task not in known.all_tasks]
+    if unknown:
+        where = "lm-evaluation-harness" + (f" or {include_path}" if include_path else "; give --include-path")
+        raise UserError(f"there is no task {unknown[0]!r} in {where}")
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
+        tasks=list(tasks),
+        task_manager=known,
+        batch_size=8,
+        device=device,
+        limit=limit,
+        log_samples=False,
+    )
+    scores = dict(_scores(found["results"]))
+    write_scores(folder, scores, tasks=tasks, limit=limit)
+    _write_on_card(folder / _CARD, scores, limit)
+    return scores
+
+
+def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
+    """lm-evaluation-harness calls them `metric,filter`."""
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, _, filtered = name.partition(",")
+            if filtered and isinstance(value, int | float):
+                yield f"{task}/{metric}" + ("" if filtered == "none" else f" ({filtered})"), float(value)
+
+
+def _write_on_card(card: Path, scores: Mapping[str, float], limit: int | None) -> None:
+    """A section of its own, in the place of an earlier one."""
+    rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+    rows += [f"| rows of each task | {limit} |"] if limit else []
+    section = "\n".join([f"{_HEADING}\n", "lm-evaluation-harness:\n", "| | |", "|---|---|", *rows]) + "\n"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = re.sub(rf"\n*^{_HEADING}\n.*?(?=^## |\Z)", "\n\n", text, flags=re.MULTILINE | re.DOTALL).rstrip()
+    write_text(card, f"{text}\n\n{section}" if text else section)
