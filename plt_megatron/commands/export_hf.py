@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, if it has moved")
     parser.add_argument(
+        "--ema", action="store_true", help="the moving average of the weights (training.ema_decay) instead of them"
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="run text through the training model and the export; fail if fp32 logits differ by more than 1e-4",

@@ -24,7 +24,6 @@ from plt_megatron.errors import UserError, run_command
 from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
-from plt_megatron.run_folder.checkpoints import checkpoint_folders, folder_name, step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
@@ -94,10 +93,7 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
         raise UserError(f"--branch-from {source}: expected RUN@STEP, as in runs/trunk@2000")
     folder, step = RunFolder(name), int(text)
     trunk = folder.config()
-    checkpoint = folder.checkpoints / folder_name(step)
-    if not checkpoint.is_dir():
-        steps = ", ".join(str(step_of(path)) for path in checkpoint_folders(folder.checkpoints)) or "none"
-        raise UserError(f"{name} has no checkpoint of step {step}; it has {steps} (checkpoint.keep_every keeps them)")
+    checkpoint = folder.checkpoint_at(step)
     own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step))
     defaults = [f"name={trunk.name}_branch_{step}", f"output_dir={folder.path.parent}"]
     config = load_config(folder.config_file, [*defaults, *own, *settings], accept_old_names=True)

@@ -225,6 +225,8 @@ class TrainingConfig:
     num_layers_at_start_in_bf16: Count = 1
     num_layers_at_end_in_bf16: Count = 1
     fp8_attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
+    # Of a moving average of the weights (docs/averages.md): its share of itself in each update; null: no average.
+    ema_decay: BelowOne | None = None
     deterministic: bool = False
     threads_per_process: PositiveCount | None = None  # CPU only; None: this machine's cores / processes
     # A bad step is reported in <run folder>/incidents. skip: keep the weights; rollback: return to the last checkpoint

@@ -49,6 +49,7 @@ COMPONENTS = (
     "main weights",
     "gradients",
     "optimizer state",
+    "weight average",
     "DeepSpeed's buckets",
     "activations",
     "first-loop K/V",
@@ -119,8 +120,14 @@ def persistent_bytes(parameters: int, config: RunConfig, layout: Layout, shards:
         "main weights": FP32 * optimizer if element != FP32 or layout.deepspeed else 0,
         "gradients": FP32 * gradients,
         "optimizer state": optimizer_spec(config.optimizer).state_bytes * optimizer,
+        "weight average": _average_bytes(config) * optimizer,
         "DeepSpeed's buckets": FP32 * layout.reduce_bucket,
     }
+
+
+def _average_bytes(config: RunConfig) -> int:
+    """Of one parameter's moving average."""
+    return 0 if config.training.ema_decay is None else FP32
 
 
 def _inputs(config: RunConfig, layout: Layout) -> int:
@@ -282,10 +289,14 @@ class MemorySimulator:
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
-    """One checkpoint on disk: weights in their precision, main weights and the optimizer's state in fp32."""
+    """One checkpoint on disk: weights in their precision; main weights, the optimizer's state and averages in fp32."""
     total = count_parameters(config.model, vocab_size, tensor).total
-    state = len(optimizer_spec(config.optimizer).state)
-    return total * (BYTES[config.training.precision] + FP32 * (1 + state))
+    return total * (BYTES[config.training.precision] + _saved_in_fp32(config))
+
+
+def _saved_in_fp32(config: RunConfig) -> int:
+    """Bytes of one parameter in a checkpoint, besides its weight."""
+    return FP32 * (1 + len(optimizer_spec(config.optimizer).state)) + _average_bytes(config)
 
 
 def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
@@ -294,7 +305,7 @@ def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
     Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it. Of the weights, each
     writes whole tensors: one of them an embedding, which with many ranks is far more than its share.
     """
-    element, precise = BYTES[config.training.precision], FP32 * (1 + len(optimizer_spec(config.optimizer).state))
+    element, precise = BYTES[config.training.precision], _saved_in_fp32(config)
 
     def written(rank: RankParameters) -> int:
         weights = max(element * rank.dense // layout.shards, element * max(rank.embedding, rank.output_layer))

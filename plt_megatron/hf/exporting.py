@@ -31,6 +31,7 @@ class ExportOptions:
 
     Attributes:
         precision: a key of `PRECISIONS`; None: the checkpoint's.
+        ema: export the moving average of the weights.
     """
 
     checkpoint: Path
@@ -40,6 +41,7 @@ class ExportOptions:
     max_shard_size: str = "5GB"
     verify: bool = False
     tokenizer: Path | None = None
+    ema: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
     """
     check_target(options.output)
     shard_size = parse_size(options.max_shard_size)
-    source = open_source(options.checkpoint, options.tokenizer)
+    source = open_source(options.checkpoint, options.tokenizer, ema=options.ema)
     mappings = mappings_for(source.model, source.vocab_size, options.style)
     precision = options.precision or source.precision
     if source.tokenizer is not None:
@@ -78,7 +80,8 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         if source.tokenizer is not None:
             write_tokenizer(source.tokenizer, folder)
         _write_configs(source, folder, options.style, _DTYPE_NAMES[precision])
-        say(f"exporting {source.path} as {precision}")
+        what = "the moving average of the weights of " if source.ema else ""
+        say(f"exporting {what}{source.path} as {precision}")
         total_bytes, files = _write_weights(source, mappings, folder, precision, shard_size)
         card = model_card(source, options.output.name, mappings, options.style)
         (folder / "README.md").write_text(card, encoding="utf-8")

@@ -12,7 +12,7 @@ from plt_megatron.config.optimizers import OPTIMIZERS
 from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import ParamMapping
 from plt_megatron.hf.sources import ModelSource
-from plt_megatron.run_folder.checkpoints import trained_tokens
+from plt_megatron.run_folder.checkpoints import EMA, trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 
@@ -117,6 +117,9 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     yield "run", config["name"]
     if config["checkpoint"]["load"]:
         yield "started from", Path(config["checkpoint"]["load"]).name
+    if source.ema:
+        decay = config["training"]["ema_decay"]
+        yield "weights", f"a moving average over {progress[EMA]['updates']:,} updates, decay {decay:g}"
     yield "steps", f"{progress['step']:,}"
     yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
@@ -146,6 +149,7 @@ def _validation_losses(source: ModelSource) -> Iterator[tuple[str, Any]] | None:
         records = RunFolder(source.path.parent.parent).metrics().validation
     except UserError:
         return None
-    losses = {record["loop_count"]: record["loss"] for record in records if record["step"] == source.progress["step"]}
+    field, step = "ema_loss" if source.ema else "loss", source.progress["step"]
+    losses = {record["loop_count"]: record[field] for record in records if record["step"] == step and field in record}
     rows = [(f"loss with {plural(count, 'loop')}", f"{loss:.4f}") for count, loss in losses.items()]
     return iter(rows) if rows else None

@@ -22,7 +22,7 @@ from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mapping
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.model.parameters import only_in_loops
-from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified_progress
+from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 from plt_megatron.train.checkpoint import read_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,6 +45,7 @@ class ModelSource:
         tokens: ids of special tokens, by config.json's names.
         generation: further settings of generation_config.json.
         progress: a checkpoint's record of its run, else empty.
+        ema: whether the weights are a moving average of the run's.
     """
 
     path: Path
@@ -57,32 +58,38 @@ class ModelSource:
     tokens: dict[str, Any]
     generation: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+    ema: bool = False
 
 
-def open_source(path: Path, tokenizer: Path | None = None) -> ModelSource:
+def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False) -> ModelSource:
     """A run's folder (its last complete checkpoint), a checkpoint, or a Hugging Face folder.
 
     Args:
         tokenizer: overrides the one that the checkpoint names.
+        ema: the moving average of its weights (`training.ema_decay`) instead of them.
 
     Raises:
         UserError: it is none of these, or broken.
     """
     if (path / CONFIG).is_file():
+        if ema:
+            raise UserError(f"{path}: a Hugging Face folder has one set of weights; leave --ema out")
         return _open_hf(path, tokenizer)
-    return _open_checkpoint(path, tokenizer)
+    return _open_checkpoint(path, tokenizer, ema)
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def _open_checkpoint(path: Path, tokenizer: Path | None) -> ModelSource:
+def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSource:
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     found = latest_checkpoint(path)
     if found is None:
         raise UserError(f"{path}: no complete checkpoint there")
     progress = read_verified_progress(found)
+    if ema:
+        check_ema(progress, found)
     config = progress["config"]
     model = saved_model(config["model"], found)
     loaded = _saved_tokenizer(config["data"], found, tokenizer)
@@ -96,12 +103,22 @@ def _open_checkpoint(path: Path, tokenizer: Path | None) -> ModelSource:
         vocab_size=progress["vocab_size"],
         max_position_embeddings=config["data"]["sequence_length"],
         precision=config["training"]["precision"],
-        weights=partial(read_weights, found, verify=False),
+        weights=partial(read_weights, found, verify=False, average=EMA if ema else None),
         tokenizer=loaded,
         tokens=tokens,
         generation=generation,
         progress=progress,
+        ema=ema,
     )
+
+
+def check_ema(progress: Mapping[str, Any], checkpoint: Path) -> None:
+    """Raise `UserError` unless a checkpoint has a moving average of its weights."""
+    if progress.get(EMA, {}).get("updates", 0) == 0:
+        raise UserError(
+            f"checkpoint {checkpoint} has no moving average of its weights: its run had no training.ema_decay, or made "
+            "no update with it yet"
+        )
 
 
 def saved_model(settings: Mapping[str, Any], checkpoint: Path) -> ModelConfig:

@@ -21,6 +21,7 @@ from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.megatron_engine import MegatronEngine
 from plt_megatron.train.step_times import StepTimes
+from plt_megatron.train.weight_average import WeightAverage
 
 
 def rehearse_rank(
@@ -46,6 +47,8 @@ def rehearse_rank(
         engine = build_engine(config, vocab_size)
         assert isinstance(engine, MegatronEngine)
         _name_memory(engine, observer)
+        average = None if config.training.ema_decay is None else WeightAverage(engine)
+        _name(observer, "weight average", average.tensors() if average else ())
         _mark_phases(engine, observer, record)
         count = num_microbatches(config, world_size)
         record.microbatches = enough_microbatches(layout.pipeline, count)

@@ -25,8 +25,9 @@ from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.rehearsal.communication import described
 from plt_megatron.rehearsal.matching import group_of
 from plt_megatron.rehearsal.record import Saving
+from plt_megatron.run_folder.checkpoints import EMA
 from plt_megatron.train.checkpoint.optimizer_state import OptimizerPart
-from plt_megatron.train.checkpoint.state import model_state, sharded_tensors
+from plt_megatron.train.checkpoint.state import KEPT_PREFIX, model_state, sharded_tensors
 from plt_megatron.train.megatron_engine import MegatronEngine
 
 Shared = tuple[ShardedTensor, Sequence[int]]  # a tensor, and the ranks that share the writing of it and its like
@@ -47,7 +48,11 @@ def plan_saving(engine: MegatronEngine, layout: ParallelLayout, first_rank: int)
         for place, rank in enumerate(stage):
             apart = layout.ranks_per_stage // part.optimizer.data_parallel_group.size()
             optimizer = PartOfOtherRank(part, place // apart)
-            for tensor in _written(optimizer.sharded(models[stage[place % apart]])):
+            model = models[stage[place % apart]]
+            states: list[dict] = [optimizer.sharded(model)]
+            if engine.config.training.ema_decay is not None:
+                states.append(optimizer.sharded_beside(model, optimizer.pieces(), f"{KEPT_PREFIX}{EMA}."))
+            for tensor in _written(dict(enumerate(states))):
                 _write(saving, tensor, rank)
     shared = [each for rank, model in models.items() for each in _to_share(model, stage, rank, layout)]
     for tensor, rank in share(shared, saving.written):
@@ -168,5 +173,9 @@ class PartOfOtherRank(OptimizerPart):
                     self._sizes[parameter] = part.size
                 yield parameter, part
 
+    def main_parameter(self, parameter: Tensor) -> Tensor:
+        """See `OptimizerPart`."""
+        return torch.empty(self._sizes[parameter], device="meta")
+
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {name: torch.empty(self._sizes[parameter], device="meta") for name in ("param", *self._keys)}
+        return {name: self.main_parameter(parameter) for name in ("param", *self._keys)}

@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
 FORMAT = 1
+EMA = "ema"  # the name of the weights' moving average, in progress.json and in tensors' keys
 NAME = re.compile(r"step_(\d{8,})")
 _CHUNK = 1 << 20
 

@@ -71,6 +71,17 @@ class RunFolder:
         """The run's configuration, also an older version's. Raises `UserError` if it is missing or broken."""
         return load_config(self.config_file, accept_old_names=True)
 
+    def checkpoint_at(self, step: int) -> Path:
+        """Its checkpoint of this step, unchecked. Raises `UserError` if it has none."""
+        checkpoint = self.checkpoints / checkpoints.folder_name(step)
+        if not checkpoint.is_dir():
+            found = checkpoints.checkpoint_folders(self.checkpoints)
+            steps = ", ".join(str(checkpoints.step_of(path)) for path in found) or "none"
+            raise UserError(
+                f"{self.path} has no checkpoint of step {step}; it has {steps} (checkpoint.keep_every keeps them)"
+            )
+        return checkpoint
+
     def records(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl as they are. Raises `UserError` on a broken one."""
         return json_lines.read(self.metrics_file)

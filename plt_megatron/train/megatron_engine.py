@@ -121,6 +121,13 @@ class MegatronEngine:
                     group.start_param_sync(force_sync=True)
 
     @torch.no_grad()
+    def share_parameters(self) -> None:
+        """Send every rank the weights that their owners have changed outside of a step. Collective; call
+        `gather_parameters` before the change."""
+        for group in self._bucket_groups:
+            group.start_param_sync(force_sync=True)
+
+    @torch.no_grad()
     def _await_gathering(self) -> None:
         """Of buckets that no layer has waited for: an evaluation of one loop leaves out the gates."""
         for group in self._bucket_groups:

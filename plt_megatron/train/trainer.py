@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
@@ -24,6 +23,7 @@ from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.callbacks import CALLBACKS
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
 from plt_megatron.train.checkpoint import CheckpointStore
+from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.data import RunData
 from plt_megatron.train.stop import StopRequest
 
@@ -153,7 +153,7 @@ class Trainer:
         with self.engine.times.measure("checkpoint"):
             self.checkpoints.save(self.engine, progress | states, self._kept())
 
-    def _kept(self) -> dict[str, dict[str, Tensor]]:
+    def _kept(self) -> Kept:
         """The callbacks' tensors of the parameters."""
         kept = {callback.name: callback.parameter_state() for callback in self.callbacks}
         return {name: tensors for name, tensors in kept.items() if tensors}

@@ -49,8 +49,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def run_config(layout: str) -> RunConfig:
-    """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out."""
-    parallel = ParallelConfig(**LAYOUTS[layout])
+    """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out, and with a
+    moving average of its weights where the name ends in `average`."""
+    parallel = ParallelConfig(**LAYOUTS[layout.removesuffix(" average")])
     pipeline = parallel.pipeline_model_parallel_size
     return RunConfig(
         model=ModelConfig(
@@ -69,6 +70,7 @@ def run_config(layout: str) -> RunConfig:
             micro_batch_size=1,
             global_batch_size=(pipeline if pipeline > 1 else 8) * (parallel.data_parallel_size or 1),
             train_iters=10,
+            ema_decay=0.9 if layout.endswith(" average") else None,
         ),
         parallel=parallel,
     )
@@ -84,6 +86,7 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
     from plt_megatron.train.checkpoint.saving import begin_save
+    from plt_megatron.train.weight_average import WeightAverage
 
     init_process_groups(config.parallel)
     engine = build_engine(config, VOCAB_SIZE)
@@ -98,7 +101,9 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     with balanced_routing(), CommunicationRecorder() as recorder:
         engine.train_step(batches)
         engine.evaluate(batches[: config.parallel.pipeline_model_parallel_size], config.model.loop_count)
-    items = [item for *_, (_, tensors) in begin_save(engine, folder, {"step": 1}).buckets for item, _ in tensors]
+    average = config.training.ema_decay is not None
+    kept = {"ema": WeightAverage(engine).sharded("ema")} if average else None  # type: ignore[arg-type]
+    items = [item for *_, (_, tensors) in begin_save(engine, folder, {"step": 1}, kept).buckets for item, _ in tensors]
     written = [
         [item.index.fqn, list(item.tensor_data.chunk.offsets), list(item.tensor_data.chunk.sizes)] for item in items
     ]

@@ -196,6 +196,7 @@ def test_a_callback_is_asked_at_every_turn_of_a_run(data, tmp_path, run_distribu
         "load_state_dict",
         *saving,
         *step,
+        "other_weights",
         "on_record",  # of validation
         *saving,
         "on_end",

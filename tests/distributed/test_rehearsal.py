@@ -76,6 +76,17 @@ def test_other_layouts_are_those_of_the_real_run(run_distributed, layout, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2 DP2 average", "TP2 SP DP2 EP2 average"])
+def test_a_moving_average_is_held_and_saved_as_in_the_real_run(run_distributed, layout, tmp_path):
+    found = rehearsed(layout)[layout]
+    assert_as_real(run_distributed, layout, found, tmp_path)
+    assert any(key.startswith("kept.ema.") for key, *_ in found["written"]["0"])
+    off = dict(found["differences"])
+    assert abs(off["memory, stage 0"]) < 0.05
+    assert abs(off["checkpoint, written by all"]) < 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "named"),
     [

@@ -12,6 +12,7 @@ from tests.te import te_jobs as jobs
 
 MODEL = {"num_layers": 2, **jobs.FP8_MODEL, "kv_channels": 128}
 TRAINING = {"precision": "bf16", "train_iters": 4, "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_attention": True}
+AVERAGED = {**TRAINING, "ema_decay": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,12 @@ def make(tmp_path_factory):
     """A configuration by name and layout."""
     data = make_data(tmp_path_factory.mktemp("data"))
     runs = tmp_path_factory.mktemp("runs")
-    kinds = {"model": MODEL, "training": TRAINING}
-    return lambda name, **parallel: run_config(name, runs, data, **kinds, parallel={**jobs.UNFUSED, **parallel})
+
+    def config(name, training=AVERAGED, **parallel):
+        parallel = {**jobs.UNFUSED, **parallel}
+        return run_config(name, runs, data, model=MODEL, training=training, parallel=parallel)
+
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, make, run_te):
     assert run_te(jobs.run_whole, 1, config, timeout_s=240) is True
     assert numbers(config) == numbers(whole)
     assert {"loss", "grad_norm", "gate_mean", "hidden_norm", "step_size"} <= numbers(whole)[0].keys()
+
+
+@pytest.mark.slow
+def test_the_average_is_validated_in_fp8_and_changes_no_step(whole, make, run_te):
+    config = make("without", TRAINING)
+    assert run_te(jobs.run_whole, 1, config, timeout_s=240) is True
+    theirs = numbers(whole)
+    averages = [record.pop("ema_loss") for record in theirs if record["kind"] == "validation"]
+    assert theirs == numbers(config)
+    losses = [record["loss"] for record in theirs if record["kind"] == "validation"]
+    assert averages == pytest.approx(losses, rel=0.05) and averages != losses
 
 
 @pytest.mark.slow

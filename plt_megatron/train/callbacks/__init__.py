@@ -19,6 +19,7 @@ from plt_megatron.train.callbacks.progress import ProgressBar
 from plt_megatron.train.callbacks.throughput import Throughput
 from plt_megatron.train.callbacks.train_log import TrainLog
 from plt_megatron.train.callbacks.validation import Validation
+from plt_megatron.train.callbacks.weight_ema import WeightEMA
 
 CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
@@ -26,6 +27,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     DataProgress,
     Throughput,
     Incidents,
+    WeightEMA,
     LoopMeasures,
     LoopLosses,
     Metrics,

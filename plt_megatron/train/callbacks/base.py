@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
@@ -132,6 +131,11 @@ class Callback:
         """What it adds to the training record of the last step. Collective."""
         return {}
 
+    def other_weights(self) -> dict[str, AbstractContextManager[None]]:
+        """Weights that validation measures beside the run's own, by what its fields begin with (`ema`: `ema_loss`): in
+        its context, which all ranks enter together, the engine's model has them."""
+        return {}
+
     def on_record(self, record: dict[str, Any]) -> None:
         """A record of training or validation."""
 
@@ -144,10 +148,11 @@ class Callback:
         """Its state for a resumed run: JSON, the same on all ranks."""
         return {}
 
-    def parameter_state(self) -> dict[str, Tensor]:
+    def parameter_state(self) -> dict[Any, Any]:
         """State in tensors, such as averages of weights: each in the shape of one of `engine.stage`'s parameters, by
         its name. They are saved like parameters, and loading a checkpoint in any layout fills them. After a step,
-        weights are complete on a rank only once `engine.gather_parameters()` was called on all."""
+        weights are complete on a rank only once `engine.gather_parameters()` was called on all. Or, nested in
+        dictionaries, megatron-core's sharded tensors, whose keys begin with `kept.` and the callback's name."""
         return {}
 
     def on_save(self, checkpoint: Path) -> None:

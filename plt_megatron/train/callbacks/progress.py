@@ -52,7 +52,8 @@ class ProgressBar(Callback):
     def on_record(self, record: dict[str, Any]) -> None:
         """A line of it."""
         if record["kind"] == "validation":
-            self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}")
+            average = f", of the average {record['ema_loss']:.4f}" if "ema_loss" in record else ""
+            self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}{average}")
             return
         if record["kind"] == "evaluation":
             scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())

@@ -1,4 +1,4 @@
-"""Loss of the same weights on the same held-out text, at each of the configured loop counts."""
+"""Loss of the same weights on the same held-out text, at each of the configured loop counts; and of their average."""
 
 from __future__ import annotations
 
@@ -22,9 +22,17 @@ class Validation(Callback):
         self.run.beat("validating")
         clock = self.run.clock
         with self.run.engine.times.measure("validation"):
-            for loop_count in derived.validation_loop_counts(self.run.config):
-                record = {"kind": "validation", "step": clock.step, "tokens": clock.tokens, "loop_count": loop_count}
-                self.run.report({**record, **self._measure(loop_count)})
+            counts = derived.validation_loop_counts(self.run.config)
+            measured = {loop_count: self._measure(loop_count) for loop_count in counts}
+            for callback in self.run.callbacks:
+                for name, weights in callback.other_weights().items():
+                    with weights:
+                        for loop_count in counts:
+                            own = self._measure(loop_count)
+                            measured[loop_count] |= {f"{name}_{field}": value for field, value in own.items()}
+        for loop_count, values in measured.items():
+            record = {"kind": "validation", "step": clock.step, "tokens": clock.tokens, "loop_count": loop_count}
+            self.run.report({**record, **values})
 
     def _measure(self, loop_count: int) -> dict[str, Any]:
         """Nats per token and, with `validation.by_source`, the same and bits per byte of each source."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_checkpoint(
-    engine: Engine, path: Path | str, *, kept: saving.Kept | None = None, allow_other_schedule: bool = False
+    engine: Engine, path: Path | str, *, kept: state.Kept | None = None, allow_other_schedule: bool = False
 ) -> dict[str, Any]:
     """Restore the saved state in the engine, new or not. Collective.
 
@@ -85,16 +87,22 @@ def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _load_kept(engine: Engine, path: Path, kept: saving.Kept) -> None:
+def _load_kept(engine: Engine, path: Path, kept: state.Kept) -> None:
     saved = on_rank_0(partial(_saved_entries, path))[0] if kept else {}
     for name, tensors in kept.items():
-        sharded = state.parameter_tensors(engine.stage, name, tensors)
-        request = {own: value for own, value in sharded.items() if value.key in saved}
+        request = _of_those(state.kept_tensors(engine.stage, name, tensors), saved)
         if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
             _say(f"{path} has no state of {name}, which is reset")
             continue
         for own, value in _read(path, {"kept": request}, engine.groups.dp_cp)["kept"].items():
-            tensors[own].copy_(value)
+            if isinstance(value, Tensor):  # sharded tensors are read in place
+                tensors[own].copy_(value)
+
+
+def _of_those(kept: dict[Any, Any], saved: Collection[str]) -> dict[Any, Any]:
+    """What a checkpoint with these keys has of it."""
+    inside = {own: _of_those(value, saved) if isinstance(value, dict) else value for own, value in kept.items()}
+    return {own: value for own, value in inside.items() if isinstance(value, dict) or value.key in saved}
 
 
 def _schedule_step_tokens(progress: dict[str, Any]) -> int:

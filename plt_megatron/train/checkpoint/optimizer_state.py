@@ -9,7 +9,7 @@ shares the optimizer's memory, so that saving copies only what a rank writes and
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -93,17 +93,43 @@ class OptimizerPart:
             model: the model's sharded tensors.
         """
         self.allocate()
-        wholes = {
-            value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)
-        }
+        wholes, prefix = _wholes(model), sharding.OPTIMIZER_PREFIX
         return {
             index: {
-                name: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, name, flat)))
+                name: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, f"{prefix}{name}.", flat)))
                 for name, flat in self._tensors(parameter).items()
             }
-            for index, (parameter, part) in enumerate(self.parameter_parts())
-            if part is not None
+            for index, (parameter, part) in self._owned()
         }
+
+    def sharded_beside(
+        self, model: dict[str, Any], pieces: Mapping[int, Tensor], prefix: str
+    ) -> dict[int, dict[int, ShardedTensor]]:
+        """What else is kept of the main parameters, as sharded tensors that share its memory: by the parameter's index
+        in its buffers and number.
+
+        Args:
+            model: the model's sharded tensors.
+            pieces: in the shapes of `pieces`, by the same indices.
+            prefix: of keys; what follows is the parameter's.
+        """
+        wholes = _wholes(model)
+        return {
+            index: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, prefix, pieces[index])))
+            for index, (parameter, part) in self._owned()
+        }
+
+    def pieces(self) -> dict[int, Tensor]:
+        """This rank's parts of the main parameters, flat, in fp32, by the parameter's index in its buffers."""
+        return {index: self.main_parameter(parameter) for index, (parameter, _) in self._owned()}
+
+    def model_pieces(self) -> dict[int, Tensor]:
+        """The same parts of the model's parameters: views, in the model's precision."""
+        return {index: parameter.detach().view(-1)[part.start : part.end] for index, (parameter, part) in self._owned()}
+
+    def _owned(self) -> Iterator[tuple[int, tuple[Tensor, Any]]]:
+        """(index in its buffers, (parameter, range)) of those of which this rank owns a part."""
+        return (each for each in enumerate(self.parameter_parts()) if each[1][1] is not None)
 
     @torch.no_grad()
     def reset_others(self, loaded: dict[int, Any]) -> None:
@@ -150,13 +176,19 @@ class OptimizerPart:
                 yield parameter, owned.get(parameter)
 
 
+def _wholes(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+    """The model's sharded tensors by its parameters."""
+    return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+
+
 def _boxes_of(
-    whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, name: str, flat: Tensor
+    whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, prefix: str, flat: Tensor
 ) -> Iterator[ShardedTensor]:
-    """The part of a parameter's state `name` that begins at its element `start`, as boxes of the whole model's tensor.
+    """The part of a parameter's state that begins at its element `start`, as boxes of the whole model's tensor.
 
     Args:
         whole: the parameter's.
+        prefix: what its key begins with in the state's.
         flat: the part.
     """
     for tensor in sharding.sharded_tensors({"": whole}):
@@ -170,7 +202,7 @@ def _boxes_of(
             elements = math.prod(shape)
             yield replace(
                 tensor,
-                key=f"{sharding.OPTIMIZER_PREFIX}{name}.{tensor.key}",
+                key=f"{prefix}{tensor.key}",
                 data=flat[low - shift : low - shift + elements].view(ones + shape),
                 dtype=flat.dtype,
                 local_shape=ones + shape,

@@ -19,11 +19,12 @@ from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified
 
 _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
 STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key
-_NO_WEIGHTS = ("optimizer.", "kept.")
+_KEPT = "kept."
+_NO_WEIGHTS = ("optimizer.", _KEPT)
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, Tensor]]:
+def read_weights(path: Path | str, verify: bool = True, *, average: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """(global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
 
     Names are megatron-core's, layers and experts numbered over the whole model from 0:
@@ -34,15 +35,18 @@ def read_weights(path: Path | str, verify: bool = True) -> Iterator[tuple[str, T
     Args:
         path: a checkpoint, or a run's folder for its last complete one. Unpickles metadata: read only what you trust.
         verify: check every file's SHA-256 first; not needed for a checkpoint just verified.
+        average: instead of the weights, what this callback keeps of them, in fp32: `ema`, their moving average.
 
     Raises:
-        UserError: there is no complete checkpoint at `path`.
+        UserError: there is no complete checkpoint at `path`, or no such average in it.
     """
     found = latest_checkpoint(path, verify)
     if found is None:
         raise UserError(f"{path}: no complete checkpoint there")
     vocab_size = read_verified_progress(found)["vocab_size"]
-    reader = _Reader(found)
+    reader = _Reader(found, "" if average is None else f"{_KEPT}{average}.")
+    if not reader.keys:
+        raise UserError(f"checkpoint {found} has no {average} of its weights")
     for key in reader.keys:
         match = _LAYERS.fullmatch(key)
         if match:
@@ -65,26 +69,32 @@ def _of_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 class _Reader:
     """Reads ranges of rows of a checkpoint's tensors.
 
+    Args:
+        prefix: of their keys; none: the model's.
+
     Attributes:
-        keys: the model's tensors; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...].
+        keys: without the prefix; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...].
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, prefix: str = "") -> None:
         self._files = FileSystemReader(path)
         metadata: Metadata = self._files.read_metadata()
         self._files.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and not key.startswith(_NO_WEIGHTS)
+            if isinstance(entry, TensorStorageMetadata)
+            and (key.startswith(prefix) if prefix else not key.startswith(_NO_WEIGHTS))
         }
-        self.keys = sorted(self._tensors)
+        self._prefix = prefix
+        self.keys = sorted(key.removeprefix(prefix) for key in self._tensors)
 
     def shape(self, key: str) -> torch.Size:
-        return self._tensors[key].size
+        return self._tensors[self._prefix + key].size
 
     def read(self, key: str, start: int, length: int) -> Tensor:
         """Rows `start` .. `start + length` of the tensor."""
+        key = self._prefix + key
         entry = self._tensors[key]
         sizes = torch.Size((length, *entry.size[1:]))
         offsets = torch.Size((start, *[0] * (len(sizes) - 1)))

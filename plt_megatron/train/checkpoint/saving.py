@@ -9,7 +9,6 @@ import dataclasses
 import json
 import logging
 import queue
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -36,7 +36,6 @@ from plt_megatron.train.checkpoint.collective import describe, first_of_all_rank
 from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
-Kept = Mapping[str, Mapping[str, Tensor]]
 
 
 def save_checkpoint(
@@ -44,7 +43,7 @@ def save_checkpoint(
     directory: Path | str,
     progress: dict[str, Any],
     *,
-    kept: Kept | None = None,
+    kept: state.Kept | None = None,
     keep_last: int = 2,
     keep_every: int = 0,
 ) -> Path:
@@ -53,7 +52,7 @@ def save_checkpoint(
     Args:
         directory: the run's folder of checkpoints, the same on all ranks; created if needed.
         progress: `step`, and whatever else the trainer needs again, as JSON (tokens, fingerprints, ...).
-        kept: what else is kept of the model's parameters: by who keeps it, tensors in their shapes by their names.
+        kept: what else is kept of the model's parameters, see `state.Kept`.
         keep_last: checkpoints to keep; older ones are removed.
         keep_every: keep multiples of this step permanently; 0: none.
 
@@ -72,7 +71,7 @@ def begin_save(
     engine: Engine,
     directory: Path | str,
     progress: dict[str, Any],
-    kept: Kept | None = None,
+    kept: state.Kept | None = None,
     *,
     staged: bool = False,
 ) -> PendingSave:
@@ -193,20 +192,19 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
-def _state(engine: Engine, kept: Kept) -> dict[str, Any]:
+def _state(engine: Engine, kept: state.Kept) -> dict[str, Any]:
     engine.gather_parameters()
     return {
         **engine.state.to_save(),
         "scheduler": engine.scheduler.state_dict(),
         "rng": state.random_state(),
-        "kept": {name: state.parameter_tensors(engine.stage, name, tensors) for name, tensors in kept.items()},
+        "kept": {name: state.kept_tensors(engine.stage, name, tensors) for name, tensors in kept.items()},
     }
 
 
-def _copy_live(buckets: list[Any], engine: Engine, kept: Kept) -> list[Any]:
+def _copy_live(buckets: list[Any], engine: Engine, kept: state.Kept) -> list[Any]:
     """The buckets, with copies of tensors that training will change: on a CPU nothing else copies them."""
-    beside = [tensor for tensors in kept.values() for tensor in tensors.values()]
-    tensors = (*engine.state.live_tensors(), *beside)
+    tensors = (*engine.state.live_tensors(), *map(state.data_of, nested_values(dict(kept))))
     live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def copy(tensor: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ from plt_megatron.model.looped_gpt import LoopedGPT
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
 KEPT_PREFIX = "kept."  # callbacks' tensors
+# What callbacks keep, by their names: tensors in the shapes of the stage's parameters by their names, or, nested,
+# sharded tensors.
+Kept = Mapping[str, Mapping[Any, Any]]
 _TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
@@ -42,12 +45,14 @@ def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]
     return {name: value for name, value in state.items() if not _is_empty_object(value)}
 
 
-def parameter_tensors(stage: LoopedGPT, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The tensors that callback `name` keeps of the model's parameters, as sharded ones, by the parameters' names.
+def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The tensors that callback `name` keeps of the model's parameters, as sharded ones, in the same order.
 
     Args:
-        tensors: in the shape of the stage's parameters, by their names; possibly not of all.
+        tensors: in the shape of the stage's parameters, by their names; possibly not of all. Or sharded ones, nested.
     """
+    if not any(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        return dict(tensors)
     names = {parameter: name for name, parameter in stage.named_parameters()}
     sharded = {
         names[value.data]: value
@@ -103,6 +108,11 @@ def restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def data_of(value: Any) -> Tensor:
+    """A tensor's own data, sharded or not."""
+    return value if isinstance(value, Tensor) else value.data
 
 
 def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:

@@ -19,7 +19,8 @@ from plt_megatron.run_folder import checkpoints
 from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import on_rank_0
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
-from plt_megatron.train.checkpoint.saving import Kept, PendingSave, begin_save
+from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
+from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)

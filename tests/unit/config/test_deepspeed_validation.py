@@ -73,6 +73,11 @@ def test_what_it_cannot_do_is_one_line_with_the_alternative(changes, expected, a
         assert find_problems(config, check_files=False) == []
 
 
+def test_averages_are_refused():
+    (line,) = problems(training__ema_decay=0.999)
+    assert line.startswith("engine deepspeed: training.ema_decay 0.999: averages are not proven with it: set it to nu")
+
+
 def test_fp8_and_experts_are_refused():
     config = config_with(training__fp8="hybrid", model__backend="te")
     lines = [line for line in find_problems(config, check_files=False, have_te=True) if "engine deepspeed" in line]

@@ -128,6 +128,18 @@ def test_zero_stages_per_parameter(stage, precision, expected):
     assert offloaded["gradients"] == (held["gradients"] if stage < 2 else 0), "they go along from stage 2 on"
 
 
+def test_a_moving_average_costs_a_share_of_fp32_and_as_much_on_disk():
+    plain, averaged = run(), run(training={"ema_decay": 0.999})
+    layout = estimate_layout(plain, 4)
+    held = persistent_bytes(8_000_000, averaged, layout)
+    assert held.pop("weight average") == 8_000_000 * 4 / 4
+    without = persistent_bytes(8_000_000, plain, layout)
+    assert without.pop("weight average") == 0 and without == held
+    assert estimate_run(averaged, world_size=4).checkpoint_bytes == 18 * count_parameters(MODEL).total
+    more = stage_peaks(averaged, world_size=4)[0] - stage_peaks(plain, world_size=4)[0]
+    assert more == pytest.approx(count_parameters(MODEL).total, rel=0.01)
+
+
 def test_traffic_by_hand():
     row = 256 * 512 * 2  # one microbatch's hidden states in bf16
     tensor = estimate_run(run(tensor_model_parallel_size=2)).communication

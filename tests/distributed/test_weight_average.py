@@ -1,0 +1,231 @@
+"""The moving average of the weights in whole runs: torch's own, resumed, in other layouts, validated, exported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.hf.exporting import ExportOptions, export
+from plt_megatron.hf.param_mapping import mappings_for
+from plt_megatron.train.callbacks.base import Callback
+from plt_megatron.train.checkpoint import read_weights
+from tests.distributed.training_jobs import make_data, run_config, train
+from tests.distributed.whole_runs import folder, numbers
+
+DECAY = 0.75
+TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+DP = {"overlap_grad_reduce": True}  # and gathers weights during the next forward pass
+EP = {"expert_model_parallel_size": 2}
+ONE_ROW = {"micro_batch_size": 1, "ema_decay": DECAY}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    return make_data(tmp_path_factory.mktemp("average_data"))
+
+
+class Reference(Callback):
+    """torch's own average of the whole weights, after each update."""
+
+    def __init__(self, run: Any) -> None:
+        super().__init__(run)
+        self.names = [name for name, _ in run.engine.stage.named_parameters()]
+        self.model = torch.nn.ParameterList(p.detach().clone() for p in run.engine.stage.parameters())
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+
+    def after_step(self, step: Any, result: Any) -> None:
+        if result.updated:
+            self.run.engine.gather_parameters()
+            with torch.no_grad():
+                for own, weight in zip(self.model, self.run.engine.stage.parameters(), strict=True):
+                    own.copy_(weight)
+            self.average.update_parameters(self.model)
+
+
+def train_beside_reference(config: RunConfig, bad_step: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """torch's average at the end of a run, and the validation loss of a model that has it, by loop count."""
+    from plt_megatron.train import trainer
+
+    own, runs = trainer.CALLBACKS, []
+    trainer.CALLBACKS = (*own, Reference)
+    made = Reference.__init__
+    Reference.__init__ = lambda self, run: (made(self, run), runs.append(self))[0]  # type: ignore[method-assign]
+    try:
+        assert train(config, bad_step) is True
+    finally:
+        trainer.CALLBACKS, Reference.__init__ = own, made  # type: ignore[method-assign]
+    (reference,) = runs
+    average = dict(zip(reference.names, (p.detach() for p in reference.average.module), strict=True))
+    return average, _losses_with(reference.run, average, config)
+
+
+def _losses_with(run: Any, weights: dict[str, torch.Tensor], config: RunConfig) -> dict[str, float]:
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.megatron_engine import MegatronEngine
+
+    init_process_groups(config.parallel)
+    run.engine = MegatronEngine(config, run.data.vocab_size)
+    with torch.no_grad():
+        for name, parameter in run.engine.stage.named_parameters():
+            parameter.copy_(weights[name])
+    (validation,) = [callback for callback in run.callbacks if type(callback).__name__ == "Validation"]
+    return {str(loops): validation._measure(loops)["loss"] for loops in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory, run_distributed) -> tuple[RunConfig, Any]:
+    """Six steps of one process in fp32, the second of them bad."""
+    config = run_config("alone", tmp_path_factory.mktemp("runs"), data, training={"ema_decay": DECAY})
+    config.checkpoint.keep_last = 3
+    return config, run_distributed(train_beside_reference, 1, config, bad_step=2)
+
+
+def average_of(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
+    return dict(read_weights(folder(config) / "checkpoints" / f"step_{step:08d}", average="ema"))
+
+
+def go_on(config: RunConfig, name: str, output_dir: Path, **changes: Any) -> RunConfig:
+    """A run that has another's checkpoint of step 4, and nothing later."""
+    other = dataclasses.replace(config, name=name, output_dir=str(output_dir))
+    for section, fields in changes.items():
+        setattr(other, section, dataclasses.replace(getattr(config, section), **fields))
+    shutil.copytree(folder(config), folder(other))
+    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
+    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
+    return other
+
+
+def records(config: RunConfig, kind: str) -> list[dict]:
+    return [record for record in numbers(config) if record["kind"] == kind]
+
+
+def test_the_average_is_torchs(alone):
+    config, (expected, _) = alone
+    ours = average_of(config, 6)
+    progress = json.loads((folder(config) / "checkpoints/step_00000006/progress.json").read_text())
+    assert progress["ema"] == {"updates": 5}  # not of the bad step
+    assert len(ours) == len(expected)
+    weights = dict(read_weights(folder(config)))
+    for name, tensor in expected.items():
+        own = ours[name][: len(tensor)]
+        assert own.dtype == torch.float32 and torch.equal(own, tensor[: len(own)]), name
+    assert not any(torch.equal(ours[name], weights[name]) for name in ours)
+
+
+def test_the_average_is_validated_beside_the_weights(alone):
+    config, (_, losses) = alone
+    last = [record for record in records(config, "validation") if record["step"] == 6]
+    for record in last:
+        assert record["ema_loss"] == pytest.approx(losses[str(record["loop_count"])], rel=1e-6)
+        assert record["ema_loss"] != record["loss"]
+    assert [record["loop_count"] for record in last] == [1, 2]
+
+
+def test_a_run_without_the_average_has_the_same_weights(alone, tmp_path, run_distributed):
+    """Nor does the average stay: a run that takes it up again begins anew."""
+    config, _ = alone
+    other = go_on(config, "without", tmp_path, training={"ema_decay": None})
+    assert run_distributed(train, 1, other) is True
+    assert [record["loss"] for record in numbers(other)] == [record["loss"] for record in numbers(config)]
+    assert all(
+        torch.equal(tensor, dict(read_weights(folder(config)))[name]) for name, tensor in read_weights(folder(other))
+    )
+    with pytest.raises(UserError, match=r"step_00000006 has no ema of its weights"):
+        average_of(other, 6)
+
+
+@pytest.fixture(scope="module")
+def shared_out(data, tmp_path_factory, run_distributed) -> RunConfig:
+    """Six steps in bf16 on two data-parallel ranks, which gather weights during the next forward pass."""
+    training = {"ema_decay": DECAY, "precision": "bf16"}
+    config = run_config("shared", tmp_path_factory.mktemp("runs"), data, parallel=DP, training=training)
+    assert run_distributed(train, 2, config) is True
+    return config
+
+
+def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
+    config = go_on(shared_out, "resumed", tmp_path, checkpoint={"async_save": True})
+    assert run_distributed(train, 2, config) is True
+    assert numbers(config) == numbers(shared_out)
+    ours, theirs = average_of(config, 6), average_of(shared_out, 6)
+    assert ours.keys() == theirs.keys() and len(ours) >= 10
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == torch.float32 for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "changes"),
+    [
+        pytest.param(TP_SP, 2, {}, id="TP2"),
+        pytest.param(PP, 2, {"micro_batch_size": 1}, id="PP2", marks=pytest.mark.slow),
+        pytest.param(TP_SP | PP | DP, 8, {"micro_batch_size": 1}, id="TP2xPP2xDP2", marks=pytest.mark.slow),
+        pytest.param({"context_parallel_size": 2} | DP, 2, {}, id="CP2", marks=pytest.mark.slow),
+    ],
+)
+def test_it_goes_on_in_another_layout(alone, tmp_path, run_distributed, parallel, world_size, changes):
+    config, _ = alone
+    other = go_on(config, "moved", tmp_path, parallel=parallel, training=changes)
+    assert run_distributed(train, world_size, other) is True
+    ours, theirs = average_of(other, 6), average_of(config, 6)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
+    for one, another in zip(records(other, "validation"), records(config, "validation"), strict=True):
+        assert one["ema_loss"] == pytest.approx(another["ema_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_experts_have_averages_too(data, tmp_path, run_distributed):
+    """Theirs is an optimizer of its own; EP2 x DP2 against one process."""
+    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16}
+    runs = [
+        run_config(name, tmp_path, data, model=experts, parallel=layout, training=ONE_ROW)
+        for name, layout in (("one", {}), ("four", EP))
+    ]
+    for config, size in zip(runs, (1, 4), strict=True):
+        assert run_distributed(train, size, config) is True
+    theirs, ours = (average_of(config, 6) for config in runs)
+    assert any(".experts.3." in name for name in ours) and ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
+
+
+def test_the_average_is_exported(alone, tmp_path):
+    config, (expected, _) = alone
+    export(ExportOptions(folder(config), tmp_path / "ema", ema=True), say=lambda line: None)
+    tensors = load_file(tmp_path / "ema" / "model.safetensors")
+    vocab_size = json.loads((tmp_path / "ema/config.json").read_text())["vocab_size"]
+    for mapping in mappings_for(config.model, vocab_size):
+        ours = mapping.to_megatron([tensors[name] for name, _ in mapping.hf])
+        assert torch.equal(ours, expected[mapping.name][: len(ours)]), mapping.name
+    card = (tmp_path / "ema" / "README.md").read_text()
+    assert "a moving average over 5 updates, decay 0.75" in card
+    last = records(config, "validation")[-1]
+    assert f"| loss with 2 loops | {last['ema_loss']:.4f} |" in card
+
+
+def test_what_has_no_average_is_not_exported_as_one(alone, tmp_path):
+    config, _ = alone
+    other = go_on(config, "plain", tmp_path)
+    path = folder(other) / "checkpoints" / "step_00000004"
+    progress = json.loads((path / "progress.json").read_text())
+    progress["ema"] = {"updates": 0}
+    (path / "progress.json").write_text(json.dumps(progress))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["progress.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"step_00000004 has no moving average of its weights: .*ema_decay"):
+        export(ExportOptions(path, tmp_path / "out", ema=True), say=lambda line: None)
+    export(ExportOptions(folder(config), tmp_path / "hf"), say=lambda line: None)
+    with pytest.raises(UserError, match="a Hugging Face folder has one set of weights; leave --ema out"):
+        export(ExportOptions(tmp_path / "hf", tmp_path / "out", ema=True), say=lambda line: None)
