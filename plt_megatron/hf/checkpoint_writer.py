@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +25,8 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.checkpoint import publishing
+from plt_megatron.train.checkpoint.reading import stored_at
 
-_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
-_EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
 _COMMON = "common_state/shard_0_1"  # megatron-core's, for what is not a tensor
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 
@@ -50,18 +48,21 @@ class LazyTensor:
 def write_checkpoint(
     directory: Path,
     tensors: Iterable[LazyTensor],
-    config: RunConfig,
+    config: RunConfig | dict[str, Any],
     vocab_size: int,
     dtype: torch.dtype,
     progress: dict[str, Any],
+    step: int = 0,
 ) -> Path:
-    """Publish `<directory>/step_00000000`, a checkpoint of weights without optimizer state.
+    """Publish a checkpoint of weights without optimizer state, as `<directory>/step_00000000`.
 
     Args:
         tensors: all of the model's, the vocabulary padded.
-        config: a run's that has these weights; `model` and `training.precision` matter.
+        config: a run's that has these weights, or what another checkpoint says of it; `model` and
+            `training.precision` matter.
         dtype: of the tensors on disk.
         progress: further information for readers.
+        step: what the weights are of.
 
     Returns:
         The checkpoint's folder.
@@ -69,7 +70,7 @@ def write_checkpoint(
     Raises:
         OSError: it cannot be written; and whatever making a tensor raises.
     """
-    temporary = publishing.prepare(directory, 0)
+    temporary = publishing.prepare(directory, step)
     writer = FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
     try:
         with warnings.catch_warnings():
@@ -79,12 +80,12 @@ def write_checkpoint(
         raise next(iter(error.failures.values()))[0] from None
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
     described = {
-        "step": 0,
+        "step": step,
         "tokens": 0,
         **progress,
         "format": checkpoints.FORMAT,
         "weights_only": True,
-        "config": dataclasses.asdict(config),
+        "config": config if isinstance(config, dict) else dataclasses.asdict(config),
         "schedule": {},
         "vocab_size": vocab_size,
         "layout": {},
@@ -109,7 +110,7 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def _items(self) -> Iterator[WriteItem]:
-        places = [_place(tensor.name) for tensor in self._tensors]
+        places = [stored_at(tensor.name) for tensor in self._tensors]
         sizes: dict[str, tuple[int, ...]] = {}
         for key, place in places:
             sizes[key] = tuple(max(size, 1 + index) for size, index in zip(sizes.get(key, place), place, strict=True))
@@ -137,14 +138,3 @@ class _Planner(DefaultSavePlanner):
         made = tensor.make()
         assert tuple(made.shape) == tensor.shape, (tensor.name, made.shape, tensor.shape)
         return made.to(self._dtype).contiguous().view(write_item.tensor_data.chunk.sizes)
-
-
-def _place(name: str) -> tuple[str, tuple[int, ...]]:
-    """(key on disk, place in what is stacked under it: the layer, and of an expert its number)."""
-    layer = _LAYER.fullmatch(name)
-    if layer is None:
-        return name, ()
-    expert = _EXPERT.fullmatch(layer[3])
-    if expert is None:
-        return layer[1] + layer[3], (int(layer[2]),)
-    return f"{layer[1]}{expert[1]}experts.{expert[3]}", (int(layer[2]), int(expert[2]))

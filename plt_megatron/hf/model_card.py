@@ -120,6 +120,8 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     if source.ema:
         decay = config["training"]["ema_decay"]
         yield "weights", f"a moving average over {progress[EMA]['updates']:,} updates, decay {decay:g}"
+    if "averaged_from" in progress:
+        yield "weights", _averaged(progress)
     yield "steps", f"{progress['step']:,}"
     yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
@@ -129,11 +131,20 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
     title = OPTIMIZERS[optimizer.get("name", "adam")].title  # before optimizers had names
     yield "optimizer", f"{title}, learning rate {rate}, weight decay {optimizer['weight_decay']:g}"
-    yield "layout", ", ".join(f"{name.removesuffix('_size')} {size}" for name, size in progress["layout"].items())
+    if progress["layout"]:  # an average has none
+        yield "layout", ", ".join(f"{name.removesuffix('_size')} {size}" for name, size in progress["layout"].items())
     versions = dict(progress["versions"])
     if "megatron-core" in versions:  # of checkpoints of before 2026-11-26 it ends with our commit
         versions["megatron-core"] = versions["megatron-core"].partition("+")[0]
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _averaged(progress: Mapping[str, Any]) -> str:
+    parts = progress["averaged_from"]
+    equal = len({share for _, share in parts}) == 1
+    names = ", ".join(name if equal else f"{share:.3g} {name}" for name, share in parts)
+    kind = "the moving averages of " if progress.get("of_moving_averages") else ""
+    return f"the average of {kind}{names}" if len(parts) > 1 else f"{kind}{names}"
 
 
 def _data(data: Mapping[str, Any]) -> str:

@@ -103,7 +103,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
         vocab_size=progress["vocab_size"],
         max_position_embeddings=config["data"]["sequence_length"],
         precision=config["training"]["precision"],
-        weights=partial(read_weights, found, verify=False, average=EMA if ema else None),
+        weights=partial(read_weights, found, verify=False, part="ema" if ema else "weights"),
         tokenizer=loaded,
         tokens=tokens,
         generation=generation,

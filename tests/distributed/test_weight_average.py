@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.train.callbacks.base import Callback
 from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import Weights, stored_at
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
 
@@ -92,7 +97,7 @@ def alone(data, tmp_path_factory, run_distributed) -> tuple[RunConfig, Any]:
 
 
 def average_of(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
-    return dict(read_weights(folder(config) / "checkpoints" / f"step_{step:08d}", average="ema"))
+    return dict(read_weights(folder(config) / "checkpoints" / f"step_{step:08d}", part="ema"))
 
 
 def go_on(config: RunConfig, name: str, output_dir: Path, **changes: Any) -> RunConfig:
@@ -141,7 +146,7 @@ def test_a_run_without_the_average_has_the_same_weights(alone, tmp_path, run_dis
     assert all(
         torch.equal(tensor, dict(read_weights(folder(config)))[name]) for name, tensor in read_weights(folder(other))
     )
-    with pytest.raises(UserError, match=r"step_00000006 has no ema of its weights"):
+    with pytest.raises(UserError, match=r"step_00000006 has no ema"):
         average_of(other, 6)
 
 
@@ -163,19 +168,35 @@ def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == torch.float32 for name in ours)
 
 
+@pytest.fixture(scope="module")
+def moved(alone, tmp_path_factory, run_distributed) -> RunConfig:
+    """The run of one process, gone on from step 4 on two tensor-parallel ranks."""
+    config = go_on(alone[0], "moved", tmp_path_factory.mktemp("runs"), parallel=TP_SP)
+    assert run_distributed(train, 2, config) is True
+    return config
+
+
+def test_it_goes_on_in_another_layout(alone, moved):
+    assert_same_average(moved, alone[0])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "world_size", "changes"),
     [
-        pytest.param(TP_SP, 2, {}, id="TP2"),
-        pytest.param(PP, 2, {"micro_batch_size": 1}, id="PP2", marks=pytest.mark.slow),
-        pytest.param(TP_SP | PP | DP, 8, {"micro_batch_size": 1}, id="TP2xPP2xDP2", marks=pytest.mark.slow),
-        pytest.param({"context_parallel_size": 2} | DP, 2, {}, id="CP2", marks=pytest.mark.slow),
+        pytest.param(PP, 2, {"micro_batch_size": 1}, id="PP2"),
+        pytest.param(TP_SP | PP | DP, 8, {"micro_batch_size": 1}, id="TP2xPP2xDP2"),
+        pytest.param({"context_parallel_size": 2} | DP, 2, {}, id="CP2"),
     ],
 )
-def test_it_goes_on_in_another_layout(alone, tmp_path, run_distributed, parallel, world_size, changes):
+def test_it_goes_on_in_any_layout(alone, tmp_path, run_distributed, parallel, world_size, changes):
     config, _ = alone
     other = go_on(config, "moved", tmp_path, parallel=parallel, training=changes)
     assert run_distributed(train, world_size, other) is True
+    assert_same_average(other, config)
+
+
+def assert_same_average(other: RunConfig, config: RunConfig) -> None:
     ours, theirs = average_of(other, 6), average_of(config, 6)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -229,3 +250,58 @@ def test_what_has_no_average_is_not_exported_as_one(alone, tmp_path):
     export(ExportOptions(folder(config), tmp_path / "hf"), say=lambda line: None)
     with pytest.raises(UserError, match="a Hugging Face folder has one set of weights; leave --ema out"):
         export(ExportOptions(tmp_path / "hf", tmp_path / "out", ema=True), say=lambda line: None)
+
+
+# plt-average
+
+
+def raw_main_weights(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
+    """The optimizer's, as torch reads them."""
+    reader = FileSystemReader(folder(config) / "checkpoints" / f"step_{step:08d}")
+    prefix = "optimizer.state.param."
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and key.startswith(prefix)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(tensors, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def test_checkpoints_of_two_layouts_are_averaged_and_a_run_starts_from_it(alone, moved, tmp_path, run_distributed):
+    config, _ = alone
+    sources = [f"{folder(config)}@4", f"{folder(moved)}@6"]
+    result = average(AverageOptions(sources, tmp_path / "averaged", weights=[1, 3]), say=lambda line: None)
+    assert result.shares == [0.25, 0.75] and result.precision == "fp32"
+    one, other = raw_main_weights(config, 4), raw_main_weights(moved, 6)
+    ours = Weights(result.checkpoint)
+    for name in ours.names:
+        key, place = stored_at(name)
+        rows = slice(0, len(ours.read(name)))
+        expected = 0.25 * one[key][place][rows].double() + 0.75 * other[key][place][rows].double()
+        assert torch.equal(ours.read(name), expected.float()), name
+    started = dataclasses.replace(moved, name="started", output_dir=str(tmp_path))
+    started.checkpoint = dataclasses.replace(moved.checkpoint, load=str(tmp_path / "averaged"), weights_only=True)
+    started.training = dataclasses.replace(moved.training, train_iters=1, ema_decay=None)
+    started.optimizer = dataclasses.replace(moved.optimizer, lr=1e-12, min_lr=0, lr_warmup_iters=0)
+    assert run_distributed(train, 2, started) is True
+    after = dict(read_weights(folder(started)))
+    for name in ours.names:
+        torch.testing.assert_close(after[name], ours.read(name), rtol=0, atol=1e-9, msg=name)
+
+
+def test_moving_averages_are_averaged_of_fp32_where_the_run_is_in_bf16(shared_out, tmp_path):
+    sources = [f"{folder(shared_out)}@4", f"{folder(shared_out)}@6"]
+    plain = average(AverageOptions(sources, tmp_path / "plain", precision="fp32"), say=lambda line: None)
+    both = raw_main_weights(shared_out, 4), raw_main_weights(shared_out, 6)
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    key, place = stored_at(name)
+    expected = (both[0][key][place].double() + both[1][key][place].double()) / 2
+    assert torch.equal(Weights(plain.checkpoint).read(name), expected.float())
+    ema = average(AverageOptions(sources[1:], tmp_path / "ema", ema=True), say=lambda line: None)
+    assert ema.precision == "bf16"
+    assert torch.equal(Weights(ema.checkpoint).read(name), average_of(shared_out, 6)[name].bfloat16())
+    with pytest.raises(UserError, match="is one checkpoint, and its own average"):
+        average(AverageOptions(sources[1:], tmp_path / "one"), say=lambda line: None)

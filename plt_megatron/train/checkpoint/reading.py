@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,55 +16,95 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.checkpoints import latest_checkpoint, read_verified_progress
+from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 
+Part = Literal["weights", "main weights", "ema"]
+_PREFIXES: dict[Part, str] = {"weights": "", "main weights": "optimizer.state.param.", "ema": f"kept.{EMA}."}
 _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
 STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key
-_KEPT = "kept."
-_NO_WEIGHTS = ("optimizer.", _KEPT)
+_NO_WEIGHTS = ("optimizer.", "kept.")
 _PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
-def read_weights(path: Path | str, verify: bool = True, *, average: str | None = None) -> Iterator[tuple[str, Tensor]]:
+def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights") -> Iterator[tuple[str, Tensor]]:
     """(global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
-
-    Names are megatron-core's, layers and experts numbered over the whole model from 0:
-    `decoder.layers.3.mlp.linear_fc1.weight`, `decoder.layers.3.mlp.experts.7.linear_fc2.weight`.
-    Tensors are whole (`linear_fc1`: all gate rows, then all up rows; `linear_qkv`: by query group its queries, key and
-    value), in the dtype the model was trained in, the vocabulary without its padding rows.
 
     Args:
         path: a checkpoint, or a run's folder for its last complete one. Unpickles metadata: read only what you trust.
         verify: check every file's SHA-256 first; not needed for a checkpoint just verified.
-        average: instead of the weights, what this callback keeps of them, in fp32: `ema`, their moving average.
+        part: see `Weights`.
 
     Raises:
-        UserError: there is no complete checkpoint at `path`, or no such average in it.
+        UserError: there is no complete checkpoint at `path`, or no such part in it.
     """
     found = latest_checkpoint(path, verify)
     if found is None:
         raise UserError(f"{path}: no complete checkpoint there")
-    vocab_size = read_verified_progress(found)["vocab_size"]
-    reader = _Reader(found, "" if average is None else f"{_KEPT}{average}.")
-    if not reader.keys:
-        raise UserError(f"checkpoint {found} has no {average} of its weights")
-    for key in reader.keys:
+    weights = Weights(found, part)
+    if not weights.names:
+        raise UserError(f"checkpoint {found} has no {part}")
+    yield from ((name, weights.read(name)) for name in weights.names)
+
+
+def stored_at(name: str) -> tuple[str, tuple[int, ...]]:
+    """(key on disk, place in what is stacked under it: the layer, and of an expert its number)."""
+    layer = _LAYER.fullmatch(name)
+    if layer is None:
+        return name, ()
+    expert = _EXPERT.fullmatch(layer[3])
+    if expert is None:
+        return layer[1] + layer[3], (int(layer[2]),)
+    return f"{layer[1]}{expert[1]}experts.{expert[3]}", (int(layer[2]), int(expert[2]))
+
+
+class Weights:
+    """A model's parameters in a checkpoint, each read when it is asked for.
+
+    Names are megatron-core's, layers and experts numbered over the whole model from 0:
+    `decoder.layers.3.mlp.linear_fc1.weight`, `decoder.layers.3.mlp.experts.7.linear_fc2.weight`.
+    Tensors are whole (`linear_fc1`: all gate rows, then all up rows; `linear_qkv`: by query group its queries, key and
+    value), the vocabulary without its padding rows.
+
+    Args:
+        checkpoint: complete.
+        part: `weights`, in the dtype that the model was trained in; in fp32 the optimizer's `main weights`, or `ema`,
+            their moving average.
+
+    Attributes:
+        names: of all of them; none if the checkpoint lacks the part.
+    """
+
+    def __init__(self, checkpoint: Path, part: Part = "weights") -> None:
+        self._vocab_size = read_verified_progress(checkpoint)["vocab_size"]
+        self._reader = _Reader(checkpoint, _PREFIXES[part])
+        self._stack: tuple[str, int, Tensor] | None = None  # the experts of a layer
+        self.names = [name for key in self._reader.keys for name in self._names_of(key)]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU. Raises `KeyError` if there is none of that name."""
+        key, place = stored_at(name)
+        if not place:
+            return self._reader.read(key, 0, self._vocab_size if key in _PADDED else self._reader.shape(key)[0])
+        if len(place) == 1:
+            return self._reader.read(key, place[0], 1)[0]
+        if self._stack is None or self._stack[:2] != (key, place[0]):
+            self._stack = None  # before the next is read
+            self._stack = (key, place[0], self._reader.read(key, place[0], 1)[0])
+        return self._stack[2][place[1]]
+
+    def _names_of(self, key: str) -> Iterator[str]:
         match = _LAYERS.fullmatch(key)
-        if match:
-            for layer in range(reader.shape(key)[0]):
-                yield from _of_experts(f"{match[1]}{layer}.{match[2]}", reader.read(key, layer, 1)[0])
-        else:
-            rows = vocab_size if key in _PADDED else reader.shape(key)[0]
-            yield key, reader.read(key, 0, rows)
-
-
-def _of_experts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A layer's tensor or, where a mixture's experts are stacked in it, each expert's."""
-    if STACKED_EXPERTS not in name:
-        yield name, tensor
-        return
-    for expert, part in enumerate(tensor):
-        yield name.replace(STACKED_EXPERTS, f".mlp.experts.{expert}."), part
+        if match is None:
+            yield key
+            return
+        shape = self._reader.shape(key)
+        for name in (f"{match[1]}{layer}.{match[2]}" for layer in range(shape[0])):
+            if STACKED_EXPERTS in name:
+                yield from (name.replace(STACKED_EXPERTS, f".mlp.experts.{each}.") for each in range(shape[1]))
+            else:
+                yield name
 
 
 class _Reader:

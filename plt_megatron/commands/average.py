@@ -1,0 +1,63 @@
+"""Average the weights of checkpoints of one model, saved in any layouts, in one process on a CPU.
+
+    plt-average runs/mine --last 3 --output averaged
+    plt-average runs/mine@1000 runs/mine@2000 --weights 1 2 --output averaged
+
+The output is laid out like a run's folder: plt-export reads it, and a run starts from its weights with
+`checkpoint.load=averaged checkpoint.weights_only=true`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="RUN@STEP, or a checkpoint's folder; with --last, one run's folder",
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument("--last", type=int, metavar="N", help="the run's last N checkpoints")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[], metavar="W", help="one for each (default: equal ones)"
+    )
+    parser.add_argument(
+        "--ema",
+        action="store_true",
+        help="their moving averages (training.ema_decay) instead of their weights; one checkpoint will do",
+    )
+    parser.add_argument(
+        "--dtype", dest="precision", choices=("fp32", "bf16"), help="of the result (default: the last checkpoint's)"
+    )
+    return parser
+
+
+def _average(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf.averaging import AverageOptions, average
+
+    result = average(AverageOptions(**vars(arguments)))
+    shares = ", ".join(f"{share:.4g}" for share in result.shares)
+    print(f"{result.checkpoint}: {result.tensors} tensors in {result.precision}, of shares {shares}")
+    print(f"start a run from it with checkpoint.load={result.output} checkpoint.weights_only=true")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    from plt_megatron.hf.command_line import run_conversion
+
+    return run_conversion(lambda: _average(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""Averages the weights of checkpoints of one model, whatever layouts saved them, as a checkpoint of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import UserError
+from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
+from plt_megatron.hf.publishing import check_target, published_folder
+from plt_megatron.hf.sources import PRECISIONS, check_ema, saved_model
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.text import plural
+from plt_megatron.train.checkpoint.reading import Weights
+
+# Settings of a model that its weights do not depend on.
+_ANY = ("backend", "vocab_size", "make_vocab_size_divisible_by", "loop_preset", "fused_gated_window")
+# What a run's record keeps in the average's.
+_KEPT = ("consumed_tokens", "consumed_samples", "data_fingerprint", "special_tokens", "imported_from")
+
+
+@dataclass(frozen=True)
+class AverageOptions:
+    """What to average and how. See `plt-average --help`.
+
+    Attributes:
+        sources: checkpoints, as `RUN@STEP` or by their folders; with `last`, one run's folder.
+        last: so many of the run's last checkpoints; None: what `sources` names.
+        weights: one for each checkpoint, of which only ratios matter; empty: equal ones.
+        ema: average the checkpoints' moving averages instead of their weights; one checkpoint will do.
+        precision: of the result, fp32 or bf16; None: the last checkpoint's.
+    """
+
+    sources: Sequence[str]
+    output: Path
+    last: int | None = None
+    weights: Sequence[float] = ()
+    ema: bool = False
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class AverageResult:
+    """The output, a run's folder with one checkpoint.
+
+    Attributes:
+        checkpoint: the published folder.
+        checkpoints, shares: what was averaged; the shares add up to 1.
+    """
+
+    output: Path
+    checkpoint: Path
+    checkpoints: list[Path]
+    shares: list[float]
+    tensors: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A checkpoint that is averaged."""
+
+    path: Path
+    progress: dict[str, Any]
+    model: ModelConfig
+    weights: Weights
+
+    @property
+    def step(self) -> int:
+        return self.progress["step"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.progress['config']['name']}@{self.step}"
+
+
+def average(options: AverageOptions, say: Callable[[str], None] = print) -> AverageResult:
+    """Write the folder, completely or not at all, one tensor in memory at a time.
+
+    Of a checkpoint with fp32 main weights those are averaged. The sum is in fp64.
+
+    Raises:
+        UserError: a checkpoint is missing or damaged, they are not of one model, or the target exists.
+    """
+    check_target(options.output)
+    paths = _find(options)
+    shares = _shares(options.weights, paths)
+    members = [_open(path, options.ema) for path in paths]
+    for other in members[1:]:
+        _check_alike(members[0], other)
+    last = max(members, key=lambda member: member.step)
+    mappings = mappings_for(last.model, last.progress["vocab_size"])
+    _check_names(members, mappings)
+    config = _config(last, options.precision)
+    precision = config["training"]["precision"]
+    say(f"averaging {', '.join(member.name for member in members)}" + (", their moving averages" * options.ema))
+    progress = {name: last.progress[name] for name in _KEPT if name in last.progress}
+    progress["averaged_from"] = [[member.name, share] for member, share in zip(members, shares, strict=True)]
+    with published_folder(options.output) as folder:
+        written = write_checkpoint(
+            folder / checkpoints.FOLDER,
+            list(_tensors(members, shares, mappings, last)),
+            config,
+            last.progress["vocab_size"],
+            PRECISIONS[precision],
+            progress | {"of_moving_averages": options.ema},
+            last.step,
+        )
+    target = options.output / written.relative_to(folder)
+    return AverageResult(options.output, target, paths, shares, len(mappings), precision)
+
+
+# Which checkpoints.
+
+
+def _find(options: AverageOptions) -> list[Path]:
+    if options.last is not None:
+        return _last(options.sources, options.last)
+    paths = [_named(source) for source in options.sources]
+    resolved = [path.resolve() for path in paths]
+    double = next((path for path, real in zip(paths, resolved, strict=True) if resolved.count(real) > 1), None)
+    if double is not None:
+        raise UserError(f"{double} is named twice: give it once, with --weights for its share")
+    if len(paths) == 1 and not options.ema:
+        raise UserError(f"{paths[0]} is one checkpoint, and its own average: name two or more, or --last N of a run")
+    return paths
+
+
+def _named(source: str) -> Path:
+    """The checkpoint that `RUN@STEP` or a path means."""
+    run, at, step = source.rpartition("@")
+    if at and step.isdigit() and not Path(source).exists():
+        if not Path(run).is_dir():
+            raise UserError(f"{source}: there is no run {run}")
+        return RunFolder(run).checkpoint_at(int(step))
+    path = Path(source)
+    if not path.is_dir():
+        raise UserError(f"{source}: no such checkpoint; give its folder, or RUN@STEP as in runs/mine@2000")
+    if not checkpoints.NAME.fullmatch(path.name):
+        raise UserError(f"{source} is not a checkpoint: say which of its, as in {source}@2000, or --last N")
+    return path
+
+
+def _last(sources: Sequence[str], count: int) -> list[Path]:
+    if len(sources) != 1 or "@" in Path(sources[0]).name:
+        raise UserError(f"--last {count} takes the folder of one run, not {', '.join(sources)}")
+    if count < 2:
+        raise UserError(f"--last {count}: an average needs two checkpoints or more")
+    found = checkpoints.candidates(Path(sources[0]))
+    if len(found) < count:
+        raise UserError(
+            f"{sources[0]} has {plural(len(found), 'checkpoint')}, fewer than --last {count}: checkpoint.keep_last and "
+            "keep_every say how many a run keeps"
+        )
+    return found[:count][::-1]
+
+
+def _shares(weights: Sequence[float], paths: Sequence[Path]) -> list[float]:
+    if not weights:
+        return [1 / len(paths)] * len(paths)
+    if len(weights) != len(paths):
+        raise UserError(f"--weights: {len(weights)} for {len(paths)} checkpoints; give one for each")
+    wrong = next((weight for weight in weights if not (math.isfinite(weight) and weight > 0)), None)
+    if wrong is not None:
+        raise UserError(f"--weights: {wrong:g} is not a positive number")
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+# Whether they go together.
+
+
+def _open(path: Path, ema: bool) -> _Member:
+    problem = checkpoints.damage(path)
+    if problem is not None:
+        raise UserError(problem)
+    progress = checkpoints.read_verified_progress(path)
+    if ema:
+        check_ema(progress, path)
+        weights = Weights(path, "ema")
+    else:
+        weights = Weights(path, "main weights")
+        if not weights.names:  # an import's, or another average's
+            weights = Weights(path)
+    return _Member(path, progress, saved_model(progress["config"]["model"], path), weights)
+
+
+def _check_alike(one: _Member, other: _Member) -> None:
+    both = f"{one.path} and {other.path}"
+    before, now = dataclasses.asdict(one.model), dataclasses.asdict(other.model)
+    different = next((name for name in now if name not in _ANY and before[name] != now[name]), None)
+    if different is not None:
+        raise UserError(
+            f"{both} are of different models: model.{different} is {before[different]} and {now[different]}"
+        )
+    sizes = one.progress["vocab_size"], other.progress["vocab_size"]
+    if sizes[0] != sizes[1]:
+        raise UserError(f"{both} are of different vocabularies, of {sizes[0]} and {sizes[1]} entries")
+    tokenizers = [(each.progress.get("data_fingerprint") or {}).get("tokenizer") for each in (one, other)]
+    if None not in tokenizers and tokenizers[0] != tokenizers[1]:
+        raise UserError(f"{both} were trained with different tokenizers")
+
+
+def _check_names(members: Sequence[_Member], mappings: Sequence[ParamMapping]) -> None:
+    for member in members:
+        known = set(member.weights.names)
+        missing = [mapping.name for mapping in mappings if mapping.name not in known]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"checkpoint {member.path} lacks {missing[0]}{more}, which its model has")
+
+
+# What is written.
+
+
+def _config(last: _Member, precision: str | None) -> dict[str, Any]:
+    config = last.progress["config"]
+    return config | {"training": config["training"] | ({"precision": precision} if precision else {})}
+
+
+def _tensors(
+    members: Sequence[_Member], shares: Sequence[float], mappings: Sequence[ParamMapping], last: _Member
+) -> Iterator[LazyTensor]:
+    rows = derived.padded_vocab_size(last.model, last.progress["vocab_size"])
+    for mapping in mappings:
+        padded = mapping.name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        shape = (rows, *mapping.shape[1:]) if padded else mapping.shape
+        yield LazyTensor(mapping.name, shape, partial(_mean, members, shares, mapping.name, shape[0]))
+
+
+def _mean(members: Sequence[_Member], shares: Sequence[float], name: str, rows: int) -> Tensor:
+    total: Tensor | None = None
+    for member, share in zip(members, shares, strict=True):
+        part = member.weights.read(name).double() * share
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    missing = rows - total.shape[0]  # the vocabulary's padding
+    return (F.pad(total, (0, 0, 0, missing)) if missing else total).to(torch.float32)
