@@ -79,7 +79,14 @@ def write_checkpoint(
     except CheckpointException as error:  # torch's wrapper of the error, not an Exception
         raise next(iter(error.failures.values()))[0] from None
     (temporary / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
-    described = {
+    write_json(temporary / checkpoints.PROGRESS, _described(config, vocab_size, progress, step))
+    return publishing.publish(temporary, {})
+
+
+def _described(
+    config: RunConfig | dict[str, Any], vocab_size: int, progress: dict[str, Any], step: int
+) -> dict[str, Any]:
+    return {
         "step": step,
         "tokens": 0,
         **progress,
@@ -91,8 +98,6 @@ def write_checkpoint(
         "layout": {},
         "versions": publishing.versions(),
     }
-    write_json(temporary / checkpoints.PROGRESS, described)
-    return publishing.publish(temporary, {})
 
 
 class _Planner(DefaultSavePlanner):

@@ -46,9 +46,7 @@ def rehearse_rank(
     with fake_gpu(observer):
         engine = build_engine(config, vocab_size)
         assert isinstance(engine, MegatronEngine)
-        _name_memory(engine, observer)
-        average = None if config.training.ema_decay is None else WeightAverage(engine)
-        _name(observer, "weight average", average.tensors() if average else ())
+        _average = _name_memory(engine, observer)  # held through the step
         _mark_phases(engine, observer, record)
         count = num_microbatches(config, world_size)
         record.microbatches = enough_microbatches(layout.pipeline, count)
@@ -98,8 +96,9 @@ def _name(observer: Observer, name: str, tensors: Any) -> None:
     observer.name_held(name, (tensor for tensor in tensors if torch.is_tensor(tensor)))
 
 
-def _name_memory(engine: MegatronEngine, observer: Observer) -> None:
-    """The optimizer's state is made now, as when a checkpoint is loaded: a first step would make it."""
+def _name_memory(engine: MegatronEngine, observer: Observer) -> WeightAverage | None:
+    """The optimizer's state is made now, as when a checkpoint is loaded: a first step would make it. Returns what the
+    run would hold beside the engine."""
     for part in engine.state.parts:
         part.allocate()
         main = [each for group in part.inner.param_groups for each in group["params"]]
@@ -108,6 +107,11 @@ def _name_memory(engine: MegatronEngine, observer: Observer) -> None:
     buffers = [*engine.ddp.buffers, *engine.ddp.expert_parallel_buffers]
     _name(observer, "gradients", (buffer.grad_data for buffer in buffers))
     _name(observer, "weights", [*engine.stage.parameters(), *(buffer.param_data for buffer in buffers)])
+    if engine.config.training.ema_decay is None:
+        return None
+    average = WeightAverage(engine)
+    _name(observer, "weight average", average.tensors())
+    return average
 
 
 def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord) -> None:

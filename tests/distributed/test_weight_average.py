@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, ParallelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.averaging import AverageOptions, average
 from plt_megatron.hf.exporting import ExportOptions, export
@@ -56,6 +57,12 @@ class Reference(Callback):
                 for own, weight in zip(self.model, self.run.engine.stage.parameters(), strict=True):
                     own.copy_(weight)
             self.average.update_parameters(self.model)
+
+    def on_save(self, checkpoint: Path) -> None:
+        self.saved = copy.deepcopy(self.average)
+
+    def on_rollback(self, state: dict[str, Any]) -> None:
+        self.average = copy.deepcopy(self.saved)
 
 
 def train_beside_reference(config: RunConfig, bad_step: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
@@ -117,9 +124,21 @@ def records(config: RunConfig, kind: str) -> list[dict]:
 
 def test_the_average_is_torchs(alone):
     config, (expected, _) = alone
+    assert_is_torchs(config, expected, updates=5)  # not of the bad step
+
+
+@pytest.mark.slow
+def test_a_rollback_brings_back_the_average_of_its_checkpoint(data, tmp_path, run_distributed):
+    training = {"ema_decay": DECAY, "on_nonfinite": "rollback"}
+    config = run_config("rolled back", tmp_path, data, training=training)
+    expected, _ = run_distributed(train_beside_reference, 1, config, bad_step=4)  # the third is undone
+    assert_is_torchs(config, expected, updates=6)
+
+
+def assert_is_torchs(config: RunConfig, expected: dict[str, torch.Tensor], updates: int) -> None:
     ours = average_of(config, 6)
     progress = json.loads((folder(config) / "checkpoints/step_00000006/progress.json").read_text())
-    assert progress["ema"] == {"updates": 5}  # not of the bad step
+    assert progress["ema"] == {"updates": updates}
     assert len(ours) == len(expected)
     weights = dict(read_weights(folder(config)))
     for name, tensor in expected.items():
@@ -170,8 +189,8 @@ def test_it_goes_on_bit_for_bit(shared_out, tmp_path, run_distributed):
 
 @pytest.fixture(scope="module")
 def moved(alone, tmp_path_factory, run_distributed) -> RunConfig:
-    """The run of one process, gone on from step 4 on two tensor-parallel ranks."""
-    config = go_on(alone[0], "moved", tmp_path_factory.mktemp("runs"), parallel=TP_SP)
+    """The run of one process, gone on from step 4 on two data-parallel ranks."""
+    config = go_on(alone[0], "moved", tmp_path_factory.mktemp("runs"), parallel=DP)
     assert run_distributed(train, 2, config) is True
     return config
 
@@ -184,6 +203,7 @@ def test_it_goes_on_in_another_layout(alone, moved):
 @pytest.mark.parametrize(
     ("parallel", "world_size", "changes"),
     [
+        pytest.param(TP_SP, 2, {}, id="TP2"),
         pytest.param(PP, 2, {"micro_batch_size": 1}, id="PP2"),
         pytest.param(TP_SP | PP | DP, 8, {"micro_batch_size": 1}, id="TP2xPP2xDP2"),
         pytest.param({"context_parallel_size": 2} | DP, 2, {}, id="CP2"),
@@ -282,7 +302,7 @@ def test_checkpoints_of_two_layouts_are_averaged_and_a_run_starts_from_it(alone,
         rows = slice(0, len(ours.read(name)))
         expected = 0.25 * one[key][place][rows].double() + 0.75 * other[key][place][rows].double()
         assert torch.equal(ours.read(name), expected.float()), name
-    started = dataclasses.replace(moved, name="started", output_dir=str(tmp_path))
+    started = dataclasses.replace(moved, name="started", output_dir=str(tmp_path), parallel=ParallelConfig(**TP_SP))
     started.checkpoint = dataclasses.replace(moved.checkpoint, load=str(tmp_path / "averaged"), weights_only=True)
     started.training = dataclasses.replace(moved.training, train_iters=1, ema_decay=None)
     started.optimizer = dataclasses.replace(moved.optimizer, lr=1e-12, min_lr=0, lr_warmup_iters=0)

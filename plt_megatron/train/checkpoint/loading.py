@@ -52,7 +52,7 @@ def load_checkpoint(
     """
     path, progress = _find(Path(path))
     if progress.get("weights_only"):
-        raise UserError(f"checkpoint {path} has only weights, like an import; set checkpoint.weights_only=true")
+        raise UserError(f"checkpoint {path} has only weights, no optimizer state; set checkpoint.weights_only=true")
     _check_vocabulary(engine, path, progress)
     _check_schedule(engine, path, progress, allow_other_schedule)
     request = engine.state.request(optimizer=True)

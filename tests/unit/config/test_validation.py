@@ -60,6 +60,9 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"model__loop_count": 0}, "model.loop_count must be at least 1, got 0"),
         ({"model__loop_count": 9}, "model.loop_count must be at most 8, got 9"),
         ({"model__window_size": 0}, "model.window_size must be at least 1, got 0"),
+        ({"training__ema_decay": 1.0}, "training.ema_decay must be below 1, got 1.0"),
+        ({"training__ema_decay": -0.1}, "training.ema_decay must be at least 0, got -0.1"),
+        ({"training__ema_decay": float("nan")}, "training.ema_decay must be a finite number, got nan"),
         ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
         (
             {"checkpoint__export_interval": 30, "checkpoint__save_interval": 20},

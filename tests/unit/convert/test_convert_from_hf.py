@@ -276,7 +276,7 @@ def test_training_starts_from_it(tmp_path, caplog):
             assert torch.equal(value, weights[name]), name
         saved = store.save(engine, {"step": 1})
         config.checkpoint.weights_only = False
-        with pytest.raises(UserError, match="has only weights, like an import; set checkpoint.weights_only=true"):
+        with pytest.raises(UserError, match="has only weights, no optimizer state; set checkpoint.weights_only=true"):
             CheckpointStore(tmp_path / "other" / "checkpoints", config, {}).load(engine)
     assert f"starting from the weights of {tmp_path / 'run'}" in caplog.text
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(saved))
