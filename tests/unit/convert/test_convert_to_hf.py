@@ -162,8 +162,8 @@ def test_one_tensor_at_a_time(tmp_path, run, monkeypatch):
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
 
-    def watched(path, tokenizer=None):
-        source = open_source(path, tokenizer)
+    def watched(path, tokenizer=None, **options):
+        source = open_source(path, tokenizer, **options)
         read = source.weights
 
         def weights():
