@@ -176,3 +176,8 @@ def split_shares(split: str) -> tuple[float, float, float] | None:
         return None
     train, validation, test = (share / total for share in shares)
     return train, validation, test
+
+
+def bucket_elements(data_parallel_size: int) -> int:
+    """Elements of a gradient bucket, where the reduction overlaps the backward pass: megatron-core's default."""
+    return max(40_000_000, 1_000_000 * data_parallel_size)

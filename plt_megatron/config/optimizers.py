@@ -13,6 +13,7 @@ from typing import Any
 from plt_megatron.config.schema import OptimizerConfig
 
 FP32 = 4
+WHOLE_MATRICES = "whole_matrices"  # marks a parameter group of hidden matrices that are updated as wholes
 Settings = Callable[[OptimizerConfig], dict[str, Any]]
 
 
@@ -27,8 +28,11 @@ class OptimizerSpec:
     Attributes:
         title: name in messages.
         state: state of each parameter, name in checkpoints -> bytes per element.
-        settings: the fields of `OptimizerConfig` that no other optimizer reads.
+        settings: the fields of `OptimizerConfig` that not every optimizer reads.
         megatron: megatron-core's settings, if its distributed optimizer supports it: Adam alone.
+        matrix_state: the state of hidden matrices (model/parameters.py), if they are updated as wholes, by a class of
+            their own (train/muon.py): each is then on one data-parallel rank. Adam updates the others.
+        package, extra: what must be installed for it, and the extra that does.
         torch_class: otherwise, the class that replaces Adam there, such as `torch.optim.SGD`. It must treat each
             element separately, since a rank holds pieces that follow no row or column.
         arguments: of that class, besides the parameters, `lr` and `weight_decay`.
@@ -40,15 +44,17 @@ class OptimizerSpec:
     state: Mapping[str, int]
     settings: tuple[str, ...]
     megatron: Settings = _none
+    matrix_state: Mapping[str, int] | None = None
+    package: str | None = None
+    extra: str | None = None
     torch_class: str | None = None
     arguments: Settings = _none
     counts_steps: bool = True
     deepspeed: Settings | None = None
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of state of one parameter, besides the main weights."""
-        return sum(self.state.values())
+    def state_of(self, *, hidden_matrix: bool) -> Mapping[str, int]:
+        """The state of a parameter, name in checkpoints -> bytes per element, besides the main weights."""
+        return self.matrix_state if hidden_matrix and self.matrix_state is not None else self.state
 
 
 def _megatron_adam(settings: OptimizerConfig) -> dict[str, Any]:
@@ -58,6 +64,10 @@ def _megatron_adam(settings: OptimizerConfig) -> dict[str, Any]:
         "adam_beta2": settings.adam_beta2,
         "adam_eps": settings.adam_eps,
     }
+
+
+_ADAM_SETTINGS = ("adam_beta1", "adam_beta2", "adam_eps")
+_ADAM_STATE = {"exp_avg": FP32, "exp_avg_sq": FP32}
 
 
 def _deepspeed_adam(settings: OptimizerConfig) -> dict[str, Any]:
@@ -74,10 +84,27 @@ def _deepspeed_adam(settings: OptimizerConfig) -> dict[str, Any]:
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adam": OptimizerSpec(
         title="AdamW",
-        state={"exp_avg": FP32, "exp_avg_sq": FP32},
-        settings=("adam_beta1", "adam_beta2", "adam_eps"),
+        state=_ADAM_STATE,
+        settings=_ADAM_SETTINGS,
         megatron=_megatron_adam,
         deepspeed=_deepspeed_adam,
+    ),
+    "muon": OptimizerSpec(
+        title="Muon for hidden matrices, AdamW for everything else",
+        state=_ADAM_STATE,
+        matrix_state={"momentum_buffer": FP32},
+        settings=(
+            *_ADAM_SETTINGS,
+            "muon_momentum",
+            "muon_nesterov",
+            "muon_num_ns_steps",
+            "muon_coefficient_type",
+            "muon_scale_mode",
+            "muon_extra_scale_factor",
+        ),
+        megatron=_megatron_adam,
+        package="emerging_optimizers",
+        extra="muon",
     ),
     "sgd": OptimizerSpec(
         title="SGD with momentum",

@@ -173,7 +173,7 @@ class DataConfig:
 class OptimizerConfig:
     """The optimizer (config/optimizers.py) and its learning-rate schedule, in optimizer steps."""
 
-    name: Literal["adam", "sgd"] = "adam"  # adam: with decoupled weight decay (AdamW)
+    name: Literal["adam", "muon", "sgd"] = "adam"  # adam: with decoupled weight decay (AdamW)
     lr: Positive = 3e-4
     min_lr: NotNegative = 3e-5
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
@@ -185,6 +185,16 @@ class OptimizerConfig:
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.95
     adam_eps: Positive = 1e-8
+    # muon (docs/optimizers.md): for hidden matrices; Adam, with its own settings, for everything else
+    muon_momentum: BelowOne = 0.95
+    muon_nesterov: bool = True
+    muon_num_ns_steps: Annotated[int, Range(1, 20)] = 5  # Newton-Schulz iterations
+    muon_coefficient_type: Literal["quintic", "simple", "polar_express"] = "quintic"  # their polynomials
+    # An update's size for a matrix of [out, in]. spectral: sqrt(max(out, in)); shape_scaling: sqrt(max(1, out / in));
+    # unit_rms_norm: sqrt(out / in).
+    muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = "spectral"
+    # 0.2 with spectral: updates as large as Adam's, so that Adam's rate and weight decay suit both.
+    muon_extra_scale_factor: Positive = 0.2
     sgd_momentum: BelowOne = 0.9
     clip_grad: NotNegative = 1.0  # 0: no clipping
 

@@ -23,6 +23,7 @@ from plt_megatron.config import (
 from plt_megatron.config.fields import find_range_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 
@@ -338,6 +339,12 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     yield from filter(None, [deepspeed_validation.find_package_problem(config)])
     if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
         yield ("evaluation.tasks needs lm-evaluation-harness; install it (the `eval` extra) or set evaluation.tasks=[]")
+    spec = optimizer_spec(config.optimizer)
+    if spec.package is not None and importlib.util.find_spec(spec.package) is None:
+        yield (
+            f"optimizer.name {config.optimizer.name} needs the package {spec.package}, which is not installed; install "
+            f"it (the `{spec.extra}` extra) or set optimizer.name=adam"
+        )
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield (
             "logging.wandb_project needs the wandb package; install it (the `track` extra) or set "

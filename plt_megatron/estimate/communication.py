@@ -9,22 +9,30 @@ from __future__ import annotations
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations
 from plt_megatron.estimate.layout import Layout
+from plt_megatron.estimate.matrices import stage_matrices
 from plt_megatron.estimate.parameters import RankParameters, undivided_parameters
 
 _COUNT = 8  # bytes of a number of tokens
 
 
 def communication_bytes(
-    config: RunConfig, layout: Layout, shapes: Activations, parameters: RankParameters, embedding_parameters: int
+    config: RunConfig,
+    layout: Layout,
+    shapes: Activations,
+    parameters: RankParameters,
+    embedding_parameters: int,
+    stage: int = 0,
 ) -> dict[str, float]:
     """Bytes sent per step by one rank of the busiest kind, by purpose; purposes with no traffic are left out.
     `host transfers`: between device and host, where DeepSpeed offloads.
 
-    `parameters` and `embedding_parameters`: of the stage with most, and of the first one's embedding.
+    `parameters` and `embedding_parameters`: of the stage with most, which is `stage`, and of the first one's embedding.
     """
     loops, layers = config.model.loop_count, layout.most_stage_layers(config.model.num_layers)
     passes = layout.microbatches * loops
-    dense, experts = _share(layout.shards) * parameters.dense, _share(layout.expert_shards) * parameters.experts
+    matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
+    dense = _share(layout.shards) * (parameters.dense + matrices.padding)
+    experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
     traffic = {
         "tensor parallel": passes * layers * _tensor_layer(layout, shapes)
         + _tensor_ends(layout, shapes, loops)
@@ -37,6 +45,7 @@ def communication_bytes(
         else _host(layout, shapes.element, parameters.total // layout.shards, passes),
         "context parallel": layout.microbatches * layers * _context_layer(layout, shapes, loops),
         "expert parallel": passes * layers * _expert_layer(config, layout, shapes),
+        "matrix updates": _share(layout.tensor) * FP32 * matrices.gathered(layout.tensor),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
         traffic["tied embeddings"] = float(FP32 * embedding_parameters)

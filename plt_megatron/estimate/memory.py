@@ -16,6 +16,7 @@ from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations, activations
 from plt_megatron.estimate.layout import BYTES, Layout
+from plt_megatron.estimate.matrices import NONE, StageMatrices, matrix_parameters, stage_matrices
 from plt_megatron.estimate.parameters import RankParameters, count_parameters, count_rank_parameters
 from plt_megatron.estimate.schedule import Pass, enough_microbatches, passes
 
@@ -71,9 +72,11 @@ def _stage_memory(
     config: RunConfig, layout: Layout, vocab_size: int, shapes: Activations, stage: int
 ) -> MemoryEstimate:
     parameters = count_rank_parameters(config.model, vocab_size, layout, stage)
-    held = Counter(persistent_bytes(parameters.dense, config, layout))
+    matrices = stage_matrices(config, layout, stage)
+    held = Counter(persistent_bytes(parameters.dense, config, layout, matrices=matrices))
     if parameters.experts:
-        held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards))
+        of_experts = stage_matrices(config, layout, stage, experts=True)
+        held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards, of_experts))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
         held["FP8 weights"] = int(FP8_COPIES * parameters.layers * _layers_in_fp8(config, layout, stage))
@@ -82,7 +85,7 @@ def _stage_memory(
     for each in passes(layout.pipeline, stage, config.model.loop_count, count):
         player.step(each)
     candidates = [(player.peak, player.phase)]
-    candidates.append((_optimizer_step(parameters, layout), "the optimizer's step"))
+    candidates.append((_optimizer_step(config, parameters, layout, stage), "the optimizer's step"))
     step, phase = max(candidates, key=lambda candidate: candidate[0].total())
     held += step
     return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, phase)
@@ -98,15 +101,20 @@ def _layers_in_fp8(config: RunConfig, layout: Layout, stage: int) -> float:
     return sum(layer in in_fp8 for layer in own) / len(own)
 
 
-def persistent_bytes(parameters: int, config: RunConfig, layout: Layout, shards: int | None = None) -> dict[str, int]:
+def persistent_bytes(
+    parameters: int, config: RunConfig, layout: Layout, shards: int | None = None, matrices: StageMatrices = NONE
+) -> dict[str, int]:
     """What a rank with so many parameters holds throughout a step, by component.
 
     `shards`: ranks that hold the same ones; None: `layout.shards`.
+    `matrices`: those of the parameters that are each on one of these ranks.
 
     DeepSpeed keeps fp32 main weights in fp32 too. From stage 2 on, offloading the optimizer takes the gradients along.
     Stage 3 keeps weights that are used again soon whole, up to a limit: each loop uses them again.
     """
     element, shards, zero = BYTES[config.training.precision], shards or layout.shards, layout.zero_stage
+    spec = optimizer_spec(config.optimizer)
+    parameters -= matrices.size
     part = parameters // shards
     optimizer = part if zero >= 1 else parameters
     gradients = part if zero >= 2 else parameters
@@ -114,12 +122,14 @@ def persistent_bytes(parameters: int, config: RunConfig, layout: Layout, shards:
         optimizer, gradients = 0, 0 if zero >= 2 else gradients
     weights = part if zero >= 3 else parameters
     gathered = min(parameters, layout.max_live_parameters) if zero >= 3 and shards > 1 else 0
+    padded, most = shards * matrices.padded, matrices.most
+    state = sum(spec.state.values()) * optimizer + sum(spec.state_of(hidden_matrix=True).values()) * most
     return {
-        "weights": 0 if layout.offload_weights else element * weights,
+        "weights": 0 if layout.offload_weights else element * (weights + padded),
         "gathered weights": element * gathered,
-        "main weights": FP32 * optimizer if element != FP32 or layout.deepspeed else 0,
-        "gradients": FP32 * gradients,
-        "optimizer state": optimizer_spec(config.optimizer).state_bytes * optimizer,
+        "main weights": FP32 * (optimizer + most) if element != FP32 or layout.deepspeed else 0,
+        "gradients": FP32 * (gradients + padded),
+        "optimizer state": state,
         "weight average": _average_bytes(config) * optimizer,
         "DeepSpeed's buckets": FP32 * layout.reduce_bucket,
     }
@@ -137,17 +147,32 @@ def _inputs(config: RunConfig, layout: Layout) -> int:
     return layout.microbatches * tokens * per_token
 
 
-def _optimizer_step(parameters: RankParameters, layout: Layout) -> Counter[str]:
+def _optimizer_step(config: RunConfig, parameters: RankParameters, layout: Layout, stage: int) -> Counter[str]:
     """Temporaries of the update. torch's Adam goes through one parameter at a time on a CPU and through all of them at
-    once on a GPU; Transformer Engine's fused one needs none."""
+    once on a GPU; Transformer Engine's fused one needs none. Muon comes after it."""
+    matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
+    muon = max(_iteration(config, layout, each) for each in (matrices, of_experts))
     if layout.backend == "te":
-        return Counter()
+        return Counter({"temporaries": muon})
     shards = layout.shards if layout.zero_stage >= 1 else 1
     if layout.on_cpu:
         largest = max(parameters.embedding, parameters.output_layer)
-        return Counter({"temporaries": 2 * FP32 * largest // shards})
-    experts = parameters.experts // layout.expert_shards
-    return Counter({"temporaries": FP32 * (parameters.dense // shards + experts)})
+        return Counter({"temporaries": max(muon, 2 * FP32 * largest // shards)})
+    dense, experts = parameters.dense - matrices.size, parameters.experts - of_experts.size
+    return Counter({"temporaries": max(muon, FP32 * (dense // shards + experts // layout.expert_shards))})
+
+
+def _iteration(config: RunConfig, layout: Layout, matrices: StageMatrices) -> int:
+    """Bytes of Newton-Schulz's largest iteration: the direction, its gathered whole in fp32, and X before and after,
+    X X^T and its polynomial in the model's precision."""
+    element = BYTES[config.training.precision]
+    highest = 0
+    for matrix in {matrix for rank in matrices.ranks for matrix in rank}:
+        rows, columns = max(matrix.wholes, key=lambda shape: shape[0] * shape[1])
+        whole = FP32 * rows * columns if matrix.split else 0
+        products = element * (2 * rows * columns + 2 * min(rows, columns) ** 2)
+        highest = max(highest, FP32 * matrix.size + whole + products)
+    return highest
 
 
 @dataclass
@@ -291,12 +316,9 @@ class MemorySimulator:
 def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
     """One checkpoint on disk: weights in their precision; main weights, the optimizer's state and averages in fp32."""
     total = count_parameters(config.model, vocab_size, tensor).total
-    return total * (BYTES[config.training.precision] + _saved_in_fp32(config))
-
-
-def _saved_in_fp32(config: RunConfig) -> int:
-    """Bytes of one parameter in a checkpoint, besides its weight."""
-    return FP32 * (1 + len(optimizer_spec(config.optimizer).state)) + _average_bytes(config)
+    spec, matrices = optimizer_spec(config.optimizer), matrix_parameters(config.model)
+    state = len(spec.state) * (total - matrices) + len(spec.state_of(hidden_matrix=True)) * matrices
+    return total * (BYTES[config.training.precision] + FP32 + _average_bytes(config)) + FP32 * state
 
 
 def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
@@ -305,13 +327,17 @@ def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
     Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it. Of the weights, each
     writes whole tensors: one of them an embedding, which with many ranks is far more than its share.
     """
-    element, precise = BYTES[config.training.precision], _saved_in_fp32(config)
+    element, spec = BYTES[config.training.precision], optimizer_spec(config.optimizer)
+    precise = FP32 * (1 + len(spec.state)) + _average_bytes(config)
+    of_matrices = FP32 * (1 + len(spec.state_of(hidden_matrix=True)))
 
-    def written(rank: RankParameters) -> int:
+    def written(stage: int) -> int:
+        rank = count_rank_parameters(config.model, vocab_size, layout, stage)
+        dense, experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
         weights = max(element * rank.dense // layout.shards, element * max(rank.embedding, rank.output_layer))
-        experts = (element + precise) * rank.experts // layout.expert_shards
-        return weights + precise * rank.dense // layout.shards + experts
+        state = precise * (rank.dense - dense.size) // layout.shards
+        state += precise * (rank.experts - experts.size) // layout.expert_shards
+        state += of_matrices * (dense.most + experts.most)
+        return weights + element * rank.experts // layout.expert_shards + state
 
-    return max(
-        written(count_rank_parameters(config.model, vocab_size, layout, stage)) for stage in range(layout.pipeline)
-    )
+    return max(map(written, range(layout.pipeline)))

@@ -131,15 +131,16 @@ def _mean_step_costs(
 ) -> tuple[dict[str, float], StepTime, float]:
     """Bytes that a rank sends in a step, by purpose, the step's time, and its bubble: the mean over the run's steps."""
     ranks = [count_rank_parameters(config.model, vocab_size, layout, stage) for stage in range(layout.pipeline)]
-    largest = max(ranks, key=lambda rank: rank.total)
+    stage = max(range(layout.pipeline), key=lambda each: ranks[each].total)
+    largest = ranks[stage]
     padded = derived.padded_vocab_size(config.model, vocab_size, layout.tensor)
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
     for loops, share in LoopSchedule(config).mean_shares().items():
         step, own = with_loop_count(config, loops), dataclasses.replace(layout, loops=loops)
         shapes = activations(step, own, vocab_size)
-        sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding)
+        sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding, stage)
         flops = step_flops_per_token(config, padded, loops)
-        times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node).times(share)
+        times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node, stage).times(share)
         bubble += share * bubble_fraction(layout.pipeline, loops, layout.microbatches)
         for purpose, amount in sent.items():
             traffic[purpose] += share * amount

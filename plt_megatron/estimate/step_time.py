@@ -17,6 +17,7 @@ from plt_megatron.estimate.activations import Activations
 from plt_megatron.estimate.flops import Flops
 from plt_megatron.estimate.gpu_specs import GPUSpec
 from plt_megatron.estimate.layout import Layout
+from plt_megatron.estimate.matrices import stage_matrices
 from plt_megatron.estimate.parameters import RankParameters
 from plt_megatron.estimate.schedule import bubble_fraction
 
@@ -67,8 +68,10 @@ def step_time(
     traffic: dict[str, float],
     parameters: RankParameters,
     gpus_per_node: int,
+    stage: int = 0,
 ) -> StepTime:
-    """Estimate a step. `training_flops`: model FLOPs per token; `traffic`: of `communication_bytes`."""
+    """Estimate a step. `training_flops`: model FLOPs per token; `traffic`: of `communication_bytes`; `parameters`: of
+    the stage with most, which is `stage`."""
     peak = card.flops_per_second(config.training.precision)
     tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
     share = tokens / (layout.tensor * layout.pipeline)  # of one rank
@@ -92,7 +95,9 @@ def step_time(
         tensor_parallel=tensor_parallel,
         bubble=bubble,
         other_communication=_other_communication(layout, card, traffic, work, gpus_per_node),
-        optimizer=_optimizer(layout, card, parameters),
+        optimizer=_optimizer(layout, card, parameters)
+        + _matrix_updates(config, layout, card, stage)
+        + traffic.get("matrix updates", 0.0) / _bandwidth(card, layout.tensor, gpus_per_node),
     )
 
 
@@ -164,3 +169,10 @@ def _optimizer(layout: Layout, card: GPUSpec, parameters: RankParameters) -> flo
     offloaded = layout.offload_optimizer and not layout.on_cpu
     bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
     return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth
+
+
+def _matrix_updates(config: RunConfig, layout: Layout, card: GPUSpec, stage: int) -> float:
+    """Newton-Schulz iterations, on the rank with most. `_optimizer` counts all else, with a moment too many."""
+    peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
+    flops = sum(stage_matrices(config, layout, stage, experts=which).flops for which in (False, True))
+    return config.optimizer.muon_num_ns_steps * flops / peak

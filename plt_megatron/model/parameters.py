@@ -134,6 +134,14 @@ class Parameter:
         return " " in self.dims
 
     @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it maps hidden states to hidden states inside a layer: what Muon orthogonalizes.
+
+        A gate's rows are vectors, one for each head, which nothing relates.
+        """
+        return self.is_matrix and self.component in ("attention", "ffn", "experts", "router")
+
+    @property
     def only_in_loops(self) -> bool:
         """Whether it exists only in models of several loops."""
         return self.component in ("gates", "loop_input")
@@ -319,6 +327,16 @@ def decays(name: str) -> bool:
         KeyError: no model has one.
     """
     return _first(TABLE, name).is_matrix
+
+
+def hidden_matrix(name: str) -> Parameter | None:
+    """The parameter of a name that `Parameter.is_named` knows, in any model, if it is a hidden matrix.
+
+    Raises:
+        KeyError: no model has one.
+    """
+    parameter = _first(TABLE, name)
+    return parameter if parameter.is_hidden_matrix else None
 
 
 def only_in_loops(name: str) -> bool:

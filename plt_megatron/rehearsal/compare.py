@@ -149,7 +149,7 @@ def _purpose(call: Call) -> str:
     if group in ("context parallel", "tensor and context parallel"):
         return "context parallel"
     if group.startswith("tensor model parallel"):
-        return "tensor parallel"
+        return "matrix updates" if call.phase == "optimizer" and call.operation == "all_gather" else "tensor parallel"
     if group.startswith("expert"):
         return "expert parallel"
     return "scalars"

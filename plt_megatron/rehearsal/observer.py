@@ -33,7 +33,8 @@ class Observer:
         log: the communication; its phase is the phase of everything here.
         held, peak: bytes on the device by what holds them, at this moment and when their sum was largest.
         peak_phase: when that was.
-        flops: of matrix products, by kind: `linear`, `batched` and `attention` (of the causal half), and `recomputed`.
+        flops: of matrix products, by kind: `linear`, `batched` and `attention` (of the causal half), `recomputed`, and
+            the `optimizer`'s.
         waits: how often the host waited for the device, by place in the code, in the phases of a step.
     """
 
@@ -87,7 +88,9 @@ class Observer:
 
     def _count_flops(self, func: Any, args: Any, flops: int) -> None:
         self.log.work += flops
-        if self._recomputing:
+        if self.log.phase == "optimizer":
+            self.flops["optimizer"] += flops
+        elif self._recomputing:
             self.flops["recomputed"] += flops
         elif func in _ATTENTION:
             self.flops["attention"] += _of_model(func, args, flops)

@@ -178,4 +178,5 @@ class PartOfOtherRank(OptimizerPart):
         return torch.empty(self._sizes[parameter], device="meta")
 
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
-        return {name: self.main_parameter(parameter) for name in ("param", *self._keys)}
+        names = "param", *self._keys(parameter)
+        return {name: self.main_parameter(parameter) for name in names}

@@ -137,6 +137,7 @@ def _capabilities(machine: Machine) -> list[Capability]:
         _packages(machine, "Weights & Biases", ("wandb",), _extra("track")),
         _packages(machine, "lm-eval", ("lm-eval",), _extra("eval")),
         _packages(machine, "DeepSpeed", ("deepspeed",), _extra("deepspeed")),
+        _packages(machine, "Muon", ("emerging-optimizers",), _extra("muon")),
         _packages(machine, "tests and lint", ("pytest", "ruff", "mypy"), _extra("dev")),
         _slurm(machine),
     ]

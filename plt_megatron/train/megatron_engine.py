@@ -6,7 +6,8 @@ what data is up to the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
@@ -27,6 +28,7 @@ from plt_megatron.model.build import build_stage
 from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged, renew_weight_copies
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.loss import sum_of_losses
+from plt_megatron.model.parameters import hidden_matrix
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
@@ -54,12 +56,13 @@ class MegatronEngine:
         self.stage = build_stage(config, vocab_size)
         self.layers_config, self.groups = self.stage.config, self.stage.pg_collection
         gather = derived.overlap_param_gather(config)
-        self.ddp = wrap_ddp(self.stage, config.parallel.overlap_grad_reduce, overlap_param_gather=gather)
+        spec = optimizer_spec(config.optimizer)
+        matrices = hidden_matrices(self.stage) if spec.matrix_state is not None else []
+        overlap = config.parallel.overlap_grad_reduce
+        self.ddp = wrap_ddp(self.stage, overlap, overlap_param_gather=gather, whole=matrices)
         self.optimizer = build_optimizer(config, self.ddp)
         self.scheduler = LearningRate(config, self.optimizer)
-        self.state = MegatronState(
-            self.stage, distributed_parts(self.optimizer), optimizer_spec(config.optimizer), config.training.seed
-        )
+        self.state = MegatronState(self.stage, distributed_parts(self.optimizer), spec, config.training.seed, matrices)
         self._expected = ExpectedGradients(self.ddp)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = nothing
@@ -225,8 +228,17 @@ def zero_gradients(ddp: DistributedDataParallel) -> None:
                         del parameter.grad_added_to_main_grad
 
 
+def hidden_matrices(stage: MegatronModule) -> list[nn.Parameter]:
+    """A stage's parameters that an optimizer of matrices takes."""
+    return [parameter for name, parameter in stage.named_parameters() if hidden_matrix(name) is not None]
+
+
 def wrap_ddp(
-    stage: MegatronModule, overlap_grad_reduce: bool, *, overlap_param_gather: bool = False
+    stage: MegatronModule,
+    overlap_grad_reduce: bool,
+    *,
+    overlap_param_gather: bool = False,
+    whole: Sequence[nn.Parameter] = (),
 ) -> DistributedDataParallel:
     """One DistributedDataParallel around a stage: its loops share the weights and so the gradient buffers.
 
@@ -234,6 +246,8 @@ def wrap_ddp(
     synchronization was enabled; loops and recomputation change that number, not its being the same in every step. A
     bucket of weights is waited for by the first layer that uses it, in whichever loop, and counts as gathered until the
     gradients of the step have been reduced.
+
+    `whole`: parameters that the distributed optimizer must not divide: in buffers of their own, each on one rank.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -244,11 +258,24 @@ def wrap_ddp(
     )
     data_parallel_size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     buckets = overlap_grad_reduce and parallel_state.is_pipeline_first_stage()
-    layout = DistributedOptimizer.compute_full_param_layout(
-        [parameter for parameter in stage.parameters() if parameter.requires_grad],
-        max(40_000_000, 1_000_000 * data_parallel_size) if buckets else None,
-        data_parallel_size,
-        ddp_config,
-        expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
-    )
-    return DistributedDataParallel(stage.config, ddp_config, stage, full_param_layout=layout)
+    with _in_buffers_of_their_own(whole):
+        # As the distributed optimizer's own, but for these.
+        layout = LayerWiseDistributedOptimizer.compute_full_param_layout(
+            [parameter for parameter in stage.parameters() if parameter.requires_grad],
+            derived.bucket_elements(data_parallel_size) if buckets else None,
+            data_parallel_size,
+            ddp_config,
+            expert_data_parallel_world_size=parallel_state.get_expert_data_parallel_world_size(),
+        )
+        return DistributedDataParallel(stage.config, ddp_config, stage, full_param_layout=layout)
+
+
+@contextmanager
+def _in_buffers_of_their_own(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """megatron-core asks for this mark here; later, its distributed optimizer would leave marked buckets to another
+    class, which has no checkpoints that reshard."""
+    for parameter in parameters:
+        parameter.is_managed_by_layer_wise_optimizer = True  # type: ignore[attr-defined]
+    yield
+    for parameter in parameters:
+        del parameter.is_managed_by_layer_wise_optimizer  # type: ignore[attr-defined]

@@ -16,9 +16,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from plt_megatron.config import derived
-from plt_megatron.config.optimizers import OptimizerSpec, optimizer_spec
+from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
-from plt_megatron.model.parameters import decays
+from plt_megatron.model.parameters import decays, hidden_matrix
 from plt_megatron.model.transformer_config import DTYPES
 from plt_megatron.train.unused_parameters import later_loops_override
 
@@ -35,6 +35,11 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
     if spec.torch_class is not None:
         for part in distributed_parts(optimizer):
             _exchange(part, spec, config.optimizer)
+    if spec.matrix_state is not None:
+        from plt_megatron.train.muon import give_matrices_to_muon  # an extra
+
+        for part in distributed_parts(optimizer):
+            give_matrices_to_muon(part, ddp.module, config)
     return optimizer
 
 
@@ -109,8 +114,15 @@ def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """The same, and groups of what only later loops use, if a schedule leaves those out."""
-    return decay_overrides() | (later_loops_override(config) if config.training.loop_schedule else {})
+    """The same, and groups of what only later loops use, if a schedule leaves those out, and of hidden matrices, if
+    these are updated as wholes."""
+    overrides = decay_overrides()
+    if config.training.loop_schedule:
+        overrides |= later_loops_override(config)
+    if optimizer_spec(config.optimizer).matrix_state is not None:
+        matrices = ParamWithNamePredicate("hidden matrices", lambda parameter, name: hidden_matrix(name) is not None)
+        overrides[ParamKey(with_name_predicate=matrices)] = {WHOLE_MATRICES: True}
+    return overrides
 
 
 class LearningRate(OptimizerParamScheduler):

@@ -58,6 +58,7 @@ class Case:
     precision: Literal["fp32", "bf16"] = "fp32"
     parallel: tuple[tuple[str, Any], ...] = ()  # how ranks communicate, beside the layout
     training: tuple[tuple[str, Any], ...] = ()
+    optimizer: tuple[tuple[str, Any], ...] = ()
     step_loops: tuple[int, ...] = ()  # loops of each step, for a model of `loops`; empty: `loops` in each of `STEPS`
 
     @property

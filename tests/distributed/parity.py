@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from torch import Tensor
 
 from plt_megatron.config.schema import (
@@ -109,7 +109,7 @@ def _config(layout: Layout, case: Case) -> RunConfig:
             **dict(case.training),
         ),
         # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.
-        optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, adam_eps=1e-4),
+        optimizer=OptimizerConfig(**{"lr": 1e-3, "min_lr": 1e-4, "adam_eps": 1e-4, **dict(case.optimizer)}),
     )
 
 
@@ -158,16 +158,16 @@ def _randomized(zero_gates: bool) -> Iterator[None]:
 @contextmanager
 def _small_buckets() -> Iterator[None]:
     """Several gradient buckets, although the model is tiny."""
-    stock = DistributedOptimizer.compute_full_param_layout
+    stock = LayerWiseDistributedOptimizer.compute_full_param_layout
 
     def small(params: Any, bucket_size: int | None, *args: Any, **kwargs: Any) -> Any:
         return stock(params, None if bucket_size is None else 2000, *args, **kwargs)
 
-    DistributedOptimizer.compute_full_param_layout = small
+    LayerWiseDistributedOptimizer.compute_full_param_layout = small
     try:
         yield
     finally:
-        DistributedOptimizer.compute_full_param_layout = stock
+        LayerWiseDistributedOptimizer.compute_full_param_layout = stock
 
 
 def _observe_reduction(engine: MegatronEngine) -> list[tuple[int, int]]:

@@ -17,7 +17,15 @@ from typing import Any
 from unittest import mock
 
 from plt_megatron.config.layout import layout_of
-from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.schema import (
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 
 VOCAB_SIZE = 200
 _EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_z_loss_coeff": 0.001}
@@ -42,6 +50,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "expert_model_parallel_size": 4,
         "moe_token_dispatcher_type": "allgather",
     },
+    "TP2 PP2 DP2 Muon": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
     "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
@@ -52,6 +61,7 @@ def run_config(layout: str) -> RunConfig:
     """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out, and with a
     moving average of its weights where the name ends in `average`."""
     parallel = ParallelConfig(**LAYOUTS[layout.removesuffix(" average")])
+    optimizer = OptimizerConfig(name="muon" if "Muon" in layout else "adam")
     pipeline = parallel.pipeline_model_parallel_size
     return RunConfig(
         model=ModelConfig(
@@ -73,6 +83,7 @@ def run_config(layout: str) -> RunConfig:
             ema_decay=0.9 if layout.endswith(" average") else None,
         ),
         parallel=parallel,
+        optimizer=optimizer,
     )
 
 

@@ -70,7 +70,7 @@ def test_experts_communicate_as_in_a_real_run_of_an_even_load(run_distributed, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["TP2 SP CP2 DP2", "PP4 DP2 overlap", "PP2 DP4 EP4 allgather"])
+@pytest.mark.parametrize("layout", ["TP2 SP CP2 DP2", "PP4 DP2 overlap", "PP2 DP4 EP4 allgather", "TP2 PP2 DP2 Muon"])
 def test_other_layouts_are_those_of_the_real_run(run_distributed, layout, tmp_path):
     assert_as_real(run_distributed, layout, rehearsed(layout)[layout], tmp_path)
 

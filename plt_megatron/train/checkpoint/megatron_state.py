@@ -25,6 +25,7 @@ class MegatronState:
         stage: the model.
         optimizers: megatron-core's, all of `spec`'s kind.
         seed: the run's; parameters that a checkpoint lacks start as they are built.
+        matrices: parameters that are updated as whole matrices.
 
     Attributes:
         parts: the optimizers' states.
@@ -32,10 +33,15 @@ class MegatronState:
     """
 
     def __init__(
-        self, stage: LoopedGPT, optimizers: Sequence[DistributedOptimizer], spec: OptimizerSpec, seed: int
+        self,
+        stage: LoopedGPT,
+        optimizers: Sequence[DistributedOptimizer],
+        spec: OptimizerSpec,
+        seed: int,
+        matrices: Sequence[Tensor] = (),
     ) -> None:
         self._stage, self._seed = stage, seed
-        self.parts = [OptimizerPart(optimizer, spec) for optimizer in optimizers]
+        self.parts = [OptimizerPart(optimizer, spec, matrices) for optimizer in optimizers]
         self.later_step = 0
 
     def to_save(self) -> dict[str, Any]:

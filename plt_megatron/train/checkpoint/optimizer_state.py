@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from plt_megatron.config.optimizers import OptimizerSpec
+from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec
 from plt_megatron.train.checkpoint import state as sharding
 
 
@@ -28,15 +28,15 @@ class OptimizerPart:
     Args:
         optimizer: megatron-core's.
         spec: what it is.
+        matrices: parameters that are updated as whole matrices, with state of their own and no count of steps.
     """
 
-    def __init__(self, optimizer: DistributedOptimizer, spec: OptimizerSpec) -> None:
+    def __init__(self, optimizer: DistributedOptimizer, spec: OptimizerSpec, matrices: Collection[Tensor] = ()) -> None:
         self.optimizer = optimizer
-        self.inner: torch.optim.Optimizer = optimizer.optimizer
-        self._keys = optimizer.optimizer_state_keys
+        self.inner: Any = optimizer.optimizer  # torch's, or what has its attributes
+        self._spec, self._matrices = spec, {*matrices}
         # Transformer Engine's optimizers count the steps of a parameter group.
-        self._torchs = type(self.inner).__module__.startswith("torch.")
-        self._counts_steps = spec.counts_steps
+        self._torchs = type(getattr(self.inner, "adam", self.inner)).__module__.startswith("torch.")
 
     # Steps.
 
@@ -51,10 +51,12 @@ class OptimizerPart:
 
         Where steps are counted for groups, it is the group's if it has no other parameters.
         """
-        if not self._counts_steps:
+        if not self._spec.counts_steps:
             return
         own = {id(main) for parameter in later if (main := self.own_main_parameter(parameter)) is not None}
         for group in self.inner.param_groups:
+            if WHOLE_MATRICES in group:
+                continue
             if not self._torchs:
                 group["step"] = later_step if {id(main) for main in group["params"]} <= own else step
                 continue
@@ -70,15 +72,16 @@ class OptimizerPart:
         """
         if self.inner.state:
             return
-        if not self._torchs:
+        if not self._torchs and not self._matrices:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
             for state in self.inner.state.values():
-                for key in self._keys:
+                for key in self._spec.state:
                     state[key].zero_()
             return
-        for group in self.inner.param_groups:
-            for parameter in group["params"]:
-                self.inner.state[parameter] = {key: torch.zeros_like(parameter) for key in self._keys}
+        for parameter, part in self.parameter_parts():
+            if part is not None:
+                main = self.main_parameter(parameter)
+                self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
         self.set_step(0)
 
     # Main parameters and what is kept beside them.
@@ -152,7 +155,11 @@ class OptimizerPart:
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
         """This rank's part of a main parameter, and what is kept of it, flat."""
         main = self.main_parameter(parameter)
-        return {"param": main, **{key: self.inner.state[main][key] for key in self._keys}}
+        return {"param": main, **{key: self.inner.state[main][key] for key in self._keys(parameter)}}
+
+    def _keys(self, parameter: Tensor) -> Collection[str]:
+        """Names of the state of a model parameter."""
+        return self._spec.state_of(hidden_matrix=parameter in self._matrices)
 
     def main_parameter(self, parameter: Tensor) -> Tensor:
         """This rank's part of a model parameter, flat, in fp32."""

@@ -17,13 +17,15 @@ def test_every_name_of_the_schema_is_an_optimizer():
 
 
 def test_what_one_optimizer_alone_reads_is_named_for_it():
-    """Everything else in the section holds whatever the optimizer is."""
+    """Everything else in the section holds whatever the optimizer is. Muon reads Adam's too."""
     fields = {field.name for field in dataclasses.fields(OptimizerConfig)}
     for name, spec in OPTIMIZERS.items():
         own = {field for field in fields if field.startswith(f"{name}_")}
-        assert own == set(spec.settings)
+        beside = {field for field in fields if field.startswith("adam_")} if spec.megatron(OptimizerConfig()) else set()
+        assert own | beside == set(spec.settings)
         assert not settings_of_others(OptimizerConfig(name=name)) & own
-    assert settings_of_others(OptimizerConfig()) == {"sgd_momentum"}
+    assert {name for name in settings_of_others(OptimizerConfig()) if not name.startswith("muon_")} == {"sgd_momentum"}
+    assert settings_of_others(OptimizerConfig(name="muon")) == {"sgd_momentum"}
 
 
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.deepspeed is not None])

@@ -1,0 +1,87 @@
+"""Jobs of the tests of Muon."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plt_megatron.config.schema import RunConfig
+from tests.distributed import checkpoint_jobs as jobs
+from tests.reference.plain_muon import PlainMuon
+
+# By the end of a name, as the tests see it: the rest is Adam's.
+HIDDEN = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight", "router.weight")
+
+
+def beside_a_plain_one(configs: list[RunConfig]) -> list[dict[str, float]]:
+    """For each configuration, by parameter: the largest difference, relative to the parameter's largest change over
+    four steps and beyond fp32's rounding of the weights, between the engine's and a plain optimizer's on the same
+    gradients."""
+    return [_beside_a_plain_one(config) for config in configs]
+
+
+def _beside_a_plain_one(config: RunConfig) -> dict[str, float]:
+    engine = jobs.build(config)
+    settings = config.optimizer
+    start = {name: parameter.detach().double().clone() for name, parameter in engine.stage.named_parameters()}
+    plain = {name: _plain(name, value.clone(), config) for name, value in start.items()}
+
+    def plain_step(loss: float, norm: float) -> bool:
+        rate = engine.optimizer.param_groups[0]["lr"]
+        clip = min(1.0, settings.clip_grad / (norm + 1e-6))
+        for name, parameter in engine.stage.named_parameters():
+            decay = settings.weight_decay if parameter.dim() == 2 else 0.0
+            plain[name].step(clip * parameter.main_grad.double(), rate, decay)
+        return True
+
+    for step in range(1, 5):
+        engine.train_step(jobs.batches_of(step), plain_step)
+    errors = {}
+    for name, parameter in engine.stage.named_parameters():
+        expected = plain[name].weight
+        moved = (expected - start[name]).abs().max()
+        assert moved > 0, name
+        rounding = 4 * torch.finfo(torch.float32).eps * expected.abs()
+        error = ((parameter.detach().double() - expected).abs() - rounding).clamp(min=0)
+        errors[name] = float(error.max() / moved)
+    return errors
+
+
+def _plain(name: str, weight: Tensor, config: RunConfig) -> Any:
+    settings, model = config.optimizer, config.model
+    if not name.endswith(HIDDEN):
+        return _PlainAdam(weight, settings.adam_beta1, settings.adam_beta2, settings.adam_eps)
+    rows = torch.arange(len(weight))
+    parts = [rows]
+    if name.endswith("linear_fc1.weight"):  # gate, up
+        parts = list(rows.chunk(2))
+    elif name.endswith("linear_qkv.weight"):  # of each query group its queries, its key, its value
+        head = model.hidden_size // model.num_attention_heads
+        groups = rows.view(model.num_query_groups, -1)
+        parts = [each.flatten() for each in (groups[:, : -2 * head], groups[:, -2 * head : -head], groups[:, -head:])]
+    return PlainMuon(
+        weight,
+        momentum=settings.muon_momentum,
+        nesterov=settings.muon_nesterov,
+        steps=settings.muon_num_ns_steps,
+        kind=settings.muon_coefficient_type,
+        size=settings.muon_scale_mode,
+        scale=settings.muon_extra_scale_factor,
+        rows=parts,
+    )
+
+
+class _PlainAdam:
+    def __init__(self, weight: Tensor, beta1: float, beta2: float, eps: float) -> None:
+        self.weight, self.beta1, self.beta2, self.eps = weight, beta1, beta2, eps
+        self.mean, self.square, self.count = torch.zeros_like(weight), torch.zeros_like(weight), 0
+
+    def step(self, gradient: Tensor, rate: float, decay: float) -> None:
+        self.count += 1
+        self.mean = self.beta1 * self.mean + (1 - self.beta1) * gradient
+        self.square = self.beta2 * self.square + (1 - self.beta2) * gradient**2
+        mean = self.mean / (1 - self.beta1**self.count)
+        square = self.square / (1 - self.beta2**self.count)
+        self.weight = (1 - rate * decay) * self.weight - rate * mean / (square.sqrt() + self.eps)
