@@ -12,6 +12,8 @@ _FP8_PARAM = (
     "initial weights are written into layers that are built already, where Transformer Engine would keep no copy of "
     "them in full precision; FP8 copies are made once a step instead"
 )
+_STATES = "moments are fp32: those of another type need Transformer Engine, and are not proven with checkpoints"
+_STATES_ON_HOST = "checkpoints would not have its state; engine=deepspeed with zero.offload_optimizer=cpu does it"
 
 REFUSED = {
     "tp_comm_overlap": _UNTESTABLE,
@@ -29,4 +31,10 @@ REFUSED = {
     "overlap_param_gather_with_optimizer_step": "the loops are one chunk of weights; use parallel.overlap_param_gather",
     "align_param_gather": "the loops are one chunk of weights, which is gathered once",
     "use_precision_aware_optimizer": "it is not proven with this project's checkpoints",
+    "exp_avg_dtype": _STATES,
+    "exp_avg_sq_dtype": _STATES,
+    "optimizer_cpu_offload": _STATES_ON_HOST,
+    "optimizer_offload_fraction": _STATES_ON_HOST,
+    "use_layer_wise_distributed_optimizer": "set optimizer.name=muon, which has its layout of buffers",
+    "decoupled_lr": "set optimizer.lr_mult.embedding and optimizer.lr_mult.head",
 }

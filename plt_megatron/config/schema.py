@@ -170,6 +170,28 @@ class DataConfig:
 
 
 @dataclass
+class RateFactors:
+    """Factors of the learning rate, from its first to its last step, by kind of parameter (model/parameters.py)."""
+
+    embedding: NotNegative = 1.0  # and the head, if they are tied
+    head: NotNegative = 1.0
+    hidden: NotNegative = 1.0  # matrices of the layers
+    gates: NotNegative = 1.0  # and learned scales of what comes into a later loop
+    norms: NotNegative = 1.0  # and biases
+
+
+@dataclass
+class DecayFactors:
+    """Factors of the weight decay, by kind of parameter. Vectors do not decay; norms and biases can."""
+
+    embedding: NotNegative = 1.0
+    head: NotNegative = 1.0
+    hidden: NotNegative = 1.0
+    gates: NotNegative = 1.0
+    norms: NotNegative = 0.0
+
+
+@dataclass
 class OptimizerConfig:
     """The optimizer (config/optimizers.py) and its learning-rate schedule, in optimizer steps."""
 
@@ -182,6 +204,8 @@ class OptimizerConfig:
     lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: the last steps, over which the rate decays; None: a tenth
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     weight_decay: NotNegative = 0.1
+    lr_mult: RateFactors = field(default_factory=RateFactors)
+    wd_mult: DecayFactors = field(default_factory=DecayFactors)
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.95
     adam_eps: Positive = 1e-8

@@ -206,6 +206,13 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
+    if config.model.share_embeddings_and_output_weights:
+        for name in ("lr_mult", "wd_mult"):
+            if getattr(optimizer, name).head != 1:
+                yield (
+                    f"optimizer.{name}.head: the head is the embedding (model.share_embeddings_and_output_weights); "
+                    f"set optimizer.{name}.embedding"
+                )
     if warmup >= steps:
         yield f"optimizer.lr_warmup_iters {warmup} must be below the schedule's {steps} steps"
     elif optimizer.lr_decay_style == "WSD" and warmup + derived.lr_wsd_decay_iters(config) > steps:

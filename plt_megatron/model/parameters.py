@@ -34,6 +34,8 @@ Component = Literal[
     "embedding", "loop_input", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
 ]
 
+Kind = Literal["embedding", "head", "hidden", "gates", "norms"]  # fields of the schema's `RateFactors`
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -140,6 +142,19 @@ class Parameter:
         A gate's rows are vectors, one for each head, which nothing relates.
         """
         return self.is_matrix and self.component in ("attention", "ffn", "experts", "router")
+
+    @property
+    def kind(self) -> Kind:
+        """Whose factors of learning rate and weight decay are its own."""
+        if self.is_hidden_matrix:
+            return "hidden"
+        kinds: dict[str, Kind] = {
+            "embedding": "embedding",
+            "output_layer": "head",
+            "gates": "gates",
+            "loop_input": "gates",
+        }
+        return kinds.get(self.component, "norms")
 
     @property
     def only_in_loops(self) -> bool:
@@ -320,13 +335,13 @@ def find(model: ModelConfig, name: str) -> Parameter:
     return _first(parameters_of(model), name)
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter of a name that `Parameter.is_named` knows, in any model.
+def find_in_any(name: str) -> Parameter:
+    """The parameter of a name that `Parameter.is_named` knows, in any model.
 
     Raises:
         KeyError: no model has one.
     """
-    return _first(TABLE, name).is_matrix
+    return _first(TABLE, name)
 
 
 def hidden_matrix(name: str) -> Parameter | None:
@@ -335,7 +350,7 @@ def hidden_matrix(name: str) -> Parameter | None:
     Raises:
         KeyError: no model has one.
     """
-    parameter = _first(TABLE, name)
+    parameter = find_in_any(name)
     return parameter if parameter.is_hidden_matrix else None
 
 

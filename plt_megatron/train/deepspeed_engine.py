@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         tokens = self._count_tokens(batches)
         with self.times.measure("forward_backward"):
             loss_sum, _ = self._run(batches, loop_count, tokens)
-        loss, lr = loss_sum / max(tokens, 1), float(self.optimizer.param_groups[0]["lr"])
+        loss, lr = loss_sum / max(tokens, 1), self.scheduler.lr
         with self.times.measure("optimizer"):
             grad_norm, updated = self._verdict.step(self.deepspeed, lambda norm: accept(loss, norm))
         self.state.later_step += updated and not self._leave_alone.unused

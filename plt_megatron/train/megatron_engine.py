@@ -89,7 +89,7 @@ class MegatronEngine:
             self.optimizer.prepare_grads()
             # The one time in a step that the host waits for a GPU.
             loss_sum, tokens, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
-        loss, grad_norm, lr = loss_sum / max(tokens, 1), squared**0.5, float(self.optimizer.param_groups[0]["lr"])
+        loss, grad_norm, lr = loss_sum / max(tokens, 1), squared**0.5, self.scheduler.lr
         with self.times.measure("optimizer"):
             updated = accept(loss, grad_norm)
             if updated:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
-from plt_megatron.model.parameters import decays, hidden_matrix
+from plt_megatron.model.parameters import Kind, find_in_any, hidden_matrix, parameters_of
 from plt_megatron.model.transformer_config import DTYPES
 from plt_megatron.train.unused_parameters import later_loops_override
 
@@ -107,16 +107,56 @@ def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:
     )
 
 
-def decay_overrides() -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's parameter groups: no weight decay where the table of parameters has none."""
-    undecayed = ParamWithNamePredicate("undecayed", lambda parameter, name: not decays(name))
-    return {ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)}
+def kind_overrides(settings: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """megatron-core's parameter groups: rates and weight decay by the kind that the table of parameters says."""
+    overrides = {}
+    for kind in get_args(Kind):
+        for matrices in (True, False):
+            override = _override(settings, kind, matrices)
+            if override:
+                overrides[ParamKey(with_name_predicate=_all_of(kind, matrices))] = override
+    return overrides
+
+
+def _override(settings: OptimizerConfig, kind: Kind, matrices: bool) -> ParamGroupOverride:
+    override = ParamGroupOverride()
+    rate, decay = getattr(settings.lr_mult, kind), decay_factor(settings, kind, matrices=matrices)
+    if rate != 1:
+        override |= ParamGroupOverride(max_lr=rate * settings.lr, min_lr=rate * settings.min_lr)
+    if decay != 1:
+        override |= ParamGroupOverride(wd_mult=decay)
+    return override
+
+
+def _all_of(kind: Kind, matrices: bool) -> ParamWithNamePredicate:
+    def matches(parameter: Tensor, name: str) -> bool:
+        found = find_in_any(name)
+        return found.kind == kind and found.is_matrix == matrices
+
+    return ParamWithNamePredicate(f"{kind}, {'matrices' if matrices else 'vectors'}", matches)
+
+
+def decay_factor(settings: OptimizerConfig, kind: Kind, *, matrices: bool = True) -> float:
+    """Of a kind's matrices or vectors. A gate's bias does not decay."""
+    return getattr(settings.wd_mult, kind) if matrices or kind == "norms" else 0.0
+
+
+def described(config: RunConfig) -> str:
+    """The optimizer, and each kind's highest rate and weight decay, in a line."""
+    settings, kinds = config.optimizer, {parameter.kind for parameter in parameters_of(config.model)}
+    parts = [
+        f"{kind} {getattr(settings.lr_mult, kind) * settings.lr:.3g}, "
+        f"{decay_factor(settings, kind) * settings.weight_decay:.3g}"
+        for kind in get_args(Kind)
+        if kind in kinds
+    ]
+    return f"{optimizer_spec(settings).title}; learning rate, weight decay: {'; '.join(parts)}"
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     """The same, and groups of what only later loops use, if a schedule leaves those out, and of hidden matrices, if
     these are updated as wholes."""
-    overrides = decay_overrides()
+    overrides = kind_overrides(config.optimizer)
     if config.training.loop_schedule:
         overrides |= later_loops_override(config)
     if optimizer_spec(config.optimizer).matrix_state is not None:
@@ -156,6 +196,11 @@ class LearningRate(OptimizerParamScheduler):
             wsd_decay_steps=derived.lr_wsd_decay_iters(config, self.step_tokens) if wsd else None,
             lr_wsd_decay_style=settings.lr_wsd_decay_style if wsd else None,
         )
+
+    @property
+    def lr(self) -> float:
+        """The rate at this step, without any kind's factor."""
+        return float(self.get_lr({}))
 
     def count_step(self) -> None:
         """A step of the run is done."""

@@ -1,4 +1,4 @@
-"""Jobs of the tests of Muon."""
+"""Jobs of the tests of Muon and of rates by kind of parameter."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def _beside_a_plain_one(config: RunConfig) -> dict[str, float]:
     plain = {name: _plain(name, value.clone(), config) for name, value in start.items()}
 
     def plain_step(loss: float, norm: float) -> bool:
-        rate = engine.optimizer.param_groups[0]["lr"]
         clip = min(1.0, settings.clip_grad / (norm + 1e-6))
         for name, parameter in engine.stage.named_parameters():
-            decay = settings.weight_decay if parameter.dim() == 2 else 0.0
+            kind = _kind(name)
+            rate = engine.scheduler.lr * getattr(settings.lr_mult, kind)
+            decay = settings.weight_decay * getattr(settings.wd_mult, kind)
+            if parameter.dim() == 1 and kind != "norms":
+                decay = 0.0
             plain[name].step(clip * parameter.main_grad.double(), rate, decay)
         return True
 
@@ -49,9 +52,16 @@ def _beside_a_plain_one(config: RunConfig) -> dict[str, float]:
     return errors
 
 
+def _kind(name: str) -> str:
+    if name.endswith(HIDDEN):
+        return "hidden"
+    kinds = {"word_embeddings": "embedding", "output_layer": "head", "plt_gate": "gates"}
+    return next((kind for part, kind in kinds.items() if part in name), "norms")
+
+
 def _plain(name: str, weight: Tensor, config: RunConfig) -> Any:
     settings, model = config.optimizer, config.model
-    if not name.endswith(HIDDEN):
+    if settings.name == "adam" or not name.endswith(HIDDEN):
         return _PlainAdam(weight, settings.adam_beta1, settings.adam_beta2, settings.adam_eps)
     rows = torch.arange(len(weight))
     parts = [rows]

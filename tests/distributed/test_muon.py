@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.config.schema import DecayFactors, RateFactors
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed import muon_jobs
 from tests.distributed.cases import Case, Layout
@@ -14,17 +15,33 @@ from tests.distributed.test_parity import check, reference  # noqa: F401  (fixtu
 
 MUON = (("lr", 0.02), ("min_lr", 0.01), ("name", "muon"))
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}
+FACTORS: dict[str, Any] = {
+    "lr_mult": RateFactors(embedding=0.5, head=0.7, hidden=1.5, gates=3.0, norms=0.25),
+    "wd_mult": DecayFactors(embedding=0.0, head=2.0, hidden=0.5, gates=1.5, norms=1.0),
+}
 SETTINGS: list[dict[str, Any]] = [
     {},
-    {"coefficient_type": "simple", "nesterov": False, "scale_mode": "shape_scaling", "num_ns_steps": 3},
-    {"coefficient_type": "polar_express", "momentum": 0.5, "scale_mode": "unit_rms_norm", "extra_scale_factor": 1.0},
+    {
+        "muon_coefficient_type": "simple",
+        "muon_nesterov": False,
+        "muon_scale_mode": "shape_scaling",
+        "muon_num_ns_steps": 3,
+    },
+    {
+        "muon_coefficient_type": "polar_express",
+        "muon_num_ns_steps": 4,  # each triples the rounding of the directions that have least
+        "muon_momentum": 0.5,
+        "muon_scale_mode": "unit_rms_norm",
+        "muon_extra_scale_factor": 1.0,
+        **FACTORS,
+    },
+    {"name": "adam", **FACTORS},
 ]
 
 
-def _config(**muon: Any) -> Any:
-    config = jobs.run_config(optimizer="muon")
-    settings = {f"muon_{name}": value for name, value in muon.items()}
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=0.02, **settings))
+def _config(**settings: Any) -> Any:
+    config = jobs.run_config(optimizer="muon", share_embeddings_and_output_weights=not settings)
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **{"lr": 0.02, **settings}))
 
 
 def test_updates_are_those_of_plain_muon_and_plain_adam(run_distributed):

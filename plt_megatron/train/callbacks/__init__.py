@@ -14,6 +14,7 @@ from plt_megatron.train.callbacks.incidents import Incidents
 from plt_megatron.train.callbacks.loop_losses import LoopLosses
 from plt_megatron.train.callbacks.loop_measures import LoopMeasures
 from plt_megatron.train.callbacks.metrics import Metrics
+from plt_megatron.train.callbacks.optimizer_settings import OptimizerSettings
 from plt_megatron.train.callbacks.profiling import Profiling
 from plt_megatron.train.callbacks.progress import ProgressBar
 from plt_megatron.train.callbacks.throughput import Throughput
@@ -25,6 +26,7 @@ CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
     ProgressBar,
     DataProgress,
+    OptimizerSettings,
     Throughput,
     Incidents,
     WeightEMA,

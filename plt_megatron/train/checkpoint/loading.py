@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from plt_megatron.config.schema import RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.run_folder import checkpoints
@@ -148,10 +149,10 @@ def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_
         )
     if allow_other:
         return
+    factors = saving.schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)  # once there were none
+    saved = {name: value for name, value in factors.items() if "_mult." in name} | progress["schedule"]
     differences = [
-        f"{name} {progress['schedule'][name]} (now {value})"
-        for name, value in own.items()
-        if name in progress["schedule"] and progress["schedule"][name] != value
+        f"{name} {saved[name]} (now {value})" for name, value in own.items() if name in saved and saved[name] != value
     ]
     if differences:
         raise UserError(

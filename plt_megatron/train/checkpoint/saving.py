@@ -251,6 +251,8 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
         "training.loop_schedule": stages,
         "training.loop_loss_weights": config.training.loop_loss_weights,
     }
+    factors = {name: settings.pop(name) for name in ("lr_mult", "wd_mult")}
+    settings |= {f"{name}.{kind}": value for name, kinds in factors.items() for kind, value in kinds.items()}
     return {f"optimizer.{name}": value for name, value in settings.items()} | loops
 
 

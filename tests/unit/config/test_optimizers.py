@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import re
 import typing
 
 import pytest
 
 from plt_megatron.config.deepspeed_settings import DECIDED_BY, written
+from plt_megatron.config.loader import load_config
 from plt_megatron.config.optimizers import OPTIMIZERS, settings_of_others
 from plt_megatron.config.schema import OptimizerConfig, RunConfig, TrainingConfig, ZeroConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
 
 
 def test_every_name_of_the_schema_is_an_optimizer():
@@ -38,3 +43,62 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
     )
     told = {key for key in written(config) if key.startswith("optimizer.")} - {"optimizer.params.torch_adam"}
     assert told == {key for key in DECIDED_BY if key.startswith("optimizer.")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["optimizer.name=muon", "engine=deepspeed"],
+            "engine deepspeed: optimizer.name muon: set it to adam, or set engine=megatron",
+        ),
+        (
+            ["optimizer.lr_mult.head=2"],
+            "optimizer.lr_mult.head: the head is the embedding (model.share_embeddings_and_output_weights); set "
+            "optimizer.lr_mult.embedding",
+        ),
+        (
+            ["optimizer.wd_mult.head=0"],
+            "optimizer.wd_mult.head: the head is the embedding (model.share_embeddings_and_output_weights); set "
+            "optimizer.wd_mult.embedding",
+        ),
+        (["optimizer.lr_mult.gates=-1"], "optimizer.lr_mult.gates must be at least 0, got -1.0"),
+        (["optimizer.muon_num_ns_steps=0"], "optimizer.muon_num_ns_steps must be at least 1, got 0"),
+        (["optimizer.muon_momentum=1"], "optimizer.muon_momentum must be below 1, got 1.0"),
+        (["optimizer.muon_extra_scale_factor=0"], "optimizer.muon_extra_scale_factor must be above 0, got 0.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(settings, said):
+    tied = ["model.share_embeddings_and_output_weights=true", "parallel.overlap_grad_reduce=false"]
+    config = load_config("configs/runs/plt2_tiny.yaml", [*tied, *settings])
+    assert find_problems(config, check_files=False) == [said]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("optimizer.muon_coefficient_type=cubic", "optimizer.muon_coefficient_type"),
+        ("optimizer.muon_scale_mode=none", "optimizer.muon_scale_mode"),
+        ("optimizer.lr_mult.biases=2", "optimizer.lr_mult.biases"),
+        ("optimizer.lr_mult=2", "optimizer.lr_mult"),
+        ("optimizer.name=dist_muon", "optimizer.name"),
+        ("optimizer.optimizer_cpu_offload=true", "checkpoints would not have its state"),
+        ("optimizer.exp_avg_dtype=bf16", "moments are fp32"),
+        ("optimizer.decoupled_lr=1e-3", "set optimizer.lr_mult.embedding"),
+        ("optimizer.use_layer_wise_distributed_optimizer=true", "set optimizer.name=muon"),
+    ],
+)
+def test_an_unknown_setting_is_refused_by_name(setting, said):
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        load_config("configs/runs/plt2_tiny.yaml", [setting])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "emerging_optimizers" else found(name, *rest)
+    )
+    config = load_config("configs/runs/plt2_tiny.yaml", ["optimizer.name=muon"])
+    (said,) = [line for line in find_problems(config) if "emerging_optimizers" in line]
+    assert "the `muon` extra" in said and "optimizer.name=adam" in said

@@ -10,7 +10,7 @@ from test_against_reference import CASES, EXPERTS
 from tiny_models import BASE, PADDED_VOCAB_SIZE, build
 
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.model.parameters import TABLE, Sizes, decays, find, only_in_loops, parameters_of
+from plt_megatron.model.parameters import TABLE, Sizes, find, find_in_any, only_in_loops, parameters_of
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -47,11 +47,16 @@ def test_it_has_what_the_built_model_has(settings):
 def test_weight_decay_is_megatrons(settings):
     from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 
+    from plt_megatron.config.schema import OptimizerConfig as SchemaOptimizer
+    from plt_megatron.train.optimizers import decay_factor
+
     stage = build(settings)
     overrides = get_standard_config_overrides(OptimizerConfig())
     for name, tensor in stage.named_parameters():
         undecayed = any(key.matches(tensor, name) and how["wd_mult"] == 0 for key, how in overrides.items())
-        assert decays(f"module.{name}") != undecayed, name
+        found = find_in_any(f"module.{name}")
+        factor = decay_factor(SchemaOptimizer(), found.kind, matrices=found.is_matrix)
+        assert factor == (0 if undecayed else 1), name
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
@@ -88,7 +93,7 @@ def test_an_unknown_name_is_an_error(name):
     with pytest.raises(KeyError, match="not in the table"):
         find(ModelConfig(), name)
     with pytest.raises(KeyError, match="not in the table"):
-        decays(name)
+        find_in_any(name)
     assert not only_in_loops(name)
     with pytest.raises(KeyError):
         find(ModelConfig(loop_count=1), "decoder.layers.0.self_attention.core_attention.plt_gate.bias")
