@@ -90,7 +90,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         deepspeed=_deepspeed_adam,
     ),
     "muon": OptimizerSpec(
-        title="Muon for hidden matrices, AdamW for everything else",
+        title="Muon (matrices of the layers) and AdamW (everything else)",
         state=_ADAM_STATE,
         matrix_state={"momentum_buffer": FP32},
         settings=(

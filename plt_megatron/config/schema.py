@@ -169,7 +169,7 @@ class DataConfig:
     index_timeout_minutes: Minutes = 30.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class RateFactors:
     """Factors of the learning rate, from its first to its last step, by kind of parameter (model/parameters.py)."""
 
@@ -180,7 +180,7 @@ class RateFactors:
     norms: NotNegative = 1.0  # and biases
 
 
-@dataclass
+@dataclass(frozen=True)
 class DecayFactors:
     """Factors of the weight decay, by kind of parameter. Vectors do not decay; norms and biases can."""
 

@@ -18,7 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RateFactors, RunConfig, TrainingConfig
+from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import add_legend, color, new_figure, save
 from plt_megatron.hf.verification import single_process
 from plt_megatron.run_folder.text import format_table
@@ -127,6 +128,11 @@ def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coord
     stage = _build(_resized(config.model, size), options.seed)
     batch = torch.randint(0, VOCAB_SIZE, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(options.seed))
     optimizer = config.optimizer
+    if optimizer.name != "adam" or optimizer.lr_mult != RateFactors():
+        raise UserError(
+            "coordinates are checked with Adam, at one rate for all parameters; set optimizer.name=adam and leave "
+            "optimizer.lr_mult out"
+        )
     adam = torch.optim.AdamW(
         stage.parameters(), optimizer.lr, (optimizer.adam_beta1, optimizer.adam_beta2), optimizer.adam_eps, 0.0
     )

@@ -17,7 +17,6 @@ CASES = {  # layout, world size, precision in `make test`, changes; `make test-a
     "DP2": ({"overlap_grad_reduce": True}, 2, "bf16", {}),
     "DP2 SGD": ({"overlap_grad_reduce": True}, 2, "fp32", {"optimizer": "sgd"}),
     "DP2 Muon": ({"overlap_grad_reduce": True}, 2, "bf16", {"optimizer": "muon"}),
-    "TP2 Muon": (TP, 2, "fp32", {"optimizer": "muon"}),
     "CP2": ({"context_parallel_size": 2, "overlap_grad_reduce": True}, 2, "fp32", {}),
 }
 

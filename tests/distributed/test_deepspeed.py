@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.config.schema import DecayFactors, RateFactors
 from tests.distributed.cases import Case, Layout
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.deepspeed_jobs import MEGATRON, STEPS, Zero, refuse_steps, train_cases
@@ -87,6 +88,11 @@ def _cases(settings: list[Setting], layout: Layout) -> list[tuple[Case, Zero]]:
 @pytest.mark.parametrize("layout", sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index), ids=str)
 def test_every_pair_of_settings(check, layout):
     check(layout, _cases(COVERING, layout))
+
+
+def test_rates_and_decay_by_kind_of_parameter(check):
+    factors = (("lr_mult", RateFactors(embedding=0.5, gates=3.0)), ("wd_mult", DecayFactors(norms=1.0, hidden=2.0)))
+    check(Layout(dp=2), [(Case(optimizer=factors), Zero(2))])
 
 
 def test_the_covering_design_has_every_pair():

@@ -59,7 +59,8 @@ def test_updates_are_those_of_plain_muon_and_plain_adam(run_distributed):
 @pytest.mark.parametrize(
     ("layout", "overlap"),
     [
-        (Layout(tp=2, sp=True, pp=2, dp=2), True),
+        (Layout(tp=2, sp=True, dp=2), True),
+        pytest.param(Layout(tp=2, sp=True, pp=2, dp=2), True, marks=pytest.mark.slow),
         pytest.param(Layout(pp=2, dp=2), True, marks=pytest.mark.slow),
         pytest.param(Layout(dp=4), False, marks=pytest.mark.slow),
         pytest.param(Layout(tp=2, cp=2), False, marks=pytest.mark.slow),
@@ -78,9 +79,9 @@ def test_every_layout_has_the_numbers_of_one_process(check, layout, overlap):  #
 
 @pytest.fixture(scope="module")
 def saved(run_distributed, tmp_path_factory):
-    """Six steps at TP2 x PP2, saved after the third."""
+    """Six steps at TP2 x DP2, saved after the third."""
     directory = tmp_path_factory.mktemp("muon")
-    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+    layout = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     config = jobs.run_config(layout, optimizer="muon")
     return run_distributed(jobs.train_and_save, 4, directory, config, then=3), directory
 
@@ -88,7 +89,8 @@ def saved(run_distributed, tmp_path_factory):
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [
-        ({"overlap_grad_reduce": True}, 2),
+        ({"pipeline_model_parallel_size": 2}, 2),
+        pytest.param({"overlap_grad_reduce": True}, 4, marks=pytest.mark.slow),
         pytest.param({}, 1, marks=pytest.mark.slow),
         pytest.param({"tensor_model_parallel_size": 2}, 4, marks=pytest.mark.slow),
         pytest.param({"pipeline_model_parallel_size": 4}, 4, marks=pytest.mark.slow),

@@ -68,30 +68,34 @@ def test_a_checkpoint_of_sgd_goes_on_in_another_layout(run_distributed, tmp_path
     assert moved["progress"]["schedule"]["optimizer.sgd_momentum"] == 0.9
 
 
-def _errors_of_loading(adam, sgd):
+def _errors_of_loading(folders):
     """Of each one's checkpoint into the other's engine, and whether its weights alone can be had."""
     from plt_megatron.errors import UserError
     from plt_megatron.train.checkpoint import load_checkpoint, load_weights, save_checkpoint
 
-    engines = {name: jobs.build(jobs.run_config(optimizer=name)) for name in ("adam", "sgd")}
+    engines = {name: jobs.build(jobs.run_config(optimizer=name)) for name in folders}
     errors = []
-    for engine, folder in zip(engines.values(), (adam, sgd), strict=True):
-        jobs.train(engine, 1, 1)
-        save_checkpoint(engine, folder, {"step": 1})
-    for name, folder in (("sgd", adam), ("adam", sgd)):
+    for name, folder in folders.items():
+        jobs.train(engines[name], 1, 1)
+        save_checkpoint(engines[name], folder, {"step": 1})
+    for name, other in (("sgd", "adam"), ("adam", "sgd"), ("muon", "adam"), ("adam", "muon")):
         for allow in (False, True):
             try:
-                load_checkpoint(engines[name], folder, allow_other_schedule=allow)
+                load_checkpoint(engines[name], folders[other], allow_other_schedule=allow)
             except UserError as error:
                 errors.append(str(error))
-        load_weights(engines[name], folder)
+        load_weights(engines[name], folders[other])
+        jobs.train(engines[name], 1, 1)
     return errors
 
 
 def test_an_optimizer_does_not_go_on_from_anothers_state(run_distributed, tmp_path):
-    errors = run_distributed(_errors_of_loading, 1, tmp_path / "adam", tmp_path / "sgd")
+    folders = {name: tmp_path / name for name in ("adam", "sgd", "muon")}
+    errors = run_distributed(_errors_of_loading, 1, folders)
     assert [re.search(r"optimizer\.name (\w+ \(now \w+\))", error)[1] for error in errors] == [
         *["adam (now sgd)"] * 2,
         *["sgd (now adam)"] * 2,
+        *["adam (now muon)"] * 2,
+        *["muon (now adam)"] * 2,
     ]
     assert all("checkpoint.weights_only=true" in error and "\n" not in error for error in errors)

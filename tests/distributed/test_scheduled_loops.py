@@ -99,7 +99,14 @@ def _steps_of_one_loop(config: RunConfig, control: bool) -> list[tuple[bool, boo
         megatron_engine.left_alone = left_alone
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("bf16", "adam"), pytest.param("fp32", "sgd", marks=SLOW)])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [
+        ("bf16", "adam"),
+        pytest.param("fp32", "sgd", marks=SLOW),
+        pytest.param("bf16", "muon", marks=SLOW),
+    ],
+)
 def test_parameters_that_a_step_does_not_use_stay_as_they_are(run_distributed, precision, optimizer):
     config = jobs.run_config({"overlap_grad_reduce": True}, precision, optimizer)
     config.training.loop_schedule = [LoopStage(loop_shares=[0.5, 0.5])]
