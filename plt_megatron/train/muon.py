@@ -45,12 +45,18 @@ class Matrix:
     qkv_split_shapes: list[int] | None
 
     @classmethod
-    def of(cls, parameter: Parameter, model: ModelConfig, shape: torch.Size) -> Matrix:
-        """`parameter`: the table's. What Hugging Face has as several matrices is several to Muon too."""
+    def of(cls, parameter: Parameter, model: ModelConfig, shape: torch.Size, tensor: int) -> Matrix:
+        """What Hugging Face has as several matrices is several to Muon too.
+
+        Args:
+            parameter: the table's.
+            tensor: number of tensor-parallel ranks.
+        """
         head = derived.head_dim(model)
         queries = model.num_attention_heads // derived.num_query_groups(model) * head
         parts = {"qkv": [queries, head, head], "gate_up": [shape[0] // 2] * 2, "direct": None}
-        return cls(shape, {"rows": 0, "columns": 1, None: None}[parameter.split], parts[parameter.form])
+        divided = parameter.split if tensor > 1 else None  # one rank alone has nothing to gather
+        return cls(shape, {"rows": 0, "columns": 1, None: None}[divided], parts[parameter.form])
 
 
 def _matrices(part: DistributedOptimizer, stage: LoopedGPT, model: ModelConfig) -> Any:
@@ -62,7 +68,7 @@ def _matrices(part: DistributedOptimizer, stage: LoopedGPT, model: ModelConfig) 
         group, order = part.model_param_group_index_map[own]
         main = part.optimizer.param_groups[group]["params"][order]
         assert main.numel() == own.numel(), f"{name} is divided over data-parallel ranks"
-        yield main, Matrix.of(parameter, model, own.shape)
+        yield main, Matrix.of(parameter, model, own.shape, stage.pg_collection.tp.size())
 
 
 class Muon(TensorParallelMuon):
