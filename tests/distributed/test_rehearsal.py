@@ -43,9 +43,7 @@ def assert_as_real(run_distributed: Any, layout: str, found: dict[str, Any], fol
     for rank, calls in found["calls"].items():
         assert len(calls) > 20 and calls == real[int(rank)]["calls"], f"{layout}: rank {rank}"
     for rank, theirs in enumerate(real):
-        assert len(theirs["written"]) > 10 and found["written"][str(rank)] == theirs["written"], (
-            f"{layout}: rank {rank}"
-        )
+        assert len(theirs["written"]) > 5 and found["written"][str(rank)] == theirs["written"], f"{layout}: rank {rank}"
     assert found["problems"] == [] and found["matched"] > 100
 
 
