@@ -193,6 +193,11 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
 
 def _check_schedule(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
+    if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
+        yield (
+            f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
+            "leave it out and average checkpoints with plt-average, or set optimizer.name=adam"
+        )
     steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
     samples = derived.train_iters(config) * config.training.global_batch_size
     order = config.data.order_samples

@@ -59,7 +59,8 @@ def test_updates_are_those_of_plain_muon_and_plain_adam(run_distributed):
 @pytest.mark.parametrize(
     ("layout", "overlap"),
     [
-        (Layout(tp=2, sp=True, dp=2), True),
+        pytest.param(Layout(tp=2, sp=True, dp=2), True, marks=pytest.mark.slow),
+        (Layout(tp=2, dp=2), True),
         pytest.param(Layout(tp=2, sp=True, pp=2, dp=2), True, marks=pytest.mark.slow),
         pytest.param(Layout(pp=2, dp=2), True, marks=pytest.mark.slow),
         pytest.param(Layout(dp=4), False, marks=pytest.mark.slow),

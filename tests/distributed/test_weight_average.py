@@ -156,6 +156,7 @@ def test_the_average_is_validated_beside_the_weights(alone):
     assert [record["loop_count"] for record in last] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_without_the_average_has_the_same_weights(alone, tmp_path, run_distributed):
     """Nor does the average stay: a run that takes it up again begins anew."""
     config, _ = alone

@@ -69,6 +69,10 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             "checkpoint.export_interval 30 must be a multiple of checkpoint.save_interval, which is 20",
         ),
         (
+            {"training__ema_decay": 0.9, "optimizer__name": "muon"},
+            "training.ema_decay is not proven with optimizer.name muon",
+        ),
+        (
             {"evaluation__tasks": ["a"]},
             "evaluation.tasks are for a run's exports, with their tokenizer: set",
         ),
