@@ -53,6 +53,16 @@ class _DatasetConfig(GPTDatasetConfig):
     reset_at_document_boundaries: bool = False
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a sample has of a document: `length` of its `total` tokens, from token `first` on."""
+
+    document: int
+    first: int
+    length: int
+    total: int
+
+
 class _DocumentDataset(GPTDataset):
     """A GPTDataset whose samples mark where their documents begin."""
 
@@ -60,9 +70,17 @@ class _DocumentDataset(GPTDataset):
         text, _, document_lengths = self._query_document_sample_shuffle_indices(int(idx or 0))
         return make_sample(text, document_lengths, reset=self.config.reset_at_document_boundaries)
 
-    def documents(self, idx: int) -> list[int]:
-        """Indices, in the source, of the documents that a sample is cut from."""
-        return [int(document) for document in self._query_document_sample_shuffle_indices(idx)[1]]
+    def parts(self, idx: int) -> list[Part]:
+        """The parts of documents that a sample, with the token after its last, is made of."""
+        row = int(self.shuffle_index[idx])
+        (begin, first), (end, last) = (tuple(map(int, self.sample_index[row + more])) for more in (0, 1))
+        found = []
+        for place in range(begin, end + 1):
+            document = int(self.document_index[place])
+            total = int(self.dataset.sequence_lengths[document])
+            start, stop = first if place == begin else 0, last + 1 if place == end else total
+            found.append(Part(document, start, stop - start, total))
+        return found
 
 
 def make_sample(text: np.ndarray, document_lengths: Sequence[int], *, reset: bool) -> dict[str, Tensor]:
@@ -114,11 +132,17 @@ class Samples(Dataset):
 
     def documents(self, index: int) -> tuple[str, list[int]]:
         """The source a sample comes from, and the indices there of the documents it is cut from."""
+        which, parts = self.parts(index)
+        return self._names[which], [part.document for part in parts]
+
+    def parts(self, index: int) -> tuple[int, list[Part]]:
+        """The number of the source that a sample comes from, and the parts of its documents that make the sample with
+        the token after its last."""
         if isinstance(self._dataset, BlendedDataset):
             which = int(self._dataset.dataset_index[index])
             inner = int(self._dataset.dataset_sample_index[index])
-            return self._names[which], self._dataset.datasets[which].documents(inner)
-        return self._names[0], self._dataset.documents(index)
+            return which, self._dataset.datasets[which].parts(inner)
+        return 0, self._dataset.parts(index)
 
 
 Parts = tuple[Samples | None, Samples | None, Samples | None]

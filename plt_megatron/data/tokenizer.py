@@ -82,6 +82,14 @@ class Tokenizer(ABC):
         """The text of `ids`; control tokens give nothing."""
 
     @abstractmethod
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name; None if there is none."""
+
+    @abstractmethod
+    def token_name(self, index: int) -> str:
+        """The name of a token of the vocabulary, as the tokenizer's file has it."""
+
+    @abstractmethod
     def byte_lengths(self) -> np.ndarray:
         """int64 [vocab_size]: bytes of UTF-8 text that each token stands for; control tokens stand for none.
 
@@ -127,11 +135,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _find_eod(self, name: str | None) -> int | None:
         if name is None and self.eos is not None:
             return self.eos
-        for candidate in EOD_NAMES if name is None else (name,):
-            index = self._processor.piece_to_id(candidate)
-            if self._processor.id_to_piece(index) == candidate:
-                return index
-        return None
+        found = map(self.token_id, EOD_NAMES if name is None else (name,))
+        return next((index for index in found if index is not None), None)
+
+    def token_id(self, name: str) -> int | None:
+        index = self._processor.piece_to_id(name)
+        return index if self._processor.id_to_piece(index) == name else None
+
+    def token_name(self, index: int) -> str:
+        return self._processor.id_to_piece(int(index))
 
     def _splits_exactly(self, proto: Any) -> bool:
         """Whether parts cut at `COARSE` borders encode to the ids of the whole."""
@@ -223,13 +235,17 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         names, self._control_names = _token_names(path.with_name("tokenizer_config.json"))
-        self.bos, self.eos, self.pad = (self._id(names.get(key)) for key in ("bos_token", "eos_token", "pad_token"))
-        candidates = [eod_token] if eod_token else [names.get("eos_token"), *EOD_NAMES]
-        found = [index for index in map(self._id, candidates) if index is not None]
+        named = [names.get(key) for key in ("bos_token", "eos_token", "pad_token")]
+        self.bos, self.eos, self.pad = (None if name is None else self.token_id(name) for name in named)
+        candidates = filter(None, [eod_token] if eod_token else [names.get("eos_token"), *EOD_NAMES])
+        found = [index for index in map(self.token_id, candidates) if index is not None]
         self.eod = self._require_eod(found[0] if found else None, eod_token)
 
-    def _id(self, token: str | None) -> int | None:
-        return None if token is None else self._tokenizer.token_to_id(token)
+    def token_id(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
+
+    def token_name(self, index: int) -> str:
+        return self._tokenizer.id_to_token(int(index)) or f"<{index}>"
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

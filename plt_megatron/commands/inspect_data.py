@@ -1,0 +1,82 @@
+"""Show what a run's batches really hold, and find validation text in the training data.
+
+    plt-inspect-data configs/runs/plt2_tiny.yaml --batch 3
+    plt-inspect-data configs/runs/plt2_tiny.yaml --duplicates --html data.html
+
+Each sample's text, the documents it is cut from, and the tokens that the loss asks for. Builds the run's sample index
+if it is missing, as the run would. docs/data.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from plt_megatron.errors import UserError, run_command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="a setting to change, as in data.sequence_length=512"
+    )
+    parser.add_argument("--part", choices=("train", "validation"), default="train", help="default: train")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="the N-th global batch, from 1; default: 1")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples shown of it; default: 4")
+    parser.add_argument(
+        "--width", type=int, default=2000, metavar="N", help="characters shown of a document; 0: all; default: 2000"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write all of it as a page, too")
+    parser.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="search the whole training part for the documents that the run's validation reads",
+    )
+    parser.add_argument(
+        "--span-tokens", type=int, default=50, metavar="N", help="shortest shared span to report; default: 50"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    return run_command(lambda: _inspect(arguments))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    for name, least in (("batch", 1), ("samples", 1), ("width", 0), ("span_tokens", 8)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least:,}, got {getattr(arguments, name):,}")
+    from plt_megatron.config.loader import load_config
+    from plt_megatron.config.validation import validate
+    from plt_megatron.runtime.quiet_imports import quiet_imports
+
+    config = load_config(arguments.config, arguments.overrides)
+    validate(config)
+    if arguments.html:
+        from plt_megatron.experiments.data_page import check_page
+
+        check_page(arguments.html)
+    quiet_imports(logging.WARNING)
+    from plt_megatron.data.inspection import Inspector
+    from plt_megatron.data.inspection_text import describe_batch, describe_duplicates
+
+    inspector = Inspector(config)
+    batch = inspector.batch(arguments.part, arguments.batch, arguments.samples)
+    found = None
+    print(describe_batch(batch, arguments.width or None), flush=True)
+    if arguments.duplicates:
+        found = inspector.find_duplicates(arguments.span_tokens)
+        print(f"\n{describe_duplicates(found, inspector)}")
+    if arguments.html:
+        from plt_megatron.experiments.data_page import write_page
+
+        write_page(arguments.html, config, batch, found, inspector)
+        print(f"\npage: {arguments.html}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

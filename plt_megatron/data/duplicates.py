@@ -1,0 +1,285 @@
+"""Finds validation text in the training part: documents that are equal, and long spans that both have.
+
+Validation documents are held in memory (those that the run's validation reads), the training part is streamed through
+memory maps. Every aligned block of W validation tokens, where 2W - 1 <= `span_tokens`, is looked up at every place of
+the training text: a shared span of `span_tokens` contains at least one such block. Finds are compared token by token.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from plt_megatron.data.indexed import IndexedFile, read_index
+from plt_megatron.data.mix import SourceShare
+from plt_megatron.data.rolling_hash import WindowHasher
+from plt_megatron.errors import UserError
+
+_CHUNK = 1 << 21  # tokens that are hashed at once
+_GROUP = 1 << 16  # documents whose places are held at once
+_TABLE_BITS = 22
+
+
+@dataclass(frozen=True)
+class Place:
+    """A document of a source, or what begins at its token `token`; both from 0."""
+
+    source: str
+    document: int
+    token: int = 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """`length` tokens that are the same at both places. `tokens`: at most the first 64 of them."""
+
+    validation: Place
+    training: Place
+    length: int
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass
+class Duplicates:
+    """What was found.
+
+    Attributes:
+        span_tokens: the least length of a shared span.
+        validation_documents, validation_tokens: searched for.
+        training_documents, training_tokens: searched.
+        equal_documents: validation documents that the training part has as a whole.
+        equal_pairs: the first of each.
+        span_documents: validation documents that share a span with the training part.
+        span_tokens_shared: validation tokens in the spans found; there may be more.
+        spans: the longest of those found. A stretch of validation text that occurs often is listed where it was found
+            first.
+        by_source: validation source -> (documents, of them equal, of them with a span).
+    """
+
+    span_tokens: int
+    validation_documents: int = 0
+    validation_tokens: int = 0
+    training_documents: int = 0
+    training_tokens: int = 0
+    equal_documents: int = 0
+    equal_pairs: list[Shared] = field(default_factory=list)
+    span_documents: int = 0
+    span_tokens_shared: int = 0
+    spans: list[Shared] = field(default_factory=list)
+    by_source: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+def find_duplicates(
+    validation: Sequence[tuple[str, str, Sequence[int]]],
+    training: Sequence[SourceShare],
+    span_tokens: int = 50,
+    listed: int = 20,
+) -> Duplicates:
+    """Search the training part for validation documents.
+
+    Args:
+        validation: name and path prefix of each source, and the numbers of its documents.
+        training: shares of the training part; each path is searched once.
+        span_tokens: least length of a shared span, at least 8.
+        listed: pairs and spans to list.
+
+    Raises:
+        UserError: the span is too short, there are no validation documents, or a source is damaged.
+    """
+    if span_tokens < 8:
+        raise UserError(f"a shared span of {span_tokens} tokens says nothing: give at least 8")
+    held = _Held(validation, (span_tokens + 1) // 2)
+    if not held.places:
+        raise UserError("the run reads no validation documents to search for: set validation.iters above 0")
+    search = _Search(held, span_tokens, listed)
+    for share in {(share.path, share.first, share.last): share for share in training}.values():
+        search.through(share)
+    return search.result()
+
+
+class _Held:
+    """Validation documents, end to end, and the hashes of their blocks."""
+
+    def __init__(self, sources: Sequence[tuple[str, str, Sequence[int]]], block: int) -> None:
+        self.block = block
+        self.places: list[Place] = []
+        texts: list[np.ndarray] = [np.empty(0, np.int32)]
+        for name, path, documents in sources:
+            index = read_index(path)
+            starts, flat = _document_starts(index, documents), _flat(index)
+            for document, start in zip(documents, starts, strict=True):
+                self.places.append(Place(name, int(document)))
+                texts.append(np.asarray(flat[start : start + int(index.lengths[document])], np.int32))
+        lengths = np.array([len(text) for text in texts[1:]], np.int64)
+        self.ends = np.cumsum(lengths)
+        self.starts = self.ends - lengths
+        self.tokens = np.concatenate(texts)
+        hasher = WindowHasher(block, max(map(len, texts)))
+        hashes = np.concatenate([hasher(text)[::block] for text in texts])
+        starts = [np.arange(start, end - block + 1, block) for start, end in zip(self.starts, self.ends, strict=True)]
+        order = np.argsort(hashes, kind="stable")
+        self.hashes = hashes[order]
+        self.block_starts = np.concatenate([np.empty(0, np.int64), *starts])[order]
+        self._table = np.zeros(1 << _TABLE_BITS, bool)  # is any hash like this one? Tells most windows apart at once
+        self._table[self._slot(self.hashes)] = True
+        self.by_length: dict[int, list[int]] = defaultdict(list)
+        for number, length in enumerate(lengths.tolist()):
+            if length > 1:  # an end-of-document token alone is no document
+                self.by_length[length].append(number)
+
+    @staticmethod
+    def _slot(hashes: np.ndarray) -> np.ndarray:
+        return hashes >> np.uint64(64 - _TABLE_BITS)
+
+    def text(self, number: int) -> np.ndarray:
+        return self.tokens[self.starts[number] : self.ends[number]]
+
+    def candidates(self, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
+        """(window's number, block's number) of equal hashes, in the order of the windows."""
+        windows = np.flatnonzero(self._table[self._slot(hashes)])
+        low = np.searchsorted(self.hashes, hashes[windows], "left")
+        high = np.searchsorted(self.hashes, hashes[windows], "right")
+        for at in np.flatnonzero(high > low):
+            for block in range(int(low[at]), int(high[at])):
+                yield int(windows[at]), block
+
+
+class _Search:
+    """Goes through training sources and gathers what is found."""
+
+    def __init__(self, held: _Held, span_tokens: int, listed: int) -> None:
+        self._held, self._span, self._listed = held, span_tokens, listed
+        self._hash = WindowHasher(held.block, _CHUNK + held.block - 1)
+        self._block_found = np.zeros(len(held.block_starts), bool)
+        self._covered = np.zeros(len(held.tokens), bool)
+        self._equal: dict[int, Shared] = {}
+        self._longest: list[tuple[int, int, Shared]] = []
+        self._number = count()
+        self._documents = self._tokens = 0
+
+    def through(self, share: SourceShare) -> None:
+        index = read_index(share.path)
+        flat = _flat(index)
+        start = _document_starts(index, [share.first])[0] if share.documents else 0
+        for first in range(share.first, share.last, _GROUP):
+            lengths = np.asarray(index.lengths[first : min(first + _GROUP, share.last)], np.int64)
+            ends = start + np.cumsum(lengths)
+            group = _Group(share.name, first, ends - lengths, ends)
+            self._find_equal(group, lengths, flat)
+            for at in range(int(start), int(ends[-1]), _CHUNK):
+                self._find_spans(group, flat, at, min(at + _CHUNK, int(ends[-1])))
+            self._documents += len(lengths)
+            self._tokens += int(ends[-1] - start)
+            start = ends[-1]
+
+    def _find_equal(self, group: _Group, lengths: np.ndarray, flat: np.ndarray) -> None:
+        for at in np.flatnonzero(np.isin(lengths, list(self._held.by_length))):
+            text = flat[group.starts[at] : group.ends[at]]
+            for number in self._held.by_length[len(text)]:
+                mine = self._held.text(number)
+                if number not in self._equal and mine[0] == text[0] and np.array_equal(mine, text):
+                    place = Place(group.source, group.first + int(at))
+                    self._equal[number] = self._shared(self._held.places[number], place, mine)
+
+    def _find_spans(self, group: _Group, flat: np.ndarray, begin: int, end: int) -> None:
+        """Spans with a block that begins in [begin, end) of the source."""
+        block = self._held.block
+        hashes = self._hash(flat[begin : min(end + block - 1, int(group.ends[-1]))])
+        for window, number in self._held.candidates(hashes):
+            if self._block_found[number]:
+                continue
+            at = begin + window
+            which = int(np.searchsorted(group.ends, at, "right"))
+            if at + block <= group.ends[which]:
+                self._extend(group, which, flat, at, number)
+
+    def _extend(self, group: _Group, which: int, flat: np.ndarray, at: int, number: int) -> None:
+        """The longest span around a block that is in both documents."""
+        held, block = self._held, self._held.block
+        mine = int(held.block_starts[number])
+        document = int(np.searchsorted(held.ends, mine, "right"))
+        back = min(mine - int(held.starts[document]), at - int(group.starts[which]))
+        ahead = min(int(held.ends[document]) - mine, int(group.ends[which]) - at)
+        after = _common(held.tokens[mine : mine + ahead], flat[at : at + ahead])
+        if after < block:
+            return  # an accident of hashes
+        before = _common(held.tokens[mine - back : mine][::-1], flat[at - back : at][::-1])
+        if before + after < self._span:
+            return
+        first, last = mine - before, mine + after
+        inside = (held.block_starts >= first) & (held.block_starts + block <= last)
+        self._block_found |= inside
+        self._covered[first:last] = True
+        theirs = Place(group.source, group.first + which, at - before - int(group.starts[which]))
+        ours = held.places[document]
+        place = Place(ours.source, ours.document, first - int(held.starts[document]))
+        entry = (last - first, -next(self._number), self._shared(place, theirs, held.tokens[first:last]))
+        (heapq.heappush if len(self._longest) < self._listed else heapq.heappushpop)(self._longest, entry)
+
+    @staticmethod
+    def _shared(validation: Place, training: Place, tokens: np.ndarray) -> Shared:
+        return Shared(validation, training, len(tokens), tuple(tokens[:64].tolist()))
+
+    def result(self) -> Duplicates:
+        held = self._held
+        with_span = {int(number) for number in np.searchsorted(held.ends, np.flatnonzero(self._covered), "right")}
+        by_source = {}
+        for name in dict.fromkeys(place.source for place in held.places):
+            mine = {number for number, place in enumerate(held.places) if place.source == name}
+            by_source[name] = (len(mine), len(mine & self._equal.keys()), len(mine & with_span))
+        return Duplicates(
+            span_tokens=self._span,
+            validation_documents=len(held.places),
+            validation_tokens=len(held.tokens),
+            training_documents=self._documents,
+            training_tokens=self._tokens,
+            equal_documents=len(self._equal),
+            equal_pairs=[self._equal[number] for number in sorted(self._equal)][: self._listed],
+            span_documents=len(with_span),
+            span_tokens_shared=int(self._covered.sum()),
+            spans=[shared for _, _, shared in sorted(self._longest, key=lambda entry: entry[:2], reverse=True)],
+            by_source=by_source,
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Successive documents of a source: where each starts and ends among the source's tokens."""
+
+    source: str
+    first: int
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def _common(left: np.ndarray, right: np.ndarray) -> int:
+    """The number of equal tokens at the start of two arrays of one length."""
+    step = 256
+    for at in range(0, len(left), step):
+        different = left[at : at + step] != right[at : at + step]
+        if different.any():
+            return at + int(np.argmax(different))
+    return len(left)
+
+
+def _flat(index: IndexedFile) -> np.ndarray:
+    return np.memmap(index.prefix + ".bin", index.dtype, "r") if index.tokens else np.empty(0, index.dtype)
+
+
+def _document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
+    """The first token of each document among the source's tokens, without a list of all of them in memory."""
+    wanted = np.asarray(documents, np.int64)
+    found = np.zeros(len(wanted), np.int64)
+    passed = 0
+    for first in range(0, index.documents, 1 << 20):
+        lengths = np.asarray(index.lengths[first : first + (1 << 20)], np.int64)
+        starts = passed + np.cumsum(lengths) - lengths
+        inside = (wanted >= first) & (wanted < first + len(lengths))
+        found[inside] = starts[wanted[inside] - first]
+        passed += int(lengths.sum())
+    return [int(start) for start in found]

@@ -1,0 +1,71 @@
+"""An inspected batch, and duplicates, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from plt_megatron.data.duplicates import Duplicates, Shared
+from plt_megatron.data.inspection import Inspector, Run, ShownBatch, ShownPart
+from plt_megatron.run_folder.text import format_table, plural
+
+LEGEND = "[[...]]: the loss does not ask for these tokens"
+
+
+def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
+    """The batch, sample by sample and document by document. `width`: most characters of each document's text."""
+    lines = [
+        f"batch {batch.number:,} of the {batch.part} data: {len(batch.samples)} of {plural(batch.size, 'sample')} "
+        f"({LEGEND})"
+    ]
+    for sample in batch.samples:
+        lines += ["", f"sample {sample.number:,}, from {sample.source}: the loss asks for {sample.predicted:,} of "
+                  f"{sample.tokens:,} tokens"]  # fmt: skip
+        for part in sample.parts:
+            lines += [f"  --- {describe_part(part)}", *_indented(part.runs, width)]
+    return "\n".join(lines)
+
+
+def describe_part(part: ShownPart) -> str:
+    """`document 12, tokens 1-80 of 240; attention and positions begin anew`."""
+    last = part.first + part.tokens
+    note = "; attention and positions begin anew" if part.resets else ""
+    return f"document {part.document:,}, tokens {part.first + 1:,}-{last:,} of {part.total:,}{note}"
+
+
+def _indented(runs: Sequence[Run], width: int | None) -> Iterator[str]:
+    text = "".join(run.text if run.predicted else f"[[{run.text}]]" for run in runs)
+    if width is not None and len(text) > width:
+        text = f"{text[: width // 2]} ... {text[len(text) - width // 2 :]}"
+    yield from (f"  | {line}" for line in text.split("\n"))
+
+
+def describe_duplicates(found: Duplicates, inspector: Inspector) -> str:
+    """What was found: counts, by source, and where."""
+    rows = [(name, *(f"{number:,}" for number in numbers)) for name, numbers in found.by_source.items()]
+    header = ("validation source", "documents", "equal", "sharing a span")
+    lines = [summary(found), "", format_table(rows, header=header)]
+    for title, pairs in (("equal documents", found.equal_pairs), ("longest shared spans", found.spans)):
+        if pairs:
+            lines += ["", f"{title}:", *(f"  {line}" for pair in pairs for line in _pair(pair, inspector))]
+    return "\n".join(lines)
+
+
+def summary(found: Duplicates) -> str:
+    """One line with the counts."""
+    share = found.span_tokens_shared / max(1, found.validation_tokens)
+    return (
+        f"{found.equal_documents:,} of {plural(found.validation_documents, 'validation document')} "
+        f"({plural(found.validation_tokens, 'token')}) are in the training part ({found.training_documents:,} "
+        f"documents, {found.training_tokens:,} tokens) as a whole; {found.span_documents:,} share a span of "
+        f"{found.span_tokens} tokens or more with it, together at least {found.span_tokens_shared:,} tokens "
+        f"({share:.2%})"
+    )
+
+
+def _pair(pair: Shared, inspector: Inspector) -> Iterator[str]:
+    ours, theirs = pair.validation, pair.training
+    yield (
+        f"{plural(pair.length, 'token')}: {ours.source} document {ours.document:,} at token {ours.token + 1:,} = "
+        f"{theirs.source} document {theirs.document:,} at token {theirs.token + 1:,}"
+    )
+    yield f"    {inspector.text(pair.tokens)[:160]!r}"

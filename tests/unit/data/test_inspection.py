@@ -1,0 +1,167 @@
+"""What `plt-inspect-data` shows is what the run reads; bad inputs are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from data_helpers import write_jsonl
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from plt_megatron.commands.inspect_data import main
+from plt_megatron.config.loader import load_config
+from plt_megatron.data.datasets import build_datasets
+from plt_megatron.data.inspection import Inspector
+from plt_megatron.data.mix import required_samples
+from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import UserError
+
+EOD = 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, bpe_model: Path, texts: list[str]) -> Path:
+    """A configuration of two sources and a held-out one, which has the first source's third document too."""
+    folder = tmp_path_factory.mktemp("inspected")
+    parts = {
+        "one": texts[:150],
+        "two": texts[150:250],
+        "markup": ["<b>a & b</b> </s>"] * 9,
+        "held": [*texts[250:], texts[2]],
+    }
+    for name, part in parts.items():
+        source = write_jsonl(folder / f"{name}.jsonl", part)
+        preprocess(PreprocessOptions([str(source)], str(folder / name), str(bpe_model)))
+    sources = [{"path": str(folder / name), "weight": weight} for name, weight in (("one", 3), ("two", 1))]
+    settings = {
+        "name": "shown",
+        "output_dir": str(folder / "runs"),
+        "data": {
+            "train_sources": sources,
+            "validation_sources": [{"path": str(folder / "held"), "name": "held out"}],
+            "tokenizer": str(bpe_model),
+            "sequence_length": 48,
+            "reset_at_document_boundaries": True,
+        },
+        "training": {"train_iters": 25, "global_batch_size": 4},
+        "validation": {"iters": 40},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "run.yaml"
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_samples_are_the_runs(part: str, run: Path) -> None:
+    """Tokens of the named documents at the named places, encoded again, are the sample's; so are the masks."""
+    config = load_config(run)
+    tokenizer = load_tokenizer(config.data.tokenizer or "")
+    built = build_datasets(
+        config.data,
+        num_samples=required_samples(config),
+        seed=config.training.seed,
+        cache_dir=str(run.parent / "other"),
+        tokenizer=tokenizer,
+    )
+    samples = getattr(built, part)
+    batch = Inspector(config).batch(part, 3, 4)
+    assert [sample.number for sample in batch.samples] == [8, 9, 10, 11]
+    for shown in batch.samples:
+        item = samples[shown.number]
+        documents = IndexedDataset(shown.path)
+        tokens = [documents[p.document].tolist()[p.first : p.first + p.tokens] for p in shown.parts]
+        assert sum(tokens, []) == [*item["tokens"].tolist(), int(item["labels"][-1])]
+        predicted = [run.predicted for p in shown.parts for run in p.runs for _ in range(run.tokens)]
+        assert predicted == [False, *(item["loss_mask"] > 0).tolist()] and shown.predicted == sum(predicted)
+        for p, ids in zip(shown.parts, tokens, strict=True):
+            assert len(documents[p.document]) == p.total and p.resets
+            assert [run.control for run in p.runs for _ in range(run.tokens)] == [token == EOD for token in ids]
+            texts = {run.text for run in p.runs if run.control}
+            assert texts <= {"</s>"} and ("</s>" in texts) == (EOD in ids)
+            if p.first == 0:
+                assert "".join(run.text for run in p.runs if not run.control) == tokenizer.decode(ids)
+
+
+def test_in_the_terminal_and_as_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert main([str(run), "--batch", "2", "--samples", "3", "--duplicates", "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    html = page.read_text(encoding="utf-8")
+    batch = Inspector(load_config(run)).batch("train", 2, 3)
+    places = re.findall(r"--- document ([\d,]+), tokens ([\d,]+)-", shown)
+    parts = [part for sample in batch.samples for part in sample.parts]
+    assert places == [(f"{part.document:,}", f"{part.first + 1:,}") for part in parts]
+    assert re.findall(r"<p>document ([\d,]+), tokens ([\d,]+)-", html) == places
+    blocks = [unescape(re.sub(r"<[^>]*>", "", block)) for block in re.findall(r"<pre>(.*?)</pre>", html, re.DOTALL)]
+    assert blocks == ["".join(run.text for run in part.runs) for part in parts]
+    assert "1 of 51 validation documents" in shown.replace("\n", " ")
+    assert "held out document 50 at token 1 = one document 2 at token 1" in shown
+    assert "held out: document 50, token 1" in html
+    assert not re.search(r"<script|https?://|src=", html)
+
+
+def test_text_is_escaped(run: Path, tmp_path: Path) -> None:
+    """Markup in a document is text, and the name of a control token in it characters."""
+    only = [f"data.train_sources=[{{path: {run.parent / 'markup'}}}]", f"output_dir={tmp_path}"]
+    assert main([str(run), *only, "--html", str(tmp_path / "page.html")]) == 0
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>" not in html and "&lt;b&gt;" not in html.split("<pre>")[0]
+    assert re.search(r"&amp; b&lt;/b&gt; &lt;/s&gt;</span><span class=\" control\">&lt;/s&gt;</span>", html)
+
+
+def test_without_a_tokenizer(run: Path) -> None:
+    config = load_config(run, ["data.tokenizer=null", "model.vocab_size=600"])
+    sample = Inspector(config).batch("train", 1, 1).samples[0]
+    ids = [int(word) for part in sample.parts for run in part.runs for word in run.text.split()]
+    assert len(ids) == 49
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--batch", "26"], "batch 26 of the train data: the run reads the batches 1 to 25"),
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--width", "-1"], "--width must be at least 0, got -1"),
+        (["--duplicates", "--span-tokens", "7"], "--span-tokens must be at least 8, got 7"),
+        (["--part", "validation", "validation.iters=0"], "the run reads no validation data: set validation.iters"),
+        (["--duplicates", "validation.iters=0"], "the run reads no validation data"),
+        (["--html", "."], "--html . is a folder: name a file"),
+        (["--html", "/dev/null/page.html"], "/dev/null"),
+        (["data.sequence_length=none"], "data.sequence_length"),
+        (["data.tokenizer=missing.model"], "data.tokenizer: missing.model not found"),
+        (["data.train_sources=[{path: missing}]"], "missing.bin and missing.idx not found"),
+    ],
+)
+def test_what_is_refused(
+    arguments: list[str], message: str, run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(json.dumps({"nonsense": 1}))
+    for path in (tmp_path / "a.yaml", tmp_path / "missing.yaml"):
+        assert main([str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_parts_of_every_sample(run: Path) -> None:
+    """Through all samples: the parts are what megatron-core reads."""
+    samples: Any = Inspector(load_config(run)).samples("train")
+    for index in range(len(samples)):
+        which, parts = samples.parts(index)
+        dataset = samples._dataset.datasets[which]
+        inner = int(samples._dataset.dataset_sample_index[index])
+        text, documents, lengths = dataset._query_document_sample_shuffle_indices(inner)
+        assert [part.document for part in parts] == documents.tolist()
+        assert [part.length for part in parts] == lengths and sum(lengths) == len(text) == 49
+    with pytest.raises(UserError, match="the run reads no test data"):
+        Inspector(load_config(run)).samples("test")
