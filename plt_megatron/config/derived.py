@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -158,6 +158,11 @@ def loops_with_loss(config: RunConfig, loop_count: int) -> list[int]:
 def source_name(source: DataSource) -> str:
     """As given, else its file's."""
     return source.name or Path(source.path).name
+
+
+def fim_rate(data: DataConfig, source: DataSource) -> float:
+    """Share of a training source's documents that are rearranged for fill-in-the-middle."""
+    return data.fim_rate if source.fim_rate is None else source.fim_rate
 
 
 def run_folder(config: RunConfig) -> Path:

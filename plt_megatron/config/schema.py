@@ -146,6 +146,7 @@ class DataSource:
     weight: Positive = 1.0
     name: str | None = None
     max_epochs: Positive | None = None
+    fim_rate: Share | None = None  # of a training source; null: data.fim_rate
 
 
 @dataclass
@@ -165,6 +166,14 @@ class DataConfig:
     # branches of a run read the same; null: as many as it reads.
     order_samples: Annotated[int, Range(1, 10**15)] | None = None
     reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
+    eod_mask_loss: bool = False  # no loss on what follows an end-of-document token, packed or not
+    # Fill-in-the-middle (docs/data.md): the share of training documents that are rearranged, and of those the share in
+    # the order suffix, prefix, middle instead of prefix, suffix, middle.
+    fim_rate: Share = 0.0
+    fim_spm_rate: Share = 0.5
+    fim_prefix_token: str | None = None  # null: of the tokenizer's tokens those that are known for it
+    fim_middle_token: str | None = None
+    fim_suffix_token: str | None = None
     index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
     index_timeout_minutes: Minutes = 30.0
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plt_megatron.config import (
+    data_rules,
     deepspeed_validation,
     derived,
     fp8_rules,
@@ -71,6 +72,7 @@ def find_problems(
         problems += loop_schedule.find_problems(config)
         problems += _check_validation(config)
         problems += _check_exports(config)
+        problems += data_rules.find_problems(config)
         problems += _check_profile(config, world_size)
         problems += _check_fused_window(config)
         problems += moe_validation.find_problems(config)

@@ -26,11 +26,13 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig
+from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
@@ -51,24 +53,52 @@ logger = logging.getLogger(__name__)
 @dataclass
 class _DatasetConfig(GPTDatasetConfig):
     reset_at_document_boundaries: bool = False
+    masked_token: int | None = None  # no loss on what follows it
+    fill_in_middle: FillInMiddle | None = None  # of the training part
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a sample has of a document: `length` of its `total` tokens, from token `first` on."""
+    """What a sample has of a document: `length` of its `total` tokens, from token `first` on.
+
+    `place` is the document's in the order of documents. `fill_in_middle`: the order that it is rearranged in (PSM or
+    SPM), and `total` has the tokens that this adds; None: it is as in the file.
+    """
 
     document: int
     first: int
     length: int
     total: int
+    place: int
+    fill_in_middle: str | None
 
 
 class _DocumentDataset(GPTDataset):
-    """A GPTDataset whose samples mark where their documents begin."""
+    """A GPTDataset whose samples mark where their documents begin, and whose documents may be rearranged."""
+
+    def __init__(
+        self, indexed_dataset: Any, dataset_path: str, indices: np.ndarray, num_samples: int, split: Split, config: Any
+    ) -> None:
+        settings = config.fill_in_middle
+        rate = settings.rates.get(dataset_path, 0.0) if settings and split is Split.train else 0.0
+        self._rearranged = RearrangedDocuments(indexed_dataset, rate, settings) if rate else None
+        super().__init__(self._rearranged or indexed_dataset, dataset_path, indices, num_samples, split, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
-        text, _, document_lengths = self._query_document_sample_shuffle_indices(int(idx or 0))
-        return make_sample(text, document_lengths, reset=self.config.reset_at_document_boundaries)
+        text, lengths = self._text(int(idx or 0))
+        settings = self.config
+        return make_sample(
+            text, lengths, reset=settings.reset_at_document_boundaries, masked_token=settings.masked_token
+        )
+
+    def _text(self, idx: int) -> tuple[np.ndarray, list[int]]:
+        """A sample's tokens with the one after the last, and how many are of each document."""
+        if self._rearranged is None:
+            text, _, lengths = self._query_document_sample_shuffle_indices(idx)
+            return text, lengths
+        parts = self.parts(idx)
+        read = [self._rearranged.read(part.document, part.place, part.first, part.length) for part in parts]
+        return np.concatenate(read), [part.length for part in parts]
 
     def parts(self, idx: int) -> list[Part]:
         """The parts of documents that a sample, with the token after its last, is made of."""
@@ -77,24 +107,32 @@ class _DocumentDataset(GPTDataset):
         found = []
         for place in range(begin, end + 1):
             document = int(self.document_index[place])
-            total = int(self.dataset.sequence_lengths[document])
+            if self._rearranged is None:
+                total, order = int(self.dataset.sequence_lengths[document]), None
+            else:
+                total, order = self._rearranged.length(document), self._rearranged.order(document, place)
             start, stop = first if place == begin else 0, last + 1 if place == end else total
-            found.append(Part(document, start, stop - start, total))
+            found.append(Part(document, start, stop - start, total, place, order))
         return found
 
 
-def make_sample(text: np.ndarray, document_lengths: Sequence[int], *, reset: bool) -> dict[str, Tensor]:
+def make_sample(
+    text: np.ndarray, document_lengths: Sequence[int], *, reset: bool, masked_token: int | None = None
+) -> dict[str, Tensor]:
     """A sample from `text`, int64 [s + 1]: the tokens of consecutive (parts of) documents of the given lengths.
 
     Returns `tokens` and `labels` (int64 [s]; a label is the next token), `loss_mask` (float32 [s]) and
     `position_ids` (int64 [s]). With `reset` also `document_starts` (bool [s]): True where a document's part begins,
     the sample's first token included; positions restart there, and where the label belongs to the next document,
     as after each end-of-document token, the loss mask is 0: nothing predicts the start of an unrelated document.
+    With `masked_token` it is also 0 at each such token, as megatron-core's `eod_mask_loss` has it.
     """
     tokens = torch.from_numpy(text[:-1].astype(np.int64))
     labels = torch.from_numpy(text[1:].astype(np.int64))
     size = len(text) - 1
     loss_mask = torch.ones(size, dtype=torch.float32)
+    if masked_token is not None:
+        loss_mask[tokens == masked_token] = 0.0
     positions = torch.arange(size)
     sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
     if not reset:
@@ -248,6 +286,12 @@ def _build_index(
     shares = mix_shares(data, num_samples)
     if tokenizer is not None:
         check_tokenizer(data, tokenizer)
+    settings = settings_of(data, tokenizer, seed)
+    for share in shares:
+        rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
+        setting = "data.fim_rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
+        if setting is not None and tokenizer is not None:
+            check_ends(setting, share.path, share.first, share.last, tokenizer.eod)
     hashes = content_hashes(data)
     content = {os.path.abspath(path): digest for path, digest in hashes.items()}
     key = [fingerprint(data, tokenizer, hashes, seed=seed, num_samples=list(num_samples)), content]
@@ -293,6 +337,8 @@ def _load(
         eod_mask_loss=False,
         create_attention_mask=False,
         reset_at_document_boundaries=data.reset_at_document_boundaries,
+        masked_token=tokenizer.eod if data.eod_mask_loss and tokenizer else None,
+        fill_in_middle=settings_of(data, tokenizer, seed),
         num_dataset_builder_threads=min(8, os.cpu_count() or 1),
         **_blend(data, num_samples),
     )

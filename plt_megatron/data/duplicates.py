@@ -15,7 +15,7 @@ from itertools import count
 
 import numpy as np
 
-from plt_megatron.data.indexed import IndexedFile, read_index
+from plt_megatron.data.indexed import document_starts, flat_tokens, read_index
 from plt_megatron.data.mix import SourceShare
 from plt_megatron.data.rolling_hash import WindowHasher
 from plt_megatron.errors import UserError
@@ -111,7 +111,7 @@ class _Held:
         texts: list[np.ndarray] = [np.empty(0, np.int32)]
         for name, path, documents in sources:
             index = read_index(path)
-            starts, flat = _document_starts(index, documents), _flat(index)
+            starts, flat = document_starts(index, documents), flat_tokens(index)
             for document, start in zip(documents, starts, strict=True):
                 self.places.append(Place(name, int(document)))
                 texts.append(np.asarray(flat[start : start + int(index.lengths[document])], np.int32))
@@ -121,10 +121,12 @@ class _Held:
         self.tokens = np.concatenate(texts)
         hasher = WindowHasher(block, max(map(len, texts)))
         hashes = np.concatenate([hasher(text)[::block] for text in texts])
-        starts = [np.arange(start, end - block + 1, block) for start, end in zip(self.starts, self.ends, strict=True)]
+        block_starts = [
+            np.arange(start, end - block + 1, block) for start, end in zip(self.starts, self.ends, strict=True)
+        ]
         order = np.argsort(hashes, kind="stable")
         self.hashes = hashes[order]
-        self.block_starts = np.concatenate([np.empty(0, np.int64), *starts])[order]
+        self.block_starts = np.concatenate([np.empty(0, np.int64), *block_starts])[order]
         self._table = np.zeros(1 << _TABLE_BITS, bool)  # is any hash like this one? Tells most windows apart at once
         self._table[self._slot(self.hashes)] = True
         self.by_length: dict[int, list[int]] = defaultdict(list)
@@ -164,8 +166,8 @@ class _Search:
 
     def through(self, share: SourceShare) -> None:
         index = read_index(share.path)
-        flat = _flat(index)
-        start = _document_starts(index, [share.first])[0] if share.documents else 0
+        flat = flat_tokens(index)
+        start = document_starts(index, [share.first])[0] if share.documents else 0
         for first in range(share.first, share.last, _GROUP):
             lengths = np.asarray(index.lengths[first : min(first + _GROUP, share.last)], np.int64)
             ends = start + np.cumsum(lengths)
@@ -265,21 +267,3 @@ def _common(left: np.ndarray, right: np.ndarray) -> int:
         if different.any():
             return at + int(np.argmax(different))
     return len(left)
-
-
-def _flat(index: IndexedFile) -> np.ndarray:
-    return np.memmap(index.prefix + ".bin", index.dtype, "r") if index.tokens else np.empty(0, index.dtype)
-
-
-def _document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
-    """The first token of each document among the source's tokens, without a list of all of them in memory."""
-    wanted = np.asarray(documents, np.int64)
-    found = np.zeros(len(wanted), np.int64)
-    passed = 0
-    for first in range(0, index.documents, 1 << 20):
-        lengths = np.asarray(index.lengths[first : first + (1 << 20)], np.int64)
-        starts = passed + np.cumsum(lengths) - lengths
-        inside = (wanted >= first) & (wanted < first + len(lengths))
-        found[inside] = starts[wanted[inside] - first]
-        passed += int(lengths.sum())
-    return [int(start) for start in found]

@@ -93,6 +93,25 @@ def _check_size(prefix: str, expected: int) -> None:
         raise UserError(f"{prefix}.bin has {size} bytes where its index expects {expected}: tokenize the data again")
 
 
+def flat_tokens(index: IndexedFile) -> np.ndarray:
+    """All tokens of a source, memory-mapped."""
+    return np.memmap(index.prefix + ".bin", index.dtype, "r") if index.tokens else np.empty(0, index.dtype)
+
+
+def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
+    """The first token of each document among the source's tokens, without a list of all of them in memory."""
+    wanted = np.asarray(documents, np.int64)
+    found = np.zeros(len(wanted), np.int64)
+    passed = 0
+    for first in range(0, index.documents, 1 << 20):
+        lengths = np.asarray(index.lengths[first : first + (1 << 20)], np.int64)
+        starts = passed + np.cumsum(lengths) - lengths
+        inside = (wanted >= first) & (wanted < first + len(lengths))
+        found[inside] = starts[wanted[inside] - first]
+        passed += int(lengths.sum())
+    return [int(start) for start in found]
+
+
 def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:
     """Write a `.idx`. `lengths()` yields the int32 lengths part by part, each time from the start.
 

@@ -40,12 +40,14 @@ class ShownPart:
         document: its number in the source, from 0.
         first, total: of the document's `total` tokens the part begins with token `first`, from 0.
         resets: whether attention and positions begin anew with it.
+        fill_in_middle: see `datasets.Part`.
     """
 
     document: int
     first: int
     total: int
     resets: bool
+    fill_in_middle: str | None
     runs: list[Run]
 
     @property
@@ -147,7 +149,7 @@ class Inspector:
             cut = slice(at, at + piece.length)
             resets = starts is not None and at < len(starts) and bool(starts[at])
             runs = list(_runs(tokens[cut], asked[cut], self._tokenizer))
-            parts.append(ShownPart(piece.document, piece.first, piece.total, resets, runs))
+            parts.append(ShownPart(piece.document, piece.first, piece.total, resets, piece.fill_in_middle, runs))
             at += piece.length
         source = self._sources[part][which]
         return ShownSample(index, derived.source_name(source), source.path, sum(asked), len(tokens) - 1, parts)

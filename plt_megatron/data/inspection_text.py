@@ -29,6 +29,7 @@ def describe_part(part: ShownPart) -> str:
     """`document 12, tokens 1-80 of 240; attention and positions begin anew`."""
     last = part.first + part.tokens
     note = "; attention and positions begin anew" if part.resets else ""
+    note += f"; fill-in-the-middle, {part.fill_in_middle}" if part.fill_in_middle else ""
     return f"document {part.document:,}, tokens {part.first + 1:,}-{last:,} of {part.total:,}{note}"
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
 from plt_megatron.data.indexed import IndexedFile, read_index
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -42,7 +43,8 @@ class SourceShare:
     """One source's share of one part of the data.
 
     `weight` is normalized over the part. `first` and `last` (exclusive) are the documents of the source that belong
-    to the part, `tokens` theirs; `samples` are drawn from it, which is `epochs` passes over its tokens.
+    to the part, `tokens` theirs; `samples` are drawn from it, which is `epochs` passes over its tokens and those that
+    fill-in-the-middle adds on average.
     """
 
     part: str
@@ -117,6 +119,8 @@ def _share(
     weight = source.weight / sum(other.weight for other in sources)
     first, last = (int(round(bound * float(index.documents))) for bound in bounds)
     tokens = int(index.lengths[first:last].sum(dtype=np.int64))
+    rate = derived.fim_rate(data, source) if part == "train" else 0.0
+    read = tokens + (ADDED_TOKENS * rate * int(np.count_nonzero(index.lengths[first:last] > 1)) if rate else 0)
     drawn = samples if len(sources) == 1 else math.ceil(samples * weight)
     return SourceShare(
         part=part,
@@ -127,7 +131,7 @@ def _share(
         last=last,
         tokens=tokens,
         samples=drawn,
-        epochs=(drawn * data.sequence_length + 1) / tokens if tokens else math.inf,
+        epochs=(drawn * data.sequence_length + 1) / read if tokens else math.inf,
         max_epochs=source.max_epochs,
     )
 
@@ -260,8 +264,19 @@ def fingerprint(
         },
         "sampling": json.loads(json.dumps(sampling)),
     }
+    value |= _rearranged(data, tokenizer)
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     return {**value, "sha256": digest}
+
+
+def _rearranged(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Settings that are part of a fingerprint only where they are used: without them it is what it always was."""
+    value: dict[str, Any] = {"eod_mask_loss": True} if data.eod_mask_loss else {}
+    rates = [derived.fim_rate(data, source) for source in part_sources(data)[0]]
+    if any(rates):
+        tokens = list(find_tokens(data, tokenizer))
+        value["fill_in_middle"] = {"rates": rates, "spm_rate": data.fim_spm_rate, "tokens": tokens}
+    return value
 
 
 def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from plt_megatron.config import derived
@@ -16,7 +15,7 @@ from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.text import plural
 
 
-def check_page(path: str | os.PathLike[str]) -> None:
+def check_page(path: str | Path) -> None:
     """`UserError` if the page could not be made: before the data are read."""
     import_optional("jinja2", "--html", "report")
     if Path(path).is_dir():
@@ -24,7 +23,7 @@ def check_page(path: str | os.PathLike[str]) -> None:
 
 
 def write_page(
-    path: str | os.PathLike[str], config: RunConfig, batch: ShownBatch, found: Duplicates | None, inspector: Inspector
+    path: str | Path, config: RunConfig, batch: ShownBatch, found: Duplicates | None, inspector: Inspector
 ) -> None:
     """Write or replace the page. `found`: None where duplicates were not searched for."""
     page = render(
@@ -51,7 +50,7 @@ def _about(config: RunConfig, batch: ShownBatch) -> str:
     )
 
 
-def _lists(found: Duplicates | None, inspector: Inspector) -> list[tuple[str, list[tuple[str, ...]]]]:
+def _lists(found: Duplicates | None, inspector: Inspector) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
     """(title, rows) of the equal documents and of the longest spans."""
     if found is None:
         return []

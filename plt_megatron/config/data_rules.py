@@ -1,0 +1,40 @@
+"""Settings of the data that depend on one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataConfig, RunConfig
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """A line for each."""
+    data = config.data
+    if data.eod_mask_loss and data.tokenizer is None:
+        yield "data.eod_mask_loss needs data.tokenizer, which says what the end-of-document token is"
+    for part in ("validation_sources", "test_sources"):
+        for index, source in enumerate(getattr(data, part)):
+            if source.fim_rate is not None:
+                yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
+    yield from _check_fill_in_middle(data)
+
+
+def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:
+    key = "sources" if data.sources else "train_sources"
+    sources = getattr(data, key)
+    rates: dict[str, float] = {}
+    for index, source in enumerate(sources):
+        rate = derived.fim_rate(data, source)
+        if rates.setdefault(os.path.abspath(source.path), rate) != rate:
+            yield f"data.{key}[{index}].fim_rate {rate:g}: {source.path} is a source already, with another rate"
+    if any(rates.values()) and data.tokenizer is None:
+        yield "data.fim_rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix"
+    names = [data.fim_prefix_token, data.fim_middle_token, data.fim_suffix_token]
+    given = [name for name in names if name is not None]
+    if given and (len(set(given)) < 3 or not all(given)):
+        yield (
+            "data.fim_prefix_token, data.fim_middle_token and data.fim_suffix_token: give three different tokens, or "
+            "none for those that the tokenizer is known to have"
+        )

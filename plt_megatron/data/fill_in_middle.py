@@ -1,0 +1,192 @@
+"""Fill-in-the-middle (arXiv 2207.14255): a share of the training documents is rearranged before samples are cut.
+
+A document's text is cut at two places into prefix, middle and suffix. With PRE, SUF and MID the tokenizer's tokens:
+
+    PSM:  PRE prefix SUF suffix MID middle EOD
+    SPM:  PRE SUF suffix MID prefix middle EOD       (Megatron-LM's variant, the paper's joint one)
+
+Every decision is a hash of the seed and of numbers that do not depend on layout or history: which documents are
+rearranged, of the document's number; the cuts and the order, also of the document's place in the run's order of
+documents, so that each pass over a document cuts it anew. There is no generator, and no state to save.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import DataConfig
+from plt_megatron.data.indexed import document_starts, flat_tokens, open_index
+from plt_megatron.data.rolling_hash import scramble
+from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.errors import UserError
+
+# Prefix, middle and suffix tokens, tried in this order: StarCoder; Qwen, CodeGemma and StarCoder 2's kin; DeepSeek;
+# Code Llama.
+KNOWN_TOKENS = (
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581end\uff5c>", "<\uff5cfim\u2581hole\uff5c>"),
+    ("\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>"),
+)
+ADDED_TOKENS = 3
+_CHOICE, _FIRST_CUT, _SECOND_CUT, _ORDER = range(4)  # streams of random numbers
+_CHECKED = 64  # documents of a source whose last token is looked at
+
+
+class FimTokens(NamedTuple):
+    """Ids of the three tokens."""
+
+    prefix: int
+    middle: int
+    suffix: int
+
+
+@dataclass(frozen=True)
+class FillInMiddle:
+    """What is rearranged, and how. `rates`: share of documents by absolute path prefix of a training source."""
+
+    rates: dict[str, float]
+    spm_rate: float
+    tokens: FimTokens
+    seed: int
+
+
+def settings_of(data: DataConfig, tokenizer: Tokenizer | None, seed: int) -> FillInMiddle | None:
+    """A run's settings; None where nothing is rearranged. Raises `UserError` if the tokenizer lacks the tokens."""
+    sources = data.sources or data.train_sources
+    rates = {os.path.abspath(source.path): derived.fim_rate(data, source) for source in sources}
+    if not any(rates.values()):
+        return None
+    return FillInMiddle(rates, data.fim_spm_rate, find_tokens(data, tokenizer), seed)
+
+
+def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> FimTokens:
+    """The tokens that the settings name, else the first known ones that the tokenizer has. Raises `UserError`."""
+    if tokenizer is None:
+        raise UserError("data.fim_rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix")
+    given = (data.fim_prefix_token, data.fim_middle_token, data.fim_suffix_token)
+    named = [name for name in given if name is not None]
+    for names in [tuple(named)] if named else KNOWN_TOKENS:
+        ids = [tokenizer.token_id(name) for name in names]
+        if None not in ids:
+            return _distinct(tokenizer, names, [index for index in ids if index is not None])
+        if named:
+            missing = names[ids.index(None)]
+            raise UserError(f"{tokenizer.path} has no token {missing!r}, which data.fim_*_token names")
+    looked = ", ".join(names[0] for names in KNOWN_TOKENS)
+    raise UserError(
+        f"data.fim_rate: {tokenizer.path} has no fill-in-the-middle tokens (looked for {looked} and theirs): name them "
+        "by data.fim_prefix_token, fim_middle_token and fim_suffix_token, or train a tokenizer with --special-token"
+    )
+
+
+def _distinct(tokenizer: Tokenizer, names: Sequence[str], ids: Sequence[int]) -> FimTokens:
+    if len({*ids, tokenizer.eod}) < len(ids) + 1:
+        raise UserError(
+            f"data.fim_*_token: {', '.join(names)} and the end-of-document token must be four tokens of "
+            f"{tokenizer.path}"
+        )
+    return FimTokens(*ids)
+
+
+def check_ends(setting: str, path: str, first: int, last: int, eod: int) -> None:
+    """`UserError` unless a source's documents from `first` to `last` (exclusive), some of them, end with `eod`."""
+    index = open_index(path)
+    documents = sorted({int(place) for place in np.linspace(first, last - 1, _CHECKED)}) if last > first else []
+    flat = flat_tokens(index)
+    for document, start in zip(documents, document_starts(index, documents), strict=True):
+        length = int(index.lengths[document])
+        if length and int(flat[start + length - 1]) != eod:
+            raise UserError(
+                f"{setting}: document {document} of {path} does not end with the tokenizer's end-of-document token "
+                f"{eod}: tokenize it again without --no-append-eod and --eod-token"
+            )
+
+
+class RearrangedDocuments:
+    """A source's training documents as megatron-core's `IndexedDataset` gives them, a share of them rearranged.
+
+    Each of those is `ADDED_TOKENS` longer. A document of one token, the end-of-document token, stays as it is.
+    """
+
+    def __init__(self, dataset: Any, rate: float, settings: FillInMiddle) -> None:
+        self._dataset, self._rate, self._settings = dataset, rate, settings
+        self.path_prefix = dataset.path_prefix
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """int32 [documents]. In memory: for building the sample index only."""
+        lengths = np.array(self._dataset.sequence_lengths, np.int32)
+        for first in range(0, len(lengths), 1 << 20):
+            part = lengths[first : first + (1 << 20)]
+            part += ADDED_TOKENS * self._chosen(np.arange(first, first + len(part)), part).astype(np.int32)
+        return lengths
+
+    def length(self, document: int) -> int:
+        """Tokens of a document, rearranged or not."""
+        raw = int(self._dataset.sequence_lengths[document])
+        return raw + ADDED_TOKENS * self._is_chosen(document, raw)
+
+    def order(self, document: int, place: int) -> str | None:
+        """`PSM`, `SPM`, or None: as it is. `place`: in the run's order of documents."""
+        if not self._is_chosen(document, int(self._dataset.sequence_lengths[document])):
+            return None
+        return "SPM" if self._draw(_ORDER, document, place) < self._settings.spm_rate else "PSM"
+
+    def read(self, document: int, place: int, first: int, length: int) -> np.ndarray:
+        """int64 [length]: tokens of a document from `first` on. Reads no others from the file."""
+        pieces: list[np.ndarray] = []
+        at = 0  # where the piece begins
+        for begin, end in self._pieces(document, place):
+            low, high = max(first, at), min(first + length, at + end - begin)
+            if low < high:
+                pieces.append(self._piece(document, begin + low - at, begin + high - at))
+            at += end - begin
+        return np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, np.int64)
+
+    def _piece(self, document: int, begin: int, end: int) -> np.ndarray:
+        if begin < 0:  # a token by its negative number
+            return np.array([-begin - 1], np.int64)
+        return self._dataset.get(document, offset=begin, length=end - begin)
+
+    def _pieces(self, document: int, place: int) -> Iterator[tuple[int, int]]:
+        """Ranges of the document's tokens, in the order in which they are read; (-id - 1, -id) for the token `id`."""
+        total = int(self._dataset.sequence_lengths[document])
+        order = self.order(document, place)
+        if order is None:
+            yield 0, total
+            return
+        text = total - 1  # the last is the end-of-document token
+        low, high = sorted(int(self._draw(cut, document, place) * (text + 1)) for cut in (_FIRST_CUT, _SECOND_CUT))
+        tokens = self._settings.tokens
+        prefix, middle, suffix = ((-token - 1, -token) for token in tokens)
+        if order == "PSM":
+            yield from (prefix, (0, low), suffix, (high, text), middle, (low, high))
+        else:
+            yield from (prefix, suffix, (high, text), middle, (0, high))
+        yield text, total
+
+    def _is_chosen(self, document: int, raw: int) -> bool:
+        return bool(self._chosen(np.array([document]), np.array([raw]))[0])
+
+    def _chosen(self, documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return (uniform(self._settings.seed, _CHOICE, documents) < self._rate) & (lengths > 1)
+
+    def _draw(self, stream: int, document: int, place: int) -> float:
+        return float(uniform(self._settings.seed, stream, np.array([document]), place)[0])
+
+
+def uniform(seed: int, stream: int, numbers: np.ndarray, place: int = 0) -> np.ndarray:
+    """float64, as `numbers`: values of [0, 1) that look random and follow from the arguments alone."""
+    key = np.array([seed], np.uint64)
+    for more in (stream, place):
+        key = scramble(key ^ scramble(np.array([more], np.uint64)))
+    values = scramble(scramble(numbers.astype(np.uint64)) ^ key)
+    return (values >> np.uint64(11)) * 2.0**-53
