@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.indexed import document_starts, flat_tokens, open_index
-from plt_megatron.data.rolling_hash import scramble
+from plt_megatron.data.rolling_hash import scramble, scramble_number
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 
@@ -174,19 +174,27 @@ class RearrangedDocuments:
         yield text, total
 
     def _is_chosen(self, document: int, raw: int) -> bool:
-        return bool(self._chosen(np.array([document]), np.array([raw]))[0])
+        return raw > 1 and self._draw(_CHOICE, document, 0) < self._rate
 
     def _chosen(self, documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return (uniform(self._settings.seed, _CHOICE, documents) < self._rate) & (lengths > 1)
 
     def _draw(self, stream: int, document: int, place: int) -> float:
-        return float(uniform(self._settings.seed, stream, np.array([document]), place)[0])
+        return uniform_number(self._settings.seed, stream, document, place)
 
 
-def uniform(seed: int, stream: int, numbers: np.ndarray, place: int = 0) -> np.ndarray:
-    """float64, as `numbers`: values of [0, 1) that look random and follow from the arguments alone."""
-    key = np.array([seed], np.uint64)
-    for more in (stream, place):
-        key = scramble(key ^ scramble(np.array([more], np.uint64)))
-    values = scramble(scramble(numbers.astype(np.uint64)) ^ key)
-    return (values >> np.uint64(11)) * 2.0**-53
+def uniform(seed: int, stream: int, numbers: np.ndarray) -> np.ndarray:
+    """`uniform_number` of each of the numbers (at place 0): float64, as `numbers`."""
+    key = np.uint64(scramble_number(_key(seed, stream)))
+    return (scramble(scramble(numbers.astype(np.uint64)) ^ key) >> np.uint64(11)) * 2.0**-53
+
+
+def uniform_number(seed: int, stream: int, number: int, place: int) -> float:
+    """A value of [0, 1) that looks random and follows from the arguments alone."""
+    key = scramble_number(_key(seed, stream) ^ place)
+    return (scramble_number(scramble_number(number) ^ key) >> 11) * 2.0**-53
+
+
+@lru_cache
+def _key(seed: int, stream: int) -> int:
+    return scramble_number(scramble_number(seed) ^ stream)

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.data.datasets import Datasets, Samples, build_datasets, make_sample
-from plt_megatron.data.fill_in_middle import find_tokens, uniform
+from plt_megatron.data.fill_in_middle import find_tokens, uniform, uniform_number
 from plt_megatron.data.indexed import write_index
 from plt_megatron.data.mix import fingerprint, fingerprint_differences, mix_shares
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
@@ -116,13 +116,13 @@ def test_documents_taken_apart(prefix: str, tokenizer: Tokenizer, tmp_path: Path
 
 
 def test_cuts_are_uniform() -> None:
-    draws = np.stack(
-        [uniform(7, stream, np.arange(40_000), place) for stream, place in ((1, 0), (2, 0), (1, 5), (3, 0))]
-    )
+    streams = ((1, 0), (2, 0), (1, 5), (3, 0))
+    draws = np.array([[uniform_number(7, stream, n, place) for n in range(40_000)] for stream, place in streams])
     assert (draws >= 0).all() and (draws < 1).all()
     assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.02
     counts = np.stack([np.histogram(row, 50, (0, 1))[0] for row in draws])
     assert np.abs(counts / 800 - 1).max() < 0.15
+    assert np.array_equal(draws[0], uniform(7, 1, np.arange(40_000)))
     assert not np.array_equal(draws[0], uniform(8, 1, np.arange(40_000)))
 
 
