@@ -149,7 +149,13 @@ def test_exports_are_the_training_model_of_every_layout(run_distributed, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(Layout(tp=2), marks=pytest.mark.slow), Layout(tp=2, sp=True, pp=2)], ids=str
+    "layout",
+    [
+        pytest.param(Layout(tp=2), marks=pytest.mark.slow),
+        Layout(tp=2, sp=True),
+        pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_post_norm_trains_alike_in_every_layout(run_distributed, layout):
     cases = [_case(1, **POST_NORM), _case(2, **{**POST_NORM, "gate_input": "hidden"})]

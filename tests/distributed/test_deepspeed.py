@@ -85,7 +85,17 @@ def _cases(settings: list[Setting], layout: Layout) -> list[tuple[Case, Zero]]:
     return [(Case(loops, how), Zero(stage)) for chosen, stage, loops, how in settings if chosen == layout]
 
 
-@pytest.mark.parametrize("layout", sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index), ids=str)
+QUICK = {Layout(dp=2), Layout(tp=2, sp=True)}  # `make test` runs these, `make test-all` the whole design
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=[] if layout in QUICK else pytest.mark.slow)
+        for layout in sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index)
+    ],
+    ids=str,
+)
 def test_every_pair_of_settings(check, layout):
     check(layout, _cases(COVERING, layout))
 

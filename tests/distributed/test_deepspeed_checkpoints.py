@@ -156,7 +156,10 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(travel, place):
 
 @pytest.mark.parametrize(
     ("before", "now", "zero", "tp"),
-    [(1, 2, Zero(3), 1), pytest.param(2, 1, Zero(1), 2, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, 2, Zero(3), 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, Zero(1), 2, marks=pytest.mark.slow),
+    ],
     ids=["1 to 2 loops", "2 to 1 loops"],
 )
 def test_the_number_of_loops_changes_as_on_the_megatron_engine(travel, before, now, zero, tp):

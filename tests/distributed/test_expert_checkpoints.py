@@ -35,7 +35,7 @@ def test_experts_shared_out_are_gathered_with_optimizer_state(run_distributed, o
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [
-        pytest.param(TP2_EP2, 2, id="TP2xEP2"),
+        pytest.param(TP2_EP2, 2, id="TP2xEP2", marks=pytest.mark.slow),
         pytest.param({"pipeline_model_parallel_size": 2, **EP2}, 4, id="PP2xEP2", marks=pytest.mark.slow),
         pytest.param({"expert_model_parallel_size": 4}, 4, id="EP4", marks=pytest.mark.slow),
     ],

@@ -4,15 +4,16 @@ Compared over two optimizer steps: losses, gradient norms, the validation loss o
 counts in between, the initial weights (bit for bit) and the final ones (relative to a tensor's largest element).
 
 `make test` runs a covering design: every pair of settings occurs, of TP 1, TP 2, TP 2 with sequence parallel x PP 1/2/4
-x DP 1/2 x CP 1/2/4, up to 8 processes, x one to three loops x recompute none/selective/full x overlapped gradient
-reduction x packed documents x the model's variants. `slow` are all combinations with two loops, and packed documents
-and every variant in a few layouts each. The end of the test run prints it all as a table.
+x DP 1/2 x CP 1/2/4, up to 4 processes, x one to three loops x recompute none/selective/full x overlapped gradient
+reduction x packed documents x variants of the model that change several things at once. `slow` are the same with up to
+8 processes and every variant, all combinations with two loops, and packed documents and every variant in a few layouts each. The end of the
+test run prints it all as a table.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -87,7 +88,14 @@ EVERYTHING = [
     for setting in itertools.product(LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True), (PLAIN, *VARIANTS))
     if setting[1] > 1 or setting[-1] == PLAIN  # one loop has no variants worth the time
 ]
-COVERING = covering_design(EVERYTHING, _settings)
+# On up to four processes and, of the variants, those that change several things at once.
+COMBINED = ("LoopCoder-v2", "the paper's dense", "qkv bias, untied, E + h", "no GQA, window 1, scale per channel")
+QUICK = [
+    setting
+    for setting in EVERYTHING
+    if setting[0].world_size <= 4 and setting[-1] in (PLAIN, "vanilla loop", *COMBINED)
+]
+COVERING, QUICK_COVERING = covering_design(EVERYTHING, _settings), covering_design(QUICK, _settings)
 
 
 def _case(loops: int, recompute: str = "none", overlap: bool = False, packed: bool = False, **model: Any) -> Case:
@@ -158,16 +166,23 @@ def _reduction_failures(layout: Layout, case: Case, outcome: Outcome) -> list[st
 # ---------------------------------------------------------------- the matrix
 
 
-@pytest.mark.parametrize("layout", sorted({layout for layout, *_ in COVERING}, key=LAYOUTS.index), ids=str)
-def test_every_pair_of_settings(check, layout):
-    chosen = [how for other, *how in COVERING if other == layout]
+def _designs() -> Iterator[Any]:
+    for design, which, marks in ((QUICK_COVERING, "quick", []), (COVERING, "all", [pytest.mark.slow])):
+        for layout in sorted({layout for layout, *_ in design}, key=LAYOUTS.index):
+            yield pytest.param(design, layout, id=f"{which}, {layout}", marks=marks)
+
+
+@pytest.mark.parametrize(("design", "layout"), _designs())
+def test_every_pair_of_settings(check, design, layout):
+    chosen = [how for other, *how in design if other == layout]
     names = [f"{variant} L{loops}{' packed' if packed else ''}" for loops, _, _, packed, variant in chosen]
     check(layout, [_case(*how, **VARIANTS.get(variant, {})) for *how, variant in chosen], "every pair", names)
 
 
 def test_the_covering_design_has_every_pair():
     assert pairs(COVERING, _settings) == pairs(EVERYTHING, _settings)
-    assert len(COVERING) <= 40
+    assert pairs(QUICK_COVERING, _settings) == pairs(QUICK, _settings)
+    assert len(COVERING) <= 40 and len(QUICK_COVERING) <= 36
 
 
 @pytest.mark.slow

@@ -227,6 +227,7 @@ def test_deepspeed_has_the_other_engines_numbers(run_deepspeed, layout, zeros, r
 
 
 @needs_deepspeed
+@SLOW
 def test_deepspeed_resumes_with_what_was_not_used(run_deepspeed, tmp_path):
     """Steps of one and of two loops in turn: bit for bit in the same place, and on the other engine."""
     place = deepspeed_jobs.Place(Zero(1), loop_schedule=True)

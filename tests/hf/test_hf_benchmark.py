@@ -60,6 +60,7 @@ def test_memory_bar_holds_for_the_benchmarks_model(bench):
     assert bench.missed_kv_bars(sizes)[0].startswith("KV cache of PLT-2 at 1,280 tokens is 2.000x vanilla")
 
 
+@pytest.mark.slow
 def test_small_run(tmp_path):
     command = [sys.executable, str(SCRIPT), "--small", "--threads", "1", "--output", str(tmp_path / "out.json")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

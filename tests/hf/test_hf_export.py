@@ -62,6 +62,7 @@ def test_round_trip_in_another_process(name, tmp_path):
     assert torch.equal(text, model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0))
 
 
+@pytest.mark.slow
 def test_loop_count_lowered_at_load_time(tmp_path):
     model = make_model(loop_count=3)
     model.save_pretrained(tmp_path / "model")

@@ -425,6 +425,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -> None:
     """Peak of the command and of its worker, in KiB: 8 times the text, at most a few MB more."""
     texts = make_texts(2000, seed=4)

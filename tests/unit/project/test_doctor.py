@@ -276,6 +276,7 @@ def test_a_bare_python_gets_an_answer_and_status_1(tmp_path):
     assert "make venv" in report["capabilities"][0]["remedy"]
 
 
+@pytest.mark.slow  # it compiles
 def test_this_machine_can_train():
     """The suite runs here, so the doctor had better agree."""
     done = subprocess.run(

@@ -351,6 +351,7 @@ def test_every_factory_replaced_is_probed():
     assert set(cpu_runtime._FACTORIES) == set(_factory_calls())
 
 
+@pytest.mark.slow
 def test_with_a_gpu_it_does_nothing():
     assert _in_a_process("stand_for_a_machine_with_a_gpu") == {
         "entered": False,
