@@ -10,14 +10,14 @@ TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 
 
-CASES = {  # layout, world size, precision in `make test`, changes; `make test-all` runs both precisions
+CASES = {  # layout, world size, precision in `make test` (None: not there), changes; `make test-all` runs both
     "1 process": ({}, 1, "bf16", {"gate_input": "hidden", "qk_layernorm": True, "ffn_output_norm": True}),
     "TP2+SP untied": (TP, 2, "bf16", {"share_embeddings_and_output_weights": False}),
-    "PP2": (PP, 2, "fp32", {}),
+    "PP2": (PP, 2, None, {}),
     "DP2": ({"overlap_grad_reduce": True}, 2, "bf16", {}),
-    "DP2 SGD": ({"overlap_grad_reduce": True}, 2, "fp32", {"optimizer": "sgd"}),
+    "DP2 SGD": ({"overlap_grad_reduce": True}, 2, None, {"optimizer": "sgd"}),
     "DP2 Muon": ({"overlap_grad_reduce": True}, 2, "bf16", {"optimizer": "muon"}),
-    "CP2": ({"context_parallel_size": 2, "overlap_grad_reduce": True}, 2, "fp32", {}),
+    "CP2": ({"context_parallel_size": 2, "overlap_grad_reduce": True}, 2, None, {}),
 }
 
 

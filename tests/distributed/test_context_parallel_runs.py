@@ -80,7 +80,13 @@ def test_other_parallelism_beside_it(single, make, run_distributed, request, lay
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
 
 
-@pytest.mark.parametrize("to_one_process", [True, False], ids=["CP2 to one process", "one process to CP2"])
+@pytest.mark.parametrize(
+    "to_one_process",
+    [
+        pytest.param(True, id="CP2 to one process", marks=pytest.mark.slow),
+        pytest.param(False, id="one process to CP2"),
+    ],
+)
 def test_a_run_goes_on_with_more_or_fewer_ranks_to_a_sequence(
     single, shared, make, run_distributed, request, to_one_process
 ):

@@ -116,7 +116,7 @@ def _record_losses(engine_module: Any, run: Any) -> list[np.ndarray]:
     "layout",
     [
         Layout(tp=2, sp=True, pp=2),
-        Layout(dp=2),
+        pytest.param(Layout(dp=2), marks=pytest.mark.slow),
         pytest.param(Layout(tp=2, sp=True), marks=pytest.mark.slow),
         pytest.param(Layout(pp=2), marks=pytest.mark.slow),
     ],

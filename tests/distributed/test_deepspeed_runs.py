@@ -36,25 +36,23 @@ def on_deepspeed(config: RunConfig, zero: ZeroConfig) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory, run_deepspeed) -> dict[str, RunConfig]:
-    """Runs of six steps that were never disturbed, by their names."""
-    output = tmp_path_factory.mktemp("runs")
-    runs = [
-        run_config("megatron", output, data, parallel=DP_RECOMPUTE),
-        on_deepspeed(run_config("stage 1", output, data, parallel=DP_RECOMPUTE), ZeroConfig(1)),
-        on_deepspeed(run_config("stage 3", output, data, parallel=DP_RECOMPUTE), OFFLOAD),
-    ]
-    for config in runs:
-        assert run_deepspeed(train, 2, config) is True
-    return {config.name: config for config in runs}
+def undisturbed(data, tmp_path_factory, run_deepspeed) -> RunConfig:
+    """A run of six steps on megatron's engine."""
+    config = run_config("megatron", tmp_path_factory.mktemp("runs"), data, parallel=DP_RECOMPUTE)
+    assert run_deepspeed(train, 2, config) is True
+    return config
 
 
-@pytest.mark.parametrize("name", ["stage 1", "stage 3"])
-def test_the_records_are_the_megatron_engines(finished, name):
+@pytest.mark.parametrize(
+    "zero", [pytest.param(ZeroConfig(1), marks=pytest.mark.slow), OFFLOAD], ids=["stage 1", "stage 3"]
+)
+def test_the_records_are_the_megatron_engines(undisturbed, data, tmp_path, run_deepspeed, zero):
     """The same kinds, steps, fields and numbers, loop statistics and validation at each loop count included."""
-    expected, ours = (RunFolder(folder(finished[run])).records() for run in ("megatron", name))
+    config = on_deepspeed(run_config("deepspeed", tmp_path, data, parallel=DP_RECOMPUTE), zero)
+    assert run_deepspeed(train, 2, config) is True
+    expected, ours = (RunFolder(folder(run)).records() for run in (undisturbed, config))
     assert [sorted(record) for record in ours] == [sorted(record) for record in expected]
-    for one, other in zip(numbers(finished[name]), numbers(finished["megatron"]), strict=True):
+    for one, other in zip(numbers(config), numbers(undisturbed), strict=True):
         assert _flat(one) == pytest.approx(_flat(other), rel=1e-5, abs=1e-9)
     parts = {"data", "forward_backward", "optimizer"}
     assert all(parts <= record["step_seconds"].keys() for record in ours if record["kind"] == "train")
@@ -85,7 +83,7 @@ def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_path, run_deepspeed, stage):
     config = run_config(
         "diverging",

@@ -60,6 +60,7 @@ def test_sgd_is_plain_sgd_with_momentum(run_distributed):
     assert 0 < decaying < parameters, "norms do not decay"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_sgd_goes_on_in_another_layout(run_distributed, tmp_path):
     whole = run_distributed(jobs.train_and_save, 4, tmp_path, jobs.run_config(TP2_PP2, optimizer="sgd"), then=3)
     moved = run_distributed(jobs.load_and_train, 2, tmp_path, jobs.run_config(optimizer="sgd"))

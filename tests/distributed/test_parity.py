@@ -6,8 +6,8 @@ counts in between, the initial weights (bit for bit) and the final ones (relativ
 `make test` runs a covering design: every pair of settings occurs, of TP 1, TP 2, TP 2 with sequence parallel x PP 1/2/4
 x DP 1/2 x CP 1/2/4, up to 4 processes, x one to three loops x recompute none/selective/full x overlapped gradient
 reduction x packed documents x variants of the model that change several things at once. `slow` are the same with up to
-8 processes and every variant, all combinations with two loops, and packed documents and every variant in a few layouts each. The end of the
-test run prints it all as a table.
+8 processes and every variant, all combinations with two loops, and packed documents and every variant in a few layouts
+each. The end of the test run prints it all as a table.
 """
 
 from __future__ import annotations
@@ -233,7 +233,9 @@ def test_variants(check, layout, recompute, overlap):
     check(layout, cases, "variants", list(VARIANTS))
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, sp=True, pp=2), Layout(pp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "layout", [Layout(tp=2, sp=True, pp=2), pytest.param(Layout(pp=2, dp=2), marks=pytest.mark.slow)], ids=str
+)
 def test_bfloat16_runs_in_layouts_and_is_close(run_distributed, reference, layout):
     case = Case(2, "full", overlap=True, precision="bf16")
     outcome = run_distributed(train_cases, layout.world_size, layout, [case])[0]

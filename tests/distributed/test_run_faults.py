@@ -180,6 +180,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(run_distributed, data, small_disk, warm_python):
     config = steps_config("full", small_disk, data, 40)
     run = LocalRun(config, python=warm_python)

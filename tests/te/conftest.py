@@ -29,7 +29,6 @@ QUICK = {
         "test_autograd_keeps_no_copy_of_the_gradients_of_loops",
         "test_what_is_on_where_nothing_is_set",
     },
-    "test_te_checkpoints.py": {"test_fp8_state_survives_a_resume_bit_for_bit"},
 }
 
 

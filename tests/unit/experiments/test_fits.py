@@ -32,7 +32,7 @@ def test_without_noise_the_law_itself_comes_back():
     assert fit.predict(3e9, 5e10).value == pytest.approx(planted(3e9, 5e10), abs=1e-5)
 
 
-@pytest.mark.parametrize("repetitions", [40, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("repetitions", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_planted_coefficients_lie_within_the_intervals(repetitions):
     """Over many data sets a 95 % interval holds the truth 95 times in 100, give or take 3 standard errors.
 
