@@ -140,7 +140,10 @@ NOTHING_STAYS = (("stage3_param_persistence_threshold", 0), ("stage3_prefetch_bu
 @pytest.mark.parametrize(
     "cases",
     [
-        [(Case(2, "full"), Zero(3, "cpu", "cpu", raw=SMALL_BUCKET)), (Case(2), Zero(3, raw=NOTHING_STAYS))],
+        pytest.param(
+            [(Case(2, "full"), Zero(3, "cpu", "cpu", raw=SMALL_BUCKET)), (Case(2), Zero(3, raw=NOTHING_STAYS))],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             [
                 (Case(2, "full"), Zero(1, "cpu")),

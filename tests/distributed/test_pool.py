@@ -150,6 +150,7 @@ def test_a_result_that_cannot_travel_is_an_error(pool):
         pool.run(_unpicklable, 1)
 
 
+@pytest.mark.slow
 def test_closing_ends_every_process_and_what_they_started():
     pool = WorkerPool()
     children = pool.run(_child, 2)

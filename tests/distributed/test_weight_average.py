@@ -291,6 +291,7 @@ def raw_main_weights(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
+@pytest.mark.slow
 def test_checkpoints_of_two_layouts_are_averaged_and_a_run_starts_from_it(alone, moved, tmp_path, run_distributed):
     config, _ = alone
     sources = [f"{folder(config)}@4", f"{folder(moved)}@6"]

@@ -224,6 +224,7 @@ def test_a_model_of_one_loop_says_what_is_missing(tmp_path, place):
     assert "update_cosine" not in read(result.folder)["measures"]
 
 
+@pytest.mark.slow
 def test_a_single_sequence_has_no_intervals(tmp_path, place):
     result = place.diagnose(place.run, max_tokens=64, output=tmp_path / "single")
     assert result.decision.verdict == "undecided"

@@ -55,7 +55,7 @@ def test_all_runs_are_trained_and_reported(clone):
     assert "4 finished, 0 failed" in said and "at equal tokens: " in said
     rows = rows_of(folder / SWEEP)
     assert [(row["row"], row["seeds_used"]) for row in rows] == [("1 loop", "2"), ("2 loops", "2")]
-    # Untrained, a model of 512 ids is at 6.24; what they share in 80 steps takes more than one nat off.
+    # Untrained, a model of 512 ids is at 6.24; what they share in 60 steps takes more than one nat off.
     assert all(3.5 < float(row["validation_loss"]) < 5.2 for row in rows)
     runs = rows_of(folder / SWEEP, "runs")
     assert {run["status"] for run in runs} == {"used"}

@@ -113,6 +113,7 @@ def test_a_decision_ends_the_study(tmp_path, training, reported, capsys):
     assert "decided; report" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_study_in_the_folder_is_refused(tmp_path, training, reported):
     path = write_study(tmp_path)
     run_study(str(path), settings(tmp_path, "rounds=1"), StudyOptions())
