@@ -40,19 +40,8 @@ def evaluate(
     """
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: no exported model there; plt-export makes one")
-    # Read when they are imported. Tasks' texts are local, so nothing should wait for a network.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("evaluation needs lm-evaluation-harness: pip install 'plt-megatron[eval]'") from error
-    known = TaskManager(include_path=str(include_path) if include_path else None)
-    unknown = [task for task in tasks if task not in known.all_tasks]
-    if unknown:
-        where = "lm-evaluation-harness" + (f" or {include_path}" if include_path else "; give --include-path")
-        raise UserError(f"there is no task {unknown[0]!r} in {where}")
-    found = lm_eval.simple_evaluate(
+    harness, known = _harness(tasks, include_path)
+    found = harness.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
         tasks=list(tasks),
@@ -66,6 +55,23 @@ def evaluate(
     write_scores(folder, scores, tasks=tasks, limit=limit)
     _write_on_card(folder / _CARD, scores, limit)
     return scores
+
+
+def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]:
+    """lm-evaluation-harness, and its manager of tasks, which knows these."""
+    # Read when they are imported. Tasks' texts are local, so nothing should wait for a network.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("evaluation needs lm-evaluation-harness: pip install 'plt-megatron[eval]'") from error
+    known = TaskManager(include_path=str(include_path) if include_path else None)
+    unknown = [task for task in tasks if task not in known.all_tasks]
+    if unknown:
+        where = "lm-evaluation-harness" + (f" or {include_path}" if include_path else "; give --include-path")
+        raise UserError(f"there is no task {unknown[0]!r} in {where}")
+    return lm_eval, known
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
