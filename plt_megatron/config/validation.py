@@ -68,6 +68,7 @@ def find_problems(
         problems += _check_model(config)
         problems += _check_loop_input(config.model)
         problems += layout_validation.find_problems(config, world_size)
+        problems += _check_optimizer(config)
         problems += _check_schedule(config)
         problems += loop_schedule.find_problems(config)
         problems += _check_validation(config)
@@ -193,13 +194,24 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
         yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
 
 
-def _check_schedule(config: RunConfig) -> Iterator[str]:
+def _check_optimizer(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
         yield (
             f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
             "leave it out and average checkpoints with plt-average, or set optimizer.name=adam"
         )
+    if config.model.share_embeddings_and_output_weights:
+        for name in ("lr_mult", "wd_mult"):
+            if getattr(optimizer, name).head != 1:
+                yield (
+                    f"optimizer.{name}.head: the head is the embedding (model.share_embeddings_and_output_weights); "
+                    f"set optimizer.{name}.embedding"
+                )
+
+
+def _check_schedule(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
     steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
     samples = derived.train_iters(config) * config.training.global_batch_size
     order = config.data.order_samples
@@ -213,13 +225,6 @@ def _check_schedule(config: RunConfig) -> Iterator[str]:
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
-    if config.model.share_embeddings_and_output_weights:
-        for name in ("lr_mult", "wd_mult"):
-            if getattr(optimizer, name).head != 1:
-                yield (
-                    f"optimizer.{name}.head: the head is the embedding (model.share_embeddings_and_output_weights); "
-                    f"set optimizer.{name}.embedding"
-                )
     if warmup >= steps:
         yield f"optimizer.lr_warmup_iters {warmup} must be below the schedule's {steps} steps"
     elif optimizer.lr_decay_style == "WSD" and warmup + derived.lr_wsd_decay_iters(config) > steps:

@@ -72,10 +72,9 @@ def _stage_memory(
     config: RunConfig, layout: Layout, vocab_size: int, shapes: Activations, stage: int
 ) -> MemoryEstimate:
     parameters = count_rank_parameters(config.model, vocab_size, layout, stage)
-    matrices = stage_matrices(config, layout, stage)
+    matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
     held = Counter(persistent_bytes(parameters.dense, config, layout, matrices=matrices))
     if parameters.experts:
-        of_experts = stage_matrices(config, layout, stage, experts=True)
         held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards, of_experts))
     held["inputs"] = _inputs(config, layout)
     if config.training.fp8 != "none":
@@ -85,7 +84,7 @@ def _stage_memory(
     for each in passes(layout.pipeline, stage, config.model.loop_count, count):
         player.step(each)
     candidates = [(player.peak, player.phase)]
-    candidates.append((_optimizer_step(config, parameters, layout, stage), "the optimizer's step"))
+    candidates.append((_optimizer_step(config, parameters, layout, matrices, of_experts), "the optimizer's step"))
     step, phase = max(candidates, key=lambda candidate: candidate[0].total())
     held += step
     return MemoryEstimate(stage, {name: int(held[name]) for name in COMPONENTS}, phase)
@@ -147,10 +146,11 @@ def _inputs(config: RunConfig, layout: Layout) -> int:
     return layout.microbatches * tokens * per_token
 
 
-def _optimizer_step(config: RunConfig, parameters: RankParameters, layout: Layout, stage: int) -> Counter[str]:
+def _optimizer_step(
+    config: RunConfig, parameters: RankParameters, layout: Layout, matrices: StageMatrices, of_experts: StageMatrices
+) -> Counter[str]:
     """Temporaries of the update. torch's Adam goes through one parameter at a time on a CPU and through all of them at
     once on a GPU; Transformer Engine's fused one needs none. Muon comes after it."""
-    matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
     muon = max(_iteration(config, layout, each) for each in (matrices, of_experts))
     if layout.backend == "te":
         return Counter({"temporaries": muon})

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
-from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
 from plt_megatron.hf.publishing import check_target, published_folder
 from plt_megatron.hf.sources import PRECISIONS, check_ema, saved_model
@@ -235,16 +234,13 @@ def _tensors(
 ) -> Iterator[LazyTensor]:
     rows = derived.padded_vocab_size(last.model, last.progress["vocab_size"])
     for mapping in mappings:
-        padded = mapping.name.endswith(("word_embeddings.weight", "output_layer.weight"))
-        shape = (rows, *mapping.shape[1:]) if padded else mapping.shape
-        yield LazyTensor(mapping.name, shape, partial(_mean, members, shares, mapping.name, shape[0]))
+        yield padded(LazyTensor(mapping.name, mapping.shape, partial(_mean, members, shares, mapping.name)), rows)
 
 
-def _mean(members: Sequence[_Member], shares: Sequence[float], name: str, rows: int) -> Tensor:
+def _mean(members: Sequence[_Member], shares: Sequence[float], name: str) -> Tensor:
     total: Tensor | None = None
     for member, share in zip(members, shares, strict=True):
         part = member.weights.read(name).double() * share
         total = part if total is None else total.add_(part)
     assert total is not None
-    missing = rows - total.shape[0]  # the vocabulary's padding
-    return (F.pad(total, (0, 0, 0, missing)) if missing else total).to(torch.float32)
+    return total.to(torch.float32)

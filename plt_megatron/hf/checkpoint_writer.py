@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -25,7 +26,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.checkpoint import publishing
-from plt_megatron.train.checkpoint.reading import stored_at
+from plt_megatron.train.checkpoint.reading import PADDED, stored_at
 
 _COMMON = "common_state/shard_0_1"  # megatron-core's, for what is not a tensor
 _BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -43,6 +44,18 @@ class LazyTensor:
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+
+def padded(tensor: LazyTensor, rows: int) -> LazyTensor:
+    """The tensor, if it has a row for each entry of the vocabulary with so many rows."""
+    if tensor.name not in PADDED:
+        return tensor
+    return LazyTensor(tensor.name, (rows, *tensor.shape[1:]), lambda: with_rows(tensor.make(), rows))
+
+
+def with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """A matrix with rows of zeros below."""
+    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
 
 
 def write_checkpoint(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
-from plt_megatron.hf.checkpoint_writer import LazyTensor, write_checkpoint
+from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.config_keys import HFModelConfig, read_config
 from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
 from plt_megatron.hf.publishing import check_target, published_folder
@@ -151,20 +150,16 @@ def _tensors(
 ) -> tuple[list[LazyTensor], int]:
     """The checkpoint's tensors, and how many of them the files lack."""
     by_name = {mapping.name: mapping for mapping in source_mappings}
-    padded = derived.padded_vocab_size(target.model, target.vocab_size)
+    rows = derived.padded_vocab_size(target.model, target.vocab_size)
     tensors, fresh = [], 0
     for mapping in mappings:
-        shape = mapping.shape
         make: Callable[[], Tensor]
         if mapping.name in by_name:
             make = partial(_convert, files, by_name[mapping.name])
         else:
             make = partial(_fresh, mapping, target.model)
             fresh += 1
-        if mapping.name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            shape = (padded, *shape[1:])
-            make = partial(_padded, make, padded)
-        tensors.append(LazyTensor(mapping.name, shape, make))
+        tensors.append(padded(LazyTensor(mapping.name, mapping.shape, make), rows))
     return tensors, fresh
 
 
@@ -177,11 +172,6 @@ def _fresh(mapping: ParamMapping, model: ModelConfig) -> Tensor:
     value = mapping.parameter.constant(model)
     assert mapping.parameter.only_in_loops and value is not None, mapping.name
     return torch.full(mapping.shape, value)
-
-
-def _padded(make: Callable[[], Tensor], rows: int) -> Tensor:
-    tensor = make()
-    return F.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
 
 
 def _run_config(options: ImportOptions, target: HFModelConfig, precision: str, tokenizer: Path | None) -> RunConfig:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ParallelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.checkpoint_writer import with_rows
 from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
 from plt_megatron.hf.sources import ModelSource, open_source
+from plt_megatron.train.checkpoint.reading import PADDED
 
 TOLERANCE = 1e-4  # of logits in fp32
 _TEXT = """\
@@ -114,8 +115,8 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list
         parameter = parameters.pop(name, None)
         if parameter is None:  # another pipeline stage's
             continue
-        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            whole = F.pad(whole, (0, 0, 0, stage.padded_vocab_size - whole.shape[0]))
+        if name in PADDED:
+            whole = with_rows(whole, stage.padded_vocab_size)
         part = by_name[name].shard(whole, group.rank(), group.size())
         if part.shape != parameter.shape:
             raise UserError(f"{name} has shape {tuple(part.shape)}, the model's {tuple(parameter.shape)}")

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from plt_megatron.config import derived
@@ -335,6 +335,7 @@ def find(model: ModelConfig, name: str) -> Parameter:
     return _first(parameters_of(model), name)
 
 
+@cache  # a parameter is asked for once for each group of an optimizer
 def find_in_any(name: str) -> Parameter:
     """The parameter of a name that `Parameter.is_named` knows, in any model.
 

@@ -13,6 +13,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_token
+from plt_megatron.estimate.layout import BYTES
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
@@ -143,8 +144,7 @@ def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
     interval, steps = config.checkpoint.export_interval, derived.train_iters(config)
     if interval == 0:
         return 0
-    element = 4 if config.training.precision == "fp32" else 2
-    return (-(-steps // interval) - start // interval) * estimate.parameters_total * element
+    return (-(-steps // interval) - start // interval) * estimate.parameters_total * BYTES[config.training.precision]
 
 
 def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:

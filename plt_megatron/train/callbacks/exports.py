@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 
 from plt_megatron.config.schema import EvaluationConfig
-from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_progress, step_of, trained_tokens
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.scores import read_scores
 from plt_megatron.train.callbacks.base import Callback, Run
 
 _TURN_S = 0.5  # between two looks at an export, once training is over
+_GRACE_S = 10.0  # for an export to remove what it has written, once it is to end
+# What a rank's launcher sets: lm-evaluation-harness would join the run's job, and wait for its other ranks.
+_OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
 
 
 class Exports(Callback):
@@ -104,7 +107,8 @@ class Exports(Callback):
         self._start(_export_command(self._checkpoint, self._export), evaluates=False)
 
     def _start(self, command: list[str], *, evaluates: bool) -> None:
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 ["nice", "-n", "10", sys.executable, "-m", *command],
@@ -136,14 +140,18 @@ class Exports(Callback):
         self._start_next()
 
     def _report_scores(self) -> None:
-        progress = read_progress(self._checkpoint)
+        progress = read_verified_progress(self._checkpoint)  # its export has verified it
         clock = {"step": progress["step"], "tokens": trained_tokens(progress)}
         self.run.report({"kind": "evaluation", **clock, "scores": read_scores(self._export)})
 
     def _cancel(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:  # it waits for something that hears no signals
+                self._process.kill()
+                self._process.wait()
             self._process = None
 
     @property

@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
 STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key
 _NO_WEIGHTS = ("optimizer.", "kept.")
-_PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights") -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +86,7 @@ class Weights:
         """The tensor, on the CPU. Raises `KeyError` if there is none of that name."""
         key, place = stored_at(name)
         if not place:
-            return self._reader.read(key, 0, self._vocab_size if key in _PADDED else self._reader.shape(key)[0])
+            return self._reader.read(key, 0, self._vocab_size if key in PADDED else self._reader.shape(key)[0])
         if len(place) == 1:
             return self._reader.read(key, place[0], 1)[0]
         if self._stack is None or self._stack[:2] != (key, place[0]):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ from tests.unit.train.callbacks.a_run import a_run
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
 # Of an export that exists it makes the scores.
 STAND_IN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 checkpoint, target = sys.argv[1:]
+if open(os.path.join(checkpoint, "weights")).read() == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(os.path.join(checkpoint, "..", "..", "..", "deaf"), "w")
 if os.path.exists(target):
     if open(os.path.join(target, "model")).read() == "unlucky":
         sys.exit("error: no task 'choice'")
@@ -43,6 +48,8 @@ def run(tmp_path, monkeypatch) -> Any:
     def stand_in(command: list[str], **how: Any) -> Any:
         run.commands.append(command)
         assert command[:3] == ["nice", "-n", "10"] and how["env"]["CUDA_VISIBLE_DEVICES"] == ""
+        assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & how["env"].keys()
+        assert how["env"]["PATH"] == os.environ["PATH"]
         checkpoint = Path(how["stderr"].name).with_suffix("")
         target = checkpoint.parent.parent / "exports" / checkpoint.name
         return start([sys.executable, str(tmp_path / "stand_in.py"), str(checkpoint), str(target)], **how)
@@ -51,6 +58,8 @@ def run(tmp_path, monkeypatch) -> Any:
     monkeypatch.setattr(exports.dist, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(exports.torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(exports, "_TURN_S", 0.01)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node7")):
+        monkeypatch.setenv(name, value)
     run = a_run(tmp_path / "run")
     run.config.checkpoint.export_interval = 4
     run.last_step = 10
@@ -111,6 +120,17 @@ def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run):
     run.clock.step = 10
     again.on_end()
     assert exported(run) == {"step_00000004": "of 4"}
+
+
+def test_an_export_that_hears_no_signal_is_killed(run, monkeypatch):
+    monkeypatch.setattr(exports, "_GRACE_S", 0.2)
+    callback = exports.Exports(run)
+    callback.on_save(save(run, 4, "deaf"))
+    process, ready = callback._process, run.folder.path.parent / "deaf"
+    while not ready.exists():
+        time.sleep(0.01)
+    callback.close()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_step_that_is_trained_again_is_exported_again(run):
