@@ -56,6 +56,11 @@ INSTEAD = [
         r"\g<0> model.num_layers=1 model.vocab_size=512",
         "needs room for 66 GB of checkpoints",
     ),
+    (
+        r"^plt-study .*cluster\.yaml.*",
+        r"\g<0> 'sizes={small: {model.num_layers: 1}, large: {model.num_layers: 2}}' model.vocab_size=512",
+        "needs room for 63 GB of checkpoints",
+    ),
     (r"^plt-submit .*plt2_tiny.*", r"\g<0> name=on_slurm", "README's commands have trained a run of its own name"),
 ]
 
