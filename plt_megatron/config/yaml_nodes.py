@@ -6,6 +6,7 @@ Scalars are read as YAML 1.2 does: `1e-4` is a number and `yes` is a string.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import re
 import typing
@@ -23,8 +24,16 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?
 _LONGEST = 60  # characters of a value that a message repeats
 
 
-class _Loader(yaml.SafeLoader):
-    """Used for parsing only; values are converted from the nodes."""
+# libyaml's parser where PyYAML was built with it, as its wheels are: a sweep reads hundreds of files.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Named(io.StringIO):
+    """A text with a name for the marks of its nodes."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
 
 
 class Dumper(yaml.SafeDumper):
@@ -47,14 +56,15 @@ def read_text(path: Path) -> str:
 def compose(text: str, name: str) -> yaml.Node | None:
     """Parse one YAML document into nodes whose marks carry `name`. None if it is empty."""
     try:
-        loader = _Loader(text)
-        loader.name = name
+        loader = _LOADER(_Named(text, name))
         try:
             return typing.cast("yaml.Node | None", loader.get_single_node())
         finally:
             loader.dispose()
     except RecursionError as error:
         raise UserError(f"{name}: nested too deeply") from error
+    except UnicodeEncodeError as error:  # bytes of the command line that are no text
+        raise UserError(f"{name!a}: not UTF-8 text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = where_mark(mark) if mark else name
@@ -93,7 +103,7 @@ def scalar(hint: type, node: yaml.Node) -> str | bool | int | float | None:
     text = str(node.value)
     if hint is str:
         return text
-    if node.style is not None:  # quoted
+    if node.style:  # quoted
         return None
     if hint is bool:
         return _BOOL.get(text)
@@ -118,7 +128,7 @@ def _integer(text: str) -> int | None:
 
 def is_null(node: yaml.Node) -> bool:
     """Whether the node is an unquoted `null`, `~` or nothing."""
-    return isinstance(node, yaml.ScalarNode) and node.style is None and bool(_NULL.fullmatch(node.value))
+    return isinstance(node, yaml.ScalarNode) and not node.style and bool(_NULL.fullmatch(node.value))
 
 
 def where(node: yaml.Node) -> str:
@@ -151,7 +161,7 @@ def text_of(value: bool | float | str | None) -> str:
 def to_text(node: yaml.Node) -> str:
     """The node as one line of YAML, scalars as their writer wrote them."""
     if isinstance(node, yaml.ScalarNode):
-        return str(node.value) if node.style is None else yaml.serialize(node, width=10**9).strip()
+        return str(node.value) if not node.style else yaml.serialize(node, width=10**9).strip()
     if isinstance(node, yaml.SequenceNode):
         return "[" + ", ".join(map(to_text, node.value)) + "]"
     return "{" + ", ".join(f"{to_text(key)}: {to_text(value)}" for key, value in node.value) + "}"

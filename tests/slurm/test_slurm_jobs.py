@@ -107,6 +107,7 @@ def test_queued_within_three_seconds(slurm, slurm_data, tmp_path, capsys):
     assert statistics.median(seconds["submit.py"]) < 3, seconds
 
 
+@pytest.mark.slow
 def test_a_killed_rank_a_warning_and_a_controller_that_is_gone(slurm, slurm_data, warm_python, tmp_path):
     """Three faults in the course of one run, of one process a node: processes take seconds to start."""
     alone, config = (

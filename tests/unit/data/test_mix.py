@@ -78,7 +78,8 @@ def test_fingerprint(tmp_path: Path, bpe_model: Path, unigram_model: Path) -> No
     assert differences(data) == [everywhere]
 
 
-def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool) -> None:
+def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    from plt_megatron.commands import preprocess
     from plt_megatron.config.loader import load_config
     from plt_megatron.data.datasets import build_datasets
     from plt_megatron.data.mix import index_folder, required_samples
@@ -98,13 +99,12 @@ def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool) -> None:
         config.data, num_samples=counts, seed=config.training.seed, cache_dir=index_folder(config), tokenizer=None
     )
     assert [folder] == list((tmp_path / "cache").iterdir()) and folder.stat().st_mtime_ns == stamp
-    refused = run_tool("preprocess_data.py", "--build-index", file, "training.train_iters=3000")
-    assert refused.returncode == 2
-    assert refused.stderr.splitlines()[-1].startswith(
+    assert preprocess.main(["--build-index", str(file), "training.train_iters=3000"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(
         "error: data source a: 24,000 train samples of 256 tokens are 323"
     )
-    unknown = run_tool("preprocess_data.py", "--build-index", file, "training.train_iterss=3")
-    assert unknown.returncode == 2 and "train_iters" in unknown.stderr
+    assert preprocess.main(["--build-index", str(file), "training.train_iterss=3"]) == 2
+    assert "train_iters" in capsys.readouterr().err
 
 
 def test_indices_are_written_in_parts(tmp_path: Path) -> None:
