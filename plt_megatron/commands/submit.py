@@ -1,6 +1,7 @@
 """Train a configuration, or several, on a Slurm cluster.
 
     plt-submit configs/runs/plt2_1b.yaml --cluster h100 --nodes 16 --time 24:00:00 --chain 5
+    plt-submit --branch-from runs/trunk@20000 name=shorter --cluster h100 --nodes 16 --time 24:00:00
 
 Everything is checked before anything is submitted. The run's folder then holds everything its job needs, with the job
 script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.installation import ROOT
+from plt_megatron.run_folder.branches import add_branch_options
 
 if TYPE_CHECKING:
     from plt_megatron.config.schema import RunConfig
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="See docs/slurm.md.",
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG.yaml key=value", help="a run, and settings to change")
+    add_branch_options(parser)
     size = parser.add_argument_group("the job")
     size.add_argument("--cluster", metavar="NAME", help="profile: a name in configs/clusters, or a path")
     size.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
@@ -102,7 +105,7 @@ def _options(arguments: argparse.Namespace) -> Options:
 
     given = vars(arguments).copy()
     words, _, _ = given.pop("arguments"), given.pop("follow"), given.pop("rehearse")
-    config = None if arguments.array or not words else words[0]
+    config = None if arguments.array or arguments.branch_from or not words else words[0]
     return Options(config=config, overrides=words if config is None else words[1:], **given)
 
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 
 from plt_megatron.config import derived
-from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
@@ -24,6 +23,7 @@ from plt_megatron.errors import UserError, run_command
 from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
+from plt_megatron.run_folder.branches import add_branch_options, branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
@@ -39,14 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a setting to change, as in model.loop_count=1"
     )
-    parser.add_argument(
-        "--branch-from",
-        metavar="RUN@STEP",
-        help="instead of CONFIG.yaml: a run of WSD that decays from this step's checkpoint, in a folder of its own",
-    )
-    parser.add_argument(
-        "--decay-steps", type=int, metavar="N", help="with --branch-from: default, a tenth of the branch's whole length"
-    )
+    add_branch_options(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     return parser
@@ -55,19 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
-    _check(parser, arguments)
+    if arguments.branch_from is None and (arguments.config is None or arguments.decay_steps is not None):
+        parser.error("give a CONFIG.yaml, or --branch-from RUN@STEP; --decay-steps goes with the latter")
     return run_command(lambda: _train(arguments))
-
-
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    if arguments.branch_from is None:
-        if arguments.config is None or arguments.decay_steps is not None:
-            parser.error("give a CONFIG.yaml, or --branch-from RUN@STEP; --decay-steps goes with the latter")
-        return
-    if arguments.config is not None and "=" not in arguments.config:
-        parser.error(f"--branch-from takes its configuration from its run, not from {arguments.config}")
-    if arguments.decay_steps is not None and arguments.decay_steps < 1:
-        parser.error("--decay-steps must be at least 1")
 
 
 def _load(arguments: argparse.Namespace) -> RunConfig:
@@ -75,31 +58,6 @@ def _load(arguments: argparse.Namespace) -> RunConfig:
         return load_config(arguments.config, arguments.overrides)
     settings = [*([arguments.config] if arguments.config else []), *arguments.overrides]
     return branch_config(arguments.branch_from, settings, arguments.decay_steps)
-
-
-def branch_config(source: str, settings: Sequence[str], decay: int | None = None) -> RunConfig:
-    """The configuration of a decay branch of a run.
-
-    Args:
-        source: `RUN@STEP`, a run's folder and the step of one of its checkpoints.
-        settings: `key=value`, over the run's own.
-        decay: steps; None: a tenth of the branch's length.
-
-    Raises:
-        UserError: there is no such checkpoint, or the run has no constant rate there.
-    """
-    name, at, text = source.rpartition("@")
-    if not at or not text.isdigit():
-        raise UserError(f"--branch-from {source}: expected RUN@STEP, as in runs/trunk@2000")
-    folder, step = RunFolder(name), int(text)
-    trunk = folder.config()
-    checkpoint = folder.checkpoint_at(step)
-    own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step))
-    defaults = [f"name={trunk.name}_branch_{step}", f"output_dir={folder.path.parent}"]
-    config = load_config(folder.config_file, [*defaults, *own, *settings], accept_old_names=True)
-    if RunFolder.of(config).path.resolve() == folder.path.resolve():
-        raise UserError(f"--branch-from {source}: the branch needs a name of its own: name=...")
-    return config
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -79,7 +79,8 @@ def forecast(
         vocab_size=vocab_size,
     )
     kept = _checkpoint_steps(run)
-    start = kept[-1] if kept else 0
+    begun = _begins_after(config)
+    start = kept[-1] if kept else begun
     padded = derived.padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
     flops = run_flops_per_token(config, padded, start).total  # what is still to be done, of which loops may be most
     work = flops * derived.tokens_per_step(config)
@@ -98,7 +99,8 @@ def forecast(
         slowest=step_flops_per_token(config, padded, config.model.loop_count).total / flops,
         measured=bool(measured),
         checkpoint_bytes=size,
-        storage_bytes=max(0, _checkpoints_at_most(config) - len(kept)) * size + _export_bytes(config, estimate, start),
+        storage_bytes=max(0, _checkpoints_at_most(config, begun) - len(kept)) * size
+        + _export_bytes(config, estimate, start),
         free_bytes=shutil.disk_usage(_existing(run)).free,
     )
 
@@ -129,14 +131,25 @@ def _checkpoint_steps(run: Path) -> list[int]:
     return [step for step in map(step_of, checkpoint_folders(RunFolder(run).checkpoints)) if step <= last]
 
 
-def _checkpoints_at_most(config: RunConfig) -> int:
-    """The most checkpoints at any time: the last ones, the one being written, and the permanent ones."""
+def _begins_after(config: RunConfig) -> int:
+    """The step after which a new run begins: that of the checkpoint it goes on from, as a decay branch does."""
+    source = config.checkpoint
+    return latest_step(Path(source.load)) if source.load is not None and not source.weights_only else 0
+
+
+def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
+    """The most checkpoints at any time: the last ones, the one being written, and the permanent ones.
+
+    Args:
+        begun: the step after which the run begins.
+    """
     checkpoint, steps = config.checkpoint, derived.train_iters(config)
     interval = checkpoint.save_interval or steps
     for_good = 0
     if checkpoint.keep_every:
-        for_good = steps // math.lcm(interval, checkpoint.keep_every)
-    return min(checkpoint.keep_last + 1 + for_good, -(-steps // interval) + 1)
+        every = math.lcm(interval, checkpoint.keep_every)
+        for_good = steps // every - begun // every
+    return min(checkpoint.keep_last + 1 + for_good, -(-steps // interval) - begun // interval + 1)
 
 
 def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.installation import CONFIGS, is_checkout
 from plt_megatron.launcher.job import JobSettings
+from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
@@ -34,8 +36,10 @@ _MOST_JOBS = 1000  # of a chain
 class Options:
     """The command line. None: the cluster's profile decides, else Slurm."""
 
-    config: str | None  # None with `array`
+    config: str | None  # None with `array` and `branch_from`
     overrides: list[str] = field(default_factory=list)
+    branch_from: str | None = None
+    decay_steps: int | None = None
     cluster: str | None = None
     nodes: int = 1
     time: str | None = None
@@ -151,9 +155,7 @@ class _Plan:
         """Label and configuration of each run."""
         options = self.options
         if options.array is None:
-            assert options.config is not None
-            config = load_config(options.config, options.overrides)
-            config.name = options.name or config.name
+            config = self._config()
             return [(config.name, config)]
         found = []
         for path in arrays.config_paths(options.array):
@@ -161,6 +163,15 @@ class _Plan:
             found.append((config.name, config))
         arrays.check_distinct([(label, self._run_of(config)) for label, config in found])
         return found
+
+    def _config(self) -> RunConfig:
+        """Of a single run."""
+        options = self.options
+        named = [f"name={json.dumps(options.name)}"] if options.name else []  # in quotes: never another value
+        if options.branch_from is not None:
+            return branch_config(options.branch_from, [*options.overrides, *named], options.decay_steps)
+        assert options.config is not None
+        return load_config(options.config, [*options.overrides, *named])
 
     def _plan_array(self, runs: Sequence[Path]) -> Array:
         options = self.options
@@ -359,8 +370,10 @@ def _check_options(options: Options) -> None:
         )
     if options.array is None and options.max_concurrent is not None:
         raise UserError("--max-concurrent is for --array")
-    if options.array is None and options.config is None:
-        raise UserError("give a configuration, as in configs/runs, or --array with several")
+    if [options.config, options.branch_from, options.array].count(None) != 2:
+        raise UserError("give a configuration, as in configs/runs, or --branch-from RUN@STEP, or --array with several")
+    if options.branch_from is None and options.decay_steps is not None:
+        raise UserError("--decay-steps goes with --branch-from")
 
 
 def _finished(run: Path, ahead: checks.Forecast) -> list[str]:

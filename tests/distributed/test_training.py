@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plt_megatron.commands.train import branch_config
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.train.checkpoint import read_weights

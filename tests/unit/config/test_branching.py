@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from plt_megatron.commands import train
-from plt_megatron.commands.train import branch_config
 from plt_megatron.config.branching import branch_settings, decay_steps, first_decay_step
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 
 TRUNK = [
@@ -50,11 +50,17 @@ def test_a_branch_is_the_run_of_its_length_from_the_trunks_checkpoint(trunk):
         ("{trunk}@40", [], r"no checkpoint of step 40; it has 36 \(checkpoint.keep_every keeps them\)"),
         ("{trunk}x@36", [], r"cannot read .*config.yaml"),
         ("{trunk}@36", ["name=trunk"], r"the branch needs a name of its own"),
+        ("{trunk}@36", ["run.yaml"], r"takes its configuration from its run, not from run.yaml"),
     ],
 )
 def test_what_is_no_branch_is_refused(trunk, source, settings, said):
     with pytest.raises(UserError, match=said):
         branch_config(source.format(trunk=trunk.path), settings)
+
+
+def test_a_branch_decays_over_some_steps(trunk):
+    with pytest.raises(UserError, match="--decay-steps must be at least 1, got 0"):
+        branch_config(f"{trunk.path}@36", [], 0)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +89,6 @@ def test_the_order_of_samples_must_hold_the_runs(trunk):
     [
         [],
         ["--decay-steps", "3", "run.yaml"],
-        ["--branch-from", "r@1", "run.yaml"],
-        ["--branch-from", "r@1", "--decay-steps", "0"],
     ],
 )
 def test_the_command_line_takes_a_configuration_or_a_branch(arguments, capsys):

@@ -100,8 +100,10 @@ def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest
     )
     assert [folder] == list((tmp_path / "cache").iterdir()) and folder.stat().st_mtime_ns == stamp
     assert preprocess.main(["--build-index", str(file), "training.train_iters=3000"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(
-        "error: data source a: 24,000 train samples of 256 tokens are 323"
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error: data source a: 24,000 train samples of 256 tokens are 323")
     )
     assert preprocess.main(["--build-index", str(file), "training.train_iterss=3"]) == 2
     assert "train_iters" in capsys.readouterr().err

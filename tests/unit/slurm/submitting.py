@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 def submit_run(*overrides: str, root: Path = ROOT, **options: Any) -> Submission:
     """`plt-submit run.yaml OVERRIDES`, an hour on one node unless `options` say otherwise."""
-    defaults: dict[str, Any] = {"config": None if "array" in options else "run.yaml", "time": "01:00:00"}
+    config = None if {"array", "branch_from"} & set(options) else "run.yaml"
+    defaults: dict[str, Any] = {"config": config, "time": "01:00:00"}
     submission = submit(Options(overrides=list(overrides), **(defaults | options)), root)
     assert submission is not None
     return submission

@@ -350,6 +350,38 @@ def test_another_configuration_is_refused_and_the_difference_said(folder, slurm)
     assert load_config(run / "config.yaml").optimizer.lr == 1e-3
 
 
+def test_a_decay_branch_has_a_folder_of_its_own_and_only_its_steps_ahead(folder, slurm, capsys):
+    submit_run("optimizer.lr_decay_style=WSD", "checkpoint.keep_every=900")
+    write_progress(folder / "runs/try", [900], checkpoint=900)
+    capsys.readouterr()
+    submit_run("name=shorter", branch_from="runs/try@900", decay_steps=50)
+    said = capsys.readouterr().out
+    config = load_config(folder / "runs/shorter/config.yaml")
+    assert (config.training.train_iters, config.optimizer.lr_wsd_decay_iters) == (950, 50)
+    assert config.checkpoint.load == "runs/try/checkpoints/step_00000900"
+    assert "after step 900 of 950" in said
+    submit_run(branch_from="runs/try@900", name="x: y")  # a name is no YAML
+    assert load_config(folder / "runs/x: y/config.yaml").name == "x: y"
+    assert load_config(folder / "runs/try/config.yaml").training.train_iters == 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"branch_from": "runs/try"}, "--branch-from runs/try: expected RUN@STEP, as in runs/trunk@2000"),
+        ({"branch_from": "runs/try@9", "config": "run.yaml"}, "give a configuration, as in configs/runs, or --branch-"),
+        ({"branch_from": "runs/try@9", "array": "list.txt"}, "give a configuration, as in configs/runs, or --branch-"),
+        ({"decay_steps": 3}, "--decay-steps goes with --branch-from"),
+        ({"branch_from": "runs/try@9", "name": "try"}, "lr_decay_style cosine: only a run of WSD"),
+    ],
+)
+def test_what_is_no_branch_is_refused(folder, slurm, options, said):
+    submit_run()
+    write_progress(folder / "runs/try", [9], checkpoint=9)
+    (line,) = refusal(**options)
+    assert said in line
+
+
 def test_a_run_recorded_with_old_names_goes_on(folder, slurm):
     submit_run()
     write_progress(folder / "runs/try", [100], checkpoint=100)
