@@ -110,7 +110,7 @@ class TestCI:
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck on this machine")
-@pytest.mark.parametrize("script", [".ci/run", "tools/make_venv.sh"])
+@pytest.mark.parametrize("script", [".ci/run", "tools/make_venv.sh", "launch/container/install.sh"])
 def test_shell_scripts_pass_shellcheck(script):
     done = run(["shellcheck", script])
     assert done.returncode == 0, done.stdout
