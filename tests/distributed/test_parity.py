@@ -88,12 +88,12 @@ EVERYTHING = [
     for setting in itertools.product(LAYOUTS, (1, 2, 3), RECOMPUTE, OVERLAP, (False, True), (PLAIN, *VARIANTS))
     if setting[1] > 1 or setting[-1] == PLAIN  # one loop has no variants worth the time
 ]
-# On up to four processes and, of the variants, those that change several things at once.
+# On up to four processes, two to a sequence, and of the variants those that change several things at once.
 COMBINED = ("LoopCoder-v2", "the paper's dense", "qkv bias, untied, E + h", "no GQA, window 1, scale per channel")
 QUICK = [
     setting
     for setting in EVERYTHING
-    if setting[0].world_size <= 4 and setting[-1] in (PLAIN, "vanilla loop", *COMBINED)
+    if setting[0].world_size <= 4 and setting[0].cp <= 2 and setting[-1] in (PLAIN, "vanilla loop", *COMBINED)
 ]
 COVERING, QUICK_COVERING = covering_design(EVERYTHING, _settings), covering_design(QUICK, _settings)
 

@@ -141,7 +141,8 @@ def endless(name: str, tmp_path: Path, data: DataConfig, **parallel) -> RunConfi
     )
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_ends_the_job_and_is_named(data, tmp_path, rank):
     config = endless("stopped", tmp_path, data)
     run = LocalRun(config)
