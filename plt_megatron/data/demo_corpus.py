@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ _SKIPPED_FOLDERS = {
     "lib2to3",
     "pydoc_data",
 }
-_HELD_OUT = 16  # one file in this many is for validation
+_HELD_OUT = 16  # one document in this many is for validation
 
 
 @dataclass(frozen=True)
@@ -46,40 +46,55 @@ def write_demo_corpus(folder: str | Path, max_bytes: int = 1 << 40) -> DemoCorpu
     The same Python gives the same files in the same order: a hash of a file's name decides its place and part.
     Existing files with the right content are not touched.
     """
-    parts: dict[str, list[str]] = {"train": [], "validation": []}
+    parts: dict[str, list[tuple[str, str]]] = {"train": [], "validation": []}
     left = {"train": max_bytes - max_bytes // _HELD_OUT, "validation": max_bytes // _HELD_OUT}
     documents = size = 0
-    for order, name, text in _documents(Path(sysconfig.get_path("stdlib"))):
+    for name, text in _documents(Path(sysconfig.get_path("stdlib"))):
         length = len(text.encode("utf-8"))
-        part = "validation" if int(order[:8], 16) % _HELD_OUT == 0 else "train"
+        part = "validation" if is_held_out(name) else "train"
         if length > left[part]:
             continue
         left[part] -= length
-        parts[part].append(json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n")
+        parts[part].append((name, text))
         documents, size = documents + 1, size + length
     if not all(parts.values()):
         raise UserError(f"no text for the demo corpus in {sysconfig.get_path('stdlib')} (limit: {max_bytes} bytes)")
     folder = Path(folder)
     paths = {part: folder / f"{part}.jsonl" for part in parts}
-    for part, lines in parts.items():
-        _write(paths[part], "".join(lines).encode("utf-8"))
+    for part, found in parts.items():
+        write_part(paths[part], found)
     return DemoCorpus(paths["train"], paths["validation"], documents, size)
 
 
-def _documents(root: Path) -> Iterator[tuple[str, str, str]]:
-    """Hash of the name, name and text of every usable source file, in the order of the hashes."""
+def is_held_out(name: str) -> bool:
+    """Whether a document of this name is for validation."""
+    return int(_hash(name)[:8], 16) % _HELD_OUT == 0
+
+
+def write_part(path: Path, documents: Sequence[tuple[str, str]]) -> None:
+    """Write documents, (name, text), as JSONL. A file with that content already is not touched."""
+    lines = (json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n" for name, text in documents)
+    _write(path, "".join(lines).encode("utf-8"))
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
+
+
+def _documents(root: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of every usable source file, in the order of their names' hashes."""
     names = []
     for parent, folders, files in os.walk(root):
         folders[:] = [folder for folder in folders if folder not in _SKIPPED_FOLDERS]
         paths = [Path(parent, file) for file in files if file.endswith(".py")]
         names += [path.relative_to(root).as_posix() for path in paths]
-    for order, name in sorted((hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(), name) for name in names):
+    for name in sorted(names, key=lambda name: (_hash(name), name)):
         try:
             text = (root / name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         if text.strip():
-            yield order, name, text
+            yield name, text
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -95,10 +95,11 @@ class DecodeSettings:
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """The data of `make demo`, with a tokenizer of another size, made before the first run."""
+    """The data of `make demo`, with a tokenizer of another size, made before the first run; and of further domains."""
 
     vocab_size: Size = 2048
     folder: str = ".demo/vocab_2048"
+    domains: list[Literal["prose", "mathematics"]] = field(default_factory=list)
 
 
 class FileOfRuns:

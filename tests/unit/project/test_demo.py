@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ class Commands:
         for part, path in demo.CORPUS.items():
             path.write_text(json.dumps({"text": part}) + "\n")
 
-    def tokenizer(self, text: Path, folder: Path, vocab_size: int) -> None:
+    def tokenizer(self, texts: Sequence[Path], folder: Path, vocab_size: int) -> None:
         self.calls.append("tokenizer")
         for name in demo_data.TOKENIZER_FILES:
             (folder / name).write_text("pieces")
