@@ -13,22 +13,28 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 
 Record = dict[str, Any]
-_NUMBERS = {"train": ("step", "tokens", "loss"), "validation": ("step", "tokens", "loop_count", "loss")}
+_NUMBERS = {
+    "train": ("step", "tokens", "loss"),
+    "validation": ("step", "tokens", "loop_count", "loss"),
+    "evaluation": ("step", "tokens"),
+}
 # Fields that depend on clock and machine: identical runs differ only in these.
 MACHINE_FIELDS = ("tokens_per_second", "model_tflops", "mfu", "peak_memory_bytes", "step_seconds")
 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """A run's records in the order of its steps; both lists are empty if it has not started.
+    """A run's records in the order of its steps; all lists are empty if it has not started.
 
     Attributes:
         train: records of training steps: `step`, `tokens` since the run started, `loss` in nats per token, and more.
         validation: the same with `loop_count`, the loops that the loss was measured with.
+        evaluation: `step`, `tokens` and `scores` of an export, by `task/metric`.
     """
 
     train: list[Record]
     validation: list[Record]
+    evaluation: list[Record]
 
     @property
     def step(self) -> int:
@@ -75,7 +81,7 @@ def median_speed(records: Iterable[Record]) -> float | None:
 
 
 def read_metrics(path: Path) -> RunMetrics:
-    """The records of training and validation in a metrics.jsonl. Records of other kinds are skipped.
+    """The records of training, validation and evaluation in a metrics.jsonl. Those of other kinds are skipped.
 
     Raises:
         UserError: a broken line, or a record without its numbers.

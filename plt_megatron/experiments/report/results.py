@@ -34,6 +34,7 @@ class RunResult:
         curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
         loss: the last of them, for a run that is used; None for others.
         validation: the last record of a validation at the model's own loop count; empty: there is none.
+        evaluation: the last record of an evaluation by lm-evaluation-harness; empty: there is none.
         seconds: of training, if known; `skipped`: steps that the training loop did not accept.
     """
 
@@ -43,6 +44,7 @@ class RunResult:
     curve: list[tuple[int, float]] = field(default_factory=list)
     loss: float | None = None
     validation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
     train_loss: float | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
@@ -89,6 +91,7 @@ def _read_files(run: PlannedRun) -> RunResult:
     validations = metrics.validation_at(run.config.model.loop_count)
     result.curve = [(r["tokens"], r["loss"]) for r in validations]
     result.validation = validations[-1] if validations else {}
+    result.evaluation = metrics.evaluation[-1] if metrics.evaluation else {}
     result.train_loss = metrics.train[-1]["loss"] if metrics.train else None
     result.tokens_per_second = metrics.tokens_per_second()
     result.skipped = run.folder.bad_steps()

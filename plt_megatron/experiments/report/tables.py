@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from plt_megatron.experiments.fits import Interval
 from plt_megatron.experiments.report.laws import FARTHER, LoopLaw
 from plt_megatron.experiments.report.questions import Answer
-from plt_megatron.experiments.report.results import SweepResults
+from plt_megatron.experiments.report.results import RunResult, SweepResults
 from plt_megatron.experiments.report.rows import LEVEL, Row
 from plt_megatron.experiments.report.statistics import Estimate
 
@@ -214,6 +214,26 @@ def runs_table(results: SweepResults) -> Table:
             ]
         )
     return Table(columns, table, ("Only runs with status used are in the means. Data: of the sample order as well.",))
+
+
+def scores_table(runs: Sequence[RunResult]) -> Table | None:
+    """The last scores of each run by lm-evaluation-harness (`evaluation.tasks`); None if no run has any."""
+    evaluated = [result for result in runs if result.evaluation.get("scores")]
+    if not evaluated:
+        return None
+    names = list(dict.fromkeys(name for result in evaluated for name in result.evaluation["scores"]))
+    columns = [Column("run", "run", is_text=True), Column("loss", "validation loss"), Column("tokens", "tokens")]
+    columns += [Column(name, name) for name in names]
+    rows = []
+    for result in evaluated:
+        scores, tokens = result.evaluation["scores"], result.evaluation["tokens"]
+        loss = next((loss for at, loss in result.curve if at == tokens), None)
+        cells = [_cell(result.run.name), _cell(loss, "{:.4f}"), _cell(tokens, "{:,}")]
+        rows.append([*cells, *(_cell(scores.get(name), "{:.4f}") for name in names)])
+    note = (
+        "Of each run's last evaluated export, by lm-evaluation-harness; the loss is that of a validation at its step."
+    )
+    return Table(tuple(columns), rows, (note,))
 
 
 def laws_table(laws: Sequence[LoopLaw]) -> Table:

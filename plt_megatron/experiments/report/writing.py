@@ -15,7 +15,14 @@ from plt_megatron.experiments.report.page import about, by_question, make_page
 from plt_megatron.experiments.report.questions import Answer, answer_questions
 from plt_megatron.experiments.report.results import SweepResults, load_results
 from plt_megatron.experiments.report.rows import make_rows
-from plt_megatron.experiments.report.tables import Table, laws_table, main_table, questions_table, runs_table
+from plt_megatron.experiments.report.tables import (
+    Table,
+    laws_table,
+    main_table,
+    questions_table,
+    runs_table,
+    scores_table,
+)
 from plt_megatron.experiments.report.verdict import Verdict, verdicts
 from plt_megatron.run_folder.files import write_text, writing
 
@@ -51,6 +58,7 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
         **({"questions": ("Questions", questions_table(answers))} if answers else {}),
         "rows": ("Results", main_table(results, rows, measurement.conditions if measurement else None)),
         "laws": ("Scaling laws", laws_table(laws)),
+        **({"scores": ("Downstream", scores)} if (scores := scores_table(results.used())) else {}),
         "runs": ("Runs", runs_table(results)),
     }
     figures = make_figures(rows, laws)

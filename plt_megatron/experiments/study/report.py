@@ -11,7 +11,7 @@ from plt_megatron.experiments.figures import Named, save
 from plt_megatron.experiments.fits import Interval
 from plt_megatron.experiments.pages import check_packages, render
 from plt_megatron.experiments.report.page import SHORT
-from plt_megatron.experiments.report.tables import Cell, Column, Table, csv_text
+from plt_megatron.experiments.report.tables import Cell, Column, Table, csv_text, scores_table
 from plt_megatron.experiments.study.decision import Frontier, Standing
 from plt_megatron.experiments.study.figures import (
     PUBLISHED_PHI,
@@ -44,7 +44,7 @@ def write_report(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> P
     """
     check_packages()
     folder = plan.folder / FOLDER
-    parts = [*_frontiers(known), *_domains(known), *_law(known), *_learning(known), _runs(known)]
+    parts = [*_frontiers(known), *_domains(known), *_law(known), *_downstream(known), *_learning(known), _runs(known)]
     page = render(
         "study.html",
         title=plan.title,
@@ -206,6 +206,11 @@ def _learning(known: Knowledge) -> list[Part]:
     if not any(result.curve for result in known.results):
         return []
     return [("Learning curves", [], {}, [curves_figure(known.results)])]
+
+
+def _downstream(known: Knowledge) -> list[Part]:
+    table = scores_table([result for result in known.results if result.status == "used"])
+    return [] if table is None else [("Downstream", [], {"scores": table}, [])]
 
 
 def _runs(known: Knowledge) -> Part:

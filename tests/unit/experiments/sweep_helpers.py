@@ -83,3 +83,11 @@ def finish(run: PlannedRun, loss: float, upto: float = 1.0, fingerprint: dict[st
     data = {**(fingerprint or FINGERPRINT), "sampling": {"seed": run.seed}, "sha256": f"{run.name:0<64}"}
     (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": last, "data_fingerprint": data}))
     (run.folder.checkpoints / "latest").write_text(f"{checkpoint.name}\n")
+
+
+def note_scores(run: PlannedRun, scores: dict[str, float]) -> None:
+    """An evaluation of the run's last step, after the records that are there."""
+    steps = derived.train_iters(run.config)
+    tokens = steps * derived.tokens_per_step(run.config)
+    with run.folder.metrics_file.open("a") as file:
+        file.write(json.dumps({"kind": "evaluation", "step": steps, "tokens": tokens, "scores": scores}) + "\n")

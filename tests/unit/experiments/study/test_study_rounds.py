@@ -19,6 +19,7 @@ from plt_megatron.experiments.study.study_file import read_study
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.slurm.submission import Options
 from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
+from tests.unit.experiments.sweep_helpers import note_scores
 
 
 @pytest.fixture
@@ -172,9 +173,11 @@ def test_the_report_of_a_hundred_runs_takes_seconds(tmp_path, training, monkeypa
     monkeypatch.undo()
     grid, plan = make_grid(read_study(path, more), None), load_plan(tmp_path / "studies/study")
     assert len(plan.runs) >= 100
+    note_scores(plan.runs[0], {"reading/acc": 0.25})
     started = time.process_time()
-    write_report(grid, plan, learn(grid, plan), "decided")
+    page = write_report(grid, plan, learn(grid, plan), "decided")
     assert time.process_time() - started < 30
+    assert "Downstream" in page.read_text() and f"{plan.runs[0].name}," in (page.parent / "scores.csv").read_text()
 
 
 def test_bits_per_byte_and_each_source_alone(tmp_path, training, reported):
