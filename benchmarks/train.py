@@ -117,7 +117,7 @@ class Contest:
         """Forward and backward of the looped part alone: embeddings in, the last loop's hidden states out."""
         self.plt.zero_grad_buffer()
         context, hidden = self.batch.context(3), None  # no head after it
-        embeddings = self.stage.embed(self.batch)
+        embeddings = self.stage.embed(self.batch, context)
         for loop in (1, 2):
             hidden = self.stage.run_loop(self.batch, context.at_loop(loop), hidden, embeddings)
         hidden.backward(torch.ones_like(hidden))

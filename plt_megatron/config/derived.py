@@ -22,8 +22,19 @@ def num_query_groups(model: ModelConfig) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
+def looped_layers(model: ModelConfig) -> range:
+    """The layers that run in every loop, counted from 0; those before and after them run once."""
+    first, last = model.loop_span or (0, model.num_layers)
+    return range(first, last)
+
+
+def layer_runs(model: ModelConfig) -> int:
+    """How many layers a token passes in a forward pass, each counted as often as it runs."""
+    return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))
+
+
 def has_gates(model: ModelConfig) -> bool:
-    """Whether the layers carry gate parameters: only loops >= 2 use them."""
+    """Whether the looped layers carry gate parameters: only loops >= 2 use them."""
     return model.loop_count > 1 and model.gated_window
 
 
@@ -40,7 +51,8 @@ def has_learned_hidden_scale(model: ModelConfig) -> bool:
 def hidden_scale(model: ModelConfig) -> float:
     """The factor of h in the input of loops >= 2, or the value that a learned one starts with.
 
-    With a ratio, h has been normed to an RMS of 1 and the embeddings start with one of `init_method_std`.
+    With a ratio, h has been normed to an RMS of 1 and the embeddings start with one of `init_method_std`. A prelude's
+    output does not: there a ratio is 0.
     """
     if model.hidden_scale_ratio is None:
         return model.hidden_scale
@@ -71,7 +83,7 @@ def residual_settings(factor: float, num_layers: int) -> dict[str, Any]:
 
 def output_init_std(model: ModelConfig) -> float:
     """Initial standard deviation of the weights that write into the residual stream."""
-    runs = model.num_layers * (model.loop_count if model.init_counts_loops else 1)
+    runs = layer_runs(model) if model.init_counts_loops else model.num_layers
     return model.init_method_std / math.sqrt(2 * runs)
 
 

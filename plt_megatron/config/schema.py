@@ -64,6 +64,11 @@ class ModelConfig:
     # Stands for settings of the loop (config/presets.py) in the file that names it: what is set beside it wins.
     loop_preset: Literal["paper", "loopcoder", "recommended"] | None = None
     loop_count: LoopCount = 2
+    # [first, last): the layers that loop, as in [1, 7]. Those before them, the prelude, run once, and loops read its
+    # output in the embeddings' place; those after them, the coda, run once after the last loop. null: all layers loop.
+    loop_span: list[Count] | None = None
+    # layer: each layer runs all its loops before the next (1, 1, 2, 2), without cross_loop_parallel.
+    loop_order: Literal["stack", "layer"] = "stack"
     cross_loop_parallel: bool = True  # loop l reads E + shift(h of loop l-1); False: h itself
     input_injection: bool = False  # without cross_loop_parallel too, loop l reads E + h instead of h
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V

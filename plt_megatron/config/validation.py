@@ -19,6 +19,7 @@ from plt_megatron.config import (
     fusion_rules,
     layout_validation,
     loop_schedule,
+    loop_span,
     moe_validation,
 )
 from plt_megatron.config.fields import find_range_problems
@@ -67,6 +68,7 @@ def find_problems(
     if not problems:
         problems += _check_model(config)
         problems += _check_loop_input(config.model)
+        problems += loop_span.find_problems(config)
         problems += layout_validation.find_problems(config, world_size)
         problems += _check_optimizer(config)
         problems += _check_schedule(config)

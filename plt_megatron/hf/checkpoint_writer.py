@@ -128,7 +128,7 @@ class _Planner(DefaultSavePlanner):
         return self.plan
 
     def _items(self) -> Iterator[WriteItem]:
-        places = [stored_at(tensor.name) for tensor in self._tensors]
+        places = self._places()
         sizes: dict[str, tuple[int, ...]] = {}
         for key, place in places:
             sizes[key] = tuple(max(size, 1 + index) for size, index in zip(sizes.get(key, place), place, strict=True))
@@ -145,6 +145,19 @@ class _Planner(DefaultSavePlanner):
                     size=torch.Size(shape),
                 ),
             )
+
+    def _places(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Of each tensor; not stacked is what only some of the layers have."""
+        places = [stored_at(tensor.name) for tensor in self._tensors]
+        layers: dict[str, set[int]] = {}
+        for key, place in places:
+            if place:
+                layers.setdefault(key, set()).add(place[0])
+        most = max(map(len, layers.values()), default=0)
+        return [
+            (tensor.name, ()) if place and len(layers[key]) < most else (key, place)
+            for tensor, (key, place) in zip(self._tensors, places, strict=True)
+        ]
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:

@@ -59,7 +59,7 @@ def mappings_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> l
     for per_layer, group in groupby(parameters_of(model), key=lambda parameter: parameter.per_layer):
         parameters = list(group)
         for layer in range(model.num_layers if per_layer else 1):
-            for parameter in parameters:
+            for parameter in (each for each in parameters if layer in each.layers(model)):
                 for expert in range(sizes.experts if parameter.per_expert else 1):
                     mappings.append(_bind(parameter, layer, expert, sizes, _form(parameter, model, style)))
     return mappings

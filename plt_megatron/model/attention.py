@@ -18,6 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.context_parallel import SequenceShard
@@ -125,6 +126,9 @@ class GatedSlidingWindowAttention(MegatronModule):
     """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` says which loop runs.
 
     Subclasses choose the kernels of the two attentions.
+
+    Attributes:
+        loops: whether the layer runs in every loop; one that runs once has plain causal attention and no gate.
     """
 
     def __init__(
@@ -141,12 +145,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.plt = config.plt
         self.layer_number = layer_number
+        self.loops = self.plt.loop_count > 1 and layer_number - 1 in derived.looped_layers(self.plt)
         self.head_dim = config.kv_channels
         build = {"softmax_scale": softmax_scale, "pg_collection": pg_collection}
         self.global_attention = self._build(config, None, **build)
         self.local_attention: nn.Module | None = None
         self.plt_gate: nn.Module | None = None
-        if self.plt.loop_count > 1 and self.plt.gated_window:
+        if self.loops and self.plt.gated_window:
             if self.plt.fused_gated_window:
                 self.local_attention = FusedGatedWindow(self.plt, softmax_scale)
             else:
@@ -194,7 +199,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         return out.reshape(*out.shape[:2], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
-        shares = self.plt.share_kv and context.loop_count > 1
+        shares = self.loops and self.plt.share_kv and context.loop_count > 1
         if context.loop == 1 or not shares:
             key, value = self._for_global_attention(key, value, context.documents)
             if shares:

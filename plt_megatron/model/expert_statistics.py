@@ -14,7 +14,8 @@ LOSSES = ("aux_loss", "z_loss")
 
 
 class ExpertStatistics:
-    """Sums over the tokens and layers of one microbatch, added up over the ranks by `reduce`.
+    """Sums over the tokens and layers of one microbatch, added up over the ranks by `reduce`. Layers that run once
+    count with the first loop.
 
     Recomputation runs a layer twice: the first run counts. The losses exist only in the run that is differentiated.
 
@@ -68,7 +69,8 @@ class ExpertStatistics:
             dist.all_reduce(tensor)
         totals = self._chosen.sum(dim=(1, 2))
         even = self._chosen.mean(dim=2, keepdim=True).clamp(min=1.0)
-        load = (self._chosen / even).sort(dim=2, descending=True).values.mean(dim=1)
+        ran = (self._chosen.sum(dim=2) > 0).sum(dim=1, keepdim=True).clamp(min=1)  # layers, some in one loop only
+        load = (self._chosen / even).sort(dim=2, descending=True).values.sum(dim=1) / ran
         overlap = (self._as_first / totals.clamp(min=1.0)).tolist()
         record: dict[str, list] = {
             "expert_load": [[round(value, 4) for value in loads] for loads in load.tolist()],

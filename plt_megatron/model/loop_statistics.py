@@ -36,7 +36,8 @@ class LoopStatistics:
 
     @torch.no_grad()
     def add_hidden(self, loop: int, hidden_states: Tensor) -> None:
-        """h^(loop) as passed to the next loop, [s (/ TP), b, h]; loop 0 is the embeddings. In order of loops."""
+        """h^(loop) as passed to the next loop, [s (/ TP), b, h]; loop 0 is what the first loop
+        reads. In order of loops."""
         hidden_states = hidden_states.detach().float()
         if loop > 0:
             self._hidden[loop - 1, 0] += hidden_states.norm(dim=-1).double().sum()

@@ -4,6 +4,10 @@ With E the token embeddings and f the shared stack,
 
     h^(1) = f(E),    h^(l) = f(E + shift(h^(l-1)))    for l = 2 .. L,    logits = Head(norm(h^(L))).
 
+With `model.loop_span` f is the layers of that range only. Those before it are the prelude, whose output replaces E,
+those after it the coda: logits = Head(norm(coda(h^(L)))). With `model.loop_order: layer` each layer of f runs all its
+loops before the next one.
+
 `LoopedGPT` holds one pipeline stage of it: its share of the layers, once, and the embedding or the head at the ends.
 `run_loop` runs one loop through this stage; `forward` chains all loops if one stage holds everything.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -20,10 +25,12 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.model.context_parallel import SequenceShard
+from plt_megatron.model.layer_range import part_of
 from plt_megatron.model.layer_specs import layer_spec, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_input import LoopInput
@@ -182,7 +189,10 @@ class LoopedGPT(LanguageModule):
         """
         assert self.pre_process and self.post_process, "a pipeline stage runs one loop at a time"
         loop_count = loop_count or self.plt.loop_count
-        context, embeddings = batch.context(loop_count), self.embed(batch)
+        context = batch.context(loop_count)
+        embeddings = self.embed(batch, context)
+        if self.plt.loop_order == "layer":
+            return self._run_layer_by_layer(batch, context, embeddings)
         hidden_states: Tensor | None = None
         for loop in range(1, loop_count + 1):
             hidden_states = self.run_loop(batch, context.at_loop(loop), hidden_states, embeddings)
@@ -202,7 +212,7 @@ class LoopedGPT(LanguageModule):
             context: the loop's; the same first-loop K/V in all loops of a microbatch.
             hidden_states: [s / CP (/ TP), b, h], what the stage before sent: the previous stage's output of this loop
                 or, on the first stage, the last stage's of the loop before. None in the first stage's first loop.
-            embeddings: E, if computed for an earlier loop.
+            embeddings: of `embed`, if computed for an earlier loop.
 
         Returns:
             Hidden states for the next stage or, from the last stage's last loop, what `forward` returns.
@@ -210,22 +220,49 @@ class LoopedGPT(LanguageModule):
         if self.pre_process:
             hidden_states = self._loop_input(batch, context, hidden_states, embeddings)
         assert hidden_states is not None
-        hidden_states = self.decoder(
+        looped = derived.looped_layers(self.plt)
+        hidden_states = self._run_layers(looped, hidden_states, batch, context)
+        if not self.post_process:
+            return hidden_states
+        normed = self.final_layernorm(hidden_states) if self.plt.norm_between_loops else hidden_states
+        if context.statistics is not None:
+            context.statistics.add_hidden(context.loop, normed)
+        if not context.is_last_loop:
+            return self._with_loop_loss(batch, context.loop, hidden_states, normed)
+        if self.plt.norm_between_loops and looped.stop == self.plt.num_layers:
+            return self._head(normed, batch.labels)
+        return self._close(hidden_states, batch, context)
+
+    def _run_layer_by_layer(self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor) -> Tensor:
+        """Each layer's loops before the next layer's. Statistics are of the loops of the last layer that has some."""
+        looped = derived.looped_layers(self.plt)
+        for layer in looped:
+            counted = context.statistics if layer == looped[-1] else None
+            if counted is not None:
+                counted.add_hidden(0, hidden_states)
+            for loop in range(1, context.loop_count + 1):
+                own = range(layer, layer + 1)
+                hidden_states = self._run_layers(own, hidden_states, batch, context.at_loop(loop))
+                if counted is not None:
+                    counted.add_hidden(loop, hidden_states)
+        return self._close(hidden_states, batch, context)
+
+    def _close(self, hidden_states: Tensor, batch: MicroBatch, context: LoopContext) -> Tensor:
+        """h^(L) through the coda, the final norm and the head: what `forward` returns."""
+        coda = range(derived.looped_layers(self.plt).stop, self.plt.num_layers)
+        if coda:
+            hidden_states = self._run_layers(coda, hidden_states, batch, context.at_loop(1))
+        return self._head(self.final_layernorm(hidden_states), batch.labels)
+
+    def _run_layers(self, layers: range, hidden_states: Tensor, batch: MicroBatch, context: LoopContext) -> Tensor:
+        """Some of the model's layers, [s / CP (/ TP), b, h] -> the same. A pipeline stage has its share of all."""
+        whole = len(layers) == self.plt.num_layers
+        return (self.decoder if whole else part_of(self.decoder, layers))(
             hidden_states=hidden_states,
             attention_mask=None,
             rotary_pos_emb=self._rotary_embedding(batch, context),
             packed_seq_params=context,
         )
-        if not self.post_process:
-            return hidden_states
-        normed = hidden_states
-        if context.is_last_loop or self.plt.norm_between_loops:
-            normed = self.final_layernorm(hidden_states)
-        if context.statistics is not None:
-            context.statistics.add_hidden(context.loop, normed if self.plt.norm_between_loops else hidden_states)
-        if context.is_last_loop:
-            return self._head(normed, batch.labels)
-        return self._with_loop_loss(batch, context.loop, hidden_states, normed)
 
     def _with_loop_loss(self, batch: MicroBatch, loop: int, hidden_states: Tensor, normed: Tensor) -> Tensor:
         """What a loop but the last passes on. In training the loss on its output, through final norm and head, is
@@ -237,9 +274,11 @@ class LoopedGPT(LanguageModule):
         loss_sum, _ = sum_of_losses(self._head(output, batch.labels), batch.loss_mask)
         return attach_loss(normed, weight * loss_sum)
 
-    def embed(self, batch: MicroBatch) -> Tensor:
-        """Token embeddings E, [s / CP (/ TP), b, h]."""
-        return self.embedding(input_ids=batch.tokens, position_ids=None)
+    def embed(self, batch: MicroBatch, context: LoopContext) -> Tensor:
+        """Token embeddings E, or with a prelude its output, [s / CP (/ TP), b, h]."""
+        embeddings = self.embedding(input_ids=batch.tokens, position_ids=None)
+        prelude = range(derived.looped_layers(self.plt).start)
+        return self._run_layers(prelude, embeddings, batch, context.at_loop(1)) if prelude else embeddings
 
     def _loop_input(
         self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor | None, embeddings: Tensor | None
@@ -249,7 +288,7 @@ class LoopedGPT(LanguageModule):
             assert hidden_states is not None
             return hidden_states
         if embeddings is None:
-            embeddings = self.embed(batch)
+            embeddings = self.embed(batch, context)
         if context.loop == 1:
             if context.statistics is not None and self.post_process:
                 context.statistics.add_hidden(0, embeddings)
@@ -259,6 +298,20 @@ class LoopedGPT(LanguageModule):
             starts = context.documents.starts if context.documents is not None else None
             hidden_states = shift(hidden_states, starts, self.hidden_rows)
         return self.loop_input(embeddings, hidden_states)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's, which stacks each kind of parameter over all layers: gates that only some have are saved
+        one by one, by their layers' names."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if len(derived.looped_layers(self.plt)) == self.plt.num_layers:
+            return state
+        for name, gate in self.named_modules():
+            if name.endswith(".plt_gate"):
+                own = (gate, f"{prefix}{name}.", (), metadata)
+                state |= sharded_state_dict_default(*own, tp_group=self.pg_collection.tp)
+        return state
 
     def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""

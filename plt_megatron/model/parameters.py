@@ -165,6 +165,12 @@ class Parameter:
     def per_layer(self) -> bool:
         return LAYER in self.name
 
+    def layers(self, model: ModelConfig) -> range:
+        """The layers that have one, counted from 0: gates are for layers that loop. For what is in no layer, one."""
+        if not self.per_layer:
+            return range(1)
+        return derived.looped_layers(model) if self.only_in_loops else range(model.num_layers)
+
     @property
     def per_expert(self) -> bool:
         return EXPERT in self.name
@@ -358,6 +364,12 @@ def hidden_matrix(name: str) -> Parameter | None:
 def only_in_loops(name: str) -> bool:
     """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack."""
     return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a parameter by its name with the layer's number in the whole model; None: it is in no layer."""
+    match = re.search(r"\blayers\.(\d+)\.", name)
+    return None if match is None else int(match[1])
 
 
 def _first(parameters: Iterable[Parameter], name: str) -> Parameter:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
-from plt_megatron.model.parameters import find
+from plt_megatron.model.parameters import find, layer_of
 
 
 class GradientParts:
@@ -80,7 +80,7 @@ def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
     parameter = find(model, name)
     if loop_count == 1 and parameter.only_in_loops:
         return 0
-    if granularity == "none" or loop_count == 1 or not parameter.per_layer:
+    if granularity == "none" or loop_count == 1 or layer_of(name) not in derived.looped_layers(model):
         return 1
     if parameter.in_core_attention:
         return loop_count - 1  # recomputed in both, but unused in the first loop

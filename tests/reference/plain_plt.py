@@ -9,6 +9,9 @@ With E the token embeddings, f the stack of layers and L loops:
     h(l) = f(a E + b N(shift(h(l-1))))                cross-loop parallelism, else f(h(l-1)) or f(a E + b N(h(l-1)))
     logits = Head(norm(h(L)))
 
+With a span of layers that loop, f is those, E is what the layers before it make of the embeddings, and h(L) of the last
+line what those after it make of h(L). In the order by layer, a layer's input in loop l >= 2 is its own output.
+
 Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1:
 
     y_global = Attn(Q, K1, V1)        y_local = Attn(Q, K, V) over the last w keys
@@ -58,8 +61,14 @@ class PlainPLT:
         starts[:, 0] = True
         embeddings = self.weights["embedding"][tokens]
         first_loop_kv: KV = {}
-        hidden = embeddings
-        for loop in range(1, (loops or config.loop_count) + 1):
+        first, last = config.loop_span or (0, config.num_layers)
+        for layer in range(first):
+            embeddings = self._layer(embeddings, layer, 1, starts, first_loop_kv)
+        hidden, count = embeddings, loops or config.loop_count
+        if config.loop_order == "layer":
+            for layer, loop in ((layer, loop) for layer in range(first, last) for loop in range(1, count + 1)):
+                hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
+        for loop in range(1, count + 1) if config.loop_order == "stack" else ():
             if loop > 1 and config.norm_between_loops:
                 hidden = self._norm(hidden, "final_norm")
             if loop > 1 and config.cross_loop_parallel:
@@ -69,8 +78,10 @@ class PlainPLT:
                 hidden = self._loop_input(embeddings, shifted)
             elif loop > 1 and config.input_injection:
                 hidden = self._loop_input(embeddings, hidden)
-            for layer in range(config.num_layers):
+            for layer in range(first, last):
                 hidden = self._layer(hidden, layer, loop, starts, first_loop_kv)
+        for layer in range(last, config.num_layers):
+            hidden = self._layer(hidden, layer, 1, starts, first_loop_kv)
         head = "embedding" if config.share_embeddings_and_output_weights else "head"
         return self._norm(hidden, "final_norm") @ self.weights[head].T
 

@@ -66,6 +66,21 @@ def test_layouts_are_close_to_bf16(run_te, bf16, check_close, layout, recipe):
     check_close(outcome, bf16[2], f"{recipe} L2 {layout}")
 
 
+@pytest.mark.parametrize(
+    ("layout", "recipe", "recompute"),
+    [(Layout(), "delayed", "none"), (Layout(tp=2, sp=True), "tensorwise", "full"), (Layout(dp=2), "blockwise", "none")],
+    ids=str,
+)
+def test_layers_that_run_once_are_close_to_bf16_and_quantized_once(run_te, check_close, layout, recipe, recompute):
+    span = {"recompute": recompute, "loop_span": (1, 3)}
+    (expected,) = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(3, None, loop_span=(1, 3))])
+    (outcome,) = run_te(jobs.train_fresh, layout.world_size, layout, [fp8_case(3, recipe, **span)])
+    check_close(outcome, expected, f"{recipe} L3 span {recompute} {layout}")
+    calls, _ = run_te(jobs.count, layout.world_size, layout, fp8_case(3, recipe, **span))
+    for call in calls[1:]:
+        assert len(call.weights) == jobs.WEIGHTS_PER_LAYER * LAYERS and set(call.weights.values()) == {1}, call.weights
+
+
 @pytest.mark.parametrize("recipe", ["mxfp8", "auto"])
 def test_mxfp8_is_blackwells(run_te, bf16, check_close, recipe):
     calls, outcome = run_te(jobs.count, 1, Layout(), fp8_case(2, recipe), generation=10)

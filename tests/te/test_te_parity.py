@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qkv bias, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
     "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
     "window above the length": {"window_size": 20},
+    "prelude and coda": {"loop_span": (1, 3), "gate_input": "hidden"},
 }
 
 

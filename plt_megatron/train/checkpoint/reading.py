@@ -49,7 +49,10 @@ def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights
 
 
 def stored_at(name: str) -> tuple[str, tuple[int, ...]]:
-    """(key on disk, place in what is stacked under it: the layer, and of an expert its number)."""
+    """(key on disk, place in what is stacked under it: the layer, and of an expert its number).
+
+    What only some of the layers have (gates, with `model.loop_span`) is not stacked: its name is its key.
+    """
     layer = _LAYER.fullmatch(name)
     if layer is None:
         return name, ()
@@ -85,8 +88,8 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU. Raises `KeyError` if there is none of that name."""
         key, place = stored_at(name)
-        if not place:
-            return self._reader.read(key, 0, self._vocab_size if key in PADDED else self._reader.shape(key)[0])
+        if not place or name in self._reader.keys:
+            return self._reader.read(name, 0, self._vocab_size if name in PADDED else self._reader.shape(name)[0])
         if len(place) == 1:
             return self._reader.read(key, place[0], 1)[0]
         if self._stack is None or self._stack[:2] != (key, place[0]):
@@ -96,7 +99,7 @@ class Weights:
 
     def _names_of(self, key: str) -> Iterator[str]:
         match = _LAYERS.fullmatch(key)
-        if match is None:
+        if match is None or _LAYER.fullmatch(key) is not None:
             yield key
             return
         shape = self._reader.shape(key)
@@ -114,7 +117,8 @@ class _Reader:
         prefix: of their keys; none: the model's.
 
     Attributes:
-        keys: without the prefix; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...].
+        keys: without the prefix; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...], but for
+            what only some have.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:

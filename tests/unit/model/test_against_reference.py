@@ -46,6 +46,32 @@ EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.1,
     "moe_z_loss_coeff": 0.01,
 }
+SPANS: dict[str, dict[str, Any]] = {
+    "prelude and coda": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3},
+    "prelude": {**LOOPCODER_V2, "num_layers": 3, "loop_span": [1, 3]},
+    "coda, norm between loops": {**LOOPCODER_V2, "num_layers": 3, "loop_span": [0, 2], "loop_count": 3},
+    "prelude, naive loop": {**VANILLA_LOOP, "num_layers": 3, "loop_span": [1, 2], "loop_count": 3},
+    "prelude and coda, scale per channel": {
+        **LOOP_INPUTS["scale per channel"],
+        "hidden_scale_ratio": 0.0,
+        "residual_scaling": "layers",
+        "init_counts_loops": True,
+        "num_layers": 3,
+        "loop_span": [1, 2],
+    },
+    "prelude and coda, one loop": {"num_layers": 3, "loop_span": [1, 2], "loop_count": 1},
+    "prelude and coda of experts": {**EXPERTS, "num_layers": 3, "loop_span": [1, 2]},
+}
+ORDERS: dict[str, dict[str, Any]] = {
+    "by layer": {**VANILLA_LOOP, "loop_order": "layer", "loop_count": 3},
+    "by layer, sharing and windows": {"cross_loop_parallel": False, "loop_order": "layer", "gate_input": "hidden"},
+    "by layer, prelude and coda": {
+        **SPANS["prelude and coda"],
+        "cross_loop_parallel": False,
+        "loop_order": "layer",
+        "residual_scaling": "layers",
+    },
+}
 CASES: dict[str, dict[str, Any]] = {
     "PLT-1, the plain transformer": {"loop_count": 1},
     "PLT-2": {"loop_count": 2},
@@ -81,6 +107,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts, one loop": {**EXPERTS, "loop_count": 1, "moe_router_pre_softmax": True, "moe_router_topk": 1},
     "experts and a shared one": {**EXPERTS, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
     "experts without balancing": {**EXPERTS, "moe_router_load_balancing_type": "none", "ffn_output_norm": True},
+    **SPANS,
+    **ORDERS,
 }
 
 
@@ -173,15 +201,19 @@ def test_logits_losses_and_every_gradient(settings, packed):
         {**LOOPCODER_V2, "loop_count": 3},
         {**KV_SHARING, "loop_count": 3},
         {**EXPERTS, "loop_count": 3},
+        SPANS["prelude and coda"],
+        ORDERS["by layer, prelude and coda"],
     ],
-    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts"],
+    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts", "prelude and coda", "by layer"],
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
     stage, data = build(settings, recompute=recompute), draw()
     assert_agree(stage, data, packed)
 
 
-@pytest.mark.parametrize("settings", [{}, LOOPCODER_V2], ids=["PLT", "LoopCoder-v2"])
+@pytest.mark.parametrize(
+    "settings", [{}, LOOPCODER_V2, SPANS["prelude and coda"]], ids=["PLT", "LoopCoder-v2", "prelude and coda"]
+)
 @pytest.mark.parametrize("loops", [1, 2, 4])
 def test_the_same_weights_run_for_other_loop_counts(settings, loops):
     stage, data = build({**settings, "loop_count": 3}), draw()
@@ -214,6 +246,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "rotary base": ({}, {"rotary_base": 9000.0}, False),
     "epsilon": ({}, {"layernorm_epsilon": 1e-3}, False),
     "loops": ({}, {"loop_count": 3}, False),
+    "no prelude": (SPANS["prelude, naive loop"], {"loop_span": [0, 2]}, False),
+    "order by stack": (ORDERS["by layer"], {"loop_order": "stack"}, False),
+    "coda in the loop": (SPANS["prelude, naive loop"], {"loop_span": [1, 3]}, False),
     "normalized weights": (EXPERTS, {"moe_router_pre_softmax": True}, False),
     "experts of a token": (EXPERTS, {"moe_router_topk": 3}, False),
 }

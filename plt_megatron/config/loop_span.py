@@ -1,0 +1,89 @@
+"""Checks of which layers loop (`model.loop_span`) and in what order (`model.loop_order`); part of `validation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """The problems of a configuration whose single settings are in range, one line each."""
+    model = config.model
+    yield from _check_order(config)
+    span = model.loop_span
+    if span is None:
+        return
+    if len(span) != 2 or not span[0] < span[1] <= model.num_layers:
+        yield (
+            f"model.loop_span {span}: give the first layer that loops and the first after it that does not, counted "
+            f"from 0, as in {_example(model.num_layers)} of model.num_layers {model.num_layers}; null: all layers"
+        )
+        return
+    yield from _check_loops(config)
+    yield from _check_layout(config)
+
+
+def _check_order(config: RunConfig) -> Iterator[str]:
+    """What needs the whole stack to have run a loop before the next begins."""
+    model = config.model
+    if model.loop_order == "stack" or model.loop_count == 1:
+        return
+    order = f"with model.loop_order {model.loop_order}"
+    if model.cross_loop_parallel:
+        yield (
+            f"model.cross_loop_parallel {order}: a loop would need what the whole stack made of the token before, and "
+            "a layer has only its own output; set model.cross_loop_parallel=false, or model.loop_order=stack"
+        )
+    for name in ("input_injection", "norm_between_loops"):
+        if getattr(model, name):
+            yield f"model.{name} {order}: a layer's next loop reads its own output as it is; set model.{name}=false"
+    if config.training.loop_loss_weights:
+        yield f"training.loop_loss_weights {order}: no loop but the last ends at the head; leave them out"
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages > 1:
+        yield (
+            f"parallel.pipeline_model_parallel_size {stages} {order}: loops are virtual stages of the whole stack; set "
+            "it to 1"
+        )
+
+
+def _example(layers: int) -> list[int]:
+    return [layers // 4, layers - layers // 4]
+
+
+def _check_loops(config: RunConfig) -> Iterator[str]:
+    """What refers to the embeddings as the loops' input, or to the last layer as a loop's end."""
+    model, layers = config.model, derived.looped_layers(config.model)
+    prelude, coda = layers.start > 0, layers.stop < model.num_layers
+    if prelude and model.hidden_scale_ratio:
+        yield (
+            f"model.hidden_scale_ratio {model.hidden_scale_ratio:g} is of the embeddings' initial size, but with "
+            f"model.loop_span {model.loop_span} loops read the prelude's output; set it to 0, or set "
+            "model.hidden_scale_ratio=null and model.hidden_scale"
+        )
+    if (prelude or coda) and model.residual_scaling == "loops_sqrt_layers":
+        yield (
+            f"model.residual_scaling loops_sqrt_layers is for layers that all loop, not for model.loop_span "
+            f"{model.loop_span}; set model.residual_scaling=layers"
+        )
+    if coda and config.training.loop_loss_weights:
+        yield (
+            f"training.loop_loss_weights with model.loop_span {model.loop_span}: an earlier loop's output reaches no "
+            f"head without the coda; leave them out, or set model.loop_span={[layers.start, model.num_layers]}"
+        )
+
+
+def _check_layout(config: RunConfig) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    if stages > 1:
+        tensor = stages * parallel.tensor_model_parallel_size
+        divided = (model.num_attention_heads, derived.num_query_groups(model), derived.split_ffn(model)[1])
+        nearest = f" and parallel.tensor_model_parallel_size={tensor}" if not any(n % tensor for n in divided) else ""
+        yield (
+            f"parallel.pipeline_model_parallel_size {stages} with model.loop_span {model.loop_span}: a stage's loops "
+            "would be of different lengths, which the schedule has not; set "
+            f"parallel.pipeline_model_parallel_size=1{nearest}"
+        )
