@@ -36,6 +36,14 @@ def _parser() -> argparse.ArgumentParser:
         help="loops (default: the model's own, 1 for a dense one); new gates start from zero",
     )
     parser.add_argument(
+        "--loop-span",
+        nargs=2,
+        type=int,
+        metavar=("FIRST", "LAST"),
+        help="the layers of a model of one loop that will loop, from FIRST (counted from 0) to before LAST; the others "
+        "run once (default: all loop)",
+    )
+    parser.add_argument(
         "--preset",
         choices=LOOP_PRESETS,
         help="how the new loops of a model of one loop are parameterised, with the first logits its own: recommended "

@@ -65,6 +65,8 @@ def plt_keys(
         norm_placement=model.norm_placement,
         **_expert_keys(model),
         loop_count=model.loop_count,
+        loop_span=model.loop_span,
+        loop_order=model.loop_order,
         cross_loop_parallel=model.cross_loop_parallel,
         share_kv=model.share_kv,
         gated_window=model.gated_window and model.share_kv,  # meaningless in a model of one loop
@@ -119,6 +121,7 @@ def loopcoder_keys(
 def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
     """What `model` has and LoopCoder-v2 lacks."""
     wanted = {
+        "loop_span": None,
         "cross_loop_parallel": True,
         "share_kv": True,
         "gated_window": True,
@@ -236,6 +239,8 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
         norm_placement=config.norm_placement,
         **_expert_settings(config),
         loop_count=config.loop_count,
+        loop_span=config.loop_span,
+        loop_order=config.loop_order,
         cross_loop_parallel=config.cross_loop_parallel,
         share_kv=config.share_kv,
         gated_window=config.gated_window,

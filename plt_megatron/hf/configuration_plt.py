@@ -17,6 +17,10 @@ class PLTConfig(PreTrainedConfig):
 
     Args:
         loop_count (`int`): L, 1 to 8. 1 is a plain transformer and has no extra parameter.
+        loop_span (`list[int]`): [first, last), the layers that loop. Those before them run once, and their output is
+            E in the loops' input; those after them run once on the last loop's output. None: all loop.
+        loop_order (`str`): "stack", or "layer": a layer runs all its loops before the next, without
+            cross_loop_parallel.
         cross_loop_parallel (`bool`): loops >= 2 read `embedding_scale * E + hidden_scale * shift(h)`;
             else `h`.
         input_injection (`bool`): without cross_loop_parallel, loops >= 2 read
@@ -85,6 +89,8 @@ class PLTConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01
 
     loop_count: int = 2
+    loop_span: list[int] | None = None
+    loop_order: str = "stack"
     cross_loop_parallel: bool = True
     share_kv: bool = True
     gated_window: bool = True
@@ -112,6 +118,12 @@ class PLTConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self.check()
+
+    @property
+    def looped_layers(self) -> range:
+        """The layers that run in every loop."""
+        first, last = self.loop_span or (0, self.num_hidden_layers)
+        return range(first, last)
 
     def check(self) -> None:
         """Raise a `ValueError` of one line if the keys do not describe a model."""
@@ -160,10 +172,28 @@ class PLTConfig(PreTrainedConfig):
         if self.mlp_bias:
             raise ValueError("mlp_bias is not for experts: leave it false")
 
+    def _check_path(self) -> None:
+        span = self.loop_span
+        if span is not None:
+            whole = isinstance(span, (list, tuple)) and len(span) == 2 and all(type(end) is int for end in span)
+            if not whole or not 0 <= span[0] < span[1] <= self.num_hidden_layers:
+                raise ValueError(
+                    f"loop_span must be [first, last) of num_hidden_layers {self.num_hidden_layers}, not {span!r}"
+                )
+        if self.loop_order not in ("stack", "layer"):
+            raise ValueError(f'loop_order must be "stack" or "layer", not {self.loop_order!r}')
+        whole = self.cross_loop_parallel or self.input_injection or self.norm_between_loops
+        if self.loop_order == "layer" and self.loop_count > 1 and whole:
+            raise ValueError(
+                'loop_order "layer" needs cross_loop_parallel, input_injection and norm_between_loops to be false: a '
+                "layer's next loop reads its own output"
+            )
+
     def _check_loops(self) -> None:
         count = self.loop_count
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_LOOPS:
             raise ValueError(f"loop_count must be an integer from 1 to {MAX_LOOPS}, not {count!r}")
+        self._check_path()
         if self.gated_window and not self.share_kv:
             raise ValueError("gated_window needs share_kv: its gate blends the window with the first loop's K and V")
         if self.gate_input not in GATE_INPUTS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ class ImportOptions:
         loop_count: None: the model's own, 1 for a dense one.
         preset: how the new loops of a model of one loop are parameterised (config/presets.py), with the first logits
             its own; None: as in the paper, with others.
+        loop_span: (first, last), the layers of a model of one loop that will loop; None: all.
         precision: fp32 or bf16; None: the files', fp32 for fp16 (which bf16 would round).
     """
 
@@ -43,6 +44,7 @@ class ImportOptions:
     output: Path
     loop_count: int | None = None
     preset: str | None = None
+    loop_span: Sequence[int] | None = None
     precision: str | None = None
 
 
@@ -80,6 +82,8 @@ def import_model(options: ImportOptions) -> ImportResult:
     check_target(options.output)
     described = read_config(options.model)
     target = read_config(options.model, options.loop_count)
+    if options.loop_span is not None:
+        target.model = _with_span(target.model, described.model, list(options.loop_span))
     if options.preset is not None:
         target.model = _with_preset(target.model, described.model, options.preset)
     files = SafetensorsFolder(options.model)
@@ -134,6 +138,22 @@ def _with_preset(model: ModelConfig, source: ModelConfig, preset: str) -> ModelC
             "model's; use --preset recommended"
         )
     return model
+
+
+def _with_span(model: ModelConfig, source: ModelConfig, span: list[int]) -> ModelConfig:
+    """New loops over some of the source's layers.
+
+    Raises:
+        UserError: there are no new loops, or no such layers.
+    """
+    if source.loop_count > 1:
+        raise UserError(f"--loop-span is for a model of one loop; this one's {source.loop_count} have their layers")
+    if model.loop_count == 1:
+        raise UserError("--loop-span says which layers loop: give --loop-count 2 or more, too")
+    if not 0 <= span[0] < span[1] <= model.num_layers:
+        first, last = span
+        raise UserError(f"--loop-span {first} {last}: give 0 <= FIRST < LAST <= {model.num_layers}, the model's layers")
+    return dataclasses.replace(model, loop_span=span)
 
 
 def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:

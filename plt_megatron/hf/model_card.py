@@ -9,6 +9,7 @@ from typing import Any
 
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import OPTIMIZERS
+from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import ParamMapping
 from plt_megatron.hf.sources import ModelSource
@@ -31,7 +32,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 `configuration_plt.py` and `modeling_plt.py` are the model's code; they need torch and transformers 5.
 """
 _LOOPS = """\
-The layers run {loops} times with the same weights. `generate` decodes all loops of a token in one pass;
+{layers} run {loops} times with the same weights. `generate` decodes all loops of a token in one pass;
 `loop_mode="serial"` runs them one after another, and `loop_count=1` (when loading, or in a call) runs fewer.
 """
 _LOOPCODER = """\
@@ -62,7 +63,7 @@ def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], sty
     else:
         sections.append(_USE.format(name=name).strip())
         if source.model.loop_count > 1:
-            sections.append(_LOOPS.format(loops=source.model.loop_count).strip())
+            sections.append(_LOOPS.format(layers=_looped(source.model), loops=source.model.loop_count).strip())
     return "\n\n".join(sections) + "\n"
 
 
@@ -75,6 +76,10 @@ def _introduction(source: ModelSource) -> str:
     if not (model.cross_loop_parallel and model.share_kv and model.gated_window):
         kind = "looped transformer, an ablation of the Parallel Loop Transformer (PLT, arXiv 2510.24824),"
     return f"A {kind} of {model.loop_count} loops, {made} with plt_megatron."
+
+
+def _looped(model: ModelConfig) -> str:
+    return "The layers" if model.loop_span is None else f"The {len(derived.looped_layers(model))} layers that loop"
 
 
 def _table(facts: Iterator[tuple[str, Any]]) -> str:
@@ -99,7 +104,11 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
     yield "embeddings", "tied" if model.share_embeddings_and_output_weights else "untied"
     yield "context", f"{source.max_position_embeddings:,} tokens"
     yield "loops", model.loop_count
+    if model.loop_span is not None:
+        first, last = model.loop_span
+        yield "layers that loop", f"{first} to {last - 1} (counted from 0); those before and after them run once"
     if model.loop_count > 1:
+        yield "order of loops", "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2"
         yield "cross-loop parallelism", "yes" if model.cross_loop_parallel else "no"
         yield "first-loop key/value sharing", "yes" if model.share_kv else "no"
         gate = f"{model.gate_activation} gate reads the {model.gate_input}, multiplies the {model.gate_side} part"

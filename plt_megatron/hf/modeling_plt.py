@@ -8,6 +8,8 @@ The layer stack f runs L times with the same weights (paper section 3). With E t
 
 `shift` moves a sequence one token to the right and puts a zero vector at the first position, so that in
 decoding every loop of a step can run at once: the L loops are rows of one batch through every linear layer.
+With `loop_span` f is the layers of that range. Those before it run once, and E is their output; those after it run
+once, on h(L): a step is still one pass, of one row, then L, then one.
 Row 1 writes its keys and values to the cache before the other rows attend to them, each row l >= 2 keeps a ring
 of `window_size` keys and values of its own, and h(1..L-1) of the last position are carried to the next step.
 
@@ -62,8 +64,13 @@ class PLTPass:
     window_mask: torch.Tensor | None = None  # blocks, or [B or 1, 1, 1, w] in a step; [B, w-1+T] for flash
     window: int = 0  # w, or T if that is less and nothing is cached
     ring_slots: torch.Tensor | None = None  # where the last tokens go in the rings
+    once_mask: torch.Tensor | None = None  # `global_mask` of one row, for layers that do not loop
     prefix_slots: torch.Tensor | None = None  # where the w - 1 tokens before this pass are, oldest first
     position_ids: torch.Tensor | None = None  # packed documents, for flash attention
+
+    def once(self) -> "PLTPass":
+        """The same pass through a layer that does not loop: as through a first loop that nothing follows."""
+        return replace(self, loop=0, global_mask=self.once_mask)
 
     def to(self, device: Any, non_blocking: bool = False) -> "PLTPass":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -215,9 +222,9 @@ def _replace(old: torch.Tensor, new: torch.Tensor, static: bool) -> torch.Tensor
 class PLTCache(Cache):
     """The decoding state of a PLT: keys and values, the window rings, and the carried hidden states.
 
-    It holds, per sequence, N tokens of K/V a layer (L times that without shared KV), (L - 1) rings of w tokens
-    a layer and (L - 1) vectors h(1..L-1) of the last position. Copies (`copy.deepcopy`) are independent, so a
-    stored prefix can be continued any number of times. `crop` takes back tokens that came after
+    It holds, per sequence, N tokens of K/V a layer (without shared KV L times that in layers that loop), (L - 1)
+    rings of w tokens a layer that loops and (L - 1) vectors h(1..L-1) of the last position. Copies (`copy.deepcopy`)
+    are independent, so a stored prefix can be continued any number of times. `crop` takes back tokens that came after
     `activate_past_recording()`.
 
     Args:
@@ -234,9 +241,10 @@ class PLTCache(Cache):
         later = self.loop_count - 1
         stores = 1 if config.share_kv else self.loop_count
         windows = later if config.gated_window else 0
-        layers = [
-            PLTCacheLayer(stores, windows, config.window_size, max_cache_len) for _ in range(config.num_hidden_layers)
-        ]
+        layers = []
+        for index in range(config.num_hidden_layers):
+            kept = (stores, windows) if index in config.looped_layers else (1, 0)
+            layers.append(PLTCacheLayer(*kept, config.window_size, max_cache_len))
         super().__init__(layers=layers)
         self.hidden_size = config.hidden_size
         self.static_length = max_cache_len
@@ -511,7 +519,8 @@ class PLTAttention(nn.Module):
             sizes = (self.head_dim, self.head_dim) if self.norm_heads else (query_size, kv_size)
             self.q_norm = PLTRMSNorm(sizes[0], config.rms_norm_eps)
             self.k_norm = PLTRMSNorm(sizes[1], config.rms_norm_eps)
-        self.plt_gate = PLTGate(config) if config.gated_window and config.loop_count > 1 else None
+        gated = config.gated_window and config.loop_count > 1 and layer_idx in config.looped_layers
+        self.plt_gate = PLTGate(config) if gated else None
 
     def forward(
         self,
@@ -1070,23 +1079,37 @@ class PLTModel(PLTPreTrainedModel):
             position_ids=position_ids if documents is not None else None,
         )
         layout.fill(state, loops, parallel, step)
-        if parallel:
-            return self._parallel_step(embeds, state, cache, layout)
-        return self._loop_by_loop(embeds, state, cache, layout)
+        embeds = self._once(range(self.config.looped_layers.start), embeds, state, cache)
+        if self.config.loop_order == "layer":
+            return self._layer_by_layer(embeds, state, cache)
+        run = self._parallel_step if parallel else self._loop_by_loop
+        return run(embeds, state, cache, layout)
+
+    def _once(self, layers: range, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
+        """New tokens [B, T, d] through layers that do not loop."""
+        device, state = hidden_states.device, state.once()
+        for index in layers:
+            hidden_states = self.layers[index](hidden_states, state=state, cache=cache)[0]
+        return hidden_states.to(device)
+
+    def _close(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
+        """h(L) of new tokens [B, T, d] through the layers after those that loop, and the final norm."""
+        coda = range(self.config.looped_layers.stop, len(self.layers))
+        return self.norm(self._once(coda, hidden_states, state, cache))
 
     def _parallel_step(self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache, layout: "_Layout") -> torch.Tensor:
         """One token, every loop at once: row 1 is e_i, row l is e_i plus the carried h(l-1) of position i-1."""
         later = self.loop_input(embeds, cache.carry)
         hidden_states = torch.cat([embeds, later], 1)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, state=state, cache=cache)[0]
+        for index in self.config.looped_layers:
+            hidden_states = self.layers[index](hidden_states, state=state, cache=cache)[0]
         hidden_states = hidden_states.to(embeds.device)
+        carries, last = hidden_states[:, :-1], hidden_states[:, -1:]
+        last = self._close(last, state, cache)
         if self.config.norm_between_loops:
-            hidden_states = self.norm(hidden_states)
-        carries = layout.real(hidden_states[:, :-1])
-        cache.advance(1, list(carries.split(1, 1)))
-        last = hidden_states[:, -1:]
-        return last if self.config.norm_between_loops else self.norm(last)
+            carries = self.norm(carries)
+        cache.advance(1, list(layout.real(carries).split(1, 1)))
+        return last
 
     def _loop_by_loop(
         self, embeds: torch.Tensor, state: PLTPass, cache: PLTCache | None, layout: "_Layout"
@@ -1098,19 +1121,34 @@ class PLTModel(PLTPreTrainedModel):
             if loop:
                 hidden_states = self._next_input(embeds, hidden_states, cache, loop, layout)
             state = replace(state, loop=loop)
-            for index, layer in enumerate(self.layers):
-                hidden_states, key, value = layer(hidden_states, *shared[index], state=state, cache=cache)
+            for index in self.config.looped_layers:
+                hidden_states, key, value = self.layers[index](hidden_states, *shared[index], state=state, cache=cache)
                 if loop == 0 and cache is None and self.config.share_kv:
                     shared[index] = (key, value)
             hidden_states = hidden_states.to(embeds.device)
-            is_last = loop == state.loop_count - 1
-            if is_last or self.config.norm_between_loops:
+            if loop == state.loop_count - 1:
+                hidden_states = self._close(hidden_states, state, cache)
+                break
+            if self.config.norm_between_loops:
                 hidden_states = self.norm(hidden_states)
-            if not is_last:
-                states.append(hidden_states)
+            states.append(hidden_states)
         if cache is not None:
             cache.advance(embeds.shape[1], [layout.real(h) for h in states])
         return hidden_states
+
+    def _layer_by_layer(self, hidden_states: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
+        """New tokens [B, T, d], each layer's loops before the next layer's; returns the normed output of the last."""
+        device = hidden_states.device
+        for index in self.config.looped_layers:
+            shared: tuple[Any, Any] = (None, None)
+            for loop in range(state.loop_count):
+                own = replace(state, loop=loop)
+                hidden_states, key, value = self.layers[index](hidden_states, *shared, state=own, cache=cache)
+                if loop == 0 and cache is None and self.config.share_kv:
+                    shared = (key, value)
+        if cache is not None:
+            cache.advance(hidden_states.shape[1], [])
+        return self._close(hidden_states.to(device), state, cache)
 
     def _next_input(
         self,
@@ -1227,7 +1265,7 @@ class _Layout:
         if _is_flash(self.config):
             self._fill_flash(state, windowed, parallel, step, loops)
             return
-        state.global_mask = self._for_attention(self._global_mask(step))
+        state.global_mask = state.once_mask = self._for_attention(self._global_mask(step))
         if parallel and not self.config.share_kv and state.global_mask is not None:
             state.global_mask = _each(state.global_mask, loops)
         if not windowed:
@@ -1307,7 +1345,7 @@ class _Layout:
             if self.batch > 1:
                 raise ValueError("packed documents with flash attention need batch size 1")
         elif self.segments is not None:
-            state.global_mask = self.segments >= 0
+            state.global_mask = state.once_mask = self.segments >= 0
         prefix = self._prefix(state) if windowed and not step else 0
         if state.global_mask is None:
             return

@@ -41,6 +41,18 @@ def test_refusals(exports, monkeypatch, variant, options, message):
             pass
 
 
+def test_loops_by_layer_are_refused(exports):
+    with pytest.raises(ValueError, match="PLT models of loop_order layer cannot be served yet: use transformers"):
+        with engine(exports("naive loops", loop_order="layer")):
+            pass
+
+
+def test_layers_that_run_once_are_refused(exports):
+    with pytest.raises(ValueError, match=r"some layers run once \(loop_span \[1, 2\]\) cannot be served yet"):
+        with engine(exports("plt2", loop_span=[1, 2])):
+            pass
+
+
 def test_windows_that_look_ahead_are_refused():
     from vllm_plt.configuration_loopcoder import LoopCoderConfig
 

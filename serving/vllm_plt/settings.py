@@ -68,7 +68,14 @@ def _given(vllm_config: "VllmConfig") -> dict:
 
 def check(vllm_config: "VllmConfig") -> None:
     """Raise a `ValueError` of one line if the server is asked for something that PLT models cannot do."""
-    parallel = vllm_config.parallel_config
+    parallel, config = vllm_config.parallel_config, vllm_config.model_config.hf_config
+    span = config.loop_span
+    if config.loop_order != "stack":
+        raise ValueError(f"PLT models of loop_order {config.loop_order} cannot be served yet: use transformers")
+    if span is not None:
+        raise ValueError(
+            f"PLT models of which some layers run once (loop_span {span}) cannot be served yet: use transformers"
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             "PLT models cannot be served with pipeline parallelism, as loops start over: use tensor parallelism"

@@ -58,8 +58,15 @@ class Reference:
         config = self.config
         e = self.w("model.embed_tokens.weight")[tokens]
         first_kv = [None] * config.num_hidden_layers
+        first, last = getattr(config, "loop_span", None) or (0, config.num_hidden_layers)
+        by_layer = getattr(config, "loop_order", "stack") == "layer"
+        for layer in range(first):
+            e = self.layer(e, layer, 0, first_kv)
         x, states = e, []
-        for loop in range(self.loops):
+        if by_layer:
+            for layer, loop in ((layer, loop) for layer in range(first, last) for loop in range(self.loops)):
+                x = self.layer(x, layer, loop, first_kv)
+        for loop in () if by_layer else range(self.loops):
             if loop and config.cross_loop_parallel:
                 shifted = torch.cat([torch.zeros_like(e[:1]), states[-1][:-1]])
                 x = self.loop_input(e, shifted)
@@ -67,12 +74,12 @@ class Reference:
                 x = self.loop_input(e, states[-1])
             elif loop:
                 x = states[-1]
-            for layer in range(config.num_hidden_layers):
+            for layer in range(first, last):
                 x = self.layer(x, layer, loop, first_kv)
-            if config.norm_between_loops:
-                x = self.norm(x, "model.norm")
-            states.append(x)
-        out = x if config.norm_between_loops else self.norm(x, "model.norm")
+            states.append(self.norm(x, "model.norm") if config.norm_between_loops else x)
+        for layer in range(last, config.num_hidden_layers):
+            x = self.layer(x, layer, 0, first_kv)
+        out = self.norm(x, "model.norm")
         head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         return out @ self.w(f"{head}.weight").T, states
 

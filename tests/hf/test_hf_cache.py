@@ -8,6 +8,7 @@ import torch
 from plt_megatron.hf.modeling_plt import PLTCache
 from tests.hf.tiny import (
     ABLATIONS,
+    PATHS,
     VARIANTS,
     decode,
     expected,
@@ -19,8 +20,8 @@ from tests.hf.tiny import (
 )
 
 TOLERANCE = 1e-4
-ALL = {**ABLATIONS, **VARIANTS}
-CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest"]
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
+CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest", "span"]
 
 
 def step(model, cache, tokens, **kwargs):
@@ -153,6 +154,17 @@ def test_state_is_what_the_paper_says():
         assert sizes[name, loops] == (stores * 1280 + rings) * token + carries
     assert sizes["plt", 2] <= 1.07 * sizes["vanilla", 1]
     assert sizes["naive", 2] == 2 * sizes["vanilla", 1]
+
+
+@pytest.mark.parametrize(("name", "looped"), [("span", 2), ("span_clp", 1)])
+def test_layers_that_run_once_have_keys_of_one_loop_and_no_rings(name, looped):
+    model = make_model(**{**ALL[name], "loop_count": 3})
+    config, cache = model.config, model.new_cache()
+    step(model, cache, make_tokens(1, 20))
+    token = 2 * config.num_key_value_heads * config.head_dim * 4
+    once, stores = config.num_hidden_layers - looped, 1 if config.share_kv else 3
+    rings = 2 * config.window_size if config.gated_window else 0
+    assert cache.memory_bytes() == (once * 20 + looped * (stores * 20 + rings)) * token + 2 * config.hidden_size * 4
 
 
 def test_buffers_of_a_static_cache_never_move():

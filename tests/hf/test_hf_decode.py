@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.hf.tiny import ABLATIONS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
 
 TOLERANCE = 1e-4
-ALL = {**ABLATIONS, **VARIANTS}
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
 
 @pytest.mark.parametrize("mode", ["parallel", "serial", "static"])
@@ -39,7 +39,7 @@ def test_rings_wrap_and_stay_short(window, length, prefill, static):
 
 
 @pytest.mark.parametrize("mode", ["parallel", "serial", "static", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "clp", "naive", "iquest"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "clp", "naive", "iquest", "span_clp"])
 def test_left_padded_batches(name, mode):
     attention = "eager" if mode == "eager" else "sdpa"
     model = make_model(
@@ -65,7 +65,7 @@ def test_a_sequence_that_starts_while_others_decode(static):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "span"])
 def test_prefill_in_chunks(name, static):
     model = make_model(**{**ALL[name], "window_size": 9})
     rows = [make_tokens(37), make_tokens(22, seed=2)]
@@ -119,6 +119,19 @@ def test_parallel_step_runs_each_layer_once():
         seen.clear()
         model(make_tokens(3, 1), cache=cache, loop_mode="serial")
         assert seen == [(3, 1)] * 4
+
+
+def test_layers_that_run_once_have_one_row_in_the_same_pass():
+    model = make_model(**ALL["span"])
+    cache, seen = model.new_cache(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        model(make_tokens(2, 8), cache=cache)
+        assert seen == [8] + 3 * [8, 8] + [8]
+        seen.clear()
+        model(make_tokens(2, 1), cache=cache)
+        assert seen == [1, 3, 3, 1]
 
 
 def test_window_attention_over_a_prefill_is_linear():

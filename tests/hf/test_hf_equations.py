@@ -6,10 +6,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from plt_megatron.hf.modeling_plt import CACHE_NAME
 from tests.hf.reference import Reference
-from tests.hf.tiny import ABLATIONS, SIZES, VARIANTS, expected, full, left_pad, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, SIZES, VARIANTS, expected, full, left_pad, make_model, make_tokens
 
 TOLERANCE = 1e-4
-ALL = {**ABLATIONS, **VARIANTS}
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import plt_megatron.hf
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTForCausalLM
-from tests.hf.tiny import ABLATIONS, SIZES, VARIANTS, full, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, SIZES, VARIANTS, full, make_model, make_tokens
 
-ALL = {**ABLATIONS, **VARIANTS}
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 LOAD = """
 import json, sys
 import torch
@@ -76,7 +76,7 @@ def test_loop_count_lowered_at_load_time(tmp_path):
     assert torch.allclose(full(lower, tokens), full(model, tokens, loop_count=2), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "vanilla"])
+@pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "vanilla", "span_loopcoder"])
 def test_tensor_names(name, tmp_path):
     model = make_model(**ALL[name])
     model.save_pretrained(tmp_path)
@@ -88,10 +88,11 @@ def test_tensor_names(name, tmp_path):
     post = config.norm_placement == "post" or config.ffn_output_norm
     layer |= {"post_feedforward_layernorm"} if post else set()
     names = {f"{part}.weight" for part in layer}
-    if config.loop_count > 1:
-        names |= {"self_attn.plt_gate.weight", "self_attn.plt_gate.bias"}
-        names |= {"self_attn.plt_gate.gate_norm.weight"} if config.gate_input == "hidden" else set()
-    want = {f"model.layers.{i}.{name}" for i in range(2) for name in names}
+    gates = {"self_attn.plt_gate.weight", "self_attn.plt_gate.bias"} if config.loop_count > 1 else set()
+    if config.loop_count > 1 and config.gate_input == "hidden":
+        gates |= {"self_attn.plt_gate.gate_norm.weight"}
+    want = {f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in names}
+    want |= {f"model.layers.{i}.{name}" for i in range(2) for name in gates}
     want |= {"model.embed_tokens.weight", "model.norm.weight"}
     want |= set() if config.tie_word_embeddings else {"lm_head.weight"}
     saved = load_file(tmp_path / "model.safetensors")
@@ -133,6 +134,11 @@ def test_shipped_files_import_torch_and_transformers_only():
     [
         ({"loop_count": 0}, "loop_count must be an integer from 1 to 8, not 0"),
         ({"loop_count": 2.0}, "loop_count must be an integer from 1 to 8, not 2.0"),
+        ({"loop_span": [1, 3]}, r"loop_span must be \[first, last\) of num_hidden_layers 2, not \[1, 3\]"),
+        ({"loop_span": [1.0, 2]}, r"loop_span must be \[first, last\) of num_hidden_layers 2, not \[1.0, 2\]"),
+        ({"loop_span": 2}, r"loop_span must be \[first, last\) of num_hidden_layers 2, not 2"),
+        ({"loop_order": "token"}, 'loop_order must be "stack" or "layer", not \'token\''),
+        ({"loop_order": "layer"}, 'loop_order "layer" needs cross_loop_parallel, input_injection and'),
         ({"share_kv": False}, "gated_window needs share_kv"),
         ({"gate_input": "key"}, "gate_input must be one of query, hidden"),
         ({"gate_side": "left"}, 'gate_side must be "local" or "global"'),

@@ -5,10 +5,10 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.hf.tiny import ABLATIONS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
 
-ALL = {**ABLATIONS, **VARIANTS}
-NAMES = ["vanilla", "plt", "scales", "clp", "naive", "iquest", "loopcoder", "clp_shared"]
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
+NAMES = ["vanilla", "plt", "scales", "clp", "naive", "iquest", "loopcoder", "clp_shared", "span_clp"]
 
 
 def pretend_flash(

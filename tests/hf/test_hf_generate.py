@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import CACHE_NAME, PLTForCausalLM
-from tests.hf.tiny import ABLATIONS, VARIANTS, full, left_pad, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, full, left_pad, make_model, make_tokens
 
 ALL = {**ABLATIONS, **VARIANTS}
 
@@ -170,9 +170,10 @@ def test_pipeline():
 
 
 @pytest.mark.slow
-def test_a_compiled_static_step_is_one_graph():
+@pytest.mark.parametrize("name", ["plt", "span"])
+def test_a_compiled_static_step_is_one_graph(name):
     """No graph break and no recompilation: what a CUDA graph needs."""
-    model = make_model(loop_count=3)
+    model = make_model(**{**ALL, **PATHS}[name] | {"loop_count": 3})
     tokens = make_tokens(1, 16)
     cache = model.new_cache(16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

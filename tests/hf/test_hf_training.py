@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from plt_megatron.hf.modeling_plt import CACHE_NAME, PLTForCausalLM
-from tests.hf.tiny import ABLATIONS, VARIANTS, full, make_model, make_tokens
+from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, full, make_model, make_tokens
 
-ALL = {**ABLATIONS, **VARIANTS}
+ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
 
 def gradients(model, tokens, **kwargs):
@@ -28,7 +28,7 @@ def test_loss_is_the_last_loops_cross_entropy():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "clp_shared"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "clp_shared", "span"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     """Gradients reach the first loop's keys and values through every later loop."""
     model = make_model(**{**ALL[name], "loop_count": min(3, ALL[name].get("loop_count", 3))}).train()

@@ -60,6 +60,27 @@ VARIANTS = {
         "residual_scale": 1.3,
     },
 }
+# Layers that run once, and loops by layer.
+PATHS = {
+    "span": {"num_hidden_layers": 4, "loop_span": [1, 3], "loop_count": 3},
+    "span_loopcoder": {
+        "num_hidden_layers": 3,
+        "loop_span": [0, 2],
+        "gate_input": "hidden",
+        "gate_side": "global",
+        "norm_between_loops": True,
+        "hidden_scale": 0.3,
+    },
+    "span_clp": {"num_hidden_layers": 3, "loop_span": [1, 2], "share_kv": False, "gated_window": False},
+    "by_layer": {
+        **ABLATIONS["naive"],
+        "loop_order": "layer",
+        "loop_count": 3,
+        "num_hidden_layers": 3,
+        "loop_span": [0, 2],
+    },
+    "by_layer_shared": {"cross_loop_parallel": False, "loop_order": "layer", "gate_input": "hidden"},
+}
 
 
 def make_config(**changes):

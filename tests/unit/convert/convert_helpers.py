@@ -61,6 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ffn_output_norm": True,
         "qk_layernorm": True,
     },
+    "span": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3, **LOOP_INPUTS["scale per model"]},
+    "by layer": {"cross_loop_parallel": False, "loop_order": "layer", "loop_count": 3},
     "llama3 rope": {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
 }
 

@@ -116,11 +116,15 @@ def test_and_are_the_start_of_a_plt_with_fresh_gates(tmp_path, name):
     assert (loops - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in DENSE if name != "llama"])
-def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "span"), [(name, None) for name in DENSE if name != "llama"] + [("llama", [0, 1]), ("qwen3", [1, 2])]
+)
+def test_with_a_preset_the_first_logits_are_the_sources(tmp_path, name, span):
     """At any loop count, in a text longer than the window, trained or exported."""
     source, _ = save_dense(tmp_path / "hf", name)
-    result, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=3, preset="recommended")
+    options = {"loop_count": 3, "preset": "recommended", "loop_span": span}
+    result, weights = imported(tmp_path / "hf", tmp_path / "run", **options)
+    assert sum(".plt_gate.weight" in key for key in weights) == (1 if span else 2)
     tokens = make_tokens(2, 80)
     assert result.model.window_size < 80 and result.new_loops
     with torch.no_grad():
@@ -201,6 +205,9 @@ def test_a_schedule_switches_the_new_loop_on_without_a_jump(tmp_path):
             {"loop_count": 2, "preset": "loopcoder"},
             r"--preset loopcoder: later loops would read 0\.707 E \+ 0\.053 h inste",
         ),
+        ({"loop_span": [0, 1]}, "--loop-span says which layers loop: give --loop-count 2 or more, too"),
+        ({"loop_count": 2, "loop_span": [1, 3]}, r"--loop-span 1 3: give 0 <= FIRST < LAST <= 2, the model's layers"),
+        ({"loop_count": 2, "loop_span": [1, 1]}, r"--loop-span 1 1: give 0 <= FIRST < LAST <= 2, the model's layers"),
         ({"preset": "recommended"}, "--preset says how later loops are .*: give --loop-count 2 or more, too"),
     ],
 )

@@ -56,6 +56,8 @@ def test_logits_are_the_training_models(tmp_path, name):
     assert (actual - expected).abs().max() < 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["loop_count"] == model.loop_count and config["vocab_size"] == VOCAB
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (model.loop_span is not None) == ("| layers that loop |" in card)
     if model.loop_count > 1:
         fewer = hf_logits(tmp_path / "out", tokens, loop_count=1)
         assert (fewer - megatron_logits(model, weights, tokens, loop_count=1)).abs().max() < 1e-5
