@@ -8,7 +8,7 @@ all of it alive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plt_megatron.config import derived, fusion_rules
 from plt_megatron.config.fusion_rules import Fusions
@@ -55,6 +55,10 @@ class Activations:
     experts: int = 0  # of a layer, all ranks'; 0: a dense FFN
     topk: int = 0
     expert_ffn: int = 0
+
+    def once(self) -> Activations:
+        """Of layers that do not loop: no later loop reads their K and V, and they have no gate."""
+        return replace(self, shares_kv=False, windowed=False, hidden_gate=False)
 
     # One layer in one loop.
 

@@ -6,6 +6,7 @@ and twice that for an all-reduce.
 
 from __future__ import annotations
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import FP32, Activations
 from plt_megatron.estimate.layout import Layout
@@ -28,23 +29,29 @@ def communication_bytes(
 
     `parameters` and `embedding_parameters`: of the stage with most, which is `stage`, and of the first one's embedding.
     """
-    loops, layers = config.model.loop_count, layout.most_stage_layers(config.model.num_layers)
-    passes = layout.microbatches * loops
+    loops, own = config.model.loop_count, max(layout.stage_layers(config.model.num_layers), key=len)
+    looped = set(own).intersection(derived.looped_layers(config.model))
+    runs = len(own) + (loops - 1) * len(looped)  # of layers, in a microbatch
+    passes = layout.microbatches * runs / len(own)
     matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
     dense = _share(layout.shards) * (parameters.dense + matrices.padding)
     experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
     traffic = {
-        "tensor parallel": passes * layers * _tensor_layer(layout, shapes)
+        "tensor parallel": layout.microbatches * runs * _tensor_layer(layout, shapes)
         + _tensor_ends(layout, shapes, loops)
-        + _whole_gradients(config, layout, layers, shapes.hidden),
+        + _whole_gradients(config, layout, own, shapes.hidden),
         "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
         "gradient reduction": FP32 * (dense + experts),
         "weight gathering": shapes.element * (dense + experts),
         "host transfers": 0.0
         if layout.on_cpu
         else _host(layout, shapes.element, parameters.total // layout.shards, passes),
-        "context parallel": layout.microbatches * layers * _context_layer(layout, shapes, loops),
-        "expert parallel": passes * layers * _expert_layer(config, layout, shapes),
+        "context parallel": layout.microbatches
+        * (
+            len(looped) * _context_layer(layout, shapes, loops)
+            + (len(own) - len(looped)) * _context_layer(layout, shapes, 1)
+        ),
+        "expert parallel": layout.microbatches * runs * _expert_layer(config, layout, shapes),
         "matrix updates": _share(layout.tensor) * FP32 * matrices.gathered(layout.tensor),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
@@ -58,7 +65,7 @@ def communication_bytes(
     return {name: amount for name, amount in traffic.items() if amount > 0}
 
 
-def _host(layout: Layout, element: int, owned: int, passes: int) -> float:
+def _host(layout: Layout, element: int, owned: int, passes: float) -> float:
     """Offloaded: a rank's gradients go to the host and its weights come back each step, or in every pass."""
     optimizer = (FP32 + element) * owned if layout.offload_optimizer else 0
     weights = 2 * passes * element * owned if layout.offload_weights else 0
@@ -119,11 +126,11 @@ def _tensor_ends(layout: Layout, shapes: Activations, loops: int) -> float:
     return layout.microbatches * (embedding + head if layout.pipeline == 1 else max(loops * embedding, head))
 
 
-def _whole_gradients(config: RunConfig, layout: Layout, layers: int, hidden: int) -> float:
+def _whole_gradients(config: RunConfig, layout: Layout, layers: range, hidden: int) -> float:
     """Gradients of what tensor-parallel ranks have whole (norms, routers), where each sees a part of the rows."""
     if not layout.sequence_parallel:
         return 0.0
-    whole = layers * undivided_parameters(config.model) + hidden  # the final norm's
+    whole = undivided_parameters(config.model, layers) + hidden  # the final norm's
     return 2 * _share(layout.tensor) * FP32 * whole
 
 

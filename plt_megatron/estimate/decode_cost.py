@@ -2,7 +2,7 @@
 
 With cross-loop parallelism a step is one forward pass with L rows per sequence: weights are read once, so extra loops
 are free while reading dominates. Without it the loops run one after another, each reading the
-weights again. bf16 weights and cache, on one card.
+weights of the layers that loop again. bf16 weights and cache, on one card.
 
 Of a mixture of experts those are read that any row of the batch is sent to, taking it that rows choose independently
 and evenly: further loops then read further experts, and are free only in batches whose rows reach all of them anyway.
@@ -81,34 +81,42 @@ def decode_milliseconds(model: ModelConfig, vocab_size: int, context_length: int
 
 def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
     """K and V of the whole context, per sequence: the first loop's or, without sharing, every loop's."""
-    caches = 1 if model.share_kv else model.loop_count
-    return caches * context_length * _token_kv(model)
+    return context_length * _token_kv(model, model.num_layers if model.share_kv else derived.layer_runs(model))
 
 
 def state_bytes(model: ModelConfig, context_length: int) -> int:
-    """Per sequence: L - 1 windows of K and V in every layer, and L - 1 carried hidden states."""
+    """Per sequence: L - 1 windows of K and V in every layer that loops, and L - 1 carried hidden states."""
     later = model.loop_count - 1
-    windows = later * min(model.window_size, context_length) * _token_kv(model) if derived.has_gates(model) else 0
+    windows = min(model.window_size, context_length) * _token_kv(model, _window_runs(model))
     carries = later * model.hidden_size * ELEMENT if model.cross_loop_parallel else 0
     return windows + carries
 
 
-def _token_kv(model: ModelConfig) -> int:
-    return 2 * model.num_layers * derived.num_query_groups(model) * derived.head_dim(model) * ELEMENT
+def _token_kv(model: ModelConfig, layers: int) -> int:
+    return 2 * layers * derived.num_query_groups(model) * derived.head_dim(model) * ELEMENT
+
+
+def _window_runs(model: ModelConfig) -> int:
+    """Layers with a window, each counted in every loop that has one."""
+    return derived.layer_runs(model) - model.num_layers if derived.has_gates(model) else 0
 
 
 def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tuple[float, float]:
     """(bytes read and written, FLOPs) of one step."""
     counted = count_parameters(model, vocab_size)
     head = derived.padded_vocab_size(model, vocab_size) * model.hidden_size
-    stack: float = counted.attention + counted.ffn + counted.norms + counted.gates + counted.router
-    stack += counted.experts * _read_experts(model, batch * (model.loop_count if model.cross_loop_parallel else 1))
+    looped = len(derived.looped_layers(model)) / model.num_layers
+    alike = counted.attention + counted.ffn + counted.norms + counted.router
     reads = 1 if model.cross_loop_parallel else model.loop_count
-    weights = ELEMENT * (reads * stack + head + counted.loop_input + counted.final_norm)
+    rows = batch * (model.loop_count if model.cross_loop_parallel else 1)
+    stack = reads * (looped * (alike + counted.experts * _read_experts(model, rows)) + counted.gates)
+    stack += (1 - looped) * (alike + counted.experts * _read_experts(model, batch))
+    weights = ELEMENT * (stack + head + counted.loop_input + counted.final_norm)
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
-        caches += (model.loop_count - 1) * kv_cache_bytes(model, context)
-    written = (model.loop_count if derived.has_gates(model) or not model.share_kv else 1) * _token_kv(model)
+        caches += context * _token_kv(model, derived.layer_runs(model) - model.num_layers)
+    owners = derived.layer_runs(model) if derived.has_gates(model) or not model.share_kv else model.num_layers
+    written = _token_kv(model, owners)
     logits = derived.padded_vocab_size(model, vocab_size) * ELEMENT
     return weights + batch * float(caches + written + logits), batch * _flops(model, context, head)
 
@@ -122,13 +130,11 @@ def _read_experts(model: ModelConfig, rows: int) -> float:
 
 def _flops(model: ModelConfig, context: int, head: int) -> float:
     """Of one token of one sequence, all loops."""
-    loops, layers = model.loop_count, model.num_layers
-    later = loops - 1 if derived.has_gates(model) else 0
+    runs, windows = derived.layer_runs(model), _window_runs(model)
     width = model.num_attention_heads * derived.head_dim(model)
     linear = layer_matmuls(model, "attention", "ffn", "router", "experts")
-    attention = 4 * width * (loops * context + later * min(model.window_size, context))
-    gates = later * 2 * layer_matmuls(model, "gates")
-    return layers * (loops * 2 * linear + attention + gates) + 2 * head
+    attention = 4 * width * (runs * context + windows * min(model.window_size, context))
+    return runs * 2 * linear + attention + windows * 2 * layer_matmuls(model, "gates") + 2 * head
 
 
 def _seconds(card: GPUSpec, read: float, computed: float) -> tuple[float, str]:

@@ -11,6 +11,8 @@ Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
     output        2 d V                              once
 
+Layers before and after `model.loop_span` are in one loop only, the first.
+
 `K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
 K(n, w) = w - w (w - 1) / (2 n).
 
@@ -77,19 +79,19 @@ def forward_flops_per_token(
     """FLOPs per token of one forward pass, logits included. `loop_count` None: the model's own."""
     loops = model.loop_count if loop_count is None else loop_count
     model = dataclasses.replace(model, loop_count=loops)
-    layers, later_loops = model.num_layers, loops - 1
+    runs, later_runs = derived.layer_runs(model), derived.layer_runs(model) - model.num_layers
     attention_width = model.num_attention_heads * derived.head_dim(model)
-    projections = loops * 2 * layer_matmuls(model, "attention")
+    projections = runs * 2 * layer_matmuls(model, "attention")
     if model.share_kv and not model.gated_window:
         unused = 2 * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
-        projections -= later_loops * 2 * unused
-    windows = later_loops if model.gated_window else 0
+        projections -= later_runs * 2 * unused
+    windows = later_runs if model.gated_window else 0
     return Flops(
-        projections=layers * projections,
-        ffn=layers * loops * 2 * layer_matmuls(model, "ffn", "router", "experts"),
-        global_attention=layers * loops * 4 * attention_width * mean_keys(sequence_length),
-        local_attention=layers * windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
-        gate=layers * windows * 2 * layer_matmuls(model, "gates"),
+        projections=projections,
+        ffn=runs * 2 * layer_matmuls(model, "ffn", "router", "experts"),
+        global_attention=runs * 4 * attention_width * mean_keys(sequence_length),
+        local_attention=windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
+        gate=windows * 2 * layer_matmuls(model, "gates"),
         output=2 * model.hidden_size * padded_vocab_size,
     )
 

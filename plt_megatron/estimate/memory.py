@@ -190,7 +190,17 @@ class MemorySimulator:
 
     def __post_init__(self) -> None:
         self.loops = self.config.model.loop_count
-        self.layers = len(self.layout.stage_layers(self.config.model.num_layers)[self.stage])
+        own, looped = (
+            self.layout.stage_layers(self.config.model.num_layers)[self.stage],
+            derived.looped_layers(self.config.model),
+        )
+        self.layers, self.looped = len(own), len(set(own).intersection(looped))
+        # Layers that run once: before the first loop, and after the last.
+        self.prelude, self.coda = (
+            sum(layer < looped.start for layer in own),
+            sum(layer >= looped.stop for layer in own),
+        )
+        self.by_layer = self.config.model.loop_order == "layer"
         self.full = self.layout.recompute == "full"
         self.alone = self.layout.pipeline == 1
         self.first, self.last = self.stage == 0, self.stage == self.layout.pipeline - 1
@@ -229,10 +239,13 @@ class MemorySimulator:
         """Add what one loop's forward pass saves."""
         shapes = self.shapes
         saved: Counter[str] = Counter()
+        once = (self.prelude if loop == 1 else 0, self.coda if loop == self.loops else 0)
         if self.full:
-            saved["activations"] = -(-self.layers // self.unit) * shapes.layer_input()
+            unit = 1 if self.by_layer else self.unit
+            units = -(-self.looped // unit) + sum(-(-layers // self.unit) for layers in once)
+            saved["activations"] = units * shapes.layer_input()
         else:
-            saved["activations"] = self.layers * shapes.layer(loop)
+            saved["activations"] = self.looped * shapes.layer(loop) + sum(once) * shapes.once().layer(1)
         if self.first and loop > 1:
             saved["activations"] += shapes.loop_input()
         if self.last:
@@ -240,7 +253,7 @@ class MemorySimulator:
         if not self.alone:  # what was received and what is sent
             saved["activations"] += shapes.layer_input()
         if loop == 1:
-            saved["first-loop K/V"] = self.layers * shapes.first_loop_kv()
+            saved["first-loop K/V"] = self.looped * shapes.first_loop_kv()
         return saved
 
     # Backward.
@@ -250,15 +263,15 @@ class MemorySimulator:
             self._head_backward(loop)
         self._mark(self.working[loop], f"backward of loop {loop}, last layer")
         if loop == self.loops > 1:  # what waits for earlier loops
-            self.live["K/V gradients"] += self.layers * self.shapes.kv_gradients()
+            waiting = 1 if self.by_layer else self.looped
+            self.live["K/V gradients"] += waiting * self.shapes.kv_gradients()
             if self._autograd_keeps_weight_gradients:
-                self.live["weight gradients in autograd"] += self.element * (
-                    self.parameters.layers + self.parameters.experts
-                )
+                kept = (self.parameters.layers + self.parameters.experts) * waiting // self.layers
+                self.live["weight gradients in autograd"] += self.element * kept
         self.live.subtract(self.saved[loop])
         self._mark(self.first_layer[loop], f"backward of loop {loop}, first layer")
         if loop == 1 < self.loops:
-            self.live["K/V gradients"] -= self.layers * self.shapes.kv_gradients()
+            self.live["K/V gradients"] -= (1 if self.by_layer else self.looped) * self.shapes.kv_gradients()
 
     def _head_backward(self, loop: int) -> None:
         self._mark({"logits": self.shapes.head_backward()}, "the gradient of the logits")

@@ -69,7 +69,7 @@ def count_parameters(
 
 def _copies(parameter: Parameter, model: ModelConfig) -> int:
     """How many of one line of the table there are: layers, experts."""
-    copies = model.num_layers if parameter.per_layer else 1
+    copies = len(parameter.layers(model))
     return copies * (model.num_moe_experts or 0) if parameter.per_expert else copies
 
 
@@ -99,17 +99,16 @@ def count_rank_parameters(
     """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
     tensor = layout.tensor
     first, last = stage == 0, stage == layout.pipeline - 1
-    layers = len(layout.stage_layers(model.num_layers)[stage])
     table = derived.padded_vocab_size(model, vocab_size, tensor) // tensor * model.hidden_size
     shared = model.share_embeddings_and_output_weights and first
-    split, whole, expert = _layer(model)
+    split, whole, expert = _in_layers(model, layout.stage_layers(model.num_layers)[stage])
     experts = (model.num_moe_experts or 0) // layout.expert
     return RankParameters(
-        layers=layers * (split // tensor + whole),
+        layers=split // tensor + whole,
         embedding=table + _loop_input(model) if first else 0,
         final_norm=model.hidden_size if last else 0,
         output_layer=table if last and not shared else 0,
-        experts=layers * experts * expert,
+        experts=experts * expert,
     )
 
 
@@ -118,23 +117,24 @@ def _loop_input(model: ModelConfig) -> int:
     return sum(parameter.size(sizes) for parameter in parameters_of(model) if parameter.component == "loop_input")
 
 
-def _layer(model: ModelConfig) -> tuple[int, int, int]:
-    """One layer's parameters: (split over tensor-parallel ranks, whole on each, one expert's)."""
+def _in_layers(model: ModelConfig, layers: range) -> tuple[int, int, int]:
+    """Parameters of these layers: (split over tensor-parallel ranks, whole on each, those of one expert a layer)."""
     sizes = Sizes.of(model, 0)
     split = whole = expert = 0
-    for parameter in parameters_of(model):
+    for parameter in (each for each in parameters_of(model) if each.per_layer):
+        own = parameter.size(sizes) * len(set(layers).intersection(parameter.layers(model)))
         if parameter.per_expert:
-            expert += parameter.size(sizes)
-        elif parameter.per_layer and parameter.split:
-            split += parameter.size(sizes)
-        elif parameter.per_layer:
-            whole += parameter.size(sizes)
+            expert += own
+        elif parameter.split:
+            split += own
+        else:
+            whole += own
     return split, whole, expert
 
 
-def undivided_parameters(model: ModelConfig) -> int:
-    """One layer's parameters that every tensor-parallel rank holds whole, experts not counted."""
-    return _layer(model)[1]
+def undivided_parameters(model: ModelConfig, layers: range) -> int:
+    """Parameters of these layers that every tensor-parallel rank holds whole, experts not counted."""
+    return _in_layers(model, layers)[1]
 
 
 def active_experts(model: ModelConfig) -> int:

@@ -114,9 +114,11 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec) -> float:
     shapes = dataclasses.replace(shapes, recomputed=())  # activations that are not kept are moved too
-    layers = layout.most_stage_layers(config.model.num_layers)
+    own = max(layout.stage_layers(config.model.num_layers), key=len)
+    looped = len(set(own).intersection(derived.looped_layers(config.model)))
     loops = range(1, config.model.loop_count + 1)
-    saved: float = layers * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
+    saved: float = looped * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
+    saved += (len(own) - looped) * shapes.once().layer(1)
     heads = len(derived.loops_with_loss(config, config.model.loop_count))
     saved += heads * (shapes.softmax() + shapes.head_backward()) / layout.pipeline
     moved = PASSES_OVER_ACTIVATIONS * saved * layout.microbatches

@@ -58,14 +58,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def run_config(layout: str) -> RunConfig:
-    """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out, and with a
-    moving average of its weights where the name ends in `average`."""
-    parallel = ParallelConfig(**LAYOUTS[layout.removesuffix(" average")])
+    """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out. A name that
+    ends in `average` has a moving average of its weights; one in `span`, layers that run once."""
+    span = layout.endswith(" span")
+    parallel = ParallelConfig(**LAYOUTS[layout.removesuffix(" average").removesuffix(" span")])
     optimizer = OptimizerConfig(name="muon" if "Muon" in layout else "adam")
     pipeline = parallel.pipeline_model_parallel_size
     return RunConfig(
         model=ModelConfig(
-            num_layers=max(2, pipeline),
+            num_layers=4 if span else max(2, pipeline),
+            loop_count=3 if span else 2,
+            loop_span=[1, 3] if span else None,
+            gate_input="hidden" if span else "query",
             hidden_size=64,
             ffn_hidden_size=128,
             num_attention_heads=4,

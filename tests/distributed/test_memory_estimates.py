@@ -98,6 +98,17 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
         ],
         SLOW,
     ),
+    (
+        {},
+        [
+            {"loop_span": [1, 3], "loops": 3},
+            {"loop_span": [1, 3], "recompute": "full", "precision": "bf16", "gate_input": "hidden"},
+            {"loop_span": [0, 2], "share_kv": False, "gated_window": False},
+            {"cross_loop_parallel": False, "loop_order": "layer", "loops": 3},
+            {"cross_loop_parallel": False, "loop_order": "layer", "loop_span": [1, 4], "recompute": "full"},
+        ],
+        SLOW,
+    ),
     ({"tp": 2}, [{}], SLOW),
     ({"tp": 2, "sp": True}, [{"recompute": "none"}], SLOW),
     ({"tp": 2, "sp": True}, [{"recompute": "full", "loops": 3}], SLOW),

@@ -75,6 +75,16 @@ def test_other_layouts_are_those_of_the_real_run(run_distributed, layout, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2 SP CP2 DP2 span", "TP2 SP DP2 EP2 span"])
+def test_layers_that_run_once_are_estimated_as_rehearsed(run_distributed, layout, tmp_path):
+    found = rehearsed(layout)[layout]
+    assert_as_real(run_distributed, layout, found, tmp_path)
+    off = dict(found["differences"])
+    assert abs(off["FLOPs"]) < 1e-3 and abs(off["memory, stage 0"]) < 0.1
+    assert all(abs(difference) < 0.01 for what, difference in off.items() if "bytes" in what)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP2 DP2 average", "TP2 SP DP2 EP2 average"])
 def test_a_moving_average_is_held_and_saved_as_in_the_real_run(run_distributed, layout, tmp_path):
     found = rehearsed(layout)[layout]

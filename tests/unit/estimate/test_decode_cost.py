@@ -45,6 +45,22 @@ def test_caches_by_hand():
     assert cost(context=10).state_bytes == carry + 10 * token, "a window holds no more than there is"
 
 
+def test_layers_that_run_once_by_hand():
+    span, token = {"loop_span": [2, 10], "loop_count": 3}, 2 * 4 * 64 * 2
+    plain, looped = cost({"loop_count": 1}, batch=1), cost(span, batch=1)
+    assert looped.kv_cache_bytes == plain.kv_cache_bytes == 12 * 1024 * token
+    assert looped.state_bytes == 2 * (1024 * 2 + 8 * 64 * token)
+    gates, written = 8 * 16 * 65 * 2, 2 * 8 * token
+    assert looped.bytes - plain.bytes == pytest.approx(looped.state_bytes + gates + written)
+    layer = 2 * (2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 4096) + 4 * 1024 * 1024
+    assert looped.flops - plain.flops == 2 * 8 * (layer + 4 * 1024 * 64 + 2 * 16 * 64)
+    serial = {**ROWS["vanilla loop"], **span}
+    assert cost(serial).kv_cache_bytes == (4 + 3 * 8) * 1024 * token
+    weights = sum((1024 * 1024 * 2, 2 * 1024 * 256, 3 * 1024 * 4096, 2 * 1024)) * 2
+    again = cost(serial, batch=1).bytes - plain.bytes
+    assert again == pytest.approx(2 * 8 * (weights + (1024 + 1) * token))
+
+
 def test_the_papers_table_of_costs():
     """At a small batch: the loop takes twice as long, CLP almost as long as vanilla, PLT-2 a few percent more."""
     by_row = {name: cost(changes) for name, changes in ROWS.items()}

@@ -45,7 +45,10 @@ class Counter:
 def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
     c, heads, groups = 8, model.num_attention_heads, model.num_query_groups or model.num_attention_heads
     count = Counter(n)
-    for loop, _ in itertools.product(range(model.loop_count), range(model.num_layers)):
+    first, last = model.loop_span or (0, model.num_layers)
+    for loop, layer in itertools.product(range(model.loop_count), range(model.num_layers)):
+        if loop > 0 and not first <= layer < last:
+            continue
         later = loop > 0
         count.linear(model.hidden_size, heads * c)  # Q
         if not later or model.gated_window or not model.share_kv:
@@ -83,6 +86,8 @@ def ffn_widths(model: ModelConfig) -> list[int]:
         {"gated_window": False, "share_kv": False, "cross_loop_parallel": False},
         {"gate_input": "hidden"},
         {"num_query_groups": None},
+        {"loop_span": [1, 2], "loop_count": 3},
+        {"loop_span": [1, 3], "gated_window": False},
         {"window_size": 1},
         {"window_size": 99},
         {"share_embeddings_and_output_weights": False},

@@ -54,6 +54,11 @@ def test_llama_style_layer_by_hand():
     assert count_parameters(scaled).total == count_parameters(looped).total + 96
     assert count_rank_parameters(scaled, 1000, ParallelLayout()).total == count_parameters(scaled).total
     assert count_parameters(dataclasses.replace(scaled, loop_count=1)).total == expected
+    some = dataclasses.replace(looped, loop_span=[1, 2])
+    assert count_parameters(some).total == expected + count([(8, 16), (8,)])
+    assert count_rank_parameters(some, 1000, ParallelLayout(tensor=2)).layers == (3 * count(layer[:-2]) + 136) // 2 + (
+        3 * count(layer[-2:])
+    )
     biased = dataclasses.replace(looped, qkv_bias=True)
     biases = [(8 * 16,), (2 * 16,), (2 * 16,)]
     assert count_parameters(biased).total == count_parameters(looped).total + 3 * count(biases)
