@@ -77,8 +77,14 @@ class Result:
 
 
 def check_coordinates(config: RunConfig, options: Options | None = None) -> list[Result]:
-    """Measure every axis. Runs on the CPU, in fp32, on the torch backend."""
+    """Measure every axis. Runs on the CPU, in fp32, on the torch backend.
+
+    Raises:
+        UserError: the configuration is of a kind that is not checked.
+    """
     options = options or Options()
+    if config.model.loop_span is not None:
+        raise UserError("coordinates are checked along depths of which all layers loop; set model.loop_span=null")
     results = []
     with single_process():
         for axis, sizes in options.axes.items():

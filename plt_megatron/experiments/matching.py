@@ -71,6 +71,11 @@ def match_budget(
     """
     if config == reference:
         return MatchedConfig(config, 0.0)
+    if what in ("effective_depth", "decode_latency") and (config.model.loop_span or reference.model.loop_span):
+        raise UserError(
+            f"{what} is held by changing layers, of which model.loop_span would be another part; leave it out, or hold "
+            "training_flops or parameters"
+        )
     held = {
         "tokens": lambda: _match_tokens(config, reference),
         "training_flops": lambda: _match_flops(config, reference, vocab),

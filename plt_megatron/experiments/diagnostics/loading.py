@@ -19,9 +19,16 @@ def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
     """A run, a checkpoint or a Hugging Face folder, its tokenizer checked against its vocabulary.
 
     Raises:
-        UserError: there is no complete model at `path`, or the tokenizer belongs to another one.
+        UserError: there is no complete model at `path`, its layers do not all loop, or the tokenizer belongs to another
+            one.
     """
     source = open_source(path, tokenizer)
+    model = source.model
+    if model.loop_span is not None or model.loop_order != "stack":
+        name = "loop_span" if model.loop_span is not None else "loop_order"
+        raise UserError(
+            f"{path}: model.{name} {getattr(model, name)}: the diagnostics are of models whose layers all loop, as one"
+        )
     if source.tokenizer is not None:
         fingerprint = source.progress.get("data_fingerprint") or {}
         check_vocabulary(source.tokenizer, source.vocab_size, fingerprint.get("tokenizer"))

@@ -118,6 +118,8 @@ def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool =
             found = find_problems(dataclasses.replace(config, name="run"), check_files=check_files)
             if study.measure == "bits_per_byte" and not config.validation.by_source:
                 found.append("measure: bits_per_byte takes validation.by_source=true")
+            if config.model.loop_span is not None:
+                found.append("model.loop_span: a study's law takes all layers to loop; leave it out")
             problems += [f"size {size}, {variant or ONE_LOOP}, {plural(loops, 'loop')}: {text}" for text in found]
             if not found:
                 arms += [_arm(study, size, variant, loops, seed, config, tokenizer_vocab) for seed in study.seeds]

@@ -24,6 +24,11 @@ def test_the_papers_form_is_not(capsys):
     assert "loops: not flat: hidden update differs by" in capsys.readouterr().out
 
 
+def test_layers_that_run_once_are_refused(capsys):
+    assert main([CONFIG, "model.loop_span=[1, 3]"]) == 2
+    assert "of which all layers loop; set model.loop_span=null" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("broken", "axis"),
     [

@@ -272,6 +272,19 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tmp_path, place):
         draw_sequences(str(place.text), _tokenizer(place), 50, length=64, max_tokens=64 * 9, seed=0)
 
 
+def test_layers_that_run_once_are_refused(tmp_path, place):
+    model = make_model(loop_span=[0, 1])
+    save_run(tmp_path / "run", model, random_weights(model))
+    with pytest.raises(UserError, match=r"run: model.loop_span \[0, 1\]: the diagnostics are of models whose"):
+        place.diagnose(tmp_path / "run")
+    model = make_model(cross_loop_parallel=False, loop_order="layer")
+    save_run(tmp_path / "other", model, random_weights(model))
+    with pytest.raises(
+        UserError, match="other: model.loop_order layer: the diagnostics are of models whose layers all"
+    ):
+        place.diagnose(tmp_path / "other")
+
+
 def test_the_command(tmp_path, place, warm_python):
     """As a user starts it: what it prints, where it writes, and its exit statuses."""
 

@@ -65,6 +65,9 @@ def test_equal_effective_depth_needs_layers_that_divide(tmp_path):
         UserError, match=r"3 loops: effective_depth cannot be held: 4 layers .* do not divide by 3 loops"
     ):
         plan_of(tmp_path, match_on("effective_depth"))
+    for what in ("effective_depth", "decode_latency"):
+        with pytest.raises(UserError, match=f"{what} is held by changing layers, of which model.loop_span would be"):
+            plan_of(tmp_path, match_on(what), ("model.loop_span=[1, 3]",))
 
 
 def test_equal_parameters_by_the_width(tmp_path):

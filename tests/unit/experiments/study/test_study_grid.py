@@ -76,6 +76,12 @@ def test_settings_that_do_not_fit_are_told_for_the_models_they_concern(tmp_path)
         make_grid(read_study(write_study(tmp_path, text)), None)
 
 
+def test_layers_that_run_once_are_not_the_laws(tmp_path):
+    study = read_study(write_study(tmp_path), ["model.loop_span=[0, 1]"])
+    with pytest.raises(UserError, match="model.loop_span: a study's law takes all layers to loop; leave it out"):
+        make_grid(study, None)
+
+
 def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path):
     text = STUDY.replace("ffn_hidden_size: 128}", "ffn_hidden_size: 128, optimizer.lr: 7e-4}")
     grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5"]), None)
