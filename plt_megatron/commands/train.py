@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
@@ -100,13 +101,13 @@ def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
 
 def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], command: list[str]) -> str:
     """What the run would do, for --dry-run."""
-    steps = derived.train_iters(config)
     on = f"on {count} of {gpus} GPUs" if gpus else "on the CPU"
     rows = [
         ("run folder", str(derived.run_folder(config))),
         ("processes", f"{count} ({layout_of(config, count).in_words()}) {on}"),
-        ("steps", f"{steps:,} of {derived.tokens_per_step(config):,} tokens"),
-        ("tokens", f"{steps * derived.tokens_per_step(config):,}"),
+        ("steps", f"{derived.train_iters(config):,} of {BatchSchedule(config).step_in_words} tokens"),
+        ("tokens", f"{derived.run_tokens(config):,}"),
+        *_batches(config),
         ("microbatches", f"{num_microbatches(config, count)} per step and data-parallel rank"),
     ]
     model, tp = config.model, config.parallel.tensor_model_parallel_size
@@ -120,6 +121,13 @@ def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], 
     environment = " ".join(f"{key}={value}" for key, value in threads.items())
     rows.append(("command", f"{environment} {shlex.join(command)}".strip()))
     return format_table(rows)
+
+
+def _batches(config: RunConfig) -> list[tuple[str, str]]:
+    """The steps of each batch size, where there are several."""
+    stretches = BatchSchedule(config).stretches(steps=derived.train_iters(config))
+    rows = [f"{steps:,} steps of {size:,} sequences" for size, steps in stretches]
+    return list(zip(["batches", *[""] * len(rows)], rows, strict=False)) if len(rows) > 1 else []
 
 
 if __name__ == "__main__":

@@ -6,14 +6,25 @@ them, the trunk, may take them for all: a branch begins with its checkpoint, and
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from functools import partial
+
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
 
 def first_decay_step(config: RunConfig) -> int:
     """The last step with a constant rate: after it the rate falls."""
-    return derived.lr_decay_iters(config) - derived.lr_wsd_decay_iters(config)
+    constant = float(derived.lr_decay_iters(config) - derived.lr_wsd_decay_iters(config))
+    return bisect_right(range(derived.train_iters(config) + 1), constant, key=partial(derived.lr_position, config)) - 1
+
+
+def _warmup_steps(config: RunConfig) -> int:
+    """Steps until the rate is constant."""
+    warmup = float(config.optimizer.lr_warmup_iters)
+    return bisect_left(range(derived.train_iters(config)), warmup, key=partial(derived.lr_position, config))
 
 
 def decay_steps(step: int) -> int:
@@ -36,13 +47,14 @@ def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) ->
             f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only a run of WSD has a "
             "constant rate to branch from"
         )
-    if not trunk.optimizer.lr_warmup_iters <= step <= first_decay_step(trunk):
+    first, last = _warmup_steps(trunk), first_decay_step(trunk)
+    if not first <= step <= last:
         raise UserError(
-            f"{trunk.name} has a constant rate from step {trunk.optimizer.lr_warmup_iters} to "
-            f"{first_decay_step(trunk)}: it cannot branch at step {step}"
+            f"{trunk.name} has a constant rate from step {first} to {last}: it cannot branch at step {step}"
         )
     length = step + decay
-    order = max(derived.order_samples(trunk), length * trunk.training.global_batch_size)
+    samples = BatchSchedule(trunk).tokens(length) // trunk.data.sequence_length
+    order = max(derived.order_samples(trunk), samples)
     if order > derived.order_samples(trunk):
         raise UserError(
             f"a branch of {length} steps is longer than {trunk.name}, whose samples are drawn in the order of a run of "

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
 
 
@@ -106,21 +107,28 @@ def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Tokens of one optimizer step."""
+    """Tokens of a step of `training.global_batch_size`, which each step has without `training.batch_schedule`."""
     return config.training.global_batch_size * config.data.sequence_length
 
 
-def train_iters(config: RunConfig, step_tokens: int | None = None) -> int:
-    """Optimizer steps of the run: as given, or as many whole ones as `train_tokens` holds, at least one.
-
-    Args:
-        step_tokens: of a step, where it is not the configuration's.
-    """
+def train_iters(config: RunConfig) -> int:
+    """Optimizer steps of the run: as given, or as many whole ones as `train_tokens` holds, at least one."""
     training = config.training
     if training.train_iters is not None:
         return training.train_iters
     assert training.train_tokens is not None, "validate() asks for train_iters or train_tokens"
-    return max(1, training.train_tokens // (step_tokens or tokens_per_step(config)))
+    return max(1, BatchSchedule(config).steps(training.train_tokens))
+
+
+def run_tokens(config: RunConfig) -> int:
+    """Tokens of all steps of the run."""
+    return BatchSchedule(config).tokens(train_iters(config))
+
+
+def mean_step_tokens(config: RunConfig, start: int = 0) -> float:
+    """Tokens of a step: the mean over the steps after `start`, or of the last step."""
+    start = min(start, train_iters(config) - 1)
+    return (run_tokens(config) - BatchSchedule(config).tokens(start)) / (train_iters(config) - start)
 
 
 def last_step(config: RunConfig, step: int, tokens: int) -> int:
@@ -128,17 +136,39 @@ def last_step(config: RunConfig, step: int, tokens: int) -> int:
     training = config.training
     if training.train_tokens is None or step == 0:
         return train_iters(config)
-    return step + max(0, training.train_tokens - tokens) // tokens_per_step(config)
+    return step + BatchSchedule(config).steps(training.train_tokens, tokens)
+
+
+def tokens_left(config: RunConfig, step: int, tokens: int) -> int:
+    """Tokens of the steps still to come, when `step` steps have trained on `tokens`."""
+    steps = max(0, last_step(config, step, tokens) - step)
+    return BatchSchedule(config).tokens(steps, tokens) - tokens
 
 
 def order_samples(config: RunConfig) -> int:
     """Training samples whose order is drawn: as given, or as many as the run reads."""
-    return config.data.order_samples or train_iters(config) * config.training.global_batch_size
+    return config.data.order_samples or run_tokens(config) // config.data.sequence_length
+
+
+def lr_iters(config: RunConfig, step_tokens: int | None = None) -> int:
+    """The run in steps of its learning rate's schedule: the run's own, or where its length is given in tokens, steps of
+    `step_tokens`, by default of `training.global_batch_size`."""
+    training = config.training
+    if training.train_tokens is None:
+        return train_iters(config)
+    return max(1, training.train_tokens // (step_tokens or tokens_per_step(config)))
+
+
+def lr_position(config: RunConfig, step: int) -> float:
+    """Where the learning rate's schedule is after so many steps of the run."""
+    if config.training.train_tokens is None:
+        return step
+    return BatchSchedule(config).tokens(step) / tokens_per_step(config)
 
 
 def lr_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:
-    """Steps over which the learning rate falls, warm-up included. `step_tokens`: see `train_iters`."""
-    return config.optimizer.lr_decay_iters or train_iters(config, step_tokens)
+    """Steps over which the learning rate falls, warm-up included. `step_tokens`: see `lr_iters`."""
+    return config.optimizer.lr_decay_iters or lr_iters(config, step_tokens)
 
 
 def lr_wsd_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:

@@ -65,6 +65,7 @@ Ranks = Annotated[int, Range(1, 2**20)]
 Steps = Annotated[int, Range(0, 10**9)]
 PositiveSteps = Annotated[int, Range(1, 10**9)]
 LoopCount = Annotated[int, Range(1, MAX_LOOP_COUNT)]
+TokenCount = Annotated[int, Range(1, 10**15)]  # of a run
 Count = Annotated[int, Range(0, 10**6)]
 PositiveCount = Annotated[int, Range(1, 10**6)]
 Positive = Annotated[float, Range(0, low_excluded=True)]

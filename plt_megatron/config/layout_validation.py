@@ -124,18 +124,31 @@ def _check_experts(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
 def _check_batches(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     training = config.training
     step = training.micro_batch_size * layout.data
-    if training.global_batch_size % step:
-        yield (
-            f"training.global_batch_size {training.global_batch_size} is not divisible by {step} "
-            f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {layout.data})"
-        )
-        return
-    microbatches = layout.num_microbatches(training.global_batch_size, training.micro_batch_size)
-    if microbatches % layout.pipeline:
-        yield (
-            f"{microbatches} microbatches per step: not divisible by parallel.pipeline_model_parallel_size "
-            f"{layout.pipeline}: change training.global_batch_size or training.micro_batch_size"
-        )
+    for key, size in _batch_sizes(config).items():
+        if size % step:
+            yield (
+                f"{key} {size} is not divisible by {step} "
+                f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {layout.data})"
+            )
+        elif layout.num_microbatches(size, training.micro_batch_size) % layout.pipeline:
+            microbatches = layout.num_microbatches(size, training.micro_batch_size)
+            yield (
+                f"{microbatches} microbatches per step: not divisible by parallel.pipeline_model_parallel_size "
+                f"{layout.pipeline}: change {key} or training.micro_batch_size"
+            )
+
+
+def _batch_sizes(config: RunConfig) -> dict[str, int]:
+    """The run's batch sizes by their settings. An increment stands for the batches that it leads to: where it and the
+    first one divide, they all do."""
+    training = config.training
+    sizes = {
+        f"training.batch_schedule[{number}].{name}": size
+        for number, stage in enumerate(training.batch_schedule)
+        for name, size in (("global_batch_size", stage.global_batch_size), ("increment", stage.increment))
+        if size is not None
+    }
+    return sizes | {"training.global_batch_size": training.global_batch_size}
 
 
 def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:

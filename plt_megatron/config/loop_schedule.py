@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import LoopStage, RunConfig
 
 
@@ -35,6 +37,7 @@ class LoopSchedule:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
+        self._batches = BatchSchedule(config)
         stages = config.training.loop_schedule or [LoopStage(loop_count=config.model.loop_count)]
         starts = [0.0, *(stage.until for stage in stages)]
         self._stages = [
@@ -54,23 +57,44 @@ class LoopSchedule:
                 return loops
         return max(loops for loops, share in enumerate(shares, start=1) if share > 0)  # shares add up to 1 - 1e-16
 
+    def step_shares(self, start: int = 0) -> dict[tuple[int, int], float]:
+        """(loop count, global batch size) -> the share of the steps after `start` that have them, where loops are drawn
+        the expected one."""
+        steps = derived.train_iters(self._config)
+        start = first = min(start, steps - 1)
+        found: defaultdict[tuple[int, int], float] = defaultdict(float)
+        for size, number in self._batches.stretches(self._batches.tokens(start), steps=steps - start):
+            for loops, count in self._expected(first, first + number).items():
+                found[loops, size] += count / (steps - start)
+            first += number
+        return {kind: share for kind, share in sorted(found.items()) if share > 0}
+
     def mean_shares(self, start: int = 0) -> dict[int, float]:
-        """Loop count -> the share of the steps after `start` that have it, where it is drawn the expected one."""
-        steps = range(derived.train_iters(self._config))
-        start = min(start, len(steps) - 1)
+        """Loop count -> the share of the steps after `start` that have it."""
+        return _by_loops(self.step_shares(start))
+
+    def token_shares(self, start: int = 0) -> dict[int, float]:
+        """Loop count -> the share of the tokens of steps that have it: batches may change too."""
+        weighted = {kind: share * kind[1] for kind, share in self.step_shares(start).items()}
+        total = sum(weighted.values())
+        return _by_loops({kind: weight / total for kind, weight in weighted.items()})
+
+    def _expected(self, start: int, stop: int) -> dict[int, float]:
+        """Loop count -> the expected number of the steps from `start` to `stop`, of equal batches, that have it."""
+        steps = range(stop)
         # Between these the shares are constant, or change by the same in every step.
         points = [point for stage in self._stages for point in (stage.ramp_end, stage.end)]
         bounds = [max(start, bisect_left(steps, point, key=self._progress_of_step)) for point in points]
-        means = [0.0] * self._config.model.loop_count
+        counts = [0.0] * self._config.model.loop_count
         for first, end in zip([start, *bounds], bounds, strict=False):
             if first < end:
                 ends = (self._shares_at(self._progress_of_step(step)) for step in (first, end - 1))
                 for index, (one, other) in enumerate(zip(*ends, strict=True)):
-                    means[index] += (end - first) / (len(steps) - start) * (one + other) / 2
-        return {loops: share for loops, share in enumerate(means, start=1) if share > 0}
+                    counts[index] += (end - first) * (one + other) / 2
+        return dict(enumerate(counts, start=1))
 
     def _progress_of_step(self, step: int) -> float:
-        return self._progress(step, step * derived.tokens_per_step(self._config))
+        return self._progress(step, self._batches.tokens(step))
 
     def _progress(self, step: int, tokens: int) -> float:
         """The share of the run that is done, by its clock: tokens, or steps if its length is given in them."""
@@ -87,6 +111,13 @@ class LoopSchedule:
         new = (progress - stage.start) / (stage.ramp_end - stage.start)
         pairs = zip(self._stages[number - 1].shares, stage.shares, strict=True)
         return tuple((1 - new) * old + new * own for old, own in pairs)
+
+
+def _by_loops(shares: dict[tuple[int, int], float]) -> dict[int, float]:
+    found: defaultdict[int, float] = defaultdict(float)
+    for (loops, _), share in shares.items():
+        found[loops] += share
+    return dict(found)
 
 
 def _shares(stage: LoopStage, config: RunConfig) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ from plt_megatron.config.fields import (
     Share,
     Size,
     Steps,
+    TokenCount,
 )
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.refused_settings import REFUSED
@@ -250,15 +251,27 @@ class LoopStage:
 
 
 @dataclass
+class BatchStage:
+    """The batch of a run's steps up to a number of tokens (docs/schedules.md)."""
+
+    until: TokenCount | None = None  # tokens of the run at which it ends
+    global_batch_size: Size | None = None
+    # Of the batch, in equal parts of the stage, up to the batch that follows it; null: none.
+    increment: Size | None = None
+
+
+@dataclass
 class TrainingConfig:
     """Length and batches. Exactly one of `train_iters` and `train_tokens` is given."""
 
     ALTERNATIVES: ClassVar = (("train_iters",), ("train_tokens",))
 
     micro_batch_size: PositiveCount = 1  # sequences
-    global_batch_size: Size = 8  # sequences per optimizer step
+    global_batch_size: Size = 8  # sequences per optimizer step; after those of batch_schedule
     train_iters: PositiveSteps | None = None
-    train_tokens: Annotated[int, Range(1, 10**15)] | None = None
+    train_tokens: TokenCount | None = None
+    # Batches before training.global_batch_size, as in [{until: 20e9, global_batch_size: 256}]; empty: none.
+    batch_schedule: list[BatchStage] = field(default_factory=list)
     # As in [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count loops in every step.
     loop_schedule: list[LoopStage] = field(default_factory=list)
     # Weights of the losses on the outputs of loops 1, 2, ..., beside the last one's, whose weight is 1; empty: none.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plt_megatron.config import (
+    batch_schedule,
     data_rules,
     deepspeed_validation,
     derived,
@@ -65,6 +66,8 @@ def find_problems(
     """The problems `validate` would raise, one line each, after the file and line of the first setting it names."""
     problems = list(find_range_problems(config))
     problems += _check_required(config)
+    if not problems:
+        problems += batch_schedule.find_problems(config)
     if not problems:
         problems += _check_model(config)
         problems += _check_loop_input(config.model)
@@ -215,7 +218,7 @@ def _check_optimizer(config: RunConfig) -> Iterator[str]:
 def _check_schedule(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
-    samples = derived.train_iters(config) * config.training.global_batch_size
+    samples = derived.run_tokens(config) // config.data.sequence_length
     order = config.data.order_samples
     if order is not None and not samples <= order <= MAX_SAMPLES:
         yield f"data.order_samples {order:,} must be from the {samples:,} that the run reads to {MAX_SAMPLES:,}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule, with_global_batch_size
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, find_duplicates
@@ -93,7 +94,6 @@ class Inspector:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
-        self._size = config.training.global_batch_size
         built = build_datasets(
             config.data,
             num_samples=required_samples(config),
@@ -114,13 +114,17 @@ class Inspector:
 
     def batch(self, part: str, number: int, limit: int) -> ShownBatch:
         """The first `limit` samples of a part's `number`-th global batch, from 1. `UserError` if there is none."""
-        samples = self.samples(part)
-        batches = len(samples) // self._size
+        config, samples = self._config, self.samples(part)
+        if part != "train":
+            config = with_global_batch_size(config, config.training.global_batch_size)
+        schedule, length = BatchSchedule(config), config.data.sequence_length
+        batches = schedule.steps(len(samples) * length)
         if not 1 <= number <= batches:
             raise UserError(f"batch {number} of the {part} data: the run reads the batches 1 to {batches:,}")
-        first = (number - 1) * self._size
-        shown = [self._sample(samples, part, index) for index in range(first, first + min(limit, self._size))]
-        return ShownBatch(part, number, self._size, shown)
+        before = schedule.tokens(number - 1)
+        first, size = before // length, schedule.global_batch_size(before)
+        shown = [self._sample(samples, part, index) for index in range(first, first + min(limit, size))]
+        return ShownBatch(part, number, size, shown)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The tokens as text, control tokens by their names."""

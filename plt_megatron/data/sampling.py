@@ -1,6 +1,6 @@
 """Batches in a fixed order that a run can leave and resume at any point.
 
-Which samples form the n-th global batch depends on nothing but the dataset and the global batch size. Layouts only
+Which samples form the n-th global batch depends on nothing but the dataset and the global batch sizes. Layouts only
 divide it differently, and a run is resumed by the number of samples consumed: there is no other state, and no
 random number generator. The samples' order is the dataset's, which follows from the seed and the number of samples
 asked for: a run made longer draws in another order, and `mix.fingerprint` given `num_samples` tells.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +35,7 @@ def micro_batch_indices(
     *,
     consumed_samples: int,
     micro_batch_size: int,
-    global_batch_size: int,
+    global_batch_sizes: Iterable[int],
     data_parallel_rank: int,
     data_parallel_size: int,
     wrap: bool = False,
@@ -47,24 +47,25 @@ def micro_batch_indices(
 
     Args:
         consumed_samples: samples that all ranks together have trained on.
+        global_batch_sizes: of the batches that follow; the end of them is the end of all.
 
     Raises:
-        ValueError: the global batch does not divide into microbatches over the ranks.
+        ValueError: a global batch does not divide into microbatches over the ranks.
     """
     per_step = micro_batch_size * data_parallel_size
     if not 0 <= data_parallel_rank < data_parallel_size:
         raise ValueError(f"data parallel rank {data_parallel_rank} of {data_parallel_size}")
-    if micro_batch_size < 1 or global_batch_size < 1 or global_batch_size % per_step:
-        raise ValueError(
-            f"global batch size {global_batch_size} is not a multiple of {micro_batch_size} x {data_parallel_size}"
-        )
     if consumed_samples < 0 or length < 1:
         raise ValueError(f"cannot start at sample {consumed_samples} of {length}")
     start = consumed_samples
-    while wrap or start + global_batch_size <= length:
-        for first in range(start + data_parallel_rank * micro_batch_size, start + global_batch_size, per_step):
+    for size in global_batch_sizes:
+        if micro_batch_size < 1 or size < 1 or size % per_step:
+            raise ValueError(f"global batch size {size} is not a multiple of {micro_batch_size} x {data_parallel_size}")
+        if not wrap and start + size > length:
+            return
+        for first in range(start + data_parallel_rank * micro_batch_size, start + size, per_step):
             yield [index % length for index in range(first, first + micro_batch_size)]
-        start += global_batch_size
+        start += size
 
 
 def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:

@@ -115,10 +115,10 @@ def step_flops_per_token(config: RunConfig, padded_vocab_size: int, loop_count: 
 
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
-    """Training FLOPs per token, the mean over the run's steps after `start`: `training.loop_schedule` decides their
-    loops."""
+    """Training FLOPs per token, the mean over the tokens of the run's steps after `start`: `training.loop_schedule`
+    decides their loops."""
     total = Flops(0, 0, 0, 0, 0, 0)
-    for loops, share in LoopSchedule(config).mean_shares(start).items():
+    for loops, share in LoopSchedule(config).token_shares(start).items():
         total += step_flops_per_token(config, padded_vocab_size, loops).times(share)
     return total
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
@@ -134,7 +135,7 @@ def _flops_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> li
     rows += [[name.replace("_", " "), *_share(part, estimate.flops_per_token)] for name, part in parts.items() if part]
     padded = derived.padded_vocab_size(config.model, vocab_size, estimate.layout.tensor)
     loops = flops_of_loops(config.model, config.data.sequence_length, padded)
-    shares = LoopSchedule(config).mean_shares()
+    shares = LoopSchedule(config).token_shares()
     for loop, part in enumerate(loops, start=1):
         reached = sum(share for loop_count, share in shares.items() if loop_count >= loop)
         rows.append([f"loop {loop}", *_share(reached * part, estimate.flops_per_token)])
@@ -151,7 +152,7 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
     shares = {plural(loops, "loop"): f"{share:.1%}" for loops, share in LoopSchedule(config).mean_shares().items()}
     schedule = [[loops, share, "of the steps"] for loops, share in shares.items() if config.training.loop_schedule]
     return [
-        ["tokens", f"{estimate.tokens:,}", f"{steps:,} steps of {derived.tokens_per_step(config):,}"],
+        ["tokens", f"{estimate.tokens:,}", f"{steps:,} steps of {BatchSchedule(config).step_in_words}"],
         *schedule,
         ["training FLOPs", f"{estimate.total_flops:.4g}"],
         ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and copy"],
@@ -201,7 +202,7 @@ def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[
     for name, seconds in dataclasses.asdict(estimate.times).items():
         if seconds:
             rows.append([name.replace("_", " "), f"{seconds:.3g} s", f"{100 * seconds / total:.1f} %"])
-    tokens = derived.tokens_per_step(config) / total
+    tokens = estimate.tokens / estimate.total_seconds
     mfu = model_flops_share(estimate, config, card)
     rows.append(["tokens/s", f"{tokens:,.0f}", f"MFU {100 * mfu:.0f} %"])
     return rows

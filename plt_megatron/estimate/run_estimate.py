@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
@@ -29,7 +30,7 @@ USABLE_SHARE = 0.92
 @dataclass(frozen=True)
 class RunEstimate:
     """The size and cost of a run. What a step takes is the mean over the run's: `training.loop_schedule` decides their
-    loops. Memory is that of a step with all loops.
+    loops, `training.batch_schedule` their batches. Memory is that of the largest step with all loops.
 
     Attributes:
         parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
@@ -96,10 +97,10 @@ def estimate_run(
     padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
     flops = run_flops_per_token(config, padded)
     traffic, times, bubble = _mean_step_costs(config, layout, vocab_size, card, gpus_per_node)
-    memory = estimate_memory(config, layout, vocab_size)
+    memory = estimate_memory(config, _with_batch(layout, max(BatchSchedule(config).sizes)), vocab_size)
     peak = max(stage.total_bytes for stage in memory)
     steps = derived.train_iters(config)
-    tokens = steps * derived.tokens_per_step(config)
+    tokens = derived.run_tokens(config)
     return RunEstimate(
         parameters_total=counted.total,
         parameters_active=counted.active,
@@ -135,16 +136,21 @@ def _mean_step_costs(
     largest = ranks[stage]
     padded = derived.padded_vocab_size(config.model, vocab_size, layout.tensor)
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
-    for loops, share in LoopSchedule(config).mean_shares().items():
-        step, own = with_loop_count(config, loops), dataclasses.replace(layout, loops=loops)
+    for (loops, size), share in LoopSchedule(config).step_shares().items():
+        step, own = with_loop_count(config, loops), dataclasses.replace(_with_batch(layout, size), loops=loops)
         shapes = activations(step, own, vocab_size)
         sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding, stage)
         flops = step_flops_per_token(config, padded, loops)
         times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node, stage).times(share)
-        bubble += share * bubble_fraction(layout.pipeline, loops, layout.microbatches)
+        bubble += share * bubble_fraction(own.pipeline, loops, own.microbatches)
         for purpose, amount in sent.items():
             traffic[purpose] += share * amount
     return dict(traffic), times, bubble
+
+
+def _with_batch(layout: Layout, global_batch_size: int) -> Layout:
+    microbatches = max(1, layout.num_microbatches(global_batch_size, layout.micro_batch_size))
+    return dataclasses.replace(layout, microbatches=microbatches)
 
 
 def tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]) -> int | None:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
@@ -180,5 +179,4 @@ def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
 def model_flops_share(estimate: RunEstimate, config: RunConfig, card: GPUSpec) -> float:
     """MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
     peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 != "none")
-    tokens = derived.tokens_per_step(config)
-    return estimate.flops_per_token * tokens / (estimate.step_seconds * estimate.world_size * peak)
+    return estimate.total_flops / (estimate.total_seconds * estimate.world_size * peak)

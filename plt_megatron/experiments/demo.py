@@ -143,7 +143,7 @@ def _steps() -> list[Step]:
 
 def _training_step(run: DemoRun, inputs: Sequence[Path]) -> Step:
     config = load_config(CONFIG, run.all_overrides())
-    tokens = derived.train_iters(config) * derived.tokens_per_step(config)
+    tokens = derived.run_tokens(config)
     return Step(
         name=run.name,
         title=f"training: {run.label}, {tokens:,} tokens, {layout_of(config).world_size} processes",

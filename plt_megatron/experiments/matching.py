@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import decode_cost
@@ -59,7 +60,7 @@ def parameters(config: RunConfig, vocab: int) -> int:
 
 def tokens(config: RunConfig) -> int:
     """Training tokens, in whole steps."""
-    return derived.train_iters(config) * derived.tokens_per_step(config)
+    return derived.run_tokens(config)
 
 
 def match_budget(
@@ -98,8 +99,9 @@ def _match_tokens(config: RunConfig, reference: RunConfig) -> MatchedConfig:
 
 def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
     target = tokens(reference) * flops_per_token(reference, vocab)
-    per_step = flops_per_token(config, vocab) * derived.tokens_per_step(config)
-    steps = max(1, round(target / per_step))
+    batches, wanted = BatchSchedule(config), target / flops_per_token(config, vocab)
+    fitting = max(1, batches.steps(int(wanted)))
+    steps = min(fitting, fitting + 1, key=lambda steps: abs(batches.tokens(steps) - wanted))
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     held = dataclasses.replace(config, training=training)
     deviation = tokens(held) * flops_per_token(held, vocab) / target - 1

@@ -135,7 +135,7 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
     yield "sequence length", f"{config['data']['sequence_length']:,}"
-    yield "global batch", f"{training['global_batch_size']:,} sequences"
+    yield "global batch", _batches(training)
     yield "precision", training["precision"]
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
     title = OPTIMIZERS[optimizer.get("name", "adam")].title  # before optimizers had names
@@ -146,6 +146,12 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     if "megatron-core" in versions:  # of checkpoints of before 2026-11-26 it ends with our commit
         versions["megatron-core"] = versions["megatron-core"].partition("+")[0]
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _batches(training: Mapping[str, Any]) -> str:
+    sizes = [stage["global_batch_size"] for stage in training.get("batch_schedule", [])]  # once there were no schedules
+    before = f", from {sizes[0]:,} on" if sizes else ""
+    return f"{training['global_batch_size']:,} sequences{before}"
 
 
 def _averaged(progress: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ class RunStatus:
     Attributes:
         step, steps: done, and in all; 0 and None if unknown.
         tokens_per_second: of the whole job lately; None: nothing logged yet.
-        tokens_per_step: None if the configuration cannot be read.
+        tokens_left: until the last step; None if the configuration cannot be read.
         checkpoint: step of the last one; 0: none.
         attempts: starts of the ranks so far.
         restarts: one line for each attempt that did not finish, the oldest first.
@@ -37,7 +37,7 @@ class RunStatus:
     step: int
     steps: int | None
     tokens_per_second: float | None
-    tokens_per_step: int | None
+    tokens_left: int | None
     checkpoint: int
     attempts: int
     restarts: list[str]
@@ -55,32 +55,31 @@ class RunStatus:
     @property
     def seconds_left(self) -> float | None:
         """Until the last step, at the present rate."""
-        if self.steps is None or not self.tokens_per_second or not self.tokens_per_step:
+        if self.tokens_left is None or not self.tokens_per_second:
             return None
-        return max(0, self.steps - self.step) * self.tokens_per_step / self.tokens_per_second
+        return self.tokens_left / self.tokens_per_second
 
 
 def read_run_status(run: Path) -> RunStatus:
     """Read a run's folder. Missing or damaged files are not errors here."""
     folder = RunFolder(run)
-    steps, tokens_per_step, problem = None, None, None
+    steps, left, problem = None, None, None
+    records = last_train_records(folder)
+    step, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens", 0))) if records else (0, 0)
     try:
         config = folder.config()
-        steps, tokens_per_step = derived.train_iters(config), derived.tokens_per_step(config)
+        steps, left = derived.last_step(config, step, tokens), derived.tokens_left(config, step, tokens)
     except (UserError, AssertionError) as error:
         problem = str(error).splitlines()[0] if str(error) else "config.yaml does not set the run's length"
-    records = last_train_records(folder)
-    if records and steps is not None:
-        steps = derived.last_step(config, int(records[-1]["step"]), int(records[-1].get("tokens", 0)))
     events = folder.attempts()
     ends = [event for event in events if event["event"] == "end"]
     stops = [event for event in events if event["event"] == "stop"]
     return RunStatus(
         run=run,
-        step=int(records[-1]["step"]) if records else 0,
+        step=step,
         steps=steps,
         tokens_per_second=median_speed(records),
-        tokens_per_step=tokens_per_step,
+        tokens_left=left,
         checkpoint=latest_step(run),
         attempts=sum(event["event"] == "start" for event in events),
         restarts=[_describe(end) for end in ends if end.get("status") != FINISHED],

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_token
@@ -38,7 +39,8 @@ class Forecast:
     Attributes:
         start_step: the step it resumes from.
         step_seconds: the mean of the steps after it.
-        slowest: the seconds of a step with all loops over the mean: 1 without `training.loop_schedule`.
+        slowest: the seconds of the largest step with all loops over the mean: 1 without `training.loop_schedule` and
+            `training.batch_schedule`.
         measured: whether the step's time is that of this run's earlier steps instead of an estimate.
         checkpoint_bytes: one checkpoint; 0 if none are written.
         storage_bytes: space that checkpoints will need beyond the existing ones, and exports.
@@ -83,12 +85,14 @@ def forecast(
     start = kept[-1] if kept else begun
     padded = derived.padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
     flops = run_flops_per_token(config, padded, start).total  # what is still to be done, of which loops may be most
-    work = flops * derived.tokens_per_step(config)
-    step_seconds: float | None = estimate.step_seconds * flops / estimate.flops_per_token
+    mean_tokens = derived.mean_step_tokens(config, start)
+    work = flops * mean_tokens
+    most = step_flops_per_token(config, padded, config.model.loop_count).total * _most_tokens(config, start)
+    step_seconds: float | None = estimate.step_seconds * work * derived.train_iters(config) / estimate.total_flops
     if resources.card == "cpu":
         rate = config.logging.peak_tflops or tflops_per_process
         step_seconds = work / (rate * 1e12 * _CPU_SHARE * resources.world_size) if rate else None
-    measured = _measured_step_seconds(config, run, resources.world_size, work)
+    measured = _measured_step_seconds(config, run, resources.world_size, work, mean_tokens)
     step_seconds = measured or step_seconds
     size = estimate.checkpoint_bytes if config.checkpoint.enabled else 0
     return Forecast(
@@ -96,7 +100,7 @@ def forecast(
         steps=derived.train_iters(config),
         start_step=start,
         step_seconds=step_seconds,
-        slowest=step_flops_per_token(config, padded, config.model.loop_count).total / flops,
+        slowest=most / work,
         measured=bool(measured),
         checkpoint_bytes=size,
         storage_bytes=max(0, _checkpoints_at_most(config, begun) - len(kept)) * size
@@ -105,9 +109,19 @@ def forecast(
     )
 
 
-def _measured_step_seconds(config: RunConfig, run: Path, world_size: int, work: float) -> float | None:
-    """As the run's earlier jobs had them on as many processes; None: nothing to go by. `work`: FLOPs of a step, since
-    the steps measured may have had fewer loops."""
+def _most_tokens(config: RunConfig, start: int) -> int:
+    """Tokens of the largest step after `start`, or of the last one."""
+    schedule, steps = BatchSchedule(config), derived.train_iters(config)
+    start = min(start, steps - 1)
+    sizes = (size for size, _ in schedule.stretches(schedule.tokens(start), steps=steps - start))
+    return max(sizes) * config.data.sequence_length
+
+
+def _measured_step_seconds(
+    config: RunConfig, run: Path, world_size: int, work: float, step_tokens: float
+) -> float | None:
+    """As the run's earlier jobs had them on as many processes; None: nothing to go by. `work`, `step_tokens`: FLOPs and
+    tokens of a step, since the steps measured may have had fewer."""
     folder = RunFolder(run)
     if not folder.job_file.is_file():
         return None
@@ -122,7 +136,7 @@ def _measured_step_seconds(config: RunConfig, run: Path, world_size: int, work: 
         rates = [record["model_tflops"] for record in records if record.get("model_tflops")]
         return work / (1e12 * statistics.median(rates)) if rates else None
     speed = median_speed(records)
-    return derived.tokens_per_step(config) / speed if speed else None
+    return step_tokens / speed if speed else None
 
 
 def _checkpoint_steps(run: Path) -> list[int]:

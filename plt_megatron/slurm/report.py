@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, plural
 from plt_megatron.slurm.checks import Forecast
@@ -15,7 +15,6 @@ from plt_megatron.slurm.resources import Resources
 def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Forecast) -> list[tuple[str, str]]:
     """Name and value of each line about one run."""
     estimate, layout = ahead.estimate, ahead.estimate.layout
-    step_tokens = derived.tokens_per_step(config)
     rows = [
         ("run folder", str(run)),
         ("layout", layout.in_words()),
@@ -25,7 +24,7 @@ def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Fore
             f"{estimate.parameters_total:,} ({estimate.parameters_total - estimate.parameters_embedding:,} without "
             "embeddings)",
         ),
-        ("tokens", f"{estimate.tokens:,} in {ahead.steps:,} steps of {step_tokens:,}"),
+        ("tokens", f"{estimate.tokens:,} in {ahead.steps:,} steps of {BatchSchedule(config).step_in_words}"),
         ("FLOPs", f"{estimate.total_flops:.3g}, {estimate.flops_per_token:.3g} per token"),
     ]
     if ahead.start_step:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
@@ -93,26 +95,27 @@ class RunData:
 
     def describe(self) -> str:
         """A table of the sources."""
-        tokens = derived.train_iters(self._config) * derived.tokens_per_step(self._config)
-        return describe_mix(self._config.data, tokens, self._shares)
+        return describe_mix(self._config.data, derived.run_tokens(self._config), self._shares)
 
     def epochs(self, consumed_samples: int) -> dict[str, float]:
         """Passes over each training source so far, by its name."""
         return consumed_epochs(self._shares, consumed_samples, self._samples)
 
-    def training_batches(self, consumed_samples: int) -> Generator[list[MicroBatch]]:
-        """This rank's microbatches of one global batch after another."""
+    def training_batches(self, consumed_samples: int, trained_tokens: int) -> Generator[list[MicroBatch]]:
+        """This rank's microbatches of one global batch after another. How many come with each depends on the tokens
+        that the run has been trained on."""
+        sizes = partial(BatchSchedule(self._config).batches, trained_tokens)
         # Wraps only after a rollback has skipped some samples.
-        return self._global_batches(self.train, consumed_samples, wrap=True)
+        return self._global_batches(self.train, sizes, consumed_samples, wrap=True)
 
     def validation_batches(self, source: str | None = None) -> Generator[list[MicroBatch]]:
         """The same of the validation data, or of one source's, from their start."""
         samples = self.validation if source is None else self.by_source[source]
         assert samples is not None
-        return self._global_batches(samples, 0)
+        return self._global_batches(samples, partial(itertools.repeat, self._config.training.global_batch_size))
 
     def _global_batches(
-        self, dataset: Samples, consumed_samples: int, wrap: bool = False
+        self, dataset: Samples, sizes: Callable[[], Iterator[int]], consumed_samples: int = 0, wrap: bool = False
     ) -> Generator[list[MicroBatch]]:
         training = self._config.training
         layout = layout_of(self._config, dist.get_world_size())
@@ -120,14 +123,17 @@ class RunData:
             len(dataset),
             consumed_samples=consumed_samples,
             micro_batch_size=training.micro_batch_size,
-            global_batch_size=training.global_batch_size,
+            global_batch_sizes=sizes(),
             data_parallel_rank=layout.coordinates(dist.get_rank())["dp"],
             data_parallel_size=layout.data,
             wrap=wrap,
         )
-        count = layout.num_microbatches(training.global_batch_size, training.micro_batch_size)
         with contextlib.closing(batches(dataset, indices, prefetch=2)) as micro_batches:
-            while batch := [_to_microbatch(part) for part in itertools.islice(micro_batches, count)]:
+            for size in sizes():
+                count = layout.num_microbatches(size, training.micro_batch_size)
+                batch = [_to_microbatch(part) for part in itertools.islice(micro_batches, count)]
+                if not batch:
+                    return
                 yield batch
 
 

@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
 from plt_megatron.model.parameters import Kind, find_in_any, hidden_matrix, parameters_of
@@ -168,8 +169,8 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
 class LearningRate(OptimizerParamScheduler):
     """The learning rate's schedule over the parameter groups of an optimizer, which begins at step 0.
 
-    It counts steps. Where the run's length is given in tokens, these are steps of the run's initial batch size,
-    whatever it is now, so that a rate belongs to a number of tokens.
+    It counts steps. Where the run's length is given in tokens, these are steps of the `training.global_batch_size` that
+    the run began with, whatever its batches are now, so that a rate belongs to a number of tokens.
 
     Attributes:
         step_tokens: of one step that it counts.
@@ -178,7 +179,7 @@ class LearningRate(OptimizerParamScheduler):
     def __init__(self, config: RunConfig, optimizer: Any, step_tokens: int | None = None) -> None:
         self.step_tokens = step_tokens or derived.tokens_per_step(config)
         self._in_tokens = config.training.train_tokens is not None
-        self._increment = derived.tokens_per_step(config) / self.step_tokens if self._in_tokens else 1
+        self._batches, self._run_step, self._run_tokens = BatchSchedule(config), 0, 0
         settings = config.optimizer
         wsd = settings.lr_decay_style == "WSD"
         super().__init__(
@@ -191,7 +192,7 @@ class LearningRate(OptimizerParamScheduler):
             lr_decay_style=settings.lr_decay_style,
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
-            wd_incr_steps=derived.train_iters(config, self.step_tokens),
+            wd_incr_steps=derived.lr_iters(config, self.step_tokens),
             wd_incr_style="constant",
             wsd_decay_steps=derived.lr_wsd_decay_iters(config, self.step_tokens) if wsd else None,
             lr_wsd_decay_style=settings.lr_wsd_decay_style if wsd else None,
@@ -204,9 +205,10 @@ class LearningRate(OptimizerParamScheduler):
 
     def count_step(self) -> None:
         """A step of the run is done."""
-        self.step(self._increment)
+        self.go_to(self._run_step + 1, self._run_tokens + self._batches.step_tokens(self._run_tokens))
 
     def go_to(self, step: int, tokens: int) -> None:
         """Where the run is after so many steps and tokens."""
+        self._run_step, self._run_tokens = step, tokens
         self.num_steps = tokens / self.step_tokens if self._in_tokens else step
         self.step(0)

@@ -5,18 +5,17 @@ Validation, metrics, incidents and the like are in `callbacks`.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.run_folder.checkpoints import trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.build_engine import build_engine
@@ -41,7 +40,7 @@ class Trainer:
         self.config = config
         self.folder = RunFolder.of(config)
         self.clock = Clock()
-        self.loops = LoopSchedule(config)
+        self.loops, self.batch_sizes = LoopSchedule(config), BatchSchedule(config)
         self.stop = StopRequest(self.folder)
         self.data = RunData(config)
         self.engine = build_engine(config, self.data.vocab_size)
@@ -57,18 +56,21 @@ class Trainer:
         """Train to the end, or until asked to stop. Returns whether the run is finished."""
         self._resume()
         self._each(Callback.on_start)
-        with contextlib.closing(self.data.training_batches(self.clock.samples)) as batches:
+        self._batches = self.data.training_batches(self.clock.samples, self.clock.tokens)
+        try:
             while not self.is_finished and not self.stop.requested:
-                self._train_step(batches)
+                self._train_step()
+        finally:
+            self._batches.close()
         self.beat("saving")
         self.checkpoints.close()
         self._each(Callback.on_end)
         return self.is_finished
 
-    def _train_step(self, batches: Iterator[list[MicroBatch]]) -> None:
+    def _train_step(self) -> None:
         self.beat("training")
         started = time.perf_counter()
-        step = self._next_step(batches)
+        step = self._next_step()
         self._each(Callback.before_step, step)
         result = self.engine.train_step(step.batches, self._accept, step.loop_count)
         step.seconds = time.perf_counter() - started
@@ -81,10 +83,11 @@ class Trainer:
         if asked or self.is_due(self.config.checkpoint.save_interval):
             self._save()
 
-    def _next_step(self, batches: Iterator[list[MicroBatch]]) -> Step:
+    def _next_step(self) -> Step:
         with self.engine.times.measure("data"):
             loop_count = self.loops.loop_count(self.clock.step, self.clock.tokens)
-            return Step(self.clock.step + 1, next(batches), loop_count)
+            size = self.batch_sizes.global_batch_size(self.clock.tokens)
+            return Step(self.clock.step + 1, next(self._batches), loop_count, size)
 
     def _accept(self, loss: float, grad_norm: float) -> bool:
         return all(self._each(Callback.accept, loss, grad_norm))
@@ -95,8 +98,8 @@ class Trainer:
 
     def _move_clock(self, step: Step) -> None:
         self.clock.step = step.number
-        self.clock.samples += self.config.training.global_batch_size
-        self.clock.tokens += derived.tokens_per_step(self.config)
+        self.clock.samples += step.global_batch_size
+        self.clock.tokens += step.global_batch_size * self.config.data.sequence_length
 
     @property
     def last_step(self) -> int:
@@ -134,6 +137,8 @@ class Trainer:
             callback.on_rollback(progress.get(callback.name, {}))
         self._save()  # otherwise a crash before the next save would repeat the bad data
         self.checkpoints.close()
+        self._batches.close()  # of what comes next, batches may be of another size
+        self._batches = self.data.training_batches(self.clock.samples, self.clock.tokens)
 
     def _load(self) -> dict[str, Any] | None:
         """Restore engine and clock, but not the data, from the checkpoint; its progress, or None without one."""

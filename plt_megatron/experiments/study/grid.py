@@ -156,6 +156,10 @@ def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -
     settings = [*study.overrides, *study.sizes[size], *(study.variants[variant] if loops > 1 else ())]
     own = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
     config = load_config(study.base, [*settings, *own, "optimizer.lr_decay_style=WSD"])
+    if config.training.batch_schedule:
+        raise UserError(
+            f"{study.path}: training.batch_schedule: a study's runs and branches have steps of one batch; leave it out"
+        )
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
     if any(text.startswith("optimizer.lr=") for text in settings):
         factor = 1.0

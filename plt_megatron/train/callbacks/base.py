@@ -41,12 +41,14 @@ class Step:
         number: 1 for the run's first.
         batches: this rank's microbatches.
         loop_count: of this step. A callback may change it before the step, to the same number on all ranks.
+        global_batch_size: sequences of this step, of all ranks together.
         seconds: time of data, passes and update, once it is done.
     """
 
     number: int
     batches: list[MicroBatch]
     loop_count: int
+    global_batch_size: int
     seconds: float = 0.0
 
 

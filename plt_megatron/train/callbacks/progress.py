@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from plt_megatron.config import derived
 from plt_megatron.run_folder.text import format_duration, plural
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
@@ -21,7 +22,7 @@ class ProgressBar(Callback):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self._started = time.monotonic()
-        self._first = 0
+        self._first = 0  # tokens
         self._bar: Bar | None = None
         if run.is_first_rank and sys.stdout.isatty():
             self._bar = Bar(
@@ -37,7 +38,7 @@ class ProgressBar(Callback):
     def on_start(self) -> None:
         """Show the bar."""
         step, total = self.run.clock.step, self.run.last_step
-        self._started, self._first = time.monotonic(), step
+        self._started, self._first = time.monotonic(), self.run.clock.tokens
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("training", total=total, completed=step, loss="-")
@@ -68,7 +69,8 @@ class ProgressBar(Callback):
         )
 
     def _remaining(self, record: dict[str, Any]) -> str:
-        done, left = record["step"] - self._first, self.run.last_step - record["step"]
+        done = record["tokens"] - self._first
+        left = derived.tokens_left(self.run.config, record["step"], record["tokens"])
         if self._bar is not None or done <= 0 or left <= 0:
             return ""
         return f", {format_duration((time.monotonic() - self._started) / done * left)} left"

@@ -99,6 +99,15 @@ def test_print_config_can_be_run_again(folder):
     assert not (folder / "runs").exists()
 
 
+def test_dry_run_counts_the_steps_of_each_batch_size(folder):
+    stages = "training.batch_schedule=[{until: 5120, global_batch_size: 4}, {until: 8000, global_batch_size: 6}]"
+    lines = launch(folder, "run.yaml", "--dry-run", stages, "training.train_iters=9").stdout.splitlines()
+    shown = [" ".join(line.split()) for line in lines]
+    at = shown.index("batches 5 steps of 4 sequences")
+    assert shown[at + 1 : at + 3] == ["2 steps of 6 sequences", "2 steps of 8 sequences"]
+    assert shown[at - 2 : at] == ["steps 9 of 1,024 to 2,048 tokens", f"tokens {(20 + 12 + 16) * 256:,}"]
+
+
 def test_dry_run_says_what_would_run_and_does_nothing(folder):
     result = launch(folder, "run.yaml", "--dry-run", "parallel.tensor_model_parallel_size=2", "model.vocab_size=500")
     assert result.returncode == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def test_resumed_and_on_other_ranks(prefix: str, tokenizer: Tokenizer, tmp_path:
                 64,
                 consumed_samples=consumed,
                 micro_batch_size=2,
-                global_batch_size=8,
+                global_batch_sizes=repeat(8),
                 data_parallel_rank=rank,
                 data_parallel_size=ranks,
             )

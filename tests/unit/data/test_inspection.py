@@ -87,6 +87,16 @@ def test_samples_are_the_runs(part: str, run: Path) -> None:
                 assert "".join(run.text for run in p.runs if not run.control) == tokenizer.decode(ids)
 
 
+def test_under_a_schedule_a_batch_is_that_of_its_step(run: Path) -> None:
+    stages = ["training.batch_schedule=[{until: 288, global_batch_size: 2}]", "training.train_iters=5"]
+    inspector = Inspector(load_config(run, stages))
+    shown = [inspector.batch("train", number, 9) for number in (3, 4)]
+    assert [[sample.number for sample in batch.samples] for batch in shown] == [[4, 5], [6, 7, 8, 9]]
+    assert [sample.number for sample in inspector.batch("validation", 3, 4).samples] == [8, 9, 10, 11]
+    with pytest.raises(UserError, match="batch 6 of the train data: the run reads the batches 1 to 5"):
+        inspector.batch("train", 6, 1)
+
+
 def test_in_the_terminal_and_as_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert main([str(run), "--batch", "2", "--samples", "3", "--duplicates", "--html", str(page)]) == 0

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, repeat
 
 import pytest
 import torch
 
+from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.schema import BatchStage, RunConfig
 from plt_megatron.data.sampling import batches, collate, micro_batch_indices
 
 
@@ -27,13 +29,19 @@ class Numbers:
 
 
 def indices(
-    length: int, consumed: int, micro: int, total: int, rank: int = 0, ranks: int = 1, wrap: bool = False
+    length: int,
+    consumed: int,
+    micro: int,
+    total: int | list[int],
+    rank: int = 0,
+    ranks: int = 1,
+    wrap: bool = False,
 ) -> Iterator[list[int]]:
     return micro_batch_indices(
         length,
         consumed_samples=consumed,
         micro_batch_size=micro,
-        global_batch_size=total,
+        global_batch_sizes=repeat(total) if isinstance(total, int) else total,
         data_parallel_rank=rank,
         data_parallel_size=ranks,
         wrap=wrap,
@@ -58,6 +66,33 @@ def test_global_batches_are_the_same_in_every_layout(micro: int, ranks: int) -> 
         together = sorted(index for part in parts for batch in part for index in batch)
         assert together == list(range(12 * step, 12 * step + 12))
     assert all(len(batch) == micro for found in per_rank for batch in found)
+
+
+def test_batches_of_several_sizes_are_shared_out_alike() -> None:
+    """Samples go on where they were, whatever the sizes before and the ranks."""
+    sizes = [4, 4, 8, 12, 12]
+    for ranks, micro in ((1, 4), (2, 1), (2, 2), (4, 1)):
+        found = [list(indices(100, 30, micro, sizes, rank, ranks)) for rank in range(ranks)]
+        order = [index for parts in zip(*found, strict=True) for part in parts for index in part]
+        assert order == list(range(30, 70))
+    assert list(indices(41, 30, 4, sizes, 0, 1)) == [[30, 31, 32, 33], [34, 35, 36, 37]], "eight do not fit"
+
+
+@pytest.mark.parametrize(("micro", "ranks"), [(1, 1), (2, 2)])
+def test_a_schedules_batches_are_megatron_cores(micro: int, ranks: int) -> None:
+    from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+    config = RunConfig()
+    config.data.sequence_length = 50
+    config.training.batch_schedule = [BatchStage(2000, 4), BatchStage(5000, 8), BatchStage(15_000, 20)]
+    config.training.global_batch_size = 32
+    theirs = StepBatchsizeNumMicroBatchesCalculator(micro, ranks, False, 1, "0:4 2K:8 5K:20 15K:32", 50)
+    consumed = 0
+    for size in islice(BatchSchedule(config).batches(), 60):
+        theirs.update(consumed, consistency_check=True)
+        assert size == theirs.get_current_global_batch_size() == theirs.get() * micro * ranks
+        consumed += size
+    assert consumed > 600
 
 
 def test_resuming_is_exact_in_any_layout() -> None:
@@ -120,8 +155,8 @@ def test_prefetching_passes_errors_on_and_ends() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"global_batch_size": 10}, "global batch size 10 is not a multiple of 2 x 2"),
-        ({"global_batch_size": 0}, "not a multiple"),
+        ({"global_batch_sizes": [8, 10]}, "global batch size 10 is not a multiple of 2 x 2"),
+        ({"global_batch_sizes": [0]}, "not a multiple"),
         ({"micro_batch_size": 0}, "not a multiple"),
         ({"data_parallel_rank": 2}, "data parallel rank 2 of 2"),
         ({"consumed_samples": -1}, "cannot start at sample -1"),
@@ -129,8 +164,8 @@ def test_prefetching_passes_errors_on_and_ends() -> None:
 )
 def test_impossible_divisions(settings: dict[str, int], message: str) -> None:
     defaults = {
-        "consumed_samples": 0, "micro_batch_size": 2, "global_batch_size": 8, "data_parallel_rank": 0,
+        "consumed_samples": 0, "micro_batch_size": 2, "global_batch_sizes": [8], "data_parallel_rank": 0,
         "data_parallel_size": 2,
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        next(micro_batch_indices(100, **{**defaults, **settings}))
+        list(micro_batch_indices(100, **{**defaults, **settings}))

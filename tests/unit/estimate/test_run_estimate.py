@@ -13,6 +13,7 @@ import pytest
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import (
+    BatchStage,
     DataConfig,
     LoopStage,
     ModelConfig,
@@ -80,6 +81,25 @@ def test_a_run_of_two_stages_costs_what_each_of_them_costs(layout):
         {name: (3 * sent + 4 * two.communication[name]) / 7 for name, sent in one.communication.items()}, rel=2e-3
     )
     assert whole.peak_memory_bytes == two.peak_memory_bytes and whole.parameters_total == two.parameters_total
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 4}], ids=str)
+def test_a_run_of_two_batch_sizes_costs_what_each_of_them_costs(layout):
+    """Time and traffic are the mean over steps; tokens and FLOPs add up; memory is the larger one's."""
+    stages = {"batch_schedule": [BatchStage(3 * 32 * 256, 32)], "global_batch_size": 96}
+    whole, small, large = (
+        estimate_run(run(training=training, **layout), world_size=8)
+        for training in (stages, {"global_batch_size": 32}, {"global_batch_size": 96})
+    )
+    assert whole.tokens == (3 * 32 + 4 * 96) * 256 and whole.total_flops == whole.flops_per_token * whole.tokens
+    assert whole.flops_per_token == pytest.approx(small.flops_per_token)
+    for name in ("step_seconds", "total_seconds", "gpu_hours", "bubble_fraction"):
+        expected = (3 * getattr(small, name) + 4 * getattr(large, name)) / 7
+        assert getattr(whole, name) == pytest.approx(expected), name
+    assert whole.communication == pytest.approx(
+        {name: (3 * sent + 4 * large.communication[name]) / 7 for name, sent in small.communication.items()}
+    )
+    assert whole.peak_memory_bytes == large.peak_memory_bytes >= small.peak_memory_bytes
 
 
 def test_a_loss_on_another_loop_is_another_output_layer():

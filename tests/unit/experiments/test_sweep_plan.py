@@ -46,6 +46,14 @@ def test_equal_training_flops_are_equal_within_half_a_step(tmp_path):
     assert one.tokens > two.tokens > three.tokens
 
 
+def test_equal_training_flops_count_the_steps_of_a_batch_schedule(tmp_path):
+    ramp = ("training.batch_schedule=[{until: 2000, global_batch_size: 2}]", "training.global_batch_size=6")
+    one, *others = first_seed(plan_of(tmp_path, match_on("training_flops"), ramp))
+    assert one.tokens == 32 * (2 * 32 + 6 * 68), "32 steps end at 2,048 tokens"
+    for run in others:
+        assert abs(run.total_flops - one.total_flops) <= run.flops_per_token * 6 * 32 / 2
+
+
 def test_a_curriculum_is_an_axis_and_costs_what_its_stages_cost(tmp_path):
     stages = "[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
     axis = f"axes: {{loops: {{always: {{model.loop_count: 2}}, late: {{training.loop_schedule: {stages}}}}}}}"

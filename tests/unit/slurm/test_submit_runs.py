@@ -476,6 +476,19 @@ def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, s
     assert f"{two / one:.3g} s (measured" in capsys.readouterr().out and two / one > 1.5
 
 
+def test_steps_to_come_with_larger_batches_take_longer_than_those_measured(folder, slurm, capsys):
+    length = RUN["data"]["sequence_length"]
+    stages = f"training.batch_schedule=[{{until: {500 * 16 * length}, global_batch_size: 16}}]"
+    submit_run(stages)
+    write_progress(folder / "runs/try", [480, 490, 500], checkpoint=500, rate=16 * length)  # a second for each step
+    write_event(folder / "runs/try", event="start", attempt=1, job_id="100")
+    capsys.readouterr()
+    submit_run(stages)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "step time 4 s (measured" in shown and "after step 500 of 1,000" in shown
+    assert f"{(500 * 16 + 500 * 64) * length:,} in 1,000 steps of {16 * length:,} to {64 * length:,}" in shown
+
+
 # Arrays.
 
 

@@ -1,0 +1,144 @@
+"""How many sequences each step of a run has: `training.batch_schedule`.
+
+A function of the configuration and of the tokens that the run has trained on: all ranks agree, a resumed run goes on as
+it would have, and estimates know a run's steps, none of which needs a state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Iterator
+
+from plt_megatron.config.schema import BatchStage, RunConfig
+
+
+class BatchSchedule:
+    """The batch sizes of a run's steps. Without a schedule, `training.global_batch_size` in all of them.
+
+    A size holds from the first step that begins at or after the number of tokens given for it: no step is divided.
+
+    Attributes:
+        sizes: in sequences, in their order; the last one is `training.global_batch_size`.
+
+    Args:
+        config: validated.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        training = config.training
+        self._length = config.data.sequence_length
+        self._ends: list[int] = []  # tokens at which each size but the last ends
+        self.sizes: list[int] = []
+        start, sizes_after = 0, [stage.global_batch_size for stage in training.batch_schedule[1:]]
+        sizes_after.append(training.global_batch_size)
+        for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one more without any stage
+            assert stage.until is not None and after is not None, "validate() asks for them"
+            sizes = stage_sizes(stage, after)
+            self._ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
+            self.sizes += sizes
+            start = stage.until
+        self.sizes.append(training.global_batch_size)
+
+    def global_batch_size(self, tokens: int) -> int:
+        """Sequences of the step that follows `tokens`."""
+        return self.sizes[bisect_right(self._ends, tokens)]
+
+    def step_tokens(self, tokens: int) -> int:
+        """Tokens of the step that follows `tokens`."""
+        return self.global_batch_size(tokens) * self._length
+
+    def batches(self, tokens: int = 0) -> Iterator[int]:
+        """The sizes of the steps that follow `tokens`, endlessly."""
+        while True:
+            size = self.global_batch_size(tokens)
+            yield size
+            tokens += size * self._length
+
+    def stretches(
+        self, tokens: int = 0, *, steps: int | None = None, end: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """(size, number) of successive steps of one size that follow `tokens`: of as many as `steps`, or as there are
+        whole ones up to `end` tokens."""
+        number = bisect_right(self._ends, tokens)
+        while number < len(self.sizes):
+            size, stop = self.sizes[number], self._ends[number] if number < len(self._ends) else None
+            own = size * self._length
+            wanted = None if stop is None else -((tokens - stop) // own)
+            possible = steps if end is None else max(0, (end - tokens) // own)
+            assert possible is not None, "give steps or end"
+            taken = possible if wanted is None else min(wanted, possible)
+            if taken:
+                yield size, taken
+            if wanted is None or taken < wanted:
+                return
+            tokens += taken * own
+            steps = None if steps is None else steps - taken
+            number = bisect_right(self._ends, tokens)
+
+    def steps(self, end: int, tokens: int = 0) -> int:
+        """Whole steps between `tokens` and `end` tokens."""
+        return sum(number for _, number in self.stretches(tokens, end=end))
+
+    def tokens(self, steps: int, tokens: int = 0) -> int:
+        """Tokens of the run after `steps` steps that follow `tokens`."""
+        return tokens + self._length * sum(size * number for size, number in self.stretches(tokens, steps=steps))
+
+    @property
+    def step_in_words(self) -> str:
+        """A step's tokens: `8,192`, or `2,048 to 8,192`."""
+        low, high = (f"{size * self._length:,}" for size in (min(self.sizes), max(self.sizes)))
+        return low if low == high else f"{low} to {high}"
+
+
+def stage_sizes(stage: BatchStage, after: int) -> list[int]:
+    """The sizes of a stage that is followed by a batch of `after`: with an increment, all up to that."""
+    assert stage.global_batch_size is not None, "validate() asks for it"
+    if stage.increment is None:
+        return [stage.global_batch_size]
+    return list(range(stage.global_batch_size, after, stage.increment))
+
+
+def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
+    """The run whose every step has `size` sequences: what a step of them costs."""
+    training = dataclasses.replace(config.training, global_batch_size=size, batch_schedule=[])
+    return dataclasses.replace(config, training=training)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """The problems of a schedule whose single numbers are in range, one line each. What its batches must be divisible
+    by is checked with the layout."""
+    for number in range(len(config.training.batch_schedule)):
+        yield from _check_stage(config, number)
+
+
+def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
+    stages, key = config.training.batch_schedule, f"training.batch_schedule[{number}]"
+    stage, begin = stages[number], stages[number - 1].until if number else 0
+    if stage.global_batch_size is None:
+        yield f"{key}: give global_batch_size, the sequences of its steps"
+    if stage.until is None:
+        yield f"{key}: give until, the tokens at which it ends; after the last stage training.global_batch_size holds"
+    if stage.global_batch_size is None or stage.until is None or begin is None:
+        return
+    step = stage.global_batch_size * config.data.sequence_length
+    if stage.until <= begin:
+        yield f"{key}.until {stage.until:,} must be above the stage before's {begin:,}"
+    elif stage.until - begin < step:
+        yield f"{key} is shorter than a step: it has {stage.until - begin:,} tokens, and its first step {step:,}"
+    if stage.increment is not None:
+        yield from _check_increment(config, number, stage.global_batch_size, stage.increment)
+
+
+def _check_increment(config: RunConfig, number: int, size: int, increment: int) -> Iterator[str]:
+    later = config.training.batch_schedule[number + 1 :]
+    after = later[0].global_batch_size if later else config.training.global_batch_size
+    name = f"training.batch_schedule[{number + 1}].global_batch_size" if later else "training.global_batch_size"
+    if after is not None and (after <= size or (after - size) % increment):
+        yield (
+            f"training.batch_schedule[{number}].increment {increment}: no number of increments leads from its "
+            f"global_batch_size {size} to {name} {after}"
+        )

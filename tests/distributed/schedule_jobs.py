@@ -1,0 +1,47 @@
+"""Whole runs that say which samples each of their steps had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from plt_megatron.config.schema import RunConfig
+from tests.distributed.training_jobs import train
+
+
+@dataclass
+class Trained:
+    """What a job did.
+
+    Attributes:
+        result: of `train`.
+        steps: the samples of each step in their order, of all ranks together.
+    """
+
+    result: bool | str
+    steps: list[list[int]] = field(default_factory=list)
+
+
+def train_and_tell(config: RunConfig, bad_step: int = 0) -> Trained:
+    """Run a trainer to its end. The `bad_step`-th step run has a loss that is no number."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from plt_megatron.train.trainer import Trainer
+
+    told: list[list[int]] = []
+    next_step = Trainer._next_step
+
+    def tell(trainer: Trainer) -> object:
+        step = next_step(trainer)
+        own = [batch.sample_ids.tolist() for batch in step.batches]
+        ranks: list[list[list[int]]] = [own] * parallel_state.get_data_parallel_world_size()
+        dist.all_gather_object(ranks, own, group=parallel_state.get_data_parallel_group())
+        # The j-th microbatches of all ranks come one after another.
+        told.append([sample for parts in zip(*ranks, strict=True) for part in parts for sample in part])
+        return step
+
+    Trainer._next_step = tell  # type: ignore[method-assign,assignment]
+    try:
+        return Trained(train(config, bad_step), told)
+    finally:
+        Trainer._next_step = next_step  # type: ignore[method-assign]
