@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from plt_megatron.config import derived
+from plt_megatron.config import data_stages, derived
 from plt_megatron.config.schema import DataConfig, RunConfig
 
 
@@ -19,6 +19,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
             if source.fim_rate is not None:
                 yield f"data.{part}[{index}].fim_rate: only training documents are rearranged; leave it out"
     yield from _check_fill_in_middle(data)
+    yield from data_stages.find_problems(data)
 
 
 def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:

@@ -156,6 +156,14 @@ class DataSource:
 
 
 @dataclass
+class DataStage:
+    """The mix of the training data up to a number of tokens (docs/schedules.md)."""
+
+    until: TokenCount | None = None  # tokens of the run at which it ends
+    sources: list[DataSource] = field(default_factory=list)
+
+
+@dataclass
 class DataConfig:
     """The data. Either `sources` divided by `split`, or one list per part."""
 
@@ -166,6 +174,8 @@ class DataConfig:
     train_sources: list[DataSource] = field(default_factory=list)
     validation_sources: list[DataSource] = field(default_factory=list)
     test_sources: list[DataSource] = field(default_factory=list)
+    # Mixes of the training data before that of sources or train_sources, as in [{until: 80e9, sources: [...]}].
+    stages: list[DataStage] = field(default_factory=list)
     tokenizer: str | None = None  # a sentencepiece .model or a Hugging Face tokenizer.json
     sequence_length: Size = 256
     # Training samples whose order is drawn, of which the run reads the first: those of its longest branch, so that all

@@ -23,6 +23,7 @@ from plt_megatron.config import (
     loop_span,
     moe_validation,
 )
+from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.fields import find_range_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
@@ -294,9 +295,8 @@ def _check_exports(config: RunConfig) -> Iterator[str]:
 
 def _check_files(config: RunConfig) -> Iterator[str]:
     data = config.data
-    for name in ("sources", "train_sources", "validation_sources", "test_sources"):
-        for index, source in enumerate(getattr(data, name)):
-            yield from _check_source(source, f"data.{name}[{index}].path")
+    for key, source in all_sources(data):
+        yield from _check_source(source, f"{key}.path")
     if data.tokenizer is not None:
         yield from _check_tokenizer(Path(data.tokenizer))
     if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():

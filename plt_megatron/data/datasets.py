@@ -12,9 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,15 +22,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from plt_megatron.config import derived
+from plt_megatron.config.data_stages import distinct_sources
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
+from plt_megatron.data.megatron_builder import Builder, MegatronTokenizer
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
@@ -41,8 +40,10 @@ from plt_megatron.data.mix import (
     fingerprint,
     mix_shares,
     part_sources,
+    sample_sources,
     split_matrix,
 )
+from plt_megatron.data.staged_dataset import StagedDataset, draw_stages
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import publish
@@ -152,7 +153,7 @@ def make_sample(
 class Samples(Dataset):
     """One part of the data: `len` samples in a fixed, shuffled order. Items are those of `make_sample`."""
 
-    def __init__(self, dataset: GPTDataset | BlendedDataset, names: Sequence[str], size: int) -> None:
+    def __init__(self, dataset: GPTDataset | BlendedDataset | StagedDataset, names: Sequence[str], size: int) -> None:
         assert len(dataset) >= size, "megatron-core builds at least the samples asked for"
         self._dataset = dataset
         self._names = list(names)
@@ -176,7 +177,7 @@ class Samples(Dataset):
     def parts(self, index: int) -> tuple[int, list[Part]]:
         """The number of the source that a sample comes from, and the parts of its documents that make the sample with
         the token after its last."""
-        if isinstance(self._dataset, BlendedDataset):
+        if isinstance(self._dataset, BlendedDataset | StagedDataset):
             which = int(self._dataset.dataset_index[index])
             inner = int(self._dataset.dataset_sample_index[index])
             return which, self._dataset.datasets[which].parts(inner)
@@ -331,7 +332,7 @@ def _load(
         random_seed=seed,
         sequence_length=data.sequence_length,
         path_to_cache=cache,
-        tokenizer=_MegatronTokenizer(tokenizer),
+        tokenizer=MegatronTokenizer(tokenizer),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
@@ -345,13 +346,28 @@ def _load(
     if data.sources:  # split by megatron-core's own numbers, but only the parts that are used
         bounds = split_matrix(data)
         config.split_matrix = [bounds[i] if num_samples[i] else None for i in range(len(PARTS))]
-    built = _Builder(_DocumentDataset, list(num_samples), lambda: True, config).build()
-    names = [[derived.source_name(source) for source in part] for part in part_sources(data)]
+    builder = Builder(_DocumentDataset, list(num_samples), lambda: True, config)
+    staged = _take_staged(builder, data, num_samples[0], cache) if data.stages and num_samples[0] else None
+    built = builder.build()
+    names = [[derived.source_name(source) for source in part] for part in sample_sources(data)]
     train, validation, test = (
         None if dataset is None or not size else Samples(dataset, name, size)
-        for dataset, name, size in zip(built, names, num_samples, strict=True)
+        for dataset, name, size in zip([staged or built[0], *built[1:]], names, num_samples, strict=True)
     )
     return train, validation, test
+
+
+def _take_staged(builder: Builder, data: DataConfig, samples: int, cache: str) -> StagedDataset:
+    """The training part, made in stages, which is taken from what the builder is to build."""
+    bounds, config = split_matrix(data)[0], builder.config
+    for parts in filter(None, (config.split_matrix, config.blend_per_split)):
+        parts[0] = None
+    drawn = draw_stages(data, samples, Path(cache))
+    paths = [os.path.abspath(source.path) for source in distinct_sources(data)]
+    used = [number for number, count in enumerate(drawn.counts) if count]
+    sizes = [[int(drawn.counts[number]), 0, 0] for number in used]
+    built = builder.build_each([paths[number] for number in used], [bounds, None, None], sizes)[0]
+    return StagedDataset(dict(zip(used, built, strict=True)), drawn)
 
 
 def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
@@ -365,33 +381,3 @@ def _blend(data: DataConfig, num_samples: Sequence[int]) -> dict[str, Any]:
         return {"blend": blend(data.sources), "split": data.split}
     parts = zip(part_sources(data), num_samples, strict=True)
     return {"blend_per_split": [blend(sources) if sources and size else None for sources, size in parts]}
-
-
-class _MegatronTokenizer:
-    """What megatron-core's datasets use of a tokenizer. No padding token: samples are never padded."""
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.eod = tokenizer.eod if tokenizer else None
-        self.vocab_size = tokenizer.vocab_size if tokenizer else None
-        self.unique_identifiers = tokenizer.unique_identifiers if tokenizer else OrderedDict(none=None)
-
-
-class _Builder(BlendedMegatronDatasetBuilder):
-    """megatron-core's builder without its barriers: `build_datasets` orders the ranks, with a time-out and with
-    errors passed on."""
-
-    @staticmethod
-    def build_generic_dataset(
-        cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
-    ) -> Any:
-        return cls(*args)
-
-    def _build_megatron_datasets_parallel(
-        self, prefixes: list[str], split: list[Any], sizes_per_dataset: list[list[int]]
-    ) -> list[list[Any]]:
-        def build(prefix: str, sizes: list[int]) -> list[Any]:
-            return self._build_megatron_dataset_splits(prefix, split, sizes, synchronize_ranks=False)
-
-        with ThreadPoolExecutor(self.config.num_dataset_builder_threads) as pool:
-            per_source = list(pool.map(build, prefixes, sizes_per_dataset))
-        return [list(part) for part in zip(*per_source, strict=True)]

@@ -11,7 +11,7 @@ from plt_megatron.config.batch_schedule import BatchSchedule, with_global_batch_
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, find_duplicates
-from plt_megatron.data.mix import PARTS, index_folder, part_sources, required_samples
+from plt_megatron.data.mix import PARTS, index_folder, required_samples, sample_sources
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 
@@ -103,7 +103,7 @@ class Inspector:
         )
         self._shares = built.shares
         self._samples = dict(zip(PARTS, (built.train, built.validation, built.test), strict=True))
-        self._sources = dict(zip(PARTS, part_sources(config.data), strict=True))
+        self._sources = dict(zip(PARTS, sample_sources(config.data), strict=True))
 
     def samples(self, part: str) -> Samples:
         """A part's samples; `UserError` if the run reads none."""

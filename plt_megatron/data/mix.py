@@ -5,17 +5,19 @@ Reads the indices only; imports neither torch nor megatron-core.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from plt_megatron.config import derived
+from plt_megatron.config.data_stages import all_sources, distinct_sources, stage_samples, stage_sources
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
 from plt_megatron.data.indexed import IndexedFile, read_index
@@ -44,7 +46,8 @@ class SourceShare:
 
     `weight` is normalized over the part. `first` and `last` (exclusive) are the documents of the source that belong
     to the part, `tokens` theirs; `samples` are drawn from it, which is `epochs` passes over its tokens and those that
-    fill-in-the-middle adds on average.
+    fill-in-the-middle adds on average. With `data.stages` a share is that of a stage: it has `stage_samples` of the
+    part's samples, and `epochs_before` are those of the stages before.
     """
 
     part: str
@@ -57,6 +60,8 @@ class SourceShare:
     samples: int
     epochs: float
     max_epochs: float | None
+    stage_samples: range | None = None
+    epochs_before: float = 0.0
 
     @property
     def documents(self) -> int:
@@ -68,6 +73,12 @@ def part_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource], 
     if data.sources:
         return data.sources, data.sources, data.sources
     return data.train_sources, data.validation_sources, data.test_sources
+
+
+def sample_sources(data: DataConfig) -> tuple[list[DataSource], list[DataSource], list[DataSource]]:
+    """The sources that samples of train, validation and test come from, by their numbers in `Samples.parts`."""
+    train, validation, test = part_sources(data)
+    return (distinct_sources(data) if data.stages else train), validation, test
 
 
 def split_matrix(data: DataConfig) -> list[tuple[float, float] | None]:
@@ -96,13 +107,32 @@ def mix_shares(data: DataConfig, num_samples: Sequence[int]) -> list[SourceShare
             continue
         if not sources or bounds is None:
             raise UserError(f"the data has no {part} part: give it a share of data.split, or data.{part}_sources")
-        for source in sources:
-            if source.path not in indices:
-                indices[source.path] = read_index(source.path)
-            share = _share(data, part, source, sources, indices[source.path], bounds, samples)
-            _check_share(share, data)
-            shares.append(share)
+        found: list[SourceShare] = []
+        for mix, among in _mixes(data, part, sources, samples):
+            for source in mix if among else ():
+                if source.path not in indices:
+                    indices[source.path] = read_index(source.path)
+                share = _share(data, part, source, mix, indices[source.path], bounds, len(among))
+                if part == "train" and data.stages:
+                    before = sum(earlier.epochs for earlier in found if _same(earlier.path, share.path))
+                    share = dataclasses.replace(share, stage_samples=among, epochs_before=before)
+                _check_share(share, data)
+                found.append(share)
+        shares += found
     return shares
+
+
+def _mixes(
+    data: DataConfig, part: str, sources: list[DataSource], samples: int
+) -> Iterable[tuple[list[DataSource], range]]:
+    """The sources of a part and the numbers of its samples: of each stage of the training part."""
+    if part != "train":
+        return [(sources, range(samples))]
+    return zip(stage_sources(data), stage_samples(data, samples), strict=True)
+
+
+def _same(path: str, other: str) -> bool:
+    return os.path.abspath(path) == os.path.abspath(other)
 
 
 def _share(
@@ -142,10 +172,12 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
             f"{share.path} has no text for the {share.part} part ({share.documents} documents fall to it): change "
             "data.split or use more data"
         )
-    if share.max_epochs is not None and share.epochs > share.max_epochs:
+    epochs = share.epochs_before + share.epochs
+    if share.max_epochs is not None and epochs > share.max_epochs:
+        before = f" after {share.epochs_before:.2f} in earlier stages" if share.epochs_before else ""
         raise UserError(
             f"data source {share.name}: {share.samples:,} {share.part} samples of {data.sequence_length} tokens are "
-            f"{share.epochs:.2f} epochs of its {share.tokens:,} tokens, over max_epochs {share.max_epochs:g}: "
+            f"{share.epochs:.2f} epochs of its {share.tokens:,} tokens{before}, over max_epochs {share.max_epochs:g}: "
             "train on fewer tokens, lower its weight, or raise max_epochs"
         )
 
@@ -153,34 +185,47 @@ def _check_share(share: SourceShare, data: DataConfig) -> None:
 def describe_mix(data: DataConfig, train_tokens: int, shares: Sequence[SourceShare] | None = None) -> str:
     """For the user: a table of the sources, with tokens, weight and the epochs that `train_tokens` make.
 
-    By default for the train part alone; with `shares`, of `mix_shares`, for those.
+    By default for the train part alone; with `shares`, of `mix_shares`, for those. With `data.stages` a source has a
+    row for each stage that it is in, and its epochs are those at the stage's end.
     """
     if shares is None:
         shares = mix_shares(data, (max(1, train_tokens // data.sequence_length), 0, 0))
     rows = [
         (
-            share.part,
+            share.part if share.stage_samples is None else _stage(share.stage_samples, data.sequence_length),
             share.name,
             f"{share.documents:,}",
             f"{share.tokens:,}",
             f"{share.weight:.4g}",
             f"{share.samples * data.sequence_length:,}",
-            f"{share.epochs:.2f}",
+            f"{share.epochs_before + share.epochs:.2f}",
         )
         for share in shares
     ]
     return format_table(rows, header=("part", "source", "documents", "tokens", "weight", "to draw", "epochs"))
 
 
+def _stage(samples: range, length: int) -> str:
+    """`train, to 2,048 tokens`."""
+    return f"train, to {samples.stop * length:,} tokens"
+
+
 def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_samples: int) -> dict[str, float]:
     """Passes over each train source after `consumed_samples` of `num_samples`, by name: for the training log."""
-    done = consumed_samples / max(1, num_samples)
-    return {share.name: share.epochs * done for share in shares if share.part == "train"}
+    found: dict[str, float] = {}
+    for share in shares:
+        if share.part == "train":
+            among = share.stage_samples or range(num_samples)
+            done = max(0, consumed_samples - among.start)
+            if among.stop < num_samples:  # the last stage goes on, as after a rollback
+                done = min(len(among), done)
+            found[share.name] = found.get(share.name, 0.0) + share.epochs * (done / max(1, len(among)))
+    return found
 
 
 def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
     """`UserError` if a source was made with another tokenizer: by its manifest, or by ids beyond the vocabulary."""
-    for path in dict.fromkeys(source.path for sources in part_sources(data) for source in sources):
+    for path in dict.fromkeys(source.path for _, source in all_sources(data)):
         made_with = _manifest(path).get("tokenizer", {})
         if made_with and made_with["sha256"] != tokenizer.fingerprint:
             raise UserError(
@@ -237,7 +282,7 @@ def content_hash(prefix: str) -> str:
 
 def content_hashes(data: DataConfig) -> dict[str, str]:
     """The content hash of each source, by its path."""
-    paths = dict.fromkeys(source.path for sources in part_sources(data) for source in sources)
+    paths = dict.fromkeys(source.path for _, source in all_sources(data))
     return {path: content_hash(path) for path in paths}
 
 
@@ -265,6 +310,10 @@ def fingerprint(
         "sampling": json.loads(json.dumps(sampling)),
     }
     value |= _rearranged(data, tokenizer)
+    if data.stages:
+        mixes = [[[hashes[source.path], source.weight] for source in stage.sources] for stage in data.stages]
+        ends = [(stage.until or 0) // data.sequence_length for stage in data.stages]
+        value["stages"] = [[end, mix] for end, mix in zip(ends, mixes, strict=True)]
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     return {**value, "sha256": digest}
 
@@ -291,6 +340,8 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
         if key == "sources":
             parts = [part for part in PARTS if (before or {}).get(part) != (now or {}).get(part)]
             words.append(f"other {' and '.join(parts)} data or weights")
+        elif key == "stages":
+            words.append("other data.stages")
         elif key == "tokenizer":
             words.append("another tokenizer")
         else:

@@ -38,12 +38,12 @@ def micro_batch_indices(
     global_batch_sizes: Iterable[int],
     data_parallel_rank: int,
     data_parallel_size: int,
-    wrap: bool = False,
+    wrap_to: int | None = None,
 ) -> Iterator[list[int]]:
     """Sample numbers of this rank's microbatches, one global batch after the other.
 
     Microbatch j of rank r is samples [(j * ranks + r) * micro batch size, ...) of the global batch. Ends before the
-    first global batch that does not fit in `length`, or with `wrap` starts over, endlessly.
+    first global batch that does not fit in `length`, or goes on endlessly, after the last sample with sample `wrap_to`.
 
     Args:
         consumed_samples: samples that all ranks together have trained on.
@@ -61,11 +61,15 @@ def micro_batch_indices(
     for size in global_batch_sizes:
         if micro_batch_size < 1 or size < 1 or size % per_step:
             raise ValueError(f"global batch size {size} is not a multiple of {micro_batch_size} x {data_parallel_size}")
-        if not wrap and start + size > length:
+        if wrap_to is None and start + size > length:
             return
         for first in range(start + data_parallel_rank * micro_batch_size, start + size, per_step):
-            yield [index % length for index in range(first, first + micro_batch_size)]
+            yield [_wrapped(index, length, wrap_to or 0) for index in range(first, first + micro_batch_size)]
         start += size
+
+
+def _wrapped(index: int, length: int, to: int) -> int:
+    return index if index < length else to + (index - length) % (length - to)
 
 
 def batches(dataset: SampleSource, indices: Iterator[list[int]], prefetch: int = 0) -> Generator[dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,13 @@ def _averaged(progress: Mapping[str, Any]) -> str:
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    sources = data["sources"] or data["train_sources"]
+    stages = [
+        f"{_mix(stage['sources'])} up to {stage['until']:,} tokens" for stage in data.get("stages", [])
+    ]  # once there were none
+    return ", then ".join([*stages, _mix(data["sources"] or data["train_sources"])])
+
+
+def _mix(sources: Sequence[Mapping[str, Any]]) -> str:
     return (
         ", ".join(f"{item['name'] or Path(item['path']).name} (weight {item['weight']:g})" for item in sources) or "-"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.indexed import open_index
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,8 +46,7 @@ def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
 
 
 def _paths(data: DataConfig) -> Iterator[str]:
-    for sources in (data.sources, data.train_sources, data.validation_sources, data.test_sources):
-        yield from (source.path for source in sources)
+    yield from (source.path for _, source in all_sources(data))
 
 
 def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.data_stages import stage_samples
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
@@ -68,9 +69,9 @@ class RunData:
         found = {}
         for source in part_sources(config.data)[1]:
             alone = (
-                dataclasses.replace(config.data, sources=[source])
+                dataclasses.replace(config.data, sources=[source], stages=[])
                 if config.data.sources
-                else dataclasses.replace(config.data, validation_sources=[source])
+                else dataclasses.replace(config.data, validation_sources=[source], stages=[])
             )
             built = build_datasets(
                 alone,
@@ -105,8 +106,9 @@ class RunData:
         """This rank's microbatches of one global batch after another. How many come with each depends on the tokens
         that the run has been trained on."""
         sizes = partial(BatchSchedule(self._config).batches, trained_tokens)
-        # Wraps only after a rollback has skipped some samples.
-        return self._global_batches(self.train, sizes, consumed_samples, wrap=True)
+        # Only after a rollback has skipped some samples: on with the last stage's.
+        wrap_to = [among.start for among in stage_samples(self._config.data, len(self.train)) if among][-1]
+        return self._global_batches(self.train, sizes, consumed_samples, wrap_to)
 
     def validation_batches(self, source: str | None = None) -> Generator[list[MicroBatch]]:
         """The same of the validation data, or of one source's, from their start."""
@@ -115,7 +117,11 @@ class RunData:
         return self._global_batches(samples, partial(itertools.repeat, self._config.training.global_batch_size))
 
     def _global_batches(
-        self, dataset: Samples, sizes: Callable[[], Iterator[int]], consumed_samples: int = 0, wrap: bool = False
+        self,
+        dataset: Samples,
+        sizes: Callable[[], Iterator[int]],
+        consumed_samples: int = 0,
+        wrap_to: int | None = None,
     ) -> Generator[list[MicroBatch]]:
         training = self._config.training
         layout = layout_of(self._config, dist.get_world_size())
@@ -126,7 +132,7 @@ class RunData:
             global_batch_sizes=sizes(),
             data_parallel_rank=layout.coordinates(dist.get_rank())["dp"],
             data_parallel_size=layout.data,
-            wrap=wrap,
+            wrap_to=wrap_to,
         )
         with contextlib.closing(batches(dataset, indices, prefetch=2)) as micro_batches:
             for size in sizes():

@@ -97,6 +97,24 @@ def test_under_a_schedule_a_batch_is_that_of_its_step(run: Path) -> None:
         inspector.batch("train", 6, 1)
 
 
+def test_samples_of_stages_are_shown_with_their_sources(run: Path) -> None:
+    """The texts of the named documents, as in a run of one mix; the search looks through the stages' sources too."""
+    one, two = ("{path: " + str(run.parent / name) + "}" for name in ("one", "two"))
+    stages = f"data.stages=[{{until: 480, sources: [{one}]}}]"
+    inspector = Inspector(load_config(run, [stages, f"data.train_sources=[{two}, {one}]", "training.train_iters=5"]))
+    batches = [inspector.batch("train", number, 4) for number in (3, 4)]
+    sources = [sample.source for batch in batches for sample in batch.samples]
+    assert sources[:2] == ["one", "one"] and set(sources[2:]) == {"one", "two"}, "up to sample 10, and then"
+    for shown in batches[0].samples:
+        assert Path(shown.path).name == shown.source
+        documents = IndexedDataset(shown.path)
+        tokens = [documents[p.document].tolist()[p.first : p.first + p.tokens] for p in shown.parts]
+        item = inspector.samples("train")[shown.number]
+        assert sum(tokens, []) == [*item["tokens"].tolist(), int(item["labels"][-1])]
+    only = [stages, f"data.train_sources=[{two}]", "training.train_iters=5"]
+    assert Inspector(load_config(run, only)).find_duplicates(50).equal_documents == 1
+
+
 def test_in_the_terminal_and_as_a_page(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "page.html"
     assert main([str(run), "--batch", "2", "--samples", "3", "--duplicates", "--html", str(page)]) == 0

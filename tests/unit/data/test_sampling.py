@@ -35,7 +35,7 @@ def indices(
     total: int | list[int],
     rank: int = 0,
     ranks: int = 1,
-    wrap: bool = False,
+    wrap_to: int | None = None,
 ) -> Iterator[list[int]]:
     return micro_batch_indices(
         length,
@@ -44,7 +44,7 @@ def indices(
         global_batch_sizes=repeat(total) if isinstance(total, int) else total,
         data_parallel_rank=rank,
         data_parallel_size=ranks,
-        wrap=wrap,
+        wrap_to=wrap_to,
     )
 
 
@@ -109,7 +109,8 @@ def test_the_end() -> None:
 
 
 def test_starting_over() -> None:
-    assert list(islice(indices(10, 16, 2, 4, 1, 2, wrap=True), 4)) == [[8, 9], [2, 3], [6, 7], [0, 1]]
+    assert list(islice(indices(10, 16, 2, 4, 1, 2, wrap_to=0), 4)) == [[8, 9], [2, 3], [6, 7], [0, 1]]
+    assert list(islice(indices(10, 8, 1, 2, wrap_to=7), 8)) == [[8], [9], [7], [8], [9], [7], [8], [9]]
 
 
 def test_batches_are_stacked() -> None:

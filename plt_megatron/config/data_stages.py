@@ -1,0 +1,76 @@
+"""Training data whose mix changes at numbers of tokens: `data.stages`.
+
+The order of a run's samples has those of the first stage first, then those of the next: which sample is the n-th
+depends neither on batches nor on ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from plt_megatron.config.schema import DataConfig, DataSource
+
+
+def training_sources(data: DataConfig) -> list[DataSource]:
+    """Those of the last stage: the only one without `data.stages`."""
+    return data.sources or data.train_sources
+
+
+def stage_sources(data: DataConfig) -> list[list[DataSource]]:
+    """The training sources of each stage, the last one included."""
+    return [*(stage.sources for stage in data.stages), training_sources(data)]
+
+
+def stage_samples(data: DataConfig, samples: int) -> list[range]:
+    """The numbers of each stage's samples, of `samples` in all. A sample belongs to a stage if its last token does."""
+    ends = [min(samples, (stage.until or 0) // data.sequence_length) for stage in data.stages]
+    return [range(first, end) for first, end in zip([0, *ends], [*ends, samples], strict=True)]
+
+
+def distinct_sources(data: DataConfig) -> list[DataSource]:
+    """The training sources of all stages in the order of their first uses, each path once."""
+    found: dict[str, DataSource] = {}
+    for sources in stage_sources(data):
+        for source in sources:
+            found.setdefault(os.path.abspath(source.path), source)
+    return list(found.values())
+
+
+def all_sources(data: DataConfig) -> Iterator[tuple[str, DataSource]]:
+    """Every source of every part, by its key."""
+    lists = {f"data.{name}": getattr(data, name) for name in ("sources", "train_sources", "validation_sources")}
+    lists |= {f"data.stages[{number}].sources": stage.sources for number, stage in enumerate(data.stages)}
+    for key, sources in (lists | {"data.test_sources": data.test_sources}).items():
+        yield from ((f"{key}[{index}]", source) for index, source in enumerate(sources))
+
+
+# ---------------------------------------------------------------- checks
+
+
+def find_problems(data: DataConfig) -> Iterator[str]:
+    """The problems of stages whose single numbers are in range, one line each."""
+    if not data.stages:
+        return
+    rates = [data.fim_rate, *(source.fim_rate for _, source in all_sources(data))]
+    if any(rates):
+        yield "data.stages with data.fim_rate is not proven: leave one of them out"
+    begin = 0
+    for number, stage in enumerate(data.stages):
+        key = f"data.stages[{number}]"
+        if not stage.sources:
+            yield f"{key}.sources is empty: name at least one tokenized source"
+        if stage.until is None:
+            yield f"{key}: give until, the tokens at which it ends; after the last stage data.sources hold"
+        elif stage.until // data.sequence_length <= begin // data.sequence_length:
+            yield (
+                f"{key}.until {stage.until:,} must be at least a sample of {data.sequence_length:,} tokens above "
+                f"{f"the stage before's {begin:,}" if number else '0'}"
+            )
+        begin = stage.until or begin
+    keys = [*(f"data.stages[{number}].sources" for number in range(len(data.stages))), "data.sources"]
+    for key, sources in zip(keys, stage_sources(data), strict=True):
+        paths = [os.path.abspath(source.path) for source in sources]
+        double = next((path for path in paths if paths.count(path) > 1), None)
+        if double is not None:
+            yield f"{key}: {double} is there twice, which data.stages cannot tell apart: add up its weights"

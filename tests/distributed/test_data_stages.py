@@ -1,0 +1,113 @@
+"""`data.stages` in whole runs: the order of the samples and how far sources are, through stops and on other ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, RunConfig
+from tests.distributed.pool import DistributedFailure
+from tests.distributed.schedule_jobs import train_and_tell
+from tests.distributed.training_jobs import make_data, run_config
+from tests.distributed.whole_runs import folder, numbers
+
+SLOW = pytest.mark.slow
+# Of 32 tokens each: 12 samples of one mix, 14 of another (and 20 tokens), in batches that do not end with them.
+STAGES = [DataStage(384, []), DataStage(852, [])]
+SIZES = [4, 4, 8, 8, 8, 8]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    one = make_data(tmp_path_factory.mktemp("one"))
+    two = make_data(tmp_path_factory.mktemp("two"), seed=8, tokenizer=one.tokenizer)
+    first = DataSource(one.sources[0].path, name="first")
+    second = DataSource(two.sources[0].path, name="second")
+    mixes = [[first], [dataclasses.replace(first, weight=3.0), second]]
+    stages = [dataclasses.replace(stage, sources=mix) for stage, mix in zip(STAGES, mixes, strict=True)]
+    return dataclasses.replace(one, sources=[second], stages=stages)
+
+
+def staged(name: str, output_dir: Path, data: DataConfig, **changes: Any) -> RunConfig:
+    ramp = {"batch_schedule": [BatchStage(256, 4)], "train_iters": None, "train_tokens": 32 * sum(SIZES)}
+    training = ramp | changes.pop("training", {})
+    checkpoint = {"save_interval": 1, "keep_last": 20} | changes.pop("checkpoint", {})
+    validation = {"interval": 3, "iters": 1, "loop_counts": [2]}
+    return run_config(
+        name, output_dir, data, training=training, checkpoint=checkpoint, validation=validation, **changes
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory, run_distributed) -> RunConfig:
+    config = staged("whole", tmp_path_factory.mktemp("runs"), data)
+    done = run_distributed(train_and_tell, 1, config)
+    assert done.result is True and sum(done.steps, []) == list(range(sum(SIZES)))
+    return config
+
+
+def after_step(config: RunConfig, step: int, output_dir: Path, **parallel: Any) -> RunConfig:
+    """The run as it was then, in another layout."""
+    other = dataclasses.replace(
+        config, name="other", output_dir=str(output_dir), parallel=dataclasses.replace(config.parallel, **parallel)
+    )
+    shutil.copytree(folder(config), folder(other))
+    for later in range(step + 1, len(SIZES) + 1):
+        shutil.rmtree(folder(other) / "checkpoints" / f"step_{later:08d}")
+    (folder(other) / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+    return other
+
+
+def test_records_have_the_epochs_of_each_stage(whole):
+    epochs = [record["source_epochs"] for record in numbers(whole) if record["kind"] == "train"]
+    drawn = [(4, 0), (8, 0), (12 + 3, 1), (12 + 9, 3), (12 + 10.5, 3.5 + 6), (12 + 10.5, 3.5 + 14)]
+    one, other = epochs[0]["first"] / 4, epochs[-1]["second"] / 17.5
+    for found, (first, second) in zip(epochs, drawn, strict=True):
+        # An estimate of a source's samples is rounded up in each stage.
+        assert found["first"] == pytest.approx(first * one, rel=0.06)
+        assert found["second"] == pytest.approx(second * other, rel=0.2, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("step", "ranks", "layout"),
+    [
+        (3, 2, {"data_parallel_size": 2}),
+        *(pytest.param(step, 1, {}, marks=SLOW) for step in (1, 2, 3, 4, 5)),
+        pytest.param(2, 2, {"pipeline_model_parallel_size": 2}, marks=SLOW),
+        pytest.param(4, 4, {"data_parallel_size": 2, "tensor_model_parallel_size": 2}, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_resumed_anywhere_a_run_reads_on_in_order(whole, tmp_path, run_distributed, step, ranks, layout):
+    config = after_step(whole, step, tmp_path, **layout)
+    done = run_distributed(train_and_tell, ranks, config)
+    assert done.result is True and sum(done.steps, []) == list(range(sum(SIZES[:step]), sum(SIZES)))
+    assert [len(batch) for batch in done.steps] == SIZES[step:]
+    if not layout:
+        assert numbers(config) == numbers(whole)
+    for one, other in zip(numbers(config), numbers(whole), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one.get("source_epochs") == other.get("source_epochs")
+
+
+def test_with_other_stages_a_run_does_not_go_on_unasked(whole, data, tmp_path, run_distributed):
+    config = after_step(whole, 3, tmp_path)
+    later = [dataclasses.replace(data.stages[0], until=416), data.stages[1]]
+    config.data = dataclasses.replace(data, stages=later)
+    with pytest.raises(DistributedFailure, match=r"other data\.stages"):
+        run_distributed(train_and_tell, 1, config)
+
+
+@SLOW
+def test_after_a_rollback_the_last_steps_read_the_last_stage(data, tmp_path, run_distributed):
+    """The fourth step is bad: its samples and the third step's are not read again, so that the order ends too early."""
+    config = staged("rolled", tmp_path, data, training={"on_nonfinite": "rollback"}, checkpoint={"save_interval": 2})
+    done = run_distributed(train_and_tell, 1, config, bad_step=4)
+    assert done.result is True
+    last_stage, length = 852 // 32, sum(SIZES)
+    read_on = [*range(24, length), *range(last_stage, length), *range(last_stage, length)]
+    assert sum(done.steps, []) == [*range(24), *read_on[: sum(SIZES[2:])]]
