@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from plt_megatron.config.schema import BatchStage, RunConfig
 
+MAX_INCREMENTS = 10_000  # of a stage
+
 
 class BatchSchedule:
     """The batch sizes of a run's steps. Without a schedule, `training.global_batch_size` in all of them.
@@ -137,7 +139,12 @@ def _check_increment(config: RunConfig, number: int, size: int, increment: int) 
     later = config.training.batch_schedule[number + 1 :]
     after = later[0].global_batch_size if later else config.training.global_batch_size
     name = f"training.batch_schedule[{number + 1}].global_batch_size" if later else "training.global_batch_size"
-    if after is not None and (after <= size or (after - size) % increment):
+    if after is not None and after - size > MAX_INCREMENTS * increment:
+        yield (
+            f"training.batch_schedule[{number}].increment {increment} makes {(after - size) // increment:,} batch "
+            f"sizes, more than {MAX_INCREMENTS:,}: give a larger one"
+        )
+    elif after is not None and (after <= size or (after - size) % increment):
         yield (
             f"training.batch_schedule[{number}].increment {increment}: no number of increments leads from its "
             f"global_batch_size {size} to {name} {after}"

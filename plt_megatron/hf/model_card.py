@@ -150,7 +150,7 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
 
 def _batches(training: Mapping[str, Any]) -> str:
     sizes = [stage["global_batch_size"] for stage in training.get("batch_schedule", [])]  # once there were no schedules
-    before = f", from {sizes[0]:,} on" if sizes else ""
+    before = f", {sizes[0]:,} at first" if sizes else ""
     return f"{training['global_batch_size']:,} sequences{before}"
 
 

@@ -156,6 +156,26 @@ def resumed_from_third(config: RunConfig, output_dir: Path) -> RunConfig:
 
 
 @SLOW
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_experts_muon_and_averages_do_not_mind_the_batch(data, tmp_path, run_distributed, optimizer):
+    """Two data-parallel ranks that share out the experts, and one process. No average with Muon, which has none."""
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16, "moe_z_loss_coeff": 1e-3}
+    training = {"ema_decay": 0.5} if optimizer == "adam" else {}
+    changes = {"model": experts, "optimizer": {"name": optimizer}, "training": {**training, "micro_batch_size": 2}}
+    one = ramped("one", tmp_path, data, **changes)
+    two = ramped("two", tmp_path, data, **changes, parallel={**DP2, "expert_model_parallel_size": 2})
+    for config, ranks in ((one, 1), (two, 2)):
+        config.validation.interval = 4
+        assert run_distributed(train_and_tell, ranks, config).steps == samples(SIZES)
+    assert len(numbers(one)) == len(numbers(two)) > len(SIZES)
+    for ours, theirs in zip(numbers(two), numbers(one), strict=True):
+        assert ours.keys() == theirs.keys() and ("ema_loss" in ours) == (optimizer == "adam" and "lr" not in ours)
+        for field in ("loss", "grad_norm", "ema_loss"):
+            if field in ours:
+                assert ours[field] == pytest.approx(theirs[field], rel=2e-5), field
+
+
+@SLOW
 def test_after_a_rollback_over_a_switch_steps_have_the_batches_of_their_tokens(data, tmp_path, run_distributed):
     """The sixth step is bad: back to step 4's checkpoint, on with the samples after the bad step's, in the batches of
     the fifth and sixth steps again."""

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.commands.train import branch_config
 from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, RunConfig
+from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.schedule_jobs import train_and_tell
 from tests.distributed.training_jobs import make_data, run_config
@@ -100,6 +102,26 @@ def test_with_other_stages_a_run_does_not_go_on_unasked(whole, data, tmp_path, r
     config.data = dataclasses.replace(data, stages=later)
     with pytest.raises(DistributedFailure, match=r"other data\.stages"):
         run_distributed(train_and_tell, 1, config)
+
+
+@SLOW
+def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distributed):
+    """Bit for bit, over stages and a switch of the batch: a run of five steps, and the branch of one of six."""
+    wsd = {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 3, "lr_warmup_iters": 1}
+    order = dataclasses.replace(data, order_samples=sum(SIZES))
+    by_steps = {"train_tokens": None, "train_iters": 6}
+    trunk, alone = (
+        staged(name, tmp_path, order, optimizer=wsd, training={**by_steps, "train_iters": steps})
+        for name, steps in (("trunk", 6), ("alone", 5))
+    )
+    for config in (trunk, alone):
+        RunFolder.of(config).save_config(config)
+        assert run_distributed(train_and_tell, 1, config).result is True
+    branch = branch_config(f"{folder(trunk)}@2", ["name=branch"], decay=3)
+    assert branch.data.order_samples == sum(SIZES) and branch.training.train_iters == 5
+    done = run_distributed(train_and_tell, 1, branch)
+    assert done.result is True and sum(done.steps, []) == list(range(8, sum(SIZES[:5])))
+    assert numbers(branch) == [record for record in numbers(alone) if record["step"] > 2] and numbers(branch)
 
 
 @SLOW

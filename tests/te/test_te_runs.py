@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from plt_megatron.config.schema import BatchStage
 from tests.distributed.training_jobs import make_data, run_config
 from tests.distributed.whole_runs import folder, numbers
 from tests.te import te_jobs as jobs
@@ -43,6 +44,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, make, run_te):
     assert run_te(jobs.run_whole, 1, config, timeout_s=240) is True
     assert numbers(config) == numbers(whole)
     assert {"loss", "grad_norm", "gate_mean", "hidden_norm", "step_size"} <= numbers(whole)[0].keys()
+
+
+@pytest.mark.slow
+def test_over_a_switch_of_the_batch_a_stopped_run_goes_on_bit_for_bit(make, run_te):
+    """Histories of scales go on although a step has twice as many microbatches from the third on."""
+    ramp = {**TRAINING, "batch_schedule": [BatchStage(2 * 4 * 32, 4)]}
+    whole, resumed = make("ramped", ramp), make("ramped and resumed", ramp)
+    assert run_te(jobs.run_whole, 1, whole, timeout_s=240) is True
+    assert [record["global_batch_size"] for record in numbers(whole) if record["kind"] == "train"] == [4, 4, 8, 8]
+    shutil.copytree(folder(whole), folder(resumed))
+    shutil.rmtree(folder(resumed) / "checkpoints" / "step_00000004")
+    (folder(resumed) / "checkpoints" / "latest").write_text("step_00000002\n")
+    assert run_te(jobs.run_whole, 1, resumed, timeout_s=240) is True
+    assert numbers(resumed) == numbers(whole)
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ def test_a_schedule_is_read_and_written(tmp_path: Path):
         ([BatchStage(125, 2), BatchStage(130, 4)], {}, "[1] is shorter than a step: it has 5 tokens, and its first"),
         ([BatchStage(125, 2, 4)], {}, "increment 4: no number of increments leads from its global_batch"),
         ([BatchStage(125, 2, 3), BatchStage(300, 4)], {}, "from its global_batch_size 2 to training.batch_schedule[1]"),
+        ([BatchStage(10**15, 1, 1)], {"global_batch_size": 2**24}, "increment 1 makes 16,777,215 batch sizes, more"),
         ([BatchStage(125, 8, 2)], {}, "leads from its global_batch_size 8 to training.global_batch_size 8"),
         ([BatchStage(125, 3)], {"micro_batch_size": 2}, "[0].global_batch_size 3 is not divisible by 2"),
         ([BatchStage(125, 2, 1)], {"micro_batch_size": 2}, "batch_schedule[0].increment 1 is not divisible by 2"),

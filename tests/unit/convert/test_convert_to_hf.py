@@ -100,6 +100,13 @@ def test_everything_a_user_needs(tmp_path, tokenizer_model):
     source = open_source(run)
     source.progress["versions"]["megatron-core"] += "+17f3dea"  # as in earlier checkpoints
     assert versions in model_card(source, "out", [], "plt")
+    changing = source.progress["config"]
+    changing["training"]["batch_schedule"] = [{"until": 5000, "global_batch_size": 4, "increment": None}]
+    changing["data"]["stages"] = [{"until": 9000, "sources": [{"path": "a/web", "name": None, "weight": 2.0}]}]
+    changing["data"]["sources"] = [{"path": "a/code", "name": "programs", "weight": 1.0}]
+    card = model_card(source, "out", [], "plt")
+    assert "| global batch | 8 sequences, 4 at first |" in card
+    assert "| data | web (weight 2) up to 9,000 tokens, then programs (weight 1) |" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert tokenizer.decode(tokenizer("def f(x):\n    return 12,5 \u00e9t\u00e9")["input_ids"]) == (
         "def f(x):\n    return 12,5 \u00e9t\u00e9"

@@ -70,6 +70,12 @@ def test_horizons_that_steps_cannot_tell_apart_are_refused(tmp_path):
         make_grid(study, None)
 
 
+def test_steps_of_several_batches_are_refused(tmp_path):
+    text = STUDY.replace("L: {", "L: {training.batch_schedule: [{until: 640, global_batch_size: 1}], ")
+    with pytest.raises(UserError, match="training.batch_schedule: a study's runs and branches have steps of one batch"):
+        make_grid(read_study(write_study(tmp_path, text)), None)
+
+
 def test_settings_that_do_not_fit_are_told_for_the_models_they_concern(tmp_path):
     text = STUDY.replace("L: {model.hidden_size: 64", "L: {model.hidden_size: 66")
     with pytest.raises(UserError, match="size L, every, 1 loop: .*66"):
