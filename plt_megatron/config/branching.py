@@ -47,7 +47,8 @@ def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) ->
             f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only a run of WSD has a "
             "constant rate to branch from"
         )
-    first, last = _warmup_steps(trunk), first_decay_step(trunk)
+    # The branch counts its warm-up in its own steps.
+    first, last = max(_warmup_steps(trunk), trunk.optimizer.lr_warmup_iters), first_decay_step(trunk)
     if not first <= step <= last:
         raise UserError(
             f"{trunk.name} has a constant rate from step {first} to {last}: it cannot branch at step {step}"

@@ -118,7 +118,8 @@ def test_resumed_at_any_step_a_run_goes_on_bit_for_bit(whole, tmp_path, run_dist
     assert numbers(config) == numbers(whole)
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=SLOW), 4, pytest.param(5, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("step", [2, 4, 5])
 def test_on_other_data_parallel_ranks_the_samples_and_their_order_are_the_same(whole, tmp_path, run_distributed, step):
     config = resumed_from(whole, step, "resharded", tmp_path, data_parallel_size=2)
     done = run_distributed(train_and_tell, 2, config)
@@ -126,6 +127,16 @@ def test_on_other_data_parallel_ranks_the_samples_and_their_order_are_the_same(w
     assert [record["loss"] for record in trained(config)] == pytest.approx(
         [record["loss"] for record in trained(whole)], rel=1e-5
     )
+
+
+@SLOW
+def test_a_stage_that_is_over_may_be_changed_for_more_ranks(whole, tmp_path, run_distributed):
+    """Four do not suit eight ranks of one; the run is past them."""
+    config = resumed_from(whole, 4, "changed", tmp_path)
+    config.training = dataclasses.replace(config.training, batch_schedule=[BatchStage(380, 8), STAGES[1]])
+    done = run_distributed(train_and_tell, 1, config)
+    assert done.result is True and done.steps == samples(SIZES)[4:]
+    assert numbers(config) == numbers(whole)
 
 
 @SLOW

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from plt_megatron.commands.train import branch_config
 from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, RunConfig
+from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.schedule_jobs import train_and_tell
@@ -96,6 +96,7 @@ def test_resumed_anywhere_a_run_reads_on_in_order(whole, tmp_path, run_distribut
         assert one.get("source_epochs") == other.get("source_epochs")
 
 
+@SLOW
 def test_with_other_stages_a_run_does_not_go_on_unasked(whole, data, tmp_path, run_distributed):
     config = after_step(whole, 3, tmp_path)
     later = [dataclasses.replace(data.stages[0], until=416), data.stages[1]]

@@ -107,6 +107,10 @@ def test_rates_belong_to_tokens_and_branches_to_steps():
     assert first_decay_step(config) == 14, "seven steps of 80 tokens are done after step 14, not after step 15"
     assert "training.train_iters=12" in branch_settings(config, "checkpoint", step=9, decay=3)
     assert "data.order_samples=94" in branch_settings(config, "checkpoint", step=9, decay=3)
+    faster = run([BatchStage(300, 16)])  # one step of 160 tokens warms up as two of 80
+    faster.optimizer = config.optimizer
+    with pytest.raises(UserError, match="from step 2 to"):
+        branch_settings(faster, "checkpoint", step=1, decay=3)
     for step in (7, 15):
         with pytest.raises(UserError, match="has a constant rate from step 8 to 14: it cannot branch at step"):
             branch_settings(config, "checkpoint", step=step, decay=3)
