@@ -286,6 +286,8 @@ class TrainingConfig:
     loop_schedule: list[LoopStage] = field(default_factory=list)
     # Weights of the losses on the outputs of loops 1, 2, ..., beside the last one's, whose weight is 1; empty: none.
     loop_loss_weights: list[NotNegative] = field(default_factory=list)
+    # Of log(Z)^2 of the last loop's logits, Z the sum of their exponentials: PaLM's z-loss, 1e-4 there. Not in `loss`.
+    z_loss_coeff: NotNegative = 0.0
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
     # Linear layers of the `te` backend in FP8; hybrid: E4M3, gradients in E5M2. The window's attention stays in BF16.

@@ -38,7 +38,7 @@ def communication_bytes(
     experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
     traffic = {
         "tensor parallel": layout.microbatches * runs * _tensor_layer(layout, shapes)
-        + _tensor_ends(layout, shapes, loops)
+        + _tensor_ends(config, layout, shapes, loops)
         + _whole_gradients(config, layout, own, shapes.hidden),
         "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
         "gradient reduction": FP32 * (dense + experts),
@@ -117,11 +117,12 @@ def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> flo
     return float((there + back + weights) * (forwards + 1) + choice * forwards)
 
 
-def _tensor_ends(layout: Layout, shapes: Activations, loops: int) -> float:
+def _tensor_ends(config: RunConfig, layout: Layout, shapes: Activations, loops: int) -> float:
     """Embedding and output layer of all microbatches; in a pipeline, where each loop embeds anew, of the busier end.
-    The cross-entropy adds up three numbers of each token."""
+    The cross-entropy adds up three numbers of each token, the z-loss one."""
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
-    losses = 2 * _share(layout.tensor) * 3 * shapes.tokens * FP32
+    numbers = 4 if config.training.z_loss_coeff else 3
+    losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
     embedding, head = 2 * whole, (3 if layout.sequence_parallel else 2) * whole + losses
     return layout.microbatches * (embedding + head if layout.pipeline == 1 else max(loops * embedding, head))
 

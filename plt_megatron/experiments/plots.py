@@ -56,6 +56,7 @@ _PANELS = (
     _Panel("expert_overlap", "experts that the first loop chose too", "% of a token's", scale=100),
     _Panel("aux_loss", "load-balancing loss", "without its coefficient"),
     _Panel("z_loss", "router z-loss", "without its coefficient"),
+    _Panel("head_z_loss", "z-loss of the head", "without its coefficient", smoothed=True),
     _Panel("dropped_share", "dropped by experts at their capacity", "%", scale=100),
     _Panel("step_seconds", "where a step's time goes", "s per step", log=True),
     _Panel("source_epochs", "passes over the sources", "epochs"),

@@ -12,6 +12,7 @@ from plt_megatron.model.initialization import initialize
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
+from plt_megatron.model.z_loss import HeadZLoss
 from plt_megatron.runtime.fusions import choose_fusions
 from plt_megatron.runtime.kernels import check_kernels, choose_fp8
 
@@ -43,5 +44,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     stage.loop_loss_weights = tuple(training.loop_loss_weights)
+    if training.z_loss_coeff:
+        stage.z_loss = HeadZLoss(training.z_loss_coeff, stage.pg_collection.tp)
     initialize(stage, training.seed)
     return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())

@@ -38,6 +38,7 @@ from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.loss import attach_loss, sum_of_losses
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
+from plt_megatron.model.z_loss import HeadZLoss
 
 
 @dataclass
@@ -101,6 +102,7 @@ class LoopedGPT(LanguageModule):
 
     Attributes:
         loop_loss_weights: of the losses on the outputs of loops 1, 2, ... in training; none at first.
+        z_loss: adds to the gradient of the last loop's losses in training; None at first.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class LoopedGPT(LanguageModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.loop_loss_weights: tuple[float, ...] = ()
+        self.z_loss: HeadZLoss | None = None
         self.share_embeddings_and_output_weights = self.plt.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder
         self.context_rows = SequenceShard.of(self.pg_collection, sequence_parallel=False)
@@ -230,7 +233,7 @@ class LoopedGPT(LanguageModule):
         if not context.is_last_loop:
             return self._with_loop_loss(batch, context.loop, hidden_states, normed)
         if self.plt.norm_between_loops and looped.stop == self.plt.num_layers:
-            return self._head(normed, batch.labels)
+            return self._output(normed, batch)
         return self._close(hidden_states, batch, context)
 
     def _run_layer_by_layer(self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor) -> Tensor:
@@ -252,7 +255,7 @@ class LoopedGPT(LanguageModule):
         coda = range(derived.looped_layers(self.plt).stop, self.plt.num_layers)
         if coda:
             hidden_states = self._run_layers(coda, hidden_states, batch, context.at_loop(1))
-        return self._head(self.final_layernorm(hidden_states), batch.labels)
+        return self._output(self.final_layernorm(hidden_states), batch)
 
     def _run_layers(self, layers: range, hidden_states: Tensor, batch: MicroBatch, context: LoopContext) -> Tensor:
         """Some of the model's layers, [s / CP (/ TP), b, h] -> the same. A pipeline stage has its share of all."""
@@ -324,13 +327,25 @@ class LoopedGPT(LanguageModule):
             positions = self.context_rows.select(context.documents.position_ids, 1)
         return angles[:, 0, 0][positions.transpose(0, 1)].unsqueeze(2)
 
+    def _output(self, hidden_states: Tensor, batch: MicroBatch) -> Tensor:
+        """What `forward` returns, of the last loop's normed hidden states."""
+        if self.z_loss is None or not self.training or batch.labels is None:
+            return self._head(hidden_states, batch.labels)
+        logits, cross_entropy = self._logits(hidden_states), self.compute_language_model_loss
+        return self.z_loss(logits, batch.labels, batch.loss_mask, cross_entropy)
+
     def _head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
+        logits = self._logits(hidden_states)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """[s / CP, b, vocab / TP], -inf in the table's padding."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
         own_rows = logits.shape[-1]
         real_rows = self.vocab_size - self.pg_collection.tp.rank() * own_rows
         if real_rows < own_rows:
             logits[..., max(real_rows, 0) :] = float("-inf")
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        return logits

@@ -77,19 +77,20 @@ class DeepSpeedEngine:
         self._leave_alone.unused = leaves_later_loops_out(self.config, loop_count)
         tokens = self._count_tokens(batches)
         with self.times.measure("forward_backward"):
-            loss_sum, _ = self._run(batches, loop_count, tokens)
+            loss_sum, _, z_loss = self._run(batches, loop_count, tokens)
         loss, lr = loss_sum / max(tokens, 1), self.scheduler.lr
         with self.times.measure("optimizer"):
             grad_norm, updated = self._verdict.step(self.deepspeed, lambda norm: accept(loss, norm))
         self.state.later_step += updated and not self._leave_alone.unused
         self.scheduler.count_step()
-        return StepResult(loss, grad_norm, lr, tokens, updated)
+        head_z_loss = None if self.stage.z_loss is None else z_loss / max(tokens, 1)
+        return StepResult(loss, grad_norm, lr, tokens, updated, head_z_loss)
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
         """See `Engine`."""
         self.deepspeed.eval()
         with torch.no_grad():
-            return self._run(batches, loop_count, None)
+            return self._run(batches, loop_count, None)[:2]
 
     def gather_parameters(self) -> None:
         """See `Engine`. DeepSpeed's step has done it; what stage 3 shards, only DeepSpeed reads."""
@@ -110,8 +111,9 @@ class DeepSpeedEngine:
         dist.all_reduce(total, group=self.groups.dp)
         return int(total)
 
-    def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> tuple[float, int]:
-        """Each microbatch through the model, and back if `step_tokens` is given; sums over data-parallel ranks."""
+    def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> tuple[float, int, float]:
+        """Each microbatch through the model, and back if `step_tokens` is given; sums of losses, tokens that count and
+        z-losses over data-parallel ranks."""
         self._results = []
         for index, batch in enumerate(batches):
             self.on_progress()
@@ -124,9 +126,12 @@ class DeepSpeedEngine:
             loss = loss_sum * (self.groups.dp.size() / max(step_tokens, 1))
             self.deepspeed.backward(loss, scale_wrt_gas=False)
             self._gradient_parts.finish_microbatch()
-        total = torch.stack(self._results).sum(dim=0)
+        total = torch.nn.functional.pad(torch.stack(self._results).sum(dim=0), (0, 1))
+        if self.stage.z_loss is not None:
+            total[2] = self.stage.z_loss.take()
         dist.all_reduce(total, group=self.groups.dp)
-        return float(total[0]), int(total[1])
+        loss_sum, tokens, z_loss = total.tolist()
+        return loss_sum, int(tokens), z_loss
 
 
 class _LeaveAlone:

@@ -24,6 +24,7 @@ class StepResult:
         lr: the learning rate this step used.
         loss_tokens: tokens that counted in the loss.
         updated: whether the weights were updated.
+        head_z_loss: with `training.z_loss_coeff`, the mean of log(Z)^2 over those tokens, without the coefficient.
     """
 
     loss: float
@@ -31,6 +32,7 @@ class StepResult:
     lr: float
     loss_tokens: int
     updated: bool = True
+    head_z_loss: float | None = None
 
 
 def finite_step(loss: float, grad_norm: float) -> bool:

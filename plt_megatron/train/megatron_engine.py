@@ -88,7 +88,7 @@ class MegatronEngine:
             sums = self._run(batches, loop_count, forward_only=False)
             self.optimizer.prepare_grads()
             # The one time in a step that the host waits for a GPU.
-            loss_sum, tokens, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
+            loss_sum, tokens, z_loss, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
         loss, grad_norm, lr = loss_sum / max(tokens, 1), squared**0.5, self.scheduler.lr
         with self.times.measure("optimizer"):
             updated = accept(loss, grad_norm)
@@ -100,7 +100,8 @@ class MegatronEngine:
             else:
                 fp8_state.restore()
         self.scheduler.count_step()
-        return StepResult(loss, grad_norm, lr, int(tokens), updated)
+        head_z_loss = None if self.stage.z_loss is None else z_loss / max(tokens, 1)
+        return StepResult(loss, grad_norm, lr, int(tokens), updated, head_z_loss)
 
     def _clip(self, grad_norm: float) -> None:
         if self.config.optimizer.clip_grad == 0:
@@ -112,7 +113,7 @@ class MegatronEngine:
         """See `Engine`."""
         self.stage.eval()
         with torch.no_grad(), fp8_state_unchanged(self.stage):
-            loss_sum, tokens = self._run(batches, loop_count, forward_only=True).tolist()
+            loss_sum, tokens, _ = self._run(batches, loop_count, forward_only=True).tolist()
             return loss_sum, int(tokens)
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class MegatronEngine:
         return [(loss, int(tokens)) for loss, tokens in results.tolist()]
 
     def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> Tensor:
-        """float64 [2] on the device, the same on all ranks: the sum of losses, and the tokens that count in it."""
+        """float64 [3] on the device, the same on all ranks: sum of losses, tokens that count in it, sum of z-losses."""
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
@@ -195,10 +196,13 @@ class MegatronEngine:
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
 
     def _reduce(self, results: list[Tensor]) -> Tensor:
-        """Sum the last stage's (loss, tokens) over data-parallel ranks and send it to the other stages."""
+        """Sum the last stage's (loss, tokens, z-loss) over data-parallel ranks and send it to the other stages."""
         self._results = results
-        device = torch.cuda.current_device()
-        total = torch.stack(results).sum(dim=0) if results else torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+        if results:
+            total[:2] = torch.stack(results).sum(dim=0)
+        if self.stage.z_loss is not None:
+            total[2] = self.stage.z_loss.take()
         dist.all_reduce(total, group=self.groups.dp_cp)
         dist.all_reduce(total, group=self.groups.pp)
         return total

@@ -86,6 +86,8 @@ def _train(layout: Layout, case: Case, zero: Zero) -> Numbers:
         assert result.updated
         numbers[f"loss {step}"], numbers[f"gradient norm {step}"] = result.loss, result.grad_norm
         numbers[f"learning rate {step}"] = result.lr
+        if result.head_z_loss is not None:
+            numbers[f"z-loss {step}"] = result.head_z_loss
         if step == 1:
             for loops in parity._evaluated_loops(case):
                 loss, tokens = engine.evaluate(parity._batches(100, layout, case), loops)

@@ -68,6 +68,8 @@ def _train(layout: Layout, case: Case) -> Outcome:
         result = engine.train_step(_batches(step, layout, case), loop_count=loops)
         outcome.numbers[f"loss {step}"] = result.loss
         outcome.numbers[f"gradient norm {step}"] = result.grad_norm
+        if result.head_z_loss is not None:
+            outcome.numbers[f"z-loss {step}"] = result.head_z_loss
         if step == 0:
             for evaluated in _evaluated_loops(case):
                 loss, tokens = engine.evaluate(_batches(100, layout, case), evaluated)

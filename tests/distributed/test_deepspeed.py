@@ -105,6 +105,15 @@ def test_rates_and_decay_by_kind_of_parameter(check):
     check(Layout(dp=2), [(Case(optimizer=factors), Zero(2))])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(dp=2), Layout(tp=2, sp=True)], ids=str)
+def test_the_z_loss_of_the_head(check, reference, layout):
+    case = Case(training=(("z_loss_coeff", 0.02),))
+    check(layout, [(case, Zero(2)), (case, Zero(3))])
+    without = reference(Case())["gradient norm 0"]
+    assert abs(reference(case)["gradient norm 0"] - without) > 100 * TOLERANCE * without
+
+
 def test_the_covering_design_has_every_pair():
     assert pairs(COVERING, _settings) == pairs(EVERYTHING, _settings)
     assert len(COVERING) <= 12

@@ -245,6 +245,33 @@ def test_bfloat16_runs_in_layouts_and_is_close(run_distributed, reference, layou
         assert max(wrong.values()) < 0.03, wrong
 
 
+# ---------------------------------------------------------------- z-loss of the head
+
+Z_LOSS = (("z_loss_coeff", 0.02),)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, sp=True, pp=2),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (Layout(tp=2), Layout(dp=2), Layout(pp=4), Layout(cp=2, dp=2), Layout(2, True, 1, 1, 2))
+        ),
+    ],
+    ids=str,
+)
+def test_z_loss(check, reference, layout):
+    """Tied, and untied with a vocabulary that is padded by a quarter."""
+    untied = (("make_vocab_size_divisible_by", 32), ("share_embeddings_and_output_weights", False))
+    cases = [Case(2, "full", overlap=True, training=Z_LOSS), Case(3, packed=True, model=untied, training=Z_LOSS)]
+    check(layout, cases, "z-loss", ["PLT-2", "PLT-3, packed, untied"])
+    with_loss, without = reference(cases[0]).numbers, reference(_case(2)).numbers
+    assert with_loss["loss 0"] == without["loss 0"] and 0 < with_loss["z-loss 0"] and "z-loss 0" not in without
+    norms = [numbers["gradient norm 0"] for numbers in (with_loss, without)]
+    assert abs(norms[0] - norms[1]) > 100 * TOLERANCE * norms[1]
+
+
 # ---------------------------------------------------------------- mixture of experts
 
 # Four experts, of which a token uses two; both auxiliary losses weigh enough to be seen.

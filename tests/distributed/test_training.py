@@ -17,6 +17,7 @@ from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.train.checkpoint import read_weights
+from tests.distributed.pool import DistributedFailure
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
 from tests.distributed.whole_runs import folder, numbers
 
@@ -70,6 +71,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path, run_distrib
             (folder(config) / remaining).touch()
         assert run_distributed(train, 2, config) is (remaining is None)
     assert numbers(config) == numbers(finished)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_z_loss_says_so_and_is_not_gone_on_without(finished, data, tmp_path, run_distributed):
+    training = {"z_loss_coeff": 1e-2}
+    whole, stopped = (run_config(name, tmp_path, data, parallel=TP_SP, training=training) for name in ("whole", "cut"))
+    folder(stopped).mkdir(parents=True)
+    for config, finishes in ((whole, True), (stopped, False), (stopped, True)):
+        if not finishes:
+            (folder(config) / "STOP").touch()
+        assert run_distributed(train, 2, config) is finishes
+    assert numbers(stopped) == numbers(whole)
+    records, plain = RunFolder(folder(whole)).records(), RunFolder(folder(finished)).records()
+    assert records[0]["loss"] == plain[0]["loss"] and records[0]["grad_norm"] != plain[0]["grad_norm"]
+    assert records[0]["head_z_loss"] == pytest.approx(math.log(380) ** 2, rel=0.05), "near-equal logits of 380 tokens"
+    assert [("head_z_loss" in record) for record in records] == [record["kind"] == "train" for record in records]
+    assert not any("head_z_loss" in record for record in plain)
+    without = dataclasses.replace(whole, training=dataclasses.replace(whole.training, z_loss_coeff=0.0))
+    with pytest.raises(DistributedFailure, match=r"trained with training\.z_loss_coeff 0\.01 \(now 0\.0\)"):
+        run_distributed(train, 2, without)
 
 
 def test_metrics_beyond_the_checkpoint_are_written_once(finished, data, tmp_path, run_distributed):

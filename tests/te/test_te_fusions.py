@@ -189,6 +189,14 @@ def test_cross_entropy(same):
     same(Layout(tp=2, sp=True), [Case(2)], "cross_entropy_loss_fusion")
 
 
+@pytest.mark.slow
+def test_cross_entropy_with_a_z_loss(same):
+    """Whose gradient makes that of each token's cross-entropy another."""
+    case = Case(2, training=(("z_loss_coeff", 0.02),))
+    same(Layout(), [case], "cross_entropy_loss_fusion")
+    same(Layout(tp=2, sp=True), [case], "cross_entropy_loss_fusion")
+
+
 def test_cross_entropy_in_bf16(same):
     same(Layout(), [Case(2, precision="bf16")], "cross_entropy_loss_fusion", tolerance=BF16_TOLERANCE)
 

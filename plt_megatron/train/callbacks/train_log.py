@@ -18,7 +18,7 @@ class TrainLog(Callback):
             return
         clock = self.run.clock
         record: dict[str, Any] = {"kind": "train", "step": clock.step, "tokens": clock.tokens}
-        record |= dataclasses.asdict(result)
+        record |= {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
         for callback in self.run.callbacks:
             record |= callback.on_log()
         self.run.report(record)

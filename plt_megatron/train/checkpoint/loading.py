@@ -149,8 +149,9 @@ def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_
         )
     if allow_other:
         return
-    factors = saving.schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)  # once there were none
-    saved = {name: value for name, value in factors.items() if "_mult." in name} | progress["schedule"]
+    defaults = saving.schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)
+    later = {name: value for name, value in defaults.items() if "_mult." in name or name == "training.z_loss_coeff"}
+    saved = later | progress["schedule"]  # a checkpoint from before these settings has their defaults
     differences = [
         f"{name} {saved[name]} (now {value})" for name, value in own.items() if name in saved and saved[name] != value
     ]

@@ -63,6 +63,8 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"training__ema_decay": 1.0}, "training.ema_decay must be below 1, got 1.0"),
         ({"training__ema_decay": -0.1}, "training.ema_decay must be at least 0, got -0.1"),
         ({"training__ema_decay": float("nan")}, "training.ema_decay must be a finite number, got nan"),
+        ({"training__z_loss_coeff": -1e-4}, "training.z_loss_coeff must be at least 0, got -0.0001"),
+        ({"training__z_loss_coeff": float("inf")}, "training.z_loss_coeff must be a finite number, got inf"),
         ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
         (
             {"checkpoint__export_interval": 30, "checkpoint__save_interval": 20},
