@@ -40,6 +40,8 @@ def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
         return dict.fromkeys(NAMES, "needs Transformer Engine (model.backend=te)")
     if config.engine == "deepspeed":
         return dict.fromkeys(NAMES, "is not proven with engine deepspeed")
+    if config.model.rope_scaling_type == "yarn":
+        return {"apply_rope_fusion": "with model.rope_scaling_type=yarn: the kernel does not scale what it turns"}
     if config.data.reset_at_document_boundaries:
         why = "with data.reset_at_document_boundaries: the kernel knows one position a row, packed rows have their own"
         return {"apply_rope_fusion": why}

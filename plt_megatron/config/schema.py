@@ -52,8 +52,14 @@ class ModelConfig:
     make_vocab_size_divisible_by: Size = 128  # the embedding is padded to a multiple of this times TP
     share_embeddings_and_output_weights: bool = True  # tied embeddings
     rotary_base: Positive = 10000.0
-    # Llama 3.1's scaling, from 8,192 tokens to this many times that
+    # How many times as long texts are as those RoPE was trained with: Llama 3.1's 8,192 tokens, or YaRN's
+    # yarn_original_max_position_embeddings (docs/model.md). None: no scaling.
     rope_scaling_factor: Annotated[float, Range(1)] | None = None
+    rope_scaling_type: Literal["llama3", "yarn"] = "llama3"
+    yarn_original_max_position_embeddings: Size | None = None
+    yarn_beta_fast: Positive = 32.0  # channels that turn so often over the original length, or more, stay as they are
+    yarn_beta_slow: Positive = 1.0  # those that turn so often, or less, are interpolated
+    yarn_correction_range_round_to_int: bool = True  # these ends of the ramp, in channels
     layernorm_epsilon: Positive = 1e-5
     qkv_bias: bool = False  # biases on the Q, K and V projections (Qwen2)
     qk_layernorm: bool = False  # RMSNorm on each head's Q and K

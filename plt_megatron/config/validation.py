@@ -22,6 +22,7 @@ from plt_megatron.config import (
     loop_schedule,
     loop_span,
     moe_validation,
+    rope_rules,
 )
 from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.fields import find_range_problems
@@ -73,6 +74,7 @@ def find_problems(
         problems += _check_model(config)
         problems += _check_loop_input(config.model)
         problems += loop_span.find_problems(config)
+        problems += rope_rules.find_problems(config)
         problems += layout_validation.find_problems(config, world_size)
         problems += _check_optimizer(config)
         problems += _check_schedule(config)

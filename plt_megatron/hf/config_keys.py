@@ -13,10 +13,10 @@ from plt_megatron.config.fields import MAX_LOOP_COUNT
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import Style
+from plt_megatron.hf.rope_keys import rope_keys, scaling_keys, scaling_settings
 
 CONFIG = "config.json"
 LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
-_LLAMA3_CONSTANTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LOOPCODER_GATES = {"query": False, "hidden": True}  # model.gate_input: plt_gate_use_hidden_states
 AUTO_MAP = {
     "AutoConfig": "configuration_plt.PLTConfig",
@@ -58,7 +58,7 @@ def plt_keys(
     config = PLTConfig(
         **_llama_keys(model, vocab_size, max_position_embeddings),
         **tokens,
-        rope_parameters=_rope_keys(model),
+        rope_parameters=rope_keys(model),
         qk_norm=model.qk_layernorm,
         qkv_bias=model.qkv_bias,
         ffn_output_norm=model.ffn_output_norm,
@@ -105,7 +105,7 @@ def loopcoder_keys(
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "rope_theta": model.rotary_base,
-        "rope_scaling": _llama3_keys(model) or None,
+        "rope_scaling": scaling_keys(model) or None,
         "plt_num_loops": model.loop_count,
         "plt_window_size": [model.window_size - 1, 0],
         "plt_normalize_per_loop": model.norm_between_loops,
@@ -134,6 +134,7 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
         "hidden_norm": False,
         "learned_hidden_scale": "none",
         "residual_scaling": "none",
+        "rope_scaling_type": "llama3",
     }
     for name, value in wanted.items():
         if getattr(model, name) != value:
@@ -156,17 +157,6 @@ def _expert_keys(model: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": not model.moe_router_pre_softmax,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
     }
-
-
-def _rope_keys(model: ModelConfig) -> dict[str, Any]:
-    return {"rope_theta": model.rotary_base, **(_llama3_keys(model) or {"rope_type": "default"})}
-
-
-def _llama3_keys(model: ModelConfig) -> dict[str, Any]:
-    """Llama 3.1's RoPE scaling, with the constants that megatron-core has."""
-    if model.rope_scaling_factor is None:
-        return {}
-    return {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_CONSTANTS}
 
 
 def _llama_keys(model: ModelConfig, vocab_size: int, max_position_embeddings: int) -> dict[str, Any]:
@@ -382,7 +372,7 @@ def _described(config: Any, **settings: Any) -> HFModelConfig:
         vocab_size=config.vocab_size,
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         rotary_base=float(rope["rope_theta"]),
-        rope_scaling_factor=_rope_scaling_factor(rope),
+        **scaling_settings(rope),
         layernorm_epsilon=config.rms_norm_eps,
         init_method_std=config.initializer_range,
         **{"loop_count": 1, **settings},
@@ -397,17 +387,3 @@ def _described(config: Any, **settings: Any) -> HFModelConfig:
         family=config.model_type,
         tokens={name: getattr(config, name) for name in names if getattr(config, name, None) is not None},
     )
-
-
-def _rope_scaling_factor(rope: dict[str, Any]) -> float | None:
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported, only 1.0")
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
-    for name, value in _LLAMA3_CONSTANTS.items():
-        if rope.get(name) != value:
-            raise UserError(f"rope_type llama3 with {name} {rope.get(name)} is not supported, only {value}")
-    return float(rope["factor"])

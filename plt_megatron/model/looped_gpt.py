@@ -20,7 +20,6 @@ from typing import Any
 
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
@@ -36,6 +35,7 @@ from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_input import LoopInput
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.loss import attach_loss, sum_of_losses
+from plt_megatron.model.rotary import RotaryAngles
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
 from plt_megatron.model.z_loss import HeadZLoss
@@ -138,15 +138,7 @@ class LoopedGPT(LanguageModule):
                 tp_group=self.pg_collection.tp,
             )
             self.loop_input = LoopInput(config)
-        self.rotary_pos_emb = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=self.plt.rotary_base,
-            rope_scaling=self.plt.rope_scaling_factor is not None,
-            rope_scaling_factor=self.plt.rope_scaling_factor or 1.0,
-            use_cpu_initialization=config.use_cpu_initialization,
-            cp_group=self.pg_collection.cp,
-        )
+        self.rotary_angles = RotaryAngles(config, self.pg_collection.cp)
         # The final norm is the model's, not the block's: it closes the last loop only, or every loop.
         self.decoder = TransformerBlock(
             config=config,
@@ -320,8 +312,8 @@ class LoopedGPT(LanguageModule):
         """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""
         length = batch.tokens.shape[1] * self.context_rows.size
         if context.documents is None:
-            return self.rotary_pos_emb(length)
-        angles = self.rotary_pos_emb(length, packed_seq=True)  # the whole row's
+            return self.rotary_angles(length)
+        angles = self.rotary_angles(length, whole=True)
         positions = batch.position_ids
         if positions is None:
             positions = self.context_rows.select(context.documents.position_ids, 1)

@@ -30,11 +30,13 @@ class PLTTransformerConfig(TransformerConfig):
     """megatron-core's configuration of a layer stack, and PLT's own beside it as `plt`.
 
     `cp_comm_type` is how the global attention communicates under context parallelism, `window_cp_comm_type` how the
-    local one does; both for Transformer Engine.
+    local one does; both for Transformer Engine. From `yarn_rotary_scaling_factor` attention has the factor of queries
+    and keys after RoPE, 0.1 ln(it) + 1; 1: no YaRN.
     """
 
     plt: ModelConfig = field(default_factory=ModelConfig)
     window_cp_comm_type: str = "a2a"
+    yarn_rotary_scaling_factor: float = 1.0
 
 
 def resolve_backend(model: ModelConfig) -> str:
@@ -112,6 +114,7 @@ def _layer_settings(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": model.init_method_std,
+        "yarn_rotary_scaling_factor": (model.rope_scaling_factor or 1.0) if model.rope_scaling_type == "yarn" else 1.0,
     }
 
 

@@ -53,6 +53,18 @@ def test_layers_that_run_once_are_refused(exports):
             pass
 
 
+def test_yarn_is_refused():
+    from types import SimpleNamespace
+
+    from vllm_plt.settings import check
+
+    parallel = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1)
+    config = SimpleNamespace(rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    asked = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(hf_config=config))
+    with pytest.raises(ValueError, match="rope_type yarn are not proven with vLLM yet: decode them with transformers"):
+        check(asked)
+
+
 def test_windows_that_look_ahead_are_refused():
     from vllm_plt.configuration_loopcoder import LoopCoderConfig
 

@@ -82,6 +82,9 @@ def check(vllm_config: "VllmConfig") -> None:
         )
     if parallel.decode_context_parallel_size > 1:
         raise ValueError("PLT models cannot be served with decode context parallelism: their windows are not split")
+    rope = vllm_config.model_config.hf_config.rope_parameters or {}
+    if rope.get("rope_type") == "yarn":
+        raise ValueError("PLT models with rope_type yarn are not proven with vLLM yet: decode them with transformers")
     read_settings(vllm_config)
 
 

@@ -46,6 +46,7 @@ def _settings(setting: Setting) -> list[tuple[Any, Any]]:
     ]
 
 
+YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "+ CLP": {"share_kv": False, "gated_window": False},
@@ -72,7 +73,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "init_counts_loops": True,
         "gate_activation": "tanh",
     },
-    "no GQA, window 1, scale per channel": {
+    "no GQA, window 1, scale per channel, YaRN": {
         "num_query_groups": None,
         "window_size": 1,
         "hidden_norm": True,
@@ -80,6 +81,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "hidden_scale_ratio": 0.5,
         "residual_scaling": "layers",
         "residual_scale": 3.0,
+        **YARN,
+        "rotary_base": 100.0,
     },
 }
 
@@ -90,7 +93,7 @@ EVERYTHING = [
     if setting[1] > 1 or setting[-1] == PLAIN  # one loop has no variants worth the time
 ]
 # On up to four processes, two to a sequence, and of the variants those that change several things at once.
-COMBINED = ("LoopCoder-v2", "the paper's dense", "qkv bias, untied, E + h", "no GQA, window 1, scale per channel")
+COMBINED = ("LoopCoder-v2", "the paper's dense", "qkv bias, untied, E + h", "no GQA, window 1, scale per channel, YaRN")
 QUICK = [
     setting
     for setting in EVERYTHING
@@ -349,7 +352,10 @@ def test_gates_are_random_and_matter(reference):
     assert_numbers_differ(reference(Case(2, zero_gates=True)), random)
 
 
-@pytest.mark.parametrize("changed", [{"window_size": 4}, *VARIANTS.values()], ids=["window 4", *VARIANTS])
+CHANGES = {"window 4": {"window_size": 4}, "YaRN": YARN, **VARIANTS}
+
+
+@pytest.mark.parametrize("changed", CHANGES.values(), ids=CHANGES)
 def test_each_switch_changes_the_numbers(reference, changed):
     assert_numbers_differ(reference(_case(2, **changed)), reference(_case(2)))
 

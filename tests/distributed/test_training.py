@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
@@ -228,6 +229,31 @@ def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distribut
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert numbers(trunk)[-1]["loss"] != numbers(branch)[-1]["loss"]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_longer_texts(finished, data, tmp_path, run_distributed):
+    """From the weights of texts of 32 tokens, in texts of 64: the first loss is not that of a new model."""
+    yarn = {"rope_scaling_type": "yarn", "rope_scaling_factor": 2.0, "yarn_original_max_position_embeddings": 32}
+    loaded = {"load": str(folder(finished)), "weights_only": True}
+    longer = dataclasses.replace(data, sequence_length=64)
+    config = run_config("longer", tmp_path, longer, parallel=TP_SP, model=yarn, checkpoint=loaded)
+    RunFolder.of(config).save_config(config)
+    assert run_distributed(train, 2, config) is True
+    before, after = numbers(finished)[-1]["loss"], numbers(config)[0]["loss"]
+    assert abs(after - before) < 0.1 * (math.log(380) - before)
+    result = export(ExportOptions(folder(config), tmp_path / "out"))
+    keys = json.loads((result.output / "config.json").read_text())
+    assert keys["max_position_embeddings"] == 64
+    assert keys["rope_parameters"] == {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+    }
 
 
 def test_losses_of_sources_add_up(data, tmp_path, run_distributed):

@@ -3,6 +3,8 @@
 It reads weights by their exported names and nothing of the modeling file, so that it can judge it.
 """
 
+import math
+
 import torch
 
 
@@ -10,12 +12,22 @@ def rms_norm(x, weight, eps):
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
-def rope(x, theta):
-    """x [n, heads, D]: pairs (j, j + D/2) turn by position * theta ** (-2j / D)."""
+def rope(x, parameters):
+    """x [n, heads, D]: pairs (j, j + D/2) turn by position * theta ** (-2j / D). YaRN slows down those that turn rarely
+    within the original length, linearly in j between the two bounds, and makes queries and keys longer."""
     n, _, dim = x.shape
+    pairs, theta = torch.arange(dim // 2, dtype=torch.float64), parameters["rope_theta"]
+    speed, factor = theta ** (-2 * pairs / dim), 1.0
+    if parameters["rope_type"] == "yarn":
+        length, scale = parameters["original_max_position_embeddings"], parameters["factor"]
+        turns = (parameters["beta_fast"], parameters["beta_slow"])
+        first, last = (dim / 2 * math.log(length / (2 * math.pi * n), theta) for n in turns)
+        first, last = max(math.floor(first), 0), math.ceil(last)
+        share = ((pairs - first) / (last - first)).clamp(0, 1)
+        speed, factor = speed * (share / scale + 1 - share), 0.1 * math.log(scale) + 1
+    angle = torch.arange(n)[:, None] * speed[None]
+    cos, sin = factor * angle.cos()[:, None], factor * angle.sin()[:, None]
     half = dim // 2
-    angle = torch.arange(n)[:, None] / theta ** (torch.arange(half) * 2 / dim)[None]
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -40,7 +52,6 @@ class Reference:
         self.config = config
         self.loops = loop_count or config.loop_count
         self.weights = {name: tensor.double() for name, tensor in state_dict.items()}
-        self.theta = config.rope_parameters["rope_theta"]
 
     def w(self, name):
         return self.weights[name]
@@ -113,7 +124,7 @@ class Reference:
         x = x.view(x.shape[0], -1, config.head_dim)
         if norm and config.qk_norm and config.norm_placement == "pre":
             x = self.norm(x, norm)
-        return rope(x, self.theta) if norm else x
+        return rope(x, config.rope_parameters) if norm else x
 
     def attention(self, x, residual, index, loop, first_kv):
         config, name = self.config, f"model.layers.{index}.self_attn"

@@ -45,6 +45,16 @@ VARIANTS = {
     "hidden_local": {"gate_input": "hidden", "attention_bias": True, "mlp_bias": True},
     "tanh_gate": {"gate_activation": "tanh"},
     "window_1": {"window_size": 1},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,  # 1/8 of what SIZES have
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+        }
+    },
     "learned_scale": {
         "hidden_norm": True,
         "learned_hidden_scale": "channel",

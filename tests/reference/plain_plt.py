@@ -157,7 +157,7 @@ class PlainPLT:
         if config.qk_layernorm:
             query, key = self._norm(query, name + "q_norm"), self._norm(key, name + "k_norm")
         positions = _positions(starts)
-        query, key = (_rotate(tensor, positions, config.rotary_base) for tensor in (query, key))
+        query, key = (_rotate(tensor, positions, config) for tensor in (query, key))
         if loop == 1:
             first_loop_kv[layer] = key, value
         if loop == 1 or not config.share_kv:
@@ -193,15 +193,40 @@ def _positions(starts: Tensor) -> Tensor:
     return positions
 
 
-def _rotate(x: Tensor, positions: Tensor, base: float) -> Tensor:
+def _rotate(x: Tensor, positions: Tensor, config: ModelConfig) -> Tensor:
     """RoPE on [b, s, heads, d]: channels (j, j + d/2) turn by position * base ** (-2j / d)."""
     half = x.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, dtype=x.dtype) * 2 / x.shape[-1])
-    angles = positions[..., None, None].to(x.dtype) * frequencies
-    first, second = x[..., :half], x[..., half:]
+    frequencies, factor = _frequencies(x.shape[-1], config)
+    angles = positions[..., None, None].to(x.dtype) * torch.tensor(frequencies, dtype=x.dtype)
+    first, second = factor * x[..., :half], factor * x[..., half:]
     return torch.cat(
         (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), dim=-1
     )
+
+
+def _frequencies(channels: int, config: ModelConfig) -> tuple[list[float], float]:
+    """Radians per token of each pair, and the factor of queries and keys.
+
+    YaRN, as its authors' code has it: a pair that turns n times over the original length is number
+    d/2 * log_base(length / (2 pi n)). Pairs up to beta_fast's number keep their frequency, those from beta_slow's on
+    have it divided by the factor, and between them it goes over linearly; the ends are rounded outwards.
+    """
+    base = config.rotary_base
+    plain = [base ** (-2 * pair / channels) for pair in range(channels // 2)]
+    if config.rope_scaling_type != "yarn":
+        return plain, 1.0
+    scale, length = config.rope_scaling_factor, config.yarn_original_max_position_embeddings
+    assert scale is not None and length is not None
+    ends = [
+        channels / 2 * math.log(length / (2 * math.pi * turns), base)
+        for turns in (config.yarn_beta_fast, config.yarn_beta_slow)
+    ]
+    if config.yarn_correction_range_round_to_int:
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    first, last = max(ends[0], 0), min(ends[1], channels - 1)
+    shares = [min(max((pair - first) / (last - first), 0.0), 1.0) for pair in range(channels // 2)]
+    scaled = [share * own / scale + (1 - share) * own for share, own in zip(shares, plain, strict=True)]
+    return scaled, 0.1 * math.log(scale) + 1
 
 
 def visible(starts: Tensor, window: int | None) -> Tensor:

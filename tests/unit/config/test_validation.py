@@ -42,6 +42,7 @@ def test_a_good_configuration_passes():
     assert problems(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True) == []
     assert problems(parallel__pipeline_model_parallel_size=4) == []
     assert problems(model__loop_count=1, model__share_kv=False) == []
+    assert problems(**YARN) == []
     assert problems(model__gated_window=False, model__share_kv=False, model__cross_loop_parallel=False) == []
     assert problems(world_size=4, parallel__tensor_model_parallel_size=2) == []
     assert problems(validation__loop_counts=[1, 2, 8]) == []
@@ -51,6 +52,11 @@ def test_a_good_configuration_passes():
 
 
 NAIVE = {"model__cross_loop_parallel": False, "model__share_kv": False, "model__gated_window": False}
+YARN = {
+    "model__rope_scaling_type": "yarn",
+    "model__rope_scaling_factor": 4.0,
+    "model__yarn_original_max_position_embeddings": 1024,
+}
 TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
 
 
@@ -65,6 +71,23 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"training__ema_decay": float("nan")}, "training.ema_decay must be a finite number, got nan"),
         ({"training__z_loss_coeff": -1e-4}, "training.z_loss_coeff must be at least 0, got -0.0001"),
         ({"training__z_loss_coeff": float("inf")}, "training.z_loss_coeff must be a finite number, got inf"),
+        (
+            {"model__rope_scaling_type": "yarn"},
+            "model.rope_scaling_type yarn needs model.rope_scaling_factor: the factor says",
+        ),
+        (
+            {"model__rope_scaling_type": "yarn", "model__rope_scaling_factor": 4.0},
+            "model.rope_scaling_type yarn needs model.yarn_original_max_position_embeddings: the factor",
+        ),
+        ({"model__yarn_beta_fast": 16.0}, "model.yarn_beta_fast 16.0 is for model.rope_scaling_type=yarn: set that"),
+        ({**YARN, "model__yarn_beta_slow": 32.0}, "model.yarn_beta_fast 32 must be above model.yarn_beta_slow 32"),
+        ({**YARN, "model__yarn_beta_slow": 0.0}, "model.yarn_beta_slow must be above 0, got 0.0"),
+        ({**YARN, "model__rope_scaling_factor": 0.5}, "model.rope_scaling_factor must be at least 1, got 0.5"),
+        (
+            {**YARN, "data__sequence_length": 4104},
+            "4104 is longer than YaRN's model.rope_scaling_factor 4 x model.yarn",
+        ),
+        ({**YARN, "parallel__apply_rope_fusion": True, "model__backend": "te"}, "the kernel does not scale what it"),
         ({"model__share_kv": False}, "model.gated_window needs model.share_kv"),
         (
             {"checkpoint__export_interval": 30, "checkpoint__save_interval": 20},

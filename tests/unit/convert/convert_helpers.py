@@ -64,6 +64,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "span": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3, **LOOP_INPUTS["scale per model"]},
     "by layer": {"cross_loop_parallel": False, "loop_order": "layer", "loop_count": 3},
     "llama3 rope": {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
+    "yarn rope": {
+        "rope_scaling_type": "yarn",
+        "rope_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 16,
+        "yarn_beta_fast": 2.0,
+        "yarn_beta_slow": 0.25,
+        "rotary_base": 100.0,
+    },
 }
 
 

@@ -53,10 +53,19 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "truncate": False,
+}
 DENSE = {
     "llama": ("LlamaConfig", {"head_dim": 16, "rms_norm_eps": 1e-6}),
     "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama 3.1": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
+    "llama, yarn": ("LlamaConfig", {"rope_parameters": YARN_ROPE}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 20}),
@@ -343,7 +352,14 @@ def test_dtypes(tmp_path):
         ("llama", {"attention_bias": True}, "attention_bias True is not supported, only False"),
         ("llama", {"mlp_bias": True}, "mlp_bias True is not supported"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported, only 'silu'"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'linear'"),
+        ("llama, yarn", {"rope_parameters": {**YARN_ROPE, "mscale": 0.7}}, "yarn with mscale 0.7 is not supported"),
+        (
+            "llama, yarn",
+            {"rope_parameters": {**YARN_ROPE, "attention_factor": 1.0}},
+            "with attention_factor 1.0 is not",
+        ),
+        ("llama, yarn", {"rope_parameters": {**YARN_ROPE, "factor": "long"}}, "config.json: "),
         ("llama 3.1", {"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, "llama3 with low_freq_factor 2.0"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "the weights are quantized"),

@@ -37,6 +37,18 @@ LOOPCODER_V2: dict[str, Any] = {
 }
 
 
+# Of the four pairs of channels two are on the ramp, one at each end.
+YARN: dict[str, Any] = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 4.0,
+    "yarn_original_max_position_embeddings": 64,
+    "yarn_beta_fast": 8.0,
+    "yarn_beta_slow": 0.5,
+    "rotary_base": 100.0,
+    "kv_channels": 8,
+}
+
+
 def build(
     settings: dict[str, Any],
     *,

@@ -31,7 +31,8 @@ PROGRAMS_OWN = """
     lr_wsd_decay_iters lr_wsd_decay_style load save_interval async_save log_interval wandb_project profile_step_start
     profile_step_end profile_ranks rotary_base rope_scaling_factor vocab_size make_vocab_size_divisible_by
     distributed_timeout_minutes distributed_timeout_seconds_after_init eod_mask_loss fim_rate fim_spm_rate
-    fim_prefix_token fim_middle_token fim_suffix_token
+    fim_prefix_token fim_middle_token fim_suffix_token yarn_original_max_position_embeddings yarn_beta_fast
+    yarn_beta_slow yarn_correction_range_round_to_int
 """.split()
 # What upstream's scripts leave at its default, but many a user's do not.
 ALSO_COMMON = """

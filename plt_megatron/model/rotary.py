@@ -1,0 +1,58 @@
+"""Rotary position embeddings: megatron-core's, plain, with Llama 3.1's scaling or with YaRN's (arXiv 2309.00071)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from torch import Tensor
+
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.model.transformer_config import PLTTransformerConfig
+
+
+class _YarnAngles(YarnRotaryEmbedding):
+    """megatron-core's, without tables of cosines and sines, which only its inference reads."""
+
+    def _set_cos_sin_cache(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class RotaryAngles:
+    """The angles by which the channels of a head turn, by position.
+
+    Args:
+        config: the layers' configuration; attention multiplies by YaRN's factor (`yarn_rotary_scaling_factor`).
+        cp_group: ranks that share a sequence.
+    """
+
+    def __init__(self, config: PLTTransformerConfig, cp_group: dist.ProcessGroup) -> None:
+        common: dict[str, Any] = {
+            "kv_channels": config.kv_channels,
+            "rotary_percent": 1.0,
+            "rotary_base": config.plt.rotary_base,
+            "use_cpu_initialization": config.use_cpu_initialization,
+            "cp_group": cp_group,
+        }
+        self._embedding = _build(config.plt, common)
+
+    def __call__(self, length: int, whole: bool = False) -> Tensor:
+        """float32 [length (/ CP), 1, 1, head_dim]; `whole`: of the whole row, whatever this rank's part of it."""
+        angles = self._embedding(length, packed_seq=whole)
+        return angles[0] if isinstance(angles, tuple) else angles
+
+
+def _build(model: ModelConfig, common: dict[str, Any]) -> RotaryEmbedding:
+    factor = model.rope_scaling_factor
+    if model.rope_scaling_type == "yarn":
+        return _YarnAngles(
+            **common,
+            scaling_factor=factor,
+            original_max_position_embeddings=model.yarn_original_max_position_embeddings,
+            beta_fast=model.yarn_beta_fast,
+            beta_slow=model.yarn_beta_slow,
+            correction_range_round_to_int=model.yarn_correction_range_round_to_int,
+        )
+    return RotaryEmbedding(**common, rope_scaling=factor is not None, rope_scaling_factor=factor or 1.0)
