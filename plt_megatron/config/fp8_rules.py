@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import RunConfig
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
@@ -128,7 +129,7 @@ def _check_ends(config: RunConfig, capability: Capability | None) -> Iterator[st
             "training.first_last_layers_bf16 with recipe delayed: scales are reduced for the whole stack at once; set "
             "training.fp8_recipe=tensorwise, or first_last_layers_bf16=false"
         )
-    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    layers = layout_of(config).fewest_stage_layers(config.model.num_layers)
     for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
         if getattr(training, name) > layers:
             yield f"training.{name} {getattr(training, name)} is more than the {layers} layers of a pipeline stage"

@@ -6,6 +6,7 @@ parallelism. Experts have an order of their own over the same ranks: expert, exp
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from math import gcd
 
@@ -30,6 +31,8 @@ class ParallelLayout:
         expert: ranks, of those that hold the same layers, that share out the experts, which stay whole.
         loops: of the model; with a pipeline they are its virtual stages.
         sequence_parallel: whether tensor-parallel ranks share out the rows between the layers' matrices.
+        first_stage_layers, last_stage_layers: layers of the first and last pipeline stage; None: as many as the others.
+        embedding_as_layer, head_as_layer: whether they count as a layer each where layers are divided.
     """
 
     tensor: int = 1
@@ -39,6 +42,10 @@ class ParallelLayout:
     expert: int = 1
     loops: int = 1
     sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    embedding_as_layer: bool = False
+    head_as_layer: bool = False
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world_size: int | None = None, loops: int = 1) -> ParallelLayout:
@@ -54,7 +61,19 @@ class ParallelLayout:
             data = max(1, world_size // (tensor * pipeline * context))
         elif data is None:
             data = expert // gcd(expert, tensor * context)
-        return cls(tensor, pipeline, context, data, expert, loops, parallel.sequence_parallel)
+        return cls(
+            tensor,
+            pipeline,
+            context,
+            data,
+            expert,
+            loops,
+            parallel.sequence_parallel,
+            first_stage_layers=parallel.num_layers_in_first_pipeline_stage,
+            last_stage_layers=parallel.num_layers_in_last_pipeline_stage,
+            embedding_as_layer=parallel.account_for_embedding_in_pipeline_split,
+            head_as_layer=parallel.account_for_loss_in_pipeline_split,
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -96,13 +115,28 @@ class ParallelLayout:
         return self.loops if self.pipeline > 1 and self.loops > 1 else None
 
     def stage_layers(self, num_layers: int) -> list[range]:
-        """The layers that each pipeline stage holds, of `num_layers`."""
-        each = num_layers // self.pipeline
-        return [range(stage * each, (stage + 1) * each) for stage in range(self.pipeline)]
+        """The layers that each pipeline stage holds, of `num_layers`; none, where embedding or head is a stage."""
+        ends = list(itertools.accumulate(self._stage_sizes(num_layers)))
+        return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _stage_sizes(self, num_layers: int) -> list[int]:
+        last = self.pipeline - 1
+        ends = ((0, self.first_stage_layers), (last, self.last_stage_layers))
+        given = {stage: layers for stage, layers in ends if layers is not None}
+        counted = num_layers - sum(given.values()) + self.embedding_as_layer + self.head_as_layer
+        each = counted // max(self.pipeline - len(given), 1)
+        sizes = [given.get(stage, each) for stage in range(self.pipeline)]
+        sizes[0] -= self.embedding_as_layer
+        sizes[last] -= self.head_as_layer
+        return sizes
 
     def most_stage_layers(self, num_layers: int) -> int:
         """Layers of the stage that holds most of them."""
         return max(map(len, self.stage_layers(num_layers)))
+
+    def fewest_stage_layers(self, num_layers: int) -> int:
+        """Layers of the stage that holds fewest, of those that hold any."""
+        return min((len(layers) for layers in self.stage_layers(num_layers) if layers), default=0)
 
     def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
         """Microbatches that each copy of the model runs per optimizer step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from plt_megatron.config import derived
+from plt_megatron.config import derived, stage_rules
 from plt_megatron.config.layout import ParallelLayout, layout_of
 from plt_megatron.config.schema import RunConfig
 
@@ -47,9 +47,11 @@ def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
 
 def _check_pipeline(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     parallel, layers = config.parallel, config.model.num_layers
-    if layers % layout.pipeline:
-        yield f"model.num_layers {layers} is not divisible by parallel.pipeline_model_parallel_size {layout.pipeline}"
-    fewest = min(map(len, layout.stage_layers(layers)))
+    problems = list(stage_rules.find_problems(config, layout))
+    yield from problems
+    if problems:
+        return
+    fewest = layout.fewest_stage_layers(layers)
     if parallel.recompute_granularity == "full" and parallel.recompute_num_layers > fewest:
         yield (
             f"parallel.recompute_num_layers {parallel.recompute_num_layers} is more than the {fewest} layers of a "

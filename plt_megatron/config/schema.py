@@ -120,6 +120,12 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1  # loops are its virtual stages
+    # Layers of the first and last stage; None: as many as the others. Or embedding and head count as a layer each,
+    # and may be a stage of their own.
+    num_layers_in_first_pipeline_stage: Size | None = None
+    num_layers_in_last_pipeline_stage: Size | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
     context_parallel_size: Ranks = 1  # ranks that share each sequence, for lengths that do not fit one
     # How Transformer Engine's attentions exchange rows between these ranks; the torch backend has its own way.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
@@ -96,6 +96,8 @@ def _layers_in_fp8(config: RunConfig, layout: Layout, stage: int) -> float:
     own = layout.stage_layers(layers)[stage]
     if not training.first_last_layers_bf16:
         return 1.0
+    if not own:
+        return 0.0
     in_fp8 = range(training.num_layers_at_start_in_bf16, layers - training.num_layers_at_end_in_bf16)
     return sum(layer in in_fp8 for layer in own) / len(own)
 
@@ -205,7 +207,7 @@ class MemorySimulator:
         self.alone = self.layout.pipeline == 1
         self.first, self.last = self.stage == 0, self.stage == self.layout.pipeline - 1
         self.with_loss = derived.loops_with_loss(self.config, self.loops) if self.last else []
-        self.unit = min(self.layout.recompute_num_layers, self.layers)
+        self.unit = max(1, min(self.layout.recompute_num_layers, self.layers))
         self.element = self.shapes.element
         loops = range(1, self.loops + 1)
         self.saved = {loop: self._saved(loop) for loop in loops}
@@ -252,6 +254,8 @@ class MemorySimulator:
             saved["activations"] += shapes.loop_end(loop in self.with_loss)
         if not self.alone:  # what was received and what is sent
             saved["activations"] += shapes.layer_input()
+        if self.layers == 0 and not (self.first and loop > 1):  # what it passes on, a copy
+            saved["activations"] += shapes.layer_input()
         if loop == 1:
             saved["first-loop K/V"] = self.looped * shapes.first_loop_kv()
         return saved
@@ -284,6 +288,8 @@ class MemorySimulator:
     def _working_set(self, loop: int) -> Counter[str]:
         """What the last layer's backward pass needs besides `live`, which has everything saved."""
         shapes = self.shapes
+        if self.layers == 0:
+            return Counter()
         needs = Counter({"temporaries": shapes.backward_working_set(loop)})
         largest = shapes.hidden * 2 * shapes.ffn * self.element
         if self.full:
@@ -309,7 +315,7 @@ class MemorySimulator:
     def _first_layer(self, loop: int) -> Counter[str]:
         """The same at the first layer, which alone is left of what the loop has saved."""
         needs = Counter(self.working[loop])
-        if not self.full:
+        if not self.full and self.layers:
             needs["activations"] += self.shapes.layer(loop)
             needs["first-loop K/V"] += self.shapes.first_loop_kv() if loop == 1 else 0
         return needs
@@ -346,6 +352,8 @@ def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
 
     def written(stage: int) -> int:
         rank = count_rank_parameters(config.model, vocab_size, layout, stage)
+        if stage > 0 and config.model.share_embeddings_and_output_weights:
+            rank = replace(rank, output_layer=0)  # a copy, which the first stage writes
         dense, experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
         weights = max(element * rank.dense // layout.shards, element * max(rank.embedding, rank.output_layer))
         state = precise * (rank.dense - dense.size) // layout.shards

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.config.stage_rules import UNEVEN
 from plt_megatron.config.validation import find_problems
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
@@ -28,7 +30,8 @@ class Candidate:
     @property
     def command_line(self) -> str:
         """The overrides as `key=value` arguments."""
-        return " ".join(f"{key}={str(value).lower()}" for key, value in self.overrides.items())
+        values = {key: "null" if value is None else str(value).lower() for key, value in self.overrides.items()}
+        return " ".join(f"{key}={value}" for key, value in values.items())
 
     @property
     def overheads(self) -> list[tuple[str, float]]:
@@ -98,6 +101,8 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
             "parallel.context_parallel_size": context,
             "parallel.data_parallel_size": data,
         }
+        if pipeline != config.parallel.pipeline_model_parallel_size:
+            sizes |= _even_stages(config)
         if context == config.parallel.context_parallel_size == 1:
             del sizes["parallel.context_parallel_size"]
         micro_batches = _micro_batches(config.training.global_batch_size // data, pipeline)
@@ -110,16 +115,17 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
                 "parallel.recompute_granularity": recompute,
                 "training.micro_batch_size": size,
             }
-            stage_layers = config.model.num_layers // pipeline
-            if recompute == "full" and config.parallel.recompute_num_layers > stage_layers:
-                ways["parallel.recompute_num_layers"] = stage_layers
+            fewest = layout_of(_changed(config, sizes)).fewest_stage_layers(config.model.num_layers)
+            if recompute == "full" and config.parallel.recompute_num_layers > fewest:
+                ways["parallel.recompute_num_layers"] = fewest
             yield sizes | ways | experts | zero
 
 
 def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
     """(tensor, pipeline, context, data)"""
     deepspeed = config.engine == "deepspeed"
-    pipelines = [1] if deepspeed else _divisors(config.model.num_layers)
+    own = config.parallel.pipeline_model_parallel_size
+    pipelines = [1] if deepspeed else sorted({*_divisors(config.model.num_layers), own})
     most = config.data.sequence_length // MIN_CONTEXT_ROWS
     contexts = {1, config.parallel.context_parallel_size}
     if not deepspeed:
@@ -132,6 +138,13 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
         if config.model.num_attention_heads % tensor or (context > 1 and config.data.sequence_length % (2 * context)):
             continue
         yield tensor, pipeline, context, data
+
+
+def _even_stages(config: RunConfig) -> dict[str, object]:
+    """What takes back an uneven division of layers, which was meant for another number of stages."""
+    default = ParallelConfig()
+    uneven = [name for name in UNEVEN if getattr(config.parallel, name) != getattr(default, name)]
+    return {f"parallel.{name}": getattr(default, name) for name in uneven}
 
 
 def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:

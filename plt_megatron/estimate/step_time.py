@@ -12,6 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
+from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.activations import Activations
 from plt_megatron.estimate.flops import Flops
@@ -74,12 +75,14 @@ def step_time(
     the stage with most, which is `stage`."""
     peak = card.flops_per_second(config.training.precision)
     tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
-    share = tokens / (layout.tensor * layout.pipeline)  # of one rank
-    attention_flops = training_flops.global_attention + training_flops.local_attention
-    matmul = share * _matmul_seconds(config, card, training_flops)
+    share = tokens / layout.tensor  # of one rank
+    slowest = slowest_stage(layout, config.model.num_layers, training_flops)
+    own = stage_flops(layout, config.model.num_layers, training_flops, slowest)
+    attention_flops = own.global_attention + own.local_attention
+    matmul = share * _matmul_seconds(config, card, own)
     attention = share * attention_flops / (peak * card.attention_efficiency)
-    memory_bound = _memory_bound(config, layout, shapes, card)
-    recompute = _recompute(layout, matmul, attention, memory_bound, training_flops)
+    memory_bound = _memory_bound(config, layout, shapes, card, slowest)
+    recompute = _recompute(layout, matmul, attention, memory_bound, own)
     tensor_parallel = traffic.get("tensor parallel", 0.0) / _bandwidth(card, layout.tensor, gpus_per_node)
     context_spread = layout.tensor * layout.context
     ring = traffic.get("context parallel", 0.0) / _bandwidth(card, context_spread, gpus_per_node)
@@ -101,6 +104,17 @@ def step_time(
     )
 
 
+def stage_flops(layout: ParallelLayout, num_layers: int, flops: Flops, stage: int) -> Flops:
+    """What a pipeline stage has of a token's FLOPs: those of its layers and, the last, the output layer's."""
+    own = flops.times(len(layout.stage_layers(num_layers)[stage]) / num_layers)
+    return dataclasses.replace(own, output=flops.output if stage == layout.pipeline - 1 else 0.0)
+
+
+def slowest_stage(layout: ParallelLayout, num_layers: int, flops: Flops) -> int:
+    """The stage with most FLOPs, at whose pace a pipeline runs."""
+    return max(range(layout.pipeline), key=lambda stage: stage_flops(layout, num_layers, flops, stage).total)
+
+
 def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
     """Of a token. The layers' linear parts may be in FP8, where less of the peak is reached, the others never are."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
@@ -112,15 +126,15 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
     return seconds - linear / peak + linear / fp8_peak
 
 
-def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec) -> float:
+def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec, stage: int) -> float:
     shapes = dataclasses.replace(shapes, recomputed=())  # activations that are not kept are moved too
-    own = max(layout.stage_layers(config.model.num_layers), key=len)
+    own = layout.stage_layers(config.model.num_layers)[stage]
     looped = len(set(own).intersection(derived.looped_layers(config.model)))
     loops = range(1, config.model.loop_count + 1)
     saved: float = looped * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
     saved += (len(own) - looped) * shapes.once().layer(1)
-    heads = len(derived.loops_with_loss(config, config.model.loop_count))
-    saved += heads * (shapes.softmax() + shapes.head_backward()) / layout.pipeline
+    heads = len(derived.loops_with_loss(config, config.model.loop_count)) if stage == layout.pipeline - 1 else 0
+    saved += heads * (shapes.softmax() + shapes.head_backward())
     moved = PASSES_OVER_ACTIVATIONS * saved * layout.microbatches
     return moved / (card.memory_bandwidth * card.memory_efficiency)
 

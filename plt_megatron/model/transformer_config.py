@@ -124,6 +124,10 @@ def _parallel_settings(parallel: ParallelConfig) -> dict[str, Any]:
     full = granularity == "full"
     return {
         **layout.megatron_sizes,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        "account_for_embedding_in_pipeline_split": parallel.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": parallel.account_for_loss_in_pipeline_split,
         "sequence_parallel": layout.sequence_parallel,
         "cp_comm_type": parallel.cp_comm_type,
         "window_cp_comm_type": parallel.window_cp_comm_type,

@@ -51,6 +51,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "moe_token_dispatcher_type": "allgather",
     },
     "TP2 PP2 DP2 Muon": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+    "PP2 DP2 uneven": {
+        "pipeline_model_parallel_size": 2,
+        "data_parallel_size": 2,
+        "num_layers_in_first_pipeline_stage": 1,
+    },
+    "PP4 ends": {
+        "pipeline_model_parallel_size": 4,
+        "account_for_embedding_in_pipeline_split": True,
+        "account_for_loss_in_pipeline_split": True,
+    },
     "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
@@ -66,7 +76,7 @@ def run_config(layout: str) -> RunConfig:
     pipeline = parallel.pipeline_model_parallel_size
     return RunConfig(
         model=ModelConfig(
-            num_layers=4 if span else max(2, pipeline),
+            num_layers=4 if span else {"PP2 DP2 uneven": 4, "PP4 ends": 2}.get(layout, max(2, pipeline)),
             loop_count=3 if span else 2,
             loop_span=[1, 3] if span else None,
             gate_input="hidden" if span else "query",

@@ -40,6 +40,7 @@ def saved(run_distributed, tmp_path_factory):
     [
         pytest.param({}, 1, id="1 process"),
         pytest.param(PP4, 4, id="PP4"),
+        pytest.param({**PP2, "num_layers_in_last_pipeline_stage": 3}, 2, id="PP2 of 1 + 3", marks=pytest.mark.slow),
         pytest.param({"overlap_grad_reduce": True}, 4, id="DP4"),
         pytest.param(TP2, 4, id="TP2xDP2"),
         pytest.param({"context_parallel_size": 2, "overlap_grad_reduce": True}, 4, id="CP2xDP2"),
@@ -49,6 +50,32 @@ def test_reshard_goes_on_with_the_same_numbers(run_distributed, reference, saved
     resumed = run_distributed(jobs.load_and_train, world_size, saved, run_config(layout))
     _assert_same_numbers(resumed["after"], reference[0]["after"])
     assert not any("in the checkpoint" in line for line in resumed["log"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "layers"),
+    [
+        ({**PP2, "num_layers_in_first_pipeline_stage": 3}, 4),
+        ({**PP4, "num_layers_in_first_pipeline_stage": 2}, 5),
+        (
+            {**PP4, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+            2,
+        ),
+    ],
+    ids=["3 + 1", "2 + 1 + 1 + 1", "0 + 1 + 1 + 0"],
+)
+def test_uneven_stages_are_written_as_one_process_writes(run_distributed, tmp_path, layout, layers):
+    """And go on bit for bit where they are, or in one process with the same numbers."""
+    alone = run_distributed(jobs.train_and_save, 1, tmp_path / "one", run_config(num_layers=layers), then=2)
+    config = run_config(layout, num_layers=layers)
+    world_size = layout["pipeline_model_parallel_size"]
+    stayed = run_distributed(jobs.train_and_save, world_size, tmp_path / "uneven", config, then=2)
+    resumed = run_distributed(jobs.load_and_train, world_size, tmp_path / "uneven", config)
+    assert resumed["after"][:2] == stayed["after"]
+    moved = run_distributed(jobs.load_and_train, 1, tmp_path / "uneven", run_config(num_layers=layers))
+    _assert_same_numbers(moved["after"][:2], alone["after"])
+    assert _tensors(tmp_path / "uneven").keys() == _tensors(tmp_path / "one").keys()
 
 
 def test_replicas_share_the_writing(run_distributed, reference, tmp_path):

@@ -33,11 +33,13 @@ def run_config(
     precision: str = "fp32",
     packed: bool = False,
     zero: int = 0,
+    stages: dict[str, Any] | None = None,
     **model: Any,
 ) -> RunConfig:
     """A model of 0.8M parameters whose activations take about twice what its training state takes.
 
-    `zero`: DeepSpeed's stage; 0: megatron-core's engine. Further settings are the model's.
+    `zero`: DeepSpeed's stage; 0: megatron-core's engine. `stages`: settings of an uneven pipeline. Further settings are
+    the model's.
     """
     sizes: dict[str, Any] = {
         "num_layers": 4,
@@ -66,6 +68,7 @@ def run_config(
             expert_model_parallel_size=ep,
             sequence_parallel=sp,
             recompute_granularity=recompute,  # type: ignore[arg-type]
+            **(stages or {}),
         ),
         engine="deepspeed" if zero else "megatron",
         zero=ZeroConfig(zero or 1),
@@ -73,6 +76,7 @@ def run_config(
     )
 
 
+ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 176}
 SLOW = pytest.mark.slow
 # Layout, what is run in it, and marks.
@@ -114,6 +118,8 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({"tp": 2, "sp": True}, [{"recompute": "full", "loops": 3}], SLOW),
     ({"pp": 2}, [{}, {"loops": 3, "recompute": "full"}], SLOW),
     ({"pp": 2}, [{"loops": 1}], SLOW),
+    ({"pp": 2, "stages": {"num_layers_in_first_pipeline_stage": 3}}, [{}, {"recompute": "full"}], SLOW),
+    ({"pp": 4, "stages": ENDS, "num_layers": 2}, [{}], SLOW),
     ({"dp": 2}, [{"precision": "bf16"}]),
     ({"dp": 2, "zero": 1}, [{"precision": "bf16"}]),
     ({"dp": 2, "zero": 2}, [{"recompute": "full", "precision": "bf16"}], SLOW),

@@ -61,7 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "hidden_scale": 0.053,
         "share_embeddings_and_output_weights": False,
     },
-    # With the cases' own std a token's FFN output is nearly zero in three loops, and its norm amplifies rounding to 9e-5.
+    # With the cases' own std some FFN output is nearly zero in three loops, whose norm amplifies rounding to 9e-5.
     "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True, "init_method_std": 0.06},
     "qkv bias, untied, E + h": {
         "qkv_bias": True,
@@ -246,6 +246,47 @@ def test_bfloat16_runs_in_layouts_and_is_close(run_distributed, reference, layou
     for other in (reference(case), reference(Case(2))):
         wrong = differences(outcome, other, final=False)
         assert max(wrong.values()) < 0.03, wrong
+
+
+# ---------------------------------------------------------------- stages with unequally many layers
+
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+ENDS = (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
+UNEVEN: dict[str, tuple[Layout, dict[str, Any], tuple[tuple[str, Any], ...]]] = {
+    "3 + 1": (Layout(pp=2), {}, ((FIRST, 3),)),
+    "1 + 3": (Layout(tp=2, sp=True, pp=2), {}, ((LAST, 3),)),
+    "2 + 1 + 1 + 1": (Layout(pp=4), {"num_layers": 5}, ((FIRST, 2),)),
+    "1 + 2 + 2 + 1": (Layout(pp=4), {"num_layers": 6}, ENDS),
+    "3 + 2 + 2 + 1": (Layout(pp=4, dp=2), {"num_layers": 8}, ((FIRST, 3), (LAST, 1))),
+    "0 + 1 + 1 + 0": (Layout(pp=4), {"num_layers": 2}, ENDS),  # embedding and head alone
+    "0 + 3": (Layout(pp=2, dp=2), {"num_layers": 3}, ENDS[:1]),
+    "2 + 1, context": (Layout(pp=2, cp=2), {"num_layers": 3}, ENDS[1:]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "of_each"), [("3 + 1", 1), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in UNEVEN)]
+)
+def test_uneven_stages(check, name, of_each):
+    """Of two and three loops, tied and untied; with a naive loop a stage without layers passes on what it gets."""
+    layout, model, parallel = UNEVEN[name]
+    cases = [
+        replace(_case(2, "full", overlap=True, **model), parallel=parallel),
+        replace(_case(3, "selective", packed=True, **model, **VARIANTS["LoopCoder-v2"]), parallel=parallel),
+        replace(_case(2, **model, **VARIANTS["vanilla loop"]), parallel=parallel),
+    ]
+    kinds = ("PLT-2", "LoopCoder-v2, 3 loops", "naive")
+    check(layout, cases[:of_each], "uneven stages", [f"{name}, {kind}" for kind in kinds])
+
+
+@pytest.mark.slow
+def test_uneven_stages_of_experts_and_with_muon(check):
+    experts = replace(_expert_case(2, overlap=True), parallel=((FIRST, 3),))
+    muon = replace(_case(2, overlap=True), parallel=((FIRST, 3),), optimizer=(("name", "muon"),))
+    check(Layout(pp=2, dp=2, ep=2), [experts], "uneven stages", ["experts, 3 + 1"])
+    check(Layout(pp=2, dp=2), [muon], "uneven stages", ["Muon, 3 + 1"])
+    alone = replace(muon, parallel=ENDS, model=(("num_layers", 2),))
+    check(Layout(pp=4), [alone], "uneven stages", ["Muon, 0 + 1 + 1 + 0"])
 
 
 # ---------------------------------------------------------------- z-loss of the head

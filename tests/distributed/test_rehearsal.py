@@ -43,8 +43,8 @@ def assert_as_real(run_distributed: Any, layout: str, found: dict[str, Any], fol
     for rank, calls in found["calls"].items():
         assert len(calls) > 20 and calls == real[int(rank)]["calls"], f"{layout}: rank {rank}"
     for rank, theirs in enumerate(real):
-        assert len(theirs["written"]) > 5 and found["written"][str(rank)] == theirs["written"], f"{layout}: rank {rank}"
-    assert found["problems"] == [] and found["matched"] > 100
+        assert len(theirs["written"]) > 3 and found["written"][str(rank)] == theirs["written"], f"{layout}: rank {rank}"
+    assert found["problems"] == [] and found["matched"] > 50
 
 
 def test_groups_bytes_and_order_are_those_of_the_real_run(run_distributed, found, tmp_path):
@@ -82,6 +82,17 @@ def test_layers_that_run_once_are_estimated_as_rehearsed(run_distributed, layout
     off = dict(found["differences"])
     assert abs(off["FLOPs"]) < 1e-3 and abs(off["memory, stage 0"]) < 0.1
     assert all(abs(difference) < 0.01 for what, difference in off.items() if "bytes" in what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["PP2 DP2 uneven", "PP4 ends"])
+def test_uneven_stages_are_those_of_the_real_run(run_distributed, layout, tmp_path):
+    found = rehearsed(layout)[layout]
+    assert_as_real(run_distributed, layout, found, tmp_path)
+    off = dict(found["differences"])
+    assert len([what for what in off if what.startswith("memory, stage")]) == int(layout[2])
+    assert all(abs(difference) < 0.1 for what, difference in off.items() if what.startswith("memory")), off
+    assert all(abs(difference) < 1e-3 for what, difference in off.items() if what == "FLOPs")
 
 
 @pytest.mark.slow

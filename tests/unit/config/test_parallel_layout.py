@@ -73,6 +73,46 @@ def test_stages_hold_all_layers_in_order():
     assert layout.most_stage_layers(8) == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "layers", "stages"),
+    [
+        ({"num_layers_in_first_pipeline_stage": 1}, 7, [1, 2, 2, 2]),
+        ({"num_layers_in_last_pipeline_stage": 3}, 9, [2, 2, 2, 3]),
+        ({"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}, 8, [3, 2, 2, 1]),
+        (
+            {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+            6,
+            [1, 2, 2, 1],
+        ),
+        (
+            {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+            2,
+            [0, 1, 1, 0],
+        ),
+        ({"account_for_loss_in_pipeline_split": True}, 11, [3, 3, 3, 2]),
+    ],
+)
+def test_uneven_stages_hold_all_layers_in_order(settings, layers, stages):
+    """As megatron-core divides them."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    from plt_megatron.config.schema import ModelConfig
+    from plt_megatron.model.transformer_config import transformer_config
+
+    parallel = ParallelConfig(pipeline_model_parallel_size=4, **settings)
+    layout = ParallelLayout.of(parallel)
+    held = layout.stage_layers(layers)
+    assert [len(stage) for stage in held] == stages
+    assert [layer for stage in held for layer in stage] == list(range(layers))
+    assert layout.most_stage_layers(layers) == max(stages)
+    assert layout.fewest_stage_layers(layers) == min(size for size in stages if size)
+    config = transformer_config(ModelConfig(num_layers=layers, backend="torch"), parallel)
+    assert [get_num_layers_to_build(config, pp_rank=rank) for rank in range(4)] == stages
+    first = [get_transformer_layer_offset(config, pp_rank=rank) for rank in range(4)]
+    assert [start for start, size in zip(first, stages, strict=True) if size] == [stage[0] for stage in held if stage]
+
+
 def test_names():
     layout = ParallelLayout(tensor=2, pipeline=4, context=2, data=8, expert=4, sequence_parallel=True)
     assert str(layout) == "TP2 SP PP4 CP2 DP8 EP4" and layout.in_words() == "tensor 2 x pipeline 4 x context 2 x data 8"

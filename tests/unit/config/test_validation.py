@@ -43,6 +43,8 @@ def test_a_good_configuration_passes():
     assert problems(parallel__pipeline_model_parallel_size=4) == []
     assert problems(model__loop_count=1, model__share_kv=False) == []
     assert problems(**YARN) == []
+    assert problems(**PP2, **{FIRST: 1, LAST: 3}) == []
+    assert problems(**PP2, **{HEAD: True}, model__num_layers=5) == []
     assert problems(model__gated_window=False, model__share_kv=False, model__cross_loop_parallel=False) == []
     assert problems(world_size=4, parallel__tensor_model_parallel_size=2) == []
     assert problems(validation__loop_counts=[1, 2, 8]) == []
@@ -57,6 +59,9 @@ YARN = {
     "model__rope_scaling_factor": 4.0,
     "model__yarn_original_max_position_embeddings": 1024,
 }
+PP2 = {"parallel__pipeline_model_parallel_size": 2}
+FIRST, LAST = "parallel__num_layers_in_first_pipeline_stage", "parallel__num_layers_in_last_pipeline_stage"
+HEAD = "parallel__account_for_loss_in_pipeline_split"
 TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
 
 
@@ -129,6 +134,29 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         (
             {"parallel__pipeline_model_parallel_size": 3, "training__global_batch_size": 9},
             "model.num_layers 4 is not divisible by parallel.pipeline_model_parallel_size 3",
+        ),
+        (
+            {"parallel__num_layers_in_first_pipeline_stage": 2},
+            "first_pipeline_stage is for the stages of a pipeline: leave",
+        ),
+        ({**PP2, "parallel__num_layers_in_first_pipeline_stage": 0}, "first_pipeline_stage must be at least 1, got 0"),
+        (
+            {**PP2, "parallel__num_layers_in_first_pipeline_stage": 4},
+            "stage 4 leave 0 of model.num_layers 4 to the other",
+        ),
+        ({**PP2, FIRST: 3, LAST: 2}, "stage 2 must add up to model.num_layers 4: there is no stage between them"),
+        ({**PP2, FIRST: 3, HEAD: True}, "and parallel.account_for_loss_in_pipeline_split both say what the first and"),
+        (
+            {**PP2, HEAD: True},
+            "4 + 1 (parallel.account_for_loss_in_pipeline_split) is not divisible by parallel.pipeline",
+        ),
+        (
+            {**PP2, FIRST: 3, "parallel__recompute_granularity": "full", "parallel__recompute_num_layers": 2},
+            "parallel.recompute_num_layers 2 is more than the 1 layers of a pipeline stage",
+        ),
+        (
+            {**PP2, FIRST: 3, "training__fp8": "hybrid", "model__backend": "te"},
+            "training.fp8 hybrid is not proven with parallel.num_layers_in_first_pipeline_stage: leave",
         ),
         ({"parallel__distributed_timeout_minutes": 0.0}, "distributed_timeout_minutes must be above 0"),
         ({"training__global_batch_size": 9, "training__micro_batch_size": 2}, "9 is not divisible by 2"),

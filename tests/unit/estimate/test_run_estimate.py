@@ -210,6 +210,33 @@ def test_offloading_takes_time_for_memory():
     assert plain.peak_memory_bytes > optimizer.peak_memory_bytes > weights.peak_memory_bytes
 
 
+def test_a_pipeline_runs_at_its_slowest_stages_pace():
+    """Of layers alone one of 5 is 5/4 as slow as one of 4; the last stage has the head, too."""
+    small = {"vocab_size": 8, "make_vocab_size_divisible_by": 8}  # its head is nothing
+    even, uneven = (
+        estimate_run(run(small, pipeline_model_parallel_size=2, **stages), gpu="h100")
+        for stages in ({}, {"num_layers_in_first_pipeline_stage": 5})
+    )
+    for part in ("matmul", "attention", "memory_bound", "bubble"):
+        assert getattr(uneven.times, part) / getattr(even.times, part) == pytest.approx(5 / 4, rel=0.02), part
+    assert uneven.flops == even.flops and uneven.bubble_fraction == even.bubble_fraction
+    large = {"vocab_size": 250_000, "num_layers": 10}
+    even, uneven = (
+        estimate_run(run(large, pipeline_model_parallel_size=2, **stages), gpu="h100")
+        for stages in ({}, {"num_layers_in_first_pipeline_stage": 8})
+    )
+    assert uneven.step_seconds < even.step_seconds, "the head is worth several layers"
+
+
+def test_a_stage_without_layers_has_the_embedding_or_the_head():
+    ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    estimate = estimate_run(run({"num_layers": 2}, pipeline_model_parallel_size=4, **ends))
+    held = [stage.components["weights"] for stage in estimate.memory]
+    assert held[0] == 2 * 1024 * 512 and held[3] == 2 * (1024 * 512 + 512) and held[1] == held[2] > 0
+    activations = [stage.components["activations"] for stage in estimate.memory]
+    assert activations[0] < activations[1] > activations[3]
+
+
 def test_bubble():
     assert bubble_fraction(4, 2, 8) == 3 / 16
     assert estimate_run(run(pipeline_model_parallel_size=4)).bubble_fraction == 3 / (2 * 32)
