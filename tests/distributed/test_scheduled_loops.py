@@ -27,6 +27,9 @@ CHANGING = (1, 2, 3, 1, 2, 3)  # each loop count twice, so that overlapped reduc
 HIDDEN = (("gate_input", "hidden"), ("norm_between_loops", True))
 EXPERTS = (("num_moe_experts", 4), ("moe_router_topk", 2), ("moe_ffn_hidden_size", 8))
 LOSSES = (("loop_loss_weights", (0.5, 0.25)),)
+TWO_LAYERS = (("num_layers", 2),)
+ENDS = (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
+Z_LOSS = (("z_loss_coeff", 0.02),)
 SLOW = pytest.mark.slow
 
 
@@ -45,6 +48,7 @@ SLOW = pytest.mark.slow
         pytest.param(Layout(pp=2, cp=2), Case(3, packed=True), marks=SLOW),
         pytest.param(Layout(tp=2, sp=True, pp=2), Case(3, "full", packed=True, model=HIDDEN), marks=SLOW),
         pytest.param(Layout(pp=4), Case(3, overlap=True), marks=SLOW),
+        pytest.param(Layout(pp=4), Case(3, overlap=True, model=TWO_LAYERS, parallel=ENDS, training=Z_LOSS), marks=SLOW),
         pytest.param(Layout(cp=2, dp=2), Case(3, "full", overlap=True, packed=True), marks=SLOW),
     ],
     ids=str,

@@ -18,7 +18,7 @@ def rope(x, parameters):
     n, _, dim = x.shape
     pairs, theta = torch.arange(dim // 2, dtype=torch.float64), parameters["rope_theta"]
     speed, factor = theta ** (-2 * pairs / dim), 1.0
-    if parameters["rope_type"] == "yarn":
+    if parameters.get("rope_type") == "yarn":
         length, scale = parameters["original_max_position_embeddings"], parameters["factor"]
         turns = (parameters["beta_fast"], parameters["beta_slow"])
         first, last = (dim / 2 * math.log(length / (2 * math.pi * n), theta) for n in turns)

@@ -261,9 +261,11 @@ def test_a_checkpoint_of_a_newer_program(tmp_path, run):
 
 
 def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
-    model = make_model(**LOOPCODER, qk_layernorm=True)
+    yarn = VARIANTS["yarn rope"] | {"qk_layernorm": True}
+    model = make_model(**{**LOOPCODER, **yarn})
     run = save_run(tmp_path / "run", model, random_weights(model))
-    with pytest.raises(UserError, match=r"cannot express that model\.qk_layernorm is True; use --format plt"):
+    what = r"model\.qk_layernorm is True, model\.rope_scaling_type is yarn"
+    with pytest.raises(UserError, match=rf"cannot express that {what}; use --format plt"):
         quiet((run, tmp_path / "out"), style="loopcoder")
     plain = make_model(loop_count=1)
     run = save_run(tmp_path / "plain", plain, random_weights(plain))
