@@ -252,7 +252,7 @@ class LoopedGPT(LanguageModule):
     def _run_layers(self, layers: range, hidden_states: Tensor, batch: MicroBatch, context: LoopContext) -> Tensor:
         """Some of the model's layers, [s / CP (/ TP), b, h] -> the same. A pipeline stage has its share of all."""
         if not self.decoder.layers:
-            hidden_states = hidden_states.clone()  # the schedule takes what a stage gets and gives for two tensors
+            hidden_states = hidden_states.clone()  # as megatron-core's empty blocks: not the tensor that the stage got
         whole = len(layers) == self.plt.num_layers
         return (self.decoder if whole else part_of(self.decoder, layers))(
             hidden_states=hidden_states,
