@@ -19,10 +19,10 @@ def before_step(step: int, harm) -> None:
 
     next_step = Trainer._next_step
 
-    def harmed(self, batches):
+    def harmed(self):
         if self.clock.step == step:
             harm()
-        return next_step(self, batches)
+        return next_step(self)
 
     Trainer._next_step = harmed  # type: ignore[method-assign]
 
