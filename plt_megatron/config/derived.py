@@ -29,6 +29,12 @@ def looped_layers(model: ModelConfig) -> range:
     return range(first, last)
 
 
+def looped_among(model: ModelConfig, layers: range) -> list[int]:
+    """Those of these layers that run in every loop."""
+    looped = looped_layers(model)
+    return [layer for layer in layers if layer in looped]
+
+
 def layer_runs(model: ModelConfig) -> int:
     """How many layers a token passes in a forward pass, each counted as often as it runs."""
     return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))

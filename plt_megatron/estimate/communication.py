@@ -30,7 +30,7 @@ def communication_bytes(
     `parameters` and `embedding_parameters`: of the stage with most, which is `stage`, and of the first one's embedding.
     """
     loops, own = config.model.loop_count, max(layout.stage_layers(config.model.num_layers), key=len)
-    looped = set(own).intersection(derived.looped_layers(config.model))
+    looped = derived.looped_among(config.model, own)
     runs = len(own) + (loops - 1) * len(looped)  # of layers, in a microbatch
     passes = layout.microbatches * runs / len(own)
     matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))

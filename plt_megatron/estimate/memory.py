@@ -192,17 +192,13 @@ class MemorySimulator:
 
     def __post_init__(self) -> None:
         self.loops = self.config.model.loop_count
-        own, looped = (
-            self.layout.stage_layers(self.config.model.num_layers)[self.stage],
-            derived.looped_layers(self.config.model),
-        )
-        self.layers, self.looped = len(own), len(set(own).intersection(looped))
+        model = self.config.model
+        own, looped = self.layout.stage_layers(model.num_layers)[self.stage], derived.looped_layers(model)
+        self.layers, self.looped = len(own), len(derived.looped_among(model, own))
         # Layers that run once: before the first loop, and after the last.
-        self.prelude, self.coda = (
-            sum(layer < looped.start for layer in own),
-            sum(layer >= looped.stop for layer in own),
-        )
-        self.by_layer = self.config.model.loop_order == "layer"
+        self.prelude = sum(layer < looped.start for layer in own)
+        self.coda = sum(layer >= looped.stop for layer in own)
+        self.by_layer = model.loop_order == "layer"
         self.full = self.layout.recompute == "full"
         self.alone = self.layout.pipeline == 1
         self.first, self.last = self.stage == 0, self.stage == self.layout.pipeline - 1

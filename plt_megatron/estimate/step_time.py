@@ -129,7 +129,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec, stage: int) -> float:
     shapes = dataclasses.replace(shapes, recomputed=())  # activations that are not kept are moved too
     own = layout.stage_layers(config.model.num_layers)[stage]
-    looped = len(set(own).intersection(derived.looped_layers(config.model)))
+    looped = len(derived.looped_among(config.model, own))
     loops = range(1, config.model.loop_count + 1)
     saved: float = looped * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
     saved += (len(own) - looped) * shapes.once().layer(1)

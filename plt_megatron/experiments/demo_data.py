@@ -111,12 +111,8 @@ def _versions(domain: str) -> str:
 def make_tokenizer(texts: Sequence[Path], folder: Path, vocab_size: int) -> None:
     from plt_megatron.data.tokenizer_training import TrainingOptions, describe, train_tokenizer
 
-    print(
-        describe(
-            train_tokenizer(TrainingOptions([str(text) for text in texts], str(folder), vocab_size, overwrite=True))
-        ),
-        flush=True,
-    )
+    options = TrainingOptions([str(text) for text in texts], str(folder), vocab_size, overwrite=True)
+    print(describe(train_tokenizer(options)), flush=True)
 
 
 def tokenize_text(text: Path, prefix: Path, tokenizer: Path) -> None:

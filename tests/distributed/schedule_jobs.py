@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.training_jobs import train
+from tests.distributed.whole_runs import folder
+
+
+def as_after_step(config: RunConfig, step: int, last: int, name: str, output_dir: Path, **parallel: Any) -> RunConfig:
+    """A copy of a run as it was after `step` of its `last` steps, each of which it saved, perhaps in another layout."""
+    other = dataclasses.replace(
+        config, name=name, output_dir=str(output_dir), parallel=dataclasses.replace(config.parallel, **parallel)
+    )
+    shutil.copytree(folder(config), folder(other))
+    for later in range(step + 1, last + 1):
+        shutil.rmtree(folder(other) / "checkpoints" / f"step_{later:08d}")
+    (folder(other) / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
+    return other
 
 
 @dataclass

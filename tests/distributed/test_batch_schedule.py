@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from plt_megatron.config.schema import BatchStage, DataConfig, RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.status import read_run_status
-from tests.distributed.schedule_jobs import train_and_tell
+from tests.distributed.schedule_jobs import as_after_step, train_and_tell
 from tests.distributed.training_jobs import make_data, run_config
 from tests.distributed.whole_runs import folder, numbers
 
@@ -64,18 +63,6 @@ def trained(config: RunConfig, first: int = 1) -> list[dict[str, Any]]:
     return [record for record in numbers(config) if record["kind"] == "train" and record["step"] >= first]
 
 
-def resumed_from(config: RunConfig, step: int, name: str, output_dir: Path, **parallel: Any) -> RunConfig:
-    """The run as it was after a step, in another layout."""
-    other = dataclasses.replace(
-        config, name=name, output_dir=str(output_dir), parallel=dataclasses.replace(config.parallel, **parallel)
-    )
-    shutil.copytree(folder(config), folder(other))
-    for later in range(step + 1, len(SIZES) + 1):
-        shutil.rmtree(folder(other) / "checkpoints" / f"step_{later:08d}")
-    (folder(other) / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
-    return other
-
-
 def test_records_tell_the_batches_and_rates_follow_tokens(whole):
     records = trained(whole)
     assert [record["global_batch_size"] for record in records] == SIZES
@@ -112,7 +99,7 @@ def test_no_layout_changes_a_step_or_its_samples(whole, data, tmp_path, run_dist
 
 @pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=SLOW) for step in (1, 2, 4, 5, 6, 7))])
 def test_resumed_at_any_step_a_run_goes_on_bit_for_bit(whole, tmp_path, run_distributed, step):
-    config = resumed_from(whole, step, "resumed", tmp_path)
+    config = as_after_step(whole, step, len(SIZES), "resumed", tmp_path)
     done = run_distributed(train_and_tell, 1, config)
     assert done.result is True and done.steps == samples(SIZES)[step:]
     assert numbers(config) == numbers(whole)
@@ -121,7 +108,7 @@ def test_resumed_at_any_step_a_run_goes_on_bit_for_bit(whole, tmp_path, run_dist
 @SLOW
 @pytest.mark.parametrize("step", [2, 4, 5])
 def test_on_other_data_parallel_ranks_the_samples_and_their_order_are_the_same(whole, tmp_path, run_distributed, step):
-    config = resumed_from(whole, step, "resharded", tmp_path, data_parallel_size=2)
+    config = as_after_step(whole, step, len(SIZES), "resharded", tmp_path, data_parallel_size=2)
     done = run_distributed(train_and_tell, 2, config)
     assert done.result is True and done.steps == samples(SIZES)[step:]
     assert [record["loss"] for record in trained(config)] == pytest.approx(
@@ -132,7 +119,7 @@ def test_on_other_data_parallel_ranks_the_samples_and_their_order_are_the_same(w
 @SLOW
 def test_a_stage_that_is_over_may_be_changed_for_more_ranks(whole, tmp_path, run_distributed):
     """Four do not suit eight ranks of one; the run is past them."""
-    config = resumed_from(whole, 4, "changed", tmp_path)
+    config = as_after_step(whole, 4, len(SIZES), "changed", tmp_path)
     config.training = dataclasses.replace(config.training, batch_schedule=[BatchStage(380, 8), STAGES[1]])
     done = run_distributed(train_and_tell, 1, config)
     assert done.result is True and done.steps == samples(SIZES)[4:]
@@ -150,20 +137,10 @@ def test_a_switch_is_a_change_of_the_batch_by_hand(whole, data, tmp_path, run_di
     for each in (scheduled, config):
         assert run_distributed(train_and_tell, 1, each).result is True
     larger = dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=8))
-    larger = resumed_from_third(larger, tmp_path)
+    larger = as_after_step(larger, 3, 28 // 4, "larger", tmp_path)
     assert run_distributed(train_and_tell, 1, larger).result is True
     ours = [(record["loss"], record["grad_norm"]) for record in trained(scheduled)]
     assert ours == [(record["loss"], record["grad_norm"]) for record in trained(larger)] and len(ours) == 5
-
-
-def resumed_from_third(config: RunConfig, output_dir: Path) -> RunConfig:
-    other = dataclasses.replace(config, name="larger", output_dir=str(output_dir))
-    shutil.copytree(folder(config), folder(other))
-    for checkpoint in (folder(other) / "checkpoints").glob("step_*"):
-        if checkpoint.name > "step_00000003":
-            shutil.rmtree(checkpoint)
-    (folder(other) / "checkpoints" / "latest").write_text("step_00000003\n")
-    return other
 
 
 @SLOW

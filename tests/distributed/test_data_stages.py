@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataS
 from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.pool import DistributedFailure
-from tests.distributed.schedule_jobs import train_and_tell
+from tests.distributed.schedule_jobs import as_after_step, train_and_tell
 from tests.distributed.training_jobs import make_data, run_config
 from tests.distributed.whole_runs import folder, numbers
 
@@ -52,18 +51,6 @@ def whole(data, tmp_path_factory, run_distributed) -> RunConfig:
     return config
 
 
-def after_step(config: RunConfig, step: int, output_dir: Path, **parallel: Any) -> RunConfig:
-    """The run as it was then, in another layout."""
-    other = dataclasses.replace(
-        config, name="other", output_dir=str(output_dir), parallel=dataclasses.replace(config.parallel, **parallel)
-    )
-    shutil.copytree(folder(config), folder(other))
-    for later in range(step + 1, len(SIZES) + 1):
-        shutil.rmtree(folder(other) / "checkpoints" / f"step_{later:08d}")
-    (folder(other) / "checkpoints" / "latest").write_text(f"step_{step:08d}\n")
-    return other
-
-
 def test_records_have_the_epochs_of_each_stage(whole):
     epochs = [record["source_epochs"] for record in numbers(whole) if record["kind"] == "train"]
     drawn = [(4, 0), (8, 0), (12 + 3, 1), (12 + 9, 3), (12 + 10.5, 3.5 + 6), (12 + 10.5, 3.5 + 14)]
@@ -85,7 +72,7 @@ def test_records_have_the_epochs_of_each_stage(whole):
     ids=str,
 )
 def test_resumed_anywhere_a_run_reads_on_in_order(whole, tmp_path, run_distributed, step, ranks, layout):
-    config = after_step(whole, step, tmp_path, **layout)
+    config = as_after_step(whole, step, len(SIZES), "other", tmp_path, **layout)
     done = run_distributed(train_and_tell, ranks, config)
     assert done.result is True and sum(done.steps, []) == list(range(sum(SIZES[:step]), sum(SIZES)))
     assert [len(batch) for batch in done.steps] == SIZES[step:]
@@ -98,7 +85,7 @@ def test_resumed_anywhere_a_run_reads_on_in_order(whole, tmp_path, run_distribut
 
 @SLOW
 def test_with_other_stages_a_run_does_not_go_on_unasked(whole, data, tmp_path, run_distributed):
-    config = after_step(whole, 3, tmp_path)
+    config = as_after_step(whole, 3, len(SIZES), "other", tmp_path)
     later = [dataclasses.replace(data.stages[0], until=416), data.stages[1]]
     config.data = dataclasses.replace(data, stages=later)
     with pytest.raises(DistributedFailure, match=r"other data\.stages"):
