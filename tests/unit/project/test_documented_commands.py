@@ -16,6 +16,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from plt_megatron.config.loader import dump_config, load_config
 from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
@@ -57,8 +58,8 @@ INSTEAD = [
         "needs room for 66 GB of checkpoints",
     ),
     (
-        r"^plt-study .*cluster\.yaml.*",
-        r"\g<0> 'sizes={small: {model.num_layers: 1}, large: {model.num_layers: 2}}' model.vocab_size=512",
+        r"configs/studies/cluster\.yaml",
+        "cluster_study.yaml",
         "needs room for 63 GB of checkpoints",
     ),
     (r"^plt-submit .*plt2_tiny.*", r"\g<0> name=on_slurm", "README's commands have trained a run of its own name"),
@@ -128,9 +129,21 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(dump_config(load_config(ROOT / f"configs/runs/{run}.yaml", settings)))
     (folder / "list.txt").write_text("a.yaml\nb.yaml\n")
+    write_small_study(ROOT / "configs/studies/cluster.yaml", folder / "cluster_study.yaml")
     for copy in ("results/paper_ablation", "runs/sweeps/paper_ablation"):
         shutil.copytree(ROOT / "results/paper_ablation", folder / copy)
     return folder
+
+
+def write_small_study(shipped: Path, path: Path) -> None:
+    """A shipped study with as many sizes, of models with which its checkpoints need hardly any room."""
+    study = yaml.safe_load(shipped.read_text(encoding="utf-8"))
+    study["base"] = str((shipped.parent / study["base"]).resolve())
+    study["set"]["model.vocab_size"] = 512
+    small = {"model.hidden_size": 64, "model.ffn_hidden_size": 128, "model.num_attention_heads": 4}
+    small |= {"model.num_query_groups": 2}
+    study["sizes"] = {name: {"model.num_layers": layers, **small} for layers, name in enumerate(study["sizes"], 2)}
+    path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
 
 
 def write_tokenizer(path: Path) -> None:
