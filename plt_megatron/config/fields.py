@@ -85,6 +85,7 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
+@functools.cache
 def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
     """A field's type without its metadata and `None`, the metadata, and whether None is allowed."""
     metadata: tuple[Any, ...] = ()
@@ -100,6 +101,7 @@ def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
             return hint, metadata, optional
 
 
+@functools.cache
 def section_of(hint: Any) -> type | None:
     """The dataclass that a field holds, if it is one."""
     plain = plain_type(hint)[0]

@@ -31,9 +31,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 `configuration_plt.py` and `modeling_plt.py` are the model's code; they need torch and transformers 5.
 """
-_LOOPS = """\
+_PARALLEL_LOOPS = """\
 {layers} run {loops} times with the same weights. `generate` decodes all loops of a token in one pass;
 `loop_mode="serial"` runs them one after another, and `loop_count=1` (when loading, or in a call) runs fewer.
+"""
+_SERIAL_LOOPS = """\
+{layers} run {loops} times with the same weights. Without cross-loop parallelism a token's loops wait for each other:
+`generate` runs them one after another. `loop_count=1` (when loading, or in a call) runs fewer.
 """
 _LOOPCODER = """\
 ## Use
@@ -63,7 +67,7 @@ def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], sty
     else:
         sections.append(_USE.format(name=name).strip())
         if source.model.loop_count > 1:
-            sections.append(_LOOPS.format(layers=_looped(source.model), loops=source.model.loop_count).strip())
+            sections.append(_loops(source.model).strip())
     return "\n\n".join(sections) + "\n"
 
 
@@ -76,6 +80,11 @@ def _introduction(source: ModelSource) -> str:
     if not (model.cross_loop_parallel and model.share_kv and model.gated_window):
         kind = "looped transformer, an ablation of the Parallel Loop Transformer (PLT, arXiv 2510.24824),"
     return f"A {kind} of {model.loop_count} loops, {made} with plt_megatron."
+
+
+def _loops(model: ModelConfig) -> str:
+    text = _PARALLEL_LOOPS if model.cross_loop_parallel else _SERIAL_LOOPS
+    return text.format(layers=_looped(model), loops=model.loop_count)
 
 
 def _looped(model: ModelConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -121,12 +122,15 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout
 
 
+@functools.cache  # each takes a file to parse, and an array of jobs asks for every member
+def _packages() -> list[str]:
+    """NAME==VERSION of what is installed, sorted."""
+    names = {f"{found.metadata['Name']}=={found.version}" for found in importlib.metadata.distributions()}
+    return sorted(names, key=str.lower)
+
+
 def describe_environment() -> str:
     """Machine, interpreter, packages and relevant variables, except those whose names suggest a secret."""
-    packages = {
-        f"{distribution.metadata['Name']}=={distribution.version}"
-        for distribution in importlib.metadata.distributions()
-    }
     variables = sorted(
         f"{name}={value!r}"
         for name, value in os.environ.items()
@@ -138,6 +142,6 @@ def describe_environment() -> str:
         f"python {platform.python_version()} {sys.executable}",
         f"system {platform.platform()}",
         *("", "variables:", *variables),
-        *("", "packages:", *sorted(packages, key=str.lower)),
+        *("", "packages:", *_packages()),
     ]
     return "\n".join(lines) + "\n"

@@ -61,6 +61,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "account_for_embedding_in_pipeline_split": True,
         "account_for_loss_in_pipeline_split": True,
     },
+    "TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
     "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},

@@ -337,13 +337,13 @@ def _expert_case(
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(pp=2, dp=2, ep=2),
+        Layout(dp=2, ep=2),
         *(
             pytest.param(layout, marks=pytest.mark.slow)
             for layout in (
                 Layout(),
                 Layout(tp=2, sp=True, ep=2),
-                Layout(dp=2, ep=2),
+                Layout(pp=2, dp=2, ep=2),
                 Layout(dp=2),
                 Layout(pp=2),
                 Layout(tp=2, sp=True),

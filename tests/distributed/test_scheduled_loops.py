@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -185,25 +184,27 @@ def test_another_schedule_is_not_gone_on_with_unasked(grown, tmp_path, run_distr
         run_distributed(train, 2, other)
 
 
-def test_drawn_loops_are_every_ranks_and_a_stopped_runs(data, tmp_path, run_distributed):
-    """One process, two data-parallel ranks, and a pipeline; and one stopped before, at and after the switch."""
-    layouts = {"one": (1, {}), "dp2": (2, DP2), "pp2": (2, {"pipeline_model_parallel_size": 2})}
-    runs = {name: scheduled(name, tmp_path, data, DRAWN, parallel=layout) for name, (_, layout) in layouts.items()}
-    for name, config in runs.items():
-        assert run_distributed(train, layouts[name][0], config) is True
-    loops = [record["loop_count"] for record in trained(runs["one"])]
+@pytest.mark.parametrize(
+    "layout", [DP2, pytest.param({"pipeline_model_parallel_size": 2}, marks=SLOW)], ids=["dp2", "pp2"]
+)
+def test_drawn_loops_are_every_ranks_and_a_stopped_runs(data, tmp_path, run_distributed, layout):
+    """One process and two; and a run stopped before, at and after the switch."""
+    one, two = (scheduled(name, tmp_path, data, DRAWN, parallel=how) for name, how in (("one", {}), ("two", layout)))
+    for ranks, config in enumerate((one, two), 1):
+        assert run_distributed(train, ranks, config) is True
+    loops = [record["loop_count"] for record in trained(one)]
     assert loops[:2] == [1, 1] and set(loops[2:]) == {1, 2}, "the seed draws both"
-    for name, field in itertools.product(("dp2", "pp2"), ("loss", "grad_norm", "loop_count")):
-        expected = [record[field] for record in trained(runs["one"])]
-        assert [record[field] for record in trained(runs[name])] == pytest.approx(expected, rel=1e-5), (name, field)
+    for field in ("loss", "grad_norm", "loop_count"):
+        expected = [record[field] for record in trained(one)]
+        assert [record[field] for record in trained(two)] == pytest.approx(expected, rel=1e-5), field
 
-    stopped = scheduled("stopped", tmp_path, data, DRAWN, parallel=DP2)
+    stopped = scheduled("stopped", tmp_path, data, DRAWN, parallel=layout)
     folder(stopped).mkdir(parents=True)
     for finished in (False, False, False, True):
         if not finished:
             (folder(stopped) / "STOP").touch()
         assert run_distributed(train, 2, stopped) is finished
-    assert numbers(stopped) == numbers(runs["dp2"])
+    assert numbers(stopped) == numbers(two)
 
 
 # ---------------------------------------------------------------- DeepSpeed

@@ -107,6 +107,10 @@ def test_everything_a_user_needs(tmp_path, tokenizer_model):
     card = model_card(source, "out", [], "plt")
     assert "| global batch | 8 sequences, 4 at first |" in card
     assert "| data | web (weight 2) up to 9,000 tokens, then programs (weight 1) |" in card
+    assert "decodes all loops of a token in one pass" in card
+    source.model.cross_loop_parallel = False
+    card = model_card(source, "out", [], "plt")
+    assert "in one pass" not in card and "`generate` runs them one after another" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert tokenizer.decode(tokenizer("def f(x):\n    return 12,5 \u00e9t\u00e9")["input_ids"]) == (
         "def f(x):\n    return 12,5 \u00e9t\u00e9"

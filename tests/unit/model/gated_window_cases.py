@@ -131,7 +131,7 @@ CASES |= {
 }
 
 
-QUICK_CASES = ("one key", "one group", "hidden, global", "packed", "bf16, 64 channels")
+QUICK_CASES = ("one group", "hidden, global", "bf16, 64 channels")
 QUICK_MODELS = ("LoopCoder-v2, packed",)
 
 

@@ -51,7 +51,7 @@ INSTEAD = [
     (r"^plt-report runs/sweeps/loop_count", "plt-report runs/sweeps/paper_ablation", "the sweep was not trained"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),
-    (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 1024", "minutes on 65,536 tokens"),
+    (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),
     (
         r"^plt-submit .*plt2_1b.*",
         r"\g<0> model.num_layers=1 model.vocab_size=512",
