@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of, num_microbatches
+from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
 from plt_megatron.errors import UserError, run_command
@@ -108,6 +110,7 @@ def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], 
         ("steps", f"{derived.train_iters(config):,} of {BatchSchedule(config).step_in_words} tokens"),
         ("tokens", f"{derived.run_tokens(config):,}"),
         *_batches(config),
+        *_lengths(config),
         ("microbatches", f"{num_microbatches(config, count)} per step and data-parallel rank"),
     ]
     model, tp = config.model, config.parallel.tensor_model_parallel_size
@@ -128,6 +131,17 @@ def _batches(config: RunConfig) -> list[tuple[str, str]]:
     stretches = BatchSchedule(config).stretches(steps=derived.train_iters(config))
     rows = [f"{steps:,} steps of {size:,} sequences" for size, steps in stretches]
     return list(zip(["batches", *[""] * len(rows)], rows, strict=False)) if len(rows) > 1 else []
+
+
+def _lengths(config: RunConfig) -> list[tuple[str, str]]:
+    """The steps of each row length, where there are several."""
+    if not config.data.length_schedule:
+        return []
+    steps = dict.fromkeys(LengthSchedule(config).lengths, 0.0)
+    for kind, share in LoopSchedule(config).step_shares().items():
+        steps[kind.sequence_length] += share * derived.train_iters(config)
+    rows = [f"{round(number):,} steps with rows of {length:,} tokens" for length, number in steps.items() if number]
+    return list(zip(["lengths", *[""] * len(rows)], rows, strict=False))
 
 
 if __name__ == "__main__":

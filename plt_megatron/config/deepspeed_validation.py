@@ -59,6 +59,8 @@ def _check_features(config: RunConfig) -> Iterator[str]:
         yield f"engine deepspeed: training.fp8 {config.training.fp8}: set it to none for BF16, or set engine=megatron"
     if config.training.batch_schedule:
         yield "engine deepspeed: training.batch_schedule is not proven with it: leave it out, or set engine=megatron"
+    if config.data.length_schedule:
+        yield "engine deepspeed: data.length_schedule is not proven with it: leave it out, or set engine=megatron"
     if config.training.ema_decay is not None:
         what = f"training.ema_decay {_text(config.training.ema_decay)}"
         yield f"engine deepspeed: {what}: averages are not proven with it: set it to null, or set engine=megatron"

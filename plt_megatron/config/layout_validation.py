@@ -28,7 +28,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[
 
 
 def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    model, length, tp = config.model, config.data.sequence_length, layout.tensor
+    model, tp = config.model, layout.tensor
     for name, size in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", derived.num_query_groups(model)),
@@ -38,11 +38,13 @@ def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
             yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
     if layout.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
-    elif layout.sequence_parallel and length % tp:
-        yield (
-            f"data.sequence_length {length} is not divisible by parallel.tensor_model_parallel_size {tp}, which "
-            "parallel.sequence_parallel needs"
-        )
+    elif layout.sequence_parallel:
+        for key, length in _row_lengths(config).items():
+            if length % tp:
+                yield (
+                    f"{key} {length} is not divisible by parallel.tensor_model_parallel_size {tp}, which "
+                    "parallel.sequence_parallel needs"
+                )
 
 
 def _check_pipeline(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
@@ -86,7 +88,7 @@ def _check_recomputation(config: RunConfig) -> Iterator[str]:
 
 def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     """What the sequence has to be divisible by, and what no kernel does."""
-    length, cp, tp = config.data.sequence_length, layout.context, layout.tensor
+    cp, tp = layout.context, layout.tensor
     if config.parallel.window_cp_comm_type == "p2p":
         yield (
             "parallel.window_cp_comm_type p2p: Transformer Engine's sliding window has no p2p context parallelism; "
@@ -94,16 +96,26 @@ def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
         )
     if cp == 1:
         return
-    if length % (2 * cp):
-        yield (
-            f"data.sequence_length {length} is not divisible by {2 * cp}: "
-            f"parallel.context_parallel_size {cp} cuts a sequence into twice as many chunks"
-        )
-    elif layout.sequence_parallel and length % (cp * tp):
-        yield (
-            f"data.sequence_length {length} is not divisible by {cp * tp}: parallel.sequence_parallel shares each of "
-            f"parallel.context_parallel_size {cp} parts among parallel.tensor_model_parallel_size {tp} ranks"
-        )
+    for key, length in _row_lengths(config).items():
+        if length % (2 * cp):
+            yield (
+                f"{key} {length} is not divisible by {2 * cp}: "
+                f"parallel.context_parallel_size {cp} cuts a sequence into twice as many chunks"
+            )
+        elif layout.sequence_parallel and length % (cp * tp):
+            yield (
+                f"{key} {length} is not divisible by {cp * tp}: parallel.sequence_parallel shares each of "
+                f"parallel.context_parallel_size {cp} parts among parallel.tensor_model_parallel_size {tp} ranks"
+            )
+
+
+def _row_lengths(config: RunConfig) -> dict[str, int]:
+    """The lengths of the run's rows by their settings."""
+    stages = enumerate(config.data.length_schedule)
+    lengths = {
+        f"data.length_schedule[{number}].sequence_length": stage.sequence_length or 0 for number, stage in stages
+    }
+    return lengths | {"data.sequence_length": config.data.sequence_length}
 
 
 def _check_experts(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:

@@ -12,9 +12,11 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.schema import LoopStage, RunConfig
 
 
@@ -28,6 +30,14 @@ class _Stage:
     shares: tuple[float, ...]
 
 
+class StepKind(NamedTuple):
+    """What a step's cost depends on: its loops, samples, and the tokens of the rows that these are read as."""
+
+    loop_count: int
+    global_batch_size: int
+    sequence_length: int
+
+
 class LoopSchedule:
     """The loops of a run's steps. Without a schedule, the model's in all of them.
 
@@ -37,7 +47,7 @@ class LoopSchedule:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._batches = BatchSchedule(config)
+        self._batches, self._lengths = BatchSchedule(config), LengthSchedule(config)
         stages = config.training.loop_schedule or [LoopStage(loop_count=config.model.loop_count)]
         starts = [0.0, *(stage.until for stage in stages)]
         self._stages = [
@@ -57,16 +67,19 @@ class LoopSchedule:
                 return loops
         return max(loops for loops, share in enumerate(shares, start=1) if share > 0)  # shares add up to 1 - 1e-16
 
-    def step_shares(self, start: int = 0) -> dict[tuple[int, int], float]:
-        """(loop count, global batch size) -> the share of the steps after `start` that have them, where loops are drawn
-        the expected one."""
+    def step_shares(self, start: int = 0) -> dict[StepKind, float]:
+        """The share of the steps after `start` that are of each kind, where loops are drawn the expected one."""
         steps = derived.train_iters(self._config)
         start = first = min(start, steps - 1)
-        found: defaultdict[tuple[int, int], float] = defaultdict(float)
-        for size, number in self._batches.stretches(self._batches.tokens(start), steps=steps - start):
-            for loops, count in self._expected(first, first + number).items():
-                found[loops, size] += count / (steps - start)
-            first += number
+        found: defaultdict[StepKind, float] = defaultdict(float)
+        tokens = self._batches.tokens(start)
+        for size, alike in self._batches.stretches(tokens, steps=steps - start):
+            own = size * self._config.data.sequence_length
+            for length, number in self._lengths.stretches(tokens, own, alike):
+                for loops, count in self._expected(first, first + number).items():
+                    found[StepKind(loops, size, length)] += count / (steps - start)
+                first += number
+            tokens += alike * own
         return {kind: share for kind, share in sorted(found.items()) if share > 0}
 
     def mean_shares(self, start: int = 0) -> dict[int, float]:
@@ -75,9 +88,13 @@ class LoopSchedule:
 
     def token_shares(self, start: int = 0) -> dict[int, float]:
         """Loop count -> the share of the tokens of steps that have it: batches may change too."""
-        weighted = {kind: share * kind[1] for kind, share in self.step_shares(start).items()}
+        return _by_loops(self.kind_token_shares(start))
+
+    def kind_token_shares(self, start: int = 0) -> dict[StepKind, float]:
+        """The share of the tokens of the steps after `start` that steps of each kind have."""
+        weighted = {kind: share * kind.global_batch_size for kind, share in self.step_shares(start).items()}
         total = sum(weighted.values())
-        return _by_loops({kind: weight / total for kind, weight in weighted.items()})
+        return {kind: weight / total for kind, weight in weighted.items()}
 
     def _expected(self, start: int, stop: int) -> dict[int, float]:
         """Loop count -> the expected number of the steps from `start` to `stop`, of equal batches, that have it."""
@@ -113,10 +130,10 @@ class LoopSchedule:
         return tuple((1 - new) * old + new * own for old, own in pairs)
 
 
-def _by_loops(shares: dict[tuple[int, int], float]) -> dict[int, float]:
+def _by_loops(shares: dict[StepKind, float]) -> dict[int, float]:
     found: defaultdict[int, float] = defaultdict(float)
-    for (loops, _), share in shares.items():
-        found[loops] += share
+    for kind, share in shares.items():
+        found[kind.loop_count] += share
     return dict(found)
 
 

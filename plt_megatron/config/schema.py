@@ -176,6 +176,14 @@ class DataStage:
 
 
 @dataclass
+class LengthStage:
+    """The rows of a run's steps up to a number of tokens (docs/schedules.md)."""
+
+    until: TokenCount | None = None  # tokens of the run at which it ends
+    sequence_length: Size | None = None  # a divisor of data.sequence_length
+
+
+@dataclass
 class DataConfig:
     """The data. Either `sources` divided by `split`, or one list per part."""
 
@@ -190,6 +198,8 @@ class DataConfig:
     stages: list[DataStage] = field(default_factory=list)
     tokenizer: str | None = None  # a sentencepiece .model or a Hugging Face tokenizer.json
     sequence_length: Size = 256
+    # Shorter rows before it, as in [{until: 20e9, sequence_length: 1024}]: samples are read as several of them.
+    length_schedule: list[LengthStage] = field(default_factory=list)
     # Training samples whose order is drawn, of which the run reads the first: those of its longest branch, so that all
     # branches of a run read the same; null: as many as it reads.
     order_samples: Annotated[int, Range(1, 10**15)] | None = None

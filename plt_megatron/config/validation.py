@@ -19,6 +19,7 @@ from plt_megatron.config import (
     fp8_rules,
     fusion_rules,
     layout_validation,
+    length_schedule,
     loop_schedule,
     loop_span,
     moe_validation,
@@ -70,6 +71,7 @@ def find_problems(
     problems += _check_required(config)
     if not problems:
         problems += batch_schedule.find_problems(config)
+        problems += length_schedule.find_problems(config)
     if not problems:
         problems += _check_model(config)
         problems += _check_loop_input(config.model)

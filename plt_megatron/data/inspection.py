@@ -8,6 +8,7 @@ from itertools import groupby
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule, with_global_batch_size
+from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, find_duplicates
@@ -77,11 +78,13 @@ class ShownSample:
 
 @dataclass(frozen=True)
 class ShownBatch:
-    """Samples of a part of the data: `number` of the batch, from 1, of `size` samples, of which `samples` are shown."""
+    """Samples of a part of the data: `number` of the batch, from 1, of `size` samples read as rows of `row_length`
+    tokens, of which `samples` are shown."""
 
     part: str
     number: int
     size: int
+    row_length: int
     samples: list[ShownSample]
 
 
@@ -118,13 +121,15 @@ class Inspector:
         if part != "train":
             config = with_global_batch_size(config, config.training.global_batch_size)
         schedule, length = BatchSchedule(config), config.data.sequence_length
+        rows = LengthSchedule(config).sequence_length
         batches = schedule.steps(len(samples) * length)
         if not 1 <= number <= batches:
             raise UserError(f"batch {number} of the {part} data: the run reads the batches 1 to {batches:,}")
         before = schedule.tokens(number - 1)
         first, size = before // length, schedule.global_batch_size(before)
-        shown = [self._sample(samples, part, index) for index in range(first, first + min(limit, size))]
-        return ShownBatch(part, number, size, shown)
+        row = rows(before) if part == "train" else length
+        shown = [self._sample(samples, part, index, row) for index in range(first, first + min(limit, size))]
+        return ShownBatch(part, number, size, row, shown)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The tokens as text, control tokens by their names."""
@@ -142,7 +147,7 @@ class Inspector:
                 for which in sorted(documents)]  # fmt: skip
         return find_duplicates(held, [share for share in self._shares if share.part == "train"], span_tokens)
 
-    def _sample(self, samples: Samples, part: str, index: int) -> ShownSample:
+    def _sample(self, samples: Samples, part: str, index: int, row_length: int) -> ShownSample:
         item = samples[index]
         which, pieces = samples.parts(index)
         tokens = [*item["tokens"].tolist(), int(item["labels"][-1])]
@@ -150,13 +155,21 @@ class Inspector:
         starts = item.get("document_starts")
         parts, at = [], 0
         for piece in pieces:
-            cut = slice(at, at + piece.length)
-            resets = starts is not None and at < len(starts) and bool(starts[at])
-            runs = list(_runs(tokens[cut], asked[cut], self._tokenizer))
-            parts.append(ShownPart(piece.document, piece.first, piece.total, resets, piece.fill_in_middle, runs))
+            for begin, end in _cuts(at, at + piece.length, row_length, len(tokens) - 1):
+                packed = starts is not None and begin < len(starts) and bool(starts[begin])
+                resets = packed or 0 < begin < len(tokens) - 1 and begin % row_length == 0
+                runs = list(_runs(tokens[begin:end], asked[begin:end], self._tokenizer))
+                first = piece.first + begin - at
+                parts.append(ShownPart(piece.document, first, piece.total, resets, piece.fill_in_middle, runs))
             at += piece.length
         source = self._sources[part][which]
         return ShownSample(index, derived.source_name(source), source.path, sum(asked), len(tokens) - 1, parts)
+
+
+def _cuts(begin: int, end: int, row_length: int, sample_length: int) -> Iterator[tuple[int, int]]:
+    """The parts of `begin` to `end` that lie in one row each; the token after the sample's last is in the last row."""
+    edges = [edge for edge in range(row_length, sample_length, row_length) if begin < edge < end]
+    return zip([begin, *edges], [*edges, end], strict=True)
 
 
 def _runs(tokens: Sequence[int], asked: Sequence[bool], tokenizer: Tokenizer | None) -> Iterator[Run]:

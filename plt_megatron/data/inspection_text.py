@@ -18,6 +18,8 @@ def describe_batch(batch: ShownBatch, width: int | None = None) -> str:
         f"({LEGEND})"
     ]
     for sample in batch.samples:
+        if sample.tokens > batch.row_length:
+            lines += ["", f"read as rows of {batch.row_length:,} tokens (data.length_schedule):"]
         lines += ["", f"sample {sample.number:,}, from {sample.source}: the loss asks for {sample.predicted:,} of "
                   f"{sample.tokens:,} tokens"]  # fmt: skip
         for part in sample.parts:

@@ -107,19 +107,23 @@ def training_flops_per_token(
     return forward.times(TRAINING_OVER_FORWARD)
 
 
-def step_flops_per_token(config: RunConfig, padded_vocab_size: int, loop_count: int) -> Flops:
-    """The same of a run's step with so many loops: `training.loop_loss_weights` ask for more than one output layer."""
-    flops = training_flops_per_token(config.model, config.data.sequence_length, padded_vocab_size, loop_count)
+def step_flops_per_token(
+    config: RunConfig, padded_vocab_size: int, loop_count: int, sequence_length: int | None = None
+) -> Flops:
+    """The same of a run's step with so many loops: `training.loop_loss_weights` ask for more than one output layer.
+    `sequence_length` None: `data.sequence_length`."""
+    length = sequence_length or config.data.sequence_length
+    flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count)
     outputs = len(derived.loops_with_loss(config, loop_count))
     return dataclasses.replace(flops, output=outputs * flops.output)
 
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
     """Training FLOPs per token, the mean over the tokens of the run's steps after `start`: `training.loop_schedule`
-    decides their loops."""
+    decides their loops, `data.length_schedule` how far they attend."""
     total = Flops(0, 0, 0, 0, 0, 0)
-    for loops, share in LoopSchedule(config).token_shares(start).items():
-        total += step_flops_per_token(config, padded_vocab_size, loops).times(share)
+    for kind, share in LoopSchedule(config).kind_token_shares(start).items():
+        total += step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length).times(share)
     return total
 
 

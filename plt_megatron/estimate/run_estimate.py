@@ -10,6 +10,7 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.length_schedule import with_sequence_length
 from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
@@ -136,8 +137,11 @@ def _mean_step_costs(
     largest = ranks[stage]
     padded = derived.padded_vocab_size(config.model, vocab_size, layout.tensor)
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
-    for (loops, size), share in LoopSchedule(config).step_shares().items():
-        step, own = with_loop_count(config, loops), dataclasses.replace(_with_batch(layout, size), loops=loops)
+    for (loops, size, length), share in LoopSchedule(config).step_shares().items():
+        step = with_sequence_length(with_loop_count(config, loops), length)
+        own = dataclasses.replace(
+            _with_batch(layout, size), loops=loops, micro_batch_size=step.training.micro_batch_size
+        )
         shapes = activations(step, own, vocab_size)
         sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding, stage)
         flops = step_flops_per_token(config, padded, loops)

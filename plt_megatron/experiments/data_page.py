@@ -43,9 +43,10 @@ def write_page(
 def _about(config: RunConfig, batch: ShownBatch) -> str:
     data = config.data
     resets = "begin anew at each document" if data.reset_at_document_boundaries else "run over documents' edges"
+    rows = "" if batch.row_length == data.sequence_length else f", read as rows of {batch.row_length:,}"
     return (
         f"{derived.run_folder(config)}: batch {batch.number:,} of the {batch.part} data, {len(batch.samples)} of "
-        f"{plural(batch.size, 'sample')} of {data.sequence_length:,} tokens; attention and positions {resets}; "
+        f"{plural(batch.size, 'sample')} of {data.sequence_length:,} tokens{rows}; attention and positions {resets}; "
         f"tokenizer {data.tokenizer or 'none: tokens are shown by their numbers'}."
     )
 

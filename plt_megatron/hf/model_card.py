@@ -143,7 +143,7 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     yield "steps", f"{progress['step']:,}"
     yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
-    yield "sequence length", f"{config['data']['sequence_length']:,}"
+    yield "sequence length", _lengths(config["data"])
     yield "global batch", _batches(training)
     yield "precision", training["precision"]
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
@@ -161,6 +161,12 @@ def _batches(training: Mapping[str, Any]) -> str:
     sizes = [stage["global_batch_size"] for stage in training.get("batch_schedule", [])]  # once there were no schedules
     before = f", {sizes[0]:,} at first" if sizes else ""
     return f"{training['global_batch_size']:,} sequences{before}"
+
+
+def _lengths(data: Mapping[str, Any]) -> str:
+    lengths = [stage["sequence_length"] for stage in data.get("length_schedule", [])]
+    before = f", {lengths[0]:,} at first" if lengths else ""
+    return f"{data['sequence_length']:,}{before}"
 
 
 def _averaged(progress: Mapping[str, Any]) -> str:

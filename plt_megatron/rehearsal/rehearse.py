@@ -55,6 +55,15 @@ class Rehearsal:
     problems: list[str]
 
 
+def _all_alike(config: RunConfig) -> RunConfig:
+    """The run whose every step is like the rehearsed one: with all loops, in rows of `data.sequence_length`."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, length_schedule=[]),
+        training=dataclasses.replace(config.training, loop_schedule=[]),
+    )
+
+
 def rehearse(
     config: RunConfig,
     vocab_size: int,
@@ -82,7 +91,9 @@ def rehearse(
         raise UserError("\n".join(problems))
     config, replaced = _rehearsable(config)
     layout = layout_of(config, world_size)
-    estimate = estimate_run(config, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+    estimate = estimate_run(
+        _all_alike(config), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
+    )
     _import_once()
     ranks = ranks_of_each_kind(layout)
     calls = [(config, vocab_size, rank, world_size, prepare) for rank in ranks]

@@ -17,6 +17,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.data_stages import stage_samples
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.mix import (
@@ -103,23 +104,24 @@ class RunData:
         return consumed_epochs(self._shares, consumed_samples, self._samples)
 
     def training_batches(self, consumed_samples: int, trained_tokens: int) -> Generator[list[MicroBatch]]:
-        """This rank's microbatches of one global batch after another. How many come with each depends on the tokens
-        that the run has been trained on."""
-        sizes = partial(BatchSchedule(self._config).batches, trained_tokens)
+        """This rank's microbatches of one global batch after another. How many come with each, and the length of
+        their rows, depends on the tokens that the run has been trained on."""
+        steps = partial(_steps, self._config, trained_tokens)
         # Only after a rollback has skipped some samples: on with the last stage's.
         wrap_to = [among.start for among in stage_samples(self._config.data, len(self.train)) if among][-1]
-        return self._global_batches(self.train, sizes, consumed_samples, wrap_to)
+        return self._global_batches(self.train, steps, consumed_samples, wrap_to)
 
     def validation_batches(self, source: str | None = None) -> Generator[list[MicroBatch]]:
         """The same of the validation data, or of one source's, from their start."""
         samples = self.validation if source is None else self.by_source[source]
         assert samples is not None
-        return self._global_batches(samples, partial(itertools.repeat, self._config.training.global_batch_size))
+        step = self._config.training.global_batch_size, self._config.data.sequence_length
+        return self._global_batches(samples, partial(itertools.repeat, step))
 
     def _global_batches(
         self,
         dataset: Samples,
-        sizes: Callable[[], Iterator[int]],
+        steps: Callable[[], Iterator[tuple[int, int]]],
         consumed_samples: int = 0,
         wrap_to: int | None = None,
     ) -> Generator[list[MicroBatch]]:
@@ -129,18 +131,40 @@ class RunData:
             len(dataset),
             consumed_samples=consumed_samples,
             micro_batch_size=training.micro_batch_size,
-            global_batch_sizes=sizes(),
+            global_batch_sizes=(size for size, _ in steps()),
             data_parallel_rank=layout.coordinates(dist.get_rank())["dp"],
             data_parallel_size=layout.data,
             wrap_to=wrap_to,
         )
         with contextlib.closing(batches(dataset, indices, prefetch=2)) as micro_batches:
-            for size in sizes():
+            for size, length in steps():
                 count = layout.num_microbatches(size, training.micro_batch_size)
-                batch = [_to_microbatch(part) for part in itertools.islice(micro_batches, count)]
+                batch = [_to_microbatch(in_rows(part, length)) for part in itertools.islice(micro_batches, count)]
                 if not batch:
                     return
                 yield batch
+
+
+def _steps(config: RunConfig, tokens: int) -> Iterator[tuple[int, int]]:
+    """(global batch size, row length) of the steps that follow `tokens`, endlessly."""
+    lengths = LengthSchedule(config)
+    for size in BatchSchedule(config).batches(tokens):
+        yield size, lengths.sequence_length(tokens)
+        tokens += size * config.data.sequence_length
+
+
+def in_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """A collated microbatch's samples as rows of `length` tokens, each with a context of its own: tensors [samples,
+    tokens] as [rows, length]. `sample_ids` stay."""
+    if length == batch["tokens"].shape[1]:
+        return batch
+    rows = {name: value if name == "sample_ids" else value.reshape(-1, length) for name, value in batch.items()}
+    # Of what began before the row; a document that begins in it has smaller ones.
+    rows["position_ids"] = rows["position_ids"].minimum(torch.arange(length))
+    if "document_starts" in rows:
+        rows["document_starts"] = rows["document_starts"].clone()
+        rows["document_starts"][:, 0] = True
+    return rows
 
 
 def _training_samples(config: RunConfig) -> int:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.checkpoints import trained_tokens
@@ -40,7 +41,7 @@ class Trainer:
         self.config = config
         self.folder = RunFolder.of(config)
         self.clock = Clock()
-        self.loops, self.batch_sizes = LoopSchedule(config), BatchSchedule(config)
+        self.loops, self.batch_sizes, self.lengths = LoopSchedule(config), BatchSchedule(config), LengthSchedule(config)
         self.stop = StopRequest(self.folder)
         self.data = RunData(config)
         self.engine = build_engine(config, self.data.vocab_size)
@@ -87,7 +88,8 @@ class Trainer:
         with self.engine.times.measure("data"):
             loop_count = self.loops.loop_count(self.clock.step, self.clock.tokens)
             size = self.batch_sizes.global_batch_size(self.clock.tokens)
-            return Step(self.clock.step + 1, next(self._batches), loop_count, size)
+            length = self.lengths.sequence_length(self.clock.tokens)
+            return Step(self.clock.step + 1, next(self._batches), loop_count, size, length)
 
     def _accept(self, loss: float, grad_norm: float) -> bool:
         return all(self._each(Callback.accept, loss, grad_norm))

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.training_jobs import train
 from tests.distributed.whole_runs import folder
@@ -62,3 +64,34 @@ def train_and_tell(config: RunConfig, bad_step: int = 0) -> Trained:
         return Trained(train(config, bad_step), told)
     finally:
         Trainer._next_step = next_step  # type: ignore[method-assign]
+
+
+def loss_of_rows(config: RunConfig, length: int) -> float:
+    """Loss per token of a run's first global batch at its initial weights, each row of `length` tokens by itself."""
+    from megatron.core import parallel_state
+
+    from plt_megatron.model.looped_gpt import MicroBatch
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.trainer import Trainer
+
+    init_process_groups(config.parallel)
+    trainer = Trainer(config)
+    try:
+        total, count = 0.0, 0
+        for index in range(config.training.global_batch_size):
+            sample, edges = trainer.data.train[index], set()
+            at = 0
+            for part in trainer.data.train.parts(index)[1]:
+                edges.add(at)
+                at += part.length
+            for first in range(0, config.data.sequence_length, length):
+                row = slice(first, first + length)
+                starts = torch.tensor([[at == first or at in edges for at in range(first, first + length)]])
+                own = {name: sample[name][row][None] for name in ("tokens", "labels", "loss_mask")}
+                packed = starts if config.data.reset_at_document_boundaries else None
+                loss, tokens = trainer.engine.evaluate([MicroBatch(**own, document_starts=packed)], 2)
+                total, count = total + loss, count + tokens
+        return total / count
+    finally:
+        trainer.close()
+        parallel_state.destroy_model_parallel()

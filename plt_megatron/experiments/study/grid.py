@@ -160,6 +160,10 @@ def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -
         raise UserError(
             f"{study.path}: training.batch_schedule: a study's runs and branches have steps of one batch; leave it out"
         )
+    if config.data.length_schedule:
+        raise UserError(
+            f"{study.path}: data.length_schedule: a study's runs and branches have rows of one length; leave it out"
+        )
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
     if any(text.startswith("optimizer.lr=") for text in settings):
         factor = 1.0

@@ -41,7 +41,8 @@ class Step:
         number: 1 for the run's first.
         batches: this rank's microbatches.
         loop_count: of this step. A callback may change it before the step, to the same number on all ranks.
-        global_batch_size: sequences of this step, of all ranks together.
+        global_batch_size: samples of this step, of all ranks together.
+        sequence_length: tokens of the rows that they are read as.
         seconds: time of data, passes and update, once it is done.
     """
 
@@ -49,6 +50,7 @@ class Step:
     batches: list[MicroBatch]
     loop_count: int
     global_batch_size: int
+    sequence_length: int
     seconds: float = 0.0
 
 

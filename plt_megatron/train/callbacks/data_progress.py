@@ -16,12 +16,16 @@ class DataProgress(Callback):
         self.run.say(self.run.data.describe())
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Note the size of its batch."""
-        self._global_batch_size = step.global_batch_size
+        """Note its batch and its rows."""
+        self._step = step
 
     def on_log(self) -> dict[str, Any]:
-        """`source_epochs`, and under a `training.batch_schedule` the last step's `global_batch_size`."""
-        epochs = {"source_epochs": self.run.data.epochs(self.run.clock.samples)}
-        if not self.run.config.training.batch_schedule:
-            return epochs
-        return epochs | {"global_batch_size": self._global_batch_size}
+        """`source_epochs`, and of the last step what a `training.batch_schedule` or `data.length_schedule` changes:
+        `global_batch_size`, `sequence_length`."""
+        config = self.run.config
+        found: dict[str, Any] = {"source_epochs": self.run.data.epochs(self.run.clock.samples)}
+        if config.training.batch_schedule:
+            found["global_batch_size"] = self._step.global_batch_size
+        if config.data.length_schedule:
+            found["sequence_length"] = self._step.sequence_length
+        return found

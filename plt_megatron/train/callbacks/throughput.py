@@ -29,17 +29,18 @@ class Throughput(Callback):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.peak, self.peak_source = _job_peak(run.config)
-        self._flops_per_token: dict[int, float] = {}  # by loop count
+        self._flops_per_token: dict[tuple[int, int], float] = {}  # by loop count and row length
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
 
-    def flops_per_token(self, loop_count: int) -> float:
-        """Training FLOPs per token with this many loops."""
-        if loop_count not in self._flops_per_token:
+    def flops_per_token(self, loop_count: int, sequence_length: int) -> float:
+        """Training FLOPs per token with this many loops, in rows of so many tokens."""
+        kind = loop_count, sequence_length
+        if kind not in self._flops_per_token:
             config = self.run.config
             tp = config.parallel.tensor_model_parallel_size
             padded = derived.padded_vocab_size(config.model, self.run.data.vocab_size, tp)
-            self._flops_per_token[loop_count] = flops.step_flops_per_token(config, padded, loop_count).total
-        return self._flops_per_token[loop_count]
+            self._flops_per_token[kind] = flops.step_flops_per_token(config, padded, *kind).total
+        return self._flops_per_token[kind]
 
     def on_start(self) -> None:
         """A line about the model and the peak for its MFU."""
@@ -48,17 +49,18 @@ class Throughput(Callback):
         counted = parameters.count_parameters(
             config.model, self.run.data.vocab_size, config.parallel.tensor_model_parallel_size
         )
+        flops_per_token = self.flops_per_token(config.model.loop_count, config.data.sequence_length)
         active = f"{counted.active:,} active, " if counted.active != counted.total else ""
         self.run.say(
             f"model: {counted.total:,} parameters ({active}{counted.non_embedding:,} without embeddings), "
-            f"{self.flops_per_token(config.model.loop_count):.3g} training FLOPs per token; peak of the job: {peak}"
+            f"{flops_per_token:.3g} training FLOPs per token; peak of the job: {peak}"
         )
 
     def after_step(self, step: Step, result: StepResult) -> None:
         """Add the job's tokens and the step's duration."""
         tokens = step.global_batch_size * self.run.config.data.sequence_length
         self._tokens += tokens
-        self._flops += tokens * self.flops_per_token(step.loop_count)
+        self._flops += tokens * self.flops_per_token(step.loop_count, step.sequence_length)
         self._seconds += step.seconds
         self.run.engine.times.count_step()
 

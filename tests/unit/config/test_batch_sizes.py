@@ -123,10 +123,10 @@ def test_loops_and_batches_that_change_are_counted_together():
         kind = loops.loop_count(step, tokens), size
         counted[kind] = counted.get(kind, 0) + 1
         tokens += size * LENGTH
-    assert loops.step_shares() == pytest.approx({kind: count / 19 for kind, count in counted.items()})
+    assert loops.step_shares() == pytest.approx({(*kind, LENGTH): count / 19 for kind, count in counted.items()})
     one = sum(size * count for (loop, size), count in counted.items() if loop == 1)
     assert loops.token_shares() == pytest.approx({1: one / 94, 2: 1 - one / 94})
-    assert loops.step_shares(start=15) == {(2, 8): 1.0}
+    assert loops.step_shares(start=15) == {(2, 8, LENGTH): 1.0}
 
 
 def test_a_schedule_is_read_and_written(tmp_path: Path):

@@ -24,7 +24,7 @@ def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
     run = a_run(tmp_path, profile_step_start=2, profile_step_end=4, profile_ranks=[1])
     profiling, written = Profiling(run), []
     for number in range(1, 7):
-        profiling.before_step(Step(number, [], 1, 1))
+        profiling.before_step(Step(number, [], 1, 1, 1))
         written.append(list(run.said))
         with torch.profiler.record_function(f"step {number}"):
             torch.ones(3).sum()
@@ -40,11 +40,11 @@ def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):
     rank(0)
     run = a_run(tmp_path, profile_step_start=0, profile_step_end=9)
     profiling = Profiling(run)
-    profiling.before_step(Step(1, [], 1, 1))
+    profiling.before_step(Step(1, [], 1, 1, 1))
     torch.ones(3).sum()
     for _ in range(2):
         profiling.on_end()
-        profiling.before_step(Step(2, [], 1, 1))
+        profiling.before_step(Step(2, [], 1, 1, 1))
     assert len(run.said) == 1
     assert (tmp_path / "profile" / "rank_0000_steps_1-9.json.gz").is_file()
 
@@ -55,6 +55,6 @@ def test_no_trace_is_made_unasked(tmp_path, rank, logging):
     run = a_run(tmp_path, **logging)
     profiling = Profiling(run)
     for number in range(1, 6):
-        profiling.before_step(Step(number, [], 1, 1))
+        profiling.before_step(Step(number, [], 1, 1, 1))
     profiling.on_end()
     assert not run.said and not (tmp_path / "profile").exists()
