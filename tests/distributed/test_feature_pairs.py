@@ -1,0 +1,89 @@
+"""What was added after the parity matrix was drawn up, in pairs: each feature with each other one, in small layouts.
+
+Topologies (layers that run once, loops by layer, uneven stages, a head as a stage), YaRN, z-loss, Muon, loops that
+change from step to step, experts, packed documents and recomputation. A layout gives one process's numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.distributed.cases import Case, Layout, train_cases
+from tests.distributed.covering import covering_design, pairs
+from tests.distributed.test_parity import EXPERTS, TOLERANCE, YARN, differences
+
+FOUR = {"num_layers": 4}
+TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the model, and of the layout
+    "even": (FOUR, {}),
+    "span": ({**FOUR, "loop_span": [1, 3]}, {}),
+    "by layer": ({**FOUR, "loop_order": "layer", "cross_loop_parallel": False}, {}),
+    "by layer in a span": ({**FOUR, "loop_order": "layer", "cross_loop_parallel": False, "loop_span": [0, 2]}, {}),
+    "uneven": (FOUR, {"num_layers_in_first_pipeline_stage": 1}),
+    "ends": ({"num_layers": 2}, {"account_for_embedding_in_pipeline_split": True,
+                                 "account_for_loss_in_pipeline_split": True}),
+}  # fmt: skip
+LAYOUTS = [Layout(dp=2), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2), Layout(tp=2, sp=True, pp=2), Layout(pp=4)]
+Setting = tuple[Layout, str, bool, bool, str, bool, bool, bool, str]
+
+
+def _allowed(setting: Setting) -> bool:
+    layout, topology, *_ = setting
+    if topology == "ends":  # a stage each for embedding and head
+        return layout.pp == 4
+    if topology == "even":
+        return layout.pp < 4  # four layers of one stage each are the matrix's
+    return layout.pp == (2 if topology == "uneven" else 1)
+
+
+EVERYTHING = [
+    setting
+    for setting in itertools.product(
+        LAYOUTS, TOPOLOGIES, *[(False, True)] * 2, ("adam", "muon"), *[(False, True)] * 3, ("none", "selective", "full")
+    )
+    if _allowed(setting)
+]
+
+
+def _described(setting: Setting) -> list[tuple[Any, Any]]:
+    return list(enumerate(setting))
+
+
+COVERING: list[Setting] = covering_design(EVERYTHING, _described)
+
+
+def _case(setting: Setting) -> Case:
+    layout, topology, yarn, z_loss, optimizer, changing, experts, packed, recompute = setting
+    model, parallel = TOPOLOGIES[topology]
+    model = {**model, **(YARN if yarn else {}), **(EXPERTS if experts else {}), "init_method_std": 0.06}
+    return Case(
+        loops=3 if layout.pp == 1 else 2,
+        recompute=recompute,
+        packed=packed,
+        model=tuple(model.items()),
+        parallel=tuple(parallel.items()),
+        training=(("z_loss_coeff", 0.02),) if z_loss else (),
+        optimizer=(("name", optimizer),),
+        step_loops=(1, 2, 1, 2) if changing else (),
+    )
+
+
+def test_every_pair_is_covered():
+    assert pairs(COVERING, _described) == pairs(EVERYTHING, _described) and len(COVERING) < 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_pairs_of_features_give_one_processs_numbers(run_distributed, layout):
+    cases = [_case(setting) for setting in COVERING if setting[0] == layout]
+    outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=500)
+    references = run_distributed(train_cases, 1, Layout(), [case.reference for case in cases], timeout_s=500)
+    failures = []
+    for case, outcome, reference in zip(cases, outcomes, references, strict=True):
+        wrong = differences(outcome, reference)
+        worst = max(wrong, key=lambda name: wrong[name])
+        if not wrong[worst] <= TOLERANCE:
+            failures.append(f"{case}: {worst} is off by {wrong[worst]:.1e}")
+    assert not failures, "\n".join(failures)
