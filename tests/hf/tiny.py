@@ -70,7 +70,7 @@ VARIANTS = {
         "residual_scale": 1.3,
     },
 }
-# Layers that run once, and loops by layer.
+# Layers that run once, and loops by layer; some on longer texts than their RoPE's.
 PATHS = {
     "span": {"num_hidden_layers": 4, "loop_span": [1, 3], "loop_count": 3},
     "span_loopcoder": {
@@ -81,9 +81,16 @@ PATHS = {
         "norm_between_loops": True,
         "hidden_scale": 0.3,
     },
-    "span_clp": {"num_hidden_layers": 3, "loop_span": [1, 2], "share_kv": False, "gated_window": False},
+    "span_clp": {
+        **VARIANTS["yarn"],
+        "num_hidden_layers": 3,
+        "loop_span": [1, 2],
+        "share_kv": False,
+        "gated_window": False,
+    },
     "by_layer": {
         **ABLATIONS["naive"],
+        **VARIANTS["yarn"],
         "loop_order": "layer",
         "loop_count": 3,
         "num_hidden_layers": 3,
