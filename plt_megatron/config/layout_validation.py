@@ -29,13 +29,15 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[
 
 def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     model, tp = config.model, layout.tensor
-    for name, size in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_query_groups", derived.num_query_groups(model)),
-        derived.split_ffn(model),
-    ):
+    for name, size in (("num_attention_heads", model.num_attention_heads), derived.split_ffn(model)):
         if size % tp:
             yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
+    groups = derived.num_query_groups(model)
+    if groups % tp and (tp % groups or 2 * groups * derived.head_dim(model) % tp):
+        yield (
+            f"model.num_query_groups {groups} with parallel.tensor_model_parallel_size {tp}: ranks share out the "
+            "key/value heads, or several ranks share one: one number must divide the other"
+        )
     if layout.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
     elif layout.sequence_parallel:

@@ -211,6 +211,13 @@ def _check_optimizer(config: RunConfig) -> Iterator[str]:
             f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
             "leave it out and average checkpoints with plt-average, or set optimizer.name=adam"
         )
+    groups, tensor = derived.num_query_groups(config.model), config.parallel.tensor_model_parallel_size
+    if optimizer_spec(optimizer).matrix_state is not None and groups < tensor:
+        yield (
+            f"optimizer.name {optimizer.name} with model.num_query_groups {groups} and "
+            f"parallel.tensor_model_parallel_size {tensor}: ranks hold pieces of a head's matrices; set "
+            f"parallel.tensor_model_parallel_size={groups}, or optimizer.name=adam"
+        )
     if config.model.share_embeddings_and_output_weights:
         for name in ("lr_mult", "wd_mult"):
             if getattr(optimizer, name).head != 1:

@@ -1,9 +1,9 @@
 """Bytes that autograd keeps of one microbatch on one rank, from the tensors that each operation saves.
 
 Symbols as in `flops`, of one rank: T tokens of a microbatch (divided by CP), S = T / TP with sequence parallelism and
-T without, d hidden, h heads and g groups (divided by TP), c channels of a head, f FFN width (divided by TP), w window,
-e bytes of an element. A tensor counts with its whole storage: V is a view of the fused Q, K, V projection and keeps
-all of it alive.
+T without, d hidden, h heads and g groups (divided by TP, at least one), c channels of a head, f FFN width (divided by
+TP), w window, e bytes of an element. A tensor counts with its whole storage: V is a view of the fused Q, K, V
+projection and keeps all of it alive.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Activations:
     hidden: int
     heads: int
     groups: int
+    gathered_qkv: int  # of the projection that ranks with a key/value head in common gather, channels; else 0
     channels: int
     ffn: int
     window: int
@@ -190,7 +191,7 @@ class Activations:
         return self.tokens * self.groups * self.channels * self.element
 
     def _fused_qkv(self) -> int:
-        return self._queries() + 2 * self._keys()
+        return self.tokens * self.gathered_qkv * self.element or self._queries() + 2 * self._keys()
 
     def _keys_and_values(self) -> int:
         """As an attention keeps them: torch's V stays a part of the fused projection, Transformer Engine's does not."""
@@ -261,6 +262,7 @@ class Activations:
 def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activations:
     """The shapes of one rank's microbatch."""
     model = config.model
+    heads, groups, channels = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
     row_length = config.data.sequence_length // layout.context
     tokens = layout.micro_batch_size * row_length
     padded_vocab = derived.padded_vocab_size(model, vocab_size, layout.tensor)
@@ -272,9 +274,10 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         rows=tokens // layout.tensor if layout.sequence_parallel else tokens,
         row_length=row_length,
         hidden=model.hidden_size,
-        heads=model.num_attention_heads // layout.tensor,
-        groups=derived.num_query_groups(model) // layout.tensor,
-        channels=derived.head_dim(model),
+        heads=heads // layout.tensor,
+        groups=max(1, groups // layout.tensor),
+        gathered_qkv=(heads + 2 * groups) * channels if groups < layout.tensor else 0,
+        channels=channels,
         ffn=derived.split_ffn(model)[1] // layout.tensor,
         experts=model.num_moe_experts or 0,
         topk=active_experts(model),

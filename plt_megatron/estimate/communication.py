@@ -88,12 +88,14 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
     """Attention and FFN of one layer, loop and microbatch, forward and backward.
 
     All-reduces: one each way for attention, one for the FFN. Sequence parallelism: an all-gather and a reduce-scatter
-    in place of each, and one more all-gather for the weights' gradients.
+    in place of each, and one more all-gather for the weights' gradients. Ranks that have a key/value head in common
+    gather the projection to Q, K and V, and reduce-scatter its gradient.
     """
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
     if shapes.ffn == 0:  # experts alone: attention's half
         whole /= 2
-    forward, backward = 4 * whole, (6 if layout.sequence_parallel else 4) * whole
+    qkv = _share(layout.tensor) * shapes.tokens * shapes.gathered_qkv * shapes.element
+    forward, backward = 4 * whole + qkv, (6 if layout.sequence_parallel else 4) * whole + qkv
     return forward + backward + (forward if layout.recompute == "full" else 0)
 
 

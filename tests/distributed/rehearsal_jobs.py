@@ -62,6 +62,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "account_for_loss_in_pipeline_split": True,
     },
     "TP2 PP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "TP4 SP DP2": {"tensor_model_parallel_size": 4, "sequence_parallel": True, "data_parallel_size": 2},
     "TP2 DP2": {"tensor_model_parallel_size": 2, "data_parallel_size": 2},
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
@@ -81,7 +82,7 @@ def run_config(layout: str) -> RunConfig:
             loop_count=3 if span else 2,
             loop_span=[1, 3] if span else None,
             gate_input="hidden" if span else "query",
-            hidden_size=64,
+            hidden_size=128 if "TP4" in layout else 64,  # padding of the smaller one would be 1 %
             ffn_hidden_size=128,
             num_attention_heads=4,
             num_query_groups=2,

@@ -78,6 +78,18 @@ def test_uneven_stages_are_written_as_one_process_writes(run_distributed, tmp_pa
     assert _tensors(tmp_path / "uneven").keys() == _tensors(tmp_path / "one").keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("there", "here"), [(2, 1), (1, 2), (4, 2), (2, 4)])
+def test_ranks_that_share_a_key_value_head_read_each_others(run_distributed, tmp_path, there, here):
+    one_head = partial(run_config, num_query_groups=1)
+    alone = run_distributed(jobs.train_and_save, 1, tmp_path / "one", one_head(), then=3)
+    layouts = ({"tensor_model_parallel_size": ranks} for ranks in (there, here))
+    saving, reading = (one_head(layout) for layout in layouts)
+    run_distributed(jobs.train_and_save, there, tmp_path / "there", saving)
+    resumed = run_distributed(jobs.load_and_train, here, tmp_path / "there", reading)
+    _assert_same_numbers(resumed["after"], alone["after"])
+
+
 def test_replicas_share_the_writing(run_distributed, reference, tmp_path):
     """Of PP2 x DP2 with tied embeddings, every rank writes something, and nothing is written twice."""
     run_distributed(jobs.train_and_save, 4, tmp_path, run_config({**PP2, "overlap_grad_reduce": True}))

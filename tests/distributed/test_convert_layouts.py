@@ -34,7 +34,7 @@ def _case(loops: int = 2, **model: Any) -> Case:
 CASES = {
     "PLT-3, paper's norms": _case(3, qk_layernorm=True, ffn_output_norm=True),
     "LoopCoder-v2": _case(2, **LOOPCODER),
-    "biases": _case(2, qkv_bias=True),
+    "biases, one key/value head": _case(2, qkv_bias=True, num_query_groups=1),
     "post-norm": _case(2, **POST_NORM),
 }
 

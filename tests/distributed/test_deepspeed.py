@@ -106,6 +106,11 @@ def test_rates_and_decay_by_kind_of_parameter(check):
 
 
 @pytest.mark.slow
+def test_several_ranks_share_a_key_value_head(check):
+    check(Layout(tp=2, sp=True, dp=2), [(Case(3, "full", model=(("num_query_groups", 1),)), Zero(3))])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(dp=2), Layout(tp=2, sp=True)], ids=str)
 def test_the_z_loss_of_the_head(check, reference, layout):
     case = Case(training=(("z_loss_coeff", 0.02),))

@@ -116,6 +116,8 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({"tp": 2}, [{}], SLOW),
     ({"tp": 2, "sp": True}, [{"recompute": "none"}], SLOW),
     ({"tp": 2, "sp": True}, [{"recompute": "full", "loops": 3}], SLOW),
+    ({"tp": 2, "sp": True, "num_query_groups": 1}, [{}, {"recompute": "full", "precision": "bf16"}], SLOW),
+    ({"tp": 4, "sp": True}, [{}, {"share_kv": False, "gated_window": False}], SLOW),
     ({"pp": 2}, [{}, {"loops": 3, "recompute": "full"}], SLOW),
     ({"pp": 2}, [{"loops": 1}], SLOW),
     ({"pp": 2, "stages": {"num_layers_in_first_pipeline_stage": 3}}, [{}, {"recompute": "full"}], SLOW),

@@ -366,6 +366,26 @@ def test_experts(check, layout):
     check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, shared expert"])
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, sp=True),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (Layout(tp=4), Layout(tp=4, sp=True), Layout(tp=2, pp=2), Layout(tp=2, sp=True, cp=2, dp=2))
+        ),
+    ],
+    ids=str,
+)
+def test_several_ranks_share_a_key_value_head(check, layout):
+    one_head, half = {"num_query_groups": 1}, {"num_query_groups": layout.tp // 2}
+    cases = [
+        _case(3, "full", packed=True, **half, qk_layernorm=True, qkv_bias=True),
+        _case(2, "selective", overlap=True, **one_head, gate_input="hidden"),
+    ]
+    check(layout, cases, "ranks that share a key/value head", ["PLT-3", "PLT-2, hidden gate"])
+
+
 @pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
 def test_auxiliary_losses_act_on_gradients(reference, coefficient):
     with_loss, without = reference(_expert_case(2)), reference(_case(2, **{**EXPERTS, coefficient: 0.0}))

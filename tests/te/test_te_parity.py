@@ -110,6 +110,12 @@ def test_context_and_sequence_parallelism(check):
     check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", parallel=ALL_GATHER)])
 
 
+@pytest.mark.slow
+def test_several_ranks_share_a_key_value_head(check):
+    model = (("num_query_groups", 1),)
+    check(Layout(tp=2, sp=True), [Case(2, model=model), Case(3, "full", packed=True, model=model)])
+
+
 def test_recomputation(check):
     check(Layout(), [Case(3, "selective"), Case(3, "full")])
     check(Layout(pp=2), [Case(2, "full", overlap=True)])

@@ -216,7 +216,18 @@ def test_one_problem_is_one_line(settings, expected):
     ("settings", "expected"),
     [
         ({"model__num_attention_heads": 6, "model__hidden_size": 96}, "model.num_attention_heads 6"),
-        ({"model__num_query_groups": 2}, "model.num_query_groups 2"),
+        (
+            {"model__num_attention_heads": 12, "model__hidden_size": 96, "model__num_query_groups": 6},
+            "model.num_query_groups 6 with parallel.tensor_model_parallel_size 4: ranks share out",
+        ),
+        (
+            {"model__num_query_groups": 1, "model__kv_channels": 1},
+            "one number must divide the other",
+        ),
+        (
+            {"model__num_query_groups": 2, "optimizer__name": "muon"},
+            "optimizer.name muon with model.num_query_groups 2 and parallel.tensor_model_parallel_size 4: ranks hold",
+        ),
         ({"model__ffn_hidden_size": 386}, "model.ffn_hidden_size 386"),
         ({"data__sequence_length": 254, "parallel__sequence_parallel": True}, "data.sequence_length 254"),
     ],
