@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 
-from plt_megatron.data.formats import READERS, ReadOptions, describe_formats
+from plt_megatron.data.formats import READERS, Quality, ReadOptions, describe_formats
+from plt_megatron.errors import UserError
 
 INPUT_HELP = f"files or globs: {describe_formats()}"
 
@@ -25,8 +27,26 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
         default=ReadOptions.max_document_bytes,
         help="a longer line counts as bad (default: 16 MiB)",
     )
+    parser.add_argument(
+        "--quality-key", metavar="FIELD", help="a field or column of numbers that --min-quality and --max-quality bound"
+    )
+    parser.add_argument("--min-quality", type=float, metavar="X", help="leave out documents below it")
+    parser.add_argument("--max-quality", type=float, metavar="X", help="leave out documents of it and above")
 
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
-    """The values of those options."""
-    return ReadOptions(arguments.json_key, arguments.text_documents, arguments.max_document_bytes)
+    """The values of those options. Raises `UserError` if they contradict each other."""
+    return ReadOptions(arguments.json_key, arguments.text_documents, arguments.max_document_bytes, _quality(arguments))
+
+
+def _quality(arguments: argparse.Namespace) -> Quality | None:
+    low, high = arguments.min_quality, arguments.max_quality
+    if arguments.quality_key is None:
+        if low is not None or high is not None:
+            raise UserError("--min-quality and --max-quality need --quality-key, the field with the number")
+        return None
+    if low is None and high is None:
+        raise UserError("--quality-key: say which documents, with --min-quality, --max-quality or both")
+    if not (-math.inf if low is None else low) < (math.inf if high is None else high):
+        raise UserError(f"--min-quality {low} and --max-quality {high} leave no document: the first must be smaller")
+    return Quality(arguments.quality_key, low, high)

@@ -115,7 +115,7 @@ class _Job:
             "version": _VERSION,
             "tokenizer_sha256": self.tokenizer.fingerprint,
             "eod": self.tokenizer.eod if self.options.append_eod else None,
-            "read": asdict(self.options.read),
+            "read": _without_none(asdict(self.options.read)),
             "fail_on_bad_line": self.options.fail_on_bad_line,
             "shard_bytes": self.options.shard_bytes,
             "sources": [_stamp(source) for source in self.sources],
@@ -246,8 +246,9 @@ class _Job:
         totals = _totals(self.sources, reports)
         if not totals["documents"]:
             _write_bad_lines(self.prefix, self.sources, reports)
+            left_out = f", {totals['left_out']:,} left out for their quality" if totals["left_out"] else ""
             raise UserError(
-                f"no usable document in {len(self.sources)} input files ({_count_bad(totals['bad_lines'])})"
+                f"no usable document in {len(self.sources)} input files ({_count_bad(totals['bad_lines'])}{left_out})"
             )
         shards = [self.work / key for key in self.plan.keys]
         sha256 = concatenate([shard.with_suffix(".bin") for shard in shards], self.work / "out")
@@ -313,9 +314,13 @@ def _read_json(path: Path) -> Any:
         return None
 
 
+def _without_none(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
+
+
 def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Documents, tokens and bad lines, of each source and of all."""
-    keys = ("documents", "tokens", "text_bytes", "lines")
+    keys = ("documents", "tokens", "text_bytes", "lines", "left_out")
     entries: list[dict[str, Any]] = [
         {"path": source.path, "bytes": source.size, **dict.fromkeys(keys, 0), "bad_lines": Counter()}
         for source in sources
@@ -323,7 +328,7 @@ def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dic
     for report in reports:
         entry = entries[report["file"]]
         for key in keys:
-            entry[key] += report[key]
+            entry[key] += report.get(key, 0)  # earlier versions' shards left nothing out
         entry["bad_lines"].update(report["bad"])
     bad: Counter[str] = sum((entry["bad_lines"] for entry in entries), Counter())
     return {key: sum(entry[key] for entry in entries) for key in keys} | {
@@ -365,11 +370,9 @@ def _count_bad(bad: Counter[str]) -> str:
 
 
 def _report(prefix: str, manifest: dict[str, Any]) -> None:
-    bad = manifest["bad_lines"]
+    bad, left_out = manifest["bad_lines"], manifest["left_out"]
     _say(
         f"{prefix}.bin/.idx: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
-        f"({manifest['dtype']}); skipped {_count_bad(bad)}"
-        if bad
-        else f"{prefix}.bin/.idx: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
-        f"({manifest['dtype']}); no bad lines"
+        f"({manifest['dtype']}); {'skipped ' if bad else ''}{_count_bad(bad)}"
+        + (f"; {left_out:,} documents left out for their quality" if left_out else "")
     )

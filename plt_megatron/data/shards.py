@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.data.compressed import BrokenStream
-from plt_megatron.data.formats import Document, Span
+from plt_megatron.data.formats import LEFT_OUT, Document, Span
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.run_folder.files import replacing, write_bytes, write_text
 
@@ -53,7 +53,7 @@ class Shard:
 
 @dataclass
 class SpanReport:
-    """What was in one span. `lines` counts all, `bad` the bad ones by kind."""
+    """What was in one span. `lines` counts all, `bad` the bad ones by kind, `left_out` those not asked for."""
 
     file: int
     lines: int = 0
@@ -61,6 +61,7 @@ class SpanReport:
     disk_bytes: int = 0
     documents: int = 0
     tokens: int = 0
+    left_out: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     bad_lines: list[tuple[int, str]] = field(default_factory=list)  # (line within the span, reason)
 
@@ -186,7 +187,9 @@ class _SpanWriter:
     def write(self, documents: list[Document]) -> None:
         self.report.lines += len(documents)
         for document in documents:
-            if document.text is None:
+            if document.kind == LEFT_OUT:
+                self.report.left_out += 1
+            elif document.text is None:
                 self._bad(document.line, document.kind, document.reason)
         good = [document for document in documents if document.text is not None]
         texts = [document.text for document in good if document.text is not None]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plt_megatron.data.compressed import BrokenStream
-from plt_megatron.data.formats import Reader, ReadOptions, Span, open_inputs
+from plt_megatron.data.formats import LEFT_OUT, Reader, ReadOptions, Span, open_inputs
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
@@ -244,7 +244,7 @@ class Sample:
         try:
             for document in span.documents():
                 if document.text is None:
-                    self.bad_lines += 1
+                    self.bad_lines += document.kind != LEFT_OUT
                 elif share >= 1.0 or self._random.random() < share:
                     yield document.text
         except BrokenStream:

@@ -10,11 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plt_megatron.data.compressed import COMPRESSIONS
-from plt_megatron.data.formats.documents import Document
+from plt_megatron.data.formats.documents import LEFT_OUT, Document, Quality
 from plt_megatron.data.formats.reader import READERS, Reader, ReadOptions, Span
 from plt_megatron.errors import UserError
 
-__all__ = ["READERS", "Document", "ReadOptions", "Reader", "Span", "describe_formats", "open_inputs"]
+__all__ = [
+    "LEFT_OUT",
+    "READERS",
+    "Document",
+    "Quality",
+    "ReadOptions",
+    "Reader",
+    "Span",
+    "describe_formats",
+    "open_inputs",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

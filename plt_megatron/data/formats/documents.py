@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+LEFT_OUT = "left out"
 
 
 class Document(NamedTuple):
     """A document, or a bad line with `text` None and the reason in `kind` and `reason`.
 
-    `line` (of a table: row) counts from 1 within the span, `size` is in bytes of the span.
+    `line` (of a table: row) counts from 1 within the span, `size` is in bytes of the span. `kind` LEFT_OUT is no bad
+    line: the document is one that the options do not ask for.
     """
 
     line: int
@@ -37,3 +42,20 @@ def check_text(line: int, size: int, text: Any, key: str | None = None) -> Docum
     if not text or text.isspace():
         return Document(line, size, None, "empty", f"{where} is empty")
     return Document(line, size, text)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Which documents are asked for: those whose number in the field or column `key` is in [low, high); None: open."""
+
+    key: str
+    low: float | None = None
+    high: float | None = None
+
+    def judge(self, line: int, size: int, value: Any) -> Document | None:
+        """A bad line unless `value` is a number, a document left out if it is outside; None: it is asked for."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            found = "null" if value is None else repr(value)[:40]
+            return Document(line, size, None, "no quality", f"field {self.key!r} is {found}, not a number")
+        inside = (self.low is None or value >= self.low) and (self.high is None or value < self.high)
+        return None if inside else Document(line, size, None, LEFT_OUT)

@@ -11,6 +11,7 @@ from plt_megatron.data.formats.lines import LineReader
 class JsonLines(LineReader):
     name = "jsonl"
     suffixes = (".jsonl", ".json", ".ndjson")
+    has_fields = True
 
     def parse(self, number: int, size: int, line: bytes) -> Document:
         try:
@@ -25,6 +26,10 @@ class JsonLines(LineReader):
             return Document(number, size, None, "broken JSON", f"broken JSON ({error})")
         if not isinstance(value, dict):
             return Document(number, size, None, "broken JSON", "broken JSON (the line is not an object)")
+        quality = self.options.quality
+        judged = quality and quality.judge(number, size, value.get(quality.key))
+        if judged:
+            return judged
         key = self.options.json_key
         if key not in value:
             return Document(number, size, None, "missing field", f"missing field {key!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ class Parquet(Reader):
     name = "parquet"
     suffixes = (".parquet",)
     requires = "pyarrow.parquet"
+    has_fields = True
 
     def spans(self, size: int) -> Iterator[Span]:
         groups = self._group_sizes()
@@ -32,18 +34,21 @@ class Parquet(Reader):
 
         row = 0
         try:
-            for row, value in enumerate(self._values(start, end), 1):
-                yield read_value(row, value, self.options)
+            for row, (value, number) in enumerate(self._values(start, end), 1):
+                yield read_value(row, value, number, self.options)
         except (OSError, pyarrow.ArrowException) as error:
             where = f"after row {row} from row group {start} on"
             raise UserError(f"{self.path}: damaged Parquet file {where} ({_first_line(error)})") from error
 
-    def _values(self, start: int, end: int | None) -> Iterator[Any]:
+    def _values(self, start: int, end: int | None) -> Iterator[tuple[Any, Any]]:
+        """Text and, if asked for, quality of the rows."""
         with self._open() as file:
             groups = range(start, file.metadata.num_row_groups if end is None else end)
-            columns = [self.options.json_key]
+            text, quality = self.options.json_key, self.options.quality
+            columns = [text, quality.key] if quality else [text]
             for batch in file.iter_batches(_ROWS, row_groups=groups, columns=columns, use_threads=False):
-                yield from batch.column(0)
+                numbers = batch.column(quality.key) if quality else itertools.repeat(None)
+                yield from zip(batch.column(text), numbers, strict=False)
 
     def place(self, start: int, line: int) -> str:
         with self._open() as file:
@@ -69,6 +74,8 @@ class Parquet(Reader):
         with self._open() as file:
             column = self.options.json_key
             check_column(self.path, file.schema_arrow, column)
+            if self.options.quality:
+                check_number_column(self.path, file.schema_arrow, self.options.quality.key)
             metadata = file.metadata
             position = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
             groups = map(metadata.row_group, range(metadata.num_row_groups))
@@ -89,8 +96,23 @@ def check_column(path: str, schema: Any, column: str) -> None:
         raise UserError(f"{path}: column {column!r} holds {kind}, not strings")
 
 
-def read_value(row: int, value: Any, options: ReadOptions) -> Document:
-    """The document of an Arrow scalar."""
+def check_number_column(path: str, schema: Any, column: str) -> None:
+    """`UserError` unless an Arrow schema has a column of numbers of this name."""
+    from pyarrow import types
+
+    index = schema.get_field_index(column)
+    if index < 0:
+        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+    kind = schema.field(index).type
+    if not (types.is_integer(kind) or types.is_floating(kind)):
+        raise UserError(f"{path}: column {column!r} holds {kind}, not numbers")
+
+
+def read_value(row: int, value: Any, number: Any, options: ReadOptions) -> Document:
+    """The document of an Arrow scalar; `number`: its quality's, if asked for."""
+    judged = options.quality and options.quality.judge(row, 0, number.as_py())
+    if judged:
+        return judged
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:

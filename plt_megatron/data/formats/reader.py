@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from plt_megatron.data.compressed import COMPRESSIONS, open_stream
-from plt_megatron.data.formats.documents import Document
-from plt_megatron.errors import import_optional
+from plt_megatron.data.formats.documents import Document, Quality
+from plt_megatron.errors import UserError, import_optional
 
 READERS: dict[str, type[Reader]] = {}  # by name; each class registers itself
 
@@ -27,6 +27,7 @@ class ReadOptions:
     json_key: str = "text"  # the field or column with the text
     text_documents: str = "file"  # plain text: one document per "file" or per "line"
     max_document_bytes: int = 16 << 20  # a longer line (or text file, or value) is a bad line
+    quality: Quality | None = None  # None: all documents
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,13 @@ class Reader(ABC):
         name: what `--format` calls it.
         suffixes: the file endings it is recognized by, without a compression's.
         requires: a module of the extra `data` that it imports.
+        has_fields: whether a document has more than a text, such as its quality.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[str | None] = None
+    has_fields: ClassVar[bool] = False
 
     path: str
     size: int  # bytes on disk
@@ -92,7 +95,9 @@ class Reader(ABC):
         return str(line)
 
     def check(self) -> None:
-        """`UserError` if the file cannot be opened or a package is missing."""
+        """`UserError` if the file cannot be opened, lacks what the options ask for, or a package is missing."""
+        if self.options.quality and not self.has_fields:
+            raise UserError(f"{self.path}: {self.name} files have no field {self.options.quality.key!r}")
         if self.requires:
             import_optional(self.requires, f"reading {self.name} files", "data")
         open_stream(self.path).close()

@@ -11,7 +11,7 @@ import pytest
 from data_helpers import make_texts, write_jsonl
 
 from plt_megatron.data.compressed import BrokenStream, open_stream
-from plt_megatron.data.formats import READERS, Document, Reader, ReadOptions, Span, open_inputs
+from plt_megatron.data.formats import LEFT_OUT, READERS, Document, Quality, Reader, ReadOptions, Span, open_inputs
 from plt_megatron.errors import UserError
 
 
@@ -153,6 +153,25 @@ def test_parquet(tmp_path: Path) -> None:
     part = read(path, options, start=3, end=5)
     assert [document.text for document in part] == texts[300:500]
     assert [part[0].line, part[-1].line] == [1, 200]
+
+
+def test_parquet_rows_of_a_quality(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    columns = {"score": [1, 5, None, 9], "text": ["a", "b", "c", "d"], "word": ["x"] * 4}
+    parquet.write_table(pyarrow.table(columns), path)
+    documents = read(path, ReadOptions(quality=Quality("score", 5, 9)))
+    assert [(document.line, document.text, document.kind) for document in documents] == [
+        (1, None, LEFT_OUT), (2, "b", ""), (3, None, "no quality"), (4, None, LEFT_OUT),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="a.parquet: no column 'stars'; it has score, text, word"):
+        read(path, ReadOptions(quality=Quality("stars", 5)))
+    with pytest.raises(UserError, match="column 'word' holds string, not numbers"):
+        read(path, ReadOptions(quality=Quality("word", 5)))
+    plain = tmp_path / "a.txt"
+    plain.write_text("one\n")
+    with pytest.raises(UserError, match="a.txt: text files have no field 'score'"):
+        read(plain, ReadOptions(quality=Quality("score", 5)))
 
 
 def test_parquet_that_is_not_utf8(tmp_path: Path) -> None:

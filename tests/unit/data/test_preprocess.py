@@ -18,7 +18,7 @@ import sentencepiece
 from data_helpers import ROOT, Tool, make_texts, tool_environment, write_jsonl
 
 from plt_megatron.data import preprocess as module
-from plt_megatron.data.formats import ReadOptions
+from plt_megatron.data.formats import Quality, ReadOptions
 from plt_megatron.data.indexed import open_index, read_index
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.errors import UserError
@@ -221,6 +221,12 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--workers", "0"], "error: --workers must be above 0"),
         (["--on-bad-line", "ignore"], "invalid choice: 'ignore'"),
         (["surplus"], "error: unexpected argument 'surplus'"),
+        (["--min-quality", "1"], "error: --min-quality and --max-quality need --quality-key, the field with"),
+        (["--quality-key", "q"], "error: --quality-key: say which documents, with --min-quality, --max-quality or"),
+        (
+            ["--quality-key", "q", "--min-quality", "1", "--max-quality", "nan"],
+            "error: --min-quality 1.0 and --max-quality nan leave no document: the first must be smaller",
+        ),
     ],
 )
 def test_unusable_arguments(
@@ -473,6 +479,37 @@ def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: P
     manifest = run([path], tmp_path / "x", bpe_model, read=settings)
     assert documents(tmp_path / "x") == expected(bpe_model, ["one", "two"])
     assert manifest["bad_lines"] == {"empty": 1, "too long": 1}
+
+
+def test_documents_are_chosen_by_their_quality(texts: list[str], bpe_model: Path, tmp_path: Path, capsys: Any) -> None:
+    """Buckets are disjoint and miss nothing but the documents without a number, which are bad lines."""
+    qualities = [0, 0.25, 0.5, 0.75, 1.0, -3, None, "high", True] * 4
+    chosen = list(zip(texts, qualities, strict=False))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "score": score}) + "\n" for text, score in chosen))
+    with path.open("a") as file:
+        file.write('{"text": "no score"}\n')
+    found = []
+    for name, low, high in (("low", None, 0.5), ("middle", 0.5, 0.75), ("high", 0.75, None)):
+        read = ReadOptions(quality=Quality("score", low, high))
+        manifest = run([path], tmp_path / name, bpe_model, read=read, shard_bytes=1000)
+        numbers = [(text, score) for text, score in chosen if type(score) in (int, float)]
+        wanted = [text for text, score in numbers if (low is None or score >= low) and (high is None or score < high)]
+        assert documents(tmp_path / name) == expected(bpe_model, wanted) and wanted
+        assert manifest["left_out"] == len(numbers) - len(wanted) and manifest["bad_lines"] == {"no quality": 13}
+        assert f"{manifest['left_out']} documents left out for their quality" in capsys.readouterr().err
+        found += wanted
+    assert sorted(found) == sorted(text for text, score in chosen if type(score) in (int, float))
+    with pytest.raises(UserError, match=r"no usable document in 1 input files \(.* 24 left out for their quality\)"):
+        run([path], tmp_path / "none", bpe_model, read=ReadOptions(quality=Quality("score", 7)))
+
+
+def test_outputs_of_before_qualities_are_known_again(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
+    manifest = run([corpus], tmp_path / "x", bpe_model)
+    assert "quality" not in manifest["identity"]["read"]
+    assert run([corpus], tmp_path / "x", bpe_model) == manifest
+    with pytest.raises(UserError, match="was not made from these inputs and settings"):
+        run([corpus], tmp_path / "x", bpe_model, read=ReadOptions(quality=Quality("score", 0.5)))
 
 
 def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:

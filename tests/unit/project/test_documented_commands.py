@@ -112,7 +112,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
     (folder / "corpus").mkdir()
     for name, part in (("corpus/a", documents[::2]), ("corpus/b", documents[1::2]), ("corpus", documents[:50])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text, "quality": len(text) % 10 / 10}) + "\n" for text in part)
+        )
     shutil.copy(folder / "corpus.jsonl", folder / "heldout.jsonl")
     for run in ("plt2_tiny", "plt2_1b"):
         data = load_config(ROOT / f"configs/runs/{run}.yaml").data
