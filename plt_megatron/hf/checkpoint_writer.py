@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.parameters import is_buffer
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.checkpoint import publishing
@@ -39,11 +40,17 @@ class LazyTensor:
     Attributes:
         name: ours, over the whole model.
         make: gives the tensor, of `shape`, on the CPU.
+
+    A buffer is written in fp32 whatever the checkpoint's dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+    def dtype(self, checkpoints: torch.dtype) -> torch.dtype:
+        """On disk, in a checkpoint of this dtype."""
+        return torch.float32 if is_buffer(self.name) else checkpoints
 
 
 def padded(tensor: LazyTensor, rows: int) -> LazyTensor:
@@ -141,7 +148,7 @@ class _Planner(DefaultSavePlanner):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(part)),
-                    properties=TensorProperties(dtype=self._dtype),
+                    properties=TensorProperties(dtype=tensor.dtype(self._dtype)),
                     size=torch.Size(shape),
                 ),
             )
@@ -168,4 +175,4 @@ class _Planner(DefaultSavePlanner):
         tensor = self._made[write_item.index.fqn, tuple(write_item.index.offset)]
         made = tensor.make()
         assert tuple(made.shape) == tensor.shape, (tensor.name, made.shape, tensor.shape)
-        return made.to(self._dtype).contiguous().view(write_item.tensor_data.chunk.sizes)
+        return made.to(tensor.dtype(self._dtype)).contiguous().view(write_item.tensor_data.chunk.sizes)

@@ -146,15 +146,18 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
 
 
 def _expert_keys(model: ModelConfig) -> dict[str, Any]:
-    """Qwen3-MoE's keys, and Qwen2-MoE's of a shared expert."""
+    """Qwen3-MoE's keys, Qwen2-MoE's of a shared expert, and DeepSeek-V3's and MiniMax-M2's of scores and their bias."""
     if model.num_moe_experts is None:
         return {}
+    sigmoid = model.moe_router_score_function == "sigmoid"
     return {
         "num_experts": model.num_moe_experts,
         "num_experts_per_tok": model.moe_router_topk,
         "moe_intermediate_size": derived.expert_ffn_hidden_size(model),
         "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
-        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "norm_topk_prob": model.moe_router_topk > 1 if sigmoid else not model.moe_router_pre_softmax,
+        "scoring_func": model.moe_router_score_function,
+        "use_routing_bias": model.moe_router_enable_expert_bias,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
     }
 
@@ -313,12 +316,17 @@ def _from_qwen3_moe(keys: dict[str, Any]) -> HFModelConfig:
 def _expert_settings(config: Any) -> dict[str, Any]:
     if not config.num_experts:
         return {}
+    sigmoid = getattr(config, "scoring_func", "softmax") == "sigmoid"
+    if sigmoid:
+        _refuse(config, norm_topk_prob=config.num_experts_per_tok > 1)
     return {
         "num_moe_experts": config.num_experts,
         "moe_router_topk": config.num_experts_per_tok,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": getattr(config, "shared_expert_intermediate_size", None),
-        "moe_router_pre_softmax": not config.norm_topk_prob,
+        "moe_router_pre_softmax": not (sigmoid or config.norm_topk_prob),
+        "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
+        "moe_router_enable_expert_bias": getattr(config, "use_routing_bias", False),
         "moe_aux_loss_coeff": config.router_aux_loss_coef,
     }
 

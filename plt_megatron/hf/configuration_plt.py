@@ -50,6 +50,9 @@ class PLTConfig(PreTrainedConfig):
         moe_intermediate_size (`int`): hidden size of one expert.
         shared_expert_intermediate_size (`int`): hidden size of an expert that every token uses beside; None: none.
         norm_topk_prob (`bool`): the weights of a token's experts add up to 1.
+        scoring_func (`str`): of the router's logits, "softmax" or "sigmoid"; DeepSeek-V3's key.
+        use_routing_bias (`bool`): a bias is added to the scores by which experts are chosen, not to those that weigh
+            them; MiniMax-M2's key.
         router_aux_loss_coef (`float`): of the load-balancing loss in pretraining; this code has no such loss.
     """
 
@@ -86,6 +89,8 @@ class PLTConfig(PreTrainedConfig):
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    scoring_func: str = "softmax"
+    use_routing_bias: bool = False
     router_aux_loss_coef: float = 0.01
 
     loop_count: int = 2
@@ -171,6 +176,8 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
         if self.mlp_bias:
             raise ValueError("mlp_bias is not for experts: leave it false")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not {self.scoring_func!r}')
 
     def _check_path(self) -> None:
         span = self.loop_span

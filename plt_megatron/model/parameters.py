@@ -1,4 +1,5 @@
-"""The table of every parameter that a PLT can have: names, shapes, splits, initial values, and use.
+"""The table of every parameter that a PLT can have, and of buffers that are kept with them: names, shapes, splits,
+initial values, and use.
 
 Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`estimate`), initial
 weights (`model/initialization.py`), weight decay, what a checkpoint of one loop lacks (`train/checkpoint`), and in how
@@ -110,6 +111,7 @@ class Parameter:
         exists: the models that have it.
         gate_logit: negated, the gate multiplies the other of the two attentions, as in LoopCoder-v2's files.
         in_core_attention: used in the core attention of loops >= 2, not in the layer around it.
+        is_buffer: set by the training loop, not learned; in fp32 whatever the model's precision.
     """
 
     name: str
@@ -122,6 +124,7 @@ class Parameter:
     exists: Callable[[ModelConfig], bool] = lambda model: True
     gate_logit: bool = False
     in_core_attention: bool = False
+    is_buffer: bool = False
 
     @property
     def hf_dims(self) -> list[str]:
@@ -230,6 +233,10 @@ def _experts(model: ModelConfig) -> bool:
     return not _dense(model)
 
 
+def _expert_bias(model: ModelConfig) -> bool:
+    return _experts(model) and model.moe_router_enable_expert_bias
+
+
 def _shared_expert(model: ModelConfig) -> bool:
     return _experts(model) and model.moe_shared_expert_intermediate_size is not None
 
@@ -306,6 +313,8 @@ TABLE = (
         _parameter("mlp.linear_fc2.weight", "hidden ffn", "ffn", "mlp.down_proj.weight",
                    split="columns", init="output", exists=_dense),
         _parameter("mlp.router.weight", "experts hidden", "router", "mlp.gate.weight", exists=_experts),
+        _parameter("mlp.router.expert_bias", "experts", "router", "mlp.gate.e_score_correction_bias",
+                   init=0.0, is_buffer=True, exists=_expert_bias),
         _parameter(_EXPERT + "linear_fc1.weight", "expert_gate_up hidden", "experts",
                    _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", form="gate_up", exists=_experts),
         _parameter(_EXPERT + "linear_fc2.weight", "hidden expert_ffn", "experts", _EXPERT + "down_proj.weight",
@@ -327,9 +336,14 @@ TABLE = (
 # ---------------------------------------------------------------- lookups
 
 
+def tensors_of(model: ModelConfig) -> list[Parameter]:
+    """The parameters that a model has, and its buffers, in the order of the table."""
+    return [tensor for tensor in TABLE if tensor.exists(model)]
+
+
 def parameters_of(model: ModelConfig) -> list[Parameter]:
     """The parameters that a model has, in the order of the table."""
-    return [parameter for parameter in TABLE if parameter.exists(model)]
+    return [tensor for tensor in tensors_of(model) if not tensor.is_buffer]
 
 
 def find(model: ModelConfig, name: str) -> Parameter:
@@ -364,6 +378,12 @@ def hidden_matrix(name: str) -> Parameter | None:
 def only_in_loops(name: str) -> bool:
     """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack."""
     return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
+
+
+@cache
+def is_buffer(name: str) -> bool:
+    """Whether a name, ours or Hugging Face's, is that of a buffer."""
+    return any(tensor.is_buffer and tensor.is_named(name) for tensor in TABLE)
 
 
 def layer_of(name: str) -> int | None:

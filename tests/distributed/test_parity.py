@@ -366,6 +366,55 @@ def test_experts(check, layout):
     check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, shared expert"])
 
 
+# The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
+BIASES = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, sp=True, pp=2, ep=2),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (
+                Layout(pp=2, dp=2, ep=2),
+                Layout(dp=2, ep=2),
+                Layout(cp=2, ep=2),
+                Layout(tp=2, sp=True, dp=2, ep=4),
+                Layout(tp=2, sp=True, cp=2, ep=2),
+                Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
+                Layout(pp=4, dp=2),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_biases_of_experts(check, reference, layout):
+    case = _expert_case(3, "full", overlap=True, **BIASES)
+    check(layout, [case], "biases of experts", ["PLT-3"])
+    outcome = reference(case)
+    moved = [value - outcome.initial[name] for name, value in outcome.final.items() if name.endswith("expert_bias")]
+    assert len(moved) == 4 and all(np.isclose(np.abs(moves), 0.2).any() for moves in moved), "two steps, one way"
+
+
+@pytest.mark.slow
+def test_biases_of_experts_with_all_gathering_and_a_shared_one(check):
+    case = _expert_case(2, way="allgather", **BIASES, moe_shared_expert_intermediate_size=8)
+    check(Layout(tp=2, sp=True, dp=2, ep=4), [case], "biases of experts", ["PLT-2, shared expert"])
+
+
+@pytest.mark.slow
+def test_biases_act_from_the_second_step_on(reference):
+    case, slower = (_expert_case(2, **{**BIASES, "moe_router_bias_update_rate": rate}) for rate in (0.1, 1e-6))
+    for name, differs in (("loss 0", False), ("loss 1", True)):
+        one, other = (reference(each).numbers[name] for each in (case, slower))
+        assert (abs(one - other) > 10 * TOLERANCE * one) is differs, name
+
+
 @pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
 def test_auxiliary_losses_act_on_gradients(reference, coefficient):
     with_loss, without = reference(_expert_case(2)), reference(_case(2, **{**EXPERTS, coefficient: 0.0}))

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from plt_megatron.errors import UserError
+from plt_megatron.model.parameters import is_buffer
 from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 
 Part = Literal["weights", "main weights", "ema"]
@@ -73,7 +74,7 @@ class Weights:
     Args:
         checkpoint: complete.
         part: `weights`, in the dtype that the model was trained in; in fp32 the optimizer's `main weights`, or `ema`,
-            their moving average.
+            their moving average. Buffers are the model's own, in fp32, with any.
 
     Attributes:
         names: of all of them; none if the checkpoint lacks the part.
@@ -118,7 +119,7 @@ class _Reader:
 
     Attributes:
         keys: without the prefix; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...], but for
-            what only some have.
+            what only some have. Buffers have no prefix, and go with any.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
@@ -129,17 +130,20 @@ class _Reader:
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
-            and (key.startswith(prefix) if prefix else not key.startswith(_NO_WEIGHTS))
         }
-        self._prefix = prefix
-        self.keys = sorted(key.removeprefix(prefix) for key in self._tensors)
+        model = [key for key in self._tensors if not key.startswith(_NO_WEIGHTS)]
+        own = [key for key in self._tensors if key.startswith(prefix)] if prefix else model
+        self._stored = {key.removeprefix(prefix): key for key in own}
+        if own:
+            self._stored |= {key: key for key in model if is_buffer(key)}
+        self.keys = sorted(self._stored)
 
     def shape(self, key: str) -> torch.Size:
-        return self._tensors[self._prefix + key].size
+        return self._tensors[self._stored[key]].size
 
     def read(self, key: str, start: int, length: int) -> Tensor:
         """Rows `start` .. `start + length` of the tensor."""
-        key = self._prefix + key
+        key = self._stored[key]
         entry = self._tensors[key]
         sizes = torch.Size((length, *entry.size[1:]))
         offsets = torch.Size((start, *[0] * (len(sizes) - 1)))
