@@ -10,6 +10,8 @@ from tests.unit.config.test_validation import change, good
 
 EXPERTS = {"model__num_moe_experts": 8, "model__moe_ffn_hidden_size": 96}
 
+BIASES = {"model__moe_router_score_function": "sigmoid", "model__moe_router_enable_expert_bias": True}
+
 
 def problems(world_size: int | None = None, **settings: object) -> list[str]:
     config = change(good(), **{**EXPERTS, **settings})
@@ -21,6 +23,10 @@ def test_good_configurations_pass():
     assert problems(model__moe_shared_expert_intermediate_size=64, model__moe_expert_capacity_factor=1.25) == []
     assert problems(model__moe_router_load_balancing_type="none", model__moe_router_topk=8) == []
     assert problems(model__moe_router_topk=1, model__moe_router_pre_softmax=True) == []
+    sigmoid = {"model__moe_router_score_function": "sigmoid"}
+    assert problems(**sigmoid, model__moe_router_topk=1) == [], "its weight is its score"
+    biases = {**sigmoid, "model__moe_router_enable_expert_bias": True, "model__moe_router_bias_update_rate": 0.01}
+    assert problems(**biases) == problems(**biases, model__moe_router_load_balancing_type="none") == []
     assert problems(parallel__expert_model_parallel_size=4, parallel__data_parallel_size=4) == []
     assert problems(4, parallel__expert_model_parallel_size=4) == []
     shared = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
@@ -50,6 +56,25 @@ def test_an_ffn_that_is_not_there_need_not_be_divisible():
         ({"model__num_moe_experts": 1}, "model.num_moe_experts must be at least 2, got 1"),
         ({"model__moe_router_topk": 9}, "model.moe_router_topk 9 is more than model.num_moe_experts 8"),
         ({"model__moe_router_topk": 1}, "the router learns nothing; set model.moe_router_pre_softmax=true"),
+        (
+            {"model__moe_router_enable_expert_bias": True},
+            "model.moe_router_enable_expert_bias is added to scores that do not depend on one another; set "
+            "model.moe_router_score_function=sigmoid",
+        ),
+        (
+            {**BIASES, "model__moe_expert_capacity_factor": 1.5},
+            "model.moe_router_enable_expert_bias with model.moe_expert_capacity_factor 1.5: tokens that an expert drops",
+        ),
+        (
+            {**BIASES, "model__moe_router_pre_softmax": True},
+            "model.moe_router_pre_softmax with model.moe_router_score_function sigmoid: there is no softmax",
+        ),
+        ({**BIASES, "model__moe_router_bias_update_rate": 0.0}, "model.moe_router_bias_update_rate must be above 0"),
+        (
+            {"model__moe_router_bias_update_rate": 0.01},
+            "model.moe_router_bias_update_rate 0.01 is of a bias that there is not; set "
+            "model.moe_router_enable_expert_bias=true",
+        ),
         ({"model__moe_aux_loss_coeff": -1.0}, "model.moe_aux_loss_coeff must be at least 0, got -1.0"),
         ({"model__moe_expert_capacity_factor": 0.0}, "model.moe_expert_capacity_factor must be above 0, got 0.0"),
         (

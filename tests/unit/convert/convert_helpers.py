@@ -102,7 +102,8 @@ def random_weights(
     for rule in mappings_for(model, vocab_size):
         values = torch.randn(rule.shape, generator=generator)
         norm = len(rule.shape) == 1 and not rule.name.endswith("bias")
-        weights[rule.name] = (1 + 0.2 * values if norm else 0.15 * values).to(dtype)
+        values = 1 + 0.2 * values if norm else 0.15 * values
+        weights[rule.name] = values if rule.parameter.is_buffer else values.to(dtype)
     return weights
 
 

@@ -237,7 +237,7 @@ def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
     result, back = imported(tmp_path / "out", tmp_path / "back")
     assert result.precision == precision
     assert back.keys() == weights.keys()
-    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == dtype for key in weights)
+    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == weights[key].dtype for key in weights)
     quiet((tmp_path / "back", tmp_path / "again"))
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again"))

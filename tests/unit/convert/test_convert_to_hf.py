@@ -63,6 +63,27 @@ def test_logits_are_the_training_models(tmp_path, name):
         assert (fewer - megatron_logits(model, weights, tokens, loop_count=1)).abs().max() < 1e-5
 
 
+def test_biases_of_experts_stay_in_fp32(tmp_path):
+    """In an export in bf16, and in the model that is loaded from it, as in DeepSeek-V3's."""
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(**VARIANTS["experts, biased"])
+    weights = random_weights(model, dtype=torch.bfloat16)
+    quiet((save_run(tmp_path / "run", model, weights, precision="bf16"), tmp_path / "out"), verify=True)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
+    for layer in range(model.num_layers):
+        gate, bias = f"model.layers.{layer}.mlp.gate.", weights[f"decoder.layers.{layer}.mlp.router.expert_bias"]
+        assert not torch.equal(bias, bias.bfloat16())
+        assert torch.equal(stored[f"{gate}e_score_correction_bias"], bias)
+        assert torch.equal(loaded.get_buffer(f"{gate}e_score_correction_bias"), bias)
+        assert stored[f"{gate}weight"].dtype == loaded.get_parameter(f"{gate}weight").dtype == torch.bfloat16
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| router | sigmoid scores, balanced by a bias on each |" in card
+    learned = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("expert_bias"))
+    assert f"| parameters | {learned:,} |" in card
+
+
 def test_another_models_tokenizer(tmp_path, tokenizer_model):
     model = make_model()
     shutil.copytree(tokenizer_model.parent, tmp_path / "tokenizer")
