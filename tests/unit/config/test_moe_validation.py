@@ -63,7 +63,7 @@ def test_an_ffn_that_is_not_there_need_not_be_divisible():
         ),
         (
             {**BIASES, "model__moe_expert_capacity_factor": 1.5},
-            "model.moe_router_enable_expert_bias with model.moe_expert_capacity_factor 1.5: tokens that an expert drops",
+            "model.moe_router_enable_expert_bias with model.moe_expert_capacity_factor 1.5: tokens that an expert",
         ),
         (
             {**BIASES, "model__moe_router_pre_softmax": True},
