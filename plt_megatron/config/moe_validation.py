@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 from plt_megatron.config.schema import ModelConfig, RunConfig
 
-_SETTINGS = tuple(field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("moe_"))
+_SETTINGS = tuple(
+    field.name
+    for field in dataclasses.fields(ModelConfig)
+    if field.name.startswith("moe_") or field.name == "first_k_dense_replace"
+)
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
@@ -42,6 +46,11 @@ def _check_routing(model: ModelConfig) -> Iterator[str]:
     experts, topk = model.num_moe_experts or 0, model.moe_router_topk
     if topk > experts:
         yield f"model.moe_router_topk {topk} is more than model.num_moe_experts {experts}"
+    if model.first_k_dense_replace >= model.num_layers:
+        yield (
+            f"model.first_k_dense_replace {model.first_k_dense_replace} leaves none of model.num_layers "
+            f"{model.num_layers} to model.num_moe_experts"
+        )
     sigmoid = model.moe_router_score_function == "sigmoid"
     if topk == 1 and not model.moe_router_pre_softmax and not sigmoid:
         yield (

@@ -100,8 +100,9 @@ class ModelConfig:
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
     init_counts_loops: bool = False  # initial std of what writes into the stream: / sqrt(2 N L) instead of / sqrt(2 L)
-    # Mixture of experts (docs/moe.md): every layer's FFN becomes num_moe_experts of them, of which a token uses topk.
+    # Mixture of experts (docs/moe.md): a layer's FFN becomes num_moe_experts of them, of which a token uses topk.
     num_moe_experts: Annotated[int, Range(2, 2**16)] | None = None  # None: a dense model
+    first_k_dense_replace: Count = 0  # so many first layers have a dense FFN of ffn_hidden_size instead
     moe_router_topk: Size = 2  # experts a token is sent to
     moe_ffn_hidden_size: Size | None = None  # of one expert; None: ffn_hidden_size
     moe_shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; None: none

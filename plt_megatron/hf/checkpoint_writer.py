@@ -162,7 +162,7 @@ class _Planner(DefaultSavePlanner):
                 layers.setdefault(key, set()).add(place[0])
         most = max(map(len, layers.values()), default=0)
         return [
-            (tensor.name, ()) if place and len(layers[key]) < most else (key, place)
+            stored_at(tensor.name, in_all_layers=not place or len(layers[key]) == most)
             for tensor, (key, place) in zip(self._tensors, places, strict=True)
         ]
 

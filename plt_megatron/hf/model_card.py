@@ -94,6 +94,8 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
     if model.num_moe_experts is None:
         yield "FFN size", model.ffn_hidden_size
     else:
+        if dense := len(derived.dense_layers(model)):
+            yield "dense layers", f"the first {dense}, of FFN size {model.ffn_hidden_size}"
         yield (
             "experts",
             f"{model.moe_router_topk} of {model.num_moe_experts}, of {derived.expert_ffn_hidden_size(model)}",

@@ -838,7 +838,8 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
         pre = config.norm_placement == "pre"
         self.residual_scale = config.residual_scale
         self.self_attn = PLTAttention(config, layer_idx)
-        self.mlp = PLTMLP(config) if config.num_experts is None else PLTMoE(config)
+        experts = config.num_experts is not None and layer_idx >= config.first_k_dense_replace
+        self.mlp = PLTMoE(config) if experts else PLTMLP(config)
         self.input_layernorm = PLTRMSNorm(size, eps) if pre else None
         self.post_attention_layernorm = PLTRMSNorm(size, eps)
         self.post_feedforward_layernorm = PLTRMSNorm(size, eps) if not pre or config.ffn_output_norm else None

@@ -64,6 +64,10 @@ def test_layers_that_run_once_are_refused(exports):
             {**MOE, "scoring_func": "sigmoid"},
             "whose experts have sigmoid scores cannot be served yet: use transformers",
         ),
+        (
+            {**MOE, "first_k_dense_replace": 1},
+            r"whose first layers have no experts \(first_k_dense_replace 1\) cannot be served yet: use transformers",
+        ),
     ],
 )
 def test_what_is_not_proven_is_refused(settings, message):

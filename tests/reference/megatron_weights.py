@@ -96,8 +96,8 @@ def randomize_gates_and_norms(stage: LoopedGPT, zero_gates: bool = False) -> Non
 
 
 def randomize_biases(stage: LoopedGPT) -> None:
-    """Biases of experts ~ 0.3 N(0, 1), as wide apart as sigmoid scores, drawn by their names in the whole model."""
+    """Biases of experts ~ 0.15 N(0, 1), drawn by their names in the whole model: sigmoid scores are as wide apart."""
     for name, buffer in global_tensors(stage):
         if is_buffer(name):
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed)))
+            buffer.copy_(0.15 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed)))

@@ -115,7 +115,8 @@ class PlainPLT:
         factor = self._residual_factor()
         x = x + factor * self._attention(x, layer, loop, starts, first_loop_kv)
         normed = self._norm(x, name + "ffn_norm")
-        out = self._ffn(normed, name) if self.config.num_moe_experts is None else self._experts(normed, name)
+        dense = self.config.num_moe_experts is None or layer < self.config.first_k_dense_replace
+        out = self._ffn(normed, name) if dense else self._experts(normed, name)
         if self.config.ffn_output_norm:
             out = self._norm(out, name + "ffn_output_norm")
         return x + factor * out

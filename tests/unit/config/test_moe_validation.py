@@ -50,6 +50,18 @@ def test_an_ffn_that_is_not_there_need_not_be_divisible():
     )
 
 
+def test_dense_layers_are_split_beside_shared_experts():
+    """Where there are some: both must be divisible; and only they are what `mlp` recomputes."""
+    shared = {"parallel__tensor_model_parallel_size": 4, "parallel__sequence_parallel": True}
+    dense = {**shared, "model__first_k_dense_replace": 1}
+    assert problems(**dense) == problems(model__moe_shared_expert_intermediate_size=64, **dense) == []
+    (line,) = problems(model__ffn_hidden_size=7, **dense)
+    assert line == "model.ffn_hidden_size 7 is not divisible by parallel.tensor_model_parallel_size 4"
+    recomputed = {"parallel__recompute_granularity": "selective", "parallel__recompute_modules": ["core_attn", "mlp"]}
+    assert problems(**recomputed, model__first_k_dense_replace=1) == []
+    assert "layers have no dense FFN" in problems(**recomputed)[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -74,6 +86,10 @@ def test_an_ffn_that_is_not_there_need_not_be_divisible():
             {"model__moe_router_bias_update_rate": 0.01},
             "model.moe_router_bias_update_rate 0.01 is of a bias that there is not; set "
             "model.moe_router_enable_expert_bias=true",
+        ),
+        (
+            {"model__first_k_dense_replace": 4},
+            "model.first_k_dense_replace 4 leaves none of model.num_layers 4 to model",
         ),
         ({"model__moe_aux_loss_coeff": -1.0}, "model.moe_aux_loss_coeff must be at least 0, got -1.0"),
         ({"model__moe_expert_capacity_factor": 0.0}, "model.moe_expert_capacity_factor must be above 0, got 0.0"),
@@ -105,9 +121,11 @@ def test_what_does_not_fit_is_one_line(settings, expected):
 
 
 def test_a_dense_model_does_not_pass_over_expert_settings_in_silence():
-    config = change(good(), model__moe_router_topk=4, parallel__expert_model_parallel_size=2)
+    dense_too = {"model__first_k_dense_replace": 1}
+    config = change(good(), model__moe_router_topk=4, parallel__expert_model_parallel_size=2, **dense_too)
     lines = find_problems(config, check_files=False)
     assert lines == [
+        "model.first_k_dense_replace 1 needs experts: set model.num_moe_experts, or leave it out",
         "model.moe_router_topk 4 needs experts: set model.num_moe_experts, or leave it out",
         "parallel.expert_model_parallel_size 2 needs experts: set model.num_moe_experts, or "
         "parallel.expert_model_parallel_size=1",

@@ -68,6 +68,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe_router_enable_expert_bias": True,
         "loop_count": 3,
     },
+    "experts, dense first": {
+        "num_layers": 3,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "first_k_dense_replace": 2,
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
     "experts, sigmoid, one": {
         "num_moe_experts": 4,
         "moe_ffn_hidden_size": 24,

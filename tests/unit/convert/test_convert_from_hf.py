@@ -79,6 +79,17 @@ DENSE = {
             "norm_topk_prob": True,
         },
     ),
+    "qwen3 moe, dense first": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 20,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 28,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
     "olmo2": ("Olmo2Config", {}),
 }
 

@@ -49,6 +49,7 @@ EXPERTS: dict[str, Any] = {
 }
 SIGMOID = {**EXPERTS, "moe_router_score_function": "sigmoid"}
 BIASED = {**SIGMOID, "moe_router_enable_expert_bias": True}
+DENSE_FIRST = {**EXPERTS, "first_k_dense_replace": 1}
 SPANS: dict[str, dict[str, Any]] = {
     "prelude and coda": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3},
     "prelude": {**LOOPCODER_V2, "num_layers": 3, "loop_span": [1, 3]},
@@ -119,6 +120,22 @@ CASES: dict[str, dict[str, Any]] = {
     "sigmoid scores, one expert": {**SIGMOID, "moe_router_topk": 1, "loop_count": 1},
     "biased experts": BIASED,
     "biased experts, a shared one": {**BIASED, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
+    "experts after a dense layer": DENSE_FIRST,
+    "biased experts after a dense prelude": {
+        **DENSE_FIRST,
+        **BIASED,
+        "num_layers": 3,
+        "loop_span": [1, 3],
+        "moe_shared_expert_intermediate_size": 8,
+    },
+    "experts after dense layers that loop": {
+        **DENSE_FIRST,
+        "num_layers": 3,
+        "first_k_dense_replace": 2,
+        "loop_span": [1, 3],
+        "loop_count": 3,
+        "ffn_output_norm": True,
+    },
     "experts without balancing": {**EXPERTS, "moe_router_load_balancing_type": "none", "ffn_output_norm": True},
     **SPANS,
     **ORDERS,
@@ -215,10 +232,11 @@ def test_logits_losses_and_every_gradient(settings, packed):
         {**LOOPCODER_V2, "loop_count": 3},
         {**KV_SHARING, "loop_count": 3},
         {**EXPERTS, "loop_count": 3},
+        DENSE_FIRST,
         SPANS["prelude and coda"],
         ORDERS["by layer, prelude and coda"],
     ],
-    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts", "prelude and coda", "by layer"],
+    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts", "dense first", "prelude and coda", "by layer"],
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
     stage, data = build(settings, recompute=recompute), draw()
