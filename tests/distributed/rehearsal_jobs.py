@@ -35,6 +35,7 @@ _EXPERTS = {
     "moe_z_loss_coeff": 0.001,
     "moe_router_score_function": "sigmoid",
     "moe_router_enable_expert_bias": True,
+    "first_k_dense_replace": 1,  # of two layers: with PP2 a stage has no experts
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
