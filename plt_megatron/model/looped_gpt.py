@@ -36,7 +36,7 @@ from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_input import LoopInput
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.loss import attach_loss, sum_of_losses
-from plt_megatron.model.parameters import find, tensors_of
+from plt_megatron.model.parameters import tensors_of
 from plt_megatron.model.rotary import RotaryAngles
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
@@ -321,8 +321,9 @@ class LoopedGPT(LanguageModule):
         return state
 
     def _is_in_all_layers(self, name: str) -> bool:
-        """Of a layer's tensor, or of the extra state beside a weight."""
-        return find(self.plt, name.replace("._extra_state", ".weight")).in_all_layers(self.plt)
+        """Of a layer's tensor, or of the extra state beside a weight: an attention's is beside none."""
+        weight = name.replace("._extra_state", ".weight")
+        return all(tensor.in_all_layers(self.plt) for tensor in tensors_of(self.plt) if tensor.is_named(weight))
 
     def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""

@@ -28,6 +28,7 @@ MODELS = {
         "moe_shared_expert_intermediate_size": 16,
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
+        "first_k_dense_replace": 1,
     },
 }
 
