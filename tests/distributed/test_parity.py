@@ -326,6 +326,13 @@ EXPERTS: dict[str, Any] = {
     "moe_z_loss_coeff": 1e-3,
 }
 
+# The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
+BIASES = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+
 
 def _expert_case(
     loops: int, recompute: str = "none", overlap: bool = False, way: str = "alltoall", **model: Any
@@ -359,37 +366,24 @@ def _expert_case(
     ids=str,
 )
 def test_experts(check, layout):
-    cases = [
-        _expert_case(3, "full", overlap=True),
-        _expert_case(2, "selective", way="allgather", moe_shared_expert_intermediate_size=8),
-    ]
-    check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, shared expert"])
+    """The second has biases too, a shared expert, and a dense first layer."""
+    others = {"moe_shared_expert_intermediate_size": 8, "first_k_dense_replace": 1, **BIASES}
+    cases = [_expert_case(3, "full", overlap=True), _expert_case(2, "selective", way="allgather", **others)]
+    check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, biases, dense first"])
 
 
-# The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
-BIASES = {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.1,
-}
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         Layout(tp=2, sp=True, pp=2, ep=2),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (
-                Layout(pp=2, dp=2, ep=2),
-                Layout(dp=2, ep=2),
-                Layout(cp=2, ep=2),
-                Layout(tp=2, sp=True, dp=2, ep=4),
-                Layout(tp=2, sp=True, cp=2, ep=2),
-                Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
-                Layout(pp=4, dp=2),
-            )
-        ),
+        Layout(pp=2, dp=2, ep=2),
+        Layout(dp=2, ep=2),
+        Layout(cp=2, ep=2),
+        Layout(tp=2, sp=True, dp=2, ep=4),
+        Layout(tp=2, sp=True, cp=2, ep=2),
+        Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
+        Layout(pp=4, dp=2),
     ],
     ids=str,
 )

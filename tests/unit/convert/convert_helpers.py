@@ -61,14 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ffn_output_norm": True,
         "qk_layernorm": True,
     },
-    "experts, biased": {
-        "num_moe_experts": 5,
-        "moe_ffn_hidden_size": 24,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "loop_count": 3,
-    },
-    "experts, dense first": {
+    "experts, biased, dense first": {
         "num_layers": 3,
         "num_moe_experts": 4,
         "moe_ffn_hidden_size": 24,

@@ -278,11 +278,12 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
 # ---------------------------------------------------------------- what is written
 
 
+@pytest.mark.slow
 def test_layers_of_two_kinds_are_stored_as_a_run_stores_them(tmp_path):
     """Dense ones before experts, with biases: a run starts from them, and saves the same under the same keys."""
     from plt_megatron.hf.verification import single_process
 
-    model = make_model(**VARIANTS["experts, dense first"])
+    model = make_model(**VARIANTS["experts, biased, dense first"])
     weights = random_weights(model)
     written = save_run(tmp_path / "run", model, weights) / "checkpoints" / "step_00000000"
     config = RunConfig(model=model, data=DataConfig(sequence_length=8), training=TrainingConfig(train_iters=1))

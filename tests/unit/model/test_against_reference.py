@@ -116,11 +116,8 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "experts, one loop": {**EXPERTS, "loop_count": 1, "moe_router_pre_softmax": True, "moe_router_topk": 1},
     "experts and a shared one": {**EXPERTS, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
-    "sigmoid scores": SIGMOID,
     "sigmoid scores, one expert": {**SIGMOID, "moe_router_topk": 1, "loop_count": 1},
-    "biased experts": BIASED,
     "biased experts, a shared one": {**BIASED, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
-    "experts after a dense layer": DENSE_FIRST,
     "biased experts after a dense prelude": {
         **DENSE_FIRST,
         **BIASED,
@@ -232,11 +229,10 @@ def test_logits_losses_and_every_gradient(settings, packed):
         {**LOOPCODER_V2, "loop_count": 3},
         {**KV_SHARING, "loop_count": 3},
         {**EXPERTS, "loop_count": 3},
-        DENSE_FIRST,
         SPANS["prelude and coda"],
         ORDERS["by layer, prelude and coda"],
     ],
-    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts", "dense first", "prelude and coda", "by layer"],
+    ids=["PLT-1", "PLT-3", "LoopCoder-v2", "KV sharing", "experts", "prelude and coda", "by layer"],
 )
 def test_recomputation_changes_nothing(settings, recompute, packed):
     stage, data = build(settings, recompute=recompute), draw()
