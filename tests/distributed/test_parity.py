@@ -421,7 +421,7 @@ def test_dense_layers_before_experts(check, layout):
 def test_dense_layers_before_experts_with_muon_and_in_a_prelude(check):
     half = {"first_k_dense_replace": 2, **BIASES}
     muon = replace(_expert_case(2, overlap=True, **half), optimizer=(("name", "muon"),))
-    span = _expert_case(3, **half, loop_span=[2, 4])
+    span = _expert_case(3, **half, loop_span=(2, 4))
     check(Layout(dp=2, ep=2), [muon, span], "dense layers before experts", ["PLT-2, Muon", "PLT-3, prelude"])
 
 
