@@ -35,8 +35,13 @@ def looped_among(model: ModelConfig, layers: range) -> list[int]:
     return [layer for layer in layers if layer in looped]
 
 
+def run_layers(model: ModelConfig) -> list[int]:
+    """The layers that a token passes in a forward pass, each as often as it runs."""
+    return [*range(model.num_layers), *(model.loop_count - 1) * [*looped_layers(model)]]
+
+
 def layer_runs(model: ModelConfig) -> int:
-    """How many layers a token passes in a forward pass, each counted as often as it runs."""
+    """How many they are."""
     return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))
 
 
@@ -99,11 +104,24 @@ def expert_ffn_hidden_size(model: ModelConfig) -> int:
     return model.moe_ffn_hidden_size or model.ffn_hidden_size
 
 
-def split_ffn(model: ModelConfig) -> tuple[str, int]:
-    """(name, hidden channels) of the FFN that tensor-parallel ranks split: experts stay whole but for a shared one."""
-    if model.num_moe_experts is None:
-        return "ffn_hidden_size", model.ffn_hidden_size
-    return "moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size or 0
+def expert_layers(model: ModelConfig) -> range:
+    """The layers whose FFN is a mixture of experts, counted from 0."""
+    dense = model.num_layers if model.num_moe_experts is None else model.first_k_dense_replace
+    return range(dense, model.num_layers)
+
+
+def dense_layers(model: ModelConfig) -> range:
+    """The layers whose FFN is dense: those before the experts'."""
+    return range(expert_layers(model).start)
+
+
+def split_ffns(model: ModelConfig) -> dict[str, int]:
+    """Hidden channels, by their settings, of the FFNs that tensor-parallel ranks split: experts stay whole but for a
+    shared one."""
+    sizes = {"ffn_hidden_size": model.ffn_hidden_size} if dense_layers(model) else {}
+    if expert_layers(model) and model.moe_shared_expert_intermediate_size is not None:
+        sizes["moe_shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
+    return sizes
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel_size: int = 1) -> int:

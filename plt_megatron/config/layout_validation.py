@@ -29,7 +29,7 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[
 
 def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     model, tp = config.model, layout.tensor
-    for name, size in (("num_attention_heads", model.num_attention_heads), derived.split_ffn(model)):
+    for name, size in (("num_attention_heads", model.num_attention_heads), *derived.split_ffns(model).items()):
         if size % tp:
             yield f"model.{name} {size} is not divisible by parallel.tensor_model_parallel_size {tp}"
     groups = derived.num_query_groups(model)
@@ -82,7 +82,7 @@ def _check_recomputation(config: RunConfig) -> Iterator[str]:
         return
     if not modules or len(set(modules)) < len(modules):
         yield f"parallel.recompute_modules {modules}: name each part once, and at least one"
-    if "mlp" in modules and model.num_moe_experts is not None:
+    if "mlp" in modules and not derived.dense_layers(model):
         yield "parallel.recompute_modules mlp: with model.num_moe_experts layers have no dense FFN; leave it out"
     if "shared_experts" in modules and model.moe_shared_expert_intermediate_size is None:
         yield "parallel.recompute_modules shared_experts needs model.moe_shared_expert_intermediate_size; leave it out"

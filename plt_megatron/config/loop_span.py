@@ -80,7 +80,7 @@ def _check_layout(config: RunConfig) -> Iterator[str]:
     stages = parallel.pipeline_model_parallel_size
     if stages > 1:
         tensor = stages * parallel.tensor_model_parallel_size
-        divided = (model.num_attention_heads, derived.num_query_groups(model), derived.split_ffn(model)[1])
+        divided = (model.num_attention_heads, derived.num_query_groups(model), *derived.split_ffns(model).values())
         nearest = f" and parallel.tensor_model_parallel_size={tensor}" if not any(n % tensor for n in divided) else ""
         yield (
             f"parallel.pipeline_model_parallel_size {stages} with model.loop_span {model.loop_span}: a stage's loops "

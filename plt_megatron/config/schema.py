@@ -100,16 +100,23 @@ class ModelConfig:
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
     init_counts_loops: bool = False  # initial std of what writes into the stream: / sqrt(2 N L) instead of / sqrt(2 L)
-    # Mixture of experts (docs/moe.md): every layer's FFN becomes num_moe_experts of them, of which a token uses topk.
+    # Mixture of experts (docs/moe.md): a layer's FFN becomes num_moe_experts of them, of which a token uses topk.
     num_moe_experts: Annotated[int, Range(2, 2**16)] | None = None  # None: a dense model
+    first_k_dense_replace: Count = 0  # so many first layers have a dense FFN of ffn_hidden_size instead
     moe_router_topk: Size = 2  # experts a token is sent to
     moe_ffn_hidden_size: Size | None = None  # of one expert; None: ffn_hidden_size
     moe_shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; None: none
     moe_router_pre_softmax: bool = False  # weights: shares of all experts (true), or of the chosen (false)
+    # sigmoid: an expert's score does not depend on the others', and its weight is its share of the chosen ones'.
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     # What the load is balanced over: each sequence (independent of layout and micro-batch size), or each microbatch.
     moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
     moe_aux_loss_coeff: NotNegative = 0.01
     moe_z_loss_coeff: NotNegative = 0.0  # keeps the router's logits small
+    # A bias on each expert's score, in the choice alone, balances the load: after a step it moves by the rate, up where
+    # the expert got less than an even load over all loops, else down. Needs sigmoid scores.
+    moe_router_enable_expert_bias: bool = False
+    moe_router_bias_update_rate: Positive = 1e-3
     moe_expert_capacity_factor: Positive | None = None  # experts drop tokens beyond this times an even load; None: none
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
 

@@ -8,11 +8,12 @@ projection and keeps all of it alive.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from plt_megatron.config import derived, fusion_rules
 from plt_megatron.config.fusion_rules import Fusions
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.layout import BYTES, Layout
 from plt_megatron.estimate.parameters import active_experts
 
@@ -56,10 +57,26 @@ class Activations:
     experts: int = 0  # of a layer, all ranks'; 0: a dense FFN
     topk: int = 0
     expert_ffn: int = 0
+    dense_ffn: int = 0  # FFN width of layers without experts, where others have some
 
     def once(self) -> Activations:
         """Of layers that do not loop: no later loop reads their K and V, and they have no gate."""
         return replace(self, shares_kv=False, windowed=False, hidden_gate=False)
+
+    def of_layer(self, model: ModelConfig, layer: int) -> Activations:
+        """Of one of the model's layers: whether it has experts, and whether it loops."""
+        own = self
+        if self.experts and layer not in derived.expert_layers(model):
+            own = replace(self, ffn=self.dense_ffn, experts=0, topk=0, expert_ffn=0)
+        return own if layer in derived.looped_layers(model) else own.once()
+
+    def by_kind(self, model: ModelConfig, layers: Iterable[int]) -> list[tuple[Activations, int]]:
+        """Those of these layers, each with how many have them."""
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for layer in layers:
+            kind = layer in derived.expert_layers(model), layer in derived.looped_layers(model)
+            kinds.setdefault(kind, []).append(layer)
+        return [(self.of_layer(model, alike[0]), len(alike)) for alike in kinds.values()]
 
     # One layer in one loop.
 
@@ -83,7 +100,8 @@ class Activations:
 
     def ffn_block(self) -> int:
         """Norm, gate and up projections, SwiGLU, down projection, or the input of all that if it is recomputed."""
-        return self._rows_bytes() if "mlp" in self.recomputed else self._whole_ffn_block()
+        recomputed = "mlp" in self.recomputed and not self.experts
+        return self._rows_bytes() if recomputed else self._whole_ffn_block()
 
     def _whole_ffn_block(self) -> int:
         wide = self.tokens * self.ffn * self.element
@@ -268,7 +286,7 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
     padded_vocab = derived.padded_vocab_size(model, vocab_size, layout.tensor)
     looped = model.loop_count > 1
     windowed = looped and model.gated_window
-    post = model.norm_placement == "post"
+    post, experts = model.norm_placement == "post", model.num_moe_experts is not None
     return Activations(
         tokens=tokens,
         rows=tokens // layout.tensor if layout.sequence_parallel else tokens,
@@ -278,7 +296,8 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         groups=max(1, groups // layout.tensor),
         gathered_qkv=(heads + 2 * groups) * channels if groups < layout.tensor else 0,
         channels=channels,
-        ffn=derived.split_ffn(model)[1] // layout.tensor,
+        ffn=(model.moe_shared_expert_intermediate_size or 0 if experts else model.ffn_hidden_size) // layout.tensor,
+        dense_ffn=model.ffn_hidden_size // layout.tensor,
         experts=model.num_moe_experts or 0,
         topk=active_experts(model),
         expert_ffn=derived.expert_ffn_hidden_size(model),

@@ -6,8 +6,10 @@ and twice that for an all-reduce.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from plt_megatron.config import derived
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.activations import FP32, Activations
 from plt_megatron.estimate.layout import Layout
 from plt_megatron.estimate.matrices import stage_matrices
@@ -31,13 +33,13 @@ def communication_bytes(
     """
     loops, own = config.model.loop_count, max(layout.stage_layers(config.model.num_layers), key=len)
     looped = derived.looped_among(config.model, own)
-    runs = len(own) + (loops - 1) * len(looped)  # of layers, in a microbatch
-    passes = layout.microbatches * runs / len(own)
+    again = (loops - 1) * looped  # layers of a microbatch's later loops
+    passes = layout.microbatches * (len(own) + len(again)) / len(own)
     matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
     dense = _share(layout.shards) * (parameters.dense + matrices.padding)
     experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
     traffic = {
-        "tensor parallel": layout.microbatches * runs * _tensor_layer(layout, shapes)
+        "tensor parallel": layout.microbatches * _tensor_layers(config, layout, shapes, [*own, *again])
         + _tensor_ends(config, layout, shapes, loops)
         + _whole_gradients(config, layout, own, shapes.hidden),
         "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
@@ -51,7 +53,9 @@ def communication_bytes(
             len(looped) * _context_layer(layout, shapes, loops)
             + (len(own) - len(looped)) * _context_layer(layout, shapes, 1)
         ),
-        "expert parallel": layout.microbatches * runs * _expert_layer(config, layout, shapes),
+        "expert parallel": layout.microbatches
+        * _most_expert_runs(config.model, layout)
+        * _expert_layer(config, layout, shapes),
         "matrix updates": _share(layout.tensor) * FP32 * matrices.gathered(layout.tensor),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
@@ -82,6 +86,17 @@ def _pipeline(layout: Layout, loops: int) -> float:
 
 def _share(ranks: int) -> float:
     return (ranks - 1) / ranks
+
+
+def _tensor_layers(config: RunConfig, layout: Layout, shapes: Activations, layers: Iterable[int]) -> float:
+    return sum(count * _tensor_layer(layout, kind) for kind, count in shapes.by_kind(config.model, layers))
+
+
+def _most_expert_runs(model: ModelConfig, layout: Layout) -> int:
+    """How often a microbatch goes through a layer of experts, in the stage with most."""
+    experts, looped = derived.expert_layers(model), derived.looped_layers(model)
+    runs = {layer: model.loop_count if layer in looped else 1 for layer in experts}
+    return max(sum(runs.get(layer, 0) for layer in own) for own in layout.stage_layers(model.num_layers))
 
 
 def _tensor_layer(layout: Layout, shapes: Activations) -> float:

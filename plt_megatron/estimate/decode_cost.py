@@ -11,6 +11,7 @@ and evenly: further loops then read further experts, and are free only in batche
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
@@ -18,7 +19,7 @@ from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.layout import BYTES
-from plt_megatron.estimate.parameters import count_parameters, layer_matmuls
+from plt_megatron.estimate.parameters import count_layers, count_parameters, ffn_matmuls, layer_matmuls
 
 ELEMENT = BYTES["bf16"]
 MAX_BATCH = 1 << 16
@@ -105,12 +106,11 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     """(bytes read and written, FLOPs) of one step."""
     counted = count_parameters(model, vocab_size)
     head = derived.padded_vocab_size(model, vocab_size) * model.hidden_size
-    looped = len(derived.looped_layers(model)) / model.num_layers
-    alike = counted.attention + counted.ffn + counted.norms + counted.router
+    looped = derived.looped_layers(model)
     reads = 1 if model.cross_loop_parallel else model.loop_count
     rows = batch * (model.loop_count if model.cross_loop_parallel else 1)
-    stack = reads * (looped * (alike + counted.experts * _read_experts(model, rows)) + counted.gates)
-    stack += (1 - looped) * (alike + counted.experts * _read_experts(model, batch))
+    stack = reads * _read_layers(model, looped, rows)
+    stack += _read_layers(model, [layer for layer in range(model.num_layers) if layer not in looped], batch)
     weights = ELEMENT * (stack + head + counted.loop_input + counted.final_norm)
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
@@ -119,6 +119,12 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     written = _token_kv(model, owners)
     logits = derived.padded_vocab_size(model, vocab_size) * ELEMENT
     return weights + batch * float(caches + written + logits), batch * _flops(model, context, head)
+
+
+def _read_layers(model: ModelConfig, layers: Iterable[int], rows: int) -> float:
+    """Parameters of these layers that are read for so many rows."""
+    counted = count_layers(model, layers)
+    return sum(counted.values()) - counted["experts"] * (1.0 - _read_experts(model, rows))
 
 
 def _read_experts(model: ModelConfig, rows: int) -> float:
@@ -132,9 +138,9 @@ def _flops(model: ModelConfig, context: int, head: int) -> float:
     """Of one token of one sequence, all loops."""
     runs, windows = derived.layer_runs(model), _window_runs(model)
     width = model.num_attention_heads * derived.head_dim(model)
-    linear = layer_matmuls(model, "attention", "ffn", "router", "experts")
+    linear = runs * layer_matmuls(model, "attention") + ffn_matmuls(model, derived.run_layers(model))
     attention = 4 * width * (runs * context + windows * min(model.window_size, context))
-    return runs * 2 * linear + attention + windows * 2 * layer_matmuls(model, "gates") + 2 * head
+    return 2 * linear + attention + windows * 2 * layer_matmuls(model, "gates") + 2 * head
 
 
 def _seconds(card: GPUSpec, read: float, computed: float) -> tuple[float, str]:

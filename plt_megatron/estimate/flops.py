@@ -5,7 +5,7 @@ Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads
 
     projections   2 d c (h + 2 g) + 2 h c d          per layer and loop
     ffn           2 * 3 d f                          per layer and loop
-    router        2 d E                              per layer and loop, with E experts: f is then what a token uses
+    router        2 d E                              per layer with E experts and loop: f is there what a token uses
     global        4 h c K(n)                         per layer and loop: Q K^T, and its softmax times V
     local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.estimate.parameters import layer_matmuls
+from plt_megatron.estimate.parameters import ffn_matmuls, layer_matmuls
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
 
@@ -88,7 +88,7 @@ def forward_flops_per_token(
     windows = later_runs if model.gated_window else 0
     return Flops(
         projections=projections,
-        ffn=runs * 2 * layer_matmuls(model, "ffn", "router", "experts"),
+        ffn=2 * ffn_matmuls(model, derived.run_layers(model)),
         global_attention=runs * 4 * attention_width * mean_keys(sequence_length),
         local_attention=windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
         gate=windows * 2 * layer_matmuls(model, "gates"),

@@ -89,8 +89,8 @@ def stage_matrices(config: RunConfig, layout: Layout, stage: int, *, experts: bo
     model, ranks = config.model, layout.expert_shards if experts else layout.shards
     matrices = [
         matrix
-        for _ in layout.stage_layers(model.num_layers)[stage]
-        for matrix in _layer_matrices(model, layout, experts=experts)
+        for layer in layout.stage_layers(model.num_layers)[stage]
+        for matrix in _layer_matrices(model, layout, layer, experts=experts)
     ]
     buckets = layout.overlap_grad_reduce and stage == 0
     return given_out(matrices, ranks, derived.bucket_elements(layout.shards) if buckets else None)
@@ -101,13 +101,14 @@ def matrix_parameters(model: ModelConfig) -> int:
     sizes = Sizes.of(model, 0)
     copies = {False: 1, True: model.num_moe_experts or 0}
     own = (each for each in parameters_of(model) if each.is_hidden_matrix)
-    return model.num_layers * sum(parameter.size(sizes) * copies[parameter.per_expert] for parameter in own)
+    return sum(len(each.layers(model)) * each.size(sizes) * copies[each.per_expert] for each in own)
 
 
-def _layer_matrices(model: ModelConfig, layout: ParallelLayout, *, experts: bool) -> list[RankMatrix]:
+def _layer_matrices(model: ModelConfig, layout: ParallelLayout, layer: int, *, experts: bool) -> list[RankMatrix]:
     sizes = Sizes.of(model, 0)
     copies = (model.num_moe_experts or 0) // layout.expert if experts else 1
-    own = [each for each in parameters_of(model) if each.is_hidden_matrix and each.per_expert == experts]
+    matrices = [each for each in parameters_of(model) if each.is_hidden_matrix and layer in each.layers(model)]
+    own = [each for each in matrices if each.per_expert == experts]
     return [_rank_matrix(parameter, sizes, layout.tensor) for _ in range(copies) for parameter in own]
 
 

@@ -193,7 +193,8 @@ class MemorySimulator:
     def __post_init__(self) -> None:
         self.loops = self.config.model.loop_count
         model = self.config.model
-        own, looped = self.layout.stage_layers(model.num_layers)[self.stage], derived.looped_layers(model)
+        self.own = own = self.layout.stage_layers(model.num_layers)[self.stage]
+        looped = derived.looped_layers(model)
         self.layers, self.looped = len(own), len(derived.looped_among(model, own))
         # Layers that run once: before the first loop, and after the last.
         self.prelude = sum(layer < looped.start for layer in own)
@@ -207,7 +208,7 @@ class MemorySimulator:
         self.element = self.shapes.element
         loops = range(1, self.loops + 1)
         self.saved = {loop: self._saved(loop) for loop in loops}
-        self.working = {loop: self._working_set(loop) for loop in loops}
+        self.working = {loop: self._working_set(loop, own[-1]) if own else Counter() for loop in loops}
         self.first_layer = {loop: self._first_layer(loop) for loop in loops}
         self.table = self.element * self.shapes.vocab * self.shapes.hidden
         self.live["temporaries"] = 0 if self.shapes.documents else self.shapes.window_bias()
@@ -243,7 +244,8 @@ class MemorySimulator:
             units = -(-self.looped // unit) + sum(-(-layers // self.unit) for layers in once)
             saved["activations"] = units * shapes.layer_input()
         else:
-            saved["activations"] = self.looped * shapes.layer(loop) + sum(once) * shapes.once().layer(1)
+            kinds = shapes.by_kind(self.config.model, self._running(loop))
+            saved["activations"] = sum(count * kind.layer(loop) for kind, count in kinds)
         if self.first and loop > 1:
             saved["activations"] += shapes.loop_input()
         if self.last:
@@ -255,6 +257,16 @@ class MemorySimulator:
         if loop == 1:
             saved["first-loop K/V"] = self.looped * shapes.first_loop_kv()
         return saved
+
+    def _running(self, loop: int) -> list[int]:
+        """This stage's layers that run in a loop."""
+        looped = derived.looped_layers(self.config.model)
+        before, after = loop == 1, loop == self.loops
+        return [
+            layer
+            for layer in self.own
+            if layer in looped or (before and layer < looped.start) or (after and layer >= looped.stop)
+        ]
 
     # Backward.
 
@@ -281,11 +293,9 @@ class MemorySimulator:
         else:
             self._mark({"temporaries": self.table}, "the gradient of the output layer")
 
-    def _working_set(self, loop: int) -> Counter[str]:
-        """What the last layer's backward pass needs besides `live`, which has everything saved."""
-        shapes = self.shapes
-        if self.layers == 0:
-            return Counter()
+    def _working_set(self, loop: int, layer: int) -> Counter[str]:
+        """What a layer's backward pass needs besides `live`, which has everything saved."""
+        shapes = self._looping(layer)
         needs = Counter({"temporaries": shapes.backward_working_set(loop)})
         largest = shapes.hidden * 2 * shapes.ffn * self.element
         if self.full:
@@ -300,6 +310,11 @@ class MemorySimulator:
             needs["temporaries"] += 2 * shapes.window_bias()
         return needs
 
+    def _looping(self, layer: int) -> Activations:
+        """A layer's shapes, taken to loop."""
+        whole = replace(self.config.model, loop_span=None)
+        return self.shapes.of_layer(whole, layer)
+
     @property
     def _autograd_keeps_weight_gradients(self) -> bool:
         """With loops in one graph, autograd accumulates a weight's gradients until its first loop's arrive. Pipelines
@@ -310,9 +325,11 @@ class MemorySimulator:
 
     def _first_layer(self, loop: int) -> Counter[str]:
         """The same at the first layer, which alone is left of what the loop has saved."""
-        needs = Counter(self.working[loop])
-        if not self.full and self.layers:
-            needs["activations"] += self.shapes.layer(loop)
+        if not self.own:
+            return Counter()
+        needs = self._working_set(loop, self.own[0])
+        if not self.full:
+            needs["activations"] += self._looping(self.own[0]).layer(loop)
             needs["first-loop K/V"] += self.shapes.first_loop_kv() if loop == 1 else 0
         return needs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -69,8 +70,11 @@ def count_parameters(
 
 def _copies(parameter: Parameter, model: ModelConfig) -> int:
     """How many of one line of the table there are: layers, experts."""
-    copies = len(parameter.layers(model))
-    return copies * (model.num_moe_experts or 0) if parameter.per_expert else copies
+    return len(parameter.layers(model)) * _copies_in_layer(parameter, model)
+
+
+def _copies_in_layer(parameter: Parameter, model: ModelConfig) -> int:
+    return (model.num_moe_experts or 0) if parameter.per_expert else 1
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,35 @@ def active_experts(model: ModelConfig) -> int:
 
 
 def layer_matmuls(model: ModelConfig, *components: Component) -> int:
-    """Weights of one layer's components that one token is multiplied with in one loop: its multiply-adds."""
+    """Weights of one layer's components that one token is multiplied with in one loop: its multiply-adds. Components
+    that all layers have, or all that loop."""
+    return sum(_multiplied(model, components).values())
+
+
+def matmuls_in_layers(model: ModelConfig, layers: Iterable[int], *components: Component) -> int:
+    """The same of these layers, each counted as often as it is given."""
+    counted = _multiplied(model, components).items()
+    return sum(size * sum(layer in parameter.layers(model) for layer in layers) for parameter, size in counted)
+
+
+def ffn_matmuls(model: ModelConfig, layers: Iterable[int]) -> int:
+    """The same of their FFNs, with what a token uses of experts."""
+    return matmuls_in_layers(model, layers, "ffn", "router", "experts")
+
+
+def _multiplied(model: ModelConfig, components: Collection[Component]) -> dict[Parameter, int]:
     sizes = Sizes.of(model, 0)
-    return sum(
-        parameter.size(sizes) * (active_experts(model) if parameter.per_expert else 1)
+    return {
+        parameter: parameter.size(sizes) * (active_experts(model) if parameter.per_expert else 1)
         for parameter in parameters_of(model)
         if parameter.is_matrix and parameter.component in components
-    )
+    }
+
+
+def count_layers(model: ModelConfig, layers: Iterable[int]) -> dict[Component, int]:
+    """Parameters of these layers, by component."""
+    sizes, counted = Sizes.of(model, 0), dict.fromkeys(get_args(Component), 0)
+    for parameter in (each for each in parameters_of(model) if each.per_layer):
+        copies = sum(layer in parameter.layers(model) for layer in layers)
+        counted[parameter.component] += copies * parameter.size(sizes) * _copies_in_layer(parameter, model)
+    return counted

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.activations import Activations
 from plt_megatron.estimate.flops import Flops
 from plt_megatron.estimate.gpu_specs import GPUSpec
 from plt_megatron.estimate.layout import Layout
 from plt_megatron.estimate.matrices import stage_matrices
-from plt_megatron.estimate.parameters import RankParameters
+from plt_megatron.estimate.parameters import RankParameters, ffn_matmuls
 from plt_megatron.estimate.schedule import bubble_fraction
 
 # Reads and writes of the optimizer per parameter it owns: gradient, main weight and two moments in, the last three
@@ -76,13 +76,13 @@ def step_time(
     peak = card.flops_per_second(config.training.precision)
     tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
     share = tokens / layout.tensor  # of one rank
-    slowest = slowest_stage(layout, config.model.num_layers, training_flops)
-    own = stage_flops(layout, config.model.num_layers, training_flops, slowest)
+    slowest = slowest_stage(layout, config.model, training_flops)
+    own = stage_flops(layout, config.model, training_flops, slowest)
     attention_flops = own.global_attention + own.local_attention
     matmul = share * _matmul_seconds(config, card, own)
     attention = share * attention_flops / (peak * card.attention_efficiency)
     memory_bound = _memory_bound(config, layout, shapes, card, slowest)
-    recompute = _recompute(layout, matmul, attention, memory_bound, own)
+    recompute = _recompute(config, layout, matmul, attention, memory_bound, own, slowest)
     tensor_parallel = traffic.get("tensor parallel", 0.0) / _bandwidth(card, layout.tensor, gpus_per_node)
     context_spread = layout.tensor * layout.context
     ring = traffic.get("context parallel", 0.0) / _bandwidth(card, context_spread, gpus_per_node)
@@ -104,15 +104,17 @@ def step_time(
     )
 
 
-def stage_flops(layout: ParallelLayout, num_layers: int, flops: Flops, stage: int) -> Flops:
+def stage_flops(layout: ParallelLayout, model: ModelConfig, flops: Flops, stage: int) -> Flops:
     """What a pipeline stage has of a token's FLOPs: those of its layers and, the last, the output layer's."""
-    own = flops.times(len(layout.stage_layers(num_layers)[stage]) / num_layers)
-    return dataclasses.replace(own, output=flops.output if stage == layout.pipeline - 1 else 0.0)
+    layers = layout.stage_layers(model.num_layers)[stage]
+    own = flops.times(len(layers) / model.num_layers)
+    ffn = flops.ffn * ffn_matmuls(model, layers) / ffn_matmuls(model, range(model.num_layers))
+    return dataclasses.replace(own, ffn=ffn, output=flops.output if stage == layout.pipeline - 1 else 0.0)
 
 
-def slowest_stage(layout: ParallelLayout, num_layers: int, flops: Flops) -> int:
+def slowest_stage(layout: ParallelLayout, model: ModelConfig, flops: Flops) -> int:
     """The stage with most FLOPs, at whose pace a pipeline runs."""
-    return max(range(layout.pipeline), key=lambda stage: stage_flops(layout, num_layers, flops, stage).total)
+    return max(range(layout.pipeline), key=lambda stage: stage_flops(layout, model, flops, stage).total)
 
 
 def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
@@ -128,24 +130,32 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 
 def _memory_bound(config: RunConfig, layout: Layout, shapes: Activations, card: GPUSpec, stage: int) -> float:
     shapes = dataclasses.replace(shapes, recomputed=())  # activations that are not kept are moved too
-    own = layout.stage_layers(config.model.num_layers)[stage]
-    looped = len(derived.looped_among(config.model, own))
-    loops = range(1, config.model.loop_count + 1)
-    saved: float = looped * sum(shapes.layer(loop) + (shapes.first_loop_kv() if loop == 1 else 0) for loop in loops)
-    saved += (len(own) - looped) * shapes.once().layer(1)
+    model, own = config.model, layout.stage_layers(config.model.num_layers)[stage]
+    looped = derived.looped_among(model, own)
+    saved: float = len(looped) * shapes.first_loop_kv()
+    for loop in range(1, model.loop_count + 1):
+        kinds = shapes.by_kind(model, own if loop == 1 else looped)
+        saved += sum(count * kind.layer(loop) for kind, count in kinds)
     heads = len(derived.loops_with_loss(config, config.model.loop_count)) if stage == layout.pipeline - 1 else 0
     saved += heads * (shapes.softmax() + shapes.head_backward())
     moved = PASSES_OVER_ACTIVATIONS * saved * layout.microbatches
     return moved / (card.memory_bandwidth * card.memory_efficiency)
 
 
-def _recompute(layout: Layout, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
+def _recompute(
+    config: RunConfig, layout: Layout, matmul: float, attention: float, memory_bound: float, flops: Flops, stage: int
+) -> float:
     """Another forward pass, a third of a step, over the recomputed part."""
     if layout.recompute == "none":
         return 0.0
     if layout.recompute == "selective":
         parts = attention if "core_attn" in layout.recompute_modules else 0.0
-        return (parts + (matmul * flops.ffn / flops.total if "mlp" in layout.recompute_modules else 0.0)) / 3
+        if "mlp" in layout.recompute_modules:
+            model, layers = config.model, layout.stage_layers(config.model.num_layers)[stage]
+            dense = [layer for layer in layers if layer in derived.dense_layers(model)]
+            share = ffn_matmuls(model, dense) / (ffn_matmuls(model, layers) or 1)
+            parts += matmul * flops.ffn / flops.total * share
+        return parts / 3
     looped = flops.looped / flops.total
     return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
 

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.parameters import is_buffer
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.checkpoint import publishing
@@ -39,11 +40,17 @@ class LazyTensor:
     Attributes:
         name: ours, over the whole model.
         make: gives the tensor, of `shape`, on the CPU.
+
+    A buffer is written in fp32 whatever the checkpoint's dtype.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+
+    def dtype(self, checkpoints: torch.dtype) -> torch.dtype:
+        """On disk, in a checkpoint of this dtype."""
+        return torch.float32 if is_buffer(self.name) else checkpoints
 
 
 def padded(tensor: LazyTensor, rows: int) -> LazyTensor:
@@ -141,7 +148,7 @@ class _Planner(DefaultSavePlanner):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(part)),
-                    properties=TensorProperties(dtype=self._dtype),
+                    properties=TensorProperties(dtype=tensor.dtype(self._dtype)),
                     size=torch.Size(shape),
                 ),
             )
@@ -155,7 +162,7 @@ class _Planner(DefaultSavePlanner):
                 layers.setdefault(key, set()).add(place[0])
         most = max(map(len, layers.values()), default=0)
         return [
-            (tensor.name, ()) if place and len(layers[key]) < most else (key, place)
+            stored_at(tensor.name, in_all_layers=not place or len(layers[key]) == most)
             for tensor, (key, place) in zip(self._tensors, places, strict=True)
         ]
 
@@ -168,4 +175,4 @@ class _Planner(DefaultSavePlanner):
         tensor = self._made[write_item.index.fqn, tuple(write_item.index.offset)]
         made = tensor.make()
         assert tuple(made.shape) == tensor.shape, (tensor.name, made.shape, tensor.shape)
-        return made.to(self._dtype).contiguous().view(write_item.tensor_data.chunk.sizes)
+        return made.to(tensor.dtype(self._dtype)).contiguous().view(write_item.tensor_data.chunk.sizes)

@@ -146,15 +146,20 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
 
 
 def _expert_keys(model: ModelConfig) -> dict[str, Any]:
-    """Qwen3-MoE's keys, and Qwen2-MoE's of a shared expert."""
+    """Qwen3-MoE's keys, Qwen2-MoE's of a shared expert, and DeepSeek-V3's and MiniMax-M2's of dense layers, scores and
+    their bias."""
     if model.num_moe_experts is None:
         return {}
+    sigmoid = model.moe_router_score_function == "sigmoid"
     return {
         "num_experts": model.num_moe_experts,
+        "first_k_dense_replace": model.first_k_dense_replace,
         "num_experts_per_tok": model.moe_router_topk,
         "moe_intermediate_size": derived.expert_ffn_hidden_size(model),
         "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
-        "norm_topk_prob": not model.moe_router_pre_softmax,
+        "norm_topk_prob": model.moe_router_topk > 1 if sigmoid else not model.moe_router_pre_softmax,
+        "scoring_func": model.moe_router_score_function,
+        "use_routing_bias": model.moe_router_enable_expert_bias,
         "router_aux_loss_coef": model.moe_aux_loss_coeff,
     }
 
@@ -306,19 +311,28 @@ def _from_qwen3(keys: dict[str, Any]) -> HFModelConfig:
 def _from_qwen3_moe(keys: dict[str, Any]) -> HFModelConfig:
     config = _transformers_config("qwen3_moe", keys)
     _refuse(config, use_sliding_window=False, attention_bias=False, hidden_act="silu")
-    _refuse(config, decoder_sparse_step=1, mlp_only_layers=[])  # every layer has experts
-    return _described(config, qk_layernorm=True, **_expert_settings(config))
+    dense = list(config.mlp_only_layers or [])
+    _refuse(config, decoder_sparse_step=1)
+    if sorted(dense) != list(range(len(dense))):
+        raise UserError(f"mlp_only_layers {dense} is not supported, only the first layers, as in {[0, 1]}")
+    return _described(config, qk_layernorm=True, **_expert_settings(config) | {"first_k_dense_replace": len(dense)})
 
 
 def _expert_settings(config: Any) -> dict[str, Any]:
     if not config.num_experts:
         return {}
+    sigmoid = getattr(config, "scoring_func", "softmax") == "sigmoid"
+    if sigmoid:
+        _refuse(config, norm_topk_prob=config.num_experts_per_tok > 1)
     return {
         "num_moe_experts": config.num_experts,
+        "first_k_dense_replace": getattr(config, "first_k_dense_replace", 0),
         "moe_router_topk": config.num_experts_per_tok,
         "moe_ffn_hidden_size": config.moe_intermediate_size,
         "moe_shared_expert_intermediate_size": getattr(config, "shared_expert_intermediate_size", None),
-        "moe_router_pre_softmax": not config.norm_topk_prob,
+        "moe_router_pre_softmax": not (sigmoid or config.norm_topk_prob),
+        "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
+        "moe_router_enable_expert_bias": getattr(config, "use_routing_bias", False),
         "moe_aux_loss_coeff": config.router_aux_loss_coef,
     }
 

@@ -45,11 +45,15 @@ class PLTConfig(PreTrainedConfig):
         norm_placement (`str`): "pre" (Llama) or "post" (OLMo-2: norms on the outputs of attention and MLP).
         attention_bias (`bool`): biases on the q, k, v and o projections (Llama).
         qkv_bias (`bool`): biases on the q, k and v projections only (Qwen2).
-        num_experts (`int`): experts in place of every layer's MLP; None: a dense model. The keys are Qwen3-MoE's.
+        num_experts (`int`): experts in place of a layer's MLP; None: a dense model. The keys are Qwen3-MoE's.
+        first_k_dense_replace (`int`): the first layers, which have an MLP all the same; DeepSeek-V3's key.
         num_experts_per_tok (`int`): experts that a token is sent to, in each loop anew.
         moe_intermediate_size (`int`): hidden size of one expert.
         shared_expert_intermediate_size (`int`): hidden size of an expert that every token uses beside; None: none.
         norm_topk_prob (`bool`): the weights of a token's experts add up to 1.
+        scoring_func (`str`): of the router's logits, "softmax" or "sigmoid"; DeepSeek-V3's key.
+        use_routing_bias (`bool`): a bias is added to the scores by which experts are chosen, not to those that weigh
+            them; MiniMax-M2's key.
         router_aux_loss_coef (`float`): of the load-balancing loss in pretraining; this code has no such loss.
     """
 
@@ -82,10 +86,13 @@ class PLTConfig(PreTrainedConfig):
     norm_placement: str = "pre"
 
     num_experts: int | None = None
+    first_k_dense_replace: int = 0
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     norm_topk_prob: bool = True
+    scoring_func: str = "softmax"
+    use_routing_bias: bool = False
     router_aux_loss_coef: float = 0.01
 
     loop_count: int = 2
@@ -169,8 +176,16 @@ class PLTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be a positive integer in a mixture of experts, not {value!r}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}")
+        dense = self.first_k_dense_replace
+        if type(dense) is not int or not 0 <= dense < self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace must be from 0 to one less than num_hidden_layers {self.num_hidden_layers}, "
+                f"not {dense!r}"
+            )
         if self.mlp_bias:
             raise ValueError("mlp_bias is not for experts: leave it false")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not {self.scoring_func!r}')
 
     def _check_path(self) -> None:
         span = self.loop_span

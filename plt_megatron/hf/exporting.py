@@ -20,6 +20,7 @@ from plt_megatron.hf.safetensors_files import SafetensorsWriter, parse_size
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer
 from plt_megatron.hf.verification import TOLERANCE, largest_difference
+from plt_megatron.model.parameters import is_buffer
 
 MODEL_FILES = ("configuration_plt.py", "modeling_plt.py")
 _DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -109,7 +110,8 @@ def _write_weights(
 ) -> tuple[int, int]:
     """(bytes of tensors, files)"""
     shapes = [pair for mapping in mappings for pair in mapping.hf]
-    with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size) as writer:
+    buffers = {name for name, _ in shapes if is_buffer(name)}
+    with SafetensorsWriter(folder, shapes, PRECISIONS[precision], shard_size, buffers) as writer:
         for name, tensor in to_hf(source.weights(), mappings):
             writer.write(name, tensor)
         return writer.total_size, len(writer.files)

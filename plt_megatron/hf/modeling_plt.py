@@ -791,7 +791,11 @@ class PLTMoE(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.scoring_func = config.scoring_func
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        # Balances the load without a loss: part of the choice, not of the weights. The name is DeepSeek-V3's.
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_routing_bias else None
+        self.gate.register_buffer("e_score_correction_bias", bias)
         self.experts = nn.ModuleList(PLTMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
         shared = config.shared_expert_intermediate_size
         self.shared_expert = PLTMLP(config, shared) if shared else None
@@ -799,9 +803,12 @@ class PLTMoE(nn.Module):
     def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows [T, d] to the experts' weights, in fp32, and their numbers, both [T, top_k]."""
         logits = F.linear(rows.float(), self.gate.weight.float())
-        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        scores = logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
+        bias = self.gate.e_score_correction_bias
+        chosen = (scores if bias is None else scores + bias.float()).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, chosen)
         if self.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights, chosen
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -831,7 +838,8 @@ class PLTDecoderLayer(GradientCheckpointingLayer):
         pre = config.norm_placement == "pre"
         self.residual_scale = config.residual_scale
         self.self_attn = PLTAttention(config, layer_idx)
-        self.mlp = PLTMLP(config) if config.num_experts is None else PLTMoE(config)
+        experts = config.num_experts is not None and layer_idx >= config.first_k_dense_replace
+        self.mlp = PLTMoE(config) if experts else PLTMLP(config)
         self.input_layernorm = PLTRMSNorm(size, eps) if pre else None
         self.post_attention_layernorm = PLTRMSNorm(size, eps)
         self.post_feedforward_layernorm = PLTRMSNorm(size, eps) if not pre or config.ffn_output_norm else None
@@ -894,6 +902,7 @@ class PLTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {"hidden_states": PLTDecoderLayer, "attentions": PLTAttention}
 
     def __init__(self, config: PLTConfig, *args: Any, **kwargs: Any):
@@ -908,6 +917,8 @@ class PLTPreTrainedModel(PreTrainedModel):
             # Half and half at the start, as LoopCoder-v2 does.
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
+        if isinstance(module, PLTMoE) and module.gate.e_score_correction_bias is not None:
+            init.zeros_(module.gate.e_score_correction_bias)
         if isinstance(module, PLTLoopInput) and isinstance(module.hidden_scale, nn.Parameter):
             init.constant_(module.hidden_scale, module.initial)
 

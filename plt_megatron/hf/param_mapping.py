@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.hf.tensor_mapping import MAPPINGS, NegatedMapping, TensorMapping
-from plt_megatron.model.parameters import EXPERT, LAYER, Parameter, Sizes, parameters_of
+from plt_megatron.model.parameters import EXPERT, LAYER, Parameter, Sizes, tensors_of
 
 # "loopcoder": the gate multiplies the global attention, whatever its side in the model.
 Style = Literal["plt", "loopcoder"]
@@ -56,7 +56,7 @@ def mappings_for(model: ModelConfig, vocab_size: int, style: Style = "plt") -> l
     """The mappings of every tensor of `model`, in the order in which exports store them: layer by layer."""
     sizes = Sizes.of(model, vocab_size)
     mappings = []
-    for per_layer, group in groupby(parameters_of(model), key=lambda parameter: parameter.per_layer):
+    for per_layer, group in groupby(tensors_of(model), key=lambda parameter: parameter.per_layer):
         parameters = list(group)
         for layer in range(model.num_layers if per_layer else 1):
             for parameter in (each for each in parameters if layer in each.layers(model)):

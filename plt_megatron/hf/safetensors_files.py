@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,29 @@ def parse_size(text: str) -> int:
 
 
 class SafetensorsWriter:
-    """Writes tensors of one dtype into files of at most `max_shard_size`. A context manager.
+    """Writes tensors of one dtype, and in fp32 some others, into files of at most `max_shard_size`. A context manager.
 
     Args:
         folder: exists.
         shapes: (name, shape) of every tensor, in the order of the files.
+        in_fp32: names of those others.
         max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
     """
 
     def __init__(
-        self, folder: Path, shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, max_shard_size: int
+        self,
+        folder: Path,
+        shapes: Iterable[tuple[str, tuple[int, ...]]],
+        dtype: torch.dtype,
+        max_shard_size: int,
+        in_fp32: Container[str] = (),
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self._in_fp32 = dtype, in_fp32
         self.total_size = 0
         shards: list[dict[str, tuple[int, ...]]] = [{}]
         filled = 0
         for name, shape in shapes:
-            size = math.prod(shape) * dtype.itemsize
+            size = math.prod(shape) * self._dtype_of(name).itemsize
             if shards[-1] and filled + size > max_shard_size:
                 shards.append({})
                 filled = 0
@@ -73,12 +79,16 @@ class SafetensorsWriter:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
             (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._in_fp32 else self.dtype
+
     def _begin(self, path: Path, shard: dict[str, tuple[int, ...]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, shape in shard.items():
-            begin, end = end, end + math.prod(shape) * self.dtype.itemsize
-            header[name] = {"dtype": _NAMES[self.dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            dtype = self._dtype_of(name)
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode("utf-8")
         text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -91,7 +101,7 @@ class SafetensorsWriter:
         """Write a tensor of any floating dtype, on the CPU, to its place; each exactly once."""
         descriptor, place, shape = self._left.pop(name)
         assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-        values = tensor.detach().to(self.dtype).contiguous()
+        values = tensor.detach().to(self._dtype_of(name)).contiguous()
         data = memoryview(values.reshape(-1).view(torch.uint8).numpy())
         while data:
             written = os.pwrite(descriptor, data, place)

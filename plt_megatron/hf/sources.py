@@ -21,7 +21,7 @@ from plt_megatron.hf.config_keys import CONFIG, read_config
 from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
-from plt_megatron.model.parameters import only_in_loops
+from plt_megatron.model.parameters import is_buffer, only_in_loops
 from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 from plt_megatron.train.checkpoint import read_weights
 
@@ -175,7 +175,7 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
 
 
 def hf_precision(files: SafetensorsFolder) -> str:
-    """`fp32` if any tensor is, else what all of them are; mixed half precisions need fp32.
+    """`fp32` if any tensor but a buffer is, else what all of them are; mixed half precisions need fp32.
 
     Raises:
         UserError: a tensor has an unsupported type (integers, fp8); the message names it.
@@ -183,7 +183,7 @@ def hf_precision(files: SafetensorsFolder) -> str:
     for name, dtype in files.dtypes.items():
         if dtype not in DTYPES:
             raise UserError(f"{files.folder}: {name} is of type {dtype}; only {', '.join(DTYPES)} can be converted")
-    kinds = {DTYPES[dtype] for dtype in files.dtypes.values()}
+    kinds = {DTYPES[dtype] for name, dtype in files.dtypes.items() if not is_buffer(name)}
     if len(kinds) > 1:
         return "fp32"
     return next(name for name, dtype in PRECISIONS.items() if dtype in kinds)

@@ -16,6 +16,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import with_rows
 from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
 from plt_megatron.hf.sources import ModelSource, open_source
+from plt_megatron.model.parameters import is_buffer
 from plt_megatron.train.checkpoint.reading import PADDED
 
 TOLERANCE = 1e-4  # of logits in fp32
@@ -77,7 +78,8 @@ def _megatron_logits(source: ModelSource, tokens: Tensor, export_dtype: torch.dt
         from plt_megatron.model.looped_gpt import MicroBatch
 
         model = build_model(source, tokens.shape[1])
-        weights = ((name, tensor.to(export_dtype).float()) for name, tensor in source.weights())
+        dtype = {True: torch.float32, False: export_dtype}
+        weights = ((name, tensor.to(dtype[is_buffer(name)]).float()) for name, tensor in source.weights())
         fill_model(model, weights, mappings_for(source.model, source.vocab_size))
         with torch.no_grad():
             logits = model.eval()(MicroBatch(tokens=tokens))
@@ -104,11 +106,11 @@ def fill_model(stage: Any, weights: Iterator[tuple[str, Tensor]], mappings: list
     """Load a stage's part of whole weights, whatever its place in the layout; vocabulary padding becomes zero.
 
     Raises:
-        UserError: a parameter gets no weights, or has another shape.
+        UserError: a parameter or buffer gets no weights, or has another shape.
     """
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.initialization import global_tensors
 
-    parameters = dict(global_names(stage))
+    parameters = dict(global_tensors(stage))
     by_name = {mapping.name: mapping for mapping in mappings}
     group = stage.pg_collection.tp
     for name, whole in weights:
@@ -171,14 +173,23 @@ def load_any(folder: Path) -> Any:
     """A folder of any family that we read (LoopCoder-v2's too), in our modeling code, in fp32."""
     from plt_megatron.hf.config_keys import plt_keys
     from plt_megatron.hf.configuration_plt import PLTConfig
-    from plt_megatron.hf.conversion import to_hf
     from plt_megatron.hf.modeling_plt import PLTForCausalLM
 
     source = open_source(folder)
     keys = plt_keys(source.model, source.vocab_size, source.max_position_embeddings, source.tokens, "float32")
     model = PLTForCausalLM(PLTConfig.from_dict(keys)).float()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
-            parameters[name].copy_(tensor)
+    fill_export(model, source)
     return model
+
+
+@torch.no_grad()
+def fill_export(model: Any, source: ModelSource) -> None:
+    """Load a source's weights into a `PLTForCausalLM` of any precision, in which buffers stay in fp32."""
+    from plt_megatron.hf.conversion import to_hf
+
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
+        if is_buffer(name):
+            buffers[name].data = tensor.float().clone()
+        else:
+            parameters[name].copy_(tensor)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from plt_megatron.config import derived
 from plt_megatron.model.looped_gpt import LoopedGPT
-from plt_megatron.model.parameters import Sizes, find
+from plt_megatron.model.parameters import Sizes, find, is_buffer
 
 # An expert's weight: one of several modules, or one of several parameters of a grouped GEMM.
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(?:local_experts\.(\d+)\.(.*)|(.*\.weight)(\d+))")
@@ -27,13 +27,25 @@ def global_names(stage: LoopedGPT) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in the whole model, parameter): layers are numbered over all pipeline stages, a layer's experts over all
     expert-parallel ranks, from 0."""
     for name, parameter in stage.named_parameters():
-        match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
-        if match:
-            layer = stage.decoder.layers[int(match[2])].layer_number - 1
-            name = _global_expert(f"{match[1]}{layer}{match[3]}", stage)
-        elif name == "output_layer.weight" and stage.share_embeddings_and_output_weights:
-            name = "embedding.word_embeddings.weight"  # the last stage's copy
-        yield name, parameter
+        yield _global_name(name, stage), parameter
+
+
+def global_tensors(stage: LoopedGPT) -> Iterator[tuple[str, Tensor]]:
+    """The same of all that a checkpoint has of the model: parameters, then buffers."""
+    yield from global_names(stage)
+    for name, buffer in stage.named_buffers():
+        if is_buffer(name):
+            yield _global_name(name, stage), buffer
+
+
+def _global_name(name: str, stage: LoopedGPT) -> str:
+    match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
+    if match:
+        layer = stage.decoder.layers[int(match[2])].layer_number - 1
+        return _global_expert(f"{match[1]}{layer}{match[3]}", stage)
+    if name == "output_layer.weight" and stage.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"  # the last stage's copy
+    return name
 
 
 def _global_expert(name: str, stage: LoopedGPT) -> str:

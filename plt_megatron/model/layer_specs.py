@@ -16,6 +16,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
@@ -78,15 +79,25 @@ class _Kit:
     attention: type
 
 
-def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
+def layer_specs(model: ModelConfig, backend: str, layers: range) -> TransformerBlockSubmodules:
+    """The specs of some of the model's layers, counted from 0. See `layer_spec`."""
+    experts = derived.expert_layers(model)
+    specs = {kind: layer_spec(model, backend, experts=kind) for kind in {layer in experts for layer in layers}}
+    return TransformerBlockSubmodules(layer_specs=[specs[layer in experts] for layer in layers])
+
+
+def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> ModuleSpec:
     """The spec of a PLT layer on `backend` (`torch` or `te`).
+
+    Args:
+        experts: whether its FFN is a mixture of them.
 
     Raises:
         UserError: `te` without Transformer Engine, or with one that is too old.
     """
     if backend == "torch":
         linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
-        return _layer_spec(model, _Kit(backend, *linears, RMSNorm, TorchGatedAttention))
+        return _layer_spec(model, _Kit(backend, *linears, RMSNorm, TorchGatedAttention), experts)
     require_transformer_engine()
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -96,7 +107,7 @@ def layer_spec(model: ModelConfig, backend: str) -> ModuleSpec:
     )
 
     linears = TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
-    return _layer_spec(model, _Kit(backend, *linears, TENorm, TEGatedAttention))
+    return _layer_spec(model, _Kit(backend, *linears, TENorm, TEGatedAttention), experts)
 
 
 def norm_class(backend: str) -> type:
@@ -116,13 +127,13 @@ def _all_heads_norms(model: ModelConfig) -> tuple[partial, partial]:
     return query_norm, key_norm
 
 
-def _layer_spec(model: ModelConfig, kit: _Kit) -> ModuleSpec:
+def _layer_spec(model: ModelConfig, kit: _Kit, experts: bool) -> ModuleSpec:
     post = model.norm_placement == "post"
     norms = _all_heads_norms(model) if post else (kit.norm, kit.norm)
     residual_add = _residual_add(derived.residual_factor(model))
     q_norm, k_norm = norms if model.qk_layernorm else (IdentityOp, IdentityOp)
     return ModuleSpec(
-        module=TransformerLayer if model.num_moe_experts is None else MoETransformerLayer,
+        module=MoETransformerLayer if experts else TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=OutputNormSelfAttention if post else PLTSelfAttention,
@@ -137,8 +148,8 @@ def _layer_spec(model: ModelConfig, kit: _Kit) -> ModuleSpec:
             ),
             self_attn_bda=residual_add,
             # A router needs the normed states by themselves; an MLP's first linear layer norms its input.
-            pre_mlp_layernorm=IdentityOp if post or model.num_moe_experts is None else kit.norm,
-            mlp=_ffn(model, kit),
+            pre_mlp_layernorm=kit.norm if experts and not post else IdentityOp,
+            mlp=_ffn(model, kit, experts),
             mlp_bda=residual_add,
         ),
     )
@@ -160,10 +171,10 @@ def _residual_add(factor: float) -> Callable[..., Any]:
     return build
 
 
-def _ffn(model: ModelConfig, kit: _Kit) -> Any:
+def _ffn(model: ModelConfig, kit: _Kit, experts: bool) -> Any:
     post = model.norm_placement == "post"
     output_norm = post or model.ffn_output_norm
-    if model.num_moe_experts is not None:
+    if experts:
         submodules = moe_submodules(kit.backend, kit.linear, kit.row_linear)
         return partial(OutputNormMoELayer if output_norm else MoELayer, submodules=submodules)
     mlp = MLPSubmodules(linear_fc1=kit.linear if post else kit.normed_linear, linear_fc2=kit.row_linear)

@@ -19,22 +19,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
-from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.utils import sharded_state_dict_default
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from plt_megatron.config import derived
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.layer_range import part_of
-from plt_megatron.model.layer_specs import layer_spec, norm_class
+from plt_megatron.model.layer_specs import layer_specs, norm_class
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.loop_input import LoopInput
 from plt_megatron.model.loop_statistics import LoopStatistics
 from plt_megatron.model.loss import attach_loss, sum_of_losses
+from plt_megatron.model.parameters import tensors_of
 from plt_megatron.model.rotary import RotaryAngles
 from plt_megatron.model.shift import shift
 from plt_megatron.model.transformer_config import PLTTransformerConfig, resolve_backend
@@ -142,7 +144,7 @@ class LoopedGPT(LanguageModule):
         # The final norm is the model's, not the block's: it closes the last loop only, or every loop.
         self.decoder = TransformerBlock(
             config=config,
-            spec=layer_spec(self.plt, backend),
+            spec=layer_specs(self.plt, backend, self._own_layers()),
             post_layer_norm=False,
             pre_process=True,
             post_process=post_process,
@@ -152,6 +154,12 @@ class LoopedGPT(LanguageModule):
             self._build_head(backend)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+
+    def _own_layers(self) -> range:
+        """This stage's, counted from 0 over the whole model."""
+        config, rank = self.config, self.pg_collection.pp.rank()
+        first = get_transformer_layer_offset(config, pp_rank=rank)
+        return range(first, first + get_num_layers_to_build(config, pp_rank=rank))
 
     def _build_head(self, backend: str) -> None:
         config = self.config
@@ -299,16 +307,23 @@ class LoopedGPT(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, which stacks each kind of parameter over all layers: gates that only some have are saved
-        one by one, by their layers' names."""
+        """As megatron-core's, which stacks each kind of tensor over all layers: those that only some have (gates, a
+        dense FFN, experts) are saved by their layers' names."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if len(derived.looped_layers(self.plt)) == self.plt.num_layers:
+        if all(tensor.in_all_layers(self.plt) for tensor in tensors_of(self.plt) if tensor.per_layer):
             return state
-        for name, gate in self.named_modules():
-            if name.endswith(".plt_gate"):
-                own = (gate, f"{prefix}{name}.", (), metadata)
-                state |= sharded_state_dict_default(*own, tp_group=self.pg_collection.tp)
+        for index, layer in enumerate(self.decoder.layers):
+            here, whole = (f"{prefix}decoder.layers.{number}." for number in (index, layer.layer_number - 1))
+            own = layer.sharded_state_dict(here, (), metadata)
+            own = {name: value for name, value in own.items() if not self._is_in_all_layers(name)}
+            replace_prefix_for_sharding(own, here, whole)
+            state |= own
         return state
+
+    def _is_in_all_layers(self, name: str) -> bool:
+        """Of a layer's tensor, or of the extra state beside a weight: an attention's is beside none."""
+        weight = name.replace("._extra_state", ".weight")
+        return all(tensor.in_all_layers(self.plt) for tensor in tensors_of(self.plt) if tensor.is_named(weight))
 
     def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""

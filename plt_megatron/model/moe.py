@@ -52,6 +52,20 @@ class LoopRouter(TopKRouter):
             statistics.add_routing(loop, self.number, chosen, kept)
         return weights, kept
 
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count where the tokens go, as megatron-core does, which compiles the one sum: for each router anew, and on a
+        CPU with a compiler that need not be there."""
+        assert padding_mask is None
+        if self.enable_expert_bias and torch.is_grad_enabled():
+            self.local_tokens_per_expert += routing_map.sum(dim=0)
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """megatron-core calls it before it uses or saves the bias, and leaves the counts in the model's precision. bf16
+        has 8 bits: a count of 256 would not take another token."""
+        super()._maintain_float32_expert_bias()
+        if self.local_tokens_per_expert is not None:
+            self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
+
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:

@@ -1,4 +1,5 @@
-"""The table of every parameter that a PLT can have: names, shapes, splits, initial values, and use.
+"""The table of every parameter that a PLT can have, and of buffers that are kept with them: names, shapes, splits,
+initial values, and use.
 
 Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`estimate`), initial
 weights (`model/initialization.py`), weight decay, what a checkpoint of one loop lacks (`train/checkpoint`), and in how
@@ -42,7 +43,7 @@ class Sizes:
     """The dimensions used by shapes in the table."""
 
     hidden: int
-    ffn: int  # of a dense FFN or a shared expert
+    ffn: int  # of a dense FFN
     vocab: int
     heads: int
     groups: int
@@ -51,6 +52,7 @@ class Sizes:
     key_norm: int
     experts: int
     expert_ffn: int
+    shared_ffn: int  # of a shared expert
     one: int = 1
 
     @classmethod
@@ -59,7 +61,7 @@ class Sizes:
         heads, groups, head_dim = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
         return cls(
             hidden=model.hidden_size,
-            ffn=derived.split_ffn(model)[1],
+            ffn=model.ffn_hidden_size,
             vocab=vocab_size,
             heads=heads,
             groups=groups,
@@ -68,6 +70,7 @@ class Sizes:
             key_norm=groups * head_dim if _post(model) else head_dim,
             experts=model.num_moe_experts or 0,
             expert_ffn=derived.expert_ffn_hidden_size(model),
+            shared_ffn=model.moe_shared_expert_intermediate_size or 0,
         )
 
     @property
@@ -90,6 +93,10 @@ class Sizes:
     def expert_gate_up(self) -> int:
         return 2 * self.expert_ffn
 
+    @property
+    def shared_gate_up(self) -> int:
+        return 2 * self.shared_ffn
+
     def shape(self, dims: str) -> tuple[int, ...]:
         """Of dimensions by name: `"qkv hidden"`."""
         return tuple(getattr(self, name) for name in dims.split())
@@ -107,9 +114,11 @@ class Parameter:
         form: how it is made from those.
         split: over tensor-parallel ranks, gate and up rows each; None: whole on each.
         init: its value before training.
-        exists: the models that have it.
+        exists: the models that have it, if they have such layers.
+        ffn: the layers that have it, by their FFN; None: all.
         gate_logit: negated, the gate multiplies the other of the two attentions, as in LoopCoder-v2's files.
         in_core_attention: used in the core attention of loops >= 2, not in the layer around it.
+        is_buffer: set by the training loop, not learned; in fp32 whatever the model's precision.
     """
 
     name: str
@@ -120,8 +129,10 @@ class Parameter:
     split: Literal["rows", "columns"] | None = None
     init: Init = "normal"
     exists: Callable[[ModelConfig], bool] = lambda model: True
+    ffn: Literal["dense", "experts"] | None = None
     gate_logit: bool = False
     in_core_attention: bool = False
+    is_buffer: bool = False
 
     @property
     def hf_dims(self) -> list[str]:
@@ -169,7 +180,13 @@ class Parameter:
         """The layers that have one, counted from 0: gates are for layers that loop. For what is in no layer, one."""
         if not self.per_layer:
             return range(1)
+        if self.ffn is not None:
+            return derived.dense_layers(model) if self.ffn == "dense" else derived.expert_layers(model)
         return derived.looped_layers(model) if self.only_in_loops else range(model.num_layers)
+
+    def in_all_layers(self, model: ModelConfig) -> bool:
+        """Whether each layer has one: checkpoints stack these over the layers."""
+        return self.per_layer and len(self.layers(model)) == model.num_layers
 
     @property
     def per_expert(self) -> bool:
@@ -222,16 +239,12 @@ def _post(model: ModelConfig) -> bool:
     return model.norm_placement == "post"
 
 
-def _dense(model: ModelConfig) -> bool:
-    return model.num_moe_experts is None
-
-
-def _experts(model: ModelConfig) -> bool:
-    return not _dense(model)
+def _expert_bias(model: ModelConfig) -> bool:
+    return model.moe_router_enable_expert_bias
 
 
 def _shared_expert(model: ModelConfig) -> bool:
-    return _experts(model) and model.moe_shared_expert_intermediate_size is not None
+    return model.moe_shared_expert_intermediate_size is not None
 
 
 def _qk_norm(model: ModelConfig) -> bool:
@@ -297,24 +310,24 @@ TABLE = (
         _parameter("self_attention.linear_proj.weight", "hidden query", "attention", "self_attn.o_proj.weight",
                    split="columns", init="output"),
         _norm("self_attention.output_norm.weight", "post_attention_layernorm.weight", exists=_post),
-        _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight",
-              exists=lambda model: _pre(model) and _dense(model)),
-        _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight",
-              exists=lambda model: _pre(model) and _experts(model)),
+        _norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", ffn="dense", exists=_pre),
+        _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", ffn="experts", exists=_pre),
         _parameter("mlp.linear_fc1.weight", "gate_up hidden", "ffn", "mlp.gate_proj.weight", "mlp.up_proj.weight",
-                   form="gate_up", split="rows", exists=_dense),
+                   form="gate_up", split="rows", ffn="dense"),
         _parameter("mlp.linear_fc2.weight", "hidden ffn", "ffn", "mlp.down_proj.weight",
-                   split="columns", init="output", exists=_dense),
-        _parameter("mlp.router.weight", "experts hidden", "router", "mlp.gate.weight", exists=_experts),
+                   split="columns", init="output", ffn="dense"),
+        _parameter("mlp.router.weight", "experts hidden", "router", "mlp.gate.weight", ffn="experts"),
+        _parameter("mlp.router.expert_bias", "experts", "router", "mlp.gate.e_score_correction_bias",
+                   init=0.0, is_buffer=True, ffn="experts", exists=_expert_bias),
         _parameter(_EXPERT + "linear_fc1.weight", "expert_gate_up hidden", "experts",
-                   _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", form="gate_up", exists=_experts),
+                   _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight", form="gate_up", ffn="experts"),
         _parameter(_EXPERT + "linear_fc2.weight", "hidden expert_ffn", "experts", _EXPERT + "down_proj.weight",
-                   init="output", exists=_experts),
-        _parameter(_SHARED + "linear_fc1.weight", "gate_up hidden", "ffn",
+                   init="output", ffn="experts"),
+        _parameter(_SHARED + "linear_fc1.weight", "shared_gate_up hidden", "ffn",
                    _HF_SHARED + "gate_proj.weight", _HF_SHARED + "up_proj.weight",
-                   form="gate_up", split="rows", exists=_shared_expert),
-        _parameter(_SHARED + "linear_fc2.weight", "hidden ffn", "ffn", _HF_SHARED + "down_proj.weight",
-                   split="columns", init="output", exists=_shared_expert),
+                   form="gate_up", split="rows", ffn="experts", exists=_shared_expert),
+        _parameter(_SHARED + "linear_fc2.weight", "hidden shared_ffn", "ffn", _HF_SHARED + "down_proj.weight",
+                   split="columns", init="output", ffn="experts", exists=_shared_expert),
         _norm("mlp.output_norm.weight", "post_feedforward_layernorm.weight",
               exists=lambda model: model.ffn_output_norm or _post(model)),
     ),
@@ -327,18 +340,23 @@ TABLE = (
 # ---------------------------------------------------------------- lookups
 
 
+def tensors_of(model: ModelConfig) -> list[Parameter]:
+    """The parameters that a model has, and its buffers, in the order of the table."""
+    return [tensor for tensor in TABLE if tensor.exists(model) and tensor.layers(model)]
+
+
 def parameters_of(model: ModelConfig) -> list[Parameter]:
     """The parameters that a model has, in the order of the table."""
-    return [parameter for parameter in TABLE if parameter.exists(model)]
+    return [tensor for tensor in tensors_of(model) if not tensor.is_buffer]
 
 
 def find(model: ModelConfig, name: str) -> Parameter:
-    """The parameter of a model by a name that `Parameter.is_named` knows.
+    """The parameter or buffer of a model by a name that `Parameter.is_named` knows.
 
     Raises:
         KeyError: the model has none of this name.
     """
-    return _first(parameters_of(model), name)
+    return _first(tensors_of(model), name)
 
 
 @cache  # a parameter is asked for once for each group of an optimizer
@@ -364,6 +382,12 @@ def hidden_matrix(name: str) -> Parameter | None:
 def only_in_loops(name: str) -> bool:
     """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack."""
     return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
+
+
+@cache
+def is_buffer(name: str) -> bool:
+    """Whether a name, ours or Hugging Face's, is that of a buffer."""
+    return any(tensor.is_buffer and tensor.is_named(name) for tensor in TABLE)
 
 
 def layer_of(name: str) -> int | None:

@@ -149,6 +149,9 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, backend: str) ->
         "moe_ffn_hidden_size": derived.expert_ffn_hidden_size(model),
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
         "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_score_function": model.moe_router_score_function,
+        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
         "moe_router_dtype": "fp32",  # bf16's rounding should not decide between nearly equal experts
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type if balanced else "none",
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff if balanced else 0.0,

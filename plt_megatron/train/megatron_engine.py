@@ -25,6 +25,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
+from plt_megatron.model.expert_bias import ExpertBiases
 from plt_megatron.model.fp8_state import Fp8State, fp8_state_unchanged, renew_weight_copies
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.loss import sum_of_losses
@@ -80,7 +81,7 @@ class MegatronEngine:
         loop_count = loop_count or self.config.model.loop_count
         leaves_out = leaves_later_loops_out(self.config, loop_count)
         unused = later_parameters(self.stage) if leaves_out else []
-        fp8_state = Fp8State(self.stage)
+        fp8_state, biases = Fp8State(self.stage), ExpertBiases(self.stage)
         zero_gradients(self.ddp)
         self.optimizer.zero_grad()
         self._expected.begin(loop_count, unused)
@@ -99,6 +100,7 @@ class MegatronEngine:
                 self.state.later_step += not leaves_out
             else:
                 fp8_state.restore()
+                biases.restore()
         self.scheduler.count_step()
         head_z_loss = None if self.stage.z_loss is None else z_loss / max(tokens, 1)
         return StepResult(loss, grad_norm, lr, int(tokens), updated, head_z_loss)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import assert_same, engine, prompts, served_model
+from helpers import MOE, assert_same, engine, prompts, served_model
 
 
 @pytest.mark.parametrize(
@@ -53,16 +53,33 @@ def test_layers_that_run_once_are_refused(exports):
             pass
 
 
-def test_yarn_is_refused():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
+            "rope_type yarn are not proven with vLLM yet: decode them with transformers",
+        ),
+        (
+            {**MOE, "scoring_func": "sigmoid"},
+            "whose experts have sigmoid scores cannot be served yet: use transformers",
+        ),
+        (
+            {**MOE, "first_k_dense_replace": 1},
+            r"whose first layers have no experts \(first_k_dense_replace 1\) cannot be served yet: use transformers",
+        ),
+    ],
+)
+def test_what_is_not_proven_is_refused(settings, message):
     from types import SimpleNamespace
 
+    from vllm_plt.configuration_plt import PLTConfig
     from vllm_plt.settings import check
 
     parallel = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1)
-    config = SimpleNamespace(rope_parameters={"rope_type": "yarn", "factor": 4.0})
-    asked = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(hf_config=config))
-    with pytest.raises(ValueError, match="rope_type yarn are not proven with vLLM yet: decode them with transformers"):
-        check(asked)
+    model = SimpleNamespace(hf_config=PLTConfig(**settings))
+    with pytest.raises(ValueError, match=message):
+        check(SimpleNamespace(parallel_config=parallel, model_config=model))
 
 
 def test_windows_that_look_ahead_are_refused():

@@ -76,6 +76,15 @@ def check(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             f"PLT models of which some layers run once (loop_span {span}) cannot be served yet: use transformers"
         )
+    if config.num_experts is not None and config.scoring_func != "softmax":
+        raise ValueError(
+            f"PLT models whose experts have {config.scoring_func} scores cannot be served yet: use transformers"
+        )
+    if config.num_experts is not None and config.first_k_dense_replace > 0:
+        raise ValueError(
+            f"PLT models whose first layers have no experts (first_k_dense_replace {config.first_k_dense_replace}) "
+            "cannot be served yet: use transformers"
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             "PLT models cannot be served with pipeline parallelism, as loops start over: use tensor parallelism"

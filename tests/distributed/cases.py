@@ -73,7 +73,7 @@ class Outcome:
 
     Attributes:
         numbers: losses and gradient norms by name.
-        initial, final: every parameter of the whole model by name, unsharded, without vocabulary padding.
+        initial, final: every parameter and buffer of the whole model by name, unsharded, without vocabulary padding.
         dispatched: of each rank and step, how many bucket groups were on their way before backward ended, and all.
     """
 

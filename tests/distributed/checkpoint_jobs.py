@@ -90,9 +90,9 @@ def evaluate(engine: Any, loop_count: int) -> float:
 
 
 def digest(engine: Any) -> str:
-    """One hash over the bits of this rank's parameters, main parameters, moments and learning rates."""
+    """One hash over the bits of this rank's parameters, buffers, main parameters, moments and learning rates."""
     engine.gather_parameters()
-    tensors = list(engine.stage.parameters())
+    tensors = [*engine.stage.parameters(), *engine.stage.buffers()]
     for part in engine.state.parts:
         for group in part.inner.param_groups:
             tensors.append(torch.tensor([group["lr"], group["weight_decay"]], dtype=torch.float64))

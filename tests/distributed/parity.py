@@ -1,7 +1,7 @@
 """Train a tiny model for a few steps in a layout, and report every number that must not depend on it.
 
-These functions run in the pool's workers. Gates and norms are randomized: as built, gates are zero and norms one, which
-would hide most mistakes in them.
+These functions run in the pool's workers. Gates, norms and biases of experts are randomized: as built, gates and biases
+are zero and norms one, which would hide most mistakes in them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from plt_megatron.config.schema import (
     TrainingConfig,
 )
 from plt_megatron.model import build
-from plt_megatron.model.initialization import global_names, initialize
+from plt_megatron.model.initialization import global_tensors, initialize
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch
 from plt_megatron.runtime.process_groups import init_process_groups
@@ -42,7 +42,7 @@ from tests.distributed.cases import (
     Layout,
     Outcome,
 )
-from tests.reference.megatron_weights import randomize_gates_and_norms
+from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms
 
 
 def train_all(layout: Layout, cases: list[Case]) -> list[Outcome]:
@@ -149,6 +149,7 @@ def _randomized(zero_gates: bool) -> Iterator[None]:
     def initialize_all(stage: LoopedGPT, seed: int) -> None:
         initialize(stage, seed)
         randomize_gates_and_norms(stage, zero_gates)
+        randomize_biases(stage)
 
     build.initialize = initialize_all
     try:
@@ -189,7 +190,7 @@ def _observe_reduction(engine: MegatronEngine) -> list[tuple[int, int]]:
 
 
 def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
-    """Every parameter of the whole model, on rank 0; replicas are checked to be equal bit for bit."""
+    """Every parameter and buffer of the whole model, on rank 0; replicas are checked to be equal bit for bit."""
     own = [
         (
             name,
@@ -197,7 +198,7 @@ def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
             parallel_state.get_tensor_model_parallel_rank(),
             parameter.detach().float().numpy().copy(),
         )
-        for name, parameter in global_names(stage)
+        for name, parameter in global_tensors(stage)
     ]
     shards: dict[str, dict[int, np.ndarray]] = {}
     axes: dict[str, int | None] = {}

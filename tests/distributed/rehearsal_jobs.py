@@ -28,7 +28,15 @@ from plt_megatron.config.schema import (
 )
 
 VOCAB_SIZE = 200
-_EXPERTS = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_z_loss_coeff": 0.001}
+_EXPERTS = {
+    "num_moe_experts": 8,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_z_loss_coeff": 0.001,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "first_k_dense_replace": 1,  # of two layers: with PP2 a stage has no experts
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
     "TP2 SP CP2 DP2": {

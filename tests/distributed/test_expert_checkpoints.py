@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.distributed import checkpoint_jobs as jobs
 
-EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_z_loss_coeff": 1e-3}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 24,
+    "moe_z_loss_coeff": 1e-3,
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.02,
+    "first_k_dense_replace": 1,
+}
 EP2 = {"expert_model_parallel_size": 2}
 TP2_EP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, **EP2}
 
@@ -54,13 +63,19 @@ def test_resuming_is_exact(run_distributed, two_processes):
 
 def test_weights_are_read_expert_by_expert(one_process, two_processes):
     from plt_megatron.train.checkpoint import read_weights
+    from plt_megatron.train.checkpoint.reading import Weights
 
     weights, others = (dict(read_weights(directory)) for _, directory in (one_process, two_processes))
     assert weights.keys() == others.keys()
     names = [name for name in weights if ".mlp.experts." in name]
-    assert len(names) == 4 * 4 * 2
+    assert len(names) == 3 * 4 * 2 and "decoder.layers.0.mlp.linear_fc1.weight" in weights
     assert weights["decoder.layers.3.mlp.experts.2.linear_fc1.weight"].shape == (2 * 24, 40)
-    for name in names:
+    biases = [weights[f"decoder.layers.{layer}.mlp.router.expert_bias"] for layer in range(1, 4)]
+    assert all(bias.shape == (4,) and 0.01 < bias.abs().max() < 0.07 for bias in biases), "three steps of 0.02"
+    main = Weights(one_process[0]["path"], "main weights")
+    assert set(main.names) == weights.keys(), "biases, which no optimizer has, go with any"
+    assert torch.equal(main.read("decoder.layers.1.mlp.router.expert_bias"), biases[1])
+    for name in names + [name for name in weights if name.endswith("expert_bias")]:
         assert (weights[name] - others[name]).abs().max() < 1e-5 * weights[name].abs().max(), name
 
 

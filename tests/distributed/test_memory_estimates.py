@@ -78,6 +78,7 @@ def run_config(
 
 ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 176}
+DENSE_FIRST = {**EXPERTS, "first_k_dense_replace": 1, "moe_shared_expert_intermediate_size": 96}
 SLOW = pytest.mark.slow
 # Layout, what is run in it, and marks.
 CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecorator, ...]]] = [
@@ -133,6 +134,8 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({}, [EXPERTS]),
     ({}, [{**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}], SLOW),
     ({"dp": 2, "ep": 2}, [EXPERTS], SLOW),
+    ({}, [DENSE_FIRST, {**DENSE_FIRST, "recompute": "full", "loops": 3}], SLOW),
+    ({"pp": 2}, [{**DENSE_FIRST, "first_k_dense_replace": 2}], SLOW),
 ]
 
 

@@ -326,6 +326,13 @@ EXPERTS: dict[str, Any] = {
     "moe_z_loss_coeff": 1e-3,
 }
 
+# The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
+BIASES = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+
 
 def _expert_case(
     loops: int, recompute: str = "none", overlap: bool = False, way: str = "alltoall", **model: Any
@@ -359,11 +366,77 @@ def _expert_case(
     ids=str,
 )
 def test_experts(check, layout):
-    cases = [
-        _expert_case(3, "full", overlap=True),
-        _expert_case(2, "selective", way="allgather", moe_shared_expert_intermediate_size=8),
-    ]
-    check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, shared expert"])
+    """The second has biases too, a shared expert, and a dense first layer."""
+    others = {"moe_shared_expert_intermediate_size": 8, "first_k_dense_replace": 1, **BIASES}
+    cases = [_expert_case(3, "full", overlap=True), _expert_case(2, "selective", way="allgather", **others)]
+    check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, biases, dense first"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2, sp=True, pp=2, ep=2),
+        Layout(pp=2, dp=2, ep=2),
+        Layout(dp=2, ep=2),
+        Layout(cp=2, ep=2),
+        Layout(tp=2, sp=True, dp=2, ep=4),
+        Layout(tp=2, sp=True, cp=2, ep=2),
+        Layout(tp=2, sp=True, pp=2, dp=2, ep=2),
+        Layout(pp=4, dp=2),
+    ],
+    ids=str,
+)
+def test_biases_of_experts(check, reference, layout):
+    """In layers 2 to 4, of which a pipeline's first stage has one or none."""
+    case = _expert_case(3, "full", overlap=True, first_k_dense_replace=1, **BIASES)
+    check(layout, [case], "biases of experts", ["PLT-3, dense first"])
+    outcome = reference(case)
+    moved = [value - outcome.initial[name] for name, value in outcome.final.items() if name.endswith("expert_bias")]
+    assert len(moved) == 3 and np.isclose(np.abs(moved), 0.2).any(), "two steps, some of them one way"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2, dp=2, ep=2),
+        Layout(tp=2, sp=True, dp=2, ep=2),
+        Layout(cp=2, ep=2),
+        Layout(pp=4, dp=2, ep=2),
+        Layout(dp=2),
+    ],
+    ids=str,
+)
+def test_dense_layers_before_experts(check, layout):
+    """Half of the layers: a pipeline's first stages have no experts. Recomputed dense FFNs, and uneven stages."""
+    half = {"first_k_dense_replace": 2, "moe_shared_expert_intermediate_size": 8}
+    cases = [_expert_case(3, "full", overlap=True, **half), _expert_case(2, "selective", **half)]
+    modules = (("recompute_modules", ["core_attn", "mlp"]),)
+    cases[1] = replace(cases[1], parallel=modules + (((FIRST, 3),) if layout.pp == 2 else ()))
+    check(layout, cases, "dense layers before experts", ["PLT-3", "PLT-2"])
+
+
+@pytest.mark.slow
+def test_dense_layers_before_experts_with_muon_and_in_a_prelude(check):
+    half = {"first_k_dense_replace": 2, **BIASES}
+    muon = replace(_expert_case(2, overlap=True, **half), optimizer=(("name", "muon"),))
+    span = _expert_case(3, **half, loop_span=(2, 4))
+    check(Layout(dp=2, ep=2), [muon, span], "dense layers before experts", ["PLT-2, Muon", "PLT-3, prelude"])
+
+
+@pytest.mark.slow
+def test_biases_of_experts_with_all_gathering_and_a_shared_one(check):
+    case = _expert_case(2, way="allgather", **BIASES, moe_shared_expert_intermediate_size=8)
+    check(Layout(tp=2, sp=True, dp=2, ep=4), [case], "biases of experts", ["PLT-2, shared expert"])
+
+
+@pytest.mark.slow
+def test_biases_act_from_the_second_step_on(reference):
+    case, slower = (_expert_case(2, **{**BIASES, "moe_router_bias_update_rate": rate}) for rate in (0.1, 1e-6))
+    for name, differs in (("loss 0", False), ("loss 1", True)):
+        one, other = (reference(each).numbers[name] for each in (case, slower))
+        assert (abs(one - other) > 10 * TOLERANCE * one) is differs, name
 
 
 @pytest.mark.parametrize(

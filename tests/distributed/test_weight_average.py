@@ -228,8 +228,13 @@ def assert_same_average(other: RunConfig, config: RunConfig) -> None:
 
 @pytest.mark.slow
 def test_experts_have_averages_too(data, tmp_path, run_distributed):
-    """Theirs is an optimizer of its own; EP2 x DP2 against one process."""
-    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16}
+    """Theirs is an optimizer of its own; EP2 x DP2 against one process. Biases go along as they are."""
+    experts = {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 16,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
     runs = [
         run_config(name, tmp_path, data, model=experts, parallel=layout, training=ONE_ROW)
         for name, layout in (("one", {}), ("four", EP))
@@ -240,6 +245,9 @@ def test_experts_have_averages_too(data, tmp_path, run_distributed):
     assert any(".experts.3." in name for name in ours) and ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
+    bias = "decoder.layers.1.mlp.router.expert_bias"
+    assert torch.equal(ours[bias], dict(read_weights(folder(runs[1])))[bias]) and ours[bias].any()
+    export(ExportOptions(folder(runs[0]), tmp_path / "ema", ema=True, verify=True), say=lambda line: None)
 
 
 def test_the_average_is_exported(alone, tmp_path):

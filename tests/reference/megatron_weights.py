@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.model.initialization import global_names
+from plt_megatron.model.initialization import global_names, global_tensors
 from plt_megatron.model.looped_gpt import LoopedGPT
+from plt_megatron.model.parameters import is_buffer
 
 _LAYER_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "attention_norm",
@@ -25,6 +26,7 @@ _LAYER_NAMES = {
     "mlp.output_norm.weight": "ffn_output_norm",
     "pre_mlp_layernorm.weight": "ffn_norm",
     "mlp.router.weight": "router",
+    "mlp.router.expert_bias": "router_bias",
 }
 _NAMES = {
     "embedding.word_embeddings.weight": "embedding",
@@ -91,3 +93,11 @@ def randomize_gates_and_norms(stage: LoopedGPT, zero_gates: bool = False) -> Non
             values = values.chunk(group.size())[group.rank()]
         with torch.no_grad():
             parameter.copy_(values)
+
+
+def randomize_biases(stage: LoopedGPT) -> None:
+    """Biases of experts ~ 0.15 N(0, 1), drawn by their names in the whole model: sigmoid scores are as wide apart."""
+    for name, buffer in global_tensors(stage):
+        if is_buffer(name):
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+            buffer.copy_(0.15 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed)))

@@ -41,13 +41,18 @@ class PlainPLT:
     `gate_proj`, `up_proj` [f, h], `down_proj` [h, f]; where the settings ask for them `q_norm`, `k_norm` [d],
     `q_bias` [heads d], `k_bias`, `v_bias` [groups d],
     `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias` [heads], `gate.norm` [h]. A mixture of experts has
-    `router` [E, h], and `experts.<e>.` and `shared.` with what an FFN has.
+    `router` [E, h], and `experts.<e>.` and `shared.` with what an FFN has, and where the settings ask for it
+    `router_bias` [E].
+
+    Attributes:
+        loads: by layer, how many tokens have gone to each expert, all loops' together.
     """
 
     config: ModelConfig
     weights: dict[str, Tensor]
     balancing: list[Tensor] = field(default_factory=list)
     z_losses: list[Tensor] = field(default_factory=list)
+    loads: dict[str, Tensor] = field(default_factory=dict)
 
     def losses(self, tokens: Tensor, labels: Tensor, starts: Tensor | None = None, loops: int | None = None) -> Tensor:
         """Cross-entropy of each token, [b, s]."""
@@ -110,7 +115,8 @@ class PlainPLT:
         factor = self._residual_factor()
         x = x + factor * self._attention(x, layer, loop, starts, first_loop_kv)
         normed = self._norm(x, name + "ffn_norm")
-        out = self._ffn(normed, name) if self.config.num_moe_experts is None else self._experts(normed, name)
+        dense = self.config.num_moe_experts is None or layer < self.config.first_k_dense_replace
+        out = self._ffn(normed, name) if dense else self._experts(normed, name)
         if self.config.ffn_output_norm:
             out = self._norm(out, name + "ffn_output_norm")
         return x + factor * out
@@ -133,18 +139,32 @@ class PlainPLT:
         config, experts = self.config, self.config.num_moe_experts
         assert experts is not None
         logits = x @ self.weights[name + "router"].T
-        shares = logits.softmax(dim=-1)
-        chosen = torch.zeros_like(shares).scatter(-1, shares.topk(config.moe_router_topk, dim=-1).indices, 1.0)
-        weights = shares * chosen
-        if not config.moe_router_pre_softmax:
+        sigmoid = config.moe_router_score_function == "sigmoid"
+        scores = torch.sigmoid(logits) if sigmoid else logits.softmax(dim=-1)
+        biased = scores + self.weights[name + "router_bias"] if config.moe_router_enable_expert_bias else scores
+        chosen = _best(biased, config.moe_router_topk)
+        self.loads[name] = self.loads.get(name, 0) + chosen.sum(dim=(0, 1))
+        weights = scores * chosen
+        if config.moe_router_topk > 1 if sigmoid else not config.moe_router_pre_softmax:
             weights = weights / weights.sum(dim=-1, keepdim=True)
+        # The balancing loss is of what the router prefers by itself, whatever the bias makes of it.
+        shares, preferred = scores / scores.sum(dim=-1, keepdim=True), _best(scores, config.moe_router_topk)
         even = experts / config.moe_router_topk
-        self.balancing.append((even * chosen.mean(dim=1) * shares.mean(dim=1)).sum(dim=-1).mean())
+        self.balancing.append((even * preferred.mean(dim=1) * shares.mean(dim=1)).sum(dim=-1).mean())
         self.z_losses.append(logits.logsumexp(dim=-1).square().mean())
         out = sum(weights[..., expert, None] * self._ffn(x, f"{name}experts.{expert}.") for expert in range(experts))
         if config.moe_shared_expert_intermediate_size is not None:
             out = out + self._ffn(x, name + "shared.")
         return out
+
+    def moved_biases(self) -> dict[str, Tensor]:
+        """Each layer's, by name, after a step of all that has run since the model was made: up by the rate where an
+        expert got less than the mean, down where it got more."""
+        rate, biases = self.config.moe_router_bias_update_rate, {}
+        for layer, load in self.loads.items():
+            bias = self.weights[layer + "router_bias"]
+            biases[layer + "router_bias"] = bias + rate * (load < load.mean()) - rate * (load > load.mean())
+        return biases
 
     def _attention(self, x: Tensor, layer: int, loop: int, starts: Tensor, first_loop_kv: KV) -> Tensor:
         config, name = self.config, f"layers.{layer}."
@@ -182,6 +202,11 @@ class PlainPLT:
         if self.config.gate_input == "query":
             return torch.einsum("bshd,hd->bsh", query, weight) + bias
         return self._norm(x, name + "gate.norm") @ weight.T + bias
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """1.0 at the highest so many of the last dimension, else 0."""
+    return torch.zeros_like(scores).scatter(-1, scores.topk(count, dim=-1).indices, 1.0)
 
 
 def _positions(starts: Tensor) -> Tensor:

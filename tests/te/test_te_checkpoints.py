@@ -52,7 +52,13 @@ def test_transformer_engines_go_on_as_torchs(run_plain, run_te, tmp_path, check_
 
 
 def test_experts_move_between_one_after_another_and_grouped(run_plain, run_te, tmp_path, check_same):
-    model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}
+    model = {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "first_k_dense_replace": 1,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
     plain = checkpoint_jobs.run_config(backend="torch", **model)
     grouped = checkpoint_jobs.run_config({"expert_model_parallel_size": 2}, backend="te", **model)
     expected = run_plain(checkpoint_jobs.train_and_save, 1, tmp_path / "plain", plain, then=3)["after"]

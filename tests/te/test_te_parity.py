@@ -134,7 +134,13 @@ def test_packed_documents(check):
 def test_experts_as_one_grouped_product(check, layout):
     """The reference has them one after another."""
     model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 1e-3}
-    shared = {**model, "moe_shared_expert_intermediate_size": 8}
+    shared = {
+        **model,
+        "moe_shared_expert_intermediate_size": 8,
+        "first_k_dense_replace": 1,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    }
     kinds = ((2, "none", model), (3, "full", model), (2, "selective", shared))
     cases = [Case(loops, how, model=tuple(sorted(settings.items()))) for loops, how, settings in kinds]
     check(layout, cases, ["experts", "experts, recomputed", "experts and a shared one"])

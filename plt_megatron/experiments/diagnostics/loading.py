@@ -9,10 +9,9 @@ import torch
 
 from plt_megatron.errors import UserError
 from plt_megatron.hf.config_keys import plt_keys
-from plt_megatron.hf.conversion import to_hf
-from plt_megatron.hf.param_mapping import mappings_for
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import check_vocabulary
+from plt_megatron.hf.verification import fill_export
 
 
 def open_model(path: Path, tokenizer: Path | None = None) -> ModelSource:
@@ -57,8 +56,5 @@ def build_model(source: ModelSource, *, precision: str, device: str) -> Any:
     config._attn_implementation = "sdpa"
     model: Any = PLTForCausalLM(config)
     model.to(PRECISIONS[precision]).eval()
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in to_hf(source.weights(), mappings_for(source.model, source.vocab_size)):
-            parameters[name].copy_(tensor)
+    fill_export(model, source)
     return model.requires_grad_(False).to(device)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from plt_megatron.errors import UserError
+from plt_megatron.model.parameters import is_buffer
 from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 
 Part = Literal["weights", "main weights", "ema"]
@@ -48,18 +49,20 @@ def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights
     yield from ((name, weights.read(name)) for name in weights.names)
 
 
-def stored_at(name: str) -> tuple[str, tuple[int, ...]]:
+def stored_at(name: str, *, in_all_layers: bool = True) -> tuple[str, tuple[int, ...]]:
     """(key on disk, place in what is stacked under it: the layer, and of an expert its number).
 
-    What only some of the layers have (gates, with `model.loop_span`) is not stacked: its name is its key.
+    What only some of the layers have (gates with `model.loop_span`, a dense FFN or experts with
+    `model.first_k_dense_replace`) is not stacked over them: its key names the layer.
     """
     layer = _LAYER.fullmatch(name)
     if layer is None:
         return name, ()
+    prefix, place = (layer[1], (int(layer[2]),)) if in_all_layers else (f"{layer[1]}{layer[2]}.", ())
     expert = _EXPERT.fullmatch(layer[3])
     if expert is None:
-        return layer[1] + layer[3], (int(layer[2]),)
-    return f"{layer[1]}{expert[1]}experts.{expert[3]}", (int(layer[2]), int(expert[2]))
+        return prefix + layer[3], place
+    return f"{prefix}{expert[1]}experts.{expert[3]}", (*place, int(expert[2]))
 
 
 class Weights:
@@ -73,7 +76,7 @@ class Weights:
     Args:
         checkpoint: complete.
         part: `weights`, in the dtype that the model was trained in; in fp32 the optimizer's `main weights`, or `ema`,
-            their moving average.
+            their moving average. Buffers are the model's own, in fp32, with any.
 
     Attributes:
         names: of all of them; none if the checkpoint lacks the part.
@@ -88,8 +91,10 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU. Raises `KeyError` if there is none of that name."""
         key, place = stored_at(name)
-        if not place or name in self._reader.keys:
-            return self._reader.read(name, 0, self._vocab_size if name in PADDED else self._reader.shape(name)[0])
+        if key not in self._reader.keys:
+            key, place = stored_at(name, in_all_layers=False)
+        if not place:
+            return self._reader.read(key, 0, self._vocab_size if name in PADDED else self._reader.shape(key)[0])
         if len(place) == 1:
             return self._reader.read(key, place[0], 1)[0]
         if self._stack is None or self._stack[:2] != (key, place[0]):
@@ -98,14 +103,13 @@ class Weights:
         return self._stack[2][place[1]]
 
     def _names_of(self, key: str) -> Iterator[str]:
-        match = _LAYERS.fullmatch(key)
-        if match is None or _LAYER.fullmatch(key) is not None:
-            yield key
-            return
-        shape = self._reader.shape(key)
-        for name in (f"{match[1]}{layer}.{match[2]}" for layer in range(shape[0])):
+        match, shape = _LAYERS.fullmatch(key), self._reader.shape(key)
+        names = [key]
+        if match is not None and _LAYER.fullmatch(key) is None:
+            names, shape = [f"{match[1]}{layer}.{match[2]}" for layer in range(shape[0])], shape[1:]
+        for name in names:
             if STACKED_EXPERTS in name:
-                yield from (name.replace(STACKED_EXPERTS, f".mlp.experts.{each}.") for each in range(shape[1]))
+                yield from (name.replace(STACKED_EXPERTS, f".mlp.experts.{each}.") for each in range(shape[0]))
             else:
                 yield name
 
@@ -118,7 +122,7 @@ class _Reader:
 
     Attributes:
         keys: without the prefix; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...], but for
-            what only some have.
+            what only some have. Buffers have no prefix, and go with any.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
@@ -129,17 +133,20 @@ class _Reader:
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
-            and (key.startswith(prefix) if prefix else not key.startswith(_NO_WEIGHTS))
         }
-        self._prefix = prefix
-        self.keys = sorted(key.removeprefix(prefix) for key in self._tensors)
+        model = [key for key in self._tensors if not key.startswith(_NO_WEIGHTS)]
+        own = [key for key in self._tensors if key.startswith(prefix)] if prefix else model
+        self._stored = {key.removeprefix(prefix): key for key in own}
+        if own:
+            self._stored |= {key: key for key in model if is_buffer(key)}
+        self.keys = sorted(self._stored)
 
     def shape(self, key: str) -> torch.Size:
-        return self._tensors[self._prefix + key].size
+        return self._tensors[self._stored[key]].size
 
     def read(self, key: str, start: int, length: int) -> Tensor:
         """Rows `start` .. `start + length` of the tensor."""
-        key = self._prefix + key
+        key = self._stored[key]
         entry = self._tensors[key]
         sizes = torch.Size((length, *entry.size[1:]))
         offsets = torch.Size((start, *[0] * (len(sizes) - 1)))

@@ -10,6 +10,8 @@ from tests.unit.config.test_validation import change, good
 
 EXPERTS = {"model__num_moe_experts": 8, "model__moe_ffn_hidden_size": 96}
 
+BIASES = {"model__moe_router_score_function": "sigmoid", "model__moe_router_enable_expert_bias": True}
+
 
 def problems(world_size: int | None = None, **settings: object) -> list[str]:
     config = change(good(), **{**EXPERTS, **settings})
@@ -21,6 +23,10 @@ def test_good_configurations_pass():
     assert problems(model__moe_shared_expert_intermediate_size=64, model__moe_expert_capacity_factor=1.25) == []
     assert problems(model__moe_router_load_balancing_type="none", model__moe_router_topk=8) == []
     assert problems(model__moe_router_topk=1, model__moe_router_pre_softmax=True) == []
+    sigmoid = {"model__moe_router_score_function": "sigmoid"}
+    assert problems(**sigmoid, model__moe_router_topk=1) == [], "its weight is its score"
+    biases = {**sigmoid, "model__moe_router_enable_expert_bias": True, "model__moe_router_bias_update_rate": 0.01}
+    assert problems(**biases) == problems(**biases, model__moe_router_load_balancing_type="none") == []
     assert problems(parallel__expert_model_parallel_size=4, parallel__data_parallel_size=4) == []
     assert problems(4, parallel__expert_model_parallel_size=4) == []
     shared = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
@@ -44,12 +50,47 @@ def test_an_ffn_that_is_not_there_need_not_be_divisible():
     )
 
 
+def test_dense_layers_are_split_beside_shared_experts():
+    """Where there are some: both must be divisible; and only they are what `mlp` recomputes."""
+    shared = {"parallel__tensor_model_parallel_size": 4, "parallel__sequence_parallel": True}
+    dense = {**shared, "model__first_k_dense_replace": 1}
+    assert problems(**dense) == problems(model__moe_shared_expert_intermediate_size=64, **dense) == []
+    (line,) = problems(model__ffn_hidden_size=7, **dense)
+    assert line == "model.ffn_hidden_size 7 is not divisible by parallel.tensor_model_parallel_size 4"
+    recomputed = {"parallel__recompute_granularity": "selective", "parallel__recompute_modules": ["core_attn", "mlp"]}
+    assert problems(**recomputed, model__first_k_dense_replace=1) == []
+    assert "layers have no dense FFN" in problems(**recomputed)[0]
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"model__num_moe_experts": 1}, "model.num_moe_experts must be at least 2, got 1"),
         ({"model__moe_router_topk": 9}, "model.moe_router_topk 9 is more than model.num_moe_experts 8"),
         ({"model__moe_router_topk": 1}, "the router learns nothing; set model.moe_router_pre_softmax=true"),
+        (
+            {"model__moe_router_enable_expert_bias": True},
+            "model.moe_router_enable_expert_bias is added to scores that do not depend on one another; set "
+            "model.moe_router_score_function=sigmoid",
+        ),
+        (
+            {**BIASES, "model__moe_expert_capacity_factor": 1.5},
+            "model.moe_router_enable_expert_bias with model.moe_expert_capacity_factor 1.5: tokens that an expert",
+        ),
+        (
+            {**BIASES, "model__moe_router_pre_softmax": True},
+            "model.moe_router_pre_softmax with model.moe_router_score_function sigmoid: there is no softmax",
+        ),
+        ({**BIASES, "model__moe_router_bias_update_rate": 0.0}, "model.moe_router_bias_update_rate must be above 0"),
+        (
+            {"model__moe_router_bias_update_rate": 0.01},
+            "model.moe_router_bias_update_rate 0.01 is of a bias that there is not; set "
+            "model.moe_router_enable_expert_bias=true",
+        ),
+        (
+            {"model__first_k_dense_replace": 4},
+            "model.first_k_dense_replace 4 leaves none of model.num_layers 4 to model",
+        ),
         ({"model__moe_aux_loss_coeff": -1.0}, "model.moe_aux_loss_coeff must be at least 0, got -1.0"),
         ({"model__moe_expert_capacity_factor": 0.0}, "model.moe_expert_capacity_factor must be above 0, got 0.0"),
         (
@@ -80,9 +121,11 @@ def test_what_does_not_fit_is_one_line(settings, expected):
 
 
 def test_a_dense_model_does_not_pass_over_expert_settings_in_silence():
-    config = change(good(), model__moe_router_topk=4, parallel__expert_model_parallel_size=2)
+    dense_too = {"model__first_k_dense_replace": 1}
+    config = change(good(), model__moe_router_topk=4, parallel__expert_model_parallel_size=2, **dense_too)
     lines = find_problems(config, check_files=False)
     assert lines == [
+        "model.first_k_dense_replace 1 needs experts: set model.num_moe_experts, or leave it out",
         "model.moe_router_topk 4 needs experts: set model.num_moe_experts, or leave it out",
         "parallel.expert_model_parallel_size 2 needs experts: set model.num_moe_experts, or "
         "parallel.expert_model_parallel_size=1",

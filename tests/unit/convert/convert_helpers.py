@@ -61,6 +61,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ffn_output_norm": True,
         "qk_layernorm": True,
     },
+    "experts, biased, dense first": {
+        "num_layers": 3,
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "first_k_dense_replace": 2,
+        "moe_shared_expert_intermediate_size": 20,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
+    "experts, sigmoid, one": {
+        "num_moe_experts": 4,
+        "moe_ffn_hidden_size": 24,
+        "moe_router_topk": 1,
+        "moe_router_score_function": "sigmoid",
+        "loop_count": 1,
+    },
     "span": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3, **LOOP_INPUTS["scale per model"]},
     "by layer": {"cross_loop_parallel": False, "loop_order": "layer", "loop_count": 3},
     "llama3 rope": {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
@@ -88,7 +104,8 @@ def random_weights(
     for rule in mappings_for(model, vocab_size):
         values = torch.randn(rule.shape, generator=generator)
         norm = len(rule.shape) == 1 and not rule.name.endswith("bias")
-        weights[rule.name] = (1 + 0.2 * values if norm else 0.15 * values).to(dtype)
+        values = 1 + 0.2 * values if norm else 0.15 * values
+        weights[rule.name] = values if rule.parameter.is_buffer else values.to(dtype)
     return weights
 
 
@@ -143,13 +160,13 @@ def megatron_gradients(model: ModelConfig, weights: Mapping[str, Tensor], tokens
 
 def _build(model: ModelConfig, weights: Mapping[str, Tensor], length: int, vocab_size: int) -> Any:
     """The training model with these weights."""
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.initialization import global_tensors
     from plt_megatron.model.looped_gpt import LoopedGPT
     from plt_megatron.model.transformer_config import transformer_config
 
     rows = derived.padded_vocab_size(model, vocab_size)
     built = LoopedGPT(transformer_config(model, ParallelConfig()), vocab_size, length, padded_vocab_size=rows)
-    parameters = dict(global_names(built))
+    parameters = dict(global_tensors(built))
     assert parameters.keys() == weights.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -22,7 +22,14 @@ from plt_megatron.train.checkpoint import read_weights
 MODELS = {
     "dense": {},
     "untied": {"share_embeddings_and_output_weights": False, "gate_input": "hidden"},
-    "experts": {"num_moe_experts": 3, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 16},
+    "experts": {
+        "num_moe_experts": 3,
+        "moe_ffn_hidden_size": 24,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "first_k_dense_replace": 1,
+    },
 }
 
 

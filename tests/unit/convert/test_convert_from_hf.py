@@ -23,10 +23,12 @@ from convert_helpers import (
     save_run,
 )
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from plt_megatron.commands import import_hf
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import DataConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.importing import ImportOptions, import_model
 from plt_megatron.hf.sources import open_source
@@ -77,6 +79,17 @@ DENSE = {
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 28,
             "norm_topk_prob": True,
+        },
+    ),
+    "qwen3 moe, dense first": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 20,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 28,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
         },
     ),
     "olmo2": ("Olmo2Config", {}),
@@ -237,7 +250,7 @@ def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
     result, back = imported(tmp_path / "out", tmp_path / "back")
     assert result.precision == precision
     assert back.keys() == weights.keys()
-    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == dtype for key in weights)
+    assert all(torch.equal(back[key], weights[key]) and back[key].dtype == weights[key].dtype for key in weights)
     quiet((tmp_path / "back", tmp_path / "again"))
     assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
     first, second = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "again"))
@@ -263,6 +276,29 @@ def test_other_loop_counts_keep_or_drop_the_gates(tmp_path):
 
 
 # ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.slow
+def test_layers_of_two_kinds_are_stored_as_a_run_stores_them(tmp_path):
+    """Dense ones before experts, with biases: a run starts from them, and saves the same under the same keys."""
+    from plt_megatron.hf.verification import single_process
+
+    model = make_model(**VARIANTS["experts, biased, dense first"])
+    weights = random_weights(model)
+    written = save_run(tmp_path / "run", model, weights) / "checkpoints" / "step_00000000"
+    config = RunConfig(model=model, data=DataConfig(sequence_length=8), training=TrainingConfig(train_iters=1))
+    with single_process():
+        from plt_megatron.train.checkpoint import load_weights, save_checkpoint
+        from plt_megatron.train.megatron_engine import MegatronEngine
+
+        engine = MegatronEngine(config, VOCAB)
+        load_weights(engine, written)
+        saved = save_checkpoint(engine, tmp_path / "saved", {"step": 1})
+    back = dict(read_weights(saved))
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name].to(back[name])) for name in back)
+    shapes = [FileSystemReader(path).read_metadata().state_dict_metadata for path in (written, saved)]
+    ours, theirs = ({key: entry.size for key, entry in each.items() if key.startswith("decoder")} for each in shapes)
+    assert ours == theirs and "decoder.layers.2.mlp.experts.experts.linear_fc1.weight" in ours
 
 
 def test_training_starts_from_it(tmp_path, caplog):

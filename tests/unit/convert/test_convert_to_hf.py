@@ -26,6 +26,7 @@ from convert_helpers import (
 from safetensors.torch import load_file
 
 from plt_megatron.commands import export_hf
+from plt_megatron.config import derived
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
 from plt_megatron.hf.exporting import ExportOptions, export
@@ -61,6 +62,28 @@ def test_logits_are_the_training_models(tmp_path, name):
     if model.loop_count > 1:
         fewer = hf_logits(tmp_path / "out", tokens, loop_count=1)
         assert (fewer - megatron_logits(model, weights, tokens, loop_count=1)).abs().max() < 1e-5
+
+
+def test_biases_of_experts_stay_in_fp32(tmp_path):
+    """In an export in bf16, and in the model that is loaded from it, as in DeepSeek-V3's."""
+    from transformers import AutoModelForCausalLM
+
+    model = make_model(**VARIANTS["experts, biased, dense first"])
+    weights = random_weights(model, dtype=torch.bfloat16)
+    quiet((save_run(tmp_path / "run", model, weights, precision="bf16"), tmp_path / "out"))
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.bfloat16)
+    for layer in derived.expert_layers(model):
+        gate, bias = f"model.layers.{layer}.mlp.gate.", weights[f"decoder.layers.{layer}.mlp.router.expert_bias"]
+        assert not torch.equal(bias, bias.bfloat16())
+        assert torch.equal(stored[f"{gate}e_score_correction_bias"], bias)
+        assert torch.equal(loaded.get_buffer(f"{gate}e_score_correction_bias"), bias)
+        assert stored[f"{gate}weight"].dtype == loaded.get_parameter(f"{gate}weight").dtype == torch.bfloat16
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| router | sigmoid scores, balanced by a bias on each |" in card
+    assert "| dense layers | the first 2, of FFN size 56 |" in card
+    learned = sum(tensor.numel() for name, tensor in weights.items() if not name.endswith("expert_bias"))
+    assert f"| parameters | {learned:,} |" in card
 
 
 def test_another_models_tokenizer(tmp_path, tokenizer_model):

@@ -116,6 +116,18 @@ def test_what_cannot_be_estimated_is_refused():
             cost(**arguments)
 
 
+def test_dense_layers_are_read_as_a_whole():
+    """One layer of twelve is dense, and its FFN is as wide as all experts together, which all rows use."""
+    experts = {"num_moe_experts": 8, "moe_router_topk": 8, "moe_ffn_hidden_size": 512, "ffn_hidden_size": 8 * 512}
+    changes = {**experts, "loop_span": [1, 12], "loop_count": 3}
+    dense, mixed = (cost({**changes, "first_k_dense_replace": count}, batch=1) for count in (0, 1))
+    assert dense.bytes - mixed.bytes == 8 * 1024 * 2, "the router alone differs, and is read once"
+    assert dense.flops - mixed.flops == 2 * 8 * 1024
+    few = cost({**changes, "moe_router_topk": 1, "first_k_dense_replace": 1}, batch=1)
+    read = 3 * 1024 * 8 * 512 * 2
+    assert mixed.bytes - few.bytes == pytest.approx(11 * read * (7 / 8) ** 3), "of a looped layer, by three rows"
+
+
 def test_experts_that_are_read_by_hand():
     """Of 8 experts, 2 a token: a row reads a quarter of them, two rows that choose independently 7 / 16."""
     experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 512}

@@ -60,18 +60,17 @@ def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
             for _ in range(heads):
                 count.linear(c if model.gate_input == "query" else model.hidden_size, 1)
         count.linear(heads * c, model.hidden_size)
-        for width in ffn_widths(model):
+        experts = 0 if layer < model.first_k_dense_replace else model.num_moe_experts or 0
+        for width in ffn_widths(model) if experts else [model.ffn_hidden_size]:
             for _ in ("gate", "up", "down"):
                 count.linear(model.hidden_size, width)
-        count.linear(model.hidden_size, model.num_moe_experts or 0)  # router
+        count.linear(model.hidden_size, experts)  # router
     count.linear(model.hidden_size, vocab)
     return count.flops
 
 
 def ffn_widths(model: ModelConfig) -> list[int]:
-    """Of the FFNs that a token goes through."""
-    if model.num_moe_experts is None:
-        return [model.ffn_hidden_size]
+    """Of the experts that a token goes through."""
     return [model.moe_ffn_hidden_size or 0] * model.moe_router_topk + [model.moe_shared_expert_intermediate_size or 0]
 
 
@@ -93,6 +92,8 @@ def ffn_widths(model: ModelConfig) -> list[int]:
         {"share_embeddings_and_output_weights": False},
         {"num_moe_experts": 9, "moe_router_topk": 3, "moe_ffn_hidden_size": 24},
         {"num_moe_experts": 9, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 31, "loop_count": 3},
+        {"num_moe_experts": 9, "moe_ffn_hidden_size": 24, "first_k_dense_replace": 1, "loop_count": 3},
+        {"num_moe_experts": 9, "moe_ffn_hidden_size": 24, "first_k_dense_replace": 2, "loop_span": [1, 3]},
     ],
     ids=str,
 )

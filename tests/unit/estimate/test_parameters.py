@@ -146,6 +146,7 @@ def test_the_built_model_has_exactly_these_parameters():
             moe_ffn_hidden_size=24,
             moe_shared_expert_intermediate_size=32,
             ffn_output_norm=True,
+            first_k_dense_replace=1,
         ),
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -182,6 +183,29 @@ def test_experts_by_hand():
     assert shared_out.experts == counted.experts // 4, "experts are shared out over ranks, and never split"
     split = 4 * 96 * 96 + 3 * 56 * 96
     assert shared_out.layers == 3 * (split // 2 + 8 * 96 + 2 * 96)
+
+
+def test_dense_layers_before_the_experts_by_hand():
+    """Of six layers the first two; a pipeline's first stage has them, and of three layers one with experts."""
+    model = ModelConfig(
+        num_layers=6,
+        hidden_size=96,
+        ffn_hidden_size=200,
+        num_moe_experts=8,
+        moe_ffn_hidden_size=40,
+        moe_shared_expert_intermediate_size=56,
+        first_k_dense_replace=2,
+    )
+    counted = count_parameters(model, 1000)
+    assert counted.experts == 4 * 8 * 3 * 40 * 96 and counted.router == 4 * 8 * 96
+    assert counted.ffn == (2 * 200 + 4 * 56) * 3 * 96
+    assert counted.total - counted.active == 4 * 6 * 3 * 40 * 96
+    assert counted.norms == count_parameters(dataclasses.replace(model, first_k_dense_replace=0), 1000).norms
+    first, second = (
+        count_rank_parameters(model, 1000, ParallelLayout(tensor=2, pipeline=2), stage) for stage in (0, 1)
+    )
+    assert (first.experts, second.experts) == (8 * 3 * 40 * 96, 3 * 8 * 3 * 40 * 96)
+    assert first.layers - second.layers == 2 * ((200 - 56) * 3 * 96 // 2 - 8 * 96), "and no routers"
 
 
 def test_the_mixture_of_experts_has_the_papers_size():

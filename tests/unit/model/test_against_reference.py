@@ -47,6 +47,9 @@ EXPERTS: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.1,
     "moe_z_loss_coeff": 0.01,
 }
+SIGMOID = {**EXPERTS, "moe_router_score_function": "sigmoid"}
+BIASED = {**SIGMOID, "moe_router_enable_expert_bias": True}
+DENSE_FIRST = {**EXPERTS, "first_k_dense_replace": 1}
 SPANS: dict[str, dict[str, Any]] = {
     "prelude and coda": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3},
     "prelude": {**LOOPCODER_V2, "num_layers": 3, "loop_span": [1, 3]},
@@ -113,6 +116,23 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "experts, one loop": {**EXPERTS, "loop_count": 1, "moe_router_pre_softmax": True, "moe_router_topk": 1},
     "experts and a shared one": {**EXPERTS, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
+    "sigmoid scores, one expert": {**SIGMOID, "moe_router_topk": 1, "loop_count": 1},
+    "biased experts, a shared one": {**BIASED, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
+    "biased experts after a dense prelude": {
+        **DENSE_FIRST,
+        **BIASED,
+        "num_layers": 3,
+        "loop_span": [1, 3],
+        "moe_shared_expert_intermediate_size": 8,
+    },
+    "experts after dense layers that loop": {
+        **DENSE_FIRST,
+        "num_layers": 3,
+        "first_k_dense_replace": 2,
+        "loop_span": [1, 3],
+        "loop_count": 3,
+        "ffn_output_norm": True,
+    },
     "experts without balancing": {**EXPERTS, "moe_router_load_balancing_type": "none", "ffn_output_norm": True},
     **SPANS,
     **ORDERS,
@@ -154,9 +174,10 @@ def expect(
 ) -> dict[str, Tensor]:
     """What `run` should return, from the reference. `noise`: the seed by which its weights are moved within what fp32
     rounds away; None: they are not."""
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.initialization import global_names, global_tensors
 
     weights = to_plain(stage.config.plt, dict(global_names(stage)), VOCAB_SIZE)
+    everything = to_plain(stage.config.plt, dict(global_tensors(stage)), VOCAB_SIZE)
     if noise is not None:
         generator = torch.Generator().manual_seed(noise)
         for weight in weights.values():
@@ -164,7 +185,7 @@ def expect(
     for weight in weights.values():
         weight.requires_grad_()
     settings = {**vars(stage.config.plt), **mutations}
-    plain = plain_class(ModelConfig(**settings), weights)
+    plain = plain_class(ModelConfig(**settings), everything | weights)
     starts = data["starts"] if packed else None
     losses = plain.losses(data["tokens"], data["labels"], starts, loops)
     # An auxiliary loss is a mean over tokens, the model's a sum over them, to be divided by their number.
@@ -262,6 +283,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "coda in the loop": (SPANS["prelude, naive loop"], {"loop_span": [1, 3]}, False),
     "normalized weights": (EXPERTS, {"moe_router_pre_softmax": True}, False),
     "experts of a token": (EXPERTS, {"moe_router_topk": 3}, False),
+    "scores": (EXPERTS, {"moe_router_score_function": "sigmoid"}, False),
+    "no bias": (BIASED, {"moe_router_enable_expert_bias": False}, False),
 }
 
 

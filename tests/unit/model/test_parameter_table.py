@@ -10,7 +10,16 @@ from test_against_reference import CASES, EXPERTS
 from tiny_models import BASE, PADDED_VOCAB_SIZE, build
 
 from plt_megatron.config.schema import ModelConfig
-from plt_megatron.model.parameters import TABLE, Sizes, find, find_in_any, only_in_loops, parameters_of
+from plt_megatron.model.parameters import (
+    TABLE,
+    Sizes,
+    find,
+    find_in_any,
+    layer_of,
+    only_in_loops,
+    parameters_of,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -25,14 +34,15 @@ MODELS = CASES | {
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_it_has_what_the_built_model_has(settings):
     """Names, shapes, initial constants, and the axis that megatron-core's layers say they split."""
-    from plt_megatron.model.initialization import global_names
+    from plt_megatron.model.initialization import global_tensors
 
     stage = build(settings, random=False)
     sizes = Sizes.of(stage.plt, PADDED_VOCAB_SIZE)
-    left = {parameter.name for parameter in parameters_of(stage.plt)}
-    for name, tensor in global_names(stage):
+    left = {(parameter.name, layer) for parameter in tensors_of(stage.plt) for layer in parameter.layers(stage.plt)}
+    for name, tensor in global_tensors(stage):
         parameter = find(stage.plt, name)
-        left.discard(parameter.name)
+        left.discard((parameter.name, layer_of(name) or 0))
+        assert parameter.is_buffer != isinstance(tensor, torch.nn.Parameter)
         assert sizes.shape(parameter.dims) == tuple(tensor.shape), name
         if not parameter.per_expert:  # they are built as split over one rank
             axis = tensor.partition_dim if getattr(tensor, "tensor_model_parallel", False) else None
@@ -70,14 +80,15 @@ def test_what_only_loops_have_is_what_one_loop_lacks(settings):
 
 
 def test_every_name_is_one_parameters():
-    """Also behind prefixes, of one expert and without a layer's number, as checkpoints' keys are."""
+    """Also behind prefixes, of one expert and without a layer's number, as checkpoints' keys are. With dense layers
+    before the experts, two of our norms are one of Hugging Face's."""
     for settings in MODELS.values():
         model = ModelConfig(**{**BASE, **settings})
-        for parameter in parameters_of(model):
-            for name in (parameter.name, *parameter.hf):
+        for parameter in tensors_of(model):
+            for name in (parameter.name, *(() if model.first_k_dense_replace else parameter.hf)):
                 name = name.format(layer=11, expert=3)
                 for alias in (name, f"module.module.{name}", f"optimizer.state.exp_avg.{name.replace('11.', '')}"):
-                    assert [other for other in parameters_of(model) if other.is_named(alias)] == [parameter], alias
+                    assert [other for other in tensors_of(model) if other.is_named(alias)] == [parameter], alias
 
 
 def test_experts_have_three_more_names():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
-from tests.reference.megatron_weights import randomize_gates_and_norms
+from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
 SHAPE = (2, 23)  # rows, tokens; windows below do not divide 23
@@ -76,6 +76,7 @@ def build(
     initialize(stage, seed)
     if random:
         randomize_gates_and_norms(stage)
+        randomize_biases(stage)
     return stage.to(device=torch.cuda.current_device())
 
 
