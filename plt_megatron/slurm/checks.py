@@ -153,7 +153,10 @@ def _begins_after(config: RunConfig) -> int:
     if source.load is None or source.weights_only:
         return 0
     if is_url(source.load):
-        return step_of(Path(find_checkpoint(source.load).url))
+        try:
+            return step_of(Path(find_checkpoint(source.load).url))
+        except UserError as error:
+            raise UserError(f"checkpoint.load: {error}") from error
     return latest_step(Path(source.load))
 
 

@@ -147,6 +147,10 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
     shutil.copytree(folder / "data", elsewhere)
     (line,) = refusal(f"data.sources=[{{path: {elsewhere}/corpus}}]", cluster="./c.yaml")
     assert f"{elsewhere}/corpus" in line and "container.mounts" in line
+    settings = (f"checkpoint.upload_to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
+    lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
+    (line,) = [line for line in lines if line.startswith("checkpoint.")]
+    assert line.startswith(f"checkpoint.upload_to file://{elsewhere} is not in a folder that the container sees")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def test_each_export_is_a_branch_that_gets_its_name_once_it_is_complete(tmp_path
     assert branches["step_00000002"].keys() - {"upload.json", "upload_id", ".gitattributes"} == content(export).keys()
 
 
+@pytest.mark.slow
 def test_by_hand_a_revision_may_be_main(tmp_path, hub):
     export = an_export(tmp_path / "exported")
     hub.branches["me/model"] = {"main": {".gitattributes": b"", "old.safetensors": b"1"}}
@@ -64,6 +65,7 @@ def test_by_hand_a_revision_may_be_main(tmp_path, hub):
     assert [message for _, message in hub.commits] == ["Upload main", "main is complete"]
 
 
+@pytest.mark.slow
 def test_another_runs_repository_is_refused(tmp_path, hub, capsys):
     run = a_run(tmp_path, export_upload_to="hf://me/model", upload_to=None)
     an_export(run.exports / "step_00000002")

@@ -87,6 +87,7 @@ def test_an_export_is_uploaded_and_a_killed_upload_goes_on(tmp_path, bucket, mon
     assert there.pop("upload.json") and there == content(export)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
     run = a_run(tmp_path, upload_to=f"s3://{bucket}/runs", export_upload_to=None, upload_keep_last=2)
     for step in (2, 4, 6):
@@ -126,6 +127,7 @@ def test_what_is_not_allowed_is_one_line_without_the_key(tmp_path, bucket, monke
     assert KEY_ID not in said and SECRET not in said
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_read_back_is_one_line(tmp_path, bucket):
     with pytest.raises(UserError, match=r"s3://models/nowhere/file cannot be read: .*nowhere/file"):
         Place(f"s3://{bucket}/nowhere").get("file", tmp_path / "file")
