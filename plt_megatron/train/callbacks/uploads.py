@@ -102,6 +102,7 @@ class Uploads(Callback):
 
     def _add(self, kind: str, folder: Path) -> None:
         step = step_of(folder)
+        self._advance()  # while others wait at the end, nobody else looks
         if any((entry.kind, entry.step) == (kind, step) for entry in self._queue.waiting()):
             self._cancel()  # the step was trained again: its upload may be under way
         try:

@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{wanted['organization']}/{wanted['name']}"
         if name in self.hub.branches:
             return self._answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
-        assert wanted["visibility"] == "private"
+        assert wanted.get("visibility") == "private" or wanted.get("private")  # by version
         self.hub.branches[name] = {"main": {".gitattributes": b""}}
         return self._answer(200, {"url": f"{self.hub.url}/{name}"})
 

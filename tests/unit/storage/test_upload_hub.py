@@ -15,6 +15,9 @@ from tests.unit.storage.test_upload_copies import an_export, content
 from tests.unit.storage.test_upload_runs import a_run
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's
+
+
 @pytest.fixture
 def hub(monkeypatch) -> Iterator[Hub]:
     """huggingface_hub reads its settings when it is imported."""

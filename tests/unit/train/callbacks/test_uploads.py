@@ -114,6 +114,14 @@ def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run):
     assert run.records[0]["tokens"] == 600 and run.records[0]["bytes"] == 4006
 
 
+def test_what_comes_after_a_process_has_ended_is_uploaded_at_once(run):
+    """As while the run waits for its exports at the end: nothing but them happens."""
+    callback = uploads.Uploads(run)
+    save(run, callback, 10)
+    callback.on_export(an_export(run.folder.exports / "step_00000010"))
+    assert len(StandIn.started) == 2 and there(run) == [10]
+
+
 def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end(run, monkeypatch):
     callback = uploads.Uploads(run)
     callback.on_start()
