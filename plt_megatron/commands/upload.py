@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where to, for one export or checkpoint: s3://bucket/folder, file:///folder, hf://owner/name@revision",
     )
     parser.add_argument("--check", action="store_true", help="only say whether a run's destinations can be written")
-    parser.add_argument("--verify", action="store_true", help="read back what is there, and compare its SHA-256")
+    parser.add_argument(
+        "--verify", action="store_true", help="read back what a bucket or folder has, to compare SHA-256"
+    )
     parser.add_argument("--waiting", action="store_true", help="only what a run's training has queued")
     return parser
 
@@ -54,8 +56,8 @@ def _upload(arguments: argparse.Namespace) -> int:
     if arguments.to is not None:
         raise UserError("--to is for one export or checkpoint; a run's configuration says where its own go")
     uploads = RunUploads(run.config(), run, lambda line: print(line, flush=True))
-    uploads.check()
     if arguments.check:
+        uploads.check()
         print("all destinations can be written")
         return 0
     if not arguments.waiting:

@@ -38,6 +38,7 @@ class RunUploads:
     def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None] = print) -> None:
         self.config, self.folder, self._say = config, folder, say
         self.queue = UploadQueue(folder)
+        self._claimed: set[str] = set()
         self._to = {EXPORT: upload_rules.exports_of(config), CHECKPOINT: upload_rules.checkpoints_of(config)}
         if not any(self._to.values()):
             raise UserError(
@@ -49,15 +50,21 @@ class RunUploads:
         """Raise `UserError` if a destination cannot be written, or has another run's uploads."""
         for kind, key in ((EXPORT, "checkpoint.export_upload_to"), (CHECKPOINT, "checkpoint.upload_to")):
             to = self._to[kind]
-            if to is None:
-                continue
             try:
-                if protocol_of(to) == HUB:
-                    Repository(to).claim(self._id(to))
-                else:
-                    _claim(Place(to), self._id(to))
+                if to is not None:
+                    self._claim(to)
             except UserError as error:
                 raise UserError(f"{key}: {error}") from error
+
+    def _claim(self, to: str) -> None:
+        """Mark a destination as this run's, which also shows that it can be written; once."""
+        if to in self._claimed:
+            return
+        if protocol_of(to) == HUB:
+            Repository(to).claim(self._id(to))
+        else:
+            _claim_place(Place(to), self._id(to))
+        self._claimed.add(to)
 
     def add_all(self) -> None:
         """Queue the exports and last checkpoints that the folder has."""
@@ -113,6 +120,7 @@ class RunUploads:
         to = self._to[entry.kind]
         if to is None:
             raise UserError("the configuration no longer says where to")
+        self._claim(to)
         if protocol_of(to) == HUB:
             return f"{to}@{name}", Repository(to).upload(entry.folder, name, self._id(to))
         place = Place(to) / ("exports" if entry.kind == EXPORT else checkpoints.FOLDER)
@@ -170,6 +178,8 @@ def upload_folder(folder: Path, url: str, *, verify: bool = False) -> Uploaded:
     problem = upload_rules.url_problem(where)
     if problem is None and protocol_of(url) == HUB and not revision:
         problem = f"{url} names no revision; give one, as hf://owner/name@main"
+    if problem is None and protocol_of(url) == HUB and verify:
+        problem = "a hub compares SHA-256 itself; leave --verify out"
     if problem is not None:
         raise UserError(f"--to: {problem}")
     if protocol_of(url) == HUB:
@@ -184,8 +194,7 @@ def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
     return f"uploaded {target}: {plural(uploaded.files, 'file')}, {format_bytes(uploaded.bytes)}, {sent} in {took}"
 
 
-def _claim(place: Place, run_id: str) -> None:
-    """Mark the folder as this run's, which also shows that it can be written."""
+def _claim_place(place: Place, run_id: str) -> None:
     owner = place.read_text(_OWNER)
     if owner is not None and owner.strip() != run_id:
         raise UserError(

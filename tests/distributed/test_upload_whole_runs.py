@@ -114,7 +114,7 @@ def fetch(url: str, folder: Path) -> tuple[str, int]:
 
 
 def test_ranks_share_the_files_of_a_checkpoint_they_fetch(tmp_path, run_distributed):
-    """A whole one, one with a wrong byte, and one that is whole again while the right files are here already."""
+    """A whole one, one with a wrong byte, the same once it is whole again, and another one of its step."""
     bucket, loaded = tmp_path / "bucket" / "checkpoints", tmp_path / "loaded"
     url = f"file://{tmp_path}/bucket"
     step = a_checkpoint(bucket, 4)
@@ -135,11 +135,15 @@ def test_ranks_share_the_files_of_a_checkpoint_they_fetch(tmp_path, run_distribu
     assert sorted(path.name for path in (loaded / "step_00000006").iterdir()) == [
         *(".metadata", "__0_0.distcp", "manifest.json", "progress.json")
     ]
+    shutil.rmtree(bucket / "step_00000006")
+    trained_again = a_checkpoint(tmp_path, 7).rename(bucket / "step_00000006")
+    run_distributed(fetch, 2, url, loaded)
+    assert content(loaded / "step_00000006") == content(trained_again)
 
 
-def test_a_destination_that_cannot_be_written_ends_the_run_before_it_begins(data, tmp_path, run_distributed):
+def test_a_destination_that_cannot_be_written_ends_the_run_before_it_begins(tmp_path, run_distributed):
     (tmp_path / "file").write_text("no folder")
-    config = run_config("refused", tmp_path, data, checkpoint={"upload_to": f"file://{tmp_path}/file"})
+    config = run_config("refused", tmp_path, DataConfig(), checkpoint={"upload_to": f"file://{tmp_path}/file"})
     said = run_distributed(check_and_train, 2, config, all_ranks=True)
     assert said[0].startswith(f"checkpoint.upload_to: file://{tmp_path}/file/refused") and said[1] == said[0]
     assert not RunFolder.of(config).metrics_file.exists()

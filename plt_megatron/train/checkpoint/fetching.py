@@ -55,10 +55,12 @@ def _begin(url: str, directory: Path) -> tuple[str, Index, Path, bool]:
     if not source.is_file() or source.read_text(encoding="utf-8").strip() != place.url:
         shutil.rmtree(directory, ignore_errors=True)
         write_text(source, place.url + "\n")
-    there = folder.is_dir()
+    index = read_manifest(place)
+    there = folder.is_dir() and (folder / index.name).read_text(encoding="utf-8") == index.text
     if not there:
+        shutil.rmtree(folder, ignore_errors=True)  # of the same step, before it was trained again
         folder.with_suffix(".tmp").mkdir(exist_ok=True)
-    return place.url, read_manifest(place), folder, there
+    return place.url, index, folder, there
 
 
 def _fetch(url: str, index: Index, folder: Path) -> None:

@@ -14,7 +14,6 @@ from tests.unit.storage.hub_server import TOKEN, Hub
 from tests.unit.storage.test_upload_copies import an_export, content
 from tests.unit.storage.test_upload_runs import a_run
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's
 
 

@@ -172,6 +172,7 @@ def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_upl
         (["nowhere", "--to", "file:///tmp/x"], "nowhere: there is no such folder"),
         (["nowhere", "--to", "bucket/x"], "--to: bucket/x is not a URL"),
         (["nowhere", "--to", "hf://owner/name"], "hf://owner/name names no revision"),
+        (["nowhere", "--to", "hf://owner/name@main", "--verify"], "a hub compares SHA-256 itself; leave --verify out"),
         (["run", "--to", "file:///tmp/x"], "--to is for one export or checkpoint"),
         (["plain"], "neither checkpoint.export_upload_to nor checkpoint.upload_to"),
     ],
@@ -192,6 +193,18 @@ def test_one_folder_by_hand(tmp_path, capsys):
     assert command.main([str(export), "--to", f"file://{tmp_path}/there"]) == 0
     assert capsys.readouterr().out.startswith(f"uploaded file://{tmp_path}/there: 4 files, 4.01 kB, 4.01 kB sent in ")
     assert json.loads((tmp_path / "there" / "upload.json").read_text())["files"].keys() == content(export).keys()
+
+
+def test_a_destination_that_is_down_does_not_hold_up_the_other(tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    run = a_run(tmp_path, export_upload_to=f"file://{tmp_path}/file")
+    an_export(run.exports / "step_00000002")
+    saved(run, 4)
+    assert command.main([str(run.path)]) == 1
+    assert steps(tmp_path / "there" / "mine" / "checkpoints") == [4]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"failed: export of step 2: file://{tmp_path}/file/mine/upload_id cannot be ")
+    assert said[1].startswith("uploaded file://") and len(said) == 2
 
 
 def test_two_at_once_are_refused(tmp_path, capsys):
