@@ -73,6 +73,8 @@ class RunUploads:
         for kind, to in self._to.items():
             found = checkpoints.checkpoint_folders(have[kind]) if to is not None else []
             if kind == CHECKPOINT and found:
+                last = self._last_step()
+                found = [path for path in found if last is None or checkpoints.step_of(path) <= last]
                 old = self._superseded([checkpoints.step_of(path) for path in found])
                 found = [path for path in found if checkpoints.step_of(path) not in old]
             for path in found:
@@ -131,27 +133,29 @@ class RunUploads:
         return target.url, uploaded
 
     def _settle_checkpoints(self, place: Place) -> None:
-        """Name the latest of the checkpoints there, and remove those that need not be kept."""
+        """Name the latest of the checkpoints there, and remove those that need not be kept.
+
+        Later ones than the run's own last stay until the run gets there: the folder of the run may be an older one that
+        was restored, and what is there the only copy.
+        """
         last = self._last_step()
-        steps = steps_in(place)
+        steps = [step for step in steps_in(place) if last is None or step <= last]
         complete = [step for step in steps if _is_complete(place, step)]
-        current = [step for step in complete if last is None or step <= last]
-        if current and latest_step(place) != max(current):
-            place.write_text(checkpoints.LATEST, checkpoints.folder_name(max(current)) + "\n")
+        if complete and latest_step(place) != max(complete):
+            place.write_text(checkpoints.LATEST, checkpoints.folder_name(max(complete)) + "\n")
         unfinished = {entry.step for entry in self.queue.waiting() if entry.kind == CHECKPOINT}
-        old = self._superseded(complete) | set(steps) - set(complete) - unfinished
-        for step in sorted(old):
+        for step in sorted(self._superseded(complete) | set(steps) - set(complete) - unfinished):
             doomed = place / checkpoints.folder_name(step)
             doomed.remove(checkpoints.MANIFEST)  # first: half a checkpoint must not look like one
             doomed.remove_all()
 
     def _superseded(self, steps: list[int]) -> set[int]:
-        settings, last = self.config.checkpoint, self._last_step()
-        last = max(steps, default=0) if last is None else last
+        settings = self.config.checkpoint
+        last = max(steps, default=0)
         return checkpoints.superseded(steps, last, settings.upload_keep_last, settings.keep_every)
 
     def _last_step(self) -> int | None:
-        """Of the run's own last checkpoint: later ones were rolled back."""
+        """Of the run's own last checkpoint."""
         latest = checkpoints.latest_checkpoint(self.folder.path, verify=False)
         return None if latest is None else checkpoints.step_of(latest)
 
