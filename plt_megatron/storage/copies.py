@@ -35,39 +35,68 @@ class Uploaded:
     sent_bytes: int
 
 
-def upload(folder: Path, place: Place, *, verify: bool = False) -> Uploaded:
+def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = False) -> Uploaded:
     """Make `place` a copy of a folder; what is there already is not sent again.
 
     Args:
         verify: read back what is there, rather than trust its size and what the place says of it.
+        owned: nothing else may be there, and what is goes. Otherwise only what an earlier upload has left.
 
     Raises:
-        UserError: the folder is damaged, or the place cannot be written; the next try goes on from there.
+        UserError: the folder is damaged, the place has files of somebody else, or cannot be written; the next try goes
+            on from there.
     """
     index = index_of(folder)
     there = place.files()
-    complete = index.name in there and place.read_text(index.name) == index.text
-    good = _good_files(place, index, there, complete=complete, verify=verify)
+    text = place.read_text(index.name) if index.name in there else None
+    complete = text == index.text
+    journal = _read_journal(place) if JOURNAL in there else {}
+    if there and not owned and text is None and JOURNAL not in there:
+        raise UserError(f"{place.url} is not empty, and what is there is no upload ({min(there)}); give another folder")
+    good = _good_files(place, index, there, {} if complete or verify else journal, complete=complete, verify=verify)
     missing = [name for name in index.files if name not in good]
     stale = there.keys() - index.files.keys() - {index.name, JOURNAL}
+    if not owned:
+        stale &= journal.keys() | _names_in(index.name, text)
     if not complete or missing or stale:
-        if index.name in there:
-            place.remove(index.name)
-        for name in sorted(stale):
-            place.remove(name)
-        _send(folder, place, index, missing, {name: there[name] for name in good})
-        place.write_text(index.name, index.text)
-    if not complete or missing or JOURNAL in there:
+        _replace(folder, place, index, missing, stale, {name: there[name] for name in good})
+    elif JOURNAL in there:
         place.remove(JOURNAL)
     sent = [index.files[name].bytes for name in missing]
     return Uploaded(len(index.files), index.total_bytes, len(sent), sum(sent))
 
 
+def _replace(
+    folder: Path, place: Place, index: Index, missing: Collection[str], stale: Collection[str], good: dict[str, Stored]
+) -> None:
+    """In an order in which a reader never finds an index over other files than its own."""
+    journal = {name: _noted(index.files[name], stored) for name, stored in good.items()}
+    place.write_text(JOURNAL, json.dumps(journal))  # from now on it is known to be an upload
+    place.remove(index.name)
+    for name in sorted(stale):
+        place.remove(name)
+    _send(folder, place, index, missing, journal)
+    place.write_text(index.name, index.text)
+    place.remove(JOURNAL)
+
+
+def _names_in(name: str, text: str | None) -> Collection[str]:
+    try:
+        return set() if text is None else read_index(name, text).files.keys()
+    except ValueError:  # half of it
+        return set()
+
+
 def _good_files(
-    place: Place, index: Index, there: dict[str, Stored], *, complete: bool, verify: bool
+    place: Place,
+    index: Index,
+    there: dict[str, Stored],
+    journal: dict[str, Any],
+    *,
+    complete: bool,
+    verify: bool,
 ) -> Collection[str]:
     """Files that have arrived as they are to be."""
-    journal = {} if complete or verify else _read_journal(place)
 
     def is_good(name: str, entry: Entry) -> bool:
         stored = there.get(name)
@@ -80,8 +109,7 @@ def _good_files(
     return {name for name, entry in index.files.items() if is_good(name, entry)}
 
 
-def _send(folder: Path, place: Place, index: Index, names: Collection[str], good: dict[str, Stored]) -> None:
-    journal = {name: _noted(index.files[name], stored) for name, stored in good.items()}
+def _send(folder: Path, place: Place, index: Index, names: Collection[str], journal: dict[str, Any]) -> None:
     noted = time.monotonic()
     try:
         for name in names:

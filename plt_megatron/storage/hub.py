@@ -10,7 +10,7 @@ from plt_megatron.errors import UserError, import_optional
 from plt_megatron.run_folder.checkpoints import NAME
 from plt_megatron.storage.copies import Uploaded
 from plt_megatron.storage.failures import failing
-from plt_megatron.storage.index import INDEX, index_of
+from plt_megatron.storage.index import INDEX, index_of, read_index
 
 MAIN = "main"
 _PARTIAL = "uploading-"  # begins the name of a branch that is not complete
@@ -54,22 +54,29 @@ class Repository:
     def upload(self, folder: Path, revision: str, run_id: str | None = None) -> Uploaded:
         """Make a branch, `revision`, a copy of a folder; what the hub has already is not sent again.
 
-        `main`, which cannot be replaced, is written in place.
+        `main`, which cannot be replaced, is written in place, and keeps what no upload has put there.
 
         Raises:
-            UserError: the folder is empty, or the hub refuses; the next try goes on from there.
+            UserError: the folder is empty, the branch is somebody else's, or the hub refuses; the next try goes on from
+                there.
         """
         from huggingface_hub import CommitOperationAdd
 
         index = index_of(folder)
         with failing(f"{self.url}@{revision} cannot be written"):
             branches = self._branches()
-            if revision in branches and self._read(INDEX, revision) == index.text:
+            before = self._read(INDEX, revision) if revision in branches else None
+            if before == index.text:
                 return Uploaded(len(index.files), index.total_bytes, 0, 0)
+            if revision in branches and revision != MAIN and before is None:
+                raise UserError(f"{self.url} has a branch {revision} that is no upload; give another revision")
             partial = MAIN if revision == MAIN else _PARTIAL + revision
+            # A branch begins as a copy of main, of which nothing is to stay; of main only an earlier upload goes.
+            stale = "*" if revision != MAIN else sorted(_files_of(before) - index.files.keys())
             self._api.create_branch(self._name, branch=partial, exist_ok=True)
             to: dict[str, Any] = {"repo_id": self._name, "revision": partial}
-            self._api.upload_folder(**to, folder_path=folder, delete_patterns="*", commit_message=f"Upload {revision}")
+            message = f"Upload {revision}"
+            self._api.upload_folder(**to, folder_path=folder, delete_patterns=stale or None, commit_message=message)
             last = {INDEX: index.text, **({} if run_id is None else {_OWNER: run_id + "\n"})}
             additions = [CommitOperationAdd(name, text.encode()) for name, text in last.items()]
             self._api.create_commit(**to, operations=additions, commit_message=f"{revision} is complete")
@@ -92,3 +99,10 @@ class Repository:
             except EntryNotFoundError:
                 return None
             return Path(path).read_text(encoding="utf-8")
+
+
+def _files_of(index: str | None) -> set[str]:
+    try:
+        return set() if index is None else set(read_index(INDEX, index).files)
+    except ValueError:
+        return set()

@@ -127,7 +127,7 @@ class RunUploads:
             return f"{to}@{name}", Repository(to).upload(entry.folder, name, self._id(to))
         place = Place(to) / ("exports" if entry.kind == EXPORT else checkpoints.FOLDER)
         target = place / name
-        uploaded = upload(entry.folder, target, verify=verify)
+        uploaded = upload(entry.folder, target, verify=verify, owned=True)
         if entry.kind == CHECKPOINT:
             self._settle_checkpoints(place)
         return target.url, uploaded

@@ -152,6 +152,27 @@ def test_another_export_takes_the_place_of_the_first_and_is_never_mixed_with_it(
     assert there == content(second)
 
 
+def test_somebody_elses_files_are_neither_replaced_nor_removed(tmp_path, monkeypatch):
+    first, second = an_export(tmp_path / "first"), an_export(tmp_path / "second", seed=5)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.json").write_text("mine")
+    with pytest.raises(UserError, match=r"home is not empty, and what is there is no upload \(config\.json\)"):
+        upload(first, place_at(home))
+    assert content(home) == {"config.json": b"mine"}
+    (home / "config.json").unlink()
+    with monkeypatch.context() as patch:
+        kill_at(patch, "README.md")  # the first one
+        with pytest.raises(Killed):
+            upload(first, place_at(home))
+    upload(first, place_at(home))
+    (home / "notes.txt").write_text("mine")
+    (second / "README.md").unlink()
+    upload(second, place_at(home))
+    there = content(home)
+    assert there.pop("notes.txt") == b"mine" and there.pop("upload.json") and there == content(second)
+
+
 def test_a_checkpoint_has_its_manifest_as_index_and_comes_back_whole(tmp_path, sent):
     checkpoint, target = a_checkpoint(tmp_path, 4), tmp_path / "there" / "step_00000004"
     upload(checkpoint, place_at(target))

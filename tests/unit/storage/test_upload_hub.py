@@ -63,8 +63,15 @@ def test_by_hand_a_revision_may_be_main(tmp_path, hub):
     hub.branches["me/model"] = {"main": {".gitattributes": b"", "old.safetensors": b"1"}}
     assert command.main([str(export), "--to", "hf://me/model@main"]) == 0
     assert hub.branches["me/model"].keys() == {"main"}
-    assert hub.branches["me/model"]["main"].keys() == content(export).keys() | {".gitattributes", "upload.json"}
+    others = {".gitattributes", "old.safetensors", "upload.json"}
+    assert hub.branches["me/model"]["main"].keys() == content(export).keys() | others
     assert [message for _, message in hub.commits] == ["Upload main", "main is complete"]
+    (export / "README.md").unlink()
+    assert command.main([str(export), "--to", "hf://me/model@main"]) == 0
+    assert hub.branches["me/model"]["main"].keys() == content(export).keys() | others
+    hub.branches["me/model"]["v1"] = {"old.safetensors": b"1"}
+    assert command.main([str(export), "--to", "hf://me/model@v1"]) == 2
+    assert hub.branches["me/model"].keys() == {"main", "v1"}
 
 
 @pytest.mark.slow
