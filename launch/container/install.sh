@@ -12,5 +12,5 @@ for name in ("torch", "transformer-engine"):
     print(f"{name}=={version(name)}")
 END
 python3 -m pip install --no-cache-dir --disable-pip-version-check --root-user-action ignore --constraint "$keep" \
-    ".[hf,data,report,eval,muon,track]"
+    ".[hf,data,report,eval,muon,track,upload]"
 python3 -c 'import megatron.core, plt_megatron, torch; assert torch.version.cuda, "torch is not the base image'\''s"'

@@ -360,8 +360,14 @@ class CheckpointConfig:
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
     export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
+    # Where finished exports are uploaded to beside the run (docs/uploads.md): a bucket or folder (s3://bucket/folder,
+    # file:///folder), which gets a folder of the run's name, or a hub (hf://owner/name), a branch each; None: nowhere.
+    export_upload_to: str | None = None
+    upload_to: str | None = None  # the same of each checkpoint, to a bucket or folder
+    upload_keep_last: PositiveCount = 2  # checkpoints to keep there, beside those of keep_every
     async_save: bool = False  # write while training continues; published at a later step
-    load: str | None = None  # another run's folder or checkpoint to start from; None: resume this run's own
+    # Another run's folder or checkpoint to start from, here or where upload_to has put it; None: resume this run's own
+    load: str | None = None
     weights_only: bool = False  # with `load`: load the weights only; reset optimizer, schedule, data and step
     allow_other_data: bool = False  # resume with other data, tokenizer or sampling than the checkpoint's
     allow_other_schedule: bool = False  # resume with other optimizer settings than the checkpoint's

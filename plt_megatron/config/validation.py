@@ -24,6 +24,7 @@ from plt_megatron.config import (
     loop_span,
     moe_validation,
     rope_rules,
+    upload_rules,
 )
 from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.fields import find_range_problems
@@ -83,6 +84,7 @@ def find_problems(
         problems += loop_schedule.find_problems(config)
         problems += _check_validation(config)
         problems += _check_exports(config)
+        problems += upload_rules.find_problems(config)
         problems += data_rules.find_problems(config)
         problems += _check_profile(config, world_size)
         problems += _check_fused_window(config)
@@ -310,8 +312,9 @@ def _check_files(config: RunConfig) -> Iterator[str]:
         yield from _check_source(source, f"{key}.path")
     if data.tokenizer is not None:
         yield from _check_tokenizer(Path(data.tokenizer))
-    if config.checkpoint.load is not None and not Path(config.checkpoint.load).exists():
-        yield f"checkpoint.load: {config.checkpoint.load} not found"
+    load = config.checkpoint.load
+    if load is not None and not upload_rules.is_url(load) and not Path(load).exists():
+        yield f"checkpoint.load: {load} not found"
     if config.evaluation.include_path is not None and not Path(config.evaluation.include_path).is_dir():
         yield f"evaluation.include_path: there is no folder {config.evaluation.include_path}"
     yield from _check_writable(derived.run_folder(config), "output_dir")
@@ -374,6 +377,7 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     yield from filter(None, [deepspeed_validation.find_package_problem(config)])
     if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
         yield ("evaluation.tasks needs lm-evaluation-harness; install it (the `eval` extra) or set evaluation.tasks=[]")
+    yield from upload_rules.find_package_problems(config)
     spec = optimizer_spec(config.optimizer)
     if spec.package is not None and importlib.util.find_spec(spec.package) is None:
         yield (

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -24,6 +22,7 @@ from plt_megatron.experiments.sweep_status import (
     remaining_tokens,
     state_of,
 )
+from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm.submission import Options
 
@@ -58,7 +57,7 @@ def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
         check_files=not options.dry_run and not makes_data,
     )
     asked = [run.name for run in plan.runs]
-    with locked(plan.folder) if not options.dry_run else contextlib.nullcontext():
+    with locked(plan.folder, "sweep or study") if not options.dry_run else contextlib.nullcontext():
         plan = merge(plan)
         states = {run.name: state_of(run) for run in plan.runs}
         todo = [run for run in plan.runs if run.name in asked and states[run.name] != "finished"]
@@ -111,18 +110,6 @@ def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> in
     waiting = f", {len(local.waiting)} not started" if local.waiting else ""
     print(f"{', '.join(counts)}{waiting}; the same command continues the unfinished runs; {report}")
     return status
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One sweep or study at a time in a folder. Raises `UserError` if another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another sweep or study is running there; wait for it or stop it") from None
-        yield
 
 
 # ---------------------------------------------------------------- what the user reads

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def latest_step(path: Path) -> int:
     """The step of the checkpoint that a run would resume from, by its name; 0 if there is none."""
     found = latest_checkpoint(path, verify=False)
     return step_of(found) if found is not None else 0
+
+
+def superseded(steps: Collection[int], last: int, keep_last: int, keep_every: int) -> set[int]:
+    """Of these steps' checkpoints, those that need not be kept, `last` being the run's newest.
+
+    Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Later ones than `last`
+    are not: they belong to a course of training that was rolled back.
+    """
+    current = sorted(step for step in steps if step <= last)
+    kept = set(current[-max(1, keep_last) :])
+    if keep_every > 0:
+        kept |= {step for step in current if step % keep_every == 0}
+    return set(steps) - kept
 
 
 def _pointed_at(directory: Path) -> Path | None:

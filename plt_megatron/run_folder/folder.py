@@ -18,7 +18,10 @@ from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
 CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
 _DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
-_PASSED_OVER = {"checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"}
+_PASSED_OVER = {
+    *("checkpoints", "code", "logs", "tensorboard", "index_cache", "incidents", "exports", "exporting"),
+    *("uploading", "loaded"),
+}
 
 
 class RunFolder:
@@ -32,6 +35,10 @@ class RunFolder:
         self.checkpoints = self.path / checkpoints.FOLDER
         self.exports = self.path / "exports"  # Hugging Face folders, named like checkpoints
         self.exporting = self.path / "exporting"  # checkpoints that wait to be exported
+        self.uploading = self.path / "uploading"  # exports and checkpoints that wait to be uploaded
+        self.uploads_file = self.path / "uploads.jsonl"  # each try to upload one
+        self.upload_id_file = self.path / "upload_id"  # tells its uploads from another run's of the same name
+        self.loaded = self.path / "loaded"  # a checkpoint that was downloaded to start from
         self.incidents = self.path / "incidents"  # bad steps, and every rank's stack after a hang
         self.tensorboard = self.path / "tensorboard"
         self.wandb_id_file = self.path / "wandb_id"  # of its one run there

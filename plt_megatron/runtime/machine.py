@@ -31,7 +31,7 @@ _PROBED = {
 }
 _OPTIONAL = (
     *("transformers", "safetensors", "wandb", "lm-eval", "zstandard", "pyarrow", "pytest", "ruff", "mypy"),
-    *("transformer-engine", "flash-attn", "deepspeed", "emerging-optimizers"),
+    *("transformer-engine", "flash-attn", "deepspeed", "emerging-optimizers", "fsspec", "s3fs", "huggingface-hub"),
 )
 
 _TORCH_PROBE = """

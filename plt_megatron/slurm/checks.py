@@ -12,6 +12,7 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.upload_rules import is_url
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_token
 from plt_megatron.estimate.layout import BYTES
@@ -24,6 +25,7 @@ from plt_megatron.run_folder.status import last_train_records
 from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.times import time_option
+from plt_megatron.storage.copies import find_checkpoint
 
 # Slurm may send the signal this much earlier than requested.
 SIGNAL_EARLY_SECONDS = 60
@@ -148,11 +150,18 @@ def _checkpoint_steps(run: Path) -> list[int]:
 def _begins_after(config: RunConfig) -> int:
     """The step after which a new run begins: that of the checkpoint it goes on from, as a decay branch does."""
     source = config.checkpoint
-    return latest_step(Path(source.load)) if source.load is not None and not source.weights_only else 0
+    if source.load is None or source.weights_only:
+        return 0
+    if is_url(source.load):
+        try:
+            return step_of(Path(find_checkpoint(source.load).url))
+        except UserError as error:
+            raise UserError(f"checkpoint.load: {error}") from error
+    return latest_step(Path(source.load))
 
 
 def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
-    """The most checkpoints at any time: the last ones, the one being written, and the permanent ones.
+    """The most checkpoints at any time: the last ones, those being written and uploaded, and the permanent ones.
 
     Args:
         begun: the step after which the run begins.
@@ -163,7 +172,8 @@ def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
     if checkpoint.keep_every:
         every = math.lcm(interval, checkpoint.keep_every)
         for_good = steps // every - begun // every
-    return min(checkpoint.keep_last + 1 + for_good, -(-steps // interval) - begun // interval + 1)
+    at_once = checkpoint.keep_last + 1 + (checkpoint.upload_to is not None)  # what is being uploaded is kept for that
+    return min(at_once + for_good, -(-steps // interval) - begun // interval + 1)
 
 
 def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:

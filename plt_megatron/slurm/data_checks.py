@@ -12,6 +12,7 @@ import numpy as np
 
 from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.config.upload_rules import destinations, is_url, protocol_of
 from plt_megatron.data.indexed import open_index
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -96,7 +97,8 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
         visible.append(Path(os.path.expandvars(mount.split(":")[1] if ":" in mount else mount)))
     read = [(f"data source {path}", path) for path in dict.fromkeys(_paths(config.data))]
     for key, value in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
-        read += [(f"{key} {value}", value)] if value else []
+        read += [(f"{key} {value}", value)] if value and not is_url(value) else []
+    read += [(f"{key} {url}", url[7:]) for key, url in destinations(config) if protocol_of(url) == "file"]
     return [
         f"{what} is not in a folder that the container sees: add one to container.mounts in the cluster's profile"
         for what, path in read

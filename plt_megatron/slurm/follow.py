@@ -146,6 +146,11 @@ def _step_line(record: dict[str, Any], steps: int | None) -> str:
     where = f"step {record['step']:,}/{steps:,}" if steps else f"step {record['step']:,}"
     if record["kind"] == "validation":
         return f"{where}: validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}"
+    if record["kind"] == "evaluation":
+        return f"{where}: evaluation, " + ", ".join(f"{name} {score:.4f}" for name, score in record["scores"].items())
+    if record["kind"] == "upload":
+        outcome = f"failed: {record['error']}" if "error" in record else record["to"]
+        return f"{where}: upload of the {record['what']} of step {record['of_step']}: {outcome}"
     rate = record.get("tokens_per_second")
     mfu = record.get("mfu")
     speed = f", {rate:,.0f} tokens/s" if rate else ""

@@ -192,7 +192,8 @@ class _Plan:
         problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
         sound = not problems
         every = find_problems(config, world_size=world_size, have_te=have_te, capability=capability)[len(problems) :]
-        problems += [line for line in every if container is None or "logging.wandb_project needs" not in line]
+        optional = ("logging.wandb_project needs", "(the `upload` extra)")
+        problems += [line for line in every if container is None or not any(words in line for words in optional)]
         broken = any("data.tokenizer: " in line for line in problems)
         tokenizer, found = (None, []) if broken else open_tokenizer(config)
         problems += found + data_problems(config, tokenizer)

@@ -47,7 +47,7 @@ class Trainer:
         self.engine = build_engine(config, self.data.vocab_size)
         self.engine.on_progress = self.beat
         self.checkpoints = CheckpointStore(
-            self.folder.checkpoints, config, self.data.fingerprint, on_publish=self._saved
+            self.folder.checkpoints, config, self.data.fingerprint, on_publish=self._saved, beat=self.beat
         )
         self.rank = dist.get_rank()
         self.is_first_rank = self.rank == 0

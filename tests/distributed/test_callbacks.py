@@ -227,9 +227,11 @@ def test_a_callback_may_choose_the_loops_of_a_step(data, tmp_path, run_distribut
 
 
 def test_a_run_exports_as_it_goes(data, tmp_path, run_distributed):
-    """What plt-export makes of its last checkpoint."""
-    checkpoint = {"save_interval": 2, "export_interval": 4}
+    """What plt-export makes of its last checkpoint, which is uploaded too."""
+    checkpoint = {"save_interval": 2, "export_interval": 4, "export_upload_to": f"file://{tmp_path}/there"}
     config = run_config("exporting", tmp_path, data, training={"train_iters": 4}, checkpoint=checkpoint)
+    RunFolder.of(config).path.mkdir(parents=True)
+    RunFolder.of(config).save_config(config)
     assert run_distributed(train, 1, config, timeout_s=240) is True
     run, expected = RunFolder.of(config), tmp_path / "step_00000004"
     assert [path.name for path in run.exports.iterdir()] == [expected.name] and not list(run.exporting.iterdir())
@@ -237,3 +239,7 @@ def test_a_run_exports_as_it_goes(data, tmp_path, run_distributed):
     files = {path.name: path.read_bytes() for path in expected.iterdir()}
     assert {path.name: path.read_bytes() for path in (run.exports / expected.name).iterdir()} == files
     assert b"loss with 2 loops" in files["README.md"]
+    uploaded = {path.name: path.read_bytes() for path in (tmp_path / "there/exporting/exports/step_00000004").iterdir()}
+    assert uploaded.pop("upload.json") and uploaded == files
+    (record,) = [record for record in run.records() if record["kind"] == "upload"]
+    assert record["what"] == "export" and record["bytes"] == sum(map(len, files.values()))

@@ -29,12 +29,13 @@ from plt_megatron.experiments.study.law import what_is_missing
 from plt_megatron.experiments.study.observations import Observation, looped_variants, to_arrays
 from plt_megatron.experiments.study.report import write_report
 from plt_megatron.experiments.study.study_file import StudyFile, read_study
-from plt_megatron.experiments.sweep import check_run_files, locked
+from plt_megatron.experiments.sweep import check_run_files
 from plt_megatron.experiments.sweep_local import LocalSweep
 from plt_megatron.experiments.sweep_plan import FILE_NAME, PlannedRun, SweepPlan, load_plan, plan_differences, save_plan
 from plt_megatron.experiments.sweep_slurm import submit, submit_dry
 from plt_megatron.experiments.sweep_status import check_same_data, note_finished, state_of
 from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm.submission import Options
 
@@ -68,7 +69,7 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
         prepare_demo_corpus(study.demo_corpus)
     vocab = study.demo_corpus.vocab_size if study.demo_corpus else None
     grid = make_grid(study, vocab, check_files=False)
-    with contextlib.nullcontext() if options.dry_run else locked(study.folder):
+    with contextlib.nullcontext() if options.dry_run else locked(study.folder, "sweep or study"):
         return _Study(grid, options).run()
 
 

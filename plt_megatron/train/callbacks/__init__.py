@@ -19,6 +19,7 @@ from plt_megatron.train.callbacks.profiling import Profiling
 from plt_megatron.train.callbacks.progress import ProgressBar
 from plt_megatron.train.callbacks.throughput import Throughput
 from plt_megatron.train.callbacks.train_log import TrainLog
+from plt_megatron.train.callbacks.uploads import Uploads
 from plt_megatron.train.callbacks.validation import Validation
 from plt_megatron.train.callbacks.weight_ema import WeightEMA
 
@@ -36,4 +37,5 @@ CALLBACKS: tuple[type[Callback], ...] = (
     TrainLog,
     Validation,
     Exports,
+    Uploads,
 )

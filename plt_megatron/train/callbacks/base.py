@@ -162,6 +162,9 @@ class Callback:
     def on_save(self, checkpoint: Path) -> None:
         """A complete checkpoint has been published."""
 
+    def on_export(self, export: Path) -> None:
+        """An export of a checkpoint is finished, its evaluation too. On the first rank only."""
+
     def on_rollback(self, state: dict[str, Any]) -> None:
         """The run has rolled back to a checkpoint with this state."""
         self.load_state_dict(state)

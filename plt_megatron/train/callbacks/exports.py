@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,11 @@ import torch.distributed as dist
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.scores import read_scores
+from plt_megatron.storage.queue import link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
+from plt_megatron.train.callbacks.beside import BesideProcess
 
 _TURN_S = 0.5  # between two looks at an export, once training is over
-_GRACE_S = 10.0  # for an export to remove what it has written, once it is to end
-# What a rank's launcher sets: lm-evaluation-harness would join the run's job, and wait for its other ranks.
-_OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
 
 
 class Exports(Callback):
@@ -38,7 +34,7 @@ class Exports(Callback):
         super().__init__(run)
         self._interval = run.config.checkpoint.export_interval
         self._works = run.is_first_rank and self._interval > 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: BesideProcess | None = None
         self._checkpoint = Path()  # that the process is for
         self._evaluates = False  # it exports first
 
@@ -89,13 +85,9 @@ class Exports(Callback):
         waiting = self.run.folder.exporting / checkpoint.name
         if self._process is not None and self._checkpoint == waiting:
             self._cancel()  # the step was trained again
-        partial = waiting.with_suffix(".tmp")
-        for path in (partial, waiting):
-            shutil.rmtree(path, ignore_errors=True)
         try:
-            shutil.copytree(checkpoint, partial, copy_function=os.link)
-            partial.rename(waiting)
-        except (OSError, shutil.Error) as error:
+            link_folder(checkpoint, waiting)
+        except OSError as error:
             self.run.say(f"warning: {checkpoint} is not exported, since it cannot be kept for that: {error}")
 
     def _start_next(self) -> None:
@@ -107,27 +99,19 @@ class Exports(Callback):
         self._start(_export_command(self._checkpoint, self._export), evaluates=False)
 
     def _start(self, command: list[str], *, evaluates: bool) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-m", *command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                env=environment,
-            )
+        self._process = BesideProcess(command, self._log)
         self._evaluates = evaluates
 
     def _advance(self) -> None:
-        if self._process is None or self._process.poll() is None:
+        if self._process is None:
             return
-        status, self._process = self._process.returncode, None
+        process, status = self._process, self._process.poll()
+        if status is None:
+            return
+        self._process = None
         if status != 0:
-            words = self._log.read_text(errors="replace").strip().splitlines()
-            reason = words[-1].removeprefix("error: ") if words else f"exit status {status}"
             what = "evaluation" if self._evaluates else "export"
-            self.run.say(f"warning: the {what} of step {step_of(self._checkpoint)} failed: {reason}")
+            self.run.say(f"warning: the {what} of step {step_of(self._checkpoint)} failed: {process.last_words()}")
         elif self._evaluates:
             self._report_scores()
         else:
@@ -135,6 +119,9 @@ class Exports(Callback):
             if self.run.config.evaluation.tasks:
                 self._start(_evaluation_command(self._export, self.run.config.evaluation), evaluates=True)
                 return
+        if status == 0 or self._evaluates:
+            for callback in self.run.callbacks:
+                callback.on_export(self._export)
         shutil.rmtree(self._checkpoint, ignore_errors=True)
         self._log.unlink(missing_ok=True)
         self._start_next()
@@ -146,12 +133,7 @@ class Exports(Callback):
 
     def _cancel(self) -> None:
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(_GRACE_S)
-            except subprocess.TimeoutExpired:  # it waits for something that hears no signals
-                self._process.kill()
-                self._process.wait()
+            self._process.end()
             self._process = None
 
     @property

@@ -56,6 +56,8 @@ class ProgressBar(Callback):
             average = f", of the average {record['ema_loss']:.4f}" if "ema_loss" in record else ""
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}{average}")
             return
+        if record["kind"] == "upload":  # its callback has said so
+            return
         if record["kind"] == "evaluation":
             scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
             self.say(f"  evaluation of step {record['step']}: {scores}")

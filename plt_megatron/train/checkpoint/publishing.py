@@ -22,6 +22,7 @@ from plt_megatron.run_folder.checkpoints import (
     folder_name,
     sha256,
     step_of,
+    superseded,
 )
 from plt_megatron.run_folder.files import write_json, write_text
 
@@ -109,17 +110,10 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
 
 
 def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Remove the checkpoints that need not be kept, `published` being the newest; returns those removed.
-
-    Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Later ones than
-    `published` are removed: they belong to a course of training that was rolled back.
-    """
+    """Remove the checkpoints that need not be kept (`superseded`), `published` being the newest; returns those."""
     found = checkpoint_folders(published.parent)
-    current = [path for path in found if step_of(path) <= step_of(published)]
-    kept = set(current[-max(1, keep_last) :])
-    if keep_every > 0:
-        kept |= {path for path in current if step_of(path) % keep_every == 0}
-    removed = [path for path in found if path not in kept]
+    steps = superseded([step_of(path) for path in found], step_of(published), keep_last, keep_every)
+    removed = [path for path in found if step_of(path) in steps]
     _remove(removed)
     return removed
 

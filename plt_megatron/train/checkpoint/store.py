@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 import torch.distributed as dist
 
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.upload_rules import is_url
 from plt_megatron.data.mix import fingerprint_differences
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.checkpoint import publishing
 from plt_megatron.train.checkpoint.collective import on_rank_0
+from plt_megatron.train.checkpoint.fetching import fetch_checkpoint
 from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
 from plt_megatron.train.checkpoint.saving import PendingSave, begin_save
 from plt_megatron.train.checkpoint.state import Kept
@@ -26,7 +30,7 @@ from plt_megatron.train.engine import Engine
 logger = logging.getLogger(__name__)
 
 
-def _nobody_listens(checkpoint: Path) -> None:
+def _nobody_listens(*_: Any) -> None:
     return None
 
 
@@ -41,6 +45,7 @@ class CheckpointStore:
         config: the run's; `checkpoint` says what to keep and where to start from.
         data_fingerprint: `data.mix.fingerprint`'s; a run resumes only with the data it was saved with.
         on_publish: called with each published checkpoint of this run, on all ranks.
+        beat: called while a checkpoint to start from is fetched.
     """
 
     def __init__(
@@ -49,11 +54,13 @@ class CheckpointStore:
         config: RunConfig,
         data_fingerprint: dict[str, Any],
         on_publish: Callable[[Path], None] = _nobody_listens,
+        beat: Callable[[], None] = _nobody_listens,
     ) -> None:
         self.directory = directory
         self.config = config
         self.data_fingerprint = json.loads(json.dumps(data_fingerprint))
-        self._on_publish = on_publish
+        self._on_publish, self._beat = on_publish, beat
+        self._fetched = RunFolder(directory.parent).loaded
         self._pending: PendingSave | None = None
         self._thread: threading.Thread | None = None
 
@@ -74,7 +81,7 @@ class CheckpointStore:
         resumes = settings.enabled and on_rank_0(self._look_for_own)
         if not resumes and settings.load is None:
             return None
-        source = self.directory if resumes else Path(settings.load or "")
+        source = self.directory if resumes else self._other(settings.load or "")
         if not resumes and settings.weights_only:
             progress = load_weights(engine, source)
             self._say(f"starting from the weights of {source}, step {progress['step']}")
@@ -88,6 +95,12 @@ class CheckpointStore:
             )
         self._say(f"resuming from {source}, step {progress['step']}")
         return progress
+
+    def _other(self, load: str) -> Path:
+        if not is_url(load):
+            return Path(load)
+        self._say(f"fetching {load}")
+        return fetch_checkpoint(load, self._fetched, self._beat)
 
     def save(self, engine: Engine, progress: dict[str, Any], kept: Kept | None = None) -> Path:
         """Save the engine's state and the trainer's `progress`, which holds `step`; returns the checkpoint's folder.
@@ -147,6 +160,8 @@ class CheckpointStore:
 
     def _publish(self, pending: PendingSave) -> Path:
         path = pending.publish(self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._fetched, ignore_errors=True)  # this run has one of its own now
         self._on_publish(path)
         return path
 

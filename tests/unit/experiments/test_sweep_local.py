@@ -30,6 +30,7 @@ from plt_megatron.experiments.sweep_status import (
     state_of,
     write_record,
 )
+from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.submission import Options
 
@@ -193,8 +194,8 @@ def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
 
 
 def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
-    with sweep.locked(tmp_path), pytest.raises(UserError, match="another sweep or study is running there"):
-        with sweep.locked(tmp_path):
+    with locked(tmp_path, "sweep or study"), pytest.raises(UserError, match="another sweep or study is running there"):
+        with locked(tmp_path, "sweep or study"):
             pass
 
 

@@ -44,6 +44,12 @@ INSTEAD = [
     (r"^plt-average .* --weights .*", "plt-average --help", "seconds; the page's first one is run"),
     (r"^plt-import .*Qwen3.*", "plt-import --help", "downloads; tests/unit/convert imports a tiny one"),
     (r"^plt-evaluate .*", "plt-evaluate --help", "takes ten seconds; tests/hf evaluates"),
+    (
+        r"^plt-train .* checkpoint\.(upload_to|load)=s3:.*",
+        r"\g<0> --print-config",
+        "tests/distributed uploads to a server",
+    ),
+    (r"^plt-upload .*", "plt-upload --help", "tests/unit/storage uploads to servers of its own"),
     (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
     (r"^plt-study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
     (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),

@@ -21,10 +21,11 @@ ALLOWED = {
     "model.parameters": {"config"},  # one file of `model`, without torch
     "estimate": {"config", "run_folder", "model.parameters"},
     "launcher": {"config", "run_folder", "runtime"},
-    "slurm": {"config", "run_folder", "runtime", "estimate", "launcher", "data"},
+    "storage": {"config", "run_folder"},
+    "slurm": {"config", "run_folder", "runtime", "estimate", "launcher", "storage", "data"},
     "data": {"config", "run_folder"},
     "model": {"config", "runtime"},
-    "train": {"config", "run_folder", "runtime", "estimate", "launcher", "data", "model"},
+    "train": {"config", "run_folder", "runtime", "estimate", "launcher", "storage", "data", "model"},
     "rehearsal": {"config", "run_folder", "runtime", "estimate", "model", "train"},
     "hf": {"config", "run_folder", "runtime", "estimate", "data", "model", "train"},
     "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf"},
@@ -32,7 +33,9 @@ ALLOWED = {
     "experiments.sweep": {"config", "run_folder", "estimate", "slurm", "experiments"},
     "experiments.study": {"config", "run_folder", "estimate", "slurm", "experiments"},
     "experiments.sweep_slurm": {"config", "run_folder", "estimate", "slurm", "experiments"},
-    "commands": {"config", "run_folder", "runtime", "estimate", "slurm", "data", "hf", "experiments", "rehearsal"},
+    "commands": {
+        *("config", "run_folder", "runtime", "estimate", "slurm", "storage", "data", "hf", "experiments", "rehearsal")
+    },
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
 # Importing one of these takes seconds.

@@ -14,13 +14,16 @@ import pytest
 import yaml
 from submitting import ROOT, refusal, submit_run
 
+from plt_megatron.config.schema import RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
+from plt_megatron.slurm import checks
 from plt_megatron.slurm.client import read_partitions
 from plt_megatron.slurm.profile import Container, load_profile
 from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
 from plt_megatron.slurm.shell import expandable
 from plt_megatron.slurm.times import parse_duration, time_option
+from tests.unit.storage.test_upload_copies import a_checkpoint
 
 SETTINGS = JobSettings("name-1234", 2, 8, 12, 8, 3600, "/env/bin/python")
 PROFILES = sorted(path.stem for path in (ROOT / "configs" / "clusters").glob("*.yaml"))
@@ -147,6 +150,10 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
     shutil.copytree(folder / "data", elsewhere)
     (line,) = refusal(f"data.sources=[{{path: {elsewhere}/corpus}}]", cluster="./c.yaml")
     assert f"{elsewhere}/corpus" in line and "container.mounts" in line
+    settings = (f"checkpoint.upload_to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
+    lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
+    (line,) = [line for line in lines if line.startswith("checkpoint.")]
+    assert line.startswith(f"checkpoint.upload_to file://{elsewhere} is not in a folder that the container sees")
 
 
 @pytest.mark.parametrize(
@@ -254,3 +261,15 @@ def test_part_of_a_nodes_gpus_gets_part_of_its_cpus(folder, slurm):
     settings = load_settings(folder / "runs/try")
     assert (settings.processes_per_node, settings.cpus_per_process) == (2, 8)
     assert "#SBATCH --gpus-per-node=h100:2" in (folder / "runs/try/job.sbatch").read_text()
+
+
+def test_a_run_that_starts_from_an_uploaded_checkpoint_begins_at_its_step(tmp_path):
+    config = RunConfig(training=TrainingConfig(train_iters=10))
+    config.checkpoint.save_interval, config.checkpoint.load = 2, f"file://{tmp_path}/run"
+    with pytest.raises(UserError, match=f"checkpoint.load: file://{tmp_path}/run: no complete checkpoint there"):
+        checks._begins_after(config)
+    a_checkpoint(tmp_path / "run" / "checkpoints", 4)
+    assert checks._begins_after(config) == 4
+    assert checks._checkpoints_at_most(config, 0) == 3
+    config.checkpoint.upload_to = "s3://bucket"
+    assert checks._checkpoints_at_most(config, 0) == 4, "one is kept for its upload"

@@ -203,6 +203,15 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
         assert look() == [], "the line is torn"
         file.write('"loop_count": 2, "loss": 3.5}\n')
     assert look() == ["step 10/1,000: validation, 2 loop(s): loss 3.5000"]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "evaluation", "step": 10, "tokens": 9, "scores": {"reading/acc": 0.5}}\n')
+        for outcome in ('"to": "s3://b/exports/step_00000005"', '"error": "no bucket"'):
+            file.write(f'{{"kind": "upload", "step": 10, "of_step": 5, "what": "export", {outcome}}}\n')
+    assert look() == [
+        "step 10/1,000: evaluation, reading/acc 0.5000",
+        "step 10/1,000: upload of the export of step 5: s3://b/exports/step_00000005",
+        "step 10/1,000: upload of the export of step 5: failed: no bucket",
+    ]
     write_event(run, event="start", attempt=1, job_id="100", step=0)
     write_progress(run, [1000])
     write_event(run, event="end", attempt=1, job_id="100", status="finished", step=1000, reason="done")

@@ -19,6 +19,7 @@ def a_run(folder: Path, *, is_first_rank: bool = True, **logging: Any) -> Any:
         folder=RunFolder(folder),
         clock=Clock(),
         is_first_rank=is_first_rank,
+        callbacks=[],
         said=said,
         say=said.append,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import EvaluationConfig
-from plt_megatron.train.callbacks import exports
+from plt_megatron.train.callbacks import beside, exports
 from tests.unit.train.callbacks.a_run import a_run
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
@@ -43,7 +43,7 @@ open(os.path.join(target, "model"), "w").write(weights)
 def run(tmp_path, monkeypatch) -> Any:
     """Exports at steps 4, 8 and 10, the last."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    start = exports.subprocess.Popen
+    start = beside.subprocess.Popen
 
     def stand_in(command: list[str], **how: Any) -> Any:
         run.commands.append(command)
@@ -54,7 +54,7 @@ def run(tmp_path, monkeypatch) -> Any:
         target = checkpoint.parent.parent / "exports" / checkpoint.name
         return start([sys.executable, str(tmp_path / "stand_in.py"), str(checkpoint), str(target)], **how)
 
-    monkeypatch.setattr(exports.subprocess, "Popen", stand_in)
+    monkeypatch.setattr(beside.subprocess, "Popen", stand_in)
     monkeypatch.setattr(exports.dist, "all_reduce", lambda *_, **__: None)
     monkeypatch.setattr(exports.torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(exports, "_TURN_S", 0.01)
@@ -123,10 +123,10 @@ def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run):
 
 
 def test_an_export_that_hears_no_signal_is_killed(run, monkeypatch):
-    monkeypatch.setattr(exports, "_GRACE_S", 0.2)
+    monkeypatch.setattr(beside, "_GRACE_S", 0.2)
     callback = exports.Exports(run)
     callback.on_save(save(run, 4, "deaf"))
-    process, ready = callback._process, run.folder.path.parent / "deaf"
+    process, ready = callback._process._process, run.folder.path.parent / "deaf"
     while not ready.exists():
         time.sleep(0.01)
     callback.close()

@@ -1,0 +1,79 @@
+"""Upload exports and checkpoints to a bucket, a folder or a hub, or finish what was interrupted.
+
+    plt-upload runs/mine
+    plt-upload exported --to hf://owner/name@main
+
+A run's go where its configuration says (checkpoint.export_upload_to and checkpoint.upload_to): those that its training
+has not uploaded, and whatever else is not there yet. What has arrived is not sent again. The file that makes a copy
+complete is written last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from plt_megatron.errors import UserError, run_command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status: 0 all is there, 1 an upload of a run has failed, 2 something for you to fix.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder, or an export or a checkpoint")
+    parser.add_argument(
+        "--to",
+        metavar="URL",
+        help="where to, for one export or checkpoint: s3://bucket/folder, file:///folder, hf://owner/name@revision",
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether a run's destinations can be written")
+    parser.add_argument(
+        "--verify", action="store_true", help="read back what a bucket or folder has, to compare SHA-256"
+    )
+    parser.add_argument("--waiting", action="store_true", help="only what a run's training has queued")
+    return parser
+
+
+def _upload(arguments: argparse.Namespace) -> int:
+    from plt_megatron.run_folder.folder import RunFolder
+    from plt_megatron.storage.run_uploads import RunUploads, describe, upload_folder
+
+    run = RunFolder(arguments.folder)
+    if not run.config_file.is_file():
+        if arguments.to is None or arguments.check or arguments.waiting:
+            what = "--to goes with it" if arguments.to is None else "--check and --waiting are for runs"
+            raise UserError(f"{arguments.folder} is not a run's folder: {what}")
+        started = time.monotonic()
+        uploaded = upload_folder(arguments.folder, arguments.to, verify=arguments.verify)
+        print(describe(arguments.to, uploaded, time.monotonic() - started))
+        return 0
+    if arguments.to is not None:
+        raise UserError("--to is for one export or checkpoint; a run's configuration says where its own go")
+    uploads = RunUploads(run.config(), run, lambda line: print(line, flush=True))
+    if arguments.check:
+        uploads.check()
+        print("all destinations can be written")
+        return 0
+    if not arguments.waiting:
+        uploads.add_all()
+    return 0 if uploads.work(verify=arguments.verify) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return run_command(lambda: _upload(arguments))
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

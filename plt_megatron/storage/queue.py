@@ -1,0 +1,120 @@
+"""What waits to be uploaded in a run's folder.
+
+    uploading/
+      exports/step_00000100/          an export that waits, or whose upload has failed
+      checkpoints/step_00000100/      a checkpoint, likewise
+      checkpoints/step_00000050.now/  what is being uploaded, or was when its process ended
+
+These are hard links: they take no room until the run removes its own, and outlive that.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.run_folder.checkpoints import NAME, step_of
+from plt_megatron.run_folder.folder import RunFolder
+
+EXPORT, CHECKPOINT = "export", "checkpoint"  # kinds
+_FOLDERS = {EXPORT: "exports", CHECKPOINT: "checkpoints"}
+_NOW = ".now"
+_TEMPORARY = ".tmp"
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Make `target` a folder of hard links to the files of `source`, in one step. Raises `OSError`."""
+    partial = target.with_suffix(_TEMPORARY)
+    for path in (partial, target):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        shutil.copytree(source, partial, copy_function=os.link)
+    except shutil.Error as error:  # of each file
+        raise OSError(None, str(error.args[0][0][2])) from error
+    partial.rename(target)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An export or a checkpoint that waits. `folder` may have been renamed since."""
+
+    kind: str
+    step: int
+    folder: Path
+
+
+class UploadQueue:
+    """The queue of a run. One process adds to it, and another one uploads what it holds."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.path = run.uploading
+
+    def add(self, kind: str, folder: Path) -> None:
+        """Queue a finished folder, in the place of an earlier one of its step. Raises `OSError`."""
+        waiting = self._folder(kind) / folder.name
+        _remove(waiting.with_suffix(_NOW))
+        link_folder(folder, waiting)
+
+    def waiting(self) -> list[Waiting]:
+        """All there is: first what was being uploaded, then exports before checkpoints, earlier steps before later."""
+        found = [
+            (path.suffix != _NOW, index, Waiting(kind, step_of(path.with_suffix("")), path))
+            for index, kind in enumerate(_FOLDERS)
+            for path in _entries(self._folder(kind))
+        ]
+        return [entry for *_, entry in sorted(found, key=lambda item: (item[0], item[1], item[2].step))]
+
+    def begin(self, entry: Waiting) -> Waiting | None:
+        """Take an entry to upload it, so that it is not dropped; None: it is gone."""
+        taken = entry.folder.with_suffix(_NOW)
+        try:
+            entry.folder.rename(taken)
+        except FileNotFoundError:
+            return None
+        return Waiting(entry.kind, entry.step, taken)
+
+    def put_back(self, entry: Waiting) -> None:
+        """Of one whose upload has failed."""
+        waiting = entry.folder.with_suffix("")
+        if entry.folder.is_dir() and not waiting.exists():
+            entry.folder.rename(waiting)
+
+    def done(self, entry: Waiting) -> None:
+        """Remove an entry."""
+        _remove(entry.folder)
+
+    def drop_older_checkpoints(self, step: int, keep_every: int) -> None:
+        """Of checkpoints before `step` only the permanent ones go on waiting: uploads may be slower than saves."""
+        for entry in self.waiting():
+            permanent = keep_every > 0 and entry.step % keep_every == 0
+            if entry.kind == CHECKPOINT and entry.step < step and not permanent and entry.folder.suffix != _NOW:
+                _remove(entry.folder)
+
+    def drop_after(self, step: int) -> None:
+        """Remove what belongs to a course of training that was given up after `step`."""
+        for entry in self.waiting():
+            if entry.step > step:
+                _remove(entry.folder)
+
+    def _folder(self, kind: str) -> Path:
+        return self.path / _FOLDERS[kind]
+
+
+def _entries(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        return []
+    names = (path for path in directory.iterdir() if path.suffix in ("", _NOW) and path.is_dir())
+    return [path for path in names if NAME.fullmatch(path.with_suffix("").name)]
+
+
+def _remove(folder: Path) -> None:
+    """Under another name: one that is taken meanwhile keeps all of its files."""
+    doomed = folder.with_suffix(_TEMPORARY)
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        folder.rename(doomed)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)

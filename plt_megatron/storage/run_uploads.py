@@ -1,0 +1,212 @@
+"""Uploads what waits in a run's folder to where its configuration says."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import upload_rules
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.upload_rules import HUB, protocol_of
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import checkpoints, json_lines
+from plt_megatron.run_folder.files import locked, write_text, writing
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.text import format_bytes, format_duration, plural
+from plt_megatron.storage.copies import Uploaded, latest_step, steps_in, upload
+from plt_megatron.storage.hub import Repository
+from plt_megatron.storage.places import Place
+from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
+
+_OWNER = "upload_id"
+
+
+class RunUploads:
+    """The uploads of one run.
+
+    Args:
+        config: the run's; its destinations are `checkpoint.export_upload_to` and `checkpoint.upload_to`.
+        say: gets progress messages.
+
+    Raises:
+        UserError: the configuration has no destination.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder, say: Callable[[str], None] = print) -> None:
+        self.config, self.folder, self._say = config, folder, say
+        self.queue = UploadQueue(folder)
+        self._claimed: set[str] = set()
+        self._to = {EXPORT: upload_rules.exports_of(config), CHECKPOINT: upload_rules.checkpoints_of(config)}
+        if not any(self._to.values()):
+            raise UserError(
+                f"{folder.config_file} has neither checkpoint.export_upload_to nor checkpoint.upload_to; upload an "
+                "export or a checkpoint of it with --to"
+            )
+
+    def check(self) -> None:
+        """Raise `UserError` if a destination cannot be written, or has another run's uploads."""
+        for kind, key in ((EXPORT, "checkpoint.export_upload_to"), (CHECKPOINT, "checkpoint.upload_to")):
+            to = self._to[kind]
+            try:
+                if to is not None:
+                    self._claim(to)
+            except UserError as error:
+                raise UserError(f"{key}: {error}") from error
+
+    def _claim(self, to: str) -> None:
+        """Mark a destination as this run's, which also shows that it can be written; once."""
+        if to in self._claimed:
+            return
+        if protocol_of(to) == HUB:
+            Repository(to).claim(self._id(to))
+        else:
+            _claim_place(Place(to), self._id(to))
+        self._claimed.add(to)
+
+    def add_all(self) -> None:
+        """Queue the exports and last checkpoints that the folder has."""
+        have = {EXPORT: self.folder.exports, CHECKPOINT: self.folder.checkpoints}
+        waiting = {(entry.kind, entry.step) for entry in self.queue.waiting()}
+        for kind, to in self._to.items():
+            found = checkpoints.checkpoint_folders(have[kind]) if to is not None else []
+            if kind == CHECKPOINT and found:
+                last = self._last_step()
+                found = [path for path in found if last is None or checkpoints.step_of(path) <= last]
+                old = self._superseded([checkpoints.step_of(path) for path in found])
+                found = [path for path in found if checkpoints.step_of(path) not in old]
+            for path in found:
+                if (kind, checkpoints.step_of(path)) not in waiting:
+                    with writing(self.queue.path):
+                        self.queue.add(kind, path)
+
+    def work(self, *, verify: bool = False) -> bool:
+        """Upload all that waits, also what comes meanwhile; one that fails goes on waiting. Returns whether none has.
+
+        Raises:
+            UserError: another process is at it.
+        """
+        tried: set[tuple[str, int]] = set()
+        failed = False
+        with locked(self.queue.path, "upload"):
+            while left := [entry for entry in self.queue.waiting() if (entry.kind, entry.step) not in tried]:
+                tried.add((left[0].kind, left[0].step))
+                entry = self.queue.begin(left[0])
+                if entry is not None:
+                    failed |= not self._upload(entry, verify)
+        return not failed
+
+    def _upload(self, entry: Waiting, verify: bool) -> bool:
+        started, name = time.monotonic(), checkpoints.folder_name(entry.step)
+        record: dict[str, Any] = {"time": time.time(), "what": entry.kind, "step": entry.step}
+        try:
+            target, uploaded = self._send(entry, name, verify)
+        except UserError as error:
+            self.queue.put_back(entry)
+            seconds = round(time.monotonic() - started, 3)
+            json_lines.append(self.folder.uploads_file, record | {"seconds": seconds, "error": str(error)})
+            self._say(f"failed: {entry.kind} of step {entry.step}: {error}")
+            return False
+        self.queue.done(entry)
+        seconds = round(time.monotonic() - started, 3)
+        json_lines.append(
+            self.folder.uploads_file,
+            record | {"seconds": seconds, "to": target, "files": uploaded.files, "bytes": uploaded.bytes},
+        )
+        self._say(describe(target, uploaded, seconds))
+        return True
+
+    def _send(self, entry: Waiting, name: str, verify: bool) -> tuple[str, Uploaded]:
+        to = self._to[entry.kind]
+        if to is None:
+            raise UserError("the configuration no longer says where to")
+        self._claim(to)
+        if protocol_of(to) == HUB:
+            return f"{to}@{name}", Repository(to).upload(entry.folder, name, self._id(to))
+        place = Place(to) / ("exports" if entry.kind == EXPORT else checkpoints.FOLDER)
+        target = place / name
+        uploaded = upload(entry.folder, target, verify=verify, owned=True)
+        if entry.kind == CHECKPOINT:
+            self._settle_checkpoints(place)
+        return target.url, uploaded
+
+    def _settle_checkpoints(self, place: Place) -> None:
+        """Name the latest of the checkpoints there, and remove those that need not be kept.
+
+        Later ones than the run's own last stay until the run gets there: the folder of the run may be an older one that
+        was restored, and what is there the only copy.
+        """
+        last = self._last_step()
+        steps = [step for step in steps_in(place) if last is None or step <= last]
+        complete = [step for step in steps if _is_complete(place, step)]
+        if complete and latest_step(place) != max(complete):
+            place.write_text(checkpoints.LATEST, checkpoints.folder_name(max(complete)) + "\n")
+        unfinished = {entry.step for entry in self.queue.waiting() if entry.kind == CHECKPOINT}
+        for step in sorted(self._superseded(complete) | set(steps) - set(complete) - unfinished):
+            doomed = place / checkpoints.folder_name(step)
+            doomed.remove(checkpoints.MANIFEST)  # first: half a checkpoint must not look like one
+            doomed.remove_all()
+
+    def _superseded(self, steps: list[int]) -> set[int]:
+        settings = self.config.checkpoint
+        last = max(steps, default=0)
+        return checkpoints.superseded(steps, last, settings.upload_keep_last, settings.keep_every)
+
+    def _last_step(self) -> int | None:
+        """Of the run's own last checkpoint."""
+        latest = checkpoints.latest_checkpoint(self.folder.path, verify=False)
+        return None if latest is None else checkpoints.step_of(latest)
+
+    def _id(self, to: str) -> str:
+        """What tells this run's uploads from another's. A run that goes on from its own uploads takes theirs."""
+        path, load = self.folder.upload_id_file, self.config.checkpoint.load
+        if not path.exists():
+            theirs = None
+            if load is not None and (load.rstrip("/") + "/").startswith(to + "/"):
+                theirs = Place(to).read_text(_OWNER)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, (theirs or secrets.token_hex(8)).strip() + "\n")
+        return path.read_text(encoding="ascii").strip()
+
+
+def upload_folder(folder: Path, url: str, *, verify: bool = False) -> Uploaded:
+    """Upload one folder to a URL of its own: a bucket's or another file system's folder, or hf://owner/name@revision.
+
+    Raises:
+        UserError: the URL or the folder is unusable, or the destination cannot be written.
+    """
+    where, at, revision = url.partition("@") if protocol_of(url) == HUB else (url, "", "")
+    problem = upload_rules.url_problem(where)
+    if problem is None and protocol_of(url) == HUB and not revision:
+        problem = f"{url} names no revision; give one, as hf://owner/name@main"
+    if problem is None and protocol_of(url) == HUB and verify:
+        problem = "a hub compares SHA-256 itself; leave --verify out"
+    if problem is not None:
+        raise UserError(f"--to: {problem}")
+    if protocol_of(url) == HUB:
+        return Repository(where).upload(folder, revision)
+    return upload(folder, Place(url), verify=verify)
+
+
+def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
+    """An upload in a line."""
+    sent = "nothing new" if uploaded.sent_files == 0 else f"{format_bytes(uploaded.sent_bytes)} sent"
+    took = format_duration(seconds)
+    return f"uploaded {target}: {plural(uploaded.files, 'file')}, {format_bytes(uploaded.bytes)}, {sent} in {took}"
+
+
+def _claim_place(place: Place, run_id: str) -> None:
+    owner = place.read_text(_OWNER)
+    if owner is not None and owner.strip() != run_id:
+        raise UserError(
+            f"{place.url} has the uploads of another run: give this one another name, or go on from them with "
+            f"checkpoint.load={place.url}"
+        )
+    place.write_text(_OWNER, run_id + "\n")
+
+
+def _is_complete(place: Place, step: int) -> bool:
+    return (place / checkpoints.folder_name(step)).read_text(checkpoints.MANIFEST) is not None

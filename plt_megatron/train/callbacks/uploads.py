@@ -1,0 +1,188 @@
+"""Uploads of exports and checkpoints while the run trains (`checkpoint.export_upload_to`, `checkpoint.upload_to`)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.checkpoints import step_of
+from plt_megatron.run_folder.text import plural
+from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
+from plt_megatron.train.callbacks.base import Callback, Run
+from plt_megatron.train.callbacks.beside import BesideProcess
+
+_TURN_S = 0.5  # between two looks, once training is over
+_LOOK_S = 5.0  # between two looks at whether an upload still moves
+
+
+class Uploads(Callback):
+    """Queues what is to be uploaded, and keeps a process beside the first rank that uploads it (plt-upload).
+
+    What waits lies in `<run folder>/uploading` as hard links: the run may remove its own, and an upload that a kill or
+    a time limit cut short is finished by the job that goes on. What fails is reported, does not end the run, and is
+    tried again when something is added, and once more after the last step.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        settings = run.config.checkpoint
+        self._wanted = {EXPORT: settings.export_upload_to is not None, CHECKPOINT: settings.upload_to is not None}
+        self._on = any(self._wanted.values())
+        self._works = run.is_first_rank and self._on
+        self._queue = UploadQueue(run.folder)
+        self._process: BesideProcess | None = None
+        self._looked = 0.0
+        self._reported = 0  # records of uploads.jsonl
+        self._failed: set[tuple[str, int]] = set()  # since something was added
+        # An upload that has moved nothing for as long as a rank may be quiet while it saves will not move any more.
+        self._patience_s = 60 * run.config.parallel.distributed_timeout_minutes
+
+    def on_start(self) -> None:
+        """Go on with what an earlier job has left."""
+        if self._works:
+            self._reported = len(self._records())
+            self._start()
+
+    def on_export(self, export: Path) -> None:
+        """Queue it."""
+        if self._works and self._wanted[EXPORT]:
+            self._add(EXPORT, export)
+
+    def on_save(self, checkpoint: Path) -> None:
+        """Queue it, in the place of earlier ones that have not been begun."""
+        if self._works and self._wanted[CHECKPOINT]:
+            self._add(CHECKPOINT, checkpoint)
+
+    def after_step(self, *_: Any) -> None:
+        """Report what has been uploaded."""
+        if self._works:
+            self._advance()
+
+    def on_rollback(self, state: dict[str, Any]) -> None:
+        """What waits of later steps belongs to a course of training that is given up."""
+        if self._works:
+            self._cancel()
+            self._queue.drop_after(self.run.clock.step)
+            self._start()
+
+    def on_end(self) -> None:
+        """After the last step, wait for what is left: on all ranks, since a rank that ends early would be missed."""
+        if not self._on or self.run.clock.step < self.run.last_step:
+            return
+        if self._works:
+            self._failed.clear()
+            self._start()
+            if self._process is not None:
+                self.run.say(f"waiting for the upload of {self._what_waits()}")
+        while self._anything_left():
+            self.run.beat("uploading")
+            time.sleep(_TURN_S)
+        if self._works and self._queue.waiting():
+            self.run.say(
+                f"warning: {self._what_waits()} could not be uploaded; go on with plt-upload {self.run.folder.path}"
+            )
+
+    def close(self) -> None:
+        """End an upload that is not done; the next job, or plt-upload, goes on with it."""
+        self._cancel()
+
+    def _anything_left(self) -> bool:
+        if self._works:
+            self._advance()
+        left = torch.tensor(float(self._process is not None), device=torch.cuda.current_device())
+        dist.all_reduce(left, op=dist.ReduceOp.MAX)
+        return bool(left.item())
+
+    # The first rank's.
+
+    def _add(self, kind: str, folder: Path) -> None:
+        step = step_of(folder)
+        self._advance()  # while others wait at the end, nobody else looks
+        if any((entry.kind, entry.step) == (kind, step) for entry in self._queue.waiting()):
+            self._cancel()  # the step was trained again: its upload may be under way
+        try:
+            self._queue.add(kind, folder)
+        except OSError as error:
+            self.run.say(f"warning: {folder} is not uploaded, since it cannot be kept for that: {error}")
+            return
+        if kind == CHECKPOINT:
+            self._queue.drop_older_checkpoints(step, self.run.config.checkpoint.keep_every)
+        self._failed.clear()
+        self._start()
+
+    def _start(self) -> None:
+        if self._process is None and self._untried():
+            command = ["plt_megatron.commands.upload", str(self.run.folder.path), "--waiting"]
+            self._process = BesideProcess(command, self._queue.path / "log")
+
+    def _advance(self) -> None:
+        if self._process is None:
+            return
+        status = self._process.poll()
+        self._report()
+        if status is None:
+            self._look()
+            return
+        process, self._process = self._process, None
+        if status not in (0, 1):  # it could not begin, or has died
+            self._fail_all(process.last_words())
+        self._start()  # with what has come while it was ending
+
+    def _report(self) -> None:
+        """Pass on what the process has noted since the last time."""
+        for record in self._records()[self._reported :]:
+            self._reported += 1
+            if "error" in record:
+                self._failed.add((record["what"], record["step"]))
+                self.run.say(f"warning: the upload of {_name(record)} failed: {record['error']}")
+            else:
+                self.run.say(f"uploaded {record['to']}")
+            self._note({key: value for key, value in record.items() if key != "time"})
+
+    def _note(self, record: dict[str, Any]) -> None:
+        """In the metrics, at the step of now: `of_step` is the export's or checkpoint's."""
+        clock = {"step": self.run.clock.step, "tokens": self.run.clock.tokens}
+        self.run.report({"kind": "upload", **clock, "of_step": record.pop("step"), **record})
+
+    def _fail_all(self, reason: str) -> None:
+        left = self._untried()
+        if left:
+            self.run.say(f"warning: the upload of {self._what_waits()} failed: {reason}")
+        for entry in left:
+            self._failed.add((entry.kind, entry.step))
+            self._note({"what": entry.kind, "step": entry.step, "error": reason})
+
+    def _look(self) -> None:
+        """End a process that will not move any more."""
+        if time.monotonic() - self._looked < _LOOK_S or self._process is None:
+            return
+        self._looked = time.monotonic()
+        quiet = self._process.quiet_seconds()
+        if quiet > self._patience_s:
+            self._cancel()
+            self._fail_all(f"it has not moved for {quiet:.0f} seconds")
+
+    def _cancel(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
+            self._report()
+
+    def _untried(self) -> list[Waiting]:
+        return [entry for entry in self._queue.waiting() if (entry.kind, entry.step) not in self._failed]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return json_lines.read(self.run.folder.uploads_file, skip_broken=True)
+
+    def _what_waits(self) -> str:
+        counts = {kind: sum(entry.kind == kind for entry in self._queue.waiting()) for kind in (EXPORT, CHECKPOINT)}
+        return " and ".join(plural(count, kind) for kind, count in counts.items() if count)
+
+
+def _name(record: dict[str, Any]) -> str:
+    return f"the {record['what']} of step {record['step']}"

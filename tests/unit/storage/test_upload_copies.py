@@ -1,0 +1,293 @@
+"""Copies of folders at a place: whole or not there, resumed, checked. The place is a folder of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.storage import copies, places
+from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest, upload
+from plt_megatron.storage.failures import redacted
+from plt_megatron.storage.index import index_of, read_index
+from plt_megatron.storage.places import Place
+
+
+class Killed(BaseException):
+    """The process ends here: nothing that handles errors may catch it and tidy up."""
+
+
+def an_export(folder: Path, seed: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(("README.md", "config.json", "model-1.safetensors", "model-2.safetensors")):
+        (folder / name).write_bytes(bytes([number + seed]) * (1000 + number))
+    return folder
+
+
+def a_checkpoint(folder: Path, step: int) -> Path:
+    """With the manifest that publishing writes, made here anew."""
+    path = folder / checkpoints.folder_name(step)
+    path.mkdir(parents=True)
+    for name in ("__0_0.distcp", ".metadata", "progress.json"):
+        (path / name).write_text(f"{name} of {step}")
+    entries = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in path.iterdir()
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def place_at(folder: Path) -> Place:
+    return Place(f"file://{folder}")
+
+
+@pytest.fixture
+def sent(monkeypatch) -> list[str]:
+    """Names of files in the order they are sent; at the `kill` of a name nothing of it, or half, arrives."""
+    import fsspec.implementations.local as local
+
+    names: list[str] = []
+    whole = local.LocalFileSystem.put_file
+
+    def put_file(self: Any, source: str, target: str, **how: Any) -> None:
+        names.append(Path(target).name)
+        whole(self, source, target, **how)
+
+    monkeypatch.setattr(local.LocalFileSystem, "put_file", put_file)
+    return names
+
+
+def kill_at(monkeypatch: Any, name: str) -> None:
+    """The process is killed while it sends this file: half of it has arrived."""
+    import fsspec.implementations.local as local
+
+    put_file = local.LocalFileSystem.put_file
+
+    def killed(self: Any, source: str, target: str, **how: Any) -> None:
+        if Path(target).name != name:
+            return put_file(self, source, target, **how)
+        data = Path(source).read_bytes()
+        Path(target).write_bytes(data[: len(data) // 2])
+        # A kill leaves no time to write a journal either.
+        monkeypatch.setattr(places.Place, "write_text", lambda *_: (_ for _ in ()).throw(Killed()))
+        raise Killed
+
+    monkeypatch.setattr(local.LocalFileSystem, "put_file", killed)
+
+
+def test_an_upload_is_a_copy_with_an_index_that_is_written_last(tmp_path, sent):
+    export, target = an_export(tmp_path / "step_00000004"), tmp_path / "there"
+    uploaded = upload(export, place_at(target))
+    there = content(target)
+    index = json.loads(there.pop("upload.json"))
+    assert there == content(export)
+    assert index["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in there.items()
+    }
+    assert (uploaded.files, uploaded.bytes, uploaded.sent_files) == (4, 4006, 4)
+    newest = max(target.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.name == "upload.json"
+    del sent[:]
+    assert upload(export, place_at(target)).sent_files == 0 and sent == []
+
+
+def test_a_killed_upload_shows_no_index_and_sends_only_what_has_not_arrived(tmp_path, sent, monkeypatch):
+    monkeypatch.setattr(copies, "_JOURNAL_EVERY_S", 0.0)
+    export, target = an_export(tmp_path / "export"), tmp_path / "there"
+    with monkeypatch.context() as patch:
+        kill_at(patch, "model-2.safetensors")
+        with pytest.raises(Killed):
+            upload(export, place_at(target))
+    assert not (target / "upload.json").exists() and (target / "model-2.safetensors").stat().st_size == 501
+    del sent[:]
+    upload(export, place_at(target))
+    assert sent == ["model-2.safetensors"]
+    there = content(target)
+    assert there.pop("upload.json") and there == content(export), "and no journal is left"
+
+
+def test_what_was_changed_there_meanwhile_is_sent_again(tmp_path, sent, monkeypatch):
+    """A wrong byte in a file that had arrived, with its size right."""
+    monkeypatch.setattr(copies, "_JOURNAL_EVERY_S", 0.0)
+    export, target = an_export(tmp_path / "export"), tmp_path / "there"
+    with monkeypatch.context() as patch:
+        kill_at(patch, "model-2.safetensors")
+        with pytest.raises(Killed):
+            upload(export, place_at(target))
+    (target / "model-1.safetensors").write_bytes(b"x" * 1002)
+    del sent[:]
+    upload(export, place_at(target))
+    assert sent == ["model-1.safetensors", "model-2.safetensors"]
+    (target / "config.json").write_bytes(b"y" * 1001)
+    del sent[:]
+    upload(export, place_at(target))
+    assert sent == [], "a complete copy is trusted"
+    upload(export, place_at(target), verify=True)
+    assert sent == ["config.json"] and (target / "config.json").read_bytes() == (export / "config.json").read_bytes()
+
+
+def test_another_export_takes_the_place_of_the_first_and_is_never_mixed_with_it(tmp_path, monkeypatch):
+    first, second = an_export(tmp_path / "first"), an_export(tmp_path / "second", seed=5)
+    (first / "evaluation.json").write_text("{}")
+    target = tmp_path / "there"
+    upload(first, place_at(target))
+    with monkeypatch.context() as patch:
+        kill_at(patch, "config.json")
+        with pytest.raises(Killed):
+            upload(second, place_at(target))
+    assert not (target / "upload.json").exists(), "half of another export is not the first any more"
+    upload(second, place_at(target))
+    there = content(target)
+    del there["upload.json"]
+    assert there == content(second)
+
+
+def test_somebody_elses_files_are_neither_replaced_nor_removed(tmp_path, monkeypatch):
+    first, second = an_export(tmp_path / "first"), an_export(tmp_path / "second", seed=5)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "config.json").write_text("mine")
+    with pytest.raises(UserError, match=r"home is not empty, and what is there is no upload \(config\.json\)"):
+        upload(first, place_at(home))
+    assert content(home) == {"config.json": b"mine"}
+    (home / "config.json").unlink()
+    with monkeypatch.context() as patch:
+        kill_at(patch, "README.md")  # the first one
+        with pytest.raises(Killed):
+            upload(first, place_at(home))
+    upload(first, place_at(home))
+    (home / "notes.txt").write_text("mine")
+    (second / "README.md").unlink()
+    upload(second, place_at(home))
+    there = content(home)
+    assert there.pop("notes.txt") == b"mine" and there.pop("upload.json") and there == content(second)
+
+
+def test_a_checkpoint_has_its_manifest_as_index_and_comes_back_whole(tmp_path, sent):
+    checkpoint, target = a_checkpoint(tmp_path, 4), tmp_path / "there" / "step_00000004"
+    upload(checkpoint, place_at(target))
+    assert content(target) == content(checkpoint)
+    assert "manifest.json" not in sent
+    index, partial = read_manifest(place_at(target)), tmp_path / "loaded.tmp"
+    partial.mkdir()
+    for part in range(2):
+        download_part(place_at(target), index, partial, part, 2)
+    finish_download(index, partial, tmp_path / "loaded")
+    assert content(tmp_path / "loaded") == content(checkpoint)
+    assert checkpoints.damage(tmp_path / "loaded") is None
+
+
+def test_a_damaged_checkpoint_is_neither_sent_nor_taken(tmp_path, sent, monkeypatch):
+    checkpoint, target = a_checkpoint(tmp_path, 4), tmp_path / "there" / "step_00000004"
+    upload(checkpoint, place_at(target))
+    file = target / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    partial = tmp_path / "loaded"
+    partial.mkdir()
+    with pytest.raises(UserError, match=r"__0_0\.distcp is damaged, its SHA-256 is not that of manifest\.json"):
+        download_part(place_at(target), read_manifest(place_at(target)), partial)
+    assert not (partial / "__0_0.distcp").exists()
+    (checkpoint / "progress.json").write_text("progress.json of 5")
+    del sent[:]
+    with pytest.raises(UserError, match=r"progress\.json is damaged"):
+        upload(checkpoint, place_at(tmp_path / "elsewhere"))
+    assert sent == []
+
+
+def test_a_download_goes_on_where_it_was_cut_short(tmp_path, monkeypatch):
+    target = tmp_path / "there" / "step_00000004"
+    upload(a_checkpoint(tmp_path, 4), place_at(target))
+    fetched: list[str] = []
+    get = Place.get
+    monkeypatch.setattr(Place, "get", lambda self, name, local: fetched.append(name) or get(self, name, local))
+    partial = tmp_path / "partial"
+    partial.mkdir()
+    (partial / ".metadata").write_bytes((target / ".metadata").read_bytes())
+    (partial / "__0_0.distcp").write_bytes((target / "__0_0.distcp").read_bytes()[:5])
+    download_part(place_at(target), read_manifest(place_at(target)), partial)
+    assert fetched == ["__0_0.distcp", "progress.json"]
+
+
+def test_the_checkpoint_that_a_url_means(tmp_path):
+    """As in a run's folder here: the latest, else the one before, never an incomplete one or one that was given up."""
+    run = tmp_path / "bucket" / "run"
+    for step in (2, 4, 6, 8):
+        upload(a_checkpoint(tmp_path, step), place_at(run / "checkpoints" / f"step_{step:08d}"))
+    (run / "checkpoints" / "step_00000006" / "manifest.json").unlink()
+    assert find_checkpoint(f"file://{run}").url.endswith("run/checkpoints/step_00000008")
+    (run / "checkpoints" / "latest").write_text("step_00000006\n")
+    for url in (run, run / "checkpoints", f"{run}/checkpoints/step_00000004/"):
+        assert find_checkpoint(f"file://{url}").url.endswith("run/checkpoints/step_00000004")
+    with pytest.raises(UserError, match=r"step_00000006: no complete checkpoint there, manifest\.json is missing"):
+        find_checkpoint(f"file://{run}/checkpoints/step_00000006")
+    with pytest.raises(UserError, match="nowhere: no complete checkpoint there"):
+        find_checkpoint(f"file://{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "Expecting"),
+        ("[]", "is damaged"),
+        ('{"format": 1, "files": {"a": {"bytes": 1}}}', "is damaged"),
+        ('{"format": 99, "files": {}}', "newer than this program"),
+        ('{"format": 1, "files": {"../../.ssh/keys": {"bytes": 1, "sha256": "00"}}}', "outside its folder"),
+        ('{"format": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": "00"}}}', "outside its folder"),
+    ],
+)
+def test_an_index_from_elsewhere_is_not_trusted(text, problem):
+    with pytest.raises(ValueError, match=problem):
+        read_index("manifest.json", text)
+
+
+def test_what_there_is_nothing_of_is_not_uploaded(tmp_path):
+    with pytest.raises(UserError, match="there is no such folder"):
+        index_of(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="it is empty"):
+        index_of(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("nope://bucket/folder", "Protocol not known: nope"),
+        ("gs://bucket/folder", "gcsfs"),
+    ],
+)
+def test_a_protocol_that_is_unknown_or_lacks_its_package_is_one_line(url, problem):
+    with pytest.raises(UserError, match=problem) as caught:
+        Place(url)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(url)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"needs the package s3fs: pip install 'plt-megatron\[upload\]'"):
+        Place("s3://bucket/folder")
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        place_at(tmp_path / "file" / "below").write_text("upload_id", "1")
+    assert "\n" not in str(caught.value)
+
+
+def test_secrets_are_not_repeated(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    monkeypatch.setenv("SOME_TOKEN", "ab")  # would be in every word
+    said = redacted(
+        "https://me:pass@host/key?X-Amz-Signature=1f&b=2 wJalrXUtnFEMI hf_abcdefghij cab s3://bucket/cab is there?"
+    )
+    assert said == "https://***host/key*** *** *** cab s3://bucket/cab is there?"

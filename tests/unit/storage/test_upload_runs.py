@@ -1,0 +1,215 @@
+"""What waits in a run's folder goes where its configuration says: plt-upload, on folders of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.commands import upload as command
+from plt_megatron.config.schema import CheckpointConfig, DataConfig, DataSource, RunConfig, TrainingConfig
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.files import locked
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.storage import run_uploads
+from plt_megatron.storage.places import Place
+from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue
+from plt_megatron.storage.run_uploads import RunUploads
+from tests.unit.storage.test_upload_copies import a_checkpoint, an_export, content
+
+
+def a_run(folder: Path, **checkpoint: Any) -> RunFolder:
+    """Named `mine`, uploading both to `there` unless told otherwise."""
+    to = f"file://{folder}/there"
+    settings = {"save_interval": 2, "export_interval": 2, "export_upload_to": to, "upload_to": to, **checkpoint}
+    config = RunConfig(
+        name="mine",
+        output_dir=str(folder / "runs"),
+        data=DataConfig(sources=[DataSource(path="data/text")], tokenizer="tokenizer.model"),
+        training=TrainingConfig(train_iters=8),
+        checkpoint=CheckpointConfig(**settings),
+    )
+    run = RunFolder.of(config)
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.save_config(config)
+    return run
+
+
+def saved(run: RunFolder, step: int) -> Path:
+    """A checkpoint of the run, its latest."""
+    path = a_checkpoint(run.checkpoints, step)
+    (run.checkpoints / "latest").write_text(path.name + "\n")
+    return path
+
+
+def uploads(run: RunFolder) -> RunUploads:
+    return RunUploads(run.config(), run, say=lambda line: None)
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+
+
+def test_by_hand_everything_goes_to_a_folder_of_the_runs_name(tmp_path, capsys):
+    run = a_run(tmp_path)
+    export, checkpoint = an_export(run.exports / "step_00000002"), saved(run, 4)
+    assert command.main([str(run.path)]) == 0
+    there = tmp_path / "there" / "mine"
+    assert content(there / "checkpoints" / "step_00000004") == content(checkpoint)
+    assert content(export).items() <= content(there / "exports" / "step_00000002").items()
+    assert (there / "checkpoints" / "latest").read_text() == "step_00000004\n"
+    assert not UploadQueue(run).waiting() and export.is_dir() and checkpoint.is_dir()
+    first, second = json_lines.read(run.uploads_file)
+    assert first.items() >= {"what": "export", "step": 2, "files": 4, "bytes": 4006}.items()
+    assert second["to"] == f"file://{there}/checkpoints/step_00000004"
+    capsys.readouterr()
+    assert command.main([str(run.path), "--verify"]) == 0
+    assert capsys.readouterr().out.count("nothing new") == 2
+
+
+def test_there_are_as_many_checkpoints_as_are_to_be_kept(tmp_path):
+    run = a_run(tmp_path, upload_keep_last=2, keep_every=4)
+    for step in (2, 4, 6, 8, 10):
+        UploadQueue(run).add(CHECKPOINT, saved(run, step))
+        assert uploads(run).work()
+    there = tmp_path / "there" / "mine" / "checkpoints"
+    assert steps(there) == [4, 8, 10]
+    assert (there / "latest").read_text() == "step_00000010\n"
+
+
+def test_what_was_rolled_back_is_not_the_latest_and_goes_once_the_run_has_come_so_far(tmp_path):
+    """Not before: the run's folder might be an older one that was restored."""
+    run = a_run(tmp_path)
+    for step in (4, 6):
+        UploadQueue(run).add(CHECKPOINT, saved(run, step))
+    uploads(run).work()
+    shutil.rmtree(run.checkpoints / "step_00000006")
+    there = tmp_path / "there" / "mine" / "checkpoints"
+    for step, kept in ((5, [4, 5, 6]), (8, [6, 8]), (9, [8, 9])):
+        UploadQueue(run).add(CHECKPOINT, saved(run, step))
+        uploads(run).work()
+        assert steps(there) == kept and (there / "latest").read_text() == f"step_{step:08d}\n"
+
+
+def test_an_older_checkpoint_that_comes_late_does_not_become_the_latest(tmp_path, monkeypatch):
+    run = a_run(tmp_path, keep_every=2)
+    for step in (2, 4):
+        UploadQueue(run).add(CHECKPOINT, saved(run, step))
+    whole = run_uploads.upload
+    with monkeypatch.context() as patch:
+
+        def breaks(folder: Path, place: Place, **how: Any) -> Any:
+            if "00000002" in place.url:
+                (tmp_path / "there" / "mine" / "checkpoints" / "step_00000002").mkdir(parents=True)
+                raise UserError("the network is down")
+            return whole(folder, place, **how)
+
+        patch.setattr(run_uploads, "upload", breaks)
+        assert not uploads(run).work()
+    there = tmp_path / "there" / "mine" / "checkpoints"
+    assert steps(there) == [2, 4], "what is begun is left for the next try"
+    assert [(entry.kind, entry.step) for entry in UploadQueue(run).waiting()] == [(CHECKPOINT, 2)]
+    assert json_lines.read(run.uploads_file)[0]["error"] == "the network is down"
+    assert uploads(run).work()
+    assert (there / "latest").read_text() == "step_00000004\n" and steps(there) == [2, 4]
+
+
+def test_what_comes_meanwhile_is_uploaded_too_and_what_was_begun_comes_first(tmp_path):
+    run = a_run(tmp_path)
+    queue = UploadQueue(run)
+    for step in (2, 4, 6):
+        queue.add(EXPORT, an_export(run.exports / f"step_{step:08d}", seed=step))
+    queue.begin(queue.waiting()[1])  # and its process was killed
+    order: list[str] = []
+
+    def say(line: str) -> None:
+        order.append(line.split(":")[1].rpartition("/")[2])
+        if len(order) == 2:
+            queue.add(EXPORT, an_export(run.exports / "step_00000008"))
+
+    RunUploads(run.config(), run, say).work()
+    assert order == [f"step_{step:08d}" for step in (4, 2, 6, 8)]
+
+
+def test_the_queue_holds_links_and_of_checkpoints_the_newest(tmp_path):
+    run = a_run(tmp_path, keep_every=4)
+    queue = UploadQueue(run)
+    for step in (2, 4, 6):
+        queue.add(CHECKPOINT, saved(run, step))
+    taken = queue.begin(queue.waiting()[0])
+    queue.add(CHECKPOINT, saved(run, 8))
+    queue.drop_older_checkpoints(8, keep_every=4)
+    assert [entry.step for entry in queue.waiting()] == [2, 4, 8]
+    shutil.rmtree(run.checkpoints / "step_00000002")
+    assert (taken.folder / "progress.json").read_text() == "progress.json of 2"
+    queue.drop_after(4)
+    assert [entry.step for entry in queue.waiting()] == [2, 4]
+    queue.put_back(taken)
+    assert [entry.folder.name for entry in queue.waiting()] == ["step_00000002", "step_00000004"]
+
+
+def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_uploads_is_not(tmp_path, capsys):
+    run = a_run(tmp_path)
+    saved(run, 2)
+    assert command.main([str(run.path)]) == 0
+    shutil.rmtree(run.path)
+    assert command.main([str(a_run(tmp_path).path), "--check"]) == 2
+    assert "has the uploads of another run" in capsys.readouterr().err
+    shutil.rmtree(run.path)
+    again = a_run(tmp_path, load=f"file://{tmp_path}/there/mine")
+    assert command.main([str(again.path), "--check"]) == 0
+    assert capsys.readouterr().out == "all destinations can be written\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["nowhere"], "nowhere is not a run's folder: --to goes with it"),
+        (["nowhere", "--to", "file:///tmp/x", "--check"], "nowhere is not a run's folder: --check and --waiting"),
+        (["nowhere", "--to", "file:///tmp/x"], "nowhere: there is no such folder"),
+        (["nowhere", "--to", "bucket/x"], "--to: bucket/x is not a URL"),
+        (["nowhere", "--to", "hf://owner/name"], "hf://owner/name names no revision"),
+        (["nowhere", "--to", "hf://owner/name@main", "--verify"], "a hub compares SHA-256 itself; leave --verify out"),
+        (["run", "--to", "file:///tmp/x"], "--to is for one export or checkpoint"),
+        (["plain"], "neither checkpoint.export_upload_to nor checkpoint.upload_to"),
+    ],
+)
+def test_a_command_that_means_nothing_is_one_line(tmp_path, capsys, arguments, problem):
+    runs = {
+        "run": a_run(tmp_path),
+        "plain": a_run(tmp_path / "other", export_upload_to=None, upload_to=None),
+    }
+    arguments = [str(runs[part].path) if part in runs else part for part in arguments]
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert problem in said and said.count("\n") == 1
+
+
+def test_one_folder_by_hand(tmp_path, capsys):
+    export = an_export(tmp_path / "exported")
+    assert command.main([str(export), "--to", f"file://{tmp_path}/there"]) == 0
+    assert capsys.readouterr().out.startswith(f"uploaded file://{tmp_path}/there: 4 files, 4.01 kB, 4.01 kB sent in ")
+    assert json.loads((tmp_path / "there" / "upload.json").read_text())["files"].keys() == content(export).keys()
+
+
+def test_a_destination_that_is_down_does_not_hold_up_the_other(tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    run = a_run(tmp_path, export_upload_to=f"file://{tmp_path}/file")
+    an_export(run.exports / "step_00000002")
+    saved(run, 4)
+    assert command.main([str(run.path)]) == 1
+    assert steps(tmp_path / "there" / "mine" / "checkpoints") == [4]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"failed: export of step 2: file://{tmp_path}/file/mine/upload_id cannot be ")
+    assert said[1].startswith("uploaded file://") and len(said) == 2
+
+
+def test_two_at_once_are_refused(tmp_path, capsys):
+    run = a_run(tmp_path)
+    with locked(UploadQueue(run).path, "upload"):
+        assert command.main([str(run.path)]) == 2
+    assert "another upload is running there" in capsys.readouterr().err

@@ -1,0 +1,133 @@
+"""Uploads to a real S3 server on this machine, moto's, through s3fs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from plt_megatron.commands import upload as command
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.storage import copies
+from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest, upload
+from plt_megatron.storage.places import Place
+from plt_megatron.storage.queue import CHECKPOINT, UploadQueue
+from tests.unit.storage.test_upload_copies import Killed, an_export, content
+from tests.unit.storage.test_upload_runs import a_run, saved, uploads
+
+KEY_ID, SECRET = "AKIDEXAMPLE", "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Its URL."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch) -> Iterator[str]:
+    """An empty bucket's name; credentials and endpoint are in the environment, as on a cluster."""
+    for name, value in (
+        ("AWS_ENDPOINT_URL", server),
+        ("AWS_ACCESS_KEY_ID", KEY_ID),
+        ("AWS_SECRET_ACCESS_KEY", SECRET),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+        ("AWS_MAX_ATTEMPTS", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    files = fsspec.filesystem("s3")
+    files.mkdir("models")
+    yield "models"
+    files.rm("models", recursive=True)
+    type(files).clear_instance_cache()
+
+
+def stored(prefix: str) -> dict[str, bytes]:
+    files = fsspec.filesystem("s3")
+    files.invalidate_cache()
+    return {path.removeprefix(f"{prefix}/"): files.cat_file(path) for path in files.find(prefix)}
+
+
+def test_an_export_is_uploaded_and_a_killed_upload_goes_on(tmp_path, bucket, monkeypatch):
+    monkeypatch.setattr(copies, "_JOURNAL_EVERY_S", 0.0)
+    export, place = an_export(tmp_path / "export"), Place(f"s3://{bucket}/some/export")
+    files, sent = fsspec.filesystem("s3"), []
+    put_file = files.put_file
+
+    def until_killed(source: str, target: str) -> None:
+        sent.append(Path(target).name)
+        if len(sent) == 3:
+            patch.setattr(files, "pipe_file", None)  # a kill leaves no time for a journal
+            raise Killed
+        put_file(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "put_file", until_killed)
+        with pytest.raises(Killed):
+            upload(export, place)
+    assert stored("models/some/export").keys() == {"README.md", "config.json", copies.JOURNAL}
+    del sent[:]
+    monkeypatch.setattr(files, "put_file", lambda *names: sent.append(Path(names[1]).name) or put_file(*names))
+    upload(export, place)
+    assert sent == ["model-1.safetensors", "model-2.safetensors"]
+    there = stored("models/some/export")
+    assert there.pop("upload.json") and there == content(export)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_kept_there_and_come_back(tmp_path, bucket):
+    run = a_run(tmp_path, upload_to=f"s3://{bucket}/runs", export_upload_to=None, upload_keep_last=2)
+    for step in (2, 4, 6):
+        UploadQueue(run).add(CHECKPOINT, saved(run, step))
+    assert uploads(run).work()
+    names = {path.split("/")[1] for path in stored("models/runs/mine") if path.startswith("checkpoints/step")}
+    assert names == {"step_00000004", "step_00000006"}
+    place = find_checkpoint(f"s3://{bucket}/runs/mine")
+    index, partial = read_manifest(place), tmp_path / "partial"
+    partial.mkdir()
+    download_part(place, index, partial)
+    finish_download(index, partial, tmp_path / "step_00000006")
+    assert content(tmp_path / "step_00000006") == content(run.checkpoints / "step_00000006")
+    assert checkpoints.damage(tmp_path / "step_00000006") is None
+
+
+def test_a_missing_bucket_is_refused_and_not_made(tmp_path, bucket, capsys):
+    run = a_run(tmp_path, upload_to="s3://no-such-bucket/runs", export_upload_to=None)
+    assert command.main([str(run.path), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint.upload_to: s3://no-such-bucket/runs/mine/upload_id cannot be written: " in said
+    assert "bucket does not exist" in said and said.count("\n") == 1
+    assert fsspec.filesystem("s3").ls("", refresh=True) == ["models"]
+
+
+def test_what_is_not_allowed_is_one_line_without_the_key(tmp_path, bucket, monkeypatch, capsys):
+    """Whatever the server says, it is told without the secrets."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(f"The AWS Access Key Id {KEY_ID} with {SECRET} is not allowed\n to PutObject")
+
+    monkeypatch.setattr(fsspec.filesystem("s3"), "pipe_file", refuse)
+    run = a_run(tmp_path, upload_to=f"s3://{bucket}/runs", export_upload_to=None)
+    assert command.main([str(run.path), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is not allowed to PutObject" in said
+    assert KEY_ID not in said and SECRET not in said
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_read_back_is_one_line(tmp_path, bucket):
+    with pytest.raises(UserError, match=r"s3://models/nowhere/file cannot be read: .*nowhere/file"):
+        Place(f"s3://{bucket}/nowhere").get("file", tmp_path / "file")

@@ -1,0 +1,250 @@
+"""Uploads beside a run: when they begin, what fails, what the next job finds.
+
+The process is a stand-in that uploads when it is asked how it is; whole runs upload in tests/distributed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.storage import run_uploads
+from plt_megatron.storage.run_uploads import RunUploads
+from plt_megatron.train.callbacks import beside, uploads
+from tests.unit.storage.test_upload_copies import an_export
+from tests.unit.storage.test_upload_runs import a_run as a_run_folder
+from tests.unit.storage.test_upload_runs import saved, steps
+from tests.unit.train.callbacks.a_run import a_run
+
+
+class StandIn:
+    """`plt-upload RUN --waiting`, which works when asked how it is, unless it is `stuck`."""
+
+    started: list[StandIn] = []
+    stuck = False
+    dies = False
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        assert command[0] == "plt_megatron.commands.upload" and command[2:] == ["--waiting"]
+        self.folder, self.ended, self.quiet = RunFolder(command[1]), False, 0.0
+        StandIn.started.append(self)
+
+    def poll(self) -> int | None:
+        if StandIn.dies:
+            return 2
+        if StandIn.stuck:
+            return None
+        return 0 if RunUploads(self.folder.config(), self.folder, lambda line: None).work() else 1
+
+    def last_words(self) -> str:
+        return "it has no credentials"
+
+    def quiet_seconds(self) -> float:
+        return self.quiet
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Any:
+    """Of ten steps, uploading to `there`."""
+    monkeypatch.setattr(uploads, "BesideProcess", StandIn)
+    monkeypatch.setattr(uploads.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(uploads.torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(uploads, "_TURN_S", 0.0)
+    monkeypatch.setattr(StandIn, "started", [])
+    for name in ("stuck", "dies"):
+        monkeypatch.setattr(StandIn, name, False)
+    folder = a_run_folder(tmp_path)
+    run = a_run(folder.path)
+    run.config = folder.config()
+    run.last_step = 10
+    run.records, run.beats = [], []
+    run.report = run.records.append
+    run.beat = run.beats.append
+    return run
+
+
+def there(run: Any, kind: str = "checkpoints") -> list[int]:
+    return steps(run.folder.path.parents[1] / "there" / "mine" / kind)
+
+
+def save(run: Any, callback: Any, step: int) -> Path:
+    run.clock.step, run.clock.tokens = step, 100 * step
+    checkpoint = saved(run.folder, step)
+    callback.on_save(checkpoint)
+    return checkpoint
+
+
+def fail(monkeypatch: Any) -> None:
+    def upload(*_: Any, **__: Any) -> None:
+        raise UserError("s3://bucket: the network is down")
+
+    monkeypatch.setattr(run_uploads, "upload", upload)
+
+
+def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run):
+    callback = uploads.Uploads(run)
+    callback.on_start()
+    assert StandIn.started == [], "there is nothing to do"
+    StandIn.stuck = True
+    shutil.rmtree(save(run, callback, 4))
+    callback.on_export(an_export(run.folder.exports / "step_00000004"))
+    callback.after_step()
+    assert len(StandIn.started) == 1 and there(run) == []
+    StandIn.stuck = False
+    run.clock.step, run.clock.tokens = 6, 600
+    callback.after_step()
+    assert there(run) == there(run, "exports") == [4]
+    target = f"file://{run.folder.path.parents[1]}/there/mine"
+    assert run.said == [f"uploaded {target}/{kind}/step_00000004" for kind in ("exports", "checkpoints")]
+    assert [(record["kind"], record["what"], record["step"], record["of_step"]) for record in run.records] == [
+        ("upload", "export", 6, 4),
+        ("upload", "checkpoint", 6, 4),
+    ]
+    assert run.records[0]["tokens"] == 600 and run.records[0]["bytes"] == 4006
+
+
+def test_what_comes_after_a_process_has_ended_is_uploaded_at_once(run):
+    """As while the run waits for its exports at the end: nothing but them happens."""
+    callback = uploads.Uploads(run)
+    save(run, callback, 10)
+    callback.on_export(an_export(run.folder.exports / "step_00000010"))
+    assert len(StandIn.started) == 2 and there(run) == [10]
+
+
+def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end(run, monkeypatch):
+    callback = uploads.Uploads(run)
+    callback.on_start()
+    with monkeypatch.context() as patch:
+        fail(patch)
+        save(run, callback, 2)
+        callback.after_step()
+        callback.after_step()
+        assert len(StandIn.started) == 1, "not in every step"
+        assert run.said == ["warning: the upload of the checkpoint of step 2 failed: s3://bucket: the network is down"]
+        assert run.records[0]["error"] == "s3://bucket: the network is down"
+        save(run, callback, 4)
+        callback.after_step()
+        assert len(StandIn.started) == 2 and len(run.records) == 2
+    StandIn.stuck = True  # until somebody waits for it
+    run.beat = lambda phase: (run.beats.append(phase), setattr(StandIn, "stuck", False))
+    run.clock.step = 10
+    callback.on_end()
+    assert there(run) == [4], "the one of step 2 was superseded"
+    assert "waiting for the upload of 1 checkpoint" in run.said and set(run.beats) == {"uploading"}
+
+
+def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypatch):
+    callback = uploads.Uploads(run)
+    fail(monkeypatch)
+    save(run, callback, 10)
+    callback.on_end()
+    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt-upload {run.folder.path}"
+
+
+def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch):
+    callback = uploads.Uploads(run)
+    StandIn.dies = True
+    save(run, callback, 2)
+    for _ in range(3):
+        callback.after_step()
+    assert run.said == ["warning: the upload of 1 checkpoint failed: it has no credentials"]
+    StandIn.dies, StandIn.stuck = False, True
+    save(run, callback, 4)
+    monkeypatch.setattr(uploads, "_LOOK_S", 0.0)
+    callback.after_step()
+    assert len(StandIn.started) == 2 and not StandIn.started[1].ended
+    StandIn.started[1].quiet = 60 * run.config.parallel.distributed_timeout_minutes + 1
+    callback.after_step()
+    assert StandIn.started[1].ended and "it has not moved for 601 seconds" in run.said[-1]
+    StandIn.stuck = False
+    callback.on_export(an_export(run.folder.exports / "step_00000004"))
+    callback.after_step()
+    assert there(run) == there(run, "exports") == [4]
+
+
+def test_a_job_that_goes_on_finishes_what_the_one_before_has_left(run):
+    callback = uploads.Uploads(run)
+    StandIn.stuck = True
+    save(run, callback, 4)
+    callback.on_end()  # stopped at step 4: nobody waits
+    callback.close()
+    assert StandIn.started[0].ended and there(run) == []
+    StandIn.stuck = False
+    again = uploads.Uploads(run)
+    again.on_start()
+    again.after_step()
+    assert there(run) == [4] and len(run.said) == 1
+
+
+def test_what_is_rolled_back_or_trained_again_gives_way(run):
+    callback = uploads.Uploads(run)
+    StandIn.stuck = True
+    save(run, callback, 2)
+    shutil.rmtree(save(run, callback, 4))
+    run.clock.step = 2
+    callback.on_rollback({})
+    assert StandIn.started[0].ended
+    for _ in range(2):
+        shutil.rmtree(run.folder.checkpoints / "step_00000002")
+        save(run, callback, 2)
+    assert StandIn.started[1].ended, "it may have been sending the first one"
+    assert not (run.folder.uploading / "checkpoints" / "step_00000004").exists()
+    assert [path.name for path in (run.folder.uploading / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_where_no_links_can_be_made_it_says_so(run, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", refuse)
+    save(run, uploads.Uploads(run), 4)
+    assert len(run.said) == 1 and "is not uploaded" in run.said[0] and "not supported" in run.said[0]
+
+
+def test_other_ranks_and_runs_without_a_destination_do_nothing(run):
+    run.is_first_rank = False
+    other = uploads.Uploads(run)
+    run.is_first_rank = True
+    settings = dataclasses.replace(run.config.checkpoint, upload_to=None, export_upload_to=None)
+    run.config = dataclasses.replace(run.config, checkpoint=settings)
+    for callback in (other, uploads.Uploads(run)):
+        callback.on_start()
+        save(run, callback, 4)
+        shutil.rmtree(run.folder.checkpoints)
+        callback.on_rollback({})
+        callback.close()
+    assert not run.folder.uploading.exists() and StandIn.started == []
+
+
+def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monkeypatch):
+    """A real one: it reads a file when it is told to."""
+    monkeypatch.setenv("RANK", "3")
+    (tmp_path / "mover.py").write_text(
+        "import os, sys\nassert 'RANK' not in os.environ\nprint('ready', file=sys.stderr, flush=True)\n"
+        "os.open(sys.argv[1], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[1], os.O_RDONLY)\n"
+    )
+    fifo = tmp_path / "fifo"
+    subprocess.run(["mkfifo", fifo], check=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = beside.BesideProcess(["mover", str(fifo)], tmp_path / "log")
+    while not (tmp_path / "log").read_text():
+        time.sleep(0.01)
+    while (quiet := process.quiet_seconds()) < 0.05:  # it may be on its way from there to the pipe
+        time.sleep(0.01)
+    fifo.open("w").close()
+    while process.quiet_seconds() >= quiet and process.poll() is None:
+        time.sleep(0.001)
+    assert process.poll() is None, "it has been seen to move, not to end"
+    process.end()
+    assert process.poll() != 0
