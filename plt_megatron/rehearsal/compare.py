@@ -95,8 +95,9 @@ def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Diff
     layout = estimate.layout
     parts = stage_flops(layout, config.model, estimate.flops, record.place["pp"])
     expected = parts.projections + parts.ffn + parts.global_attention + parts.output
-    if config.model.gate_input == "hidden":
-        expected += parts.gate
+    loops = config.model.loop_count
+    if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, which has no use for it
+        expected += parts.gate * loops / (loops - 1)
     tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
     rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
     return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)
