@@ -39,7 +39,8 @@ def communication_bytes(
     dense = _share(layout.shards) * (parameters.dense + matrices.padding)
     experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
     traffic = {
-        "tensor parallel": layout.microbatches * _tensor_layers(config, layout, shapes, [*own, *again])
+        "tensor parallel": layout.microbatches
+        * (_tensor_layers(config, layout, shapes, [*own, *again]) + loops * len(looped) * _hidden_gate(layout, shapes))
         + _tensor_ends(config, layout, shapes, loops)
         + _whole_gradients(config, layout, own, shapes.hidden),
         "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
@@ -112,6 +113,16 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
     qkv = _share(layout.tensor) * shapes.tokens * shapes.gathered_qkv * shapes.element
     forward, backward = 4 * whole + qkv, (6 if layout.sequence_parallel else 4) * whole + qkv
     return forward + backward + (forward if layout.recompute == "full" else 0)
+
+
+def _hidden_gate(layout: Layout, shapes: Activations) -> float:
+    """One layer's logits in one loop and microbatch, of all heads: gathered with sequence parallelism, and their
+    gradients in any case."""
+    if not shapes.hidden_gate:
+        return 0.0
+    gathers = (2 if layout.recompute == "full" else 1) if layout.sequence_parallel else 0
+    heads = shapes.heads * layout.tensor
+    return (gathers + 1) * _share(layout.tensor) * shapes.tokens * heads * shapes.element
 
 
 def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> float:

@@ -186,6 +186,8 @@ class PLTConfig(PreTrainedConfig):
             raise ValueError("mlp_bias is not for experts: leave it false")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f'scoring_func must be "softmax" or "sigmoid", not {self.scoring_func!r}')
+        if self.use_routing_bias and self.scoring_func != "sigmoid":
+            raise ValueError('use_routing_bias needs scoring_func "sigmoid", whose scores do not depend on one another')
 
     def _check_path(self) -> None:
         span = self.loop_span

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.estimate.run_estimate import USABLE_SHARE, RunEstimate
+from plt_megatron.estimate.step_time import stage_flops
 from plt_megatron.rehearsal.communication import Call
 from plt_megatron.rehearsal.record import RankRecord
 
@@ -91,15 +92,12 @@ def _memory(records: Sequence[RankRecord], estimate: RunEstimate) -> list[Differ
 
 def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Difference:
     """Linear layers and causal attention; not the window, which torch computes in blocks, nor recomputation."""
-    layout, stages = estimate.layout, estimate.layout.stage_layers(config.model.num_layers)
-    stage = record.place["pp"]
-    share = len(stages[stage]) / config.model.num_layers
-    parts = estimate.flops
-    expected = share * (parts.projections + parts.ffn + parts.global_attention)
-    if config.model.gate_input == "hidden":
-        expected += share * parts.gate
-    if stage == layout.pipeline - 1:
-        expected += parts.output
+    layout = estimate.layout
+    parts = stage_flops(layout, config.model, estimate.flops, record.place["pp"])
+    expected = parts.projections + parts.ffn + parts.global_attention + parts.output
+    loops = config.model.loop_count
+    if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, which has no use for it
+        expected += parts.gate * loops / (loops - 1)
     tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
     rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
     return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)

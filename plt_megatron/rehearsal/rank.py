@@ -122,7 +122,14 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
         for module in (layer, layer.self_attention.core_attention):
             module.register_forward_pre_hook(lambda *_: observer.enter_layer())
             module.register_forward_hook(lambda *_: observer.leave_layer())
-    run_loop = stage.run_loop
+    run_loop, embed = stage.run_loop, stage.embed
+
+    def embedded(
+        batch: Any, context: Any
+    ) -> Any:  # before the first loop, a prelude after another microbatch's backward
+        if observer.log.phase != "validation":
+            observer.log.phase = f"forward {context.loop}"
+        return embed(batch, context)
 
     def marked(batch: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         in_step = observer.log.phase != "validation"
@@ -134,7 +141,7 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
         record.shapes[f"loop {context.loop}'s output"] = f"{list(out.shape)} {str(out.dtype).removeprefix('torch.')}"
         return out
 
-    stage.run_loop = marked  # type: ignore[method-assign]
+    stage.run_loop, stage.embed = marked, embedded  # type: ignore[method-assign]
 
 
 class _Phases(StepTimes):

@@ -59,7 +59,7 @@ def test_experts_communicate_as_in_a_real_run_of_an_even_load(run_distributed, t
     experts = rehearsed("TP2 SP DP2 EP2")["TP2 SP DP2 EP2"]
     assert_as_real(run_distributed, "TP2 SP DP2 EP2", experts, tmp_path)
     sent = [call for call in experts["calls"]["0"] if call[0] == "all_to_all" and call[1] == [0, 1]]
-    assert len(sent) >= 2 * 2 * 2 * 6, "2 microbatches x 2 layers x 2 loops x 3 each way"
+    assert len(sent) >= 2 * 2 * 6, "2 microbatches x 2 loops x 3 each way of the one layer that has experts"
     off = dict(experts["differences"])
     assert abs(off["FLOPs"]) < 1e-3 and abs(off["memory, stage 0"]) < 0.05
     exactly = {what: value for what, value in off.items() if "parallel" in what}

@@ -10,15 +10,22 @@ EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 
 VARIANTS = {
     "normalized": {},
     "not normalized": {"norm_topk_prob": False, "num_experts_per_tok": 3},
+    "biased, dense first": {
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+    },
     "shared, normed": {"shared_expert_intermediate_size": 40, "ffn_output_norm": True, "qk_norm": True},
 }
 
 
 def plain(block, x):
     """x [d] through the experts, one by one, in float64."""
-    probabilities = (block.gate.weight.double() @ x).softmax(-1)
-    chosen = probabilities.argsort(descending=True)[: block.top_k]
-    weights = probabilities[chosen]
+    logits, bias = block.gate.weight.double() @ x, block.gate.e_score_correction_bias
+    scores = logits.softmax(-1) if bias is None else 1 / (1 + torch.exp(-logits))
+    chosen = (scores if bias is None else scores + bias).argsort(descending=True)[: block.top_k]
+    weights = scores[chosen]
     if block.norm_topk_prob:
         weights = weights / weights.sum()
     out = torch.zeros_like(x)
@@ -83,11 +90,51 @@ def test_every_expert_learns_and_none_is_a_constant():
         ({"num_experts_per_tok": 7}, "num_experts_per_tok 7 exceeds num_experts 6"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size must be a positive integer"),
         ({"mlp_bias": True}, "mlp_bias is not for experts"),
+        ({"scoring_func": "relu"}, 'scoring_func must be "softmax" or "sigmoid", not \'relu\''),
+        ({"use_routing_bias": True}, 'use_routing_bias needs scoring_func "sigmoid"'),
+        (
+            {"first_k_dense_replace": 2},
+            "first_k_dense_replace must be from 0 to one less than num_hidden_layers 2, not 2",
+        ),
     ],
 )
 def test_configurations_that_are_refused(changes, message):
     with pytest.raises(Exception, match=message):
         make_config(**{**EXPERTS, **changes})
+
+
+def test_biased_routing_is_deepseek_v3s():
+    """transformers' own router, of one group: the bias chooses, the scores weigh."""
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    model = make_model(**EXPERTS, **VARIANTS["biased, dense first"])
+    assert not hasattr(model.model.layers[0].mlp, "experts")
+    block = model.model.layers[2].mlp
+    router = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=64,
+            n_routed_experts=6,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.0,
+            norm_topk_prob=True,
+        )
+    )
+    router.load_state_dict(block.gate.state_dict())
+    assert router.e_score_correction_bias.abs().min() > 0
+    rows = torch.randn(50, 64, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        weights, chosen = block.route(rows)
+        _, their_weights, theirs = router(rows)
+    one, other = (
+        torch.zeros(50, 6).scatter(1, numbers, values)
+        for numbers, values in ((chosen, weights), (theirs, their_weights))
+    )
+    assert torch.equal(one > 0, other > 0) and (one - other).abs().max() < 1e-6
+    unbiased = (block.gate(rows).sigmoid()).topk(2, dim=-1).indices
+    assert not torch.equal(unbiased.sort(-1).values, chosen.sort(-1).values)
 
 
 def test_one_loop_is_qwen3_moe():

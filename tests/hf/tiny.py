@@ -105,7 +105,7 @@ def make_config(**changes):
 
 
 def make_model(seed=0, **changes):
-    """An fp32 model in eval mode with every parameter random."""
+    """An fp32 model in eval mode with every parameter random, and biases of experts."""
     torch.manual_seed(seed)
     attention = changes.pop("attn_implementation", "sdpa")
     model = PLTForCausalLM._from_config(make_config(**changes), attn_implementation=attention)
@@ -114,6 +114,9 @@ def make_model(seed=0, **changes):
             parameter.data.uniform_(0.7, 1.3)
         else:
             parameter.data.normal_(std=0.3 if "gate" in name or "bias" in name else 0.15)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.2)
     return model.eval()
 
 
