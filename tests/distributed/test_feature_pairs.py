@@ -1,7 +1,8 @@
 """What was added after the parity matrix was drawn up, in pairs: each feature with each other one, in small layouts.
 
 Topologies (layers that run once, loops by layer, uneven stages, a head as a stage), YaRN, z-loss, Muon, loops that
-change from step to step, experts, packed documents and recomputation. A layout gives one process's numbers.
+change from step to step, experts with a loss or with biases after a dense layer, packed documents and recomputation. A
+layout gives one process's numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 
 from tests.distributed.cases import Case, Layout, train_cases
 from tests.distributed.covering import covering_design, pairs
-from tests.distributed.test_parity import EXPERTS, TOLERANCE, YARN, differences
+from tests.distributed.test_parity import BIASES, EXPERTS, TOLERANCE, YARN, differences
 
 FOUR = {"num_layers": 4}
 TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the model, and of the layout
@@ -26,7 +27,12 @@ TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of 
                                  "account_for_loss_in_pipeline_split": True}),
 }  # fmt: skip
 LAYOUTS = [Layout(dp=2), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2), Layout(tp=2, sp=True, pp=2), Layout(pp=4)]
-Setting = tuple[Layout, str, bool, bool, str, bool, bool, bool, str]
+FFNS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": EXPERTS,
+    "biases": {**EXPERTS, **BIASES, "moe_router_load_balancing_type": "none", "first_k_dense_replace": 1},
+}
+Setting = tuple[Layout, str, bool, bool, str, bool, str, bool, str]
 
 
 def _allowed(setting: Setting) -> bool:
@@ -41,7 +47,14 @@ def _allowed(setting: Setting) -> bool:
 EVERYTHING = [
     setting
     for setting in itertools.product(
-        LAYOUTS, TOPOLOGIES, *[(False, True)] * 2, ("adam", "muon"), *[(False, True)] * 3, ("none", "selective", "full")
+        LAYOUTS,
+        TOPOLOGIES,
+        *[(False, True)] * 2,
+        ("adam", "muon"),
+        (False, True),
+        FFNS,
+        (False, True),
+        ("none", "selective", "full"),
     )
     if _allowed(setting)
 ]
@@ -55,9 +68,9 @@ COVERING: list[Setting] = covering_design(EVERYTHING, _described)
 
 
 def _case(setting: Setting) -> Case:
-    layout, topology, yarn, z_loss, optimizer, changing, experts, packed, recompute = setting
+    layout, topology, yarn, z_loss, optimizer, changing, ffn, packed, recompute = setting
     model, parallel = TOPOLOGIES[topology]
-    model = {**model, **(YARN if yarn else {}), **(EXPERTS if experts else {}), "init_method_std": 0.06}
+    model = {**model, **(YARN if yarn else {}), **FFNS[ffn], "init_method_std": 0.06}
     return Case(
         loops=3 if layout.pp == 1 else 2,
         recompute=recompute,
