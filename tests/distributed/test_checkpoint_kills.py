@@ -35,7 +35,8 @@ def _run(directory: Path, config, steps: int, kill: tuple[int, float] | None = N
     return losses, jobs.digest(engine)
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(3, 1), (20, 2)])
+@pytest.mark.slow
 def test_killed_runs_end_bit_for_bit_where_an_undisturbed_one_does(run_distributed, tmp_path, kills, seed):
     from plt_megatron.run_folder import checkpoints
     from plt_megatron.train.checkpoint import publishing

@@ -103,7 +103,8 @@ def difference(numbers: list[tuple[float, float]], expected: list[tuple[float, f
         ),
         # Whatever the start, the checkpoint is the same: one or two ways on are enough.
         pytest.param(Place(MEGATRON, pp=2), [Place(Zero(3), 1)], marks=pytest.mark.slow),
-        (Place(Zero(1), 2), [Place(MEGATRON, pp=2), Place(Zero(3), 1)]),
+        (Place(Zero(1), 2), [Place(Zero(3), 1)]),
+        pytest.param(Place(Zero(1), 2), [Place(MEGATRON, pp=2)], marks=pytest.mark.slow),
         pytest.param(
             Place(Zero(2), 1),
             [Place(MEGATRON, 2), Place(Zero(1), 1), Place(Zero(3), 2)],

@@ -130,7 +130,7 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({"dp": 2, "zero": 3}, [{"precision": "bf16"}], SLOW),
     ({"cp": 2}, [{"precision": "bf16", "recompute": "selective"}]),
     ({"cp": 2}, [{}], SLOW),
-    ({"tp": 2, "sp": True, "pp": 2}, [{}]),
+    ({"tp": 2, "sp": True, "pp": 2}, [{}], SLOW),
     ({}, [EXPERTS]),
     ({}, [{**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}], SLOW),
     ({"dp": 2, "ep": 2}, [EXPERTS], SLOW),

@@ -90,7 +90,7 @@ def saved(run_distributed, tmp_path_factory):
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [
-        ({"pipeline_model_parallel_size": 2}, 2),
+        pytest.param({"pipeline_model_parallel_size": 2}, 2, marks=pytest.mark.slow),
         pytest.param({"overlap_grad_reduce": True}, 4, marks=pytest.mark.slow),
         pytest.param({}, 1, marks=pytest.mark.slow),
         pytest.param({"tensor_model_parallel_size": 2}, 4, marks=pytest.mark.slow),

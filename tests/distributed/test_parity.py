@@ -297,10 +297,13 @@ Z_LOSS = (("z_loss_coeff", 0.02),)
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(tp=2, sp=True, pp=2),
+        Layout(tp=2, sp=True),
         *(
             pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (Layout(tp=2), Layout(dp=2), Layout(pp=4), Layout(cp=2, dp=2), Layout(2, True, 1, 1, 2))
+            for layout in (
+                *(Layout(2, True, 2), Layout(tp=2), Layout(dp=2), Layout(pp=4)),
+                *(Layout(cp=2, dp=2), Layout(2, True, 1, 1, 2)),
+            )
         ),
     ],
     ids=str,

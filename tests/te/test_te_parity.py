@@ -86,7 +86,7 @@ def _differences(outcome: Any, expected: Any) -> dict[str, float]:
     [
         Layout(),
         pytest.param(Layout(tp=2), marks=pytest.mark.slow),
-        Layout(tp=2, sp=True),
+        pytest.param(Layout(tp=2, sp=True), marks=pytest.mark.slow),
         pytest.param(Layout(pp=2), marks=pytest.mark.slow),
         pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow),
     ],

@@ -71,6 +71,7 @@ def read(folder: Path) -> dict:
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.slow  # README's commands diagnose an export too
 def test_an_export_gives_the_same_numbers(place, done):
     other = place.diagnose(place.export)
     ours, theirs = read(done.folder), read(other.folder)

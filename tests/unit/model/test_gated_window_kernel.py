@@ -54,6 +54,7 @@ def check_resources(rows: list[dict[str, Any]]) -> None:
         assert row["registers"] <= 255 and row["spilled bytes"] <= 128, row
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_h100():
     rows = run_script("tests/unit/model/gated_window_compile.py", "90", "128")
     assert len(rows) == 3
