@@ -16,6 +16,7 @@ def one_process() -> Iterator[None]:
     """Process groups of one rank, for as long as a module's tests run."""
     import torch
     from megatron.core import tensor_parallel
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     from plt_megatron.config.schema import ParallelConfig
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
@@ -27,6 +28,8 @@ def one_process() -> Iterator[None]:
             patch.delenv(name, raising=False)
         init_process_groups(ParallelConfig())
         tensor_parallel.model_parallel_cuda_manual_seed(1)
+        # Of the process: a backward pass without a schedule leaves one of no dimension, which a schedule cannot set.
+        MoEAuxLossAutoScaler.main_loss_backward_scale = None
         yield
         destroy_process_groups()
     torch.set_num_threads(threads)
