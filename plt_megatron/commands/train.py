@@ -130,7 +130,7 @@ def _batches(config: RunConfig) -> list[tuple[str, str]]:
     """The steps of each batch size, where there are several."""
     stretches = BatchSchedule(config).stretches(steps=derived.train_iters(config))
     rows = [f"{steps:,} steps of {size:,} sequences" for size, steps in stretches]
-    return list(zip(["batches", *[""] * len(rows)], rows, strict=False)) if len(rows) > 1 else []
+    return _under("batches", rows) if len(rows) > 1 else []
 
 
 def _lengths(config: RunConfig) -> list[tuple[str, str]]:
@@ -141,7 +141,11 @@ def _lengths(config: RunConfig) -> list[tuple[str, str]]:
     for kind, share in LoopSchedule(config).step_shares().items():
         steps[kind.sequence_length] += share * derived.train_iters(config)
     rows = [f"{round(number):,} steps with rows of {length:,} tokens" for length, number in steps.items() if number]
-    return list(zip(["lengths", *[""] * len(rows)], rows, strict=False))
+    return _under("lengths", rows)
+
+
+def _under(title: str, rows: list[str]) -> list[tuple[str, str]]:
+    return [(title if number == 0 else "", row) for number, row in enumerate(rows)]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule, with_global_batch_size
-from plt_megatron.config.length_schedule import LengthSchedule
+from plt_megatron.config.length_schedule import LengthSchedule, with_sequence_length
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.duplicates import Duplicates, find_duplicates
@@ -118,16 +118,16 @@ class Inspector:
     def batch(self, part: str, number: int, limit: int) -> ShownBatch:
         """The first `limit` samples of a part's `number`-th global batch, from 1. `UserError` if there is none."""
         config, samples = self._config, self.samples(part)
+        length = config.data.sequence_length
         if part != "train":
-            config = with_global_batch_size(config, config.training.global_batch_size)
-        schedule, length = BatchSchedule(config), config.data.sequence_length
-        rows = LengthSchedule(config).sequence_length
+            config = with_sequence_length(with_global_batch_size(config, config.training.global_batch_size), length)
+        schedule = BatchSchedule(config)
         batches = schedule.steps(len(samples) * length)
         if not 1 <= number <= batches:
             raise UserError(f"batch {number} of the {part} data: the run reads the batches 1 to {batches:,}")
         before = schedule.tokens(number - 1)
         first, size = before // length, schedule.global_batch_size(before)
-        row = rows(before) if part == "train" else length
+        row = LengthSchedule(config).sequence_length(before)
         shown = [self._sample(samples, part, index, row) for index in range(first, first + min(limit, size))]
         return ShownBatch(part, number, size, row, shown)
 

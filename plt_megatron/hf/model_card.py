@@ -147,8 +147,10 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     yield "steps", f"{progress['step']:,}"
     yield "tokens", f"{trained_tokens(progress):,}"
     yield "data", _data(config["data"])
-    yield "sequence length", _lengths(config["data"])
-    yield "global batch", _batches(training)
+    # Once there were no schedules.
+    batches, lengths = training.get("batch_schedule", []), config["data"].get("length_schedule", [])
+    yield "sequence length", f"{config['data']['sequence_length']:,}{_at_first(lengths, 'sequence_length')}"
+    yield "global batch", f"{training['global_batch_size']:,} sequences{_at_first(batches, 'global_batch_size')}"
     yield "precision", training["precision"]
     rate = f"peak {optimizer['lr']:g}, {optimizer['lr_decay_style']} to {optimizer['min_lr']:g}"
     title = OPTIMIZERS[optimizer.get("name", "adam")].title  # before optimizers had names
@@ -161,16 +163,8 @@ def _training_facts(source: ModelSource) -> Iterator[tuple[str, Any]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _batches(training: Mapping[str, Any]) -> str:
-    sizes = [stage["global_batch_size"] for stage in training.get("batch_schedule", [])]  # once there were no schedules
-    before = f", {sizes[0]:,} at first" if sizes else ""
-    return f"{training['global_batch_size']:,} sequences{before}"
-
-
-def _lengths(data: Mapping[str, Any]) -> str:
-    lengths = [stage["sequence_length"] for stage in data.get("length_schedule", [])]
-    before = f", {lengths[0]:,} at first" if lengths else ""
-    return f"{data['sequence_length']:,}{before}"
+def _at_first(stages: Sequence[Mapping[str, Any]], key: str) -> str:
+    return f", {stages[0][key]:,} at first" if stages else ""
 
 
 def _averaged(progress: Mapping[str, Any]) -> str:

@@ -124,17 +124,18 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
             module.register_forward_hook(lambda *_: observer.leave_layer())
     run_loop, embed = stage.run_loop, stage.embed
 
-    def embedded(
-        batch: Any, context: Any
-    ) -> Any:  # before the first loop, a prelude after another microbatch's backward
-        if observer.log.phase != "validation":
-            observer.log.phase = f"forward {context.loop}"
-        return embed(batch, context)
-
-    def marked(batch: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+    def enter(context: Any) -> bool:
         in_step = observer.log.phase != "validation"
         if in_step:
             observer.log.phase = f"forward {context.loop}"
+        return in_step
+
+    def embedded(batch: Any, context: Any) -> Any:
+        enter(context)  # a prelude, before the first loop, may follow another microbatch's backward
+        return embed(batch, context)
+
+    def marked(batch: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        in_step = enter(context)
         out = run_loop(batch, context, *args, **kwargs)
         if in_step and out.requires_grad:
             out.register_hook(lambda grad: setattr(observer.log, "phase", f"backward {context.loop}"))

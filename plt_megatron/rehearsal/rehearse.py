@@ -14,6 +14,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.length_schedule import with_sequence_length
+from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -55,15 +57,6 @@ class Rehearsal:
     problems: list[str]
 
 
-def _all_alike(config: RunConfig) -> RunConfig:
-    """The run whose every step is like the rehearsed one: with all loops, in rows of `data.sequence_length`."""
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, length_schedule=[]),
-        training=dataclasses.replace(config.training, loop_schedule=[]),
-    )
-
-
 def rehearse(
     config: RunConfig,
     vocab_size: int,
@@ -91,9 +84,9 @@ def rehearse(
         raise UserError("\n".join(problems))
     config, replaced = _rehearsable(config)
     layout = layout_of(config, world_size)
-    estimate = estimate_run(
-        _all_alike(config), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
-    )
+    # Of the run whose every step is like the rehearsed one.
+    alike = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
+    estimate = estimate_run(alike, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
     _import_once()
     ranks = ranks_of_each_kind(layout)
     calls = [(config, vocab_size, rank, world_size, prepare) for rank in ranks]

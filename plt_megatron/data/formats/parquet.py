@@ -82,14 +82,18 @@ class Parquet(Reader):
             return [group.column(position).total_compressed_size for group in groups]
 
 
+def _column_type(path: str, schema: Any, column: str) -> Any:
+    index = schema.get_field_index(column)
+    if index < 0:
+        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
+    return schema.field(index).type
+
+
 def check_column(path: str, schema: Any, column: str) -> None:
     """`UserError` unless an Arrow schema has a column of strings of this name."""
     from pyarrow import types
 
-    index = schema.get_field_index(column)
-    if index < 0:
-        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
-    kind = schema.field(index).type
+    kind = _column_type(path, schema, column)
     if types.is_dictionary(kind):
         kind = kind.value_type
     if not (types.is_string(kind) or types.is_large_string(kind)):
@@ -100,10 +104,7 @@ def check_number_column(path: str, schema: Any, column: str) -> None:
     """`UserError` unless an Arrow schema has a column of numbers of this name."""
     from pyarrow import types
 
-    index = schema.get_field_index(column)
-    if index < 0:
-        raise UserError(f"{path}: no column {column!r}; it has {', '.join(schema.names)}")
-    kind = schema.field(index).type
+    kind = _column_type(path, schema, column)
     if not (types.is_integer(kind) or types.is_floating(kind)):
         raise UserError(f"{path}: column {column!r} holds {kind}, not numbers")
 

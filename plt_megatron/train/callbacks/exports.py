@@ -7,15 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.scores import read_scores
 from plt_megatron.storage.queue import link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.beside import BesideProcess
+from plt_megatron.train.checkpoint.collective import any_rank
 
 _TURN_S = 0.5  # between two looks at an export, once training is over
 
@@ -75,9 +73,7 @@ class Exports(Callback):
     def _anything_left(self) -> bool:
         if self._works:
             self._advance()
-        left = torch.tensor(float(self._process is not None), device=torch.cuda.current_device())
-        dist.all_reduce(left, op=dist.ReduceOp.MAX)
-        return bool(left.item())
+        return any_rank(self._process is not None)
 
     # The first rank's queue.
 

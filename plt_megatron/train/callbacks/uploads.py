@@ -6,15 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.beside import BesideProcess
+from plt_megatron.train.checkpoint.collective import any_rank
 
 _TURN_S = 0.5  # between two looks, once training is over
 _LOOK_S = 5.0  # between two looks at whether an upload still moves
@@ -94,9 +92,7 @@ class Uploads(Callback):
     def _anything_left(self) -> bool:
         if self._works:
             self._advance()
-        left = torch.tensor(float(self._process is not None), device=torch.cuda.current_device())
-        dist.all_reduce(left, op=dist.ReduceOp.MAX)
-        return bool(left.item())
+        return any_rank(self._process is not None)
 
     # The first rank's.
 

@@ -1,10 +1,11 @@
-"""Agreement of all ranks while they save or load."""
+"""Agreement of all ranks while they save, load, or wait for one another."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from plt_megatron.errors import UserError
@@ -40,6 +41,13 @@ def first_of_all_ranks(message: str | None) -> str | None:
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return next((text for text in messages if text), None)
+
+
+def any_rank(state: bool) -> bool:
+    """Whether it is so on any rank. Collective."""
+    found = torch.tensor(float(state), device=torch.cuda.current_device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def describe(error: BaseException) -> str:

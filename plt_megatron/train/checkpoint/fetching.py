@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from plt_megatron.errors import UserError
@@ -20,7 +19,7 @@ from plt_megatron.run_folder.files import write_text
 from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest
 from plt_megatron.storage.index import Index
 from plt_megatron.storage.places import Place
-from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
+from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0
 
 _SOURCE = "source"  # a file with the URL
 _TURN_S = 0.2
@@ -79,13 +78,7 @@ def _in_turns(work: Callable[[], None], beat: Callable[[], None]) -> str | None:
 
     thread = threading.Thread(target=try_it, name="download", daemon=True)
     thread.start()
-    while _anyone(thread.is_alive()):
+    while any_rank(thread.is_alive()):
         beat()
         time.sleep(_TURN_S)  # in all ranks alike, whether theirs is done or not
     return first_of_all_ranks(problems[0] if problems else None)
-
-
-def _anyone(busy: bool) -> bool:
-    state = torch.tensor(float(busy), device=torch.cuda.current_device())
-    dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    return bool(state.item())

@@ -101,13 +101,19 @@ def test_an_upload_is_a_copy_with_an_index_that_is_written_last(tmp_path, sent):
     assert upload(export, place_at(target)).sent_files == 0 and sent == []
 
 
-def test_a_killed_upload_shows_no_index_and_sends_only_what_has_not_arrived(tmp_path, sent, monkeypatch):
+def a_killed_upload(folder, monkeypatch):
+    """An export, and where its upload was killed in the midst of the second file."""
     monkeypatch.setattr(copies, "_JOURNAL_EVERY_S", 0.0)
-    export, target = an_export(tmp_path / "export"), tmp_path / "there"
+    export, target = an_export(folder / "export"), folder / "there"
     with monkeypatch.context() as patch:
         kill_at(patch, "model-2.safetensors")
         with pytest.raises(Killed):
             upload(export, place_at(target))
+    return export, target
+
+
+def test_a_killed_upload_shows_no_index_and_sends_only_what_has_not_arrived(tmp_path, sent, monkeypatch):
+    export, target = a_killed_upload(tmp_path, monkeypatch)
     assert not (target / "upload.json").exists() and (target / "model-2.safetensors").stat().st_size == 501
     del sent[:]
     upload(export, place_at(target))
@@ -118,12 +124,7 @@ def test_a_killed_upload_shows_no_index_and_sends_only_what_has_not_arrived(tmp_
 
 def test_what_was_changed_there_meanwhile_is_sent_again(tmp_path, sent, monkeypatch):
     """A wrong byte in a file that had arrived, with its size right."""
-    monkeypatch.setattr(copies, "_JOURNAL_EVERY_S", 0.0)
-    export, target = an_export(tmp_path / "export"), tmp_path / "there"
-    with monkeypatch.context() as patch:
-        kill_at(patch, "model-2.safetensors")
-        with pytest.raises(Killed):
-            upload(export, place_at(target))
+    export, target = a_killed_upload(tmp_path, monkeypatch)
     (target / "model-1.safetensors").write_bytes(b"x" * 1002)
     del sent[:]
     upload(export, place_at(target))

@@ -14,6 +14,7 @@ import pytest
 
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.train.callbacks import beside, exports
+from plt_megatron.train.checkpoint import collective
 from tests.unit.train.callbacks.a_run import a_run
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
@@ -55,8 +56,8 @@ def run(tmp_path, monkeypatch) -> Any:
         return start([sys.executable, str(tmp_path / "stand_in.py"), str(checkpoint), str(target)], **how)
 
     monkeypatch.setattr(beside.subprocess, "Popen", stand_in)
-    monkeypatch.setattr(exports.dist, "all_reduce", lambda *_, **__: None)
-    monkeypatch.setattr(exports.torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(collective.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(collective.torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(exports, "_TURN_S", 0.01)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node7")):
         monkeypatch.setenv(name, value)

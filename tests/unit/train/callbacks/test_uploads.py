@@ -19,6 +19,7 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage import run_uploads
 from plt_megatron.storage.run_uploads import RunUploads
 from plt_megatron.train.callbacks import beside, uploads
+from plt_megatron.train.checkpoint import collective
 from tests.unit.storage.test_upload_copies import an_export
 from tests.unit.storage.test_upload_runs import a_run as a_run_folder
 from tests.unit.storage.test_upload_runs import saved, steps
@@ -58,8 +59,8 @@ class StandIn:
 def run(tmp_path, monkeypatch) -> Any:
     """Of ten steps, uploading to `there`."""
     monkeypatch.setattr(uploads, "BesideProcess", StandIn)
-    monkeypatch.setattr(uploads.dist, "all_reduce", lambda *_, **__: None)
-    monkeypatch.setattr(uploads.torch.cuda, "current_device", lambda: "cpu")
+    monkeypatch.setattr(collective.dist, "all_reduce", lambda *_, **__: None)
+    monkeypatch.setattr(collective.torch.cuda, "current_device", lambda: "cpu")
     monkeypatch.setattr(uploads, "_TURN_S", 0.0)
     monkeypatch.setattr(StandIn, "started", [])
     for name in ("stuck", "dies"):
