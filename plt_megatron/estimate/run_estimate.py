@@ -144,7 +144,7 @@ def _mean_step_costs(
         )
         shapes = activations(step, own, vocab_size)
         sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding, stage)
-        flops = step_flops_per_token(config, padded, loops)
+        flops = step_flops_per_token(config, padded, loops, length)
         times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node, stage).times(share)
         bubble += share * bubble_fraction(own.pipeline, loops, own.microbatches)
         for purpose, amount in sent.items():
