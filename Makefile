@@ -35,7 +35,7 @@ te: $(READY) $(TE) ## Transformer Engine's Python, for its tests on a CPU: `make
 demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (under 10 minutes)
 	@$(PY) tools/demo.py
 
-test: $(READY) ## the test suite (9 to 10 minutes on 2 quiet cores)
+test: $(READY) ## the test suite (10 to 13 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
 test-all: $(READY) ## every test, including slow ones
