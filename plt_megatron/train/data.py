@@ -42,7 +42,8 @@ class RunData:
     Attributes:
         vocab_size: the model's.
         train, validation: samples.
-        by_source: with `validation.by_source`, each source's validation samples by its name; else empty.
+        by_source: with `validation.by_source`, each source's validation samples by its name; else, or without a
+            validation, empty.
         fingerprint: what the sequence of training samples depends on.
     """
 
@@ -62,7 +63,7 @@ class RunData:
         assert built.train is not None
         self.train, self.validation = built.train, built.validation
         self.fingerprint, self._shares = built.fingerprint, built.shares
-        self.by_source = self._build_by_source(validation) if config.validation.by_source else {}
+        self.by_source = self._build_by_source(validation) if config.validation.by_source and validation else {}
         self._bytes: dict[str, int] = {}
 
     def _build_by_source(self, samples: int) -> dict[str, Samples]:

@@ -279,6 +279,9 @@ def test_losses_of_sources_add_up(data, tmp_path, run_distributed):
     assert all(size == pytest.approx(round(size)) and 0.5 * tokens < size < 10 * tokens for size in sizes.values())
     total = sum(bits[name] * sizes[name] for name in losses) / sum(sizes.values())
     assert record["bits_per_byte"] == pytest.approx(total)
+    config.name, config.validation.iters = "never_validated", 0
+    assert run_distributed(train, 2, config) is True
+    assert all(record["kind"] != "validation" for record in RunFolder(folder(config)).records())
 
 
 def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):

@@ -116,6 +116,8 @@ def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool =
         for variant, loops in wirings:
             config = _config(study, size, variant, loops, width)
             found = find_problems(dataclasses.replace(config, name="run"), check_files=check_files)
+            if config.validation.iters == 0:
+                found.append("validation.iters: a study compares validated losses; must be above 0")
             if study.measure == "bits_per_byte" and not config.validation.by_source:
                 found.append("measure: bits_per_byte takes validation.by_source=true")
             if config.model.loop_span is not None:

@@ -194,3 +194,5 @@ def test_bits_per_byte_and_each_source_alone(tmp_path, training, reported):
     assert 1.0 in code and 0.0 in prose and known.fit.phis["PLT"].value == pytest.approx(0.5, abs=0.2)
     with pytest.raises(UserError, match=r"measure: bits_per_byte takes validation.by_source=true"):
         run_study(str(path), settings(tmp_path, "validation.by_source=false", "name=x"), StudyOptions())
+    with pytest.raises(UserError, match=r"validation.iters: a study compares validated losses"):
+        run_study(str(path), settings(tmp_path, "validation.iters=0", "name=x"), StudyOptions())
