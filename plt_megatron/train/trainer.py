@@ -23,9 +23,12 @@ from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.callbacks import CALLBACKS
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
 from plt_megatron.train.checkpoint import CheckpointStore
+from plt_megatron.train.checkpoint.collective import any_rank
 from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.data import RunData
 from plt_megatron.train.stop import StopRequest
+
+_TURN_S = 0.5  # between two looks at what callbacks still work on
 
 
 class Trainer:
@@ -65,8 +68,9 @@ class Trainer:
             self._batches.close()
         self.beat("saving")
         self.checkpoints.close()
+        finished = self.is_finished and self._wait_for_callbacks()
         self._each(Callback.on_end)
-        return self.is_finished
+        return finished
 
     def _train_step(self) -> None:
         self.beat("training")
@@ -83,6 +87,17 @@ class Trainer:
         asked = self.stop.agree()
         if asked or self.is_due(self.config.checkpoint.save_interval):
             self._save()
+
+    def _wait_for_callbacks(self) -> bool:
+        """Let callbacks finish what they work on, on all ranks, since one that ends early would be missed. False: they
+        have not, as the run is to stop before."""
+        while any_rank(any(self._each(Callback.is_working))):
+            self.beat("waiting")
+            self.stop.agree()
+            if self.stop.requested:
+                return False
+            time.sleep(_TURN_S)
+        return True
 
     def _next_step(self) -> Step:
         with self.engine.times.measure("data"):

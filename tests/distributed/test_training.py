@@ -19,7 +19,7 @@ from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.train.checkpoint import read_weights
 from tests.distributed.pool import DistributedFailure
-from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
+from tests.distributed.training_jobs import make_data, run_config, train, train_beside_an_export, train_with_bad_step
 from tests.distributed.whole_runs import folder, numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +72,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, data, tmp_path, run_distrib
             (folder(config) / remaining).touch()
         assert run_distributed(train, 2, config) is (remaining is None)
     assert numbers(config) == numbers(finished)
+
+
+def test_a_run_that_waits_for_its_exports_can_be_stopped_and_goes_on(data, tmp_path, run_distributed):
+    config = run_config(
+        "exporting", tmp_path, data, training={"train_iters": 3}, checkpoint={"save_interval": 3, "export_interval": 3}
+    )
+    waiting = RunFolder(folder(config)).exporting
+    assert run_distributed(train_beside_an_export, 2, config, False) is False
+    assert sorted(path.name for path in waiting.glob("step_*")) == ["step_00000003", "step_00000003.log"]
+    assert run_distributed(train_beside_an_export, 2, config, True) is True
+    assert not list(waiting.iterdir())
 
 
 @pytest.mark.slow

@@ -64,6 +64,29 @@ def train_with_bad_step(config: RunConfig, bad_step: int) -> bool | str:
     return train(config, bad_step)
 
 
+def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
+    """As `train`, with a stand-in for exports that ends at once, or else never and asks the run to stop."""
+    from plt_megatron.run_folder.folder import RunFolder
+    from plt_megatron.train.callbacks import exports
+
+    class Export:
+        def __init__(self, command: list[str], log: Path) -> None:
+            log.touch()
+
+        def poll(self) -> int | None:
+            if not ends:
+                RunFolder.of(config).stop_file.touch()
+            return 0 if ends else None
+
+        def end(self) -> None: ...
+
+    own, exports.BesideProcess = exports.BesideProcess, Export  # type: ignore
+    try:
+        return train(config)
+    finally:
+        exports.BesideProcess = own  # type: ignore
+
+
 def train(config: RunConfig, bad_step: int = 0) -> bool | str:
     """Run a trainer to its end on this rank: whether it finished, or the message it failed with."""
     from megatron.core import parallel_state

@@ -171,6 +171,11 @@ class Callback:
 
     # At the end.
 
+    def is_working(self) -> bool:
+        """Whether it still works on something beside the run. Asked time and again after the last step: the run ends
+        when no callback of any rank does, or when it is asked to stop."""
+        return False
+
     def on_end(self) -> None:
         """After the last step, or when the run stops on request."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ from plt_megatron.run_folder.scores import read_scores
 from plt_megatron.storage.queue import link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.beside import BesideProcess
-from plt_megatron.train.checkpoint.collective import any_rank
-
-_TURN_S = 0.5  # between two looks at an export, once training is over
 
 
 class Exports(Callback):
@@ -58,22 +54,15 @@ class Exports(Callback):
             self._cancel()
             shutil.rmtree(self.run.folder.exporting, ignore_errors=True)
 
-    def on_end(self) -> None:
-        """After the last step, wait for what is left: on all ranks, since a rank that ends early would be missed."""
-        if self._interval == 0 or self.run.clock.step < self.run.last_step:
-            return
-        while self._anything_left():
-            self.run.beat("exporting")
-            time.sleep(_TURN_S)
+    def is_working(self) -> bool:
+        """Whether an export is under way."""
+        if self._works:
+            self._advance()
+        return self._process is not None
 
     def close(self) -> None:
         """End an export that is not done; the next job makes it."""
         self._cancel()
-
-    def _anything_left(self) -> bool:
-        if self._works:
-            self._advance()
-        return any_rank(self._process is not None)
 
     # The first rank's queue.
 

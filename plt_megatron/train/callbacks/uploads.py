@@ -12,9 +12,7 @@ from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.beside import BesideProcess
-from plt_megatron.train.checkpoint.collective import any_rank
 
-_TURN_S = 0.5  # between two looks, once training is over
 _LOOK_S = 5.0  # between two looks at whether an upload still moves
 
 
@@ -30,12 +28,12 @@ class Uploads(Callback):
         super().__init__(run)
         settings = run.config.checkpoint
         self._wanted = {EXPORT: settings.export_upload_to is not None, CHECKPOINT: settings.upload_to is not None}
-        self._on = any(self._wanted.values())
-        self._works = run.is_first_rank and self._on
+        self._works = run.is_first_rank and any(self._wanted.values())
         self._queue = UploadQueue(run.folder)
         self._process: BesideProcess | None = None
         self._looked = 0.0
         self._reported = 0  # records of uploads.jsonl
+        self._trying_again = False  # after the last step
         self._failed: set[tuple[str, int]] = set()  # since something was added
         # An upload that has moved nothing for as long as a rank may be quiet while it saves will not move any more.
         self._patience_s = 60 * run.config.parallel.distributed_timeout_minutes
@@ -68,19 +66,22 @@ class Uploads(Callback):
             self._queue.drop_after(self.run.clock.step)
             self._start()
 
-    def on_end(self) -> None:
-        """After the last step, wait for what is left: on all ranks, since a rank that ends early would be missed."""
-        if not self._on or self.run.clock.step < self.run.last_step:
-            return
-        if self._works:
+    def is_working(self) -> bool:
+        """Whether an upload is under way. After the last step what failed is tried once more."""
+        if not self._works:
+            return False
+        if not self._trying_again:
+            self._trying_again = True
             self._failed.clear()
             self._start()
             if self._process is not None:
                 self.run.say(f"waiting for the upload of {self._what_waits()}")
-        while self._anything_left():
-            self.run.beat("uploading")
-            time.sleep(_TURN_S)
-        if self._works and self._queue.waiting():
+        self._advance()
+        return self._process is not None
+
+    def on_end(self) -> None:
+        """Say what is left."""
+        if self._works and self._trying_again and self._queue.waiting():
             self.run.say(
                 f"warning: {self._what_waits()} could not be uploaded; go on with plt-upload {self.run.folder.path}"
             )
@@ -89,16 +90,10 @@ class Uploads(Callback):
         """End an upload that is not done; the next job, or plt-upload, goes on with it."""
         self._cancel()
 
-    def _anything_left(self) -> bool:
-        if self._works:
-            self._advance()
-        return any_rank(self._process is not None)
-
     # The first rank's.
 
     def _add(self, kind: str, folder: Path) -> None:
         step = step_of(folder)
-        self._advance()  # while others wait at the end, nobody else looks
         if any((entry.kind, entry.step) == (kind, step) for entry in self._queue.waiting()):
             self._cancel()  # the step was trained again: its upload may be under way
         try:

@@ -14,7 +14,6 @@ import pytest
 
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.train.callbacks import beside, exports
-from plt_megatron.train.checkpoint import collective
 from tests.unit.train.callbacks.a_run import a_run
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
@@ -56,18 +55,14 @@ def run(tmp_path, monkeypatch) -> Any:
         return start([sys.executable, str(tmp_path / "stand_in.py"), str(checkpoint), str(target)], **how)
 
     monkeypatch.setattr(beside.subprocess, "Popen", stand_in)
-    monkeypatch.setattr(collective.dist, "all_reduce", lambda *_, **__: None)
-    monkeypatch.setattr(collective.torch.cuda, "current_device", lambda: "cpu")
-    monkeypatch.setattr(exports, "_TURN_S", 0.01)
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node7")):
         monkeypatch.setenv(name, value)
     run = a_run(tmp_path / "run")
     run.config.checkpoint.export_interval = 4
     run.last_step = 10
     run.is_due = lambda interval, step: step == 10 or step % interval == 0
-    run.records, run.beats, run.commands = [], [], []
+    run.records, run.commands = [], []
     run.report = run.records.append
-    run.beat = run.beats.append
     return run
 
 
@@ -83,6 +78,12 @@ def save(run: Any, step: int, weights: str = "") -> Path:
 def remove(checkpoint: Path) -> None:
     (checkpoint / "weights").unlink()
     checkpoint.rmdir()
+
+
+def finish(callback: Any) -> None:
+    """As after the last step."""
+    while callback.is_working():
+        time.sleep(0.01)
 
 
 def exported(run: Any) -> dict[str, str]:
@@ -103,23 +104,22 @@ def test_exports_wait_for_one_another_and_outlive_their_checkpoints(run):
         callback.after_step()
     assert exported(run) == {}, "the first one is not done, so no other has begun"
     let_go(run)
-    callback.on_end()
+    finish(callback)
     assert exported(run) == {f"step_{step:08d}": f"of {step}" for step in (4, 8, 10)}
     assert run.said == [f"exported {run.folder.exports / f'step_{step:08d}'}" for step in (4, 8, 10)]
-    assert set(run.beats) == {"exporting"} and not list(run.folder.exporting.iterdir())
+    assert not list(run.folder.exporting.iterdir())
 
 
 def test_a_run_that_was_stopped_leaves_its_exports_to_the_next_job(run):
     callback = exports.Exports(run)
     callback.on_save(save(run, 4))
-    callback.on_end()  # stopped at step 4: nobody waits
-    callback.close()
+    callback.close()  # stopped at step 4: nobody waits
     assert exported(run) == {}
     let_go(run)
     again = exports.Exports(run)
     again.on_start()
     run.clock.step = 10
-    again.on_end()
+    finish(again)
     assert exported(run) == {"step_00000004": "of 4"}
 
 
@@ -140,14 +140,14 @@ def test_a_step_that_is_trained_again_is_exported_again(run):
     for weights in ("first", "second"):
         callback.on_save(save(run, 4, weights))
         run.clock.step = 10
-        callback.on_end()
+        finish(callback)
         assert exported(run) == {"step_00000004": weights}
     (run.folder.path.parent / "go").unlink()
     callback.on_save(save(run, 8, "first"))
     callback.on_save(save(run, 8, "second"))  # while the first is under way
     let_go(run)
     run.clock.step = 10
-    callback.on_end()
+    finish(callback)
     assert exported(run)["step_00000008"] == "second"
 
 
@@ -157,7 +157,7 @@ def test_what_is_rolled_back_is_not_exported(run):
     callback.on_rollback({})
     let_go(run)
     run.clock.step = 10
-    callback.on_end()
+    finish(callback)
     assert exported(run) == {} and not run.folder.exporting.exists()
 
 
@@ -167,7 +167,7 @@ def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
     callback.on_save(save(run, 4, "bad"))
     callback.on_save(save(run, 8))
     run.clock.step = 10
-    callback.on_end()
+    finish(callback)
     assert run.said[0] == "warning: the export of step 4 failed: no tokenizer"
     assert exported(run) == {"step_00000008": "of 8"}
 
@@ -182,7 +182,7 @@ def test_exports_are_evaluated_one_by_one(run):
         callback.on_save(checkpoint)
     let_go(run)
     run.clock.step = 10
-    callback.on_end()
+    finish(callback)
     assert "warning: the evaluation of step 4 failed: no task 'choice'" in run.said
     assert run.records == [{"kind": "evaluation", "step": 8, "tokens": 72, "scores": {"choice/acc": 0.5}}]
     assert run.commands[-1][5:] == [
@@ -208,6 +208,6 @@ def test_other_ranks_and_runs_without_exports_do_nothing(run):
     for callback in (other, exports.Exports(run)):
         callback.on_start()
         callback.on_save(save(run, 4))
-        callback.on_end()
+        finish(callback)
         callback.close()
     assert not run.folder.exporting.exists()

@@ -19,7 +19,6 @@ from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage import run_uploads
 from plt_megatron.storage.run_uploads import RunUploads
 from plt_megatron.train.callbacks import beside, uploads
-from plt_megatron.train.checkpoint import collective
 from tests.unit.storage.test_upload_copies import an_export
 from tests.unit.storage.test_upload_runs import a_run as a_run_folder
 from tests.unit.storage.test_upload_runs import saved, steps
@@ -59,9 +58,6 @@ class StandIn:
 def run(tmp_path, monkeypatch) -> Any:
     """Of ten steps, uploading to `there`."""
     monkeypatch.setattr(uploads, "BesideProcess", StandIn)
-    monkeypatch.setattr(collective.dist, "all_reduce", lambda *_, **__: None)
-    monkeypatch.setattr(collective.torch.cuda, "current_device", lambda: "cpu")
-    monkeypatch.setattr(uploads, "_TURN_S", 0.0)
     monkeypatch.setattr(StandIn, "started", [])
     for name in ("stuck", "dies"):
         monkeypatch.setattr(StandIn, name, False)
@@ -69,10 +65,16 @@ def run(tmp_path, monkeypatch) -> Any:
     run = a_run(folder.path)
     run.config = folder.config()
     run.last_step = 10
-    run.records, run.beats = [], []
+    run.records = []
     run.report = run.records.append
-    run.beat = run.beats.append
     return run
+
+
+def finish(callback: Any) -> None:
+    """As after the last step."""
+    while callback.is_working():
+        pass
+    callback.on_end()
 
 
 def there(run: Any, kind: str = "checkpoints") -> list[int]:
@@ -115,12 +117,12 @@ def test_exports_and_checkpoints_are_uploaded_while_the_run_goes_on(run):
     assert run.records[0]["tokens"] == 600 and run.records[0]["bytes"] == 4006
 
 
-def test_what_comes_after_a_process_has_ended_is_uploaded_at_once(run):
-    """As while the run waits for its exports at the end: nothing but them happens."""
+def test_at_the_end_all_that_waits_is_uploaded(run):
     callback = uploads.Uploads(run)
     save(run, callback, 10)
     callback.on_export(an_export(run.folder.exports / "step_00000010"))
-    assert len(StandIn.started) == 2 and there(run) == [10]
+    finish(callback)
+    assert there(run) == there(run, "exports") == [10]
 
 
 def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end(run, monkeypatch):
@@ -137,19 +139,20 @@ def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end
         save(run, callback, 4)
         callback.after_step()
         assert len(StandIn.started) == 2 and len(run.records) == 2
-    StandIn.stuck = True  # until somebody waits for it
-    run.beat = lambda phase: (run.beats.append(phase), setattr(StandIn, "stuck", False))
+    StandIn.stuck = True
     run.clock.step = 10
-    callback.on_end()
+    assert callback.is_working() and there(run) == []
+    StandIn.stuck = False
+    finish(callback)
     assert there(run) == [4], "the one of step 2 was superseded"
-    assert "waiting for the upload of 1 checkpoint" in run.said and set(run.beats) == {"uploading"}
+    assert "waiting for the upload of 1 checkpoint" in run.said
 
 
 def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypatch):
     callback = uploads.Uploads(run)
     fail(monkeypatch)
     save(run, callback, 10)
-    callback.on_end()
+    finish(callback)
     assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt-upload {run.folder.path}"
 
 
