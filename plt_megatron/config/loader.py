@@ -84,9 +84,7 @@ def check(settings: Any, problems: Iterable[str] = ()) -> None:
 
 def dump_config(config: RunConfig) -> str:
     """YAML text that `load_config` reads back to an equal configuration."""
-    return yaml.dump(
-        dataclasses.asdict(config), Dumper=yaml_nodes.Dumper, sort_keys=False, allow_unicode=True, width=110
-    )
+    return yaml_nodes.dump(dataclasses.asdict(config))
 
 
 # ---------------------------------------------------------------- reading

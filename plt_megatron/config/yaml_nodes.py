@@ -24,8 +24,9 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?
 _LONGEST = 60  # characters of a value that a message repeats
 
 
-# libyaml's parser where PyYAML was built with it, as its wheels are: a sweep reads hundreds of files.
+# libyaml where PyYAML was built with it, as its wheels are: a sweep reads and writes hundreds of files.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _Named(io.StringIO):
@@ -36,13 +37,6 @@ class _Named(io.StringIO):
         self.name = name
 
 
-class Dumper(yaml.SafeDumper):
-    """Indents lists under their key."""
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)  # type: ignore[no-untyped-call]
-
-
 def read_text(path: Path) -> str:
     """A file's text. Raises `UserError` if it cannot be read."""
     try:
@@ -51,6 +45,16 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text") from error
+
+
+def dump(values: object) -> str:
+    """YAML text of plain values, keys in their order."""
+    return str(yaml.dump(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=110))
+
+
+def load(text: str) -> object:
+    """The plain values of such a text. Raises `yaml.YAMLError`."""
+    return yaml.load(text, Loader=_LOADER)
 
 
 def compose(text: str, name: str) -> yaml.Node | None:

@@ -154,8 +154,8 @@ def layer_matmuls(model: ModelConfig, *components: Component) -> int:
 
 def matmuls_in_layers(model: ModelConfig, layers: Iterable[int], *components: Component) -> int:
     """The same of these layers, each counted as often as it is given."""
-    counted = _multiplied(model, components).items()
-    return sum(size * sum(layer in parameter.layers(model) for layer in layers) for parameter, size in counted)
+    counted, layers = _multiplied(model, components), list(layers)
+    return sum(size * _occurrences(parameter, model, layers) for parameter, size in counted.items())
 
 
 def ffn_matmuls(model: ModelConfig, layers: Iterable[int]) -> int:
@@ -172,10 +172,16 @@ def _multiplied(model: ModelConfig, components: Collection[Component]) -> dict[P
     }
 
 
+def _occurrences(parameter: Parameter, model: ModelConfig, layers: list[int]) -> int:
+    """How many of these layers have the parameter, each counted as often as it is given."""
+    owners = parameter.layers(model)
+    return sum(layer in owners for layer in layers)
+
+
 def count_layers(model: ModelConfig, layers: Iterable[int]) -> dict[Component, int]:
     """Parameters of these layers, by component."""
-    sizes, counted = Sizes.of(model, 0), dict.fromkeys(get_args(Component), 0)
+    sizes, counted, layers = Sizes.of(model, 0), dict.fromkeys(get_args(Component), 0), list(layers)
     for parameter in (each for each in parameters_of(model) if each.per_layer):
-        copies = sum(layer in parameter.layers(model) for layer in layers)
+        copies = _occurrences(parameter, model, layers)
         counted[parameter.component] += copies * parameter.size(sizes) * _copies_in_layer(parameter, model)
     return counted

@@ -15,11 +15,13 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from plt_megatron.config import yaml_nodes
 from plt_megatron.config.differences import config_differences
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
@@ -77,7 +79,7 @@ class PlannedRun:
         tp = self.config.parallel.tensor_model_parallel_size
         return count_parameters(self.config.model, self.vocab, tp).non_embedding
 
-    @property
+    @cached_property
     def folder(self) -> RunFolder:
         return RunFolder.of(self.config)
 
@@ -217,7 +219,7 @@ def save_plan(plan: SweepPlan) -> None:
             for run in plan.runs
         ],
     }
-    write_text(plan.folder / FILE_NAME, yaml.safe_dump(content, sort_keys=False, width=110))
+    write_text(plan.folder / FILE_NAME, yaml_nodes.dump(content))
 
 
 def load_plan(folder: str | Path) -> SweepPlan:
@@ -225,7 +227,7 @@ def load_plan(folder: str | Path) -> SweepPlan:
     folder = Path(folder)
     path = folder / FILE_NAME
     try:
-        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = yaml_nodes.load(path.read_text(encoding="utf-8"))
         if "hold_equal" in content:  # its old name
             content["match_budget"] = content["hold_equal"]
         runs = [

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from plt_megatron.config import derived
+from plt_megatron.config import derived, yaml_nodes
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
@@ -215,4 +214,4 @@ def _model_yaml(config: RunConfig, output: Path) -> str:
     if config.data.tokenizer is not None:
         settings["data"] = {"tokenizer": config.data.tokenizer}
     header = f"# Include this in a run's configuration to continue training from the weights in {output}.\n"
-    return header + yaml.safe_dump(settings, sort_keys=False)
+    return header + yaml_nodes.dump(settings)

@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import Count, PositiveCount, WholeSeconds
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
@@ -44,7 +43,7 @@ class JobSettings:
 
 def save_settings(settings: JobSettings, run: Path) -> None:
     """Write `RUN/job.yaml`."""
-    write_text(RunFolder(run).job_file, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+    write_text(RunFolder(run).job_file, yaml_nodes.dump(dataclasses.asdict(settings)))
 
 
 def load_settings(run: Path) -> JobSettings:
