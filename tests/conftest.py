@@ -32,6 +32,7 @@ _TOGETHER = {
     "tests/slurm/": "cluster",
     "tests/unit/convert/test_generate.py": "warm python",
     "tests/unit/data/test_datasets.py": "warm python",
+    "tests/unit/estimate/test_shipped_configs.py": "warm python",
     "tests/unit/experiments/test_diagnose_command.py": "warm python",
     "tests/unit/project/test_benchmarks.py": "warm python",
     "tests/unit/project/test_documented_commands.py": "warm python",
@@ -40,17 +41,31 @@ _TOGETHER = {
 }
 
 
+# What takes long begins early, so that no worker is left alone with it in the end: all of these before other files.
+_FIRST = [*("pool", "whole runs", "warm python", "deepspeed", "cluster"), "tests/unit/estimate/", "tests/hf/"]
+
+
+def _scope(nodeid: str) -> str:
+    """What stays with one worker."""
+    return next((name for folder, name in _TOGETHER.items() if nodeid.startswith(folder)), nodeid.split("::")[0])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what takes long first."""
+    order = lambda scope: next((at for at, name in enumerate(_FIRST) if scope.startswith(name)), len(_FIRST))  # noqa: E731
+    items.sort(key=lambda item: order(_scope(item.nodeid)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What stays together first, every other file wherever there is time."""
+    """What stays together as a whole, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next(
-                (name for folder, name in _TOGETHER.items() if nodeid.startswith(folder)), nodeid.split("::")[0]
-            )
+            return _scope(nodeid)
 
+    config.option.loadscopereorder = False  # by the number of tests: a file of one long test would come last
     return Scheduling(config, log)
 
 

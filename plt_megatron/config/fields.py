@@ -113,6 +113,23 @@ def find_range_problems(settings: Any) -> Iterator[str]:
     return _out_of_range(type(settings), settings, "")
 
 
+@functools.cache
+def _ranged_fields(section: type) -> tuple[tuple[str, Any], ...]:
+    """The fields of a dataclass that are, or hold, numbers with a range, and their types: a search for layouts checks
+    thousands of configurations."""
+    return tuple((name, hint) for name, hint in field_types(section).items() if _has_ranges(hint))
+
+
+def _has_ranges(hint: Any) -> bool:
+    plain, metadata, _ = plain_type(hint)
+    section, parts = section_of(plain), typing.get_args(plain) if typing.get_origin(plain) is list else ()
+    return (
+        any(isinstance(part, Range) for part in metadata)
+        or any(map(_has_ranges, parts))
+        or (section is not None and bool(_ranged_fields(section)))
+    )
+
+
 def _out_of_range(hint: Any, value: Any, key: str) -> Iterator[str]:
     plain, metadata, _ = plain_type(hint)
     if value is None:
@@ -123,7 +140,7 @@ def _out_of_range(hint: Any, value: Any, key: str) -> Iterator[str]:
             yield f"{key} {problem}"
     section = section_of(plain)
     if section is not None:
-        for name, inner in field_types(section).items():
+        for name, inner in _ranged_fields(section):
             yield from _out_of_range(inner, getattr(value, name), f"{key}.{name}" if key else name)
     elif typing.get_origin(plain) is list:
         for index, item in enumerate(value):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,11 @@ TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def counted() -> dict[Path, dict[str, int]]:
+def counted(warm_python: str) -> dict[Path, dict[str, int]]:
     """What count_built_models.py counts, by configuration."""
     script = Path(__file__).with_name("count_built_models.py")
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, CONFIGS)],
+        [warm_python, str(script), *map(str, CONFIGS)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

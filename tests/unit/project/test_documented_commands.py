@@ -54,7 +54,7 @@ INSTEAD = [
     (r"^plt-study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
     (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
-    (r"^plt-report runs/sweeps/loop_count", "plt-report runs/sweeps/paper_ablation", "the sweep was not trained"),
+    (r"^plt-report runs/sweeps/loop_count", "plt-report results/paper_ablation", "the sweep was not trained"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),
     (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),

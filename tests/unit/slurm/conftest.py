@@ -9,6 +9,21 @@ import pytest
 import yaml
 from fake_slurm import RUN, FakeSlurm, write_tokens
 
+from plt_megatron.slurm import snapshot
+
+
+@pytest.fixture
+def whole_code() -> None:
+    """For tests of the snapshot itself."""
+
+
+@pytest.fixture(autouse=True)
+def little_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the files go into snapshots: a hundred submissions would leave 40,000."""
+    if "whole_code" not in request.fixturenames:
+        parts = ("plt_megatron/slurm", "plt_megatron/launcher", "launch", "pyproject.toml")
+        monkeypatch.setattr(snapshot, "_CHECKOUT", parts)
+
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:

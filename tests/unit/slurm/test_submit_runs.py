@@ -43,7 +43,7 @@ def directives(script: Path) -> dict[str, str]:
 # The run folder.
 
 
-def test_the_run_folder_holds_all_that_the_job_needs(folder, slurm, capsys):
+def test_the_run_folder_holds_all_that_the_job_needs(folder, slurm, whole_code, capsys):
     submission = submit_run(
         "optimizer.lr=1e-3", nodes=2, account="mine", qos="high", constraint="ib&h100", exclude="n[1-3]"
     )
