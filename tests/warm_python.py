@@ -35,6 +35,8 @@ _PRELOADED = (
     "plt_megatron.experiments.diagnostics.writing",
     "transformers.models.auto.modeling_auto",
     "transformers.generation.utils",
+    "transformers.modeling_utils",
+    "scipy.optimize",
     "matplotlib.pyplot",
 )
 

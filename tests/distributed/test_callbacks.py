@@ -199,6 +199,7 @@ def test_a_callback_is_asked_at_every_turn_of_a_run(data, tmp_path, run_distribu
         "other_weights",
         "on_record",  # of validation
         *saving,
+        "is_working",
         "on_end",
         "close",
     ]
