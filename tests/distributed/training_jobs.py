@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from plt_megatron.config.schema import (
 )
 
 
-def make_data(folder: Path, seed: int = 7, tokenizer: str | None = None) -> DataConfig:
-    """Tokenize a small corpus, with a tokenizer trained on it unless one is given, by the tools' own functions."""
+def make_data(folder: Path, seed: int = 7, tokenizer: str | None = None, special: Sequence[str] = ()) -> DataConfig:
+    """Tokenize a small corpus, with a tokenizer trained on it (with `special` tokens) unless one is given, by the
+    tools' own functions."""
     from plt_megatron.data.preprocess import PreprocessOptions, preprocess
     from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
@@ -36,7 +38,8 @@ def make_data(folder: Path, seed: int = 7, tokenizer: str | None = None) -> Data
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     if tokenizer is None:
-        tokenizer = str(train_tokenizer(TrainingOptions([str(corpus)], str(folder), 380, threads=1)).model)
+        options = TrainingOptions([str(corpus)], str(folder), 380, control_symbols=special, threads=1)
+        tokenizer = str(train_tokenizer(options).model)
     preprocess(PreprocessOptions([str(corpus)], str(folder / "text"), tokenizer, workers=1))
     return DataConfig(
         sources=[DataSource(path=str(folder / "text"))], split="80,20,0", tokenizer=tokenizer, sequence_length=32
