@@ -64,10 +64,14 @@ def find_problems(
     *,
     world_size: int | None = None,
     check_files: bool = True,
+    check_packages: bool | None = None,
     have_te: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[str]:
-    """The problems `validate` would raise, one line each, after the file and line of the first setting it names."""
+    """The problems `validate` would raise, one line each, after the file and line of the first setting it names.
+
+    `check_packages`: also look for optional packages; None: with `check_files`. In a container there are others.
+    """
     problems = list(find_range_problems(config))
     problems += _check_required(config)
     if not problems:
@@ -96,6 +100,7 @@ def find_problems(
         problems += fusion_rules.find_problems(config)
     if check_files:
         problems += _check_files(config)
+    if check_files if check_packages is None else check_packages:
         problems += _check_packages(config, have_te)
     return place(config, problems)
 

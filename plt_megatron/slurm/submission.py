@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from plt_megatron.config.loader import load_config
@@ -189,11 +190,8 @@ class _Plan:
         # In a container, optional packages are those of the image, not of this machine.
         have_te = True if container is not None else None
         capability = find_gpu_spec(self.resources.card).capability
-        problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
-        sound = not problems
-        every = find_problems(config, world_size=world_size, have_te=have_te, capability=capability)[len(problems) :]
-        optional = ("logging.wandb_project needs", "(the `upload` extra)")
-        problems += [line for line in every if container is None or not any(words in line for words in optional)]
+        check = partial(find_problems, config, world_size=world_size, have_te=have_te, capability=capability)
+        problems, sound = check(check_packages=container is None), not check(check_files=False)
         broken = any("data.tokenizer: " in line for line in problems)
         tokenizer, found = (None, []) if broken else open_tokenizer(config)
         problems += found + data_problems(config, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shlex
 import shutil
@@ -140,6 +141,20 @@ def test_the_profiles_that_come_along_can_be_used(folder, slurm, name, monkeypat
     script = (folder / "runs/try/job.sbatch").read_text()
     assert all(mount in script for mount in mounted)
     assert (profile.container is not None) == (settings.python == "python3")
+
+
+def test_a_container_has_packages_of_its_own(folder, slurm, monkeypatch):
+    """This machine lacks what the image may have."""
+    missing, find = {"emerging_optimizers", "wandb"}, importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name, *rest))
+    settings = ("optimizer.name=muon", "logging.wandb_project=mine")
+    assert [line.split(" needs the ")[0] for line in refusal(*settings)] == [
+        "optimizer.name muon",
+        "logging.wandb_project",
+    ]
+    image = f"container: {{runtime: pyxis, image: x.sqsh, mounts: [{folder}]}}\ndefault_time: '60'\n"
+    (folder / "c.yaml").write_text(image)
+    submit_run(*settings, cluster="./c.yaml")
 
 
 def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
