@@ -4,6 +4,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/installed
 TE := build/te/.complete
 TE_SOURCE := build/te_source/.complete
+NVRX := build/nvrx/.complete
 SERVING_VENV ?= serving/.venv
 SERVING_PY := $(SERVING_VENV)/bin/python
 SERVING := $(SERVING_VENV)/installed
@@ -30,7 +31,7 @@ venv: $(READY) ## build or update the virtual environment in .venv (a 3 GB downl
 $(READY): pyproject.toml tools/make_venv.sh
 	@tools/make_venv.sh $(VENV)
 
-te: $(READY) $(TE) ## Transformer Engine's Python, for its tests on a CPU: `make test` then runs the quick ones too (12 MB)
+te: $(READY) $(TE) $(NVRX) ## the Python of Transformer Engine and nvidia-resiliency-ext, for tests on a CPU, which `make test` then runs (13 MB)
 
 demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (under 10 minutes)
 	@$(PY) tools/demo.py
@@ -55,6 +56,11 @@ $(TE): tests/te/requirements.txt
 	rm -rf $(@D)
 	$(PY) -m pip install $(PIP_QUIET) $(PIP_ARGS) --no-deps --target $(@D) --requirement $<
 	touch $@
+
+$(NVRX): tests/distributed/nvrx_requirements.txt
+	rm -rf $(@D)
+	$(PY) -m pip install $(PIP_QUIET) $(PIP_ARGS) --no-deps --only-binary :all: --python-version 3.12 --target $(@D) \
+	    --requirement $< && touch $@ || echo "warning: no nvidia-resiliency-ext: its test is skipped" >&2
 
 # Not built; the tests compare their stand-in with it. pip asks it for its name, which takes a while.
 $(TE_SOURCE): tests/te/requirements.txt

@@ -394,6 +394,10 @@ class LoggingConfig:
     profile_step_start: Steps = 0  # torch.profiler trace of the steps after this one ...
     profile_step_end: Steps = 0  # ... up to this one, in <run folder>/profile; 0: none
     profile_ranks: list[Annotated[int, Range(0, 2**20)]] = field(default_factory=lambda: [0])
+    # Every so many steps, ranks whose GPU has less than straggler_threshold of the fastest one's speed, or of its own
+    # before, are named; by nvidia-resiliency-ext. 0: never
+    straggler_interval: Steps = 0
+    straggler_threshold: Share = 0.75
 
 
 @dataclass

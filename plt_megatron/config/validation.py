@@ -267,6 +267,11 @@ def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
             f"logging.profile_step_end {logging.profile_step_end} must be above logging.profile_step_start "
             f"{logging.profile_step_start} (0 and 0: no trace)"
         )
+    if logging.straggler_interval > 0:
+        yield (
+            "logging.straggler_interval and logging.profile_step_end: both time kernels by CUPTI, which serves one at "
+            "a time; set one of them to 0"
+        )
     ranks = layout_of(config).world_size if world_size is None else world_size
     if any(rank >= ranks for rank in logging.profile_ranks):
         yield f"logging.profile_ranks {logging.profile_ranks}: the run has the ranks 0 to {ranks - 1}"
@@ -388,6 +393,11 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
         yield (
             f"optimizer.name {config.optimizer.name} needs the package {spec.package}, which is not installed; install "
             f"it (the `{spec.extra}` extra) or set optimizer.name=adam"
+        )
+    if config.logging.straggler_interval and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        yield (
+            "logging.straggler_interval needs nvidia-resiliency-ext; install it (the `resilience` extra) or set "
+            "logging.straggler_interval=0"
         )
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         yield (

@@ -139,6 +139,7 @@ def _capabilities(machine: Machine) -> list[Capability]:
         _packages(machine, "uploads", ("fsspec", "s3fs", "huggingface-hub"), _extra("upload")),
         _packages(machine, "DeepSpeed", ("deepspeed",), _extra("deepspeed")),
         _packages(machine, "Muon", ("emerging-optimizers",), _extra("muon")),
+        _packages(machine, "slow GPUs", ("nvidia-resiliency-ext",), _extra("resilience")),
         _packages(machine, "tests and lint", ("pytest", "ruff", "mypy"), _extra("dev")),
         _slurm(machine),
     ]

@@ -32,6 +32,7 @@ _PROBED = {
 _OPTIONAL = (
     *("transformers", "safetensors", "wandb", "lm-eval", "zstandard", "pyarrow", "pytest", "ruff", "mypy"),
     *("transformer-engine", "flash-attn", "deepspeed", "emerging-optimizers", "fsspec", "s3fs", "huggingface-hub"),
+    "nvidia-resiliency-ext",
 )
 
 _TORCH_PROBE = """

@@ -148,9 +148,15 @@ def _step_line(record: dict[str, Any], steps: int | None) -> str:
         return f"{where}: validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}"
     if record["kind"] == "evaluation":
         return f"{where}: evaluation, " + ", ".join(f"{name} {score:.4f}" for name, score in record["scores"].items())
+    if record["kind"] == "stragglers":
+        slow = ", ".join(f"{name.replace('_', ' ')} {score:.0%}" for name, score in record.get("slow", {}).items())
+        named = f"; slow: {slow}" if slow else ""
+        return f"{where}: GPUs, the slowest at {record['slowest']:.0%} of the fastest{named}"
     if record["kind"] == "upload":
         outcome = f"failed: {record['error']}" if "error" in record else record["to"]
         return f"{where}: upload of the {record['what']} of step {record['of_step']}: {outcome}"
+    if record["kind"] != "train":
+        return f"{where}: {record['kind']}"
     rate = record.get("tokens_per_second")
     mfu = record.get("mfu")
     speed = f", {rate:,.0f} tokens/s" if rate else ""

@@ -17,6 +17,7 @@ from plt_megatron.train.callbacks.metrics import Metrics
 from plt_megatron.train.callbacks.optimizer_settings import OptimizerSettings
 from plt_megatron.train.callbacks.profiling import Profiling
 from plt_megatron.train.callbacks.progress import ProgressBar
+from plt_megatron.train.callbacks.stragglers import Stragglers
 from plt_megatron.train.callbacks.throughput import Throughput
 from plt_megatron.train.callbacks.train_log import TrainLog
 from plt_megatron.train.callbacks.uploads import Uploads
@@ -25,6 +26,7 @@ from plt_megatron.train.callbacks.weight_ema import WeightEMA
 
 CALLBACKS: tuple[type[Callback], ...] = (
     Profiling,
+    Stragglers,
     ProgressBar,
     DataProgress,
     OptimizerSettings,

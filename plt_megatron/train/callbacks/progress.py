@@ -55,13 +55,13 @@ class ProgressBar(Callback):
         if record["kind"] == "validation":
             average = f", of the average {record['ema_loss']:.4f}" if "ema_loss" in record else ""
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}{average}")
-            return
-        if record["kind"] == "upload":  # its callback has said so
-            return
-        if record["kind"] == "evaluation":
+        elif record["kind"] == "evaluation":
             scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
             self.say(f"  evaluation of step {record['step']}: {scores}")
-            return
+        elif record["kind"] == "train":
+            self._say_step(record)
+
+    def _say_step(self, record: dict[str, Any]) -> None:
         loops = f" ({plural(record['loop_count'], 'loop')})" if "loop_count" in record else ""
         mfu = "" if record["mfu"] is None else f", MFU {100 * record['mfu']:.1f} %"
         self.say(

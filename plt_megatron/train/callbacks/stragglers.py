@@ -1,0 +1,89 @@
+"""GPUs that are slower than the others (`logging.straggler_interval`), as nvidia-resiliency-ext finds them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from typing import Any
+
+import torch
+
+from plt_megatron.errors import UserError
+from plt_megatron.train.callbacks.base import Callback, Run, Step
+from plt_megatron.train.engine import StepResult
+
+_TIMED = 10  # steps whose kernels are timed between two looks
+
+
+class Stragglers(Callback):
+    """Names the ranks whose GPU is slow.
+
+    The CUDA kernels of some steps are timed on every rank, but for NCCL's, which wait for the slowest. A rank's score
+    is the fastest rank's time for the same kernels over its own; or, of a GPU that has become slower, its own best
+    time so far over that of now.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        settings = run.config.logging
+        self._interval, self._threshold = settings.straggler_interval, settings.straggler_threshold
+        self._section = contextlib.ExitStack()
+        self._detector = _start_detector(self._interval) if self._interval else None
+
+    def before_step(self, step: Step) -> None:
+        """Begin to time the step's kernels."""
+        if self._detector is not None:
+            self._section.enter_context(self._detector.detection_section("step"))
+
+    def on_rejected(self, step: Step, result: StepResult) -> bool:
+        """The step has ended."""
+        self._section.close()
+        return False
+
+    def after_step(self, step: Step, result: StepResult) -> None:
+        """The step has ended; compare the ranks if that is due. Collective."""
+        self._section.close()
+        if self._detector is not None and step.number % self._interval == 0:
+            report = self._detector.generate_report()
+            if self.run.is_first_rank:
+                self._tell(report)
+
+    def close(self) -> None:
+        """Release CUPTI."""
+        if self._detector is not None:
+            self._section.close()
+            self._detector.shutdown()
+            self._detector = None
+
+    def _tell(self, report: Any) -> None:
+        """Record the scores, and say whose are low."""
+        known = [score for score in report.gpu_relative_perf_scores.values() if not math.isnan(score)]
+        if not known:
+            return
+        slow = report.identify_stragglers(gpu_rel_threshold=self._threshold, gpu_indiv_threshold=self._threshold)
+        clock, numbers = self.run.clock, {"slowest": min(known), "median": statistics.median(known)}
+        ranks = {}
+        for kind, scores, than in (
+            ("straggler_gpus_relative", report.gpu_relative_perf_scores, "the fastest one's"),
+            ("straggler_gpus_individual", report.gpu_individual_perf_scores, "its own before"),
+        ):
+            for found in sorted(slow[kind], key=lambda each: each.rank):
+                score = ranks[f"rank_{found.rank}"] = scores[found.rank]
+                self.run.say(f"warning: the GPU of rank {found.rank} on {found.node} has {score:.0%} of {than} speed")
+        record = {"kind": "stragglers", "step": clock.step, "tokens": clock.tokens, **numbers}
+        self.run.report(record | ({"slow": ranks} if ranks else {}))
+
+
+def _start_detector(interval: int) -> Any:
+    """The process's detector, at work. Raises `UserError` without a GPU."""
+    if not _has_gpu():
+        raise UserError("logging.straggler_interval times the kernels of NVIDIA GPUs, and there is none; set it to 0")
+    from nvidia_resiliency_ext.attribution.straggler import Detector
+
+    Detector.initialize(gather_on_rank0=True, profiling_interval=max(1, interval // _TIMED))
+    return Detector
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
