@@ -94,6 +94,8 @@ class _Study:
             ended = self._ended(plan, known)
             if plan is not None and not self.options.dry_run:
                 self._report(plan, known, ended)
+            if ended and self.options.dry_run:
+                print(f"{ended}: there is nothing to run")
             if ended or self.options.report_only:
                 return ExitStatus.FAILED if self.failed else ExitStatus.FINISHED
             arms = priced_arms(self.grid, known.rates, self._gpu())

@@ -112,6 +112,8 @@ def test_a_decision_ends_the_study(tmp_path, training, reported, capsys):
     assert run_study(str(write_study(tmp_path, text)), settings(tmp_path), StudyOptions()) == 0
     assert {run.labels["round"] for run in load_plan(tmp_path / "studies/study").runs} == {"1"}
     assert "decided; report" in capsys.readouterr().out
+    assert run_study(str(tmp_path / "study.yaml"), settings(tmp_path), StudyOptions(dry_run=True)) == 0
+    assert capsys.readouterr().out == "decided: there is nothing to run\n"
 
 
 @pytest.mark.slow
