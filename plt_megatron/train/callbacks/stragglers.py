@@ -63,13 +63,14 @@ class Stragglers(Callback):
             return
         slow = report.identify_stragglers(gpu_rel_threshold=self._threshold, gpu_indiv_threshold=self._threshold)
         clock, numbers = self.run.clock, {"slowest": min(known), "median": statistics.median(known)}
-        ranks = {}
+        ranks: dict[str, float] = {}
         for kind, scores, than in (
             ("straggler_gpus_relative", report.gpu_relative_perf_scores, "the fastest one's"),
             ("straggler_gpus_individual", report.gpu_individual_perf_scores, "its own before"),
         ):
             for found in sorted(slow[kind], key=lambda each: each.rank):
-                score = ranks[f"rank_{found.rank}"] = scores[found.rank]
+                name, score = f"rank_{found.rank}", scores[found.rank]
+                ranks[name] = min(score, ranks.get(name, score))  # slow by both measures: the worse one
                 self.run.say(f"warning: the GPU of rank {found.rank} on {found.node} has {score:.0%} of {than} speed")
         record = {"kind": "stragglers", "step": clock.step, "tokens": clock.tokens, **numbers}
         self.run.report(record | ({"slow": ranks} if ranks else {}))

@@ -80,8 +80,8 @@ class Uploads(Callback):
         return self._process is not None
 
     def on_end(self) -> None:
-        """Say what is left."""
-        if self._works and self._trying_again and self._queue.waiting():
+        """Say what has failed, unless the run stops while an upload is under way."""
+        if self._trying_again and self._process is None and self._queue.waiting():
             self.run.say(
                 f"warning: {self._what_waits()} could not be uploaded; go on with plt-upload {self.run.folder.path}"
             )

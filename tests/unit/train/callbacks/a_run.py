@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from plt_megatron.config.schema import LoggingConfig, RunConfig
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.train.callbacks.base import Clock
+from plt_megatron.train.callbacks.base import Callback, Clock
 
 
 def a_run(folder: Path, *, is_first_rank: bool = True, **logging: Any) -> Any:
@@ -23,3 +24,10 @@ def a_run(folder: Path, *, is_first_rank: bool = True, **logging: Any) -> Any:
         said=said,
         say=said.append,
     )
+
+
+def finish(callback: Callback) -> None:
+    """Wait for what a callback works on, as after the last step."""
+    while callback.is_working():
+        time.sleep(0.01)
+    callback.on_end()

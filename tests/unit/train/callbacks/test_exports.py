@@ -14,7 +14,7 @@ import pytest
 
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.train.callbacks import beside, exports
-from tests.unit.train.callbacks.a_run import a_run
+from tests.unit.train.callbacks.a_run import a_run, finish
 
 # Waits for a file named `go` beside the run, then writes the export, or fails if the checkpoint says so.
 # Of an export that exists it makes the scores.
@@ -78,12 +78,6 @@ def save(run: Any, step: int, weights: str = "") -> Path:
 def remove(checkpoint: Path) -> None:
     (checkpoint / "weights").unlink()
     checkpoint.rmdir()
-
-
-def finish(callback: Any) -> None:
-    """As after the last step."""
-    while callback.is_working():
-        time.sleep(0.01)
 
 
 def exported(run: Any) -> dict[str, str]:

@@ -22,7 +22,7 @@ from plt_megatron.train.callbacks import beside, uploads
 from tests.unit.storage.test_upload_copies import an_export
 from tests.unit.storage.test_upload_runs import a_run as a_run_folder
 from tests.unit.storage.test_upload_runs import saved, steps
-from tests.unit.train.callbacks.a_run import a_run
+from tests.unit.train.callbacks.a_run import a_run, finish
 
 
 class StandIn:
@@ -68,13 +68,6 @@ def run(tmp_path, monkeypatch) -> Any:
     run.records = []
     run.report = run.records.append
     return run
-
-
-def finish(callback: Any) -> None:
-    """As after the last step."""
-    while callback.is_working():
-        pass
-    callback.on_end()
 
 
 def there(run: Any, kind: str = "checkpoints") -> list[int]:
@@ -146,6 +139,16 @@ def test_what_fails_is_a_warning_and_is_tried_again_with_the_next_and_at_the_end
     finish(callback)
     assert there(run) == [4], "the one of step 2 was superseded"
     assert "waiting for the upload of 1 checkpoint" in run.said
+
+
+def test_a_run_that_is_stopped_while_it_waits_warns_of_nothing(run):
+    """What is under way has not failed; the next job goes on with it."""
+    callback = uploads.Uploads(run)
+    StandIn.stuck = True
+    save(run, callback, 10)
+    assert callback.is_working()
+    callback.on_end()
+    assert run.said == ["waiting for the upload of 1 checkpoint"]
 
 
 def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypatch):
