@@ -99,6 +99,11 @@ def output_init_std(model: ModelConfig) -> float:
     return model.init_method_std / math.sqrt(2 * runs)
 
 
+def mup_width_mult(model: ModelConfig) -> float:
+    """How many times as wide as muP's base model it is; without muP 1."""
+    return model.hidden_size / (model.mup_base_hidden_size or model.hidden_size)
+
+
 def expert_ffn_hidden_size(model: ModelConfig) -> int:
     """Hidden channels of one expert."""
     return model.moe_ffn_hidden_size or model.ffn_hidden_size

@@ -36,5 +36,6 @@ REFUSED = {
     "optimizer_cpu_offload": _STATES_ON_HOST,
     "optimizer_offload_fraction": _STATES_ON_HOST,
     "use_layer_wise_distributed_optimizer": "set optimizer.name=muon, which has its layout of buffers",
+    "use_mup": "set model.mup_base_hidden_size",
     "decoupled_lr": "set optimizer.lr_mult.embedding and optimizer.lr_mult.head",
 }

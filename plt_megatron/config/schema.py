@@ -100,6 +100,9 @@ class ModelConfig:
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
     init_counts_loops: bool = False  # initial std of what writes into the stream: / sqrt(2 N L) instead of / sqrt(2 L)
+    # muP: initial weights and rates are those of a model of this width, carried over to hidden_size (docs/model.md), so
+    # that they suit both. None: the same at every width.
+    mup_base_hidden_size: Size | None = None
     # Mixture of experts (docs/moe.md): a layer's FFN becomes num_moe_experts of them, of which a token uses topk.
     num_moe_experts: Annotated[int, Range(2, 2**16)] | None = None  # None: a dense model
     first_k_dense_replace: Count = 0  # so many first layers have a dense FFN of ffn_hidden_size instead

@@ -23,6 +23,7 @@ from plt_megatron.config import (
     loop_schedule,
     loop_span,
     moe_validation,
+    optimizer_rules,
     rope_rules,
     upload_rules,
 )
@@ -33,8 +34,6 @@ from plt_megatron.config.loader import place
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
 from plt_megatron.errors import UserError
-
-MAX_SAMPLES = 2**40
 
 
 def validate(
@@ -83,8 +82,7 @@ def find_problems(
         problems += loop_span.find_problems(config)
         problems += rope_rules.find_problems(config)
         problems += layout_validation.find_problems(config, world_size)
-        problems += _check_optimizer(config)
-        problems += _check_schedule(config)
+        problems += optimizer_rules.find_problems(config)
         problems += loop_schedule.find_problems(config)
         problems += _check_validation(config)
         problems += _check_exports(config)
@@ -209,53 +207,6 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
         yield refusal.format("does not run with engine deepspeed")
     if not 16 <= derived.head_dim(model) <= 256:
         yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
-
-
-def _check_optimizer(config: RunConfig) -> Iterator[str]:
-    optimizer = config.optimizer
-    if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
-        yield (
-            f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
-            "leave it out and average checkpoints with plt-average, or set optimizer.name=adam"
-        )
-    groups, tensor = derived.num_query_groups(config.model), config.parallel.tensor_model_parallel_size
-    if optimizer_spec(optimizer).matrix_state is not None and groups < tensor:
-        yield (
-            f"optimizer.name {optimizer.name} with model.num_query_groups {groups} and "
-            f"parallel.tensor_model_parallel_size {tensor}: ranks hold pieces of a head's matrices; set "
-            f"parallel.tensor_model_parallel_size={groups}, or optimizer.name=adam"
-        )
-    if config.model.share_embeddings_and_output_weights:
-        for name in ("lr_mult", "wd_mult"):
-            if getattr(optimizer, name).head != 1:
-                yield (
-                    f"optimizer.{name}.head: the head is the embedding (model.share_embeddings_and_output_weights); "
-                    f"set optimizer.{name}.embedding"
-                )
-
-
-def _check_schedule(config: RunConfig) -> Iterator[str]:
-    optimizer = config.optimizer
-    steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
-    samples = derived.run_tokens(config) // config.data.sequence_length
-    order = config.data.order_samples
-    if order is not None and not samples <= order <= MAX_SAMPLES:
-        yield f"data.order_samples {order:,} must be from the {samples:,} that the run reads to {MAX_SAMPLES:,}"
-    if samples > MAX_SAMPLES:
-        yield (
-            f"training: {derived.train_iters(config):,} steps of training.global_batch_size "
-            f"{config.training.global_batch_size} are {samples:,} samples, of which an index holds at most "
-            f"{MAX_SAMPLES:,}"
-        )
-    if optimizer.lr < optimizer.min_lr:
-        yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
-    if warmup >= steps:
-        yield f"optimizer.lr_warmup_iters {warmup} must be below the schedule's {steps} steps"
-    elif optimizer.lr_decay_style == "WSD" and warmup + derived.lr_wsd_decay_iters(config) > steps:
-        yield (
-            f"optimizer.lr_warmup_iters {warmup} and optimizer.lr_wsd_decay_iters "
-            f"{derived.lr_wsd_decay_iters(config)} together exceed the schedule's {steps} steps"
-        )
 
 
 def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RateFactors, RunConfig, TrainingConfig
+from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.figures import add_legend, color, new_figure, save
 from plt_megatron.hf.verification import single_process
@@ -133,15 +133,7 @@ def _figure(results: Sequence[Result]) -> Figure:
 def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coordinates:
     stage = _build(_resized(config.model, size), options.seed)
     batch = torch.randint(0, VOCAB_SIZE, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(options.seed))
-    optimizer = config.optimizer
-    if optimizer.name != "adam" or optimizer.lr_mult != RateFactors():
-        raise UserError(
-            "coordinates are checked with Adam, at one rate for all parameters; set optimizer.name=adam and leave "
-            "optimizer.lr_mult out"
-        )
-    adam = torch.optim.AdamW(
-        stage.parameters(), optimizer.lr, (optimizer.adam_beta1, optimizer.adam_beta2), optimizer.adam_eps, 0.0
-    )
+    adam = _adam(dataclasses.replace(config, model=stage.plt), stage)
     hidden, logits = _forward(stage, batch)
     for _ in range(options.steps):
         _loss(stage, batch).backward()
@@ -149,6 +141,24 @@ def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coord
         adam.zero_grad()
     after_hidden, after_logits = _forward(stage, batch)
     return Coordinates(_rms(after_hidden), _rms(after_logits), _rms(after_hidden - hidden), _rms(after_logits - logits))
+
+
+def _adam(config: RunConfig, stage: Any) -> torch.optim.AdamW:
+    """At the rates that training has for each kind of parameter, without weight decay."""
+    from plt_megatron.train.optimizers import groups
+
+    settings = config.optimizer
+    if settings.name != "adam":
+        raise UserError(f"coordinates are checked with Adam, not {settings.name}; set optimizer.name=adam")
+    kinds = [
+        {
+            "params": [parameter for name, parameter in stage.named_parameters() if group.has(name)],
+            "lr": group.rate * settings.lr,
+            "eps": group.eps * settings.adam_eps,
+        }
+        for group in groups(config)
+    ]
+    return torch.optim.AdamW(kinds, betas=(settings.adam_beta1, settings.adam_beta2), weight_decay=0.0)
 
 
 def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -71,10 +72,11 @@ def over_tokens(axes: Axes) -> None:
     axes.set_xlim(left=0)
 
 
-def add_legend(axes: Axes, size: int = 9) -> None:
-    """Add a legend if any curve has a label."""
+def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
+    """Add a legend if any curve has a label. `beside`: to the right of the plot, not on it."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=size)
+        where: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {}
+        axes.legend(frameon=False, fontsize=size, **where)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from plt_megatron.config import derived
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Sizes, find, is_buffer
 
@@ -73,8 +72,7 @@ def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
     if constant is not None:
         whole = torch.full(shape, constant)
     else:
-        std = derived.output_init_std(stage.plt) if parameter.init == "output" else stage.plt.init_method_std
-        whole = _draw(name, seed, shape, std)
+        whole = _draw(name, seed, shape, parameter.std(stage.plt))
     group = stage.pg_collection.tp
     return parameter.part_of_rank(whole, group.rank(), group.size())
 

@@ -27,10 +27,12 @@ _OURS, _THEIRS = f"decoder.layers.{LAYER}.", f"model.layers.{LAYER}."
 # How one of ours is made of Hugging Face's. qkv: rows by query group, its queries, its key, its value;
 # gate_up: SwiGLU's gate rows, then its up rows.
 Form = Literal["direct", "qkv", "gate_up"]
+_WIDTHS = ("hidden", "query", "ffn", "expert_ffn", "shared_ffn")  # dimensions that muP takes to grow in proportion
 _THEIR_ROWS = {"qkv": ("query", "key_value", "key_value"), "gate_up": ("ffn", "ffn")}
 # A constant; normal: of `init_method_std`; output: normal, divided by sqrt(2 * num_layers), for what writes into the
-# residual stream (Megatron's scaled initialization); hidden_scale: the constant that the settings say.
-Init = float | Literal["normal", "output", "hidden_scale"]
+# residual stream (Megatron's scaled initialization); hidden_scale: the constant that the settings say; final_norm: 1,
+# or what muP multiplies the logits by.
+Init = float | Literal["normal", "output", "hidden_scale", "final_norm"]
 Component = Literal[
     "embedding", "loop_input", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
 ]
@@ -155,6 +157,15 @@ class Parameter:
         return self.is_matrix and self.component in ("attention", "ffn", "experts", "router")
 
     @property
+    def follows_width(self) -> bool:
+        """Whether muP gives it a rate of its own: matrices that sum over a width, and the final norm, whose weight has
+        in it what muP multiplies the logits by."""
+        if self.component == "final_norm":
+            return True
+        sums_over_width = self.dims.split()[-1] in _WIDTHS
+        return self.is_matrix and sums_over_width and self.component not in ("embedding", "output_layer")
+
+    @property
     def kind(self) -> Kind:
         """Whose factors of learning rate and weight decay are its own."""
         if self.is_hidden_matrix:
@@ -196,7 +207,14 @@ class Parameter:
         """The initial value of all its elements; None: they are drawn."""
         if self.init == "hidden_scale":
             return derived.hidden_scale(model)
+        if self.init == "final_norm":
+            return 1 / derived.mup_width_mult(model)
         return self.init if isinstance(self.init, float) else None
+
+    def std(self, model: ModelConfig) -> float:
+        """The initial standard deviation of its elements, where they are drawn."""
+        std = derived.output_init_std(model) if self.init == "output" else model.init_method_std
+        return std / math.sqrt(derived.mup_width_mult(model)) if self.follows_width else std
 
     def size(self, sizes: Sizes) -> int:
         """Elements of one."""
@@ -331,7 +349,7 @@ TABLE = (
         _norm("mlp.output_norm.weight", "post_feedforward_layernorm.weight",
               exists=lambda model: model.ffn_output_norm or _post(model)),
     ),
-    Parameter("final_layernorm.weight", "hidden", "final_norm", ("model.norm.weight",), init=1.0),
+    Parameter("final_layernorm.weight", "hidden", "final_norm", ("model.norm.weight",), init="final_norm"),
     _parameter("output_layer.weight", "vocab hidden", "output_layer", "lm_head.weight", split="rows", exists=_untied),
 )
 # fmt: on

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec, optimizer_spec
 from plt_megatron.config.schema import OptimizerConfig, RunConfig
-from plt_megatron.model.parameters import Kind, find_in_any, hidden_matrix, parameters_of
+from plt_megatron.model.parameters import Kind, Parameter, hidden_matrix, parameters_of
 from plt_megatron.model.transformer_config import DTYPES
 from plt_megatron.train.unused_parameters import later_loops_override
 
@@ -108,48 +110,94 @@ def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:
     )
 
 
-def kind_overrides(settings: OptimizerConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """megatron-core's parameter groups: rates and weight decay by the kind that the table of parameters says."""
-    overrides = {}
-    for kind in get_args(Kind):
-        for matrices in (True, False):
-            override = _override(settings, kind, matrices)
-            if override:
-                overrides[ParamKey(with_name_predicate=_all_of(kind, matrices))] = override
-    return overrides
+@dataclass(frozen=True)
+class Group:
+    """Parameters with the same rates.
+
+    Attributes:
+        name: in messages.
+        rate, decay, eps: factors of learning rate, weight decay and Adam's epsilon.
+    """
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    rate: float
+    decay: float
+    eps: float
+
+    @property
+    def key(self) -> ParamKey:
+        """By which megatron-core finds them."""
+        return ParamKey(with_name_predicate=ParamWithNamePredicate(self.name, lambda tensor, name: self.has(name)))
+
+    def has(self, name: str) -> bool:
+        """Whether the parameter of this name is one of them."""
+        return any(parameter.is_named(name) for parameter in self.parameters)
+
+    def override(self, settings: OptimizerConfig) -> dict[str, float]:
+        """What megatron-core's parameter group has of its own."""
+        override: dict[str, float] = {}
+        if self.rate != 1:
+            override |= {"max_lr": self.rate * settings.lr, "min_lr": self.rate * settings.min_lr}
+        if self.decay != 1:
+            override["wd_mult"] = self.decay
+        if self.eps != 1:
+            override["eps"] = self.eps * settings.adam_eps
+        return override
 
 
-def _override(settings: OptimizerConfig, kind: Kind, matrices: bool) -> ParamGroupOverride:
-    override = ParamGroupOverride()
-    rate, decay = getattr(settings.lr_mult, kind), decay_factor(settings, kind, matrices=matrices)
-    if rate != 1:
-        override |= ParamGroupOverride(max_lr=rate * settings.lr, min_lr=rate * settings.min_lr)
-    if decay != 1:
-        override |= ParamGroupOverride(wd_mult=decay)
-    return override
+def groups(config: RunConfig) -> list[Group]:
+    """A model's parameters by kind, matrices and vectors apart.
+
+    With muP also by whether its rules are for them (arXiv 2203.03466, table 3; 2505.01618, table 1): what sums over a
+    width m times the base's has 1 / m of the rate, and m times the decay, so that rate x decay is the base's.
+    megatron-core's `use_mup` has these rates but for an untied head's, and multiplies the logits in the forward pass,
+    where here the final norm's weight does.
+    """
+    has_mup = config.model.mup_base_hidden_size is not None
+    found = defaultdict(list)
+    for parameter in parameters_of(config.model):
+        found[parameter.kind, parameter.is_matrix, has_mup and parameter.follows_width].append(parameter)
+    kinds = get_args(Kind)
+    return [
+        _group(config, *key, tuple(found[key])) for key in sorted(found, key=lambda key: (kinds.index(key[0]), key))
+    ]
 
 
-def _all_of(kind: Kind, matrices: bool) -> ParamWithNamePredicate:
-    def matches(parameter: Tensor, name: str) -> bool:
-        found = find_in_any(name)
-        return found.kind == kind and found.is_matrix == matrices
+def _group(
+    config: RunConfig, kind: Kind, is_matrix: bool, follows_width: bool, parameters: tuple[Parameter, ...]
+) -> Group:
+    settings = config.optimizer
+    width = derived.mup_width_mult(config.model) if follows_width else 1.0
+    if (
+        kind == "hidden"
+        and optimizer_spec(settings).matrix_state is not None
+        and settings.muon_scale_mode != "spectral"
+    ):
+        width = 1.0  # these updates have the sizes that muP asks for; spectral makes them as large as Adam's
+    decay = getattr(settings.wd_mult, kind) if is_matrix or kind == "norms" else 0.0  # a gate's bias does not decay
+    name = kind if is_matrix or kind == "norms" else f"{kind} (vectors)"
+    return Group(
+        name if is_matrix or not follows_width else "final norm",
+        parameters,
+        rate=getattr(settings.lr_mult, kind) / width,
+        decay=decay * width,
+        eps=1 / width if is_matrix else 1.0,
+    )
 
-    return ParamWithNamePredicate(f"{kind}, {'matrices' if matrices else 'vectors'}", matches)
 
-
-def decay_factor(settings: OptimizerConfig, kind: Kind, *, matrices: bool = True) -> float:
-    """Of a kind's matrices or vectors. A gate's bias does not decay."""
-    return getattr(settings.wd_mult, kind) if matrices or kind == "norms" else 0.0
+def kind_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
+    """The same as megatron-core's parameter groups."""
+    overrides = {group.key: group.override(config.optimizer) for group in groups(config)}
+    return {key: cast(ParamGroupOverride, override) for key, override in overrides.items() if override}
 
 
 def described(config: RunConfig) -> str:
     """The optimizer, and each kind's highest rate and weight decay, in a line."""
-    settings, kinds = config.optimizer, {parameter.kind for parameter in parameters_of(config.model)}
+    settings = config.optimizer
     parts = [
-        f"{kind} {getattr(settings.lr_mult, kind) * settings.lr:.3g}, "
-        f"{decay_factor(settings, kind) * settings.weight_decay:.3g}"
-        for kind in get_args(Kind)
-        if kind in kinds
+        f"{group.name} {group.rate * settings.lr:.3g}, {group.decay * settings.weight_decay:.3g}"
+        for group in groups(config)
     ]
     return f"{optimizer_spec(settings).title}; learning rate, weight decay: {'; '.join(parts)}"
 
@@ -157,7 +205,7 @@ def described(config: RunConfig) -> str:
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     """The same, and groups of what only later loops use, if a schedule leaves those out, and of hidden matrices, if
     these are updated as wholes."""
-    overrides = kind_overrides(config.optimizer)
+    overrides = kind_overrides(config)
     if config.training.loop_schedule:
         overrides |= later_loops_override(config)
     if optimizer_spec(config.optimizer).matrix_state is not None:

@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "residual_scaling": "loops_sqrt_layers",
         "init_counts_loops": True,
         "gate_activation": "tanh",
+        "mup_base_hidden_size": 8,
     },
     "no GQA, window 1, scale per channel, YaRN": {
         "num_query_groups": None,

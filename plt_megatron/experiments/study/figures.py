@@ -31,7 +31,7 @@ _MOST_SIZES = 6  # panels of learning curves at most
 def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> Named:
     """Loss in `unit` against what is held equal: a color for each number of loops, a line for each variant."""
     target = float(frontier.curves[0].x[len(frontier.curves[0].x) // 2])
-    figure, (axes,) = new_figure(6.4, 4.2)
+    figure, (axes,) = new_figure(8.2, 4.2)
     for curve in frontier.curves:
         style = LINES[variants.index(curve.variant) % len(LINES)] if curve.loops > 1 else "-"
         axes.plot(curve.x, curve.loss, color=color(curve.loops - 1), linestyle=style, label=_wiring(curve))
@@ -42,20 +42,33 @@ def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> N
     _limit(axes, frontier.curves, target)
     axes.set_xlabel(frontier.axis)
     axes.set_ylabel(f"expected loss ({unit})")
-    add_legend(axes, size=8)
+    add_legend(axes, size=8, beside=True)
     name = f"frontier_{frontier.question.replace(' ', '_').lower()}"
     caption = f"At equal {frontier.question}: the best shape of each. Dotted: where the answer is asked for."
+    if all(_is_flat(curve) for curve in frontier.curves):
+        caption += " Flat: all along the axis the best shape that the training budget allows is within the limit."
     return Named(name, f"{caption} Bands: 95 % of the law's bootstrap.", figure)
 
 
 def _limit(axes: Axes, curves: Sequence[Curve], target: float) -> None:
-    """Where curves differ, around the target: what is far above it would flatten them."""
-    near = [c.loss[np.abs(np.log(c.x / target)) < np.log(10)] for c in curves]
-    values = np.concatenate(near)
-    values = values[np.isfinite(values)]
+    """Where curves differ, around the target, and as much again for bands: what is far above would flatten them."""
+    near = [np.abs(np.log(c.x / target)) < np.log(10) for c in curves]
+    values = _finite([c.loss[here] for c, here in zip(curves, near, strict=True)])
     if len(values):
-        span = max(float(values.max() - values.min()), 1e-3)
-        axes.set_ylim(values.min() - 0.1 * span, values.max() + 0.2 * span)
+        bands = _finite([rows[here] for c, here in zip(curves, near, strict=True) for rows in (c.loss, c.low, c.high)])
+        span = max(float(np.ptp(values)), 1e-3)
+        low, high = max(bands.min(), values.min() - span), min(bands.max(), values.max() + span)
+        axes.set_ylim(low - 0.1 * span, high + 0.1 * span)
+
+
+def _is_flat(curve: Curve) -> bool:
+    values = _finite([curve.loss])
+    return len(values) == 0 or float(np.ptp(values)) < 1e-9
+
+
+def _finite(rows: Sequence[np.ndarray]) -> np.ndarray:
+    values = np.concatenate(rows)
+    return values[np.isfinite(values)]
 
 
 def _wiring(curve: Curve) -> str:

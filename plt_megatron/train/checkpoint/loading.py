@@ -150,7 +150,8 @@ def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_
     if allow_other:
         return
     defaults = saving.schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)
-    later = {name: value for name, value in defaults.items() if "_mult." in name or name == "training.z_loss_coeff"}
+    added = ("training.z_loss_coeff", "model.mup_base_hidden_size")
+    later = {name: value for name, value in defaults.items() if "_mult." in name or name in added}
     saved = later | progress["schedule"]  # a checkpoint from before these settings has their defaults
     differences = [
         f"{name} {saved[name]} (now {value})" for name, value in own.items() if name in saved and saved[name] != value

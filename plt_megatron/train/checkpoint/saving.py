@@ -251,6 +251,7 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
         "training.loop_schedule": stages,
         "training.loop_loss_weights": config.training.loop_loss_weights,
         "training.z_loss_coeff": config.training.z_loss_coeff,
+        "model.mup_base_hidden_size": config.model.mup_base_hidden_size,
     }
     factors = {name: settings.pop(name) for name in ("lr_mult", "wd_mult")}
     settings |= {f"{name}.{kind}": value for name, kinds in factors.items() for kind, value in kinds.items()}

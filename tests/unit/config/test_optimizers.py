@@ -62,6 +62,16 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
             "optimizer.wd_mult.head: the head is the embedding (model.share_embeddings_and_output_weights); set "
             "optimizer.wd_mult.embedding",
         ),
+        (
+            ["model.mup_base_hidden_size=64", "model.norm_between_loops=true"],
+            "model.mup_base_hidden_size: the final norm's weight has muP's multiplier of the logits, and with "
+            "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true",
+        ),
+        (
+            ["model.mup_base_hidden_size=64", "optimizer.name=sgd"],
+            "model.mup_base_hidden_size has rules for optimizer.name adam and muon, not sgd; set optimizer.name=adam",
+        ),
+        (["model.mup_base_hidden_size=0"], "model.mup_base_hidden_size must be at least 1, got 0"),
         (["optimizer.lr_mult.gates=-1"], "optimizer.lr_mult.gates must be at least 0, got -1.0"),
         (["optimizer.muon_num_ns_steps=0"], "optimizer.muon_num_ns_steps must be at least 1, got 0"),
         (["optimizer.muon_momentum=1"], "optimizer.muon_momentum must be below 1, got 1.0"),
@@ -85,6 +95,7 @@ def test_what_cannot_be_is_refused_in_one_line(settings, said):
         ("optimizer.optimizer_cpu_offload=true", "checkpoints would not have its state"),
         ("optimizer.exp_avg_dtype=bf16", "moments are fp32"),
         ("optimizer.decoupled_lr=1e-3", "set optimizer.lr_mult.embedding"),
+        ("model.use_mup=true", "set model.mup_base_hidden_size"),
         ("optimizer.use_layer_wise_distributed_optimizer=true", "set optimizer.name=muon"),
     ],
 )

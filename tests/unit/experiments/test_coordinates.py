@@ -1,4 +1,5 @@
-"""The coordinate check: `recommended` is flat over depth and loops, the paper's form is not, and it says so."""
+"""The coordinate check: `recommended` is flat over depth and loops, and with muP over width; the paper's is not, and it says
+so."""
 
 from __future__ import annotations
 
@@ -17,6 +18,14 @@ def test_recommended_is_flat_over_depth_and_loops(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "depth: flat" in printed and "loops: flat" in printed and "depth 16" in printed and "loops 4" in printed
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_mup_is_flat_over_width_too(capsys):
+    widths = ["model.loop_preset=recommended", "--axes", "width"]
+    assert main([CONFIG, "model.mup_base_hidden_size=64", *widths]) == 0
+    assert "width: flat" in capsys.readouterr().out
+    assert main([CONFIG, *widths]) == 1
+    assert "width: not flat: hidden update differs by" in capsys.readouterr().out
 
 
 def test_the_papers_form_is_not(capsys):

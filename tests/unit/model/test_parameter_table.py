@@ -57,16 +57,16 @@ def test_it_has_what_the_built_model_has(settings):
 def test_weight_decay_is_megatrons(settings):
     from megatron.core.optimizer import OptimizerConfig, get_standard_config_overrides
 
-    from plt_megatron.config.schema import OptimizerConfig as SchemaOptimizer
-    from plt_megatron.train.optimizers import decay_factor
+    from plt_megatron.config.schema import RunConfig
+    from plt_megatron.train.optimizers import groups
 
     stage = build(settings)
     overrides = get_standard_config_overrides(OptimizerConfig())
+    own = groups(RunConfig(model=stage.plt))
     for name, tensor in stage.named_parameters():
         undecayed = any(key.matches(tensor, name) and how["wd_mult"] == 0 for key, how in overrides.items())
-        found = find_in_any(f"module.{name}")
-        factor = decay_factor(SchemaOptimizer(), found.kind, matrices=found.is_matrix)
-        assert factor == (0 if undecayed else 1), name
+        (group,) = [group for group in own if group.has(f"module.{name}")]
+        assert group.decay == (0 if undecayed else 1), name
 
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())

@@ -1,0 +1,80 @@
+"""What an optimizer, its rates and their schedule need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.schema import RunConfig
+
+MAX_SAMPLES = 2**40
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """One line each."""
+    yield from _find_state_problems(config)
+    yield from _find_mup_problems(config)
+    yield from _find_schedule_problems(config)
+
+
+def _find_mup_problems(config: RunConfig) -> Iterator[str]:
+    model, optimizer = config.model, config.optimizer
+    if model.mup_base_hidden_size is None:
+        return
+    if model.norm_between_loops and model.loop_count > 1:
+        yield (
+            "model.mup_base_hidden_size: the final norm's weight has muP's multiplier of the logits, and with "
+            "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true"
+        )
+    if optimizer.name == "sgd":
+        yield (
+            "model.mup_base_hidden_size has rules for optimizer.name adam and muon, not sgd; set optimizer.name=adam"
+        )
+
+
+def _find_state_problems(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
+        yield (
+            f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
+            "leave it out and average checkpoints with plt-average, or set optimizer.name=adam"
+        )
+    groups, tensor = derived.num_query_groups(config.model), config.parallel.tensor_model_parallel_size
+    if optimizer_spec(optimizer).matrix_state is not None and groups < tensor:
+        yield (
+            f"optimizer.name {optimizer.name} with model.num_query_groups {groups} and "
+            f"parallel.tensor_model_parallel_size {tensor}: ranks hold pieces of a head's matrices; set "
+            f"parallel.tensor_model_parallel_size={groups}, or optimizer.name=adam"
+        )
+    if config.model.share_embeddings_and_output_weights:
+        for name in ("lr_mult", "wd_mult"):
+            if getattr(optimizer, name).head != 1:
+                yield (
+                    f"optimizer.{name}.head: the head is the embedding (model.share_embeddings_and_output_weights); "
+                    f"set optimizer.{name}.embedding"
+                )
+
+
+def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
+    optimizer = config.optimizer
+    steps, warmup = derived.lr_decay_iters(config), optimizer.lr_warmup_iters
+    samples = derived.run_tokens(config) // config.data.sequence_length
+    order = config.data.order_samples
+    if order is not None and not samples <= order <= MAX_SAMPLES:
+        yield f"data.order_samples {order:,} must be from the {samples:,} that the run reads to {MAX_SAMPLES:,}"
+    if samples > MAX_SAMPLES:
+        yield (
+            f"training: {derived.train_iters(config):,} steps of training.global_batch_size "
+            f"{config.training.global_batch_size} are {samples:,} samples, of which an index holds at most "
+            f"{MAX_SAMPLES:,}"
+        )
+    if optimizer.lr < optimizer.min_lr:
+        yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"
+    if warmup >= steps:
+        yield f"optimizer.lr_warmup_iters {warmup} must be below the schedule's {steps} steps"
+    elif optimizer.lr_decay_style == "WSD" and warmup + derived.lr_wsd_decay_iters(config) > steps:
+        yield (
+            f"optimizer.lr_warmup_iters {warmup} and optimizer.lr_wsd_decay_iters "
+            f"{derived.lr_wsd_decay_iters(config)} together exceed the schedule's {steps} steps"
+        )
