@@ -1,5 +1,4 @@
-"""The coordinate check: `recommended` is flat over depth and loops, and with muP over width; the paper's is not, and it says
-so."""
+"""The coordinate check: `recommended` is flat over depth and loops, with muP over width too; the paper's is not."""
 
 from __future__ import annotations
 

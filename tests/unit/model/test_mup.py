@@ -1,4 +1,4 @@
-"""muP: initial weights and rates follow the width as plain muP's, and as megatron-core's where the rules are the same."""
+"""muP: initial weights and rates follow the width as plain muP, and as megatron-core where its rules are the same."""
 
 from __future__ import annotations
 
