@@ -90,6 +90,7 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
         yield from _check_card(config, capability)
     yield from _check_sizes(config, "mxfp8" if training.fp8_recipe == "mxfp8" else _known_recipe(config, capability))
     yield from _check_recomputation(config, capability)
+    yield from _check_experts(config, capability)
     yield from _check_ends(config, capability)
     if training.fp8_attention:
         yield from _check_attention(config, capability)
@@ -116,6 +117,17 @@ def _check_recomputation(config: RunConfig, capability: Capability | None) -> It
         yield (
             "training.fp8_attention with parallel.recompute_granularity selective: attention would be recomputed in "
             "BF16; set parallel.recompute_granularity=none, or training.fp8_attention=false"
+        )
+
+
+def _check_experts(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+    """With delayed scaling an expert's scale would be of steps in which it may have seen other tokens, or none, and
+    ranks with other experts would put their largest values into one history."""
+    if config.model.num_moe_experts is not None and _known_recipe(config, capability) == "delayed":
+        other = "tensorwise" if not config.training.fp8_attention else "tensorwise, and training.fp8_attention=false"
+        yield (
+            f"training.fp8 with recipe delayed and model.num_moe_experts {config.model.num_moe_experts}: experts on "
+            f"several ranks would share their scales; set training.fp8_recipe={other}"
         )
 
 
@@ -158,7 +170,8 @@ def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
         tokens //= tp
     sizes = {
         "model.hidden_size": model.hidden_size,
-        f"model.ffn_hidden_size / tensor {tp}": model.ffn_hidden_size // tp,
+        **{f"model.{name} / tensor {tp}": size // tp for name, size in derived.split_ffns(model).items()},
+        **({"channels of an expert": derived.expert_ffn_hidden_size(model)} if derived.expert_layers(model) else {}),
         f"query channels / tensor {tp}": model.num_attention_heads * head // tp,
         f"query, key and value channels / tensor {tp}": (
             (model.num_attention_heads + 2 * derived.num_query_groups(model)) * head // tp

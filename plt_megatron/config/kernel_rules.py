@@ -76,7 +76,9 @@ def _largest_packed_size(config: RunConfig) -> int:
     longest, rows = config.data.sequence_length, config.training.micro_batch_size
     tokens = rows * longest
     longest = min(longest, max(1, 2 * tokens // 3))
-    heads = config.model.num_attention_heads // config.parallel.tensor_model_parallel_size
+    parallel = config.parallel
+    sharing = parallel.tensor_model_parallel_size * parallel.context_parallel_size  # both divide heads of packed rows
+    heads = config.model.num_attention_heads // sharing
     return (tokens - longest + 1) * heads * longest**2
 
 

@@ -181,18 +181,19 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
         have_te = importlib.util.find_spec("transformer_engine") is not None
     if model.backend == "auto" and not have_te:
         return
-    other = "or set model.backend=torch"
-    if config.data.reset_at_document_boundaries:
-        yield (
-            "data.reset_at_document_boundaries with parallel.context_parallel_size > 1: Transformer Engine would cut "
-            f"each document among the ranks, not the sequence; set it to false, {other}"
-        )
+    packed, other = config.data.reset_at_document_boundaries, "or set model.backend=torch"
     kinds = [("cp_comm_type", parallel.cp_comm_type)]
     if derived.has_gates(model):
         kinds.append(("window_cp_comm_type", parallel.window_cp_comm_type))
     for name, kind in kinds:
-        if kind == "a2a" and derived.num_query_groups(model) % (tp * cp):
+        if packed and kind != "a2a":
+            yield (
+                f"parallel.{name} {kind} with data.reset_at_document_boundaries: Transformer Engine would cut each "
+                f"document among the ranks, not the sequence; set parallel.{name}=a2a, {other}"
+            )
+        elif kind == "a2a" and derived.num_query_groups(model) % (tp * cp):
             yield (
                 f"parallel.{name} a2a shares out the {derived.num_query_groups(model)} key/value heads "
-                f"(model.num_query_groups): not divisible by tensor {tp} x context {cp}; use all_gather, {other}"
+                f"(model.num_query_groups): not divisible by tensor {tp} x context {cp}; "
+                f"{'set data.reset_at_document_boundaries=false' if packed else 'use all_gather'}, {other}"
             )

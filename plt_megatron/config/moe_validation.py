@@ -20,11 +20,6 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         yield from _check_unused(config)
         return
     yield from _check_routing(config.model)
-    if config.training.fp8 != "none":
-        yield (
-            f"training.fp8 {config.training.fp8} with model.num_moe_experts {config.model.num_moe_experts}: experts "
-            "are not trained in FP8 yet; set training.fp8=none"
-        )
 
 
 def _check_unused(config: RunConfig) -> Iterator[str]:

@@ -166,11 +166,18 @@ def _whole_gradients(config: RunConfig, layout: Layout, layers: range, hidden: i
 def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:
     """K and V of one layer and microbatch in all loops.
 
-    Transformer Engine sends them around a ring in every loop; in the backward pass, their gradients too. The torch
-    backend gathers them, in the first loop for all if they are shared, again to recompute core attention, and reduces
-    their gradients; the few rows before a rank's own, for its window, are left out.
+    Transformer Engine sends them around a ring in every loop; in the backward pass, their gradients too. With packed
+    documents ranks exchange rows for heads, of queries and outputs too. The torch backend gathers K and V, in the first
+    loop for all if they are shared, again to recompute core attention, and reduces their gradients; the few rows before
+    a rank's own, for its window, are left out.
     """
+    passes = 2 if layout.recompute == "none" else 3
+    if shapes.te and shapes.documents:
+        both = 2.0 * (shapes.heads + shapes.groups)
+        later = both if not shapes.shares_kv else 2.0 * shapes.heads + (both if shapes.windowed else 0.0)
+        sent = _share(layout.context) * shapes.tokens * shapes.channels * shapes.element
+        return passes * (both + (loops - 1) * later) * sent
     others = 2.0 * (layout.context - 1) * shapes.tokens * shapes.groups * shapes.channels * shapes.element
     if shapes.te:
         return 3 * loops * others
-    return (1 if shapes.shares_kv else loops) * (2 if layout.recompute == "none" else 3) * others
+    return (1 if shapes.shares_kv else loops) * passes * others

@@ -262,6 +262,10 @@ class TEGatedAttention(GatedSlidingWindowAttention):
         )
 
     def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
+        attention = self.global_attention
+        assert isinstance(attention, TEAttention)
+        if attention.divides_heads:  # once for all loops
+            key, value = attention.rows.to_heads(key, value)
         return laid_out(key, documents), laid_out(value, documents)
 
     def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:

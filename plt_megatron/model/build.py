@@ -35,6 +35,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
             deterministic=training.deterministic,
             fp8=choose_fp8(config),
             fusions=choose_fusions(config, resolve_backend(config.model), vocab_size),
+            packed_documents=config.data.reset_at_document_boundaries,
         ),
         vocab_size,
         config.data.sequence_length,

@@ -2,8 +2,8 @@
 
 A sequence is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r, which balances the
 work of causal attention. Sequence parallelism divides a rank's rows further, in one piece per tensor-parallel rank.
-Rows of other ranks are fetched here: all of K and V for global attention, and the few rows right before a rank's own
-for the window and the cross-loop shift.
+Rows of other ranks are fetched here: all of K and V for global attention, the few rows right before a rank's own
+for the window and the cross-loop shift, or all rows of a part of the heads.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, all_to_all_sp2hp
 from torch import Tensor
 
 
@@ -110,6 +111,37 @@ class SequenceShard:
         """
         assert self.sequence_ranks == 1
         return own if self.size == 1 else _Gather.apply(self.group, *own)
+
+    def to_heads(self, *own: Tensor) -> tuple[Tensor, ...]:
+        """This rank's rows of all heads, exchanged for all rows of its part of the heads. Context parallelism only.
+
+        Args:
+            own: tensors [s / CP, b, heads, d], each of a number of heads that the ranks divide.
+
+        Returns:
+            Tensors [s, b, heads / CP, d], rows in the sequence's order.
+        """
+        assert self.sequence_ranks == 1
+        rows, batch, _, channels = own[0].shape
+        parts = [tensor.reshape(rows * batch, self.size, -1) for tensor in own]  # a rank's heads are neighbors
+        widths = [part.shape[2] for part in parts]
+        received = all_to_all_sp2hp(torch.cat(parts, dim=2).flatten(1), self.group)
+        chunks = received.view(2 * self.size, rows // 2, batch, -1)
+        whole = torch.cat([chunks[place] for place in self._chunk_places])
+        return tuple(part.unflatten(-1, (-1, channels)) for part in whole.split(widths, dim=-1))
+
+    def from_heads(self, whole: Tensor) -> Tensor:
+        """The way back: [s, b, heads / CP, d] -> [s / CP, b, heads, d]."""
+        length, batch, _, channels = whole.shape
+        chunks = whole.reshape(2 * self.size, length // (2 * self.size), batch, -1)
+        by_rank = torch.stack([chunks[self._chunk_places.index(place)] for place in range(2 * self.size)])
+        received = all_to_all_hp2sp(by_rank.flatten(0, 2), self.group)
+        return received.view(length // self.size, batch, -1, channels)
+
+    @property
+    def _chunk_places(self) -> list[int]:
+        """Of each chunk of a sequence, its place among the ranks' chunks, two of each rank."""
+        return [*range(0, 2 * self.size, 2), *range(2 * self.size - 1, 0, -2)]
 
     def halo(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
         """The rows right before each of this rank's runs; only these are sent, and gradients are sent back.

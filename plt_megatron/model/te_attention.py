@@ -2,7 +2,8 @@
 
 The global one follows the configuration, FP8 included; the local one is a second TEDotProductAttention whose window
 is set at construction and which always computes in BF16, since Hopper has no FP8 sliding-window kernel. Under context
-parallelism each exchanges rows in its own way; both keep megatron-core's zigzag order.
+parallelism each exchanges rows in its own way; both keep megatron-core's zigzag order. Packed documents are not theirs
+to exchange: they would divide each document among the ranks, not the row. There the ranks divide the heads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
 from plt_megatron.errors import UserError
+from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.loop_context import Documents
 from plt_megatron.model.transformer_config import PLTTransformerConfig
 from plt_megatron.runtime.doctor import OLDEST_TRANSFORMER_ENGINE
@@ -67,17 +69,35 @@ class TEAttention(nn.Module):
         config.window_size = None if window_size is None else (window_size - 1, 0)
         config.window_attn_skip_freq = None
         self.local = window_size is not None
-        if config.context_parallel_size > 1:
+        self.rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
+        self.divides_heads = config.packed_documents and self.rows.size > 1
+        if self.divides_heads:  # it computes some heads over whole rows, and exchanges nothing
+            config.context_parallel_size = 1
+            config.num_attention_heads //= self.rows.size
+            config.num_query_groups //= self.rows.size
+        elif config.context_parallel_size > 1:
             kwargs["cp_comm_type"] = config.window_cp_comm_type if self.local else config.cp_comm_type
         self.attention = TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads, d]."""
+        """query [s / CP, b, heads, d], key and value [s / CP, b, groups, d] -> [s / CP, b, heads, d].
+
+        The global attention takes keys and values of packed documents as `to_heads` returns them.
+        """
+        assert self.rows.size == 1 or self.divides_heads == (documents is not None)
+        if not self.divides_heads:
+            return self._attend(query, key, value, documents)
+        if self.local:
+            query, key, value = (laid_out(tensor, documents) for tensor in self.rows.to_heads(query, key, value))
+        else:
+            (query,) = self.rows.to_heads(query)
+            query = laid_out(query, documents)
+        return self.rows.from_heads(self._attend(query, key, value, documents))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         s, b, heads, d = query.shape
         packed = None
         if documents is not None:
-            # TE splits each packed document over the ranks instead of the row: validation refuses the combination.
-            assert self.attention.config.context_parallel_size == 1
             # Rows laid end to end: [b * s, heads, d], one entry of cu_seqlens a document.
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
             longest = max(documents.lengths)

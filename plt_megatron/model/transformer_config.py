@@ -32,11 +32,13 @@ class PLTTransformerConfig(TransformerConfig):
     `cp_comm_type` is how the global attention communicates under context parallelism, `window_cp_comm_type` how the
     local one does; both for Transformer Engine. From `yarn_rotary_scaling_factor` attention has the factor of queries
     and keys after RoPE, 0.1 ln(it) + 1; 1: no YaRN.
+    `packed_documents`: whether rows are packed with documents that do not see each other.
     """
 
     plt: ModelConfig = field(default_factory=ModelConfig)
     window_cp_comm_type: str = "a2a"
     yarn_rotary_scaling_factor: float = 1.0
+    packed_documents: bool = False
 
 
 def resolve_backend(model: ModelConfig) -> str:
@@ -58,6 +60,7 @@ def transformer_config(
     deterministic: bool = False,
     fp8: Fp8Choice | None = None,
     fusions: Fusions | None = None,
+    packed_documents: bool = False,
 ) -> PLTTransformerConfig:
     """The layers' configuration.
 
@@ -73,6 +76,7 @@ def transformer_config(
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention requires it and chooses kernels by it
     return PLTTransformerConfig(
         plt=model,
+        packed_documents=packed_documents,
         **_layer_settings(model),
         **_parallel_settings(parallel),
         **({} if fp8 is None else _fp8_settings(fp8)),

@@ -78,6 +78,27 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     return output
 
 
+def split_quantize(
+    tensor: Tensor, splits: list[int], quantizers: list[Any], disable_bulk_allocation: bool = False
+) -> list[Any]:
+    """Runs of rows, each by its own quantizer; a run may be empty."""
+    runs = tensor.reshape(-1, tensor.shape[-1]).split(list(splits))
+    return [quantize(rows, quantizer) for rows, quantizer in zip(runs, quantizers, strict=True)]
+
+
+def pad_rows(rows: Tensor, out: Tensor, splits: list[int], padded_splits: list[int]) -> None:
+    """`fused_multi_row_padding`: runs of rows, each followed by rows of zeros."""
+    out.zero_()
+    for run, target in zip(rows.split(list(splits)), out.split(list(padded_splits)), strict=True):
+        target[: len(run)] = run
+
+
+def unpad_rows(rows: Tensor, out: Tensor, padded_splits: list[int], splits: list[int]) -> None:
+    """`fused_multi_row_unpadding`: the way back."""
+    for run, target in zip(rows.split(list(padded_splits)), out.split(list(splits)), strict=True):
+        target.copy_(run[: len(target)])
+
+
 def bgrad_quantize(grad: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     """(the bias's gradient, the quantized gradient)."""
     return grad.reshape(-1, grad.shape[-1]).sum(0), quantize(grad, quantizer)
@@ -119,6 +140,11 @@ def _empty_with_delayed_scale(quantizer: Any, shape: tuple[int, ...], fake: torc
     return Float8Tensor(**buffers, shape=shape, dtype=fake, device=torch.device("cpu"))
 
 
+def _largest(tensor: Tensor) -> Tensor:
+    """Absolute value, float32; 0 of no elements."""
+    return tensor.abs().amax().float() if tensor.numel() else torch.zeros(())
+
+
 def _fill_per_tensor(values: Tensor, dtype: Any, scale: Tensor, output: Any) -> None:
     data = to_fp8(values.float() * scale, dtype).view(output.size())
     output._scale_inv.copy_(scale.reciprocal())
@@ -131,12 +157,12 @@ def _fill_per_tensor(values: Tensor, dtype: Any, scale: Tensor, output: Any) -> 
 
 def _fill_delayed(tensor: Tensor, quantizer: Any, output: Any) -> None:
     # The kernel takes the largest value since the history was last advanced.
-    quantizer.amax.copy_(torch.maximum(quantizer.amax, tensor.abs().amax().float()))
+    quantizer.amax.copy_(torch.maximum(quantizer.amax, _largest(tensor)))
     _fill_per_tensor(tensor, quantizer.dtype, quantizer.scale, output)
 
 
 def _fill_current(tensor: Tensor, quantizer: Any, output: Any) -> None:
-    amax = tensor.abs().amax().float().reshape(1)
+    amax = _largest(tensor).reshape(1)
     if quantizer.with_amax_reduction:
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
     scale = scale_of_amax(
@@ -300,6 +326,9 @@ def compute_amax(tensor: Tensor, amax: Tensor) -> None:
 FUNCTIONS = {
     "quantize": quantize,
     "dequantize": dequantize,
+    "split_quantize": split_quantize,
+    "fused_multi_row_padding": pad_rows,
+    "fused_multi_row_unpadding": unpad_rows,
     "bgrad_quantize": bgrad_quantize,
     "create_empty_quantized_tensor": create_empty_quantized_tensor,
     "fp8_transpose": fp8_transpose,

@@ -296,3 +296,30 @@ def overhead_of_a_step(packed: bool, **model: Any) -> Overhead:
         utils.get_attention_backend, extension.fused_attn_fwd = choose, attend
     found.waits = dict(waits.places)
     return found
+
+
+def exchanged_and_estimated(layout: Layout, case: Case) -> tuple[float, float]:
+    """Bytes that a rank sends in a step to exchange rows for heads, and what the estimate says of them."""
+    import torch.distributed as dist
+
+    from plt_megatron.estimate.run_estimate import estimate_run
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from plt_megatron.train.megatron_engine import MegatronEngine
+    from tests.distributed import parity
+
+    init_process_groups(parity._parallel(layout, case))
+    config, sent, exchange = parity._config(layout, case), [], dist.all_to_all_single
+
+    def counted(output: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(args) and kwargs.get("input_split_sizes") is None:  # neighbors' rows have unequal parts
+            sent.append(rows.numel() * rows.element_size() * (layout.cp - 1) / layout.cp)
+        return exchange(output, rows, *args, **kwargs)
+
+    engine = MegatronEngine(config, parity.VOCAB_SIZE)
+    dist.all_to_all_single = counted
+    try:
+        engine.train_step(parity._batches(0, layout, case))
+    finally:
+        dist.all_to_all_single = exchange
+    estimate = estimate_run(config, world_size=layout.world_size, vocab_size=parity.VOCAB_SIZE)
+    return sum(sent), estimate.communication["context parallel"]

@@ -95,6 +95,19 @@ def test_fp8_state_survives_a_resume_bit_for_bit(run_te, saved):
     assert resumed["after"] == whole["after"]
 
 
+def test_experts_in_fp8_resume_bit_for_bit_and_move_between_ranks(run_te, tmp_path):
+    model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 64, "first_k_dense_replace": 1}
+
+    def config(**layout: int) -> Any:
+        return jobs.checkpoint_config(layout, "tensorwise", **model)
+
+    expected = run_te(jobs.save_then_go_on, 1, tmp_path, config())["after"]
+    assert run_te(jobs.load_then_go_on, 1, tmp_path, config())["after"] == expected
+    moved = run_te(jobs.load_then_go_on, 2, tmp_path, config(expert_model_parallel_size=2))["after"]
+    for numbers, stayed in zip(moved, expected, strict=True):
+        assert numbers[0] == pytest.approx(stayed[0], rel=0.02) and numbers[1] == pytest.approx(stayed[1], rel=0.2)
+
+
 def test_without_the_saved_state_the_numbers_would_be_others(run_te, saved):
     directory, whole = saved
     fresh = run_te(jobs.load_then_go_on, 1, directory, jobs.checkpoint_config({}, "tensorwise"))

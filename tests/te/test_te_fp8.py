@@ -16,16 +16,17 @@ from tests.te.te_jobs import fp8_case
 LAYERS = 4
 # FP8 has 3 bits of mantissa (gradients: 2). Measured with this model: losses to 0.9 %, gradient norms to 10 %.
 LOSS_BOUND, NORM_BOUND = 0.02, 0.2
+ROUTED_LOSS_BOUND = 0.04  # with experts to 2.2 %: rounding sends a token that is near a tie to another expert
 
 
 @pytest.fixture
-def check_close(record_property) -> Callable[[Any, Any, str], None]:
+def check_close(record_property) -> Callable[..., None]:
     """An outcome in FP8 is close to one in BF16 and not the same; how close goes into the table."""
 
-    def check(outcome: Any, expected: Any, row: str) -> None:
+    def check(outcome: Any, expected: Any, row: str, loss_bound: float = LOSS_BOUND) -> None:
         off = {name: abs(outcome.numbers[name] / value - 1) for name, value in expected.numbers.items()}
         assert min(off.values()) > 0, "FP8 changes nothing"
-        bounds = {"gradient norm": NORM_BOUND, "loss": LOSS_BOUND}
+        bounds = {"gradient norm": NORM_BOUND, "loss": loss_bound}
         for kind, bound in bounds.items():
             worst = max((name for name in off if kind in name), key=off.__getitem__)
             record_property("parity", ["emulated FP8 with BF16", row, kind, off[worst], bound])
@@ -236,3 +237,78 @@ def test_deterministic_runs_are_allowed_and_repeat_bit_for_bit(run_te):
     case = replace(case, training=(*case.training, ("deterministic", True)))
     one, other = (run_te(jobs.train_fresh, 1, Layout(), [case])[0] for _ in range(2))
     assert one.numbers == other.numbers
+
+
+# ---------------------------------------------------------------- experts
+
+EXPERTS: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 64,
+    "moe_aux_loss_coeff": 0.05,
+    "moe_z_loss_coeff": 1e-3,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "experts": EXPERTS,
+    "of which some get no token": {**EXPERTS, "num_moe_experts": 32},
+    "after a dense layer, one shared, biases": {
+        **EXPERTS,
+        "first_k_dense_replace": 1,
+        "moe_shared_expert_intermediate_size": 32,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_fp8_are_close_to_bf16(run_te, check_close, kind, recipe):
+    loops = (1, 3)
+    expected = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(count, None, **KINDS[kind]) for count in loops])
+    outcomes = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(count, recipe, **KINDS[kind]) for count in loops])
+    for count, outcome, plain in zip(loops, outcomes, expected, strict=True):
+        check_close(outcome, plain, f"{recipe} L{count} {kind}", ROUTED_LOSS_BOUND)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dispatcher"),
+    [
+        (Layout(dp=2, ep=2), "alltoall"),
+        (Layout(tp=2, sp=True, ep=2), "alltoall"),
+        (Layout(dp=2, ep=2), "allgather"),
+        (Layout(pp=2, dp=2, ep=2), "alltoall"),
+    ],
+    ids=str,
+)
+def test_experts_in_fp8_on_several_ranks(run_te, check_close, layout, dispatcher):
+    model = KINDS["after a dense layer, one shared, biases"]
+    (expected,) = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(2, None, **model)])
+    case = fp8_case(2, "tensorwise", **model)
+    case = replace(case, parallel=(("moe_token_dispatcher_type", dispatcher), *case.parallel))
+    (outcome,) = run_te(jobs.train_fresh, layout.world_size, layout, [case])
+    check_close(outcome, expected, f"tensorwise L2 experts {layout} {dispatcher}", ROUTED_LOSS_BOUND)
+
+
+def test_mxfp8_experts_are_blackwells(run_te, check_close):
+    (expected,) = run_te(jobs.train_fresh, 1, Layout(), [fp8_case(2, None, **EXPERTS)])
+    _, outcome = run_te(jobs.count, 1, Layout(), fp8_case(2, "mxfp8", **EXPERTS), generation=10)
+    check_close(outcome, expected, "mxfp8 on Blackwell L2 experts", ROUTED_LOSS_BOUND)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "gradients accumulated by the product"])
+def test_each_experts_weights_are_quantized_once_a_step(run_te, fused):
+    case = fp8_case(3, "tensorwise", **EXPERTS)
+    case = replace(case, parallel=(("gradient_accumulation_fusion", fused), *case.parallel))
+    calls, _ = run_te(jobs.count, 1, Layout(), case)
+    for call in calls:
+        assert len(call.weights) == LAYERS * (2 + 2 * EXPERTS["num_moe_experts"])
+        assert set(call.weights.values()) == {1}, call.weights
+
+
+def test_recomputed_and_accumulated_experts_have_the_same_gradient(run_te):
+    plain = fp8_case(3, "tensorwise", **EXPERTS)
+    recomputed = fp8_case(3, "tensorwise", recompute="full", **EXPERTS)
+    fused = replace(plain, parallel=(("gradient_accumulation_fusion", True), *plain.parallel))
+    expected, *others = run_te(jobs.train_fresh, 1, Layout(), [plain, recomputed, fused])
+    for other in others:
+        assert other.numbers["gradient norm 0"] == pytest.approx(expected.numbers["gradient norm 0"], rel=1e-5)

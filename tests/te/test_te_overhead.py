@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.distributed.cases import Case, Layout
 from tests.te import te_jobs as jobs
 
 LAYERS, LOOPS, MICROBATCHES = 2, 2, 2
@@ -25,3 +26,16 @@ def test_one_wait_few_choices_and_no_copy_that_a_kernel_does_not_need(run_te, pa
             once, shared, window = calls[layer], *calls[LAYERS + 2 * layer : LAYERS + 2 * layer + 2]
             assert once[2:] == shared[2:], "later loops read the first loop's K and V where they lie"
             assert shared[1] == window[1] and shared[0] != window[0], "both attentions read the same Q"
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"gated_window": False}, {"share_kv": False, "gated_window": False}],
+    ids=["PLT", "KV sharing", "none"],
+)
+def test_what_ranks_of_packed_rows_exchange_is_what_the_estimate_says(run_te, model, recompute):
+    how = (("cp_comm_type", "a2a"), ("window_cp_comm_type", "a2a"))
+    case = Case(3, recompute, packed=True, parallel=how, model=tuple(sorted(model.items())))
+    sent, estimated = run_te(jobs.exchanged_and_estimated, 2, Layout(cp=2), jobs.on_te(case))
+    assert sent == estimated

@@ -105,6 +105,22 @@ def test_context_parallelism(check, how):
     check(Layout(cp=2), [Case(loops, parallel=how) for loops in (1, 2, 3)])
 
 
+def test_packed_documents_under_context_parallelism(check):
+    check(Layout(cp=2), [Case(loops, packed=True, parallel=A2A) for loops in (1, 2, 3)])
+
+
+@pytest.mark.slow
+def test_packed_documents_under_context_parallelism_in_every_way(check):
+    recomputed = [Case(3, how, packed=True, parallel=A2A) for how in ("selective", "full")]
+    models = ("vanilla loop", "LoopCoder-v2", "prelude and coda")
+    variants = [Case(2, packed=True, parallel=A2A, model=tuple(sorted(VARIANTS[name].items()))) for name in models]
+    check(Layout(cp=2, dp=2), recomputed + variants)
+    wide = (("num_query_groups", 4),)
+    check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", packed=True, parallel=A2A, model=wide)])
+    check(Layout(cp=4), [Case(2, packed=True, parallel=A2A, model=wide)])
+    check(Layout(pp=2, cp=2), [Case(3, packed=True, parallel=A2A)])
+
+
 @pytest.mark.slow
 def test_context_and_sequence_parallelism(check):
     check(Layout(tp=2, sp=True, cp=2), [Case(2, "full", parallel=ALL_GATHER)])

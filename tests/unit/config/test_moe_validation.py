@@ -110,8 +110,9 @@ def test_dense_layers_are_split_beside_shared_experts():
             "model.num_moe_experts with parallel.tensor_model_parallel_size 2 needs parallel.sequence_parallel=true",
         ),
         (
-            {"training__fp8": "hybrid", "model__backend": "te"},
-            "model.num_moe_experts 8: experts are not trained in FP8 yet; set training.fp8=none",
+            {"training__fp8": "hybrid", "training__fp8_recipe": "delayed", "model__backend": "te"},
+            "training.fp8 with recipe delayed and model.num_moe_experts 8: experts on several ranks would share their "
+            "scales; set training.fp8_recipe=tensorwise",
         ),
     ],
 )

@@ -308,8 +308,22 @@ def test_context_parallelism_counts_among_the_processes():
         ),
         ({"parallel__cp_comm_type": "a2a", "model__loop_count": 1}, "parallel.cp_comm_type a2a shares out"),
         (
-            {"parallel__window_cp_comm_type": "all_gather", "data__reset_at_document_boundaries": True},
-            "Transformer Engine would cut each document among the ranks",
+            {
+                "parallel__cp_comm_type": "a2a",
+                "parallel__window_cp_comm_type": "all_gather",
+                "parallel__context_parallel_size": 2,
+                "data__reset_at_document_boundaries": True,
+            },
+            "Transformer Engine would cut each document among the ranks, not the sequence; set "
+            "parallel.window_cp_comm_type=a2a",
+        ),
+        (
+            {"parallel__cp_comm_type": "p2p", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
+            "parallel.cp_comm_type p2p with data.reset_at_document_boundaries: Transformer Engine would cut",
+        ),
+        (
+            {"parallel__cp_comm_type": "a2a", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
+            "context 8; set data.reset_at_document_boundaries=false",
         ),
     ],
 )

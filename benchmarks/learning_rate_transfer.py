@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Whether one learning rate is the best for every width, depth and loop count: what a sweep of rates says.
+
+    plt-sweep configs/sweeps/learning_rate_transfer.yaml --jobs 2
+    python benchmarks/learning_rate_transfer.py runs/sweeps/learning_rate_transfer [--plot FILE]
+
+A model's best rate is the lowest point of the parabola, in the rate's logarithm, through its best run and that one's
+neighbours. Exit status 1 if the best rates of `recommended` differ by more than a factor of the square root of two, or
+if one is at an end of the rates tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plt_megatron.errors import UserError, run_command
+from plt_megatron.experiments.figures import LINES, MARKERS, add_legend, color, new_figure, save
+from plt_megatron.experiments.report.results import load_results
+from plt_megatron.run_folder.text import format_table
+
+STEP = math.sqrt(2)
+Losses = dict[float, float]  # by learning rate
+Cells = dict[tuple[str, str], Losses]  # by model and loops
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the sweep")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
+    arguments = parser.parse_args()
+    return run_command(lambda: report(arguments.folder, arguments.plot))
+
+
+def report(folder: Path, plot: Path | None) -> int:
+    forms = read(folder)
+    is_met = True
+    for form, cells in forms.items():
+        best = {cell: best_rate(losses) for cell, losses in cells.items()}
+        print(f"{form}: best learning rate, and the loss that is lost at the rate that is best for all\n")
+        print(_table(cells, best))
+        spread = max(best.values()) / min(best.values())
+        at_end = any(is_at_end(losses) for losses in cells.values())
+        more = ", or more: some are at an end of the rates tried" if at_end else ""
+        print(f"\nlargest / smallest: {spread:.2f}{more}\n")
+        is_met &= form != "recommended" or (spread <= STEP and not at_end)
+    if plot is not None:
+        _plot(forms, plot)
+        print(plot)
+    print(f"recommended: the best rate is {'' if is_met else 'not '}the same within one step of {STEP:.2f}")
+    return 0 if is_met else 1
+
+
+def read(folder: Path) -> dict[str, Cells]:
+    """Losses by form. A diverged run's is infinite.
+
+    Raises:
+        UserError: a run is missing, or failed otherwise.
+    """
+    forms: dict[str, Cells] = defaultdict(lambda: defaultdict(dict))
+    for result in load_results(folder).runs:
+        labels = result.run.labels
+        if result.status not in ("used", "diverged"):
+            raise UserError(f"{result.run.name}: {result.reason}; the same plt-sweep command goes on")
+        loss = math.inf if result.loss is None else result.loss
+        forms[labels["form"]][labels["model"], labels["loops"]][result.run.config.optimizer.lr] = loss
+    return forms
+
+
+def best_rate(losses: Losses) -> float:
+    """The parabola's lowest point; the best run's own rate at an end, or beside a diverged run."""
+    rates = sorted(losses)
+    place = rates.index(min(rates, key=losses.__getitem__))
+    if place in (0, len(rates) - 1):
+        return rates[place]
+    below, here, above = (losses[rate] for rate in rates[place - 1 : place + 2])
+    if not math.isfinite(below + above):
+        return rates[place]
+    left, right = (math.log(rates[place] / rates[place - 1]), math.log(rates[place + 1] / rates[place]))
+    down, up = (here - below) / left, (above - here) / right
+    curvature = (up - down) / (left + right)
+    return rates[place] * math.exp(-(down * right + up * left) / (left + right) / (2 * curvature))
+
+
+def is_at_end(losses: Losses) -> bool:
+    best = min(losses, key=losses.__getitem__)
+    return best in (min(losses), max(losses))
+
+
+def _table(cells: Cells, best: dict[tuple[str, str], float]) -> str:
+    rates = sorted(next(iter(cells.values())))
+    common = min(rates, key=lambda rate: sum(losses[rate] - min(losses.values()) for losses in cells.values()))
+    rows = [
+        [
+            ", ".join(cell),
+            f"{best[cell]:.2e}",
+            f"{losses[common] - min(losses.values()):.3f}",
+            *(f"{losses[rate]:.3f}" for rate in rates),
+        ]
+        for cell, losses in cells.items()
+    ]
+    return format_table(rows, header=["", "best", f"at {common:.2e}", *(f"{rate:.2e}" for rate in rates)])
+
+
+def _plot(forms: dict[str, Cells], path: Path) -> None:
+    """A panel a form: the loss over each model's own best, by rate."""
+    figure, panels = new_figure(5.4, 4.2, len(forms), len(forms))
+    for axes, (form, cells) in zip(panels, forms.items(), strict=True):
+        models = list(dict.fromkeys(model for model, _ in cells))
+        for (model, loops), losses in cells.items():
+            rates = sorted(losses)
+            over = [losses[rate] - min(losses.values()) for rate in rates]
+            place = models.index(model)
+            label = model if loops.startswith("1") else None
+            style: dict[str, Any] = {"linestyle": LINES[place % len(LINES)], "marker": MARKERS[place], "markersize": 4}
+            axes.plot(rates, over, color=color(int(loops[0]) - 1), label=label, **style)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rates, [f"{rate * 1e3:.3g}" for rate in rates])
+        axes.set_ylim(-0.01, 0.4)
+        axes.set_xlabel("learning rate / 0.001")
+        axes.set_title(form)
+        add_legend(axes)
+    panels[0].set_ylabel("validation loss over the model's best (nats per token)")
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
