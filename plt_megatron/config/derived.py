@@ -50,6 +50,11 @@ def has_gates(model: ModelConfig) -> bool:
     return model.loop_count > 1 and model.gated_window
 
 
+def shares_values(model: ModelConfig) -> bool:
+    """Whether loops >= 2 attend to the first loop's V, not to their own."""
+    return model.share_kv and model.share_values
+
+
 def adds_embeddings(model: ModelConfig) -> bool:
     """Whether loops >= 2 read the embeddings too, not only the loop before."""
     return model.cross_loop_parallel or model.input_injection

@@ -79,6 +79,7 @@ class ModelConfig:
     cross_loop_parallel: bool = True  # loop l reads E + shift(h of loop l-1); False: h itself
     input_injection: bool = False  # without cross_loop_parallel too, loop l reads E + h instead of h
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
+    share_values: bool = True  # False: to the first loop's K and their own V
     gated_window: bool = True  # ... and, through a gate per head, to a window of their own
     window_size: Size = 64  # keys a query sees in the window, itself included
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet

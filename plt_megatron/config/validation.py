@@ -163,6 +163,11 @@ def _check_model(config: RunConfig) -> Iterator[str]:
             "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
             "their own; set model.gated_window=false or model.share_kv=true"
         )
+    if model.loop_count > 1 and not model.share_values and not model.share_kv:
+        yield (
+            "model.share_values=false is for shared keys, and model.share_kv=false shares neither; set "
+            "model.share_values=true or model.share_kv=true"
+        )
 
 
 def _check_loop_input(model: ModelConfig) -> Iterator[str]:

@@ -44,6 +44,7 @@ class Activations:
     hidden_gate: bool
     windowed: bool
     shares_kv: bool
+    shares_values: bool
     qk_norm: bool
     output_norms: int  # norms on the outputs of attention or FFN
     input_norms: bool
@@ -129,8 +130,8 @@ class Activations:
         return self._keys_and_values()
 
     def kv_gradients(self) -> int:
-        """Gradients of the first loop's K and V of one layer, accumulated until its backward."""
-        return 2 * self._keys() if self.shares_kv else 0
+        """Gradients of what is shared of the first loop's K and V of one layer, accumulated until its backward."""
+        return (2 if self.shares_values else 1) * self._keys() if self.shares_kv else 0
 
     # A loop's ends.
 
@@ -253,7 +254,7 @@ class Activations:
         """Attention of a loop >= 2 with the first loop's K and V, and its window."""
         if "core_attn" in self.recomputed:
             return self._keys() + self._fused_qkv()
-        saved = self._core_attention_statistics()
+        saved = self._core_attention_statistics() + self._own_values()
         if not self.windowed:
             return saved
         saved += 2 * self._queries() + self.tokens * self.heads * self.element  # both outputs, the gate
@@ -263,6 +264,12 @@ class Activations:
         padding = blocks * self.window / self.row_length
         keys = 2 * self._keys() * (blocks + 1) / blocks
         return saved + int(padding * (self._queries() + keys)) + self._window_scores()
+
+    def _own_values(self) -> int:
+        """Of a later loop that shares keys alone: a part of the fused projection, or a copy of it."""
+        if self.shares_values or (self.windowed and not self._blocked_window and not self.te):  # the window keeps them
+            return 0
+        return self._keys() if self.te else self._fused_qkv()
 
     def _window_scores(self) -> int:
         """Weights of each query over its own block of keys and the one before it."""
@@ -309,6 +316,7 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         hidden_gate=windowed and model.gate_input == "hidden",
         windowed=windowed,
         shares_kv=looped and model.share_kv,
+        shares_values=derived.shares_values(model),
         qk_norm=model.qk_layernorm,
         output_norms=2 if post else int(model.ffn_output_norm),
         input_norms=not post,

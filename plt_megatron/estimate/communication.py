@@ -174,10 +174,14 @@ def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:
     passes = 2 if layout.recompute == "none" else 3
     if shapes.te and shapes.documents:
         both = 2.0 * (shapes.heads + shapes.groups)
-        later = both if not shapes.shares_kv else 2.0 * shapes.heads + (both if shapes.windowed else 0.0)
+        later = both
+        if shapes.shares_kv:
+            values = 0.0 if shapes.shares_values else shapes.groups
+            later = 2.0 * shapes.heads + values + (both if shapes.windowed else 0.0)
         sent = _share(layout.context) * shapes.tokens * shapes.channels * shapes.element
         return passes * (both + (loops - 1) * later) * sent
     others = 2.0 * (layout.context - 1) * shapes.tokens * shapes.groups * shapes.channels * shapes.element
     if shapes.te:
         return 3 * loops * others
-    return (1 if shapes.shares_kv else loops) * passes * others
+    gathered = (1 if shapes.shares_kv else loops) + (1 if shapes.shares_values else loops)  # K's times and V's
+    return gathered / 2 * passes * others

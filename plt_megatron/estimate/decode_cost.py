@@ -81,8 +81,10 @@ def decode_milliseconds(model: ModelConfig, vocab_size: int, context_length: int
 
 
 def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
-    """K and V of the whole context, per sequence: the first loop's or, without sharing, every loop's."""
-    return context_length * _token_kv(model, model.num_layers if model.share_kv else derived.layer_runs(model))
+    """K and V of the whole context, per sequence: the first loop's or, of what is not shared, every loop's."""
+    once, each = model.num_layers, derived.layer_runs(model)
+    keys, values = once if model.share_kv else each, once if derived.shares_values(model) else each
+    return context_length * (_token_kv(model, keys) + _token_kv(model, values)) // 2
 
 
 def state_bytes(model: ModelConfig, context_length: int) -> int:
@@ -114,9 +116,10 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     weights = ELEMENT * (stack + head + counted.loop_input + counted.final_norm)
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
-        caches += context * _token_kv(model, derived.layer_runs(model) - model.num_layers)
-    owners = derived.layer_runs(model) if derived.has_gates(model) or not model.share_kv else model.num_layers
-    written = _token_kv(model, owners)
+        again = context * _token_kv(model, derived.layer_runs(model) - model.num_layers)
+        caches += again if model.share_values else again // 2  # the keys alone
+    has_windows = derived.has_gates(model)  # they keep all loops' K and V
+    written = _token_kv(model, derived.layer_runs(model)) if has_windows else kv_cache_bytes(model, 1)
     logits = derived.padded_vocab_size(model, vocab_size) * ELEMENT
     return weights + batch * float(caches + written + logits), batch * _flops(model, context, head)
 

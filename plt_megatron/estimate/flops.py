@@ -83,7 +83,8 @@ def forward_flops_per_token(
     attention_width = model.num_attention_heads * derived.head_dim(model)
     projections = runs * 2 * layer_matmuls(model, "attention")
     if model.share_kv and not model.gated_window:
-        unused = 2 * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
+        kinds = 2 if model.share_values else 1  # K, and V if it is shared too
+        unused = kinds * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
         projections -= later_runs * 2 * unused
     windows = later_runs if model.gated_window else 0
     return Flops(

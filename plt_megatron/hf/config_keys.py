@@ -69,6 +69,7 @@ def plt_keys(
         loop_order=model.loop_order,
         cross_loop_parallel=model.cross_loop_parallel,
         share_kv=model.share_kv,
+        share_values=model.share_values,
         gated_window=model.gated_window and model.share_kv,  # meaningless in a model of one loop
         window_size=model.window_size,
         gate_input=model.gate_input,
@@ -124,6 +125,7 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
         "loop_span": None,
         "cross_loop_parallel": True,
         "share_kv": True,
+        "share_values": True,
         "gated_window": True,
         "gate_activation": "sigmoid",
         "qk_layernorm": False,
@@ -238,6 +240,7 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
         loop_order=config.loop_order,
         cross_loop_parallel=config.cross_loop_parallel,
         share_kv=config.share_kv,
+        share_values=config.share_values,
         gated_window=config.gated_window,
         window_size=config.window_size,
         gate_input=config.gate_input,

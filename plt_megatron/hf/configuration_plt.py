@@ -26,6 +26,7 @@ class PLTConfig(PreTrainedConfig):
         input_injection (`bool`): without cross_loop_parallel, loops >= 2 read
             `embedding_scale * E + hidden_scale * h`.
         share_kv (`bool`): loops >= 2 attend to the first loop's keys and values.
+        share_values (`bool`): False: to the first loop's keys and their own values. Needs `share_kv`.
         gated_window (`bool`): loops >= 2 blend that attention with a sliding window over their own keys and
             values, by one gate per head. Needs `share_kv`.
         window_size (`int`): keys a query sees in the window, itself included.
@@ -100,6 +101,7 @@ class PLTConfig(PreTrainedConfig):
     loop_order: str = "stack"
     cross_loop_parallel: bool = True
     share_kv: bool = True
+    share_values: bool = True
     gated_window: bool = True
     window_size: int = 64
     gate_input: str = "query"
@@ -213,6 +215,8 @@ class PLTConfig(PreTrainedConfig):
         self._check_path()
         if self.gated_window and not self.share_kv:
             raise ValueError("gated_window needs share_kv: its gate blends the window with the first loop's K and V")
+        if not self.share_values and not self.share_kv:
+            raise ValueError("share_values false needs share_kv: the loops share keys alone, or nothing")
         if self.gate_input not in GATE_INPUTS:
             raise ValueError(f"gate_input must be one of {', '.join(GATE_INPUTS)}, not {self.gate_input!r}")
         if self.gate_side not in ("local", "global"):

@@ -77,7 +77,7 @@ def _introduction(source: ModelSource) -> str:
     if model.loop_count == 1:
         return f"A decoder-only transformer, {made} with plt_megatron."
     kind = "Parallel Loop Transformer (PLT, arXiv 2510.24824)"
-    if not (model.cross_loop_parallel and model.share_kv and model.gated_window):
+    if not (model.cross_loop_parallel and derived.shares_values(model) and model.gated_window):
         kind = "looped transformer, an ablation of the Parallel Loop Transformer (PLT, arXiv 2510.24824),"
     return f"A {kind} of {model.loop_count} loops, {made} with plt_megatron."
 
@@ -123,7 +123,8 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
     if model.loop_count > 1:
         yield "order of loops", "by stack" if model.loop_order == "stack" else "by layer: 1, 1, 2, 2"
         yield "cross-loop parallelism", "yes" if model.cross_loop_parallel else "no"
-        yield "first-loop key/value sharing", "yes" if model.share_kv else "no"
+        shared = "yes" if model.share_values else "keys only"
+        yield "first-loop key/value sharing", shared if model.share_kv else "no"
         gate = f"{model.gate_activation} gate reads the {model.gate_input}, multiplies the {model.gate_side} part"
         yield "gated sliding window", f"{model.window_size} keys, {gate}" if model.gated_window else "no"
 

@@ -81,15 +81,18 @@ class PLTPass:
 class PLTCacheLayer:
     """Keys and values of one layer.
 
-    keys, values: [B, S, K, capacity, D], S = 1 with shared first-loop KV, else one store a loop.
+    keys, values: [B, S, K, capacity, D], S = 1 of what is shared with the first loop, else one store a loop.
     window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t lies in slot t % w.
     """
 
     supports_early_init = True
     is_sliding = False
 
-    def __init__(self, stores: int, window_loops: int, window_size: int, max_cache_len: int | None):
-        self.stores = stores
+    def __init__(
+        self, key_stores: int, value_stores: int, window_loops: int, window_size: int, max_cache_len: int | None
+    ):
+        self.key_stores = key_stores
+        self.value_stores = value_stores
         self.window_loops = window_loops
         self.window_size = window_size
         self.static_length = max_cache_len
@@ -105,8 +108,8 @@ class PLTCacheLayer:
         batch, heads, _, dim = key.shape
         self.batch_size = batch
         capacity = self.static_length or 0
-        self.keys = key.new_zeros(batch, self.stores, heads, capacity, dim)
-        self.values = value.new_zeros(batch, self.stores, heads, capacity, dim)
+        self.keys = key.new_zeros(batch, self.key_stores, heads, capacity, dim)
+        self.values = value.new_zeros(batch, self.value_stores, heads, capacity, dim)
         if self.window_loops:
             self.window_keys = key.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
             self.window_values = value.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
@@ -119,18 +122,25 @@ class PLTCacheLayer:
         candidates = (self.keys, self.values, self.window_keys, self.window_values)
         return [tensor for tensor in candidates if tensor is not None]
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, stores: slice, state: PLTPass) -> None:
-        """Store key and value [B, s, K, T, D] in the given stores, after what is cached."""
+    def write(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
+        """Store key and value [B, l, K, T, D] of these loops after what is cached; of what is shared, the first's."""
         if not self.is_initialized:
             self.lazy_initialization(key[:, 0], value[:, 0])
-        if self.static_length is not None:
-            self.keys[:, stores].index_copy_(3, state.slots, key)
-            self.values[:, stores].index_copy_(3, state.slots, value)
-            return
-        end = state.start + key.shape[3]
-        self._reserve(state.start, end)
-        self.keys[:, stores, :, state.start : end] = key
-        self.values[:, stores, :, state.start : end] = value
+        if self.static_length is None:
+            self._reserve(state.start, state.start + key.shape[3])
+        for cached, new in ((self.keys, key), (self.values, value)):
+            if cached.shape[1] == 1:
+                if loops.start > 0:
+                    continue
+                new = new[:, :1]
+            stores = cached[:, self._stores(cached, loops)]
+            if self.static_length is None:
+                stores[:, :, :, state.start : state.start + new.shape[3]] = new
+            else:
+                stores.index_copy_(3, state.slots, new)
+
+    def _stores(self, cached: torch.Tensor, loops: slice) -> slice:
+        return loops if cached.shape[1] > 1 else slice(0, 1)
 
     def _reserve(self, used: int, needed: int) -> None:
         if needed <= self.keys.shape[3]:
@@ -142,10 +152,12 @@ class PLTCacheLayer:
             new[:, :, :, :used] = old[:, :, :, :used]
             setattr(self, name, new)
 
-    def read(self, stores: slice, state: PLTPass, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, s, K, N, D] up to this pass's tokens (all slots of a static cache)."""
+    def read(self, loops: slice, state: PLTPass, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, l, K, N, D] of these loops up to this pass's tokens (all slots of a static cache); l is 1
+        of what is shared."""
         end = self.static_length if self.static_length is not None else state.start + new_tokens
-        return self.keys[:, stores, :, :end], self.values[:, stores, :, :end]
+        keys, values = (each[:, self._stores(each, loops), :, :end] for each in (self.keys, self.values))
+        return keys, values
 
     def write_window(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
         """Put the last w tokens of key and value [B, s, K, T, D] into the rings."""
@@ -222,7 +234,7 @@ def _replace(old: torch.Tensor, new: torch.Tensor, static: bool) -> torch.Tensor
 class PLTCache(Cache):
     """The decoding state of a PLT: keys and values, the window rings, and the carried hidden states.
 
-    It holds, per sequence, N tokens of K/V a layer (without shared KV L times that in layers that loop), (L - 1)
+    It holds, per sequence, N tokens of K/V a layer (L times what is not shared in layers that loop), (L - 1)
     rings of w tokens a layer that loops and (L - 1) vectors h(1..L-1) of the last position. Copies (`copy.deepcopy`)
     are independent, so a stored prefix can be continued any number of times. `crop` takes back tokens that came after
     `activate_past_recording()`.
@@ -239,11 +251,12 @@ class PLTCache(Cache):
         if max_cache_len is not None and max_cache_len < 1:
             raise ValueError(f"max_cache_len must be positive, not {max_cache_len}")
         later = self.loop_count - 1
-        stores = 1 if config.share_kv else self.loop_count
+        key_stores = 1 if config.share_kv else self.loop_count
+        value_stores = 1 if config.share_kv and config.share_values else self.loop_count
         windows = later if config.gated_window else 0
         layers = []
         for index in range(config.num_hidden_layers):
-            kept = (stores, windows) if index in config.looped_layers else (1, 0)
+            kept = (key_stores, value_stores, windows) if index in config.looped_layers else (1, 1, 0)
             layers.append(PLTCacheLayer(*kept, config.window_size, max_cache_len))
         super().__init__(layers=layers)
         self.hidden_size = config.hidden_size
@@ -565,7 +578,8 @@ class PLTAttention(nn.Module):
 
     def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
         """The rows whose own keys and values anything attends to: without a window, the first loop's only."""
-        if not self.config.share_kv or self.config.gated_window or state.loop == 0:
+        config = self.config
+        if not (config.share_kv and config.share_values) or config.gated_window or state.loop == 0:
             return hidden_states
         return hidden_states[:, :1] if state.loop is None else None
 
@@ -624,15 +638,15 @@ class PLTAttention(nn.Module):
         cache: PLTCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, K, N, D] that loop `state.loop` attends to in full."""
-        own = state.loop == 0 or not self.config.share_kv
         if cache is None:
-            return (key, value) if own else shared
+            if state.loop == 0 or not self.config.share_kv:
+                return key, value
+            return shared if self.config.share_values else (shared[0], value)
         layer = cache.layers[self.layer_idx]
-        store = 0 if self.config.share_kv else state.loop
-        stores = slice(store, store + 1)
-        if own:
-            layer.write(key.unsqueeze(1), value.unsqueeze(1), stores, state)
-        keys, values = layer.read(stores, state, tokens)
+        loops = slice(state.loop, state.loop + 1)
+        if key is not None:
+            layer.write(key.unsqueeze(1), value.unsqueeze(1), loops, state)
+        keys, values = layer.read(loops, state, tokens)
         return keys[:, 0], values[:, 0]
 
     def _flash_window(
@@ -695,14 +709,14 @@ class PLTAttention(nn.Module):
         first, rows = state.loop or 0, query.shape[1]
         if key is not None:
             key, value = key.unsqueeze(3), value.unsqueeze(3)
-        if self.config.share_kv:
-            if first == 0:
-                layer.write(key[:, :1], value[:, :1], slice(0, 1), state)
-            keys, values = layer.read(slice(0, 1), state, 1)
+        loops = slice(first, first + rows)
+        if key is not None:
+            layer.write(key, value, loops, state)
+        keys, values = layer.read(loops, state, 1)
+        if self.config.share_kv and self.config.share_values:
             y, weights = self._shared_rows(query, keys[:, 0], values[:, 0], state.global_mask)
         else:
-            layer.write(key, value, slice(first, first + rows), state)
-            keys, values = layer.read(slice(first, first + rows), state, 1)
+            keys = keys.expand(-1, rows, -1, -1, -1)
             y, weights = self._own_rows(query, keys, values, state.global_mask)
         skip = 1 if first == 0 else 0  # the first loop has no window
         if not self.config.gated_window or rows == skip:
@@ -1277,7 +1291,7 @@ class _Layout:
             self._fill_flash(state, windowed, parallel, step, loops)
             return
         state.global_mask = state.once_mask = self._for_attention(self._global_mask(step))
-        if parallel and not self.config.share_kv and state.global_mask is not None:
+        if parallel and self._have_own_rows() and state.global_mask is not None:
             state.global_mask = _each(state.global_mask, loops)
         if not windowed:
             return
@@ -1286,6 +1300,10 @@ class _Layout:
             state.window_mask = _each(mask, loops - 1) if parallel and mask is not None else mask
         else:
             state.window_mask = self._for_attention(self._block_mask(state))
+
+    def _have_own_rows(self) -> bool:
+        """Whether each loop attends to keys or values of its own, so that loops are rows of the batch."""
+        return not (self.config.share_kv and self.config.share_values)
 
     def _for_attention(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         if mask is None or self.config._attn_implementation != "eager":
@@ -1366,7 +1384,7 @@ class _Layout:
         elif windowed:
             state.window_mask = self._ring_mask()[:, 0, 0]
             state.window_mask = _each(state.window_mask, loops - 1) if parallel else state.window_mask
-        if parallel and not self.config.share_kv:
+        if parallel and self._have_own_rows():
             state.global_mask = _each(mask, loops)
 
 

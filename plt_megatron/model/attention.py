@@ -3,7 +3,7 @@
 `GatedSlidingWindowAttention` is the `core_attention` of an otherwise stock megatron-core layer. It receives Q, K and V
 after RoPE. In the first loop it is plain causal attention and publishes K and V. In later loops:
 
-    y_global = Attn(Q, K_1, V_1)        the first loop's K and V, causal
+    y_global = Attn(Q, K_1, V_1)        the first loop's K and V, causal; without `share_values` its K and the own V
     y_local  = SWA(Q, K, V, w)          this loop's own, a window of w keys
     y        = g * y_local + (1 - g) * y_global
 """
@@ -161,9 +161,9 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         raise NotImplementedError
 
-    def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
-        """K and V as the global attention takes them, in this loop and, if shared, in later ones."""
-        return key, value
+    def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
+        """K and V, or one of them, as the global attention takes them, in this loop and, if shared, in later ones."""
+        return own
 
     def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
         """Q as both attentions take it without a copy of their own."""
@@ -201,11 +201,14 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, logits: Tensor | None, context: LoopContext) -> Tensor:
         shares = self.loops and self.plt.share_kv and context.loop_count > 1
         if context.loop == 1 or not shares:
-            key, value = self._for_global_attention(key, value, context.documents)
+            key, value = self._for_global_attention(context.documents, key, value)
             if shares:
                 key, value = context.first_loop_kv.publish(self.layer_number, key, value)
             return self.global_attention(query, key, value, context.documents)
-        y_global = self.global_attention(query, *context.first_loop_kv.read(self.layer_number), context.documents)
+        key_1, value_1 = context.first_loop_kv.read(self.layer_number)
+        if not self.plt.share_values:
+            (value_1,) = self._for_global_attention(context.documents, value)
+        y_global = self.global_attention(query, key_1, value_1, context.documents)
         if self.plt_gate is None or self.local_attention is None:
             return y_global
         if isinstance(self.local_attention, FusedGatedWindow):
@@ -242,10 +245,10 @@ class TorchGatedAttention(GatedSlidingWindowAttention):
         rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
         return ContextParallelTorchAttention(kwargs["softmax_scale"], window_size, rows)
 
-    def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
+    def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.global_attention, ContextParallelTorchAttention):
-            return self.global_attention.rows.gather(key, value)
-        return key, value
+            return self.global_attention.rows.gather(*own)
+        return own
 
 
 class TEGatedAttention(GatedSlidingWindowAttention):
@@ -261,12 +264,12 @@ class TEGatedAttention(GatedSlidingWindowAttention):
             **kwargs,
         )
 
-    def _for_global_attention(self, key: Tensor, value: Tensor, documents: Documents | None) -> tuple[Tensor, ...]:
+    def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
         attention = self.global_attention
         assert isinstance(attention, TEAttention)
         if attention.divides_heads:  # once for all loops
-            key, value = attention.rows.to_heads(key, value)
-        return laid_out(key, documents), laid_out(value, documents)
+            own = attention.rows.to_heads(*own)
+        return tuple(laid_out(tensor, documents) for tensor in own)
 
     def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
         return laid_out(query, documents)

@@ -76,6 +76,8 @@ def check(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             f"PLT models of which some layers run once (loop_span {span}) cannot be served yet: use transformers"
         )
+    if not config.share_values:
+        raise ValueError("PLT models whose loops share keys alone cannot be served yet: use transformers")
     if config.num_experts is not None and config.scoring_func != "softmax":
         raise ValueError(
             f"PLT models whose experts have {config.scoring_func} scores cannot be served yet: use transformers"

@@ -74,9 +74,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gate_activation": "tanh",
         "mup_base_hidden_size": 8,
     },
-    "no GQA, window 1, scale per channel, YaRN": {
+    "no GQA, window 1, own V, scale per channel, YaRN": {
         "num_query_groups": None,
         "window_size": 1,
+        "share_values": False,
         "hidden_norm": True,
         "learned_hidden_scale": "channel",
         "hidden_scale_ratio": 0.5,
@@ -94,7 +95,12 @@ EVERYTHING = [
     if setting[1] > 1 or setting[-1] == PLAIN  # one loop has no variants worth the time
 ]
 # On up to four processes, two to a sequence, and of the variants those that change several things at once.
-COMBINED = ("LoopCoder-v2", "the paper's dense", "qkv bias, untied, E + h", "no GQA, window 1, scale per channel, YaRN")
+COMBINED = (
+    "LoopCoder-v2",
+    "the paper's dense",
+    "qkv bias, untied, E + h",
+    "no GQA, window 1, own V, scale per channel, YaRN",
+)
 QUICK = [
     setting
     for setting in EVERYTHING

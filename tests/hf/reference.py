@@ -136,7 +136,8 @@ class Reference:
         if loop == 0 or not config.share_kv:
             y = attend(q, k, v)
         else:
-            y = attend(q, *first_kv[index])
+            first_k, first_v = first_kv[index]
+            y = attend(q, first_k, first_v if config.share_values else v)
             if config.gated_window:
                 local = attend(q, k, v, config.window_size)
                 gate = self.gate(q, residual, name)

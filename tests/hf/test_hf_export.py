@@ -140,6 +140,7 @@ def test_shipped_files_import_torch_and_transformers_only():
         ({"loop_order": "token"}, 'loop_order must be "stack" or "layer", not \'token\''),
         ({"loop_order": "layer"}, 'loop_order "layer" needs cross_loop_parallel, input_injection and'),
         ({"share_kv": False}, "gated_window needs share_kv"),
+        ({"share_kv": False, "share_values": False, "gated_window": False}, "share_values false needs share_kv"),
         ({"gate_input": "key"}, "gate_input must be one of query, hidden"),
         ({"gate_side": "left"}, 'gate_side must be "local" or "global"'),
         ({"gate_activation": "relu"}, 'gate_activation must be "sigmoid" or "tanh"'),

@@ -12,7 +12,7 @@ With E the token embeddings, f the stack of layers and L loops:
 With a span of layers that loop, f is those, E is what the layers before it make of the embeddings, and h(L) of the last
 line what those after it make of h(L). In the order by layer, a layer's input in loop l >= 2 is its own output.
 
-Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1:
+Attention of a layer in loops l >= 2, with K1 and V1 the layer's own of loop 1, or K1 and loop l's V:
 
     y_global = Attn(Q, K1, V1)        y_local = Attn(Q, K, V) over the last w keys
     y = g y_local + (1 - g) y_global,  g = sigmoid(gate) or tanh(gate), one scalar a head and token
@@ -183,7 +183,8 @@ class PlainPLT:
         if loop == 1 or not config.share_kv:
             out = attend(query, key, value, starts, None)
         else:
-            out = attend(query, *first_loop_kv[layer], starts, None)
+            key_1, value_1 = first_loop_kv[layer]
+            out = attend(query, key_1, value_1 if config.share_values else value, starts, None)
             if config.gated_window:
                 local = attend(query, key, value, starts, config.window_size)
                 activation = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[config.gate_activation]

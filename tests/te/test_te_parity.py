@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qkv bias, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
     "no GQA, window 1": {"num_query_groups": None, "window_size": 1},
     "window above the length": {"window_size": 20},
+    "own V": {"share_values": False, "gate_input": "hidden"},
     "prelude and coda": {"loop_span": (1, 3), "gate_input": "hidden"},
 }
 
@@ -112,7 +113,7 @@ def test_packed_documents_under_context_parallelism(check):
 @pytest.mark.slow
 def test_packed_documents_under_context_parallelism_in_every_way(check):
     recomputed = [Case(3, how, packed=True, parallel=A2A) for how in ("selective", "full")]
-    models = ("vanilla loop", "LoopCoder-v2", "prelude and coda")
+    models = ("vanilla loop", "LoopCoder-v2", "own V", "prelude and coda")
     variants = [Case(2, packed=True, parallel=A2A, model=tuple(sorted(VARIANTS[name].items()))) for name in models]
     check(Layout(cp=2, dp=2), recomputed + variants)
     wide = (("num_query_groups", 4),)

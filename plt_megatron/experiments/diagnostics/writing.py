@@ -26,7 +26,7 @@ from plt_megatron.run_folder.text import plural
 JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
 LONGEST_DEFAULT = 2048
 _SWITCHES = (
-    *("cross_loop_parallel", "share_kv", "gated_window", "window_size", "gate_input", "gate_side"),
+    *("cross_loop_parallel", "share_kv", "share_values", "gated_window", "window_size", "gate_input", "gate_side"),
     *("gate_activation", "norm_between_loops", "embedding_scale", "hidden_scale"),
     *("input_injection", "hidden_norm", "learned_hidden_scale", "residual_scale"),
 )

@@ -121,6 +121,10 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ({"model__learned_hidden_scale": "model", **NAIVE}, "learned_hidden_scale model is for E + h, but"),
         ({"model__hidden_norm": True, **NAIVE}, "a loop reads h itself; set model.input_injection=true"),
         ({"model__hidden_norm": True, "model__norm_between_loops": True}, "both norm h; set one of them to false"),
+        (
+            {"model__share_kv": False, "model__share_values": False, "model__gated_window": False},
+            "model.share_values=false is for shared keys, and model.share_kv=false shares neither; set",
+        ),
         ({"model__hidden_scale_ratio": 0.5}, "needs h to have a known RMS; set model.hidden_norm=true or"),
         ({"model__residual_scale": 0.0}, "model.residual_scale must be above 0, got 0.0"),
         ({"model__embedding_scale": float("nan")}, "model.embedding_scale must be a finite number, got nan"),

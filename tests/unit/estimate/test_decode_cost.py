@@ -41,6 +41,9 @@ def test_caches_by_hand():
     assert [row.kv_cache_bytes for row in by_row.values()] == [1024 * token * n for n in (1, 2, 2, 1, 1)]
     carry = 1024 * 2
     assert [row.state_bytes for row in by_row.values()] == [0, 0, carry, carry, carry + 64 * token]
+    own_values = cost({"share_values": False, "loop_count": 3}, batch=1)
+    assert own_values.kv_cache_bytes == 1024 * token * 2, "one loop's K, three loops' V"
+    assert own_values.bytes - cost({"loop_count": 3}, batch=1).bytes == 1024 * token, "read once for each loop"
     assert cost({"loop_count": 4}).state_bytes == 3 * (carry + 64 * token)
     assert cost(context=10).state_bytes == carry + 10 * token, "a window holds no more than there is"
 

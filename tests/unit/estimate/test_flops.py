@@ -53,6 +53,7 @@ def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
         count.linear(model.hidden_size, heads * c)  # Q
         if not later or model.gated_window or not model.share_kv:
             count.linear(model.hidden_size, groups * c)  # K
+        if not later or model.gated_window or not model.share_kv or not model.share_values:
             count.linear(model.hidden_size, groups * c)  # V
         count.attention(heads, c, n)
         if later and model.gated_window:
@@ -81,6 +82,7 @@ def ffn_widths(model: ModelConfig) -> list[int]:
         {"loop_count": 1},
         {"loop_count": 4},
         {"gated_window": False},
+        {"gated_window": False, "share_values": False, "loop_count": 3},
         {"gated_window": False, "share_kv": False},
         {"gated_window": False, "share_kv": False, "cross_loop_parallel": False},
         {"gate_input": "hidden"},

@@ -84,6 +84,8 @@ CASES: dict[str, dict[str, Any]] = {
     "vanilla loop x3": {**VANILLA_LOOP, "loop_count": 3},
     "+ CLP": CLP,
     "+ KV sharing": KV_SHARING,
+    "own V": {"share_values": False, "loop_count": 3},
+    "own V, no window": {**KV_SHARING, "share_values": False},
     "KV sharing without CLP": {**KV_SHARING, "cross_loop_parallel": False, "loop_count": 3},
     "PLT-3 without CLP": {"cross_loop_parallel": False, "loop_count": 3},
     "LoopCoder-v2": LOOPCODER_V2,
