@@ -60,6 +60,7 @@ def test_layers_that_run_once_are_refused(exports):
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
             "rope_type yarn are not proven with vLLM yet: decode them with transformers",
         ),
+        ({"share_values": False}, "whose loops share keys alone cannot be served yet: use transformers"),
         (
             {**MOE, "scoring_func": "sigmoid"},
             "whose experts have sigmoid scores cannot be served yet: use transformers",
