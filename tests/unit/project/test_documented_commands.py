@@ -56,6 +56,7 @@ INSTEAD = [
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
     (r"^plt-report runs/sweeps/loop_count", "plt-report results/paper_ablation", "the sweep was not trained"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
+    (r"^plt-check-coordinates .*mup_base.*", r"\g<0> --axes width", "the page's first one has the other axes"),
     (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),
     (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),
     (
