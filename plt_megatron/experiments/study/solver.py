@@ -25,6 +25,7 @@ UNIT_N, UNIT_D = 1e6, 1e7
 LINEAR = ("E", "A", "B")
 _STARTS = 3
 _TOLERANCE = 1e-9
+_SINGULAR = 1e-10  # of the largest column's part that no other has
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,7 @@ class _Problem:
         shape = self.shape(free)
         columns, slopes = _columns(shape, self.data, self.groups)
         columns = self.roots[:, None] * columns
-        linear = _non_negative(columns, self.target)
-        used = linear > 0
-        q, _ = np.linalg.qr(columns[:, used])
+        linear, q = _linear(columns, self.target)
         scale = np.array([linear[1], linear[2], *[linear[1]] * (self.count - 2)])
         chain = (self.high - self.low)[self.free] / 2 / np.cosh(np.clip(free, -50, 50)) ** 2  # of `shape`
         own = slopes[:, self.free] * (scale[self.free] * chain) * self.roots[:, None]
@@ -170,6 +169,18 @@ class _Problem:
         columns = self.roots[:, None] * _columns(shape, self.data, self.groups)[0]
         residuals = columns @ _non_negative(columns, self.target) - self.target
         return float(residuals @ residuals)
+
+
+def _linear(columns: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`_non_negative`, and an orthonormal basis of the columns with a coefficient [n, <= 3]."""
+    q, r = np.linalg.qr(columns)
+    diagonal = np.abs(r.diagonal())
+    if diagonal.min() > _SINGULAR * diagonal.max():
+        linear = np.linalg.solve(r, q.T @ target)
+        if (linear > 0).all():
+            return linear, q
+    linear = _non_negative(columns, target)
+    return linear, np.linalg.qr(columns[:, linear > 0])[0]
 
 
 def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
