@@ -105,7 +105,7 @@ def _plot(rows: dict[str, Row], shares: dict[str, float], path: Path) -> None:
         label = "published: a second stream, arXiv 2609.03807" if name == next(iter(PUBLISHED)) else None
         axes.plot([time], [value], "^", color=color(1), label=label)
         axes.annotate(name, (time, value), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axes.set_xlabel("training time of one loop's (PLT: in FLOPs)")
+    axes.set_xlabel("training time relative to one loop (PLT: FLOPs)")
     axes.set_ylabel("share of the second loop's gain")
     add_legend(axes)
     save(figure, path)
