@@ -208,6 +208,11 @@ class PLTConfig(PreTrainedConfig):
                 "layer's next loop reads its own output"
             )
 
+    @property
+    def shares_values(self) -> bool:
+        """Whether loops >= 2 attend to the first loop's values, not only to its keys or to neither."""
+        return self.share_kv and self.share_values
+
     def _check_loops(self) -> None:
         count = self.loop_count
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_LOOPS:

@@ -252,7 +252,7 @@ class PLTCache(Cache):
             raise ValueError(f"max_cache_len must be positive, not {max_cache_len}")
         later = self.loop_count - 1
         key_stores = 1 if config.share_kv else self.loop_count
-        value_stores = 1 if config.share_kv and config.share_values else self.loop_count
+        value_stores = 1 if config.shares_values else self.loop_count
         windows = later if config.gated_window else 0
         layers = []
         for index in range(config.num_hidden_layers):
@@ -578,8 +578,7 @@ class PLTAttention(nn.Module):
 
     def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
         """The rows whose own keys and values anything attends to: without a window, the first loop's only."""
-        config = self.config
-        if not (config.share_kv and config.share_values) or config.gated_window or state.loop == 0:
+        if not self.config.shares_values or self.config.gated_window or state.loop == 0:
             return hidden_states
         return hidden_states[:, :1] if state.loop is None else None
 
@@ -713,7 +712,7 @@ class PLTAttention(nn.Module):
         if key is not None:
             layer.write(key, value, loops, state)
         keys, values = layer.read(loops, state, 1)
-        if self.config.share_kv and self.config.share_values:
+        if self.config.shares_values:
             y, weights = self._shared_rows(query, keys[:, 0], values[:, 0], state.global_mask)
         else:
             keys = keys.expand(-1, rows, -1, -1, -1)
@@ -1291,7 +1290,7 @@ class _Layout:
             self._fill_flash(state, windowed, parallel, step, loops)
             return
         state.global_mask = state.once_mask = self._for_attention(self._global_mask(step))
-        if parallel and self._have_own_rows() and state.global_mask is not None:
+        if parallel and not self.config.shares_values and state.global_mask is not None:
             state.global_mask = _each(state.global_mask, loops)
         if not windowed:
             return
@@ -1300,10 +1299,6 @@ class _Layout:
             state.window_mask = _each(mask, loops - 1) if parallel and mask is not None else mask
         else:
             state.window_mask = self._for_attention(self._block_mask(state))
-
-    def _have_own_rows(self) -> bool:
-        """Whether each loop attends to keys or values of its own, so that loops are rows of the batch."""
-        return not (self.config.share_kv and self.config.share_values)
 
     def _for_attention(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         if mask is None or self.config._attn_implementation != "eager":
@@ -1384,7 +1379,7 @@ class _Layout:
         elif windowed:
             state.window_mask = self._ring_mask()[:, 0, 0]
             state.window_mask = _each(state.window_mask, loops - 1) if parallel else state.window_mask
-        if parallel and self._have_own_rows():
+        if parallel and not self.config.shares_values:
             state.global_mask = _each(mask, loops)
 
 

@@ -30,8 +30,7 @@ def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int)
         held = [range(length)]
     else:
         size = length // (2 * context_ranks)
-        chunks = (context_rank, 2 * context_ranks - 1 - context_rank)
-        held = [range(chunk * size, (chunk + 1) * size) for chunk in chunks]
+        held = [range(chunk * size, (chunk + 1) * size) for chunk in _held_chunks(context_rank, context_ranks)]
     rows = length // (context_ranks * sequence_ranks)
     first, runs = part * rows, list[range]()
     for run in held:
@@ -42,6 +41,16 @@ def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int)
         elif own:
             runs.append(own)
     return runs
+
+
+def _held_chunks(rank: int, ranks: int) -> tuple[int, int]:
+    """The two of a sequence's 2 * ranks chunks that a rank holds."""
+    return rank, 2 * ranks - 1 - rank
+
+
+def _chunk_holders(ranks: int) -> list[tuple[int, int]]:
+    """Of each chunk of a sequence: the rank that holds it, and which of its two it is."""
+    return [(rank, 0) for rank in range(ranks)] + [(rank, 1) for rank in reversed(range(ranks))]
 
 
 @dataclass(frozen=True)
@@ -126,22 +135,17 @@ class SequenceShard:
         parts = [tensor.reshape(rows * batch, self.size, -1) for tensor in own]  # a rank's heads are neighbors
         widths = [part.shape[2] for part in parts]
         received = all_to_all_sp2hp(torch.cat(parts, dim=2).flatten(1), self.group)
-        chunks = received.view(2 * self.size, rows // 2, batch, -1)
-        whole = torch.cat([chunks[place] for place in self._chunk_places])
+        chunks = received.view(self.size, 2, rows // 2, batch, -1)
+        whole = torch.cat([chunks[holder] for holder in _chunk_holders(self.size)])
         return tuple(part.unflatten(-1, (-1, channels)) for part in whole.split(widths, dim=-1))
 
     def from_heads(self, whole: Tensor) -> Tensor:
         """The way back: [s, b, heads / CP, d] -> [s / CP, b, heads, d]."""
         length, batch, _, channels = whole.shape
         chunks = whole.reshape(2 * self.size, length // (2 * self.size), batch, -1)
-        by_rank = torch.stack([chunks[self._chunk_places.index(place)] for place in range(2 * self.size)])
-        received = all_to_all_hp2sp(by_rank.flatten(0, 2), self.group)
+        held = [chunks[chunk] for rank in range(self.size) for chunk in _held_chunks(rank, self.size)]
+        received = all_to_all_hp2sp(torch.stack(held).flatten(0, 2), self.group)
         return received.view(length // self.size, batch, -1, channels)
-
-    @property
-    def _chunk_places(self) -> list[int]:
-        """Of each chunk of a sequence, its place among the ranks' chunks, two of each rank."""
-        return [*range(0, 2 * self.size, 2), *range(2 * self.size - 1, 0, -2)]
 
     def halo(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
         """The rows right before each of this rank's runs; only these are sent, and gradients are sent back.
@@ -245,8 +249,8 @@ class _Gather(torch.autograd.Function):
         # One collective for all: [ranks, tensors, first and second chunk, rows of a chunk, ...].
         gathered = own[0].new_empty((ranks, len(own), 2, rows // 2, *rest))
         dist.all_gather_into_tensor(gathered.flatten(), torch.stack(own).flatten(), group=group)
-        places = [(rank, 0) for rank in range(ranks)] + [(rank, 1) for rank in reversed(range(ranks))]
-        return tuple(torch.cat([gathered[rank, number, half] for rank, half in places]) for number in range(len(own)))
+        holders = _chunk_holders(ranks)
+        return tuple(torch.cat([gathered[rank, number, half] for rank, half in holders]) for number in range(len(own)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -256,8 +260,8 @@ class _Gather(torch.autograd.Function):
         for number, grad in enumerate(grads):
             chunks = grad.split(size)
             for rank in range(ranks):
-                parts[rank, number, 0].copy_(chunks[rank])
-                parts[rank, number, 1].copy_(chunks[2 * ranks - 1 - rank])
+                for half, chunk in enumerate(_held_chunks(rank, ranks)):
+                    parts[rank, number, half].copy_(chunks[chunk])
         own = parts.new_empty(parts.shape[1:])
         dist.reduce_scatter_tensor(own.flatten(), parts.flatten(), group=ctx.group)
         return None, *(own[number].flatten(0, 1) for number in range(len(grads)))
