@@ -74,7 +74,8 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A stand-in for `sys.executable` that has imported what is slow: tests/warm_python.py."""
     from tests.warm_python import WarmPython
 
-    python = WarmPython(tmp_path_factory.mktemp("warm_python"))
+    base = tmp_path_factory.getbasetemp()
+    python = WarmPython((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm_python")
     yield str(python.executable)
     python.close()
 

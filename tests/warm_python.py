@@ -6,12 +6,15 @@ folder, environment and standard streams of the caller; the processes that they 
 Signals are passed on, and its exit status is the command's. Anything else (`-c`) goes to the real interpreter, which is
 also used where the start itself is tested: what is imported, and when, cannot be seen here.
 
+The test processes of a session share one server: the first that needs it starts it, and it ends with the last one.
+
 This file is also the server's and the executable's program.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -25,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 _START_TIMEOUT_S = 180.0
+_HOLD = b"hold it!"  # as long as a request's size
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PRELOADED = (
     "torch._dynamo",
@@ -42,15 +46,37 @@ _PRELOADED = (
 
 
 class WarmPython:
-    """The server; it ends with this process, or by `close`.
+    """The server, held until this process ends or calls `close`.
 
     Attributes:
         executable: to be used like `sys.executable`.
     """
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is for its files."""
-        self.executable, address = folder / "python", folder / "socket"
+        """`folder` is for its files, the same for all processes that share the server."""
+        folder.mkdir(exist_ok=True)
+        self.executable, self._folder = folder / "python", folder
+        self._server: subprocess.Popen[bytes] | None = None
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._lifeline = self._hold() or self._start()  # closed, however this process ends
+
+    def _hold(self) -> socket.socket | None:
+        """A connection that keeps the server; None if there is none, or if it is about to end."""
+        lifeline = socket.socket(socket.AF_UNIX)
+        try:
+            lifeline.connect(str(self._folder / "socket"))
+            lifeline.sendall(_HOLD)
+            if lifeline.recv(1):
+                return lifeline
+        except (FileNotFoundError, ConnectionError):
+            pass
+        lifeline.close()
+        return None
+
+    def _start(self) -> socket.socket:
+        address = self._folder / "socket"
+        address.unlink(missing_ok=True)
         self.executable.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {address} "$@"\n')
         self.executable.chmod(0o755)
         environment = os.environ | {
@@ -60,44 +86,58 @@ class WarmPython:
             "MPLBACKEND": "Agg",
         }
         ours, theirs = socket.socketpair()
-        self._lifeline = ours  # closed, however this process ends
         self._server = subprocess.Popen(
             [sys.executable, __file__, str(address), str(theirs.fileno()), str(self.executable)],
             pass_fds=[theirs.fileno()],
             env=environment,
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
-            stdout=(folder / "log").open("wb"),
+            stdout=(self._folder / "log").open("wb"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         theirs.close()
         ours.settimeout(_START_TIMEOUT_S)
-        assert ours.recv(1), (folder / "log").read_text()
+        assert ours.recv(1), (self._folder / "log").read_text()
+        return ours
 
     def close(self) -> None:
+        """Let go of the server: it ends once nobody holds it."""
         self._lifeline.close()
-        self._server.wait(30)
+        if self._server is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # others hold it
+                self._server.wait(2)
 
 
 # ---------------------------------------------------------------- the server
 
 
 def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any] | None:
-    """Fork for each request until the lifeline ends. Returns in every fork, with its request; at the end None."""
+    """Fork for each request until the last lifeline ends. Returns in every fork, with its request; at the end None."""
     selector = selectors.DefaultSelector()
     selector.register(lifeline, selectors.EVENT_READ)
     selector.register(listener, selectors.EVENT_READ)
+    lifelines = {lifeline}
     running: dict[Any, int] = {}  # caller: process
     while True:
         for key, _ in selector.select():
-            if key.fileobj is lifeline:
-                for process in running.values():
-                    os.kill(process, signal.SIGKILL)
-                return None
+            if key.fileobj in lifelines:
+                selector.unregister(key.fileobj)
+                lifelines.remove(key.fileobj)  # type: ignore[arg-type]
+                key.fileobj.close()  # type: ignore[union-attr]
+                if not lifelines:
+                    for process in running.values():
+                        os.kill(process, signal.SIGKILL)
+                    return None
+                continue
             if key.fileobj is listener:
                 caller, _ = listener.accept()
                 received = _receive(caller)
+                if received == _HOLD:
+                    caller.send(b"r")
+                    lifelines.add(caller)
+                    selector.register(caller, selectors.EVENT_READ)
+                    continue
                 if received is None:
                     caller.close()
                     continue
@@ -105,7 +145,7 @@ def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any] | 
                 process = os.fork()
                 if process == 0:
                     selector.close()
-                    for other in (lifeline, listener, caller, *running):
+                    for other in (*lifelines, listener, caller, *running):
                         other.close()
                     return {**request, "streams": streams}
                 for stream in streams:
@@ -121,9 +161,11 @@ def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any] | 
                 _pass_on(key.fileobj, running[key.fileobj], selector)
 
 
-def _receive(caller: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """A request and its standard streams; None if the caller has died."""
+def _receive(caller: socket.socket) -> tuple[dict[str, Any], list[int]] | bytes | None:
+    """A request and its standard streams, or `_HOLD`; None if the caller has died."""
     size, streams, _, _ = socket.recv_fds(caller, 8, 3)
+    if size == _HOLD:
+        return _HOLD
     data = b""
     while size and len(data) < int(size):
         part = caller.recv(1 << 16)

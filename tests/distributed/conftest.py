@@ -11,7 +11,7 @@ from tests.distributed.pool import WorkerPool
 
 
 @pytest.fixture(scope="session")
-def worker_pool() -> Iterator[WorkerPool]:
+def worker_pool(warm_python: str) -> Iterator[WorkerPool]:
     """The session's pool; its processes end with the session."""
     pool = WorkerPool()
     yield pool

@@ -60,10 +60,11 @@ class WorkerPool:
 
     Args:
         prepare: "module:function", called in the server before anything else is imported.
+        python: what runs the server; tests/warm_python.py's has its imports already.
     """
 
-    def __init__(self, prepare: str | None = None) -> None:
-        self._prepare = prepare
+    def __init__(self, prepare: str | None = None, python: str = sys.executable) -> None:
+        self._command = [python, __file__, *filter(None, [prepare])]
         self._server: subprocess.Popen | None = None
         self._connection: Connection | None = None
         self._log: Any = None
@@ -109,10 +110,9 @@ class WorkerPool:
         self._connection, theirs = Pipe()
         self._log = tempfile.TemporaryFile()
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno()), *filter(None, [self._prepare])],
-            pass_fds=[theirs.fileno()],
+            self._command,
             env=_environment(),
-            stdin=subprocess.DEVNULL,
+            stdin=theirs.fileno(),
             stdout=self._log,
             stderr=self._log,
             start_new_session=True,
@@ -342,9 +342,13 @@ def _execute(job: _Job, rank: int, store: Any) -> bytes:
 
 
 def main() -> None:
-    """The server: import what is slow once, then fork."""
-    if len(sys.argv) > 2:
-        module, function = sys.argv[2].split(":")
+    """The server: import what is slow once, then fork. Its standard input is the connection."""
+    connection = Connection(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # A Python that was there before has paths of its own.
+    sys.path += [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path not in sys.path]
+    if len(sys.argv) > 1:
+        module, function = sys.argv[1].split(":")
         getattr(importlib.import_module(module), function)()
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
@@ -355,7 +359,7 @@ def main() -> None:
 
     gc.collect()
     gc.freeze()  # the imports' objects: not to be looked through, nor copied, by every worker's collections
-    _Server(Connection(int(sys.argv[1]))).serve()
+    _Server(connection).serve()
 
 
 if __name__ == "__main__":

@@ -66,9 +66,9 @@ def run_te(te_pool: WorkerPool) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def run_plain() -> Iterator[Callable[..., Any]]:
+def run_plain(warm_python: str) -> Iterator[Callable[..., Any]]:
     """The same in processes without Transformer Engine."""
-    pool = WorkerPool()
+    pool = WorkerPool(python=warm_python)
 
     def run(function: Callable, world_size: int, *args: Any, **kwargs: Any) -> Any:
         return pool.run(function, world_size, *args, **kwargs)[0]

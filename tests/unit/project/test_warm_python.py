@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
+
+from tests.warm_python import WarmPython
 
 SLEEPER = """
 import os, signal, subprocess, sys, time
@@ -17,6 +20,15 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 print(os.getpid(), flush=True)
 time.sleep(1000)
 """
+
+
+def wait_until_gone(process: int) -> None:
+    """Or a zombie, whose parent has not asked for its status."""
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -82,7 +94,21 @@ def test_signals_reach_the_command(warm_python, tmp_path, number, status):
         command = int(process.stdout.readline())
         process.send_signal(number)
         assert process.wait(60) == status
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{command}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until_gone(command)
+
+
+def test_the_server_ends_with_the_last_who_holds_it(tmp_path):
+    """Shared, held by two, by one after the first has gone, and a new one when all have."""
+    first, second = WarmPython(tmp_path / "warm"), WarmPython(tmp_path / "warm")
+    assert first.executable == second.executable
+    (tmp_path / "script.py").write_text("import os; print(os.getppid())")
+    command = [str(second.executable), str(tmp_path / "script.py")]
+    server = lambda: int(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)  # noqa: E731
+    before = server()
+    first.close()
+    assert server() == before
+    second.close()
+    wait_until_gone(before)
+    third = WarmPython(tmp_path / "warm")
+    assert server() != before
+    third.close()
