@@ -41,7 +41,7 @@ def saved(run_distributed, tmp_path_factory):
         pytest.param({}, 1, id="1 process"),
         pytest.param(PP4, 4, id="PP4"),
         pytest.param({**PP2, "num_layers_in_last_pipeline_stage": 3}, 2, id="PP2 of 1 + 3", marks=pytest.mark.slow),
-        pytest.param({"overlap_grad_reduce": True}, 4, id="DP4"),
+        pytest.param({"overlap_grad_reduce": True}, 4, id="DP4", marks=pytest.mark.slow),
         pytest.param(TP2, 4, id="TP2xDP2"),
         pytest.param({"context_parallel_size": 2, "overlap_grad_reduce": True}, 4, id="CP2xDP2"),
     ],

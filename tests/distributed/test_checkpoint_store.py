@@ -71,7 +71,7 @@ def test_other_data_only_when_asked_explicitly(run_distributed, tmp_path):
     assert run_distributed(_run, 2, tmp_path, config, 2, "b")[0] == 2
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("weights_only", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_new_run_starts_from_another_and_then_goes_on_with_its_own(run_distributed, tmp_path, weights_only):
     run_distributed(_run, 2, tmp_path / "old" / "checkpoints", _config(), 2)
     config = _config(load=str(tmp_path / "old"), weights_only=weights_only)
@@ -91,7 +91,7 @@ def _loaded(directory, config):
     return progress["step"] if progress else 0, jobs.digest(engine) if progress else jobs.evaluate(engine, 2)
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("weights_only", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_that_saves_nothing_starts_from_another_all_the_same(run_distributed, tmp_path, weights_only):
     run_distributed(_run, 1, tmp_path / "old" / "checkpoints", _config({}), 2)
     outcomes = [
@@ -136,7 +136,10 @@ def _save_in_background(directory, config):
     return saved, later, early, published, jobs.digest(engine)
 
 
-@pytest.mark.parametrize(("layout", "precision"), [(PP2, "fp32"), ({}, "bf16")], ids=["PP2 fp32", "DP2 bf16"])
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [pytest.param(PP2, "fp32", marks=pytest.mark.slow, id="PP2 fp32"), pytest.param({}, "bf16", id="DP2 bf16")],
+)
 def test_saving_in_the_background_saves_the_step_it_was_asked_at(run_distributed, tmp_path, layout, precision):
     config = _config(layout, async_save=True)
     config.training.precision = precision

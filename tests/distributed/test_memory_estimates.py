@@ -126,7 +126,7 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({"pp": 2}, [{"loops": 1}], SLOW),
     ({"pp": 2, "stages": {"num_layers_in_first_pipeline_stage": 3}}, [{}, {"recompute": "full"}], SLOW),
     ({"pp": 4, "stages": ENDS, "num_layers": 2}, [{}], SLOW),
-    ({"dp": 2}, [{"precision": "bf16"}]),
+    ({"dp": 2}, [{"precision": "bf16"}], SLOW),
     ({"dp": 2, "zero": 1}, [{"precision": "bf16"}]),
     ({"dp": 2, "zero": 2}, [{"recompute": "full", "precision": "bf16"}], SLOW),
     ({"dp": 2, "zero": 3}, [{}], SLOW),

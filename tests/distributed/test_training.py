@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -296,18 +295,17 @@ def test_losses_of_sources_add_up(data, tmp_path, run_distributed):
 
 
 def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):
-    """As a user starts it: two real processes, and the exit status of a run that is asked to stop; then it goes on."""
+    """Two real processes, and the exit status of a run that is asked to stop; then it goes on. test_wheel.py starts one
+    as a user does, with an interpreter that has imported nothing."""
     config = run_config("launched", tmp_path, data, parallel=TP_SP, training={"train_iters": 3})
     save_config(config, tmp_path / "run.yaml")
-    command = [str(ROOT / "launch/local.py"), str(tmp_path / "run.yaml")]
+    command = [warm_python, str(ROOT / "launch/local.py"), str(tmp_path / "run.yaml")]
     folder(config).mkdir(parents=True)
     (folder(config) / "STOP").touch()
-    for python, status in ((sys.executable, 75), (warm_python, 0)):
-        result = subprocess.run([python, *command], capture_output=True, text=True, timeout=240)
+    for status in (75, 0):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert result.returncode == status, result.stdout + result.stderr
         assert "step " in result.stdout and "Traceback" not in result.stderr
     assert (folder(config) / "config.yaml").is_file()
-    result = subprocess.run(
-        [sys.executable, *command, "model.num_layers=0"], capture_output=True, text=True, timeout=240
-    )
+    result = subprocess.run([*command, "model.num_layers=0"], capture_output=True, text=True, timeout=240)
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

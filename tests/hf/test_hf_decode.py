@@ -9,8 +9,14 @@ TOLERANCE = 1e-4
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
 
 
-@pytest.mark.parametrize("mode", ["parallel", "serial", "static"])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=pytest.mark.slow if mode == "serial" and name in PATHS else [])
+        for name in ALL
+        for mode in ("parallel", "serial", "static")
+    ],
+)
 def test_decode_equals_the_full_forward(name, mode):
     model = make_model(**ALL[name])
     tokens = make_tokens(2, 26)

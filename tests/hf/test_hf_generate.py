@@ -29,8 +29,18 @@ def generate(model, tokens, count, **kwargs):
     return model.generate(tokens, max_new_tokens=count, **kwargs)
 
 
-@pytest.mark.parametrize("how", [{}, {"loop_mode": "serial"}, {"cache_implementation": "static"}, {"use_cache": False}])
-@pytest.mark.parametrize("name", ALL)
+HOWS = ({}, {"cache_implementation": "static"}, {"loop_mode": "serial"}, {"use_cache": False})
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        # Each model decodes its loops in parallel; what does not is the same code for all of them.
+        pytest.param(name, how, marks=[] if how in HOWS[:2] or name in ("plt", "naive") else pytest.mark.slow)
+        for name in ALL
+        for how in HOWS
+    ],
+)
 def test_greedy_text_is_that_of_full_forwards(name, how):
     model = make_model(**ALL[name])
     tokens = make_tokens(2, 7)

@@ -106,8 +106,9 @@ def test_context_parallelism(check, how):
     check(Layout(cp=2), [Case(loops, parallel=how) for loops in (1, 2, 3)])
 
 
-def test_packed_documents_under_context_parallelism(check):
-    check(Layout(cp=2), [Case(loops, packed=True, parallel=A2A) for loops in (1, 2, 3)])
+@pytest.mark.parametrize("loops", [2, *(pytest.param(loops, marks=pytest.mark.slow) for loops in (1, 3))])
+def test_packed_documents_under_context_parallelism(check, loops):
+    check(Layout(cp=2), [Case(loops, packed=True, parallel=A2A)])
 
 
 @pytest.mark.slow

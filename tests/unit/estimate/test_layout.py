@@ -15,7 +15,10 @@ RUN = "configs/runs/loopcoder_7b.yaml"
 NO_OVERLAP = "parallel.overlap_grad_reduce=false"  # DeepSpeed has none
 
 
-@pytest.mark.parametrize("overrides", [[], ["engine=deepspeed", NO_OVERLAP], ["data.sequence_length=32768"]], ids=str)
+LONG = pytest.param(["data.sequence_length=32768"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("overrides", [[], ["engine=deepspeed", NO_OVERLAP], LONG], ids=str)
 def test_every_layout_reads_as_it_is_printed(overrides):
     config = load_config(RUN, overrides)
     found = search(config, gpu="h200", world_size=16, gpus_per_node=8)

@@ -58,6 +58,7 @@ INSTEAD = [
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt-check-coordinates .*mup_base.*", r"\g<0> --axes width", "the page's first one has the other axes"),
     (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),
+    (r"^plt-diagnose exported .*", "plt-diagnose --help", "README's commands have diagnosed this model's run"),
     (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),
     (
         r"^plt-submit .*plt2_1b.*",
