@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from fake_slurm import RUN, FakeSlurm, write_tokens
+from submitting import IN_JOB, LAUNCHER, ROOT, SRUN, directives
 
 from plt_megatron.slurm import snapshot
 
@@ -44,3 +47,44 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(path)
     monkeypatch.setenv("PWD", str(path))
     return path
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small one, with a launcher that only notes how it was called."""
+    copy = tmp_path / "checkout"
+    for part in (
+        "plt_megatron/errors.py",
+        "plt_megatron/slurm/job.sbatch",
+        "launch/submit.py",
+        "tools/doctor.py",
+        "pyproject.toml",
+    ):
+        (copy / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / part, copy / part)
+    (copy / LAUNCHER).parent.mkdir()
+    (copy / LAUNCHER).write_text(IN_JOB.replace("VERSION", "submitted"))
+    return copy
+
+
+@pytest.fixture
+def job(folder, slurm):
+    """Starts a job script as Slurm does."""
+    (slurm.bin / "srun").write_text(SRUN)
+    (slurm.bin / "srun").chmod(0o755)
+    started = []
+
+    def start(script: Path, **env: str) -> subprocess.Popen[bytes]:
+        chdir = directives(script)["--chdir"]
+        # From a copy, as slurmd's spool has it.
+        copy = slurm.folder / "slurm_script"
+        shutil.copy(script, copy)
+        process = subprocess.Popen(["bash", str(copy)], cwd=chdir, env=os.environ | env)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,30 @@ from plt_megatron.errors import UserError
 from plt_megatron.slurm.submission import Options, Submission, submit
 
 ROOT = Path(__file__).resolve().parents[3]
+LAUNCHER = "plt_megatron/launcher/in_job.py"
+IN_JOB = """
+import os, signal, sys, time
+told = []
+if sys.argv[1] == "node":
+    signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
+    open("ready", "w").close()
+    while os.environ.get("WAIT") and not told:
+        time.sleep(0.01)
+with open("seen", "a") as file:
+    print("VERSION", sys.argv[1:], os.environ.get("PROFILE_VARIABLE"), os.environ.get("TMPDIR"), file=file)
+if sys.argv[1] == "node":
+    sys.exit(75 if told else int(os.environ.get("STATUS", "0")))
+ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGUSR1, signal.SIGTERM)]
+sys.exit(int(sys.argv[4]) if all(ignored) else 99)
+"""
+# As srun: options first, then the command; USR1 is passed on, TERM ends it.
+SRUN = """#!/bin/bash
+while [[ ${1-} == --* ]]; do printf '%s\\n' "$1" >>srun.options; shift; done
+trap 'kill -USR1 "$task"' USR1
+"$@" & task=$!
+until wait "$task"; status=$?; ! kill -0 "$task" 2>/dev/null; do :; done
+exit "$status"
+"""
 
 
 def submit_run(*overrides: str, root: Path = ROOT, **options: Any) -> Submission:
@@ -27,3 +55,28 @@ def refusal(*overrides: str, **options: Any) -> list[str]:
     with pytest.raises(UserError) as caught:
         submit_run(*overrides, **options)
     return str(caught.value).splitlines()
+
+
+def directives(script: Path) -> dict[str, str]:
+    """The #SBATCH lines, read as sbatch reads them: up to the first command, words with shell quotes."""
+    found = {}
+    for line in script.read_text().splitlines():
+        if line and not line.startswith("#"):
+            break
+        if line.startswith("#SBATCH"):
+            for word in shlex.split(line)[1:]:
+                name, _, value = word.partition("=")
+                found[name] = value
+    return found
+
+
+def command(folder: Path, name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / name), *arguments],
+        cwd=folder,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )

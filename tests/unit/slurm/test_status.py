@@ -7,8 +7,7 @@ import json
 import pytest
 import yaml
 from fake_slurm import RUN, write_event, write_progress
-from submitting import submit_run
-from test_submit_runs import command
+from submitting import command, submit_run
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.logs import stamp

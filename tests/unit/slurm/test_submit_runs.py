@@ -1,23 +1,18 @@
-"""What plt-submit does: run folders, job scripts, chains, arrays, resuming."""
+"""What plt-submit does: run folders, job scripts, chains, resuming; test_submit_arrays.py has arrays."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
-import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 from fake_slurm import RUN, write_event, write_progress
-from submitting import ROOT, refusal, submit_run
+from submitting import IN_JOB, LAUNCHER, ROOT, command, directives, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig
@@ -25,20 +20,6 @@ from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.slurm.run_files import job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
-
-
-def directives(script: Path) -> dict[str, str]:
-    """The #SBATCH lines, read as sbatch reads them: up to the first command, words with shell quotes."""
-    found = {}
-    for line in script.read_text().splitlines():
-        if line and not line.startswith("#"):
-            break
-        if line.startswith("#SBATCH"):
-            for word in shlex.split(line)[1:]:
-                name, _, value = word.partition("=")
-                found[name] = value
-    return found
-
 
 # The run folder.
 
@@ -123,74 +104,6 @@ def test_a_wrong_pwd_is_not_believed(folder, slurm, monkeypatch, tmp_path):
 
 
 # The submitted code is what runs.
-
-LAUNCHER = "plt_megatron/launcher/in_job.py"
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """A small one, with a launcher that only notes how it was called."""
-    copy = tmp_path / "checkout"
-    for part in (
-        "plt_megatron/errors.py",
-        "plt_megatron/slurm/job.sbatch",
-        "launch/submit.py",
-        "tools/doctor.py",
-        "pyproject.toml",
-    ):
-        (copy / part).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / part, copy / part)
-    (copy / LAUNCHER).parent.mkdir()
-    (copy / LAUNCHER).write_text(IN_JOB.replace("VERSION", "submitted"))
-    return copy
-
-
-IN_JOB = """
-import os, signal, sys, time
-told = []
-if sys.argv[1] == "node":
-    signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
-    open("ready", "w").close()
-    while os.environ.get("WAIT") and not told:
-        time.sleep(0.01)
-with open("seen", "a") as file:
-    print("VERSION", sys.argv[1:], os.environ.get("PROFILE_VARIABLE"), os.environ.get("TMPDIR"), file=file)
-if sys.argv[1] == "node":
-    sys.exit(75 if told else int(os.environ.get("STATUS", "0")))
-ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGUSR1, signal.SIGTERM)]
-sys.exit(int(sys.argv[4]) if all(ignored) else 99)
-"""
-# As srun: options first, then the command; USR1 is passed on, TERM ends it.
-SRUN = """#!/bin/bash
-while [[ ${1-} == --* ]]; do printf '%s\\n' "$1" >>srun.options; shift; done
-trap 'kill -USR1 "$task"' USR1
-"$@" & task=$!
-until wait "$task"; status=$?; ! kill -0 "$task" 2>/dev/null; do :; done
-exit "$status"
-"""
-
-
-@pytest.fixture
-def job(folder, slurm):
-    """Starts a job script as Slurm does."""
-    (slurm.bin / "srun").write_text(SRUN)
-    (slurm.bin / "srun").chmod(0o755)
-    started = []
-
-    def start(script: Path, **env: str) -> subprocess.Popen[bytes]:
-        chdir = directives(script)["--chdir"]
-        # From a copy, as slurmd's spool has it.
-        copy = slurm.folder / "slurm_script"
-        shutil.copy(script, copy)
-        process = subprocess.Popen(["bash", str(copy)], cwd=chdir, env=os.environ | env)
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 75, 76])
@@ -489,92 +402,7 @@ def test_steps_to_come_with_larger_batches_take_longer_than_those_measured(folde
     assert f"{(500 * 16 + 500 * 64) * length:,} in 1,000 steps of {16 * length:,} to {64 * length:,}" in shown
 
 
-# Arrays.
-
-
-@pytest.fixture
-def members(folder):
-    """Four configurations, and the file that lists them."""
-    for index in range(4):
-        run = RUN | {"name": f"sweep/run{index}", "training": RUN["training"] | {"seed": index + 1}}
-        (folder / f"config{index}.yaml").write_text(yaml.safe_dump(run))
-    names = [f"config{index}.yaml" for index in range(4)]
-    (folder / "list.txt").write_text("# four\n\n" + "\n".join(names) + "\n")
-    return [folder / "runs/sweep" / f"run{index}" for index in range(4)]
-
-
-def test_an_array_trains_each_in_its_own_folder(folder, slurm, checkout, job, members, capsys):
-    submission = submit_run(root=checkout, array="list.txt", max_concurrent=2)
-    assert submission.runs == members
-    assert submission.job_ids == [["100_1"], ["100_2"], ["100_3"], ["100_4"]]
-    array = folder / "runs/sweep/list.array"
-    assert slurm.calls("sbatch") == [["--parsable", str(array / "job.sbatch")]]
-    asked = directives(array / "job.sbatch")
-    assert asked["--array"] == "1-4%2" and "--dependency" not in asked
-    assert asked["--output"] == f"{array}/logs/slurm-%A_%a.out" and (array / "logs").is_dir()
-    for index, run in enumerate(members, 1):
-        assert load_config(run / "config.yaml").training.seed == index
-        assert (run / "code").resolve() == array / "code" and not os.path.isabs(os.readlink(run / "code"))
-        assert directives(run / "job.sbatch")["--dependency"] == "singleton"
-        assert submitted_jobs(run) == [f"100_{index}"]
-    assert job(array / "job.sbatch", SLURM_ARRAY_TASK_ID="3").wait(30) == 0
-    assert f"['node', '{members[2]}']" in (folder / "seen").read_text()
-    assert "4 runs, at most 2 at a time" in capsys.readouterr().out
-
-
-def test_a_member_is_resubmitted_alone(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
-    write_progress(members[1], [100], checkpoint=100)
-    submit_run(root=checkout, config="config1.yaml")
-    assert not (members[1] / "code").is_symlink() and (members[1] / "code" / LAUNCHER).is_file()
-    assert slurm.calls("sbatch")[-1] == ["--parsable", str(members[1] / "job.sbatch")]
-
-
-def test_an_array_from_a_folder_of_runs(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
-    assert submit_run(root=checkout, array="runs/sweep").runs == members
-
-
-def test_one_bad_member_refuses_the_array(folder, slurm, members):
-    (folder / "config2.yaml").write_text(yaml.safe_dump(RUN | {"name": "sweep/run2", "data": {"sources": []}}))
-    lines = refusal(array="list.txt")
-    assert len(lines) == 1 and lines[0].startswith("sweep/run2: config2.yaml:4: data.sources is empty")
-    assert not slurm.calls("sbatch") and not (folder / "runs").exists()
-
-
-def test_a_member_that_waits_is_left_alone(folder, slurm, checkout, members):
-    submit_run(root=checkout, array="list.txt")
-    slurm.jobs(("100_2", "PENDING", "list-1234"))
-    (line,) = refusal(array="list.txt")
-    assert "job 100_2 is pending: wait for it, or scancel 100_2" in line
-    assert "sbatch" not in line, "its own script would not wait for the array"
-
-
-def test_two_members_of_one_folder_are_refused(folder, slurm, members):
-    (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
-    assert "2 configurations have the run folder" in refusal(array="list.txt")[0]
-
-
-@pytest.mark.parametrize("array", ["gone.txt", "empty.txt", "data"])
-def test_an_array_of_nothing_is_refused(folder, slurm, array):
-    (folder / "empty.txt").write_text("# none\n")
-    (line,) = refusal(array=array)
-    assert line.startswith("--array")
-
-
 # The command.
-
-
-def command(folder: Path, name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch" / name), *arguments],
-        cwd=folder,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 def test_submitting_takes_little_and_no_torch(folder, slurm):

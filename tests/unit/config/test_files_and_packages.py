@@ -1,0 +1,116 @@
+"""What a configuration needs beside itself: files, folders that can be written, packages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config import validation
+from plt_megatron.config.schema import DataSource
+from plt_megatron.config.validation import find_problems, validate
+from tests.unit.config.run_files import TOKENIZER, write_run_files
+from tests.unit.config.test_validation import change, good
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_run_files(tmp_path)
+    return tmp_path
+
+
+def test_files_that_are_there(here):
+    validate(good())
+
+
+def test_missing_files_are_named(here):
+    config = good()
+    config.data.sources += [DataSource("gone"), DataSource("corpus.bin"), DataSource("")]
+    config.data.tokenizer = "nope.json"
+    config.checkpoint.load = "other-run"
+    Path("half.bin").touch()
+    config.data.sources.append(DataSource("half"))
+    lines = find_problems(config)
+    for line, expected in zip(
+        lines,
+        [
+            "data.sources[1].path: gone.bin and gone.idx not found",
+            "data.sources[2].path: give the prefix without .bin: corpus",
+            "data.sources[3].path is empty",
+            "data.sources[4].path: half.idx not found",
+            "data.tokenizer: nope.json not found",
+            "checkpoint.load: other-run not found",
+        ],
+        strict=True,
+    ):
+        assert expected in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.model", b"", "is not a sentencepiece model"),
+        ("t.model", b"Once upon a time\n", "is not a sentencepiece model"),
+        ("t.model", TOKENIZER[:-1], "is not a sentencepiece model"),
+        ("t.model", b"{}", "is not a sentencepiece model"),
+        ("t.json", TOKENIZER, "not a Hugging Face tokenizer.json"),
+        ("t.json", b"{}", "not a Hugging Face tokenizer.json (Model missing"),
+        ("t.json", b'{"model": {"type": "BPE", "vocab": {', "not a Hugging Face tokenizer.json"),
+        ("folder/tokenizer.json", b"[]", "folder/tokenizer.json is not a Hugging Face tokenizer.json"),
+        ("folder/other.model", TOKENIZER, "folder not found"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_told_from_one(here, name, content, expected):
+    path = here / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    (line,) = find_problems(change(good(), data__tokenizer=name.partition("/")[0]))
+    assert line.startswith("data.tokenizer: ") and expected in line and "\n" not in line
+
+
+def test_tokenizers_that_are_some(here):
+    (here / "folder").mkdir()
+    (here / "folder" / "tokenizer.model").write_bytes(TOKENIZER)
+    (here / "t.json").write_text('{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}')
+    for name in ("folder", "t.json"):
+        assert find_problems(change(good(), data__tokenizer=name)) == []
+
+
+def test_the_run_folder_must_be_possible(here):
+    Path("file").touch()
+    (line,) = find_problems(change(good(), output_dir="file"))
+    assert "file is not a folder" in line
+    (line,) = find_problems(change(good(), output_dir="file/deeper"))
+    assert "file is not a folder" in line
+    assert find_problems(change(good(), output_dir="new/deeper")) == []
+
+
+def test_the_run_folder_must_be_writable(here, monkeypatch):
+    Path("closed").mkdir()
+    monkeypatch.setattr(validation.os, "access", lambda path, mode: str(path) != "closed")  # root may all
+    (line,) = find_problems(change(good(), output_dir="closed"))
+    assert "no permission" in line
+
+
+def test_transformer_engine_is_asked_for_only_where_needed(here):
+    config = change(good(), model__backend="te")
+    (line,) = find_problems(config, have_te=False)
+    assert "model.backend te needs Transformer Engine" in line
+    assert find_problems(config, have_te=True) == []
+    assert find_problems(change(good(), model__backend="auto"), have_te=False) == []
+
+
+def test_slow_gpus_take_a_package_of_their_own_and_no_profiler(here, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "nvidia_resiliency_ext" else True)
+    (line,) = find_problems(change(good(), logging__straggler_interval=100))
+    assert "logging.straggler_interval needs nvidia-resiliency-ext" in line
+    traced = change(good(), logging__straggler_interval=100, logging__profile_step_end=3)
+    (line,) = find_problems(traced, check_packages=False)
+    assert "logging.straggler_interval and logging.profile_step_end: both" in line
+
+
+def test_wandb_must_be_installed_when_used(here, monkeypatch):
+    monkeypatch.setattr(validation.importlib.util, "find_spec", lambda name: None)
+    (line,) = find_problems(change(good(), logging__wandb_project="p"))
+    assert "logging.wandb_project needs the wandb package" in line

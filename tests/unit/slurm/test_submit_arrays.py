@@ -1,0 +1,83 @@
+"""Arrays of plt-submit: each member trains in its own folder, from one copy of the code."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import yaml
+from fake_slurm import RUN, write_progress
+from submitting import LAUNCHER, directives, refusal, submit_run
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.slurm.run_files import submitted_jobs
+
+
+@pytest.fixture
+def members(folder):
+    """Four configurations, and the file that lists them."""
+    for index in range(4):
+        run = RUN | {"name": f"sweep/run{index}", "training": RUN["training"] | {"seed": index + 1}}
+        (folder / f"config{index}.yaml").write_text(yaml.safe_dump(run))
+    names = [f"config{index}.yaml" for index in range(4)]
+    (folder / "list.txt").write_text("# four\n\n" + "\n".join(names) + "\n")
+    return [folder / "runs/sweep" / f"run{index}" for index in range(4)]
+
+
+def test_an_array_trains_each_in_its_own_folder(folder, slurm, checkout, job, members, capsys):
+    submission = submit_run(root=checkout, array="list.txt", max_concurrent=2)
+    assert submission.runs == members
+    assert submission.job_ids == [["100_1"], ["100_2"], ["100_3"], ["100_4"]]
+    array = folder / "runs/sweep/list.array"
+    assert slurm.calls("sbatch") == [["--parsable", str(array / "job.sbatch")]]
+    asked = directives(array / "job.sbatch")
+    assert asked["--array"] == "1-4%2" and "--dependency" not in asked
+    assert asked["--output"] == f"{array}/logs/slurm-%A_%a.out" and (array / "logs").is_dir()
+    for index, run in enumerate(members, 1):
+        assert load_config(run / "config.yaml").training.seed == index
+        assert (run / "code").resolve() == array / "code" and not os.path.isabs(os.readlink(run / "code"))
+        assert directives(run / "job.sbatch")["--dependency"] == "singleton"
+        assert submitted_jobs(run) == [f"100_{index}"]
+    assert job(array / "job.sbatch", SLURM_ARRAY_TASK_ID="3").wait(30) == 0
+    assert f"['node', '{members[2]}']" in (folder / "seen").read_text()
+    assert "4 runs, at most 2 at a time" in capsys.readouterr().out
+
+
+def test_a_member_is_resubmitted_alone(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    write_progress(members[1], [100], checkpoint=100)
+    submit_run(root=checkout, config="config1.yaml")
+    assert not (members[1] / "code").is_symlink() and (members[1] / "code" / LAUNCHER).is_file()
+    assert slurm.calls("sbatch")[-1] == ["--parsable", str(members[1] / "job.sbatch")]
+
+
+def test_an_array_from_a_folder_of_runs(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    assert submit_run(root=checkout, array="runs/sweep").runs == members
+
+
+def test_one_bad_member_refuses_the_array(folder, slurm, members):
+    (folder / "config2.yaml").write_text(yaml.safe_dump(RUN | {"name": "sweep/run2", "data": {"sources": []}}))
+    lines = refusal(array="list.txt")
+    assert len(lines) == 1 and lines[0].startswith("sweep/run2: config2.yaml:4: data.sources is empty")
+    assert not slurm.calls("sbatch") and not (folder / "runs").exists()
+
+
+def test_a_member_that_waits_is_left_alone(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    slurm.jobs(("100_2", "PENDING", "list-1234"))
+    (line,) = refusal(array="list.txt")
+    assert "job 100_2 is pending: wait for it, or scancel 100_2" in line
+    assert "sbatch" not in line, "its own script would not wait for the array"
+
+
+def test_two_members_of_one_folder_are_refused(folder, slurm, members):
+    (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
+    assert "2 configurations have the run folder" in refusal(array="list.txt")[0]
+
+
+@pytest.mark.parametrize("array", ["gone.txt", "empty.txt", "data"])
+def test_an_array_of_nothing_is_refused(folder, slurm, array):
+    (folder / "empty.txt").write_text("# none\n")
+    (line,) = refusal(array=array)
+    assert line.startswith("--array")
