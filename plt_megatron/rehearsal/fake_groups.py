@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plt_megatron.rehearsal.communication import Log
@@ -91,6 +92,25 @@ def share_rank_lists() -> None:
     parallel_state.generate_masked_orthogonal_rank_groups = lambda world_size, parallel_size, mask: cached(
         world_size, tuple(parallel_size), tuple(mask)
     )
+
+
+class _Parts:
+    """A buffer's equal parts, one for each data-parallel rank. megatron-core's list of them is made for the sake of a
+    rank's own, and a thousand views of a fake tensor take seconds: here a part is made when it is asked for."""
+
+    def __init__(self, buffer: Tensor, data_parallel_world_size: int) -> None:
+        assert buffer.numel() % data_parallel_world_size == 0
+        self._buffer, self._size = buffer, buffer.numel() // data_parallel_world_size
+
+    def __getitem__(self, rank: int) -> Tensor:
+        return self._buffer[rank * self._size : (rank + 1) * self._size]
+
+
+def share_out_lazily() -> None:
+    """Buffers' parts are made one by one, in this process and all that are forked from it."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    param_and_grad_buffer.shard_buffer = _Parts
 
 
 def _new_fake_group(ranks: list[int] | None = None, *args: Any, backend: Any = None, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import warnings
@@ -140,9 +141,10 @@ def _import_once() -> None:
     logging.disable(logging.WARNING)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from plt_megatron.rehearsal.fake_groups import share_rank_lists
+    from plt_megatron.rehearsal.fake_groups import share_out_lazily, share_rank_lists
 
     share_rank_lists()
+    share_out_lazily()
     with FakeTensorMode():  # registers torch's shape functions and flop counters
         torch.empty(2, 2).softmax(-1).to(torch.bfloat16) @ torch.empty(2, 2, dtype=torch.bfloat16)
 
@@ -150,6 +152,7 @@ def _import_once() -> None:
 def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[RankRecord | str]:
     """Each rank's record or problem, in the order of `calls`, from a forked process of its own."""
     context = get_context("fork")
+    gc.freeze()  # not to be looked through, nor copied, by every rank's collections
     results: dict[int, RankRecord | str] = {}
     left, running = list(enumerate(calls)), dict[Any, tuple[int, Any]]()
     while left or running:
