@@ -16,6 +16,7 @@ import math
 import sys
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -58,18 +59,21 @@ def report(folder: Path, plot: Path | None) -> int:
 
 
 def read(folder: Path) -> dict[str, Cells]:
-    """Losses by form. A diverged run's is infinite.
+    """Losses by form, means over the seeds. A diverged run's is infinite.
 
     Raises:
         UserError: a run is missing, or failed otherwise.
     """
-    forms: dict[str, Cells] = defaultdict(lambda: defaultdict(dict))
+    by_seed: dict[tuple[str, str, str, float], list[float]] = defaultdict(list)
     for result in load_results(folder).runs:
         labels = result.run.labels
         if result.status not in ("used", "diverged"):
             raise UserError(f"{result.run.name}: {result.reason}; the same plt-sweep command goes on")
-        loss = math.inf if result.loss is None else result.loss
-        forms[labels["form"]][labels["model"], labels["loops"]][result.run.config.optimizer.lr] = loss
+        cell = labels["form"], labels["model"], labels["loops"], result.run.config.optimizer.lr
+        by_seed[cell].append(math.inf if result.loss is None else result.loss)
+    forms: dict[str, Cells] = defaultdict(lambda: defaultdict(dict))
+    for (form, model, loops, rate), losses in by_seed.items():
+        forms[form][model, loops][rate] = fmean(losses)
     return forms
 
 
