@@ -13,7 +13,7 @@ from tests.distributed.pool import WorkerPool
 @pytest.fixture(scope="session")
 def worker_pool(warm_python: str) -> Iterator[WorkerPool]:
     """The session's pool; its processes end with the session."""
-    pool = WorkerPool()
+    pool = WorkerPool(python=warm_python)
     yield pool
     pool.close()
 
