@@ -9,9 +9,9 @@ SERVING_VENV ?= serving/.venv
 SERVING_PY := $(SERVING_VENV)/bin/python
 SERVING := $(SERVING_VENV)/installed
 PYTEST_ARGS ?=
-# One worker for the jobs of the process pool; whole runs and Slurm jobs, which wait a lot, and all other tests run beside
-# it in two more (tests/conftest.py). More workers help on a machine with many cores.
-WORKERS ?= 3
+# One worker begins with the jobs of the process pool, the other with everything else (tests/conftest.py). On two cores a
+# third makes it slower; more help on a machine with many.
+WORKERS ?= 2
 PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
 
@@ -36,7 +36,7 @@ te: $(READY) $(TE) $(NVRX) ## the Python of Transformer Engine and nvidia-resili
 demo: $(READY) ## train a small PLT and its one-loop baseline on text this machine has (under 10 minutes)
 	@$(PY) tools/demo.py
 
-test: $(READY) ## the test suite (10 to 13 minutes on 2 cores)
+test: $(READY) ## the test suite (9 to 11 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not bench and not slurm_faults"
 
 test-all: $(READY) ## every test, including slow ones

@@ -20,16 +20,17 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 # With `-n WORKERS` each of these stays with one worker: a pool of processes, a cluster, is paid for once, and the
-# pool's jobs do not take the few cores from one another. Beside them runs what waits much: for a hung rank's time-out
-# and for processes that start (whole runs, with a pool of their own), for Slurm. The first that fits counts; the tests
-# of every other file stay together for the sake of their fixtures.
+# pool's jobs do not take the few cores from one another. The first that fits counts; the tests of every other file stay
+# together for the sake of their fixtures.
 _TOGETHER = {
     "tests/distributed/test_deepspeed": "deepspeed",
     "tests/distributed/test_memory_estimates.py": "deepspeed",
     "tests/distributed/test_run_faults.py": "whole runs",
     "tests/distributed/test_training.py": "whole runs",
     "tests/distributed/": "pool",
-    "tests/te/": "pool",
+    "tests/te/test_te_fp8.py": "Transformer Engine: fp8",  # half of the time: on another worker than the rest
+    "tests/te/test_te_fusions.py": "Transformer Engine: fp8",
+    "tests/te/": "Transformer Engine",
     "tests/slurm/": "cluster",
     "tests/unit/convert/test_generate.py": "warm python",
     "tests/unit/data/test_datasets.py": "warm python",
@@ -43,7 +44,10 @@ _TOGETHER = {
 
 
 # What takes long begins early, so that no worker is left alone with it in the end: all of these before other files.
-_FIRST = [*("pool", "whole runs", "warm python", "deepspeed", "cluster"), "tests/unit/estimate/", "tests/hf/"]
+_FIRST = [
+    *("pool", "whole runs", "warm python", "deepspeed", "cluster", "Transformer Engine"),
+    *("tests/unit/estimate/", "tests/hf/"),
+]
 
 
 def _scope(nodeid: str) -> str:

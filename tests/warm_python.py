@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ class WarmPython:
         executable: to be used like `sys.executable`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` is for its files, the same for all processes that share the server."""
+    def __init__(self, folder: Path, preloaded: Sequence[str] = _PRELOADED) -> None:
+        """`folder` is for its files, the same for all processes that share the server, which imports `preloaded`."""
         folder.mkdir(exist_ok=True)
-        self.executable, self._folder = folder / "python", folder
+        self.executable, self._folder, self._preloaded = folder / "python", folder, preloaded
         self._server: subprocess.Popen[bytes] | None = None
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -87,7 +88,7 @@ class WarmPython:
         }
         ours, theirs = socket.socketpair()
         self._server = subprocess.Popen(
-            [sys.executable, __file__, str(address), str(theirs.fileno()), str(self.executable)],
+            [sys.executable, __file__, str(address), str(theirs.fileno()), str(self.executable), *self._preloaded],
             pass_fds=[theirs.fileno()],
             env=environment,
             cwd=ROOT,
@@ -220,7 +221,7 @@ def run(request: dict[str, Any], executable: str) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-def main_of_server(address: str, lifeline: int, executable: str) -> None:
+def main_of_server(address: str, lifeline: int, executable: str, *preloaded: str) -> None:
     import atexit
     import gc
     import importlib
@@ -228,10 +229,11 @@ def main_of_server(address: str, lifeline: int, executable: str) -> None:
     import threading
     import traceback
 
-    from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
+    if preloaded:
+        from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
-    enter_cpu_runtime(force=True)
-    for name in _PRELOADED:
+        enter_cpu_runtime(force=True)
+    for name in preloaded:
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -289,4 +291,4 @@ if __name__ == "__main__":
     if sys.flags.isolated:
         main_of_client(sys.argv[1], sys.argv[2:])
     else:
-        main_of_server(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+        main_of_server(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

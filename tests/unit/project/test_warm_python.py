@@ -99,7 +99,7 @@ def test_signals_reach_the_command(warm_python, tmp_path, number, status):
 
 def test_the_server_ends_with_the_last_who_holds_it(tmp_path):
     """Shared, held by two, by one after the first has gone, and a new one when all have."""
-    first, second = WarmPython(tmp_path / "warm"), WarmPython(tmp_path / "warm")
+    first, second = (WarmPython(tmp_path / "cold", preloaded=()) for _ in range(2))
     assert first.executable == second.executable
     (tmp_path / "script.py").write_text("import os; print(os.getppid())")
     command = [str(second.executable), str(tmp_path / "script.py")]
@@ -109,6 +109,6 @@ def test_the_server_ends_with_the_last_who_holds_it(tmp_path):
     assert server() == before
     second.close()
     wait_until_gone(before)
-    third = WarmPython(tmp_path / "warm")
+    third = WarmPython(tmp_path / "cold", preloaded=())
     assert server() != before
     third.close()
