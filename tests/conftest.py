@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,16 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     python = WarmPython((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "warm_python")
     yield str(python.executable)
     python.close()
+
+
+@pytest.fixture(scope="session")
+def run_distributed(warm_python: str) -> Iterator[Callable[..., Any]]:
+    """Run a function on several ranks, which the session's pool keeps: `tests.distributed.pool.runner`."""
+    from tests.distributed.pool import WorkerPool, runner
+
+    pool = WorkerPool(python=warm_python)
+    yield runner(pool)
+    pool.close()
 
 
 @pytest.fixture

@@ -140,6 +140,20 @@ class WorkerPool:
         return f"--- the workers' output ---\n{text}" if text else ""
 
 
+def runner(pool: WorkerPool) -> Callable[..., Any]:
+    """`run(function, world_size, *args, **kwargs)`: run it as a job of gloo processes.
+
+    Returns rank 0's result, or every rank's in a list with `all_ranks=True`. `timeout_s` bounds the job (120 s).
+    The function lives at the top level of a module and finds the default process group and RANK, WORLD_SIZE set.
+    """
+
+    def run(function: Callable, world_size: int, *args: Any, all_ranks: bool = False, **kwargs: Any) -> Any:
+        results = pool.run(function, world_size, *args, **kwargs)
+        return results if all_ranks else results[0]
+
+    return run
+
+
 def _environment() -> dict[str, str]:
     """No GPU, one thread, loopback, this process's modules; nothing of a launcher around the tests."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "TORCHELASTIC_", "GROUP_RANK", "ROLE_")

@@ -16,8 +16,8 @@ from tests.distributed.pool import DistributedFailure, WorkerPool
 
 
 @pytest.fixture(scope="module")
-def pool():
-    pool = WorkerPool()
+def pool(warm_python):
+    pool = WorkerPool(python=warm_python)
     yield pool
     pool.close()
 

@@ -38,20 +38,20 @@ def check_same(record_property) -> Callable[[Any, Any, str, str], None]:
     return check
 
 
-def test_torchs_layers_and_optimizer_go_on_as_transformer_engines(run_plain, run_te, tmp_path, check_same):
+def test_torchs_layers_and_optimizer_go_on_as_transformer_engines(run_distributed, run_te, tmp_path, check_same):
     """Saved by a process without Transformer Engine, with torch's Adam; loaded with its layers and its Adam."""
-    expected = run_plain(checkpoint_jobs.train_and_save, 1, tmp_path, _torch(), then=3)["after"]
+    expected = run_distributed(checkpoint_jobs.train_and_save, 1, tmp_path, _torch(), then=3)["after"]
     check_same(run_te(jobs.load_then_go_on, 1, tmp_path, _te(), 3)["after"], expected, "torch TP1", "te TP1")
     check_same(run_te(jobs.load_then_go_on, 2, tmp_path, _te(TP2_SP), 3)["after"], expected, "torch TP1", "te TP2 SP")
 
 
-def test_transformer_engines_go_on_as_torchs(run_plain, run_te, tmp_path, check_same):
+def test_transformer_engines_go_on_as_torchs(run_distributed, run_te, tmp_path, check_same):
     expected = run_te(jobs.save_then_go_on, 2, tmp_path, _te(PP2), 3, 3)["after"]
-    moved = run_plain(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"]
+    moved = run_distributed(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"]
     check_same(moved, expected, "te PP2", "torch TP1")
 
 
-def test_experts_move_between_one_after_another_and_grouped(run_plain, run_te, tmp_path, check_same):
+def test_experts_move_between_one_after_another_and_grouped(run_distributed, run_te, tmp_path, check_same):
     model = {
         "num_moe_experts": 4,
         "moe_ffn_hidden_size": 24,
@@ -61,11 +61,11 @@ def test_experts_move_between_one_after_another_and_grouped(run_plain, run_te, t
     }
     plain = checkpoint_jobs.run_config(backend="torch", **model)
     grouped = checkpoint_jobs.run_config({"expert_model_parallel_size": 2}, backend="te", **model)
-    expected = run_plain(checkpoint_jobs.train_and_save, 1, tmp_path / "plain", plain, then=3)["after"]
+    expected = run_distributed(checkpoint_jobs.train_and_save, 1, tmp_path / "plain", plain, then=3)["after"]
     moved = run_te(jobs.load_then_go_on, 2, tmp_path / "plain", grouped, 3)["after"]
     check_same(moved, expected, "torch TP1, experts", "te EP2")
     expected = run_te(jobs.save_then_go_on, 2, tmp_path / "grouped", grouped, 3, 3)["after"]
-    moved = run_plain(checkpoint_jobs.load_and_train, 1, tmp_path / "grouped", plain, then=3)["after"]
+    moved = run_distributed(checkpoint_jobs.load_and_train, 1, tmp_path / "grouped", plain, then=3)["after"]
     check_same(moved, expected, "te EP2, experts", "torch TP1")
 
 

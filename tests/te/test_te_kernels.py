@@ -148,9 +148,9 @@ def adam(optimizer: str, **settings: object) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("decoupled", "theirs"), [(True, "AdamW"), (False, "Adam")])
-def test_adam(run_te, run_plain, decoupled, theirs):
+def test_adam(run_te, run_distributed, decoupled, theirs):
     ours = run_te(adam, 1, "FusedAdam", adam_w_mode=decoupled, **ADAM)
-    expected = run_plain(adam, 1, theirs, **ADAM)
+    expected = run_distributed(adam, 1, theirs, **ADAM)
     for row, other in zip(ours, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,11 +30,11 @@ def unigram_model(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Pat
 
 
 @pytest.fixture(scope="session")
-def run_tool() -> Tool:
+def run_tool(warm_python: str) -> Tool:
     """Run a script of tools/ in a folder that is not the repository's; never raises."""
 
     def run(name: str, *arguments: object, cwd: Path = Path("/")) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+        command = [warm_python, str(ROOT / "tools" / name), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=tool_environment())
 
     return run
