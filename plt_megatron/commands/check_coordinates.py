@@ -31,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    import logging
+
     from plt_megatron.config.loader import load_config
+    from plt_megatron.runtime.quiet_imports import quiet_imports
+
+    quiet_imports(logging.WARNING)
     from plt_megatron.experiments.coordinates import SIZES, Options, check_coordinates, plot, table, verdict
 
     config = load_config(arguments.config, arguments.overrides)

@@ -85,6 +85,8 @@ def check_coordinates(config: RunConfig, options: Options | None = None) -> list
     options = options or Options()
     if config.model.loop_span is not None:
         raise UserError("coordinates are checked along depths of which all layers loop; set model.loop_span=null")
+    if config.optimizer.name != "adam":
+        raise UserError(f"coordinates are checked with Adam, not {config.optimizer.name}; set optimizer.name=adam")
     results = []
     with single_process():
         for axis, sizes in options.axes.items():
@@ -148,8 +150,6 @@ def _adam(config: RunConfig, stage: Any) -> torch.optim.AdamW:
     from plt_megatron.train.optimizers import groups
 
     settings = config.optimizer
-    if settings.name != "adam":
-        raise UserError(f"coordinates are checked with Adam, not {settings.name}; set optimizer.name=adam")
     kinds = [
         {
             "params": [parameter for name, parameter in stage.named_parameters() if group.has(name)],
