@@ -9,11 +9,13 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.experiments.coordinates import FLAT, Coordinates, Options, Result, check_coordinates, verdict
 
 CONFIG = "configs/runs/plt2_demo.yaml"
+ADAM = "optimizer.name=adam"
 
 
 def test_recommended_is_flat_over_depth_and_loops(capsys, tmp_path):
     output = tmp_path / "coordinates.png"
-    assert main([CONFIG, "model.loop_preset=recommended", "--axes", "depth", "loops", "--output", str(output)]) == 0
+    flat = [CONFIG, ADAM, "model.loop_preset=recommended", "--axes", "depth", "loops"]
+    assert main([*flat, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "depth: flat" in printed and "loops: flat" in printed and "depth 16" in printed and "loops 4" in printed
     assert output.read_bytes().startswith(b"\x89PNG")
@@ -21,20 +23,25 @@ def test_recommended_is_flat_over_depth_and_loops(capsys, tmp_path):
 
 def test_mup_is_flat_over_width_too(capsys):
     widths = ["model.loop_preset=recommended", "--axes", "width"]
-    assert main([CONFIG, "model.mup_base_hidden_size=64", *widths]) == 0
+    assert main([CONFIG, ADAM, "model.mup_base_hidden_size=64", *widths]) == 0
     assert "width: flat" in capsys.readouterr().out
-    assert main([CONFIG, *widths]) == 1
+    assert main([CONFIG, ADAM, *widths]) == 1
     assert "width: not flat: hidden update differs by" in capsys.readouterr().out
 
 
 def test_the_papers_form_is_not(capsys):
-    assert main([CONFIG, "model.loop_preset=paper", "--axes", "loops"]) == 1
+    assert main([CONFIG, ADAM, "model.loop_preset=paper", "--axes", "loops"]) == 1
     assert "loops: not flat: hidden update differs by" in capsys.readouterr().out
 
 
 def test_layers_that_run_once_are_refused(capsys):
-    assert main([CONFIG, "model.loop_span=[1, 3]"]) == 2
+    assert main([CONFIG, ADAM, "model.loop_span=[1, 3]"]) == 2
     assert "of which all layers loop; set model.loop_span=null" in capsys.readouterr().err
+
+
+def test_other_optimizers_are_refused(capsys):
+    assert main([CONFIG, "optimizer.name=muon"]) == 2
+    assert "not muon; set optimizer.name=adam" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -46,7 +53,7 @@ def test_layers_that_run_once_are_refused(capsys):
     ids=["no norm", "unscaled branches"],
 )
 def test_each_part_of_recommended_is_needed(broken, axis):
-    config = load_config(CONFIG, ["model.loop_preset=recommended", *broken])
+    config = load_config(CONFIG, [ADAM, "model.loop_preset=recommended", *broken])
     sizes = {"loops": (1, 4), "depth": (2, 16)}[axis]
     (result,) = check_coordinates(config, Options(axes={axis: sizes}))
     assert not result.is_flat
