@@ -47,7 +47,7 @@ class TestMakefile:
         (line,) = (line for line in run(["make", "-n", "test"]).stdout.splitlines() if "pytest" in line)
         assert (
             '-m "not slow and not bench and not slurm_faults"' in line
-            and " -n 3 " in line
+            and " -n 2 " in line
             and "OMP_NUM_THREADS=1" in line
         )
         (line,) = (line for line in run(["make", "-n", "test-all"]).stdout.splitlines() if "pytest" in line)
