@@ -13,7 +13,8 @@ PYTEST_ARGS ?=
 # third makes it slower; more help on a machine with many.
 WORKERS ?= 2
 PIP_QUIET := --quiet --disable-pip-version-check --progress-bar off
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
+# Compiled modules are kept whatever the environment says: else every process of a test compiles them again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filter-out 0,$(WORKERS)),-n $(WORKERS)) $(PYTEST_ARGS)
 
 export PYTHON PIP_ARGS
 

@@ -66,13 +66,15 @@ def search(
     """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation,
     and the number of ranks that a mixture's experts are distributed over.
 
+    Of a way to run, micro batches larger than one that does not fit are not estimated: they need more.
     With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
     configuration's. Raises `UserError` as `estimate_run` does.
     """
     capability = find_gpu_spec(gpu).capability
-    accepted: list[Candidate] = []
+    estimated: list[Candidate] = []
+    too_large: set[frozenset[tuple[str, object]]] = set()  # ways to run that a smaller micro batch has ruled out
     problems: Counter[str] = Counter()
-    tried = 0
+    tried = accepted = 0
     for overrides in _layouts(config, world_size, gpus_per_node):
         tried += 1
         changed = _changed(config, overrides)
@@ -80,20 +82,27 @@ def search(
         if found:
             problems.update(found)
             continue
+        accepted += 1
+        way = frozenset(item for item in overrides.items() if item[0] != "training.micro_batch_size")
+        if way in too_large:
+            continue
         estimate = estimate_run(
             changed, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
         )
-        accepted.append(Candidate(overrides, estimate))
+        estimated.append(Candidate(overrides, estimate))
+        if not estimate.fits:
+            too_large.add(way)
     fitting = sorted(
-        (each for each in accepted if each.estimate.fits),
+        (each for each in estimated if each.estimate.fits),
         key=lambda each: (each.estimate.step_seconds, each.estimate.peak_memory_bytes),
     )
-    nearest = min(accepted, key=lambda each: each.estimate.peak_memory_bytes, default=None)
-    return SearchResult(fitting, nearest, tried, len(accepted), [text for text, _ in problems.most_common(3)])
+    nearest = min(estimated, key=lambda each: each.estimate.peak_memory_bytes, default=None)
+    return SearchResult(fitting, nearest, tried, accepted, [text for text, _ in problems.most_common(3)])
 
 
 def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, object]]:
-    """Sizes that multiply to the world size, and every way to run each. Tensor parallelism stays within a node."""
+    """Sizes that multiply to the world size, and every way to run each, with micro batches from small to large. Tensor
+    parallelism stays within a node."""
     for tensor, pipeline, context, data in _sizes(config, world_size, gpus_per_node):
         sizes: dict[str, object] = {
             "parallel.tensor_model_parallel_size": tensor,

@@ -8,6 +8,8 @@ import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import find_problems
+from plt_megatron.estimate import search as searching
+from plt_megatron.estimate.run_estimate import estimate_run
 from plt_megatron.estimate.search import search
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,6 +92,19 @@ def test_deepspeeds_stages_are_tried():
     best.parallel.overlap_grad_reduce = False
     assert not find_problems(best, world_size=8, check_files=False)
     assert not layouts[0].offload_optimizer, "where all fits, nothing is offloaded"
+
+
+def test_what_is_not_estimated_would_not_fit(monkeypatch):
+    config, estimated = load_config(RUN), []
+    monkeypatch.setattr(searching, "estimate_run", lambda *args, **kw: estimated.append(1) or estimate_run(*args, **kw))
+    found = search(config, gpu="a100-40gb", world_size=16, gpus_per_node=8)
+    fitting = [
+        overrides
+        for overrides in searching._layouts(config, 16, 8)
+        if estimate_run(searching._changed(config, overrides), gpu="a100-40gb", world_size=16).fits
+    ]
+    assert found.accepted == found.tried and len(found.fitting) < len(estimated) < found.accepted
+    assert sorted(map(str, fitting)) == sorted(str(each.overrides) for each in found.fitting)
 
 
 def test_where_nothing_fits_the_nearest_is_named():
