@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+gc.disable()  # until all is imported and collected, or it looks through a million objects again and again
 
 # With `-n WORKERS` each of these stays with one worker: a pool of processes, a cluster, is paid for once, and the
 # pool's jobs do not take the few cores from one another. The first that fits counts; the tests of every other file stay
@@ -110,6 +111,7 @@ def pytest_collection_finish() -> None:
     """What collection has imported, a million objects, is not looked through by every later garbage collection."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -229,6 +229,7 @@ def main_of_server(address: str, lifeline: int, executable: str, *preloaded: str
     import threading
     import traceback
 
+    gc.disable()  # as long as objects only become more
     if preloaded:
         from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
@@ -242,6 +243,7 @@ def main_of_server(address: str, lifeline: int, executable: str, *preloaded: str
     ready.send(b"r")
     gc.collect()
     gc.freeze()
+    gc.enable()
     request = serve(listener, ready)
     if request is None:
         return
