@@ -55,6 +55,8 @@ from plt_megatron.launcher import preflight
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# The first node's coordinator waits for other causes of a failure for an instant; test_launcher_coordinator.py has more.
+SETTLES_AT_ONCE = {"localhost": "from plt_megatron.launcher import coordinator\ncoordinator.SETTLE_SECONDS = 0.3"}
 
 
 class TwoNodes:
@@ -168,7 +170,7 @@ def test_launchers_may_come_in_any_order(two_nodes):
 
 def test_a_dead_rank_ends_all_and_all_start_again(two_nodes):
     job = two_nodes("attempts() == 1 and (time.sleep(60) if rank != 3 else os.kill(os.getpid(), signal.SIGKILL))")
-    job.launch()
+    job.launch(changed=SETTLES_AT_ONCE)
     assert job.wait() == [0, 0], job.outputs()
     failed, finished = (event for event in job.events() if event["event"] == "end")
     assert failed["failure"]["rank"] == 3 and failed["failure"]["node"] == "other"
@@ -177,7 +179,7 @@ def test_a_dead_rank_ends_all_and_all_start_again(two_nodes):
 
 def test_a_failure_that_stays(two_nodes):
     job = two_nodes("rank == 1 and (print('error: too bad', flush=True), sys.exit(1)); time.sleep(60)")
-    job.launch()
+    job.launch(changed=SETTLES_AT_ONCE)
     assert job.wait() == [1, 1], job.outputs()
     ends = [event for event in job.events() if event["event"] == "end"]
     assert len(ends) == 2 and ends[1]["reason"] == "rank 1 on localhost exited with status 1: too bad"
