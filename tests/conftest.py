@@ -44,9 +44,11 @@ _TOGETHER = {
 }
 
 
-# What takes long begins early, so that no worker is left alone with it in the end: all of these before other files.
+# What takes long begins early, so that no worker is left alone with it in the end: all of these before other files. The
+# second worker's first needs no warm Python, which the first worker starts meanwhile.
 _FIRST = [
-    *("pool", "whole runs", "warm python", "deepspeed", "cluster", "Transformer Engine"),
+    *("pool", "tests/unit/model/test_against_reference.py"),
+    *("whole runs", "warm python", "deepspeed", "cluster", "Transformer Engine"),
     *("tests/unit/estimate/", "tests/hf/"),
 ]
 
