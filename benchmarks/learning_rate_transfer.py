@@ -120,18 +120,24 @@ def _plot(forms: dict[str, Cells], path: Path) -> None:
         for (model, loops), losses in cells.items():
             rates = sorted(losses)
             over = [losses[rate] - min(losses.values()) for rate in rates]
-            place = models.index(model)
-            label = model if loops.startswith("1") else None
-            style: dict[str, Any] = {"linestyle": LINES[place % len(LINES)], "marker": MARKERS[place], "markersize": 4}
-            axes.plot(rates, over, color=color(int(loops[0]) - 1), label=label, **style)
+            axes.plot(rates, over, color=color(int(loops[0]) - 1), **_line(models.index(model)))
         axes.set_xscale("log", base=2)
         axes.set_xticks(rates, [f"{rate * 1e3:.3g}" for rate in rates])
         axes.set_ylim(-0.01, 0.4)
         axes.set_xlabel("learning rate / 0.001")
         axes.set_title(form)
-        add_legend(axes)
+    for loops in dict.fromkeys(loops for _, loops in cells):
+        axes.plot([], [], color=color(int(loops[0]) - 1), label=loops)
+    for place, model in enumerate(models):
+        axes.plot([], [], color="0.4", label=model, **_line(place))
+    add_legend(axes, beside=True)
     panels[0].set_ylabel("validation loss over the model's best (nats per token)")
     save(figure, path)
+
+
+def _line(place: int) -> dict[str, Any]:
+    """How the lines of a model look."""
+    return {"linestyle": LINES[place % len(LINES)], "marker": MARKERS[place], "markersize": 4}
 
 
 if __name__ == "__main__":
