@@ -55,7 +55,7 @@ from plt_megatron.launcher import preflight
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# The first node's coordinator hardly waits for other causes of a failure; test_launcher_coordinator.py has its full wait.
+# The first node's coordinator hardly waits for other causes of a failure; test_launcher_coordinator.py waits.
 SETTLES_AT_ONCE = {"localhost": "from plt_megatron.launcher import coordinator\ncoordinator.SETTLE_SECONDS = 0.3"}
 
 
