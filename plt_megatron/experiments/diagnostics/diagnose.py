@@ -53,6 +53,7 @@ def diagnose(
     held_out: HeldOut,
     *,
     reset: bool = False,
+    masked_token: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Diagnosis:
@@ -60,6 +61,7 @@ def diagnose(
 
     Args:
         reset: packed documents see and receive nothing of each other, as with data.reset_at_document_boundaries.
+        masked_token: losses leave out what follows it, as with data.eod_mask_loss.
         seed: of the bootstrap.
         progress: called with the number of sequences done and in all.
     """
@@ -69,7 +71,7 @@ def diagnose(
     for index in range(total):
         tokens = torch.from_numpy(held_out.tokens[index]).to(model.device)
         starts = torch.from_numpy(held_out.starts[index]).to(model.device) if reset else None
-        rows.append(measure_sequence(model, tokens, starts))
+        rows.append(measure_sequence(model, tokens, starts, masked_token))
         progress(index + 1, total)
     bootstrap = Bootstrap(total, seed)
     loops, details, differences = {}, {}, {}
@@ -93,16 +95,21 @@ def _measures_of(config: Any) -> list[Measure]:
 
 
 @torch.no_grad()
-def measure_sequence(model: Any, tokens: Tensor, starts: Tensor | None = None) -> dict[str, np.ndarray]:
+def measure_sequence(
+    model: Any, tokens: Tensor, starts: Tensor | None = None, masked_token: int | None = None
+) -> dict[str, np.ndarray]:
     """Every measure of one sequence, arrays [L + 1, ...] by name, NaN where not defined.
 
     Args:
         tokens: int64 [T + 1], the last one only as a label.
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
+        masked_token: losses leave out what follows it.
     """
     counted = torch.ones_like(tokens[1:], dtype=torch.bool)
     if starts is not None:
         counted, starts = ~starts[1:], starts[:-1]  # nothing predicts another document's first token
+    if masked_token is not None:
+        counted = counted & (tokens[:-1] != masked_token)
     recording = record(model, tokens[:-1], starts)
 
     def head(states: Tensor) -> Tensor:

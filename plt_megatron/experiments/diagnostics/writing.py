@@ -78,13 +78,14 @@ def run_diagnosis(options: DiagnoseOptions, progress: Callable[[int, int], None]
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
-    reset = options.reset if options.reset is not None else _trained_with_reset(source)
+    reset = options.reset if options.reset is not None else _trained_with(source, "reset_at_document_boundaries")
+    masked = source.tokenizer.eod if source.tokenizer and _trained_with(source, "eod_mask_loss") else None
     folder = options.output if options.output is not None else _default_folder(source)
     _make_folder(folder)
     model = build_model(source, precision=options.precision, device=options.device)
-    diagnosis = diagnose(model, held_out, reset=reset, seed=options.seed, progress=progress)
+    diagnosis = diagnose(model, held_out, reset=reset, masked_token=masked, seed=options.seed, progress=progress)
     decision = decide(diagnosis, sequence_length=length, hidden_size=source.model.hidden_size)
-    about = _about(source, options, held_out, length, reset, str(model.device))
+    about = _about(source, options, held_out, length, reset, masked is not None, str(model.device))
     _write(folder, diagnosis, decision, about)
     return Result(diagnosis, decision, folder, _summary(diagnosis, decision, about))
 
@@ -97,9 +98,10 @@ def _sequence_length(options: DiagnoseOptions, source: ModelSource) -> int:
     return length
 
 
-def _trained_with_reset(source: ModelSource) -> bool:
+def _trained_with(source: ModelSource, setting: str) -> bool:
+    """Whether a switch of the run's data was on. A Hugging Face folder does not say."""
     config = source.progress.get("config") or {}
-    return bool(config.get("data", {}).get("reset_at_document_boundaries", False))
+    return bool(config.get("data", {}).get(setting, False))
 
 
 def _default_folder(source: ModelSource) -> Path:
@@ -118,7 +120,13 @@ def _make_folder(folder: Path) -> None:
 
 
 def _about(
-    source: ModelSource, options: DiagnoseOptions, held_out: HeldOut, length: int, reset: bool, device: str
+    source: ModelSource,
+    options: DiagnoseOptions,
+    held_out: HeldOut,
+    length: int,
+    reset: bool,
+    eod_mask_loss: bool,
+    device: str,
 ) -> dict[str, Any]:
     model = source.model
     return {
@@ -139,6 +147,7 @@ def _about(
             "tokens": len(held_out.tokens) * length,
             "unreadable_documents": held_out.bad,
             "reset_at_document_boundaries": reset,
+            "eod_mask_loss": eod_mask_loss,
             "seed": options.seed,
         },
         "computation": {"precision": options.precision, "device": device},

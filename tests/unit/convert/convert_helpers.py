@@ -116,12 +116,15 @@ def save_run(
     *,
     tokenizer: Path | None = None,
     precision: str = "fp32",
+    eod_mask_loss: bool = False,
     **progress: Any,
 ) -> Path:
     """A run's folder with one checkpoint."""
     config = RunConfig(
         model=model,
-        data=DataConfig(tokenizer=str(tokenizer) if tokenizer else None, sequence_length=64),
+        data=DataConfig(
+            tokenizer=str(tokenizer) if tokenizer else None, sequence_length=64, eod_mask_loss=eod_mask_loss
+        ),
         training=TrainingConfig(precision=precision, train_iters=1),  # type: ignore[arg-type]
     )
     vocab_size = len(weights["embedding.word_embeddings.weight"])

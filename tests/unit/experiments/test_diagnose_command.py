@@ -94,6 +94,20 @@ def test_losses_are_the_training_models(place, done):
         assert done.diagnosis.loops["lens_loss"].mean[loops] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_a_run_that_masks_the_loss_after_documents_is_measured_so(place, done):
+    save_run(place.folder / "masked", place.model, place.weights, tokenizer=place.tokenizer, eod_mask_loss=True)
+    masked = place.diagnose(place.folder / "masked")
+    drawn = draw_sequences(str(place.text), _tokenizer(place), IDS, length=64, max_tokens=6 * 64, seed=0)
+    tokens = torch.from_numpy(drawn.tokens)
+    logits = megatron_logits(place.model, place.weights, tokens[:, :-1], IDS)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    counted = tokens[:, :-1] != _tokenizer(place).eod
+    assert not counted.all()
+    rows = [float(row[kept].mean()) for row, kept in zip(losses, counted, strict=True)]
+    assert masked.diagnosis.loops["lens_loss"].mean[3] == pytest.approx(np.mean(rows), rel=1e-5)
+    assert read(masked.folder)["data"]["eod_mask_loss"] and not read(done.folder)["data"]["eod_mask_loss"]
+
+
 def _tokenizer(place):
     return load_tokenizer(place.tokenizer)
 
