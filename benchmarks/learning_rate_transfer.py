@@ -49,7 +49,8 @@ def report(folder: Path, plot: Path | None) -> int:
         spread = max(best.values()) / min(best.values())
         at_end = any(is_at_end(losses) for losses in cells.values())
         more = ", or more: some are at an end of the rates tried" if at_end else ""
-        print(f"\nlargest / smallest: {spread:.2f}{more}\n")
+        print(f"\nlargest / smallest: {spread:.2f}{more}")
+        print(f"over the loops of one model: at most {_spread_over_loops(best):.2f}\n")
         is_met &= form != "recommended" or (spread <= STEP and not at_end)
     if plot is not None:
         _plot(forms, plot)
@@ -95,6 +96,13 @@ def best_rate(losses: Losses) -> float:
 def is_at_end(losses: Losses) -> bool:
     best = min(losses, key=losses.__getitem__)
     return best in (min(losses), max(losses))
+
+
+def _spread_over_loops(best: dict[tuple[str, str], float]) -> float:
+    """Largest / smallest best rate of the loop counts of a model, where that is largest."""
+    models = {model for model, _ in best}
+    rates = [[rate for (own, _), rate in best.items() if own == model] for model in models]
+    return max(max(own) / min(own) for own in rates)
 
 
 def _table(cells: Cells, best: dict[tuple[str, str], float]) -> str:
