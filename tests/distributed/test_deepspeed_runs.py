@@ -118,6 +118,7 @@ EXPECTED_LINES = (
     r"built the sample index in [\d.]+ s",
     r"part +source .*|-+",
     r"(train|validation) +text .*",
+    r"AdamW; learning rate, weight decay: .*",
     r"model: .*",
     r"(resuming from|resumed at step) .*",
     r"step \d+/\d+: loss .*",
