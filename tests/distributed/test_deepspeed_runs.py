@@ -160,7 +160,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_bit_for_bit(
     assert 1 <= stopped_at < 24
     run = LocalRun(config, env=stale_build, python=warm_python)
     assert run.finish() == 0, run.out + run.err
-    assert _unexpected(run) == [] and "resuming from" in run.err
+    assert _unexpected(run) == [] and "resumed at step" in run.out
     assert run_deepspeed(train, 2, undisturbed) is True
     assert numbers(config) == numbers(undisturbed)
     assert sorted((tmp_path / "extensions").rglob("*")) == before
