@@ -15,6 +15,7 @@ import argparse
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,7 +47,7 @@ def report(folder: Path, plot: Path | None) -> int:
         best = {cell: best_rate(losses) for cell, losses in cells.items()}
         print(f"{form}: best learning rate, and the loss that is lost at the rate that is best for all\n")
         print(_table(cells, best))
-        spread = max(best.values()) / min(best.values())
+        spread = _spread(best.values())
         at_end = any(is_at_end(losses) for losses in cells.values())
         more = ", or more: some are at an end of the rates tried" if at_end else ""
         print(f"\nlargest / smallest: {spread:.2f}{more}")
@@ -100,9 +101,14 @@ def is_at_end(losses: Losses) -> bool:
 
 def _spread_over_loops(best: dict[tuple[str, str], float]) -> float:
     """Largest / smallest best rate of the loop counts of a model, where that is largest."""
-    models = {model for model, _ in best}
-    rates = [[rate for (own, _), rate in best.items() if own == model] for model in models]
-    return max(max(own) / min(own) for own in rates)
+    by_model: dict[str, list[float]] = defaultdict(list)
+    for (model, _), rate in best.items():
+        by_model[model].append(rate)
+    return max(map(_spread, by_model.values()))
+
+
+def _spread(rates: Collection[float]) -> float:
+    return max(rates) / min(rates)
 
 
 def _table(cells: Cells, best: dict[tuple[str, str], float]) -> str:

@@ -86,8 +86,7 @@ def test_an_export_gives_the_same_numbers(place, done):
 
 def test_losses_are_the_training_models(place, done):
     """Cross-entropy of the megatron model's logits on the same tokens, run with 1, 2 and 3 loops."""
-    drawn = draw_sequences(str(place.text), _tokenizer(place), IDS, length=64, max_tokens=6 * 64, seed=0)
-    tokens = torch.from_numpy(drawn.tokens)
+    tokens = _drawn_tokens(place)
     for loops in (1, 2, 3):
         logits = megatron_logits(place.model, place.weights, tokens[:, :-1], IDS, loop_count=loops)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -97,8 +96,7 @@ def test_losses_are_the_training_models(place, done):
 def test_a_run_that_masks_the_loss_after_documents_is_measured_so(place, done):
     save_run(place.folder / "masked", place.model, place.weights, tokenizer=place.tokenizer, eod_mask_loss=True)
     masked = place.diagnose(place.folder / "masked")
-    drawn = draw_sequences(str(place.text), _tokenizer(place), IDS, length=64, max_tokens=6 * 64, seed=0)
-    tokens = torch.from_numpy(drawn.tokens)
+    tokens = _drawn_tokens(place)
     logits = megatron_logits(place.model, place.weights, tokens[:, :-1], IDS)
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     counted = tokens[:, :-1] != _tokenizer(place).eod
@@ -106,6 +104,12 @@ def test_a_run_that_masks_the_loss_after_documents_is_measured_so(place, done):
     rows = [float(row[kept].mean()) for row, kept in zip(losses, counted, strict=True)]
     assert masked.diagnosis.loops["lens_loss"].mean[3] == pytest.approx(np.mean(rows), rel=1e-5)
     assert read(masked.folder)["data"]["eod_mask_loss"] and not read(done.folder)["data"]["eod_mask_loss"]
+
+
+def _drawn_tokens(place):
+    """int64 [6, 65]: what `Place.diagnose` draws."""
+    drawn = draw_sequences(str(place.text), _tokenizer(place), IDS, length=64, max_tokens=6 * 64, seed=0)
+    return torch.from_numpy(drawn.tokens)
 
 
 def _tokenizer(place):
