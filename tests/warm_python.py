@@ -8,29 +8,28 @@ also used where the start itself is tested: what is imported, and when, cannot b
 
 The test processes of a session share one server: the first that needs it starts it, and it ends with the last one.
 
-This file is also the server's and the executable's program.
+This file is also the server's program; the executable's is tests/warm_client.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
+import marshal
 import os
 import selectors
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+_CLIENT = Path(__file__).with_name("warm_client.py")
 _START_TIMEOUT_S = 180.0
 _HOLD = b"hold it!"  # as long as a request's size
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PRELOADED = (
     "torch._dynamo",
     "plt_megatron.train.trainer",
@@ -78,7 +77,7 @@ class WarmPython:
     def _start(self) -> socket.socket:
         address = self._folder / "socket"
         address.unlink(missing_ok=True)
-        self.executable.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {address} "$@"\n')
+        self.executable.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {_CLIENT} {address} "$@"\n')
         self.executable.chmod(0o755)
         environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -174,7 +173,7 @@ def _receive(caller: socket.socket) -> tuple[dict[str, Any], list[int]] | bytes 
             break
         data += part
     if size and len(data) == int(size):
-        return json.loads(data), streams
+        return marshal.loads(data), streams
     for stream in streams:
         os.close(stream)
     return None
@@ -221,10 +220,24 @@ def run(request: dict[str, Any], executable: str) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
+def _forget_exit_functions() -> None:
+    """What imports have registered for the interpreter's end, of which a fork does only what its own command needs.
+
+    The finalizers of objects that are never freed, and torch.compile's report, would copy 50 MB of the server's memory.
+    """
+    import atexit
+    import weakref
+
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    if "torch._dynamo.utils" in sys.modules:
+        atexit.unregister(sys.modules["torch._dynamo.utils"].dump_compile_times)
+
+
 def main_of_server(address: str, lifeline: int, executable: str, *preloaded: str) -> None:
     import atexit
     import gc
     import importlib
+    import logging
     import random
     import threading
     import traceback
@@ -236,6 +249,8 @@ def main_of_server(address: str, lifeline: int, executable: str, *preloaded: str
         enter_cpu_runtime(force=True)
     for name in preloaded:
         importlib.import_module(name)
+    logging.getLogger().handlers.clear()  # some import has set it up, and a command's own basicConfig would do nothing
+    _forget_exit_functions()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -266,31 +281,5 @@ def main_of_server(address: str, lifeline: int, executable: str, *preloaded: str
     os._exit(status if isinstance(status, int) else bool(status))
 
 
-# ---------------------------------------------------------------- the executable
-
-
-def main_of_client(address: str, arguments: list[str]) -> None:
-    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
-        os.execv(sys.executable, [sys.executable, *arguments])
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(address)
-    for number in _FORWARDED:
-        signal.signal(number, lambda number, frame: server.send(bytes([number])))
-    request = {"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
-    data = json.dumps(request).encode()
-    socket.send_fds(server, [f"{len(data):8}".encode()], [0, 1, 2])
-    server.sendall(data)
-    status = int(server.recv(16) or 1)
-    if status < 0:
-        if -status != signal.SIGKILL:
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-        time.sleep(10)  # it comes
-    os._exit(status)
-
-
 if __name__ == "__main__":
-    if sys.flags.isolated:
-        main_of_client(sys.argv[1], sys.argv[2:])
-    else:
-        main_of_server(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    main_of_server(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

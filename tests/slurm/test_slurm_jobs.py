@@ -16,12 +16,20 @@ from plt_megatron.run_folder.folder import save_config
 from tests.slurm.runs import ROOT, STEPS, SlurmRun, make_config, numbers, submit, train_locally
 
 
-def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, undisturbed, tmp_path):
-    config = make_config("plain", tmp_path, slurm_data)
+@pytest.mark.parametrize("processes_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, warm_python, tmp_path, processes_per_node):
+    alone, config = (
+        make_config(name, tmp_path, slurm_data, parallel={"tensor_model_parallel_size": processes_per_node})
+        for name in ("alone", "plain")
+    )
+    undisturbed = train_locally(alone, warm_python)
     save_config(config, tmp_path / "plain.yaml")
+    profile = tmp_path / "cluster.yaml"
+    profile.write_text(f"gpus_per_node: 0\nprocesses_per_node: {processes_per_node}\ncpus_per_process: 1\n")
     run = SlurmRun(slurm, config)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    submit(slurm, str(tmp_path / "plain.yaml"), "--cluster", "cpu", "--nodes", "2", "--time", "30", "--requeue")
+    options = ["--cluster", str(profile), "--nodes", "2", "--time", "30", "--requeue"]
+    submit(slurm, str(tmp_path / "plain.yaml"), *options)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Of a CPU's time, which other work on this machine does not lengthen; the clock's is a benchmark's.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
@@ -36,10 +44,10 @@ def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, undi
     assert run.said("all-reduce over 2 processes") == run.said("point to point") == 1
     # The ranks run the code as it was submitted, though the job runs in the checkout.
     ranks = re.findall(r" rank (\d): this is the snapshot$", (run.folder / "logs" / "merged.log").read_text(), re.M)
-    assert sorted(ranks) == ["0", "1", "2", "3"]
+    assert sorted(ranks) == [str(rank) for rank in range(2 * processes_per_node)]
     # Each rank has a log of its own, and the merged one holds the same lines whole.
     logs = run.folder / "logs"
-    own = [line for rank in range(4) for line in (logs / f"rank-{rank:04d}.log").read_text().splitlines()]
+    own = [line for rank in range(len(ranks)) for line in (logs / f"rank-{rank:04d}.log").read_text().splitlines()]
     merged = [
         line for line in (logs / "merged.log").read_text().splitlines() if re.search(r" attempt 1 rank \d: ", line)
     ]

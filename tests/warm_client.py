@@ -1,0 +1,37 @@
+"""What `WarmPython.executable` runs: has the server do a command, and ends as it does.
+
+Starts for each command, and so imports only what is compiled into the interpreter: 10 milliseconds instead of 40.
+"""
+
+import _signal
+import _socket
+import array
+import marshal
+import os
+import sys
+
+_FORWARDED = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGUSR1)
+
+
+def main(address: str, arguments: list[str]) -> None:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] != "-m"):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    server = _socket.socket(_socket.AF_UNIX)
+    server.connect(address)
+    for number in _FORWARDED:
+        _signal.signal(number, lambda number, frame: server.send(bytes([number])))
+    data = marshal.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)})
+    streams = array.array("i", [0, 1, 2])
+    server.sendmsg([f"{len(data):8}".encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
+    server.sendall(data)
+    status = int(server.recv(16) or 1)
+    if status < 0:
+        if -status != _signal.SIGKILL:
+            _signal.signal(-status, _signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+        _signal.pause()  # it comes
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
