@@ -51,7 +51,9 @@ def report(folder: Path, plot: Path | None) -> int:
         at_end = any(is_at_end(losses) for losses in cells.values())
         more = ", or more: some are at an end of the rates tried" if at_end else ""
         print(f"\nlargest / smallest: {spread:.2f}{more}")
-        print(f"over the loops of one model: at most {_spread_over_loops(best):.2f}\n")
+        print(f"over the loops of one model: at most {_spread_over_loops(best):.2f}")
+        tried = [min(losses, key=losses.__getitem__) for losses in cells.values()]
+        print(f"the best of the rates tried: {min(tried):.2e} to {max(tried):.2e}, {_spread(tried):.2f}\n")
         is_met &= form != "recommended" or (spread <= STEP and not at_end)
     if plot is not None:
         _plot(forms, plot)

@@ -23,6 +23,22 @@ MODEL: dict[str, Any] = {
     "backend": "torch",
 }
 
+YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 16}
+# Four experts, of which a token uses two; both auxiliary losses weigh enough to be seen.
+EXPERTS: dict[str, Any] = {
+    "num_moe_experts": 4,
+    "moe_ffn_hidden_size": 12,
+    "moe_aux_loss_coeff": 0.05,
+    "moe_z_loss_coeff": 1e-3,
+}
+
+# The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
+BIASES = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.1,
+}
+
 
 @dataclass(frozen=True)
 class Layout:

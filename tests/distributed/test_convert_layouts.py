@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import VOCAB_SIZE, Case, Layout, train_cases
-from tests.distributed.test_parity import differences
+from tests.distributed.parity_checks import differences
 
 LOOPCODER: dict[str, Any] = {
     "window_size": 4,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import Case, Layout, train_cases
+from tests.distributed.cases import BIASES, EXPERTS, YARN, Case, Layout, train_cases
 from tests.distributed.covering import covering_design, pairs
-from tests.distributed.test_parity import BIASES, EXPERTS, TOLERANCE, YARN, differences
+from tests.distributed.parity_checks import TOLERANCE, differences
 
 FOUR = {"num_layers": 4}
 TOPOLOGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the model, and of the layout

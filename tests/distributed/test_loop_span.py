@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from plt_megatron.hf.exporting import ExportOptions, export
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed import deepspeed_jobs
-from tests.distributed.cases import Case, Layout, train_cases
+from tests.distributed.cases import EXPERTS, Case, Layout, train_cases
 from tests.distributed.deepspeed_jobs import MEGATRON, Zero
-from tests.distributed.test_parity import EXPERTS, TOLERANCE, differences
+from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.distributed.training_jobs import make_data, run_config, train
 
 SLOW = pytest.mark.slow

@@ -11,7 +11,6 @@ from plt_megatron.config.schema import DecayFactors, RateFactors
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed import muon_jobs
 from tests.distributed.cases import Case, Layout
-from tests.distributed.test_parity import check, reference  # noqa: F401  (fixtures)
 
 MUON = (("lr", 0.02), ("min_lr", 0.01), ("name", "muon"))
 EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}
@@ -70,7 +69,7 @@ def test_updates_are_those_of_plain_muon_and_plain_adam(run_distributed):
     ],
     ids=str,
 )
-def test_every_layout_has_the_numbers_of_one_process(check, layout, overlap):  # noqa: F811
+def test_every_layout_has_the_numbers_of_one_process(check, layout, overlap):
     """A matrix is orthogonalized as a whole however tensor-parallel ranks divide it, and once whoever holds it."""
     gather = {"overlap_param_gather": True} if overlap else {}
     model = EXPERTS if layout.ep > 1 else {}

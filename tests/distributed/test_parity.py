@@ -13,18 +13,18 @@ each. The end of the test run prints it all as a table.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.distributed.cases import STEPS, Case, Layout, Outcome, train_cases
+from tests.distributed.cases import BIASES, EXPERTS, STEPS, YARN, Case, Layout, Outcome, train_cases
 from tests.distributed.covering import covering_design, pairs
+from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.reference.gates import GATES
 
-TOLERANCE = 1e-5
 RECOMPUTE = ("none", "selective", "full")
 OVERLAP = (False, True)
 LAYOUTS = [
@@ -46,7 +46,6 @@ def _settings(setting: Setting) -> list[tuple[Any, Any]]:
     ]
 
 
-YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 16}
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "+ CLP": {"share_kv": False, "gated_window": False},
@@ -111,67 +110,6 @@ COVERING, QUICK_COVERING = covering_design(EVERYTHING, _settings), covering_desi
 
 def _case(loops: int, recompute: str = "none", overlap: bool = False, packed: bool = False, **model: Any) -> Case:
     return Case(loops, recompute, overlap, packed, tuple(sorted(model.items())))
-
-
-def differences(outcome: Outcome, reference: Outcome, final: bool = True) -> dict[str, float]:
-    """Relative differences of the numbers and, unless told otherwise, of the final parameters, by name."""
-    assert outcome.numbers.keys() == reference.numbers.keys()
-    wrong = {name: abs(outcome.numbers[name] - value) / abs(value) for name, value in reference.numbers.items()}
-    if not final:
-        return wrong
-    assert outcome.final.keys() == reference.final.keys() == outcome.initial.keys()
-    for name, value in reference.final.items():
-        wrong[name] = float(np.abs(outcome.final[name] - value).max() / np.abs(value).max())
-    return wrong
-
-
-@pytest.fixture(scope="module")
-def reference(run_distributed) -> Callable[[Case], Outcome]:
-    """A case's outcome on one process."""
-    known: dict[Case, Outcome] = {}
-
-    def outcome(case: Case) -> Outcome:
-        if case.reference not in known:
-            known[case.reference] = run_distributed(train_cases, 1, Layout(), [case.reference])[0]
-        return known[case.reference]
-
-    return outcome
-
-
-@pytest.fixture
-def check(run_distributed, reference, record_property) -> Callable[..., None]:
-    """Train the cases in the layout and compare; what was found goes into the table."""
-
-    def check(layout: Layout, cases: list[Case], table: str, names: list[str] | None = None) -> None:
-        failures = []
-        outcomes = run_distributed(train_cases, layout.world_size, layout, cases, timeout_s=240)
-        for index, (case, outcome) in enumerate(zip(cases, outcomes, strict=True)):
-            expected = reference(case)
-            for name, value in expected.initial.items():
-                assert np.array_equal(outcome.initial[name], value), f"{layout}, {case}: {name} starts differently"
-            wrong = differences(outcome, expected)
-            worst = max(wrong, key=lambda name: wrong[name] if wrong[name] == wrong[name] else np.inf)
-            row = f"L{case.loops} {layout}" if names is None else f"{names[index]}, {layout}"
-            column = f"{case.recompute}{'+overlap' if case.overlap else ''}"
-            record_property("parity", [table, row, column, wrong[worst], TOLERANCE])
-            if not wrong[worst] <= TOLERANCE:
-                failures.append(f"{layout}, {case}: {worst} is off by {wrong[worst]:.1e}")
-            failures.extend(_reduction_failures(layout, case, outcome))
-        assert not failures, "\n".join(failures)
-
-    return check
-
-
-def _reduction_failures(layout: Layout, case: Case, outcome: Outcome) -> list[str]:
-    """With overlap, every rank's buckets are on their way before backward ends, from the second step on."""
-    expected_share = [0, 1] if case.overlap else [0, 0]
-    expected = [
-        [(share * total, total) for share, (_, total) in zip(expected_share, steps, strict=True)]
-        for steps in outcome.dispatched
-    ]
-    if outcome.dispatched == expected and len(expected) == layout.world_size:
-        return []
-    return [f"{layout}, {case}: bucket groups (sent before the end of backward, all) {outcome.dispatched}"]
 
 
 # ---------------------------------------------------------------- the matrix
@@ -327,21 +265,6 @@ def test_z_loss(check, reference, layout):
 
 
 # ---------------------------------------------------------------- mixture of experts
-
-# Four experts, of which a token uses two; both auxiliary losses weigh enough to be seen.
-EXPERTS: dict[str, Any] = {
-    "num_moe_experts": 4,
-    "moe_ffn_hidden_size": 12,
-    "moe_aux_loss_coeff": 0.05,
-    "moe_z_loss_coeff": 1e-3,
-}
-
-# The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
-BIASES = {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.1,
-}
 
 
 def _expert_case(

@@ -16,7 +16,7 @@ from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed import deepspeed_jobs
 from tests.distributed.cases import Case, Layout, train_cases
 from tests.distributed.deepspeed_jobs import Zero
-from tests.distributed.test_parity import TOLERANCE, differences
+from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
 

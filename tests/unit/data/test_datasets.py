@@ -350,7 +350,9 @@ def test_two_ranks(prefix: str, tokenizer: Tokenizer, tmp_path: Path, warm_pytho
     assert first[1] == second[1] == "UserError rank 0 says why"
     assert first[2] == "ZeroDivisionError a bug"
     assert second[2] == "UserError rank 0 could not build the sample index: ZeroDivisionError('a bug')"
-    assert second[3].startswith("UserError rank 1 waited 0.02 minutes for rank 0 to build the sample index: raise data.")
+    assert second[3].startswith(
+        "UserError rank 1 waited 0.02 minutes for rank 0 to build the sample index: raise data."
+    )
 
 
 def test_the_data_are_hashed_once_for_index_and_checkpoints(
