@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import sentencepiece
+
+from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,3 +60,31 @@ def tool_environment() -> dict[str, str]:
     """No PYTHONPATH: the tools find the package by themselves."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def run_preprocess(inputs: list[Path], prefix: Path, model: Path, **settings: Any) -> dict[str, Any]:
+    return preprocess(PreprocessOptions([str(path) for path in inputs], str(prefix), str(model), **settings))
+
+
+def documents(prefix: Path) -> list[list[int]]:
+    """What is in the files, read with nothing of ours but the format's description."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    assert raw[:9] == b"MMIDIDX\0\0"
+    code = raw[17]
+    count = int(np.frombuffer(raw, "<u8", 1, 18)[0])
+    lengths = np.frombuffer(raw, "<i4", count, 34)
+    pointers = np.frombuffer(raw, "<i8", count, 34 + 4 * count)
+    dtype = np.dtype({8: "<u2", 4: "<i4"}[code])
+    tokens = np.frombuffer(Path(f"{prefix}.bin").read_bytes(), dtype)
+    starts = pointers // dtype.itemsize
+    assert lengths.sum() == len(tokens)
+    return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
+
+
+def expected(model: Path, texts: list[str]) -> list[list[int]]:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    return [processor.encode(text) + [processor.eos_id()] for text in texts]
+
+
+def digest(prefix: Path) -> list[str]:
+    return [hashlib.sha256(Path(f"{prefix}{suffix}").read_bytes()).hexdigest() for suffix in (".bin", ".idx")]

@@ -4,52 +4,29 @@ import gzip
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-import sentencepiece
-from data_helpers import ROOT, Tool, make_texts, tool_environment, write_jsonl
+from data_helpers import (
+    ROOT,
+    Tool,
+    digest,
+    documents,
+    expected,
+    make_texts,
+    run_preprocess,
+    tool_environment,
+    write_jsonl,
+)
 
 from plt_megatron.data import preprocess as module
 from plt_megatron.data.formats import Quality, ReadOptions
 from plt_megatron.data.indexed import open_index, read_index
-from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.errors import UserError
-
-
-def run(inputs: list[Path], prefix: Path, model: Path, **settings: Any) -> dict[str, Any]:
-    return preprocess(PreprocessOptions([str(path) for path in inputs], str(prefix), str(model), **settings))
-
-
-def documents(prefix: Path) -> list[list[int]]:
-    """What is in the files, read with nothing of ours but the format's description."""
-    raw = Path(f"{prefix}.idx").read_bytes()
-    assert raw[:9] == b"MMIDIDX\0\0"
-    code = raw[17]
-    count = int(np.frombuffer(raw, "<u8", 1, 18)[0])
-    lengths = np.frombuffer(raw, "<i4", count, 34)
-    pointers = np.frombuffer(raw, "<i8", count, 34 + 4 * count)
-    dtype = np.dtype({8: "<u2", 4: "<i4"}[code])
-    tokens = np.frombuffer(Path(f"{prefix}.bin").read_bytes(), dtype)
-    starts = pointers // dtype.itemsize
-    assert lengths.sum() == len(tokens)
-    return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
-
-
-def expected(model: Path, texts: list[str]) -> list[list[int]]:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    return [processor.encode(text) + [processor.eos_id()] for text in texts]
-
-
-def digest(prefix: Path) -> list[str]:
-    return [hashlib.sha256(Path(f"{prefix}{suffix}").read_bytes()).hexdigest() for suffix in (".bin", ".idx")]
 
 
 def test_upstream_reads_what_the_command_writes(
@@ -90,10 +67,10 @@ def test_all_formats_together(texts: list[str], bpe_model: Path, tmp_path: Path)
         singles.append(tmp_path / f"e{number:03d}.txt")
         singles[-1].write_text(text, encoding="utf-8", newline="")
     inputs = [plain, packed, tiny, table, *singles]
-    manifest = run(inputs, tmp_path / "x", bpe_model, shard_bytes=6000)
+    manifest = run_preprocess(inputs, tmp_path / "x", bpe_model, shard_bytes=6000)
     assert documents(tmp_path / "x") == expected(bpe_model, texts)
     assert [source["documents"] for source in manifest["sources"]] == [80, 120, 3, 77] + [1] * 20
-    run(inputs, tmp_path / "y", bpe_model, workers=2, shard_bytes=1 << 20)
+    run_preprocess(inputs, tmp_path / "y", bpe_model, workers=2, shard_bytes=1 << 20)
     assert digest(tmp_path / "x") == digest(tmp_path / "y")
     assert not list(tmp_path.glob("*.partial"))
 
@@ -102,13 +79,13 @@ def test_hugging_face_tokenizer_and_large_vocabulary(
     corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path
 ) -> None:
     fast = bpe_model.with_name("tokenizer.json")
-    run([corpus], tmp_path / "x", fast, append_eod=False)
+    run_preprocess([corpus], tmp_path / "x", fast, append_eod=False)
     assert documents(tmp_path / "x") == [ids[:-1] for ids in expected(bpe_model, texts)]
     value = json.loads(fast.read_text(encoding="utf-8"))
     value["model"]["vocab"]["<far>"] = 70_000
     large = tmp_path / "tokenizer.json"
     large.write_text(json.dumps(value), encoding="utf-8")
-    manifest = run([corpus], tmp_path / "y", large, eod_token="<far>")
+    manifest = run_preprocess([corpus], tmp_path / "y", large, eod_token="<far>")
     assert manifest["dtype"] == "int32"
     assert documents(tmp_path / "y") == [[*ids[:-1], 70_000] for ids in expected(bpe_model, texts)]
 
@@ -165,7 +142,7 @@ def test_where_a_fatal_line_is(suffix: str, texts: list[str], bpe_model: Path, t
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"text": lines}), path, row_group_size=20)
     with pytest.raises(UserError) as error:
-        run([path], tmp_path / "x", bpe_model, shard_bytes=5000, fail_on_bad_line=True)
+        run_preprocess([path], tmp_path / "x", bpe_model, shard_bytes=5000, fail_on_bad_line=True)
     place = f"{path}:151" if suffix == ".gz" else f"{path}:row 151"
     assert str(error.value) == f"{place}: field 'text' is empty: fix it, or pass --on-bad-line skip"
 
@@ -175,7 +152,7 @@ def test_a_file_that_breaks_off(spooled: bool, texts: list[str], bpe_model: Path
     """What can be read of a damaged .gz is kept, and the loss reported; the other files are complete."""
     path, after = tmp_path / "a.jsonl.gz", write_jsonl(tmp_path / "b.jsonl", texts[:5])
     path.write_bytes(gzip.compress(write_jsonl(tmp_path / "plain", texts).read_bytes())[:-5000])
-    manifest = run([path, after], tmp_path / "x", bpe_model, shard_bytes=8000 if spooled else 64 << 20)
+    manifest = run_preprocess([path, after], tmp_path / "x", bpe_model, shard_bytes=8000 if spooled else 64 << 20)
     found = documents(tmp_path / "x")
     read = len(found) - 5
     assert 100 < read < len(texts)
@@ -192,7 +169,7 @@ def test_line_numbers_across_shards(texts: list[str], bpe_model: Path, tmp_path:
         lines[number - 1] = "broken"
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    run([path], tmp_path / "x", bpe_model, workers=2, shard_bytes=3000)
+    run_preprocess([path], tmp_path / "x", bpe_model, workers=2, shard_bytes=3000)
     listed = [json.loads(entry) for entry in (tmp_path / "x.bad_lines.jsonl").read_text().splitlines()]
     assert [entry["line"] for entry in listed] == bad
     assert "skipped 5 bad lines: 5 broken JSON" in capsys.readouterr().err
@@ -242,157 +219,18 @@ def test_unusable_arguments(
 def test_other_output_is_not_overwritten(corpus: Path, texts: list[str], bpe_model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "a.jsonl"
     mine.write_bytes(corpus.read_bytes())
-    run([mine], tmp_path / "x", bpe_model)
+    run_preprocess([mine], tmp_path / "x", bpe_model)
     before = digest(tmp_path / "x")
     os.utime(mine, (1, 1))  # another date, the same content: nothing to do
-    run([mine], tmp_path / "x", bpe_model)
+    run_preprocess([mine], tmp_path / "x", bpe_model)
     write_jsonl(mine, texts[:10])
     with pytest.raises(UserError, match="was not made from these inputs and settings: choose another --output-prefix"):
-        run([mine], tmp_path / "x", bpe_model)
+        run_preprocess([mine], tmp_path / "x", bpe_model)
     with pytest.raises(UserError, match="pass --overwrite"):
-        run([corpus], tmp_path / "x", bpe_model, append_eod=False)
+        run_preprocess([corpus], tmp_path / "x", bpe_model, append_eod=False)
     assert digest(tmp_path / "x") == before
-    run([mine], tmp_path / "x", bpe_model, overwrite=True)
+    run_preprocess([mine], tmp_path / "x", bpe_model, overwrite=True)
     assert documents(tmp_path / "x") == expected(bpe_model, texts[:10])
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """The command as from a terminal: what a shell puts into the background ignores Ctrl-C, and its children do too."""
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=tool_environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_until(condition: Any, process: subprocess.Popen[str] | None = None, seconds: float = 60) -> bool:
-    """Poll; False if the process ends first."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if process is not None and process.poll() is not None:
-            return False
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.002)
-    return True
-
-
-def test_killed_and_resumed(bpe_model: Path, tmp_path: Path) -> None:
-    """SIGKILL of the command at several moments: its workers end too, finished shards are skipped, and the result is
-    that of an undisturbed run."""
-    texts = make_texts(3000, seed=9)
-    plain = write_jsonl(tmp_path / "a.jsonl", texts[:2000])
-    packed = tmp_path / "b.jsonl.gz"
-    packed.write_bytes(gzip.compress(write_jsonl(tmp_path / "b", texts[2000:]).read_bytes()))
-    run([plain, packed], tmp_path / "whole", bpe_model, shard_bytes=40_000)
-    arguments = ["--input", plain, packed, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model]
-    arguments += ["--workers", 2, "--shard-mb", 0.04]
-    work = tmp_path / "x.partial"
-    stamps: dict[str, int] = {}
-    kills = 0
-    for wanted in (1, 6, 12):
-        process = start(*arguments)
-        if wait_until(lambda wanted=wanted: len(list(work.glob("0*.json"))) >= wanted, process):
-            workers = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            kills += 1
-            wait_until(lambda workers=workers: not any(map(alive, workers)))
-        process.communicate()
-        for path in work.glob("0*.json"):
-            assert stamps.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
-    assert kills >= 2 and not (tmp_path / "x.bin").exists()
-    process = start(*arguments)
-    error = process.communicate()[1]
-    assert process.returncode == 0, error
-    assert "resuming: " in error and "of the input is already encoded" in error
-    assert digest(tmp_path / "x") == digest(tmp_path / "whole")
-    assert not work.exists()
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_killed_while_publishing(
-    corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The .bin is in place and the .idx is not: the next run recognizes its own files and finishes."""
-    run([corpus], tmp_path / "whole", bpe_model)
-    real = module.publish
-
-    def publish(source: Any, target: Any) -> None:
-        if str(target).endswith("x.idx"):
-            raise KeyboardInterrupt
-        real(source, target)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "publish", publish)
-        run([corpus], tmp_path / "x", bpe_model)
-    assert (tmp_path / "x.bin").exists() and not (tmp_path / "x.idx").exists()
-    run([corpus], tmp_path / "x", bpe_model)
-    assert digest(tmp_path / "x") == digest(tmp_path / "whole")
-
-
-def test_changed_between_kill_and_resume(
-    texts: list[str], bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """Shards of an older input are not used."""
-    path = write_jsonl(tmp_path / "a.jsonl", texts)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
-    assert list((tmp_path / "x.partial").glob("0*.json"))
-    write_jsonl(path, texts[::-1])
-    run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
-    assert "changed since the interrupted run: starting over" in capsys.readouterr().err
-    assert documents(tmp_path / "x") == expected(bpe_model, texts[::-1])
-
-
-def test_a_shard_lost_on_disk(
-    texts: list[str], bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", texts)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Job, "merge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-        run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
-    damaged = tmp_path / "x.partial" / "000002.bin"
-    damaged.write_bytes(damaged.read_bytes()[:-2])
-    with pytest.raises(UserError, match="000002.bin is damaged: run the same command again to redo it"):
-        run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
-    run([path], tmp_path / "x", bpe_model, shard_bytes=5000)
-    assert documents(tmp_path / "x") == expected(bpe_model, texts)
-
-
-def test_two_at_once(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
-    job = module._Job(PreprocessOptions([str(corpus)], str(tmp_path / "x"), str(bpe_model)))
-    with job.locked(), pytest.raises(UserError, match=r"x\.partial: another process is writing this output"):
-        run([corpus], tmp_path / "x", bpe_model)
-
-
-def die(shard: Any) -> str:
-    os._exit(9)
-
-
-def test_a_killed_worker(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "run_in_worker", die)
-    with pytest.raises(UserError, match="a worker process was killed"):
-        run([corpus], tmp_path / "x", bpe_model)
-
-
-def test_disk_full(corpus: Path, bpe_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> str:
-        raise OSError(28, "No space left on device", "/data/x")
-
-    monkeypatch.setattr(module, "concatenate", full)
-    with pytest.raises(
-        UserError, match="/data/x: No space left on device: the same command continues where this one stopped"
-    ):
-        run([corpus], tmp_path / "x", bpe_model)
 
 
 def test_input_changes_while_it_is_read(
@@ -408,7 +246,7 @@ def test_input_changes_while_it_is_read(
 
     monkeypatch.setattr(module._Job, "encode", encode)
     with pytest.raises(UserError, match=r"a\.jsonl changed while it was being read: run the command again"):
-        run([path], tmp_path / "x", bpe_model)
+        run_preprocess([path], tmp_path / "x", bpe_model)
 
 
 MEASURE = """
@@ -450,7 +288,7 @@ def test_memory_does_not_grow_with_the_corpus(bpe_model: Path, tmp_path: Path) -
 
 
 def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
-    run([corpus], tmp_path / "x", bpe_model)
+    run_preprocess([corpus], tmp_path / "x", bpe_model)
     index = read_index(tmp_path / "x")
     assert (index.documents, index.dtype) == (300, np.uint16)
     content = Path(f"{tmp_path / 'x'}.bin").read_bytes()
@@ -476,7 +314,7 @@ def test_options_reach_the_reader(texts: list[str], bpe_model: Path, tmp_path: P
     path = tmp_path / "a.log"
     path.write_text("one\ntwo\n\nthree and more\n")
     settings = ReadOptions(text_documents="line", max_document_bytes=10)
-    manifest = run([path], tmp_path / "x", bpe_model, read=settings)
+    manifest = run_preprocess([path], tmp_path / "x", bpe_model, read=settings)
     assert documents(tmp_path / "x") == expected(bpe_model, ["one", "two"])
     assert manifest["bad_lines"] == {"empty": 1, "too long": 1}
 
@@ -492,7 +330,7 @@ def test_documents_are_chosen_by_their_quality(texts: list[str], bpe_model: Path
     found = []
     for name, low, high in (("low", None, 0.5), ("middle", 0.5, 0.75), ("high", 0.75, None)):
         read = ReadOptions(quality=Quality("score", low, high))
-        manifest = run([path], tmp_path / name, bpe_model, read=read, shard_bytes=1000)
+        manifest = run_preprocess([path], tmp_path / name, bpe_model, read=read, shard_bytes=1000)
         numbers = [(text, score) for text, score in chosen if type(score) in (int, float)]
         wanted = [text for text, score in numbers if (low is None or score >= low) and (high is None or score < high)]
         assert documents(tmp_path / name) == expected(bpe_model, wanted) and wanted
@@ -501,30 +339,12 @@ def test_documents_are_chosen_by_their_quality(texts: list[str], bpe_model: Path
         found += wanted
     assert sorted(found) == sorted(text for text, score in chosen if type(score) in (int, float))
     with pytest.raises(UserError, match=r"no usable document in 1 input files \(.* 24 left out for their quality\)"):
-        run([path], tmp_path / "none", bpe_model, read=ReadOptions(quality=Quality("score", 7)))
+        run_preprocess([path], tmp_path / "none", bpe_model, read=ReadOptions(quality=Quality("score", 7)))
 
 
 def test_outputs_of_before_qualities_are_known_again(corpus: Path, bpe_model: Path, tmp_path: Path) -> None:
-    manifest = run([corpus], tmp_path / "x", bpe_model)
+    manifest = run_preprocess([corpus], tmp_path / "x", bpe_model)
     assert "quality" not in manifest["identity"]["read"]
-    assert run([corpus], tmp_path / "x", bpe_model) == manifest
+    assert run_preprocess([corpus], tmp_path / "x", bpe_model) == manifest
     with pytest.raises(UserError, match="was not made from these inputs and settings"):
-        run([corpus], tmp_path / "x", bpe_model, read=ReadOptions(quality=Quality("score", 0.5)))
-
-
-def test_interrupted_by_the_user(bpe_model: Path, tmp_path: Path) -> None:
-    """Ctrl-C goes to all processes of the terminal: one line, status 130, no worker left, and finished work kept."""
-    path = write_jsonl(tmp_path / "a.jsonl", make_texts(4000, seed=2) * 15)  # seconds of work, of which little is done
-    arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
-    process = start(*arguments, "--shard-mb", 0.02)
-    assert wait_until(lambda: list((tmp_path / "x.partial").glob("0*.json")), process)
-    process.send_signal(signal.SIGSTOP)  # so that it does not finish while its workers are looked up
-    workers = psutil.Process(process.pid).children(recursive=True)
-    for member in [*workers, psutil.Process(process.pid)]:
-        member.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    error = process.communicate()[1]
-    assert process.returncode == 130, error
-    assert error == "interrupted: the same command continues where this one stopped\n"
-    wait_until(lambda: not any(map(alive, workers)))
-    assert list((tmp_path / "x.partial").glob("0*.json"))
+        run_preprocess([corpus], tmp_path / "x", bpe_model, read=ReadOptions(quality=Quality("score", 0.5)))
