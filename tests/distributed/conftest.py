@@ -14,9 +14,9 @@ from tests.distributed.pool import WorkerPool, runner
 
 
 @pytest.fixture(scope="session")
-def run_deepspeed() -> Iterator[Callable[..., Any]]:
+def run_deepspeed(warm_python: str) -> Iterator[Callable[..., Any]]:
     """As `run_distributed`, in workers that have DeepSpeed imported: in each it would take most of a job's time."""
-    pool = WorkerPool("tests.distributed.deepspeed_jobs:enter")
+    pool = WorkerPool("tests.distributed.deepspeed_jobs:enter", python=warm_python)
     yield runner(pool)
     pool.close()
 
