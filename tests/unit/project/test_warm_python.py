@@ -63,6 +63,8 @@ def test_arguments_folder_environment_streams_and_modules(run, tmp_path):
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL, ""),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM, ""),
         ("import atexit, sys; atexit.register(print, 'bye', file=sys.stderr)", 0, "bye\n"),
+        ("import sys, weakref; weakref.finalize(weakref, print, 'bye', file=sys.stderr)", 0, "bye\n"),
+        ("import logging; logging.basicConfig(level='INFO', format='%(message)s'); logging.info('told')", 0, "told\n"),
     ],
 )
 def test_exit_statuses(run, text, status, said):
