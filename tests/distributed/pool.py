@@ -59,7 +59,7 @@ class WorkerPool:
     """See the module's docstring. Nothing is started before the first `run`.
 
     Args:
-        prepare: "module:function", called in the server before anything else is imported.
+        prepare: "module:function", called in the server before it imports anything else by itself.
         python: what runs the server; tests/warm_python.py's has its imports already.
     """
 
