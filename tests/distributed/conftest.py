@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import Case, Layout, Outcome, train_cases
-from tests.distributed.parity_checks import TOLERANCE, differences, reduction_failures
+from tests.distributed.parity_checks import TOLERANCE, differences, reduction_failures, reference_of
 from tests.distributed.pool import WorkerPool, runner
 
 
@@ -24,14 +24,7 @@ def run_deepspeed(warm_python: str) -> Iterator[Callable[..., Any]]:
 @pytest.fixture(scope="module")
 def reference(run_distributed) -> Callable[[Case], Outcome]:
     """A case's outcome on one process."""
-    known: dict[Case, Outcome] = {}
-
-    def outcome(case: Case) -> Outcome:
-        if case.reference not in known:
-            known[case.reference] = run_distributed(train_cases, 1, Layout(), [case.reference])[0]
-        return known[case.reference]
-
-    return outcome
+    return reference_of(lambda case: run_distributed(train_cases, 1, Layout(), [case])[0])
 
 
 @pytest.fixture

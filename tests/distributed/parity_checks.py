@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 from tests.distributed.cases import Case, Layout, Outcome
 
 TOLERANCE = 1e-5
+
+
+def reference_of[T](train: Callable[[Case], T]) -> Callable[[Case], T]:
+    """What a case is compared with: `train` of its reference, which is trained once."""
+    train_once = functools.cache(train)
+    return lambda case: train_once(case.reference)
 
 
 def differences(outcome: Outcome, reference: Outcome, final: bool = True) -> dict[str, float]:

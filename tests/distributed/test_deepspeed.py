@@ -20,6 +20,7 @@ from plt_megatron.config.schema import DecayFactors, RateFactors
 from tests.distributed.cases import Case, Layout
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.deepspeed_jobs import MEGATRON, STEPS, Zero, refuse_steps, train_cases
+from tests.distributed.parity_checks import reference_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
@@ -43,14 +44,7 @@ COVERING = covering_design(EVERYTHING, _settings)
 @pytest.fixture(scope="module")
 def reference(run_deepspeed) -> Callable[[Case], dict[str, float]]:
     """A case's numbers from the megatron engine on one process."""
-    known: dict[Case, dict[str, float]] = {}
-
-    def numbers(case: Case) -> dict[str, float]:
-        if case.reference not in known:
-            known[case.reference] = run_deepspeed(train_cases, 1, Layout(), [(case.reference, MEGATRON)])[0]
-        return known[case.reference]
-
-    return numbers
+    return reference_of(lambda case: run_deepspeed(train_cases, 1, Layout(), [(case, MEGATRON)])[0])
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import STEPS, Case, Layout, train_cases
+from tests.distributed.parity_checks import reference_of
 from tests.te.te_jobs import on_te
 
 TOLERANCE = 1e-5
@@ -44,14 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def reference(run_te) -> Callable[[Case], Any]:
     """A case's outcome on one process and the torch spec."""
-    known: dict[Case, Any] = {}
-
-    def outcome(case: Case) -> Any:
-        if case.reference not in known:
-            known[case.reference] = run_te(train_cases, 1, Layout(), [case.reference])[0]
-        return known[case.reference]
-
-    return outcome
+    return reference_of(lambda case: run_te(train_cases, 1, Layout(), [case])[0])
 
 
 @pytest.fixture
