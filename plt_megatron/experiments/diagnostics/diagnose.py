@@ -105,19 +105,22 @@ def measure_sequence(
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
         masked_token: losses leave out what follows it.
     """
-    counted = torch.ones_like(tokens[1:], dtype=torch.bool)
+    counted, all_starts = torch.ones_like(tokens[1:], dtype=torch.bool), starts
     if starts is not None:
         counted, starts = ~starts[1:], starts[:-1]  # nothing predicts another document's first token
     if masked_token is not None:
         counted = counted & (tokens[:-1] != masked_token)
     recording = record(model, tokens[:-1], starts)
+    distances = measures.copy_distances(tokens, all_starts)
+    window = model.config.window_size
+    copies = {"copy_loss": (distances > 0) & (distances <= window), "far_copy_loss": distances > window}
 
     def head(states: Tensor) -> Tensor:
         # With a norm between loops the states are normed.
         return model.lm_head(states if model.config.norm_between_loops else model.model.norm(states))
 
     result = {**recording.by_head, **recording.by_layer, **_state_measures(recording, starts)}
-    return result | measures.lens_statistics(recording.states, tokens[1:], counted, head)
+    return result | measures.lens_statistics(recording.states, tokens[1:], counted, head, copies)
 
 
 def _state_measures(recording: Recording, starts: Tensor | None) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ the states [T, d] after each loop. A value that is not defined is NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -79,8 +79,35 @@ def head_diversity(outputs: Tensor) -> tuple[float, float]:
     return _rank_of_gram(cosines), cosine
 
 
+def copy_distances(tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+    """How far back a label could be copied from: an induction head finds it after the last occurrence of its context.
+
+    Args:
+        tokens: int64 [T + 1], the last one only as a label.
+        starts: bool [T + 1], first tokens of documents kept apart; None: one document.
+
+    Returns:
+        int64 [T], for the token after place t the distance from t to the last place before it with the same two tokens
+        (t - 1, t), if the same token followed there; 0 where none did.
+    """
+    distances = torch.zeros_like(tokens[1:])
+    row, last = tokens.tolist(), dict[tuple[int, int, int], int]()
+    documents = (torch.zeros_like(tokens) if starts is None else starts.long().cumsum(0)).tolist()
+    for place in range(1, len(row) - 1):
+        context = (documents[place], row[place - 1], row[place])
+        before = last.get(context)
+        if before is not None and row[before + 1] == row[place + 1]:
+            distances[place] = place - before
+        last[context] = place
+    return distances
+
+
 def lens_statistics(
-    states: Sequence[Tensor], labels: Tensor, counted: Tensor, head: Callable[[Tensor], Tensor]
+    states: Sequence[Tensor],
+    labels: Tensor,
+    counted: Tensor,
+    head: Callable[[Tensor], Tensor],
+    groups: Mapping[str, Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
     """The logit lens: what the model would predict if it stopped after each loop.
 
@@ -89,28 +116,36 @@ def lens_statistics(
         labels: int64 [T], the next tokens.
         counted: bool [T], the tokens that count.
         head: states to logits [.., V].
+        groups: bool [T] by name, tokens whose mean loss is wanted by itself.
 
     Returns:
         Arrays [L + 1] by name, means over the tokens that count: `lens_loss` (nats), `lens_rank` (of the label, 1 is
         best), `lens_entropy` (nats), `lens_kl` = KL(p(r) || p(r-1)) (nats, r >= 2), and `peak_loop`, the share of
-        tokens whose largest KL is at r (r >= 2).
+        tokens whose largest KL is at r (r >= 2); by a group's name the mean loss of its tokens that count.
     """
-    loops = len(states) - 1
-    sums = {name: np.zeros(loops + 1) for name in ("lens_loss", "lens_rank", "lens_entropy", "lens_kl", "peak_loop")}
+    loops, groups = len(states) - 1, groups or {}
+    names = ("lens_loss", "lens_rank", "lens_entropy", "lens_kl", "peak_loop", *groups)
+    sums = {name: np.zeros(loops + 1) for name in names}
     places = counted.nonzero().squeeze(-1)
     if not len(places):
         return {name: np.full(loops + 1, math.nan) for name in sums}
     vocabulary = head(states[-1][:1]).shape[-1]
     for part in places.split(max(1, BLOCK_ELEMENTS // vocabulary)):
-        _add_lens(sums, [state[part] for state in states], labels[part], head)
-    result = {name: total / len(places) for name, total in sums.items()}
+        members = {name: group[part] for name, group in groups.items()}
+        _add_lens(sums, [state[part] for state in states], labels[part], head, members)
+    numbers = {name: int(group[places].sum()) for name, group in groups.items()}
+    result = {name: total / (numbers.get(name, len(places)) or math.nan) for name, total in sums.items()}
     for name, values in result.items():
         values[: 2 if name in ("lens_kl", "peak_loop") else 1] = math.nan
     return result
 
 
 def _add_lens(
-    sums: dict[str, np.ndarray], states: Sequence[Tensor], labels: Tensor, head: Callable[[Tensor], Tensor]
+    sums: dict[str, np.ndarray],
+    states: Sequence[Tensor],
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    groups: Mapping[str, Tensor],
 ) -> None:
     previous: Tensor | None = None
     divergences = []
@@ -119,7 +154,10 @@ def _add_lens(
         current = logits.log_softmax(-1)
         truth = logits.gather(-1, labels[:, None])
         probabilities = current.exp()
-        sums["lens_loss"][loop] -= float(current.gather(-1, labels[:, None]).double().sum())
+        losses = -current.gather(-1, labels[:, None]).squeeze(-1).double()
+        sums["lens_loss"][loop] += float(losses.sum())
+        for name, group in groups.items():
+            sums[name][loop] += float(losses[group].sum())
         sums["lens_rank"][loop] += float((logits > truth).sum() + len(labels))
         sums["lens_entropy"][loop] += float(torch.special.entr(probabilities).sum(-1).double().sum())
         if previous is not None:

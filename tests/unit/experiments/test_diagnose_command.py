@@ -173,7 +173,7 @@ def test_csv_and_json_hold_the_same_numbers(done):
     found = read(done.folder)
     with (done.folder / "diagnostics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len({row["measure"] for row in rows}) == 24 and len(rows) > 150
+    assert len({row["measure"] for row in rows}) == 26 and len(rows) > 150
     for row in rows:
         name = row["measure"]
         if row["layer"]:

@@ -145,6 +145,37 @@ def test_the_place_of_the_truth():
     assert lens(logits, [2, 3])["lens_rank"][1] == (2 + 4) / 2
 
 
+def test_losses_of_groups_are_those_of_their_tokens_that_count():
+    logits = random(2, 6, 9).numpy()
+    labels, counted = torch.tensor([3, 1, 4, 1, 5, 2]), torch.tensor([True, True, False, True, True, True])
+    groups = {"some": torch.tensor([False, True, True, False, False, True]), "none": torch.zeros(6, dtype=torch.bool)}
+    states = [torch.zeros(6, 9), *torch.as_tensor(logits)]
+    found = measures.lens_statistics(states, labels, counted, lambda state: state, groups)
+    for loop in (1, 2):
+        expected = torch.nn.functional.cross_entropy(states[loop][[1, 5]], labels[[1, 5]])
+        assert found["some"][loop] == pytest.approx(float(expected), rel=1e-5)
+    assert math.isnan(found["some"][0]) and np.isnan(found["none"]).all()
+    np.testing.assert_array_equal(found["lens_loss"], lens(logits, labels.tolist(), counted.tolist())["lens_loss"])
+
+
+def test_what_can_be_copied_and_from_how_far():
+    #         0  1  2  3  4  5  6  7  8  9 10 11
+    tokens = [7, 1, 2, 3, 9, 1, 2, 3, 1, 2, 4, 3]
+    # After the second (1, 2), at place 6, 3 follows again, four places on; the third is followed by another token.
+    expected = [0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0]
+    assert measures.copy_distances(torch.tensor(tokens)).tolist() == expected
+    repeated = torch.arange(10).repeat(3)
+    assert measures.copy_distances(repeated).tolist() == [0] * 11 + [10] * 18
+
+
+def test_nothing_is_copied_from_another_document():
+    tokens = torch.arange(10).repeat(3)
+    starts = torch.zeros(30, dtype=torch.bool)
+    starts[[0, 20]] = True
+    # The last token of the first document still has its label, which is not counted: another document's first token.
+    assert measures.copy_distances(tokens, starts).tolist() == [0] * 11 + [10] * 9 + [0] * 9
+
+
 def test_divergence_and_peaks_of_known_distributions():
     p = np.log([[[0.5, 0.25, 0.25]] * 2, [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25]], [[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]])
     found = lens(p, [0, 1])

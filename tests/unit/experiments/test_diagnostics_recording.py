@@ -212,9 +212,15 @@ def test_labels_of_other_documents_do_not_count():
     np.testing.assert_allclose(found["lens_loss"], expected, rtol=1e-5)
 
 
+def tokens_with_copies(seed):
+    """From within every window and from beyond."""
+    tokens = make_tokens(25, seed=seed).tolist()
+    return [0, 0, 0, 0, *tokens, *tokens[:4]]
+
+
 def test_a_diagnosis_is_the_mean_of_its_sequences():
     model = looped("plt")
-    tokens = np.stack([make_tokens(13, seed=seed).numpy() for seed in range(4)])
+    tokens = np.stack([tokens_with_copies(seed) for seed in range(4)])
     starts = np.zeros(tokens.shape, dtype=bool)
     steps = []
     found = diagnose(model, HeldOut(tokens, starts, 9), progress=lambda done, total: steps.append((done, total)))
@@ -236,7 +242,7 @@ def test_a_diagnosis_is_the_mean_of_its_sequences():
 @pytest.mark.parametrize("name", EVERY)
 def test_every_kind_of_model_has_its_measures(name):
     model = looped(name)
-    tokens = make_tokens(2, 12).numpy()
+    tokens = np.stack([tokens_with_copies(seed) for seed in range(2)])
     found = diagnose(model, HeldOut(tokens, np.zeros(tokens.shape, dtype=bool), 2))
     for measure in found.measures:
         assert np.isfinite(found.loops[measure.name].mean[measure.first_loop :]).all(), measure.name
