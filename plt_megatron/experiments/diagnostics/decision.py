@@ -143,8 +143,9 @@ def _cautions(diagnosis: Diagnosis, sequence_length: int, hidden_size: int) -> l
         found.append(f"{diagnosis.sequences} sequences are few for {LEVEL:.0%} intervals.")
     if diagnosis.loop_count > 1:
         found.append(
-            f"These weights were trained for {diagnosis.loop_count} loops, and only the last one's loss: a model "
-            "trained for fewer is another model. The rule proposes; a sweep over loop counts decides."
+            f"These weights were trained for {diagnosis.loop_count} loops, by the last one's loss unless "
+            "training.loop_loss_weights said otherwise: a model trained for fewer is another model. The rule proposes; "
+            "a sweep over loop counts decides."
         )
     if diagnosis.loops["effective_rank"].mean.max() > 0.9 * min(sequence_length, hidden_size):
         found.append(
