@@ -105,15 +105,14 @@ def measure_sequence(
         starts: bool [T + 1], first tokens of documents kept apart; None: one document.
         masked_token: losses leave out what follows it.
     """
-    counted, all_starts = torch.ones_like(tokens[1:], dtype=torch.bool), starts
+    distances, window = measures.copy_distances(tokens, starts), model.config.window_size
+    copies = {"copy_loss": (distances > 0) & (distances <= window), "far_copy_loss": distances > window}
+    counted = torch.ones_like(tokens[1:], dtype=torch.bool)
     if starts is not None:
         counted, starts = ~starts[1:], starts[:-1]  # nothing predicts another document's first token
     if masked_token is not None:
         counted = counted & (tokens[:-1] != masked_token)
     recording = record(model, tokens[:-1], starts)
-    distances = measures.copy_distances(tokens, all_starts)
-    window = model.config.window_size
-    copies = {"copy_loss": (distances > 0) & (distances <= window), "far_copy_loss": distances > window}
 
     def head(states: Tensor) -> Tensor:
         # With a norm between loops the states are normed.

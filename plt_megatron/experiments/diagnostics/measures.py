@@ -90,8 +90,8 @@ def copy_distances(tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         int64 [T], for the token after place t the distance from t to the last place before it with the same two tokens
         (t - 1, t), if the same token followed there; 0 where none did.
     """
-    distances = torch.zeros_like(tokens[1:])
     row, last = tokens.tolist(), dict[tuple[int, int, int], int]()
+    distances = [0] * (len(row) - 1)
     documents = (torch.zeros_like(tokens) if starts is None else starts.long().cumsum(0)).tolist()
     for place in range(1, len(row) - 1):
         context = (documents[place], row[place - 1], row[place])
@@ -99,7 +99,7 @@ def copy_distances(tokens: Tensor, starts: Tensor | None = None) -> Tensor:
         if before is not None and row[before + 1] == row[place + 1]:
             distances[place] = place - before
         last[context] = place
-    return distances
+    return torch.tensor(distances, device=tokens.device)
 
 
 def lens_statistics(
