@@ -18,12 +18,14 @@ def main(address: str, arguments: list[str]) -> None:
         os.execv(sys.executable, [sys.executable, *arguments])
     server = _socket.socket(_socket.AF_UNIX)
     server.connect(address)
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, _FORWARDED)  # until the server has the request
     for number in _FORWARDED:
-        _signal.signal(number, lambda number, frame: server.send(bytes([number])))
+        _signal.signal(number, lambda number, frame: _pass_on(server, number))
     data = marshal.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)})
     streams = array.array("i", [0, 1, 2])
     server.sendmsg([f"{len(data):8}".encode()], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
     server.sendall(data)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, _FORWARDED)
     status = int(server.recv(16) or 1)
     if status < 0:
         if -status != _signal.SIGKILL:
@@ -31,6 +33,13 @@ def main(address: str, arguments: list[str]) -> None:
         os.kill(os.getpid(), -status)
         _signal.pause()  # it comes
     os._exit(status)
+
+
+def _pass_on(server: _socket.socket, number: int) -> None:
+    try:
+        server.send(bytes([number]))
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the command has ended meanwhile: its status is there to be read
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import time
 import psutil
 import pytest
 
-from tests.warm_python import WarmPython
+from tests.warm_python import _CLIENT, WarmPython, _receive
 
 SLEEPER = """
 import os, signal, subprocess, sys, time
@@ -97,6 +98,28 @@ def test_signals_reach_the_command(warm_python, tmp_path, number, status):
         process.send_signal(number)
         assert process.wait(60) == status
     wait_until_gone(command)
+
+
+def test_a_signal_that_comes_after_the_commands_end_changes_nothing(tmp_path):
+    """The server has sent the status and gone; the caller gets SIGTERM before it has read it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        command = [sys.executable, "-IS", _CLIENT, str(tmp_path / "socket"), "script.py"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as client:
+            caller, _ = listener.accept()
+            request, streams = _receive(caller)
+            assert request["arguments"] == ["script.py"]
+            for stream in streams:
+                os.close(stream)
+            client.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, client.pid, os.WSTOPPED)
+            caller.send(b"75")
+            caller.close()
+            client.send_signal(signal.SIGTERM)
+            client.send_signal(signal.SIGCONT)
+            assert client.communicate(timeout=60) == (None, "")
+        assert client.returncode == 75
 
 
 def test_the_server_ends_with_the_last_who_holds_it(tmp_path):
