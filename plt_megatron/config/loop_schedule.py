@@ -183,15 +183,6 @@ def _check_loss_weights(config: RunConfig) -> Iterator[str]:
             f"training.loop_loss_weights has {len(training.loop_loss_weights)} weights, but {earlier} of "
             f"model.loop_count {config.model.loop_count} loops come before the last, whose own is 1"
         )
-    if config.parallel.pipeline_model_parallel_size > 1:
-        yield (
-            f"parallel.pipeline_model_parallel_size {config.parallel.pipeline_model_parallel_size} does not run with "
-            "training.loop_loss_weights yet: leave them out, or set it to 1"
-        )
-    if config.engine == "deepspeed":
-        yield "engine deepspeed: training.loop_loss_weights: leave them out, or set engine=megatron"
-    if training.fp8 != "none":
-        yield f"training.fp8 {training.fp8} does not run with training.loop_loss_weights yet: set training.fp8=none"
 
 
 def _check_stage(config: RunConfig, number: int) -> Iterator[str]:

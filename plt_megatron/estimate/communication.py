@@ -146,12 +146,14 @@ def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> flo
 
 
 def _tensor_ends(config: RunConfig, layout: Layout, shapes: Activations, loops: int) -> float:
-    """Embedding and output layer of all microbatches; in a pipeline, where each loop embeds anew, of the busier end.
-    The cross-entropy adds up three numbers of each token, the z-loss one."""
+    """Embedding and output layer of all microbatches, the latter for each loop with a loss; in a pipeline, where each
+    loop embeds anew, of the busier end. The cross-entropy adds up three numbers of each token, the last loop's z-loss
+    one."""
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
-    numbers = 4 if config.training.z_loss_coeff else 3
+    heads = len(derived.loops_with_loss(config, loops))
+    numbers = 3 * heads + (1 if config.training.z_loss_coeff else 0)
     losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
-    embedding, head = 2 * whole, (3 if layout.sequence_parallel else 2) * whole + losses
+    embedding, head = 2 * whole, heads * (3 if layout.sequence_parallel else 2) * whole + losses
     return layout.microbatches * (embedding + head if layout.pipeline == 1 else max(loops * embedding, head))
 
 

@@ -104,6 +104,7 @@ class LoopedGPT(LanguageModule):
 
     Attributes:
         loop_loss_weights: of the losses on the outputs of loops 1, 2, ... in training; none at first.
+        loss_gradient: what the engine's backward gives each token's loss. These losses do not go through the engine.
         z_loss: adds to the gradient of the last loop's losses in training; None at first.
     """
 
@@ -125,6 +126,7 @@ class LoopedGPT(LanguageModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.loop_loss_weights: tuple[float, ...] = ()
+        self.loss_gradient = 1.0
         self.z_loss: HeadZLoss | None = None
         self.share_embeddings_and_output_weights = self.plt.share_embeddings_and_output_weights
         self.model_type = ModelType.encoder_or_decoder
@@ -277,7 +279,7 @@ class LoopedGPT(LanguageModule):
             return normed
         output = normed if self.plt.norm_between_loops else self.final_layernorm(hidden_states)
         loss_sum, _ = sum_of_losses(self._head(output, batch.labels), batch.loss_mask)
-        return attach_loss(normed, weight * loss_sum)
+        return attach_loss(normed, self.loss_gradient * weight * loss_sum)
 
     def embed(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """Token embeddings E, or with a prelude its output, [s / CP (/ TP), b, h]."""

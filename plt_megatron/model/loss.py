@@ -34,8 +34,8 @@ class _Attached(torch.autograd.Function):
 
 
 def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
-    """`carrier`, whose backward pass differentiates `loss` too: a scalar that adds to the sum of the step's losses.
+    """`carrier`, whose backward pass differentiates `loss` too: a scalar, as if it were added to the step's loss.
 
-    So a loss in the middle of a pipeline needs no way of its own to the schedule. The gradient of the sum must be 1.
+    So a loss in the middle of a pipeline needs no way of its own to the schedule.
     """
     return _Attached.apply(carrier, loss)

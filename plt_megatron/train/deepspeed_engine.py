@@ -115,6 +115,8 @@ class DeepSpeedEngine:
         """Each microbatch through the model, and back if `step_tokens` is given; sums of losses, tokens that count and
         z-losses over data-parallel ranks."""
         self._results = []
+        # The mean over data-parallel ranks is DeepSpeed's; over tokens, ours.
+        gradient = self.stage.loss_gradient = self.groups.dp.size() / max(step_tokens or 1, 1)
         for index, batch in enumerate(batches):
             self.on_progress()
             loss_sum, tokens = sum_of_losses(self.deepspeed(batch, loop_count), batch.loss_mask)
@@ -122,9 +124,7 @@ class DeepSpeedEngine:
             if step_tokens is None:
                 continue
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            # The mean over data-parallel ranks is DeepSpeed's; over tokens, ours.
-            loss = loss_sum * (self.groups.dp.size() / max(step_tokens, 1))
-            self.deepspeed.backward(loss, scale_wrt_gas=False)
+            self.deepspeed.backward(gradient * loss_sum, scale_wrt_gas=False)
             self._gradient_parts.finish_microbatch()
         total = torch.nn.functional.pad(torch.stack(self._results).sum(dim=0), (0, 1))
         if self.stage.z_loss is not None:

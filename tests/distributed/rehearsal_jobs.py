@@ -79,9 +79,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def run_config(layout: str) -> RunConfig:
     """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out. A name that
-    ends in `average` has a moving average of its weights; one in `span`, layers that run once."""
+    ends in `average` has a moving average of its weights; in `span`, layers that run once; in `losses`, one for each
+    loop."""
     span = layout.endswith(" span")
-    parallel = ParallelConfig(**LAYOUTS[layout.removesuffix(" average").removesuffix(" span")])
+    plain = layout.removesuffix(" average").removesuffix(" span").removesuffix(" losses")
+    parallel = ParallelConfig(**LAYOUTS[plain])
     optimizer = OptimizerConfig(name="muon" if "Muon" in layout else "adam")
     pipeline = parallel.pipeline_model_parallel_size
     return RunConfig(
@@ -104,6 +106,7 @@ def run_config(layout: str) -> RunConfig:
             micro_batch_size=1,
             global_batch_size=(pipeline if pipeline > 1 else 8) * (parallel.data_parallel_size or 1),
             train_iters=10,
+            loop_loss_weights=[0.5] if layout.endswith(" losses") else [],
             ema_decay=0.9 if layout.endswith(" average") else None,
         ),
         parallel=parallel,

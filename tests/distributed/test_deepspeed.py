@@ -113,6 +113,30 @@ def test_the_z_loss_of_the_head(check, reference, layout):
     assert abs(reference(case)["gradient norm 0"] - without) > 100 * TOLERANCE * without
 
 
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    [
+        (Layout(dp=2), [("none", {}, Zero(2)), ("full", {"norm_between_loops": True}, Zero(3))]),
+        pytest.param(
+            Layout(tp=2, sp=True),
+            [("selective", {}, Zero(1)), ("full", {"share_embeddings_and_output_weights": False}, Zero(3))],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            Layout(tp=2, dp=2),
+            [("full", {}, Zero(3, "cpu", "cpu")), ("none", {}, Zero(2, "cpu"))],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_losses_of_every_loop(check, reference, layout, cases):
+    weights = (("loop_loss_weights", (0.5, 0.25)),)
+    check(layout, [(Case(3, how, training=weights, model=_model(**model)), zero) for how, model, zero in cases])
+    without = reference(Case(3))["gradient norm 0"]
+    assert abs(reference(Case(3, training=weights))["gradient norm 0"] - without) > 100 * TOLERANCE * without
+
+
 def test_the_covering_design_has_every_pair():
     assert pairs(COVERING, _settings) == pairs(EVERYTHING, _settings)
     assert len(COVERING) <= 12

@@ -33,13 +33,14 @@ def run_config(
     precision: str = "fp32",
     packed: bool = False,
     zero: int = 0,
+    losses: list[float] | None = None,
     stages: dict[str, Any] | None = None,
     **model: Any,
 ) -> RunConfig:
     """A model of 0.8M parameters whose activations take about twice what its training state takes.
 
-    `zero`: DeepSpeed's stage; 0: megatron-core's engine. `stages`: settings of an uneven pipeline. Further settings are
-    the model's.
+    `zero`: DeepSpeed's stage; 0: megatron-core's engine. `losses`: weights of the earlier loops'. `stages`: settings of
+    an uneven pipeline. Further settings are the model's.
     """
     sizes: dict[str, Any] = {
         "num_layers": 4,
@@ -59,6 +60,7 @@ def run_config(
             global_batch_size=4 * pp * dp,
             train_iters=10,
             precision=precision,  # type: ignore[arg-type]
+            loop_loss_weights=losses or [],
         ),
         parallel=ParallelConfig(
             tensor_model_parallel_size=tp,
@@ -124,6 +126,9 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({"tp": 4, "sp": True}, [{}, {"share_kv": False, "gated_window": False}], SLOW),
     ({"pp": 2}, [{}, {"loops": 3, "recompute": "full"}], SLOW),
     ({"pp": 2}, [{"loops": 1}], SLOW),
+    ({"pp": 2}, [{"losses": [0.5]}, {"losses": [0.5, 0.5], "loops": 3, "recompute": "full"}], SLOW),
+    ({"pp": 4}, [{"losses": [0.5], "precision": "bf16"}], SLOW),
+    ({"dp": 2, "zero": 2}, [{"losses": [0.5]}], SLOW),
     ({"pp": 2, "stages": {"num_layers_in_first_pipeline_stage": 3}}, [{}, {"recompute": "full"}], SLOW),
     ({"pp": 4, "stages": ENDS, "num_layers": 2}, [{}], SLOW),
     ({"dp": 2}, [{"precision": "bf16"}], SLOW),
@@ -145,8 +150,8 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
 def name_of(changes: dict[str, Any]) -> str:
     """As in `L2 full bf16`."""
     words = [f"L{changes.get('loops', 2)}", changes.get("recompute", "none"), changes.get("precision", "fp32")]
-    model = set(changes) - {"loops", "recompute", "precision", "packed", *EXPERTS}
-    words += ["experts"] * ("num_moe_experts" in changes)
+    model = set(changes) - {"loops", "recompute", "precision", "packed", "losses", *EXPERTS}
+    words += ["experts"] * ("num_moe_experts" in changes) + ["losses"] * ("losses" in changes)
     return " ".join(words + ["packed"] * changes.get("packed", False) + ["model variant"] * bool(model))
 
 

@@ -46,6 +46,7 @@ def _settings(setting: Setting) -> list[tuple[Any, Any]]:
     ]
 
 
+# The model's settings, and `training.loop_loss_weights`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "+ CLP": {"share_kv": False, "gated_window": False},
@@ -59,9 +60,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "embedding_scale": 0.707,
         "hidden_scale": 0.053,
         "share_embeddings_and_output_weights": False,
+        "loop_loss_weights": (0.5, 0.25),
     },
     # With the cases' own std some FFN output is nearly zero in three loops, whose norm amplifies rounding to 9e-5.
-    "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True, "init_method_std": 0.06},
+    "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True, "init_method_std": 0.06}
+    | {"loop_loss_weights": (0.25, 0.5)},
     "qkv bias, untied, E + h": {
         "qkv_bias": True,
         "share_embeddings_and_output_weights": False,
@@ -108,8 +111,16 @@ QUICK = [
 COVERING, QUICK_COVERING = covering_design(EVERYTHING, _settings), covering_design(QUICK, _settings)
 
 
-def _case(loops: int, recompute: str = "none", overlap: bool = False, packed: bool = False, **model: Any) -> Case:
-    return Case(loops, recompute, overlap, packed, tuple(sorted(model.items())))
+def _case(
+    loops: int,
+    recompute: str = "none",
+    overlap: bool = False,
+    packed: bool = False,
+    loop_loss_weights: tuple[float, ...] = (),
+    **model: Any,
+) -> Case:
+    training = (("loop_loss_weights", loop_loss_weights[: loops - 1]),) if loop_loss_weights else ()
+    return Case(loops, recompute, overlap, packed, tuple(sorted(model.items())), training=training)
 
 
 # ---------------------------------------------------------------- the matrix
@@ -301,8 +312,9 @@ def _expert_case(
 def test_experts(check, layout):
     """The second has biases too, a shared expert, and a dense first layer."""
     others = {"moe_shared_expert_intermediate_size": 8, "first_k_dense_replace": 1, **BIASES}
-    cases = [_expert_case(3, "full", overlap=True), _expert_case(2, "selective", way="allgather", **others)]
-    check(layout, cases, "mixture of experts", ["PLT-3", "PLT-2, biases, dense first"])
+    first = _expert_case(3, "full", overlap=True, loop_loss_weights=(0.5, 0.25))
+    cases = [first, _expert_case(2, "selective", way="allgather", **others)]
+    check(layout, cases, "mixture of experts", ["PLT-3, losses of loops", "PLT-2, biases, dense first"])
 
 
 @pytest.mark.slow

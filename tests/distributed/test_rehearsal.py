@@ -77,8 +77,10 @@ def test_other_layouts_are_those_of_the_real_run(run_distributed, layout, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["TP2 SP CP2 DP2 span", "TP2 SP DP2 EP2 span", "TP4 SP DP2"])
-def test_layers_that_run_once_and_shared_heads_are_estimated_as_rehearsed(run_distributed, layout, tmp_path):
+@pytest.mark.parametrize(
+    "layout", ["TP2 SP CP2 DP2 span", "TP2 SP DP2 EP2 span", "TP4 SP DP2", "TP2 PP2 losses", "TP4 SP DP2 losses"]
+)
+def test_spans_shared_heads_and_losses_of_loops_are_estimated_as_rehearsed(run_distributed, layout, tmp_path):
     found = rehearsed(layout)[layout]
     assert_as_real(run_distributed, layout, found, tmp_path)
     off = dict(found["differences"])

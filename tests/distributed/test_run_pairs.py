@@ -69,7 +69,6 @@ AXES: dict[str, dict[str, Settings]] = {
 
 REFUSED = {
     (("average", "yes"), ("optimizer", "muon")),
-    (("layout", Layout(pp=2)), ("losses", "of loops")),
     (("mix", "staged"), ("documents", "filled")),
 }
 pytestmark = pytest.mark.slow

@@ -35,7 +35,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "case"),
     [
-        (Layout(pp=2, dp=2), Case(3, "full", overlap=True, model=HIDDEN)),
+        (Layout(pp=2, dp=2), Case(3, "full", overlap=True, model=HIDDEN, training=LOSSES)),
         pytest.param(
             Layout(tp=2, sp=True, cp=2),
             Case(3, "selective", overlap=True, packed=True, training=LOSSES),
@@ -46,7 +46,7 @@ SLOW = pytest.mark.slow
         pytest.param(Layout(tp=2, dp=2), Case(3, "full", overlap=True, model=HIDDEN, training=LOSSES), marks=SLOW),
         pytest.param(Layout(pp=2, cp=2), Case(3, packed=True), marks=SLOW),
         pytest.param(Layout(tp=2, sp=True, pp=2), Case(3, "full", packed=True, model=HIDDEN), marks=SLOW),
-        pytest.param(Layout(pp=4), Case(3, overlap=True), marks=SLOW),
+        pytest.param(Layout(pp=4), Case(3, overlap=True, training=LOSSES), marks=SLOW),
         pytest.param(Layout(pp=4), Case(3, overlap=True, model=TWO_LAYERS, parallel=ENDS, training=Z_LOSS), marks=SLOW),
         pytest.param(Layout(cp=2, dp=2), Case(3, "full", overlap=True, packed=True), marks=SLOW),
     ],

@@ -82,6 +82,41 @@ def test_layers_that_run_once_are_close_to_bf16_and_quantized_once(run_te, check
         assert len(call.weights) == jobs.WEIGHTS_PER_LAYER * LAYERS and set(call.weights.values()) == {1}, call.weights
 
 
+@pytest.mark.parametrize(
+    ("layout", "recipe", "recompute"),
+    [
+        (Layout(), "delayed", "none"),
+        (Layout(), "blockwise", "selective"),
+        (Layout(pp=2), "delayed", "none"),
+        (Layout(tp=2, sp=True, pp=2), "tensorwise", "full"),
+        (Layout(cp=2, dp=2), "tensorwise", "none"),
+    ],
+    ids=str,
+)
+def test_losses_of_every_loop_are_close_to_bf16_and_quantize_nothing_again(
+    run_te, bf16, check_close, layout, recipe, recompute
+):
+    losses = ("loop_loss_weights", (0.5, 0.25))
+    expected, case = fp8_case(3, None), fp8_case(3, recipe, recompute=recompute)
+    expected, case = (replace(each, training=(*each.training, losses)) for each in (expected, case))
+    (plain,) = run_te(jobs.train_fresh, 1, Layout(), [expected])
+    assert plain.numbers["gradient norm 0"] != pytest.approx(bf16[3].numbers["gradient norm 0"], rel=NORM_BOUND)
+    calls, outcome = run_te(jobs.count, layout.world_size, layout, case)
+    check_close(outcome, plain, f"{recipe} L3 losses of loops {recompute} {layout}")
+    for call in calls[1:]:
+        assert len(call.weights) == jobs.WEIGHTS_PER_LAYER * LAYERS // layout.pp and set(call.weights.values()) == {1}
+
+
+def test_losses_of_every_loop_have_the_same_gradient_recomputed_and_accumulated_by_the_product(run_te):
+    losses = ("loop_loss_weights", (0.5, 0.25))
+    plain, full = (fp8_case(3, "tensorwise", recompute=kind) for kind in ("none", "full"))
+    plain, full = (replace(each, training=(*each.training, losses)) for each in (plain, full))
+    fused = replace(plain, parallel=(("gradient_accumulation_fusion", True), *plain.parallel))
+    expected, *others = run_te(jobs.train_fresh, 1, Layout(), [plain, full, fused])
+    for other in others:
+        assert other.numbers["gradient norm 0"] == pytest.approx(expected.numbers["gradient norm 0"], rel=1e-5)
+
+
 @pytest.mark.parametrize("recipe", ["mxfp8", "auto"])
 def test_mxfp8_is_blackwells(run_te, bf16, check_close, recipe):
     calls, outcome = run_te(jobs.count, 1, Layout(), fp8_case(2, recipe), generation=10)

@@ -197,6 +197,14 @@ def test_cross_entropy_with_a_z_loss(same):
     same(Layout(tp=2, sp=True), [case], "cross_entropy_loss_fusion")
 
 
+@pytest.mark.slow
+def test_cross_entropy_of_every_loop(same):
+    """In a pipeline the last stage has several in flight."""
+    case = Case(3, "full", overlap=True, training=(("loop_loss_weights", (0.5, 0.25)),))
+    same(Layout(pp=2), [case], *OFF)
+    same(Layout(tp=2, sp=True), [case], *OFF)
+
+
 def test_cross_entropy_in_bf16(same):
     same(Layout(), [Case(2, precision="bf16")], "cross_entropy_loss_fusion", tolerance=BF16_TOLERANCE)
 
