@@ -225,9 +225,15 @@ def validation_loop_counts(config: RunConfig) -> list[int]:
     return config.validation.loop_counts or [config.model.loop_count]
 
 
+def loop_loss_weights(config: RunConfig, loop_count: int) -> list[float]:
+    """Of the losses on the outputs of loops 1, 2, ... before a step's last. A single weight is that of all of them."""
+    weights = config.training.loop_loss_weights
+    return weights * (loop_count - 1) if len(weights) == 1 else weights[: loop_count - 1]
+
+
 def loops_with_loss(config: RunConfig, loop_count: int) -> list[int]:
     """The loops of a training step of `loop_count` whose outputs have a loss: the last one, and those with a weight."""
-    weights = config.training.loop_loss_weights[: loop_count - 1]
+    weights = loop_loss_weights(config, loop_count)
     return [loop for loop, weight in enumerate(weights, start=1) if weight > 0] + [loop_count]
 
 

@@ -175,12 +175,10 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _check_loss_weights(config: RunConfig) -> Iterator[str]:
-    training, earlier = config.training, config.model.loop_count - 1
-    if not training.loop_loss_weights:
-        return
-    if len(training.loop_loss_weights) > earlier:
+    given, earlier = len(config.training.loop_loss_weights), config.model.loop_count - 1
+    if given > max(earlier, 1):
         yield (
-            f"training.loop_loss_weights has {len(training.loop_loss_weights)} weights, but {earlier} of "
+            f"training.loop_loss_weights has {given} weights, but {earlier} of "
             f"model.loop_count {config.model.loop_count} loops come before the last, whose own is 1"
         )
 

@@ -317,7 +317,8 @@ class TrainingConfig:
     batch_schedule: list[BatchStage] = field(default_factory=list)
     # As in [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count loops in every step.
     loop_schedule: list[LoopStage] = field(default_factory=list)
-    # Weights of the losses on the outputs of loops 1, 2, ..., beside the last one's, whose weight is 1; empty: none.
+    # Weights of the losses on the outputs of loops 1, 2, ..., beside the last one's, whose weight is 1; a single one is
+    # that of all earlier loops, however many; empty: none.
     loop_loss_weights: list[NotNegative] = field(default_factory=list)
     # Of log(Z)^2 of the last loop's logits, Z the sum of their exponentials: PaLM's z-loss, 1e-4 there. Not in `loss`.
     z_loss_coeff: NotNegative = 0.0

@@ -44,7 +44,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
         post_process=parallel_state.is_pipeline_last_stage(),
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    stage.loop_loss_weights = tuple(training.loop_loss_weights)
+    stage.loop_loss_weights = tuple(derived.loop_loss_weights(config, config.model.loop_count))
     if training.z_loss_coeff:
         stage.z_loss = HeadZLoss(training.z_loss_coeff, stage.pg_collection.tp)
     initialize(stage, training.seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.config import derived
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import DataSource, LoopStage, RunConfig
@@ -122,6 +123,19 @@ ONE, TWO = LoopStage(0.5, 1), LoopStage(loop_count=2)
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
     (problem,) = find_problems(run(stages, **changes), check_files=False)
     assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("weights", "loops", "expected"),
+    [([], 3, []), ([0.5], 1, []), ([0.5], 2, [0.5]), ([0.5], 4, [0.5] * 3), ([0.5, 0.0], 3, [0.5, 0.0])],
+)
+def test_a_single_weight_is_that_of_all_earlier_loops(weights, loops, expected):
+    config = run([], loop_loss_weights=weights)
+    config.model.loop_count = loops
+    assert find_problems(config, check_files=False) == []
+    assert derived.loop_loss_weights(config, loops) == expected
+    losses = [loop for loop, weight in enumerate(expected, start=1) if weight] + [loops]
+    assert derived.loops_with_loss(config, loops) == losses
 
 
 def test_losses_on_earlier_loops_run_in_a_pipeline_and_on_deepspeed():
