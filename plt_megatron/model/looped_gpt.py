@@ -104,7 +104,7 @@ class LoopedGPT(LanguageModule):
 
     Attributes:
         loop_loss_weights: of the losses on the outputs of loops 1, 2, ... in training; none at first.
-        loss_gradient: what the engine's backward gives each token's loss. These losses do not go through the engine.
+        loss_gradient: what the engine's backward gives each token's loss; earlier loops' losses do not pass through it.
         z_loss: adds to the gradient of the last loop's losses in training; None at first.
     """
 
