@@ -116,7 +116,7 @@ class DeepSpeedEngine:
         z-losses over data-parallel ranks."""
         self._results = []
         # The mean over data-parallel ranks is DeepSpeed's; over tokens, ours.
-        gradient = self.stage.loss_gradient = self.groups.dp.size() / max(step_tokens or 1, 1)
+        gradient = self.stage.loss_gradient = self.groups.dp.size() / (step_tokens or 1)
         for index, batch in enumerate(batches):
             self.on_progress()
             loss_sum, tokens = sum_of_losses(self.deepspeed(batch, loop_count), batch.loss_mask)

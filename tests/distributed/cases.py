@@ -32,6 +32,8 @@ EXPERTS: dict[str, Any] = {
     "moe_z_loss_coeff": 1e-3,
 }
 
+LOSSES = (("loop_loss_weights", (0.5, 0.25)),)  # of three loops, as a case's `training`
+
 # The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
 BIASES = {
     "moe_router_score_function": "sigmoid",

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import DecayFactors, RateFactors
-from tests.distributed.cases import Case, Layout
+from tests.distributed.cases import LOSSES, Case, Layout
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.deepspeed_jobs import MEGATRON, STEPS, Zero, refuse_steps, train_cases
 from tests.distributed.parity_checks import reference_of
@@ -131,10 +131,9 @@ def test_the_z_loss_of_the_head(check, reference, layout):
     ids=str,
 )
 def test_losses_of_every_loop(check, reference, layout, cases):
-    weights = (("loop_loss_weights", (0.5, 0.25)),)
-    check(layout, [(Case(3, how, training=weights, model=_model(**model)), zero) for how, model, zero in cases])
+    check(layout, [(Case(3, how, training=LOSSES, model=_model(**model)), zero) for how, model, zero in cases])
     without = reference(Case(3))["gradient norm 0"]
-    assert abs(reference(Case(3, training=weights))["gradient norm 0"] - without) > 100 * TOLERANCE * without
+    assert abs(reference(Case(3, training=LOSSES))["gradient norm 0"] - without) > 100 * TOLERANCE * without
 
 
 def test_the_covering_design_has_every_pair():

@@ -63,8 +63,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loop_loss_weights": (0.5, 0.25),
     },
     # With the cases' own std some FFN output is nearly zero in three loops, whose norm amplifies rounding to 9e-5.
-    "the paper's dense": {"qk_layernorm": True, "ffn_output_norm": True, "init_method_std": 0.06}
-    | {"loop_loss_weights": (0.25, 0.5)},
+    "the paper's dense": {
+        "qk_layernorm": True,
+        "ffn_output_norm": True,
+        "init_method_std": 0.06,
+        "loop_loss_weights": (0.25, 0.5),
+    },
     "qkv bias, untied, E + h": {
         "qkv_bias": True,
         "share_embeddings_and_output_weights": False,

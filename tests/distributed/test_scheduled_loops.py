@@ -14,7 +14,7 @@ import pytest
 from plt_megatron.config.schema import DataConfig, LoopStage, RunConfig
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed import deepspeed_jobs
-from tests.distributed.cases import Case, Layout, train_cases
+from tests.distributed.cases import LOSSES, Case, Layout, train_cases
 from tests.distributed.deepspeed_jobs import Zero
 from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.distributed.training_jobs import make_data, run_config, train
@@ -25,7 +25,6 @@ from tests.distributed.whole_runs import folder, numbers
 CHANGING = (1, 2, 3, 1, 2, 3)  # each loop count twice, so that overlapped reduction has learned it
 HIDDEN = (("gate_input", "hidden"), ("norm_between_loops", True))
 EXPERTS = (("num_moe_experts", 4), ("moe_router_topk", 2), ("moe_ffn_hidden_size", 8))
-LOSSES = (("loop_loss_weights", (0.5, 0.25)),)
 TWO_LAYERS = (("num_layers", 2),)
 ENDS = (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
 Z_LOSS = (("z_loss_coeff", 0.02),)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import Case, Layout
+from tests.distributed.cases import LOSSES, Case, Layout
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case
 
@@ -82,6 +82,11 @@ def test_layers_that_run_once_are_close_to_bf16_and_quantized_once(run_te, check
         assert len(call.weights) == jobs.WEIGHTS_PER_LAYER * LAYERS and set(call.weights.values()) == {1}, call.weights
 
 
+def with_losses(case: Case) -> Case:
+    """The case with a loss for each of its three loops."""
+    return replace(case, training=(*case.training, *LOSSES))
+
+
 @pytest.mark.parametrize(
     ("layout", "recipe", "recompute"),
     [
@@ -96,9 +101,7 @@ def test_layers_that_run_once_are_close_to_bf16_and_quantized_once(run_te, check
 def test_losses_of_every_loop_are_close_to_bf16_and_quantize_nothing_again(
     run_te, bf16, check_close, layout, recipe, recompute
 ):
-    losses = ("loop_loss_weights", (0.5, 0.25))
-    expected, case = fp8_case(3, None), fp8_case(3, recipe, recompute=recompute)
-    expected, case = (replace(each, training=(*each.training, losses)) for each in (expected, case))
+    expected, case = map(with_losses, (fp8_case(3, None), fp8_case(3, recipe, recompute=recompute)))
     (plain,) = run_te(jobs.train_fresh, 1, Layout(), [expected])
     assert plain.numbers["gradient norm 0"] != pytest.approx(bf16[3].numbers["gradient norm 0"], rel=NORM_BOUND)
     calls, outcome = run_te(jobs.count, layout.world_size, layout, case)
@@ -108,9 +111,7 @@ def test_losses_of_every_loop_are_close_to_bf16_and_quantize_nothing_again(
 
 
 def test_losses_of_every_loop_have_the_same_gradient_recomputed_and_accumulated_by_the_product(run_te):
-    losses = ("loop_loss_weights", (0.5, 0.25))
-    plain, full = (fp8_case(3, "tensorwise", recompute=kind) for kind in ("none", "full"))
-    plain, full = (replace(each, training=(*each.training, losses)) for each in (plain, full))
+    plain, full = (with_losses(fp8_case(3, "tensorwise", recompute=kind)) for kind in ("none", "full"))
     fused = replace(plain, parallel=(("gradient_accumulation_fusion", True), *plain.parallel))
     expected, *others = run_te(jobs.train_fresh, 1, Layout(), [plain, full, fused])
     for other in others:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.cases import MODEL, STEPS, Case, Layout, train_cases
+from tests.distributed.cases import LOSSES, MODEL, STEPS, Case, Layout, train_cases
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case, on_te
 
@@ -200,7 +200,7 @@ def test_cross_entropy_with_a_z_loss(same):
 @pytest.mark.slow
 def test_cross_entropy_of_every_loop(same):
     """In a pipeline the last stage has several in flight."""
-    case = Case(3, "full", overlap=True, training=(("loop_loss_weights", (0.5, 0.25)),))
+    case = Case(3, "full", overlap=True, training=LOSSES)
     same(Layout(pp=2), [case], *OFF)
     same(Layout(tp=2, sp=True), [case], *OFF)
 
