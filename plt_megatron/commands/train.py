@@ -27,9 +27,12 @@ from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.branches import add_branch_options, branch_config
+from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
+from plt_megatron.slurm import run_files
+from plt_megatron.slurm.active import check_no_active_job
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,12 +88,15 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if count < gpus:
         print(f"using {count} of {gpus} GPUs: {layout_of(config, count).in_words()}", file=sys.stderr)
-    folder.save_config(config)
-    env = os.environ | threads | {"PYTHONPATH": python_path()}
-    if count > 1:
-        return run_processes(command, count, env=env)
-    sys.stdout.flush()
-    os.execve(command[0], command, env)
+    check_no_active_job(run_files.absolute_run_folder(config))
+    with locked(folder.path, "training") as lock:
+        folder.save_config(config)
+        env = os.environ | threads | {"PYTHONPATH": python_path()}
+        if count > 1:
+            return run_processes(command, count, env=env)
+        sys.stdout.flush()
+        os.set_inheritable(lock.fileno(), True)  # held until the training ends
+        os.execve(command[0], command, env)
 
 
 def thread_settings(config: RunConfig, count: int) -> dict[str, str]:

@@ -110,6 +110,7 @@ class FileOfRuns:
     output_dir: str
     path: Path
     settings: list[str]
+    changes: list[str]
 
     @property
     def folder(self) -> Path:
@@ -131,7 +132,7 @@ class SweepFile(FileOfRuns):
         baseline: label of the compared axis' value that the others are measured against; None: the first.
         questions: what the report asks -> labels [value, reference] of the compared axis.
         path: the file; its name is the sweep's, if it gives none.
-        settings: `key=value` settings of every run, from the command line.
+        settings: `key=value` settings of every run, from the command line; `changes`: of the file's own keys.
     """
 
     base: Path
@@ -150,6 +151,7 @@ class SweepFile(FileOfRuns):
     demo_corpus: DemoCorpus | None = None
     path: Path = field(init=False)
     settings: list[str] = field(init=False)
+    changes: list[str] = field(init=False)
 
     def compared_axis(self) -> Axis | None:
         """The axis that is compared: as named, else the first that sets a switch of the loop, else the first."""
@@ -182,6 +184,7 @@ def read_file_of_runs[T: FileOfRuns](
     file = load(kind, path, own)
     file.path = Path(path)
     file.settings = [text for text in settings if text not in own]
+    file.changes = own
     file.name = file.name or file.path.stem
     check(file, problems(file))
     return file
@@ -202,7 +205,7 @@ def settings_of(node: yaml.Node, key: str) -> list[str]:
 def _problems(sweep: SweepFile) -> Iterator[str]:
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         yield "seeds: give at least one, each once"
-    if Path(sweep.name).name != sweep.name:
+    if Path(sweep.name).name != sweep.name or sweep.name == "..":
         yield f"name: must be a folder name, got {sweep.name!r}"
     for axis in sweep.axes.values():
         for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & OWNED.keys()):
@@ -219,8 +222,10 @@ def _problems(sweep: SweepFile) -> Iterator[str]:
     known = ", ".join(labels) or "the axis values (no axis)"
     if sweep.baseline is not None and sweep.baseline not in labels:
         yield f"baseline: {sweep.baseline!r} is none of {known}"
+    # The command line may have left out some of the file's rows.
+    has_other_axes = any(change.startswith("axes.") for change in sweep.changes)
     for question, pair in sweep.questions.items():
         if len(pair) != 2:
             yield f"questions.{question}: expected two labels, [value, reference]; got {len(pair)}"
-        else:
+        elif not has_other_axes:
             yield from (f"questions.{question}: {label!r} is none of {known}" for label in pair if label not in labels)

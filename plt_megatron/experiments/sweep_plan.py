@@ -32,6 +32,7 @@ from plt_megatron.experiments import matching
 from plt_megatron.experiments.sweep_file import SweepFile
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder, save_config
+from plt_megatron.run_folder.text import plural
 
 FILE_NAME = "sweep.yaml"
 CONFIGS = "plan"  # the folder of the runs' configurations
@@ -85,7 +86,7 @@ class PlannedRun:
 
     def row(self) -> str:
         """What the run is called without its seed."""
-        return ", ".join(self.labels.values()) or self.config.model.__class__.__name__
+        return ", ".join(self.labels.values()) or plural(self.config.model.loop_count, "loop")
 
 
 @dataclass
@@ -142,6 +143,7 @@ def make_plan(sweep: SweepFile, tokenizer_vocab: int | None, check_files: bool =
                 problems.append(f"{', '.join(labels.values())}: {error}")
         runs += _seeded(held, labels, sweep.seeds, vocab)
     problems += [f"{run.name}: {p}" for run in runs for p in find_problems(run.config, check_files=False)]
+    problems += name_clashes([(run.name, ", ".join(run.labels.values())) for run in runs])
     if problems:
         raise UserError("\n".join(problems))
     runs.sort(key=lambda run: sweep.seeds.index(run.seed))  # stable: every row with the first seed comes first
@@ -187,6 +189,16 @@ def _seeded(
         training = dataclasses.replace(held.config.training, seed=seed)
         config = dataclasses.replace(held.config, name=name, training=training)
         yield PlannedRun(name, labels, seed, config, vocab, held.change, held.deviation)
+
+
+def name_clashes(runs: Sequence[tuple[str, str]]) -> list[str]:
+    """One line for each pair of labels whose runs would share a folder. `runs`: name and labels of each."""
+    found: dict[str, str] = {}
+    clashes = []
+    for name, label in runs:
+        if found.setdefault(name, label) != label:
+            clashes.append(f"{found[name]!r} and {label!r} would both be {name}: they must differ in letters or digits")
+    return clashes
 
 
 def slug(label: str) -> str:
@@ -273,6 +285,9 @@ def merge(plan: SweepPlan) -> SweepPlan:
         for name in _IDENTITY
         if getattr(old, name) != getattr(plan, name)
     ]
+    before, now = (" x ".join(x.runs[0].labels) for x in (old, plan))
+    if before != now:
+        problems.append(f"axes were {before or 'none'} there, and are {now or 'none'} now")
     known = {run.name: run for run in old.runs}
     for run in plan.runs:
         if run.name in known:
@@ -294,5 +309,11 @@ def plan_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
 
 def _recorded_config(folder: Path, name: str) -> RunConfig:
     """A run's configuration with its run folder in `folder`: a sweep may have been moved."""
-    config = load_config(folder / CONFIGS / f"{name}.yaml", accept_old_names=True)
+    path = folder / CONFIGS / f"{name}.yaml"
+    if not path.exists():
+        raise UserError(
+            f"{path} is missing, which {FILE_NAME} names: restore it, or remove {folder / FILE_NAME} and repeat the "
+            "command that made it; finished runs are kept"
+        )
+    config = load_config(path, accept_old_names=True)
     return dataclasses.replace(config, output_dir=str(folder))

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -80,15 +81,24 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """One process at a time that does `what` in a folder, which is created. Raises `UserError` if another is at it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+def locked(folder: Path, what: str) -> Iterator[IO[str]]:
+    """One process at a time that does `what` in a folder, which is created. Raises `UserError` if another is at it.
+
+    Yields the file whose open descriptor is the lock: a process that inherits it holds the lock too.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another {what} is running there; wait for it or stop it") from None
-        yield
+        except OSError as error:  # a network file system without locks
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            print(f"warning: cannot lock {folder} ({error.strerror}): start no other {what} there", file=sys.stderr)
+        yield file
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,12 +67,20 @@ def check_distinct(runs: Sequence[tuple[str, Path]]) -> None:
         raise UserError(f"--array: {counts[twice[0]]} configurations have the run folder {twice[0]}: give each a name")
 
 
-def plan_array(source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None) -> Array:
-    """The array of these runs, whose own folder is beside theirs."""
+def plan_array(
+    source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None, is_active: Callable[[Path], bool]
+) -> Array:
+    """The array of these runs, whose own folder is beside theirs.
+
+    Members read the folder's list when they start, so that one whose jobs wait or run (`is_active`) is left alone: the
+    next has a number.
+    """
     path = Path(source)
     name = name or (path.resolve().name if path.is_dir() else path.stem)
     parent = Path(os.path.commonpath([run.parent for run in runs]))
-    folder = parent / (name.replace(os.sep, "-") + SUFFIX)
+    stem = name.replace(os.sep, "-")
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    folder = next(path for path in (parent / (stem + SUFFIX) for stem in names) if not is_active(path))
     return Array(folder, run_files.job_name(folder, name), len(runs), max_concurrent)
 
 

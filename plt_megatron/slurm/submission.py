@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from plt_megatron.config.loader import load_config
@@ -22,7 +22,7 @@ from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
-from plt_megatron.slurm import arrays, checks, client, report, run_files
+from plt_megatron.slurm import active, arrays, checks, client, report, run_files
 from plt_megatron.slurm.arrays import Member
 from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
@@ -177,7 +177,18 @@ class _Plan:
     def _plan_array(self, runs: Sequence[Path]) -> Array:
         options = self.options
         assert options.array is not None
-        return arrays.plan_array(options.array, runs, options.name, options.max_concurrent)
+        return arrays.plan_array(options.array, runs, options.name, options.max_concurrent, self._has_active_job)
+
+    @cached_property
+    def _jobs(self) -> list[client.Job]:
+        try:
+            return active.active_jobs()
+        except client.SlurmError as error:
+            self.problems.append(str(error))
+            return []
+
+    def _has_active_job(self, folder: Path) -> bool:
+        return active.was_submitted(folder) and active.job_of(folder, self._jobs) is not None
 
     @staticmethod
     def _run_of(config: RunConfig) -> Path:
@@ -240,25 +251,14 @@ class _Plan:
 
     def _check_active(self, runs: Sequence[Path]) -> None:
         """Refuse runs with an active job: two jobs would overwrite each other's work."""
-        submitted = [
-            run for run in runs if RunFolder(run).config_file.is_file() and RunFolder(run).job_script.is_file()
-        ]
-        if not submitted or not client.is_installed():
-            return
-        try:
-            jobs = [job for job in client.my_jobs() if job.active]
-        except client.SlurmError as error:
-            self.problems.append(str(error))
-            return
-        for run in submitted:
-            known = run_files.submitted_jobs(run)
-            for job in jobs:
-                if job.id in known or job.name.endswith(run_files.name_suffix(run)):
-                    advice = f"wait for it, or scancel {job.id}"
-                    if "_" not in job.id:  # jobs of the run's own script wait for one another
-                        advice += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
-                    self.problems.append(f"{run}: its job {job.id} is {job.state.lower()}: {advice}")
-                    break
+        for run in filter(active.was_submitted, runs):
+            job = active.job_of(run, self._jobs)
+            if job is None:
+                continue
+            advice = f"wait for it, or scancel {job.id}"
+            if "_" not in job.id:  # jobs of the run's own script wait for one another
+                advice += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
+            self.problems.append(f"{run}: its job {job.id} is {job.state.lower()}: {advice}")
 
     # Saying.
 

@@ -23,11 +23,13 @@ class Answer:
 
 
 def answer_questions(results: SweepResults, rows: Sequence[Row]) -> list[Answer]:
-    """The plan's questions, for every group of rows."""
+    """The plan's questions about rows that it has, for every group of rows."""
     answers = []
+    labels = {row.label for row in rows}
+    questions = {text: pair for text, pair in results.plan.questions.items() if labels.issuperset(pair)}
     for group in groups(rows):
         by_label = {row.label: row for row in group}
-        for question, (label, reference) in results.plan.questions.items():
+        for question, (label, reference) in questions.items():
             difference = None
             if label in by_label and reference in by_label and results.has_one_data:
                 difference = paired_difference(by_label[label].losses, by_label[reference].losses, LEVEL)

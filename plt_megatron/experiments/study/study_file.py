@@ -146,6 +146,7 @@ class StudyFile(FileOfRuns):
     demo_corpus: DemoCorpus | None = None
     path: Path = field(init=False)
     settings: list[str] = field(init=False)
+    changes: list[str] = field(init=False)
 
 
 def read_study(path: str | Path, settings: Sequence[str] = ()) -> StudyFile:

@@ -21,10 +21,14 @@ LAUNCH = ROOT / "launch" / "local.py"
 
 # Stands in for the trainer: `python -m plt_megatron.train.main` finds this one first.
 FAKE_TRAINER = """
-import os, sys
+import os, sys, time
 keys = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 with open(f"seen.{os.environ.get('RANK', 'alone')}", "w") as stream:
     print(sys.argv[1], *(os.environ.get(key, "-") for key in keys), file=stream)
+if "WAIT" in os.environ:
+    print("ready", flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.01)
 sys.exit(int(os.environ["FAKE_STATUS"]))
 """
 
@@ -43,12 +47,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def environment(**env: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")} | env
+
+
 def launch(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     return subprocess.run(
         [sys.executable, str(LAUNCH), *arguments],
         cwd=folder,
-        env=clean | env,
+        env=environment(**env),
         capture_output=True,
         text=True,
         timeout=240,
@@ -143,6 +150,28 @@ def test_several_processes_pass_the_status_through(folder, status):
     if status == 0:
         for rank in range(4):
             assert (folder / f"seen.{rank}").read_text().split()[1:] == [str(rank), "4", "3"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_trained_once_at_a_time(folder, processes):
+    layout = f"parallel.tensor_model_parallel_size={processes}"
+    first = subprocess.Popen(
+        [sys.executable, str(LAUNCH), "run.yaml", layout],
+        cwd=folder,
+        env=environment(FAKE_STATUS="0", WAIT=""),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with first:
+        for _ in range(processes):
+            assert first.stdout.readline() == "ready\n"
+        second = launch(folder, "run.yaml", layout, "optimizer.lr=5e-4", FAKE_STATUS="0")
+        assert (second.returncode, second.stdout) == (2, "")
+        assert second.stderr == "error: runs/try: another training is running there; wait for it or stop it\n"
+        assert load_config(folder / "runs/try/config.yaml") == load_config(folder / "run.yaml", [layout])
+        (folder / "go").touch()
+    assert first.returncode == 0
+    assert launch(folder, "run.yaml", layout, FAKE_STATUS="0").returncode == 0
 
 
 def test_threads_of_the_environment_are_kept(folder):

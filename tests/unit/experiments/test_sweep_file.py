@@ -96,6 +96,7 @@ def test_the_compared_axis_is_the_one_that_changes_the_loops(tmp_path):
         ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a]}", "questions.q: expected two labels"),
         ("base: a.yaml\naxes: {r: {a: {}}}\nquestions: {q: [a, c]}", "questions.q: 'c' is none of a"),
         ("base: a.yaml\nname: a/b", "name: must be a folder name"),
+        ("base: a.yaml\nname: ..", "name: must be a folder name"),
         ("base: a.yaml\ntolerance: 2", ":2: tolerance must be below 1, got 2.0"),
         ("base: a.yaml\ndecode: {batch: 4}", ":2: unknown key decode.batch; did you mean decode.batch_size?"),
         ("base: a.yaml\nbase: b.yaml", "base is given twice"),

@@ -12,7 +12,7 @@ from sweep_helpers import LOOPS, plan_of, saved_plan
 from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import decode_cost
-from plt_megatron.experiments.sweep_plan import FILE_NAME, load_plan, merge
+from plt_megatron.experiments.sweep_plan import FILE_NAME, config_path, load_plan, merge
 
 
 def match_on(what: str) -> str:
@@ -173,12 +173,50 @@ def test_more_seeds_and_values_extend_a_sweep(tmp_path):
         (("match_budget=training_flops",), "match_budget was 'tokens' there, and is 'training_flops' now"),
         (("model.window_size=4", "seeds=[3]"), "1_loop-seed3: model.window_size was 8, is 4"),
         (("baseline=3 loops",), "baseline was '1 loop' there"),
+        (
+            ("axes.optimizer.lr=[1e-3]",),
+            "axes were model.loop_count there, and are model.loop_count x optimizer.lr now",
+        ),
     ],
 )
 def test_two_sweeps_that_contradict_each_other_are_refused(tmp_path, settings, said):
     saved_plan(tmp_path)
     with pytest.raises(UserError, match=re.escape(said)):
         merge(plan_of(tmp_path, LOOPS, settings))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("A B", "a_b"), ("+ KV sharing", "KV sharing"), ("小", "大")], ids=["case", "sign", "letters"]
+)
+def test_two_rows_of_one_folder_are_refused(tmp_path, first, second):
+    axis = f'size: {{"{first}": {{model.num_layers: 2}}, "{second}": {{model.num_layers: 4}}}}'
+    with pytest.raises(UserError, match=re.escape(f"'{first}' and '{second}' would both be ")):
+        plan_of(tmp_path, LOOPS.replace("model.loop_count: [1, 2, 3]", axis))
+
+
+def test_a_sweep_narrowed_by_the_command_line_keeps_its_questions(tmp_path):
+    text = LOOPS + "questions: {the second: [2 loops, 1 loop], the third: [3 loops, 2 loops]}\n"
+    plan = saved_plan(tmp_path, text)
+    narrowed = merge(plan_of(tmp_path, text, ("axes.model.loop_count=[1, 2]",)))
+    assert narrowed.questions == plan.questions and len(narrowed.runs) == 9
+    with pytest.raises(UserError, match="questions.the fourth: '4 loops' is none of"):
+        plan_of(tmp_path, text.replace("the third: [3", "the fourth: [4"), ("seeds=[1]",))
+
+
+def test_a_sweep_without_axes_is_called_by_its_loops(tmp_path):
+    plan = plan_of(tmp_path, "base: base.yaml\nset: {model.loop_count: 2}\n")
+    assert [run.row() for run in plan.runs] == ["2 loops"]
+
+
+def test_a_plan_that_lost_a_configuration_says_so(tmp_path):
+    plan = saved_plan(tmp_path)
+    lost = config_path(plan, plan.runs[4])
+    lost.unlink()
+    with pytest.raises(UserError) as caught:
+        load_plan(plan.folder)
+    assert str(caught.value).startswith(f"{lost} is missing, which sweep.yaml names: restore it, or remove ")
+    (plan.folder / FILE_NAME).unlink()
+    assert merge(plan_of(tmp_path)) == plan
 
 
 def test_a_folder_without_a_plan_or_with_a_broken_one(tmp_path):

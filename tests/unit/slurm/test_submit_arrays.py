@@ -71,6 +71,25 @@ def test_a_member_that_waits_is_left_alone(folder, slurm, checkout, members):
     assert "sbatch" not in line, "its own script would not wait for the array"
 
 
+def test_a_second_array_leaves_the_list_and_code_of_a_waiting_one_alone(folder, slurm, checkout, members):
+    submit_run(root=checkout, array="list.txt")
+    first = folder / "runs/sweep/list.array"
+    name = directives(first / "job.sbatch")["--job-name"]
+    (folder / "list.txt").write_text("config4.yaml\n")
+    more = yaml.safe_dump(RUN | {"name": "sweep/run4", "training": RUN["training"] | {"seed": 5}})
+    (folder / "config4.yaml").write_text(more)
+    slurm.jobs(("100_4", "PENDING", name))
+    submit_run(root=checkout, array="list.txt")
+    assert (first / "runs.txt").read_text().split() == [str(run) for run in members]
+    second = folder / "runs/sweep/list-2.array"
+    assert (second / "runs.txt").read_text().split() == [str(folder / "runs/sweep/run4")]
+    assert directives(second / "job.sbatch")["--output"] == f"{second}/logs/slurm-%A_%a.out"
+    slurm.jobs(("100_4", "COMPLETED", name))
+    (folder / "list.txt").write_text("config3.yaml\n")
+    submit_run(root=checkout, array="list.txt")
+    assert (first / "runs.txt").read_text().split() == [str(members[3])], "nobody reads the first any more"
+
+
 def test_two_members_of_one_folder_are_refused(folder, slurm, members):
     (folder / "list.txt").write_text("config0.yaml\nconfig0.yaml\n")
     assert "2 configurations have the run folder" in refusal(array="list.txt")[0]

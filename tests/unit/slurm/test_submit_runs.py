@@ -16,8 +16,10 @@ from submitting import IN_JOB, LAUNCHER, ROOT, command, directives, refusal, sub
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig
+from plt_megatron.errors import UserError
 from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.launcher.job import load_settings
+from plt_megatron.slurm.active import check_no_active_job
 from plt_megatron.slurm.run_files import job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
 
@@ -330,6 +332,17 @@ def test_a_run_whose_job_is_queued_is_left_alone(folder, slurm):
         assert f"job {job[0]} is {job[1].lower()}" in line and f"sbatch {run}/job.sbatch" in line
     slurm.jobs(("100", "CANCELLED", job_name(run, "try")), ("556", "RUNNING", "another-run"))
     submit_run()
+
+
+def test_a_run_with_a_job_is_not_trained_here(folder, slurm):
+    submit_run()
+    run = folder / "runs/try"
+    check_no_active_job(run)
+    slurm.jobs(("100", "PENDING", "any"))
+    with pytest.raises(UserError, match=re.escape(f"{run}: its job 100 is pending: wait for it, or scancel 100")):
+        check_no_active_job(run)
+    trained = command(folder, "local.py", "run.yaml")
+    assert trained.returncode == 2 and "its job 100 is pending" in trained.stderr
 
 
 def test_an_installed_package_goes_along_without_its_neighbors(folder, slurm, checkout, capsys):
