@@ -72,6 +72,14 @@ def test_many_rows_widen_the_intervals(tmp_path):
     assert judge(saved_plan(far, FIVE_SEEDS), losses)[0]["tokens"].winner is None
 
 
+def test_a_row_of_one_seed_does_not_reduce_the_ranking_to_it(tmp_path):
+    """By seed 1 alone two loops were lower than one; by all three they are not."""
+    losses = {"1 loop": {1: 3.0, 2: 2.7, 3: 2.7}, "2 loops": {1: 2.9, 2: 2.9, 3: 2.95}, "3 loops": {1: 2.6}}
+    found, *_ = judge(saved_plan(tmp_path), losses)
+    assert "1 loop has the lowest loss, 2.8000 among rows of several seeds" in found["tokens"].text
+    assert "3 loops shares fewer than two seeds with it" in found["tokens"].text and found["tokens"].winner is None
+
+
 def test_a_single_seed_decides_nothing(tmp_path):
     losses = {"1 loop": {1: 3.0}, "2 loops": {1: 2.0}, "3 loops": {1: 2.5}}
     found, rows, _ = judge(saved_plan(tmp_path, LOOPS, ("seeds=[1]",)), losses)
