@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", metavar="TIME", help="of training, all runs together: 40h, 90min, 2d")
     parser.add_argument("--report", action="store_true", help="report on what is there, and run nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="try runs again that have failed")
     sweep.add_options(parser)
     return parser
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     sweep.check_options(parser, arguments)
+    if arguments.report and (arguments.dry_run or arguments.retry_failed):
+        parser.error("--report runs nothing: leave out --dry-run and --retry-failed")
     return run_command(lambda: _study(arguments))
 
 
@@ -53,6 +56,7 @@ def _study(arguments: argparse.Namespace) -> int:
         submit=sweep.submit_options(arguments) if arguments.slurm else None,
         jobs=arguments.jobs,
         gpu=arguments.gpu,
+        retry_failed=arguments.retry_failed,
         report_only=arguments.report,
     )
     budget = [f"budget={arguments.budget}"] if arguments.budget else []

@@ -7,6 +7,7 @@ is the best over the law's bootstrap samples is how sure the answer is, as far a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class Verdict:
     """The answer to one question for one variant, its contenders best first.
 
     Attributes:
-        best: of `standings`; None where no contender is within the limits.
+        best: of `standings`; None where no contender is within the limits, or the fit has no phi of the variant.
         decided: whether its share reaches the target's confidence, or nobody would pay for the difference.
         beyond: how far the answer lies from the law's runs, in words; empty: near them.
     """
@@ -124,7 +125,8 @@ class Frontier:
 
 
 def decide(fit: LawFit, candidates: Sequence[Candidate], target: Target, *, curves: bool = True) -> list[Frontier]:
-    """All frontiers; the headline, at equal decoding latency, first. `curves`: also beside the target."""
+    """All frontiers; the headline, at equal decoding latency, first. Verdicts are of the candidates' variants, in their
+    order, also of those that the fit has no phi of. `curves`: also beside the target."""
     return [_frontier(fit, candidates, question, target, curves) for question in _questions(candidates, target)]
 
 
@@ -186,10 +188,12 @@ def _frontier(
     values = question.target * np.geomspace(1 / _SPAN, _SPAN, _POINTS)
     contenders = _contenders(fit, candidates)
     curves = tuple(_curve(fit, own, question, values) for own in contenders.values()) if with_curves else ()
+    variants = list(dict.fromkeys(candidate.variant for candidate in candidates if candidate.loops > 1))
     verdicts = []
-    for variant in fit.data.variants:
+    for variant in variants:
         own = [found for (name, loops), found in contenders.items() if name == variant or loops == 1]
-        verdicts.append(_verdict(fit, own, question, target, variant))
+        words = f"{variant} {question.words}" if len(variants) > 1 else question.words
+        verdicts.append(_verdict(fit, own, dataclasses.replace(question, words=words), target, variant))
     return Frontier(question.name, question.axis, curves, tuple(verdicts))
 
 
@@ -267,6 +271,9 @@ def _curve(fit: LawFit, own: Sequence[Candidate], question: _Question, values: n
 def _verdict(
     fit: LawFit, contenders: Sequence[Sequence[Candidate]], question: _Question, target: Target, variant: str
 ) -> Verdict:
+    if variant not in fit.data.variants:
+        text = f"{question.words}: no run of several loops counts, so nothing is known of them. Not decided"
+        return Verdict(question.name, variant, (), False, text)
     best = [_best(fit, own, question, question.target) for own in contenders]
     inside = sorted((found for found in best if found is not None), key=lambda found: found[2][0])
     if not inside:

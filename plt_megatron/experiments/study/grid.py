@@ -21,7 +21,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments.study.design import Arm, Horizons
 from plt_megatron.experiments.study.study_file import StudyFile
-from plt_megatron.experiments.sweep_plan import PlannedRun, slug, vocab_of
+from plt_megatron.experiments.sweep_plan import PlannedRun, name_clashes, slug, vocab_of
 from plt_megatron.run_folder.checkpoints import folder_name, step_of
 from plt_megatron.run_folder.text import plural
 
@@ -127,7 +127,21 @@ def make_grid(study: StudyFile, tokenizer_vocab: int | None, check_files: bool =
                 arms += [_arm(study, size, variant, loops, seed, config, tokenizer_vocab) for seed in study.seeds]
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    return Grid(study, tuple(arms), Horizons(tuple(study.horizons), study.decay_share))
+    grid = Grid(study, tuple(arms), Horizons(tuple(study.horizons), study.decay_share))
+    _check_names(grid)
+    return grid
+
+
+def _check_names(grid: Grid) -> None:
+    """Raise `UserError` where two runs would share a folder."""
+    runs = [
+        (grid.run_name(index, tokens), f"{own.arm.variant or ONE_LOOP}, {own.arm.size}, {tokens:,.0f} tokens")
+        for index, own in enumerate(grid.arms)
+        for tokens in grid.horizons.tokens
+    ]
+    clashes = name_clashes(runs)
+    if clashes:
+        raise UserError(f"{grid.study.path}: {clashes[0]}")
 
 
 def trained_steps(run: PlannedRun) -> int:
@@ -155,9 +169,9 @@ def _source(own: Sequence[PlannedRun], step: int) -> tuple[PlannedRun, int] | No
 
 
 def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -> RunConfig:
-    settings = [*study.overrides, *study.sizes[size], *(study.variants[variant] if loops > 1 else ())]
-    own = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
-    config = load_config(study.base, [*settings, *own, "optimizer.lr_decay_style=WSD"])
+    own = [*study.sizes[size], *(study.variants[variant] if loops > 1 else ())]
+    common = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
+    config = load_config(study.base, [*study.overrides, *own, *common, "optimizer.lr_decay_style=WSD"])
     if config.training.batch_schedule:
         raise UserError(
             f"{study.path}: training.batch_schedule: a study's runs and branches have steps of one batch; leave it out"
@@ -167,7 +181,7 @@ def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -
             f"{study.path}: data.length_schedule: a study's runs and branches have rows of one length; leave it out"
         )
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
-    if any(text.startswith("optimizer.lr=") for text in settings):
+    if "optimizer.lr" in {text.partition("=")[0] for text in own}:
         factor = 1.0
     rates = {"lr": factor * config.optimizer.lr, "min_lr": factor * config.optimizer.min_lr}
     lengths = _lengths(study, derived.tokens_per_step(config))

@@ -27,7 +27,7 @@ LEVEL = 0.95
 FARTHEST = 10.0  # how many times beyond its runs the law is trusted without a word
 _SPARE = 2  # a fit has at least so many more points than coefficients
 _DISTINCT = 3  # distinct sizes, and distinct tokens, that their exponents take
-_SAME = 0.05  # relative: nearer sizes are one
+SAME = 0.05  # relative: nearer sizes are one
 _HUBER = 1.345  # standard deviations beyond which a residual counts less: 95 % efficient for normal errors
 _ROUNDS = 12  # of reweighting, at most
 _TINY = 1e-12  # stands for a coefficient of 0 where logarithms are taken
@@ -210,7 +210,7 @@ def what_is_missing(data: Arrays, groups: np.ndarray) -> str | None:
         return "no finished run has one loop, which every variant is measured against"
     for values, name in ((data.looped, "sizes"), (data.tokens, "numbers of tokens")):
         # Variants of one size differ in gates: such sizes are one.
-        count = 1 + int((np.diff(np.sort(np.log(values))) > _SAME).sum())
+        count = 1 + int((np.diff(np.sort(np.log(values))) > SAME).sum())
         if count < _DISTINCT:
             return f"{count} {name}; an exponent takes at least {_DISTINCT}"
     coefficients = 5 + int(groups.max()) + 1

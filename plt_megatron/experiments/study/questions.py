@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.study.law import LawFit, fit_law
+from plt_megatron.experiments.study.law import SAME, LawFit, fit_law
 from plt_megatron.experiments.study.observations import Arrays
 from plt_megatron.experiments.study.resampling import draw_errors
 from plt_megatron.experiments.study.solver import evaluate, solve
@@ -100,7 +100,7 @@ def hold_out_largest(fit: LawFit, bootstraps: int = 100) -> HeldOut:
         UserError: the others do not determine a law.
     """
     data = fit.data
-    is_largest = data.looped >= 0.999 * data.looped.max()
+    is_largest = data.looped >= (1 - SAME) * data.looped.max()  # variants of one size differ in gates
     what = "the largest size"
     rest = _renumbered(data.subset(~is_largest))
     smaller = fit_law(rest, bootstraps=bootstraps, level=fit.level)

@@ -7,6 +7,7 @@ anywhere: unfinished runs first, then what they say, then the next round.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from plt_megatron.experiments.study.design import (
     estimated_noise,
     expected_theta,
 )
-from plt_megatron.experiments.study.grid import Grid, make_grid
+from plt_megatron.experiments.study.grid import Grid, make_grid, source_of
 from plt_megatron.experiments.study.knowledge import Knowledge, is_ready, learn, priced_arms, seconds_of
 from plt_megatron.experiments.study.law import what_is_missing
 from plt_megatron.experiments.study.observations import Observation, looped_variants, to_arrays
@@ -33,9 +34,10 @@ from plt_megatron.experiments.sweep import check_run_files
 from plt_megatron.experiments.sweep_local import LocalSweep
 from plt_megatron.experiments.sweep_plan import FILE_NAME, PlannedRun, SweepPlan, load_plan, plan_differences, save_plan
 from plt_megatron.experiments.sweep_slurm import submit, submit_dry
-from plt_megatron.experiments.sweep_status import check_same_data, note_finished, state_of
+from plt_megatron.experiments.sweep_status import check_same_data, note_finished, read_record, state_of, write_record
+from plt_megatron.run_folder.attempts import last_attempt
 from plt_megatron.run_folder.exit_status import ExitStatus
-from plt_megatron.run_folder.files import locked
+from plt_megatron.run_folder.files import locked, writing
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm.submission import Options
 
@@ -45,6 +47,7 @@ class StudyOptions:
     """What the command line says besides the study's file and its settings; see `sweep.SweepOptions`.
 
     Attributes:
+        retry_failed: try runs again that have failed; else they are left out.
         report_only: report on what is there, and run nothing.
     """
 
@@ -52,6 +55,7 @@ class StudyOptions:
     submit: Options | None = None
     jobs: int = 1
     gpu: str | None = None
+    retry_failed: bool = False
     report_only: bool = False
 
 
@@ -65,6 +69,8 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
         UserError: the study's file or a run's settings are wrong, or the folder holds another study.
     """
     study = read_study(path, settings)
+    if options.report_only and not (study.folder / FILE_NAME).exists():
+        raise UserError(f"{study.folder} has no study to report on: leave out --report to begin it, or set output_dir")
     if study.demo_corpus is not None and not (options.dry_run or options.report_only):
         prepare_demo_corpus(study.demo_corpus)
     vocab = study.demo_corpus.vocab_size if study.demo_corpus else None
@@ -77,7 +83,7 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
 class _Study:
     grid: Grid
     options: StudyOptions
-    failed: set[str] = field(default_factory=set)  # tried by this command, and not finished
+    failed: set[str] = field(default_factory=set)  # left out: they failed, or did not finish when this command ran them
 
     @property
     def study(self) -> StudyFile:
@@ -85,6 +91,10 @@ class _Study:
 
     def run(self) -> int:
         plan = self._load_plan()
+        if plan is not None and not (self.options.dry_run or self.options.report_only):
+            save_plan(plan)  # with its folders as they are here
+            if self.options.retry_failed:
+                _forget_failures(plan)
         while True:
             if plan is not None and not self.options.report_only:
                 status = self._finish(plan)
@@ -97,14 +107,14 @@ class _Study:
             if ended and self.options.dry_run:
                 print(f"{ended}: there is nothing to run")
             if ended or self.options.report_only:
-                return ExitStatus.FAILED if self.failed else ExitStatus.FINISHED
+                return self._status()
             arms = priced_arms(self.grid, known.rates, self._gpu())
             design = self._design(plan, known, arms)
             number = _rounds(plan) + 1
             print(self._describe(design, arms, number, known), flush=True)
             if not design.chosen:
                 print("the budget does not pay for a further run")
-                return ExitStatus.FAILED if self.failed else ExitStatus.FINISHED
+                return self._status()
             before = plan.runs if plan is not None else []
             runs = self.grid.planned(design.chosen, number, before)
             plan = SweepPlan(self.study.name, self.study.folder, [*before, *runs], self.study.title or self.study.name)
@@ -112,6 +122,9 @@ class _Study:
                 return self._dry_run(plan, runs)
             check_run_files([run for run in runs if run.config.checkpoint.load is None])
             save_plan(plan)
+
+    def _status(self) -> int:
+        return ExitStatus.FAILED if self.failed and not self.options.dry_run else ExitStatus.FINISHED
 
     def _gpu(self) -> str | None:
         return self.options.gpu or ("h100" if self.options.submit is not None else None)
@@ -122,7 +135,7 @@ class _Study:
         """The plan in the study's folder, if the study's file still gives the same runs."""
         if not (self.study.folder / FILE_NAME).exists():
             return None
-        plan, places, problems = load_plan(self.study.folder), self.grid.places(), []
+        plan, places, problems = _here(load_plan(self.study.folder)), self.grid.places(), []
         again: list[PlannedRun] = []
         for run in plan.runs:
             if run.name not in places:
@@ -196,14 +209,21 @@ class _Study:
     def _finish(self, plan: SweepPlan) -> int | None:
         """Run what is not finished, trunks before their branches; an exit status where the command ends with that."""
         while True:
-            finished = [run for run in plan.runs if state_of(run) == "finished"]
-            done = {run.name for run in finished} | self.failed
-            todo = [run for run in plan.runs if run.name not in done and is_ready(run)]
+            states = {run.name: state_of(run) for run in plan.runs}
+            if not self.options.retry_failed:
+                self.failed |= {name for name, state in states.items() if state == "failed"}
+            finished = [run for run in plan.runs if states[run.name] == "finished"]
+            rest = [run for run in plan.runs if states[run.name] != "finished" and run.name not in self.failed]
+            todo = [run for run in rest if is_ready(run)]
+            if self.failed and (self.options.dry_run or (self.options.submit is not None and todo)):
+                _name_failed(plan)  # otherwise the report does
             if not todo:
-                note_finished(finished)
+                if not self.options.dry_run:
+                    note_finished(finished)
                 return None
             check_same_data(todo, finished)
             if self.options.dry_run:
+                print(self._describe_rest(plan, rest), flush=True)
                 return self._dry_run(plan, todo)
             if self.options.submit is not None:
                 submit(plan, todo, self.options.submit)
@@ -234,6 +254,21 @@ class _Study:
             f"{f'this budget gives no law: {lacks}' if lacks else design.in_words()}"
         )
 
+    def _describe_rest(self, plan: SweepPlan, rest: Sequence[PlannedRun]) -> str:
+        """What is left of the rounds that have begun: runs that can start, and those that wait for them."""
+        coming: dict[str, list[str]] = {}
+        names: set[str] = set()
+        for run in rest:  # a trunk is before its branches
+            if is_ready(run) or source_of(run) in names:
+                names.add(run.name)
+                arm, _, tokens = run.name.rpartition("-")
+                coming.setdefault(arm, []).append(tokens)
+        rows = [[arm, ", ".join(tokens)] for arm, tokens in coming.items()]
+        return (
+            f"round {_rounds(plan)} of at most {self.study.rounds}, left to run: {len(names)} of "
+            f"{plural(len(plan.runs), 'run')}\n{format_table(rows, header=['arm', 'tokens'])}"
+        )
+
     def _lacks(self, design: Design, known: Knowledge) -> str | None:
         """What the law lacks even when the chosen runs are finished."""
         coming = [
@@ -246,17 +281,57 @@ class _Study:
         return what_is_missing(data, np.arange(len(data.variants)))
 
     def _dry_run(self, plan: SweepPlan, runs: Sequence[PlannedRun]) -> int:
-        if self.options.submit is not None:
-            submit_dry(plan, [run for run in runs if run.config.checkpoint.load is None], self.options.submit)
+        ready = [run for run in runs if is_ready(run)]
+        if self.options.submit is not None and ready:
+            submit_dry(plan, ready, self.options.submit)
         return ExitStatus.FINISHED
 
     def _report(self, plan: SweepPlan, known: Knowledge, ended: str) -> None:
         page = write_report(self.grid, plan, known, ended)
         for problem in known.problems():
             print(f"note: {problem}")
+        _name_failed(plan)
         print(known.answer.text if known.answer is not None else known.no_law)
         print(f"{f'{ended}; ' if ended else ''}report: {page}", flush=True)
 
 
 def _rounds(plan: SweepPlan | None) -> int:
     return max((int(run.labels["round"]) for run in plan.runs), default=0) if plan is not None else 0
+
+
+def _here(plan: SweepPlan) -> SweepPlan:
+    """The plan with the checkpoints that branches start from in its own folder: a study may have been moved."""
+
+    def moved(run: PlannedRun) -> PlannedRun:
+        load = run.config.checkpoint.load
+        if load is None:
+            return run
+        here = str(plan.folder.joinpath(*load.split("/")[-3:]))
+        checkpoint = dataclasses.replace(run.config.checkpoint, load=here)
+        return dataclasses.replace(run, config=dataclasses.replace(run.config, checkpoint=checkpoint))
+
+    return dataclasses.replace(plan, runs=[moved(run) for run in plan.runs])
+
+
+def _forget_failures(plan: SweepPlan) -> None:
+    """Make failed runs interrupted ones, which are resumed. A job's reason is kept where its next attempt would put
+    it."""
+    for run in plan.runs:
+        folder = run.folder
+        if state_of(run) != "failed":
+            continue
+        if folder.why_file.is_file():
+            with writing(folder.logs):
+                folder.logs.mkdir(exist_ok=True)
+                folder.why_file.replace(folder.logs / f"why-before-attempt-{last_attempt(folder.attempts()) + 1}.txt")
+        record = read_record(folder)
+        if record is not None and record.status == "failed":
+            record.status, record.reason = "interrupted", ""
+            write_record(folder, record)
+
+
+def _name_failed(plan: SweepPlan) -> None:
+    failed = [run.name for run in plan.runs if state_of(run) == "failed"]
+    if failed:
+        shown = ", ".join(failed[:6]) + (f" and {len(failed) - 6} more" if len(failed) > 6 else "")
+        print(f"note: failed and left out: {shown}; --retry-failed tries again")

@@ -76,7 +76,7 @@ def test_latency_is_where_plt_pays_and_the_naive_loop_does_not():
     found = decide(fit(), candidates(), dataclasses.replace(TARGET, latency_ms=0.5))
     answer = headline(found)
     assert answer.question == "decoding latency" and answer.variant == "PLT" and answer.best.loops > 1
-    assert answer.text.startswith("at 1.08e+14 training FLOPs and 0.5 ms a token: three loops, 100%")
+    assert answer.text.startswith("PLT at 1.08e+14 training FLOPs and 0.5 ms a token: three loops, 100%")
     naive = next(verdict for verdict in found[0].verdicts if verdict.variant == "naive loop")
     assert naive.best.loops == 1
 
@@ -98,6 +98,21 @@ def test_what_is_not_decided_says_so_and_what_nobody_pays_for_is():
     assert not verdict.decided and verdict.text.endswith("Not decided") and verdict.best.share < 0.9
     verdict = headline(decide(noisy, own, dataclasses.replace(targets[place], indifference=1.0)))
     assert verdict.decided and "Nobody would pay for the difference to" in verdict.text
+
+
+def test_no_other_variant_answers_where_the_first_has_no_run_that_counts():
+    others = [o for o in synthetic_study(LAW, Luck(), 1) if o.loops == 1 or o.variant == "naive loop"]
+    found = decide(fit_law(others, bootstraps=20), candidates(), TARGET)
+    answer = headline(found)
+    assert answer.variant == "PLT" and answer.best is None and not answer.decided
+    assert answer.text.startswith("PLT at 1.08e+14 training FLOPs and 2 ms a token: no run of several loops counts")
+    (naive,) = [verdict for verdict in found[0].verdicts if verdict.variant != "PLT"]
+    assert naive.decided and naive.text.startswith("naive loop at 1.08e+14 training FLOPs")
+
+
+def test_a_study_of_one_variant_does_not_name_it():
+    own = [c for c in candidates() if c.variant != "naive loop"]
+    assert headline(decide(fit(), own, TARGET)).text.startswith("at 1.08e+14 training FLOPs")
 
 
 def test_no_shape_within_the_limit():

@@ -95,6 +95,28 @@ def test_rates_follow_the_width_where_a_size_has_none_of_its_own(tmp_path):
     assert rates == pytest.approx({"S": 3e-4 * 2**0.5, "M": 3e-4, "L": 7e-4})
 
 
+@pytest.mark.parametrize("where", ["set", "command line"])
+def test_a_rate_of_every_run_is_the_one_that_follows_the_width(tmp_path, where):
+    text = STUDY.replace("set: {", "set: {optimizer.lr: 1e-3, ") if where == "set" else STUDY
+    more = ["optimizer.lr=1e-3"] if where == "command line" else []
+    grid = make_grid(read_study(write_study(tmp_path, text), ["lr_exponent_of_width=0.5", *more]), None)
+    rates = {own.arm.size: own.config.optimizer.lr for own in grid.arms}
+    assert rates == pytest.approx({"S": 1e-3 * 2**0.5, "M": 1e-3, "L": 1e-3 / 2**0.5})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  M:", "  s:", "'every, S, 1,280 tokens' and 'every, s, 1,280 tokens' would both be every-s-1x-seed1-1.28k"),
+        ("  naive loop:", "  plt+:", "'PLT, S, 1,280 tokens' and 'plt+, S, 1,280 tokens' would both be plt-s-2x-seed1"),
+    ],
+)
+def test_two_runs_of_one_name_are_refused(tmp_path, old, new, said):
+    with pytest.raises(UserError) as error:
+        make_grid(read_study(write_study(tmp_path, STUDY.replace(old, new))), None)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
 def test_shapes_are_the_largest_sizes_at_its_proportions(grid):
     candidates = make_candidates(grid, {("", 1): 1e9})
     single = [c for c in candidates if c.loops == 1]

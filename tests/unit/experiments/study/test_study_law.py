@@ -122,6 +122,14 @@ def test_the_largest_size_is_foretold_from_the_others():
     assert len(found.rows) == 15 and np.abs(found.seen - found.said).max() < 0.05
 
 
+def test_the_largest_size_is_held_out_with_the_variants_that_have_a_few_gates_more():
+    made = synthetic_study(LAW, Luck(), 6)
+    gated = [dataclasses.replace(o, looped=1.02 * o.looped) if o.variant == "PLT" else o for o in made]
+    fit = fit_law(gated, bootstraps=2)
+    found = hold_out_largest(fit, bootstraps=2)
+    assert (fit.data.looped[found.rows] >= SIZES[-1]).all() and len(found.rows) == 15
+
+
 def test_far_from_its_runs_the_law_says_so():
     fit = fit_law(synthetic_study(LAW, Luck(), 0), bootstraps=20)
     near = fit.predict(Model("PLT", 0.0, 2e7, 2, 5e7))

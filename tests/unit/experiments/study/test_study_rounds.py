@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import re
 import time
+from pathlib import Path
 
 import pytest
 
 from plt_megatron.commands import study as command
+from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.study import rounds
 from plt_megatron.experiments.study.grid import make_grid
@@ -16,7 +18,9 @@ from plt_megatron.experiments.study.knowledge import learn
 from plt_megatron.experiments.study.report import write_report
 from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 from plt_megatron.experiments.study.study_file import read_study
-from plt_megatron.experiments.sweep_plan import load_plan
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path, load_plan, save_plan
+from plt_megatron.experiments.sweep_status import RunRecord, read_record, state_of, write_record
+from plt_megatron.run_folder import json_lines
 from plt_megatron.slurm.submission import Options
 from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
 from tests.unit.experiments.sweep_helpers import note_scores
@@ -45,6 +49,30 @@ def settings(folder, *more: str) -> list[str]:
     return [f"output_dir={folder / 'studies'}", *more]
 
 
+ONE_ROUND = ("rounds=1", "budget=1h")
+
+
+def begin(folder: Path) -> tuple[Path, list[PlannedRun]]:
+    """A study of one round of two trunks with a branch each, none of which has been trained: its file and its runs."""
+    path = write_study(folder)
+    grid = make_grid(read_study(path, settings(folder, *ONE_ROUND)), None)
+    runs = grid.planned([(0, 5120.0), (0, 1280.0), (1, 5120.0), (1, 1280.0)], 1, [])
+    save_plan(SweepPlan("study", grid.study.folder, runs, "study"))
+    return path, runs
+
+
+def give_up(run: PlannedRun) -> None:
+    """What a Slurm job leaves that has given its run up."""
+    run.folder.logs.mkdir(parents=True, exist_ok=True)
+    for event in ({"event": "start", "attempt": 1}, {"event": "stop", "attempt": 1, "reason": "out of memory"}):
+        json_lines.append(run.folder.attempts_file, event)
+    run.folder.why_file.write_text("out of memory\n")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.slow
 def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_path, training, capsys):
     path = write_study(tmp_path)
@@ -61,7 +89,7 @@ def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_pat
         assert float(phis[name]["low"]) < phi < float(phis[name]["high"])
     page = (tmp_path / "studies/study/report/index.html").read_text()
     answer = re.search(r'<p class="answer open">(.*?)</p>', page)[1]
-    assert answer.startswith("At 1e+12 training FLOPs and 0.0006 ms a token: ") and "%" in answer
+    assert answer.startswith("PLT at 1e+12 training FLOPs and 0.0006 ms a token: ") and "%" in answer
     assert page.index("Answer") < page.index("Frontier") < page.index("<h2>Law") < page.index("Learning curves")
     assert page.index("Learning curves") < page.index("<h2>Runs") and "http" not in page.replace(
         "http://www.w3.org", ""
@@ -164,6 +192,110 @@ def test_on_a_cluster_trunks_are_an_array_and_their_branches_the_next(
     assert kinds == [{("1", True)}, {("1", False)}]
     assert sorted(name for names in submitted for name in names) == sorted(by_name)
     assert "when they have ended, the same command goes on" in capsys.readouterr().out
+
+
+def test_on_a_cluster_a_run_that_was_given_up_is_left_out_until_it_is_asked_for(
+    tmp_path, monkeypatch, training, reported, capsys
+):
+    path, (trunk, branch, other, last) = begin(tmp_path)
+    submitted: list[list[str]] = []
+    checked: list[list[str]] = []
+    for name, noted in (("submit", submitted), ("submit_dry", checked)):
+        monkeypatch.setattr(rounds, name, lambda plan, runs, options, to=noted: to.append([run.name for run in runs]))
+
+    def call(**options) -> int:
+        return run_study(
+            str(path), settings(tmp_path, *ONE_ROUND), StudyOptions(submit=Options(config=None), gpu="cpu", **options)
+        )
+
+    train(trunk, 2.0)
+    give_up(other)
+    assert call() == 0 and submitted == [[branch.name]]
+    said = capsys.readouterr().out
+    assert f"note: failed and left out: {other.name}; --retry-failed tries again" in said
+    train(branch, 2.1)
+    assert call() == 1 and len(submitted) == 1, "nothing more can start, and the study goes on"
+    said = capsys.readouterr().out
+    assert f"note: {other.name} does not count (failed): out of memory" in said and "--retry-failed" in said
+    assert f"{last.name} does not count (missing): its trunk {other.name}" in said
+    assert "not decided after 1 round; report: page" in said
+    assert call(dry_run=True) == 0 and f"left out: {other.name}" in capsys.readouterr().out
+    assert call(retry_failed=True, dry_run=True) == 0
+    assert checked == [[other.name]] and other.folder.why_file.exists()
+    assert call(retry_failed=True) == 0 and submitted[1:] == [[other.name]]
+    assert state_of(other) == "pending", "one that is queued again is not left out by the next call"
+    assert (other.folder.logs / "why-before-attempt-2.txt").read_text() == "out of memory\n"
+
+
+def test_here_too_a_run_that_failed_is_left_out_until_it_is_asked_for(tmp_path, training, reported, capsys):
+    path, (trunk, branch, other, last) = begin(tmp_path)
+    other.folder.path.mkdir(parents=True)
+    write_record(other.folder, RunRecord("failed", 1, 1, 3.0, "out of memory"))
+    assert run_study(str(path), settings(tmp_path, *ONE_ROUND), StudyOptions()) == 1
+    assert training.trained == [trunk.name, branch.name]
+    said = capsys.readouterr().out
+    assert f"{other.name} does not count (failed): out of memory" in said
+    assert f"note: failed and left out: {other.name}; --retry-failed tries again" in said
+    assert run_study(str(path), settings(tmp_path, *ONE_ROUND), StudyOptions(retry_failed=True)) == 0
+    assert training.trained[2:] == [other.name, last.name]
+    assert read_record(other.folder).status == "finished" and "--retry-failed" not in capsys.readouterr().out
+
+
+def test_a_study_that_was_moved_goes_on_where_it_is(tmp_path, monkeypatch, training):
+    (tmp_path / "old").mkdir()
+    path, (trunk, branch, *_) = begin(tmp_path / "old")
+    train(trunk, 2.0)
+    (tmp_path / "old/studies").rename(tmp_path / "studies")
+    before = files(tmp_path)
+    moved = settings(tmp_path, *ONE_ROUND)
+    assert run_study(str(path), moved, StudyOptions(dry_run=True)) == 0 and files(tmp_path) == before
+    begun: dict[str, tuple[str, str | None]] = {}
+
+    def run(self) -> int:
+        for each in self.runs:
+            config = load_config(config_path(load_plan(tmp_path / "studies/study"), each))
+            begun[each.name] = (config.output_dir, config.checkpoint.load)
+        return 75
+
+    monkeypatch.setattr(training, "run", run)
+    assert run_study(str(path), moved, StudyOptions()) == 75
+    here = tmp_path / "studies/study"
+    assert begun[branch.name] == (str(here), f"{here}/{trunk.name}/checkpoints/step_00000016")
+    assert {output_dir for output_dir, _ in begun.values()} == {str(here)} and len(begun) == 2
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, monkeypatch, training, capsys):
+    path, (trunk, branch, other, last) = begin(tmp_path)
+    train(trunk, 2.0)
+    dry, before = [str(path), *settings(tmp_path, *ONE_ROUND), "--dry-run"], files(tmp_path)
+    assert command.main(dry) == 0 and files(tmp_path) == before
+    said = capsys.readouterr().out
+    assert said.startswith("round 1 of at most 1, left to run: 3 of 4 runs\n")
+    assert re.search(r"every-s-1x-seed1 +1.28k\nevery-s-1x-seed2 +5.12k, 1.28k\n", said)
+    checked: list[list[str]] = []
+    monkeypatch.setattr(rounds, "submit_dry", lambda plan, runs, options: checked.append([r.name for r in runs]))
+    on_slurm = StudyOptions(submit=Options(config=None), dry_run=True, gpu="cpu")
+    assert run_study(str(path), settings(tmp_path, *ONE_ROUND), on_slurm) == 0
+    assert checked == [[branch.name, other.name]]
+    for run in (branch, other, last):
+        train(run, 2.0)
+    before = files(tmp_path)
+    assert command.main(dry) == 0 and files(tmp_path) == before
+    assert capsys.readouterr().out.endswith("not decided after 1 round: there is nothing to run\n")
+
+
+def test_a_report_on_no_study_is_refused_and_leaves_nothing(tmp_path, capsys):
+    path = write_study(tmp_path)
+    assert command.main([str(path), *settings(tmp_path), "--report"]) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        f"error: {tmp_path / 'studies/study'} has no study to report on: leave out --report to begin it, or set "
+        "output_dir\n"
+    )
+    assert said.out == "" and not (tmp_path / "studies").exists()
+    with pytest.raises(SystemExit):
+        command.main([str(path), *settings(tmp_path), "--report", "--dry-run"])
+    assert "--report runs nothing" in capsys.readouterr().err
 
 
 @pytest.mark.slow
