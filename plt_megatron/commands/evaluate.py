@@ -42,7 +42,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not arguments.tasks:
+        parser.error("--tasks names none")
+    if arguments.limit is not None and arguments.limit < 1:
+        parser.error("--limit must be above 0")
     from plt_megatron.hf.command_line import run_conversion
 
     return run_conversion(lambda: _evaluate(arguments))

@@ -6,6 +6,7 @@ plt-generate --model exported --prompt 'def main():'
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1:
         parser.error("--max-new-tokens must be above 0")
+    if not 0 <= arguments.temperature < math.inf:
+        parser.error("--temperature must be 0 or above")
+    if not 0 <= arguments.seed < 2**32:
+        parser.error("--seed must be from 0 to 4294967295")
     return run_command(lambda: _generate(arguments))
 
 

@@ -3,7 +3,7 @@ Qwen2, Qwen3 or OLMo-2, or a Qwen3-MoE, as it is or as the start of a PLT of sev
 
     plt-import --model Qwen3-0.6B --output runs/qwen3 --loop-count 2 --preset recommended
 
-A run starts from it with `include: runs/qwen3/model.yaml` in its configuration.
+A run starts from it with `include: ../../runs/qwen3/model.yaml` in its configuration (relative to that file).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"{result.dropped} tensors of gates or scales are dropped: a model of one loop has none")
     if result.tokenizer is None:
         print("no tokenizer was there: name one in data.tokenizer")
-    print(f"start from it with `include: {result.output / MODEL_YAML}`")
+    print(f"start from it with `include: {(result.output / MODEL_YAML).absolute()}`")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.hf.config_keys import CONFIG
+from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.scores import write_scores
 
@@ -30,16 +31,15 @@ def evaluate(
         folder: an export, with its tokenizer.
         tasks: names that lm-evaluation-harness knows, or finds in `include_path`. Nothing is downloaded.
         include_path: a folder of task files.
-        limit: rows of each task; None: all.
+        limit: rows of each task, at least one; None: all.
 
     Returns:
         By `task/metric`, its standard errors too.
 
     Raises:
-        UserError: no such export or task, or lm-evaluation-harness is not installed.
+        UserError: no such export, tokenizer, task or device, or lm-evaluation-harness is not installed.
     """
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no exported model there; plt-export makes one")
+    _check(folder, device)
     harness, known = _harness(tasks, include_path)
     found = harness.simple_evaluate(
         model="hf",
@@ -55,6 +55,21 @@ def evaluate(
     write_scores(folder, scores, tasks=tasks, limit=limit)
     _write_on_card(folder / _CARD, scores, limit)
     return scores
+
+
+def _check(folder: Path, device: str) -> None:
+    """Raise `UserError` for what lm-evaluation-harness would end in a traceback about."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no exported model there; plt-export makes one")
+    if open_source(folder).tokenizer is None:
+        raise UserError(f"{folder}: the model has no tokenizer, which tasks need")
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:  # torch without CUDA, or no such card
+            raise UserError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]:

@@ -65,6 +65,37 @@ def test_errors(folder, monkeypatch, capsys, model, task, words):
     assert not (folder / "model/evaluation.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tasks", ","], "--tasks names none"),
+        (["--tasks", "choice", "--limit", "0"], "--limit must be above 0"),
+        (["--tasks", "choice", "--device", "cuda:99"], "error: --device cuda:99: "),
+        (["--tasks", "choice", "--device", "nonsense"], "error: --device nonsense: "),
+    ],
+)
+def test_options_that_cannot_be(folder, monkeypatch, capsys, options, words):
+    from plt_megatron.commands import evaluate
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    command = ["--model", str(folder / "model"), "--include-path", str(folder), *options]
+    if words.startswith("--"):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(command)
+    else:
+        assert evaluate.main(command) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_an_export_without_a_tokenizer_is_refused(folder, monkeypatch, capsys):
+    from plt_megatron.commands import evaluate
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    make_model(loop_count=2).save_pretrained(folder / "bare")
+    assert evaluate.main(["--model", str(folder / "bare"), "--tasks", "choice", "--include-path", str(folder)]) == 2
+    assert "the model has no tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["", ",loop_count=1"])
 def test_lm_eval(folder, options):

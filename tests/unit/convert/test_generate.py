@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from convert_helpers import make_model, random_weights, save_run
 
+from plt_megatron.commands import generate as generate_command
 from plt_megatron.errors import UserError
 from plt_megatron.hf import generation
 from plt_megatron.hf.exporting import ExportOptions, export
@@ -50,6 +51,16 @@ def test_a_folder_without_a_model_is_named(generate, tmp_path):
     result = generate(tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path}: no exported model")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "-1"), ("--temperature", "nan"), ("--temperature", "inf"), ("--seed", "-1")],
+)
+def test_numbers_that_cannot_be(capsys, option, value):
+    with pytest.raises(SystemExit, match="2"):
+        generate_command.main(["--model", "model", "--prompt", "the loop", option, value])
+    assert f"error: {option} must be " in capsys.readouterr().err
 
 
 def truncate(folder: Path) -> None:
