@@ -15,7 +15,7 @@ import argparse
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,22 +63,30 @@ def report(folder: Path, plot: Path | None) -> int:
 
 
 def read(folder: Path) -> dict[str, Cells]:
-    """Losses by form, means over the seeds. A diverged run's is infinite.
+    """Losses by form, means over a model's seeds. A diverged run's is infinite.
+
+    A rate that not all of the seeds have tried is left out: seeds differ by more than neighbouring rates.
 
     Raises:
         UserError: a run is missing, or failed otherwise.
     """
-    by_seed: dict[tuple[str, str, str, float], list[float]] = defaultdict(list)
+    by_seed: dict[tuple[str, str, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in load_results(folder).runs:
         labels = result.run.labels
         if result.status not in ("used", "diverged"):
             raise UserError(f"{result.run.name}: {result.reason}; the same plt-sweep command goes on")
-        cell = labels["form"], labels["model"], labels["loops"], result.run.config.optimizer.lr
-        by_seed[cell].append(math.inf if result.loss is None else result.loss)
-    forms: dict[str, Cells] = defaultdict(lambda: defaultdict(dict))
-    for (form, model, loops, rate), losses in by_seed.items():
-        forms[form][model, loops][rate] = fmean(losses)
+        rates = by_seed[labels["form"], labels["model"], labels["loops"]]
+        rates[result.run.config.optimizer.lr].append(math.inf if result.loss is None else result.loss)
+    forms: dict[str, Cells] = defaultdict(dict)
+    for (form, model, loops), rates in by_seed.items():
+        forms[form][model, loops] = means(rates)
     return forms
+
+
+def means(losses: Mapping[float, Sequence[float]]) -> Losses:
+    """Of the rates that most seeds have tried."""
+    seeds = max(map(len, losses.values()))
+    return {rate: fmean(own) for rate, own in losses.items() if len(own) == seeds}
 
 
 def best_rate(losses: Losses) -> float:

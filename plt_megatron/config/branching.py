@@ -32,6 +32,17 @@ def decay_steps(step: int) -> int:
     return max(1, round(step / 9))
 
 
+def stages_problem(config: RunConfig) -> str | None:
+    """Why a run's loops would not be its branches' too; None: they are."""
+    stages = len(config.training.loop_schedule)
+    if stages < 2:
+        return None
+    return (
+        f"training.loop_schedule has {stages} stages, which end at shares of a run's own length: a branch would have "
+        "other loops in the same steps; give it one stage, or leave it out"
+    )
+
+
 def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) -> list[str]:
     """`key=value` settings that make a trunk's configuration that of a branch.
 
@@ -40,8 +51,11 @@ def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) ->
         decay: steps over which the rate falls, the branch's last.
 
     Raises:
-        UserError: the trunk has no constant rate up to that step.
+        UserError: the trunk has no constant rate up to that step, or its loops follow from its length.
     """
+    problem = stages_problem(trunk)
+    if problem is not None:
+        raise UserError(f"{trunk.name} cannot branch: {problem}")
     if trunk.optimizer.lr_decay_style != "WSD":
         raise UserError(
             f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only a run of WSD has a "

@@ -130,10 +130,6 @@ class ParallelLayout:
         sizes[last] -= self.head_as_layer
         return sizes
 
-    def most_stage_layers(self, num_layers: int) -> int:
-        """Layers of the stage that holds most of them."""
-        return max(map(len, self.stage_layers(num_layers)))
-
     def fewest_stage_layers(self, num_layers: int) -> int:
         """Layers of the stage that holds fewest, of those that hold any."""
         return min((len(layers) for layers in self.stage_layers(num_layers) if layers), default=0)

@@ -96,12 +96,20 @@ class LoopSchedule:
         total = sum(weighted.values())
         return {kind: weight / total for kind, weight in weighted.items()}
 
+    def stage_steps(self) -> list[int]:
+        """How many of the run's steps begin in each stage."""
+        ends = self._first_steps([stage.end for stage in self._stages], derived.train_iters(self._config))
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _first_steps(self, points: list[float], stop: int) -> list[int]:
+        """The first step that begins at each of these points of the run or after it, or `stop`."""
+        return [bisect_left(range(stop), point, key=self._progress_of_step) for point in points]
+
     def _expected(self, start: int, stop: int) -> dict[int, float]:
         """Loop count -> the expected number of the steps from `start` to `stop`, of equal batches, that have it."""
-        steps = range(stop)
         # Between these the shares are constant, or change by the same in every step.
         points = [point for stage in self._stages for point in (stage.ramp_end, stage.end)]
-        bounds = [max(start, bisect_left(steps, point, key=self._progress_of_step)) for point in points]
+        bounds = [max(start, step) for step in self._first_steps(points, stop)]
         counts = [0.0] * self._config.model.loop_count
         for first, end in zip([start, *bounds], bounds, strict=False):
             if first < end:
@@ -217,11 +225,9 @@ def _check_whole(config: RunConfig) -> Iterator[str]:
             "parallel.overlap_param_gather with training.loop_schedule: nothing waits for weights that a step does not "
             "use; set parallel.overlap_param_gather=false"
         )
-    start = 0.0
-    for number, stage in enumerate(stages):
-        if (stage.until - start) * steps < 1:
-            yield f"training.loop_schedule[{number}] is shorter than a step of the run's {steps:,}"
-        start = stage.until
+    for number, own in enumerate(LoopSchedule(config).stage_steps()):
+        if own == 0:
+            yield f"training.loop_schedule[{number}]: none of the run's {steps:,} steps begins in it; make it longer"
 
 
 def _most(stage: LoopStage) -> int:

@@ -36,9 +36,17 @@ def _check_order(config: RunConfig) -> Iterator[str]:
             f"model.cross_loop_parallel {order}: a loop would need what the whole stack made of the token before, and "
             "a layer has only its own output; set model.cross_loop_parallel=false, or model.loop_order=stack"
         )
-    for name in ("input_injection", "norm_between_loops"):
-        if getattr(model, name):
-            yield f"model.{name} {order}: a layer's next loop reads its own output as it is; set model.{name}=false"
+    given = {
+        "model.input_injection=false": model.input_injection,
+        "model.norm_between_loops=false": model.norm_between_loops,
+        "model.hidden_norm=false": model.hidden_norm,
+        "model.learned_hidden_scale=none": model.learned_hidden_scale != "none",
+        "model.hidden_scale_ratio=null": model.hidden_scale_ratio is not None,
+    }
+    off = [setting for setting, on in given.items() if on]
+    if off:
+        names = ", ".join(setting.partition("=")[0] for setting in off)
+        yield f"{names} {order}: a layer's next loop reads its own output as it is; set {' '.join(off)}"
     if config.training.loop_loss_weights:
         yield f"training.loop_loss_weights {order}: no loop but the last ends at the head; leave them out"
     stages = config.parallel.pipeline_model_parallel_size

@@ -171,8 +171,8 @@ def _check_model(config: RunConfig) -> Iterator[str]:
 
 
 def _check_loop_input(model: ModelConfig) -> Iterator[str]:
-    """What the input of loops >= 2 needs. A model of one loop ignores it."""
-    if model.loop_count == 1:
+    """What the input of loops >= 2 needs. A model of one loop ignores it; loops by layer: see `loop_span`."""
+    if model.loop_count == 1 or model.loop_order == "layer":
         return
     scaled = {
         "hidden_norm": model.hidden_norm,

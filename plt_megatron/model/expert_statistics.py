@@ -56,7 +56,7 @@ class ExpertStatistics:
         self._losses[name][loop - 1, 1] += 1
 
     def reduce(self) -> dict[str, list]:
-        """One entry per loop. Collective over all ranks.
+        """One entry per loop, None where no layer with experts runs in it. Collective over all ranks.
 
         Returns:
             `expert_load`: a list of each expert's load, busiest first, relative to an even load, mean over layers;
@@ -82,5 +82,7 @@ class ExpertStatistics:
         # A z-loss is a mean over a rank's tokens; an auxiliary loss's parts add up over the ranks of a microbatch.
         for name, parts in zip(LOSSES, (self._parts, 1), strict=True):
             if self._losses[name][0, 1] > 0:
-                record[name] = [parts * total / count for total, count in self._losses[name].tolist()]
+                record[name] = [parts * total / max(count, 1) for total, count in self._losses[name].tolist()]
+        for values in record.values():
+            values[:] = [value if total else None for value, total in zip(values, totals.tolist(), strict=True)]
         return record

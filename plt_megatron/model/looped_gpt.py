@@ -229,17 +229,20 @@ class LoopedGPT(LanguageModule):
         hidden_states = self._run_layers(looped, hidden_states, batch, context)
         if not self.post_process:
             return hidden_states
-        normed = self.final_layernorm(hidden_states) if self.plt.norm_between_loops else hidden_states
+        to_coda = context.is_last_loop and looped.stop < self.plt.num_layers  # which reads h^(L) as it is
+        is_normed = self.plt.norm_between_loops and (not to_coda or context.statistics is not None)
+        normed = self.final_layernorm(hidden_states) if is_normed else hidden_states
         if context.statistics is not None:
             context.statistics.add_hidden(context.loop, normed)
         if not context.is_last_loop:
             return self._with_loop_loss(batch, context.loop, hidden_states, normed)
-        if self.plt.norm_between_loops and looped.stop == self.plt.num_layers:
+        if self.plt.norm_between_loops and not to_coda:
             return self._output(normed, batch)
         return self._close(hidden_states, batch, context)
 
     def _run_layer_by_layer(self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor) -> Tensor:
-        """Each layer's loops before the next layer's. Statistics are of the loops of the last layer that has some."""
+        """Each layer's loops before the next layer's. Statistics of hidden states are those of the last layer that
+        loops."""
         looped = derived.looped_layers(self.plt)
         for layer in looped:
             counted = context.statistics if layer == looped[-1] else None

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
-from plt_megatron.model.parameters import find, layer_of
+from plt_megatron.model.parameters import Parameter, find, layer_of
 
 
 class GradientParts:
@@ -75,18 +75,28 @@ def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: Loope
 
 
 def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
-    """In how many parts a parameter's gradient comes in one microbatch's backward through so many loops."""
-    model, granularity = config.model, config.parallel.recompute_granularity
+    """In how many parts a parameter's gradient comes in one microbatch's backward through so many loops: one, or in a
+    recomputed region one for each loop that uses it. 0: there is none."""
+    model = config.model
     parameter = find(model, name)
     if loop_count == 1 and parameter.only_in_loops:
-        return 0
-    if granularity == "none" or loop_count == 1 or layer_of(name) not in derived.looped_layers(model):
+        # A gate that reads hidden states is computed in the first loop too, and gets zeros.
+        return int(parameter.component == "gates" and model.gate_input == "hidden")
+    if loop_count == 1 or layer_of(name) not in derived.looped_layers(model):
+        return 1
+    if not _is_recomputed(name, parameter, config.parallel):
         return 1
     if parameter.in_core_attention:
-        return loop_count - 1  # recomputed in both, but unused in the first loop
-    if granularity == "selective":
-        return 1
+        return loop_count - 1  # unused in the first loop
     return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else loop_count
+
+
+def _is_recomputed(name: str, parameter: Parameter, parallel: ParallelConfig) -> bool:
+    """Whether a looped layer's parameter is used in a recomputed region."""
+    if parallel.recompute_granularity != "selective":
+        return parallel.recompute_granularity == "full"
+    modules = {"core_attn": parameter.in_core_attention, "mlp": ".mlp." in name}  # its norms too; there are no experts
+    return any(modules.get(module, False) for module in parallel.recompute_modules)
 
 
 def _later_loops_use_their_keys(model: ModelConfig) -> bool:

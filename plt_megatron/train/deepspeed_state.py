@@ -216,8 +216,8 @@ class _ZeroPieces:
 
     @property
     def step(self) -> int:
-        """Updates made so far."""
-        return int(self.inner.state[self.flat[0]]["step"])
+        """Updates made so far: some groups may have had fewer."""
+        return max(int(self.inner.state[piece]["step"]) for piece in self.flat)
 
     def set_step(self, step: int, later_step: int, later_groups: set[int]) -> None:
         """Go on from there."""

@@ -203,11 +203,9 @@ def described(config: RunConfig) -> str:
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """The same, and groups of what only later loops use, if a schedule leaves those out, and of hidden matrices, if
+    """The same, and groups of what only later loops use, which may have had fewer updates, and of hidden matrices, if
     these are updated as wholes."""
-    overrides = kind_overrides(config)
-    if config.training.loop_schedule:
-        overrides |= later_loops_override(config)
+    overrides = kind_overrides(config) | later_loops_override(config)
     if optimizer_spec(config.optimizer).matrix_state is not None:
         matrices = ParamWithNamePredicate("hidden matrices", lambda parameter, name: hidden_matrix(name) is not None)
         overrides[ParamKey(with_name_predicate=matrices)] = {WHOLE_MATRICES: True}

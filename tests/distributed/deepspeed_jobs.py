@@ -197,7 +197,7 @@ class Journey:
 def _build(place: Place) -> Any:
     from megatron.core import parallel_state
 
-    from plt_megatron.config.schema import LoopStage
+    from plt_megatron.config.schema import LoopStage, RateFactors
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
     from tests.distributed import checkpoint_jobs as jobs
@@ -205,6 +205,8 @@ def _build(place: Place) -> Any:
     config = with_engine(jobs.run_config(place.layout, place.precision, **dict(place.model)), place.zero)
     if place.loop_schedule:
         config.training.loop_schedule = [LoopStage(loop_shares=[0.5, 0.5])]
+        # No group has the general settings, so that the later loops' is the first.
+        config.optimizer.lr_mult = RateFactors(embedding=0.5, head=0.5, hidden=0.5, gates=0.5, norms=0.5)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     init_process_groups(config.parallel)

@@ -22,7 +22,8 @@ def two_loops(run_distributed, tmp_path_factory):
 
 
 def _load_and_look(path, config):
-    """Loss with one loop right after loading, gates and their moments, and a save and a load of what came of it."""
+    """Loss with one loop right after loading, gates and their moments and updates, which parameter groups have gates,
+    and a save and a load of what came of it."""
     import torch
 
     from plt_megatron.train.checkpoint import load_checkpoint, save_checkpoint
@@ -33,12 +34,15 @@ def _load_and_look(path, config):
     loss = jobs.evaluate(engine, loop_count=1)
     optimizer = engine.state.parts[0]
     gates = {p for name, p in engine.stage.named_parameters() if ".plt_gate." in name}
-    moments, others = [], []
+    moments, others, updates = [], [], []
     for parameter, part in optimizer.parameter_parts():
         if part is None:
             continue
         state = optimizer.inner.state[optimizer.main_parameter(parameter)]
         (moments if parameter in gates else others).append(float(state["exp_avg_sq"].max()))
+        updates.append((parameter in gates, float(state["step"])))
+    own = {optimizer.own_main_parameter(gate) for gate in gates} - {None}
+    groups = [{main in own for main in group["params"]} for group in optimizer.inner.param_groups]
     zero = all(not torch.any(gate) for gate in gates)
     history = jobs.train(engine, 4, 5)
     save_checkpoint(engine, path.parent / f"{path.name}_continued", {"step": 5})
@@ -51,6 +55,8 @@ def _load_and_look(path, config):
         "zero": zero,
         "moments": moments,
         "others": others,
+        "updates": {*updates},
+        "mixed groups": [group for group in groups if len(group) > 1],
         "history": history,
         "continued": (again["after"], went_on),
     }
@@ -64,6 +70,8 @@ def test_one_loop_goes_on_with_two_in_a_layout_with_more_vocabulary_padding(run_
     for rank in seen:
         assert rank["loss"] == pytest.approx(one, rel=1e-5)  # the weights are the one-loop model's
         assert rank["gates"] == 8 and rank["zero"] and not any(rank["moments"]) and min(rank["others"]) > 0
+        assert rank["updates"] == {(True, 0.0), (False, 3.0)}
+        assert not rank["mixed groups"], "a group may have one count of updates"
         assert rank["continued"][0] == rank["continued"][1]
     about_gates = [line for line in seen[0]["log"] if "gate" in line]
     assert len(about_gates) == 1 and "has no gates: this model's are new, with fresh optimizer state" in about_gates[0]

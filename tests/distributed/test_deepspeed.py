@@ -216,19 +216,32 @@ VARIANTS = {
         Case(2, "full", model=_model(norm_placement="post", qk_layernorm=True, qkv_bias=True, layernorm_epsilon=1e-2)),
         Zero(2),
     ),
+    "steps of one loop of gates that read the residual stream": (
+        Case(2, "full", model=_model(gate_input="hidden"), step_loops=(2, 1, 2)),
+        Zero(1),
+    ),
+    "recomputed FFN": (Case(3, "selective", parallel=(("recompute_modules", ["mlp"]),)), Zero(3)),
+    "recomputed attention and FFN": (
+        Case(3, "selective", parallel=(("recompute_modules", ["core_attn", "mlp"]),)),
+        Zero(2),
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("layout", "names"),
     [
-        pytest.param(["LoopCoder-v2, learned scale, packed", "post-norm"], marks=pytest.mark.slow),
-        pytest.param(["LoopCoder-v2", "+ KV sharing, QK norms, scales"], marks=pytest.mark.slow),
+        pytest.param(
+            Layout(tp=2, sp=True), ["LoopCoder-v2, learned scale, packed", "post-norm"], marks=pytest.mark.slow
+        ),
+        pytest.param(Layout(tp=2, sp=True), ["LoopCoder-v2", "+ KV sharing, QK norms, scales"], marks=pytest.mark.slow),
+        pytest.param(Layout(tp=2, sp=True), list(VARIANTS)[-3:], marks=pytest.mark.slow),
+        (Layout(dp=2), list(VARIANTS)[-3:]),
     ],
-    ids=", ".join,
+    ids=lambda value: ", ".join(value) if isinstance(value, list) else str(value),
 )
-def test_variants_and_packed_documents(check, names):
-    check(Layout(tp=2, sp=True), [VARIANTS[name] for name in names], names)
+def test_variants_and_packed_documents(check, layout, names):
+    check(layout, [VARIANTS[name] for name in names], names)
 
 
 @pytest.mark.slow

@@ -45,6 +45,14 @@ def test_torchs_layers_and_optimizer_go_on_as_transformer_engines(run_distribute
     check_same(run_te(jobs.load_then_go_on, 2, tmp_path, _te(TP2_SP), 3)["after"], expected, "torch TP1", "te TP2 SP")
 
 
+def test_one_loop_goes_on_with_two_as_with_torchs_adam(run_distributed, run_te, tmp_path, check_same):
+    """The gates' first updates too, although Transformer Engine's Adam counts a group's updates."""
+    one = checkpoint_jobs.run_config(backend="torch", loop_count=1)
+    run_distributed(checkpoint_jobs.train_and_save, 1, tmp_path, one)
+    expected = run_distributed(checkpoint_jobs.load_and_train, 1, tmp_path, _torch())["after"]
+    check_same(run_te(jobs.load_then_go_on, 1, tmp_path, _te(), 3)["after"], expected, "torch TP1, one loop", "te TP1")
+
+
 def test_transformer_engines_go_on_as_torchs(run_distributed, run_te, tmp_path, check_same):
     expected = run_te(jobs.save_then_go_on, 2, tmp_path, _te(PP2), 3, 3)["after"]
     moved = run_distributed(checkpoint_jobs.load_and_train, 1, tmp_path, _torch(), then=3)["after"]

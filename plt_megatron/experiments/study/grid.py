@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
-from plt_megatron.config.branching import first_decay_step
+from plt_megatron.config.branching import first_decay_step, stages_problem
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
@@ -168,18 +168,23 @@ def _source(own: Sequence[PlannedRun], step: int) -> tuple[PlannedRun, int] | No
     return max(usable, key=lambda item: item[1], default=None)
 
 
+def _check_schedules(study: StudyFile, config: RunConfig) -> None:
+    """Raise `UserError` for what would not be the same in the first steps of runs of different lengths."""
+    problem = None
+    if config.training.batch_schedule:
+        problem = "training.batch_schedule: a study's runs and branches have steps of one batch; leave it out"
+    elif config.data.length_schedule:
+        problem = "data.length_schedule: a study's runs and branches have rows of one length; leave it out"
+    problem = problem or stages_problem(config)
+    if problem is not None:
+        raise UserError(f"{study.path}: {problem}")
+
+
 def _config(study: StudyFile, size: str, variant: str, loops: int, width: int) -> RunConfig:
     own = [*study.sizes[size], *(study.variants[variant] if loops > 1 else ())]
     common = [f"model.loop_count={loops}", "training.train_iters=2", f"output_dir={study.folder}"]
     config = load_config(study.base, [*study.overrides, *own, *common, "optimizer.lr_decay_style=WSD"])
-    if config.training.batch_schedule:
-        raise UserError(
-            f"{study.path}: training.batch_schedule: a study's runs and branches have steps of one batch; leave it out"
-        )
-    if config.data.length_schedule:
-        raise UserError(
-            f"{study.path}: data.length_schedule: a study's runs and branches have rows of one length; leave it out"
-        )
+    _check_schedules(study, config)
     factor = (width / config.model.hidden_size) ** study.lr_exponent_of_width
     if "optimizer.lr" in {text.partition("=")[0] for text in own}:
         factor = 1.0

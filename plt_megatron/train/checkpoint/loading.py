@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Collection
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import only_in_loops
@@ -57,10 +59,11 @@ def load_checkpoint(
     _check_vocabulary(engine, path, progress)
     _check_schedule(engine, path, progress, allow_other_schedule)
     request = engine.state.request(optimizer=True)
-    _fit(path, request)
+    has_new = _fit(path, request)
     loaded = engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
+    step = loaded["optimizer_step"]
     # Once all parameters were used in every step.
-    engine.state.set_step(loaded["optimizer_step"], loaded.get("optimizer_later_step", loaded["optimizer_step"]))
+    engine.state.set_step(step, 0 if has_new else loaded.get("optimizer_later_step", step))
     engine.scheduler = LearningRate(engine.config, engine.optimizer, _schedule_step_tokens(progress))
     engine.scheduler.go_to(progress["step"], checkpoints.trained_tokens(progress))
     _load_kept(engine, path, kept or {})
@@ -153,6 +156,8 @@ def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_
     added = ("training.z_loss_coeff", "model.mup_base_hidden_size")
     later = {name: value for name, value in defaults.items() if "_mult." in name or name in added}
     saved = later | progress["schedule"]  # a checkpoint from before these settings has their defaults
+    if "training.loop_loss_weights" in saved:
+        saved["training.loop_loss_weights"] = _loss_weights(progress["config"], engine.config)
     differences = [
         f"{name} {saved[name]} (now {value})" for name, value in own.items() if name in saved and saved[name] != value
     ]
@@ -161,6 +166,14 @@ def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_
             f"checkpoint {path} was trained with {', '.join(differences)}; "
             "restore that, or set checkpoint.allow_other_schedule"
         )
+
+
+def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:
+    """`loop_loss_weights` as a checkpoint's configuration sets them, or the run's own if these stand for the same."""
+    before, now = saved["training"]["loop_loss_weights"], config.training.loop_loss_weights
+    training = dataclasses.replace(config.training, loop_loss_weights=before)
+    meant = derived.loop_loss_weights(dataclasses.replace(config, training=training), saved["model"]["loop_count"])
+    return now if meant == derived.loop_loss_weights(config, config.model.loop_count) else before
 
 
 def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
@@ -175,8 +188,9 @@ def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
 # Whether it fits.
 
 
-def _fit(path: Path, request: dict[str, Any]) -> None:
-    """Compare the checkpoint's tensors with those the engine needs, and take from `request` the gates it lacks."""
+def _fit(path: Path, request: dict[str, Any]) -> bool:
+    """Compare the checkpoint's tensors with those the engine needs, and take from `request` the gates it lacks: all of
+    them, or none. Returns whether it lacks them."""
     saved, objects = on_rank_0(partial(_saved_entries, path))
     saved = {key: shape for key, shape in saved.items() if not key.startswith(state.KEPT_PREFIX)}
     request["model"] = {
@@ -207,6 +221,7 @@ def _fit(path: Path, request: dict[str, Any]) -> None:
         _say(f"{path} has no {_loop_parameters(missing)}: this model's are new, with fresh optimizer state")
     if unexpected:
         _say(f"the {_loop_parameters(unexpected)} in {path} are dropped: this model has none")
+    return bool(missing)
 
 
 def _loop_parameters(keys: list[str]) -> str:

@@ -249,7 +249,7 @@ def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
     stages = [dataclasses.asdict(stage) for stage in config.training.loop_schedule]
     loops = {
         "training.loop_schedule": stages,
-        "training.loop_loss_weights": derived.loop_loss_weights(config, config.model.loop_count),
+        "training.loop_loss_weights": config.training.loop_loss_weights,
         "training.z_loss_coeff": config.training.z_loss_coeff,
         "model.mup_base_hidden_size": config.model.mup_base_hidden_size,
     }

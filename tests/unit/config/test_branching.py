@@ -7,6 +7,7 @@ import pytest
 from plt_megatron.commands import train
 from plt_megatron.config.branching import branch_settings, decay_steps, first_decay_step
 from plt_megatron.config.loader import load_config
+from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.branches import branch_config
@@ -70,12 +71,28 @@ def test_a_branch_decays_over_some_steps(trunk):
         ([], 4, 4, "constant rate from step 5 to 90: it cannot branch at step 4"),
         ([], 91, 4, "it cannot branch at step 91"),
         ([], 90, 20, "a branch of 110 steps is longer than trunk.*data.order_samples=440"),
+        (
+            ["training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"],
+            36,
+            4,
+            "trunk cannot branch: training.loop_schedule has 2 stages, which end at shares of a run's own length",
+        ),
     ],
 )
-def test_a_trunk_without_a_constant_rate_there_is_refused(changes, step, decay, said):
+def test_a_trunk_that_cannot_branch_there_is_refused(changes, step, decay, said):
     config = load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, *changes])
     with pytest.raises(UserError, match=said):
         branch_settings(config, "checkpoint", step, decay)
+
+
+def test_a_branch_draws_the_trunks_loops():
+    config = load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, "training.loop_schedule=[{loop_shares: [0.5, 0.5]}]"])
+    branch = load_config(
+        "configs/runs/plt2_tiny.yaml",
+        [*TRUNK, "training.loop_schedule=[{loop_shares: [0.5, 0.5]}]", *branch_settings(config, "checkpoint", 36, 4)],
+    )
+    trunks, own = ([LoopSchedule(each).loop_count(step, 0) for step in range(40)] for each in (config, branch))
+    assert own == trunks and {*own} == {1, 2}
 
 
 def test_the_order_of_samples_must_hold_the_runs(trunk):

@@ -11,7 +11,7 @@ import pytest
 from plt_megatron.config import derived
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
-from plt_megatron.config.schema import DataSource, LoopStage, RunConfig
+from plt_megatron.config.schema import BatchStage, DataSource, LoopStage, RunConfig
 from plt_megatron.config.validation import find_problems
 
 
@@ -84,6 +84,13 @@ def test_a_schedule_is_read_and_written(tmp_path: Path):
 
 
 ONE, TWO = LoopStage(0.5, 1), LoopStage(loop_count=2)
+# Of 1,024 rows first 64 steps of 4, then one of 768, which begins at a quarter of the run.
+GROWING = {
+    "train_iters": None,
+    "train_tokens": 1024 * 256,
+    "global_batch_size": 768,
+    "batch_schedule": [BatchStage(256 * 256, 4)],
+}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,8 @@ ONE, TWO = LoopStage(0.5, 1), LoopStage(loop_count=2)
         ),
         ([LoopStage(0.5, 1, ramp=0.5), TWO], {}, "[0].ramp 0.5: there is no stage before it to go over from"),
         ([LoopStage(loop_shares=[1.0, 0.0])], {}, "never runs model.loop_count 2 loops: set model.loop_count=1"),
-        ([LoopStage(0.01, 1), TWO], {}, "training.loop_schedule[0] is shorter than a step of the run's 10"),
+        ([ONE, LoopStage(0.51, 2), LoopStage(0.59, 1), TWO], {}, "[2]: none of the run's 10 steps begins in it; make"),
+        ([LoopStage(0.3, 1), TWO], GROWING, "[1]: none of the run's 65 steps begins in it; make"),
         ([], {"loop_loss_weights": [0.5, 0.5]}, "loop_loss_weights has 2 weights, but 1 of model.loop_count 2"),
         ([], {"loop_loss_weights": [-0.5]}, "training.loop_loss_weights[0] must be at least 0, got -0.5"),
         ([ONE, TWO], {"fp8": "hybrid"}, "training.fp8 hybrid does not run with training.loop_schedule yet: set"),
@@ -123,6 +131,13 @@ ONE, TWO = LoopStage(0.5, 1), LoopStage(loop_count=2)
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
     (problem,) = find_problems(run(stages, **changes), check_files=False)
     assert expected in problem
+
+
+def test_the_steps_of_a_stage_are_those_that_begin_in_it():
+    config = run([LoopStage(0.015, 1), TWO], **GROWING)
+    assert find_problems(config, check_files=False) == []
+    assert LoopSchedule(config).stage_steps() == [4, 61] and derived.train_iters(config) == 65
+    assert LoopSchedule(run([LoopStage(0.01, 1), TWO])).stage_steps() == [1, 9]
 
 
 @pytest.mark.parametrize(

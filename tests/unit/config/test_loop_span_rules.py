@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plt_megatron.config import derived
+from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.config.validation import find_problems
 from tests.unit.config.test_validation import change, good
@@ -66,6 +67,14 @@ def test_good_configurations_pass():
             "reads its own output as it is; set model.input_injection=false",
         ),
         ({**BY_LAYER, "model__norm_between_loops": True}, "as it is; set model.norm_between_loops=false"),
+        ({**BY_LAYER, "model__hidden_norm": True}, "as it is; set model.hidden_norm=false"),
+        (
+            {**BY_LAYER, **{f"model__{name}": value for name, value in LOOP_PRESETS["recommended"].items()}},
+            "model.input_injection, model.hidden_norm, model.learned_hidden_scale, model.hidden_scale_ratio with "
+            "model.loop_order layer: a layer's next loop reads its own output as it is; set "
+            "model.input_injection=false model.hidden_norm=false model.learned_hidden_scale=none "
+            "model.hidden_scale_ratio=null",
+        ),
         (
             {**BY_LAYER, "model__loop_span": None, "training__loop_loss_weights": [0.5]},
             "no loop but the last ends at the head; leave them out",

@@ -70,7 +70,6 @@ def test_loops_are_virtual_stages_where_there_is_a_pipeline():
 def test_stages_hold_all_layers_in_order():
     layout = ParallelLayout(pipeline=4)
     assert layout.stage_layers(8) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-    assert layout.most_stage_layers(8) == 2
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,6 @@ def test_uneven_stages_hold_all_layers_in_order(settings, layers, stages):
     held = layout.stage_layers(layers)
     assert [len(stage) for stage in held] == stages
     assert [layer for stage in held for layer in stage] == list(range(layers))
-    assert layout.most_stage_layers(layers) == max(stages)
     assert layout.fewest_stage_layers(layers) == min(size for size in stages if size)
     config = transformer_config(ModelConfig(num_layers=layers, backend="torch"), parallel)
     assert [get_num_layers_to_build(config, pp_rank=rank) for rank in range(4)] == stages

@@ -40,6 +40,13 @@ def test_a_best_rate_at_an_end_or_beside_a_diverged_run_is_the_runs_own():
     assert rates.best_rate(parabola(8e-3) | {RATES[3]: math.inf}) == RATES[2]
 
 
+def test_a_rate_that_some_seeds_lack_is_left_out():
+    """Its mean would be lower by the seed alone."""
+    rates = load("learning_rate_transfer")
+    losses = {4e-3: [3.0], 5.66e-3: [3.1, 3.3], 8e-3: [3.2, 3.3]}
+    assert rates.means(losses) == pytest.approx({5.66e-3: 3.2, 8e-3: 3.25})
+
+
 def test_shares_are_of_the_gain_of_two_loops_in_every_step():
     curriculum = load("loop_curriculum")
     rows = {
