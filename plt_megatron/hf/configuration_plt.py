@@ -3,6 +3,12 @@
 This file travels with every exported model: it imports transformers and nothing else.
 """
 
+import transformers
+
+# Before 5.4 configurations are no dataclasses: `__post_init__` does not run, and a tied head is garbage, silently.
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 4):
+    raise ImportError(f"a PLT needs transformers 5.4 or later, not {transformers.__version__}")
+
 from transformers.configuration_utils import PreTrainedConfig
 
 MAX_LOOPS = 8

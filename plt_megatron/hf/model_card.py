@@ -29,7 +29,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-`configuration_plt.py` and `modeling_plt.py` are the model's code; they need torch and transformers 5.
+`configuration_plt.py` and `modeling_plt.py` are the model's code; they need torch and transformers 5.4 or later.
+Assisted generation needs transformers 5.15 or later.
 """
 _PARALLEL_LOOPS = """\
 {layers} run {loops} times with the same weights. `generate` decodes all loops of a token in one pass;

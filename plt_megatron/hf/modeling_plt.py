@@ -794,6 +794,25 @@ class PLTMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class PLTRouter(nn.Module):
+    """Logits of the experts, and the bias by which they are chosen, or None.
+
+    Offloading loads a module's weights when that module is called: nothing else may read them. Not an `nn.Linear`,
+    since quantization and adapters replace those.
+    """
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
+        # Balances the load without a loss: part of the choice, not of the weights. The name is DeepSeek-V3's.
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_routing_bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """rows [T, d] to logits [T, experts], in fp32, and the bias [experts]."""
+        return F.linear(rows.float(), self.weight.float()), self.e_score_correction_bias
+
+
 class PLTMoE(nn.Module):
     """A mixture of experts: each row goes to the `num_experts_per_tok` that the gate prefers, and to the shared one.
 
@@ -805,19 +824,15 @@ class PLTMoE(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.scoring_func = config.scoring_func
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        # Balances the load without a loss: part of the choice, not of the weights. The name is DeepSeek-V3's.
-        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.use_routing_bias else None
-        self.gate.register_buffer("e_score_correction_bias", bias)
+        self.gate = PLTRouter(config)
         self.experts = nn.ModuleList(PLTMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
         shared = config.shared_expert_intermediate_size
         self.shared_expert = PLTMLP(config, shared) if shared else None
 
     def route(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """rows [T, d] to the experts' weights, in fp32, and their numbers, both [T, top_k]."""
-        logits = F.linear(rows.float(), self.gate.weight.float())
+        logits, bias = self.gate(rows)
         scores = logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
-        bias = self.gate.e_score_correction_bias
         chosen = (scores if bias is None else scores + bias.float()).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.norm_topk_prob:
@@ -930,8 +945,10 @@ class PLTPreTrainedModel(PreTrainedModel):
             # Half and half at the start, as LoopCoder-v2 does.
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
-        if isinstance(module, PLTMoE) and module.gate.e_score_correction_bias is not None:
-            init.zeros_(module.gate.e_score_correction_bias)
+        if isinstance(module, PLTRouter):
+            init.normal_(module.weight, std=self.config.initializer_range or 0.02)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         if isinstance(module, PLTLoopInput) and isinstance(module.hidden_scale, nn.Parameter):
             init.constant_(module.hidden_scale, module.initial)
 
@@ -999,6 +1016,7 @@ class PLTModel(PLTPreTrainedModel):
             if cache is not None:
                 raise ValueError("cache and past_key_values are two names of one argument: give one")
             cache = past_key_values
+        self._check_cache(cache, loops)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if loop_mode not in (None, "parallel", "serial"):
@@ -1013,7 +1031,6 @@ class PLTModel(PLTPreTrainedModel):
         if cache is None:
             documents = _documents(position_ids, attention_mask)
             cache = self._new_cache_if_wanted(use_cache, loops, documents is not None)
-        self._check_cache(cache, loops)
         with nullcontext() if cache is None else torch.no_grad():
             hidden_states = self._run(
                 inputs_embeds, attention_mask, position_ids, cache, documents, loops, loop_mode, kwargs
@@ -1399,8 +1416,8 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.loop_count == 1:
-            # A PLT loaded as a plain transformer has no use for its gates.
-            self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\."]
+            # A PLT loaded as a plain transformer has no use for its gates and its scale of h.
+            self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\.", r"\.loop_input\.hidden_scale$"]
         self.post_init()
 
     def new_cache(self, max_cache_len: int | None = None, loop_count: int | None = None) -> PLTCache:
@@ -1459,6 +1476,14 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
         """`generate` decodes with a `PLTCache`; its other caches cannot hold a PLT's state."""
+        if generation_config.assistant_early_exit is not None:
+            # transformers would lower num_hidden_layers for the draft: its cache is made by that, all layers run still.
+            raise ValueError(
+                "assistant_early_exit is not for a PLT: load it with loop_count=1 and give that as assistant_model"
+            )
+        if generation_config.is_assistant and model_kwargs.get("loop_count") is not None:
+            # transformers copies it from the call of the model that is assisted, which may have more loops.
+            model_kwargs["loop_count"] = min(model_kwargs["loop_count"], self.config.loop_count)
         if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from plt_megatron.hf.modeling_plt import PLTForCausalLM
 from tests.hf.tiny import decode, full, make_config, make_model, make_tokens
 
 TOLERANCE = 1e-4
@@ -77,6 +78,43 @@ def test_generation_runs():
     assert torch.equal(logits.argmax(-1), text[:, 5:])
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("name", ["normalized", "biased, dense first"])
+def test_offloaded_weights_are_loaded_where_they_are_used(name, buffers):
+    accelerate = pytest.importorskip("accelerate")
+    model = make_model(**{**EXPERTS, **VARIANTS[name]})
+    tokens = make_tokens(2, 10)
+    want = full(model, tokens)
+    accelerate.cpu_offload(model, execution_device="cpu", offload_buffers=buffers)
+    assert model.model.layers[1].mlp.gate.weight.device.type == "meta"
+    assert torch.equal(full(model, tokens), want)
+
+
+def test_linear_layers_can_be_replaced():
+    """As quantization and adapters do: a replacement need not have a float weight, or a weight."""
+
+    class Replacement(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.forward = linear.forward
+
+    model = make_model(**EXPERTS, **VARIANTS["biased, dense first"])
+    tokens = make_tokens(2, 10)
+    want = full(model, tokens)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            model.set_submodule(name, Replacement(module))
+    assert torch.equal(full(model, tokens), want)
+
+
+def test_routers_start_like_linear_layers():
+    torch.manual_seed(0)
+    config = make_config(**{**EXPERTS, "num_experts": 64}, **VARIANTS["biased, dense first"], initializer_range=0.1)
+    router = PLTForCausalLM(config).model.layers[1].mlp.gate
+    assert 0.09 < router.weight.std() < 0.11 and router.weight.requires_grad
+    assert not router.e_score_correction_bias.any()
+
+
 def test_every_expert_learns_and_none_is_a_constant():
     model = make_model(loop_count=2, **EXPERTS).train()
     model(make_tokens(4, 40), labels=make_tokens(4, 40, seed=2)).loss.backward()
@@ -133,7 +171,7 @@ def test_biased_routing_is_deepseek_v3s():
         for numbers, values in ((chosen, weights), (theirs, their_weights))
     )
     assert torch.equal(one > 0, other > 0) and (one - other).abs().max() < 1e-6
-    unbiased = (block.gate(rows).sigmoid()).topk(2, dim=-1).indices
+    unbiased = block.gate(rows)[0].sigmoid().topk(2, dim=-1).indices
     assert not torch.equal(unbiased.sort(-1).values, chosen.sort(-1).values)
 
 

@@ -3,15 +3,18 @@
 import ast
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from safetensors.torch import load_file
 
-import plt_megatron.hf
+from plt_megatron.hf import configuration_plt, model_card
 from plt_megatron.hf.configuration_plt import PLTConfig
 from plt_megatron.hf.modeling_plt import PLTForCausalLM
 from tests.hf.tiny import ABLATIONS, PATHS, SIZES, VARIANTS, full, make_model, make_tokens
@@ -76,6 +79,16 @@ def test_loop_count_lowered_at_load_time(tmp_path):
     assert torch.allclose(full(lower, tokens), full(model, tokens, loop_count=2), atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", ["model", "channel"])
+def test_what_one_loop_does_not_use_is_no_news(scale, tmp_path):
+    model = make_model(learned_hidden_scale=scale)
+    model.save_pretrained(tmp_path)
+    one, info = PLTForCausalLM.from_pretrained(tmp_path, loop_count=1, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    tokens = make_tokens(1, 12)
+    assert torch.allclose(full(one, tokens), full(model, tokens, loop_count=1), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "vanilla", "span_loopcoder"])
 def test_tensor_names(name, tmp_path):
     model = make_model(**ALL[name])
@@ -113,8 +126,28 @@ def test_config_keys_survive(tmp_path):
     assert PLTConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0rc1", "5.3.0"])
+def test_older_transformers_is_refused(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(ImportError, match=f"^a PLT needs transformers 5.4 or later, not {version}$"):
+        runpy.run_path(configuration_plt.__file__)
+
+
+@pytest.mark.parametrize("version", ["5.4.0.dev0", "5.4.0", "5.30.0.dev0", "6.0.0rc1"])
+def test_newer_transformers_is_not(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    assert runpy.run_path(configuration_plt.__file__)["GATE_INPUTS"] == configuration_plt.GATE_INPUTS
+
+
+def test_card_and_package_name_the_same_transformers():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extra = {one.name: one for one in map(Requirement, project["optional-dependencies"]["hf"])}
+    assert "5.4.0" in extra["transformers"].specifier and "5.3.9" not in extra["transformers"].specifier
+    assert "torch and transformers 5.4 or later.\nAssisted generation needs transformers 5.15" in model_card._USE
+
+
 def test_shipped_files_import_torch_and_transformers_only():
-    folder = Path(plt_megatron.hf.__file__).parent
+    folder = Path(configuration_plt.__file__).parent
     for name in ("configuration_plt.py", "modeling_plt.py"):
         for node in ast.walk(ast.parse((folder / name).read_text())):
             if isinstance(node, ast.Import):

@@ -115,6 +115,23 @@ def test_a_shallow_assistant_drafts_for_the_whole_model():
     assert torch.equal(generate(model, tokens, 16, assistant_model=assistant), greedy(model, tokens, 16))
 
 
+@pytest.mark.parametrize("loops", [2, 3])
+def test_an_assistant_with_fewer_loops_than_are_asked_for(loops):
+    model, assistant = make_model(loop_count=3), make_model(loop_count=1)
+    tokens = make_tokens(1, 9)
+    text = generate(model, tokens, 16, assistant_model=assistant, loop_count=loops)
+    assert torch.equal(text, greedy(model, tokens, 16, loop_count=loops))
+
+
+def test_early_exit_is_refused_and_leaves_nothing_behind():
+    model = make_model()
+    tokens = make_tokens(1, 9)
+    with pytest.raises(ValueError, match="assistant_early_exit is not for a PLT: .* loop_count=1"):
+        generate(model, tokens, 8, assistant_early_exit=1)
+    assert model.config.num_hidden_layers == 2
+    assert torch.equal(generate(model, tokens, 8), greedy(model, tokens, 8))
+
+
 def test_loop_count_and_a_stored_prefix():
     model = make_model(loop_count=3)
     prefix, tail = make_tokens(1, 12), make_tokens(1, 4, seed=2)
@@ -156,6 +173,9 @@ def test_caches_that_cannot_hold_a_plt_are_refused():
         generate(model, tokens, 3, **{CACHE_NAME: DynamicCache()})
     with pytest.raises(ValueError, match='must be "dynamic" or "static" for a PLT, not \'quantized\''):
         generate(model, tokens, 3, cache_implementation="quantized")
+    # Continuous batching comes with a mask of its own, which is not what is wrong.
+    with pytest.raises(ValueError, match="decodes with a PLTCache .* not with DynamicCache"):
+        model(tokens, torch.ones(1, 1, 5, 5), **{CACHE_NAME: DynamicCache()})
 
 
 def make_tokenizer():
