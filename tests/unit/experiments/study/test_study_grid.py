@@ -79,9 +79,7 @@ def test_steps_of_several_batches_are_refused(tmp_path):
 def test_stages_of_loops_are_refused(tmp_path):
     stages = "training.loop_schedule: [{until: 0.5, loop_count: 1}, {loop_count: 2}]"
     text = STUDY.replace("variants:", "variants:\n  staged: {" + stages + "}", 1)
-    with pytest.raises(
-        UserError, match="training.loop_schedule has 2 stages, which end at shares"
-    ):
+    with pytest.raises(UserError, match="training.loop_schedule has 2 stages, which end at shares"):
         make_grid(read_study(write_study(tmp_path, text)), None)
 
 
