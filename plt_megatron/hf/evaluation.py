@@ -13,6 +13,7 @@ from plt_megatron.hf.config_keys import CONFIG
 from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.scores import write_scores
+from plt_megatron.run_folder.text import plural
 
 _CARD, _HEADING = "README.md", "## Evaluation"
 
@@ -63,13 +64,15 @@ def _check(folder: Path, device: str) -> None:
         raise UserError(f"{folder}: no exported model there; plt-export makes one")
     if open_source(folder).tokenizer is None:
         raise UserError(f"{folder}: the model has no tokenizer, which tasks need")
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if found is None:
+        raise UserError(f"--device {device}: give cpu, cuda or cuda:N")
     if device != "cpu":
         import torch
 
-        try:
-            torch.empty(0, device=device)
-        except (AssertionError, RuntimeError) as error:  # torch without CUDA, or no such card
-            raise UserError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(found[1] or 0) >= count:
+            raise UserError(f"--device {device}: torch finds {plural(count, 'GPU')} on this machine")
 
 
 def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]:

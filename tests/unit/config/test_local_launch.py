@@ -26,7 +26,7 @@ keys = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
 with open(f"seen.{os.environ.get('RANK', 'alone')}", "w") as stream:
     print(sys.argv[1], *(os.environ.get(key, "-") for key in keys), file=stream)
 if "WAIT" in os.environ:
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # at once: two processes share the pipe
     while not os.path.exists("go"):
         time.sleep(0.01)
 sys.exit(int(os.environ["FAKE_STATUS"]))
@@ -163,13 +163,15 @@ def test_a_run_is_trained_once_at_a_time(folder, processes):
         text=True,
     )
     with first:
-        for _ in range(processes):
-            assert first.stdout.readline() == "ready\n"
-        second = launch(folder, "run.yaml", layout, "optimizer.lr=5e-4", FAKE_STATUS="0")
-        assert (second.returncode, second.stdout) == (2, "")
-        assert second.stderr == "error: runs/try: another training is running there; wait for it or stop it\n"
-        assert load_config(folder / "runs/try/config.yaml") == load_config(folder / "run.yaml", [layout])
-        (folder / "go").touch()
+        try:
+            for _ in range(processes):
+                assert first.stdout.readline() == "ready\n"
+            second = launch(folder, "run.yaml", layout, "optimizer.lr=5e-4", FAKE_STATUS="0")
+            assert (second.returncode, second.stdout) == (2, "")
+            assert second.stderr == "error: runs/try: another training is running there; wait for it or stop it\n"
+            assert load_config(folder / "runs/try/config.yaml") == load_config(folder / "run.yaml", [layout])
+        finally:
+            (folder / "go").touch()
     assert first.returncode == 0
     assert launch(folder, "run.yaml", layout, FAKE_STATUS="0").returncode == 0
 
