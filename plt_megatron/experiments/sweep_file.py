@@ -116,6 +116,10 @@ class FileOfRuns:
     def folder(self) -> Path:
         return Path(self.output_dir) / self.name
 
+    def name_problems(self) -> Iterator[str]:
+        if Path(self.name).name != self.name or self.name == "..":
+            yield f"name: must be a folder name, got {self.name!r}"
+
     @property
     def overrides(self) -> list[str]:
         """Settings of every run."""
@@ -205,8 +209,7 @@ def settings_of(node: yaml.Node, key: str) -> list[str]:
 def _problems(sweep: SweepFile) -> Iterator[str]:
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         yield "seeds: give at least one, each once"
-    if Path(sweep.name).name != sweep.name or sweep.name == "..":
-        yield f"name: must be a folder name, got {sweep.name!r}"
+    yield from sweep.name_problems()
     for axis in sweep.axes.values():
         for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & OWNED.keys()):
             yield f"axes.{axis.name}: {key} is the sweep's own; use {OWNED[key]}"

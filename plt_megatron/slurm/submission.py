@@ -188,7 +188,7 @@ class _Plan:
             return []
 
     def _has_active_job(self, folder: Path) -> bool:
-        return active.was_submitted(folder) and active.job_of(folder, self._jobs) is not None
+        return active.job_of(folder, lambda: self._jobs) is not None
 
     @staticmethod
     def _run_of(config: RunConfig) -> Path:
@@ -251,14 +251,14 @@ class _Plan:
 
     def _check_active(self, runs: Sequence[Path]) -> None:
         """Refuse runs with an active job: two jobs would overwrite each other's work."""
-        for run in filter(active.was_submitted, runs):
-            job = active.job_of(run, self._jobs)
+        for run in runs:
+            job = active.job_of(run, lambda: self._jobs)
             if job is None:
                 continue
-            advice = f"wait for it, or scancel {job.id}"
+            problem = active.advice(run, job)
             if "_" not in job.id:  # jobs of the run's own script wait for one another
-                advice += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
-            self.problems.append(f"{run}: its job {job.id} is {job.state.lower()}: {advice}")
+                problem += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
+            self.problems.append(problem)
 
     # Saying.
 

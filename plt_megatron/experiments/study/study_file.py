@@ -158,8 +158,7 @@ def read_study(path: str | Path, settings: Sequence[str] = ()) -> StudyFile:
 
 
 def _problems(study: StudyFile) -> Iterator[str]:
-    if Path(study.name).name != study.name or study.name == "..":
-        yield f"name: must be a folder name, got {study.name!r}"
+    yield from study.name_problems()
     for key, values in (("seeds", study.seeds), ("loops", study.loops)):
         if not values or len(set(values)) < len(values):
             yield f"{key}: give at least one, each once"
