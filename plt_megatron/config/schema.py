@@ -66,6 +66,9 @@ class ModelConfig:
     ffn_output_norm: bool = False  # RMSNorm on the FFN's output, before the residual is added
     # post: no norms on the inputs of attention and FFN but on their outputs, and qk_layernorm over all heads (OLMo-2)
     norm_placement: Literal["pre", "post"] = "pre"
+    # Keys of the previous token, without a parameter (half of the groups, or the slow half of each key's channels) or
+    # learned: model/key_shift.py.
+    key_shift: Literal["none", "heads", "channels", "learned"] = "none"
     init_method_std: Positive = 0.02
     # The loop (paper section 3; published variants: see docs/model.md).
     # Stands for settings of the loop (config/presets.py) in the file that names it: what is set beside it wins.

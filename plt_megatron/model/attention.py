@@ -23,6 +23,7 @@ from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.context_parallel import SequenceShard
 from plt_megatron.model.gate import ACTIVATIONS, GATES, QueryGate
+from plt_megatron.model.key_shift import KeyShift
 from plt_megatron.model.loop_context import Documents, LoopContext
 from plt_megatron.model.te_attention import TEAttention, laid_out
 from plt_megatron.model.torch_attention import (
@@ -276,15 +277,31 @@ class TEGatedAttention(GatedSlidingWindowAttention):
 
 
 class PLTSelfAttention(SelfAttention):
-    """megatron-core's self-attention, which also lets the `hidden` gate read the residual stream.
+    """megatron-core's self-attention, whose keys may be the previous token's (`model.key_shift`), and which lets the
+    `hidden` gate read the residual stream.
 
     The gate's logit is one more channel of each head's query: RoPE ignores channels beyond the head dimension, and
     recomputation treats it like any tensor argument.
     """
 
-    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, config: PLTTransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        shifts = config.plt.key_shift != "none"
+        self.key_shift = KeyShift(config, config.plt, self.pg_collection) if shifts else None
+
+    def forward(self, *args: Any, packed_seq_params: LoopContext | None = None, **kwargs: Any) -> Any:
+        """As megatron-core's. What it passes on as `key_value_states`, which only cross-attention has, is the context."""
+        return super().forward(
+            *args, key_value_states=packed_seq_params, packed_seq_params=packed_seq_params, **kwargs
+        )
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: LoopContext | None = None, **kwargs: Any
+    ) -> Any:
         """As megatron-core's, with query [s, b, heads / TP, d + 1] if the gate reads hidden states."""
-        query, key, value = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
+        if self.key_shift is not None:
+            key, value = self.key_shift(key, value, key_value_states or LoopContext())
         gate = self.core_attention.plt_gate
         if getattr(gate, "reads_hidden_states", False):
             query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
