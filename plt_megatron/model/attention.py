@@ -291,9 +291,7 @@ class PLTSelfAttention(SelfAttention):
 
     def forward(self, *args: Any, packed_seq_params: LoopContext | None = None, **kwargs: Any) -> Any:
         """As megatron-core's. What it passes on as `key_value_states`, which only cross-attention has, is the context."""
-        return super().forward(
-            *args, key_value_states=packed_seq_params, packed_seq_params=packed_seq_params, **kwargs
-        )
+        return super().forward(*args, key_value_states=packed_seq_params, packed_seq_params=packed_seq_params, **kwargs)
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: LoopContext | None = None, **kwargs: Any

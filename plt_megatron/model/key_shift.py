@@ -7,8 +7,8 @@ RoPE still turns them by the position that they are found at, and later loops at
 - heads: whole keys of the second half of the key/value groups
 - channels: of every key, the half of the channels that RoPE turns slowly ("partial key offset" of the nanoGPT speed
   records)
-- learned: k_t becomes a k_t + b k_(t-1), v_t alike, with two scalars each for a group, 1 and 0 at first ("KV shifting
-  attention", arXiv 2411.19574)
+- learned: k_t becomes k_t + a (k_(t-1) - k_t) and v_t the same with b, a scalar each for a group, zero at first, so that
+  an imported model stays as it is ("KV shifting attention", arXiv 2411.19574, without the scale, which k_proj has)
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from plt_megatron.model.shift import shift
 class KeyShift(nn.Module):
     """Shifts K, and V where that is learned, of this tensor-parallel rank's groups and context-parallel rank's rows.
 
-    Learned factors `key` and `value` [groups, 2] are whole on every rank: their gradients are summed over the ranks in
-    the backward pass, also where there are fewer groups than ranks.
+    Learned factors `key` and `value` [groups] are whole on every rank: their gradients are summed over the ranks in the
+    backward pass, also where there are fewer groups than ranks.
     """
 
     def __init__(self, config: TransformerConfig, plt: ModelConfig, pg_collection: Any) -> None:
@@ -45,8 +45,7 @@ class KeyShift(nn.Module):
         self.first_shifted = groups // 2
         if self.form == "learned":
             kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-            self.key = nn.Parameter(torch.tensor([[1.0, 0.0]], **kwargs).repeat(groups, 1))
-            self.value = nn.Parameter(torch.tensor([[1.0, 0.0]], **kwargs).repeat(groups, 1))
+            self.key, self.value = (nn.Parameter(torch.zeros(groups, **kwargs)) for _ in range(2))
 
     def forward(self, key: Tensor, value: Tensor, context: LoopContext) -> tuple[Tensor, Tensor]:
         """key and value [s / CP, b, groups / TP, d], before RoPE -> the same."""
@@ -64,8 +63,7 @@ class KeyShift(nn.Module):
 
     def _mixed(self, own: Tensor, factors: Tensor, context: LoopContext) -> Tensor:
         whole = copy_to_tensor_model_parallel_region(factors, group=self.tp_group)
-        factor = whole[self.groups.start : self.groups.stop, :, None]
-        return factor[:, 0] * own + factor[:, 1] * self._before(own, context)
+        return torch.lerp(own, self._before(own, context), whole[self.groups.start : self.groups.stop, None])
 
     def _before(self, part: Tensor, context: LoopContext) -> Tensor:
         """The previous token's of each token of its document, zero for the first; [s / CP, b, ...]."""

@@ -269,6 +269,10 @@ def _qk_norm(model: ModelConfig) -> bool:
     return model.qk_layernorm
 
 
+def _learned_key_shift(model: ModelConfig) -> bool:
+    return model.key_shift == "learned"
+
+
 def _gate(kind: str) -> Callable[[ModelConfig], bool]:
     return lambda model: derived.has_gates(model) and model.gate_input == kind
 
@@ -319,6 +323,8 @@ TABLE = (
                    init=0.0, exists=lambda model: model.qkv_bias),
         _norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "query_norm", exists=_qk_norm),
         _norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "key_norm", exists=_qk_norm),
+        *(_parameter(f"self_attention.key_shift.{kind}", "groups", "attention", f"self_attn.key_shift.{kind}",
+                     init=0.0, exists=_learned_key_shift) for kind in ("key", "value")),
         _parameter(_GATE + "weight", "heads head_dim", "gates", _HF_GATE + "weight", **_OF_QUERY_GATE),
         _parameter(_GATE + "bias", "heads", "gates", _HF_GATE + "bias", **_OF_QUERY_GATE),
         _parameter(_GATE + "weight", "heads hidden", "gates", _HF_GATE + "weight", **_OF_HIDDEN_GATE),

@@ -18,6 +18,8 @@ _LAYER_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "attention_norm",
     "self_attention.q_layernorm.weight": "q_norm",
     "self_attention.k_layernorm.weight": "k_norm",
+    "self_attention.key_shift.key": "key_shift.key",
+    "self_attention.key_shift.value": "key_shift.value",
     "self_attention.linear_proj.weight": "o",
     "self_attention.core_attention.plt_gate.weight": "gate.weight",
     "self_attention.core_attention.plt_gate.bias": "gate.bias",

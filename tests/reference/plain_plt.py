@@ -39,7 +39,7 @@ class PlainPLT:
     `hidden_scale` [1 or h], and of each layer
     `layers.<i>.`: `attention_norm`, `ffn_norm` [h], `q` [heads d, h], `k`, `v` [groups d, h], `o` [h, heads d],
     `gate_proj`, `up_proj` [f, h], `down_proj` [h, f]; where the settings ask for them `q_norm`, `k_norm` [d],
-    `q_bias` [heads d], `k_bias`, `v_bias` [groups d],
+    `q_bias` [heads d], `k_bias`, `v_bias` [groups d], `key_shift.key`, `key_shift.value` [groups],
     `ffn_output_norm` [h], `gate.weight` [heads, d or h], `gate.bias` [heads], `gate.norm` [h]. A mixture of experts has
     `router` [E, h], and `experts.<e>.` and `shared.` with what an FFN has, and where the settings ask for it
     `router_bias` [E].
@@ -176,6 +176,7 @@ class PlainPLT:
         )
         if config.qk_layernorm:
             query, key = self._norm(query, name + "q_norm"), self._norm(key, name + "k_norm")
+        key, value = self._shifted(key, value, starts, name)
         positions = _positions(starts)
         query, key = (_rotate(tensor, positions, config) for tensor in (query, key))
         if loop == 1:
@@ -192,6 +193,25 @@ class PlainPLT:
                 first, second = (local, out) if config.gate_side == "local" else (out, local)
                 out = gate * first + (1 - gate) * second
         return out.flatten(-2) @ self.weights[name + "o"].T
+
+    def _shifted(self, key: Tensor, value: Tensor, starts: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """[b, s, groups, d]: with (some of) the previous token's, zero for the first of a document."""
+        form = self.config.key_shift
+        if form == "none":
+            return key, value
+        before_key, before_value = (
+            torch.where(starts[:, :, None, None], 0.0, torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1))
+            for x in (key, value)
+        )
+        groups, channels = key.shape[2:]
+        if form == "heads":
+            shifted = torch.arange(groups)[:, None] >= groups // 2
+            return torch.where(shifted, before_key, key), value
+        if form == "channels":
+            pair = torch.arange(channels) % (channels // 2)  # RoPE's, the slower the larger its number
+            return torch.where(pair >= channels // 4, before_key, key), value
+        of_key, of_value = (self.weights[f"{name}key_shift.{kind}"][:, None] for kind in ("key", "value"))
+        return (1 - of_key) * key + of_key * before_key, (1 - of_value) * value + of_value * before_value
 
     def _projection(self, x: Tensor, name: str) -> Tensor:
         out = x @ self.weights[name].T
