@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 MAX_LOOPS = 8
 GATE_INPUTS = ("query", "hidden")
+KEY_SHIFTS = ("none", "heads", "channels", "learned")
 
 
 class PLTConfig(PreTrainedConfig):
@@ -50,6 +51,7 @@ class PLTConfig(PreTrainedConfig):
             is "post").
         ffn_output_norm (`bool`): RMSNorm on the MLP's output before the residual is added.
         norm_placement (`str`): "pre" (Llama) or "post" (OLMo-2: norms on the outputs of attention and MLP).
+        key_shift (`str`): keys that are the previous token's, one of `KEY_SHIFTS`; `PLTKeyShift` says how.
         attention_bias (`bool`): biases on the q, k, v and o projections (Llama).
         qkv_bias (`bool`): biases on the q, k and v projections only (Qwen2).
         num_experts (`int`): experts in place of a layer's MLP; None: a dense model. The keys are Qwen3-MoE's.
@@ -91,6 +93,7 @@ class PLTConfig(PreTrainedConfig):
     qk_norm: bool = False
     ffn_output_norm: bool = False
     norm_placement: str = "pre"
+    key_shift: str = "none"
 
     num_experts: int | None = None
     first_k_dense_replace: int = 0
@@ -174,6 +177,12 @@ class PLTConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, not {self.head_dim}")
+        if self.key_shift not in KEY_SHIFTS:
+            raise ValueError(f"key_shift must be one of {', '.join(KEY_SHIFTS)}, not {self.key_shift!r}")
+        if self.key_shift == "channels" and self.head_dim % 4:
+            raise ValueError(f'key_shift "channels" needs a head_dim that 4 divides, not {self.head_dim}')
+        if self.key_shift == "heads" and self.num_key_value_heads < 2:
+            raise ValueError('key_shift "heads" needs two num_key_value_heads or more')
 
     def _check_experts(self) -> None:
         if self.num_experts is None:

@@ -11,7 +11,8 @@ decoding every loop of a step can run at once: the L loops are rows of one batch
 With `loop_span` f is the layers of that range. Those before it run once, and E is their output; those after it run
 once, on h(L): a step is still one pass, of one row, then L, then one.
 Row 1 writes its keys and values to the cache before the other rows attend to them, each row l >= 2 keeps a ring
-of `window_size` keys and values of its own, and h(1..L-1) of the last position are carried to the next step.
+of `window_size` keys and values of its own, and h(1..L-1) of the last position are carried to the next step; with
+`key_shift` so is what the next keys take of the last ones, of every layer and loop.
 
 Shapes: B sequences, T new tokens (or rows, one a loop, in a parallel step), N cached and new tokens, H query
 heads, K key/value heads, G = H / K, D the head dimension, d the hidden size, w the window, L the loop count.
@@ -67,6 +68,8 @@ class PLTPass:
     once_mask: torch.Tensor | None = None  # `global_mask` of one row, for layers that do not loop
     prefix_slots: torch.Tensor | None = None  # where the w - 1 tokens before this pass are, oldest first
     position_ids: torch.Tensor | None = None  # packed documents, for flash attention
+    real: torch.Tensor | None = None  # [B or 1, T, 1], False where a new token is padding; None: nowhere
+    continues: torch.Tensor | None = None  # [B or 1, T, 1], whether it follows one of its text; None: they all do
 
     def once(self) -> "PLTPass":
         """The same pass through a layer that does not loop: as through a first loop that nothing follows."""
@@ -83,25 +86,34 @@ class PLTCacheLayer:
 
     keys, values: [B, S, K, capacity, D], S = 1 of what is shared with the first loop, else one store a loop.
     window_keys, window_values: [B, W, K, w, D], the rings of loops 2..W+1; token t lies in slot t % w.
+    carry: [B, C, P], what the next token's keys take of the last one's (`PLTKeyShift`), of loops 1..C; P = 0: nothing.
     """
 
     supports_early_init = True
     is_sliding = False
 
     def __init__(
-        self, key_stores: int, value_stores: int, window_loops: int, window_size: int, max_cache_len: int | None
+        self,
+        key_stores: int,
+        value_stores: int,
+        window_loops: int,
+        window_size: int,
+        carries: tuple[int, int],
+        max_cache_len: int | None,
     ):
         self.key_stores = key_stores
         self.value_stores = value_stores
         self.window_loops = window_loops
+        self.carries = carries
         self.window_size = window_size
         self.static_length = max_cache_len
         self.is_compileable = max_cache_len is not None
         self.is_croppable = max_cache_len is None
         self.is_initialized = False
         self.record_past = False
-        self.keys = self.values = self.window_keys = self.window_values = None
+        self.keys = self.values = self.window_keys = self.window_values = self.carry = None
         self.past: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.past_carries: list[torch.Tensor] | None = None  # of each loop, [B, m, P]
 
     def lazy_initialization(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Allocate for tensors like key and value, [B, K, T, D]."""
@@ -113,13 +125,17 @@ class PLTCacheLayer:
         if self.window_loops:
             self.window_keys = key.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
             self.window_values = value.new_zeros(batch, self.window_loops, heads, self.window_size, dim)
+        if self.carries[1]:
+            self.carry = key.new_zeros(batch, *self.carries)
+            if self.record_past:
+                self.past_carries = list(self.carry.clone().split(1, 1))
         if self.static_length is not None and not is_torchdynamo_compiling():
             for tensor in self.tensors():
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
     def tensors(self) -> list[torch.Tensor]:
-        candidates = (self.keys, self.values, self.window_keys, self.window_values)
+        candidates = (self.keys, self.values, self.window_keys, self.window_values, self.carry)
         return [tensor for tensor in candidates if tensor is not None]
 
     def write(self, key: torch.Tensor, value: torch.Tensor, loops: slice, state: PLTPass) -> None:
@@ -190,14 +206,47 @@ class PLTCacheLayer:
         keys = self.window_keys[:, loop].index_select(2, state.prefix_slots)
         return keys, self.window_values[:, loop].index_select(2, state.prefix_slots)
 
+    def shift(self, taken: torch.Tensor, loops: slice, state: PLTPass) -> torch.Tensor:
+        """What each row's keys get of the token before, [B, T, P], and the carry for the next pass.
+
+        taken: [B, T, P], what the keys of T tokens of one loop hand on, or those of T loops of one token.
+        """
+        before = self.carry[:, loops].clone()
+        real = taken if state.real is None else taken * state.real.to(taken.dtype)
+        if state.loop is None:
+            last = real
+        else:
+            before, last = torch.cat([before, taken[:, :-1]], 1), real[:, -1:]
+        if self.record_past:
+            for row, loop in enumerate(range(self.carries[0])[loops]):
+                new = real[:, row : row + 1] if state.loop is None else real
+                self.past_carries[loop] = torch.cat([self.past_carries[loop], new], 1)
+        else:
+            self.past_carries = None
+        self.carry[:, loops] = last
+        return before
+
     def start_recording(self, length: int) -> None:
         self.record_past = True
+        if self.carry is not None:
+            self.past_carries = list(self.carry.clone().split(1, 1))
         if not self.window_loops or not self.is_initialized:
             return
         first = max(length - self.window_size, 0)
         slots = torch.arange(first, length, device=self.window_keys.device) % self.window_size
         keys, values = self.window_keys.index_select(3, slots), self.window_values.index_select(3, slots)
         self.past = list(zip(keys.unbind(1), values.unbind(1), strict=True))
+
+    def crop_carry(self, removed: int) -> None:
+        """Take back the last tokens' carries."""
+        if self.carry is None:
+            return
+        if self.past_carries is None or self.past_carries[0].shape[1] <= removed:
+            raise ValueError(NOT_RECORDED.format(removed))
+        for loop, past in enumerate(self.past_carries):
+            end = past.shape[1] - removed
+            self.past_carries[loop] = past[:, end - 1 : end]
+            self.carry[:, loop : loop + 1] = past[:, end - 1 : end]
 
     def crop_window(self, removed: int, length: int) -> None:
         """Take back the last tokens, leaving `length`, and keep no more of the past than the windows need."""
@@ -215,12 +264,14 @@ class PLTCacheLayer:
 
     def map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function of the batch dimension to everything stored; static buffers keep their address."""
-        for name in ("keys", "values", "window_keys", "window_values"):
+        for name in ("keys", "values", "window_keys", "window_values", "carry"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, _replace(tensor, function(tensor), static=self.static_length is not None))
         if self.past:
             self.past = [(function(key), function(value)) for key, value in self.past]
+        if self.past_carries:
+            self.past_carries = [function(past) for past in self.past_carries]
         if self.keys is not None:
             self.batch_size = self.keys.shape[0]
 
@@ -235,7 +286,8 @@ class PLTCache(Cache):
     """The decoding state of a PLT: keys and values, the window rings, and the carried hidden states.
 
     It holds, per sequence, N tokens of K/V a layer (L times what is not shared in layers that loop), (L - 1)
-    rings of w tokens a layer that loops and (L - 1) vectors h(1..L-1) of the last position. Copies (`copy.deepcopy`)
+    rings of w tokens a layer that loops and (L - 1) vectors h(1..L-1) of the last position; with `key_shift` also what
+    the next keys take of the last position's, of every layer and loop. Copies (`copy.deepcopy`)
     are independent, so a stored prefix can be continued any number of times. `crop` takes back tokens that came after
     `activate_past_recording()`.
 
@@ -254,10 +306,13 @@ class PLTCache(Cache):
         key_stores = 1 if config.share_kv else self.loop_count
         value_stores = 1 if config.shares_values else self.loop_count
         windows = later if config.gated_window else 0
+        own = self.loop_count if config.gated_window or not config.shares_values else 1  # loops whose keys are used
         layers = []
         for index in range(config.num_hidden_layers):
-            kept = (key_stores, value_stores, windows) if index in config.looped_layers else (1, 1, 0)
-            layers.append(PLTCacheLayer(*kept, config.window_size, max_cache_len))
+            loops = index in config.looped_layers
+            kept = (key_stores, value_stores, windows) if loops else (1, 1, 0)
+            carries = (own if loops else 1, PLTKeyShift.width(config))
+            layers.append(PLTCacheLayer(*kept, config.window_size, carries, max_cache_len))
         super().__init__(layers=layers)
         self.hidden_size = config.hidden_size
         self.static_length = max_cache_len
@@ -321,6 +376,7 @@ class PLTCache(Cache):
             raise ValueError(f"cannot remove {removed} of {self.length} tokens")
         self._crop_carry(removed, length)
         for layer in self.layers:
+            layer.crop_carry(removed)
             layer.crop_window(removed, length)
         self.length = length
 
@@ -352,7 +408,9 @@ class PLTCache(Cache):
     def reset(self) -> None:
         """Forget everything; the buffers stay."""
         for layer in self.layers:
-            layer.record_past, layer.past = False, None
+            layer.record_past, layer.past, layer.past_carries = False, None, None
+            if layer.carry is not None:
+                layer.carry.zero_()
         self.past_carries = None
         if self.carry is not None:
             self.carry.zero_()
@@ -380,8 +438,8 @@ class PLTCache(Cache):
         total = 0 if self.carry is None else self.carry.nbytes
         for layer in self.layers:
             for tensor in layer.tensors():
-                is_window = tensor is layer.window_keys or tensor is layer.window_values
-                held = 1.0 if allocated or is_window else int(self.length) / tensor.shape[3]
+                by_token = tensor is layer.keys or tensor is layer.values
+                held = int(self.length) / tensor.shape[3] if by_token and not allocated else 1.0
                 total += round(tensor.nbytes * held)
         return total
 
@@ -507,6 +565,51 @@ class PLTGate(nn.Module):
         return self.activation(logits).to(query.dtype).unsqueeze(-1)
 
 
+class PLTKeyShift(nn.Module):
+    """Keys that are, in part, the previous token's, before RoPE; zero for the first of a text.
+
+    key_shift "heads": the keys of the second half of the key/value heads.
+    key_shift "channels": of every key, the half of the channels that RoPE turns slowly.
+    key_shift "learned": k_t + a (k_(t-1) - k_t) and v_t + b (v_(t-1) - v_t), a and b one number a key/value head.
+    """
+
+    def __init__(self, config: PLTConfig):
+        super().__init__()
+        self.form = config.key_shift
+        if self.form == "learned":
+            self.key = nn.Parameter(torch.zeros(config.num_key_value_heads))
+            self.value = nn.Parameter(torch.zeros(config.num_key_value_heads))
+
+    @staticmethod
+    def width(config: PLTConfig) -> int:
+        """P, the numbers of a token that the next one takes from it."""
+        heads, dim = config.num_key_value_heads, config.head_dim
+        sizes = {"none": 0, "heads": (heads - heads // 2) * dim, "channels": heads * dim // 2}
+        return sizes.get(config.key_shift, 2 * heads * dim)
+
+    def taken(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """What tokens hand on to the next, [B, T, P], of key and value [B, T, K, D]."""
+        if self.form == "heads":
+            return key[:, :, key.shape[2] // 2 :].flatten(2)
+        if self.form == "channels":
+            return key.unflatten(-1, (2, 2, -1))[..., 1, :].flatten(2)
+        return torch.cat([key, value], -1).flatten(2)
+
+    def forward(
+        self, key: torch.Tensor, value: torch.Tensor, before: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """key and value [B, T, K, D] with what the tokens before hand on, [B, T, P]."""
+        batch, tokens, heads, dim = key.shape
+        if self.form == "heads":
+            kept = heads // 2
+            return torch.cat([key[:, :, :kept], before.view(batch, tokens, heads - kept, dim)], 2), value
+        if self.form == "channels":
+            fast = key.unflatten(-1, (2, 2, -1))[..., 0, :]  # RoPE turns channel i with i + D / 2
+            return torch.stack([fast, before.view(fast.shape)], -2).flatten(-3), value
+        before_key, before_value = before.view(batch, tokens, heads, 2 * dim).split(dim, -1)
+        return torch.lerp(key, before_key, self.key[:, None]), torch.lerp(value, before_value, self.value[:, None])
+
+
 class PLTAttention(nn.Module):
     """Causal attention in loop 1; in loops >= 2 the gated blend of first-loop attention and their own window."""
 
@@ -532,6 +635,7 @@ class PLTAttention(nn.Module):
             sizes = (self.head_dim, self.head_dim) if self.norm_heads else (query_size, kv_size)
             self.q_norm = PLTRMSNorm(sizes[0], config.rms_norm_eps)
             self.k_norm = PLTRMSNorm(sizes[1], config.rms_norm_eps)
+        self.key_shift = None if config.key_shift == "none" else PLTKeyShift(config)
         gated = config.gated_window and config.loop_count > 1 and layer_idx in config.looped_layers
         self.plt_gate = PLTGate(config) if gated else None
 
@@ -549,12 +653,14 @@ class PLTAttention(nn.Module):
         Returns the output [B, T, d], weights or None, and this pass's keys and values [B, K, T, D], which a
         first loop without a cache hands to the later ones as `shared_key` and `shared_value`.
         """
-        query = self._heads(self.q_proj(hidden_states), self.q_norm, state)
+        query = rotate(self._heads(self.q_proj(hidden_states), self.q_norm), state.cos, state.sin)
         kv_input = self._kv_input(hidden_states, state)
         key = value = None
         if kv_input is not None:
-            key = self._heads(self.k_proj(kv_input), self.k_norm, state)
-            value = self._split(self.v_proj(kv_input))
+            key, value = self._heads(self.k_proj(kv_input), self.k_norm), self._split(self.v_proj(kv_input))
+            if self.key_shift is not None:
+                key, value = self.key_shift(key, value, self._before(key, value, state, cache))
+            key = rotate(key, state.cos, state.sin)
         if state.loop is None or (cache is not None and query.shape[1] == 1):
             out, weights = self._step(query, key, value, residual, state, cache)
         else:
@@ -566,15 +672,26 @@ class PLTAttention(nn.Module):
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:2], -1, self.head_dim)
 
-    def _heads(self, x: torch.Tensor, norm: PLTRMSNorm | None, state: PLTPass) -> torch.Tensor:
-        """[B, T, heads * D] to [B, T, heads, D], normed and rotated."""
+    def _heads(self, x: torch.Tensor, norm: PLTRMSNorm | None) -> torch.Tensor:
+        """[B, T, heads * D] to [B, T, heads, D], normed."""
         if norm is None:
-            x = self._split(x)
-        elif self.norm_heads:
-            x = norm(self._split(x))
+            return self._split(x)
+        return norm(self._split(x)) if self.norm_heads else self._split(norm(x))
+
+    def _before(self, key: torch.Tensor, value: torch.Tensor, state: PLTPass, cache: PLTCache | None) -> torch.Tensor:
+        """What the tokens before hand on to key and value [B, T, K, D], [B, T, P]."""
+        taken = self.key_shift.taken(key, value)
+        if cache is None:
+            before = F.pad(taken[:, :-1], (0, 0, 1, 0))
         else:
-            x = self._split(norm(x))
-        return rotate(x, state.cos, state.sin)
+            layer, first = cache.layers[self.layer_idx], state.loop or 0
+            if not layer.is_initialized:
+                layer.lazy_initialization(key.transpose(1, 2), value.transpose(1, 2))
+            rows = key.shape[1] if state.loop is None else 1
+            before = layer.shift(taken, slice(first, first + rows), state)
+        if state.continues is None or state.loop is None:
+            return before
+        return before * state.continues.to(before.dtype)
 
     def _kv_input(self, hidden_states: torch.Tensor, state: PLTPass) -> torch.Tensor | None:
         """The rows whose own keys and values anything attends to: without a window, the first loop's only."""
@@ -945,6 +1062,9 @@ class PLTPreTrainedModel(PreTrainedModel):
             # Half and half at the start, as LoopCoder-v2 does.
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
+        if isinstance(module, PLTKeyShift):
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
         if isinstance(module, PLTRouter):
             init.normal_(module.weight, std=self.config.initializer_range or 0.02)
             if module.e_score_correction_bias is not None:
@@ -1249,6 +1369,19 @@ class _Layout:
         self.new_segments = None  # [B or 1, T]
         if self.segments is not None:
             self.new_segments = self.segments[:, self.slots] if self.static else self.segments[:, -self.tokens :]
+        self.is_real, self.continues = self._rows()
+
+    def _rows(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """[B or 1, T, 1] each, None if all are: new tokens that are no padding, and those that follow one of their
+        text. The first continues the cache, whose carries are zero after padding, or nothing."""
+        if self.new_segments is None:
+            return None, None
+        segments = self.new_segments
+        real = (segments >= 0).unsqueeze(-1)
+        if self.tokens == 1:
+            return real, None
+        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
+        return real, F.pad(same, (1, 0), value=True).unsqueeze(-1)
 
     def _segments(self, mask: torch.Tensor | None, documents: torch.Tensor | None) -> torch.Tensor | None:
         if mask is not None:
@@ -1283,21 +1416,15 @@ class _Layout:
 
     def real(self, states: torch.Tensor) -> torch.Tensor:
         """Zero where the token is padding: what follows it starts afresh."""
-        if self.new_segments is None:
-            return states
-        return states * (self.new_segments >= 0).unsqueeze(-1).to(states.dtype)
+        return states if self.is_real is None else states * self.is_real.to(states.dtype)
 
     def continued(self, shifted: torch.Tensor) -> torch.Tensor:
         """Zero in shifted states [B, T, d] where a token does not continue its document."""
-        if self.new_segments is None or self.tokens == 1:
-            return shifted
-        segments = self.new_segments
-        same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] >= 0)
-        # The first token continues the cache, whose carry is zero after padding, or nothing.
-        return shifted * F.pad(same, (1, 0), value=True).unsqueeze(-1).to(shifted.dtype)
+        return shifted if self.continues is None else shifted * self.continues.to(shifted.dtype)
 
     def fill(self, state: PLTPass, loops: int, parallel: bool, step: bool) -> None:
         """Masks and slots of the pass."""
+        state.real, state.continues = self.is_real, self.continues
         state.slots = self.slots if self.cache is not None else None
         windowed = self.config.gated_window and loops > 1
         if windowed and self.cache is not None:

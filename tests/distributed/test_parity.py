@@ -63,13 +63,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "loop_loss_weights": (0.5, 0.25),
     },
     # With the cases' own std some FFN output is nearly zero in three loops, whose norm amplifies rounding to 9e-5.
-    "the paper's dense": {
+    "the paper's dense, keys shifted by channels": {
+        "key_shift": "channels",
         "qk_layernorm": True,
         "ffn_output_norm": True,
         "init_method_std": 0.06,
         "loop_loss_weights": (0.25, 0.5),
     },
-    "qkv bias, untied, E + h": {
+    "qkv bias, untied, E + h, learned key shift": {
+        "key_shift": "learned",
         "qkv_bias": True,
         "share_embeddings_and_output_weights": False,
         "cross_loop_parallel": False,
@@ -103,8 +105,8 @@ EVERYTHING = [
 # On up to four processes, two to a sequence, and of the variants those that change several things at once.
 COMBINED = (
     "LoopCoder-v2",
-    "the paper's dense",
-    "qkv bias, untied, E + h",
+    "the paper's dense, keys shifted by channels",
+    "qkv bias, untied, E + h, learned key shift",
     "no GQA, window 1, own V, scale per channel, YaRN",
 )
 QUICK = [

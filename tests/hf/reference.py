@@ -116,6 +116,19 @@ class Reference:
             y = self.norm(y, f"{name}.post_feedforward_layernorm")
         return x + self.config.residual_scale * y
 
+    def shifted(self, k, v, name):
+        """[n, K, D]: with (some of) the previous token's; zero before the first."""
+        before_k, before_v = (torch.cat([torch.zeros_like(x[:1]), x[:-1]]) for x in (k, v))
+        heads, dim = k.shape[1:]
+        if self.config.key_shift == "heads":
+            return torch.where(torch.arange(heads)[:, None] < heads // 2, k, before_k), v
+        if self.config.key_shift == "channels":
+            return torch.where(torch.arange(dim) % (dim // 2) < dim // 4, k, before_k), v
+        if self.config.key_shift == "learned":
+            a, b = self.w(f"{name}.key_shift.key")[:, None], self.w(f"{name}.key_shift.value")[:, None]
+            return (1 - a) * k + a * before_k, (1 - b) * v + b * before_v
+        return k, v
+
     def heads(self, x, name, norm):
         config = self.config
         x = self.linear(x, name)
@@ -124,13 +137,15 @@ class Reference:
         x = x.view(x.shape[0], -1, config.head_dim)
         if norm and config.qk_norm and config.norm_placement == "pre":
             x = self.norm(x, norm)
-        return rope(x, config.rope_parameters) if norm else x
+        return x
 
     def attention(self, x, residual, index, loop, first_kv):
         config, name = self.config, f"model.layers.{index}.self_attn"
         q = self.heads(x, f"{name}.q_proj", f"{name}.q_norm")
         k = self.heads(x, f"{name}.k_proj", f"{name}.k_norm")
         v = self.heads(x, f"{name}.v_proj", None)
+        k, v = self.shifted(k, v, name)
+        q, k = (rope(x, config.rope_parameters) for x in (q, k))
         if loop == 0:
             first_kv[index] = (k, v)
         if loop == 0 or not config.share_kv:

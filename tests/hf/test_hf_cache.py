@@ -21,7 +21,7 @@ from tests.hf.tiny import (
 
 TOLERANCE = 1e-4
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
-CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest", "span"]
+CACHED = ["vanilla", "plt", "clp", "clp_shared", "naive", "iquest", "span", "shifted_channels", "learned_shift"]
 
 
 def step(model, cache, tokens, **kwargs):
@@ -162,7 +162,7 @@ def test_state_is_what_the_paper_says():
     assert sizes["naive", 2] == 2 * sizes["vanilla", 1]
 
 
-@pytest.mark.parametrize(("name", "looped"), [("span", 2), ("span_clp", 1)])
+@pytest.mark.parametrize(("name", "looped"), [("span", 2), ("span_clp", 1), ("span_shifted", 1)])
 def test_layers_that_run_once_have_keys_of_one_loop_and_no_rings(name, looped):
     model = make_model(**{**ALL[name], "loop_count": 3})
     config, cache = model.config, model.new_cache()
@@ -170,7 +170,9 @@ def test_layers_that_run_once_have_keys_of_one_loop_and_no_rings(name, looped):
     token = 2 * config.num_key_value_heads * config.head_dim * 4
     once, stores = config.num_hidden_layers - looped, 1 if config.share_kv else 3
     rings = 2 * config.window_size if config.gated_window else 0
-    assert cache.memory_bytes() == (once * 20 + looped * (stores * 20 + rings)) * token + 2 * config.hidden_size * 4
+    half_keys = (once + looped * 3) * token // 4 if config.key_shift == "heads" else 0  # of the last token
+    held = (once * 20 + looped * (stores * 20 + rings)) * token + 2 * config.hidden_size * 4
+    assert cache.memory_bytes() == held + half_keys
 
 
 def test_buffers_of_a_static_cache_never_move():

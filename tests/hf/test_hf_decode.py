@@ -7,6 +7,7 @@ from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, expected, full, le
 
 TOLERANCE = 1e-4
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
+SHIFTED = ("shifted_channels", "learned_shift")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_rings_wrap_and_stay_short(window, length, prefill, static):
 
 
 @pytest.mark.parametrize("mode", ["parallel", "serial", "static", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "clp", "naive", "iquest", "span_clp"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "clp", "naive", "iquest", "span_clp", *SHIFTED])
 def test_left_padded_batches(name, mode):
     attention = "eager" if mode == "eager" else "sdpa"
     model = make_model(
@@ -71,7 +72,7 @@ def test_a_sequence_that_starts_while_others_decode(static):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "span"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "loopcoder", "clp", "naive", "iquest", "span", *SHIFTED])
 def test_prefill_in_chunks(name, static):
     model = make_model(**{**ALL[name], "window_size": 9})
     rows = [make_tokens(37), make_tokens(22, seed=2)]

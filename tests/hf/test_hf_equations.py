@@ -36,7 +36,7 @@ def test_windows_shorter_and_longer_than_the_text(window, length):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "naive", "clp", "iquest", "loopcoder"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "naive", "clp", "iquest", "loopcoder", "learned_shift"])
 def test_left_padding_changes_nothing(name, attention):
     model = make_model(attn_implementation=attention, **ALL[name])
     rows = [make_tokens(n, seed=n) for n in (21, 9, 1)]
@@ -55,7 +55,7 @@ def test_right_padding_changes_nothing_before_it():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "naive", "iquest"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "scales", "naive", "iquest", "shifted_channels"])
 def test_packed_documents_do_not_see_each_other(name, attention):
     model = make_model(attn_implementation=attention, **{**ALL[name], "window_size": 6})
     lengths = [[11, 1, 4, 15], [3, 20, 7, 1]]

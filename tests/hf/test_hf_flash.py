@@ -8,7 +8,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.hf.tiny import ABLATIONS, PATHS, VARIANTS, decode, expected, full, left_pad, make_model, make_tokens
 
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
-NAMES = ["vanilla", "plt", "scales", "clp", "naive", "iquest", "loopcoder", "clp_shared", "span_clp"]
+NAMES = [
+    "vanilla",
+    "plt",
+    "scales",
+    "clp",
+    "naive",
+    "iquest",
+    "loopcoder",
+    "clp_shared",
+    "span_clp",
+    "shifted_channels",
+]
 
 
 def pretend_flash(

@@ -55,7 +55,7 @@ def test_greedy_text_for_every_loop_count(loops):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "plt", "clp", "loopcoder", "iquest"])
+@pytest.mark.parametrize("name", ["vanilla", "plt", "clp", "loopcoder", "iquest", "shifted_channels"])
 def test_left_padded_batch_generates_what_each_prompt_does_alone(name, static):
     model = make_model(**ALL[name])
     rows = [make_tokens(n, seed=n) for n in (12, 5, 1)]
@@ -67,7 +67,7 @@ def test_left_padded_batch_generates_what_each_prompt_does_alone(name, static):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("name", ["plt", "clp", "naive", "iquest"])
+@pytest.mark.parametrize("name", ["plt", "clp", "naive", "iquest", "learned_shift"])
 def test_beam_search_is_the_same_with_and_without_a_cache(name, static):
     model = make_model(**ALL[name])
     rows = [make_tokens(8), make_tokens(5, seed=2)]
@@ -101,7 +101,7 @@ def test_prefill_chunk_size(static):
     assert torch.equal(generate(model, tokens, 8, attention_mask=mask, prefill_chunk_size=5, **how), whole)
 
 
-@pytest.mark.parametrize("name", ["plt", "clp", "iquest"])
+@pytest.mark.parametrize("name", ["plt", "clp", "iquest", "shifted_channels", "learned_shift"])
 def test_prompt_lookup_takes_wrong_guesses_back(name):
     """Assisted decoding adds several tokens at once and crops those that were wrong."""
     model = make_model(**ALL[name])

@@ -48,6 +48,10 @@ VARIANTS = {
     "hidden_local": {"gate_input": "hidden", "attention_bias": True, "mlp_bias": True},
     "tanh_gate": {"gate_activation": "tanh"},
     "window_1": {"window_size": 1},
+    "shifted_channels": {"key_shift": "channels", "qk_norm": True, "loop_count": 3},
+    "shifted_heads": {"key_shift": "heads", "norm_placement": "post", "qk_norm": True},
+    "learned_shift": {"key_shift": "learned", "share_values": False, "qkv_bias": True},
+    "shifted_channels_shared": {"key_shift": "channels", "gated_window": False, "num_key_value_heads": 1},
     "yarn": {
         "rope_parameters": {
             "rope_type": "yarn",
@@ -76,6 +80,7 @@ VARIANTS = {
 # Layers that run once, and loops by layer; some on longer texts than their RoPE's.
 PATHS = {
     "span": {"num_hidden_layers": 4, "loop_span": [1, 3], "loop_count": 3},
+    "span_shifted": {"num_hidden_layers": 3, "loop_span": [1, 2], "key_shift": "heads", "norm_between_loops": True},
     "span_loopcoder": {
         "num_hidden_layers": 3,
         "loop_span": [0, 2],
