@@ -50,6 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default: as in the paper, with other logits)",
     )
     parser.add_argument(
+        "--key-shift",
+        action="store_true",
+        help="let each layer learn to take a share of its keys and values from the previous token (model.key_shift: "
+        "learned); it starts at zero, so that the first logits stay",
+    )
+    parser.add_argument(
         "--dtype",
         dest="precision",
         choices=("fp32", "bf16"),
@@ -66,7 +72,7 @@ def _import(arguments: argparse.Namespace) -> None:
     loops = plural(result.model.loop_count, "loop")
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
-        print(f"{result.fresh} of them are new gates or scales, with the values of a new model")
+        print(f"{result.fresh} of them are new gates, scales or key shifts, with the values of a new model")
     if result.new_loops and derived.starts_as_one_loop(result.model):
         print("its first logits are the model's own: until they are trained, later loops change nothing")
     elif result.new_loops:

@@ -156,6 +156,13 @@ def _check_model(config: RunConfig) -> Iterator[str]:
         yield f"the head dimension (model.kv_channels) must be even for RoPE, got {derived.head_dim(model)}"
     if heads % groups:
         yield f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {groups}"
+    if model.key_shift == "heads" and groups < 2:
+        yield "model.key_shift heads shifts half of model.num_query_groups, which is 1; set model.key_shift=channels"
+    if model.key_shift == "channels" and derived.head_dim(model) % 4:
+        yield (
+            "model.key_shift channels needs a head dimension (model.kv_channels) that is a multiple of 4, got "
+            f"{derived.head_dim(model)}"
+        )
     if model.norm_placement == "post" and model.ffn_output_norm:
         yield "model.norm_placement post already norms the FFN's output: set model.ffn_output_norm=false"
     if model.loop_count > 1 and model.gated_window and not model.share_kv:

@@ -46,6 +46,7 @@ class Activations:
     shares_kv: bool
     shares_values: bool
     qk_norm: bool
+    learned_key_shift: bool
     output_norms: int  # norms on the outputs of attention or FFN
     input_norms: bool
     norm_between_loops: bool
@@ -88,7 +89,7 @@ class Activations:
     def attention_block(self, loop: int) -> int:
         """Norm, projections and core attention."""
         saved = self._norm(self.rows * self.hidden, feeds_linear=True) if self.input_norms else self._rows_bytes()
-        saved += self._rope() + self._qk_norms() + self._hidden_gate()
+        saved += self._rope() + self._qk_norms() + self._hidden_gate() + self._key_shift(loop)
         saved += self._queries() + self._attention_output()  # rotated queries; the output projection's input
         if loop == 1 or not self.shares_kv:
             saved += 0 if self.shares_kv else self._keys_and_values()
@@ -233,6 +234,14 @@ class Activations:
         per_element = self.element if self.te else FP32 + self.element
         return elements * per_element + FP32 * self.tokens * (self.heads + self.groups)
 
+    def _key_shift(self, loop: int) -> int:
+        """What learned factors keep: K and V, their neighbours, and V is a tensor of its own then. Shifts by heads or
+        channels keep nothing."""
+        used = loop == 1 or not self.shares_kv or self.windowed or not self.shares_values
+        if not (self.learned_key_shift and used):
+            return 0
+        return 2 * self._keys() + (self._fused_qkv() if self.te else self._keys())
+
     def _hidden_gate(self) -> int:
         if not self.hidden_gate:
             return 0
@@ -318,6 +327,7 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         shares_kv=looped and model.share_kv,
         shares_values=derived.shares_values(model),
         qk_norm=model.qk_layernorm,
+        learned_key_shift=model.key_shift == "learned",
         output_norms=2 if post else int(model.ffn_output_norm),
         input_norms=not post,
         norm_between_loops=model.norm_between_loops,

@@ -40,7 +40,11 @@ def communication_bytes(
     experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
     traffic = {
         "tensor parallel": layout.microbatches
-        * (_tensor_layers(config, layout, shapes, [*own, *again]) + loops * len(looped) * _hidden_gate(layout, shapes))
+        * (
+            _tensor_layers(config, layout, shapes, [*own, *again])
+            + loops * len(looped) * _hidden_gate(layout, shapes)
+            + len([*own, *again]) * _key_shift(config.model, layout, shapes)
+        )
         + _tensor_ends(config, layout, shapes, loops)
         + _whole_gradients(config, layout, own, shapes.hidden),
         "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
@@ -125,6 +129,13 @@ def _hidden_gate(layout: Layout, shapes: Activations) -> float:
     return (gathers + 1) * _share(layout.tensor) * shapes.tokens * heads * shapes.element
 
 
+def _key_shift(model: ModelConfig, layout: Layout, shapes: Activations) -> float:
+    """Gradients of learned factors of one layer in one loop and microbatch: each rank has those of its groups."""
+    if not shapes.learned_key_shift:
+        return 0.0
+    return 2 * _share(layout.tensor) * 2 * derived.num_query_groups(model) * shapes.element
+
+
 def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> float:
     """Tokens of one layer, loop and microbatch to their experts and back, forward and backward, at an even load.
 
@@ -162,6 +173,8 @@ def _whole_gradients(config: RunConfig, layout: Layout, layers: range, hidden: i
     if not layout.sequence_parallel:
         return 0.0
     whole = undivided_parameters(config.model, layers) + hidden  # the final norm's
+    if config.model.key_shift == "learned":  # summed in each backward pass
+        whole -= 2 * len(layers) * derived.num_query_groups(config.model)
     return 2 * _share(layout.tensor) * FP32 * whole
 
 

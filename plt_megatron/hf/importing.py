@@ -36,6 +36,7 @@ class ImportOptions:
         preset: how the new loops of a model of one loop are parameterised (config/presets.py), with the first logits
             its own; None: as in the paper, with others.
         loop_span: (first, last), the layers of a model of one loop that will loop; None: all.
+        key_shift: keys and values get a learned share of the previous token's, none at first.
         precision: fp32 or bf16; None: the files', fp32 for fp16 (which bf16 would round).
     """
 
@@ -44,6 +45,7 @@ class ImportOptions:
     loop_count: int | None = None
     preset: str | None = None
     loop_span: Sequence[int] | None = None
+    key_shift: bool = False
     precision: str | None = None
 
 
@@ -85,6 +87,8 @@ def import_model(options: ImportOptions) -> ImportResult:
         target.model = _with_span(target.model, described.model, list(options.loop_span))
     if options.preset is not None:
         target.model = _with_preset(target.model, described.model, options.preset)
+    if options.key_shift:
+        target.model = _with_key_shift(target.model)
     files = SafetensorsFolder(options.model)
     source_mappings = mappings_for(described.model, described.vocab_size, described.style)
     check_hf_tensors(files, source_mappings, described.model)
@@ -155,6 +159,17 @@ def _with_span(model: ModelConfig, source: ModelConfig, span: list[int]) -> Mode
     return dataclasses.replace(model, loop_span=span)
 
 
+def _with_key_shift(model: ModelConfig) -> ModelConfig:
+    """Learned shares of the previous token's keys and values, zero at first.
+
+    Raises:
+        UserError: the model has shifted keys already.
+    """
+    if model.key_shift != "none":
+        raise UserError(f"--key-shift: the model has key_shift {model.key_shift} already; leave it out")
+    return dataclasses.replace(model, key_shift="learned")
+
+
 def _precision(options: ImportOptions, files: SafetensorsFolder) -> str:
     found = hf_precision(files)
     if options.precision is None:
@@ -189,7 +204,7 @@ def _convert(files: SafetensorsFolder, mapping: ParamMapping) -> Tensor:
 def _fresh(mapping: ParamMapping, model: ModelConfig) -> Tensor:
     """The values of a new model."""
     value = mapping.parameter.constant(model)
-    assert mapping.parameter.only_in_loops and value is not None, mapping.name
+    assert value is not None, mapping.name
     return torch.full(mapping.shape, value)
 
 

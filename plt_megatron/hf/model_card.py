@@ -114,6 +114,13 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
         yield "router", f"{model.moe_router_score_function} scores{bias}"
     heads, groups = model.num_attention_heads, derived.num_query_groups(model)
     yield "attention heads", f"{heads} query, {groups} key/value, of {derived.head_dim(model)} channels"
+    if model.key_shift != "none":
+        forms = {
+            "heads": "half of the key/value heads",
+            "channels": "half of each key's channels",
+            "learned": "learned shares",
+        }
+        yield "keys of the previous token", forms[model.key_shift]
     yield "vocabulary", f"{source.vocab_size:,}"
     yield "embeddings", "tied" if model.share_embeddings_and_output_weights else "untied"
     yield "context", f"{source.max_position_embeddings:,} tokens"

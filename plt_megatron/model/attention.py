@@ -290,7 +290,8 @@ class PLTSelfAttention(SelfAttention):
         self.key_shift = KeyShift(config, config.plt, self.pg_collection) if shifts else None
 
     def forward(self, *args: Any, packed_seq_params: LoopContext | None = None, **kwargs: Any) -> Any:
-        """As megatron-core's. What it passes on as `key_value_states`, which only cross-attention has, is the context."""
+        """As megatron-core's, with the context as `key_value_states` too, which only cross-attention has otherwise:
+        megatron-core hands it to `get_query_key_value_tensors`."""
         return super().forward(*args, key_value_states=packed_seq_params, packed_seq_params=packed_seq_params, **kwargs)
 
     def get_query_key_value_tensors(

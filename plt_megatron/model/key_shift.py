@@ -7,8 +7,8 @@ RoPE still turns them by the position that they are found at, and later loops at
 - heads: whole keys of the second half of the key/value groups
 - channels: of every key, the half of the channels that RoPE turns slowly ("partial key offset" of the nanoGPT speed
   records)
-- learned: k_t becomes k_t + a (k_(t-1) - k_t) and v_t the same with b, a scalar each for a group, zero at first, so that
-  an imported model stays as it is ("KV shifting attention", arXiv 2411.19574, without the scale, which k_proj has)
+- learned: k_t becomes k_t + a (k_(t-1) - k_t), and v_t the same with b, a scalar each for a group, zero at first, so
+  that an imported model stays as it is ("KV shifting attention", arXiv 2411.19574; its scale is the projection's)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class KeyShift(nn.Module):
         """key and value [s / CP, b, groups / TP, d], before RoPE -> the same."""
         if self.form == "heads":
             kept = min(max(self.first_shifted - self.groups.start, 0), len(self.groups))
-            if kept < len(self.groups) or self.rows.size > 1:  # all ranks of an exchange take part
+            if kept < len(self.groups):
                 key = torch.cat((key[:, :, :kept], self._before(key[:, :, kept:], context)), dim=2)
         elif self.form == "channels":
             quarters = key.unflatten(-1, (2, 2, -1))  # RoPE turns channel i with i + d / 2, the slower the larger i

@@ -108,7 +108,9 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     (
         {},
         [
-            {"loop_span": [1, 3], "loops": 3},
+            {"loop_span": [1, 3], "loops": 3, "key_shift": "channels"},
+            {"key_shift": "learned"},
+            {"key_shift": "learned", "gated_window": False, "precision": "bf16", "packed": True},
             {"loop_span": [1, 3], "recompute": "full", "precision": "bf16", "gate_input": "hidden"},
             {"loop_span": [0, 2], "share_kv": False, "gated_window": False},
             {"share_values": False, "loops": 3},

@@ -251,6 +251,28 @@ def test_uneven_stages_of_experts_and_with_muon(check):
     check(Layout(pp=4), [alone], "uneven stages", ["Muon, 0 + 1 + 1 + 0"])
 
 
+# ---------------------------------------------------------------- keys of the previous token
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=4),
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in (Layout(4, True), Layout(2, True, 1, 1, 2))),
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in (Layout(cp=4), Layout(pp=2, dp=2))),
+    ],
+    ids=str,
+)
+def test_shifted_keys(check, layout):
+    """On four tensor-parallel ranks two share each key/value group."""
+    cases = [
+        _case(2, "full", overlap=layout.dp > 1, key_shift="learned"),
+        _case(3, packed=True, key_shift="heads"),
+        _case(2, "selective", packed=True, key_shift="channels", num_query_groups=1),
+    ]
+    check(layout, cases, "shifted keys", ["learned", "by heads, packed", "by channels, packed, one group"])
+
+
 # ---------------------------------------------------------------- z-loss of the head
 
 Z_LOSS = (("z_loss_coeff", 0.02),)
