@@ -55,6 +55,16 @@ def shares_values(model: ModelConfig) -> bool:
     return model.share_kv and model.share_values
 
 
+def later_loops_use_keys(model: ModelConfig) -> bool:
+    """Whether loops >= 2 attend to keys of their own: all or, in a window, the last ones."""
+    return has_gates(model) or not model.share_kv
+
+
+def later_loops_use_values(model: ModelConfig) -> bool:
+    """The same of values."""
+    return has_gates(model) or not shares_values(model)
+
+
 def adds_embeddings(model: ModelConfig) -> bool:
     """Whether loops >= 2 read the embeddings too, not only the loop before."""
     return model.cross_loop_parallel or model.input_injection

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Parameter, find, layer_of
 
@@ -88,7 +88,9 @@ def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
         return 1
     if parameter.in_core_attention:
         return loop_count - 1  # unused in the first loop
-    return 1 if ".k_layernorm." in name and not _later_loops_use_their_keys(model) else loop_count
+    keys, values = derived.later_loops_use_keys(model), derived.later_loops_use_values(model)
+    used = {".k_layernorm.": keys, ".key_shift.key": keys, ".key_shift.value": values}
+    return loop_count if all(use for part, use in used.items() if part in name) else 1
 
 
 def _is_recomputed(name: str, parameter: Parameter, parallel: ParallelConfig) -> bool:
@@ -97,7 +99,3 @@ def _is_recomputed(name: str, parameter: Parameter, parallel: ParallelConfig) ->
         return parallel.recompute_granularity == "full"
     modules = {"core_attn": parameter.in_core_attention, "mlp": ".mlp." in name}  # its norms too; there are no experts
     return any(modules.get(module, False) for module in parallel.recompute_modules)
-
-
-def _later_loops_use_their_keys(model: ModelConfig) -> bool:
-    return derived.has_gates(model) or not model.share_kv

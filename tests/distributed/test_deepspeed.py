@@ -104,6 +104,18 @@ def test_several_ranks_share_a_key_value_head(check):
     check(Layout(tp=2, sp=True, dp=2), [(Case(3, "full", model=(("num_query_groups", 1),)), Zero(3))])
 
 
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [(Layout(dp=2), Zero(2)), pytest.param(Layout(tp=2, sp=True, dp=2), Zero(3), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_learned_key_shift(check, layout, zero):
+    """Without a window later loops use neither their keys nor, where those are shared, their values."""
+    shared = _model(key_shift="learned", gated_window=False)
+    own_values = _model(key_shift="learned", gated_window=False, share_values=False)
+    check(layout, [(Case(3, "full", model=model), zero) for model in (shared, own_values)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(dp=2), Layout(tp=2, sp=True)], ids=str)
 def test_the_z_loss_of_the_head(check, reference, layout):
