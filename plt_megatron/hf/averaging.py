@@ -186,6 +186,7 @@ def _open(path: Path, ema: bool) -> _Member:
     if problem is not None:
         raise UserError(problem)
     progress = checkpoints.read_verified_progress(path)
+    checkpoints.warn_of_doubt(path, progress)
     if ema:
         check_ema(progress, path)
         weights = Weights(path, "ema")

@@ -22,7 +22,7 @@ from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mapping
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.model.parameters import is_buffer, only_in_loops
-from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
+from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress, warn_of_doubt
 from plt_megatron.train.checkpoint import read_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,6 +88,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
     if found is None:
         raise UserError(f"{path}: no complete checkpoint there")
     progress = read_verified_progress(found)
+    warn_of_doubt(found, progress)
     if ema:
         check_ema(progress, found)
     config = progress["config"]

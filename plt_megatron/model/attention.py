@@ -162,6 +162,10 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         raise NotImplementedError
 
+    def reads_own_key(self, context: LoopContext) -> bool:
+        """Whether a loop attends to the keys that it computes: not where it has no window beside the first loop's."""
+        return context.loop == 1 or not (self.loops and self.plt.share_kv) or self.plt_gate is not None
+
     def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
         """K and V, or one of them, as the global attention takes them, in this loop and, if shared, in later ones."""
         return own
@@ -305,3 +309,12 @@ class PLTSelfAttention(SelfAttention):
         if getattr(gate, "reads_hidden_states", False):
             query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
         return query, key, value
+
+    def _checkpointed_attention_forward(
+        self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LoopContext | None = None, **kwargs: Any
+    ) -> Tensor:
+        """As megatron-core's. Keys that the loop does not read are out of its graph, as without recomputation: their
+        norm would be told of a gradient, and get none."""
+        if not self.core_attention.reads_own_key(packed_seq_params or LoopContext()):
+            key = key.detach()
+        return super()._checkpointed_attention_forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)

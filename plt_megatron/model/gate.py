@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from plt_megatron.model.norms import norm_weight, rms_norm
+from plt_megatron.model.norms import RMSNorm
 
 ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}  # by `model.gate_activation`
 
@@ -73,17 +73,15 @@ class HiddenGate(nn.Module):
         super().__init__()
         self.tp_group = tp_group
         self.sequence_parallel = config.sequence_parallel
-        self.eps = config.layernorm_epsilon
         self.weight = _zeros(config, config.num_attention_heads, config.hidden_size)
         self.bias = _zeros(config, config.num_attention_heads)
-        self.gate_norm = nn.ParameterDict({"weight": norm_weight(config, config.hidden_size)})
+        self.gate_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states [s (/ TP), b, hidden] -> logits [s, b, heads / TP]."""
-        normed = rms_norm(hidden_states, self.gate_norm["weight"], self.eps)
-        logits = nn.functional.linear(normed, self.weight, self.bias)
+        logits = nn.functional.linear(self.gate_norm(hidden_states), self.weight, self.bias)
         if self.sequence_parallel:
             # Every rank's gradient covers all heads after the scatter's backward, so no reduction is due here.
             logits = gather_from_sequence_parallel_region(

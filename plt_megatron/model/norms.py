@@ -52,8 +52,8 @@ class RMSNorm(nn.Module):
 
 class AllHeadsRMSNorm(nn.Module):
     """One root-mean-square norm over the channels of all heads (OLMo-2's Q and K norm), whose heads are split over the
-    tensor-parallel ranks. The weight [num_heads * head_dim] is whole on every rank: megatron-core sums the gradients
-    of Q's and K's norms over the ranks, by their names."""
+    tensor-parallel ranks; of fewer key heads than ranks, several have the same one. The weight [num_heads * head_dim]
+    is whole on every rank: megatron-core sums the gradients of Q's and K's norms over the ranks, by their names."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
         super().__init__()
@@ -61,17 +61,19 @@ class AllHeadsRMSNorm(nn.Module):
         self.weight = norm_weight(config, num_heads * hidden_size)
 
     def forward(self, heads: Tensor) -> Tensor:
-        """[s, b, heads / TP, head_dim] -> the same shape and dtype."""
+        """[s, b, heads / TP, or one of fewer heads, head_dim] -> the same shape and dtype."""
         group = parallel_state.get_tensor_model_parallel_group()
         flat = heads.flatten(2).float()
+        parts = self.weight.numel() // flat.shape[-1]
+        holders = group.size() // parts  # ranks with the same heads
         squares = flat.square().sum(dim=-1, keepdim=True)
         if group.size() > 1:
             # Summed forwards, and its gradient backwards: every rank's output depends on every rank's heads.
             squares = copy_to_tensor_model_parallel_region(
-                reduce_from_tensor_model_parallel_region(squares, group=group), group=group
+                reduce_from_tensor_model_parallel_region(squares / holders, group=group), group=group
             )
         scale = torch.rsqrt(squares / self.weight.numel() + self.eps)
-        own = self.weight.chunk(group.size())[group.rank()]
+        own = self.weight.chunk(parts)[group.rank() // holders]
         return ((flat * scale).to(heads.dtype) * own).view(heads.shape)
 
 

@@ -120,6 +120,7 @@ class Parameter:
         ffn: the layers that have it, by their FFN; None: all.
         gate_logit: negated, the gate multiplies the other of the two attentions, as in LoopCoder-v2's files.
         in_core_attention: used in the core attention of loops >= 2, not in the layer around it.
+        copy: the name of its copy in a pipeline's last stage, which trains it too.
         is_buffer: set by the training loop, not learned; in fp32 whatever the model's precision.
     """
 
@@ -134,6 +135,7 @@ class Parameter:
     ffn: Literal["dense", "experts"] | None = None
     gate_logit: bool = False
     in_core_attention: bool = False
+    copy: str | None = None
     is_buffer: bool = False
 
     @property
@@ -229,13 +231,14 @@ class Parameter:
         return whole.chunk(size, dim=1 if self.split == "columns" else 0)[rank]
 
     def is_named(self, name: str) -> bool:
-        """Whether a name is this parameter's: in a model or a stage, behind a prefix (a wrapper's, an optimizer
-        state's), as a checkpoint's key, or Hugging Face's."""
+        """Whether a name is this parameter's or its copy's: in a model or a stage, behind a prefix (a wrapper's, an
+        optimizer state's), as a checkpoint's key, or Hugging Face's."""
         return self._pattern.fullmatch(name) is not None
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        names = "|".join(re.escape(name) for name in (self.name, *self.hf))
+        copy = () if self.copy is None else (self.copy,)
+        names = "|".join(re.escape(name) for name in (self.name, *copy, *self.hf))
         names = names.replace(re.escape(f"{LAYER}."), r"(?:\d+\.)?")
         if self.per_expert:  # a module each, or a parameter of a grouped GEMM with the expert's number behind it
             names = names.replace(re.escape(f"{EXPERT}."), r"(?:\w+\.)*").replace("weight", r"weight\d*")
@@ -243,6 +246,10 @@ class Parameter:
 
 
 # ---------------------------------------------------------------- when a parameter exists
+
+
+def _tied(model: ModelConfig) -> bool:
+    return model.share_embeddings_and_output_weights
 
 
 def _untied(model: ModelConfig) -> bool:
@@ -302,6 +309,7 @@ _QKV = "self_attention.linear_qkv."
 _GATE, _HF_GATE = "self_attention.core_attention.plt_gate.", "self_attn.plt_gate."
 _EXPERT, _SHARED, _HF_SHARED = f"mlp.experts.{EXPERT}.", "mlp.shared_experts.", "mlp.shared_expert."
 
+_COPIES = {None: _untied, "output_layer.weight": _tied}  # of the embedding
 _SCALES = {"model": "one", "channel": "hidden"}  # dimensions, by `model.learned_hidden_scale`
 _OF_QKV = {"form": "qkv", "split": "rows"}
 _OF_QUERY_GATE = {"init": 0.0, "split": "rows", "gate_logit": True, "in_core_attention": True, "exists": _gate("query")}
@@ -310,8 +318,8 @@ _OF_HIDDEN_GATE = {"init": 0.0, "gate_logit": True, "exists": _gate("hidden")}  
 # In the order in which exports store them.
 # fmt: off
 TABLE = (
-    _parameter("embedding.word_embeddings.weight", "vocab hidden", "embedding", "model.embed_tokens.weight",
-               split="rows"),
+    *(_parameter("embedding.word_embeddings.weight", "vocab hidden", "embedding", "model.embed_tokens.weight",
+                 split="rows", copy=copy, exists=exists) for copy, exists in _COPIES.items()),
     *(_parameter("loop_input.hidden_scale", dims, "loop_input", "model.loop_input.hidden_scale",
                  init="hidden_scale", exists=_hidden_scale(kind)) for kind, dims in _SCALES.items()),
     *_in_layers(

@@ -28,6 +28,7 @@ MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 LATEST = "latest"
 FORMAT = 1
+REPLICAS_COMPARED = "replicas_compared"  # in progress.json, of whoever compares ranks' copies before writing
 EMA = "ema"  # the name of the weights' moving average, in progress.json and in tensors' keys
 NAME = re.compile(r"step_(\d{8,})")
 _CHUNK = 1 << 20
@@ -181,6 +182,33 @@ def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
             f"checkpoint {checkpoint}: its format {progress['format']} is newer than this program; update it"
         )
     return progress
+
+
+def doubt(checkpoint: Path, progress: dict[str, Any]) -> str | None:
+    """Why a checkpoint's weights may not be those that were trained, in one line; None: no reason is known.
+
+    Before ranks' copies were compared, a pipeline's last stage trained its copy of a tied embedding without the
+    embedding's factors.
+    """
+    if progress.get(REPLICAS_COMPARED) or progress.get("weights_only"):
+        return None
+    config, stages = progress["config"], progress["layout"].get("pipeline_model_parallel_size", 1)
+    factors = {name: config["optimizer"].get(name, {}).get("embedding", 1) for name in ("lr_mult", "wd_mult")}
+    wrong = [f"optimizer.{name}.embedding {factor:g}" for name, factor in factors.items() if factor != 1]
+    if stages == 1 or not wrong or not config["model"]["share_embeddings_and_output_weights"]:
+        return None
+    return (
+        f"checkpoint {checkpoint} is of an earlier version, whose last of {stages} pipeline stages trained its copy of "
+        f"the tied embedding without {' and '.join(wrong)}; the first stage's, which is here, may not fit the layers: "
+        "if its validation loss is above the one that the run recorded, the run has to be repeated"
+    )
+
+
+def warn_of_doubt(checkpoint: Path, progress: dict[str, Any]) -> None:
+    """Log what `doubt` says."""
+    reason = doubt(checkpoint, progress)
+    if reason is not None:
+        logger.warning("%s", reason)
 
 
 def trained_tokens(progress: dict[str, Any]) -> int:

@@ -25,7 +25,7 @@ from plt_megatron.train.deepspeed_gradients import GradientParts
 from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
 from plt_megatron.train.deepspeed_state import DeepSpeedState
 from plt_megatron.train.engine import StepResult, finite_step, nothing
-from plt_megatron.train.optimizers import LearningRate, group_overrides, megatron_settings
+from plt_megatron.train.optimizers import LearningRate, check_groups, group_overrides, megatron_settings
 from plt_megatron.train.step_times import StepTimes
 from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
@@ -206,4 +206,6 @@ class _Verdict:
 
 def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
     """megatron-core's, as the other engine has them."""
-    return _get_param_groups([stage], megatron_settings(config), group_overrides(config))
+    groups = _get_param_groups([stage], megatron_settings(config), group_overrides(config))
+    check_groups(config, stage, ((parameter, group) for group in groups for parameter in group["params"]))
+    return groups

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, cast, get_args
@@ -15,7 +16,7 @@ from megatron.core.optimizer import ParamGroupOverride, ParamKey, clip_grads, ge
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
@@ -43,12 +44,21 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
 
         for part in distributed_parts(optimizer):
             give_matrices_to_muon(part, ddp.module, config)
+    check_groups(config, ddp.module, _groups_built(distributed_parts(optimizer)))
     return optimizer
 
 
 def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
     """The distributed optimizers that megatron-core's optimizer is made of."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _groups_built(parts: list[DistributedOptimizer]) -> Iterator[tuple[nn.Parameter, dict[str, Any] | None]]:
+    """(parameter of the model, the group of what this rank updates of it, if it does)."""
+    for part in parts:
+        for parameter in (own for buffer in part.buffers for own in buffer.param_index_map):
+            group, _ = part.model_param_group_index_map.get(parameter, (None, None))
+            yield parameter, None if group is None else part.optimizer.param_groups[group]
 
 
 @torch.no_grad()
@@ -190,6 +200,27 @@ def kind_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
     """The same as megatron-core's parameter groups."""
     overrides = {group.key: group.override(config.optimizer) for group in groups(config)}
     return {key: cast(ParamGroupOverride, override) for key, override in overrides.items() if override}
+
+
+def check_groups(
+    config: RunConfig, stage: nn.Module, built: Iterable[tuple[nn.Parameter, dict[str, Any] | None]]
+) -> None:
+    """Assert that each of a stage's parameters is in one group of the optimizer, with the rates of its kind.
+
+    Args:
+        built: (parameter, its group, or None where another rank updates it).
+    """
+    settings, own, of = config.optimizer, groups(config), list(built)
+    assert Counter(id(parameter) for parameter, _ in of) == Counter(map(id, stage.parameters()))
+    group_of = {id(parameter): group for parameter, group in of}
+    for name, parameter in stage.named_parameters():
+        kinds = [group for group in own if group.has(name)]
+        assert len(kinds) == 1, f"{name} is in the groups {[group.name for group in kinds]}"
+        group = group_of[id(parameter)]
+        if group is not None:
+            expected = {"max_lr": settings.lr, "min_lr": settings.min_lr, "wd_mult": 1.0, **kinds[0].override(settings)}
+            wrong = {key: group.get(key) for key, value in expected.items() if group.get(key) != value}
+            assert not wrong, f"{name} of {kinds[0].name} has {wrong} instead of {expected}"
 
 
 def described(config: RunConfig) -> str:

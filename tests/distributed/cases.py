@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from plt_megatron.config.schema import DecayFactors, RateFactors
+
 VOCAB_SIZE = 50
 SEQUENCE_LENGTH = 8
 GLOBAL_BATCH_SIZE = 16
@@ -40,6 +42,12 @@ BIASES = {
     "moe_router_enable_expert_bias": True,
     "moe_router_bias_update_rate": 0.1,
 }
+
+# As a case's `optimizer`: each kind of parameter has rates of its own.
+FACTORS = (
+    ("lr_mult", RateFactors(embedding=4.0, hidden=0.5, gates=2.0, norms=3.0)),
+    ("wd_mult", DecayFactors(embedding=3.0, gates=2.0, norms=0.5)),
+)
 
 
 @dataclass(frozen=True)

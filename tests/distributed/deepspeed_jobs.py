@@ -268,6 +268,27 @@ def save_from(folder: Path, places: list[Place]) -> list[float]:
     return losses
 
 
+def save_copies_that_differ(folder: Path, place: Place) -> str:
+    """What saving ends with once rank 1 holds another final norm."""
+    import torch.distributed as dist
+
+    from plt_megatron.errors import UserError
+    from plt_megatron.train.checkpoint import save_checkpoint
+    from tests.distributed import checkpoint_jobs as jobs
+
+    engine = _build(place)
+    jobs.train(engine, 1, 1)
+    norm = dict(engine.stage.named_parameters())["final_layernorm.weight"]
+    pieces = engine.state._optimizer
+    whole = pieces.gather(norm, "param").clone()
+    pieces.scatter(norm, "param", whole * 1.01 if dist.get_rank() == 1 else whole)
+    try:
+        save_checkpoint(engine, folder, {"step": 1})
+    except UserError as error:
+        return str(error)
+    return "saved"
+
+
 def weights_then_all(folder: Path, place: Place) -> dict[str, Any]:
     """An engine that has trained already, given a checkpoint's weights alone, then all of it: its losses on step 1's
     data, and the next step's gradient norm and its optimizer's step."""

@@ -19,6 +19,7 @@ from tests.distributed.deepspeed_jobs import (
     Place,
     Zero,
     arrive,
+    save_copies_that_differ,
     save_from,
     set_out,
     weights_then_all,
@@ -150,6 +151,14 @@ def test_a_run_that_was_saved_goes_on_bit_for_bit(travel, place):
     assert len(journey.stayed) == 3 and len(set(journey.before + journey.stayed)) == 6
     assert journey.moved == [journey.stayed]
     assert journey.digests == [journey.digest] and len(journey.digest) == 2
+
+
+@pytest.mark.parametrize("zero", [Zero(3), pytest.param(Zero(1), marks=pytest.mark.slow)], ids=str)
+def test_copies_that_differ_are_not_written(run_deepspeed, tmp_path, zero):
+    """Of what each tensor-parallel rank has whole."""
+    error = run_deepspeed(save_copies_that_differ, 2, tmp_path, Place(zero, 2))
+    assert "ranks 0 and 1 hold different copies of " in error and "final_layernorm.weight" in error
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- other models, weights alone, exports

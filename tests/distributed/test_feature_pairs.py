@@ -1,8 +1,8 @@
 """What was added after the parity matrix was drawn up, in pairs: each feature with each other one, in small layouts.
 
-Topologies (layers that run once, loops by layer, uneven stages, a head as a stage), YaRN, z-loss, Muon, loops that
-change from step to step, experts with a loss or with biases after a dense layer, packed documents and recomputation. A
-layout gives one process's numbers.
+Topologies (layers that run once, loops by layer, uneven stages, a head as a stage), YaRN, z-loss, Muon, rates by kind,
+loops that change from step to step, experts with a loss or with biases after a dense layer, packed documents and
+recomputation. A layout gives one process's numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import BIASES, EXPERTS, YARN, Case, Layout, train_cases
+from tests.distributed.cases import BIASES, EXPERTS, FACTORS, YARN, Case, Layout, train_cases
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.parity_checks import TOLERANCE, differences
 
@@ -32,7 +32,7 @@ FFNS: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "biases": {**EXPERTS, **BIASES, "moe_router_load_balancing_type": "none", "first_k_dense_replace": 1},
 }
-Setting = tuple[Layout, str, bool, bool, str, bool, str, bool, str]
+Setting = tuple[Layout, str, bool, bool, str, bool, bool, str, bool, str]
 
 
 def _allowed(setting: Setting) -> bool:
@@ -51,7 +51,7 @@ EVERYTHING = [
         TOPOLOGIES,
         *[(False, True)] * 2,
         ("adam", "muon"),
-        (False, True),
+        *[(False, True)] * 2,
         FFNS,
         (False, True),
         ("none", "selective", "full"),
@@ -68,7 +68,7 @@ COVERING: list[Setting] = covering_design(EVERYTHING, _described)
 
 
 def _case(setting: Setting) -> Case:
-    layout, topology, yarn, z_loss, optimizer, changing, ffn, packed, recompute = setting
+    layout, topology, yarn, z_loss, optimizer, factors, changing, ffn, packed, recompute = setting
     model, parallel = TOPOLOGIES[topology]
     model = {**model, **(YARN if yarn else {}), **FFNS[ffn], "init_method_std": 0.06}
     return Case(
@@ -78,7 +78,7 @@ def _case(setting: Setting) -> Case:
         model=tuple(model.items()),
         parallel=tuple(parallel.items()),
         training=(("z_loss_coeff", 0.02),) if z_loss else (),
-        optimizer=(("name", optimizer),),
+        optimizer=(("name", optimizer), *(FACTORS if factors else ())),
         step_loops=(1, 2, 1, 2) if changing else (),
     )
 

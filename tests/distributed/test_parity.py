@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.cases import BIASES, EXPERTS, STEPS, YARN, Case, Layout, Outcome, train_cases
+from plt_megatron.config.schema import RateFactors
+from tests.distributed.cases import BIASES, EXPERTS, FACTORS, STEPS, YARN, Case, Layout, Outcome, train_cases
 from tests.distributed.covering import covering_design, pairs
 from tests.distributed.parity_checks import TOLERANCE, differences
 from tests.reference.gates import GATES
@@ -70,6 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "init_method_std": 0.06,
         "loop_loss_weights": (0.25, 0.5),
     },
+    # With a smaller epsilon the norm of a small output amplifies rounding to 2e-5.
+    "norms on outputs": {"norm_placement": "post", "qk_layernorm": True, "layernorm_epsilon": 0.01},
     "qkv bias, untied, E + h, learned key shift": {
         "key_shift": "learned",
         "qkv_bias": True,
@@ -148,7 +151,7 @@ def test_every_pair_of_settings(check, design, layout):
 def test_the_covering_design_has_every_pair():
     assert pairs(COVERING, _settings) == pairs(EVERYTHING, _settings)
     assert pairs(QUICK_COVERING, _settings) == pairs(QUICK, _settings)
-    assert len(COVERING) <= 40 and len(QUICK_COVERING) <= 36
+    assert len(COVERING) <= 42 and len(QUICK_COVERING) <= 36
 
 
 @pytest.mark.slow
@@ -428,8 +431,60 @@ def test_several_ranks_share_a_key_value_head(check, layout):
     cases = [
         _case(3, "full", packed=True, **half, qk_layernorm=True, qkv_bias=True),
         _case(2, "selective", overlap=True, **one_head, gate_input="hidden"),
+        _case(2, "full", **half, **VARIANTS["norms on outputs"]),
     ]
-    check(layout, cases, "ranks that share a key/value head", ["PLT-3", "PLT-2, hidden gate"])
+    check(layout, cases, "ranks that share a key/value head", ["PLT-3", "PLT-2, hidden gate", "norms on outputs"])
+
+
+# ---------------------------------------------------------------- what only pipelines have
+
+MUP = {"mup_base_hidden_size": 8}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pp=2),
+        *(
+            pytest.param(layout, marks=pytest.mark.slow)
+            for layout in (Layout(tp=2, sp=True, pp=2), Layout(pp=2, dp=2), Layout(pp=4), Layout(pp=2, cp=2))
+        ),
+    ],
+    ids=str,
+)
+def test_the_last_stages_copy_of_the_embedding_has_its_factors(check, layout):
+    """Of every optimizer, muP's rates and moving biases among them; untied, the last stage has a head of its own."""
+    adam, sgd = FACTORS, (*FACTORS, ("name", "sgd"), ("lr", 0.05))
+    head = (*FACTORS[1:], ("lr_mult", RateFactors(embedding=4.0, head=0.25)))
+    biases = replace(_expert_case(2, **BIASES), optimizer=adam)
+    cases = [
+        replace(_case(2, overlap=True, **MUP), optimizer=(*FACTORS, ("name", "muon"))),
+        replace(_case(2), optimizer=adam, step_loops=(1, 2)),
+        replace(_case(2), optimizer=sgd),
+        replace(_case(2, **MUP, share_embeddings_and_output_weights=False), optimizer=head),
+        *([biases] if layout.tp == 1 or layout.sp else []),
+    ]
+    names = ["Muon, muP", "AdamW, loops change", "SGD", "AdamW, muP, untied", "AdamW, experts"]
+    check(layout, cases, "factors of the embedding", names[: len(cases)])
+
+
+def test_factors_change_the_numbers(reference):
+    wrong = differences(reference(replace(_case(2), optimizer=FACTORS)), reference(_case(2)))
+    assert wrong["embedding.word_embeddings.weight"] > 100 * TOLERANCE
+    assert wrong["loss 0"] == 0 and wrong["loss 1"] > 5 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(pp=2), pytest.param(Layout(tp=2, sp=True, pp=2), marks=pytest.mark.slow)], ids=str
+)
+def test_keys_of_later_loops_that_nothing_reads(check, layout):
+    """Without a window, a later loop's stage computes and norms keys, and attends to the first loop's."""
+    sharing = {"gated_window": False, "qk_layernorm": True}
+    cases = [
+        _case(3, "selective", overlap=True, **sharing),
+        _case(2, "selective", overlap=True, packed=True, **sharing, share_values=False, qkv_bias=True),
+    ]
+    check(layout, cases, "keys that nothing reads", ["PLT-3", "PLT-2, own V"])
 
 
 @pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])

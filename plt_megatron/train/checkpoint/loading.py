@@ -128,7 +128,11 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
         if problem is None:
             if damages:
                 _say(f"using {candidate} instead")
-            return candidate, on_rank_0(partial(checkpoints.read_verified_progress, candidate))
+            progress = on_rank_0(partial(checkpoints.read_verified_progress, candidate))
+            doubt = checkpoints.doubt(candidate, progress)
+            if doubt is not None:
+                _say(doubt, logging.WARNING)
+            return candidate, progress
         damages.append(problem)
         if len(candidates) > 1:
             _say(problem, logging.WARNING)

@@ -31,7 +31,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_text
-from plt_megatron.train.checkpoint import publishing, state
+from plt_megatron.train.checkpoint import publishing, replicas, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
 from plt_megatron.train.engine import Engine
 
@@ -60,7 +60,8 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        UserError: on all ranks, if it could not be written; the last checkpoint is intact.
+        UserError: on all ranks, if it could not be written, or ranks that should hold the same do not; the last
+            checkpoint is intact.
     """
     save = begin_save(engine, directory, progress, kept)
     save.write()
@@ -80,17 +81,22 @@ def begin_save(
     Args:
         staged: copy the data, so that training can continue while `PendingSave.write` runs in a thread.
     """
-    directory = Path(directory)
+    directory, kept = Path(directory), kept or {}
+    saved = _state(engine, kept)
+    different = replicas.difference({name: saved[name] for name in ("model", "optimizer")}, engine.groups)
+    if different is not None:
+        reason = f"{different}, of which a checkpoint has one: they drifted apart, or a device computes wrongly"
+        raise _cannot_save(progress["step"], reason, directory)
     try:
         temporary = on_rank_0(lambda: publishing.prepare(directory, progress["step"]))
     except UserError as error:
         raise _cannot_save(progress["step"], str(error), directory) from error
-    strategy, kept = _PlanOnly(), kept or {}
+    strategy = _PlanOnly()
     data_parallel = engine.groups.dp_cp
     # Replicas share the writing.
     shared = FullyParallelSaveStrategyWrapper(strategy, data_parallel) if data_parallel.size() > 1 else strategy
     dist_checkpointing.save(
-        _state(engine, kept),
+        saved,
         str(temporary),
         shared,
         async_sharded_save=True,
@@ -221,6 +227,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
     return {
         **progress,
         "format": checkpoints.FORMAT,
+        checkpoints.REPLICAS_COMPARED: True,
         "config": dataclasses.asdict(engine.config),
         "schedule": schedule(engine.config, engine.scheduler.step_tokens),
         "schedule_step_tokens": engine.scheduler.step_tokens,

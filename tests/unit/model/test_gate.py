@@ -31,7 +31,7 @@ def test_hidden_gate():
     gate = _gate("hidden")
     assert isinstance(gate, HiddenGate)
     hidden = 3 * torch.randn(5, 2, 16)
-    normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gate.gate_norm["weight"]
+    normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gate.gate_norm.weight
     torch.testing.assert_close(gate(hidden), normed @ gate.weight.T + gate.bias)
     assert [name for name, _ in gate.named_parameters()] == ["weight", "bias", "gate_norm.weight"]
 

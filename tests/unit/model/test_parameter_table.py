@@ -91,6 +91,13 @@ def test_every_name_is_one_parameters():
                     assert [other for other in tensors_of(model) if other.is_named(alias)] == [parameter], alias
 
 
+def test_the_last_stages_matrix_is_the_embedding_where_they_are_tied():
+    for tied, name in ((True, "embedding.word_embeddings.weight"), (False, "output_layer.weight")):
+        model = ModelConfig(share_embeddings_and_output_weights=tied)
+        for alias in ("output_layer.weight", "module.module.output_layer.weight"):
+            assert [other.name for other in tensors_of(model) if other.is_named(alias)] == [name]
+
+
 def test_experts_have_three_more_names():
     model = ModelConfig(**{**BASE, **EXPERTS})
     expert = "decoder.layers.{layer}.mlp.experts.{expert}.linear_fc2.weight"
