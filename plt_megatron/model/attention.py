@@ -162,9 +162,12 @@ class GatedSlidingWindowAttention(MegatronModule):
     def _build(self, config: PLTTransformerConfig, window_size: int | None, **kwargs: Any) -> nn.Module:
         raise NotImplementedError
 
-    def reads_own_key(self, context: LoopContext) -> bool:
-        """Whether a loop attends to the keys that it computes: not where it has no window beside the first loop's."""
-        return context.loop == 1 or not (self.loops and self.plt.share_kv) or self.plt_gate is not None
+    def reads_own(self, context: LoopContext) -> tuple[bool, bool]:
+        """Whether a loop attends to the keys, and to the values, that it computes: not to those that it shares with the
+        first loop, unless it has a window beside."""
+        if context.loop == 1 or not self.loops or self.plt_gate is not None:
+            return True, True
+        return not self.plt.share_kv, not derived.shares_values(self.plt)
 
     def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
         """K and V, or one of them, as the global attention takes them, in this loop and, if shared, in later ones."""
@@ -303,18 +306,14 @@ class PLTSelfAttention(SelfAttention):
     ) -> Any:
         """As megatron-core's, with query [s, b, heads / TP, d + 1] if the gate reads hidden states."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
-        if self.key_shift is not None:
-            key, value = self.key_shift(key, value, key_value_states or LoopContext())
+        context = key_value_states or LoopContext()
+        reads_key, reads_value = self.core_attention.reads_own(context)
+        if self.key_shift is not None and (reads_key or reads_value):
+            key, value = self.key_shift(key, value, context)
+        if not reads_key:
+            # Recomputation would tell K's norm of a gradient, and pass none.
+            key = key.detach()
         gate = self.core_attention.plt_gate
         if getattr(gate, "reads_hidden_states", False):
             query = torch.cat((query, gate(hidden_states).unsqueeze(-1).to(query.dtype)), dim=-1)
         return query, key, value
-
-    def _checkpointed_attention_forward(
-        self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LoopContext | None = None, **kwargs: Any
-    ) -> Tensor:
-        """As megatron-core's. Keys that the loop does not read are out of its graph, as without recomputation: their
-        norm would be told of a gradient, and get none."""
-        if not self.core_attention.reads_own_key(packed_seq_params or LoopContext()):
-            key = key.detach()
-        return super()._checkpointed_attention_forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
