@@ -21,7 +21,7 @@ from plt_megatron.experiments.study.figures import (
     residual_figure,
 )
 from plt_megatron.experiments.study.grid import Grid, source_of, start_step
-from plt_megatron.experiments.study.knowledge import Knowledge
+from plt_megatron.experiments.study.knowledge import UNITS, Knowledge
 from plt_megatron.experiments.study.law import LEVEL, LawFit
 from plt_megatron.experiments.study.questions import HeldOut, equal_phis, hold_out_largest, profile
 from plt_megatron.experiments.sweep_plan import SweepPlan
@@ -30,7 +30,6 @@ from plt_megatron.run_folder.text import plural
 
 FOLDER, PAGE = "report", "index.html"
 Part = tuple[str, list[str], dict[str, Table], list[Named]]
-_UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
 _HOW = (
     "The percentage: how often a number of loops comes out best over the bootstrap of the law, each with its best "
     "shape within the limit. That is how sure the runs make it, if the law holds."
@@ -84,7 +83,7 @@ def _about(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> str:
 def _frontiers(known: Knowledge) -> list[Part]:
     if known.fit is None:
         return []
-    unit = _UNITS[known.measure]
+    unit = UNITS[known.measure]
     figures = [frontier_figure(f, known.fit.data.variants, unit) for f in known.frontiers]
     return [("Frontier", [], {"standings": _standings(known.frontiers)}, figures)]
 
