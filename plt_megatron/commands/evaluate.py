@@ -32,6 +32,9 @@ def _names(text: str) -> list[str]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from plt_megatron.extras import require
+
+    require("plt-evaluate", "lm_eval", "accelerate", "transformers")
     from plt_megatron.hf.evaluation import evaluate
     from plt_megatron.run_folder.text import format_table
 

@@ -79,11 +79,9 @@ def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]
     """lm-evaluation-harness, and its manager of tasks, which knows these."""
     # Read when they are imported. Tasks' texts are local, so nothing should wait for a network.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("evaluation needs lm-evaluation-harness: pip install 'plt-megatron[eval]'") from error
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):

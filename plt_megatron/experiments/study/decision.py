@@ -2,8 +2,8 @@
 
 Each contender (a variant with a number of loops) comes in many shapes. At a given price the best of them that is within
 the limit counts: large and trained briefly, or small and trained long. Its loss is the law's; how often a contender
-is the best over the law's bootstrap samples is how sure the answer is, as far as the law holds. Where it is not known to
-hold, far beyond its runs or where its intervals are wider than its own E, nothing is decided.
+is the best over the law's bootstrap samples is how sure the answer is, as far as the law holds. Where it is not known
+to hold, far beyond its runs or where its intervals are wider than its own E, nothing is decided.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Verdict:
 
     Attributes:
         best: of `standings`; None where no contender is within the limits, or the fit has no phi of the variant.
-        decided: whether its share reaches the target's confidence, or nobody would pay for the difference, where the law
-            is known to hold; else `text` says what would decide it.
+        decided: whether the law is known to hold there, and its share reaches the target's confidence or nobody would
+            pay for the difference; else `text` says what would decide it.
         beyond: how far the answer lies from the law's runs, in words; empty: near them.
     """
 

@@ -169,7 +169,10 @@ class LawFit:
             if up >= down:
                 yield f"{up:,.0f} times more {what} than any run has", f"at least {values.max() / FARTHEST:.3g} {what}"
             else:
-                yield f"{down:,.0f} times fewer {what} than any run has", f"at most {values.min() * FARTHEST:.3g} {what}"
+                yield (
+                    f"{down:,.0f} times fewer {what} than any run has",
+                    f"at most {values.min() * FARTHEST:.3g} {what}",
+                )
         loops = max(m.loops for m in models)
         if loops > data.loops.max():
             yield f"{loops} loops where runs have at most {int(data.loops.max())}", f"{loops} loops"
