@@ -302,8 +302,10 @@ def _join(section: str, name: str) -> str:
 
 
 def _beside(path: Path, included: str) -> Path:
-    """A path that the file `path` gives: relative to that file, without `..` where that names the same file. Where there
-    is nothing, `configs/...` as the command line has it: from the current folder, else the shipped file."""
+    """A path that the file `path` gives: relative to that file, without `..` where that names the same file.
+
+    Where there is nothing, `configs/...` as the command line has it: from the current folder, else the shipped file.
+    """
     whole = path.parent / included
     short = Path(os.path.normpath(whole))
     beside = short if short.resolve() == whole.resolve() else whole

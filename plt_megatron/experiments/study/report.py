@@ -17,6 +17,7 @@ from plt_megatron.experiments.study.figures import (
     PUBLISHED_PHI,
     curves_figure,
     frontier_figure,
+    is_flat,
     phi_figure,
     residual_figure,
 )
@@ -84,8 +85,12 @@ def _frontiers(known: Knowledge) -> list[Part]:
     if known.fit is None:
         return []
     unit = UNITS[known.measure]
-    figures = [frontier_figure(f, known.fit.data.variants, unit) for f in known.frontiers]
-    return [("Frontier", [], {"standings": _standings(known.frontiers)}, figures)]
+    flat = [f.question for f in known.frontiers if is_flat(f)]
+    figures = [frontier_figure(f, known.fit.data.variants, unit) for f in known.frontiers if f.question not in flat]
+    text = (
+        f"No figure at equal {' and '.join(flat)}: the best shape that the budget allows is within the limit anywhere."
+    )
+    return [("Frontier", [text] if flat else [], {"standings": _standings(known.frontiers)}, figures)]
 
 
 def _domains(known: Knowledge) -> list[Part]:
@@ -158,7 +163,7 @@ def _law(known: Knowledge) -> list[Part]:
     ]
     if held is not None:
         text.append(
-            f"Foretold from the other sizes, {held.inside} of {len(held.rows)} runs of {held.what} lie within the "
+            f"Predicted from the other sizes, {held.inside} of {len(held.rows)} runs of {held.what} lie within the "
             f"law's interval; the largest miss is {abs(held.seen - held.said).max():.4f}."
         )
     names = known.counted()

@@ -97,7 +97,7 @@ def run(python: Path, folder: Path, command: str, status: int = 0) -> str:
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == status, f"{command}: {done.stdout}{done.stderr}"
@@ -122,6 +122,7 @@ def test_doctor_looks_for_all_that_its_advice_is_about():
 
 
 # Commands that need an extra, as typed by somebody who has none: (command, extras that its one line names).
+EXPORTING = "train configs/runs/plt2_tiny.yaml checkpoint.save_interval=5 checkpoint.export_interval=5"
 WITHOUT = [
     ("export_hf --checkpoint runs/mine --output exported", "hf"),
     ("import_hf --model model --output imported", "hf"),
@@ -136,8 +137,8 @@ WITHOUT = [
     ("preprocess --input text.jsonl.zst --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
     ("train configs/runs/plt2_tiny.yaml optimizer.name=muon", "muon"),
     ("train configs/runs/plt2_tiny.yaml engine=deepspeed", "deepspeed"),
-    ("train configs/runs/plt2_tiny.yaml checkpoint.save_interval=5 checkpoint.export_interval=5", "hf"),
-    ("train configs/runs/plt2_tiny.yaml checkpoint.export_interval=20 evaluation.tasks=[choice]", "eval"),
+    (EXPORTING, "hf"),
+    (f"{EXPORTING} evaluation.tasks=[choice]", "eval"),
     ("train configs/runs/plt2_tiny.yaml checkpoint.upload_to=s3://nowhere", "upload"),
     ("train configs/runs/plt2_tiny.yaml logging.wandb_project=mine", "track"),
     ("train configs/runs/plt2_tiny.yaml logging.straggler_interval=100", "resilience"),
