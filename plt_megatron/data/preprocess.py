@@ -375,5 +375,5 @@ def _report(prefix: str, manifest: dict[str, Any]) -> None:
     _say(
         f"{prefix}.bin/.idx: {plural(manifest['documents'], 'document')}, {manifest['tokens']:,} tokens "
         f"({manifest['dtype']}); {'skipped ' if bad else ''}{_count_bad(bad)}"
-        + (f"; {plural(left_out, 'document')} left out for quality" if left_out else "")
+        + (f"; {plural(left_out, 'document')} left out for their quality" if left_out else "")
     )
