@@ -62,6 +62,9 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
+    from plt_megatron.extras import require
+
+    require("plt-diagnose", "jinja2", "scipy", "transformers")
     from plt_megatron.hf.command_line import prepare_imports
 
     prepare_imports()

@@ -1,8 +1,9 @@
-"""Run lm-evaluation-harness tasks on an exported model, with tasks from local files.
+"""Run lm-evaluation-harness tasks on an exported model.
 
     plt-evaluate --model exported --tasks reading,arithmetic --include-path tasks
 
-The scores are printed, and kept in the export's evaluation.json and on its card. Nothing is downloaded.
+The scores are printed, and kept in the export's evaluation.json and on its card. Tasks' data are local files, or in the
+cache of Hugging Face: nothing is downloaded without --download.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt-export")
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
+    parser.add_argument(
+        "--download", action="store_true", help="fetch tasks' data from the Hugging Face hub where its cache lacks them"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     return parser
@@ -32,11 +36,22 @@ def _names(text: str) -> list[str]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from plt_megatron.errors import UserError
+    from plt_megatron.extras import require
+
+    require("plt-evaluate", "lm_eval", "accelerate", "transformers")
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        raise UserError(f"--include-path {arguments.include_path}: there is no such folder")
     from plt_megatron.hf.evaluation import evaluate
     from plt_megatron.run_folder.text import format_table
 
     scores = evaluate(
-        arguments.model, arguments.tasks, arguments.include_path, limit=arguments.limit, device=arguments.device
+        arguments.model,
+        arguments.tasks,
+        arguments.include_path,
+        limit=arguments.limit,
+        device=arguments.device,
+        download=arguments.download,
     )
     print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
 

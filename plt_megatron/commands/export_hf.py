@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from plt_megatron.extras import require
+
+    require("plt-export", "transformers")
     from plt_megatron.hf.exporting import ExportOptions, export
 
     result = export(ExportOptions(**vars(arguments)))

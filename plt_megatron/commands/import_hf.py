@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from plt_megatron.extras import require
+
+    require("plt-import", "transformers")
     from plt_megatron.config import derived
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 

@@ -34,6 +34,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from plt_megatron.extras import require
+
+    require("plt-report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))
     from plt_megatron.experiments.report.decode import DecodeProtocol
     from plt_megatron.experiments.report.page import by_question
     from plt_megatron.experiments.report.writing import PAGE, write_report

@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
+    from plt_megatron.extras import require
+
+    require("plt-study", "jinja2", "scipy")
     from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 
     options = StudyOptions(

@@ -13,6 +13,7 @@ from typing import Any
 from plt_megatron.config import deepspeed_settings as settings
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig, ZeroConfig
+from plt_megatron.extras import lacking
 
 VERSIONS = ">=0.19,<0.20"
 
@@ -140,10 +141,9 @@ def find_package_problem(config: RunConfig) -> str | None:
     """Whether DeepSpeed is installed if it is needed; does not import it."""
     if config.engine != "deepspeed":
         return None
-    try:
-        version = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        return "engine deepspeed needs DeepSpeed; install it (the `deepspeed` extra) or set engine=megatron"
+    if lacking("deepspeed"):
+        return f"engine deepspeed {lacking('deepspeed')}, or set engine=megatron"
+    version = importlib.metadata.version("deepspeed")
     if version.split(".")[:2] != ["0", "19"]:
         return f"engine deepspeed needs DeepSpeed {VERSIONS}, found {version}; install that or set engine=megatron"
     return None

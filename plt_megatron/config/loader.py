@@ -1,7 +1,7 @@
 """YAML files and `key=value` overrides to any dataclass of `fields`: runs, sweeps, clusters, jobs.
 
-A file holds any part of the schema. Its `include:` (one path or a list, relative to the file) names files that are
-read first, in order. Each file is a layer, all overrides together are the last one, and later layers win: sections
+A file holds any part of the schema. Its `include:` (one path or a list, see `_beside`) names files that are read
+first, in order. Each file is a layer, all overrides together are the last one, and later layers win: sections
 merge key by key, lists are replaced whole, and of `ALTERNATIVES` what a layer gives replaces what earlier ones gave.
 A preset (`PRESETS`) stands for its settings in the layer that names it; what that layer gives beside it wins.
 
@@ -264,10 +264,10 @@ class _Reader:
         return value
 
     def _file_path(self, node: yaml.Node, key: str) -> Path:
-        """A path relative to the file that gives it; on the command line, to the current directory."""
+        """A path relative to the file that gives it (`_beside`); on the command line, to the current directory."""
         text = self._convert(str, node, key)
         name = node.start_mark.name
-        return Path(text) if name.startswith(yaml_nodes.OVERRIDE) else Path(name).parent / text
+        return Path(text) if name.startswith(yaml_nodes.OVERRIDE) else _beside(Path(name), text)
 
     # ------------------------------------------------------------ names
 
@@ -302,10 +302,15 @@ def _join(section: str, name: str) -> str:
 
 
 def _beside(path: Path, included: str) -> Path:
-    """The path of a file that `path` includes, without `..` where that names the same file."""
+    """A path that the file `path` gives: relative to that file, without `..` where that names the same file.
+
+    Where there is nothing, `configs/...` as the command line has it: from the current folder, else the shipped file.
+    """
     whole = path.parent / included
     short = Path(os.path.normpath(whole))
-    return short if short.resolve() == whole.resolve() else whole
+    beside = short if short.resolve() == whole.resolve() else whole
+    others = [find_config(path) for path in (beside, Path(included)) if path.parts[:1] == ("configs",)]
+    return next((found for found in [beside, *others] if found.exists()), beside)
 
 
 def _include_paths(node: yaml.Node) -> list[str]:

@@ -32,7 +32,7 @@ class OptimizerSpec:
         megatron: megatron-core's settings, if its distributed optimizer supports it: Adam alone.
         matrix_state: the state of hidden matrices (model/parameters.py), if they are updated as wholes, by a class of
             their own (train/muon.py): each is then on one data-parallel rank. Adam updates the others.
-        package, extra: what must be installed for it, and the extra that does.
+        package: of an extra (extras.py) that must be installed for it.
         torch_class: otherwise, the class that replaces Adam there, such as `torch.optim.SGD`. It must treat each
             element separately, since a rank holds pieces that follow no row or column.
         arguments: of that class, besides the parameters, `lr` and `weight_decay`.
@@ -46,7 +46,6 @@ class OptimizerSpec:
     megatron: Settings = _none
     matrix_state: Mapping[str, int] | None = None
     package: str | None = None
-    extra: str | None = None
     torch_class: str | None = None
     arguments: Settings = _none
     counts_steps: bool = True
@@ -104,7 +103,6 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
         ),
         megatron=_megatron_adam,
         package="emerging_optimizers",
-        extra="muon",
     ),
     "sgd": OptimizerSpec(
         title="SGD with momentum",

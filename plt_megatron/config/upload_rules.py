@@ -5,13 +5,13 @@ Whether one can be written is found out by `storage`, before training.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.extras import lacking
 
 HUB = "hf"
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
@@ -91,9 +91,9 @@ def find_package_problems(config: RunConfig) -> Iterator[str]:
     load = config.checkpoint.load
     used = [*destinations(config), *([("checkpoint.load", load)] if load is not None and is_url(load) else [])]
     for key, url in used:
-        for package in packages_for(protocol_of(url)):
-            if importlib.util.find_spec(package) is None:
-                yield f"{key} needs the package {package}; install it (the `upload` extra)"
+        problem = lacking(*packages_for(protocol_of(url)))
+        if problem:
+            yield f"{key} {problem}"
 
 
 def packages_for(protocol: str) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ one another assume that each setting is in its own range (`fields`), so they run
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ from plt_megatron.config.loader import place
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.extras import lacking
 
 
 def validate(
@@ -340,30 +340,21 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 
 
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
-    if config.model.backend == "te" and have_te is None:
-        have_te = importlib.util.find_spec("transformer_engine") is not None
-    if config.model.backend == "te" and not have_te:
-        yield (
-            "model.backend te needs Transformer Engine, which is not installed; install it (the `gpu` extra) or set "
-            "model.backend=torch"
-        )
+    """Each setting that takes modules of an extra which are not installed, and what to set to do without them."""
+    used = {
+        "evaluation.tasks": (config.evaluation.tasks, ["lm_eval", "accelerate", "transformers"], "[]"),
+        "checkpoint.export_interval": (config.checkpoint.export_interval, ["transformers"], "0"),
+        "logging.straggler_interval": (config.logging.straggler_interval, ["nvidia_resiliency_ext"], "0"),
+        "logging.wandb_project": (config.logging.wandb_project, ["wandb"], "null"),
+    }
+    if config.model.backend == "te" and (lacking("transformer_engine") if have_te is None else not have_te):
+        install = "needs the package transformer_engine: pip install 'plt-megatron[gpu]'"
+        yield f"model.backend te {install}, or set model.backend=torch"
+    for setting, (value, modules, off) in used.items():
+        if value and lacking(*modules):
+            yield f"{setting} {lacking(*modules)}, or set {setting}={off}"
+    package = optimizer_spec(config.optimizer).package
+    if package is not None and lacking(package):
+        yield f"optimizer.name {config.optimizer.name} {lacking(package)}, or set optimizer.name=adam"
     yield from filter(None, [deepspeed_validation.find_package_problem(config)])
-    if config.evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
-        yield ("evaluation.tasks needs lm-evaluation-harness; install it (the `eval` extra) or set evaluation.tasks=[]")
     yield from upload_rules.find_package_problems(config)
-    spec = optimizer_spec(config.optimizer)
-    if spec.package is not None and importlib.util.find_spec(spec.package) is None:
-        yield (
-            f"optimizer.name {config.optimizer.name} needs the package {spec.package}, which is not installed; install "
-            f"it (the `{spec.extra}` extra) or set optimizer.name=adam"
-        )
-    if config.logging.straggler_interval and importlib.util.find_spec("nvidia_resiliency_ext") is None:
-        yield (
-            "logging.straggler_interval needs nvidia-resiliency-ext; install it (the `resilience` extra) or set "
-            "logging.straggler_interval=0"
-        )
-    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        yield (
-            "logging.wandb_project needs the wandb package; install it (the `track` extra) or set "
-            "logging.wandb_project=null"
-        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import io
 import zlib
 from pathlib import Path
 from typing import IO, Any, cast
 
-from plt_megatron.errors import UserError, import_optional
+from plt_megatron.errors import UserError
+from plt_megatron.extras import require
 
 _READ = 1 << 20
 
@@ -66,7 +68,8 @@ class _Zstandard(_Decompressing):
 
     def __init__(self, raw: IO[bytes]) -> None:
         super().__init__(raw)
-        self._module = import_optional("zstandard", "reading .zst files", "data")
+        require("reading .zst files", "zstandard")
+        self._module = importlib.import_module("zstandard")
         self._frame: Any = None  # the decompressor of the frame being read
         self._pending = b""  # compressed bytes after the end of the last frame
         self._output = memoryview(b"")

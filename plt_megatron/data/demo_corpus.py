@@ -14,7 +14,7 @@ from pathlib import Path
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.files import write_bytes
-from plt_megatron.run_folder.text import format_bytes
+from plt_megatron.run_folder.text import format_bytes, plural
 
 # Neither prose nor code worth continuing: tests, generated tables, and what pip installed.
 _SKIPPED_FOLDERS = {
@@ -112,7 +112,9 @@ def _main() -> None:
     parser.add_argument("--max-mb", type=float, default=1e6, help="at most this much text, in MB (default: all)")
     arguments = parser.parse_args()
     corpus = write_demo_corpus(arguments.output, int(arguments.max_mb * 1e6))
-    print(f"{corpus.train.parent}: {corpus.documents:,} documents, {format_bytes(corpus.bytes)} of Python sources")
+    print(
+        f"{corpus.train.parent}: {plural(corpus.documents, 'document')}, {format_bytes(corpus.bytes)} of Python sources"
+    )
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from plt_megatron.data.shards import (
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import publish
+from plt_megatron.run_folder.text import plural
 
 _VERSION = 1
 _BAD_LINES_SHOWN = 10
@@ -372,7 +373,7 @@ def _count_bad(bad: Counter[str]) -> str:
 def _report(prefix: str, manifest: dict[str, Any]) -> None:
     bad, left_out = manifest["bad_lines"], manifest["left_out"]
     _say(
-        f"{prefix}.bin/.idx: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens "
+        f"{prefix}.bin/.idx: {plural(manifest['documents'], 'document')}, {manifest['tokens']:,} tokens "
         f"({manifest['dtype']}); {'skipped ' if bad else ''}{_count_bad(bad)}"
-        + (f"; {left_out:,} documents left out for their quality" if left_out else "")
+        + (f"; {plural(left_out, 'document')} left out for their quality" if left_out else "")
     )

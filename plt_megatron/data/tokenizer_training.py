@@ -20,7 +20,7 @@ from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_differenc
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import publish, write_text
-from plt_megatron.run_folder.text import format_bytes
+from plt_megatron.run_folder.text import format_bytes, plural
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
 _LINE = 4000  # sentencepiece silently drops longer sentences (4192 bytes), counted in UTF-8 bytes
@@ -274,7 +274,7 @@ def hostile_strings(symbols: Sequence[str] = ()) -> list[str]:
 def describe(result: TrainingResult) -> str:
     """One line for the user."""
     return (
-        f"{result.model}: {result.vocab_size:,} pieces from {result.documents:,} documents "
+        f"{result.model}: {result.vocab_size:,} pieces from {plural(result.documents, 'document')} "
         f"({format_bytes(result.sample_bytes)}, {result.bad_lines:,} bad lines skipped); {result.tokenizer_json.name} "
         f"encodes identically on {result.documents_compared:,} texts"
     )

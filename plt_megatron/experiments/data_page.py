@@ -9,15 +9,16 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.duplicates import Duplicates
 from plt_megatron.data.inspection import Inspector, ShownBatch
 from plt_megatron.data.inspection_text import describe_part, summary
-from plt_megatron.errors import UserError, import_optional
+from plt_megatron.errors import UserError
 from plt_megatron.experiments.pages import render
+from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.text import plural
 
 
 def check_page(path: str | Path) -> None:
     """`UserError` if the page could not be made: before the data are read."""
-    import_optional("jinja2", "--html", "report")
+    require("--html", "jinja2")
     if Path(path).is_dir():
         raise UserError(f"--html {path} is a folder: name a file")
 

@@ -17,11 +17,13 @@ from pathlib import Path
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments.demo_data import data_steps
 from plt_megatron.experiments.plots import plot_losses
 from plt_megatron.experiments.steps import Stamp, Step, run_step
+from plt_megatron.extras import require
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder.checkpoints import LATEST
 from plt_megatron.run_folder.folder import RunFolder
@@ -80,6 +82,8 @@ def run_demo() -> None:
     Raises `UserError` when a step fails; what was finished before is kept.
     """
     begun = time.monotonic()
+    package = optimizer_spec(load_config(CONFIG).optimizer).package
+    require("the demo", "transformers", *([package] if package else []))
     stamps = {}
     steps = _steps()
     for number, step in enumerate(steps, start=1):

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import import_optional
 from plt_megatron.experiments.figures import svg
+from plt_megatron.extras import require
 
 TEMPLATES = Path(__file__).with_name("templates")
 
 
 def check_packages() -> None:
     """`UserError` if the extra `report` is not installed: before a measurement, not after it."""
-    for package in ("jinja2", "scipy"):
-        import_optional(package, "a report", "report")
+    require("a report", "jinja2", "scipy")
 
 
 def render(template: str, **values: Any) -> str:

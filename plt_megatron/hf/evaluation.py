@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an exported model, with tasks from local files (the extra `eval`)."""
+"""lm-evaluation-harness on an exported model (the extra `eval`)."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ def evaluate(
     *,
     limit: int | None = None,
     device: str = "cpu",
+    download: bool = False,
 ) -> dict[str, float]:
     """Run tasks, and leave the scores in the export's folder and on its card.
 
     Args:
         folder: an export, with its tokenizer.
-        tasks: names that lm-evaluation-harness knows, or finds in `include_path`. Nothing is downloaded.
+        tasks: names that lm-evaluation-harness knows, or finds in `include_path`.
         include_path: a folder of task files.
         limit: rows of each task, at least one; None: all.
+        download: fetch tasks' data from the Hugging Face hub where its cache lacks them; else nothing is downloaded.
 
     Returns:
         By `task/metric`, its standard errors too.
 
     Raises:
-        UserError: no such export, tokenizer, task or device, or lm-evaluation-harness is not installed.
+        UserError: no such export, tokenizer, task, device or folder of tasks, or a task's data are not here.
     """
+    # Read when the packages are imported.
+    os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
     _check(folder, device)
     harness, known = _harness(tasks, include_path)
+    _load_data(known, tasks, download)
     found = harness.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
@@ -77,13 +82,9 @@ def _check(folder: Path, device: str) -> None:
 
 def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]:
     """lm-evaluation-harness, and its manager of tasks, which knows these."""
-    # Read when they are imported. Tasks' texts are local, so nothing should wait for a network.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("evaluation needs lm-evaluation-harness: pip install 'plt-megatron[eval]'") from error
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     if include_path is not None:
         own = TaskManager(include_path=str(include_path), include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):
@@ -94,6 +95,25 @@ def _harness(tasks: Sequence[str], include_path: Path | None) -> tuple[Any, Any]
         where = "lm-evaluation-harness" + (f" or {include_path}" if include_path else "; give --include-path")
         raise UserError(f"there is no task {unknown[0]!r} in {where}")
     return lm_eval, known
+
+
+def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
+    """The tasks' data, before the model, which takes longer. What is loaded once is loaded fast again."""
+    for task in tasks:
+        try:
+            known.load([task])
+        except (OSError, ValueError) as error:  # datasets': not in the cache, no network, no such set, file or split
+            advice = (
+                ""
+                if download
+                else (
+                    "; nothing is downloaded: put them into the cache (HF_HOME) on a machine with a network, by "
+                    f"plt-evaluate --tasks {task} --download"
+                )
+            )
+            raise UserError(
+                f"the data of the task {task} are not here: {str(error).splitlines()[0]}{advice}"
+            ) from error
 
 
 def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float]]:

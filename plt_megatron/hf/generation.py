@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import UserError, import_optional
+from plt_megatron.errors import UserError
+from plt_megatron.extras import require
 
 
 def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, float]:
@@ -17,7 +18,7 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder}: no exported model there (config.json is missing); see plt-export")
-    import_optional("transformers", "generating", "hf")
+    require("generating", "transformers")
     import torch
     from transformers import set_seed
 

@@ -135,7 +135,7 @@ def _capabilities(machine: Machine) -> list[Capability]:
         _packages(machine, "TensorBoard and plots", ("tensorboard", "matplotlib"), _INSTALL_PROJECT),
         _packages(machine, "reports and diagnostics", ("jinja2", "scipy"), _extra("report")),
         _packages(machine, "Weights & Biases", ("wandb",), _extra("track")),
-        _packages(machine, "lm-eval", ("lm-eval",), _extra("eval")),
+        _packages(machine, "lm-eval", ("lm-eval", "accelerate", "transformers"), _extra("eval")),
         _packages(machine, "uploads", ("fsspec", "s3fs", "huggingface-hub"), _extra("upload")),
         _packages(machine, "DeepSpeed", ("deepspeed",), _extra("deepspeed")),
         _packages(machine, "Muon", ("emerging-optimizers",), _extra("muon")),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.extras import EXTRAS
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.runtime.local_processes import usable_cores
 
@@ -29,11 +30,7 @@ _PROBED = {
     "flash-attn": "flash_attn",
     "deepspeed": "deepspeed",
 }
-_OPTIONAL = (
-    *("transformers", "safetensors", "wandb", "lm-eval", "zstandard", "pyarrow", "pytest", "ruff", "mypy"),
-    *("transformer-engine", "flash-attn", "deepspeed", "emerging-optimizers", "fsspec", "s3fs", "huggingface-hub"),
-    "nvidia-resiliency-ext",
-)
+_OPTIONAL = {module.replace("_", "-") for module in EXTRAS} | {"flash-attn", "pytest", "ruff", "mypy"}
 
 _TORCH_PROBE = """
 import json, torch, torch.distributed as dist

@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.errors import UserError, import_optional
+from plt_megatron.errors import UserError
+from plt_megatron.extras import require
 from plt_megatron.run_folder.checkpoints import NAME
 from plt_megatron.storage.copies import Uploaded
 from plt_megatron.storage.failures import failing
@@ -25,7 +26,7 @@ class Repository:
     """
 
     def __init__(self, url: str) -> None:
-        import_optional("huggingface_hub", "hf://...", "upload")
+        require("hf://...", "huggingface_hub")
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.upload_rules import packages_for, protocol_of
-from plt_megatron.errors import UserError, import_optional
+from plt_megatron.errors import UserError
+from plt_megatron.extras import require
 from plt_megatron.storage.failures import failing, reason
 
 _CHUNK = 1 << 22
@@ -32,8 +33,7 @@ class Place:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        for package in packages_for(protocol_of(url)):
-            import_optional(package, f"{protocol_of(url)}://...", "upload")
+        require(f"{protocol_of(url)}://...", *packages_for(protocol_of(url)))
         import fsspec
 
         try:

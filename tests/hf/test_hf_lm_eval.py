@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -94,6 +95,20 @@ def test_an_export_without_a_tokenizer_is_refused(folder, monkeypatch, capsys):
     make_model(loop_count=2).save_pretrained(folder / "bare")
     assert evaluate.main(["--model", str(folder / "bare"), "--tasks", "choice", "--include-path", str(folder)]) == 2
     assert "the model has no tokenizer" in capsys.readouterr().err
+
+
+def test_tasks_that_are_not_there_are_one_line(folder):
+    """Data of the hub that no cache has: before the model is loaded. A folder that does not exist: before anything."""
+    (folder / "far.yaml").write_text((folder / "choice.yaml").read_text().replace("task: choice", "task: far"))
+    text = re.sub("dataset_path.*\n.*\n.*\n", "dataset_path: nobody/has-it\n", (folder / "far.yaml").read_text())
+    (folder / "far.yaml").write_text(text)
+    command = ["plt_megatron.commands.evaluate", "--model", "model", "--tasks", "far", "--include-path"]
+    done = run(folder, *command, ".")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "nobody/has-it" in line and "HF_HOME" in line and "--tasks far --download" in line
+    assert "Traceback" not in done.stderr and not (folder / "model/evaluation.json").exists()
+    done = run(folder, *command, "gone")
+    assert done.returncode == 2 and done.stderr == "error: --include-path gone: there is no such folder\n"
 
 
 @pytest.mark.slow

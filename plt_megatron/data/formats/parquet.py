@@ -16,7 +16,7 @@ _ROWS = 512  # decoded at a time
 class Parquet(Reader):
     name = "parquet"
     suffixes = (".parquet",)
-    requires = "pyarrow.parquet"
+    requires = "pyarrow"
     has_fields = True
 
     def spans(self, size: int) -> Iterator[Span]:

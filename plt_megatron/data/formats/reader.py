@@ -15,7 +15,8 @@ from typing import ClassVar
 
 from plt_megatron.data.compressed import COMPRESSIONS, open_stream
 from plt_megatron.data.formats.documents import Document, Quality
-from plt_megatron.errors import UserError, import_optional
+from plt_megatron.errors import UserError
+from plt_megatron.extras import require
 
 READERS: dict[str, type[Reader]] = {}  # by name; each class registers itself
 
@@ -99,5 +100,5 @@ class Reader(ABC):
         if self.options.quality and not self.has_fields:
             raise UserError(f"{self.path}: {self.name} files have no field {self.options.quality.key!r}")
         if self.requires:
-            import_optional(self.requires, f"reading {self.name} files", "data")
+            require(f"reading {self.name} files", self.requires)
         open_stream(self.path).close()

@@ -42,9 +42,7 @@ def make_figures(diagnosis: Diagnosis) -> list[Named]:
     """The figures that the model has numbers for."""
     bars = "Bars: 95 % bootstrap intervals over sequences."
     made = [
-        Named(
-            "states", f"How far and where to each loop moves the states. L2 norms. {bars}", _grid(diagnosis, _STATES)
-        ),
+        Named("states", f"How far each loop moves the states, and where. L2 norms. {bars}", _grid(diagnosis, _STATES)),
         Named("lens", f"What the model would predict if it stopped after each loop. {bars}", _grid(diagnosis, _LENS)),
     ]
     if "gate_mean" in diagnosis.details:

@@ -21,6 +21,7 @@ from plt_megatron.experiments.pages import check_packages
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 
 JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
@@ -156,7 +157,7 @@ def _about(
 
 def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> None:
     figures = make_figures(diagnosis)
-    title = f"Diagnostics of {Path(about['model']['path']).name}"
+    title = f"Diagnostics of {_name(Path(about['model']['path']))}"
     with writing(folder):
         for named in figures:
             save(named.figure, folder / f"{named.name}.png")
@@ -164,6 +165,12 @@ def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[s
         write_text(folder / JSON, text + "\n")
         write_text(folder / CSV, csv_text(diagnosis))
         write_text(folder / PAGE, make_page(diagnosis, decision, about, title, figures))
+
+
+def _name(model: Path) -> str:
+    """The model's folder; of a run's checkpoint the run's, and the step."""
+    in_run = model.parent.name == RunFolder(Path()).checkpoints.name
+    return f"{model.parent.parent.name}, step {step_of(model):,}" if in_run else model.name
 
 
 def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:

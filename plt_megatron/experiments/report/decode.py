@@ -20,6 +20,7 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.results import RunResult, SweepResults
+from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import plural
 
@@ -72,11 +73,9 @@ def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
 
     Raises `UserError` if no run is finished, one cannot be exported, or transformers is missing.
     """
-    try:
-        import torch
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError("measuring decoding needs transformers: pip install 'plt-megatron[hf]'") from error
+    require("measuring decoding", "transformers")
+    import torch
+
     chosen = _choose(results)
     models = {name: _load(_export(result, results.plan.folder)) for name, result in chosen.items()}
     with torch.inference_mode():

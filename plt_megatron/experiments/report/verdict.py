@@ -119,7 +119,7 @@ def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
     if open_rows:
         reason = _why_open(best, open_rows, level)
         rivals = ", ".join(_labels(open_rows))
-        return None, f"the data do not decide: {lead}, but is not told from {rivals} ({reason}).{without}"
+        return None, f"the data do not decide: {lead}, but cannot be told apart from {rivals} ({reason}).{without}"
     gaps = ", ".join(f"{row.label} {_signed(paired_difference(row.losses, best.losses, level))}" for row in closed)
     if unknown:
         return None, f"not decided yet: {lead} and beats {', '.join(_labels(closed))} ({gaps}), but{without}"

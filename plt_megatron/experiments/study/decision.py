@@ -2,14 +2,15 @@
 
 Each contender (a variant with a number of loops) comes in many shapes. At a given price the best of them that is within
 the limit counts: large and trained briefly, or small and trained long. Its loss is the law's; how often a contender
-is the best over the law's bootstrap samples is how sure the answer is, as far as the law holds.
+is the best over the law's bootstrap samples is how sure the answer is, as far as the law holds. Where it is not known
+to hold, far beyond its runs or where its intervals are wider than its own E, nothing is decided.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,13 +48,14 @@ class Candidate:
 @dataclass(frozen=True)
 class Target:
     """Where the decision is asked for. `confidence`: share of the samples that decides; `indifference`: a difference of
-    loss that nobody would pay for."""
+    loss that nobody would pay for; `unit`: the loss's."""
 
     flops: float
     latency_ms: float
     memory: float
     confidence: float = 0.9
     indifference: float = 0.002
+    unit: str = "nats per token"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Verdict:
 
     Attributes:
         best: of `standings`; None where no contender is within the limits, or the fit has no phi of the variant.
-        decided: whether its share reaches the target's confidence, or nobody would pay for the difference.
+        decided: whether the law is known to hold there, and its share reaches the target's confidence or nobody would
+            pay for the difference; else `text` says what would decide it.
         beyond: how far the answer lies from the law's runs, in words; empty: near them.
     """
 
@@ -285,30 +288,43 @@ def _verdict(
         Standing(_model(candidate, tokens), fit.interval(own), fit.interval(own - losses[0]), float(share))
         for (candidate, tokens, own), share in zip(inside, wins, strict=True)
     )
-    beyond = fit.beyond([standing.model for standing in standings])
-    return _in_words(question, variant, standings, target, beyond)
+    return _in_words(fit, question, variant, standings, target)
 
 
 def _in_words(
-    question: _Question, variant: str, standings: tuple[Standing, ...], target: Target, beyond: str
+    fit: LawFit, question: _Question, variant: str, standings: tuple[Standing, ...], target: Target
 ) -> Verdict:
     best, others = standings[0], standings[1:]
     text = f"{question.words}: {_loops(best.loops)}, {best.share:.0%}"
-    near = [other for other in others if other.behind.high < target.indifference]
-    decided = best.share >= target.confidence or len(near) == len(others)
     if others:
         second = others[0]
         text += (
             f"; {_loops(second.loops)} {second.behind.value:+.4f} "
-            f"[{second.behind.low:+.4f}, {second.behind.high:+.4f}], {second.share:.0%}"
+            f"[{second.behind.low:+.4f}, {second.behind.high:+.4f}] {target.unit}, {second.share:.0%}"
         )
-    if near and best.share < target.confidence:
+    near = [other for other in others if other.behind.high < target.indifference]
+    beyond = fit.beyond([standing.model for standing in standings])
+    doubts = list(_doubts(fit, standings, target))
+    if not doubts and best.share < target.confidence and len(near) < len(others):
+        doubts = [(f"{target.confidence:.0%} is asked for", "further runs near it")]
+    if doubts:
+        reasons, needs = (" and ".join(words) for words in zip(*doubts, strict=True))
+        text += f". Not decided: {reasons}; it takes {needs}"
+    elif best.share < target.confidence:
         text += f". Nobody would pay for the difference to {', '.join(_loops(other.loops) for other in near)}"
-    if not decided:
-        text += ". Not decided"
+    return Verdict(question.name, variant, standings, not doubts, text, beyond)
+
+
+def _doubts(fit: LawFit, standings: Sequence[Standing], target: Target) -> Iterator[tuple[str, str]]:
+    """Why the law is not known to hold where it is asked, each with what it would take, in words."""
+    models = [standing.model for standing in standings]
+    beyond, floor = fit.beyond(models), float(fit.theta[0]) or standings[0].loss.value
     if beyond:
-        text += f". The law is stretched far to say so: {beyond}"
-    return Verdict(question.name, variant, standings, decided, text, beyond)
+        yield f"the law is stretched far to say so, {beyond}", fit.needed(models)
+    width = max((standing.behind.high - standing.behind.low for standing in standings[1:2]), default=0.0)
+    if width > floor:
+        words = f"an interval of {width:.3g} {target.unit} is wider than the law's E, {floor:.3g}"
+        yield words, "more runs, of other sizes and tokens, for the law itself"
 
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")

@@ -45,8 +45,6 @@ def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> N
     add_legend(axes, size=8, beside=True)
     name = f"frontier_{frontier.question.replace(' ', '_').lower()}"
     caption = f"At equal {frontier.question}: the best shape of each. Dotted: where the answer is asked for."
-    if all(_is_flat(curve) for curve in frontier.curves):
-        caption += " Flat: all along the axis the best shape that the training budget allows is within the limit."
     return Named(name, f"{caption} Bands: 95 % of the law's bootstrap.", figure)
 
 
@@ -61,9 +59,10 @@ def _limit(axes: Axes, curves: Sequence[Curve], target: float) -> None:
         axes.set_ylim(low - 0.1 * span, high + 0.1 * span)
 
 
-def _is_flat(curve: Curve) -> bool:
-    values = _finite([curve.loss])
-    return len(values) == 0 or float(np.ptp(values)) < 1e-9
+def is_flat(frontier: Frontier) -> bool:
+    """Whether every contender's loss is the same all along the axis."""
+    curves = [_finite([curve.loss]) for curve in frontier.curves]
+    return all(len(values) == 0 or float(np.ptp(values)) < 1e-9 for values in curves)
 
 
 def _finite(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -112,13 +111,13 @@ def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> 
             markerfacecolor="none",
             markersize=9,
             linestyle="",
-            label=f"{held.what}, foretold",
+            label=f"{held.what}, predicted",
         )
     axes.axhline(0, color="#666666", linewidth=0.8)
     axes.set_xlabel("the law's loss")
     axes.set_ylabel("loss less the law's")
     add_legend(axes, size=8)
-    caption = "Residuals by run (hover for its name). Circles: runs of the largest size, foretold from the others."
+    caption = "Residuals by run (hover for its name). Circles: runs of the largest size, predicted from the others."
     return Named("residuals", caption, figure, titles)
 
 

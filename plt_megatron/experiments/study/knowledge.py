@@ -24,6 +24,7 @@ from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
 from plt_megatron.experiments.sweep_status import state_of
 
 Wiring = tuple[str, int]  # a variant, "" for one loop, and a number of loops
+UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}  # of what the law is about
 
 
 @dataclass(frozen=True)
@@ -100,24 +101,26 @@ def learn(grid: Grid, plan: SweepPlan | None, bootstraps: int = 400) -> Knowledg
         fit = fit_law(observations, variants=list(grid.study.variants), bootstraps=bootstraps)
     except UserError as error:
         return Knowledge(measure, results, observations, None, str(error), (), rates)
-    candidates, target = make_candidates(grid, rates), _target(grid.study.decide)
+    candidates, target = make_candidates(grid, rates), _target(grid.study.decide, UNITS[measure])
     frontiers = tuple(decide(fit, candidates, target))
     domains = []
     for name in _sources(results):
         own = _observations(grid, results, name)
         with contextlib.suppress(UserError):  # some runs were validated without it
             law = fit_law(own, variants=list(grid.study.variants), bootstraps=bootstraps // 2)
-            domains.append(Domain(name, law, headline(decide(law, candidates, target, curves=False))))
+            asked = dataclasses.replace(target, unit=UNITS["bits_per_byte"])
+            domains.append(Domain(name, law, headline(decide(law, candidates, asked, curves=False))))
     return Knowledge(measure, results, observations, fit, "", frontiers, rates, tuple(domains))
 
 
-def _target(settings: DecideSettings) -> Target:
+def _target(settings: DecideSettings, unit: str) -> Target:
     return Target(
         settings.training_flops,
         settings.latency_ms,
         1e9 * settings.memory_gb,
         settings.confidence,
         settings.indifference,
+        unit,
     )
 
 

@@ -10,7 +10,7 @@ centered on the fit and stretched by Student's t over the normal.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -149,18 +149,33 @@ class LawFit:
 
     def beyond(self, models: Sequence[Model]) -> str:
         """In words, how far models are outside of the law's runs; empty within `FARTHEST` times them."""
-        data, words = self.data, []
+        return " and ".join(distance for distance, _ in self._outside(models))
+
+    def needed(self, models: Sequence[Model]) -> str:
+        """In words, the runs with which models would not be `beyond`; empty if they are not."""
+        runs = " and ".join(bound for _, bound in self._outside(models))
+        return f"runs of {runs}" if runs else ""
+
+    def _outside(self, models: Sequence[Model]) -> Iterator[tuple[str, str]]:
+        """How far models are outside, and the nearest runs that would do, for sizes, tokens and loops."""
+        data = self.data
         own = data.once + data.looped
         asked = np.array([m.once + m.looped for m in models])
         tokens = np.array([m.tokens for m in models])
         for what, values, known in (("parameters", asked, own), ("tokens", tokens, data.tokens)):
             up, down = values.max() / known.max(), known.min() / values.min()
-            if max(up, down) > FARTHEST:
-                words.append(f"{max(up, down):,.0f} times {'more' if up >= down else 'fewer'} {what} than any run has")
+            if max(up, down) <= FARTHEST:
+                continue
+            if up >= down:
+                yield f"{up:,.0f} times more {what} than any run has", f"at least {values.max() / FARTHEST:.3g} {what}"
+            else:
+                yield (
+                    f"{down:,.0f} times fewer {what} than any run has",
+                    f"at most {values.min() * FARTHEST:.3g} {what}",
+                )
         loops = max(m.loops for m in models)
         if loops > data.loops.max():
-            words.append(f"{loops} loops where runs have at most {int(data.loops.max())}")
-        return " and ".join(words)
+            yield f"{loops} loops where runs have at most {int(data.loops.max())}", f"{loops} loops"
 
 
 def fit_law(

@@ -17,11 +17,12 @@ from plt_megatron.experiments.study.figures import (
     PUBLISHED_PHI,
     curves_figure,
     frontier_figure,
+    is_flat,
     phi_figure,
     residual_figure,
 )
 from plt_megatron.experiments.study.grid import Grid, source_of, start_step
-from plt_megatron.experiments.study.knowledge import Knowledge
+from plt_megatron.experiments.study.knowledge import UNITS, Knowledge
 from plt_megatron.experiments.study.law import LEVEL, LawFit
 from plt_megatron.experiments.study.questions import HeldOut, equal_phis, hold_out_largest, profile
 from plt_megatron.experiments.sweep_plan import SweepPlan
@@ -30,7 +31,6 @@ from plt_megatron.run_folder.text import plural
 
 FOLDER, PAGE = "report", "index.html"
 Part = tuple[str, list[str], dict[str, Table], list[Named]]
-_UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
 _HOW = (
     "The percentage: how often a number of loops comes out best over the bootstrap of the law, each with its best "
     "shape within the limit. That is how sure the runs make it, if the law holds."
@@ -84,9 +84,13 @@ def _about(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> str:
 def _frontiers(known: Knowledge) -> list[Part]:
     if known.fit is None:
         return []
-    unit = _UNITS[known.measure]
-    figures = [frontier_figure(f, known.fit.data.variants, unit) for f in known.frontiers]
-    return [("Frontier", [], {"standings": _standings(known.frontiers)}, figures)]
+    unit = UNITS[known.measure]
+    flat = [f.question for f in known.frontiers if is_flat(f)]
+    figures = [frontier_figure(f, known.fit.data.variants, unit) for f in known.frontiers if f.question not in flat]
+    text = (
+        f"No figure at equal {' and '.join(flat)}: the best shape that the budget allows is within the limit anywhere."
+    )
+    return [("Frontier", [text] if flat else [], {"standings": _standings(known.frontiers)}, figures)]
 
 
 def _domains(known: Knowledge) -> list[Part]:
@@ -159,7 +163,7 @@ def _law(known: Knowledge) -> list[Part]:
     ]
     if held is not None:
         text.append(
-            f"Foretold from the other sizes, {held.inside} of {len(held.rows)} runs of {held.what} lie within the "
+            f"Predicted from the other sizes, {held.inside} of {len(held.rows)} runs of {held.what} lie within the "
             f"law's interval; the largest miss is {abs(held.seen - held.said).max():.4f}."
         )
     names = known.counted()

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterator
 from typing import Any
 
-from plt_megatron.errors import UserError
+from plt_megatron.extras import require
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.train.callbacks.base import Callback, Run
@@ -36,12 +36,9 @@ class Metrics(Callback):
 
     def _open_wandb(self, project: str) -> Any:
         """One W&B run per run folder, however often the run is restarted."""
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "logging.wandb_project: needs Weights & Biases: pip install 'plt-megatron[track]', or leave it out"
-            ) from error
+        require("logging.wandb_project", "wandb")
+        import wandb
+
         config, folder = self.run.config, self.run.folder
         if not folder.wandb_id_file.exists():
             write_text(folder.wandb_id_file, secrets.token_hex(8) + "\n")

@@ -106,6 +106,20 @@ def test_includes_merge_in_order_relative_to_the_file(write):
     assert config.data.sources == [DataSource("c")]  # a list is replaced whole
 
 
+@pytest.mark.parametrize("included", ["configs/runs/plt2_tiny.yaml", "../runs/plt2_tiny.yaml"])
+def test_a_file_of_ones_own_includes_a_shipped_one(write, tmp_path, monkeypatch, included):
+    """As an installed wheel's user has it: no `configs` here but their own."""
+    monkeypatch.chdir(tmp_path)
+    write(f"include: [{included}]\nname: mine\n", "configs/mine/run.yaml")
+    config = load_config("configs/mine/run.yaml")
+    assert config.name == "mine" and config.optimizer.lr == 3e-3
+    write("name: nearer\n", "configs/runs/plt2_tiny.yaml")
+    assert load_config("configs/mine/run.yaml").optimizer.lr != 3e-3, "a file that is there comes first"
+    write("include: [elsewhere.yaml]\n", "configs/mine/run.yaml")
+    write("name: elsewhere\n", "elsewhere.yaml")
+    assert "No such file" in failure("configs/mine/run.yaml"), "only configs/... is looked for elsewhere"
+
+
 def test_bad_includes_are_named(write, tmp_path):
     path = write("include: [b.yaml]\n", "a.yaml")
     assert "a.yaml: include: cannot read" in failure(path) and "No such file" in failure(path)

@@ -112,4 +112,4 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
     )
     config = load_config("configs/runs/plt2_tiny.yaml", ["optimizer.name=muon"])
     (said,) = [line for line in find_problems(config) if "emerging_optimizers" in line]
-    assert "the `muon` extra" in said and "optimizer.name=adam" in said
+    assert "plt-megatron[muon]" in said and "optimizer.name=adam" in said

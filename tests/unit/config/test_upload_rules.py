@@ -81,8 +81,8 @@ def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch, tmp_pat
     )
     config = a_config(upload_to="s3://bucket", export_upload_to="hf://owner/model")
     assert [line for line in find_problems(config) if "upload" in line] == [
-        "checkpoint.upload_to needs the package s3fs; install it (the `upload` extra)",
-        "checkpoint.export_upload_to needs the package huggingface_hub; install it (the `upload` extra)",
+        "checkpoint.upload_to needs the package s3fs: pip install 'plt-megatron[upload]'",
+        "checkpoint.export_upload_to needs the package huggingface_hub: pip install 'plt-megatron[upload]'",
     ]
 
 

@@ -223,10 +223,10 @@ def test_opening_inputs(tmp_path: Path) -> None:
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found when inputs are opened, not by the worker that comes to read them."""
-    for module, path in (("zstandard", tmp_path / "a.jsonl.zst"), ("pyarrow.parquet", tmp_path / "a.parquet")):
+    for module, path in (("zstandard", tmp_path / "a.jsonl.zst"), ("pyarrow", tmp_path / "a.parquet")):
         path.write_text(json.dumps({"text": "a"}))
         monkeypatch.setitem(__import__("sys").modules, module, None)
-        with pytest.raises(UserError, match=f"needs the package {module.split('.')[0]}: pip install"):
+        with pytest.raises(UserError, match=f"needs the package {module}: pip install"):
             open_inputs([str(path)], ReadOptions())
 
 

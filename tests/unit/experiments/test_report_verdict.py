@@ -57,7 +57,7 @@ def test_differences_within_the_noise_decide_nothing(tmp_path):
     found, _, _ = judge(saved_plan(tmp_path, FIVE_SEEDS), losses)
     assert found["tokens"].winner is None
     assert "the data do not decide: 2 loops has the lowest loss" in found["tokens"].text
-    assert "is not told from 1 loop (" in found["tokens"].text and "3 loops" not in found["tokens"].text
+    assert "cannot be told apart from 1 loop (" in found["tokens"].text and "3 loops" not in found["tokens"].text
 
 
 def test_many_rows_widen_the_intervals(tmp_path):

@@ -1,6 +1,7 @@
 """Every command in a fenced block of README and docs runs, in order, in a folder of a newcomer with a small corpus.
 
-A page is read for its blocks of `bash`, and of no language, whose lines begin with a command; its prose is free.
+A page is read for its blocks of `bash`, and of no language, whose lines begin with a command; its prose is free. README's
+blocks of `python` run after its commands.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ INSTEAD = [
     (r"^plt-average .* --weights .*", "plt-average --help", "seconds; the page's first one is run"),
     (r"^plt-import .*Qwen3.*", "plt-import --help", "downloads; tests/unit/convert imports a tiny one"),
     (r"^plt-evaluate .*", "plt-evaluate --help", "takes ten seconds; tests/hf evaluates"),
+    (r"^plt-train .* name=evaluated .*", r"\g<0> --print-config", "takes half a minute; tests/distributed evaluates"),
+    (r"^plt-train .* name=trunk .*", r"\g<0> --dry-run", "tests/distributed branches; the test of a clone does both"),
+    (r"^plt-train --branch-from runs/trunk.*", "plt-train --help", "its trunk is not trained here"),
     (
         r"^plt-train .* checkpoint\.(upload_to|load)=s3:.*",
         r"\g<0> --print-config",
@@ -83,6 +87,12 @@ def commands(page: str) -> list[str]:
     shown = "".join(block for language, block in blocks if language in ("", "bash"))
     lines = shown.replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if COMMAND.match(line)]
+
+
+def snippets(page: str, language: str) -> list[str]:
+    """The blocks of a language."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def stand_in(command: str) -> str:
@@ -203,5 +213,59 @@ def test_documented_commands_run_in_order(newcomer, environment):
             print(f"{time.monotonic() - begun:5.1f} s  {page}: {words}")
             if done.returncode != 0:
                 failed.append(f"{page}: {words}: {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    (snippet,) = snippets("README.md", "python")
+    (newcomer / "snippet.py").write_text(snippet)
+    python = [Path(environment["PATH"].split(os.pathsep)[0], "python"), "snippet.py"]
+    done = subprocess.run(
+        python, cwd=newcomer, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0 and "Once upon a time" in done.stdout, done.stderr
     assert not failed, "\n".join(failed)
     assert (newcomer / "mine.png").stat().st_size > 0 and (newcomer / "exported/modeling_plt.py").is_file()
+
+
+# The lines of README that a newcomer types one after the other, but for these.
+IN_A_CLONE = [
+    (r"git clone URL plt_megatron", f"git clone --quiet {ROOT} plt_megatron", "has no address yet"),
+    (r"^make venv.*", f"touch -d @0 pyproject.toml tools/make_venv.sh; ln -s {ROOT}/.venv .venv", "downloads 3 GB"),
+    (r"^plt-doctor.*", "", "takes ten seconds; test_doctor.py runs it"),
+    (r"^pip install.*", "", "installs from the network; test_wheel.py installs"),
+    (r"^make demo", "sed -i 's/480_000/8_192/' configs/runs/plt2_demo.yaml; make demo", "trains for minutes"),
+    (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
+]
+
+
+@pytest.mark.slow
+def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
+    """Clone, demo, own text, longer runs, export, sample, scores: README's own lines in one shell that stops at the first
+    that fails. The task is that of docs/evaluation.md. (Serving takes vLLM's environment: serving/tests.)"""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    until, rest = text.split("## On a Slurm cluster")[0], text.split("## To Hugging Face and back")[1]
+    blocks = re.findall(r"^```bash\n(.*?)^```$", until + rest.split("\n## ")[0], re.MULTILINE | re.DOTALL)
+    script = "".join(blocks)
+    for pattern, replacement, _ in IN_A_CLONE:
+        assert re.search(pattern, script, re.MULTILINE), pattern
+        script = re.sub(pattern, replacement, script, flags=re.MULTILINE)
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    (task,) = snippets("docs/evaluation.md", "yaml")
+    (line,) = re.findall(r"`(\{\"question.*?\})`", page)
+    documents = [f"Once upon a time loop {i} ran {i * i} times over every token of text {i % 7}." for i in range(2000)]
+    for name, content in {
+        "corpus/a.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),
+        "tasks/reading.yaml": task,
+        "tasks/reading.jsonl": f"{line}\n",
+    }.items():
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text(content)
+    script = script.replace("cd plt_megatron\n", "cd plt_megatron; cp -r ../own/* .\n")
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env |= {"PYTHONPATH": str(tmp_path / "plt_megatron"), "MPLBACKEND": "Agg"}
+    (tmp_path / "newcomer.sh").write_text(f"set -ex\n{script}")
+    done = subprocess.run(
+        ["bash", "newcomer.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=3600, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    clone = tmp_path / "plt_megatron"
+    assert "reading/acc" in done.stdout and (clone / "exported/evaluation.json").is_file()
+    assert all((clone / "runs" / name / "metrics.jsonl").is_file() for name in ("mine", "longer", "trunk", "shorter"))
+    assert (clone / ".demo/loss.png").is_file()

@@ -31,7 +31,7 @@ loops: [1, 2, 3]
 horizons: [1280, 2560, 5120]
 seeds: [1, 2]
 budget: 0.12min
-decide: {training_flops: 1e12, latency_ms: 0.0006, memory_gb: 0.001, context_length: 64, confidence: 0.999,
+decide: {training_flops: 1e11, latency_ms: 0.0006, memory_gb: 0.001, context_length: 64, confidence: 0.999,
          indifference: 0}
 """
 PHIS = {"PLT": 0.5, "naive loop": 0.3}

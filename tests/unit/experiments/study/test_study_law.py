@@ -117,7 +117,7 @@ def test_the_profile_has_its_minimum_at_the_fit():
     assert (np.diff(found.excess[4:]) > 0).all() and (np.diff(found.excess[:5]) < 0).all()
 
 
-def test_the_largest_size_is_foretold_from_the_others():
+def test_the_largest_size_is_predicted_from_the_others():
     found = hold_out_largest(fit_law(synthetic_study(LAW, Luck(), 6), bootstraps=5), bootstraps=40)
     assert len(found.rows) == 15 and np.abs(found.seen - found.said).max() < 0.05
 

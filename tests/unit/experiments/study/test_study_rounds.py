@@ -76,7 +76,8 @@ def files(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.slow
 def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_path, training, capsys):
     path = write_study(tmp_path)
-    assert run_study(str(path), settings(tmp_path, "rounds=2"), StudyOptions()) == 0
+    far = "decide.training_flops=1e12"  # for 44 times more tokens than any run has: nothing decides it
+    assert run_study(str(path), settings(tmp_path, "rounds=2", far), StudyOptions()) == 0
     plan = load_plan(tmp_path / "studies/study")
     assert {run.labels["round"] for run in plan.runs} == {"1", "2"}
     assert sorted(training.trained) == sorted(run.name for run in plan.runs) and len(plan.runs) > 20
@@ -90,6 +91,7 @@ def test_rounds_go_on_until_the_last_and_the_report_says_what_they_found(tmp_pat
     page = (tmp_path / "studies/study/report/index.html").read_text()
     answer = re.search(r'<p class="answer open">(.*?)</p>', page)[1]
     assert answer.startswith("PLT at 1e+12 training FLOPs and 0.0006 ms a token: ") and "%" in answer
+    assert "Not decided" in answer and "44 times more tokens" in answer
     assert page.index("Answer") < page.index("Frontier") < page.index("<h2>Law") < page.index("Learning curves")
     assert page.index("Learning curves") < page.index("<h2>Runs") and "http" not in page.replace(
         "http://www.w3.org", ""

@@ -1,0 +1,47 @@
+"""Optional packages: which extra of pyproject.toml installs each module, and the one line that says so.
+
+Looking for a module does not import it, so a command asks before it begins and before it imports what takes seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import util
+
+from plt_megatron.errors import UserError
+
+# Module -> extra. `eval` brings `hf` too.
+EXTRAS = {
+    "transformer_engine": "gpu",
+    "transformers": "hf",
+    "safetensors": "hf",
+    "wandb": "track",
+    "fsspec": "upload",
+    "s3fs": "upload",
+    "huggingface_hub": "upload",
+    "lm_eval": "eval",
+    "accelerate": "eval",
+    "deepspeed": "deepspeed",
+    "nvidia_resiliency_ext": "resilience",
+    "emerging_optimizers": "muon",
+    "zstandard": "data",
+    "pyarrow": "data",
+    "jinja2": "report",
+    "scipy": "report",
+}
+
+
+def lacking(*modules: str) -> str:
+    """`needs the packages ...: pip install ...`, of those that are not installed; empty if all are."""
+    missing = [module for module in modules if util.find_spec(module) is None]
+    extras = dict.fromkeys(EXTRAS[module] for module in missing)
+    if not missing:
+        return ""
+    packages = f"package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
+    return f"needs the {packages}: pip install 'plt-megatron[{','.join(extras)}]'"
+
+
+def require(purpose: str, *modules: str) -> None:
+    """Raise `UserError` if modules that `purpose` needs are not installed."""
+    problem = lacking(*modules)
+    if problem:
+        raise UserError(f"{purpose} {problem}")

@@ -1,0 +1,204 @@
+"""An environment for each extra: it has what pyproject.toml installs with it, and no more, and its commands run there.
+
+Without the extra each command says so in one line, before it begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tomllib
+import venv
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import zstandard
+from packaging.requirements import Requirement
+
+from plt_megatron.extras import EXTRAS
+from plt_megatron.runtime import doctor, machine
+from tests.hf.lm_eval_tasks import write_tasks
+from tests.unit.project.test_documented_commands import write_tokenizer
+from tests.unit.slurm.fake_slurm import write_tokens
+
+ROOT = Path(__file__).resolve().parents[3]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OPTIONAL = PROJECT["optional-dependencies"]
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """What pip would install for them, as far as it is installed here; extras of our own are looked up."""
+    found: set[str] = set()
+    waiting, seen = [(text, "") for text in requirements], set()
+    while waiting:
+        text, extra = waiting.pop()
+        requirement = Requirement(text)
+        if (text, extra) in seen or not (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
+            continue
+        seen.add((text, extra))
+        if requirement.name == "plt-megatron":
+            waiting += [(each, "") for name in requirement.extras for each in OPTIONAL[name]]
+            continue
+        try:
+            own = distribution(requirement.name).requires or []
+        except PackageNotFoundError:
+            continue
+        found.add(requirement.name)
+        waiting += [(each, name) for each in own for name in ("", *requirement.extras)]
+    return found
+
+
+@functools.cache
+def top_level(name: str) -> list[Path]:
+    """The files and folders that a distribution has in site-packages."""
+    package = distribution(name)
+    names = {file.parts[0] for file in package.files or []} - {"..", "__pycache__"}
+    return [Path(str(package.locate_file(each))) for each in sorted(names)]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Callable[[str], Path]:
+    """The Python of an environment with the base requirements and those of extras (`hf,report`): links to what is
+    installed here."""
+    made: dict[str, Path] = {}
+
+    def make(extras: str) -> Path:
+        if extras not in made:
+            folder = tmp_path_factory.mktemp(extras or "base")
+            requirements = [text for extra in extras.split(",") for text in OPTIONAL.get(extra, [])]
+            venv.create(folder, symlinks=True)
+            site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+            for package in closure(PROJECT["dependencies"] + requirements):
+                for path in top_level(package):
+                    if path.exists() and not (site_packages / path.name).exists():
+                        (site_packages / path.name).symlink_to(path)
+            made[extras] = folder / "bin/python"
+        return made[extras]
+
+    return make
+
+
+def run(python: Path, folder: Path, command: str, status: int = 0) -> str:
+    """`NAME ARGUMENTS` of plt_megatron.commands; what it prints."""
+    name, *arguments = shlex.split(command)
+    env = {"PATH": os.environ["PATH"], "HOME": str(python.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
+    done = subprocess.run(
+        [python, "-m", f"plt_megatron.commands.{name}", *arguments],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == status, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_every_module_of_the_table_comes_with_its_extra():
+    assert set(EXTRAS.values()) == set(OPTIONAL) - {"dev", "docs"}
+    for extra in set(EXTRAS.values()) - {"gpu", "track", "resilience"}:  # not installed here
+        modules = {path.name for package in closure(OPTIONAL[extra]) for path in top_level(package)}
+        assert {module for module, of in EXTRAS.items() if of == extra} <= modules
+    for extra in EXTRAS.values():
+        named = {Requirement(text).name.replace("-", "_") for text in OPTIONAL[extra]} - {"plt_megatron"}
+        assert named <= set(EXTRAS), f"{extra}: not in the table"
+
+
+def test_doctor_looks_for_all_that_its_advice_is_about():
+    seen = machine.Machine(python=(3, 12, 0), executable="python")
+    seen.packages = dict.fromkeys([*machine._project_requirements(), *machine._OPTIONAL], "1")
+    capabilities = doctor.judge(seen).capabilities
+    assert not [each for each in capabilities if "not installed" in each.reason]
+
+
+# Commands that need an extra, as typed by somebody who has none: (command, extras that its one line names).
+EXPORTING = "train configs/runs/plt2_tiny.yaml checkpoint.save_interval=5 checkpoint.export_interval=5"
+WITHOUT = [
+    ("export_hf --checkpoint runs/mine --output exported", "hf"),
+    ("import_hf --model model --output imported", "hf"),
+    ("generate --model model --prompt hello", "hf"),
+    ("evaluate --model model --tasks choice", "eval"),
+    ("diagnose runs/mine --data text.jsonl", "report"),
+    ("report sweep", "report"),
+    ("study configs/studies/smoke.yaml --dry-run", "report"),
+    ("demo", "muon"),
+    ("upload model --to s3://nowhere", "upload"),
+    ("preprocess --input text.parquet --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
+    ("preprocess --input text.jsonl.zst --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
+    ("train configs/runs/plt2_tiny.yaml optimizer.name=muon", "muon"),
+    ("train configs/runs/plt2_tiny.yaml engine=deepspeed", "deepspeed"),
+    (EXPORTING, "hf"),
+    (f"{EXPORTING} evaluation.tasks=[choice]", "eval"),
+    ("train configs/runs/plt2_tiny.yaml checkpoint.upload_to=s3://nowhere", "upload"),
+    ("train configs/runs/plt2_tiny.yaml logging.wandb_project=mine", "track"),
+    ("train configs/runs/plt2_tiny.yaml logging.straggler_interval=100", "resilience"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the commands are typed: the tiny run's data, a folder that looks like a model, texts."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    write_tokens(folder / ".demo/data/train_text_document")
+    write_tokens(folder / ".demo/data/validation_text_document")
+    write_tokenizer(folder / ".demo/tokenizer.model")
+    for name in ("model/config.json", "text.jsonl", "text.parquet", "text.jsonl.zst"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("command", "extra"), WITHOUT, ids=[f"{c.split()[0]}-{e}" for c, e in WITHOUT])
+def test_what_is_missing_is_one_line_before_anything_begins(environment, folder, command, extra):
+    before = sorted(folder.rglob("*"))
+    lines = run(environment(""), folder, command, status=2).splitlines()
+    named = [re.search(r"pip install 'plt-megatron\[([\w,]+)\]'", line) for line in lines]
+    assert all(line.startswith("error: ") for line in lines) and len(lines) <= 2
+    assert extra in {name for match in named if match for name in match[1].split(",")}, lines
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_reading_and_reporting_run_with_their_extra_alone(environment, tmp_path):
+    with zstandard.open(tmp_path / "text.jsonl.zst", "wt") as file:
+        file.writelines(json.dumps({"text": f"The loop {i} runs."}) + "\n" for i in range(3000))
+    write_tokenizer(tmp_path / "tokenizer.model")
+    run(
+        environment("data"), tmp_path, "preprocess --input text.jsonl.zst --tokenizer tokenizer.model --output-prefix t"
+    )
+    shutil.copytree(ROOT / "results/paper_ablation", tmp_path / "sweep")
+    assert "PLT-2" in run(environment("report"), tmp_path, "report sweep")
+
+
+@pytest.mark.slow
+def test_from_a_text_to_scores_each_command_with_its_extra_alone(environment, tmp_path):
+    documents = [{"text": f"The loop {i} runs {i * i} times over every token of text {i % 7}."} for i in range(3000)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    (tmp_path / "tasks").mkdir()
+    write_tasks(tmp_path / "tasks", [{"question": "The loop", "choices": [" runs", " text"], "answer": 0}] * 3, ".")
+    train = (
+        "configs/runs/plt2_tiny.yaml name=tiny data.tokenizer=data/tokenizer.model 'data.sources=[{path: data/text}]'"
+    )
+    for extra, command in [
+        ("", "train_tokenizer --input text.jsonl --output data --vocab-size 400"),
+        ("", "preprocess --input text.jsonl --tokenizer data/tokenizer.model --output-prefix data/text --workers 1"),
+        ("muon", f"train {train} optimizer.name=muon checkpoint.save_interval=10"),
+        ("", "average runs/tiny --last 2 --output averaged"),
+        ("", "plot runs/tiny --output losses.png"),
+        ("hf", "export_hf --checkpoint runs/tiny --output exported --verify"),
+        ("hf", "generate --model exported --prompt loop --max-new-tokens 4"),
+        ("hf", "import_hf --model exported --output imported"),
+        ("eval", "evaluate --model exported --tasks choice,write --include-path tasks --limit 2"),
+        ("upload", f"upload exported --to file://{tmp_path}/copy"),
+        ("report,hf", "diagnose runs/tiny --data text.jsonl --max-tokens 256"),
+    ]:
+        run(environment(extra), tmp_path, command)
