@@ -44,8 +44,8 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     from plt_megatron.rehearsal.rehearse import rehearse
     from plt_megatron.rehearsal.report import to_json, to_text
 
-    for name in ("nodes", "gpus_per_node"):
-        if getattr(arguments, name) < 1:
+    for name in ("nodes", "gpus_per_node", "processes"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     config = load_config(arguments.config, arguments.overrides)
     vocab_size = tokenizer_vocab_size(config, lambda path: load_tokenizer(path).vocab_size)

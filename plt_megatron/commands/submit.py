@@ -1,7 +1,7 @@
 """Train a configuration, or several, on a Slurm cluster.
 
-    plt-submit configs/runs/plt2_1b.yaml --cluster h100 --nodes 16 --time 24:00:00 --chain 5
-    plt-submit --branch-from runs/trunk@20000 name=shorter --cluster h100 --nodes 16 --time 24:00:00
+    plt-submit configs/runs/plt2_1b.yaml --cluster h100_modules --nodes 16 --time 24:00:00 --chain 5
+    plt-submit --branch-from runs/trunk@20000 name=shorter --cluster h100_modules --nodes 16 --time 24:00:00
 
 Everything is checked before anything is submitted. The run's folder then holds everything its job needs, with the job
 script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.

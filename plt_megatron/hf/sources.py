@@ -23,7 +23,7 @@ from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.model.parameters import is_buffer, only_in_loops
 from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress, warn_of_doubt
-from plt_megatron.train.checkpoint import read_weights
+from plt_megatron.train.checkpoint.reading import read_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

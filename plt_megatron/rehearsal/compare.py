@@ -61,15 +61,26 @@ def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstim
     ]
 
 
-def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate) -> list[str]:
-    """Ranks that do not fit the card."""
+def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate, given: RunEstimate) -> list[str]:
+    """Ranks that do not fit the card.
+
+    Args:
+        given: of the configuration as it was given: what it takes less or more than `estimate`, which is of what was
+            rehearsed, is what the parts that were replaced do.
+    """
     usable = int(USABLE_SHARE * estimate.device_memory_bytes)
-    return [
-        f"memory over: rank {record.rank} needs {sum(record.memory.values()):,} bytes in {record.peak_phase}, the card "
-        f"({estimate.gpu}) has {usable:,} of {estimate.device_memory_bytes:,} to use"
-        for record in records
-        if sum(record.memory.values()) > usable
-    ]
+    problems = []
+    for record in records:
+        stage = record.place["pp"]
+        replaced = given.memory[stage].total_bytes - estimate.memory[stage].total_bytes
+        needed = sum(record.memory.values()) + replaced
+        if needed > usable:
+            estimated = f", {replaced:+,} of them estimated for what was replaced," if replaced else ""
+            problems.append(
+                f"memory over: rank {record.rank} needs {needed:,} bytes{estimated} in {record.peak_phase}, the card "
+                f"({estimate.gpu}) has {usable:,} of {estimate.device_memory_bytes:,} to use"
+            )
+    return problems
 
 
 def _memory(records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:

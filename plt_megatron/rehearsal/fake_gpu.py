@@ -157,10 +157,8 @@ class _LowerRight:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """Flash attention, which is what torch would choose on a GPU for causal attention in half precision; it would not
-    for a fake tensor. Other calls are left to torch."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    fused = isinstance(attn_mask, _LowerRight) or (kwargs.get("is_causal", False) and half)
-    if not fused:
+    for a fake tensor. Stands in for other precisions' too. Other calls are left to torch."""
+    if not isinstance(attn_mask, _LowerRight) and not kwargs.get("is_causal", False):
         return _stock_attention(query, key, value, attn_mask, *args, **kwargs)
     scale = kwargs.get("scale")
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]

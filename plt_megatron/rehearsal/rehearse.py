@@ -14,6 +14,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import wait
 from typing import Any
 
+from plt_megatron.config.batch_schedule import with_global_batch_size
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.length_schedule import with_sequence_length
 from plt_megatron.config.loop_schedule import with_loop_count
@@ -25,7 +26,6 @@ from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 from plt_megatron.rehearsal.classes import ranks_of_each_kind
 from plt_megatron.rehearsal.compare import Difference, compare, memory_problems
 from plt_megatron.rehearsal.matching import Waiting, group_problems, play
-from plt_megatron.rehearsal.rank import rehearse_rank
 from plt_megatron.rehearsal.record import RankRecord
 from plt_megatron.rehearsal.written_once import saving_problems
 
@@ -83,11 +83,14 @@ def rehearse(
     problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
     if problems:
         raise UserError("\n".join(problems))
-    config, replaced = _rehearsable(config)
+    given = config
+    config, replaced = _rehearsable(given)
     layout = layout_of(config, world_size)
-    # Of the run whose every step is like the rehearsed one.
-    alike = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
-    estimate = estimate_run(alike, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+    estimates = [
+        estimate_run(_alike(each), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+        for each in (config, given)
+    ]
+    estimate = estimates[0]
     _import_once()
     ranks = ranks_of_each_kind(layout)
     calls = [(config, vocab_size, rank, world_size, prepare) for rank in ranks]
@@ -102,10 +105,16 @@ def rehearse(
     problems += [
         *group_problems(records, layout),
         *waiting.problems,
-        *memory_problems(records, estimate),
+        *memory_problems(records, *estimates),
         *(f"not as estimated: {each}" for each in differences if each.is_wrong),
     ]
     return Rehearsal(config, estimate, records, waiting, differences, replaced, problems)
+
+
+def _alike(config: RunConfig) -> RunConfig:
+    """The run whose every step is like the rehearsed one."""
+    config = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
+    return with_global_batch_size(config, config.training.global_batch_size)
 
 
 def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
@@ -122,6 +131,8 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     if model.fused_gated_window:
         replaced.append("the fused window by the torch backend's blocks")
         model = dataclasses.replace(model, fused_gated_window=False)
+    if training.precision == "fp32":
+        replaced.append("attention in fp32, where torch may keep all scores, by bf16's fused kernel, which keeps none")
     if training.fp8 != "none":
         replaced.append("FP8 by bf16")
         training = dataclasses.replace(training, fp8="none")
@@ -133,12 +144,12 @@ def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 @cache
 def _import_once() -> None:
-    """Everything that the forked processes would import one by one."""
+    """Everything that the forked processes would import one by one, without what imports have to say."""
     warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
     import torch
 
     torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from plt_megatron.rehearsal.fake_groups import share_out_lazily, share_rank_lists
@@ -185,6 +196,8 @@ def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
 
 def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:
     """The record, or in one line why the rank failed."""
+    from plt_megatron.rehearsal.rank import rehearse_rank  # megatron-core, which has been imported by now
+
     try:
         return rehearse_rank(config, vocab_size, rank, world_size, prepare)
     except (UserError, AssertionError, RuntimeError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 from plt_megatron.rehearsal.compare import sent_by_purpose
 from plt_megatron.rehearsal.record import RankRecord
 from plt_megatron.rehearsal.rehearse import NOT_SEEN, Rehearsal
-from plt_megatron.run_folder.text import format_bytes
+from plt_megatron.run_folder.text import format_bytes, plural
 
 _GB = 2**30
 
@@ -41,7 +41,8 @@ def to_text(found: Rehearsal) -> str:
         "",
         *(f"problem: {each}" for each in found.problems),
     ]
-    lines.append(f"{len(found.problems)} problems" if found.problems else "nothing found that speaks against starting")
+    count = len(found.problems)
+    lines.append(plural(count, "problem") if count else "nothing found that speaks against starting")
     return "\n".join(lines)
 
 

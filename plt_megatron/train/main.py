@@ -49,7 +49,7 @@ def train(config: RunConfig) -> int:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
-    from plt_megatron.launcher import start_watchdog
+    from plt_megatron.launcher.interface import start_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.callbacks.base import TrainingFailed
     from plt_megatron.train.destinations import check_destinations

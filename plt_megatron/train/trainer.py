@@ -20,11 +20,11 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.checkpoints import trained_tokens
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.build_engine import build_engine
-from plt_megatron.train.callbacks import CALLBACKS
 from plt_megatron.train.callbacks.base import Callback, Clock, Step, TrainingFailed
-from plt_megatron.train.checkpoint import CheckpointStore
+from plt_megatron.train.callbacks.registry import CALLBACKS
 from plt_megatron.train.checkpoint.collective import any_rank
 from plt_megatron.train.checkpoint.state import Kept
+from plt_megatron.train.checkpoint.store import CheckpointStore
 from plt_megatron.train.data import RunData
 from plt_megatron.train.stop import StopRequest
 

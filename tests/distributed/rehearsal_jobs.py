@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from unittest import mock
 
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import (
+    BatchStage,
     DataConfig,
     DataSource,
     ModelConfig,
@@ -80,12 +82,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def run_config(layout: str) -> RunConfig:
     """A small model in one of `LAYOUTS`, tied embeddings included; with experts where they are shared out. A name that
     ends in `average` has a moving average of its weights; in `span`, layers that run once; in `losses`, one for each
-    loop."""
+    loop; in `batches`, larger batches first."""
     span = layout.endswith(" span")
-    plain = layout.removesuffix(" average").removesuffix(" span").removesuffix(" losses")
+    plain = re.sub(" (average|span|losses|batches)$", "", layout)
     parallel = ParallelConfig(**LAYOUTS[plain])
     optimizer = OptimizerConfig(name="muon" if "Muon" in layout else "adam")
     pipeline = parallel.pipeline_model_parallel_size
+    batch = (pipeline if pipeline > 1 else 8) * (parallel.data_parallel_size or 1)
     return RunConfig(
         model=ModelConfig(
             num_layers=4 if span else {"PP2 DP2 uneven": 4, "PP4 ends": 2}.get(layout, max(2, pipeline)),
@@ -104,8 +107,9 @@ def run_config(layout: str) -> RunConfig:
         data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
         training=TrainingConfig(
             micro_batch_size=1,
-            global_batch_size=(pipeline if pipeline > 1 else 8) * (parallel.data_parallel_size or 1),
+            global_batch_size=batch,
             train_iters=10,
+            batch_schedule=[BatchStage(128 * batch, 2 * batch)] if layout.endswith(" batches") else [],
             loop_loss_weights=[0.5] if layout.endswith(" losses") else [],
             ema_decay=0.9 if layout.endswith(" average") else None,
         ),
@@ -308,7 +312,7 @@ def main(cases: list[str]) -> None:
             "calls": {record.rank: essence(record.calls, record.groups) for record in result.records},
             "written": written_by_rank(result.records),
             "problems": result.problems,
-            "on_a_small_card": memory_problems(result.records, small),
+            "on_a_small_card": memory_problems(result.records, small, small),
             "differences": [[each.what, each.off] for each in result.differences],
             "matched": result.waiting.matched,
         }

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.commands.rehearse import main
 from plt_megatron.config.layout import layout_of
 from plt_megatron.errors import UserError
 from tests.distributed.rehearsal_jobs import FAULTS, VOCAB_SIZE, record_real, run_config
@@ -28,7 +29,7 @@ def rehearsed(*cases: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    return rehearsed("TP2 PP2")
+    return rehearsed("TP2 PP2", "TP2 PP2 batches")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,34 @@ def test_groups_bytes_and_order_are_those_of_the_real_run(run_distributed, found
     off = dict(found["TP2 PP2"]["differences"])
     assert abs(off["FLOPs"]) < 1e-3 and len(off) >= 7
     assert all(abs(difference) < 0.01 for what, difference in off.items() if "bytes" in what)
+
+
+def test_of_a_run_with_other_batches_before_the_last_step_is_compared(found):
+    assert found["TP2 PP2 batches"]["problems"] == []
+    assert found["TP2 PP2 batches"]["differences"] == found["TP2 PP2"]["differences"]
+
+
+# The others name 8 cards.
+CARDS = {"plt2_tiny": 2, "plt2_demo": 2, "plt2_moe_tiny": 2}
+SHIPPED = [
+    pytest.param(path.stem, CARDS.get(path.stem, 8), marks=[] if path.stem == "plt2_tiny" else pytest.mark.slow)
+    for path in sorted((ROOT / "configs" / "runs").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize(("name", "cards"), SHIPPED)
+def test_of_a_shipped_file_nothing_is_reported(name, cards):
+    command = [sys.executable, "tools/rehearse.py", f"configs/runs/{name}.yaml", "model.vocab_size=8000"]
+    options = ["--gpus-per-node", str(cards), "--processes", "2"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and done.stderr == "", done.stdout[-1000:] + done.stderr
+    assert "problem" not in done.stdout and "FLOPs" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--nodes", "--gpus-per-node", "--processes"])
+def test_none_of_what_there_must_be_is_refused(option, capsys):
+    assert main(["configs/runs/plt2_tiny.yaml", option, "0"]) == 2
+    assert option in capsys.readouterr().err
 
 
 @pytest.mark.slow

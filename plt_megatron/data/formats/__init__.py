@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plt_megatron.data.compressed import COMPRESSIONS
-from plt_megatron.data.formats.documents import LEFT_OUT, Document, Quality
+from plt_megatron.data.documents import LEFT_OUT, Document, Quality
 from plt_megatron.data.formats.reader import READERS, Reader, ReadOptions, Span
 from plt_megatron.errors import UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from plt_megatron.data.formats.documents import Document, check_text, not_utf8
+from plt_megatron.data.documents import Document, check_text, not_utf8
 from plt_megatron.data.formats.lines import LineReader
 
 

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 from plt_megatron.data.compressed import open_stream
-from plt_megatron.data.formats.documents import Document, too_long
+from plt_megatron.data.documents import Document, too_long
 from plt_megatron.data.formats.reader import Reader, Span
 
 BOM = b"\xef\xbb\xbf"

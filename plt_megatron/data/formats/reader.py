@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from plt_megatron.data.compressed import COMPRESSIONS, open_stream
-from plt_megatron.data.formats.documents import Document, Quality
+from plt_megatron.data.documents import Document, Quality
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 

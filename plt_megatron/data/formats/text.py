@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from plt_megatron.data.compressed import open_stream
-from plt_megatron.data.formats.documents import Document, check_text, not_utf8, too_long
+from plt_megatron.data.documents import Document, check_text, not_utf8, too_long
 from plt_megatron.data.formats.lines import BOM, LineReader
 
 

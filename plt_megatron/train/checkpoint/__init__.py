@@ -8,23 +8,10 @@ for a training run.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from plt_megatron.train.checkpoint.loading import load_checkpoint, load_weights
-    from plt_megatron.train.checkpoint.reading import read_weights
-    from plt_megatron.train.checkpoint.saving import save_checkpoint
-    from plt_megatron.train.checkpoint.store import CheckpointStore
-
-__all__ = [
-    "CheckpointStore",
-    "load_checkpoint",
-    "load_weights",
-    "read_weights",
-    "save_checkpoint",
-]
-
-# Imported on demand: importing megatron-core takes seconds, and reading weights does not need it.
+# For callers outside the package, imported on demand: importing megatron-core takes seconds, and reading weights does
+# not need it.
 _HOMES = {
     "CheckpointStore": "store",
     "load_checkpoint": "loading",

@@ -6,6 +6,7 @@ blocks of `python` run after its commands.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -182,6 +183,14 @@ def write_tokenizer(path: Path) -> None:
         proto.pieces.add(piece=piece, score=0, type=proto.SentencePiece.Type.Value(kind))
     proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.pad_id = -1, 1, -1
     path.write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plt_megatron/commands").glob("*.py")), ids=lambda path: path.stem)
+def test_the_examples_in_a_commands_file_name_what_is_shipped(path):
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    named = re.findall(r"configs/[\w/]+\.yaml", text)
+    named += [f"configs/clusters/{name}.yaml" for name in re.findall(r"--cluster (\w+)", text) if name != "mine"]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_every_exception_is_of_a_documented_command():

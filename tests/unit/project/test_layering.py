@@ -91,7 +91,8 @@ def modules() -> dict[str, Path]:
 
 
 def imported_modules(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """The files that a file imports, wherever in it: at its top, in a function, for type checkers alone."""
+    """The files that a file imports, wherever in it: at its top, in a function, for type checkers alone. A module's are
+    those of the packages that it is in, too: their own files run before it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -101,13 +102,38 @@ def imported_modules(name: str, path: Path, known: dict[str, Path]) -> set[str]:
             found |= {each if each in known else source for each in names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return (found & known.keys()) - {name}
+    packages = {each.rsplit(".", depth)[0] for each in found for depth in range(1, each.count(".") + 1)}
+    return ((found | packages) & known.keys()) - {name}
+
+
+def look_for_circles(known: dict[str, Path]) -> None:
+    """A CycleError names the files of one."""
+    graph = {name: imported_modules(name, path, known) for name, path in known.items()}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_no_file_imports_one_that_imports_it():
-    known = modules()
-    graph = {name: imported_modules(name, path, known) for name, path in known.items()}
-    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the files of a circle
+    look_for_circles(modules())
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("def start():\n    from p.a import start", "from p import b"),
+        ("import p.a", "import p.b"),
+        ("from p.a import start", "from p.b import other"),
+        ("if TYPE_CHECKING:\n    from p import a", "from . import b"),
+    ],
+)
+def test_a_circle_through_a_packages_own_file_is_found(tmp_path, package, module):
+    files = {"p": package, "p.a": module, "p.b": ""}
+    known = {name: tmp_path / f"{name}.py" for name in files}
+    for name, path in known.items():
+        path.write_text(files[name])
+    with pytest.raises(graphlib.CycleError):
+        look_for_circles(known)
+    known["p"].write_text("")
+    look_for_circles(known)
 
 
 def test_the_modeling_file_of_an_export_stands_alone():
