@@ -33,3 +33,9 @@ def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def last_attempt(events: Iterable[dict[str, Any]]) -> int:
     """The number of the last attempt; 0 if there was none."""
     return max((int(event.get("attempt") or 0) for event in events), default=0)
+
+
+def setup_warnings(events: Iterable[dict[str, Any]]) -> list[str]:
+    """What went wrong in the setup of the last attempt's job without ending it."""
+    starts = [event for event in events if event["event"] == "start"]
+    return list(starts[-1].get("warnings") or []) if starts else []
