@@ -275,8 +275,8 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
     slurm.jobs(("100", "RUNNING", run_name))
     assert look() == ["job 100 is running on node[1-2]"]
     output = run / "logs" / "slurm-100.out"
-    output.write_text(f"{stamp(1, 'launcher node1', 'preflight: 2 node(s)')}\nsrun: torn")
-    assert look() == ["preflight: 2 node(s)"]
+    output.write_text(f"{stamp(1, 'launcher node1', 'preflight: 2 nodes')}\nsrun: torn")
+    assert look() == ["preflight: 2 nodes"]
     with output.open("a") as file:
         file.write(" now whole\n")
     assert look() == ["srun: torn now whole"]
@@ -287,7 +287,7 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
         file.flush()
         assert look() == [], "the line is torn"
         file.write('"loop_count": 2, "loss": 3.5}\n')
-    assert look() == ["step 10/1,000: validation, 2 loop(s): loss 3.5000"]
+    assert look() == ["step 10/1,000: validation, 2 loops: loss 3.5000"]
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "evaluation", "step": 10, "tokens": 9, "scores": {"reading/acc": 0.5}}\n')
         for outcome in ('"to": "s3://b/exports/step_00000005"', '"error": "no bucket"'):
