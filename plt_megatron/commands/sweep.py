@@ -51,7 +51,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--submit", metavar="OPTIONS", default="", help="with --slurm: options for plt-submit, as in '--time 24:00:00'"
     )
-    parser.add_argument("--gpu", metavar="CARD", help="card to estimate times for (default: h100; without Slurm, cpu)")
+    parser.add_argument(
+        "--gpu",
+        metavar="CARD",
+        help="card to estimate times for (default: the cluster's, else h100; without Slurm, cpu)",
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="single-process runs at once on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 

@@ -24,6 +24,7 @@ from plt_megatron.experiments.sweep_status import (
 )
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import format_duration, format_table, plural
+from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.submission import Options
 
 
@@ -34,7 +35,8 @@ class SweepOptions:
     Attributes:
         submit: submit to Slurm with these options; None: run on this machine.
         jobs: runs at once on this machine.
-        gpu: the card that times are estimated for; None: h100 on a cluster, a core of this machine's CPU here.
+        gpu: the card that times are estimated for; None: on a cluster its profile's, else h100; here a core of this
+            machine's CPU.
     """
 
     dry_run: bool = False
@@ -156,12 +158,23 @@ def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
     """An estimate before anything is measured. Finished parts of runs are not subtracted."""
     from plt_megatron.estimate.run_estimate import estimate_run
 
-    gpu = options.gpu or ("h100" if options.submit is not None else "cpu")
+    gpu = options.gpu or ("cpu" if options.submit is None else _card_of(options.submit))
+    if gpu is None:
+        return "on a cluster without GPUs, for which plt-submit alone estimates times"
     estimates = [estimate_run(run.config, gpu=gpu, vocab_size=run.vocab) for run in todo]
     if options.submit is not None:
         hours = sum(estimate.gpu_hours for estimate in estimates)
         longest = max(estimate.total_seconds for estimate in estimates)
-        return f"on paper {hours:,.1f} GPU hours on {gpu}, the longest run {format_duration(longest)}"
+        kind = "process" if gpu == "cpu" else "GPU"
+        return f"on paper {hours:,.1f} {kind} hours on {gpu}, the longest run {format_duration(longest)}"
     seconds = sum(estimate.total_seconds for estimate in estimates) / options.jobs
     means = "one core at its nominal rate a run" if gpu == "cpu" else gpu
     return f"on paper {format_duration(seconds)} ({means}; estimated from measured speed once a run has begun)"
+
+
+def _card_of(submit: Options) -> str | None:
+    """The card of a cluster's profile, as far as that names one; None: the runs get no GPUs."""
+    profile = load_profile(submit.cluster) if submit.cluster else ClusterProfile()
+    if submit.gpus_per_node is None and (profile.gpus_per_node == 0 or profile.processes_per_node):
+        return None
+    return profile.gpu or "h100"

@@ -19,6 +19,7 @@ from plt_megatron.launcher.job import JobSettings
 from plt_megatron.launcher.records import Outcome, Records
 from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.exit_status import PEACEFUL, ExitStatus
+from plt_megatron.run_folder.text import plural
 
 JOIN_SECONDS = 300.0  # until all nodes have joined: containers may start slowly
 PROBE_SECONDS = 180.0  # the check of devices and links, including imports from a busy file system
@@ -141,7 +142,8 @@ class Coordinator:
         facts = {node: self._facts[node] for node in self._allocation.nodes}
         first = facts[self._allocation.first_node]
         versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-        self._say(f"preflight: {len(facts)} node(s), {len(first['devices'])} GPU(s) on the first, {versions}")
+        found = f"{plural(len(facts), 'node')}, {plural(len(first['devices']), 'GPU')} on the first"
+        self._say(f"preflight: {found}, {versions}")
         if len(facts) > 1:
             skews = {node: abs(fact.get("skew", 0.0)) for node, fact in facts.items()}
             worst = max(skews, key=lambda node: skews[node])
@@ -205,7 +207,7 @@ class Coordinator:
 
     def _train(self) -> None:
         settings = self._settings
-        self._say(f"training: {settings.nodes} node(s) x {settings.processes_per_node} process(es)")
+        self._say(f"training: {plural(settings.nodes, 'node')} x {plural(settings.processes_per_node, 'process')}")
         self._enter("training", float("inf"))
         self._start("train")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.attempts import FAILED, FINISHED, PREEMPTED
+from plt_megatron.run_folder.text import plural
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
 # Attempts in a row without progress, whatever ends them: lost nodes and preemptions are nobody's fault, but a run that
@@ -41,7 +42,9 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
         exclusions = sum(bool(end.get("bad_nodes")) for end in ends)
         if exclusions <= settings.max_exclusions:
             return Decision(EXCLUDE, reason, last["bad_nodes"])
-        return Decision(STOP, f"{reason}; the job has already excluded bad nodes {settings.max_exclusions} times")
+        return Decision(
+            STOP, f"{reason}; the job has already excluded bad nodes {plural(settings.max_exclusions, 'time')}"
+        )
     if not last.get("retry", True):
         return Decision(HALT if last["status"] == PREEMPTED else STOP, reason)
     failures = _fruitless([end for end in ends if end["status"] == FAILED])
@@ -53,7 +56,7 @@ def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
 
 
 def _times(failures: int) -> str:
-    return "it has failed again" if failures == 1 else f"it has failed {failures} times more"
+    return "it has failed again" if failures == 1 else f"it has failed {plural(failures, 'time')} more"
 
 
 def _ends_since_stop(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

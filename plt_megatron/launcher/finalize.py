@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -11,12 +13,21 @@ from typing import Any
 
 from plt_megatron.launcher import decisions
 from plt_megatron.launcher.allocation import read_allocation
+from plt_megatron.launcher.failures import last_error
 from plt_megatron.launcher.job import JobSettings, load_settings
-from plt_megatron.launcher.records import Outcome, Records, write_why
+from plt_megatron.launcher.logs import last_lines, own_output
+from plt_megatron.launcher.records import Outcome, Records, describe_end
 from plt_megatron.launcher.scheduler import Scheduler, SchedulerError
 from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
+
+# From job.sbatch: the line at which its setup stopped; empty: unknown.
+SETUP_FAILED = "PLT_SETUP_FAILED"
+_NOT_STARTED = (ExitStatus.USER_ERROR, 126, 127)  # the shell's, of a command that it cannot start
+_LINES = 20  # of the job's output in why.txt
+_ECHO = re.compile(r"srun: (error: .*: tasks? .*: Exited with|Terminating )|slurmstepd: .*CANCELLED")
 
 
 def finalize_job(run: Path, status: int) -> int:
@@ -48,16 +59,29 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
     """Record the end that the launchers could not record."""
     open_attempts = attempts.unended(run_records.folder.attempts())
     attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
-    if status == ExitStatus.NODE_LOST:
-        outcome = Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
-    elif status == ExitStatus.USER_ERROR:
-        outcome = Outcome(attempts.FAILED, "the launchers did not start: see the job's output", retry=False)
-    else:
-        reason = f"the launchers ended with status {status}, without a record: see its output"
-        outcome = Outcome(attempts.FAILED, reason)
+    outcome = _outcome_without_record(run_records.folder, status)
     run_records.end(attempt, outcome)
     end = run_records.of_this_start()
     return end or {"attempt": attempt, "job_id": None, "nodes": [], "status": outcome.status, "step": 0, "reason": ""}
+
+
+def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
+    """What the batch script alone can tell of how the launchers ended, or of why they were not started."""
+    if status == ExitStatus.NODE_LOST:
+        return Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
+    if status == ExitStatus.PREEMPTED:
+        return Outcome(attempts.PREEMPTED, "asked to stop before training began")
+    stopped_at, output = os.environ.get(SETUP_FAILED), own_output()
+    lines = last_lines(output, _LINES) if output else []
+    said = last_error(lines) or next((line for line in reversed(lines) if not _ECHO.match(line)), "")
+    ends = f": {said}; see {output}" if said else ""
+    if stopped_at is not None:
+        reason = f"the job's setup failed{f' at `{stopped_at}`' if stopped_at else ''}{ends}"
+        advice = f"mend the cluster's profile and submit the run again, or mend {folder.job_script}"
+        return Outcome(attempts.FAILED, f"{reason}; {advice}", retry=False, output=lines)
+    if status in _NOT_STARTED:
+        return Outcome(attempts.FAILED, f"the launchers did not start{ends}", retry=False, output=lines)
+    return Outcome(attempts.FAILED, f"the launchers ended with status {status}, without a record{ends}", output=lines)
 
 
 @dataclass(frozen=True)
@@ -123,11 +147,14 @@ class JobFinalizer:
     def _give_up(self, why: str = "") -> int:
         reason, path = self.decision.reason + why, self.records.folder.why_file
         self.records.stop(self.end["attempt"], reason)
-        print(f"given up: {reason}; see {path}", flush=True)
+        text = describe_end(self.records.folder, reason, self.end)
         try:
-            write_why(self.records.folder, reason, self.end)
+            write_text(path, text)
         except OSError as error:
-            print(f"error: {path}: {error.strerror}", file=sys.stderr)
+            print(f"error: {path} cannot be written ({error.strerror}); it would say:\n{text}", file=sys.stderr)
+            print(f"given up: {reason}", flush=True)
+        else:
+            print(f"given up: {reason}; see {path}", flush=True)
         self._cancel_chain()
         return self.status or 1
 

@@ -13,6 +13,8 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
 
+SCRATCH = "PLT_SCRATCH"  # the variable with the node's `scratch` folder
+
 
 @dataclass(frozen=True)
 class JobSettings:

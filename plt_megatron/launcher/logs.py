@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from plt_megatron.run_folder.folder import RunFolder
+
+_TAIL_BYTES = 1 << 14  # of the end of a job's output, in which its last lines are sought
+_SHELL = re.compile(r"^\S*: line \d+: ")  # where in its script bash met with what it reports
 
 
 def rank_log(run: Path, rank: int) -> Path:
@@ -17,6 +22,26 @@ def rank_log(run: Path, rank: int) -> Path:
 def merged_log(run: Path) -> Path:
     """The log of all ranks, in order of arrival."""
     return RunFolder(run).logs / "merged.log"
+
+
+def own_output() -> Path | None:
+    """The file that this process writes its errors to: of a batch script and its children the job's output, unless
+    sbatch was told otherwise."""
+    path = Path(os.path.realpath("/proc/self/fd/2"))
+    return path if path.is_file() else None
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The last lines of a text file that are not empty, bash's without their place in the script; none if it cannot be
+    read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [_SHELL.sub("", line.rstrip()) for line in text.splitlines() if line.strip()]
+    return lines[-count:]
 
 
 def stamp(attempt: int, who: str, text: str) -> str:

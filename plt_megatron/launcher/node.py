@@ -21,7 +21,7 @@ from plt_megatron.errors import print_error
 from plt_megatron.launcher import binding, coordinator, preflight
 from plt_megatron.launcher.allocation import Allocation, read_allocation
 from plt_megatron.launcher.hub import Hub
-from plt_megatron.launcher.job import JobSettings, load_settings
+from plt_megatron.launcher.job import SCRATCH, JobSettings, load_settings
 from plt_megatron.launcher.logs import LogFile, rank_log, stamp
 from plt_megatron.launcher.messages import BEAT_SECONDS, Channel, Every
 from plt_megatron.launcher.probe import MARK
@@ -51,6 +51,8 @@ def launch_node(run: Path) -> int:
         # Two jobs would overwrite each other's work. Jobs of one script wait for one another; an array's do not.
         print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")
         return ExitStatus.RUN_BUSY
+    if SCRATCH in os.environ:
+        os.environ["TMPDIR"] = os.environ[SCRATCH]  # srun has put /tmp there if it could not create the folder
     launcher = NodeLauncher(run, settings, allocation)
     with launcher.signals():
         return launcher.launch()

@@ -19,7 +19,7 @@ _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", 
                   "nvidia-nccl-cu13")  # fmt: skip
 _LEAST_SHARED_MEMORY = 64 << 20  # used by NCCL and the loader's workers
 _LEAST_TEMPORARY = 256 << 20
-_LEAST_RUN_FOLDER = 1 << 30
+LEAST_RUN_FOLDER = 1 << 30  # plt-submit asks for it, too
 _LARGEST_SKEW = 5.0  # seconds
 _SLOW = 0.5  # of the median: worth a warning
 
@@ -121,7 +121,8 @@ def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
         (facts["temporary"], temporary, _LEAST_TEMPORARY),
     ):
         if free is None or free < least:
-            found.append(f"{name}: {'missing' if free is None else f'{free >> 20} MiB free'}, {least >> 20} needed")
+            there = "missing" if free is None else f"{free >> 20} MiB free"
+            found.append(f"{name}: {there}, {least >> 20} MiB needed")
     if abs(facts.get("skew", 0.0)) > _LARGEST_SKEW:
         found.append(f"its clock is {facts['skew']:+.1f} s off the first node's")
     if facts.get("run_error"):
@@ -145,8 +146,8 @@ def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
 def shared_problem(facts: Facts) -> str | None:
     """What is wrong with shared resources, where other nodes would not help."""
     free = facts["space"]["run"]
-    if free is not None and free < _LEAST_RUN_FOLDER:
-        return f"the run's folder: {free >> 20} MiB free, {_LEAST_RUN_FOLDER >> 20} needed"
+    if free is not None and free < LEAST_RUN_FOLDER:
+        return f"the run's folder: {free >> 20} MiB free, {LEAST_RUN_FOLDER >> 20} MiB needed"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,10 +12,12 @@ from typing import Any
 
 from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.run_folder import json_lines
-from plt_megatron.run_folder.attempts import KILLED, last_attempt, unended
+from plt_megatron.run_folder.attempts import KILLED, last_attempt, setup_warnings, unended
 from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
-from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
+
+# From job.sbatch, a line each: failures that its setup passed over.
+SETUP_WARNINGS = "PLT_SETUP_WARNINGS"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Outcome:
         retry: whether another attempt may succeed; not after a user error.
         bad_nodes: node -> what is wrong with it; the job should continue without them.
         failure: of a rank, if one failed.
+        output: the last lines of the job's output, where no rank says anything.
     """
 
     status: str
@@ -49,6 +53,7 @@ class Outcome:
     retry: bool = True
     bad_nodes: dict[str, str] = field(default_factory=dict)
     failure: Failure | None = None
+    output: list[str] = field(default_factory=list)
 
 
 class Records:
@@ -71,7 +76,9 @@ class Records:
         attempt = last_attempt(events) + 1
         if self.folder.why_file.exists():  # somebody runs it again all the same
             self.folder.why_file.replace(self.folder.logs / f"why-before-attempt-{attempt}.txt")
-        self._append({"event": "start", "attempt": attempt, **self._job(), "step": self.folder.last_step()})
+        start = {"event": "start", "attempt": attempt, **self._job(), "step": self.folder.last_step()}
+        warnings = os.environ.get(SETUP_WARNINGS, "").splitlines()
+        self._append(start | ({"warnings": warnings} if warnings else {}))
         return attempt
 
     def end(self, attempt: int, outcome: Outcome) -> None:
@@ -113,6 +120,7 @@ class Records:
                 "bad_nodes": outcome.bad_nodes,
                 "failure": vars(failure) if failure is not None else None,
             }
+            | ({"output": outcome.output} if outcome.output else {})
         )
 
     def _append(self, event: dict[str, Any]) -> None:
@@ -125,22 +133,24 @@ class Records:
             print(f"error: {path}: {error.strerror}; not recorded: {json.dumps(event)}", file=sys.stderr)
 
 
-def write_why(folder: RunFolder, reason: str, end: dict[str, Any] | None) -> None:
-    """Write why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
+def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
+    """The text of why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
 
     Args:
         end: the end of the last attempt, from attempts.jsonl.
     """
-    lines = [reason]
-    if end is not None:
-        lines += [
-            f"attempt {end['attempt']}, job {end['job_id']}, on {', '.join(end['nodes'] or [])}: {end['status']}",
-            f"last step in metrics.jsonl: {end['step']}",
-        ]
-    lines.append(f"last complete checkpoint: {latest_of_full_size(folder.path) or 'none'}")
-    failure = (end or {}).get("failure")
+    lines = [
+        reason,
+        f"attempt {end['attempt']}, job {end['job_id']}, on {', '.join(end['nodes'] or [])}: {end['status']}",
+        f"last step in metrics.jsonl: {end['step']}",
+        f"last complete checkpoint: {latest_of_full_size(folder.path) or 'none'}",
+        *(f"warning: {warning}" for warning in setup_warnings(folder.attempts())),
+    ]
+    failure = end.get("failure")
     if failure:
         lines += ["", f"rank {failure['rank']} on {failure['node']} {failure['exit']}; its last lines:", ""]
         lines += [f"    {line}" for line in failure["lines"]]
+    if end.get("output"):
+        lines += ["", "The job's output ends:", "", *(f"    {line}" for line in end["output"])]
     lines += ["", f"All ranks' lines are in {folder.logs}, all attempts in {folder.attempts_file}."]
-    write_text(folder.why_file, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"

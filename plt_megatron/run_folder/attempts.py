@@ -3,6 +3,7 @@ the run's processes, and one where the run was given up ("stop"). Appended to, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,23 @@ def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def last_attempt(events: Iterable[dict[str, Any]]) -> int:
     """The number of the last attempt; 0 if there was none."""
     return max((int(event.get("attempt") or 0) for event in events), default=0)
+
+
+def setup_warnings(events: Iterable[dict[str, Any]]) -> list[str]:
+    """What went wrong in the setup of the last attempt's job without ending it."""
+    starts = [event for event in events if event["event"] == "start"]
+    return list(starts[-1].get("warnings") or []) if starts else []
+
+
+def job_seconds(events: Iterable[dict[str, Any]]) -> float:
+    """Seconds between the starts and the ends of attempts, together."""
+    starts: dict[Any, float] = {}
+    seconds = 0.0
+    for event in events:
+        if event["event"] == "start":
+            starts[event.get("attempt")] = event.get("time", math.nan)
+        elif event["event"] == "end":
+            begun = starts.pop(event.get("attempt"), math.nan)
+            elapsed = event.get("time", math.nan) - begun
+            seconds += elapsed if elapsed > 0 else 0.0  # not of a clock that was set back, nor without a start
+    return seconds

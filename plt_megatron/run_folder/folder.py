@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,13 @@ class RunFolder:
         """The last complete checkpoint; without `verify` by its name alone."""
         return checkpoints.latest_checkpoint(self.path, verify)
 
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl; 0 without one."""
+        return self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
+
     def has_trained(self) -> bool:
         """Whether it got as far as a logged step or a checkpoint."""
-        recorded = self.metrics_file.is_file() and self.metrics_file.stat().st_size > 0
-        return recorded or bool(checkpoints.checkpoint_folders(self.checkpoints))
+        return self.metrics_size() > 0 or bool(checkpoints.checkpoint_folders(self.checkpoints))
 
     def attempts(self) -> list[dict[str, Any]]:
         """Its jobs' records of their attempts (`attempts`)."""
@@ -139,8 +142,11 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
         write_text(Path(path), dump_config(config))
 
 
-def find_runs(folder: Path) -> list[Path]:
+def find_runs(folder: Path, on_unreadable: Callable[[Path, OSError], None] | None = None) -> list[Path]:
     """All run folders below `folder`, by name.
+
+    Args:
+        on_unreadable: called with each folder that cannot be read, and why; None: the error is raised.
 
     Raises:
         UserError: there is no such folder.
@@ -150,12 +156,17 @@ def find_runs(folder: Path) -> list[Path]:
     found: list[Path] = []
 
     def look(at: Path, depth: int) -> None:
-        if RunFolder(at).config_file.is_file():
-            found.append(at)
+        try:
+            if RunFolder(at).config_file.is_file():
+                found.append(at)
+                return
+            below = sorted(at.iterdir()) if depth else []
+        except OSError as error:
+            if on_unreadable is None:
+                raise
+            on_unreadable(at, error)
             return
-        if depth == 0:
-            return
-        for path in sorted(at.iterdir()):
+        for path in below:
             if (
                 path.is_dir()
                 and not path.is_symlink()
@@ -168,18 +179,23 @@ def find_runs(folder: Path) -> list[Path]:
     return found
 
 
-def runs_named(names: Sequence[str], output_dir: str) -> list[Path]:
+def runs_named(
+    names: Sequence[str], output_dir: str, on_unreadable: Callable[[Path, OSError], None] | None = None
+) -> list[Path]:
     """The named run folders, or those in the named folders; without names, all below `output_dir`.
+
+    Args:
+        on_unreadable: as for `find_runs`.
 
     Raises:
         UserError: a name is not a run folder and contains none.
     """
     if not names:
-        return find_runs(Path(output_dir))
+        return find_runs(Path(output_dir), on_unreadable)
     runs: list[Path] = []
     for name in names:
         path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
-        found = find_runs(path)
+        found = find_runs(path, on_unreadable)
         if not found:
             raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}")
         runs += found

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
-from plt_megatron.run_folder.attempts import FINISHED, unended
+from plt_megatron.run_folder.attempts import FINISHED, setup_warnings, unended
 from plt_megatron.run_folder.checkpoints import latest_step
-from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.folder import CONFIG, RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 
 _RECORDS = 20  # whose median rate is taken as the run's
@@ -22,7 +23,7 @@ class RunStatus:
     """The status of a run, as its folder shows it.
 
     Attributes:
-        step, steps: done, and in all; 0 and None if unknown.
+        step, steps: done, and in all; 0 and None if unknown. Of a damaged metrics.jsonl, the last checkpoint's.
         tokens_per_second: of the whole job lately; None: nothing logged yet.
         tokens_left: until the last step; None if the configuration cannot be read.
         checkpoint: step of the last one; 0: none.
@@ -30,20 +31,24 @@ class RunStatus:
         restarts: one line for each attempt that did not finish, the oldest first.
         last_status: how the last attempt ended (`attempts`); "" if it has not ended, or none was made.
         stopped: the reason why the job gave the run up; None if it did not.
-        problem: why the configuration cannot be read; None if it can.
+        attempt_jobs: ids of the jobs that made attempts.
+        warnings: failures that the setup of the last attempt's job passed over.
+        problems: files that cannot be read, and why.
     """
 
     run: Path
-    step: int
-    steps: int | None
-    tokens_per_second: float | None
-    tokens_left: int | None
-    checkpoint: int
-    attempts: int
-    restarts: list[str]
-    last_status: str
-    stopped: str | None
-    problem: str | None = None
+    step: int = 0
+    steps: int | None = None
+    tokens_per_second: float | None = None
+    tokens_left: int | None = None
+    checkpoint: int = 0
+    attempts: int = 0
+    restarts: list[str] = field(default_factory=list)
+    last_status: str = ""
+    stopped: str | None = None
+    attempt_jobs: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -61,31 +66,40 @@ class RunStatus:
 
 
 def read_run_status(run: Path) -> RunStatus:
-    """Read a run's folder. Missing or damaged files are not errors here."""
+    """Read a run's folder. Missing or damaged files are not errors here; `OSError` if one cannot be read."""
     folder = RunFolder(run)
-    steps, left, problem = None, None, None
-    records = last_train_records(folder)
-    step, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens", 0))) if records else (0, 0)
+    steps, left = None, None
+    problems = []
+    records, checkpoint = last_train_records(folder), latest_step(run)
+    step, tokens = (int(records[-1]["step"]), int(records[-1].get("tokens", 0))) if records else (checkpoint, 0)
+    if not records and folder.metrics_size() and not json_lines.last(folder.metrics_file, 1):
+        problems.append(f"{folder.metrics_file.name}: damaged, no line at its end can be read")
     try:
         config = folder.config()
+        tokens = tokens if records else BatchSchedule(config).tokens(step)
         steps, left = derived.last_step(config, step, tokens), derived.tokens_left(config, step, tokens)
     except (UserError, AssertionError) as error:
-        problem = str(error).splitlines()[0] if str(error) else "config.yaml does not set the run's length"
+        reason = str(error).splitlines()[0] if str(error) else "config.yaml does not set the run's length"
+        problems.append(f"{CONFIG}: {reason}")
     events = folder.attempts()
+    starts = [event for event in events if event["event"] == "start"]
     ends = [event for event in events if event["event"] == "end"]
     stops = [event for event in events if event["event"] == "stop"]
+    given_up = stops and (folder.why_file.is_file() or events[-1] is stops[-1])  # a full disk has no room for why.txt
     return RunStatus(
         run=run,
         step=step,
         steps=steps,
         tokens_per_second=median_speed(records),
         tokens_left=left,
-        checkpoint=latest_step(run),
-        attempts=sum(event["event"] == "start" for event in events),
+        checkpoint=checkpoint,
+        attempts=len(starts),
         restarts=[_describe(end) for end in ends if end.get("status") != FINISHED],
         last_status=str(ends[-1].get("status") or "") if ends and not unended(events) else "",
-        stopped=str(stops[-1].get("reason") or "no reason given") if stops and folder.why_file.is_file() else None,
-        problem=problem,
+        stopped=str(stops[-1].get("reason") or "no reason given") if given_up else None,
+        attempt_jobs=[str(start.get("job_id")) for start in starts],
+        warnings=setup_warnings(events),
+        problems=problems,
     )
 
 

@@ -14,7 +14,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import CONFIG, RunFolder
-from plt_megatron.run_folder.text import format_duration
+from plt_megatron.run_folder.text import format_duration, plural
 from plt_megatron.slurm import checks, run_files
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.script import Array
@@ -102,7 +102,7 @@ def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> 
 def describe_array(array: Array, members: Sequence[Member], resources: Resources) -> list[tuple[str, str]]:
     """Name and value of each line about the members."""
     cap = f", at most {array.max_concurrent} at a time" if array.max_concurrent else ""
-    rows = [("array", f"{array.members} runs{cap}; {array.folder}")]
+    rows = [("array", f"{plural(array.members, 'run')}{cap}; {array.folder}")]
     total = 0.0
     for member in members:
         seconds = member.ahead.remaining_seconds

@@ -18,11 +18,12 @@ from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_toke
 from plt_megatron.estimate.layout import BYTES
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 from plt_megatron.launcher.job import load_settings
+from plt_megatron.launcher.preflight import LEAST_RUN_FOLDER
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import median_speed
 from plt_megatron.run_folder.status import last_train_records
-from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, plural
 from plt_megatron.slurm.resources import Resources
 from plt_megatron.slurm.times import time_option
 from plt_megatron.storage.copies import find_checkpoint
@@ -192,8 +193,8 @@ def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
         if there is None or needed <= there:
             return []
         return [
-            f"memory: {resources.processes_per_node} processes of {format_memory(estimate.peak_memory_bytes)} need "
-            f"{format_memory(needed)} per node, which has {format_memory(there)}; {_MEMORY_ADVICE}"
+            f"memory: {plural(resources.processes_per_node, 'process')} of {format_memory(estimate.peak_memory_bytes)} "
+            f"each: {format_memory(needed)} per node, which has {format_memory(there)}; {_MEMORY_ADVICE}"
         ]
     if estimate.fits:
         return []
@@ -213,9 +214,14 @@ _MEMORY_ADVICE = (
 
 
 def storage_problems(ahead: Forecast, run: Path) -> list[str]:
-    """Whether the checkpoints fit the file system. Quotas are not checked."""
+    """Whether the checkpoints fit the file system, and a job would start there. Quotas are not checked."""
     if ahead.storage_bytes <= ahead.free_bytes:
-        return []
+        if ahead.free_bytes >= LEAST_RUN_FOLDER:
+            return []
+        return [
+            f"output_dir: the file system of {run} has {format_memory(ahead.free_bytes)} free, and a job starts only "
+            f"where it has {format_memory(LEAST_RUN_FOLDER)}: make room, or choose another output_dir"
+        ]
     return [
         f"output_dir: checkpoints of {format_bytes(ahead.checkpoint_bytes)} will need "
         f"{format_bytes(ahead.storage_bytes)}, the file system of {run} has {format_bytes(ahead.free_bytes)} free: "
@@ -273,7 +279,7 @@ def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -
     if needed <= usable:
         return []
     return [
-        f"{given} is too short for {what}: {steps:,} steps of {step_seconds:.3g} s take "
+        f"{given} is too short for {what}: {plural(steps, 'step')} of {step_seconds:.3g} s take "
         f"{format_duration(needed)}, and {format_duration(limit)} leaves {format_duration(usable)} for steps; {advice} "
         "or give more time"
     ]

@@ -12,6 +12,7 @@ from typing import Any
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.json_lines import Follower
 from plt_megatron.run_folder.status import read_run_status
+from plt_megatron.run_folder.text import plural
 from plt_megatron.slurm import client
 from plt_megatron.slurm.submission import Submission
 
@@ -145,7 +146,7 @@ class _Tail:
 def _step_line(record: dict[str, Any], steps: int | None) -> str:
     where = f"step {record['step']:,}/{steps:,}" if steps else f"step {record['step']:,}"
     if record["kind"] == "validation":
-        return f"{where}: validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}"
+        return f"{where}: validation, {plural(record['loop_count'], 'loop')}: loss {record['loss']:.4f}"
     if record["kind"] == "evaluation":
         return f"{where}: evaluation, " + ", ".join(f"{name} {score:.4f}" for name, score in record["scores"].items())
     if record["kind"] == "stragglers":

@@ -14,6 +14,8 @@ from plt_megatron.config.fields import Count, Positive, PositiveCount, WholeSeco
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
+from plt_megatron.installation import CONFIGS, find_config
+from plt_megatron.slurm.shell import syntax_problems
 
 CLUSTERS = Path("configs") / "clusters"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -58,21 +60,21 @@ class ClusterProfile:
     max_requeues_without_progress: Count = 1
 
 
-def load_profile(name: str, root: Path) -> ClusterProfile:
+def load_profile(name: str) -> ClusterProfile:
     """Read a profile.
 
     Args:
-        name: of a file in `root`/configs/clusters, or a path.
-        root: of the checkout.
+        name: of a file in configs/clusters, here or shipped with the package, or a path.
 
     Raises:
         UserError: it is missing or invalid; one line per problem.
     """
     path = Path(name)
     if not name.endswith((".yaml", ".yml")) and os.sep not in name:
-        path = root / CLUSTERS / f"{name}.yaml"
+        path = find_config(CLUSTERS / f"{name}.yaml")
         if not path.is_file():
-            known = sorted(found.stem for found in (root / CLUSTERS).glob("*.yaml"))
+            folders = (CLUSTERS, CONFIGS / CLUSTERS.name)
+            known = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
             raise UserError(f"--cluster {name}: no {CLUSTERS / path.name}; there are: {', '.join(known) or 'none'}")
     profile = load(ClusterProfile, path)
     check(profile, _problems(profile))
@@ -80,6 +82,7 @@ def load_profile(name: str, root: Path) -> ClusterProfile:
 
 
 def _problems(profile: ClusterProfile) -> Iterator[str]:
+    yield from (f"setup: {problem}" for problem in syntax_problems("".join(f"{line}\n" for line in profile.setup)))
     if profile.processes_per_node and profile.gpus_per_node:
         yield "processes_per_node is for CPU clusters; with GPUs there is one process each"
     if profile.gpu is not None and profile.gpu not in card_names():

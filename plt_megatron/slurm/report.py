@@ -24,7 +24,7 @@ def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Fore
             f"{estimate.parameters_total:,} ({estimate.parameters_total - estimate.parameters_embedding:,} without "
             "embeddings)",
         ),
-        ("tokens", f"{estimate.tokens:,} in {ahead.steps:,} steps of {BatchSchedule(config).step_in_words}"),
+        ("tokens", f"{estimate.tokens:,} in {plural(ahead.steps, 'step')} of {BatchSchedule(config).step_in_words}"),
         ("FLOPs", f"{estimate.total_flops:.3g}, {estimate.flops_per_token:.3g} per token"),
     ]
     if ahead.start_step:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
+from plt_megatron.run_folder.text import plural
 from plt_megatron.slurm.client import NodeGroup, Partition
 from plt_megatron.slurm.profile import ClusterProfile
 from plt_megatron.slurm.times import time_option
@@ -161,7 +162,7 @@ def _size_problems(partition: Partition, nodes: int, gpus: int, gpu_type: str | 
     count = sum(group.count for group in _suitable(partition, gpus, gpu_type))
     if nodes > count:
         kind = f" with {gpus} GPUs" if gpus and count < partition.nodes else ""
-        return [f"--nodes {nodes}: {name} has {count} nodes{kind}"]
+        return [f"--nodes {nodes}: {name} has {plural(count, 'node')}{kind}"]
     return []
 
 
@@ -170,8 +171,8 @@ def _cpu_problems(partition: Partition | None, groups: Sequence[NodeGroup], proc
     if partition is None or not groups or processes * cpus <= most:
         return []
     return [
-        f"{processes} processes of {cpus} CPUs need {processes * cpus} CPUs per node, the nodes of partition "
-        f"{partition.name} have {most}"
+        f"{plural(processes, 'process')} of {plural(cpus, 'CPU')} each: {processes * cpus} CPUs per node, the nodes of "
+        f"partition {partition.name} have {most}"
     ]
 
 

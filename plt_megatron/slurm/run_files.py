@@ -112,6 +112,14 @@ def submitted_jobs(run: Path) -> list[str]:
 # Paths.
 
 
+def log_of(run: Path, job_id: str) -> Path:
+    """The output of a run's job, which for a member of an array is in the array's folder, as its code is."""
+    folder = RunFolder(run)
+    if "_" in job_id:
+        folder = RunFolder(folder.code.resolve().parent)
+    return folder.logs / f"slurm-{job_id}.out"
+
+
 def absolute_run_folder(config: RunConfig) -> Path:
     """The run's folder as an absolute path, with links kept: nodes may know no other path."""
     return Path(os.path.normpath(working_directory() / derived.run_folder(config)))

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.job import SCRATCH, JobSettings
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.profile import Container
-from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal
+from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal, variables
 from plt_megatron.slurm.times import time_option
 
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
-_MARK = re.compile(r"#SBATCH @DIRECTIVES@|#ENVIRONMENT @ENVIRONMENT@|@[A-Z_]+@")
+_MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
 # How long srun waits for the other nodes' launchers once one has ended: a dead node's never ends.
 _WAIT_SECONDS = 60
 
@@ -77,7 +77,8 @@ class Script:
             run = f'"$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {literal(str(self.array.runs_file))})"'
         values = {
             "#SBATCH @DIRECTIVES@": "\n".join(self._directives()),
-            "#ENVIRONMENT @ENVIRONMENT@": "\n".join(self._environment()),
+            "#SETUP @SETUP@": "\n".join(self._setup()),
+            "#SCRATCH @SCRATCH@": self._scratch(),
             "@RUN@": run,
             "@PYTHON@": literal(self.settings.python),
             "@HOST_PYTHON@": literal(self.host_python),
@@ -133,13 +134,20 @@ class Script:
         pattern = "slurm-%A_%a.out" if self.array else "slurm-%j.out"
         return f"{str(RunFolder(self.run).logs).replace('%', '%%')}/{pattern}"
 
-    def _environment(self) -> list[str]:
+    def _setup(self) -> list[str]:
         lines = list(self.request.setup)
-        lines += [f"module load {literal(module)} || exit 1" for module in self.request.modules]
-        lines += [f"export {name}={expandable(value)}" for name, value in self.settings.environment.items()]
-        if self.settings.scratch:
-            lines.append(f"export TMPDIR={expandable(self.settings.scratch)}")
-        return lines or ["# The cluster's profile sets no environment."]
+        lines += [f"module load {literal(module)} || exit" for module in self.request.modules]
+        for name, value in self.settings.environment.items():
+            for used in variables(value):
+                lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and taken for empty in {name}"')
+            lines.append(f"export {name}={expandable(value)}")
+        return lines or ["# The cluster's profile has none."]
+
+    def _scratch(self) -> str:
+        if not self.settings.scratch:
+            return "# The cluster's profile has no scratch."
+        # Twice: srun makes TMPDIR /tmp on a node where it cannot create the folder, and the launcher shall not.
+        return f"export TMPDIR={expandable(self.settings.scratch)}\nexport {SCRATCH}=$TMPDIR"
 
     def _srun_options(self) -> list[str]:
         settings = self.settings

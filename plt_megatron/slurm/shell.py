@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 
 from plt_megatron.errors import UserError
 
@@ -29,6 +31,11 @@ def expandable(text: str) -> str:
     return '"' + "".join(parts) + '"'
 
 
+def variables(text: str) -> list[str]:
+    """The names that `expandable` expands in `text`, each once."""
+    return list(dict.fromkeys(match[1].strip("{}") for match in _VARIABLE.finditer(text)))
+
+
 def directive(option: str, value: str | int | None = None) -> str:
     """An `#SBATCH` line. sbatch knows quotes as the shell does, but every backslash escapes, also within quotes.
 
@@ -47,3 +54,13 @@ def check_one_line(text: str, what: str) -> None:
     """Raise `UserError` where `text` holds line breaks or other control characters."""
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise UserError(f"{what} must not contain line breaks or control characters, got {text!r}")
+
+
+def syntax_problems(script: str) -> list[str]:
+    """What bash cannot read in a script, in one line: `line 2: syntax error near unexpected token ...`; nothing where
+    there is no bash to ask."""
+    if not script or shutil.which("bash") is None:
+        return []
+    done = subprocess.run(["bash", "-n", "/dev/stdin"], input=script, capture_output=True, text=True, check=False)
+    lines = [line.removeprefix("/dev/stdin: ") for line in done.stderr.splitlines()]
+    return lines[:1]  # the next ones quote it, or follow from it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
 from plt_megatron.run_folder.status import RunStatus, read_run_status
-from plt_megatron.run_folder.text import format_duration, format_table
+from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm import client
-from plt_megatron.slurm.run_files import name_suffix, submitted_jobs
+from plt_megatron.slurm.run_files import log_of, name_suffix, submitted_jobs
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class JobStatus:
     """One run.
 
     Attributes:
-        state: running, pending, held by its chain, finished, preempted, failed, stopped, not started, ...
+        state: running, pending, held by its chain, finished, preempted, failed, stopped, not started, not readable, ...
         detail: of the state: the job, the nodes, why it is pending.
         jobs: ids of its running and pending jobs.
     """
@@ -40,8 +41,11 @@ def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[
 
 
 def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
-    progress = read_run_status(run)
-    own = [] if jobs is None else _jobs_of(run, jobs)
+    try:
+        progress = read_run_status(run)
+        own = [] if jobs is None else _jobs_of(run, jobs)
+    except OSError as error:
+        return JobStatus(run, "not readable", _unreadable(error.filename or run, error), [], RunStatus(run))
     active = [job for job in own if job.active]
     if active:
         state, detail = _active(active)
@@ -86,15 +90,22 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
     advice = f"no job continues it: sbatch {folder.job_script}" if folder.job_script.is_file() else ""
     # An attempt without an end: the job was killed before it could record one.
     if last is not None and not progress.last_status:
-        why = f" ({last.reason})" if last.reason else ""
-        return last.state.lower(), "; ".join(filter(None, (f"job {last.id} ended that way{why}", advice)))
+        return last.state.lower(), "; ".join(filter(None, (f"job {last.id} ended that way{_why(run, last)}", advice)))
     if progress.last_status:
-        return progress.last_status, advice
+        since = last is not None and last.id not in progress.attempt_jobs and last.state != "CANCELLED"
+        later = f"job {last.id} has {last.state.lower()} since{_why(run, last)}" if last and since else ""
+        return progress.last_status, "; ".join(filter(None, (later, advice)))
     if progress.attempts:
         return "interrupted", "its last attempt left no exit record"
     if progress.step:
         return "not finished", ""
     return "not started", ""
+
+
+def _why(run: Path, job: client.Job) -> str:
+    """What Slurm says of a job's end, and the file that may say more."""
+    log = log_of(run, job.id)
+    return (f" ({job.reason})" if job.reason else "") + (f": see {log}" if log.is_file() else "")
 
 
 # As text.
@@ -107,13 +118,12 @@ def describe(statuses: Sequence[JobStatus]) -> str:
     lines = [format_table(rows)]
     for each in statuses:
         notes = [each.detail] if each.detail else []
-        if each.progress.problem:
-            notes.append(f"{CONFIG}: {each.progress.problem}")
+        notes += each.progress.problems
+        notes += [f"warning: {warning}" for warning in each.progress.warnings]
         notes += each.progress.restarts[-3:]
         if len(each.progress.restarts) > 3:
-            notes[-3:-3] = [
-                f"... {len(each.progress.restarts) - 3} earlier attempts in {RunFolder(each.run).attempts_file}"
-            ]
+            earlier = plural(len(each.progress.restarts) - 3, "earlier attempt")
+            notes[-3:-3] = [f"... {earlier} in {RunFolder(each.run).attempts_file}"]
         if notes:
             lines += ["", f"{each.run}:", *(f"  {note}" for note in notes)]
     return "\n".join(lines)
@@ -145,18 +155,27 @@ def as_json(statuses: Sequence[JobStatus]) -> str:
 
 
 def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
-    """What plt-status prints, and a note where Slurm could not be asked.
+    """What plt-status prints, and notes on folders that cannot be read, and on Slurm if it could not be asked.
 
     Raises:
         UserError: a run does not exist.
     """
-    runs = runs_named(names, output_dir)
+    notes: list[str] = []
+    runs = runs_named(names, output_dir, lambda path, error: notes.append(f"note: {_unreadable(path, error)}"))
     if not runs:
-        raise UserError(f"no run below {output_dir}: no folder has a {CONFIG}")
-    jobs, note = None, ""
+        raise UserError("\n".join([f"no run below {output_dir}: no folder has a {CONFIG}", *notes]))
+    jobs = None
     try:
         jobs = client.my_jobs()
     except client.SlurmError as error:
-        note = f"note: from the run folders alone, Slurm could not be asked: {error}\n"
+        notes.append(f"note: from the run folders alone, Slurm could not be asked: {error}")
     statuses = run_status(runs, jobs)
-    return as_json(statuses) if json_lines else note + describe(statuses)
+    if not json_lines:
+        return "\n".join([*notes, describe(statuses)])
+    for note in notes:
+        print(note, file=sys.stderr)
+    return as_json(statuses)
+
+
+def _unreadable(path: Path | str, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror})"

@@ -16,7 +16,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
-from plt_megatron.installation import CONFIGS, is_checkout
+from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
@@ -107,7 +107,7 @@ class _Plan:
     def __init__(self, options: Options, root: Path, last_check: Check | None) -> None:
         _check_options(options)
         self.options, self.root, self.last_check = options, root, last_check
-        self.profile = load_profile(options.cluster, CONFIGS.parent) if options.cluster else ClusterProfile()
+        self.profile = load_profile(options.cluster) if options.cluster else ClusterProfile()
         given = options.time or self.profile.default_time
         if given is None:
             raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")

@@ -19,6 +19,7 @@ from plt_megatron.experiments.sweep_status import (
     recorded_fingerprint,
     state_of,
 )
+from plt_megatron.run_folder.attempts import job_seconds
 from plt_megatron.run_folder.metrics import RunMetrics
 from plt_megatron.run_folder.text import plural
 
@@ -35,7 +36,8 @@ class RunResult:
         loss: the last of them, for a run that is used; None for others.
         validation: the last record of a validation at the model's own loop count; empty: there is none.
         evaluation: the last record of an evaluation by lm-evaluation-harness; empty: there is none.
-        seconds: of training, if known; `skipped`: steps that the training loop did not accept.
+        seconds: of training, here and in Slurm's jobs, if known.
+        skipped: steps that the training loop did not accept.
     """
 
     run: PlannedRun
@@ -96,7 +98,8 @@ def _read_files(run: PlannedRun) -> RunResult:
     result.tokens_per_second = metrics.tokens_per_second()
     result.skipped = run.folder.bad_steps()
     record = read_record(run.folder)
-    result.seconds = record.seconds if record else None
+    # The sweep's note has those of attempts on this machine alone.
+    result.seconds = (record.seconds if record else 0.0) + job_seconds(run.folder.attempts()) or None
     result.status, result.reason = _status(run, result, metrics)
     if result.status == "used":
         result.loss = result.curve[-1][1]

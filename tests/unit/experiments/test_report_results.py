@@ -113,6 +113,22 @@ def test_a_failed_run_is_told_with_its_reason(tmp_path):
     assert "(failed): exit status 1: no luck today" in text and "(failed): rank 3 was killed by signal 9" in text
 
 
+def test_the_seconds_of_slurms_jobs_count(tmp_path):
+    """Of two attempts, the second on another clock; and of one here and one there."""
+    plan = saved_plan(tmp_path)
+    finish_all(plan)
+    slurm, both, unknown = (plan.run(f"1_loop-seed{seed}") for seed in (1, 2, 3))
+    times = [("start", 1, 100.0), ("end", 1, 160.0), ("start", 2, 200.0), ("end", 2, 190.0), ("stop", 2, 500.0)]
+    for run in (slurm, both):
+        run.folder.attempts_file.write_text(
+            "".join(f"{json.dumps({'event': event, 'attempt': n, 'time': time})}\n" for event, n, time in times)
+        )
+    write_record(slurm.folder, RunRecord(status="finished"))  # as the sweep notes a run that a job has finished
+    write_record(both.folder, RunRecord(status="finished", attempts=1, seconds=5.0))
+    seconds = {result.run.name: result.seconds for result in load_results(plan.folder).runs}
+    assert [seconds[run.name] for run in (slurm, both, unknown)] == [60.0, 65.0, None]
+
+
 def test_runs_on_other_data_are_set_aside_and_nothing_is_decided(tmp_path):
     plan = saved_plan(tmp_path)
     other = {**FINGERPRINT, "sources": {"train": [["xyz", 1.0]]}}

@@ -206,14 +206,20 @@ def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch,
     settings = [f"output_dir={tmp_path / 'sweeps'}", "seeds=[1]"]
     plan = saved_plan(tmp_path, LOOPS, ("seeds=[1]",))
     finish(plan.runs[0], 3.0, fingerprint=data_fingerprint(plan.runs[0]))
-    options = sweep.SweepOptions(submit=Options(None, cluster="mine", max_concurrent=2, time="1:00:00"))
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("gpu: a100\n")
+    options = sweep.SweepOptions(submit=Options(None, cluster=str(profile), max_concurrent=2, time="1:00:00"))
     assert sweep.run_sweep(str(path), settings, options) == 0
     (given,) = submitted
     listing = Path(given.array or "")
     assert given == dataclasses.replace(options.submit, array=str(listing), name="loops")
     assert [Path(line).stem for line in listing.read_text().splitlines()] == ["2_loops-seed1", "3_loops-seed1"]
     assert all(Path(line).is_file() for line in listing.read_text().splitlines())
-    assert "GPU hours on h100" in capsys.readouterr().out
+    assert "GPU hours on a100" in capsys.readouterr().out
+    profile.write_text("processes_per_node: 2\n")
+    assert sweep.run_sweep(str(path), settings, dataclasses.replace(options, dry_run=True)) == 0
+    said = capsys.readouterr().out
+    assert "hours on" not in said and "a cluster without GPUs" in said
 
 
 def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.launcher import finalize
 from plt_megatron.launcher.allocation import read_allocation
 from plt_megatron.launcher.finalize import finalize_job
 from plt_megatron.launcher.job import JobSettings, save_settings
@@ -175,6 +176,78 @@ def test_launchers_that_could_not_start(job):
     assert finalize_job(job.run, 2) == 2
     assert job.asked == []
     assert "the launchers did not start" in (job.run / "why.txt").read_text()
+
+
+def outcome(job, status: int, output: str, monkeypatch, tmp_path) -> tuple[int, str]:
+    """The job's status, and the reason that it was given up for, when its output is this."""
+    log = tmp_path / "slurm-7.out"
+    log.write_text(output)
+    monkeypatch.setattr(finalize, "own_output", lambda: log)
+    ended = finalize_job(job.run, status)
+    stop = RunFolder(job.run).attempts()[-1]
+    return ended, stop["reason"].replace(str(log), "LOG") if stop["event"] == "stop" else ""
+
+
+@pytest.mark.parametrize(
+    ("stopped_at", "output", "reason"),
+    [
+        ("exit 3", "", "the job's setup failed at `exit 3`; mend"),
+        ("", "", "the job's setup failed; mend"),
+        ("cd $A || exit", "x\n/spool/slurm_script: line 51: cd: /a: No such file\n\n",
+         "the job's setup failed at `cd $A || exit`: cd: /a: No such file; see LOG; mend"),
+    ],
+)  # fmt: skip
+def test_a_setup_that_failed_is_not_tried_again(job, monkeypatch, tmp_path, stopped_at, output, reason):
+    """Though the job may be requeued: the profile is the user's."""
+    job.settings(chain=3, requeue=True)
+    job.pending.write_text("8")
+    monkeypatch.setenv("PLT_SETUP_FAILED", stopped_at)
+    ended, said = outcome(job, 2, output, monkeypatch, tmp_path)
+    assert (ended, job.asked) == (2, ["scancel 8"]) and said.startswith(reason) and "sbatch " not in said
+    why = (job.run / "why.txt").read_text()
+    assert ("The job's output ends:" in why) == bool(output) and str(job.run / "job.sbatch") in why.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "reason"),
+    [
+        (127, "slurm_script: line 9: srun: not found\n", "the launchers did not start: srun: not found; see LOG"),
+        (2, "error: bad\nsrun: error: node1: task 0: Exited with exit code 2\n", "the launchers did not start: bad;"),
+        (2, "x: no y\nsrun: Terminating StepId=7.0\n", "the launchers did not start: x: no y; see LOG"),
+        (2, "", "the launchers did not start"),
+        (1, "Traceback\nImportError: no x\nmore\n", "the launchers ended with status 1, without a record: Imp"),
+    ],
+)  # fmt: skip
+def test_launchers_that_did_not_start_are_told_by_the_jobs_output(job, monkeypatch, tmp_path, status, output, reason):
+    job.settings(requeue=False)
+    ended, said = outcome(job, status, output, monkeypatch, tmp_path)
+    assert ended == status and said.startswith(reason)
+    lines = output.removeprefix("slurm_script: line 9: ").splitlines()
+    assert all(f"    {line}\n" in (job.run / "why.txt").read_text() for line in lines)
+
+
+def test_a_job_told_to_leave_before_it_began_is_preempted(job):
+    assert finalize_job(job.run, 75) == 75
+    assert RunFolder(job.run).attempts()[-1]["status"] == "preempted" and job.asked == ["scontrol requeue 7"]
+
+
+def test_what_the_setup_passed_over_is_in_the_records(job, monkeypatch):
+    monkeypatch.setenv("PLT_SETUP_WARNINGS", "one\ntwo")
+    job.ends(Outcome("failed", "r", retry=False), 2)
+    assert RunFolder(job.run).attempts()[0]["warnings"] == ["one", "two"]
+    assert "\nwarning: one\nwarning: two\n" in (job.run / "why.txt").read_text()
+
+
+def test_a_disk_without_room_for_why(job, capfd):
+    """The job's output says it instead, and does not send its reader to a file that is not there."""
+    (job.run / "why.txt" / "in the way").mkdir(parents=True)
+    job.settings(requeue=False)
+    records = Records(job.run, read_allocation())
+    records.end(1, Outcome("failed", "no space", retry=False))
+    assert finalize_job(job.run, 2) == 2
+    said, errors = capfd.readouterr()
+    assert "given up: no space\n" in said and "see " not in said
+    assert "why.txt cannot be written" in errors and "last complete checkpoint: none" in errors
 
 
 def test_a_member_of_an_array_names_itself(job, monkeypatch):

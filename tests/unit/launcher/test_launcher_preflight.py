@@ -41,9 +41,9 @@ def test_equal_nodes_are_good():
         ({"devices": [{**H100, "driver": "535.2"}] * 8}, "driver 535.2 instead of 8 x NVIDIA H100"),
         ({"versions": {"torch": "2.13.0"}}, "torch 2.13.0 instead of 2.14.1"),
         ({"versions": {"transformer-engine": "2.5"}}, "transformer-engine 2.5 instead of none"),
-        ({"space": {"/dev/shm": 1 << 20}}, "/dev/shm: 1 MiB free, 64 needed"),
-        ({"space": {"/dev/shm": None}}, "/dev/shm: missing, 64 needed"),
-        ({"space": {"temporary": 5 << 20}}, "/scratch: 5 MiB free, 256 needed"),
+        ({"space": {"/dev/shm": 1 << 20}}, "/dev/shm: 1 MiB free, 64 MiB needed"),
+        ({"space": {"/dev/shm": None}}, "/dev/shm: missing, 64 MiB needed"),
+        ({"space": {"temporary": 5 << 20}}, "/scratch: 5 MiB free, 256 MiB needed"),
         ({"skew": -61.5}, "its clock is -61.5 s off the first node's"),
         ({"run_error": "/r: cannot be written to (Read-only file system)"}, "cannot be written to"),
     ],
@@ -78,7 +78,7 @@ def test_what_is_shared_is_no_nodes_fault():
     facts = nodes()["n1"]
     assert preflight.shared_problem(facts) is None
     facts["space"]["run"] = 3 << 20
-    assert preflight.shared_problem(facts) == "the run's folder: 3 MiB free, 1024 needed"
+    assert preflight.shared_problem(facts) == "the run's folder: 3 MiB free, 1024 MiB needed"
 
 
 NODE_OF = {rank: f"n{rank // 2}" for rank in range(8)}

@@ -97,8 +97,7 @@ def test_why_names_rank_lines_and_the_last_whole_checkpoint(tmp_path):
     write_checkpoint(tmp_path, 6, whole=False)
     run = Records(tmp_path, allocation())
     run.end(run.begin(), Outcome("failed", "r", failure=Failure(3, "b", "was killed by SIGBUS", ["some", "line"])))
-    records.write_why(RunFolder(tmp_path), "it broke", run.of_this_start())
-    lines = (tmp_path / "why.txt").read_text().splitlines()
+    lines = records.describe_end(RunFolder(tmp_path), "it broke", run.of_this_start()).splitlines()
     assert lines[0] == "it broke"
     assert "attempt 1, job 7, on a, b: failed" in lines
     assert f"last complete checkpoint: {whole}" in lines

@@ -17,8 +17,10 @@ from plt_megatron.slurm.submission import Options, Submission, submit
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCHER = "plt_megatron/launcher/in_job.py"
 IN_JOB = """
-import os, signal, sys, time
+import json, os, signal, sys, time
 told = []
+if sys.argv[1] == "--help":
+    sys.exit()
 if sys.argv[1] == "node":
     signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
     open("ready", "w").close()
@@ -26,6 +28,8 @@ if sys.argv[1] == "node":
         time.sleep(0.01)
 with open("seen", "a") as file:
     print("VERSION", sys.argv[1:], os.environ.get("PROFILE_VARIABLE"), os.environ.get("TMPDIR"), file=file)
+with open("told", "w") as file:
+    json.dump({name: os.environ.get(f"PLT_SETUP_{name}") for name in ("FAILED", "WARNINGS")}, file)
 if sys.argv[1] == "node":
     sys.exit(75 if told else int(os.environ.get("STATUS", "0")))
 ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGUSR1, signal.SIGTERM)]

@@ -131,7 +131,7 @@ def test_text_that_is_no_variable_stays_as_it_is(text):
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_profiles_that_come_along_can_be_used(folder, slurm, name, monkeypatch):
-    profile = load_profile(name, ROOT)
+    profile = load_profile(name)
     kind = f"gpu:{profile.gpu}:{profile.gpus_per_node}" if profile.gpus_per_node else "(null)"
     slurm.answer("sinfo", f"{profile.partition or 'main'}*|up|infinite|4|128|2000000|{kind}")
     mounted = profile.container.mounts if profile.container else []
@@ -187,6 +187,9 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
         ("container: {runtime: pyxis}", ":1: container.image is missing"),
         ("container: {runtime: pyxis, image: x, mounts: [data]}", "must be an absolute path"),
         ("sbatch_options: [exclusive]", "is not an option"),
+        ("setup: [echo a, 'if b; fi']", "setup: line 2: syntax error near unexpected token `fi'"),
+        ("setup: ['echo \"a']", "setup: line 1: unexpected EOF while looking for matching"),
+        ("setup: ['cat <<EOF']", "setup: line 1: warning: here-document"),
         ("gpus_per_node: 8\nprocesses_per_node: 8", "processes_per_node is for CPU clusters"),
         ("gpu: h1000", "gpu: no card h1000"),
         ("- a", "expected `key: value` lines"),
@@ -197,13 +200,18 @@ def test_a_profile_that_does_not_fit_is_one_line(tmp_path, text, words):
     path = tmp_path / "p.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        load_profile(str(path), ROOT)
+        load_profile(str(path))
     assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_an_unknown_profile_names_those_there_are():
-    with pytest.raises(UserError, match="cpu"):
-        load_profile("gone", ROOT)
+def test_ones_own_profile_is_found_where_one_works_and_the_packages_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = Path("configs/clusters/mine.yaml")
+    own.parent.mkdir(parents=True)
+    own.write_text("partition: mine\n")
+    assert load_profile("mine").partition == "mine" and load_profile("cpu").processes_per_node == 2
+    with pytest.raises(UserError, match=r"no configs/clusters/gone.yaml; there are: .*cpu.*mine"):
+        load_profile("gone")
 
 
 def test_settings_come_back_as_they_were_written(tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
 from fake_slurm import RUN, write_event, write_progress
-from submitting import command, submit_run
+from submitting import ROOT, command, submit_run
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.logs import stamp
@@ -104,6 +108,83 @@ def test_a_job_that_slurm_ended_before_it_could_say_so(run, slurm):
     assert "job 100 ended that way; no job continues it: sbatch runs/try/job.sbatch" in text
 
 
+def test_the_log_of_a_job_that_left_no_record_is_named(run, slurm):
+    log = run / "logs" / "slurm-100.out"
+    log.write_text("slurmstepd: error\n")
+    slurm.answer("squeue", f"100|FAILED|NonZeroExitCode|0:01|30:00|N/A|node1|{job_name(run, 'try')}")
+    assert "job 100 ended that way (NonZeroExitCode): see runs/try/logs/slurm-100.out; " in report([], "runs", False)
+    write_event(run, event="start", attempt=1, job_id="99", step=0)
+    write_event(run, event="end", attempt=1, job_id="99", status="preempted", step=5, reason="asked to stop")
+    text = report([], "runs", False)
+    assert cells(text, "runs/try")[0] == "preempted"
+    assert "job 100 has failed since (NonZeroExitCode): see runs/try/logs/slurm-100.out; no job continues" in text
+
+
+def test_a_run_that_was_given_up_on_a_full_disk(run, slurm):
+    """There was no room for why.txt."""
+    write_event(run, event="start", attempt=1, job_id="100", step=0)
+    write_event(run, event="end", attempt=1, job_id="100", status="failed", step=5, reason="rank 1 failed")
+    write_event(run, event="stop", attempt=1, job_id="100", reason="rank 1: no space left on device")
+    text = report([], "runs", False)
+    assert cells(text, "runs/try")[0] == "failed" and "no space left" in text and "sbatch" not in text
+    write_event(run, event="start", attempt=2, job_id="101", step=0)
+    assert cells(report([], "runs", False), "runs/try")[0] != "failed", "somebody has started it again"
+
+
+def test_what_a_setup_passed_over_is_shown(run, slurm):
+    write_event(run, event="start", attempt=1, job_id="100", step=0, warnings=["it went on after status 1 of: cd /x"])
+    slurm.jobs(("100", "RUNNING", job_name(run, "try")))
+    assert "  warning: it went on after status 1 of: cd /x" in report([], "runs", False)
+
+
+def test_one_earlier_attempt_is_one(run, slurm):
+    for attempt in range(1, 5):
+        write_event(run, event="start", attempt=attempt, job_id="100", step=0)
+        write_event(run, event="end", attempt=attempt, job_id="100", status="preempted", step=attempt, reason="r")
+    assert "... 1 earlier attempt in runs/try/attempts.jsonl" in report([], "runs", False)
+
+
+# For root too, what it may not read is not read.
+AS_ONE_OF_MANY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+
+def test_what_cannot_be_read_hides_no_other_run(run, slurm):
+    """A folder that is another user's, and a run one of whose files is."""
+    half, mine = run.parent / "half", run.parent / "mine"
+    shutil.copytree(run, half, symlinks=True)
+    write_event(half, event="start", attempt=1, job_id="7", step=0)
+    mine.mkdir()
+    locked = [half / "attempts.jsonl", mine]
+    for path in locked:
+        path.chmod(0)
+    try:
+        arguments = [*AS_ONE_OF_MANY, sys.executable, str(ROOT / "launch" / "status.py")]
+        shown, as_json, alone = (
+            subprocess.run([*arguments, *more], cwd=run.parents[1], capture_output=True, text=True, check=False)
+            for more in ([], ["--json"], ["--output-dir", "runs/mine"])
+        )
+    finally:
+        for path in locked:
+            path.chmod(0o755)
+    assert shown.returncode == as_json.returncode == 0 and shown.stderr == ""
+    assert cells(shown.stdout, "runs/try")[0] == "not started" and cells(shown.stdout, "runs/half")[0] == "not readable"
+    assert "note: runs/mine cannot be read (Permission denied)" in shown.stdout
+    assert "  runs/half/attempts.jsonl cannot be read (Permission denied)" in shown.stdout
+    assert [json.loads(line)["state"] for line in as_json.stdout.splitlines()] == ["not readable", "not started"]
+    assert as_json.stderr == "note: runs/mine cannot be read (Permission denied)\n"
+    assert alone.returncode == 2 and "runs/mine cannot be read" in alone.stderr
+
+
+def test_a_damaged_metrics_file_leaves_the_checkpoint(run, slurm):
+    write_progress(run, [20], checkpoint=20)
+    (run / "metrics.jsonl").write_bytes(b"\0" * 300)
+    text = report([], "runs", False)
+    assert cells(text, "runs/try") == ["not finished", "20 of 1,000", "-", "-", "0", "step 20"]
+    assert "metrics.jsonl: damaged" in text
+    (run / "metrics.jsonl").unlink()
+    assert cells(report([], "runs", False), "runs/try")[1] == "20 of 1,000"
+
+
 def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_path):
     write_progress(run, [100], checkpoint=100)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -113,6 +194,7 @@ def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_pa
 
 
 def test_members_of_an_array_are_told_apart(folder, slurm):
+    """Also where their jobs' logs are, in the array's folder."""
     for name in ("a", "b"):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"name": f"sweep/{name}"}))
     (folder / "list").write_text("a.yaml\nb.yaml\n")
@@ -121,6 +203,10 @@ def test_members_of_an_array_are_told_apart(folder, slurm):
     text = report([], "runs", False)
     assert cells(text, "runs/sweep/a")[0] == "running" and cells(text, "runs/sweep/b")[0] == "pending"
     assert set(rows(text)) == {"runs/sweep/a", "runs/sweep/b"}
+    log = folder / "runs" / "sweep" / "list.array" / "logs" / "slurm-100_2.out"
+    log.touch()
+    slurm.jobs(("100_1", "COMPLETED", "list-0"), ("100_2", "FAILED", "list-0"))
+    assert f"job 100_2 ended that way: see {log}; " in report([], "runs", False)
 
 
 @pytest.mark.parametrize("damage", ["config.yaml", "metrics.jsonl", "attempts.jsonl", "checkpoints"])
@@ -189,8 +275,8 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
     slurm.jobs(("100", "RUNNING", run_name))
     assert look() == ["job 100 is running on node[1-2]"]
     output = run / "logs" / "slurm-100.out"
-    output.write_text(f"{stamp(1, 'launcher node1', 'preflight: 2 node(s)')}\nsrun: torn")
-    assert look() == ["preflight: 2 node(s)"]
+    output.write_text(f"{stamp(1, 'launcher node1', 'preflight: 2 nodes')}\nsrun: torn")
+    assert look() == ["preflight: 2 nodes"]
     with output.open("a") as file:
         file.write(" now whole\n")
     assert look() == ["srun: torn now whole"]
@@ -201,7 +287,7 @@ def test_following_a_run_to_its_end(run_name, look, folder, slurm):
         file.flush()
         assert look() == [], "the line is torn"
         file.write('"loop_count": 2, "loss": 3.5}\n')
-    assert look() == ["step 10/1,000: validation, 2 loop(s): loss 3.5000"]
+    assert look() == ["step 10/1,000: validation, 2 loops: loss 3.5000"]
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "evaluation", "step": 10, "tokens": 9, "scores": {"reading/acc": 0.5}}\n')
         for outcome in ('"to": "s3://b/exports/step_00000005"', '"error": "no bucket"'):

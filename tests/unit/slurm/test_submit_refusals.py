@@ -15,6 +15,8 @@ from submitting import ROOT, refusal, submit_run
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
+from plt_megatron.launcher import preflight
+from plt_megatron.slurm import checks
 from plt_megatron.slurm.submission import Options, submit
 
 HUGE = (
@@ -51,6 +53,11 @@ def test_gpus_of_a_type_the_partition_has_not(folder, slurm):
 
 def test_more_nodes_than_the_partition_has(folder, slurm):
     assert_one_line(folder, slurm, refusal("training.global_batch_size=136", nodes=17), "--nodes 17", "16 nodes")
+
+
+def test_one_is_singular(folder, slurm):
+    slurm.answer("sinfo", GPU_PARTITION.replace("|16|", "|1|"))
+    assert refusal(nodes=2)[0].endswith("partition gpu has 1 node")
 
 
 def test_a_limit_above_the_partitions(folder, slurm):
@@ -212,6 +219,18 @@ def test_too_little_free_space(folder, slurm, monkeypatch):
     assert_one_line(folder, slurm, refusal(), "output_dir", "1.00 MB free", "keep_last")
 
 
+def test_too_little_free_space_for_the_job_to_start(folder, slurm, monkeypatch):
+    """By preflight's own measure, though the checkpoints would fit."""
+    usage = namedtuple("usage", "total used free")
+    for free in (preflight.LEAST_RUN_FOLDER - 1, preflight.LEAST_RUN_FOLDER):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(10**10, 10**10 - free, free))
+        refused = preflight.shared_problem({"space": {"run": shutil.disk_usage("").free}})
+        if refused is not None:
+            assert "1024 MiB" in refused
+            assert_one_line(folder, slurm, refusal(), "output_dir", "1.00 GiB", "make room")
+    submit_run()
+
+
 def test_exports_take_space_too(folder, slurm, capsys):
     """Three of them, of two bytes a parameter (bf16), on top of the checkpoints."""
     steps = ("training.train_iters=300", "checkpoint.save_interval=100")
@@ -231,6 +250,7 @@ def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, c
     (folder / "list.txt").write_text("one.yaml\ntwo.yaml\n")
     submit(Options("run.yaml", time="01:00:00", dry_run=True), ROOT)
     (each,) = re.findall(r"up to ([\d.]+) MB more in all", capsys.readouterr().out)
+    monkeypatch.setattr(checks, "LEAST_RUN_FOLDER", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(1.9e6 * float(each))))
     assert_one_line(folder, slurm, refusal(array="list.txt"), "the checkpoints of 2 runs", "together", "fewer runs")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(2.1e6 * float(each))))
