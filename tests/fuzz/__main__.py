@@ -43,6 +43,7 @@ def _search(arguments: argparse.Namespace, pools: Pools) -> int:
     kinds = {name: KINDS[name](pools) for name in arguments.kinds.split(",")}
     minutes = arguments.minutes or (10.0 if arguments.cases is None else float("inf"))
     deadline, counts, findings = time.monotonic() + 60 * minutes, Counter[str](), 0
+    told = time.monotonic()
     for name in _turns(arguments, kinds):
         if time.monotonic() > deadline:
             break
@@ -56,7 +57,8 @@ def _search(arguments: argparse.Namespace, pools: Pools) -> int:
         if found is not None:
             findings += 1
             print(f"FOUND in {found.case}: {found.problem}\n{command(name, kind, found)}\n", flush=True)
-        elif sum(counts.values()) % 20 == 0:
+        if time.monotonic() > told + 60:
+            told = time.monotonic()
             print(_state(counts, kinds, findings), file=sys.stderr, flush=True)
     print(_state(counts, kinds, findings))
     return int(findings > 0)

@@ -96,8 +96,8 @@ SCALED: dict[str, Sequence[Any]] = {
     "model.num_moe_experts": (2, 4, 6, 8),
     "model.first_k_dense_replace": (1, 2, 3),
     "model.moe_router_topk": (1, 3, 4),
-    "model.moe_ffn_hidden_size": (8, 12, 20),
-    "model.moe_shared_expert_intermediate_size": (8, 12, 20),
+    "model.moe_ffn_hidden_size": (8, 12, 20, 32),
+    "model.moe_shared_expert_intermediate_size": (8, 12, 20, 32),
     "model.moe_aux_loss_coeff": (0.0, 0.05, 0.5),
     "model.moe_z_loss_coeff": (1e-3, 0.05),
     "model.moe_router_bias_update_rate": (1e-2, 0.1),
@@ -120,7 +120,7 @@ SCALED: dict[str, Sequence[Any]] = {
     "data.order_samples": (32, 50, 333),
     "training.micro_batch_size": (1, 3, 4),
     "training.global_batch_size": (2, 4, 6, 12, 16),
-    "training.train_tokens": (400, 512, 700),
+    "training.train_tokens": (512, 800, 1024),
     "training.batch_schedule": (
         [{"until": 150, "global_batch_size": 4}],
         [{"until": 256, "global_batch_size": 4, "increment": 2}],
@@ -247,6 +247,15 @@ def _text(value: Any) -> str:
     return yaml_nodes.text_of(value)
 
 
+def is_drawn(settings: Mapping[str, Any]) -> bool:
+    """Whether a tiny model can have them, in a layout of as many ranks as are drawn."""
+    every = dict(leaves())
+    return all(
+        key in SIZES or value in values(key, every[key], None) or value == value_of(tiny(), key)
+        for key, value in settings.items()
+    )
+
+
 def load(settings: Mapping[str, Any]) -> RunConfig:
     """`tiny.yaml` with these settings."""
     return load_config(TINY, overrides(settings))
@@ -300,7 +309,7 @@ def _one(rng: random.Random, key: str, hint: Any) -> Settings:
 
 
 _LAYOUTS = {name: f"parallel.{setting}" for name, (_, setting) in DIMENSIONS.items()}
-_MOST_RANKS = 8
+MOST_RANKS = 8
 
 
 def _draw_layout(rng: random.Random) -> Settings:
@@ -316,7 +325,7 @@ def _draw_layout(rng: random.Random) -> Settings:
                 ranks = _product(size for key, size in sizes.items() if key in SIZES and key != _LAYOUTS["EP"])
         if _LAYOUTS["TP"] in sizes and rng.random() < 0.6:
             sizes["parallel.sequence_parallel"] = True
-        if ranks <= _MOST_RANKS:
+        if ranks <= MOST_RANKS:
             return {_LAYOUTS["DP"]: 1, **sizes}
 
 

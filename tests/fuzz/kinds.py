@@ -7,7 +7,10 @@ from collections.abc import Callable
 from tests.distributed.pool import WorkerPool, runner
 from tests.fuzz.parity import Parity
 from tests.fuzz.refusals import Refusals
+from tests.fuzz.resume import Resume
+from tests.fuzz.round_trip import RoundTrip
 from tests.fuzz.search import Kind
+from tests.fuzz.transformer_engine import Fp8, TransformerEngine
 
 
 class Pools:
@@ -25,4 +28,8 @@ class Pools:
 KINDS: dict[str, Callable[[Pools], Kind]] = {
     "parity": lambda pools: Parity(pools.cpu),
     "refusals": lambda pools: Refusals(pools.cpu),
+    "resume": lambda pools: Resume(pools.cpu),
+    "round_trip": lambda pools: RoundTrip(pools.cpu),
+    "te": lambda pools: TransformerEngine(pools.te),
+    "fp8": lambda pools: Fp8(pools.te),
 }

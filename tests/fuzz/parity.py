@@ -37,34 +37,49 @@ class Parity:
         self.notes: dict[str, int] = {}
 
     def draw(self, seed: int, number: int) -> draw.Settings:
-        drawn = (
-            draw.draw(f"{seed} {self.name} {turn}", number, self.fixed, find_problems) for turn in itertools.count()
-        )
-        return next(settings for settings in drawn if layout_of(draw.load(settings)).world_size > 1)
+        for turn in itertools.count():
+            settings = draw.draw(f"{seed} {self.name} {turn}", number, self.fixed, self.find_problems)
+            if layout_of(draw.load(settings)).world_size > 1:
+                break
+        return settings
+
+    def find_problems(self, config: RunConfig) -> Iterator[str]:
+        """What is no case of this kind, one line each."""
+        return find_problems(config)
 
     def accepts(self, settings: draw.Settings) -> bool:
-        return not draw.problems(draw.load(settings), find_problems)
+        return not draw.problems(draw.load(settings), self.find_problems)
 
     def check(self, settings: draw.Settings) -> str | None:
         """What is wrong; None: nothing."""
         config = draw.load(settings)
-        outcome, expected = self.outcome(config), self.outcome(alone(config))
+        reference = self.reference(config)
+        outcome, expected = self.outcome(config), self.outcome(reference)
         for name, value in expected.initial.items():
             if not np.array_equal(outcome.initial[name], value):
                 return f"starts differently: {name}"
         wrong = differences(outcome, expected)
-        worst = max(wrong, key=lambda name: wrong[name])
-        if wrong[worst] <= TOLERANCE:
+        if max(wrong.values()) <= TOLERANCE:
             return None
-        rounding = differences(self.outcome(alone(config), rounded=True), expected)
-        if all(wrong[name] <= max(TOLERANCE, ROUNDING * rounding[name]) for name in wrong):
-            self.notes["rounding alone moves it by more"] = self.notes.get("rounding alone moves it by more", 0) + 1
+        rounding = differences(self.outcome(reference, rounded=True), expected)
+        over = {name: off / max(TOLERANCE, ROUNDING * rounding[name]) for name, off in wrong.items()}
+        worst = max(over, key=lambda name: over[name])
+        if over[worst] <= 1:
+            self.note("rounding alone moves it by more")
             return None
-        over = max(wrong, key=lambda name: wrong[name] / max(TOLERANCE, ROUNDING * rounding[name]))
-        return f"is not one process's: {over} is off by {wrong[over]:.1e}"
+        return f"is not one process's: {worst} is off by {wrong[worst]:.1e}"
+
+    def reference(self, config: RunConfig) -> RunConfig:
+        """What a layout is compared with."""
+        return alone(config)
 
     def outcome(self, config: RunConfig, **options: Any) -> Outcome:
+        """What `parity_job` makes of a configuration."""
         return self.run(train, layout_of(config).world_size, config, timeout_s=300, **options)
+
+    def note(self, what: str) -> None:
+        """Count something that is no finding."""
+        self.notes[what] = self.notes.get(what, 0) + 1
 
 
 def train(config: RunConfig, rounded: bool = False) -> Outcome:

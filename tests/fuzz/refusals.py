@@ -56,8 +56,8 @@ class Refusals:
         if wrong is not None:
             return wrong or None  # an empty line is no problem
         config = draw.load(settings)
-        if layout_of(config).world_size > 8:
-            return None
+        if not draw.is_drawn(settings) or layout_of(config).world_size > draw.MOST_RANKS:
+            return None  # it would take all memory, or all day
         folder = Path(tempfile.mkdtemp(dir=data.FOLDER))
         try:
             config = dataclasses.replace(config, output_dir=str(folder))

@@ -70,10 +70,9 @@ def _why(failure: str) -> str:
 
 
 def symptom(problem: str) -> str:
-    """What two findings of one cause have in common: the first line without its numbers and names of tensors."""
-    return re.sub(
-        r"[\d.e+-]+|'[^']*'", "", problem.splitlines()[0].partition(": ")[0 if "is not one" in problem else 2]
-    )
+    """What two findings of one cause have in common: what is wrong and, of an error, its text without numbers."""
+    kind, _, text = problem.splitlines()[0].partition(": ")
+    return kind + re.sub(r"[\d.]+|'[^']*'", "", text) if kind == "failed" else kind
 
 
 def shortened(
