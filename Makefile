@@ -19,7 +19,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filt
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv te demo test test-all test-faults test-slurm test-te test-serving serving-bench serve-demo sweep-smoke \
+.PHONY: help venv te demo test test-all test-faults test-slurm test-te fuzz test-serving serving-bench serve-demo sweep-smoke \
 	lint format bench docs doctor clean clean-all
 
 help: ## list the targets
@@ -51,6 +51,10 @@ test-slurm: $(READY) ## every kind of fault, on a Slurm cluster started on this 
 
 test-te: $(READY) $(TE) $(TE_SOURCE) ## Transformer Engine's layers and FP8 on the CPU, all tests (under 10 minutes)
 	$(PYTEST) -m "not bench" tests/te
+
+fuzz: $(READY) ## search for faults at random: FUZZ_SEED=1 FUZZ_MINUTES=10, or FUZZ_CASES of each of FUZZ_KINDS
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --seed $(or $(FUZZ_SEED),1) $(if $(FUZZ_CASES),--cases $(FUZZ_CASES)) \
+	    $(if $(FUZZ_MINUTES),--minutes $(FUZZ_MINUTES)) $(if $(FUZZ_KINDS),--kinds $(FUZZ_KINDS))
 
 # Only its Python, and outside the environment, where it would be mistaken for a usable installation.
 $(TE): tests/te/requirements.txt

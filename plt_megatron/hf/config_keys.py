@@ -70,8 +70,9 @@ def plt_keys(
         loop_order=model.loop_order,
         cross_loop_parallel=model.cross_loop_parallel,
         share_kv=model.share_kv,
-        share_values=model.share_values,
-        gated_window=model.gated_window and model.share_kv,  # meaningless in a model of one loop
+        # A model of one loop has no use for these, and may have settings of which several loops are refused.
+        share_values=model.share_values or not model.share_kv,
+        gated_window=model.gated_window and model.share_kv,
         window_size=model.window_size,
         gate_input=model.gate_input,
         gate_side=model.gate_side,

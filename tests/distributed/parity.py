@@ -189,7 +189,7 @@ def _observe_reduction(engine: MegatronEngine) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- the whole model's parameters
 
 
-def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
+def _gather(stage: LoopedGPT, vocab_size: int = VOCAB_SIZE) -> dict[str, np.ndarray]:
     """Every parameter and buffer of the whole model, on rank 0; replicas are checked to be equal bit for bit."""
     own = [
         (
@@ -206,7 +206,9 @@ def _gather(stage: LoopedGPT) -> dict[str, np.ndarray]:
         axes[name] = axis
         known = shards.setdefault(name, {}).setdefault(0 if axis is None else tp_rank, value)
         assert np.array_equal(known, value), f"replicas of {name} differ"
-    return {name: _merge(name, axes[name], [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
+    whole = {name: _merge(name, axes[name], [parts[rank] for rank in sorted(parts)]) for name, parts in shards.items()}
+    tables = [name for name in whole if "word_embeddings" in name or name == "output_layer.weight"]
+    return whole | {name: whole[name][:vocab_size] for name in tables}
 
 
 def _gather_objects(own: Any) -> list[Any]:
@@ -228,5 +230,4 @@ def _merge(name: str, axis: int | None, parts: list[np.ndarray]) -> np.ndarray:
     if name.endswith("linear_fc1.weight"):  # each rank: [its gate rows, its up rows]
         halves = [np.split(part, 2) for part in parts]
         return np.concatenate([half[index] for index in (0, 1) for half in halves])
-    whole = np.concatenate(parts, axis=axis)
-    return whole[:VOCAB_SIZE] if "word_embeddings" in name or name == "output_layer.weight" else whole
+    return np.concatenate(parts, axis=axis)

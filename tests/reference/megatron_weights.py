@@ -87,8 +87,7 @@ def randomize_gates_and_norms(stage: LoopedGPT, zero_gates: bool = False) -> Non
         split = getattr(parameter, "tensor_model_parallel", False)
         if split:
             shape[0] *= group.size()
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-        values = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(seed))
+        values = torch.empty(shape).normal_(generator=draw_by_name(name))
         if not gate:
             values = 1 + 0.3 * values
         if split:
@@ -101,5 +100,9 @@ def randomize_biases(stage: LoopedGPT) -> None:
     """Biases of experts ~ 0.15 N(0, 1), drawn by their names in the whole model: sigmoid scores are as wide apart."""
     for name, buffer in global_tensors(stage):
         if is_buffer(name):
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
-            buffer.copy_(0.15 * torch.randn(buffer.shape, generator=torch.Generator().manual_seed(seed)))
+            buffer.copy_(0.15 * torch.randn(buffer.shape, generator=draw_by_name(name)))
+
+
+def draw_by_name(name: str) -> torch.Generator:
+    """What a tensor's random values are drawn with, by its name in the whole model."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little"))

@@ -44,6 +44,7 @@ LOOPCODER: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"loop_count": 1},
+    "one loop, which shares nothing": {"loop_count": 1, "share_kv": False, "share_values": False},
     "naive loop": {"cross_loop_parallel": False, "share_kv": False, "gated_window": False},
     "plt3": {"loop_count": 3},
     **GATES,

@@ -1,0 +1,113 @@
+"""Any layout gives one process's losses, gradient norms and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.schema import ParallelConfig, RunConfig
+from tests.distributed.cases import Outcome
+from tests.fuzz import draw
+
+TOLERANCE = 2e-5
+ROUNDING = 20  # a layout rounds in every operation what the comparison of one process with itself rounds once
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """What cannot be compared, one line each."""
+    layout = layout_of(config)
+    if config.model.moe_expert_capacity_factor is not None and layout.tensor * layout.context > 1:
+        yield "model.moe_expert_capacity_factor is of the tokens of a rank, whose number the layout decides"
+
+
+class Parity:
+    """Cases of fp32."""
+
+    name = "parity"
+    often = 8
+    fixed: Mapping[str, Any] = {"training.precision": "fp32"}
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.notes: dict[str, int] = {}
+
+    def draw(self, seed: int, number: int) -> draw.Settings:
+        for turn in itertools.count():
+            settings = draw.draw(f"{seed} {self.name} {turn}", number, self.fixed, self.find_problems)
+            if layout_of(draw.load(settings)).world_size > 1:
+                break
+        return settings
+
+    def find_problems(self, config: RunConfig) -> Iterator[str]:
+        """What is no case of this kind, one line each."""
+        return find_problems(config)
+
+    def accepts(self, settings: draw.Settings) -> bool:
+        return not draw.problems(draw.load(settings), self.find_problems)
+
+    def check(self, settings: draw.Settings) -> str | None:
+        """What is wrong; None: nothing."""
+        config = draw.load(settings)
+        reference = self.reference(config)
+        outcome, expected = self.outcome(config), self.outcome(reference)
+        for name, value in expected.initial.items():
+            if not np.array_equal(outcome.initial[name], value):
+                return f"starts differently: {name}"
+        wrong = differences(outcome, expected)
+        if max(wrong.values()) <= TOLERANCE:
+            return None
+        rounding = differences(self.outcome(reference, rounded=True), expected)
+        over = {name: off / max(TOLERANCE, ROUNDING * rounding[name]) for name, off in wrong.items()}
+        worst = max(over, key=lambda name: over[name])
+        if over[worst] <= 1:
+            self.note("rounding alone moves it by more")
+            return None
+        return f"is not one process's: {worst} is off by {wrong[worst]:.1e}"
+
+    def reference(self, config: RunConfig) -> RunConfig:
+        """What a layout is compared with."""
+        return alone(config)
+
+    def outcome(self, config: RunConfig, **options: Any) -> Outcome:
+        """What `parity_job` makes of a configuration."""
+        return self.run(train, layout_of(config).world_size, config, timeout_s=300, **options)
+
+    def note(self, what: str) -> None:
+        """Count something that is no finding."""
+        self.notes[what] = self.notes.get(what, 0) + 1
+
+
+def train(config: RunConfig, rounded: bool = False) -> Outcome:
+    """`parity_job.train`; this process does not import torch."""
+    from tests.fuzz import parity_job
+
+    return parity_job.train(config, rounded)
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same numbers, asked of one process: in one microbatch, unless its tokens' number counts."""
+    model, training = config.model, config.training
+    by_microbatch = model.moe_router_load_balancing_type == "aux_loss" and model.moe_aux_loss_coeff > 0
+    if not by_microbatch and model.moe_expert_capacity_factor is None and not training.batch_schedule:
+        training = dataclasses.replace(training, micro_batch_size=training.global_batch_size)
+    return dataclasses.replace(config, parallel=ParallelConfig(data_parallel_size=1), training=training)
+
+
+def differences(outcome: Outcome, expected: Outcome) -> dict[str, float]:
+    """Relative differences by name; infinite where one is not a number."""
+    assert outcome.numbers.keys() == expected.numbers.keys() and outcome.final.keys() == expected.final.keys()
+    pairs = {name: (outcome.numbers[name], value) for name, value in expected.numbers.items()}
+    pairs |= {name: (outcome.final[name], value) for name, value in expected.final.items()}
+    return {name: _relative(*(np.asarray(part, dtype=np.float64) for part in pair)) for name, pair in pairs.items()}
+
+
+def _relative(value: np.ndarray, expected: np.ndarray) -> float:
+    if np.array_equal(value, expected, equal_nan=True):
+        return 0.0
+    off = float(np.abs(value - expected).max() / max(np.abs(expected).max(), 1e-12))
+    return off if np.isfinite(off) else np.inf

@@ -1,0 +1,76 @@
+"""A configuration is refused before a process starts, in lines that name a setting, or it trains.
+
+Of each case many configurations are loaded and checked as they come, and one that is accepted is trained to its end by
+the trainer, on real text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.validation import validate
+from plt_megatron.errors import UserError
+from tests.distributed.training_jobs import train
+from tests.fuzz import data, draw
+
+_WILD = 50  # configurations of a case that are checked only
+_SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint", "logging")
+
+
+class Refusals:
+    """See the module's docstring."""
+
+    name = "refusals"
+    often = 3
+    fixed: Mapping[str, Any] = {}
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.notes: dict[str, int] = {}
+        self._names = {key.rpartition(".")[2] for key, _ in draw.leaves()}
+
+    def draw(self, seed: int, number: int) -> draw.Settings:
+        words = f"{seed} {self.name}"
+        for turn in range(_WILD):
+            settings = draw.wild(words, number * _WILD + turn)
+            try:
+                wrong = self.refusal(settings)
+            except Exception:
+                return settings  # `check` raises it again
+            if wrong is not None:
+                return settings
+        return draw.draw(words, number, self.fixed, lambda config: (), sections=_SECTIONS)
+
+    def accepts(self, settings: draw.Settings) -> bool:
+        return True
+
+    def check(self, settings: draw.Settings) -> str | None:
+        """What is wrong; None: nothing. An error that is none of the user's passes through."""
+        wrong = self.refusal(settings)
+        if wrong is not None:
+            return wrong or None  # an empty line is no problem
+        config = draw.load(settings)
+        if not draw.is_drawn(settings) or layout_of(config).world_size > draw.MOST_RANKS:
+            return None  # it would take all memory, or all day
+        folder = Path(tempfile.mkdtemp(dir=data.FOLDER))
+        try:
+            config = dataclasses.replace(config, output_dir=str(folder))
+            ended = self.run(train, layout_of(config).world_size, config, timeout_s=300)
+            return None if ended is True else f"does not finish: {ended}"
+        finally:
+            shutil.rmtree(folder)
+
+    def refusal(self, settings: draw.Settings) -> str | None:
+        """What is wrong with how it is refused, or an empty string; None: it is not refused."""
+        try:
+            validate(draw.load(settings), check_files=False)
+            return None
+        except UserError as error:
+            unclear = [line for line in str(error).splitlines() if not self._names & set(draw.words(line))]
+            return f"is refused without the name of a setting: {unclear[0]}" if unclear else ""

@@ -1,0 +1,287 @@
+"""A run in legs, stopped, killed and rolled back, in one layout or several, is the run that nothing disturbed.
+
+Bit for bit where its legs have its layout, else to what other sums of the same numbers can do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.run_folder.checkpoints import checkpoint_folders
+from plt_megatron.run_folder.folder import RunFolder
+from tests.distributed.pool import DistributedFailure
+from tests.distributed.whole_runs import folder, numbers
+from tests.fuzz import data, draw
+from tests.fuzz.parity import find_problems as parity_problems
+
+STEPS = 8
+TOLERANCE = 2e-4  # of another layout, after so many steps
+_SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint")
+_LEG, _BAD = "leg.", "bad."  # settings of a case that are none of a configuration
+_LAYOUTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"data_parallel_size": 2},
+    {"tensor_model_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    {"pipeline_model_parallel_size": 2},
+    {"context_parallel_size": 2},
+    {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+)
+_HOW = ("stop", "stop", "kill", "kill while saving", "kill after saving")
+
+
+class Case(NamedTuple):
+    """Of the settings of a case: the configuration's, its legs, and the samples whose steps are bad."""
+
+    settings: draw.Settings
+    legs: list[dict[str, Any]]
+    bad: dict[str, list[int]]
+
+
+def parts(settings: draw.Settings) -> Case:
+    own = {key: value for key, value in settings.items() if not key.startswith((_LEG, _BAD))}
+    legs = [settings[key] for key in sorted(settings) if key.startswith(_LEG)]
+    return Case(own, legs, {name: settings.get(_BAD + name, []) for name in ("nonfinite", "spikes")})
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """What is no case of this kind."""
+    yield from parity_problems(config)
+    if not config.checkpoint.enabled:
+        yield "checkpoint.enabled=false: nothing resumes"
+    if layout_of(config).world_size > 4:
+        yield " and ".join(sorted(draw.SIZES)) + ": too many processes"
+
+
+class Resume:
+    """See the module's docstring."""
+
+    name = "resume"
+    often = 1
+    fixed: Mapping[str, Any] = {}
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.notes: dict[str, int] = {}
+
+    def draw(self, seed: int, number: int) -> draw.Settings:
+        for turn in itertools.count():
+            title = f"{seed} {self.name} {turn}"
+            settings = draw.draw(title, number, self.fixed, find_problems, sections=_SECTIONS)
+            if "training.train_tokens" not in settings:
+                settings["training.train_iters"] = STEPS
+            settings |= _draw_course(random.Random(f"{title} {number} legs"), draw.load(settings))
+            if self.accepts(settings):
+                break
+        return settings
+
+    def accepts(self, settings: draw.Settings) -> bool:
+        case = parts(settings)
+        config = draw.load(case.settings)
+        if draw.problems(config, find_problems):
+            return False
+        legs = [_of_leg(config, leg) for leg in case.legs]
+        if any(draw.problems(leg, find_problems) for leg in legs):
+            return False
+        if config.training.precision == "bf16" and any(leg.parallel != config.parallel for leg in legs):
+            return False  # another order of sums is another number
+        return not _rolls_back(config, case) or all(_stops_at_a_save(config, leg) for leg in case.legs)
+
+    def check(self, settings: draw.Settings) -> str | None:
+        """What is wrong; None: nothing."""
+        case = parts(settings)
+        place = Path(tempfile.mkdtemp(dir=data.FOLDER))
+        try:
+            config = dataclasses.replace(draw.load(case.settings), output_dir=str(place))
+            whole, disturbed = (dataclasses.replace(config, name=name) for name in ("whole", "disturbed"))
+            expected, refused = self._leg(whole, None, case.bad)
+            wrong = _of_a_whole_run(whole, refused)
+            if wrong is not None:
+                return wrong
+            ended = self._in_legs(disturbed, case)
+            if not _same_end(ended, expected):
+                return f"ends otherwise: {ended}\nand undisturbed: {expected}"
+            exact = all(_of_leg(config, leg).parallel == config.parallel for leg in case.legs)
+            return _difference(disturbed, whole, 0.0 if exact else TOLERANCE)
+        finally:
+            shutil.rmtree(place)
+
+    def _in_legs(self, config: RunConfig, case: Case) -> bool | str:
+        for leg in case.legs:
+            try:
+                ended, _ = self._leg(_of_leg(config, leg), leg, case.bad)
+            except DistributedFailure as failure:
+                if leg["how"].startswith("kill") and "died, exit code -9" in str(failure):
+                    continue
+                raise
+            if isinstance(ended, str):
+                return ended
+        return self._leg(config, None, case.bad)[0]
+
+    def _leg(self, config: RunConfig, leg: Any, bad: Any) -> tuple[bool | str, int]:
+        return self.run(run_leg, layout_of(config).world_size, config, leg, bad, timeout_s=600)
+
+
+def run_leg(config: RunConfig, leg: Any, bad: Any) -> tuple[bool | str, int]:
+    """`resume_job.run_leg`; this process does not import torch."""
+    from tests.fuzz import resume_job
+
+    return resume_job.run_leg(config, leg, bad)
+
+
+# ---------------------------------------------------------------- what happens to it
+
+
+def _draw_course(rng: random.Random, config: RunConfig) -> draw.Settings:
+    """One to three legs, and sometimes bad steps."""
+    legs, other = rng.choice((1, 2, 2, 3)), rng.random() < 0.4
+    course: draw.Settings = {}
+    steps = sorted(rng.choices(range(1, STEPS), k=legs))
+    for number, step in enumerate(steps):
+        leg = {"how": rng.choice(_HOW), "step": step, "rank": rng.randrange(8)}
+        if other and rng.random() < 0.7:
+            leg["layout"] = rng.choice(_LAYOUTS)
+        course[f"{_LEG}{number}"] = leg
+    samples = range(config.training.global_batch_size, STEPS * config.training.global_batch_size)
+    for name in ("nonfinite", "spikes"):
+        if rng.random() < 0.4:
+            course[_BAD + name] = sorted(rng.sample(samples, rng.choice((1, 2))))
+    return course
+
+
+def _of_leg(config: RunConfig, leg: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a leg: of another layout, if it has one."""
+    if "layout" not in leg:
+        return config
+    parallel = dataclasses.replace(
+        config.parallel,
+        **{name: getattr(ParallelConfig(), name) for name in _LAYOUT_FIELDS},
+        **({"data_parallel_size": 1} | leg["layout"]),
+    )
+    return dataclasses.replace(config, parallel=parallel)
+
+
+_LAYOUT_FIELDS = (
+    {key.partition(".")[2] for key in draw.SIZES}
+    - {"data_parallel_size"}
+    - {name for layout in _LAYOUTS for name in layout}
+)
+
+
+def _rolls_back(config: RunConfig, case: Case) -> bool:
+    training = config.training
+    return bool(case.bad["nonfinite"] and training.on_nonfinite == "rollback") or training.on_spike == "rollback"
+
+
+def _stops_at_a_save(config: RunConfig, leg: Mapping[str, Any]) -> bool:
+    """Else a run that is rolled back has a later checkpoint than the undisturbed one."""
+    interval = config.checkpoint.save_interval
+    return leg["how"] != "stop" or (interval > 0 and leg["step"] % interval == 0)
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def _of_a_whole_run(config: RunConfig, refused: int) -> str | None:
+    """What an undisturbed run must have, whatever it is compared with."""
+    found = RunFolder(folder(config))
+    if found.bad_steps() != refused:
+        return f"{refused} steps were not accepted: {found.bad_steps()} reports"
+    interval = config.checkpoint.export_interval
+    if interval:
+        last = max([record["step"] for record in numbers(config)], default=0)
+        due = {*range(interval, last + 1, interval), last}
+        missing = sorted(due - {int(path.name[5:]) for path in found.exports.glob("step_*")})
+        if missing:
+            return f"exports are missing: of steps {missing}"
+    return None
+
+
+def _same_end(ended: bool | str, expected: bool | str) -> bool:
+    """Messages name folders."""
+    if isinstance(ended, str) and isinstance(expected, str):
+        return ended.replace("/disturbed/", "/whole/") == expected
+    return ended == expected
+
+
+def _difference(config: RunConfig, whole: RunConfig, tolerance: float) -> str | None:
+    """Where two runs differ by more; None: nowhere."""
+    exact = tolerance == 0
+    wrong = _first_difference(_records(config, exact), _records(whole, exact), tolerance, "records")
+    if wrong is None:
+        wrong = _first_difference(_incidents(config, exact), _incidents(whole, exact), tolerance, "incidents")
+    if wrong is None:
+        wrong = _other_tensors(config, whole, tolerance)
+    if wrong is None:
+        wrong = _first_difference(_exports(config), _exports(whole), tolerance, "exports")
+    return wrong and f"is not the undisturbed run: {wrong}"
+
+
+def _records(config: RunConfig, exact: bool) -> list[dict[str, Any]]:
+    """Without what is measured over a rank's first microbatch, unless all have the same."""
+    return [
+        {name: value for name, value in record.items() if exact or not isinstance(value, list)}
+        for record in numbers(config)
+    ]
+
+
+def _incidents(config: RunConfig, exact: bool) -> dict[str, Any]:
+    """The reports by their files' names; without the ranks' microbatches, unless all have the same."""
+    reports = {path.name: json.loads(path.read_text()) for path in RunFolder(folder(config)).incidents.glob("step_*")}
+    for report in reports.values() if not exact else ():
+        del report["microbatches"], report["problem"]  # a text with numbers
+    return reports
+
+
+def _exports(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in RunFolder(folder(config)).exports.glob("step_*"))
+
+
+def _other_tensors(config: RunConfig, whole: RunConfig, tolerance: float) -> str | None:
+    """Of the last checkpoint: weights, the optimizer's and the moving average."""
+    from plt_megatron.train.checkpoint import read_weights
+
+    if not checkpoint_folders(RunFolder(folder(whole)).checkpoints):
+        return None
+    for part in ("weights", "main weights", *(["ema"] if whole.training.ema_decay is not None else [])):
+        ours, theirs = (dict(read_weights(folder(run), verify=False, part=part)) for run in (config, whole))
+        if ours.keys() != theirs.keys():
+            return f"{part}: other names"
+        for name, tensor in theirs.items():
+            off = float((ours[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12))
+            if not off <= tolerance:
+                return f"{part} {name} are off by {off:.1e}"
+    return None
+
+
+def _first_difference(ours: Any, theirs: Any, tolerance: float, at: str) -> str | None:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        if ours.keys() != theirs.keys():
+            return f"{at}: {sorted(ours)}, undisturbed {sorted(theirs)}"
+        pairs: list[tuple[Any, Any, Any]] = [(name, ours[name], theirs[name]) for name in theirs]
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        if len(ours) != len(theirs):
+            return f"{at}: {len(ours)}, undisturbed {len(theirs)}"
+        pairs = [(index, *pair) for index, pair in enumerate(zip(ours, theirs, strict=True))]
+    elif isinstance(ours, float) and isinstance(theirs, float):
+        close = math.isclose(ours, theirs, rel_tol=tolerance, abs_tol=tolerance * 1e-2)
+        return (
+            None
+            if close or ours == theirs or (ours != ours and theirs != theirs)
+            else f"{at}: {ours}, undisturbed {theirs}"
+        )
+    else:
+        return None if ours == theirs else f"{at}: {ours}, undisturbed {theirs}"
+    return next(filter(None, (_first_difference(*pair, tolerance, f"{at}[{name}]") for name, *pair in pairs)), None)

@@ -1,0 +1,87 @@
+"""A model that is exported, decoded and imported is the model that was trained.
+
+With random weights: the export's logits are the training model's, in one pass, decoded loop-parallel and loop-serial
+token by token; what is imported again has the same weights and the same logits.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config.schema import ModelConfig, RunConfig
+from tests.fuzz import data, draw
+
+TOLERANCE = 1e-4  # of the largest logit
+LENGTH, PREFILL = 26, 6
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """What an export is not, one line each."""
+    if config.model.moe_expert_capacity_factor is not None:
+        yield "model.moe_expert_capacity_factor drops tokens in training, an export none"
+
+
+class RoundTrip:
+    """See the module's docstring."""
+
+    name = "round_trip"
+    often = 2
+    fixed: Mapping[str, Any] = {}
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.run = run
+        self.notes: dict[str, int] = {}
+
+    def draw(self, seed: int, number: int) -> draw.Settings:
+        return draw.draw(f"{seed} {self.name}", number, self.fixed, find_problems, sections=("model",), layout=False)
+
+    def accepts(self, settings: draw.Settings) -> bool:
+        return not draw.problems(draw.load(settings), find_problems)
+
+    def check(self, settings: draw.Settings) -> str | None:
+        """What is wrong; None: nothing."""
+        place = Path(tempfile.mkdtemp(dir=data.FOLDER))
+        try:
+            return self.run(there_and_back, 1, draw.load(settings).model, place.resolve(), timeout_s=300)
+        finally:
+            shutil.rmtree(place)
+
+
+def there_and_back(model: ModelConfig, place: Path) -> str | None:
+    """What is wrong with a model's export, its decoding and its import; None: nothing. Run by the pool."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from plt_megatron.config.schema import ParallelConfig
+    from plt_megatron.runtime.process_groups import init_process_groups
+    from tests.hf.tiny import decode
+    from tests.unit.convert import convert_helpers as convert
+
+    init_process_groups(ParallelConfig())
+    vocab_size = model.vocab_size or convert.VOCAB
+    weights = convert.random_weights(model, vocab_size)
+    tokens = convert.make_tokens(2, LENGTH, vocab_size)
+    expected = convert.megatron_logits(model, weights, tokens, vocab_size)
+    convert.save_run(place / "run", model, weights)
+    convert.quiet((place / "run", place / "export"))
+    exported = AutoModelForCausalLM.from_pretrained(
+        place / "export", trust_remote_code=True, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        found = {"export": exported(tokens, use_cache=False).logits}
+    found["decoded, loops in parallel"] = decode(exported, tokens, PREFILL)
+    found["decoded, loops in series"] = decode(exported, tokens, PREFILL, loop_mode="serial")
+    result, again = convert.imported(place / "export", place / "imported")
+    other = [name for name in weights if name not in again or not torch.equal(again[name], weights[name])]
+    if other or again.keys() != weights.keys():
+        return f"weights are others after the import: {other or again.keys() ^ weights.keys()}"
+    found["imported"] = convert.megatron_logits(result.model, again, tokens, vocab_size)
+    for name, logits in found.items():
+        off = float((logits - expected).abs().max() / expected.abs().max())
+        if not off <= TOLERANCE:
+            return f"{name} is not the training model: its logits are off by {off:.1e}"
+    return None
