@@ -1054,6 +1054,36 @@ class PLTPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # Which experts run is known when it happens only.
         self._can_compile_fullgraph = config.num_experts is None
+        if config.loop_count == 1:
+            # A PLT loaded as a plain transformer has no use for its gates and its scale of h.
+            self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\.", r"\bloop_input\.hidden_scale$"]
+
+    @classmethod
+    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """transformers' own, which only warns where it makes up tensors or leaves some out. Here that is an error.
+
+        Raises:
+            ValueError: the files lack tensors of the model, or have others of its modules; the message names them.
+        """
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        if not getattr(model, "_hf_peft_config_loaded", False):  # it is the adapter's, then
+            model._check_loaded(info, source)
+        return (model, info) if output_loading_info else model
+
+    def _check_loaded(self, info: dict[str, Any], source: Any) -> None:
+        missing, own = set(info["missing_keys"]), self.state_dict().keys()
+        # What others add beside the model's parts, such as a value head, is theirs.
+        parts = {self.base_model_prefix, *(name.partition(".")[0] for name in own)}
+        unexpected = {name for name in info["unexpected_keys"] if name.partition(".")[0] in parts}
+        if getattr(self, "hf_quantizer", None) is not None:
+            # Which tensors a module's weight consists of is the method's business.
+            read = {name.rpartition(".")[0] for name in own - missing}
+            missing, unexpected = {name for name in missing if name.rpartition(".")[0] not in read}, set()
+        for names, fault in ((missing, "lacks"), (unexpected, "has unknown")):
+            if names:
+                first = ", ".join(sorted(names)[:3])
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(f"{source}: {fault} tensors of {type(self).__name__}: {first}{more}")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -1542,9 +1572,6 @@ class PLTForCausalLM(PLTPreTrainedModel, GenerationMixin):
         self.model = PLTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.loop_count == 1:
-            # A PLT loaded as a plain transformer has no use for its gates and its scale of h.
-            self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\.", r"\.loop_input\.hidden_scale$"]
         self.post_init()
 
     def new_cache(self, max_cache_len: int | None = None, loop_count: int | None = None) -> PLTCache:

@@ -3,20 +3,23 @@
 import ast
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from packaging.requirements import Requirement
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from plt_megatron.hf import configuration_plt, model_card
 from plt_megatron.hf.configuration_plt import PLTConfig
-from plt_megatron.hf.modeling_plt import PLTForCausalLM
+from plt_megatron.hf.modeling_plt import PLTForCausalLM, PLTModel
 from tests.hf.tiny import ABLATIONS, PATHS, SIZES, VARIANTS, full, make_model, make_tokens
 
 ALL = {**ABLATIONS, **VARIANTS, **PATHS}
@@ -87,6 +90,54 @@ def test_what_one_loop_does_not_use_is_no_news(scale, tmp_path):
     assert not info["unexpected_keys"] and not info["missing_keys"]
     tokens = make_tokens(1, 12)
     assert torch.allclose(full(one, tokens), full(model, tokens, loop_count=1), atol=1e-5)
+
+
+def without(folder, *names, **added):
+    tensors = load_file(folder / "model.safetensors")
+    for name in names:
+        del tensors[name]
+    save_file(tensors | added, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "gone", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.plt_gate.bias", "lm_head.weight"]
+)
+def test_a_missing_tensor_is_an_error(gone, tmp_path):
+    """transformers warns, and makes it up."""
+    make_model().save_pretrained(tmp_path)
+    without(tmp_path, gone)
+    with pytest.raises(ValueError, match=re.escape(gone)) as error:
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    own = gone.removeprefix("model.")
+    with pytest.raises(ValueError, match=re.escape(own)) if own != "lm_head.weight" else nullcontext():
+        PLTModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("loops", [None, 1])
+def test_a_tensor_that_the_model_has_no_use_for_is_an_error(loops, tmp_path):
+    """Such as norms that the configuration does not know. What others add beside the model is theirs."""
+    make_model().save_pretrained(tmp_path)
+    options = {"loop_count": loops} if loops else {}
+    without(tmp_path, **{"v_head.summary.weight": torch.zeros(3)})
+    for kind in (PLTForCausalLM, PLTModel):
+        kind.from_pretrained(tmp_path, **options)
+    strange = "model.layers.0.self_attn.q_norm.weight"
+    without(tmp_path, **{strange: torch.zeros(16)})
+    for kind in (PLTForCausalLM, PLTModel):
+        with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_norm\.weight"):
+            kind.from_pretrained(tmp_path, **options)
+
+
+def test_a_tied_head_may_be_missing(tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    tokens = make_tokens(1, 12)
+    assert torch.equal(full(PLTForCausalLM.from_pretrained(tmp_path), tokens), full(model, tokens))
+    without(tmp_path, "model.embed_tokens.weight")
+    with pytest.raises(ValueError, match="embed_tokens"):
+        PLTForCausalLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["plt", "loopcoder", "paper_norms", "olmo2", "vanilla", "span_loopcoder"])
