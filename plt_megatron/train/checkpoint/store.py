@@ -94,6 +94,8 @@ class CheckpointStore:
                 "restore it, or set checkpoint.allow_other_data"
             )
         self._say(f"resuming from {source}, step {progress['step']}")
+        if progress.get("data_fingerprint") != self.data_fingerprint:
+            self._say("warning: its samples came from other data or in another order: some may come twice, some never")
         return progress
 
     def _other(self, load: str) -> Path:
