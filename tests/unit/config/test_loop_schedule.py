@@ -125,7 +125,6 @@ GROWING = {
         ([], {"loop_loss_weights": [0.5, 0.5]}, "loop_loss_weights has 2 weights, but 1 of model.loop_count 2"),
         ([], {"loop_loss_weights": [-0.5]}, "training.loop_loss_weights[0] must be at least 0, got -0.5"),
         ([ONE, TWO], {"fp8": "hybrid"}, "training.fp8 hybrid does not run with training.loop_schedule yet: set"),
-        ([ONE, TWO], {"on_spike": "skip"}, "training.on_spike skip with training.loop_schedule: losses of other"),
     ],
 )
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
