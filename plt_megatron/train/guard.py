@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from dataclasses import astuple, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from plt_megatron.config.schema import TrainingConfig
 from plt_megatron.train.engine import finite_step
@@ -17,8 +16,7 @@ from plt_megatron.train.engine import finite_step
 _PER_STEPS = 1000  # max_skipped_steps is also a rate
 
 
-@dataclass(frozen=True)
-class StepKind:
+class StepKind(NamedTuple):
     """What a run's schedules give a step: losses of other kinds say nothing about its own.
 
     Attributes:
@@ -36,10 +34,7 @@ class StepKind:
 
     def can_be_judged_by(self, other: StepKind) -> bool:
         """Whether losses of steps of another kind are a measure of this one's."""
-        return (
-            replace(other, global_batch_size=self.global_batch_size) == self
-            and other.global_batch_size <= self.global_batch_size
-        )
+        return self[:-1] == other[:-1] and self.global_batch_size >= other.global_batch_size
 
 
 class StepGuard:
@@ -118,7 +113,7 @@ class StepGuard:
     def state(self) -> dict[str, Any]:
         """The state for a resumed run."""
         return {
-            "recent": [[astuple(kind), loss] for kind, loss in self._recent],
+            "recent": [[list(kind), loss] for kind, loss in self._recent],
             "skipped": list(self._skipped),
             "step": self._step,
             "in_a_row": self._in_a_row,

@@ -132,6 +132,10 @@ def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
     assert expected in problem
 
 
+def test_spikes_may_be_looked_for_since_each_loop_count_has_losses_of_its_own():
+    assert find_problems(run([ONE, TWO], on_spike="rollback"), check_files=False) == []
+
+
 def test_the_steps_of_a_stage_are_those_that_begin_in_it():
     config = run([LoopStage(0.015, 1), TWO], **GROWING)
     assert find_problems(config, check_files=False) == []
