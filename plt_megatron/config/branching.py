@@ -43,12 +43,16 @@ def stages_problem(config: RunConfig) -> str | None:
     )
 
 
-def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) -> list[str]:
+def branch_settings(
+    trunk: RunConfig, checkpoint: str, step: int, decay: int, order_samples: int | None = None
+) -> list[str]:
     """`key=value` settings that make a trunk's configuration that of a branch.
 
     Args:
         checkpoint: the trunk's, at `step`.
         decay: steps over which the rate falls, the branch's last.
+        order_samples: samples whose order the checkpoint's run has drawn, where that is known: a run of so many tokens
+            may have begun with another batch.
 
     Raises:
         UserError: the trunk has no constant rate up to that step, or its loops follow from its length.
@@ -69,8 +73,9 @@ def branch_settings(trunk: RunConfig, checkpoint: str, step: int, decay: int) ->
         )
     length = step + decay
     samples = BatchSchedule(trunk).tokens(length) // trunk.data.sequence_length
-    order = max(derived.order_samples(trunk), samples)
-    if order > derived.order_samples(trunk):
+    drawn = order_samples or derived.order_samples(trunk)
+    order = max(drawn, samples)
+    if order > drawn:
         raise UserError(
             f"a branch of {length} steps is longer than {trunk.name}, whose samples are drawn in the order of a run of "
             f"{derived.train_iters(trunk)}: give that run data.order_samples={order} from its start, or a shorter decay"

@@ -7,6 +7,7 @@ depends neither on batches nor on ranks.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from plt_megatron.config.schema import DataConfig, DataSource
@@ -20,6 +21,11 @@ def training_sources(data: DataConfig) -> list[DataSource]:
 def stage_sources(data: DataConfig) -> list[list[DataSource]]:
     """The training sources of each stage, the last one included."""
     return [*(stage.sources for stage in data.stages), training_sources(data)]
+
+
+def stage_of_sample(data: DataConfig, sample: int) -> int:
+    """The number of a sample's stage, from 0."""
+    return bisect_right([(stage.until or 0) // data.sequence_length for stage in data.stages], sample)
 
 
 def stage_samples(data: DataConfig, samples: int) -> list[range]:

@@ -213,11 +213,6 @@ def _check_whole(config: RunConfig) -> Iterator[str]:
     most = max(stage.loop_count or _most(stage) for stage in stages)
     if most < loops:
         yield f"training.loop_schedule never runs model.loop_count {loops} loops: set model.loop_count={most}"
-    if config.training.on_spike != "ignore":
-        yield (
-            f"training.on_spike {config.training.on_spike} with training.loop_schedule: losses of other loop counts "
-            "are no measure of a spike; set training.on_spike=ignore"
-        )
     if config.training.fp8 != "none":
         yield f"training.fp8 {config.training.fp8} does not run with training.loop_schedule yet: set training.fp8=none"
     if config.parallel.overlap_param_gather:

@@ -343,10 +343,13 @@ class TrainingConfig:
     # and continue with the data after the bad step.
     on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
-    spike_threshold: Positive = 6.0  # standard deviations above the mean loss of the last `spike_window` steps
-    # steps; spikes are detected once there are a quarter as many
+    # Standard deviations above the mean loss of steps with the same loops, data stage and row length, and no larger
+    # batch, among the last `spike_window`.
+    spike_threshold: Positive = 6.0
+    # steps; spikes are detected once a quarter as many are of that kind
     spike_window: Annotated[int, Range(2, 10**6)] = 128
-    max_skipped_steps: Count = 10  # in a row, and in total per 1,000 steps; more end the run
+    # In a row, and in total per 1,000 steps; more end the run. Started again with other settings, it counts anew.
+    max_skipped_steps: Count = 10
 
 
 @dataclass

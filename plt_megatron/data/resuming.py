@@ -13,7 +13,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.data.mix import fingerprint, fingerprint_differences, required_samples
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.checkpoints import candidates, read_verified_progress
+from plt_megatron.run_folder.checkpoints import candidates, order_samples, read_verified_progress
 
 
 def training_fingerprint(config: RunConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -52,5 +52,5 @@ def _recorded_samples(config: RunConfig) -> int | None:
             progress = read_verified_progress(checkpoint)
             if progress["config"]["training"]["train_tokens"] != config.training.train_tokens:
                 return None
-            return progress.get("data_fingerprint", {}).get("sampling", {}).get("num_samples")
+            return order_samples(progress)
     return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 
 from plt_megatron.config.branching import branch_settings, decay_steps
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder
 
 
@@ -45,7 +47,10 @@ def branch_config(source: str, settings: Sequence[str], decay: int | None = None
     folder, step = RunFolder(name), int(text)
     trunk = folder.config()
     checkpoint = folder.checkpoint_at(step)
-    own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step))
+    drawn = None
+    with contextlib.suppress(OSError, ValueError):  # damaged: loading it will say so
+        drawn = checkpoints.order_samples(checkpoints.read_verified_progress(checkpoint))
+    own = branch_settings(trunk, str(checkpoint), step, decay or decay_steps(step), drawn)
     defaults = [f"name={trunk.name}_branch_{step}", f"output_dir={folder.path.parent}"]
     config = load_config(folder.config_file, [*defaults, *own, *settings], accept_old_names=True)
     if RunFolder.of(config).path.resolve() == folder.path.resolve():

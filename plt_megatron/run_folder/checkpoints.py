@@ -176,7 +176,12 @@ def read_progress(path: Path | str) -> dict[str, Any]:
 
 def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
     """`read_progress` of a checkpoint known to be complete."""
-    progress: dict[str, Any] = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    return parse_progress((checkpoint / PROGRESS).read_text(encoding="utf-8"), str(checkpoint))
+
+
+def parse_progress(text: str, checkpoint: str) -> dict[str, Any]:
+    """The record in the text of a checkpoint's progress.json. Raises `UserError` if a newer program wrote it."""
+    progress: dict[str, Any] = json.loads(text)
     if progress["format"] > FORMAT:
         raise UserError(
             f"checkpoint {checkpoint}: its format {progress['format']} is newer than this program; update it"
@@ -217,3 +222,8 @@ def trained_tokens(progress: dict[str, Any]) -> int:
         return progress["consumed_tokens"]
     config = progress["config"]  # before they were counted, all steps had equally many
     return progress["step"] * config["training"]["global_batch_size"] * config["data"]["sequence_length"]
+
+
+def order_samples(progress: dict[str, Any]) -> int | None:
+    """Training samples whose order a checkpoint's run has drawn; None: it was saved before this was noted."""
+    return progress.get("data_fingerprint", {}).get("sampling", {}).get("num_samples")

@@ -156,9 +156,11 @@ class RunFolder:
         found = json_lines.last(self.metrics_file, 1, lambda record: isinstance(record.get("step"), int))
         return found[0]["step"] if found else 0
 
-    def incident_file(self, step: int) -> Path:
-        """The file for the report on a bad step."""
-        return self.incidents / f"step_{step:08d}.json"
+    def incident_file(self, step: int, sample: int) -> Path:
+        """The file for the report on a bad step, whose first sample tells it from the step's next try after a rollback.
+
+        A job that goes on from a checkpoint before it, and comes to it again, writes the same file."""
+        return self.incidents / f"step_{step:08d}_sample_{sample:010d}.json"
 
     def bad_steps(self) -> int:
         """Steps that the training loop did not accept."""

@@ -7,6 +7,7 @@ have arrived, and what the place knew of them: what has not changed since is not
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Collection
@@ -150,6 +151,19 @@ def read_manifest(place: Place) -> Index:
         return read_index(checkpoints.MANIFEST, text)
     except ValueError as error:
         raise UserError(f"{place.url}: {error}") from error
+
+
+def read_progress(url: str) -> dict[str, Any]:
+    """The record of its run of the checkpoint that a URL means (see `find_checkpoint`).
+
+    Raises:
+        UserError: there is none, or its record is damaged or a newer program's.
+    """
+    place = find_checkpoint(url)
+    text, entry = place.read_text(checkpoints.PROGRESS), read_manifest(place).files.get(checkpoints.PROGRESS)
+    if text is None or entry is None or hashlib.sha256(text.encode()).hexdigest() != entry.sha256:
+        raise UserError(f"{place.url}/{checkpoints.PROGRESS} is damaged, its SHA-256 is not the manifest's")
+    return checkpoints.parse_progress(text, place.url)
 
 
 def find_checkpoint(url: str) -> Place:

@@ -18,6 +18,7 @@ from plt_megatron.config.data_stages import stage_samples
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.length_schedule import LengthSchedule
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.upload_rules import is_url
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.mix import (
     consumed_epochs,
@@ -32,6 +33,8 @@ from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model.loop_context import document_lengths
 from plt_megatron.model.looped_gpt import MicroBatch
+from plt_megatron.run_folder.checkpoints import candidates, order_samples
+from plt_megatron.storage.copies import read_progress as read_uploaded_progress
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 
@@ -51,7 +54,7 @@ class RunData:
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         self.vocab_size = _vocab_size(config, self.tokenizer)
         _, validation, test = required_samples(config)
-        self._samples = on_rank_0(lambda: training_samples(config))
+        self._samples = on_rank_0(lambda: _samples_of_upload(config) or training_samples(config))
         built = build_datasets(
             config.data,
             num_samples=(self._samples, validation, test),
@@ -165,6 +168,20 @@ def in_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tens
         rows["document_starts"] = rows["document_starts"].clone()
         rows["document_starts"][:, 0] = True
     return rows
+
+
+def _samples_of_upload(config: RunConfig) -> int | None:
+    """`training_samples` by a checkpoint that the run is still to fetch."""
+    settings, training = config.checkpoint, config.training
+    if training.train_tokens is None or config.data.order_samples is not None:
+        return None
+    if settings.load is None or settings.weights_only or not is_url(settings.load):
+        return None
+    if settings.enabled and candidates(derived.run_folder(config)):
+        return None  # the run has checkpoints of its own
+    progress = read_uploaded_progress(settings.load)
+    same = progress["config"]["training"].get("train_tokens") == training.train_tokens
+    return order_samples(progress) if same else None
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

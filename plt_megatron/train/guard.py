@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from plt_megatron.config.schema import TrainingConfig
 from plt_megatron.train.engine import finite_step
@@ -16,48 +16,81 @@ from plt_megatron.train.engine import finite_step
 _PER_STEPS = 1000  # max_skipped_steps is also a rate
 
 
+class StepKind(NamedTuple):
+    """What a run's schedules give a step: losses of other kinds say nothing about its own.
+
+    Attributes:
+        first_stage, last_stage: of `data.stages`, those of the step's first and last sample.
+        sequence_length: of its rows.
+        loop_count: its loops.
+        global_batch_size: in samples. Losses of smaller batches scatter more, and are a measure of larger ones.
+    """
+
+    first_stage: int = 0
+    last_stage: int = 0
+    sequence_length: int = 0
+    loop_count: int = 0
+    global_batch_size: int = 0
+
+    def can_be_judged_by(self, other: StepKind) -> bool:
+        """Whether losses of steps of another kind are a measure of this one's."""
+        return self[:-1] == other[:-1] and self.global_batch_size >= other.global_batch_size
+
+
 class StepGuard:
     """Judges steps and counts those that were not accepted.
 
     Attributes:
+        kind: of the step to be judged.
         problem: what was wrong with the last judged step, as text; None if nothing.
         action: what to do about it: `fail`, `skip` or `rollback`.
+        too_many: whether so many were not accepted that the run is to end.
     """
 
     def __init__(self, training: TrainingConfig) -> None:
         self._training = training
-        self._losses: deque[float] = deque(maxlen=training.spike_window)
+        self._recent: deque[tuple[StepKind, float]] = deque(maxlen=training.spike_window)  # accepted losses
         self._skipped: deque[int] = deque(maxlen=training.max_skipped_steps + 1)
         self._step = 0
         self._in_a_row = 0
+        self.kind = StepKind()
         self.problem: str | None = None
         self.action = "skip"
+        self.too_many = False
 
     def accept(self, loss: float, grad_norm: float) -> bool:
         """Whether the weights may be updated with this step's gradients. One call per step."""
         self._step += 1
         self.problem = self._judge(loss, grad_norm)
         if self.problem is None:
-            self._losses.append(loss)
+            self._recent.append((self.kind, loss))
             self._in_a_row = 0
             return True
         self._in_a_row += 1
         self._skipped.append(self._step)
-        if self._too_many():
+        self.too_many = self._too_many()
+        if self.too_many:
             self.action = "fail"
         return False
+
+    def _losses(self) -> list[float]:
+        """The recent accepted ones that a step like this is measured by."""
+        return [loss for kind, loss in self._recent if self.kind.can_be_judged_by(kind)]
 
     def _judge(self, loss: float, grad_norm: float) -> str | None:
         if not finite_step(loss, grad_norm):
             self.action = self._training.on_nonfinite
             return f"not finite: loss {loss}, gradient norm {grad_norm}"
-        if self._training.on_spike == "ignore" or len(self._losses) < max(2, self._training.spike_window // 4):
+        if self._training.on_spike == "ignore":
             return None
-        mean, deviation = statistics.fmean(self._losses), statistics.stdev(self._losses)
+        losses = self._losses()
+        if len(losses) < max(2, self._training.spike_window // 4):
+            return None
+        mean, deviation = statistics.fmean(losses), statistics.stdev(losses)
         if loss <= mean + self._training.spike_threshold * max(deviation, 1e-6 * abs(mean)):
             return None
         self.action = self._training.on_spike
-        return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(self._losses)} steps"
+        return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(losses)} steps like it"
 
     def _too_many(self) -> bool:
         limit = self._training.max_skipped_steps
@@ -65,21 +98,22 @@ class StepGuard:
         return self._in_a_row > limit or recent > limit
 
     def statistics(self) -> dict[str, Any]:
-        """The recent accepted losses, for a report."""
-        if not self._losses:
+        """The recent accepted losses that the last step was measured by, for a report."""
+        losses = self._losses()
+        if not losses:
             return {"steps": 0}
         return {
-            "steps": len(self._losses),
-            "mean": statistics.fmean(self._losses),
-            "min": min(self._losses),
-            "max": max(self._losses),
+            "steps": len(losses),
+            "mean": statistics.fmean(losses),
+            "min": min(losses),
+            "max": max(losses),
             "skipped_in_a_row": self._in_a_row,
         }
 
     def state(self) -> dict[str, Any]:
         """The state for a resumed run."""
         return {
-            "losses": list(self._losses),
+            "recent": [[list(kind), loss] for kind, loss in self._recent],
             "skipped": list(self._skipped),
             "step": self._step,
             "in_a_row": self._in_a_row,
@@ -87,6 +121,17 @@ class StepGuard:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self._losses.extend(state["losses"])
+        self.restore_losses(state)
         self._skipped.extend(state["skipped"])
         self._step, self._in_a_row = state["step"], state["in_a_row"]
+
+    def restore_losses(self, state: dict[str, Any]) -> None:
+        """Of what `state` returned, the losses alone: the count of steps that were not accepted stays."""
+        self._recent.clear()
+        # Checkpoints once had losses without their kinds.
+        self._recent.extend((StepKind(*kind), loss) for kind, loss in state.get("recent", []))
+
+    def forgive(self) -> None:
+        """Count steps that are not accepted anew."""
+        self._skipped.clear()
+        self._in_a_row = 0

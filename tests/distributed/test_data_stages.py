@@ -13,7 +13,7 @@ from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.schedule_jobs import as_after_step, train_and_tell
-from tests.distributed.training_jobs import make_data, run_config
+from tests.distributed.training_jobs import make_data, run_config, train_with_other_loss
 from tests.distributed.whole_runs import folder, numbers
 
 SLOW = pytest.mark.slow
@@ -81,6 +81,14 @@ def test_resumed_anywhere_a_run_reads_on_in_order(whole, tmp_path, run_distribut
     for one, other in zip(numbers(config), numbers(whole), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert one.get("source_epochs") == other.get("source_epochs")
+
+
+def test_a_stage_is_no_spike(data, tmp_path, run_distributed):
+    """Losses of the second stage, which the fourth step begins in, are far higher than those of the first."""
+    guard = {"on_spike": "rollback", "spike_window": 4, "max_skipped_steps": 2}
+    config = staged("harder", tmp_path, data, training=guard)
+    assert run_distributed(train_with_other_loss, 1, config, first_sample=8) is True
+    assert RunFolder.of(config).bad_steps() == 0
 
 
 @SLOW

@@ -77,7 +77,10 @@ def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run
     for config in (megatron, ours):
         assert run_deepspeed(train_with_bad_step, 2, config, bad_step=4) is True
         (report,) = (folder(config) / "incidents").glob("step_*.json")
-        assert report.name == "step_00000004.json" and json.loads(report.read_text())["action"] == "rollback"
+        assert (
+            report.name == "step_00000004_sample_0000000024.json"
+            and json.loads(report.read_text())["action"] == "rollback"
+        )
         assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
     for one, other in zip(numbers(ours), numbers(megatron), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)

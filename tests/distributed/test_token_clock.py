@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.run_folder.status import read_run_status
+from tests.distributed.schedule_jobs import train_and_tell
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
 
@@ -71,6 +73,15 @@ def test_with_another_batch_a_run_takes_the_tokens_it_was_given(
     assert all(one["lr"] > other["lr"] for one, other in zip(ours[3:], ours[4:], strict=False))
     assert ours[-1]["source_epochs"] == undisturbed[-1]["source_epochs"]
     assert read_run_status(folder(config)).checkpoint == ours[-1]["step"]
+
+
+def test_of_an_uploaded_checkpoint_it_reads_on_in_the_order_too(whole, tmp_path, run_distributed):
+    """Ten samples a step, of which a run of its own would draw 40 in all, not 48."""
+    load = {"load": f"file://{folder(whole)}/checkpoints/step_00000004"}
+    config = token_config("elsewhere", tmp_path, whole.data, training={"global_batch_size": 10}, checkpoint=load)
+    assert derived.order_samples(config) == 40
+    done = run_distributed(train_and_tell, 1, config)
+    assert done.result is True and done.steps == [list(range(32, 42))]
 
 
 def test_after_a_change_of_batch_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, run_distributed):

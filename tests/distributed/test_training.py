@@ -210,8 +210,26 @@ def test_a_rollback_goes_back_in_weights_and_on_in_data(finished, data, tmp_path
     assert trained[:2] == undisturbed[:2]
     assert all(one["loss"] != other["loss"] for one, other in zip(trained[2:], undisturbed[2:], strict=True))
     (report,) = (folder(config) / "incidents").glob("step_*.json")
-    assert report.name == "step_00000004.json" and json.loads(report.read_text())["action"] == "rollback"
+    assert report.name == "step_00000004_sample_0000000024.json"
+    assert json.loads(report.read_text()).items() >= {"action": "rollback", "first_sample": 24}.items()
     assert read_progress(folder(config))["consumed_samples"] == 8 * (6 + 2)
+
+
+def test_a_step_that_stays_bad_has_a_report_of_each_try_and_ends_the_run(data, tmp_path, run_distributed):
+    """Step 4, back to step 2 twice. Started again it ends again, unless somebody has changed something."""
+    settings = {"on_nonfinite": "rollback", "max_skipped_steps": 2}
+    config = run_config("stuck", tmp_path, data, training=settings, validation={"interval": 0})
+    run, tries = RunFolder.of(config), [f"step_00000004_sample_{sample:010d}.json" for sample in (24, 40, 56)]
+    for bad_steps in ((4, 6, 8), (2,)):
+        message = run_distributed(train_with_bad_step, 1, config, bad_step=bad_steps)
+        assert isinstance(message, str) and "step 4: not finite" in message
+        assert all(name in message for name in ("training.max_skipped_steps 2", "counts anew", str(run.checkpoints)))
+        reports = sorted(run.incidents.iterdir())
+        assert [path.name for path in reports] == tries and run.bad_steps() == 3
+        assert [json.loads(path.read_text())["action"] for path in reports] == ["rollback", "rollback", "fail"]
+    config.training.spike_threshold = 9.0
+    assert run_distributed(train_with_bad_step, 1, config, bad_step=2) is True
+    assert json.loads((run.incidents / tries[-1]).read_text())["action"] == "rollback"
 
 
 def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distributed):

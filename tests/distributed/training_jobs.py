@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,18 @@ def run_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) ->
     return RunConfig(name=name, output_dir=str(output_dir), data=data, **sections)
 
 
-def train_with_bad_step(config: RunConfig, bad_step: int) -> bool | str:
-    """As `train`; the `bad_step`-th step run has a loss that is no number."""
+def train_with_bad_step(config: RunConfig, bad_step: int | Sequence[int]) -> bool | str:
+    """As `train`; the `bad_step`-th step run, or each of those, has a loss that is no number."""
     return train(config, bad_step)
+
+
+def train_with_other_loss(config: RunConfig, first_sample: int) -> bool | str:
+    """As `train`, with losses about 2, and about 9 from the step on that begins with this sample."""
+
+    def loss(trainer: Any, _: float) -> float:
+        return (9.0 if trainer.clock.samples >= first_sample else 2.0) + 0.01 * (trainer.clock.step % 3)
+
+    return train(config, judged=loss)
 
 
 def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
@@ -90,8 +99,11 @@ def train_beside_an_export(config: RunConfig, ends: bool) -> bool | str:
         exports.BesideProcess = own  # type: ignore
 
 
-def train(config: RunConfig, bad_step: int = 0) -> bool | str:
-    """Run a trainer to its end on this rank: whether it finished, or the message it failed with."""
+def train(
+    config: RunConfig, bad_step: int | Sequence[int] = 0, judged: Callable[[Any, float], float] | None = None
+) -> bool | str:
+    """Run a trainer to its end on this rank: whether it finished, or the message it failed with. `judged`: the loss
+    that the guard is told, by the trainer and the step's own."""
     from megatron.core import parallel_state
 
     from plt_megatron.runtime.process_groups import init_process_groups
@@ -102,7 +114,12 @@ def train(config: RunConfig, bad_step: int = 0) -> bool | str:
     trainer = Trainer(config)
     (guard,) = [callback.guard for callback in trainer.callbacks if callback.name == "guard"]  # type: ignore
     accept, calls = guard.accept, itertools.count(1)
-    guard.accept = lambda loss, norm: accept(math.nan if next(calls) == bad_step else loss, norm)
+    bad = [bad_step] if isinstance(bad_step, int) else bad_step
+
+    def told(loss: float) -> float:
+        return math.nan if next(calls) in bad else judged(trainer, loss) if judged else loss
+
+    guard.accept = lambda loss, norm: accept(told(loss), norm)
     try:
         return trainer.run()
     except TrainingFailed as error:

@@ -31,6 +31,7 @@ class Exports(Callback):
         self._process: BesideProcess | None = None
         self._checkpoint = Path()  # that the process is for
         self._evaluates = False  # it exports first
+        self._rolled_back_to: int | None = None
 
     def on_start(self) -> None:
         """Go on with what an earlier job has left."""
@@ -38,8 +39,13 @@ class Exports(Callback):
             self._start_next()
 
     def on_save(self, checkpoint: Path) -> None:
-        """Queue the checkpoint if its step is due."""
-        if self._works and self.run.is_due(self._interval, step_of(checkpoint)):
+        """Queue the checkpoint if its step is due. The one that a rollback goes back to is saved again, unchanged."""
+        step = step_of(checkpoint)
+        if not self._works or not self.run.is_due(self._interval, step):
+            return
+        run = self.run.folder
+        known = any((folder / checkpoint.name).is_dir() for folder in (run.exporting, run.exports))
+        if step != self._rolled_back_to or not known:
             self._queue(checkpoint)
             self._start_next()
 
@@ -49,10 +55,17 @@ class Exports(Callback):
             self._advance()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """What waits belongs to a course of training that is given up."""
-        if self._works:
+        """What waits of later steps belongs to a course of training that is given up."""
+        if not self._works:
+            return
+        step = self._rolled_back_to = self.run.clock.step
+        if self._process is not None and step_of(self._checkpoint) > step:
             self._cancel()
-            shutil.rmtree(self.run.folder.exporting, ignore_errors=True)
+        for waiting in checkpoint_folders(self.run.folder.exporting):
+            if step_of(waiting) > step:
+                shutil.rmtree(waiting, ignore_errors=True)
+                waiting.with_suffix(".log").unlink(missing_ok=True)
+        self._start_next()
 
     def is_working(self) -> bool:
         """Whether an export is under way."""

@@ -3,57 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from plt_megatron.config.data_stages import stage_of_sample
+from plt_megatron.config.schema import RunConfig
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.train.callbacks.base import Callback, Run, Step, TrainingFailed
 from plt_megatron.train.engine import StepResult
-from plt_megatron.train.guard import StepGuard
+from plt_megatron.train.guard import StepGuard, StepKind
 
 
 class Incidents(Callback):
     """Acts on what `guard` finds."""
 
     name = "guard"
+    _current: Step
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.guard = StepGuard(run.config.training)
+        self._settings = _digest_of_settings(run.config)
+        self._first_sample = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The guard's."""
-        return self.guard.state()
+        return self.guard.state() | {"settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The guard's."""
+        """The guard's. In a run of other settings bad steps are counted anew: somebody has seen to what made them."""
         self.guard.restore(state)
+        if state.get("settings") != self._settings:
+            self.guard.forgive()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
         """The guard remembers the bad step: too many of them end the run."""
+        self.guard.restore_losses(state)
+
+    def before_step(self, step: Step) -> None:
+        """Note which samples it has."""
+        self._first_sample = self.run.clock.samples
+        self._current = step
 
     def accept(self, loss: float, grad_norm: float) -> bool:
         """The guard's verdict."""
+        step, data = self._current, self.run.config.data
+        ends = self._first_sample, self._first_sample + step.global_batch_size - 1
+        first, last = (stage_of_sample(data, sample) for sample in ends)
+        self.guard.kind = StepKind(first, last, step.sequence_length, step.loop_count, step.global_batch_size)
         return self.guard.accept(loss, grad_norm)
 
     def on_rejected(self, step: Step, result: StepResult) -> bool:
         """Report the step, then skip it, roll back or end the run."""
         action, problem = self.guard.action, self.guard.problem
-        report = {"step": step.number, "problem": problem, "action": action, **dataclasses.asdict(result)}
+        report = {"step": step.number, "first_sample": self._first_sample, "problem": problem, "action": action}
+        report |= dataclasses.asdict(result)
         report["recent_losses"] = self.guard.statistics()
         report["microbatches"] = self._describe_microbatches(step)
         if self.run.is_first_rank:
-            path = self.run.folder.incident_file(step.number)
+            path = self.run.folder.incident_file(step.number, self._first_sample)
             write_json(path, _jsonable(report))
             self.run.say(f"step {step.number}: {problem}; {action}; see {path}")
         if action == "rollback":
             self.run.roll_back()
         elif action == "fail":
-            raise TrainingFailed(f"step {step.number}: {problem}. {self.run.what_is_saved()}")
+            raise TrainingFailed(f"step {step.number}: {problem}{self._why_it_ends()}. {self.run.what_is_saved()}")
         return action == "rollback"
+
+    def _why_it_ends(self) -> str:
+        if not self.guard.too_many:
+            return ""
+        return (
+            f"; more steps than training.max_skipped_steps {self.run.config.training.max_skipped_steps} were not "
+            f"accepted, see {self.run.folder.incidents}: change what makes them bad, or training.on_spike, "
+            "training.spike_threshold or training.max_skipped_steps, and start the run again: it then counts anew"
+        )
 
     def _describe_microbatches(self, step: Step) -> list[dict[str, Any]]:
         """Loss and documents of each of the step's microbatches, on all data-parallel ranks. Collective."""
@@ -70,6 +99,12 @@ class Incidents(Callback):
         rows: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(rows, own)
         return [row for part in rows for row in part]
+
+
+def _digest_of_settings(config: RunConfig) -> str:
+    """Of what losses and their judgement follow from. A run's name, layout, checkpoints and logs are not."""
+    parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.training, config.optimizer)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _jsonable(value: Any) -> Any:

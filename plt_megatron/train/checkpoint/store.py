@@ -88,6 +88,8 @@ class CheckpointStore:
         progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
         check_data(source, progress, self.data_fingerprint, self.config)
         self._say(f"resuming from {source}, step {progress['step']}")
+        if progress.get("data_fingerprint") != self.data_fingerprint:
+            self._say("warning: its samples came from other data or in another order: some may come twice, some never")
         return progress
 
     def _other(self, load: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from plt_megatron.commands import train
@@ -41,6 +43,13 @@ def test_a_branch_is_the_run_of_its_length_from_the_trunks_checkpoint(trunk):
     assert config.data.order_samples == 400, "the samples come in the trunk's order"
     assert config.logging.log_interval == 1 and config.model == trunk.config().model
     assert not [problem for problem in find_problems(config, check_files=False) if "order" in problem]
+
+
+def test_the_order_is_the_one_that_the_trunk_has_drawn(trunk):
+    """It may have begun with another batch, of which as many tokens are other samples."""
+    drawn = {"format": 1, "data_fingerprint": {"sampling": {"seed": 1234, "num_samples": 403}}}
+    (trunk.checkpoints / "step_00000036" / "progress.json").write_text(json.dumps(drawn))
+    assert branch_config(f"{trunk.path}@36", []).data.order_samples == 403
 
 
 @pytest.mark.parametrize(

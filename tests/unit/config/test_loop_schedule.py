@@ -125,12 +125,15 @@ GROWING = {
         ([], {"loop_loss_weights": [0.5, 0.5]}, "loop_loss_weights has 2 weights, but 1 of model.loop_count 2"),
         ([], {"loop_loss_weights": [-0.5]}, "training.loop_loss_weights[0] must be at least 0, got -0.5"),
         ([ONE, TWO], {"fp8": "hybrid"}, "training.fp8 hybrid does not run with training.loop_schedule yet: set"),
-        ([ONE, TWO], {"on_spike": "skip"}, "training.on_spike skip with training.loop_schedule: losses of other"),
     ],
 )
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
     (problem,) = find_problems(run(stages, **changes), check_files=False)
     assert expected in problem
+
+
+def test_spikes_may_be_looked_for_since_each_loop_count_has_losses_of_its_own():
+    assert find_problems(run([ONE, TWO], on_spike="rollback"), check_files=False) == []
 
 
 def test_the_steps_of_a_stage_are_those_that_begin_in_it():

@@ -145,14 +145,49 @@ def test_a_step_that_is_trained_again_is_exported_again(run):
     assert exported(run)["step_00000008"] == "second"
 
 
-def test_what_is_rolled_back_is_not_exported(run):
+def test_a_rollback_voids_the_exports_of_later_steps_alone(run):
+    """Back to step 8, while the export of step 4 is under way and those of steps 8 and 10 wait."""
     callback = exports.Exports(run)
-    callback.on_save(save(run, 4))
+    for step in (4, 8, 10):
+        callback.on_save(save(run, step))
+    run.clock.step = 8
+    callback.on_rollback({})
+    callback.on_save(save(run, 8, "saved again"))
+    let_go(run)
+    finish(callback)
+    assert exported(run) == {"step_00000004": "of 4", "step_00000008": "of 8"}
+    assert len(run.commands) == 2, "neither was begun anew"
+    callback.on_save(save(run, 10, "other course"))
+    finish(callback)
+    assert exported(run)["step_00000010"] == "other course"
+
+
+def test_an_export_of_a_step_that_is_given_up_is_ended_and_the_step_exported_again(run):
+    callback = exports.Exports(run)
+    callback.on_save(save(run, 8, "first"))
+    run.clock.step = 4
+    callback.on_rollback({})
+    let_go(run)
+    finish(callback)
+    assert exported(run) == {} and not list(run.folder.exporting.iterdir())
+    callback.on_save(save(run, 8, "second"))
+    finish(callback)
+    assert exported(run) == {"step_00000008": "second"}
+
+
+def test_an_evaluation_outlives_a_rollback_to_a_later_step(run):
+    run.config.evaluation = EvaluationConfig(tasks=["choice"])
+    callback = exports.Exports(run)
+    checkpoint = save(run, 4, "lucky")
+    (checkpoint / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
+    (checkpoint / "progress.json").write_text(json.dumps({"format": 1, "step": 4, "consumed_tokens": 36}))
+    callback.on_save(checkpoint)
+    run.clock.step = 6
     callback.on_rollback({})
     let_go(run)
     run.clock.step = 10
     finish(callback)
-    assert exported(run) == {} and not run.folder.exporting.exists()
+    assert run.records == [{"kind": "evaluation", "step": 4, "tokens": 36, "scores": {"choice/acc": 0.5}}]
 
 
 def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
