@@ -20,12 +20,24 @@ PAGES = {
     "configs/README.md": "configuration.md",
     "results/README.md": "results.md",
     "serving/README.md": "serving.md",
-    "results/paper_ablation/README.md": "paper_ablation.md",
-    "results/from_public_model/README.md": "from_public_model.md",
-    "results/paper_ablation/report/index.html": "paper_ablation_report.html",
 }
-_REPOSITORY_PATHS = {site: path for path, site in PAGES.items()}
 _LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#\s]+)(#[^)\s]+)?\)")
+_WITH_PAGES = (".png", ".html")  # published where a page of results links to them
+
+
+def _resolve(page: str, target: str) -> str:
+    """The file of the repository that a page links to; of a sweep's report the HTML."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+    html = path.removesuffix("report.md") + "index.html"
+    return html if path.endswith("/report/report.md") and (ROOT / html).is_file() else path
+
+
+for _readme in sorted(ROOT.glob("results/*/README.md")):
+    _page = _readme.relative_to(ROOT).as_posix()
+    PAGES[_page] = f"results_{_readme.parent.name}.md"
+    _linked = (_resolve(_page, link[2]) for link in _LINK.finditer(_readme.read_text(encoding="utf-8")))
+    PAGES |= {path: path for path in _linked if path.endswith(_WITH_PAGES) and (ROOT / path).is_file()}
+_REPOSITORY_PATHS = {site: path for path, site in PAGES.items()}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -37,13 +49,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links between files of the repository into links between pages; a link to any other file becomes text."""
-    folder = posixpath.dirname(_REPOSITORY_PATHS.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
+    own = _REPOSITORY_PATHS.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def replace(link: re.Match[str]) -> str:
         text, target, anchor = link[1], link[2], link[3] or ""
         if "://" in target:
             return link[0]
-        path = posixpath.normpath(posixpath.join(folder, target))
+        path = _resolve(own, target)
         page_path = PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         return f"[{text}]({page_path}{anchor})" if page_path else text
 

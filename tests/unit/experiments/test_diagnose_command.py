@@ -190,8 +190,10 @@ def test_csv_and_json_hold_the_same_numbers(done):
             assert float(row[key]) == number
 
 
-def test_the_page_has_the_jsons_numbers_and_fetches_nothing(done):
+def test_the_page_has_the_jsons_numbers_and_fetches_nothing(place, done):
     page, found = (done.folder / "index.html").read_text(encoding="utf-8"), read(done.folder)
+    step = int(done.folder.name.removeprefix("step_"))
+    assert f"<title>Diagnostics of {place.run.name}, step {step}</title>" in page
     text = html.unescape(page)
     assert found["decision"]["answer"] in text
     losses = page[page.index('<table id="losses">') : page.index("</table>")]

@@ -38,6 +38,19 @@ def test_every_page_is_found_by_the_search(site):
     assert {f"{name}.html" for name in pages | {"index", "configuration", "results", "contributing"}} <= found
 
 
+def test_results_are_pages_with_their_figures_and_reports(site):
+    """What a page of results links to is there; what no page publishes, such as a configuration, is text."""
+    names = sorted(path.parent.name for path in ROOT.glob("results/*/README.md"))
+    overview = (site / "results.html").read_text(encoding="utf-8")
+    assert len(names) > 5 and all(f'href="results_{name}.html"' in overview for name in names)
+    for name in names:
+        page = (site / f"results_{name}.html").read_text(encoding="utf-8")
+        for target in re.findall(r'(?:src|href)="(results/[^"#]+)"', page):
+            assert (site / target).is_file(), target
+    ablation = (site / "results_recommended_ablation.html").read_text(encoding="utf-8")
+    assert "results/recommended_ablation/report/index.html" in ablation and "report/loss_tokens.png" in ablation
+
+
 def test_nothing_is_loaded_from_elsewhere(site):
     loaded = re.compile(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'\s>]+)")
     for page in site.glob("*.html"):

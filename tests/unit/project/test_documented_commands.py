@@ -1,7 +1,7 @@
 """Every command in a fenced block of README and docs runs, in order, in a folder of a newcomer with a small corpus.
 
-A page is read for its blocks of `bash`, and of no language, whose lines begin with a command; its prose is free. README's
-blocks of `python` run after its commands.
+A page is read for its blocks of `bash`, and of no language, whose lines begin with a command; its prose is free.
+README's block of `python` runs after them.
 """
 
 from __future__ import annotations
@@ -239,15 +239,19 @@ IN_A_CLONE = [
     (r"^make venv.*", f"touch -d @0 pyproject.toml tools/make_venv.sh; ln -s {ROOT}/.venv .venv", "downloads 3 GB"),
     (r"^plt-doctor.*", "", "takes ten seconds; test_doctor.py runs it"),
     (r"^pip install.*", "", "installs from the network; test_wheel.py installs"),
-    (r"^make demo", "sed -i 's/480_000/8_192/' configs/runs/plt2_demo.yaml; make demo", "trains for minutes"),
+    (
+        r"^make demo",
+        "sed -i 's/480_000/8_192/; s/iters: 20/iters: 2/' configs/runs/plt2_demo.yaml; make demo",
+        "trains for minutes",
+    ),
     (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
 ]
 
 
 @pytest.mark.slow
 def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
-    """Clone, demo, own text, longer runs, export, sample, scores: README's own lines in one shell that stops at the first
-    that fails. The task is that of docs/evaluation.md. (Serving takes vLLM's environment: serving/tests.)"""
+    """Clone, demo, own text, longer runs, export, sample, scores: README's own lines in one shell that stops where one
+    fails. The task is that of docs/evaluation.md. (Serving takes vLLM's environment: serving/tests.)"""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     until, rest = text.split("## On a Slurm cluster")[0], text.split("## To Hugging Face and back")[1]
     blocks = re.findall(r"^```bash\n(.*?)^```$", until + rest.split("\n## ")[0], re.MULTILINE | re.DOTALL)

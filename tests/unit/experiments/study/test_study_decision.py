@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from plt_megatron.experiments.study.decision import Candidate, Target, contrast, decide, headline
+from plt_megatron.experiments.study.figures import is_flat
 from plt_megatron.experiments.study.law import LawFit, fit_law
 from plt_megatron.experiments.study.synthetic import Luck, PlantedLaw, synthetic_study
 
@@ -86,6 +87,12 @@ def test_latency_is_where_plt_pays_and_the_naive_loop_does_not():
 def test_without_measured_speed_there_is_no_frontier_of_step_time():
     questions = [f.question for f in decide(fit(), candidates(seconds=None), TARGET)]
     assert questions == ["decoding latency", "memory", "training FLOPs"]
+
+
+def test_a_frontier_that_says_nothing_is_known_as_flat():
+    """Where every shape is within the limit all along the axis, the budget's best is the answer everywhere."""
+    found = {f.question: f for f in decide(fit(), candidates(), dataclasses.replace(TARGET, memory=1e12))}
+    assert [question for question, frontier in found.items() if is_flat(frontier)] == ["memory"]
 
 
 def test_what_is_not_decided_says_so_and_what_nobody_pays_for_is():
