@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import select
 import sys
@@ -10,7 +12,12 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 128 + 2
 EXIT_BROKEN_PIPE = 128 + 13
+_ADVICE = {
+    errno.EMFILE: "too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many open files on this machine",
+}
 
 
 class UserError(ValueError):
@@ -26,23 +33,97 @@ def import_optional(module: str, purpose: str, extra: str) -> Any:
         raise UserError(f"{purpose} needs the package {package}: pip install 'plt-megatron[{extra}]'") from error
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run a command's `main`; each line of a `UserError` becomes an `error:` line on stderr, exit status 2.
+def run_command(main: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a command's `main`; returns its exit status.
 
-    A command whose reader has left, as `head` does, ends as one that SIGPIPE has killed.
+    Each line of a `UserError` becomes an `error:` line on stderr, status 2, and so does an error of the operating
+    system: no space, no permission, no such folder. Ctrl-C is the line `interrupted`, status 130. A command whose
+    reader has left, as `head` does, ends as one that SIGPIPE has killed.
     """
+    prepare_streams()
     try:
+        _check_current_folder()
         status = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
     except UserError as error:
         print_error(error)
         return EXIT_USER_ERROR
-    except BrokenPipeError:
-        if not _lost_its_reader(sys.stdout):
+    except KeyboardInterrupt:
+        _say(interrupted)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _lost_its_reader(sys.stdout):
+            _drop_output()
+            return EXIT_BROKEN_PIPE
+        if _output_cannot_be_written():
+            _drop_output()
+            print_error(f"cannot write to the standard output: {error.strerror}")
+            return EXIT_USER_ERROR
+        if error.errno is None:  # not the operating system's
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return EXIT_BROKEN_PIPE
+        print_error(describe_os_error(error))
+        return EXIT_USER_ERROR
+    except ImportError as error:
+        if os.strerror(errno.EMFILE) not in str(error):
+            raise
+        print_error(_ADVICE[errno.EMFILE])
+        return EXIT_USER_ERROR
+
+
+def describe_os_error(error: OSError) -> str:
+    """In one line, with the file it is about."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    if error.filename2 is not None:
+        where = f"{error.filename} to {error.filename2}: "
+    return where + _ADVICE.get(error.errno or 0, error.strerror or str(error))
+
+
+def prepare_streams() -> None:
+    """Have the standard streams take whatever a command prints.
+
+    One that the caller has closed becomes /dev/null: else the next file that is opened would get its number. What its
+    encoding lacks is written as an escape.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)  # inheritable, as opposed to what `open` returns
+            if null != number:
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def go_on_without_readers() -> None:
+    """From now on what the standard streams cannot take is dropped: the reader has left, or the disk is full."""
+    prepare_streams()
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        stream.flush()
+        lossy = io.BufferedWriter(_Lossy(number, "wb", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(lossy, stream.encoding, "backslashreplace", line_buffering=True))
+
+
+class _Lossy(io.FileIO):
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder does not exist any more: go to another one (cd)") from None
 
 
 def _lost_its_reader(stream: TextIO) -> bool:
@@ -51,7 +132,32 @@ def _lost_its_reader(stream: TextIO) -> bool:
     return bool(poll.poll(0))
 
 
+def _output_cannot_be_written() -> bool:
+    """What was printed last is still in the buffer, so that writing it fails again. Without a buffer (python -u) only
+    another line tells."""
+    try:
+        if getattr(sys.stdout, "write_through", False):
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """For the flush at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_error(error: Exception | str) -> None:
     """The error on stderr, without a traceback."""
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        _say(f"error: {line}")
+
+
+def _say(line: str) -> None:
+    """On stderr, or nowhere if that is full or has lost its reader: the exit status says it too."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

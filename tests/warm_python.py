@@ -211,6 +211,7 @@ def run(request: dict[str, Any], executable: str) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.executable = executable
+    _open_streams()
     first, *arguments = request["arguments"]
     if first == "-m":
         sys.argv, sys.path[0] = arguments, request["folder"]
@@ -218,6 +219,14 @@ def run(request: dict[str, Any], executable: str) -> None:
     else:
         sys.argv, sys.path[0] = request["arguments"], str(Path(first).resolve().parent)
         runpy.run_path(first, run_name="__main__")
+
+
+def _open_streams() -> None:
+    """The interpreter's own, of the server's log, know what kind of file that is, and its encoding."""
+    encoding = os.environ.get("PYTHONIOENCODING") or "utf-8"
+    sys.stdin = open(0, encoding=encoding, closefd=False)
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = open(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)
 
 
 def _forget_exit_functions() -> None:

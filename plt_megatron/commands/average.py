@@ -14,11 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.commands import CommandParser
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
     parser.add_argument(
@@ -44,9 +45,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    from plt_megatron.hf.averaging import AverageOptions, average
+    from plt_megatron.hf.averaged_checkpoints import AverageOptions, find_checkpoints
 
-    result = average(AverageOptions(**vars(arguments)))
+    options = AverageOptions(**vars(arguments))
+    find_checkpoints(options)
+    from plt_megatron.hf.averaging import average
+
+    result = average(options)
     shares = ", ".join(f"{share:.4g}" for share in result.shares)
     print(f"{result.checkpoint}: {result.tensors} tensors in {result.precision}, of shares {shares}")
     print(f"start a run from it with checkpoint.load={result.output} checkpoint.weights_only=true")

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 AXES = ("width", "depth", "loops")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("config", help="a run's configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="what to vary (default: all)")

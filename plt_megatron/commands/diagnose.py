@@ -15,12 +15,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plt_megatron.data.formats import describe_formats
-from plt_megatron.errors import run_command
+from plt_megatron.commands import CommandParser
+from plt_megatron.data.formats import ReadOptions, describe_formats, open_inputs
+from plt_megatron.errors import UserError, run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="a run's folder, a checkpoint of any layout, or a Hugging Face folder"
     )
@@ -62,8 +63,16 @@ def _show_progress(done: int, total: int) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf import arguments as checks
     from plt_megatron.hf.command_line import prepare_imports
 
+    checks.check_model(arguments.model)
+    checks.check_file("--tokenizer", arguments.tokenizer)
+    if not Path(f"{arguments.data}.idx").is_file() and not arguments.data.endswith((".bin", ".idx")):
+        open_inputs([arguments.data], ReadOptions())
+    for name, least in (("max_tokens", 2), ("sequence_length", 2), ("seed", 0)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     prepare_imports()
     from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
 

@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, epilog="Exit status: 0 if this machine can train, else 1.")
+    parser = CommandParser(description=__doc__, epilog="Exit status: 0 if this machine can train, else 1.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _doctor(arguments))

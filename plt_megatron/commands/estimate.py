@@ -12,13 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to fix.",
     )
     parser.add_argument("path", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.commands import CommandParser
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0 evaluated, 2 something for you to fix.",
     )
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt-export")
@@ -32,6 +33,11 @@ def _names(text: str) -> list[str]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf import arguments as checks
+
+    checks.check_export(arguments.model)
+    checks.check_file("--include-path", arguments.include_path)
+    checks.check_device(arguments.device)
     from plt_megatron.hf.evaluation import evaluate
     from plt_megatron.run_folder.text import format_table
 

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.run_folder.text import format_bytes, plural
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
     parser.add_argument(
@@ -51,6 +51,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf import arguments as checks
+
+    checks.check_target(arguments.output)
+    checks.check_model(arguments.checkpoint)
+    checks.check_file("--tokenizer", arguments.tokenizer)
+    checks.parse_size(arguments.max_shard_size)
     from plt_megatron.hf.exporting import ExportOptions, export
 
     result = export(ExportOptions(**vars(arguments)))

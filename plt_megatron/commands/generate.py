@@ -9,12 +9,14 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Continue a text with an exported model.")
+def _parser() -> CommandParser:
+    parser = CommandParser(description="Continue a text with an exported model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that plt-export has written")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=100)
@@ -36,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from plt_megatron.hf.arguments import check_export
+    from plt_megatron.hf.command_line import prepare_imports
+
+    check_export(Path(arguments.model))
+    prepare_imports()
     from plt_megatron.hf.generation import generate
 
     text, seconds = generate(

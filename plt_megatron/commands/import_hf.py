@@ -13,14 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.config.presets import LOOP_PRESETS
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder.text import plural
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
     parser.add_argument(
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(arguments: argparse.Namespace) -> None:
     from plt_megatron.config import derived
+    from plt_megatron.hf import arguments as checks
+
+    checks.check_target(arguments.output)
+    if not (arguments.model / checks.CONFIG).is_file():
+        what = f"has no {checks.CONFIG}" if arguments.model.is_dir() else "no such folder"
+        raise UserError(f"{arguments.model}: {what}")
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model
 
     result = import_model(ImportOptions(**vars(arguments)))

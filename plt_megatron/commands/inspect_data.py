@@ -14,11 +14,12 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import UserError, run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a setting to change, as in data.sequence_length=512"
@@ -56,11 +57,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     validate(config)
+    quiet_imports(logging.WARNING)
     if arguments.html:
         from plt_megatron.experiments.data_page import check_page
 
         check_page(arguments.html)
-    quiet_imports(logging.WARNING)
     from plt_megatron.data.inspection import Inspector
     from plt_megatron.data.inspection_text import describe_batch, describe_duplicates
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
         epilog="Writes <output-prefix>.bin, .idx and a manifest. Run again after an interruption, the same command "
         "continues where it stopped.",
@@ -65,15 +67,19 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     )
 
 
+def _build_index(arguments: argparse.Namespace) -> None:
+    from plt_megatron.data.build_index import build_index
+    from plt_megatron.runtime.quiet_imports import quiet_imports
+
+    quiet_imports()
+    build_index(arguments.build_index, arguments.overrides)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.build_index:
-        from plt_megatron.data.build_index import build_index
-        from plt_megatron.runtime.quiet_imports import quiet_imports
-
-        quiet_imports()
-        return run_command(lambda: build_index(arguments.build_index, arguments.overrides))
+        return run_command(lambda: _build_index(arguments))
     needed = {
         "--input": arguments.input,
         "--output-prefix": arguments.output_prefix,
@@ -84,13 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.overrides:
         parser.error(f"unexpected argument {arguments.overrides[0]!r}")
     for name in ("workers", "shard_mb", "max_document_bytes"):
-        if getattr(arguments, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0")
-    try:
-        return run_command(lambda: _tokenize(arguments))
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues where this one stopped", file=sys.stderr)
-        return 130
+        if not 0 < getattr(arguments, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be a number above 0")
+    if not os.path.basename(arguments.output_prefix):
+        parser.error(f"--output-prefix {arguments.output_prefix} is a folder: name a file in it, without a suffix")
+    return run_command(lambda: _tokenize(arguments), "interrupted: the same command continues where this one stopped")
 
 
 if __name__ == "__main__":

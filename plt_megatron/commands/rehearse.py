@@ -11,13 +11,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import UserError, run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0 nothing found, 1 problems found, 2 something for you to fix.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")

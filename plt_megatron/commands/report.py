@@ -12,11 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP_DIR", help="a folder made by plt-sweep")
     parser.add_argument("--output", metavar="DIR", help="default: SWEEP_DIR/report")
     decode = parser.add_argument_group("decoding time")

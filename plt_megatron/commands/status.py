@@ -12,11 +12,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Show the state of runs, from Slurm and from their folders.")
+def _parser() -> CommandParser:
+    parser = CommandParser(description="Show the state of runs, from Slurm and from their folders.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of runs; default: all")
     parser.add_argument("--output-dir", default="runs", metavar="DIR", help="folder of all runs; default: runs")
     parser.add_argument("--json", action="store_true", help="one JSON object per run")

@@ -14,14 +14,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from plt_megatron.commands import sweep
+from plt_megatron.commands import CommandParser, sweep
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0 decided, the budget spent, or submitted; 1 a run failed, 2 something for you to fix, 75 "
         "stopped (the running runs saved their state).",
     )

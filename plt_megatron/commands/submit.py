@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.installation import ROOT
 from plt_megatron.run_folder.branches import add_branch_options
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from plt_megatron.slurm.submission import Options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description="Train a configuration on a Slurm cluster. Options override the cluster's profile.",
         epilog="See docs/slurm.md.",
     )

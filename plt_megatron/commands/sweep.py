@@ -16,17 +16,16 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from plt_megatron.commands import submit
+from plt_megatron.commands import CommandParser, submit
 from plt_megatron.errors import run_command
 
 if TYPE_CHECKING:
     from plt_megatron.slurm.submission import Options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Exit status: 0 done, 1 a run failed, 2 something for you to fix, 75 stopped (the running runs "
         "saved their state).",
     )

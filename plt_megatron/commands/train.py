@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shlex
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.layout import layout_of, num_microbatches
@@ -22,21 +24,26 @@ from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
-from plt_megatron.errors import UserError, run_command
+from plt_megatron.errors import UserError, go_on_without_readers, run_command
 from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
+from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.branches import add_branch_options, branch_config
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, trained_tokens
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
 from plt_megatron.slurm import run_files
 from plt_megatron.slurm.active import check_no_active_job
+from plt_megatron.storage.queue import UploadQueue
+
+_OPEN_FILES = 128  # of a process that trains; it has not been seen to need more
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description="Train a configuration on this machine.",
         epilog="The number of processes is tensor x pipeline x context x data parallel size. Unless set, the last is "
         "as large as this machine's GPUs allow; without a GPU it is 1.",
@@ -80,7 +87,10 @@ def _train(arguments: argparse.Namespace) -> int:
             f"{count} processes ({layout_of(config, count).in_words()}) need a GPU each, this machine has {gpus}: set "
             "smaller parallel sizes, or CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    folder = RunFolder.of(config)
+    _check_environment()
+    folder, start = RunFolder.of(config), resuming.find_start(config)
+    if start is not None:
+        _check_start(config, start)
     command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:
@@ -88,15 +98,72 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if count < gpus:
         print(f"using {count} of {gpus} GPUs: {layout_of(config, count).in_words()}", file=sys.stderr)
+    if start is not None and start.is_own and _has_nothing_to_do(config, start, folder):
+        print(_finished(config, start, folder))
+        return 0
+    _check_data(config, start)
     check_no_active_job(run_files.absolute_run_folder(config))
     with locked(folder.path, "training") as lock:
-        folder.save_config(config)
+        folder.try_config(config)
         env = os.environ | threads | {"PYTHONPATH": python_path()}
         if count > 1:
+            go_on_without_readers()  # as the processes do
             return run_processes(command, count, env=env)
         sys.stdout.flush()
         os.set_inheritable(lock.fileno(), True)  # held until the training ends
         os.execve(command[0], command, env)
+
+
+def _check_environment() -> None:
+    """Raise `UserError` in a process of another launcher, each of which would start the whole run, and where libraries
+    could not open their files."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < _OPEN_FILES:
+        raise UserError(f"at most {files} files may be open here, training needs {_OPEN_FILES}: ulimit -n 1024")
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UserError(
+            f"WORLD_SIZE={processes} is set, as a launcher of several processes does, but plt-train starts its own on "
+            "this machine: unset WORLD_SIZE, or have the launcher start python -m plt_megatron.train.main CONFIG.yaml"
+        )
+
+
+def _check_start(config: RunConfig, start: resuming.Start) -> None:
+    """Raise `UserError` if the checkpoint that the run would begin with does not fit its settings."""
+    resuming.check_model(start.path, start.progress, config, config.model.vocab_size)
+    if start.is_own or not config.checkpoint.weights_only:
+        allow_other = config.checkpoint.allow_other_schedule
+        resuming.check_schedule(start.path, start.progress, config, allow_other=allow_other)
+
+
+def _has_nothing_to_do(config: RunConfig, start: resuming.Start, folder: RunFolder) -> bool:
+    """Whether the last step is done, and no export or upload waits."""
+    waiting = checkpoint_folders(folder.exporting) or UploadQueue(folder).waiting()
+    return not waiting and resuming.is_finished(config, start.progress)
+
+
+def _finished(config: RunConfig, start: resuming.Start, folder: RunFolder) -> str:
+    step, tokens = start.progress["step"], trained_tokens(start.progress)
+    name = "train_iters" if config.training.train_iters is not None else "train_tokens"
+    return (
+        f"{folder.path} is finished: step {step:,} of {derived.last_step(config, step, tokens):,}\n"
+        f"a higher training.{name} trains it longer; name=NEW checkpoint.load={folder.path} "
+        "checkpoint.weights_only=true starts another run from its weights"
+    )
+
+
+def _check_data(config: RunConfig, start: resuming.Start | None) -> None:
+    """Raise `UserError` if the data is damaged, was made with another tokenizer, or is not what the run was trained
+    on."""
+    from plt_megatron.data.resuming import check_data, training_fingerprint
+    from plt_megatron.slurm.data_checks import data_problems, open_tokenizer
+
+    tokenizer, problems = open_tokenizer(config)
+    problems += data_problems(config, tokenizer)
+    if problems:
+        raise UserError("\n".join(problems))
+    if start is not None and (start.is_own or not config.checkpoint.weights_only):
+        check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
 
 
 def thread_settings(config: RunConfig, count: int) -> dict[str, str]:

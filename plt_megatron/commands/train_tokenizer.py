@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 
+from plt_megatron.commands import CommandParser
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
 from plt_megatron.errors import run_command
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         description=__doc__,
         epilog="Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
         "hostile strings that all encode identically.",
@@ -77,7 +78,13 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    for name, most in (("vocab_size", 10_000_000), ("max_sample_mb", 1 << 20), ("threads", 1024)):
+        if not 1 <= getattr(arguments, name) <= most:
+            parser.error(f"--{name.replace('_', '-')} must be from 1 to {most:,}, got {getattr(arguments, name)}")
+    if not 0.98 <= arguments.character_coverage <= 1:  # sentencepiece's own limits
+        parser.error(f"--character-coverage must be from 0.98 to 1, got {arguments.character_coverage:g}")
     return run_command(lambda: _train(arguments))
 
 

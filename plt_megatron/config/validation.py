@@ -35,6 +35,8 @@ from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
 from plt_megatron.errors import UserError
 
+_LONGEST_NAME = 255  # bytes, on the usual file systems
+
 
 def validate(
     config: RunConfig,
@@ -137,8 +139,11 @@ def _check_required(config: RunConfig) -> Iterator[str]:
         yield f"data.split {data.split} leaves nothing to train on"
     if data.tokenizer is None and config.model.vocab_size is None:
         yield "give data.tokenizer, or model.vocab_size if the tokenized data needs none"
-    if not config.name or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+    parts = Path(config.name).parts
+    if not config.name or Path(config.name).is_absolute() or ".." in parts or "\0" in config.name:
         yield f"name must be a folder name below output_dir, got {config.name!r}"
+    elif too_long := next((part for part in parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
+        yield f"name: {too_long[:20]}... has {len(os.fsencode(too_long))} bytes, a folder's has at most {_LONGEST_NAME}"
 
 
 # ---------------------------------------------------------------- settings that depend on one another
@@ -303,6 +308,9 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
 
 def _check_tokenizer(path: Path) -> Iterator[str]:
     """Whether the library that will encode with the file, or the folder's, can read it."""
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        yield f"data.tokenizer: the folder {path} holds neither tokenizer.model nor tokenizer.json"
+        return
     file = next((path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()), path)
     if not file.is_file():
         yield (
@@ -325,7 +333,7 @@ def _check_tokenizer(path: Path) -> Iterator[str]:
 
 
 def _check_writable(folder: Path, key: str) -> Iterator[str]:
-    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path())
+    existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path())
     if not existing.is_dir():
         yield f"{key}: the run folder {folder} cannot be created: {existing} is not a folder"
     elif not os.access(existing, os.W_OK | os.X_OK):

@@ -257,7 +257,10 @@ def build_datasets(
 
 
 def _index_failure(folder: Path, error: OSError) -> str:
-    return f"the sample index cannot be written: {error.filename or folder}: {error.strerror or error}"
+    where, why = Path(error.filename or folder), error.strerror or error
+    if where.is_relative_to(folder):
+        return f"the sample index cannot be written: {where}: {why}"
+    return f"the sample index cannot be built: {where} cannot be read: {why}"
 
 
 def _waiting_group(minutes: float) -> Any:

@@ -57,6 +57,8 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             raise UserError(f"{prefix}{suffix} not found: tokenize the data with plt-preprocess")
+        if not os.access(prefix + suffix, os.R_OK):
+            raise UserError(f"{prefix}{suffix} cannot be read: no permission")
     try:
         with open(prefix + ".idx", "rb") as file:
             magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)

@@ -6,6 +6,7 @@ vocabulary lacks fall back to bytes, so decoding restores every text exactly.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -19,7 +20,7 @@ from plt_megatron.data.formats import LEFT_OUT, Reader, ReadOptions, Span, open_
 from plt_megatron.data.hf_tokenizer import build_tokenizer_json, first_difference
 from plt_megatron.data.tokenizer import UNIGRAM_SCORE_STEP, load_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import publish, write_text
+from plt_megatron.run_folder.files import LOCK, locked, publish, write_text
 from plt_megatron.run_folder.text import format_bytes
 
 _SPAN = 1 << 20  # bytes read at one place of a file when sampling
@@ -70,23 +71,19 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
     if options.model_type not in _MODEL_TYPES:
         raise UserError(f"model type {options.model_type!r} is unknown: use {' or '.join(_MODEL_TYPES)}")
     _check_symbols((*options.control_symbols, *options.user_defined_symbols))
-    existing = Path(options.output_dir) / "tokenizer.model"
-    if existing.exists() and not options.overwrite:
-        raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
-    sample = Sample(open_inputs(options.inputs, options.read, options.format), options)
     folder = Path(options.output_dir)
-    temporary = folder / f".tokenizer.{os.getpid()}.model"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.touch()  # find an unwritable folder before the work
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
-        compared = _train_and_publish(sample, options, folder, temporary)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    _check_new(folder, options)
+    sample = Sample(open_inputs(options.inputs, options.read, options.format), options)
+    with _alone_in(folder):
+        _check_new(folder, options)  # another one may just have ended
+        temporary = folder / f".tokenizer.{os.getpid()}.model"
+        try:
+            temporary.touch()  # find an unwritable folder before the work
+            compared = _train_and_publish(sample, options, folder, temporary)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
     vocab_size = load_tokenizer(folder / "tokenizer.model").vocab_size
     return TrainingResult(
         folder / "tokenizer.model",
@@ -97,6 +94,25 @@ def train_tokenizer(options: TrainingOptions) -> TrainingResult:
         sample.bad_lines,
         compared,
     )
+
+
+def _check_new(folder: Path, options: TrainingOptions) -> None:
+    existing = folder / "tokenizer.model"
+    if existing.exists() and not options.overwrite:
+        raise UserError(f"{existing} exists: choose another --output or pass --overwrite")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder, which is created, and is gone again if nothing is written to it."""
+    is_new = not folder.exists()
+    with locked(folder, "training of a tokenizer"):
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _check_symbols(symbols: Sequence[str]) -> None:

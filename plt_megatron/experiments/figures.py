@@ -23,10 +23,14 @@ from plt_megatron.run_folder.files import replacing
 
 # Okabe and Ito's palette: told apart by color-blind readers and in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES = ("-", "--", "-.", ":")
+LINES: tuple[Any, ...] = (
+    *("-", "--", "-.", ":"),
+    *((0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2))),
+)
 MARKERS = "os^Dv<>pXP"
 TOKENS = "training tokens"
 _DPI = 150
+_SHORT, _ROW = 3, 0.085  # a legend's entries, and what a row of it takes of a plot's height
 _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
 
 
@@ -73,10 +77,19 @@ def over_tokens(axes: Axes) -> None:
 
 
 def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:
-    """Add a legend if any curve has a label. `beside`: to the right of the plot, not on it."""
-    if axes.get_legend_handles_labels()[0]:
-        where: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {}
-        axes.legend(frameon=False, fontsize=size, **where)
+    """Add a legend if any curve has a label: where it covers least, or a long one on room made above the curves.
+    `beside`: to the right of the plot, not on it."""
+    count = len(axes.get_legend_handles_labels()[0])
+    if not count:
+        return
+    where: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if beside else {}
+    if count > _SHORT and not beside:
+        where = {"loc": "upper center", "ncols": 2}
+        room = _ROW * -(-count // 2)  # of the height
+        to_scale = axes.yaxis.get_transform()
+        bottom, top = to_scale.transform(axes.get_ylim())
+        axes.set_ylim(top=float(to_scale.inverted().transform(bottom + (top - bottom) / (1 - room))))
+    axes.legend(frameon=False, fontsize=size, **where)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -123,7 +124,7 @@ def _load(
 
 
 def _draw_panel(axes: Axes, panel: _Panel, runs: Sequence[RunMetrics]) -> None:
-    styles: dict[str, str] = {}
+    styles: dict[str, Any] = {}
     for index, metrics in enumerate(runs):
         for name, points in _curves(panel, metrics).items():
             place = int(name.removeprefix("loop ")) - 1 if name.startswith("loop ") else len(styles)
@@ -180,14 +181,15 @@ def _draw_validation(
         )
 
 
-def _decorate(axes: Axes, panel: _Panel, styles: dict[str, str]) -> None:
+def _decorate(axes: Axes, panel: _Panel, styles: dict[str, Any]) -> None:
     over_tokens(axes)
     axes.set_title(panel.title, fontsize=11)
     axes.set_ylabel(panel.unit, fontsize=9)
     if panel.log:
         axes.set_yscale("log")
     elif panel.field not in ("loss", "loss_by_loops", "lr"):
-        axes.set_ylim(bottom=0)
+        highest = axes.dataLim.y1
+        axes.set_ylim(0, 1.08 * highest if math.isfinite(highest) and highest > 0 else None)  # not on the frame
     for name, style in styles.items():
         if name:
             axes.plot([], [], color="#555555", linestyle=style, label=name.replace("_", " "))

@@ -16,11 +16,7 @@ def run_conversion(convert: Callable[[], None]) -> int:
     """Run a conversion, which never leaves partial output; returns the exit status."""
     prepare_imports()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return run_command(convert)
-    except KeyboardInterrupt:
-        print("interrupted: nothing is written", file=sys.stderr)
-        return 130
+    return run_command(convert, "interrupted: nothing is written")
 
 
 def prepare_imports() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.config_keys import CONFIG
+from plt_megatron.hf.arguments import check_device, check_export
 from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.scores import write_scores
@@ -60,18 +60,15 @@ def evaluate(
 
 def _check(folder: Path, device: str) -> None:
     """Raise `UserError` for what lm-evaluation-harness would end in a traceback about."""
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no exported model there; plt-export makes one")
+    check_export(folder)
+    check_device(device)
     if open_source(folder).tokenizer is None:
         raise UserError(f"{folder}: the model has no tokenizer, which tasks need")
-    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if found is None:
-        raise UserError(f"--device {device}: give cpu, cuda or cuda:N")
     if device != "cpu":
         import torch
 
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(found[1] or 0) >= count:
+        if int(device.partition(":")[2] or 0) >= count:
             raise UserError(f"--device {device}: torch finds {plural(count, 'GPU')} on this machine")
 
 

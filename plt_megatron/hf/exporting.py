@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
+from plt_megatron.hf.arguments import parse_size
 from plt_megatron.hf.config_keys import CONFIG, loopcoder_keys, plt_keys
 from plt_megatron.hf.conversion import to_hf
 from plt_megatron.hf.model_card import model_card
 from plt_megatron.hf.param_mapping import ParamMapping, Style, mappings_for
 from plt_megatron.hf.publishing import check_target, published_folder
-from plt_megatron.hf.safetensors_files import SafetensorsWriter, parse_size
+from plt_megatron.hf.safetensors_files import SafetensorsWriter
 from plt_megatron.hf.sources import PRECISIONS, ModelSource, open_source
 from plt_megatron.hf.tokenizer_files import GENERATION_CONFIG, check_vocabulary, write_tokenizer
 from plt_megatron.hf.verification import TOLERANCE, largest_difference

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError, import_optional
+
+_LONGEST = 10  # times the model's own context
 
 
 def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, float]:
@@ -15,8 +18,6 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     Raises:
         UserError: `folder` is not a complete export, the prompt is empty, or transformers is missing.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder}: no exported model there (config.json is missing); see plt-export")
     import_optional("transformers", "generating", "hf")
     import torch
     from transformers import set_seed
@@ -27,6 +28,7 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if not inputs["input_ids"].numel():
         raise UserError("the prompt is empty")
+    _check_length(model.config.max_position_embeddings, inputs["input_ids"].shape[1], max_new_tokens)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {}
     started = time.perf_counter()
@@ -36,6 +38,22 @@ def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, 
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     assert isinstance(text, str)
     return text, seconds
+
+
+def _check_length(context: int, given: int, new: int) -> None:
+    """Say that a text will be longer than the model's were; `UserError` if it is so much longer that it cannot be
+    meant."""
+    if given + new > _LONGEST * context:
+        raise UserError(
+            f"--max-new-tokens {new:,} after a prompt of {given:,} tokens: the model was made for {context:,}; "
+            f"ask for at most {_LONGEST} times as many"
+        )
+    if given + new > context:
+        print(
+            f"note: {given + new:,} tokens are more than the {context:,} that the model was made for: what comes later "
+            "may be worse",
+            file=sys.stderr,
+        )
 
 
 def _load(folder: Path) -> tuple[Any, Any]:

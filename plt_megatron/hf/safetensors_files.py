@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,6 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `2GiB` or a number. Raises `UserError`."""
-    match = _SIZE.fullmatch(text.strip())
-    size = 0
-    if match:
-        power = " KMGT".index(match[2].upper() or " ")
-        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size < 1:
-        raise UserError(f"{text!r} is not a size: give bytes, or something like 5GB")
-    return size
 
 
 class SafetensorsWriter:

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 from plt_megatron.errors import UserError
 
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def replacing(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
@@ -88,7 +90,7 @@ def locked(folder: Path, what: str) -> Iterator[IO[str]]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / LOCK).open("w")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import attempts, checkpoints, json_lines
-from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.files import LOCK, write_text, writing
 from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
 
 CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
@@ -30,6 +31,7 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.config_file = self.path / CONFIG  # resolved
+        self.former_config_file = self.path / ".former_config.yaml"  # of before a start that may be refused
         # What training writes.
         self.metrics_file = self.path / "metrics.jsonl"  # one record of training or validation per line
         self.checkpoints = self.path / checkpoints.FOLDER
@@ -73,6 +75,33 @@ class RunFolder:
     def save_config(self, config: RunConfig) -> None:
         """Write config.yaml. Raises `UserError` if it cannot be written."""
         save_config(config, self.config_file)
+
+    def try_config(self, config: RunConfig) -> None:
+        """`save_config` for a start that may be refused: until `keep_config` the former file, or that there was none,
+        is kept."""
+        self.restore_config()  # a start that was killed
+        with writing(self.path):
+            text = self.config_file.read_text(encoding="utf-8") if self.config_file.is_file() else ""
+            if text != dump_config(config):
+                write_text(self.former_config_file, text)
+        self.save_config(config)
+
+    def keep_config(self) -> None:
+        """The run has started with the configuration that `try_config` has written."""
+        self.former_config_file.unlink(missing_ok=True)
+
+    def restore_config(self) -> None:
+        """The run has not started with it: what `try_config` has found is there again."""
+        former = self.former_config_file
+        if not former.is_file():
+            return
+        if former.stat().st_size:
+            former.replace(self.config_file)
+            return
+        for path in (self.config_file, former, self.path / LOCK):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has other files
+            self.path.rmdir()
 
     def config(self) -> RunConfig:
         """The run's configuration, also an older version's. Raises `UserError` if it is missing or broken."""

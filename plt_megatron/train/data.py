@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +26,12 @@ from plt_megatron.data.mix import (
     part_sources,
     required_samples,
 )
+from plt_megatron.data.resuming import training_samples
 from plt_megatron.data.sampling import batches, micro_batch_indices
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.model.loop_context import document_lengths
 from plt_megatron.model.looped_gpt import MicroBatch
-from plt_megatron.run_folder.checkpoints import candidates, read_verified_progress
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
 
@@ -52,7 +51,7 @@ class RunData:
         self.tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         self.vocab_size = _vocab_size(config, self.tokenizer)
         _, validation, test = required_samples(config)
-        self._samples = _training_samples(config)
+        self._samples = on_rank_0(lambda: training_samples(config))
         built = build_datasets(
             config.data,
             num_samples=(self._samples, validation, test),
@@ -166,29 +165,6 @@ def in_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tens
         rows["document_starts"] = rows["document_starts"].clone()
         rows["document_starts"][:, 0] = True
     return rows
-
-
-def _training_samples(config: RunConfig) -> int:
-    """The number of samples that the run's order is drawn from. A run whose length is given in tokens keeps its initial
-    number, since another batch size would change it slightly, and with it the order. Collective."""
-    own = required_samples(config)[0]
-    if config.training.train_tokens is None or config.data.order_samples is not None:
-        return own
-    return on_rank_0(lambda: _recorded_samples(config)) or own
-
-
-def _recorded_samples(config: RunConfig) -> int | None:
-    """That number from the checkpoint that the run resumes from, if its length was the same."""
-    settings = config.checkpoint
-    places = [derived.run_folder(config)] if settings.enabled else []
-    places += [Path(settings.load)] if settings.load is not None and not settings.weights_only else []
-    for checkpoint in itertools.chain.from_iterable(map(candidates, places)):
-        with contextlib.suppress(OSError, ValueError):  # damaged: loading will skip it too, and log it
-            progress = read_verified_progress(checkpoint)
-            if progress["config"]["training"]["train_tokens"] != config.training.train_tokens:
-                return None
-            return progress.get("data_fingerprint", {}).get("sampling", {}).get("num_samples")
-    return None
 
 
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:

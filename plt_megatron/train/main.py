@@ -10,27 +10,37 @@ import faulthandler
 import io
 import os
 import sys
+from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
-from plt_megatron.errors import UserError, print_error
+from plt_megatron.errors import EXIT_INTERRUPTED, UserError, go_on_without_readers, print_error
 from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.cuda_environment import set_cuda_environment
 from plt_megatron.runtime.quiet_imports import quiet_imports
 
 
 def main(arguments: list[str]) -> int:
     """Train one rank's part of the run; returns the exit status."""
+    go_on_without_readers()  # metrics.jsonl has what is printed
+    first = os.environ.get("RANK", "0") == "0"  # the others would print the same
     try:
         config = load_config(arguments[0], arguments[1:])
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # the others would print the same
+        if first:
             print_error(error)
+            RunFolder(Path(arguments[0]).parent).restore_config()
         return ExitStatus.USER_ERROR
+    except KeyboardInterrupt:  # before the training loop listens
+        if first:
+            print_error("interrupted before the first step: the same command starts it again")
+            RunFolder(Path(arguments[0]).parent).restore_config()
+        return EXIT_INTERRUPTED
 
 
 def train(config: RunConfig) -> int:

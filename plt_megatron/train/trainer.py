@@ -59,6 +59,8 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, or until asked to stop. Returns whether the run is finished."""
         self._resume()
+        if self.is_first_rank:
+            self.folder.keep_config()
         self._each(Callback.on_start)
         self._batches = self.data.training_batches(self.clock.samples, self.clock.tokens)
         try:

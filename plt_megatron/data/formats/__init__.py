@@ -41,7 +41,10 @@ def open_inputs(patterns: Sequence[str], options: ReadOptions, format: str | Non
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [path for path in found if os.path.isfile(path)]
         if not files:
-            what = "is a folder: name its files, as in folder/*.jsonl" if found else "matches no file"
+            what = "matches no file"
+            if found:
+                is_folder = any(os.path.isdir(path) for path in found)
+                what = "is a folder: name its files, as in folder/*.jsonl" if is_folder else "is a link to no file"
             raise UserError(f"input {pattern!r} {what}")
         paths.update(dict.fromkeys(files))
     by_suffix = {suffix: reader for reader in READERS.values() for suffix in reader.suffixes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Collection
 from functools import partial
@@ -20,11 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from plt_megatron.config import derived
-from plt_megatron.config.schema import RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import only_in_loops
-from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.train.checkpoint import saving, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
 from plt_megatron.train.engine import Engine
@@ -57,14 +54,14 @@ def load_checkpoint(
     if progress.get("weights_only"):
         raise UserError(f"checkpoint {path} has only weights, no optimizer state; set checkpoint.weights_only=true")
     _check_vocabulary(engine, path, progress)
-    _check_schedule(engine, path, progress, allow_other_schedule)
+    resuming.check_schedule(path, progress, engine.config, allow_other=allow_other_schedule)
     request = engine.state.request(optimizer=True)
     has_new = _fit(path, request)
     loaded = engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
     step = loaded["optimizer_step"]
     # Once all parameters were used in every step.
     engine.state.set_step(step, 0 if has_new else loaded.get("optimizer_later_step", step))
-    engine.scheduler = LearningRate(engine.config, engine.optimizer, _schedule_step_tokens(progress))
+    engine.scheduler = LearningRate(engine.config, engine.optimizer, resuming.schedule_step_tokens(progress))
     engine.scheduler.go_to(progress["step"], checkpoints.trained_tokens(progress))
     _load_kept(engine, path, kept or {})
     _tell_differences(engine, progress)
@@ -109,13 +106,6 @@ def _of_those(kept: dict[Any, Any], saved: Collection[str]) -> dict[Any, Any]:
     return {own: value for own, value in inside.items() if isinstance(value, dict) or value.key in saved}
 
 
-def _schedule_step_tokens(progress: dict[str, Any]) -> int:
-    """Tokens of a step that the checkpoint's schedule counts; before this was noted, those of each of its steps."""
-    if "schedule_step_tokens" in progress:
-        return progress["schedule_step_tokens"]
-    return progress["config"]["training"]["global_batch_size"] * progress["config"]["data"]["sequence_length"]
-
-
 # Which checkpoint.
 
 
@@ -139,41 +129,6 @@ def _check_vocabulary(engine: Engine, path: Path, progress: dict[str, Any]) -> N
     saved, own = progress["vocab_size"], engine.stage.vocab_size
     if saved != own:
         raise UserError(f"checkpoint {path}: its vocabulary has {saved} entries, this run's {own}; use its tokenizer")
-
-
-def _check_schedule(engine: Engine, path: Path, progress: dict[str, Any], allow_other: bool) -> None:
-    own = saving.schedule(engine.config, _schedule_step_tokens(progress))
-    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # once only Adam existed
-    if before != now:
-        raise UserError(
-            f"checkpoint {path} was trained with optimizer.name {before} (now {now}), whose state no other optimizer "
-            "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
-            "checkpoint.weights_only=true"
-        )
-    if allow_other:
-        return
-    defaults = saving.schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)
-    added = ("training.z_loss_coeff", "model.mup_base_hidden_size")
-    later = {name: value for name, value in defaults.items() if "_mult." in name or name in added}
-    saved = later | progress["schedule"]  # a checkpoint from before these settings has their defaults
-    if "training.loop_loss_weights" in saved:
-        saved["training.loop_loss_weights"] = _loss_weights(progress["config"], engine.config)
-    differences = [
-        f"{name} {saved[name]} (now {value})" for name, value in own.items() if name in saved and saved[name] != value
-    ]
-    if differences:
-        raise UserError(
-            f"checkpoint {path} was trained with {', '.join(differences)}; "
-            "restore that, or set checkpoint.allow_other_schedule"
-        )
-
-
-def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:
-    """`loop_loss_weights` as a checkpoint's configuration sets them, or the run's own if these stand for the same."""
-    before, now = saved["training"]["loop_loss_weights"], config.training.loop_loss_weights
-    training = dataclasses.replace(config.training, loop_loss_weights=before)
-    meant = derived.loop_loss_weights(dataclasses.replace(config, training=training), saved["model"]["loop_count"])
-    return now if meant == derived.loop_loss_weights(config, config.model.loop_count) else before
 
 
 def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:

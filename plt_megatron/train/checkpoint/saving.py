@@ -24,12 +24,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
 
-from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
-from plt_megatron.config.optimizers import settings_of_others
-from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder import checkpoints, resuming
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.train.checkpoint import publishing, state
 from plt_megatron.train.checkpoint.collective import describe, first_of_all_ranks, on_rank_0
@@ -222,7 +219,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
         **progress,
         "format": checkpoints.FORMAT,
         "config": dataclasses.asdict(engine.config),
-        "schedule": schedule(engine.config, engine.scheduler.step_tokens),
+        "schedule": resuming.schedule(engine.config, engine.scheduler.step_tokens),
         "schedule_step_tokens": engine.scheduler.step_tokens,
         "vocab_size": engine.stage.vocab_size,
         "layout": layout(engine),
@@ -233,29 +230,6 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
 def layout(engine: Engine) -> dict[str, int]:
     """How the model lies over the processes. Random states are restored only in the same one."""
     return layout_of(engine.config, dist.get_world_size()).sizes
-
-
-def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
-    """The settings that decide how the weights change, by name in the configuration, `None`s resolved.
-
-    Args:
-        step_tokens: of a step that the learning rate's schedule counts.
-    """
-    others = settings_of_others(config.optimizer)
-    settings = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if name not in others}
-    settings["lr_decay_iters"] = derived.lr_decay_iters(config, step_tokens)
-    is_wsd = config.optimizer.lr_decay_style == "WSD"
-    settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config, step_tokens) if is_wsd else None
-    stages = [dataclasses.asdict(stage) for stage in config.training.loop_schedule]
-    loops = {
-        "training.loop_schedule": stages,
-        "training.loop_loss_weights": config.training.loop_loss_weights,
-        "training.z_loss_coeff": config.training.z_loss_coeff,
-        "model.mup_base_hidden_size": config.model.mup_base_hidden_size,
-    }
-    factors = {name: settings.pop(name) for name in ("lr_mult", "wd_mult")}
-    settings |= {f"{name}.{kind}": value for name, kinds in factors.items() for kind, value in kinds.items()}
-    return {f"optimizer.{name}": value for name, value in settings.items()} | loops
 
 
 def _cannot_save(step: int, reason: str, directory: Path) -> UserError:

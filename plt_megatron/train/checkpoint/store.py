@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.upload_rules import is_url
-from plt_megatron.data.mix import fingerprint_differences
-from plt_megatron.errors import UserError
+from plt_megatron.data.resuming import check_data
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.train.checkpoint import publishing
@@ -87,12 +86,7 @@ class CheckpointStore:
             self._say(f"starting from the weights of {source}, step {progress['step']}")
             return None
         progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
-        if not settings.allow_other_data and progress.get("data_fingerprint") != self.data_fingerprint:
-            differences = fingerprint_differences(progress.get("data_fingerprint") or {}, self.data_fingerprint)
-            raise UserError(
-                f"{source}: step {progress['step']} was trained on other data ({', '.join(differences)}); "
-                "restore it, or set checkpoint.allow_other_data"
-            )
+        check_data(source, progress, self.data_fingerprint, self.config)
         self._say(f"resuming from {source}, step {progress['step']}")
         return progress
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.run_folder import resuming
 
 NAME = "training.loop_loss_weights"
 
@@ -40,13 +40,17 @@ def run(weights: list[float], loops: int) -> RunConfig:
     ],
 )
 def test_what_was_set_is_compared_and_what_it_stands_for(before, now, refused, earlier_version):
-    from plt_megatron.train.checkpoint import loading, saving
-
-    saved, engine = run(*before), SimpleNamespace(config=run(*now))
-    schedule = saving.schedule(saved, 1)
+    saved, own = run(*before), run(*now)
+    schedule = resuming.schedule(saved, 1)
     if earlier_version:  # which wrote down a weight for each loop
         schedule[NAME] = derived.loop_loss_weights(saved, saved.model.loop_count)
-    progress: dict[str, Any] = {"schedule": schedule, "config": dataclasses.asdict(saved), "schedule_step_tokens": 1}
+    progress: dict[str, Any] = {
+        "schedule": schedule,
+        "config": dataclasses.asdict(saved),
+        "schedule_step_tokens": 1,
+        "step": 5,
+        "consumed_tokens": 5,
+    }
     with nullcontext() if refused is None else pytest.raises(UserError) as error:
-        loading._check_schedule(engine, Path("checkpoint"), json.loads(json.dumps(progress)), allow_other=False)
+        resuming.check_schedule(Path("checkpoint"), json.loads(json.dumps(progress)), own, allow_other=False)
     assert refused is None or f"was trained with {NAME} {refused}" in str(error.value)

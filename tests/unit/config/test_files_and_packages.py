@@ -58,7 +58,7 @@ def test_missing_files_are_named(here):
         ("t.json", b"{}", "not a Hugging Face tokenizer.json (Model missing"),
         ("t.json", b'{"model": {"type": "BPE", "vocab": {', "not a Hugging Face tokenizer.json"),
         ("folder/tokenizer.json", b"[]", "folder/tokenizer.json is not a Hugging Face tokenizer.json"),
-        ("folder/other.model", TOKENIZER, "folder not found"),
+        ("folder/other.model", TOKENIZER, "the folder folder holds neither tokenizer.model nor tokenizer.json"),
     ],
 )
 def test_a_tokenizer_that_is_none_is_told_from_one(here, name, content, expected):

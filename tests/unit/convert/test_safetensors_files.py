@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from plt_megatron.errors import UserError
-from plt_megatron.hf.safetensors_files import INDEX, SINGLE, SafetensorsFolder, SafetensorsWriter, parse_size
+from plt_megatron.hf.arguments import parse_size
+from plt_megatron.hf.safetensors_files import INDEX, SINGLE, SafetensorsFolder, SafetensorsWriter
 
 TENSORS = {f"layer.{i}.weight": torch.randn(3 + i, 5) for i in range(5)} | {"norm": torch.randn(7)}
 

@@ -93,3 +93,24 @@ def test_a_run_without_metrics_is_one_line(tmp_path):
         plots.plot_metrics([tmp_path / "empty"], tmp_path / "page.png")
     with pytest.raises(UserError, match="cannot write the plot"):
         plots.plot_metrics([write_run(tmp_path / "run", 2)], tmp_path / "page.word")
+
+
+def test_parts_have_styles_of_their_own_and_nothing_lies_on_the_frame_or_under_the_legend(monkeypatch, tmp_path):
+    run = write_run(tmp_path / "run", 2)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    parts = ("data", "forward_backward", "gradient_reduction", "optimizer", "validation", "checkpoint")
+    for record in records:
+        record["step_seconds"] = {part: 0.01 * number for number, part in enumerate(parts, start=1)}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    panels = panels_drawn(monkeypatch, tmp_path, [run])
+    times = panels["where a step's time goes"]
+    styles = {str(line._unscaled_dash_pattern) for line in times.lines if len(line.get_xdata())}
+    assert len(styles) == len(parts)
+    for title in ("peak memory", "gates"):
+        drawn = [line for line in panels[title].lines if len(line.get_ydata())]
+        assert max(max(line.get_ydata()) for line in drawn) < 0.97 * panels[title].get_ylim()[1]
+    figure = times.figure
+    figure.canvas.draw()
+    bottom = times.get_legend().get_window_extent().y0
+    curves = [line for line in times.lines if len(line.get_ydata())]
+    assert all(times.transData.transform((0, max(line.get_ydata())))[1] < bottom for line in curves)

@@ -160,7 +160,7 @@ def test_another_corpus_means_all_of_it_again(commands):
 def test_a_command_that_fails_is_named(capfd):
     with pytest.raises(UserError, match=r"plot --fast ended with status 2: see above, then run the demo again"):
         demo.start("plot", "--fast")
-    assert "usage: " in capfd.readouterr().err
+    assert "RUN" in capfd.readouterr().err
 
 
 def test_columns_align_whatever_is_missing():

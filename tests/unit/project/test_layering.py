@@ -16,7 +16,7 @@ PACKAGE = ROOT / "plt_megatron"
 # What each part may import of ours, besides itself, `errors` and `installation`.
 ALLOWED = {
     "config": set(),
-    "run_folder": {"config"},
+    "run_folder": {"config", "model.parameters"},
     "runtime": {"config", "run_folder"},
     "model.parameters": {"config"},  # one file of `model`, without torch
     "estimate": {"config", "run_folder", "model.parameters"},

@@ -1,0 +1,55 @@
+"""Checks of commands' arguments that cost nothing, before torch and transformers are imported, which takes seconds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from plt_megatron.errors import UserError
+from plt_megatron.hf.publishing import check_target
+from plt_megatron.run_folder.checkpoints import candidates
+
+CONFIG = "config.json"  # of a Hugging Face folder
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+__all__ = ["CONFIG", "check_device", "check_export", "check_file", "check_model", "check_target", "parse_size"]
+
+
+def check_model(path: Path) -> None:
+    """Raise `UserError` unless there is a Hugging Face folder, a checkpoint, or a run that has one."""
+    if (path / CONFIG).is_file():
+        return
+    if not path.exists():
+        raise UserError(f"{path}: no such run or checkpoint")
+    if not path.is_dir() or not candidates(path):
+        raise UserError(f"{path}: no complete checkpoint there")
+
+
+def check_export(folder: Path) -> None:
+    """Raise `UserError` unless it may be a Hugging Face folder."""
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: no exported model there ({CONFIG} is missing); plt-export makes one")
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raise `UserError` if the file or folder that an option names is not there."""
+    if path is not None and not path.exists():
+        raise UserError(f"{option} {path}: no such file")
+
+
+def check_device(device: str) -> None:
+    """Raise `UserError` if it is no device's name; whether the machine has it, torch knows."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: give cpu, cuda or cuda:N")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `2GiB` or a number. Raises `UserError`."""
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match:
+        power = " KMGT".index(match[2].upper() or " ")
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size < 1:
+        raise UserError(f"{text!r} is not a size: give bytes, or something like 5GB")
+    return size

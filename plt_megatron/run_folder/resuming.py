@@ -1,0 +1,222 @@
+"""Whether a checkpoint goes on with a configuration: by its progress.json alone, before torch is imported.
+
+The training loop checks the same again, with the checkpoint's tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.config.optimizers import settings_of_others
+from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
+from plt_megatron.config.upload_rules import is_url
+from plt_megatron.errors import UserError
+from plt_megatron.model.parameters import Sizes, only_in_loops, parameters_of
+from plt_megatron.run_folder import checkpoints
+from plt_megatron.run_folder.folder import RunFolder
+
+_FOLLOWING = ("optimizer.lr_decay_iters", "optimizer.lr_wsd_decay_iters")  # from the run's length, where they are unset
+_LENGTHS = ("train_iters", "train_tokens")
+_MOST_LINES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run would begin with.
+
+    Attributes:
+        progress: its record of its run.
+        is_own: the run's own, which it resumes; else that of `checkpoint.load`.
+    """
+
+    path: Path
+    progress: dict[str, Any]
+    is_own: bool
+
+
+def find_start(config: RunConfig) -> Start | None:
+    """By the sizes of its files alone. None: there is none yet, it has to be downloaded, or it is damaged, which the
+    training loop says."""
+    settings, own = config.checkpoint, RunFolder.of(config).checkpoints
+    is_own = settings.enabled and bool(checkpoints.candidates(own))
+    if not is_own and (settings.load is None or is_url(settings.load)):
+        return None
+    try:
+        path = checkpoints.latest_of_full_size(own if is_own else Path(settings.load or ""))
+        return None if path is None else Start(path, checkpoints.read_verified_progress(path), is_own)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        return None
+
+
+def is_finished(config: RunConfig, progress: dict[str, Any]) -> bool:
+    """Whether a run of this configuration has nothing to train after a checkpoint."""
+    step = progress["step"]
+    return step >= derived.last_step(config, step, checkpoints.trained_tokens(progress))
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+def schedule(config: RunConfig, step_tokens: int) -> dict[str, Any]:
+    """The settings that decide how the weights change, by name in the configuration, `None`s resolved.
+
+    Args:
+        step_tokens: of a step that the learning rate's schedule counts.
+    """
+    others = settings_of_others(config.optimizer)
+    settings = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if name not in others}
+    settings["lr_decay_iters"] = derived.lr_decay_iters(config, step_tokens)
+    is_wsd = config.optimizer.lr_decay_style == "WSD"
+    settings["lr_wsd_decay_iters"] = derived.lr_wsd_decay_iters(config, step_tokens) if is_wsd else None
+    stages = [dataclasses.asdict(stage) for stage in config.training.loop_schedule]
+    loops = {
+        "training.loop_schedule": stages,
+        "training.loop_loss_weights": config.training.loop_loss_weights,
+        "training.z_loss_coeff": config.training.z_loss_coeff,
+        "model.mup_base_hidden_size": config.model.mup_base_hidden_size,
+    }
+    factors = {name: settings.pop(name) for name in ("lr_mult", "wd_mult")}
+    settings |= {f"{name}.{kind}": value for name, kinds in factors.items() for kind, value in kinds.items()}
+    return {f"optimizer.{name}": value for name, value in settings.items()} | loops
+
+
+def schedule_step_tokens(progress: dict[str, Any]) -> int:
+    """Tokens of a step that the checkpoint's schedule counts; before this was noted, those of each of its steps."""
+    if "schedule_step_tokens" in progress:
+        return progress["schedule_step_tokens"]
+    return progress["config"]["training"]["global_batch_size"] * progress["config"]["data"]["sequence_length"]
+
+
+def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, allow_other: bool) -> None:
+    """Raise `UserError` if a checkpoint was trained with another optimizer or, unless allowed, another schedule."""
+    own = schedule(config, schedule_step_tokens(progress))
+    before, now = progress["schedule"].get("optimizer.name", "adam"), own["optimizer.name"]  # once only Adam existed
+    if before != now:
+        raise UserError(
+            f"checkpoint {path} was trained with optimizer.name {before} (now {now}), whose state no other optimizer "
+            "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
+            "checkpoint.weights_only=true"
+        )
+    if allow_other:
+        return
+    defaults = schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)
+    added = ("training.z_loss_coeff", "model.mup_base_hidden_size")
+    later = {name: value for name, value in defaults.items() if "_mult." in name or name in added}
+    saved = later | progress["schedule"]  # a checkpoint from before these settings has their defaults
+    if "training.loop_loss_weights" in saved:
+        saved["training.loop_loss_weights"] = _loss_weights(progress["config"], config)
+    other = {name: saved[name] for name, value in own.items() if name in saved and saved[name] != value}
+    if config.optimizer.lr_decay_style == "constant" and "optimizer.lr_decay_style" not in other:
+        other.pop("optimizer.lr_decay_iters", None)  # which its rate does not depend on
+    if other:
+        raise UserError(_describe(path, progress, config, other, own))
+
+
+def _loss_weights(saved: dict[str, Any], config: RunConfig) -> list[float]:
+    """`loop_loss_weights` as a checkpoint's configuration sets them, or the run's own if these stand for the same."""
+    before, now = saved["training"]["loop_loss_weights"], config.training.loop_loss_weights
+    training = dataclasses.replace(config.training, loop_loss_weights=before)
+    meant = derived.loop_loss_weights(dataclasses.replace(config, training=training), saved["model"]["loop_count"])
+    return now if meant == derived.loop_loss_weights(config, config.model.loop_count) else before
+
+
+def _describe(
+    path: Path, progress: dict[str, Any], config: RunConfig, other: dict[str, Any], own: dict[str, Any]
+) -> str:
+    """What differs, by the settings that were typed, and what to type for each thing that may be meant."""
+    length = _other_length(progress["config"]["training"], config)
+    follow = [name for name in other if length and name in _FOLLOWING and _is_unset(config, name)]
+    differences = [f"{name} {value} (now {own[name]})" for name, value in other.items() if name not in follow]
+    if follow:
+        differences.insert(0, f"{length}, from which {' and '.join(follow)} follow{'' if follow[1:] else 's'}")
+    run, is_own = path.parent.parent, path.parent.resolve() == RunFolder.of(config).checkpoints.resolve()
+    if is_own and is_finished(config, progress):
+        lines = [f"{run} is finished: step {progress['step']}, trained with {', '.join(differences)}; restore that, or"]
+    else:
+        lines = [f"checkpoint {path} was trained with {', '.join(differences)}; restore that, or add"]
+        redrawn = " checkpoint.allow_other_data=true" if length and _draws_anew(progress, config) else ""
+        lines.append(f"  to go on with the new schedule: checkpoint.allow_other_schedule=true{redrawn}")
+        if follow == list(other) and config.optimizer.min_lr > 0:
+            before = " ".join(f"{name}={other[name]}" for name in follow)
+            lines.append(f"  to keep the rate at optimizer.min_lr {config.optimizer.min_lr:g}: {before}{redrawn}")
+    if len(lines) < _MOST_LINES:
+        name = "name=NEW " if is_own else ""
+        lines.append(f"  to start a run from its weights: {name}checkpoint.load={path} checkpoint.weights_only=true")
+    return "\n".join(lines)
+
+
+def _other_length(saved: dict[str, Any], config: RunConfig) -> str | None:
+    """How the run's length has changed, by the settings that give it; None: it has not."""
+    before, now = (
+        {name: length[name] for name in _LENGTHS if length.get(name) is not None}
+        for length in (saved, dataclasses.asdict(config.training))
+    )
+    if before == now:
+        return None
+    (old, steps), (new, others) = *before.items(), *now.items()
+    return f"training.{old} {steps} (now {others if old == new else f'training.{new} {others}'})"
+
+
+def _is_unset(config: RunConfig, name: str) -> bool:
+    return getattr(config.optimizer, name.removeprefix("optimizer.")) is None
+
+
+def _draws_anew(progress: dict[str, Any], config: RunConfig) -> bool:
+    """Whether the order of samples, which is drawn from the run's length, is another one."""
+    drawn = (progress.get("data_fingerprint") or {}).get("sampling", {}).get("num_samples")
+    return not config.checkpoint.allow_other_data and drawn not in (None, derived.order_samples(config))
+
+
+# ---------------------------------------------------------------- the model
+
+
+def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_size: int | None) -> None:
+    """Raise `UserError` if a checkpoint's tensors are not those of this model. Gates may all be missing, or too many:
+    it may have been trained with one loop, or the model has one.
+
+    Args:
+        vocab_size: the run's, without padding; None: unknown.
+    """
+    if vocab_size not in (None, progress["vocab_size"]):
+        raise UserError(
+            f"checkpoint {path}: its vocabulary has {progress['vocab_size']} entries, this run's {vocab_size}; use its "
+            "tokenizer"
+        )
+    known = {item.name for item in dataclasses.fields(ModelConfig)}
+    settings = {name: value for name, value in progress["config"]["model"].items() if name in known}
+    saved = ModelConfig(**settings)
+    if _fit(saved, config.model):
+        return
+    changed = {name: value for name, value in settings.items() if value != getattr(config.model, name)}
+    causes = {
+        name: value
+        for name, value in changed.items()
+        if _shapes(config.model) != _shapes(dataclasses.replace(config.model, **{name: value}))
+    }
+    differences = [f"model.{name} {value} (now {getattr(config.model, name)})" for name, value in causes.items()]
+    raise UserError(
+        f"checkpoint {path} was trained with {', '.join(differences)}, and has tensors of other shapes; restore that, "
+        "or start a run of another name"
+    )
+
+
+def _fit(saved: ModelConfig, own: ModelConfig) -> bool:
+    before, now = _shapes(saved), _shapes(own)
+    if any(before[name] != now[name] for name in before.keys() & now.keys()):
+        return False
+    loops = [{name for name in names if only_in_loops(name)} for names in (before, now)]
+    return before.keys() - loops[0] == now.keys() - loops[1] and (loops[0] == loops[1] or not all(loops))
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of each parameter, after the layers that have one and the number of experts."""
+    sizes = Sizes.of(model, 1)
+    return {
+        item.name: (*item.layers(model), sizes.experts * item.per_expert, *sizes.shape(item.dims))
+        for item in parameters_of(model)
+    }
