@@ -28,6 +28,7 @@ from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_t
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
+from plt_megatron.slurm.start_checks import start_problems
 from plt_megatron.slurm.times import time_limit
 
 _MOST_JOBS = 1000  # of a chain
@@ -213,6 +214,8 @@ class _Plan:
             return problems
         run = self._run_of(config)
         problems += run_files.resume_problems(config, run, self.options.accept_changes)
+        if not problems:
+            problems += start_problems(config, tokenizer, vocab_size)
         if vocab_size is None or self.resources.guessed:
             return problems
         ahead = checks.forecast(config, run, self.resources, vocab_size, self.profile.tflops_per_process)

@@ -53,6 +53,11 @@ def test_two_nodes_train_as_the_same_layout_does_locally(slurm, slurm_data, warm
     ]
     assert sorted(own) == sorted(merged)
     assert sum(f"step {STEPS}/{STEPS}" in line for line in merged) == 1
+    # What a job would refuse on its checkpoint, the login node refuses.
+    command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(tmp_path / "plain.yaml"), *options]
+    for settings, words in (([], "is finished"), (["optimizer.lr=0.5", "--accept-changes"], "optimizer.lr 0.")):
+        done = subprocess.run([*command, *settings], env=slurm.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and words in done.stderr, done
 
 
 REFUSED = {  # what is wrong -> options and overrides, words of the line

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.data.resuming import training_fingerprint
+from plt_megatron.run_folder import resuming
 
 # Answers from files; sbatch counts job ids up.
 _COMMAND = """#!/bin/bash
@@ -97,6 +103,29 @@ def write_progress(run: Path, steps: Sequence[int], checkpoint: int = 0, rate: f
         name = f"step_{checkpoint:08d}"
         (run / "checkpoints" / name).mkdir(parents=True)
         (run / "checkpoints" / "latest").write_text(name + "\n")
+
+
+def write_checkpoint(folder: Path, config: RunConfig, step: int) -> Path:
+    """One that a run of this configuration has left, but for its tensors."""
+    path = folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    progress = {
+        "format": 1,
+        "step": step,
+        "consumed_tokens": step * tokens,
+        "config": dataclasses.asdict(config),
+        "schedule": resuming.schedule(config, tokens),
+        "schedule_step_tokens": tokens,
+        "vocab_size": config.model.vocab_size,
+        "data_fingerprint": training_fingerprint(config, None),
+    }
+    (path / "progress.json").write_text(json.dumps(progress))
+    content = (path / "progress.json").read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": {"progress.json": entry}}))
+    (folder / "latest").write_text(path.name + "\n")
+    return path
 
 
 def write_event(run: Path, **event: Any) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from fake_slurm import RUN, write_event, write_progress
+from fake_slurm import RUN, write_checkpoint, write_event, write_progress, write_tokens
 from submitting import IN_JOB, LAUNCHER, ROOT, command, directives, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
@@ -263,6 +263,51 @@ def test_another_configuration_is_refused_and_the_difference_said(folder, slurm)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     submit_run("optimizer.lr=1e-3", accept_changes=True)
     assert load_config(run / "config.yaml").optimizer.lr == 1e-3
+
+
+REFUSED = {  # what the job would say of the checkpoint, and what --accept-changes does not promise
+    "optimizer.lr=1e-3": "optimizer.lr 0.0003 (now 0.001)",
+    "training.train_iters=2000": "checkpoint.allow_other_schedule=true",
+    "optimizer.name=sgd": "optimizer.name adam (now sgd)",
+    "model.hidden_size=256": "model.hidden_size 128 (now 256)",
+    "model.vocab_size=1024": "its vocabulary has 512 entries",
+    "data.sources=[{path: data/other}]": "checkpoint.allow_other_data=true",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_the_job_would_refuse_is_refused_with_accepted_changes_too(folder, slurm, setting):
+    submit_run()
+    run = folder / "runs/try"
+    write_tokens(folder / "data" / "other", lengths=(400, 600))
+    write_checkpoint(run / "checkpoints", load_config("run.yaml"), 100)
+    submit_run("training.micro_batch_size=2", accept_changes=True)  # which no checkpoint minds
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    lines = refusal(setting, accept_changes=True)
+    assert any(REFUSED[setting] in line for line in lines), lines
+    assert len(slurm.calls("sbatch")) == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_the_checkpoint_is_told_to_allow_is_submitted(folder, slurm):
+    submit_run()
+    write_tokens(folder / "data" / "other", lengths=(400, 600))
+    write_checkpoint(folder / "runs/try/checkpoints", load_config("run.yaml"), 100)
+    allowed = ("checkpoint.allow_other_schedule=true", "checkpoint.allow_other_data=true")
+    submit_run("optimizer.lr=1e-3", "data.sources=[{path: data/other}]", *allowed, accept_changes=True)
+
+
+def test_a_checkpoint_to_start_from_is_checked_wherever_it_is(folder, slurm):
+    """Here, or where the job would have to fetch it from; of its weights alone only the model counts."""
+    other = folder / "other"
+    write_checkpoint(other / "checkpoints", load_config("run.yaml"), 100)
+    for load in (other, f"file://{other}"):
+        lines = refusal(f"checkpoint.load={load}", "optimizer.lr=1e-3")
+        assert "optimizer.lr 0.0003 (now 0.001)" in lines[0] and f"{load}/checkpoints/step_00000100" in lines[0]
+    weights = (f"checkpoint.load={other}", "checkpoint.weights_only=true")
+    (line, *_) = refusal(*weights, "model.hidden_size=256")
+    assert "model.hidden_size 128 (now 256)" in line
+    submit_run(*weights, "optimizer.lr=1e-3")
 
 
 def test_a_decay_branch_has_a_folder_of_its_own_and_only_its_steps_ahead(folder, slurm, capsys):
