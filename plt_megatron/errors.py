@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -91,6 +92,19 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def hear_every_interrupt() -> None:
+    """Have a Ctrl-C that comes while an object is freed, which Python would report as ignored, come again."""
+
+    def hear(found: sys.UnraisableHookArgs) -> None:
+        if not issubclass(found.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(found)
+            return
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    sys.unraisablehook = hear
+
+
 def go_on_without_readers() -> None:
     """From now on what the standard streams cannot take is dropped: the reader has left, or the disk is full."""
     prepare_streams()
@@ -102,11 +116,12 @@ def go_on_without_readers() -> None:
 
 
 class _Lossy(io.FileIO):
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            written = super().write(data)
         except OSError:
-            return len(data)
+            written = None
+        return len(data) if written is None else written  # None, too: a pipe that does not wait is full
 
 
 def _check_current_folder() -> None:

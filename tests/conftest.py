@@ -33,6 +33,7 @@ _TOGETHER = {
     "tests/te/test_te_fusions.py": "Transformer Engine: fp8",
     "tests/te/": "Transformer Engine",
     "tests/slurm/": "cluster",
+    "tests/hostile/": "warm python",
     "tests/unit/convert/test_generate.py": "warm python",
     "tests/unit/data/test_datasets.py": "warm python",
     "tests/unit/estimate/test_shipped_configs.py": "warm python",

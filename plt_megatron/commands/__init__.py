@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import plt_megatron
-from plt_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, prepare_streams, print_error
+from plt_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, hear_every_interrupt, prepare_streams, print_error
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -52,3 +52,4 @@ def _end_quietly(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 sys.excepthook = _end_quietly
+hear_every_interrupt()

@@ -12,6 +12,7 @@ import argparse
 import os
 import resource
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -104,6 +105,8 @@ def _train(arguments: argparse.Namespace) -> int:
     _check_data(config, start)
     check_no_active_job(run_files.absolute_run_folder(config))
     with locked(folder.path, "training") as lock:
+        # Until the processes can end what begins here: else Ctrl-C would leave half of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         folder.try_config(config)
         env = os.environ | threads | {"PYTHONPATH": python_path()}
         if count > 1:

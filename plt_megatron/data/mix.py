@@ -344,7 +344,7 @@ def fingerprint_differences(saved: dict[str, Any], current: dict[str, Any]) -> l
             words.append("other data.stages")
         elif key == "tokenizer":
             words.append("another tokenizer")
-        elif key == "sampling" and before and before | {"num_samples": now["num_samples"]} == now:
+        elif key == "sampling" and before and now and before | {"num_samples": now["num_samples"]} == now:
             words.append(f"in the order drawn for {before['num_samples']} samples, not for {now['num_samples']}")
         else:
             words.append(f"{key} was {json.dumps(before)}, is {json.dumps(now)}")

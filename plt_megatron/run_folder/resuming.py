@@ -156,7 +156,7 @@ def _other_length(saved: dict[str, Any], config: RunConfig) -> str | None:
         {name: length[name] for name in _LENGTHS if length.get(name) is not None}
         for length in (saved, dataclasses.asdict(config.training))
     )
-    if before == now:
+    if before == now or not before:
         return None
     (old, steps), (new, others) = *before.items(), *now.items()
     return f"training.{old} {steps} (now {others if old == new else f'training.{new} {others}'})"
@@ -188,9 +188,8 @@ def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_s
             "tokenizer"
         )
     known = {item.name for item in dataclasses.fields(ModelConfig)}
-    settings = {name: value for name, value in progress["config"]["model"].items() if name in known}
-    saved = ModelConfig(**settings)
-    if _fit(saved, config.model):
+    settings = progress["config"]["model"]
+    if settings.keys() - known or _fit(ModelConfig(**settings), config.model):  # or another version's
         return
     changed = {name: value for name, value in settings.items() if value != getattr(config.model, name)}
     causes = {

@@ -23,6 +23,7 @@ from plt_megatron.run_folder.exit_status import PEACEFUL, describe_exit
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
+_INTERRUPTED = 128 + signal.SIGINT
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -40,6 +41,8 @@ def run_processes(
     `env` (default: this process's). SIGTERM, SIGINT and SIGUSR1 are passed on to all of them; a second SIGINT
     kills them (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
 
+    Signals that the caller has blocked come once they can be passed on; the processes begin with them blocked.
+
     Returns 0 if all finished, 75 if some were preempted and none failed, else the status of the first to
     fail, 128 + n if signal n killed it. Must be called from the main thread.
     """
@@ -50,6 +53,7 @@ def run_processes(
             try:
                 for rank in range(count):
                     job.start(command, base | _rank_environment(rank, count, port))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
                 return job.wait()
             finally:
                 job.kill()
@@ -145,22 +149,24 @@ class _Job:
             running = self.running()
             failed = [(r, p.returncode) for r, p in enumerate(self.processes) if _has_failed(p)]
             if failed:
-                for rank, returncode in failed:
+                interrupted = signal.SIGINT in self.received and all(code == _INTERRUPTED for _, code in failed)
+                for rank, returncode in [] if interrupted else failed:
                     print(f"rank {rank} {describe_exit(returncode)}", file=sys.stderr, flush=True)
-                self.stop()
+                self.stop(quietly=interrupted)
                 return _exit_status([returncode for _, returncode in failed])
             if not running:
                 return max((p.returncode for p in self.processes), default=0)
             if self._killed_by_user():
-                return 128 + signal.SIGINT
+                return _INTERRUPTED
             time.sleep(_POLL_SECONDS)
 
-    def stop(self) -> None:
+    def stop(self, *, quietly: bool = False) -> None:
         """Ask the running processes to stop; kill those that do not in time."""
         running = self.running()
         if not running:
             return
-        print(f"stopping the other {len(running)} process(es)", file=sys.stderr, flush=True)
+        if not quietly:
+            print(f"stopping the other {len(running)} process(es)", file=sys.stderr, flush=True)
         for process in running:
             process.terminate()
         deadline = time.monotonic() + self.grace_seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
-from plt_megatron.errors import EXIT_INTERRUPTED, UserError, go_on_without_readers, print_error
+from plt_megatron.errors import EXIT_INTERRUPTED, UserError, go_on_without_readers, hear_every_interrupt, print_error
 from plt_megatron.run_folder.exit_status import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.cuda_environment import set_cuda_environment
@@ -25,9 +26,11 @@ from plt_megatron.runtime.quiet_imports import quiet_imports
 
 def main(arguments: list[str]) -> int:
     """Train one rank's part of the run; returns the exit status."""
+    hear_every_interrupt()
     go_on_without_readers()  # metrics.jsonl has what is printed
     first = os.environ.get("RANK", "0") == "0"  # the others would print the same
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which plt-train has blocked
         config = load_config(arguments[0], arguments[1:])
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)
@@ -38,7 +41,7 @@ def main(arguments: list[str]) -> int:
         return ExitStatus.USER_ERROR
     except KeyboardInterrupt:  # before the training loop listens
         if first:
-            print_error("interrupted before the first step: the same command starts it again")
+            print("interrupted before the first step: the same command starts it again", file=sys.stderr)
             RunFolder(Path(arguments[0]).parent).restore_config()
         return EXIT_INTERRUPTED
 

@@ -1,0 +1,288 @@
+"""What commands are asked and cannot do: a line that names the trouble, status 2, and nothing is changed."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+LONG = "x" * 300
+LINES = 3  # at most
+# Command, arguments, and what the message must name.
+REFUSED = [
+    # plt-train: the file
+    ("train", "", "CONFIG.yaml"),
+    ("train", "nowhere.yaml", "nowhere.yaml"),
+    ("train", "data", "data"),
+    ("train", "loop", "loop"),
+    ("train", "notes.txt", "notes.txt:1"),
+    ("train", "broken.yaml", "broken.yaml"),
+    ("train", "list.yaml", "list.yaml"),
+    ("train", "latin.yaml", "latin.yaml"),
+    ("train", "circle.yaml", "circle.yaml"),
+    ("train", "includes_nothing.yaml", "nowhere.yaml"),
+    ("train", "twice.yaml", "name"),
+    ("train", "empty.yaml", "train_iters"),
+    ("train", "data/text.bin", "text.bin"),
+    # ... settings by themselves
+    ("train", "run.yaml modle.num_layers=2", "did you mean model"),
+    ("train", "run.yaml model.num_layer=2", "model.num_layers"),
+    ("train", "run.yaml model.num_layers=two", "model.num_layers"),
+    ("train", "run.yaml model.num_layers=0", "model.num_layers"),
+    ("train", "run.yaml model.num_layers=-1", "model.num_layers"),
+    ("train", "run.yaml model.num_layers=1e99", "model.num_layers"),
+    ("train", "run.yaml model.loop_count=0", "model.loop_count"),
+    ("train", "run.yaml model=5", "model"),
+    ("train", "run.yaml training.precision=fp64", "training.precision"),
+    ("train", "run.yaml optimizer.lr=nan", "optimizer.lr"),
+    ("train", "run.yaml optimizer.lr=inf", "optimizer.lr"),
+    ("train", "run.yaml optimizer.lr=-1", "optimizer.lr"),
+    ("train", "run.yaml name=", "name"),
+    ("train", "run.yaml name=../elsewhere", "name"),
+    ("train", f"run.yaml name={LONG}", "300 bytes"),
+    ("train", "run.yaml =5", "key=value"),
+    ("train", "run.yaml model.num_layers", "key=value"),
+    ("train", "run.yaml 'data.sources=[{path: data/text}'", "data.sources"),
+    ("train", "run.yaml training.tp_comm_overlap=true", "tp_comm_overlap"),
+    # ... settings together
+    ("train", "run.yaml model.hidden_size=33", "model.hidden_size"),
+    ("train", "run.yaml training.micro_batch_size=3", "micro_batch_size"),
+    ("train", "run.yaml training.train_iters=null", "train_tokens"),
+    ("train", "run.yaml optimizer.min_lr=1", "optimizer.min_lr"),
+    ("train", "run.yaml optimizer.lr_warmup_iters=2", "lr_warmup_iters"),
+    ("train", "run.yaml parallel.tensor_model_parallel_size=3", "tensor_model_parallel_size"),
+    ("train", "run.yaml data.split=1,1", "data.split"),
+    ("train", "run.yaml data.split=0,1,0", "data.split"),
+    # ... files that they name
+    ("train", "run.yaml data.sources=[]", "data.sources"),
+    ("train", "run.yaml 'data.sources=[{path: nowhere}]'", "nowhere.bin"),
+    ("train", "run.yaml 'data.sources=[{path: data/text.bin}]'", "data/text"),
+    ("train", "run.yaml name=new 'data.sources=[{path: data/cut}]'", "data/cut.bin"),
+    ("train", "run.yaml name=new 'data.sources=[{path: data/short}]'", "data/short.idx"),
+    ("train", "run.yaml data.tokenizer=nowhere.model", "nowhere.model"),
+    ("train", "run.yaml data.tokenizer=no_data", "no_data"),
+    ("train", "run.yaml data.tokenizer=notes.txt", "notes.txt"),
+    ("train", "run.yaml data.tokenizer=tokenizer_of_notes", "tokenizer_of_notes"),
+    ("train", "run.yaml name=new model.vocab_size=5", "model.vocab_size"),
+    ("train", "run.yaml checkpoint.load=nowhere", "nowhere"),
+    ("train", "run.yaml output_dir=notes.txt", "notes.txt"),
+    ("train", "run.yaml output_dir=/proc/nowhere", "/proc"),
+    # ... a run that is there
+    ("train", "run.yaml optimizer.lr=0.5", "runs/mine is finished optimizer.lr name=NEW"),
+    ("train", "run.yaml training.train_iters=4", "training.train_iters checkpoint.allow_other_schedule=true"),
+    ("train", "run.yaml training.train_iters=4", "optimizer.lr_decay_iters=2 checkpoint.allow_other_data=true"),
+    ("train", "run.yaml training.train_iters=4 optimizer.lr_decay_iters=2", "checkpoint.allow_other_data=true"),
+    ("train", "run.yaml model.hidden_size=64", "model.hidden_size 32"),
+    ("train", "run.yaml model.num_layers=2", "model.num_layers 1"),
+    ("train", "run.yaml model.vocab_size=999", "vocabulary"),
+    ("train", "run.yaml optimizer.name=sgd", "optimizer.name adam"),
+    ("train", "runs/mine/config.yaml training.train_iters=4", "training.train_iters"),
+    ("train", "run.yaml name=new checkpoint.load=runs/mine model.hidden_size=64", "model.hidden_size"),
+    ("train", "run.yaml name=new checkpoint.load=runs/mine training.train_iters=4", "training.train_iters"),
+    ("train", "--branch-from runs/mine", "RUN@STEP"),
+    ("train", "--branch-from runs/mine@99", "99"),
+    ("train", "--branch-from runs/mine@2", "WSD"),
+    ("train", "--branch-from nowhere@1", "nowhere"),
+    ("train", "run.yaml --decay-steps 3", "--branch-from"),
+    # plt-preprocess
+    ("preprocess", "", "--input"),
+    ("preprocess", "--input text.jsonl --output-prefix o", "--tokenizer"),
+    ("preprocess", "--input nowhere --tokenizer tokenizer --output-prefix o", "nowhere"),
+    ("preprocess", "--input data --tokenizer tokenizer --output-prefix o", "folder"),
+    ("preprocess", "--input loop --tokenizer tokenizer --output-prefix o", "link"),
+    ("preprocess", "--input 'data/*.jsonl' --tokenizer tokenizer --output-prefix o", "data/*.jsonl"),
+    ("preprocess", "--input text.jsonl --tokenizer nowhere --output-prefix o", "nowhere"),
+    ("preprocess", "--input text.jsonl --tokenizer notes.txt --output-prefix o", "notes.txt"),
+    ("preprocess", "--input text.jsonl --tokenizer tokenizer --output-prefix o/", "o/"),
+    ("preprocess", "--input text.jsonl --tokenizer tokenizer --output-prefix /proc/o", "/proc"),
+    ("preprocess", "--input text.jsonl --tokenizer tokenizer --output-prefix notes.txt/o", "notes.txt"),
+    *(
+        ("preprocess", f"--input text.jsonl --tokenizer tokenizer --output-prefix o {option}", option.split()[0])
+        for option in (
+            *("--shard-mb nan", "--shard-mb inf", "--shard-mb 0", "--shard-mb -1", "--shard-mb x"),
+            *("--workers 0", "--workers -3", "--max-document-bytes 0", "--max-document-bytes 9999999999999"),
+            *("--format csv", "--min-quality 3", "--quality-key q"),
+        )
+    ),
+    ("preprocess", "--input text.jsonl --tokenizer tokenizer --output-prefix o --eod-token '<no>'", "<no>"),
+    ("preprocess", "--input empty.jsonl --tokenizer tokenizer --output-prefix data/text", "--overwrite"),
+    ("preprocess", "--build-index nowhere.yaml", "nowhere.yaml"),
+    ("preprocess", "--build-index run.yaml model.x=1", "model.x"),
+    ("preprocess", "--build-index run.yaml 'data.sources=[{path: data/cut}]'", "data/cut.bin"),
+    # plt-train-tokenizer
+    ("train_tokenizer", "--input nowhere --output o --vocab-size 380", "nowhere"),
+    ("train_tokenizer", "--input text.jsonl --output tokenizer --vocab-size 380", "tokenizer.model"),
+    ("train_tokenizer", "--input text.jsonl --output notes.txt --vocab-size 380", "notes.txt"),
+    ("train_tokenizer", "--input text.jsonl --output /proc/o --vocab-size 380", "/proc"),
+    ("train_tokenizer", "--input empty.jsonl --output o --vocab-size 380", "text"),
+    ("train_tokenizer", "--input latin.jsonl --output o --vocab-size 380", "text"),
+    *(
+        ("train_tokenizer", f"--input text.jsonl --output o --vocab-size {size}", "--vocab-size")
+        for size in ("-5", "0", "5", "90000", "1000000000000", "many")
+    ),
+    *(
+        ("train_tokenizer", f"--input text.jsonl --output o --vocab-size 380 {option}", name)
+        for option, name in (
+            *(("--threads 0", "--threads"), ("--character-coverage 5", "--character-coverage")),
+            *(("--character-coverage nan", "--character-coverage"), ("--max-sample-mb 0", "--max-sample-mb")),
+            *(("--special-token ''", "empty"), ("--special-token '<s>'", "<s>"), ("--special-token 'a b'", "a b")),
+            *(("--special-token a --user-defined-symbol a", "twice"), ("--model-type wordy", "--model-type")),
+        )
+    ),
+    # plt-inspect-data
+    ("inspect_data", "nowhere.yaml", "nowhere.yaml"),
+    ("inspect_data", "run.yaml --batch 0", "--batch"),
+    ("inspect_data", "run.yaml --batch 999999999", "batch"),
+    ("inspect_data", "run.yaml --samples 0", "--samples"),
+    ("inspect_data", "run.yaml --width -1", "--width"),
+    ("inspect_data", "run.yaml --duplicates --span-tokens 1", "--span-tokens"),
+    ("inspect_data", "run.yaml --html data", "data"),
+    ("inspect_data", "run.yaml --part test", "--part"),
+    ("inspect_data", "run.yaml 'data.sources=[{path: data/cut}]'", "data/cut.bin"),
+    # plt-estimate, plt-rehearse, plt-check-coordinates
+    ("estimate", "nowhere.yaml", "nowhere.yaml"),
+    ("estimate", "run.yaml --gpu abacus", "abacus"),
+    ("estimate", "run.yaml --layout TP0", "tensor_model_parallel_size"),
+    ("estimate", "run.yaml --layout 'fast please'", "--layout"),
+    ("estimate", "run.yaml --nodes 0", "nodes"),
+    ("estimate", "run.yaml --gpus-per-node -1", "gpus-per-node"),
+    ("estimate", "run.yaml --context 0", "context"),
+    ("estimate", "run.yaml --batch 0", "batch"),
+    ("estimate", "run.yaml --search --top 0", "top"),
+    ("estimate", "run.yaml data.tokenizer=notes.txt", "notes.txt"),
+    ("rehearse", "nowhere.yaml", "nowhere.yaml"),
+    ("rehearse", "run.yaml --nodes 0", "--nodes"),
+    ("rehearse", "run.yaml --gpu abacus", "abacus"),
+    ("check_coordinates", "nowhere.yaml", "nowhere.yaml"),
+    ("check_coordinates", "run.yaml --steps 0", "--steps"),
+    ("check_coordinates", "run.yaml --axes height", "--axes"),
+    # plt-export
+    ("export_hf", "--checkpoint nowhere --output o", "nowhere"),
+    ("export_hf", "--checkpoint notes.txt --output o", "notes.txt"),
+    ("export_hf", "--checkpoint no_data --output o", "no_data"),
+    ("export_hf", "--checkpoint runs/unstarted --output o", "runs/unstarted"),
+    ("export_hf", "--checkpoint weightless --output o", "weightless"),
+    ("export_hf", "--checkpoint broken_hf --output o", "broken_hf"),
+    ("export_hf", "--checkpoint runs/mine --output data", "data"),
+    ("export_hf", "--checkpoint runs/mine --output notes.txt/o", "notes.txt"),
+    ("export_hf", "--checkpoint runs/mine --output /proc/o", "/proc"),
+    ("export_hf", "--checkpoint runs/mine --output o --dtype fp8", "--dtype"),
+    ("export_hf", "--checkpoint runs/mine --output o --max-shard-size huge", "huge"),
+    ("export_hf", "--checkpoint runs/mine --output o --max-shard-size 0", "0"),
+    ("export_hf", "--checkpoint runs/mine --output o --tokenizer nowhere", "nowhere"),
+    ("export_hf", "--checkpoint runs/mine --output o --tokenizer notes.txt", "notes.txt"),
+    ("export_hf", "--checkpoint runs/mine --output o --ema", "ema_decay"),
+    ("export_hf", "--checkpoint exported --output o --ema", "--ema"),
+    # plt-import
+    ("import_hf", "--model nowhere --output o", "nowhere"),
+    ("import_hf", "--model no_data --output o", "config.json"),
+    ("import_hf", "--model broken_hf --output o", "config.json"),
+    ("import_hf", "--model other_hf --output o", "resnet"),
+    ("import_hf", "--model weightless --output o", "weightless"),
+    ("import_hf", "--model exported --output data", "data"),
+    ("import_hf", "--model exported --output o --loop-count 0", "loop"),
+    ("import_hf", "--model exported --output o --loop-count 9999", "loop"),
+    ("import_hf", "--model exported --output o --loop-span 0 1", "--loop-span"),
+    ("import_hf", "--model exported --output o --preset recommended", "--preset"),
+    # plt-average
+    ("average", "runs/mine --output o", "runs/mine"),
+    ("average", "runs/mine@2 --output o", "one checkpoint"),
+    ("average", "runs/mine@2 runs/mine@2 --output o", "twice"),
+    ("average", "runs/mine@1 runs/mine@2 --output o", "step 1"),
+    ("average", "nowhere@1 nowhere@2 --output o", "nowhere"),
+    ("average", "runs/mine --last 0 --output o", "--last"),
+    ("average", "runs/mine --last 9 --output o", "--last"),
+    ("average", "runs/mine@2 --ema --output o", "ema_decay"),
+    ("average", "runs/mine@2 --ema --weights 1 2 --output o", "--weights"),
+    ("average", "runs/mine@2 --ema --weights nan --output o", "--weights"),
+    ("average", "runs/mine@2 --ema --output data", "data"),
+    # plt-generate, plt-evaluate, plt-diagnose
+    ("generate", "--model exported", "--prompt"),
+    ("generate", "--model nowhere --prompt a", "nowhere"),
+    ("generate", "--model runs/mine --prompt a", "plt-export"),
+    ("generate", "--model weightless --prompt a", "weightless"),
+    ("generate", "--model exported --prompt ''", "prompt"),
+    ("generate", "--model exported --prompt a --max-new-tokens 0", "--max-new-tokens"),
+    ("generate", "--model exported --prompt a --max-new-tokens 1000000", "--max-new-tokens"),
+    ("generate", "--model exported --prompt a --temperature nan", "--temperature"),
+    ("generate", "--model exported --prompt a --seed -1", "--seed"),
+    ("evaluate", "--model nowhere --tasks a", "nowhere"),
+    ("evaluate", "--model exported --tasks ,", "--tasks"),
+    ("evaluate", "--model exported --tasks a --limit 0", "--limit"),
+    ("evaluate", "--model exported --tasks a --include-path nowhere", "nowhere"),
+    ("evaluate", "--model exported --tasks a --device tpu", "tpu"),
+    ("diagnose", "nowhere --data text.jsonl", "nowhere"),
+    ("diagnose", "exported --data nowhere", "nowhere"),
+    ("diagnose", "exported --data data", "data"),
+    ("diagnose", "exported --data data/cut", "data/cut.bin"),
+    ("diagnose", "exported --data empty.jsonl", "empty.jsonl"),
+    ("diagnose", "exported --data text.jsonl --max-tokens 0", "--max-tokens"),
+    ("diagnose", "exported --data text.jsonl --sequence-length 1", "--sequence-length"),
+    ("diagnose", "exported --data text.jsonl --sequence-length 999", "--sequence-length"),
+    ("diagnose", "exported --data text.jsonl --seed -1", "--seed"),
+    ("diagnose", "exported --data text.jsonl --tokenizer nowhere", "nowhere"),
+    ("diagnose", "exported --data text.jsonl --output notes.txt", "notes.txt"),
+    ("diagnose", "exported --data text.jsonl --device tpu", "--device"),
+    # plt-plot, plt-status, plt-report
+    ("plot", "nowhere", "nowhere"),
+    ("plot", "runs/unstarted", "runs/unstarted"),
+    ("plot", "runs/garbled", "metrics.jsonl"),
+    ("plot", "runs/mine --labels a b", "2 labels"),
+    ("plot", "runs/mine --output plot.word", "plot.word"),
+    ("plot", "runs/mine --output /proc/plot.png", "/proc"),
+    ("status", "nowhere/at/all", "nowhere"),
+    ("status", "--output-dir nowhere", "nowhere"),
+    ("report", "nowhere", "nowhere"),
+    ("report", "runs/mine", "runs/mine"),
+    ("report", "runs/mine --decode-batch 0", "decod"),
+    # plt-sweep, plt-study, plt-submit
+    ("sweep", "nowhere.yaml", "nowhere.yaml"),
+    ("sweep", "run.yaml", "run.yaml"),
+    ("sweep", "configs/sweeps/smoke.yaml seeds=[]", "seeds"),
+    ("sweep", "configs/sweeps/smoke.yaml 'axes.model.no_such=[1]'", "no_such"),
+    ("sweep", "configs/sweeps/smoke.yaml --jobs 0", "--jobs"),
+    ("sweep", "configs/sweeps/smoke.yaml --slurm", "--cluster"),
+    ("sweep", "configs/sweeps/smoke.yaml --max-concurrent 2", "--slurm"),
+    ("sweep", "configs/sweeps/smoke.yaml output_dir=/proc/nowhere", "/proc"),
+    ("study", "configs/studies/smoke.yaml output_dir=/proc/nowhere", "/proc"),
+    ("study", "nowhere.yaml", "nowhere.yaml"),
+    ("study", "run.yaml", "run.yaml"),
+    ("study", "configs/studies/smoke.yaml --budget soon", "budget"),
+    ("study", "configs/studies/smoke.yaml rounds=0", "rounds"),
+    ("study", "configs/studies/smoke.yaml --report --dry-run", "--report"),
+    ("submit", "", "configuration"),
+    ("submit", "run.yaml", "--time"),
+    ("submit", "run.yaml --time soon", "--time"),
+    ("submit", "run.yaml --time 1:00:00 --nodes 0", "--nodes"),
+    ("submit", "run.yaml --time 1:00:00 --chain 0", "--chain"),
+    ("submit", "run.yaml --time 1:00:00 --cluster nowhere", "nowhere"),
+    ("submit", "run.yaml --time 1:00:00 --max-concurrent 3", "--array"),
+    ("submit", "--array nowhere --time 1:00:00 --dry-run", "nowhere"),
+    # plt-upload
+    ("upload", "nowhere", "nowhere"),
+    ("upload", "exported", "--to"),
+    ("upload", "exported --to nowhere://x", "nowhere"),
+    ("upload", "runs/mine", "upload_to"),
+    ("upload", "runs/mine --check", "upload_to"),
+    ("upload", "runs/mine --to file:///tmp/x", "--to"),
+    ("demo", "please", "please"),
+    ("doctor", "please", "please"),
+]
+
+
+@pytest.mark.parametrize(("command", "arguments", "names"), REFUSED, ids=[" ".join(case[:2])[:80] for case in REFUSED])
+def test_it_is_refused_in_a_line_and_leaves_no_trace(world, command, arguments, names):
+    before = world.content()
+    done = world.run(command, *shlex.split(arguments))
+    lines = done.stderr.splitlines()
+    said = f"{done.stdout}{done.stderr}"
+    assert done.returncode == 2 and 1 <= len(lines) <= LINES, said
+    assert all(line.startswith("error: ") for line in lines) and not done.stdout, said
+    missing = [name for name in names.split() if name not in done.stderr]
+    assert not missing, f"{missing} not in {said}"
+    after = world.content()
+    assert after == before, {name for name in before | after if before.get(name) != after.get(name)}
+
+
+def test_there_are_enough():
+    assert len(REFUSED) >= 150
