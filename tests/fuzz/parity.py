@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ class Parity:
         over = {name: off / max(TOLERANCE, ROUNDING * rounding[name]) for name, off in wrong.items()}
         worst = max(over, key=lambda name: over[name])
         if over[worst] <= 1:
-            self.note("rounding alone moves it by more")
+            self.note("rounding alone moves it by more", f"{worst} by {wrong[worst]:.1e}, {rounding[worst]:.1e}")
             return None
         return f"is not one process's: {worst} is off by {wrong[worst]:.1e}"
 
@@ -77,8 +78,9 @@ class Parity:
         """What `parity_job` makes of a configuration."""
         return self.run(train, layout_of(config).world_size, config, timeout_s=300, **options)
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, which: str) -> None:
         """Count something that is no finding."""
+        print(f"{self.name}: {what}: {which}", file=sys.stderr)
         self.notes[what] = self.notes.get(what, 0) + 1
 
 
