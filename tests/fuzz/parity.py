@@ -66,7 +66,8 @@ class Parity:
         over = {name: off / max(TOLERANCE, ROUNDING * rounding[name]) for name, off in wrong.items()}
         worst = max(over, key=lambda name: over[name])
         if over[worst] <= 1:
-            self.note("rounding alone moves it by more", f"{worst} by {wrong[worst]:.1e}, {rounding[worst]:.1e}")
+            most = max(wrong, key=lambda name: wrong[name])
+            self.note("rounding alone moves it by more", f"{most} by {rounding[most]:.1e}, is off by {wrong[most]:.1e}")
             return None
         return f"is not one process's: {worst} is off by {wrong[worst]:.1e}"
 
