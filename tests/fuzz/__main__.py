@@ -55,7 +55,10 @@ def _search(arguments: argparse.Namespace, pools: Pools) -> int:
             case, settings = name, _given(arguments.settings) | dict(kind.fixed)
         else:
             case, settings = f"seed {arguments.seed}, {name} {number}", kind.draw(arguments.seed, number)
+        noted = sum(kind.notes.values())
         found = search.find(kind, settings, case, shrink_s=0 if arguments.no_shrink or arguments.settings else 300)
+        if sum(kind.notes.values()) > noted:
+            print(case, file=sys.stderr, flush=True)
         if found is not None:
             findings += 1
             print(f"FOUND in {found.case}: {found.problem}\n{command(name, kind, found)}\n", flush=True)

@@ -81,7 +81,7 @@ class Parity:
 
     def note(self, what: str, which: str) -> None:
         """Count something that is no finding."""
-        print(f"{self.name}: {what}: {which}", file=sys.stderr)
+        print(f"{what}: {which}, in", file=sys.stderr, end=" ")
         self.notes[what] = self.notes.get(what, 0) + 1
 
 
