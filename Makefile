@@ -53,8 +53,7 @@ test-te: $(READY) $(TE) $(TE_SOURCE) ## Transformer Engine's layers and FP8 on t
 	$(PYTEST) -m "not bench" tests/te
 
 fuzz: $(READY) ## search for faults at random: FUZZ_SEED=1 FUZZ_MINUTES=10, or FUZZ_CASES of each of FUZZ_KINDS
-	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --seed $(or $(FUZZ_SEED),1) $(if $(FUZZ_CASES),--cases $(FUZZ_CASES)) \
-	    $(if $(FUZZ_MINUTES),--minutes $(FUZZ_MINUTES)) $(if $(FUZZ_KINDS),--kinds $(FUZZ_KINDS))
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz --seed $(or $(FUZZ_SEED),1) $(FUZZ_CASES:%=--cases %) $(FUZZ_MINUTES:%=--minutes %) $(FUZZ_KINDS:%=--kinds %)
 
 # Only its Python, and outside the environment, where it would be mistaken for a usable installation.
 $(TE): tests/te/requirements.txt

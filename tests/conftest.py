@@ -29,6 +29,7 @@ _TOGETHER = {
     "tests/distributed/test_run_faults.py": "whole runs",
     "tests/distributed/test_training.py": "whole runs",
     "tests/distributed/": "pool",
+    "tests/fuzz/": "pool",
     "tests/te/test_te_fp8.py": "Transformer Engine: fp8",  # half of the time: on another worker than the rest
     "tests/te/test_te_fusions.py": "Transformer Engine: fp8",
     "tests/te/": "Transformer Engine",

@@ -18,7 +18,7 @@ from collections import Counter
 import yaml
 
 from tests.fuzz import data, draw, search
-from tests.fuzz.kinds import KINDS, Pools
+from tests.fuzz.kinds import KINDS, Pools, missing
 
 
 def main() -> int:
@@ -28,7 +28,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, help="of each kind; default: as many as there is time for")
     parser.add_argument("--minutes", type=float, help="begin no case after so many; default: all cases, or 10 minutes")
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of " + ", ".join(KINDS))
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="separated by commas; default: all, " + ", ".join(KINDS)
+    )
     parser.add_argument("--no-shrink", action="store_true", help="name findings as they were drawn")
     arguments = parser.parse_args()
     data.make()
@@ -40,7 +42,7 @@ def main() -> int:
 
 
 def _search(arguments: argparse.Namespace, pools: Pools) -> int:
-    kinds = {name: KINDS[name](pools) for name in arguments.kinds.split(",")}
+    kinds = _kinds(arguments.kinds.split(","), pools)
     minutes = arguments.minutes or (10.0 if arguments.cases is None else float("inf"))
     deadline, counts, findings = time.monotonic() + 60 * minutes, Counter[str](), 0
     told = time.monotonic()
@@ -53,7 +55,10 @@ def _search(arguments: argparse.Namespace, pools: Pools) -> int:
             case, settings = name, _given(arguments.settings) | dict(kind.fixed)
         else:
             case, settings = f"seed {arguments.seed}, {name} {number}", kind.draw(arguments.seed, number)
+        noted = sum(kind.notes.values())
         found = search.find(kind, settings, case, shrink_s=0 if arguments.no_shrink or arguments.settings else 300)
+        if sum(kind.notes.values()) > noted:
+            print(case, file=sys.stderr, flush=True)
         if found is not None:
             findings += 1
             print(f"FOUND in {found.case}: {found.problem}\n{command(name, kind, found)}\n", flush=True)
@@ -62,6 +67,15 @@ def _search(arguments: argparse.Namespace, pools: Pools) -> int:
             print(_state(counts, kinds, findings), file=sys.stderr, flush=True)
     print(_state(counts, kinds, findings))
     return int(findings > 0)
+
+
+def _kinds(names: list[str], pools: Pools) -> dict[str, search.Kind]:
+    """Those that this machine can try; what the others lack is said."""
+    lacks = {name: missing(name) for name in names}
+    for name, why in lacks.items():
+        if why is not None:
+            print(f"no cases of {name}: {why}", file=sys.stderr)
+    return {name: KINDS[name](pools) for name in names if lacks[name] is None}
 
 
 def _turns(arguments: argparse.Namespace, kinds: dict[str, search.Kind]) -> itertools.chain[str]:

@@ -11,6 +11,7 @@ from tests.fuzz.resume import Resume
 from tests.fuzz.round_trip import RoundTrip
 from tests.fuzz.search import Kind
 from tests.fuzz.transformer_engine import Fp8, TransformerEngine
+from tests.te import emulation
 
 
 class Pools:
@@ -23,6 +24,11 @@ class Pools:
     def close(self) -> None:
         for pool in self._pools:
             pool.close()
+
+
+def missing(name: str) -> str | None:
+    """What the kind needs that is not there; None: nothing."""
+    return emulation.find() if name in ("te", "fp8") else None
 
 
 KINDS: dict[str, Callable[[Pools], Kind]] = {

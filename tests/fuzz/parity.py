@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -65,7 +66,8 @@ class Parity:
         over = {name: off / max(TOLERANCE, ROUNDING * rounding[name]) for name, off in wrong.items()}
         worst = max(over, key=lambda name: over[name])
         if over[worst] <= 1:
-            self.note("rounding alone moves it by more")
+            most = max(wrong, key=lambda name: wrong[name])
+            self.note("rounding alone moves it by more", f"{most} by {rounding[most]:.1e}, is off by {wrong[most]:.1e}")
             return None
         return f"is not one process's: {worst} is off by {wrong[worst]:.1e}"
 
@@ -77,8 +79,9 @@ class Parity:
         """What `parity_job` makes of a configuration."""
         return self.run(train, layout_of(config).world_size, config, timeout_s=300, **options)
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, which: str) -> None:
         """Count something that is no finding."""
+        print(f"{what}: {which}, in", file=sys.stderr, end=" ")
         self.notes[what] = self.notes.get(what, 0) + 1
 
 

@@ -13,12 +13,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.commands.train import describe
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import validate
 from plt_megatron.errors import UserError
+from plt_megatron.estimate.run_estimate import estimate_run
+from plt_megatron.run_folder.folder import save_config
 from tests.distributed.training_jobs import train
 from tests.fuzz import data, draw
 
+_VOCAB_SIZE = 380  # the tokenizer's
 _WILD = 50  # configurations of a case that are checked only
 _SECTIONS = ("model", "parallel", "data", "training", "optimizer", "validation", "checkpoint", "logging")
 
@@ -67,10 +72,20 @@ class Refusals:
             shutil.rmtree(folder)
 
     def refusal(self, settings: draw.Settings) -> str | None:
-        """What is wrong with how it is refused, or an empty string; None: it is not refused."""
+        """What is wrong with how it is refused, or an empty string; None: it is not refused. What is said of one that
+        is not (`plt-train --dry-run`, `plt-estimate`, a run's config.yaml) must not fail either."""
         try:
-            validate(draw.load(settings), check_files=False)
-            return None
+            config = draw.load(settings)
+            validate(config, check_files=False)
         except UserError as error:
             unclear = [line for line in str(error).splitlines() if not self._names & set(draw.words(line))]
             return f"is refused without the name of a setting: {unclear[0]}" if unclear else ""
+        ranks = layout_of(config).world_size
+        describe(config, ranks, 0, {}, [])
+        estimate_run(config, world_size=ranks, vocab_size=config.model.vocab_size or _VOCAB_SIZE)
+        folder = Path(tempfile.mkdtemp())
+        try:
+            save_config(config, folder / "config.yaml")
+            return None if load_config(folder / "config.yaml") == config else "config.yaml: is read as another"
+        finally:
+            shutil.rmtree(folder)

@@ -165,19 +165,9 @@ def _of_leg(config: RunConfig, leg: Mapping[str, Any]) -> RunConfig:
     """The configuration of a leg: of another layout, if it has one."""
     if "layout" not in leg:
         return config
-    parallel = dataclasses.replace(
-        config.parallel,
-        **{name: getattr(ParallelConfig(), name) for name in _LAYOUT_FIELDS},
-        **({"data_parallel_size": 1} | leg["layout"]),
-    )
-    return dataclasses.replace(config, parallel=parallel)
-
-
-_LAYOUT_FIELDS = (
-    {key.partition(".")[2] for key in draw.SIZES}
-    - {"data_parallel_size"}
-    - {name for layout in _LAYOUTS for name in layout}
-)
+    names = [*(key.partition(".")[2] for key in draw.SIZES), "sequence_parallel"]
+    one_process = {name: getattr(ParallelConfig(), name) for name in names} | {"data_parallel_size": 1}
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **one_process | leg["layout"]))
 
 
 def _rolls_back(config: RunConfig, case: Case) -> bool:

@@ -98,6 +98,14 @@ def test_an_error_of_the_code_is_a_finding():
     assert found.shortest.keys() == {"model.loop_count", "model.window_size", "model.qkv_bias"}
 
 
+@pytest.mark.slow
+def test_one_case_of_each_kind():
+    search = [sys.executable, "-m", "tests.fuzz", "--seed", "1", "--cases", "1", "--no-shrink"]
+    done = subprocess.run(search, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "1 parity, 1 refusals, 1 resume, 1 round_trip" in done.stdout and "nothing found" in done.stdout
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_layouts_of_drawn_models_give_one_processs_numbers(run_distributed, number):
     parity = Parity(run_distributed)

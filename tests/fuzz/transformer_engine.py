@@ -88,7 +88,7 @@ class Fp8(TransformerEngine):
             return None
         exact = self.outcome(dataclasses.replace(one, training=dataclasses.replace(one.training, precision="fp32")))
         if not _over(off, config, differences(exact, expected)):
-            self.note("rounding alone moves it by more")
+            self.note("rounding alone moves it by more", ", ".join(over))
             return None
         worst = max(over, key=lambda name: off[name])
         return f"is not close to bf16: {worst} is off by {off[worst]:.1%}"

@@ -36,7 +36,7 @@ class TestMakefile:
         for target in targets:
             assert re.search(rf"^  {target} +\S", shown, re.MULTILINE), target
 
-    @pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "bench", "doctor"])
+    @pytest.mark.parametrize("target", ["demo", "test", "test-all", "fuzz", "lint", "bench", "doctor"])
     def test_targets_make_the_environment_they_need(self, target, tmp_path):
         absent = tmp_path / "venv"
         planned = run(["make", "-n", target, f"VENV={absent}"]).stdout.splitlines()
@@ -71,6 +71,11 @@ class TestMakefile:
         planned = run(["make", "-n", "test", "WORKERS=4", "PYTEST_ARGS=-k gate"]).stdout
         assert "-n 4" in planned and "-k gate" in planned
         assert " -n " not in run(["make", "-n", "test", "WORKERS=0"]).stdout
+
+    def test_what_the_search_is_asked_for_reaches_it(self):
+        planned = run(["make", "-n", "fuzz", "FUZZ_SEED=7", "FUZZ_KINDS=parity,resume"]).stdout.split()
+        wanted = ["-m", "tests.fuzz", "--seed", "7", "--kinds", "parity,resume"]
+        assert planned[planned.index("-m") :][: len(wanted)] == wanted and "--cases" not in planned
 
 
 class TestCI:
