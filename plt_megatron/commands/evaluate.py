@@ -2,7 +2,8 @@
 
     plt-evaluate --model exported --tasks reading,arithmetic --include-path tasks
 
-The scores are printed, and kept in the export's evaluation.json and on its card. Nothing is downloaded.
+The scores are printed, and kept in the export's evaluation.json and on its card. Nothing is downloaded, and Python in
+the model's folder is not run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
+    parser.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     return parser
 
@@ -35,9 +37,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.evaluation import evaluate
     from plt_megatron.run_folder.text import format_table
 
-    scores = evaluate(
-        arguments.model, arguments.tasks, arguments.include_path, limit=arguments.limit, device=arguments.device
-    )
+    options = {name: getattr(arguments, name) for name in ("limit", "device", "chat")}
+    scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **options)
     print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
 
 
