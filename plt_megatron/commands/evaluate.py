@@ -3,7 +3,7 @@
     plt-evaluate --model exported --tasks reading,arithmetic --include-path tasks
 
 The scores are printed, and kept in the export's evaluation.json and on its card. Tasks' data are local files, or in the
-cache of Hugging Face: nothing is downloaded without --download.
+cache of Hugging Face: nothing is downloaded without --download. Python in the model's folder is not run.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def _parser() -> CommandParser:
         "--download", action="store_true", help="fetch tasks' data from the Hugging Face hub where its cache lacks them"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
+    parser.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     return parser
 
@@ -47,14 +48,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf.evaluation import evaluate
     from plt_megatron.run_folder.text import format_table
 
-    scores = evaluate(
-        arguments.model,
-        arguments.tasks,
-        arguments.include_path,
-        limit=arguments.limit,
-        device=arguments.device,
-        download=arguments.download,
-    )
+    options = {name: getattr(arguments, name) for name in ("limit", "device", "download", "chat")}
+    scores = evaluate(arguments.model, arguments.tasks, arguments.include_path, **options)
     print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
 
 

@@ -1,6 +1,8 @@
 """Continue a text with an exported model, its loops decoded in parallel.
 
 plt-generate --model exported --prompt 'def main():'
+
+The model runs with this installation's code; Python in its folder is not run.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ def _parser() -> CommandParser:
     parser = CommandParser(description="Continue a text with an exported model.")
     parser.add_argument("--model", required=True, metavar="DIR", help="a folder that plt-export has written")
     parser.add_argument("--prompt", required=True)
+    parser.add_argument(
+        "--chat", action="store_true", help="put the prompt into the tokenizer's chat template, and print the answer"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
@@ -45,11 +50,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     prepare_imports()
     from plt_megatron.hf.generation import generate
 
-    text, seconds = generate(
-        arguments.model, arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed
-    )
-    print(text)
-    print(f"[{seconds:.1f} s]", file=sys.stderr)
+    settings = (arguments.max_new_tokens, arguments.temperature, arguments.seed)
+    found = generate(arguments.model, arguments.prompt, *settings, chat=arguments.chat)
+    print(found.text)
+    hint = "; the model has a chat template, which --chat applies" if found.has_chat_template > arguments.chat else ""
+    print(f"[{found.seconds:.1f} s{hint}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

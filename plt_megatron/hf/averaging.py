@@ -26,7 +26,7 @@ from plt_megatron.train.checkpoint.reading import Weights
 # Settings of a model that its weights do not depend on.
 _ANY = ("backend", "vocab_size", "make_vocab_size_divisible_by", "loop_preset", "fused_gated_window")
 # What a run's record keeps in the average's.
-_KEPT = ("consumed_tokens", "consumed_samples", "data_fingerprint", "special_tokens", "imported_from")
+_KEPT = ("consumed_tokens", "consumed_samples", "data_fingerprint", checkpoints.LONGEST_TEXT, *checkpoints.ORIGIN)
 
 
 @dataclass(frozen=True)

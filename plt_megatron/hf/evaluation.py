@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,6 @@ from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.hf.arguments import check_device, check_export
-from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.scores import write_scores
 from plt_megatron.run_folder.text import plural
@@ -26,6 +26,7 @@ def evaluate(
     limit: int | None = None,
     device: str = "cpu",
     download: bool = False,
+    chat: bool = False,
 ) -> dict[str, float]:
     """Run tasks, and leave the scores in the export's folder and on its card.
 
@@ -35,12 +36,14 @@ def evaluate(
         include_path: a folder of task files.
         limit: rows of each task, at least one; None: all.
         download: fetch tasks' data from the Hugging Face hub where its cache lacks them; else nothing is downloaded.
+        chat: put what is asked into the tokenizer's chat template.
 
     Returns:
         By `task/metric`, its standard errors too.
 
     Raises:
-        UserError: no such export, tokenizer, task, device or folder of tasks, or a task's data are not here.
+        UserError: no such export, tokenizer, chat template, task, device or folder of tasks, or a task's data are not
+            here.
     """
     # Read when the packages are imported.
     os.environ |= dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "01"[not download])
@@ -48,27 +51,40 @@ def evaluate(
     harness, known = _harness(tasks, include_path)
     _load_data(known, tasks, download)
     found = harness.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder), "trust_remote_code": True, "dtype": "auto"},
+        model=_model(folder, device, chat),
         tasks=list(tasks),
         task_manager=known,
-        batch_size=8,
-        device=device,
         limit=limit,
+        apply_chat_template=chat,
         log_samples=False,
     )
     scores = dict(_scores(found["results"]))
-    write_scores(folder, scores, tasks=tasks, limit=limit)
-    _write_on_card(folder / _CARD, scores, limit)
+    write_scores(folder, scores, tasks=tasks, limit=limit, chat=chat)
+    _write_on_card(folder / _CARD, scores, limit, chat)
     return scores
+
+
+def _model(folder: Path, device: str, chat: bool) -> Any:
+    """The export as lm-evaluation-harness takes it; in our code, not in the folder's, which it would run."""
+    from lm_eval.models.huggingface import HFLM
+
+    from plt_megatron.hf.loading import check_chat_template, load_export
+
+    tokenizer, model = load_export(folder)
+    if chat:
+        check_chat_template(tokenizer, folder)
+    logger = logging.getLogger(HFLM.__module__)
+    logger.disabled = True  # it warns of a model that is no path
+    try:
+        return HFLM(pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=8)
+    finally:
+        logger.disabled = False
 
 
 def _check(folder: Path, device: str) -> None:
     """Raise `UserError` for what lm-evaluation-harness would end in a traceback about."""
     check_export(folder)
     check_device(device)
-    if open_source(folder).tokenizer is None:
-        raise UserError(f"{folder}: the model has no tokenizer, which tasks need")
     if device != "cpu":
         import torch
 
@@ -122,10 +138,11 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, flo
                 yield f"{task}/{metric}" + ("" if filtered == "none" else f" ({filtered})"), float(value)
 
 
-def _write_on_card(card: Path, scores: Mapping[str, float], limit: int | None) -> None:
+def _write_on_card(card: Path, scores: Mapping[str, float], limit: int | None, chat: bool) -> None:
     """A section of its own, in the place of an earlier one."""
     rows = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
     rows += [f"| rows of each task | {limit} |"] if limit else []
+    rows += ["| asked in | the chat template |"] if chat else []
     section = "\n".join([f"{_HEADING}\n", "lm-evaluation-harness:\n", "| | |", "|---|---|", *rows]) + "\n"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     text = re.sub(rf"\n*^{_HEADING}\n.*?(?=^## |\Z)", "\n\n", text, flags=re.MULTILINE | re.DOTALL).rstrip()

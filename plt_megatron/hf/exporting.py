@@ -48,7 +48,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The output. `difference` of logits and `tokens` compared are None without verification."""
+    """The output. `difference` (see `largest_difference`) and `tokens` compared are None without verification."""
 
     output: Path
     checkpoint: Path
@@ -78,6 +78,12 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         check_vocabulary(source.tokenizer, source.vocab_size, _trained_with(source))
     else:
         say("no tokenizer: this model was trained on token ids alone")
+    rows = source.progress["config"]["data"]["sequence_length"] if source.progress else source.max_position_embeddings
+    if source.max_position_embeddings > rows:
+        say(
+            f"max_position_embeddings is {source.max_position_embeddings:,}, that of the model it started from; it was "
+            f"trained on rows of {rows:,}"
+        )
     with published_folder(options.output) as folder:
         if source.tokenizer is not None:
             write_tokenizer(source.tokenizer, folder)
@@ -91,11 +97,11 @@ def export(options: ExportOptions, say: Callable[[str], None] = print) -> Export
         if options.verify:
             say("verifying: the same text through both models, in fp32")
             difference, tokens = largest_difference(source, folder, PRECISIONS[precision], options.style)
-            say(f"largest difference of logits over {tokens} tokens: {difference:.2e}")
+            say(f"largest difference of logits over {tokens} tokens: {difference:.2e} of the largest logit")
             if not difference <= TOLERANCE:
                 raise UserError(
-                    f"the export is not the training model: its logits differ by up to {difference:.2e}, more than "
-                    f"{TOLERANCE:g}; nothing is written"
+                    f"the export is not the training model: its logits differ by up to {difference:.2e} of the "
+                    f"largest, more than {TOLERANCE:g}; nothing is written"
                 )
     tensors = sum(len(mapping.hf) for mapping in mappings)
     return ExportResult(options.output, source.path, tensors, total_bytes, files, difference, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,54 @@ from plt_megatron.extras import require
 _LONGEST = 10  # times the model's own context
 
 
-def generate(folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> tuple[str, float]:
-    """The prompt and its continuation, and the seconds that decoding took, on a GPU if there is one.
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+        text: the prompt and its continuation; of a chat the answer alone.
+        seconds: that decoding took.
+        has_chat_template: whether a chat is what the model may have been trained on.
+    """
+
+    text: str
+    seconds: float
+    has_chat_template: bool
+
+
+def generate(
+    folder: str, prompt: str, max_new_tokens: int, temperature: float, seed: int, *, chat: bool = False
+) -> Generated:
+    """Continue a text, or answer it (`chat`: in the tokenizer's chat template), on a GPU if there is one.
 
     Raises:
-        UserError: `folder` is not a complete export, the prompt is empty, or transformers is missing.
+        UserError: `folder` is not a complete export, the prompt is empty, there is no chat template, or transformers is
+            missing.
     """
     require("generating", "transformers")
     import torch
     from transformers import set_seed
 
-    tokenizer, model = _load(Path(folder))
+    from plt_megatron.hf.loading import check_chat_template, load_export
+
+    tokenizer, model = load_export(Path(folder))
     if torch.cuda.is_available():
         model.cuda()
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if not inputs["input_ids"].numel():
+    if chat:
+        check_chat_template(tokenizer, Path(folder))
+    inputs = _inputs(tokenizer, prompt, chat).to(model.device)
+    if not prompt or not inputs["input_ids"].numel():
         raise UserError("the prompt is empty")
     _check_length(model.config.max_position_embeddings, inputs["input_ids"].shape[1], max_new_tokens)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature > 0 else {}
     started = time.perf_counter()
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **sampling)[0]
     seconds = time.perf_counter() - started
-    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    text = tokenizer.decode(output[inputs["input_ids"].shape[1] :] if chat else output, skip_special_tokens=True)
     assert isinstance(text, str)
-    return text, seconds
+    return Generated(text, seconds, bool(tokenizer.chat_template))
 
 
 def _check_length(context: int, given: int, new: int) -> None:
@@ -57,20 +80,8 @@ def _check_length(context: int, given: int, new: int) -> None:
         )
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
-    """Tokenizer and model. The files are checked first: transformers would fill in missing weights at random."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from plt_megatron.hf.sources import open_source
-
-    if open_source(folder).tokenizer is None:
-        raise UserError(f"{folder}: the model has no tokenizer")
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    except (OSError, ValueError) as error:  # such as weights with LoopCoder's names, which have no code
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: transformers cannot load it ({reason})") from error
-    return tokenizer, model.eval()
+def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    message = {"role": "user", "content": prompt}
+    return tokenizer.apply_chat_template([message], add_generation_prompt=True, return_tensors="pt", return_dict=True)

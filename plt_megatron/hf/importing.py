@@ -17,6 +17,7 @@ from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, Train
 from plt_megatron.errors import UserError
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.config_keys import HFModelConfig, read_config
+from plt_megatron.hf.lineage import read_lineage
 from plt_megatron.hf.param_mapping import ParamMapping, mappings_for
 from plt_megatron.hf.publishing import check_target, published_folder
 from plt_megatron.hf.safetensors_files import SafetensorsFolder
@@ -98,14 +99,15 @@ def import_model(options: ImportOptions) -> ImportResult:
     names = {mapping.name for mapping in mappings}
     with published_folder(options.output) as folder:
         tokenizer = copy_tokenizer(options.model, folder / "tokenizer", target.family, target.vocab_size, target.tokens)
-        published = options.output / tokenizer.relative_to(folder) if tokenizer else None
+        # Absolute: a run may start from any folder.
+        published = options.output.absolute() / tokenizer.relative_to(folder) if tokenizer else None
         config = _run_config(options, target, precision, published)
         origin = f"{options.model.resolve().name} ({target.family})"
-        progress = {"imported_from": origin, "special_tokens": target.tokens}
+        progress = {"imported_from": origin, "special_tokens": target.tokens, **read_lineage(options.model)}
         checkpoint = write_checkpoint(
             folder / "checkpoints", tensors, config, target.vocab_size, PRECISIONS[precision], progress
         )
-        (folder / MODEL_YAML).write_text(_model_yaml(config, options.output), encoding="utf-8")
+        (folder / MODEL_YAML).write_text(_model_yaml(config, options.output.absolute()), encoding="utf-8")
     return ImportResult(
         output=options.output,
         checkpoint=options.output / checkpoint.relative_to(folder),

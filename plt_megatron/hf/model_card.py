@@ -11,6 +11,7 @@ from plt_megatron.config import derived
 from plt_megatron.config.optimizers import OPTIMIZERS
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.lineage import front_matter
 from plt_megatron.hf.param_mapping import ParamMapping
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.run_folder.checkpoints import EMA, trained_tokens
@@ -55,7 +56,8 @@ def model_card(source: ModelSource, name: str, mappings: list[ParamMapping], sty
         mappings: of the exported tensors, to count parameters.
     """
     tags = ["plt", "parallel-loop-transformer"] if source.model.loop_count > 1 else ["plt"]
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {t}" for t in tags)]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", *front_matter(source.lineage)]
+    front += ["tags:", *(f"- {tag}" for tag in tags)]
     sections = ["\n".join([*front, "---"]), f"# {name}", _introduction(source)]
     sections.append("## Model\n\n" + _table(_model_facts(source, mappings)))
     if source.progress:

@@ -18,11 +18,18 @@ from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.hf import conversion
 from plt_megatron.hf.config_keys import CONFIG, read_config
+from plt_megatron.hf.lineage import read_license
 from plt_megatron.hf.param_mapping import DERIVED_BUFFERS, ParamMapping, mappings_for
 from plt_megatron.hf.safetensors_files import DTYPES, SafetensorsFolder
 from plt_megatron.hf.tokenizer_files import hf_tokenizer_file, load_hf_tokenizer, read_generation_config, special_tokens
 from plt_megatron.model.parameters import is_buffer, only_in_loops
-from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress, warn_of_doubt
+from plt_megatron.run_folder.checkpoints import (
+    EMA,
+    LONGEST_TEXT,
+    latest_checkpoint,
+    read_verified_progress,
+    warn_of_doubt,
+)
 from plt_megatron.train.checkpoint.reading import read_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +43,7 @@ class ModelSource:
 
     Attributes:
         path: what it is read from.
+        family: of a Hugging Face folder, its `model_type`; else empty.
         model: its settings.
         vocab_size: without padding.
         max_position_embeddings: tokens of the longest text it was made for.
@@ -46,6 +54,7 @@ class ModelSource:
         generation: further settings of generation_config.json.
         progress: a checkpoint's record of its run, else empty.
         ema: whether the weights are a moving average of the run's.
+        lineage: see `read_lineage`, of the model that this one was made from; of a Hugging Face folder its own licence.
     """
 
     path: Path
@@ -59,6 +68,8 @@ class ModelSource:
     generation: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
     ema: bool = False
+    family: str = ""
+    lineage: dict[str, str] = field(default_factory=dict)
 
 
 def open_source(path: Path, tokenizer: Path | None = None, *, ema: bool = False) -> ModelSource:
@@ -102,7 +113,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
         path=found,
         model=model,
         vocab_size=progress["vocab_size"],
-        max_position_embeddings=config["data"]["sequence_length"],
+        max_position_embeddings=max(config["data"]["sequence_length"], progress.get(LONGEST_TEXT, 0)),
         precision=config["training"]["precision"],
         weights=partial(read_weights, found, verify=False, part="ema" if ema else "weights"),
         tokenizer=loaded,
@@ -110,6 +121,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, ema: bool) -> ModelSour
         generation=generation,
         progress=progress,
         ema=ema,
+        lineage=progress,
     )
 
 
@@ -172,6 +184,8 @@ def _open_hf(path: Path, tokenizer: Path | None) -> ModelSource:
         generation={
             name: value for name, value in read_generation_config(path).items() if name not in described.tokens
         },
+        family=described.family,
+        lineage=read_license(path),
     )
 
 

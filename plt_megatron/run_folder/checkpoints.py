@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ LATEST = "latest"
 FORMAT = 1
 REPLICAS_COMPARED = "replicas_compared"  # in progress.json, of whoever compares ranks' copies before writing
 EMA = "ema"  # the name of the weights' moving average, in progress.json and in tensors' keys
+# What a record (progress.json) keeps of the model that its run, or the run before that, started from.
+ORIGIN = ("imported_from", "special_tokens", "base_model", "license", "license_name", "license_link")
+LONGEST_TEXT = "max_position_embeddings"
 NAME = re.compile(r"step_(\d{8,})")
 _CHUNK = 1 << 20
 
@@ -69,6 +72,13 @@ def candidates(path: Path) -> list[Path]:
     if named is not None and named in found:
         return found[found.index(named) :]
     return found
+
+
+def inherited(progress: Mapping[str, Any], sequence_length: int) -> dict[str, Any]:
+    """What the record of a run with rows of `sequence_length` keeps of one that it starts or resumes from."""
+    kept = {name: progress[name] for name in ORIGIN if name in progress}
+    longest = max(progress.get(LONGEST_TEXT, 0), progress["config"]["data"]["sequence_length"])
+    return kept | ({LONGEST_TEXT: longest} if longest > sequence_length else {})
 
 
 def latest_checkpoint(path: Path | str, verify: bool = True) -> Path | None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_json
 
-SCORES = "evaluation.json"  # {"tasks": [...], "limit": rows or null, "scores": {"task/metric": ...}}
+# {"tasks": [...], "limit": rows or null, "chat_template": whether it was used, "scores": {"task/metric": ...}}
+SCORES = "evaluation.json"
 
 
-def write_scores(folder: Path, scores: Mapping[str, float], *, tasks: Sequence[str], limit: int | None) -> None:
-    """Keep the scores of an export. `limit`: rows of each task; None: all."""
-    write_json(folder / SCORES, {"tasks": list(tasks), "limit": limit, "scores": dict(scores)})
+def write_scores(
+    folder: Path, scores: Mapping[str, float], *, tasks: Sequence[str], limit: int | None, chat: bool = False
+) -> None:
+    """Keep the scores of an export. `limit`: rows of each task; None: all. `chat`: asked in its chat template."""
+    how = {"tasks": list(tasks), "limit": limit, "chat_template": chat}
+    write_json(folder / SCORES, {**how, "scores": dict(scores)})
 
 
 def read_scores(folder: Path) -> dict[str, float]:

@@ -34,10 +34,12 @@ def run(folder, *command):
 
 
 def test_plt_evaluate(folder):
-    """Scores are printed, kept and on the card, in the place of older ones."""
+    """Scores are printed, kept and on the card, in the place of older ones. The folder's own Python is not run."""
+    (folder / "model/modeling_plt.py").write_text("open('ran', 'w')\n")
     command = ["plt_megatron.commands.evaluate", "--model", "model", "--include-path", ".", "--limit", "4", "--tasks"]
     done = run(folder, *command, "choice,write")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not (folder / "ran").exists()
     scores = read_scores(folder / "model")
     assert {"choice/acc", "choice/acc_stderr", "write/exact_match"} <= set(scores)
     assert scores["choice/acc"] in (0, 0.25, 0.5, 0.75, 1)

@@ -60,6 +60,7 @@ class CheckpointStore:
         self.data_fingerprint = json.loads(json.dumps(data_fingerprint))
         self._on_publish, self._beat = on_publish, beat
         self._fetched = RunFolder(directory.parent).loaded
+        self._inherited: dict[str, Any] = {}
         self._pending: PendingSave | None = None
         self._thread: threading.Thread | None = None
 
@@ -83,10 +84,12 @@ class CheckpointStore:
         source = self.directory if resumes else self._other(settings.load or "")
         if not resumes and settings.weights_only:
             progress = load_weights(engine, source)
+            self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
             self._say(f"starting from the weights of {source}, step {progress['step']}")
             return None
         progress = load_checkpoint(engine, source, kept=kept, allow_other_schedule=settings.allow_other_schedule)
         check_data(source, progress, self.data_fingerprint, self.config)
+        self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
         self._say(f"resuming from {source}, step {progress['step']}")
         if progress.get("data_fingerprint") != self.data_fingerprint:
             self._say("warning: its samples came from other data or in another order: some may come twice, some never")
@@ -108,7 +111,7 @@ class CheckpointStore:
             UserError: on all ranks, if it could not be written; the last checkpoint is intact.
         """
         self.close()
-        progress = {**progress, "data_fingerprint": self.data_fingerprint}
+        progress = {**self._inherited, **progress, "data_fingerprint": self.data_fingerprint}
         if not self.config.checkpoint.async_save:
             pending = begin_save(engine, self.directory, progress, kept)
             pending.write()

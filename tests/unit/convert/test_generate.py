@@ -47,6 +47,30 @@ def test_a_prompt_is_continued_and_the_seed_decides(generate, exported):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_folders_own_python_is_not_run(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    for name in ("modeling_plt.py", "configuration_plt.py"):
+        (tmp_path / "out" / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    found = generation.generate(str(tmp_path / "out"), "the loop", 4, 0.0, 0)
+    assert found.text.startswith("the loop") and not found.has_chat_template
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_chat(generate, exported, tmp_path):
+    """The prompt goes through the tokenizer's template, and the answer alone is printed."""
+    shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
+    greedy = ("--max-new-tokens", "6", "--temperature", "0")
+    plain, chat = generate(tmp_path / "out", *greedy), generate(tmp_path / "out", *greedy, "--chat")
+    answer = plain.stdout.removeprefix("the loop").strip()
+    assert answer == chat.stdout.strip() != "", (plain.stderr, chat.stderr)
+    assert "--chat" in plain.stderr and "--chat" not in chat.stderr
+    with pytest.raises(UserError, match=r"no chat template"):
+        generation.generate(str(exported), "the loop", 4, 0.0, 0, chat=True)
+
+
 def test_a_folder_without_a_model_is_named(generate, tmp_path):
     result = generate(tmp_path)
     assert result.returncode == 2 and result.stderr.startswith(f"error: {tmp_path}: no exported model")
