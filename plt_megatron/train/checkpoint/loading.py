@@ -119,9 +119,8 @@ def _find(path: Path) -> tuple[Path, dict[str, Any]]:
             if damages:
                 _say(f"using {candidate} instead")
             progress = on_rank_0(partial(checkpoints.read_verified_progress, candidate))
-            doubt = checkpoints.doubt(candidate, progress)
-            if doubt is not None:
-                _say(doubt, logging.WARNING)
+            if dist.get_rank() == 0:
+                checkpoints.warn_of_doubt(candidate, progress)
             return candidate, progress
         damages.append(problem)
         if len(candidates) > 1:

@@ -12,30 +12,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from plt_megatron.model.parameters import Parameter, find_in_any
 from plt_megatron.train.checkpoint.collective import first_of_all_ranks
 from plt_megatron.train.checkpoint.state import sharded_tensors
+from plt_megatron.train.engine import Engine
 
 Place = tuple[str, tuple[int, ...]]  # a tensor's key, and where it begins in the whole one
 _AT_ONCE = 1 << 22  # elements that are read as integers, 8 bytes each
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by an element's bytes
 
 
-def difference(state: dict[str, Any], groups: ProcessGroupCollection) -> str | None:
+def difference(engine: Engine, saved: dict[str, Any]) -> str | None:
     """Which ranks hold different copies of which tensor, in one line; None: none do. Collective.
 
     Args:
-        state: sharded tensors with their data: the model's, and its optimizer's.
-        groups: of the engine.
+        saved: what the engine is about to save: the sharded tensors of `model` and `optimizer`.
     """
+    groups, tied = engine.groups, engine.config.model.share_embeddings_and_output_weights
     if groups.tp.size() == groups.pp.size() == 1:
         return None
-    found = None
-    for group, is_held in ((groups.tp, _is_whole), (groups.embd, _is_in_two_stages)):
-        if group is not None and group.size() > 1:  # stages between the two are in no embedding group
+    state, found = {name: saved[name] for name in ("model", "optimizer")}, None
+    # Groups that training uses too. Stages between the first and the last are in none of the embedding's.
+    for group, is_held in ((groups.tp, _is_whole), (groups.embd if tied else None, _is_in_two_stages)):
+        if group is not None and group.size() > 1:
             found = _difference(dict(_checksums(state, is_held)), group) or found
     return first_of_all_ranks(found)
 

@@ -80,7 +80,7 @@ def begin_save(
     """
     directory, kept = Path(directory), kept or {}
     saved = _state(engine, kept)
-    different = replicas.difference({name: saved[name] for name in ("model", "optimizer")}, engine.groups)
+    different = replicas.difference(engine, saved)
     if different is not None:
         reason = f"{different}, of which a checkpoint has one: they drifted apart, or a device computes wrongly"
         raise _cannot_save(progress["step"], reason, directory)
