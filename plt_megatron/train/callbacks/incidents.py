@@ -61,8 +61,8 @@ class Incidents(Callback):
     def on_rejected(self, step: Step, result: StepResult) -> bool:
         """Report the step, then skip it, roll back or end the run."""
         action, problem = self.guard.action, self.guard.problem
-        report = {"step": step.number, "first_sample": self._first_sample, "problem": problem, "action": action}
-        report |= dataclasses.asdict(result)
+        report: dict[str, Any] = {"step": step.number, "first_sample": self._first_sample}
+        report |= {"problem": problem, "action": action, **dataclasses.asdict(result)}
         report["recent_losses"] = self.guard.statistics()
         report["microbatches"] = self._describe_microbatches(step)
         if self.run.is_first_rank:
