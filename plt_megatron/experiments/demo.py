@@ -21,7 +21,6 @@ from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments.demo_data import data_steps
-from plt_megatron.experiments.plots import plot_losses
 from plt_megatron.experiments.steps import Stamp, Step, run_step
 from plt_megatron.extras import require
 from plt_megatron.installation import python_path
@@ -84,6 +83,8 @@ def run_demo() -> None:
     begun = time.monotonic()
     package = optimizer_spec(load_config(CONFIG).optimizer).package
     require("the demo", "transformers", *([package] if package else []))
+    from plt_megatron.experiments.plots import plot_losses
+
     stamps = {}
     steps = _steps()
     for number, step in enumerate(steps, start=1):
