@@ -71,11 +71,11 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
     study = read_study(path, settings)
     if options.report_only and not (study.folder / FILE_NAME).exists():
         raise UserError(f"{study.folder} has no study to report on: leave out --report to begin it, or set output_dir")
-    if study.demo_corpus is not None and not (options.dry_run or options.report_only):
-        prepare_demo_corpus(study.demo_corpus)
     vocab = study.demo_corpus.vocab_size if study.demo_corpus else None
     grid = make_grid(study, vocab, check_files=False)
     with contextlib.nullcontext() if options.dry_run else locked(study.folder, "sweep or study"):
+        if study.demo_corpus is not None and not (options.dry_run or options.report_only):
+            prepare_demo_corpus(study.demo_corpus)
         return _Study(grid, options).run()
 
 

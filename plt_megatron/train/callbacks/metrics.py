@@ -21,9 +21,6 @@ class Metrics(Callback):
         self._path = run.folder.metrics_file
         self._board: Any = None
         self._wandb: Any = None
-        if run.is_first_rank:
-            run.folder.path.mkdir(parents=True, exist_ok=True)
-            self._open_trackers()
 
     def _open_trackers(self) -> None:
         config, folder = self.run.config, self.run.folder
@@ -56,13 +53,19 @@ class Metrics(Callback):
         return opened
 
     def on_start(self) -> None:
-        """Remove what an earlier attempt wrote after this step."""
+        """Open the files, and remove what an earlier attempt wrote after this step."""
         if self.run.is_first_rank:
-            json_lines.rewind(self._path, lambda record: record["step"] <= self.run.clock.step)
+            self.run.folder.path.mkdir(parents=True, exist_ok=True)
+            self._open_trackers()
+            self._rewind()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """The same."""
-        self.on_start()
+        """Remove what was written after the step that the run goes back to."""
+        if self.run.is_first_rank:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        json_lines.rewind(self._path, lambda record: record["step"] <= self.run.clock.step)
 
     def on_record(self, record: dict[str, Any]) -> None:
         """Write it."""

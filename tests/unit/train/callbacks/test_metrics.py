@@ -22,8 +22,14 @@ def record(step: int, **more) -> dict:
     return {"kind": "train", "step": step, "tokens": 10 * step, "loss": 1.0 / step, **more}
 
 
+def started(run) -> Metrics:
+    metrics = Metrics(run)
+    metrics.on_start()
+    return metrics
+
+
 def test_records_come_back_as_written(tmp_path):
-    metrics = Metrics(a_run(tmp_path))
+    metrics = started(a_run(tmp_path))
     records = [record(1, gate_mean=[None, 0.5]), {"kind": "validation", "step": 1, "loop_count": 2, "loss": 3.5}]
     for one in records:
         metrics.on_record(one)
@@ -31,7 +37,7 @@ def test_records_come_back_as_written(tmp_path):
 
 
 def test_rewinding_forgets_later_steps_and_a_line_cut_short(tmp_path):
-    metrics = Metrics(a_run(tmp_path))
+    metrics = started(a_run(tmp_path))
     for step in (1, 2, 3):
         metrics.on_record(record(step))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -45,7 +51,7 @@ def test_rewinding_forgets_later_steps_and_a_line_cut_short(tmp_path):
 def test_tensorboard_gets_one_curve_a_loop(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = Metrics(a_run(tmp_path, tensorboard=True))
+    metrics = started(a_run(tmp_path, tensorboard=True))
     metrics.on_record(record(5, gate_mean=[None, 0.25], updated=True))
     metrics.on_record({"kind": "validation", "step": 5, "tokens": 50, "loop_count": 2, "loss": 3.5})
     metrics.close()
@@ -55,9 +61,13 @@ def test_tensorboard_gets_one_curve_a_loop(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/gate_mean/loop_2")] == [(5, 0.25)]
 
 
+def test_a_run_that_does_not_start_leaves_nothing(tmp_path):
+    Metrics(a_run(tmp_path / "run", tensorboard=True)).close()
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_ranks_write_nothing(tmp_path):
-    metrics = Metrics(a_run(tmp_path / "run", is_first_rank=False, tensorboard=True))
-    metrics.on_start()
+    metrics = started(a_run(tmp_path / "run", is_first_rank=False, tensorboard=True))
     metrics.on_record(record(1))
     metrics.close()
     assert not (tmp_path / "run").exists()
@@ -89,11 +99,11 @@ def test_wandb_has_one_run_a_folder_and_all_of_its_steps(tmp_path, monkeypatch):
     wandb = WandB()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for steps in ((1, 2, 3), (2, 3)):
-        metrics = Metrics(a_run(tmp_path / "one", wandb_project="loops"))
+        metrics = started(a_run(tmp_path / "one", wandb_project="loops"))
         for step in steps:
             metrics.on_record(record(step))
         metrics.close()
-    Metrics(a_run(tmp_path / "other", wandb_project="loops")).on_record(record(1))
+    started(a_run(tmp_path / "other", wandb_project="loops")).on_record(record(1))
     one, other = wandb.runs.values()
     assert [numbers["step"] for numbers in one] == [1, 2, 3, 2, 3] and len(other) == 1
     assert all(wandb.axes[f"{tag.split('/')[0]}/*"] == "step" for numbers in one for tag in numbers if tag != "step")
@@ -102,10 +112,10 @@ def test_wandb_has_one_run_a_folder_and_all_of_its_steps(tmp_path, monkeypatch):
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"wandb_project.*plt-megatron\[track\]"):
-        Metrics(a_run(tmp_path, wandb_project="loops"))
+        started(a_run(tmp_path, wandb_project="loops"))
 
 
 def test_lines_are_json_objects(tmp_path):
-    Metrics(a_run(tmp_path)).on_record(record(1))
+    started(a_run(tmp_path)).on_record(record(1))
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["step"] == 1
