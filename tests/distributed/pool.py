@@ -351,7 +351,8 @@ def _execute(job: _Job, rank: int, store: Any) -> bytes:
     result = pickle.dumps(function(*args, **kwargs))
     dist.barrier()  # nobody leaves while another still reads from it
     destroy_process_groups()
-    gc.collect()
+    for _ in range(2):  # what the first one ends, such as an engine's hooks, lets go of process groups
+        gc.collect()
     return result
 
 

@@ -70,9 +70,9 @@ def _why(failure: str) -> str:
 
 
 def symptom(problem: str) -> str:
-    """What two findings of one cause have in common: what is wrong and, of an error, its text without numbers."""
+    """What two findings of one cause have in common: of an error its text, without paths and numbers."""
     kind, _, text = problem.splitlines()[0].partition(": ")
-    return kind + re.sub(r"[\d.]+|'[^']*'", "", text) if kind == "failed" else kind
+    return kind + re.sub(r"\S*/\S*|[\d.]+|'[^']*'", "", text) if kind == "failed" else kind
 
 
 def shortened(
