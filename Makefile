@@ -77,7 +77,7 @@ $(TE_SOURCE): tests/te/requirements.txt
 $(SERVING): serving/pyproject.toml serving/make_venv.sh
 	@serving/make_venv.sh $(SERVING_VENV)
 
-test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (a 3.4 GB environment, once)
+test-serving: $(SERVING) ## serving/, the vLLM plugin, with vLLM's CPU build (a 4 GB environment, once)
 	$(SERVING_PY) -m pytest -n 2 --dist loadfile --config-file serving/pyproject.toml $(PYTEST_ARGS) serving/tests
 
 serving-bench: $(SERVING) ## what loops cost when vLLM decodes them, against one loop; needs a quiet machine

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from server import ServerError, serve
 
@@ -32,7 +33,7 @@ def main() -> int:
 def serve_and_ask(model: Path, prompt: str, tokens: int) -> int:
     options = ("--enforce-eager", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(1 << 28))
     try:
-        with serve(model, model, *options, show=True) as server:
+        with TemporaryDirectory() as logs, serve(model, Path(logs), *options, show=True) as server:
             return ask(server.url, prompt, tokens)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ find_python() {
 
 python=$(find_python) || fail "no Python 3.11 with venv and ensurepip found, which vLLM's CPU build wants;" \
     "install one or say where it is: make test-serving PYTHON=/path/to/python3.11"
-printf 'making %s with %s: vLLM for CPUs, a download of 1 to 3 GB, 3.4 GB on disk, about three minutes\n' "$venv" "$python"
+printf 'making %s with %s: vLLM for CPUs, a download of 1 to 3 GB, 4 GB on disk, three minutes or more\n' "$venv" "$python"
 begun=$SECONDS
 rm -rf "$venv"
 "$python" -m venv "$venv"

@@ -1038,6 +1038,10 @@ def _scaled(x: torch.Tensor, scale: Any) -> torch.Tensor:
     return x if isinstance(scale, float) and scale == 1.0 else scale * x
 
 
+# Ends of the names of tensors that are no method's of quantization.
+_PLAIN = (".weight", ".bias", "_bias", ".hidden_scale")
+
+
 class PLTPreTrainedModel(PreTrainedModel):
     config: PLTConfig
     base_model_prefix = "model"
@@ -1059,26 +1063,29 @@ class PLTPreTrainedModel(PreTrainedModel):
             self._keys_to_ignore_on_load_unexpected = [r"\.plt_gate\.", r"\bloop_input\.hidden_scale$"]
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """transformers' own, which only warns where it makes up tensors or leaves some out. Here that is an error.
 
         Raises:
             ValueError: the files lack tensors of the model, or have others of its modules; the message names them.
         """
-        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if not getattr(model, "_hf_peft_config_loaded", False):  # it is the adapter's, then
-            model._check_loaded(info, source)
+            model._check_loaded(info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     def _check_loaded(self, info: dict[str, Any], source: Any) -> None:
         missing, own = set(info["missing_keys"]), self.state_dict().keys()
+        # A method of quantization may make its further tensors: a module is missed if nothing of it is there.
+        read = {name.rpartition(".")[0] for name in own - missing}
+        missing = {name for name in missing if name.endswith(_PLAIN) or name.rpartition(".")[0] not in read}
         # What others add beside the model's parts, such as a value head, is theirs.
         parts = {self.base_model_prefix, *(name.partition(".")[0] for name in own)}
-        unexpected = {name for name in info["unexpected_keys"] if name.partition(".")[0] in parts}
-        if getattr(self, "hf_quantizer", None) is not None:
-            # Which tensors a module's weight consists of is the method's business.
-            read = {name.rpartition(".")[0] for name in own - missing}
-            missing, unexpected = {name for name in missing if name.rpartition(".")[0] not in read}, set()
+        unexpected = {
+            name for name in info["unexpected_keys"] if name.endswith(_PLAIN) and name.partition(".")[0] in parts
+        }
         for names, fault in ((missing, "lacks"), (unexpected, "has unknown")):
             if names:
                 first = ", ".join(sorted(names)[:3])

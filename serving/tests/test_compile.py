@@ -1,4 +1,8 @@
-"""torch.compile: vLLM drops dynamo's guards, so each loop and the rows of a decode step need code of their own."""
+"""torch.compile and CUDA graphs.
+
+vLLM drops dynamo's guards, so each loop and the rows of a decode step need code of their own. A piecewise graph, whose
+inputs must not move, would be of no use to passes whose inputs are new tensors.
+"""
 
 import pytest
 from helpers import assert_same, engine, prompts, served_model
@@ -19,3 +23,23 @@ def test_compiled(exports, again):
         model = served_model(llm).model
         assert_same(export, llm, prompts(12))
         assert all(run.compiled or getattr(run, "aot_compiled_fn", None) for run in (*model.passes, model.rows))
+
+
+def test_padding_leaves_the_null_block_as_it_is(exports):
+    """A graph's rows beyond the requests hold anything, and attention reads that block with a weight of zero."""
+    import torch
+    from vllm.forward_context import ForwardContext, override_forward_context
+    from vllm_plt.carry import CarryMetadata
+
+    with engine(exports("plt3")) as llm:
+        carry = served_model(llm).model.carry
+        starts, slots = torch.arange(4), torch.tensor([70, -1, -1])
+        table = torch.tensor([[2], [0], [0]], dtype=torch.int32).repeat(1, 8)
+        metadata = CarryMetadata(starts, torch.tensor([40, 0, 0]), table, slots, 1)
+        context = ForwardContext({}, {layer.name: metadata for layer in carry.slices}, {})
+        states = torch.full((2, 3, carry.hidden_size), float("nan"))
+        states[:, 0] = 0.5
+        with override_forward_context(context):
+            carry.write(states, slice(None))
+            for _, view in carry.views():
+                assert (view[:, 2, 70 % view.shape[2]] == 0.5).any() and torch.isfinite(view[:, 0]).all()

@@ -79,6 +79,18 @@ def test_concurrency_is_what_the_formula_says(folders):
     assert concurrency[2, 2048] > 0.85 * concurrency[1, 2048]
 
 
+@pytest.mark.parametrize("chunk", [128, 256, 2048, 8192])
+@pytest.mark.parametrize("loops", [2, 3])
+def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
+    from vllm_plt.configuration_plt import PLTConfig
+    from vllm_plt.memory import blocks_of_a_request as said
+
+    config = PLTConfig(loop_count=loops, window_size=64)
+    assert said(config, loops, 2048, 128, chunk) == blocks_of_a_request(2048, 128, loops, 64, chunk)
+    naive = PLTConfig(loop_count=loops, cross_loop_parallel=False, share_kv=False, gated_window=False)
+    assert said(naive, loops, 2048, 128, chunk) == 16 * loops
+
+
 @pytest.mark.parametrize(("variant", "loops", "groups"), [("plt1", 1, 1), ("plt2", 2, 3), ("plt3", 3, 4)])
 def test_the_printed_concurrency(exports, variant, loops, groups):
     """Of a running engine; and the kinds of layers form alike groups, so that no block is wasted."""

@@ -77,10 +77,74 @@ def test_what_is_not_proven_is_refused(settings, message):
     from vllm_plt.configuration_plt import PLTConfig
     from vllm_plt.settings import check
 
-    parallel = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1)
     model = SimpleNamespace(hf_config=PLTConfig(**settings))
     with pytest.raises(ValueError, match=message):
-        check(SimpleNamespace(parallel_config=parallel, model_config=model))
+        check(vllm_config(model_config=model))
+
+
+def vllm_config(parallel=(), **others):
+    """What our check looks at of a server without options."""
+    from types import SimpleNamespace
+
+    from vllm_plt.configuration_plt import PLTConfig
+
+    names = {"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "data_parallel_size": 1}
+    settings = {
+        "parallel_config": SimpleNamespace(**{**names, "use_ubatching": False, **dict(parallel)}),
+        "model_config": SimpleNamespace(hf_config=PLTConfig()),
+        "speculative_config": None,
+        "additional_config": {},
+        "lora_config": None,
+        "optimization_level": 2,
+        "compilation_config": SimpleNamespace(cudagraph_mode=None),
+    }
+    return SimpleNamespace(**{**settings, **others})
+
+
+def test_what_would_end_in_other_words_is_refused():
+    from types import SimpleNamespace
+
+    from vllm_plt.configuration_plt import PLTConfig
+    from vllm_plt.settings import check
+
+    experts = SimpleNamespace(hf_config=PLTConfig(**MOE))
+    check(vllm_config(model_config=experts))
+    check(vllm_config({"data_parallel_size": 2}))
+    check(vllm_config(speculative_config=SimpleNamespace(method="ngram")))
+    for config, named in (
+        (vllm_config({"data_parallel_size": 2}, model_config=experts), "--data-parallel-size"),
+        (vllm_config({"use_ubatching": True}), "--enable-dbo"),
+        (vllm_config(speculative_config=SimpleNamespace(method="draft_model")), "draft_model.*ngram"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            check(config)
+
+
+@pytest.mark.parametrize(
+    ("given", "level", "used"),
+    [
+        (None, 2, "FULL_DECODE_ONLY"),
+        ("FULL_AND_PIECEWISE", 2, "FULL_DECODE_ONLY"),
+        ("PIECEWISE", 1, "FULL_DECODE_ONLY"),
+        ("FULL", 2, "FULL_DECODE_ONLY"),
+        ("NONE", 2, "NONE"),
+        (None, 0, None),
+    ],
+)
+def test_cuda_graphs_are_of_decode_steps(given, level, used):
+    """A graph of anything else would be replayed with inputs that have moved, or be of other passes."""
+    from types import SimpleNamespace
+
+    from vllm_plt import ARCHITECTURES
+    from vllm_plt.settings import register_check
+    from vllm_plt.vllm_internals import MODELS_CONFIG_MAP, CUDAGraphMode
+
+    modes = SimpleNamespace(cudagraph_mode=given and CUDAGraphMode[given])
+    config = vllm_config(compilation_config=modes, optimization_level=level)
+    for name in ARCHITECTURES:
+        register_check(name)
+        MODELS_CONFIG_MAP[name].verify_and_update_config(config)
+    assert modes.cudagraph_mode == (used and CUDAGraphMode[used])
 
 
 def test_windows_that_look_ahead_are_refused():

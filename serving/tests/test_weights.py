@@ -1,6 +1,7 @@
-"""Weights that are not an export's own: LoRA adapters and quantized ones, through vLLM's own methods."""
+"""Weights that are not an export's own: LoRA adapters, quantized ones (by vLLM's own methods), and damaged ones."""
 
 import json
+import shutil
 
 import pytest
 from helpers import assert_same, engine, generate, prompts
@@ -61,6 +62,93 @@ def test_int8_weights_and_activations(exports, tmp_path, mode):
     assert sum(differences) / len(differences) < 0.06 and max(differences) < 0.3
 
 
+def write_without(export, folder, gone=(), **added):
+    """A copy of the export that lacks tensors, or has more."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(export.folder, folder, dirs_exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in export.model.state_dict().items() if name not in gone}
+    save_file(tensors | added, folder / "model.safetensors")
+    return type(export)(folder, export.model)
+
+
+MLP, EXPERTS = "model.layers.1.mlp", "model.layers.2.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("variant", "gone", "added"),
+    [
+        ("plt2", [f"{MLP}.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"], []),
+        ("shared expert", [f"{EXPERTS}.4.up_proj.weight", f"{MLP}.shared_expert.gate_proj.weight"], []),
+        ("plt2", [], ["model.layers.0.self_attn.o_proj.bias"]),
+    ],
+)
+def test_a_tensor_that_was_not_read_ends_the_start(exports, tmp_path, variant, gone, added):
+    """vLLM serves such a folder, with other text: it tracks no linear layer, and takes half of one for all of it."""
+    damaged = write_without(exports(variant), tmp_path, gone, **{name: torch.zeros(64) for name in added})
+    with pytest.raises(ValueError) as error:
+        with engine(damaged):
+            pass
+    assert all(name in str(error.value) for name in [str(tmp_path), *gone, *added])
+
+
+# What a model of one layer has, as vLLM names it.
+PARAMETERS = {
+    name: torch.zeros(1)
+    for name in (
+        *("model.embed_tokens.weight", "l.0.self_attn.qkv_proj.weight", "l.0.self_attn.qkv_proj.weight_scale"),
+        *("l.0.self_attn.qkv_proj.sort_indices", "l.0.mlp.experts.routed_experts.w13_weight_scale"),
+        *("l.0.mlp.experts.routed_experts.w13_weight", "l.0.mlp.experts.routed_experts.w2_weight"),
+    )
+}
+ATTENTION, EXPERT = "l.0.self_attn", "l.0.mlp.experts"
+FILES = [
+    "model.embed_tokens.weight",
+    *(f"{ATTENTION}.{part}.{kind}" for part in ("q_proj", "k_proj", "v_proj") for kind in ("weight", "weight_scale")),
+    *(f"{EXPERT}.{index}.{part}.weight" for index in (0, 1) for part in ("gate_proj", "up_proj", "down_proj")),
+    *(f"{EXPERT}.{index}.{part}.weight_scale" for index in (0, 1) for part in ("gate_proj", "up_proj")),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_part_of_quantized_weights_must_be_read(name):
+    assert name in missing(FILES, [name])
+
+
+def test_what_need_not_be_read():
+    """What a method makes itself; experts of other ranks; everything, where the loader fills parameters itself."""
+    assert missing(FILES) is None
+    assert missing([name for name in FILES if not name.endswith("_scale")]) is None
+    second = [name for name in FILES if f"{EXPERT}.1." in name]
+    assert second[0] in missing(FILES, second[:1], all_experts=False)
+    assert missing(FILES, second, all_experts=False) is None
+    assert missing([]) is None
+
+
+def missing(files, gone=(), **options):
+    """What is said of these names without those gone."""
+    from vllm_plt.model import PLTForCausalLM
+    from vllm_plt.weights import ReadTensors
+
+    stacked = {part: whole for part, (whole, _) in PLTForCausalLM.hf_to_vllm_mapper.orig_to_new_stacked.items()}
+    read = ReadTensors(PARAMETERS.items(), stacked, 2, quantized=True, **options)
+    for _ in read.recorded((name, None) for name in files if name not in gone):
+        pass
+    try:
+        read.check("folder")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_one_loop_has_no_use_for_gates(exports, tmp_path):
+    """Also where the head is tied, and the file has it twice."""
+    export = exports("biases, tied")
+    twice = write_without(export, tmp_path)
+    with engine(twice, additional_config={"plt": {"loop_count": 1}}) as llm:
+        assert_same(export, llm, prompts(4), 8, loop_count=1)
+
+
 def linears(model):
     return [(name, module) for name, module in model.named_modules() if name.endswith("_proj")]
 
@@ -100,3 +188,22 @@ def simulate_int8(model) -> None:
     for _, module in linears(model):
         module.weight.data = round_rows(module.weight.data)
         module.register_forward_pre_hook(lambda module, args: (round_rows(args[0]),))
+
+
+def test_transformers_loads_an_adapter_over_its_base(exports, tmp_path):
+    """Its tensors are not the model's: a check of those lets them pass."""
+    import peft
+    from helpers import make_model
+
+    from plt_megatron.hf.modeling_plt import PLTForCausalLM
+
+    base, tokens = exports("plt2").folder, torch.tensor(prompts(1)[:1])
+    targets = ["q_proj", "up_proj"]
+    adapted = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(tmp_path)
+    loaded = PLTForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for model in (peft.PeftModel.from_pretrained(loaded, tmp_path), PLTForCausalLM.from_pretrained(tmp_path)):
+        with torch.no_grad():
+            got, expected = (each.eval()(tokens, use_cache=False).logits for each in (model, adapted))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -161,7 +161,11 @@ class Carry(nn.Module):
         return first.as_strided(size, strides, first.storage_offset())
 
     def write(self, states: torch.Tensor, loops: slice) -> None:
-        """Store h(l) [loops, T, d] of each token; padding goes to the null block, which nobody reads."""
+        """Store h(l) [loops, T, d] of each token; zeros of padding, in the null block.
+
+        Its rows are whatever memory held. Attention reads that block too, where a window has moved on, with a weight of
+        zero, which a NaN would survive.
+        """
         count, tokens = states.shape[:2]
         width = len(self.slices) * self.part
         if width > self.hidden_size:
@@ -169,8 +173,9 @@ class Carry(nn.Module):
         states = states.view(count, tokens, len(self.slices), self.part)
         taken = 0
         for layer, view in self.views():
-            slots = metadata_of(layer.name).slot_mapping[:tokens].clamp(min=0)
-            part = states[:, : len(slots), taken : taken + view.shape[0]]
+            slots = metadata_of(layer.name).slot_mapping[:tokens]
+            part = states[:, : len(slots), taken : taken + view.shape[0]].masked_fill((slots < 0)[:, None, None], 0)
+            slots = slots.clamp(min=0)
             view[:, slots // view.shape[2], slots % view.shape[2], loops] = part.permute(2, 1, 0, 3)
             taken += view.shape[0]
 

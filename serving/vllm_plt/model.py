@@ -14,9 +14,11 @@ from torch import nn
 
 from vllm_plt.carry import Carry
 from vllm_plt.layers import PLTDecoderLayer
+from vllm_plt.memory import say_what_chunks_cost
 from vllm_plt.passes import Stack, loop_pass, rows_pass
 from vllm_plt.settings import read_settings
 from vllm_plt.vllm_internals import (
+    Attention,
     AutoWeightsLoader,
     LogitsProcessor,
     ParallelLMHead,
@@ -27,8 +29,10 @@ from vllm_plt.vllm_internals import (
     VocabParallelEmbedding,
     WeightsMapper,
     init_logger,
+    leave_piecewise_graphs,
     maybe_prefix,
 )
+from vllm_plt.weights import ReadTensors
 
 logger = init_logger("vllm.plt")
 
@@ -85,6 +89,7 @@ class PLTModel(nn.Module):
 
     def forward(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """The normed output [T, d] of the last loop, for tokens with embeddings [T, d] at positions [T]."""
+        leave_piecewise_graphs()
         if self.rows is None:
             return self._loop_by_loop(positions, embeds)
         metadata = self.carry.metadata
@@ -162,8 +167,22 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.folder = vllm_config.model_config.model
+        self.read = self._read_tensors(vllm_config)
         settings = self.model.settings
         logger.info_once(f"PLT: {settings.loop_count} of {config.loop_count} loops, {settings.loop_mode}")
+        say_what_chunks_cost(config, settings.loop_count, vllm_config)
+
+    def _read_tensors(self, vllm_config: VllmConfig) -> ReadTensors:
+        # What an attention layer has are scales of its cache, which files need not have.
+        caches = tuple(f"{name}." for name, module in self.named_modules() if isinstance(module, Attention))
+        return ReadTensors(
+            ((name, param) for name, param in self.named_parameters() if not name.startswith(caches)),
+            {part: whole for part, (whole, _) in self.hf_to_vllm_mapper.orig_to_new_stacked.items()},
+            self.config.num_experts or 0,
+            all_experts=not vllm_config.parallel_config.enable_ep_weight_filter,
+            quantized=vllm_config.quant_config is not None,
+        )
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_tokens(input_ids)
@@ -189,4 +208,8 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
             later = (".plt_gate.", ".loop_input.")
             weights = ((name, tensor) for name, tensor in weights if not any(part in name for part in later))
         loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=ignored)
-        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return loader.load_weights(self.read.recorded(weights), mapper=self.hf_to_vllm_mapper)
+
+    def process_weights_after_loading(self) -> None:
+        """What vLLM calls once a model has been loaded. Later, `load_weights` may get a part of the tensors."""
+        self.read.check(self.folder)

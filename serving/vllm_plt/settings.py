@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "plt"
+_DRAFTS_WITHOUT_A_MODEL = ("ngram", "ngram_gpu", "suffix")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,19 @@ def check(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "PLT models cannot be served with pipeline parallelism, as loops start over: use tensor parallelism"
         )
+    if parallel.use_ubatching:
+        raise ValueError("PLT models cannot be served in microbatches (--enable-dbo): a carry is of the whole step")
+    if parallel.data_parallel_size > 1 and config.num_experts is not None:
+        raise ValueError(
+            "PLT models with experts cannot be served with --data-parallel-size: ranks must reach the experts equally "
+            "often, and a step runs its loops at once or one by one; start servers of their own"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in _DRAFTS_WITHOUT_A_MODEL:
+        raise ValueError(
+            f"PLT models cannot be served with drafts by another model (speculative method {speculation.method}): use "
+            f"{' or '.join(_DRAFTS_WITHOUT_A_MODEL)}"
+        )
     if parallel.decode_context_parallel_size > 1:
         raise ValueError("PLT models cannot be served with decode context parallelism: their windows are not split")
     rope = vllm_config.model_config.hf_config.rope_parameters or {}
@@ -101,13 +115,19 @@ def check(vllm_config: "VllmConfig") -> None:
 
 def register_check(architecture: str) -> None:
     """Have vLLM call `check` for this architecture while it puts its configuration together."""
-    from vllm_plt.vllm_internals import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm_plt.vllm_internals import MODELS_CONFIG_MAP, CUDAGraphMode, VerifyAndUpdateConfig
 
     class PLTServingConfig(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: "VllmConfig") -> None:
             check(vllm_config)
+            compilation = vllm_config.compilation_config
             # It counts on each expert layer running once in a step.
-            vllm_config.compilation_config.fast_moe_cold_start = False
+            compilation.fast_moe_cold_start = False
+            # Of a decode step all is one graph. Other steps have inputs that move (see leave_piecewise_graphs), and
+            # other passes than the one that a graph of any batch would be captured with.
+            unset = compilation.cudagraph_mode is None and vllm_config.optimization_level > 0
+            if unset or compilation.cudagraph_mode:
+                compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
 
     MODELS_CONFIG_MAP[architecture] = PLTServingConfig

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config
 from vllm.distributed import (
     get_pp_group,
     get_tensor_model_parallel_rank,
@@ -76,6 +76,16 @@ def metadata_of(layer_name: str):
     return None if metadata is None else metadata[layer_name]
 
 
+def leave_piecewise_graphs() -> None:
+    """Have the rest of this step run outside of CUDA graphs, if it was to run in piecewise ones.
+
+    Those are replayed with the addresses that they were captured with, and a pass's inputs are new tensors.
+    """
+    context = get_forward_context()
+    if context.cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE:
+        context.cudagraph_runtime_mode = CUDAGraphMode.NONE
+
+
 def attention_page_bytes(attention: Attention, vllm_config: VllmConfig) -> int:
     """Bytes of one block of an attention layer."""
     spec = attention.get_kv_cache_spec(vllm_config)
@@ -116,6 +126,7 @@ __all__ = [
     "AttentionLayerBase",
     "AttentionMetadataBuilder",
     "AutoWeightsLoader",
+    "CUDAGraphMode",
     "CommonAttentionMetadata",
     "FusedMoEFactory",
     "LogitsProcessor",
@@ -146,6 +157,7 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "init_logger",
+    "leave_piecewise_graphs",
     "maybe_prefix",
     "metadata_of",
     "register_cache_spec",
