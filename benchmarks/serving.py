@@ -26,6 +26,10 @@ ROWS = {
     "+ KV sharing": {"gated_window": False},
     "PLT-2": {},
     "PLT-3": {"loop_count": 3},
+    "vanilla, shifted heads": {"loop_count": 1, "key_shift": "heads"},
+    "PLT-2, shifted heads": {"key_shift": "heads"},
+    "PLT-2, shifted channels": {"key_shift": "channels"},
+    "PLT-2, learned shift": {"key_shift": "learned"},
 }
 WITH_BARS = ["vanilla", "naive loops", "PLT-2", "PLT-3"]
 MODEL = {

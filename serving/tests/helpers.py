@@ -72,6 +72,20 @@ VARIANTS = {
     "no window": {"gated_window": False, "loop_count": 3},
     "no CLP": {"cross_loop_parallel": False},
     "recommended": {**RECOMMENDED, "loop_count": 3},
+    "shifted heads": {"key_shift": "heads", "loop_count": 3},
+    "shifted channels": {**LOOPCODER, "key_shift": "channels", "qk_norm": True},
+    "learned shift": {**RECOMMENDED, "key_shift": "learned", "loop_count": 3},
+    "shift, one loop": {"key_shift": "heads", "num_key_value_heads": 4, "loop_count": 1},
+    "shift, no window": {"key_shift": "channels", "gated_window": False, "loop_count": 3},
+    "shift, CLP only": {"key_shift": "learned", "share_kv": False, "gated_window": False},
+    "shift, naive loops": {
+        "key_shift": "heads",
+        "cross_loop_parallel": False,
+        "share_kv": False,
+        "gated_window": False,
+    },
+    "shift, no CLP": {"key_shift": "learned", "cross_loop_parallel": False, "num_key_value_heads": 1},
+    "shift, OLMo-2": {"key_shift": "heads", "norm_placement": "post", "qk_norm": True},
     "scaled branches, scale of the model": {**RECOMMENDED, "learned_hidden_scale": "model", "norm_placement": "post"},
     "naive loops with embeddings": {
         **RECOMMENDED,
@@ -97,7 +111,8 @@ def make_model(**changes):
             if "norm" in name:
                 param.copy_(1 + 0.3 * torch.randn_like(param))
             else:
-                param.normal_(std=0.6 if "plt_gate" in name else 1.1 * config.hidden_size**-0.5)
+                matters = "plt_gate" in name or "key_shift" in name
+                param.normal_(std=0.6 if matters else 1.1 * config.hidden_size**-0.5)
     return model
 
 

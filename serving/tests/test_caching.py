@@ -14,7 +14,7 @@ def assert_same_with_hits(export, llm, token_lists: list[list[int]], tokens: int
     return sum(out.num_cached_tokens for out in outputs)
 
 
-@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "wide slices", "CLP only"])
+@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "wide slices", "CLP only", "learned shift"])
 @pytest.mark.parametrize("kept", [{}, {"prefix_cache_retention_interval": None}], ids=["prompt ends", "every block"])
 def test_hits_at_every_class_of_position(exports, variant, kept):
     """A prompt again; cut before, at and after blocks; with another end."""
@@ -37,7 +37,7 @@ def test_a_conversation(exports):
             ids = ids + answer + [turn + 1, turn + 2]
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "plt4"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "plt4", "shifted heads", "shift, one loop"])
 def test_prompts_of_one_step_share_a_prefix(exports, variant):
     """The second request of a step hits blocks that the first one computes in that very step."""
     export = exports(variant)
@@ -46,7 +46,20 @@ def test_prompts_of_one_step_share_a_prefix(exports, variant):
         assert assert_same_with_hits(export, llm, ids) >= 128
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3"])
+def test_without_waiting_prompts_of_one_step_take_the_wrong_keys(exports, monkeypatch):
+    """Shifted keys are read before a step's own are stored, so that such prompts wait too."""
+    from vllm_plt.carry_cache import CarryManager
+
+    export = exports("shifted heads")
+    ids = [SHARED[:128] + [index + 1, index + 2] for index in range(6)]
+    monkeypatch.setattr(CarryManager, "needs_carry_of_this_step", lambda *args: False)
+    with engine(export, max_num_batched_tokens=256) as llm:
+        first, *hits = generate(llm, ids)
+    assert list(first.outputs[0].token_ids) == export.decode(ids[0], 24)
+    assert hits[0].num_cached_tokens and list(hits[0].outputs[0].token_ids) != export.decode(ids[1], 24)
+
+
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "shifted channels"])
 def test_a_carry_of_the_same_step_is_waited_for(exports, variant, monkeypatch):
     """In a step of one token a request all loops run at once: one computes a block's last token, others hit it."""
     served, expected, waits = serve_same_step_hits(exports(variant), monkeypatch)
@@ -99,10 +112,12 @@ def step_until_done(llm) -> dict[str, list[int]]:
     return out
 
 
-@pytest.mark.parametrize(("blocks", "caching"), [(40, True), (60, False)])
-def test_preempted_requests_go_on(exports, blocks, caching):
+@pytest.mark.parametrize(
+    ("variant", "blocks", "caching"), [("plt3", 40, True), ("plt3", 60, False), ("learned shift", 80, True)]
+)
+def test_preempted_requests_go_on(exports, variant, blocks, caching):
     """Too few blocks for all: requests are evicted and computed again."""
-    export = exports("plt3")
+    export = exports(variant)
     options = {"num_gpu_blocks_override": blocks, "max_num_batched_tokens": 64, "enable_prefix_caching": caching}
     with engine(export, **options) as llm:
         preempted = count_preemptions(llm)

@@ -16,9 +16,10 @@ def test_each_pass_has_a_code_object_of_its_own(exports):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["compiled", "from the disk's cache"])
-def test_compiled(exports, again):
+@pytest.mark.parametrize("variant", ["plt3", "shifted heads"])
+def test_compiled(exports, variant, again):
     """Three loops; the second engine finds on disk what the first one has compiled."""
-    export = exports("plt3", num_hidden_layers=2)
+    export = exports(variant, num_hidden_layers=2)
     with engine(export, enforce_eager=False) as llm:
         model = served_model(llm).model
         assert_same(export, llm, prompts(12))

@@ -16,17 +16,20 @@ SHAPE_7B = {
 GIB = 1 << 30
 
 
-def blocks_of_a_request(length: int, block: int, loops: int, window: int, in_flight: int) -> int:
+def blocks_of_a_request(
+    length: int, block: int, loops: int, window: int, in_flight: int, carries: int | None = None
+) -> int:
     """Our formula, in blocks of all layers' K/V of `block` tokens, as vLLM hands memory out.
 
-    The context, a window for each later loop, and one token's carries. Windows and carries also hold the tokens that a
-    step has in flight, and one block more as they begin anywhere in a block.
+    The context, a window for each later loop, and one token's `carries`, by default one of hidden states. Windows and
+    carries also hold the tokens that a step has in flight, and one block more as they begin anywhere in a block.
     """
 
     def held(tokens: int) -> int:
         return -(-min(tokens + in_flight, length) // block) + 1
 
-    return -(-length // block) + (loops - 1) * held(window - 1) + (held(1) if loops > 1 else 0)
+    carries = min(loops - 1, 1) if carries is None else carries
+    return -(-length // block) + (loops - 1) * held(window - 1) + carries * held(1)
 
 
 def bytes_of_a_request(length: int, layers: int, kv_heads: int, dim: int, size: int, loops: int, window: int) -> int:
@@ -91,11 +94,21 @@ def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
     assert said(naive, loops, 2048, 128, chunk) == 16 * loops
 
 
-@pytest.mark.parametrize(("variant", "loops", "groups"), [("plt1", 1, 1), ("plt2", 2, 3), ("plt3", 3, 4)])
-def test_the_printed_concurrency(exports, variant, loops, groups):
+@pytest.mark.parametrize(
+    ("variant", "loops", "carries"),
+    [
+        ("plt1", 1, 0),
+        ("plt2", 2, 1),
+        ("plt3", 3, 1),
+        ("shift, one loop", 1, 1),
+        ("shifted channels", 2, 1),  # hidden states and keys share blocks
+        ("learned shift", 3, 4),  # what keys and values of three loops take is as wide as three layers' K/V
+    ],
+)
+def test_the_printed_concurrency(exports, variant, loops, carries):
     """Of a running engine; and the kinds of layers form alike groups, so that no block is wasted."""
     with engine(exports(variant), max_num_batched_tokens=32, max_num_seqs=8, num_gpu_blocks_override=500) as llm:
         got = llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
-        assert got == pytest.approx(500 / blocks_of_a_request(256, 32, loops, 8, 32), rel=0.02)
+        assert got == pytest.approx(500 / blocks_of_a_request(256, 32, loops, 8, 32, carries), rel=0.02)
         manager = scheduler(llm).kv_cache_manager
-        assert [len(group.layer_names) for group in manager.kv_cache_config.kv_cache_groups] == [3] * groups
+        assert [len(group.layer_names) for group in manager.kv_cache_config.kv_cache_groups] == [3] * (loops + carries)

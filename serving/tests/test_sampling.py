@@ -11,7 +11,7 @@ def logprobs(export, ids: list[int], loop_count: int | None = None):
         return export.model(torch.tensor([ids]), use_cache=False, loop_count=loop_count).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "experts"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "experts", "learned shift"])
 def test_logprobs_of_prompts_and_answers(exports, variant):
     export = exports(variant)
     ids = prompts(12)
@@ -65,7 +65,7 @@ def test_aborted_requests(exports):
     assert all(tokens == export.decode(ids[index], 24) for index, tokens in out.items())
 
 
-@pytest.mark.parametrize(("variant", "drafts"), [("plt2", 1), ("plt3", 4), ("loopcoder", 2)])
+@pytest.mark.parametrize(("variant", "drafts"), [("plt2", 1), ("plt3", 4), ("loopcoder", 2), ("shifted heads", 3)])
 def test_speculation_by_ngrams(exports, variant, drafts):
     """Drafts out of the text so far: accepted or not, the tokens are the same. Their steps run loop by loop."""
     export = exports(variant)

@@ -27,6 +27,7 @@ def test_variants(exports, variant):
         ("plt2", 12, {"block_size": 128, "max_num_batched_tokens": 256}),
         ("plt4", 8, {"block_size": 96, "max_num_batched_tokens": 24}),
         ("plt3", 64, {"block_size": 32, "max_num_batched_tokens": 128, "enable_prefix_caching": False}),
+        ("learned shift", 12, {"block_size": 64, "max_num_batched_tokens": 9, "max_num_seqs": 8}),
     ],
 )
 def test_windows_blocks_and_chunks(exports, variant, window, options):
@@ -48,7 +49,7 @@ def test_a_long_context(exports):
         assert_same(export, llm, [*prompts(2, seed=3, longest=900), prompts(10, seed=4, longest=880)[9]], tokens=100)
 
 
-@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "CLP only"])
+@pytest.mark.parametrize("variant", ["plt3", "loopcoder", "CLP only", "learned shift"])
 def test_serial_loops(exports, variant):
     export = exports(variant)
     with engine(export, additional_config={"plt": {"loop_mode": "serial"}}) as llm:
@@ -58,7 +59,16 @@ def test_serial_loops(exports, variant):
 
 @pytest.mark.parametrize(
     ("variant", "count"),
-    [("plt3", 1), ("plt3", 2), ("loopcoder3", 2), ("naive loops", 2), ("recommended", 1), ("recommended", 2)],
+    [
+        ("plt3", 1),
+        ("plt3", 2),
+        ("loopcoder3", 2),
+        ("naive loops", 2),
+        ("recommended", 1),
+        ("recommended", 2),
+        ("learned shift", 1),
+        ("shifted heads", 2),
+    ],
 )
 def test_fewer_loops(exports, variant, count):
     export = exports(variant)
@@ -66,12 +76,13 @@ def test_fewer_loops(exports, variant, count):
         assert_same(export, llm, prompts(12), loop_count=count)
 
 
-def test_without_folding(exports, monkeypatch):
+@pytest.mark.parametrize("variant", ["plt3", "shift, no window"])
+def test_without_folding(exports, monkeypatch, variant):
     """A backend that stores K and V inside of its kernel reads the first loop's once a loop."""
     from vllm_plt import layers
 
     monkeypatch.setattr(layers, "can_fold", lambda attention: False)
-    export = exports("plt3")
+    export = exports(variant)
     with engine(export) as llm:
         assert_same(export, llm, prompts(12))
 
@@ -100,14 +111,25 @@ def test_loopcoders_names(exports, tmp_path):
         assert_same(export, llm, prompts(12))
 
 
-@pytest.mark.parametrize(("variant", "options"), [("plt3", {}), ("loopcoder", {"max_num_batched_tokens": 30})])
-def test_a_dropped_carry_shows(exports, monkeypatch, variant, options):
+@pytest.mark.parametrize(
+    ("variant", "dropped", "options"),
+    [
+        ("plt3", "hidden", {}),
+        ("loopcoder", "hidden", {"max_num_batched_tokens": 30}),
+        ("shifted heads", "keys", {}),
+        ("shift, one loop", "keys", {"max_num_batched_tokens": 30}),
+    ],
+)
+def test_a_dropped_carry_shows(exports, monkeypatch, variant, dropped, options):
     """These tests fail if the carries are wrong."""
     from vllm_plt.carry import Carry
 
-    export = exports(variant)
-    read = Carry.read
-    monkeypatch.setattr(Carry, "read", lambda self, loops: torch.zeros_like(read(self, loops)))
+    def read(self, kind: str, loops: slice):
+        found = whole(self, kind, loops)
+        return torch.zeros_like(found) if kind == dropped else found
+
+    export, whole = exports(variant), Carry.read
+    monkeypatch.setattr(Carry, "read", read)
     ids = prompts()
     with engine(export, **options) as llm:
         same = [got == export.decode(prompt, 24) for got, prompt in zip(greedy(llm, ids), ids, strict=True)]

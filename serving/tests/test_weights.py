@@ -9,15 +9,16 @@ from helpers import assert_same, engine, generate, prompts
 torch = pytest.importorskip("torch")
 
 
-def test_a_lora_adapter(exports, tmp_path):
+@pytest.mark.parametrize("variant", ["plt2", "shifted heads"])
+def test_a_lora_adapter(exports, tmp_path, variant):
     """Served beside the model; the tokens are those of a model that has it in its weights."""
-    from helpers import Export, make_model
+    from helpers import VARIANTS, Export, make_model
     from safetensors.torch import save_file
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    export = exports("plt2")
-    merged, tensors, rank = make_model(), {}, 8
+    export = exports(variant)
+    merged, tensors, rank = make_model(**VARIANTS[variant]), {}, 8
     torch.manual_seed(1)
     for name, module in merged.named_modules():
         if name.endswith(("q_proj", "v_proj", "o_proj", "down_proj")):
@@ -39,12 +40,14 @@ def test_a_lora_adapter(exports, tmp_path):
     assert [list(out.outputs[0].token_ids) for out in outputs] == [adapted.decode(prompt, 16) for prompt in ids]
 
 
-@pytest.mark.parametrize("mode", ["parallel", "serial"])
-def test_int8_weights_and_activations(exports, tmp_path, mode):
+@pytest.mark.parametrize(
+    ("variant", "mode"), [("plt3", "parallel"), ("plt3", "serial"), ("shifted channels", "parallel")]
+)
+def test_int8_weights_and_activations(exports, tmp_path, variant, mode):
     """compressed-tensors' W8A8: log-probabilities are those of the same rounding in transformers."""
-    from helpers import make_model
+    from helpers import VARIANTS, make_model
 
-    export, rounded = exports("plt3"), make_model(loop_count=3)
+    export, rounded = exports(variant), make_model(**VARIANTS[variant])
     write_int8(export, tmp_path)
     simulate_int8(rounded)
     ids = prompts(8)

@@ -1,9 +1,11 @@
-"""h(1..L-1) of every token in vLLM's paged memory, cut into slices as if layers held them.
+"""What every token hands on to the next, in vLLM's paged memory, cut into slices as if layers held it.
 
 vLLM gives every group of layers blocks of one size and forms groups of as many layers as the smallest kind has. So
 the carry is cut into as many slices as the model has layers (a multiple of it, where a slice would be wider than an
 attention layer's page): groups are then alike and a request keeps one block of carries. In pages it is shared by prefix
 caching and survives preemption, chunked prefill and transfers as K and V do.
+
+It consists of h(1..L-1), with cross-loop parallelism, and of what shifted keys take (`key_shift`).
 """
 
 from dataclasses import dataclass
@@ -84,10 +86,11 @@ class CarryBackend(AttentionBackend):
 class CarrySlice(nn.Module, AttentionLayerBase):
     """What the runner takes for a layer: a name and a place in paged memory."""
 
-    def __init__(self, name: str, width: int, attention: Attention, vllm_config: VllmConfig):
+    def __init__(self, name: str, width: int, is_read_at_once: bool, attention: Attention, vllm_config: VllmConfig):
         super().__init__()
         self.name = name
         self.width = width
+        self.is_read_at_once = is_read_at_once
         self.dtype = vllm_config.model_config.dtype
         self.like = (attention,)  # a tuple: its weights are not this layer's
         self.kv_cache = torch.tensor([])
@@ -105,34 +108,50 @@ class CarrySlice(nn.Module, AttentionLayerBase):
             dtype=self.dtype,
             sliding_window=2,
             page_size_padded=attention_page_bytes(*self.like, vllm_config),
+            is_read_at_once=self.is_read_at_once,
         )
+
+
+HIDDEN, KEYS = "hidden", "keys"
 
 
 class Carry(nn.Module):
     """Reads and writes the carried states of a step's tokens.
 
     Args:
+        states: of each kind of state, a token's vectors and their width: `HIDDEN`, h(1..L-1), and `KEYS`, what shifted
+            keys of all layers take, one for each loop.
         attention: a layer of the model's, for the size of its pages.
         first_number: the slices' layer numbers start here; vLLM tells layers apart by the one number in their names.
     """
 
     def __init__(
-        self, attention: Attention, layers: int, loops: int, prefix: str, first_number: int, config: VllmConfig
+        self,
+        states: dict[str, tuple[int, int]],
+        attention: Attention,
+        layers: int,
+        prefix: str,
+        first_number: int,
+        config: VllmConfig,
     ):
         super().__init__()
-        self.hidden_size = config.model_config.get_hidden_size()
-        self.carried = loops - 1
+        self.states = states
         token_bytes = attention_page_bytes(attention, config) // config.cache_config.block_size
         room = token_bytes // config.model_config.dtype.itemsize
-        self.groups = -(-self.carried * self.hidden_size // (layers * room))
-        while self.carried * (part := -(-self.hidden_size // (layers * self.groups))) > room:
-            self.groups += 1
-        self.part = part  # of one h(l), in one slice
+        slices = layers
+        while (width := sum(count * part for count, part in self._parts(slices).values())) > room:
+            slices += layers
+        self.parts = self._parts(slices)
+        # Shifted keys of a loop are read before any of the step's are there.
         self.slices = nn.ModuleList(
-            CarrySlice(f"{prefix}.carry.{first_number + index}", self.carried * part, attention, config)
-            for index in range(layers * self.groups)
+            CarrySlice(f"{prefix}.carry.{first_number + index}", width, KEYS in states, attention, config)
+            for index in range(slices)
         )
         self._views: list[tuple[CarrySlice, torch.Tensor]] = []
+
+    def _parts(self, slices: int) -> dict[str, tuple[int, int]]:
+        """Of each kind of state, a token's vectors and the width of what a slice has of one."""
+        return {kind: (count, -(-width // slices)) for kind, (count, width) in self.states.items()}
 
     @property
     def metadata(self) -> CarryMetadata | None:
@@ -140,7 +159,7 @@ class Carry(nn.Module):
         return metadata_of(self.slices[0].name)
 
     def views(self) -> list[tuple[CarrySlice, torch.Tensor]]:
-        """For each group of slices that share a block table one view [slices, blocks, block_size, L - 1, part]."""
+        """For each group of slices that share a block table one view [slices, blocks, block_size, width]."""
         if not self._views or self._views[0][0].kv_cache.data_ptr() != self._views[0][1].data_ptr():
             by_table: dict[int, list[CarrySlice]] = {}
             for layer in self.slices:
@@ -149,38 +168,48 @@ class Carry(nn.Module):
         return self._views
 
     def _view(self, members: list[CarrySlice]) -> torch.Tensor:
-        caches = [layer.kv_cache for layer in members]  # [blocks, 1, block_size, (L - 1) part] each
+        caches = [layer.kv_cache for layer in members]  # [blocks, 1, block_size, width] each
         first = caches[0]
         step = caches[1].storage_offset() - first.storage_offset() if len(caches) > 1 else 0
         for index, cache in enumerate(caches):
             expected = first.storage_offset() + index * step
             if cache.storage_offset() != expected or cache.stride() != first.stride():
                 raise ValueError("the carry's slices do not lie at equal distances: vLLM lays out caches in a new way")
-        size = (len(caches), first.shape[0], first.shape[2], self.carried, self.part)
-        strides = (step, first.stride(0), first.stride(2), self.part * first.stride(3), first.stride(3))
+        size = (len(caches), first.shape[0], first.shape[2], members[0].width)
+        strides = (step, first.stride(0), first.stride(2), first.stride(3))
         return first.as_strided(size, strides, first.storage_offset())
 
-    def write(self, states: torch.Tensor, loops: slice) -> None:
-        """Store h(l) [loops, T, d] of each token; zeros of padding, in the null block.
+    def _columns(self, view: torch.Tensor, kind: str, loops: slice) -> torch.Tensor:
+        """What slices have of a kind of state, [slices, blocks, block_size, loops, part]."""
+        begin = 0
+        for name, (count, part) in self.parts.items():
+            if name == kind:
+                return view[..., begin : begin + count * part].unflatten(-1, (count, part))[:, :, :, loops]
+            begin += count * part
+        raise ValueError(f"no {kind} is carried")
+
+    def write(self, kind: str, states: torch.Tensor, loops: slice) -> None:
+        """Store a kind of state [loops, T, width] of each token; zeros of padding, in the null block.
 
         Its rows are whatever memory held. Attention reads that block too, where a window has moved on, with a weight of
         zero, which a NaN would survive.
         """
-        count, tokens = states.shape[:2]
-        width = len(self.slices) * self.part
-        if width > self.hidden_size:
-            states = nn.functional.pad(states, (0, width - self.hidden_size))
-        states = states.view(count, tokens, len(self.slices), self.part)
+        count, tokens, width = states.shape
+        part = self.parts[kind][1]
+        if missing := len(self.slices) * part - width:
+            states = nn.functional.pad(states, (0, missing))
+        states = states.view(count, tokens, len(self.slices), part)
         taken = 0
         for layer, view in self.views():
             slots = metadata_of(layer.name).slot_mapping[:tokens]
-            part = states[:, : len(slots), taken : taken + view.shape[0]].masked_fill((slots < 0)[:, None, None], 0)
-            slots = slots.clamp(min=0)
-            view[:, slots // view.shape[2], slots % view.shape[2], loops] = part.permute(2, 1, 0, 3)
+            new = states[:, : len(slots), taken : taken + view.shape[0]].masked_fill((slots < 0)[:, None, None], 0)
+            new, slots = new.permute(2, 1, 0, 3), slots.clamp(min=0)
+            self._columns(view, kind, loops)[:, slots // view.shape[2], slots % view.shape[2]] = new
             taken += view.shape[0]
 
-    def read(self, loops: slice) -> torch.Tensor:
-        """h(l) [loops, R, d] of the position before each request's first new token; zero where there is none."""
+    def read(self, kind: str, loops: slice) -> torch.Tensor:
+        """A kind of state [loops, R, width] of the position before each request's first new token; zero where there is
+        none."""
         parts = []
         for layer, view in self.views():
             metadata = metadata_of(layer.name)
@@ -188,7 +217,7 @@ class Carry(nn.Module):
             before = metadata.seq_lens - (starts[1:] - starts[:-1]) - 1
             at = before.clamp(min=0).long()
             blocks = metadata.block_table.gather(1, (at // view.shape[2])[:, None]).squeeze(1)
-            found = view[:, blocks.long(), at % view.shape[2], loops]  # [slices, R, loops, part]
+            found = self._columns(view, kind, loops)[:, blocks.long(), at % view.shape[2]]  # [slices, R, loops, part]
             parts.append(found.permute(2, 1, 0, 3))
-        states = torch.cat(parts, 2).flatten(2)[..., : self.hidden_size]
+        states = torch.cat(parts, 2).flatten(2)[..., : self.states[kind][1]]
         return states.masked_fill((before < 0)[None, :, None], 0)

@@ -1,4 +1,4 @@
-"""Kind of cache for the carried hidden states: a window of two tokens, of which the older one is read.
+"""Kind of cache for what tokens hand on to the next: a window of two tokens, of which the older one is read.
 
 A module of its own, since vLLM's engine core unpickles the specification, imports this and so makes it known.
 """
@@ -11,15 +11,21 @@ from vllm_plt.vllm_internals import SlidingWindowManager, SlidingWindowSpec, reg
 
 @dataclass(frozen=True, kw_only=True)
 class CarrySpec(SlidingWindowSpec):
-    """One slice of h(1..L-1) a token; the token before the next one is kept."""
+    """One slice of a token's carried states; the token before the next one is kept.
+
+    is_read_at_once: something of it is read before any of a step's is written, however many tokens the step has.
+    """
+
+    is_read_at_once: bool = False
 
 
 class CarryManager(SlidingWindowManager):
-    """Keeps a request that needs a carry of this very step from running in it as a decode step.
+    """Keeps a request that needs a carry of this very step from running in it.
 
     vLLM publishes a block's hash when the step that computes it is scheduled, so a request may hit a block that another
-    one computes in the same step. Where a step runs loop by loop that is right, since h(l) of all tokens is stored
-    before loop l + 1 reads. In a step of one token a request all loops run at once: the carry is not there yet.
+    one computes in the same step. Where a step runs loop by loop that is right for hidden states, since h(l) of all
+    tokens is stored before loop l + 1 reads. In a step of one token a request all loops run at once, and shifted keys
+    take from the tokens before in every step: the carry is not there yet.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -37,8 +43,8 @@ class CarryManager(SlidingWindowManager):
         **kwargs,
     ) -> int:
         """More blocks than there are make the scheduler try again in the next step."""
-        single = num_tokens_main_model - total_computed_tokens == 1
-        if single and self.needs_carry_of_this_step(new_computed_blocks):
+        at_once = self.kv_cache_spec.is_read_at_once or num_tokens_main_model - total_computed_tokens == 1
+        if at_once and self.needs_carry_of_this_step(new_computed_blocks):
             return self.block_pool.num_gpu_blocks + 1
         return super().get_num_blocks_to_allocate(
             request_id,

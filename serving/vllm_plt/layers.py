@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from vllm_plt.configuration_plt import PLTConfig
+from vllm_plt.heads import Heads, sharded_parameter
+from vllm_plt.key_shift import KeyCarry, KeyShift
 from vllm_plt.vllm_internals import (
     Attention,
     FusedMoEFactory,
@@ -22,40 +24,9 @@ from vllm_plt.vllm_internals import (
     check_block_size,
     get_act_and_mul_fn,
     get_rope,
-    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-
-
-def load_shard(shard: int):
-    """A weight loader that takes the `shard`-th part of the first dimension, of the parameter's size."""
-
-    def load(param: nn.Parameter, loaded: torch.Tensor) -> None:
-        size = param.shape[0]
-        param.data.copy_(loaded.narrow(0, shard * size, size))
-
-    return load
-
-
-def sharded_parameter(*shape: int, shard: int, dtype: torch.dtype | None = None) -> nn.Parameter:
-    param = nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
-    param.weight_loader = load_shard(shard)
-    return param
-
-
-class Heads:
-    """This rank's share of the heads; key/value heads are repeated where there are fewer than ranks."""
-
-    def __init__(self, config: PLTConfig):
-        ranks, self.rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        total, total_kv = config.num_attention_heads, config.num_key_value_heads
-        if total % ranks or max(total_kv, ranks) % min(total_kv, ranks):
-            raise ValueError(f"{total} query and {total_kv} key/value heads do not divide over {ranks} ranks")
-        self.query, self.kv = total // ranks, max(1, total_kv // ranks)
-        self.kv_shard = self.rank * min(total_kv, ranks) // ranks
-        self.dim = config.head_dim
-        self.query_size, self.kv_size = self.query * self.dim, self.kv * self.dim
 
 
 class WholeRMSNorm(nn.Module):
@@ -138,6 +109,7 @@ class PLTAttention(nn.Module):
         )
         self.norms_heads = config.norm_placement == "pre"
         self.q_norm, self.k_norm = self._qk_norms(config) if config.qk_norm else (None, None)
+        self.key_shift = None if config.key_shift == "none" else KeyShift(config, heads)
         self.plt_gate = PLTGate(config, heads) if config.gated_window and loops > 1 else None
 
         def attention(loop: int, kind: str, width: int = 1, **kwargs) -> Attention:
@@ -169,24 +141,34 @@ class PLTAttention(nn.Module):
         return WholeRMSNorm(heads.query_size, heads.rank, eps), WholeRMSNorm(heads.kv_size, heads.kv_shard, eps)
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor, loop: int | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        loop: int | None,
+        carry: KeyCarry | None,
     ) -> torch.Tensor:
         """Attention over normed hidden_states [N, d] at positions [N]; `residual` is the layer's input, for the gate.
 
         loop: of all rows, from 0; None: the rows are loops 1..L of N / L tokens, loop after loop.
+        carry: of keys that are shifted.
         """
-        query, key, value = self._qkv(positions, hidden_states)
+        query, key, value = self._qkv(positions, hidden_states, carry)
         attend = self._rows if loop is None else self._loop
         out = attend(query, key, value, residual, loop)
         return self.o_proj(out)[0]
 
-    def _qkv(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[N, heads * D] each, normed and rotated."""
+    def _qkv(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, carry: KeyCarry | None
+    ) -> tuple[torch.Tensor, ...]:
+        """[N, heads * D] each, normed, shifted and rotated."""
         heads = self.heads
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = qkv.split([heads.query_size, heads.kv_size, heads.kv_size], dim=-1)
         if self.q_norm is not None:
             query, key = self._normed(self.q_norm, query), self._normed(self.k_norm, key)
+        if carry is not None:
+            key, value = self.key_shift(key, value, carry)
         query, key = self.rotary_emb(positions, query, key)
         return query, key, value
 
@@ -315,19 +297,24 @@ class PLTDecoderLayer(nn.Module):
         self.post_feedforward_layernorm = norm() if not self.pre or config.ffn_output_norm else None
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, loop: int | None
+        self,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        loop: int | None,
+        carry: KeyCarry | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's input is hidden_states + residual, [N, d] each; its output is returned in the same two parts.
 
         Both may be overwritten.
         """
         if not self.pre:
-            return self._post_norm(positions, hidden_states, residual, loop)
+            return self._post_norm(positions, hidden_states, residual, loop, carry)
         if residual is None:
             residual, hidden_states = hidden_states, self.input_layernorm(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self._scaled(self.self_attn(positions, hidden_states, residual, loop))
+        hidden_states = self._scaled(self.self_attn(positions, hidden_states, residual, loop, carry))
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         hidden_states = self.mlp(hidden_states)
         if self.post_feedforward_layernorm is not None:
@@ -338,9 +325,9 @@ class PLTDecoderLayer(nn.Module):
         """A branch's output as it is added."""
         return out if self.residual_scale == 1.0 else self.residual_scale * out
 
-    def _post_norm(self, positions, hidden_states, residual, loop) -> tuple[torch.Tensor, torch.Tensor]:
+    def _post_norm(self, positions, hidden_states, residual, loop, carry) -> tuple[torch.Tensor, torch.Tensor]:
         """OLMo-2: norms on the outputs of attention and MLP."""
         layer_input = hidden_states if residual is None else hidden_states + residual
-        out = self.self_attn(positions, layer_input, layer_input, loop)
+        out = self.self_attn(positions, layer_input, layer_input, loop, carry)
         residual = layer_input + self._scaled(self.post_attention_layernorm(out))
         return self._scaled(self.post_feedforward_layernorm(self.mlp(residual))), residual

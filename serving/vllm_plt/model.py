@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vllm_plt.carry import Carry
+from vllm_plt.carry import HIDDEN, KEYS, Carry
+from vllm_plt.key_shift import loops_with_keys, previous_rows
 from vllm_plt.layers import PLTDecoderLayer
 from vllm_plt.memory import say_what_chunks_cost
 from vllm_plt.passes import Stack, loop_pass, rows_pass
@@ -78,14 +79,20 @@ class PLTModel(nn.Module):
         self.loop_input = None
         if loops > 1 and (config.cross_loop_parallel or config.input_injection):
             self.loop_input = LoopInput(config)
-        self.carry = None
-        if config.cross_loop_parallel and loops > 1:
-            attention = self.layers[0].self_attn.attn
-            self.carry = Carry(attention, count, loops, prefix, loops * count, vllm_config)
+        self.carry = self._carry(prefix, vllm_config)
         stack = Stack(self.layers, self.norm, config.norm_between_loops)
         self.passes = nn.ModuleList(loop_pass(stack, loop, loop == loops - 1, vllm_config) for loop in range(loops))
         self.rows = rows_pass(stack, vllm_config) if rows else None
-        self.most_rows = vllm_config.scheduler_config.max_num_seqs
+        self.most_requests = vllm_config.scheduler_config.max_num_seqs
+
+    def _carry(self, prefix: str, vllm_config: VllmConfig) -> Carry | None:
+        config, loops, layers = self.config, self.settings.loop_count, len(self.layers)
+        attention, states = self.layers[0].self_attn, {}
+        if config.cross_loop_parallel and loops > 1:
+            states[HIDDEN] = (loops - 1, config.hidden_size)
+        if attention.key_shift is not None:
+            states[KEYS] = (loops_with_keys(config, loops), layers * attention.key_shift.width)
+        return Carry(states, attention.attn, layers, prefix, loops * layers, vllm_config) if states else None
 
     def forward(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """The normed output [T, d] of the last loop, for tokens with embeddings [T, d] at positions [T]."""
@@ -95,7 +102,7 @@ class PLTModel(nn.Module):
         metadata = self.carry.metadata
         if metadata is None:
             # Warm up both ways; no decode step has more tokens than requests fit into a batch.
-            tokens = min(len(embeds), self.most_rows)
+            tokens = min(len(embeds), self.most_requests)
             self._decode(positions[:tokens].contiguous(), embeds[:tokens].contiguous())
         elif metadata.max_query_len == 1:
             return self._decode(positions, embeds)
@@ -103,36 +110,67 @@ class PLTModel(nn.Module):
 
     def _decode(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """One token a request, every loop at once."""
-        carried = embeds.new_zeros(self.settings.loop_count - 1, *embeds.shape)
-        if self.carry.metadata is not None:
-            found = self.carry.read(slice(None))
-            carried[:, : found.shape[1]] = found  # beyond it lies padding
+        carried = self._carried(HIDDEN, slice(None), embeds, len(embeds))
         inputs = torch.cat([embeds[None], self.loop_input(embeds, carried)])
-        states, last = self.rows(positions, inputs)
-        if self.carry.metadata is not None:
-            self.carry.write(states, slice(None))
+        states, last, keys = self.rows(positions, inputs, self._keys(slice(None), embeds, len(embeds)))
+        self._hand_on(HIDDEN, states, slice(None))
+        self._hand_on(KEYS, keys, slice(None))
         return last
 
     def _loop_by_loop(self, positions: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        requests = min(len(embeds), self.most_requests)  # at most
+        starts = None if self.carry is None else self._starts(requests, embeds)
         hidden_states = embeds.clone()  # layers may overwrite it, and later loops read it again
         for loop, run in enumerate(self.passes):
+            which = slice(loop, loop + 1)
             if loop:
-                hidden_states = self._next_input(embeds, hidden_states, loop)
-            hidden_states = run(positions, hidden_states)
+                hidden_states = self._next_input(embeds, hidden_states, starts, slice(loop - 1, loop))
+            carried = self._keys(which, embeds, requests)
+            carried = None if carried is None else carried[0]
+            hidden_states, keys = run(positions, hidden_states, carried, starts)
+            self._hand_on(KEYS, None if keys is None else keys[None], which)
         return hidden_states
 
-    def _next_input(self, embeds: torch.Tensor, hidden_states: torch.Tensor, loop: int) -> torch.Tensor:
-        """Input of loop `loop`, from 0, after h(loop) [T, d]."""
-        if self.carry is None:
+    def _next_input(
+        self, embeds: torch.Tensor, hidden_states: torch.Tensor, starts: torch.Tensor | None, which: slice
+    ) -> torch.Tensor:
+        """Input of a loop, after h(l) [T, d] of the last one."""
+        if not self.config.cross_loop_parallel:
             return hidden_states if self.loop_input is None else self.loop_input(embeds, hidden_states)
-        shifted = torch.cat([torch.zeros_like(hidden_states[:1]), hidden_states])
-        metadata = self.carry.metadata
-        if metadata is not None:
-            which = slice(loop - 1, loop)
-            # All tokens first: a request's prefix may be computed by another one in this very step.
-            self.carry.write(hidden_states[None], which)
-            shifted.index_copy_(0, metadata.query_start_loc[:-1].long(), self.carry.read(which)[0])
-        return self.loop_input(embeds, shifted[:-1])
+        # All tokens first: a request's prefix may be computed by another one in this very step.
+        self._hand_on(HIDDEN, hidden_states[None], which)
+        carried = self._carried(HIDDEN, which, embeds, len(starts))[0]
+        return self.loop_input(embeds, previous_rows(hidden_states, starts, carried))
+
+    def _starts(self, requests: int, embeds: torch.Tensor) -> torch.Tensor:
+        """First row of each request, from 0; T of those that are not there."""
+        starts = torch.full((requests,), len(embeds), device=embeds.device)
+        if self.carry.metadata is None:
+            starts[0] = 0
+        else:
+            known = self.carry.metadata.query_start_loc[:-1]
+            starts[: len(known)] = known
+        return starts
+
+    def _carried(self, kind: str, which: slice, like: torch.Tensor, rows: int) -> torch.Tensor:
+        """A kind of carried state [loops, rows, width]; zero in a dry run and beyond the step's requests."""
+        count, width = self.carry.states[kind]
+        carried = like.new_zeros(len(range(count)[which]), rows, width)
+        if self.carry.metadata is not None:
+            found = self.carry.read(kind, which)
+            carried[:, : found.shape[1]] = found
+        return carried
+
+    def _keys(self, which: slice, like: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """What shifted keys of these loops take, [loops, rows, layers, P]; None if they are not shifted."""
+        if self.carry is None or not range(self.carry.states.get(KEYS, (0, 0))[0])[which]:
+            return None
+        return self._carried(KEYS, which, like, rows).unflatten(-1, (len(self.layers), -1))
+
+    def _hand_on(self, kind: str, states: torch.Tensor | None, which: slice) -> None:
+        """States [loops, T, ...] for the tokens after these."""
+        if states is not None and self.carry.metadata is not None:
+            self.carry.write(kind, states.flatten(2), which)
 
 
 class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):

@@ -9,6 +9,7 @@ from types import FunctionType
 import torch
 from torch import nn
 
+from vllm_plt.key_shift import KeyCarry
 from vllm_plt.vllm_internals import VllmConfig, set_model_tag, support_torch_compile
 
 
@@ -21,29 +22,47 @@ class Stack:
         self.norm_between_loops = norm_between_loops
 
 
-def _loop_forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-    """h(l) [T, d] of loop `self.loop` from its input [T, d]; normed if it is the last or all are."""
+def _loop_forward(
+    self,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    carried: torch.Tensor | None,
+    starts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """h(l) [T, d] of loop `self.loop` from its input [T, d], normed if it is the last or all are; what keys hand on.
+
+    `KeyCarry` says what carried, starts and the latter are; None where this loop's keys are not shifted.
+    """
+    carry = None if carried is None else KeyCarry(carried, starts)
     residual = None
     for layer in self.stack.layers:
-        hidden_states, residual = layer(positions, hidden_states, residual, self.loop)
+        hidden_states, residual = layer(positions, hidden_states, residual, self.loop, carry)
     if self.is_last or self.stack.norm_between_loops:
-        return self.stack.norm(hidden_states, residual)[0]
-    return hidden_states + residual
+        states = self.stack.norm(hidden_states, residual)[0]
+    else:
+        states = hidden_states + residual
+    return states, None if carry is None else carry.handed_on()
 
 
-def _rows_forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """h(1..L-1) [L - 1, T, d] and the normed h(L) [T, d] from the loops' inputs [L, T, d] at positions [T]."""
+def _rows_forward(
+    self, positions: torch.Tensor, hidden_states: torch.Tensor, carried: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """h(1..L-1) [L - 1, T, d], the normed h(L) [T, d] and what keys hand on, from the loops' inputs [L, T, d] at
+    positions [T] and what keys take, or None (see `KeyCarry`)."""
     loops, tokens, size = hidden_states.shape
+    carry = None if carried is None else KeyCarry(carried, None)
     positions = positions.repeat(loops)
     hidden_states, residual = hidden_states.reshape(loops * tokens, size), None
     for layer in self.stack.layers:
-        hidden_states, residual = layer(positions, hidden_states, residual, None)
+        hidden_states, residual = layer(positions, hidden_states, residual, None, carry)
     states = hidden_states + residual
     if self.stack.norm_between_loops:
         states = self.stack.norm(states)
     states = states.view(loops, tokens, size)
     last = states[-1]
-    return states[:-1], last if self.stack.norm_between_loops else self.stack.norm(last)
+    if not self.stack.norm_between_loops:
+        last = self.stack.norm(last)
+    return states[:-1], last, None if carry is None else carry.handed_on()
 
 
 def _pass(name: str, function: FunctionType, dims: dict[str, int], vllm_config: VllmConfig, **attributes) -> nn.Module:
@@ -64,10 +83,11 @@ def _pass(name: str, function: FunctionType, dims: dict[str, int], vllm_config: 
 
 def loop_pass(stack: Stack, loop: int, is_last: bool, vllm_config: VllmConfig) -> nn.Module:
     """Loop `loop`, from 0, over T tokens."""
-    dims = {"positions": 0, "hidden_states": 0}
+    dims = {"positions": 0, "hidden_states": 0, "carried": 0, "starts": 0}
     return _pass(f"PLTLoop{loop}", _loop_forward, dims, vllm_config, stack=stack, loop=loop, is_last=is_last)
 
 
 def rows_pass(stack: Stack, vllm_config: VllmConfig) -> nn.Module:
     """All loops over T tokens at once."""
-    return _pass("PLTRows", _rows_forward, {"positions": 0, "hidden_states": 1}, vllm_config, stack=stack)
+    dims = {"positions": 0, "hidden_states": 1, "carried": 1}
+    return _pass("PLTRows", _rows_forward, dims, vllm_config, stack=stack)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plt_megatron.experiments.diagnostics.attention import Attention, attention_statistics
 from plt_megatron.experiments.diagnostics.measures import head_diversity
+from plt_megatron.hf.modeling_plt import rotate
 
 HEAD_MEASURES = ("gate_mean", "entropy_global", "entropy_local", "kl_global", "kl_local")
 LAYER_MEASURES = ("head_rank", "head_cosine")
@@ -85,7 +86,8 @@ class Recording:
             assert state.loop is not None and kwargs["cache"] is None
             # The last loop's pass is also that of one more loop: later loops have the same rules.
             self._pass, self._shared[layer] = state, (shared_key, shared_value)
-            query = module._heads(module.q_proj(hidden_states), module.q_norm, state)[0].transpose(0, 1)
+            query = rotate(module._heads(module.q_proj(hidden_states), module.q_norm), state.cos, state.sin)
+            query = query[0].transpose(0, 1)
             own_key = out[2]
             key = own_key if shared_key is None else shared_key
             self._add_attention("global", layer, state.loop + 1, Attention(query, key[0], module.scaling))

@@ -99,7 +99,7 @@ class Published:
         self.norm_placement, self.qk_norm, self.ffn_output_norm = "pre", False, False
         self.tie_word_embeddings, self.share_kv, self.gated_window, self.cross_loop_parallel = False, True, True, True
         self.window_size, self.gate_input, self.gate_side, self.norm_between_loops = 65, "hidden", "global", True
-        self.gate_activation, self.share_values = "sigmoid", True
+        self.gate_activation, self.share_values, self.key_shift = "sigmoid", True, "none"
         self.embedding_scale, self.hidden_scale, self.loop_count = 0.707, 0.053, 2
         self.hidden_norm, self.learned_hidden_scale, self.residual_scale = False, "none", 1.0
         vars(self).update(changes)

@@ -1,0 +1,95 @@
+"""Keys, and values where that is learned, of the previous token (`key_shift`), and how a pass gets at them.
+
+Shapes: T tokens of a step, L loops, N rows (T tokens of one loop, or L * T), R requests, K key/value heads of this
+rank, D the head dimension, P the numbers of a token that the next one takes from it, in each layer.
+"""
+
+import torch
+from torch import nn
+
+from vllm_plt.configuration_plt import PLTConfig
+from vllm_plt.heads import Heads, sharded_parameter
+
+
+def previous_rows(rows: torch.Tensor, starts: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
+    """Of each of `rows` [T, n] the one before, and `carried` [R, n] at the requests' first rows `starts` [R].
+
+    A start of T belongs to no request.
+    """
+    before = torch.cat([rows[:1], rows])
+    before.index_copy_(0, starts, carried)
+    return before[:-1]
+
+
+def loops_with_keys(config: PLTConfig, loops: int) -> int:
+    """How many loops use keys of their own, from the first."""
+    return loops if config.gated_window or not config.share_kv else 1
+
+
+class KeyCarry:
+    """What the keys of a pass take from the tokens before, layer after layer, and hand on to the tokens after.
+
+    Args:
+        carried: of one loop's tokens [R, layers, P], what the requests' first ones take; of the rows of a decode step
+            [C, T, layers, P], what each takes in loops 1..C. C is 1 where later loops' keys are not used.
+        starts: [R] first rows of the requests; None: the rows are those of a decode step.
+    """
+
+    def __init__(self, carried: torch.Tensor, starts: torch.Tensor | None):
+        self.carried, self.starts = carried, starts
+        self.taken: list[torch.Tensor] = []
+
+    def shift(self, taken: torch.Tensor) -> torch.Tensor:
+        """What the next layer's keys get [N, P], where `taken` [N, P] is of these very tokens."""
+        carried = self.carried[..., len(self.taken), :]
+        if self.starts is not None:
+            self.taken.append(taken)
+            return previous_rows(taken, self.starts, carried)
+        loops, tokens, width = carried.shape
+        rows = taken.view(-1, tokens, width)
+        self.taken.append(rows[:loops])
+        return carried.expand(rows.shape).reshape(taken.shape)
+
+    def handed_on(self) -> torch.Tensor:
+        """Like the rows carried, of these tokens: [T, layers, P] or [C, T, layers, P]."""
+        return torch.stack(self.taken, -2)
+
+
+class KeyShift(nn.Module):
+    """The equation, in front of RoPE.
+
+    "heads": whole keys of the second half of the model's key/value heads; "channels": of every key, the half of the
+    channels that RoPE turns slowly; "learned": k_t + a (k_(t-1) - k_t), and v_t with b, a number each for a head.
+    """
+
+    def __init__(self, config: PLTConfig, heads: Heads):
+        super().__init__()
+        self.form, self.heads, total = config.key_shift, heads, config.num_key_value_heads
+        if self.form not in ("heads", "channels", "learned"):
+            raise ValueError(f"key_shift {self.form!r} cannot be served yet: KeyShift has no equation for it")
+        self.kept = min(max(total // 2 - heads.kv_shard * heads.kv, 0), heads.kv)  # heads of this rank
+        # Ranks hand on equally many heads, since vLLM wants the same pages on all of them.
+        self.handed = min(heads.kv, total - total // 2)
+        sizes = {"heads": self.handed * heads.dim, "channels": heads.kv_size // 2, "learned": 2 * heads.kv_size}
+        self.width = sizes[self.form]  # P
+        if self.form == "learned":
+            self.key, self.value = (sharded_parameter(heads.kv, shard=heads.kv_shard) for _ in range(2))
+
+    def forward(self, key: torch.Tensor, value: torch.Tensor, carry: KeyCarry) -> tuple[torch.Tensor, torch.Tensor]:
+        """key and value [N, K * D] -> the same; the key may be overwritten."""
+        if self.form == "learned":
+            shape = (2, self.heads.kv, self.heads.dim)
+            own = torch.cat([key, value], 1)
+            factors = torch.stack([self.key, self.value])[:, :, None]
+            mixed = torch.lerp(own.unflatten(1, shape), carry.shift(own).unflatten(1, shape), factors)
+            return mixed[:, 0].flatten(1), mixed[:, 1].flatten(1)
+        by_head = key.unflatten(1, (self.heads.kv, self.heads.dim))
+        if self.form == "heads":
+            part, kept = by_head[:, self.heads.kv - self.handed :], self.kept - (self.heads.kv - self.handed)
+        else:
+            part, kept = by_head.unflatten(2, (2, 2, -1))[:, :, :, 1], 0  # RoPE turns channel i with i + D / 2
+        # A copy: what is handed on would keep all of the projection's output.
+        taken = part.clone(memory_format=torch.contiguous_format)
+        before = carry.shift(taken.view(len(key), self.width)).view(part.shape)
+        part[:, kept:] = before[:, kept:]
+        return key, value
