@@ -5,6 +5,7 @@ Looking for a module does not import it, so a command asks before it begins and 
 
 from __future__ import annotations
 
+import sys
 from importlib import util
 
 from plt_megatron.errors import UserError
@@ -32,12 +33,18 @@ EXTRAS = {
 
 def lacking(*modules: str) -> str:
     """`needs the packages ...: pip install ...`, of those that are not installed; empty if all are."""
-    missing = [module for module in modules if util.find_spec(module) is None]
+    missing = [module for module in modules if not _is_here(module)]
     extras = dict.fromkeys(EXTRAS[module] for module in missing)
     if not missing:
         return ""
     packages = f"package{'s' if len(missing) > 1 else ''} {' and '.join(missing)}"
     return f"needs the {packages}: pip install 'plt-megatron[{','.join(extras)}]'"
+
+
+def _is_here(module: str) -> bool:
+    if module in sys.modules:  # None: it has been barred
+        return sys.modules[module] is not None
+    return util.find_spec(module) is not None
 
 
 def require(purpose: str, *modules: str) -> None:

@@ -120,4 +120,5 @@ def test_the_order_of_samples_must_hold_the_runs(trunk):
 def test_the_command_line_takes_a_configuration_or_a_branch(arguments, capsys):
     with pytest.raises(SystemExit) as status:
         train.main(arguments)
-    assert status.value.code == 2 and "usage" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert status.value.code == 2 and "CONFIG.yaml" in error and "--branch-from" in error

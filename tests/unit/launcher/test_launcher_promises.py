@@ -18,4 +18,4 @@ def test_the_tests_that_hold_a_promise_exist():
 def test_every_file_of_the_package_is_explained():
     page = (ROOT / "docs" / "launcher.md").read_text()
     for path in (ROOT / "plt_megatron" / "launcher").glob("*.py"):
-        assert f"`{path.name}`" in page, path.name
+        assert path.name == "__init__.py" or f"`{path.name}`" in page, path.name
