@@ -1039,7 +1039,7 @@ def _scaled(x: torch.Tensor, scale: Any) -> torch.Tensor:
 
 
 # Ends of the names of tensors that are no method's of quantization.
-_PLAIN = (".weight", ".bias", "_bias", ".hidden_scale")
+_PLAIN = (".weight", ".bias", "_bias", ".hidden_scale", ".key_shift.key", ".key_shift.value")
 
 
 class PLTPreTrainedModel(PreTrainedModel):
