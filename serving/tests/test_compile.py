@@ -26,6 +26,40 @@ def test_compiled(exports, variant, again):
         assert all(run.compiled or getattr(run, "aot_compiled_fn", None) for run in (*model.passes, model.rows))
 
 
+@pytest.mark.parametrize("variant", ["plt2", "no CLP"])
+def test_no_pass_runs_in_a_piecewise_graph(exports, monkeypatch, variant):
+    """Whatever the runner decides: a graph replays the addresses that it was captured with, and these inputs move."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context
+    from vllm.v1.worker import gpu_model_runner
+
+    asked, seen, addresses = [CUDAGraphMode.PIECEWISE], [], set()
+    context = gpu_model_runner.set_forward_context
+
+    def in_mode(*args, **kwargs):
+        return context(*args, **{**kwargs, "cudagraph_runtime_mode": asked[0]})
+
+    def watched(forward):
+        def look(positions, hidden_states):
+            seen.append(get_forward_context().cudagraph_runtime_mode)
+            addresses.add(hidden_states.data_ptr())
+            return forward(positions, hidden_states)
+
+        return look
+
+    with engine(exports(variant)) as llm:
+        model = served_model(llm).model
+        runs = [*model.passes, *([model.rows] if model.rows is not None else [])]
+        for run in runs:
+            monkeypatch.setattr(run, "forward", watched(run.forward))
+        monkeypatch.setattr(gpu_model_runner, "set_forward_context", in_mode)
+        for mode, expected in ((CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE), (CUDAGraphMode.FULL, CUDAGraphMode.FULL)):
+            asked[0], seen[:] = mode, []
+            assert_same(exports(variant), llm, prompts(6, seed=asked[0].value), tokens=6)
+            assert set(seen) == {expected}
+        assert len(addresses) > 2
+
+
 def test_padding_leaves_the_null_block_as_it_is(exports):
     """A graph's rows beyond the requests hold anything, and attention reads that block with a weight of zero."""
     import torch

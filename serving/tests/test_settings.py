@@ -164,26 +164,31 @@ def test_loopcoders_defaults():
 
 
 def test_another_vllm_is_told_in_one_line():
-    """Other models are served all the same; its internals are not touched."""
+    """Also one that lacks what we use of it. Other models are served all the same; its internals are not touched."""
     code = """
-import logging, vllm
-vllm.__version__ = "0.33.1"
+import vllm, vllm.model_executor.models.config as module
+moved = vars(module).pop("MODELS_CONFIG_MAP")
 import vllm_plt
 vllm_plt.register()
-from transformers import AutoConfig
+module.MODELS_CONFIG_MAP = moved
+vllm.__version__ = "0.33.1"
+vllm_plt.register()
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 assert "plt" not in CONFIG_MAPPING
+assert not set(vllm_plt.ARCHITECTURES) & set(vllm.ModelRegistry.get_supported_archs())
 try:
     import vllm_plt.model
 except ImportError as error:
     print("refused:", error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1500, check=True)
     message = (
         "vllm-plt is made for vLLM 0.32.x and uses its internals, and this is vLLM 0.33.1: PLT models are not served."
     )
     assert f"refused: {message}" in done.stdout
-    assert message in (done.stdout + done.stderr).replace("refused: " + message, "")
+    said = (done.stdout + done.stderr).replace("refused: " + message, "")
+    assert message in said
+    assert [line for line in said.splitlines() if "MODELS_CONFIG_MAP" in line and "PLT models are not served" in line]
 
 
 def test_lora_runs_the_loops_serially(exports):
