@@ -1,5 +1,6 @@
 """attempts.jsonl: a line at the start and at the end of each attempt of a Slurm job at a run, that is of each start of
-the run's processes, and one where the run was given up ("stop"). Appended to, never rewritten."""
+the run's processes, one where the run was given up ("stop"), and one where it is tried again all the same ("again").
+Appended to, never rewritten."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ FINISHED, PREEMPTED, FAILED, NODE_FAILED, KILLED = "finished", "preempted", "fai
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The lines of an attempts.jsonl; those that a crash or a full disk has torn are left out."""
     events = json_lines.read(path, skip_broken=True)
-    return [event for event in events if event.get("event") in ("start", "end", "stop")]
+    return [event for event in events if event.get("event") in ("start", "end", "stop", "again")]
 
 
 def unended(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -110,7 +110,8 @@ def test_tasks_that_are_not_there_are_one_line(folder):
     assert done.returncode == 2 and "nobody/has-it" in line and "HF_HOME" in line and "--tasks far --download" in line
     assert "Traceback" not in done.stderr and not (folder / "model/evaluation.json").exists()
     done = run(folder, *command, "gone")
-    assert done.returncode == 2 and done.stderr == "error: --include-path gone: there is no such folder\n"
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: --include-path gone")
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from plt_megatron.experiments.sweep_local import LocalSweep
 from plt_megatron.experiments.sweep_plan import FILE_NAME, PlannedRun, SweepPlan, load_plan, plan_differences, save_plan
 from plt_megatron.experiments.sweep_slurm import submit, submit_dry
 from plt_megatron.experiments.sweep_status import check_same_data, note_finished, read_record, state_of, write_record
+from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import last_attempt
 from plt_megatron.run_folder.exit_status import ExitStatus
 from plt_megatron.run_folder.files import locked, writing
@@ -324,6 +325,8 @@ def _forget_failures(plan: SweepPlan) -> None:
             with writing(folder.logs):
                 folder.logs.mkdir(exist_ok=True)
                 folder.why_file.replace(folder.logs / f"why-before-attempt-{last_attempt(folder.attempts()) + 1}.txt")
+        if folder.attempts_file.is_file():
+            json_lines.append(folder.attempts_file, {"event": "again"})
         record = read_record(folder)
         if record is not None and record.status == "failed":
             record.status, record.reason = "interrupted", ""

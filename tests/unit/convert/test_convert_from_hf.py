@@ -264,7 +264,7 @@ def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
     assert derived.residual_factor(result.model) == pytest.approx(derived.residual_factor(model))
     changed |= {"hidden_scale", "hidden_scale_ratio", "residual_scaling", "residual_scale"}
     if not model.share_kv:
-        changed.add("share_values")  # shares nothing either way
+        changed |= {"share_values", "gated_window"}  # shares nothing either way
     for setting, value in vars(result.model).items():
         assert setting in changed or value == getattr(model, setting), setting
 

@@ -70,7 +70,7 @@ def test_differences_are_found_and_nothing_is_written(
         UserError, match=r"would not encode as the sentencepiece model does: at token \d+ of .*: sentencepiece"
     ):
         train(corpus, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_lossy_decoder_is_found(bpe_model: Path) -> None:
@@ -105,7 +105,7 @@ def test_command(corpus: Path, tmp_path: Path, run_tool: Tool) -> None:
         (["--special-token", "</s>"], "special token '</s>' is built in"),
         (["--special-token", "<x>", "--user-defined-symbol", "<x>"], "a special token is given twice"),
         (["--json-key", "body"], "the input has no usable text to train a tokenizer on"),
-        (["--output", "/dev/null/t"], "cannot be written"),
+        (["--output", "/dev/null/t"], "/dev/null/t"),
     ],
 )
 def test_bad_settings(
