@@ -214,5 +214,6 @@ def check_hf_tensors(files: SafetensorsFolder, mappings: list[ParamMapping], mod
             raise UserError(f"{files.folder}: tie_word_embeddings is true, but {_HEAD} is not {_EMBEDDING}")
         del shapes[_HEAD]
     if not derived.has_gates(model):
-        shapes = {name: shape for name, shape in shapes.items() if not only_in_loops(name)}
+        wanted = {name for mapping in mappings for name, _ in mapping.hf}  # a scale of the loops' input among them
+        shapes = {name: shape for name, shape in shapes.items() if name in wanted or not only_in_loops(name)}
     conversion.check_tensors(shapes, mappings, str(files.folder))

@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plt3": {"loop_count": 3},
     **GATES,
     **{name: LOOP_INPUTS[name] for name in ("scale per model", "scale per channel", "naive loop with E", "ratio")},
+    "scale without a gate": {"gated_window": False, "learned_hidden_scale": "channel"},
     "tanh gate": {"gate_activation": "tanh"},
     "paper norms": {"qk_layernorm": True, "ffn_output_norm": True},
     "loopcoder": LOOPCODER,
