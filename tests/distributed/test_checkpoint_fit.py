@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 
+from plt_megatron.config.schema import RateFactors
+from plt_megatron.hf.sources import open_source
+from plt_megatron.run_folder.checkpoints import doubt, read_progress
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.pool import DistributedFailure
 
@@ -134,8 +139,8 @@ def test_another_schedule_only_when_asked_explicitly(run_distributed, two_loops)
     config.optimizer.lr = 1e-3
     config.training.train_iters = 40
     error = run_distributed(jobs.error_of_load, 1, two_loops, config)
-    assert "training.train_iters 20 (now 40)" in error and "optimizer.lr 0.003 (now 0.001)" in error
-    assert "checkpoint.allow_other_schedule=true" in error
+    named = ("optimizer.lr 0.003 (now 0.001)", "training.train_iters 20 (now 40)", "checkpoint.allow_other_schedule=true")
+    assert all(setting in error for setting in named), error
     seen = run_distributed(jobs.load_and_train, 1, two_loops, config, then=1, allow_other_schedule=True)
     assert seen["progress"]["step"] == 3
 
@@ -169,3 +174,60 @@ def test_fp32_state_goes_on_in_bf16_with_an_exact_main_copy(run_distributed, two
 def test_errors_of_a_job_reach_the_caller(run_distributed, tmp_path):
     with pytest.raises(DistributedFailure, match="UserError: .*no complete checkpoint there"):
         run_distributed(jobs.load_and_train, 1, tmp_path / "nothing", jobs.run_config())
+
+
+FACTOR = {"lr_mult": RateFactors(embedding=4.0)}
+
+
+@pytest.fixture(scope="module")
+def in_two_stages(run_distributed, tmp_path_factory):
+    """A checkpoint whose embedding has a rate of its own."""
+    config = jobs.run_config(PP2)
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **FACTOR))
+    return run_distributed(jobs.train_and_save, 2, tmp_path_factory.mktemp("two_stages"), config, steps=1)["path"]
+
+
+@pytest.mark.parametrize(
+    ("change", "doubted"),
+    [
+        ({}, False),
+        ({"replicas_compared": None}, True),
+        ({"replicas_compared": None, "weights_only": True}, False),
+        ({"replicas_compared": None, "layout": {"pipeline_model_parallel_size": 1}}, False),
+        ({"replicas_compared": None, "optimizer": {"lr_mult": {"embedding": 1.0}}}, False),
+        ({"replicas_compared": None, "optimizer": {"wd_mult": {"embedding": 0.0}}}, True),
+        ({"replicas_compared": None, "optimizer": {}}, False),
+        ({"replicas_compared": None, "model": {"share_embeddings_and_output_weights": False}}, False),
+    ],
+)
+def test_a_checkpoint_of_stages_whose_embeddings_drifted_apart_is_told(in_two_stages, change, doubted):
+    """Of a version that did not compare them, if the last stage's copy of the embedding missed a factor."""
+    progress = read_progress(in_two_stages)
+    sections = {name: progress["config"][name] | part for name, part in change.items() if name in progress["config"]}
+    if change.get("optimizer") == {}:
+        sections = {"optimizer": {"lr": 1e-3}}  # before there were factors
+    others = {name: value for name, value in change.items() if name not in progress["config"]}
+    reason = doubt(in_two_stages, progress | others | {"config": progress["config"] | sections})
+    assert (reason is not None) == doubted
+    if reason is not None:
+        assert str(in_two_stages) in reason and "_mult.embedding " in reason and "\n" not in reason
+
+
+def test_loading_and_exporting_one_that_is_in_doubt_say_so_in_a_line(run_distributed, in_two_stages, tmp_path, caplog):
+    path = tmp_path / in_two_stages.name
+    shutil.copytree(in_two_stages, path)
+    progress = json.loads((path / "progress.json").read_text())
+    del progress["replicas_compared"]
+    (path / "progress.json").write_text(json.dumps(progress))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["progress.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    config = jobs.run_config(TP2)
+    lines = {}
+    for which in (in_two_stages, path):
+        ranks = run_distributed(jobs.load_and_train, 2, which, config, then=0, weights_only=True, all_ranks=True)
+        caplog.clear()
+        open_source(which)
+        lines[which] = [*ranks[0]["log"], *ranks[1]["log"], *(record.getMessage() for record in caplog.records)]
+    assert not lines[in_two_stages]
+    assert len(lines[path]) == 2 and lines[path][0] == lines[path][1] == doubt(path, progress)

@@ -6,9 +6,11 @@ import json
 import logging
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from convert_helpers import (
     VARIANTS,
     VOCAB,
@@ -30,7 +32,9 @@ from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.hf.importing import ImportOptions, import_model
+from plt_megatron.hf.lineage import read_lineage
 from plt_megatron.hf.sources import open_source
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.train.checkpoint import read_weights
@@ -259,7 +263,8 @@ def test_our_exports_come_back_bit_for_bit(tmp_path, name, precision):
     assert derived.hidden_scale(result.model) == derived.hidden_scale(model)
     assert derived.residual_factor(result.model) == pytest.approx(derived.residual_factor(model))
     changed |= {"hidden_scale", "hidden_scale_ratio", "residual_scaling", "residual_scale"}
-    changed |= {"share_values", "gated_window"} if model.loop_count == 1 else set()  # one loop has no use for them
+    if not model.share_kv:
+        changed |= {"share_values", "gated_window"}  # shares nothing either way
     for setting, value in vars(result.model).items():
         assert setting in changed or value == getattr(model, setting), setting
 
@@ -303,12 +308,19 @@ def test_layers_of_two_kinds_are_stored_as_a_run_stores_them(tmp_path):
 
 
 def test_training_starts_from_it(tmp_path, caplog):
-    """`checkpoint.load` with the model.yaml that is written; and only weights: no optimizer state is there."""
+    """`checkpoint.load` with the model.yaml that is written; and only weights: no optimizer state is there.
+
+    What is trained keeps what it is of: the context, of which its rows are a part, the source's name and its licence.
+    """
     save_dense(tmp_path / "hf", "qwen2")
+    (tmp_path / "hf" / "README.md").write_text("---\nlicense: other\nlicense_name: 'so: so'\ntags: [a]\n---\n# hf\n")
     _, weights = imported(tmp_path / "hf", tmp_path / "run", loop_count=2)
     config = load_config(
         tmp_path / "run" / "model.yaml",
-        ["training.precision=fp32", "training.train_iters=5", "model.backend=torch", f"output_dir={tmp_path}/new"],
+        [
+            *("training.precision=fp32", "training.train_iters=5", "model.backend=torch", f"output_dir={tmp_path}/new"),
+            "data.sequence_length=16",
+        ],
     )
     assert config.checkpoint.load == str(tmp_path / "run") and config.model.qkv_bias
     from plt_megatron.hf.verification import single_process
@@ -333,6 +345,46 @@ def test_training_starts_from_it(tmp_path, caplog):
             CheckpointStore(tmp_path / "other" / "checkpoints", config, {}).load(engine)
     assert f"starting from the weights of {tmp_path / 'run'}" in caplog.text
     assert all(torch.equal(tensor, weights[name]) for name, tensor in read_weights(saved))
+    said: list[str] = []
+    export(ExportOptions(tmp_path / "new", tmp_path / "out"), said.append)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 64
+    assert [line for line in said if "max_position_embeddings" in line and "64" in line and "16" in line]
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["license"], front["license_name"]) == ("hf", "other", "so: so")
+    assert "plt" in front["tags"] and "| weights from | hf (qwen2) |" in card
+    again, _ = imported(tmp_path / "out", tmp_path / "again")
+    progress = read_progress(again.checkpoint)
+    assert (progress["base_model"], progress["license"]) == ("out", "other")
+
+
+def test_a_models_name_on_the_hub(tmp_path):
+    """Where the folder is one of the hub's cache. A card that says nothing, or is broken, is none."""
+    folder = tmp_path / "models--Someone--Some-Model" / "snapshots" / "0a1b"
+    folder.mkdir(parents=True)
+    assert read_lineage(folder) == {"base_model": "Someone/Some-Model"}
+    for card in ("# no front matter\n---\nlicense: mit\n---\n", "---\n{: broken\n---\n", "---\n- a list\n---\n"):
+        (folder / "README.md").write_text(card)
+        assert read_lineage(folder) == {"base_model": "Someone/Some-Model"}
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert read_lineage(folder)["license"] == "mit"
+
+
+@pytest.mark.parametrize("given", ["run", "../there/run"])
+def test_the_model_yaml_works_from_any_folder(tmp_path, tokenizer_model, monkeypatch, given):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "hf"
+    LlamaForCausalLM(LlamaConfig(**{**TINY, "vocab_size": 400})).save_pretrained(folder)
+    for path in tokenizer_model.parent.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    result = import_model(ImportOptions(folder, Path(given)))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(tmp_path / "there" / "run" / "model.yaml")
+    assert Path(config.checkpoint.load, "checkpoints").is_dir() and Path(config.data.tokenizer).is_file()
+    assert open_source(tmp_path / "there" / "run").tokenizer is not None and result.tokenizer is not None
 
 
 def test_the_tokenizer_comes_along(tmp_path, tokenizer_model):
