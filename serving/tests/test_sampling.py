@@ -11,7 +11,7 @@ def logprobs(export, ids: list[int], loop_count: int | None = None):
         return export.model(torch.tensor([ids]), use_cache=False, loop_count=loop_count).logits[0].log_softmax(-1)
 
 
-@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "experts", "learned shift"])
+@pytest.mark.parametrize("variant", ["plt2", "plt3", "loopcoder", "experts", "shifted channels"])
 def test_logprobs_of_prompts_and_answers(exports, variant):
     export = exports(variant)
     ids = prompts(12)
