@@ -5,7 +5,7 @@ inputs must not move, would be of no use to passes whose inputs are new tensors.
 """
 
 import pytest
-from helpers import assert_same, engine, prompts, served_model
+from helpers import SIZES, assert_same, engine, prompts, served_model
 
 
 def test_each_pass_has_a_code_object_of_its_own(exports):
@@ -40,10 +40,10 @@ def test_no_pass_runs_in_a_piecewise_graph(exports, monkeypatch, variant):
         return context(*args, **{**kwargs, "cudagraph_runtime_mode": asked[0]})
 
     def watched(forward):
-        def look(positions, hidden_states):
+        def look(positions, hidden_states, *carried):
             seen.append(get_forward_context().cudagraph_runtime_mode)
             addresses.add(hidden_states.data_ptr())
-            return forward(positions, hidden_states)
+            return forward(positions, hidden_states, *carried)
 
         return look
 
@@ -72,9 +72,9 @@ def test_padding_leaves_the_null_block_as_it_is(exports):
         table = torch.tensor([[2], [0], [0]], dtype=torch.int32).repeat(1, 8)
         metadata = CarryMetadata(starts, torch.tensor([40, 0, 0]), table, slots, 1)
         context = ForwardContext({}, {layer.name: metadata for layer in carry.slices}, {})
-        states = torch.full((2, 3, carry.hidden_size), float("nan"))
+        states = torch.full((2, 3, SIZES["hidden_size"]), float("nan"))
         states[:, 0] = 0.5
         with override_forward_context(context):
-            carry.write(states, slice(None))
+            carry.write("hidden", states, slice(None))
             for _, view in carry.views():
                 assert (view[:, 2, 70 % view.shape[2]] == 0.5).any() and torch.isfinite(view[:, 0]).all()

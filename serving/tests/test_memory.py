@@ -89,9 +89,9 @@ def test_what_is_said_of_chunks_is_the_formula(loops, chunk):
     from vllm_plt.memory import blocks_of_a_request as said
 
     config = PLTConfig(loop_count=loops, window_size=64)
-    assert said(config, loops, 2048, 128, chunk) == blocks_of_a_request(2048, 128, loops, 64, chunk)
+    assert said(config, loops, 1, 2048, 128, chunk) == blocks_of_a_request(2048, 128, loops, 64, chunk)
     naive = PLTConfig(loop_count=loops, cross_loop_parallel=False, share_kv=False, gated_window=False)
-    assert said(naive, loops, 2048, 128, chunk) == 16 * loops
+    assert said(naive, loops, 0, 2048, 128, chunk) == 16 * loops
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,9 @@ class Carry(nn.Module):
         for layer, view in self.views():
             slots = metadata_of(layer.name).slot_mapping[:tokens]
             new = states[:, : len(slots), taken : taken + view.shape[0]].masked_fill((slots < 0)[:, None, None], 0)
-            new, slots = new.permute(2, 1, 0, 3), slots.clamp(min=0)
-            self._columns(view, kind, loops)[:, slots // view.shape[2], slots % view.shape[2]] = new
+            slots = slots.clamp(min=0)
+            columns = self._columns(view, kind, loops)
+            columns[:, slots // view.shape[2], slots % view.shape[2]] = new.permute(2, 1, 0, 3)
             taken += view.shape[0]
 
     def read(self, kind: str, loops: slice) -> torch.Tensor:

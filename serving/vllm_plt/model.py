@@ -209,7 +209,8 @@ class PLTForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         self.read = self._read_tensors(vllm_config)
         settings = self.model.settings
         logger.info_once(f"PLT: {settings.loop_count} of {config.loop_count} loops, {settings.loop_mode}")
-        say_what_chunks_cost(config, settings.loop_count, vllm_config)
+        carries = 0 if self.model.carry is None else len(self.model.carry.slices) // len(self.model.layers)
+        say_what_chunks_cost(config, settings.loop_count, carries, vllm_config)
 
     def _read_tensors(self, vllm_config: VllmConfig) -> ReadTensors:
         # What an attention layer has are scales of its cache, which files need not have.
