@@ -5,7 +5,6 @@ Looking for a module does not import it, so a command asks before it begins and 
 
 from __future__ import annotations
 
-import sys
 from importlib import util
 
 from plt_megatron.errors import UserError
@@ -42,9 +41,10 @@ def lacking(*modules: str) -> str:
 
 
 def _is_here(module: str) -> bool:
-    if module in sys.modules:  # None: it has been barred
-        return sys.modules[module] is not None
-    return util.find_spec(module) is not None
+    try:
+        return util.find_spec(module) is not None
+    except ValueError:  # it was put into sys.modules by hand, without a spec
+        return True
 
 
 def require(purpose: str, *modules: str) -> None:

@@ -179,7 +179,7 @@ def test_another_schedule_is_not_gone_on_with_unasked(grown, tmp_path, run_distr
     other = dataclasses.replace(grown, output_dir=str(tmp_path))
     shutil.copytree(folder(grown), folder(other))
     other.training = dataclasses.replace(grown.training, loop_schedule=DRAWN)
-    with pytest.raises(DistributedFailure, match=r"(?s)training\.loop_schedule .*checkpoint\.allow_other_sch"):
+    with pytest.raises(DistributedFailure, match=r"(?s)training\.loop_schedule .*checkpoint\.weights_only"):
         run_distributed(train, 2, other)
 
 
