@@ -165,9 +165,9 @@ class GatedSlidingWindowAttention(MegatronModule):
     def reads_own(self, context: LoopContext) -> tuple[bool, bool]:
         """Whether a loop attends to the keys, and to the values, that it computes: not to those that it shares with the
         first loop, unless it has a window beside."""
-        if context.loop == 1 or not self.loops or self.plt_gate is not None:
+        if context.loop == 1 or not self.loops:
             return True, True
-        return not self.plt.share_kv, not derived.shares_values(self.plt)
+        return derived.later_loops_use_keys(self.plt), derived.later_loops_use_values(self.plt)
 
     def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
         """K and V, or one of them, as the global attention takes them, in this loop and, if shared, in later ones."""
