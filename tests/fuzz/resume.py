@@ -43,17 +43,22 @@ _HOW = ("stop", "stop", "kill", "kill while saving", "kill after saving")
 
 
 class Case(NamedTuple):
-    """Of the settings of a case: the configuration's, its legs, and the samples whose steps are bad."""
+    """Of the settings of a case: the configuration's, its legs, and what its losses are.
+
+    `bad`: `nonfinite` and `spikes` are the samples whose steps are bad; `planned`: only the run's schedules move its
+    other losses, and none of those steps may be refused.
+    """
 
     settings: draw.Settings
     legs: list[dict[str, Any]]
-    bad: dict[str, list[int]]
+    bad: dict[str, Any]
 
 
 def parts(settings: draw.Settings) -> Case:
     own = {key: value for key, value in settings.items() if not key.startswith((_LEG, _BAD))}
     legs = [settings[key] for key in sorted(settings) if key.startswith(_LEG)]
-    return Case(own, legs, {name: settings.get(_BAD + name, []) for name in ("nonfinite", "spikes")})
+    samples = {name: settings.get(_BAD + name, []) for name in ("nonfinite", "spikes")}
+    return Case(own, legs, {**samples, "planned": settings.get(_BAD + "planned", False)})
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
@@ -107,7 +112,7 @@ class Resume:
             config = dataclasses.replace(draw.load(case.settings), output_dir=str(place))
             whole, disturbed = (dataclasses.replace(config, name=name) for name in ("whole", "disturbed"))
             expected, refused = self._leg(whole, None, case.bad)
-            wrong = _of_a_whole_run(whole, refused)
+            wrong = _of_a_whole_run(whole, expected, refused)
             if wrong is not None:
                 return wrong
             ended = self._in_legs(disturbed, case)
@@ -158,7 +163,15 @@ def _draw_course(rng: random.Random, config: RunConfig) -> draw.Settings:
     for name in ("nonfinite", "spikes"):
         if rng.random() < 0.4:
             course[_BAD + name] = sorted(rng.sample(samples, rng.choice((1, 2))))
-    return course
+    return course | (_draw_planned_changes(rng) if rng.random() < 0.4 else {})
+
+
+def _draw_planned_changes(rng: random.Random) -> draw.Settings:
+    """A guard that looks for spikes, and schedules that it must not take for some."""
+    schedules = ("data.stages", "data.length_schedule", "training.batch_schedule", "training.loop_schedule")
+    settings = {key: rng.choice(draw.SCALED[key]) for key in rng.sample(schedules, rng.choice((1, 1, 2)))}
+    window, action = rng.choice((4, 8)), rng.choice(("skip", "rollback"))
+    return {**settings, "training.spike_window": window, "training.on_spike": action, _BAD + "planned": True}
 
 
 def _of_leg(config: RunConfig, leg: Mapping[str, Any]) -> RunConfig:
@@ -184,9 +197,11 @@ def _stops_at_a_save(config: RunConfig, leg: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------- what is compared
 
 
-def _of_a_whole_run(config: RunConfig, refused: int) -> str | None:
+def _of_a_whole_run(config: RunConfig, ended: bool | str, refused: int) -> str | None:
     """What an undisturbed run must have, whatever it is compared with."""
     found = RunFolder(folder(config))
+    if refused < 0:
+        return f"refuses a step for what was planned: {ended}"
     if found.bad_steps() != refused:
         return f"{refused} steps were not accepted: {found.bad_steps()} reports"
     interval = config.checkpoint.export_interval
