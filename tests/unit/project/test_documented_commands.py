@@ -246,13 +246,19 @@ IN_A_CLONE = [
         "trains for minutes",
     ),
     (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
+    (
+        r"^make serve-demo",
+        f"touch -d @0 serving/pyproject.toml serving/make_venv.sh; "
+        f"[ ! -e {ROOT}/serving/.venv/installed ] || ln -s {ROOT}/serving/.venv serving/.venv; make serve-demo",
+        "downloads vLLM, unless `make test-serving` has",
+    ),
 ]
 
 
 @pytest.mark.slow
 def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
-    """Clone, demo, own text, longer runs, export, sample, scores: README's own lines in one shell that stops where one
-    fails. The task is that of docs/evaluation.md. (Serving takes vLLM's environment: serving/tests.)"""
+    """Clone, demo, own text, longer runs, export, sample, scores, serving: README's own lines in one shell that stops
+    where one fails. The task is that of docs/evaluation.md."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     until, rest = text.split("## On a Slurm cluster")[0], text.split("## To Hugging Face and back")[1]
     blocks = re.findall(r"^```bash\n(.*?)^```$", until + rest.split("\n## ")[0], re.MULTILINE | re.DOTALL)
@@ -280,6 +286,7 @@ def test_a_clone_goes_from_the_demo_to_scores_by_the_pages_alone(tmp_path):
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
     clone = tmp_path / "plt_megatron"
+    assert '"text_completion"' in done.stdout, "the server's answer"
     assert "reading/acc" in done.stdout and (clone / "exported/evaluation.json").is_file()
     assert all((clone / "runs" / name / "metrics.jsonl").is_file() for name in ("mine", "longer", "trunk", "shorter"))
     assert (clone / ".demo/loss.png").is_file()
