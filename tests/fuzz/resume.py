@@ -208,9 +208,12 @@ def _of_a_whole_run(config: RunConfig, ended: bool | str, refused: int) -> str |
     if interval:
         last = max([record["step"] for record in numbers(config)], default=0)
         due = {*range(interval, last + 1, interval), last}
-        missing = sorted(due - {int(path.name[5:]) for path in found.exports.glob("step_*")})
+        missing = sorted(due - {int(name[5:]) for name in _exports(config)})
         if missing:
             return f"exports are missing: of steps {missing}"
+        waiting = checkpoint_folders(found.exporting)
+        if ended is True and waiting:
+            return f"is finished, and exports wait: {waiting}"
     return None
 
 
@@ -251,7 +254,10 @@ def _incidents(config: RunConfig, exact: bool) -> dict[str, Any]:
 
 
 def _exports(config: RunConfig) -> list[str]:
-    return sorted(path.name for path in RunFolder(folder(config)).exports.glob("step_*"))
+    """Those that are made, and those that a run which failed leaves to the job that goes on with it."""
+    found = RunFolder(folder(config))
+    made = [path.name for path in found.exports.glob("step_*")]
+    return sorted({*made, *(path.name for path in checkpoint_folders(found.exporting))})
 
 
 def _other_tensors(config: RunConfig, whole: RunConfig, tolerance: float) -> str | None:
