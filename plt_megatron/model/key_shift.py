@@ -68,4 +68,4 @@ class KeyShift(nn.Module):
     def _before(self, part: Tensor, context: LoopContext) -> Tensor:
         """The previous token's of each token of its document, zero for the first; [s / CP, b, ...]."""
         starts = None if context.documents is None else context.documents.starts
-        return shift(part.flatten(2), starts, self.rows).view_as(part)
+        return shift(part, starts, self.rows)

@@ -17,7 +17,7 @@ def shift(hidden_states: Tensor, starts: Tensor | None = None, rows: SequenceSha
     """Move hidden states one token to the right.
 
     Args:
-        hidden_states: [s, b, h], or this rank's rows of it.
+        hidden_states: [s, b, ...], or this rank's rows of it.
         starts: bool [b, s] over the whole sequence, True where the zero vector belongs besides the first position.
         rows: which rows this rank holds; None: all.
 
@@ -31,7 +31,7 @@ def shift(hidden_states: Tensor, starts: Tensor | None = None, rows: SequenceSha
     if starts is None:
         return shifted
     keep = ~starts if rows is None else ~rows.select(starts, 1)
-    return shifted * keep.transpose(0, 1).unsqueeze(-1)
+    return shifted * keep.transpose(0, 1)[(..., *[None] * (shifted.dim() - 2))]
 
 
 def _shift_runs(hidden_states: Tensor, rows: SequenceShard) -> Tensor:
