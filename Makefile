@@ -20,7 +20,7 @@ export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
 .PHONY: help venv te demo test test-all test-faults test-slurm test-te fuzz test-serving serving-bench serve-demo sweep-smoke \
-	lint format bench docs doctor clean clean-all
+	lint format bench docs wheel doctor clean clean-all
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -105,6 +105,10 @@ bench: $(READY) ## benchmarks/train.py: training speed compared with plain megat
 docs: $(READY) ## build the documentation as a searchable site that works offline, build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 	@echo build/site/index.html
+
+wheel: $(READY) ## build the wheel, build/wheel/*.whl
+	rm -rf build/wheel
+	$(PY) -m hatchling build -t wheel -d build/wheel
 
 doctor: $(READY) ## show what this machine can run, and what is missing for the rest
 	@$(PY) tools/doctor.py

@@ -1,0 +1,78 @@
+"""Workflows, hooks, templates, the citation and release notes, in step with the project."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+import plt_megatron
+
+ROOT = Path(__file__).resolve().parents[3]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+NOTES = ROOT / "tools/release_notes.sh"
+
+
+def commands_of(workflow: Path) -> list[str]:
+    """The lines that its jobs run."""
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"].values()
+    return [line for job in jobs for step in job["steps"] for line in step.get("run", "").splitlines()]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_what_exists(workflow):
+    runs = commands_of(workflow)
+    assert runs
+    for command in runs:
+        words = shlex.split(command, comments=True)
+        words = words[words[0] == "sudo" :]
+        assert words[0] != "make" or set(words[1:]) <= TARGETS, command
+        for word in words:
+            assert not re.match(r"\.?[a-z]+/[\w/.]+$", word) or word.startswith("build/") or (ROOT / word).is_file(), (
+                word
+            )
+
+
+def test_actions_are_pinned_to_a_major_version():
+    for workflow in WORKFLOWS:
+        used = re.findall(r"uses: (\S+)", workflow.read_text(encoding="utf-8"))
+        assert used and all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used)
+
+
+def test_hooks_are_the_steps_of_lint():
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    tools = {shlex.split(hook["entry"])[2] for hook in repository["hooks"]}
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint:")[1].split("\n\n")[0]
+    assert tools == set(re.findall(r"-m (\w+)", recipe))
+
+
+def test_issue_forms_have_what_a_reader_needs():
+    for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        parsed = yaml.safe_load(form.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= parsed.keys()
+        ids = [part["id"] for part in parsed["body"]]
+        assert len(ids) == len(set(ids)) and any(part["validations"]["required"] for part in parsed["body"])
+
+
+def test_the_version_is_said_alike():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == plt_megatron.__version__
+    assert f"version = {{{plt_megatron.__version__}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_release_notes_are_the_changelogs_section():
+    done = subprocess.run([NOTES, plt_megatron.__version__], capture_output=True, text=True, check=False)
+    sections = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").split("\n## ")
+    (own,) = [text for text in sections if re.match(rf"{re.escape(plt_megatron.__version__)}\b", text)]
+    assert done.returncode == 0 and done.stdout.strip() == own.partition("\n")[2].strip() != ""
+
+
+def test_a_tag_of_another_version_is_refused():
+    done = subprocess.run([NOTES, "99.0.0"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "99.0.0" in done.stderr and plt_megatron.__version__ in done.stderr and len(done.stderr.splitlines()) == 1
