@@ -16,7 +16,7 @@ from tests.distributed.cases import Outcome
 from tests.fuzz import draw
 
 TOLERANCE = 2e-5
-ROUNDING = 20  # a layout rounds in every operation what the comparison of one process with itself rounds once
+ROUNDING = 5  # a layout rounds in every operation what the comparison of one process with itself rounds once
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
