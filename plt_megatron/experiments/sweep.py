@@ -11,7 +11,14 @@ from plt_megatron.errors import UserError
 from plt_megatron.experiments.demo_data import prepare_demo_corpus
 from plt_megatron.experiments.sweep_file import SweepFile, read_sweep
 from plt_megatron.experiments.sweep_local import LocalSweep
-from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, make_plan, merge, save_plan
+from plt_megatron.experiments.sweep_plan import (
+    PlannedRun,
+    SweepPlan,
+    check_unpacked,
+    make_plan,
+    merge,
+    save_plan,
+)
 from plt_megatron.experiments.sweep_slurm import submit, submit_dry
 from plt_megatron.experiments.sweep_status import (
     State,
@@ -52,6 +59,7 @@ def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
     Raises `UserError` for what is wrong with the sweep, before anything runs.
     """
     sweep = read_sweep(path, settings)
+    check_unpacked(sweep.folder)
     makes_data = sweep.demo_corpus is not None
     plan = make_plan(
         sweep,

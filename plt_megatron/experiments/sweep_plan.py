@@ -6,6 +6,8 @@ The plan is at the top of the sweep's folder, beside one folder for each run:
       sweep.yaml            this plan
       plan/RUN.yaml         each run's resolved configuration
       RUN/                  an ordinary run folder
+
+Of a sweep that is kept, all of these may be in one file, `records.tar.xz` (`run_folder.archive`).
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments import matching
 from plt_megatron.experiments.sweep_file import SweepFile
+from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.text import plural
@@ -235,11 +238,15 @@ def save_plan(plan: SweepPlan) -> None:
 
 
 def load_plan(folder: str | Path) -> SweepPlan:
-    """The plan of the sweep in `folder`. Raises `UserError` where there is none, or a broken one."""
+    """The plan of the sweep in `folder`, its runs where their records are (`records_of`).
+
+    Raises:
+        UserError: there is none, or a broken one.
+    """
     folder = Path(folder)
-    path = folder / FILE_NAME
+    path, records = folder / FILE_NAME, records_of(folder)
     try:
-        content: Any = yaml_nodes.load(path.read_text(encoding="utf-8"))
+        content: Any = yaml_nodes.load((records / FILE_NAME).read_text(encoding="utf-8"))
         if "hold_equal" in content:  # its old name
             content["match_budget"] = content["hold_equal"]
         runs = [
@@ -247,7 +254,7 @@ def load_plan(folder: str | Path) -> SweepPlan:
                 name=entry["name"],
                 labels=dict(entry["labels"]),
                 seed=entry["seed"],
-                config=_recorded_config(folder, entry["name"]),
+                config=_recorded_config(records, entry["name"]),
                 vocab=entry["vocab_size"],
                 change=entry["change"],
                 deviation=entry["deviation"],
@@ -257,10 +264,28 @@ def load_plan(folder: str | Path) -> SweepPlan:
         values = {name: content[name] for name in ("name", "title", *_IDENTITY, "tolerance")}
         values["questions"] = content.get("questions", {})
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}: {folder} is no sweep (plt-sweep)") from error
+        raise UserError(f"{path}: {error.strerror}: {folder} is no sweep (plt-sweep)") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a sweep's plan ({error!r}); was it edited?") from error
     return SweepPlan(folder=folder, runs=runs, **values)
+
+
+def records_of(folder: Path) -> Path:
+    """The folder of a sweep's plan and runs: its own or, where they are archived, a temporary copy to read from."""
+    return unpacked(folder / ARCHIVE) if _is_archived(folder) else folder
+
+
+def check_unpacked(folder: Path) -> None:
+    """Raise `UserError` if a sweep that something would be added to is archived."""
+    if _is_archived(folder):
+        raise UserError(
+            f"{folder}: its runs are in {ARCHIVE}, to which nothing is added: unpack them there "
+            f"({unpack_command(folder)}), or in another folder and name that (output_dir)"
+        )
+
+
+def _is_archived(folder: Path) -> bool:
+    return (folder / ARCHIVE).is_file() and not (folder / FILE_NAME).exists()
 
 
 def config_path(plan: SweepPlan, run: PlannedRun) -> Path:

@@ -13,6 +13,7 @@ from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import attempts, checkpoints, json_lines
+from plt_megatron.run_folder.archive import ARCHIVE, unpack_command
 from plt_megatron.run_folder.files import LOCK, write_text, writing
 from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
 
@@ -228,6 +229,7 @@ def runs_named(
         path = Path(name) if Path(name).is_dir() or os.sep in name else Path(output_dir) / name
         found = find_runs(path, on_unreadable)
         if not found:
-            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}")
+            packed = f" outside of {ARCHIVE}: {unpack_command(path)}" if (path / ARCHIVE).is_file() else ""
+            raise UserError(f"{path} is not a run folder and contains none: there is no {CONFIG}{packed}")
         runs += found
     return list(dict.fromkeys(runs))

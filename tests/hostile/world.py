@@ -83,6 +83,7 @@ class World:
         self._write("runs/unstarted/config.yaml", (self.folder / "runs/mine/config.yaml").read_bytes())
         self._write("runs/garbled/config.yaml", (self.folder / "runs/mine/config.yaml").read_bytes())
         self._write("runs/garbled/metrics.jsonl", "{broken\n{more\n")
+        self._write("archived/smoke/records.tar.xz", "no archive")
         self._write("tasks/notes.yaml", "a: [\n")
         (self.folder / "no_data").mkdir()
         (self.folder / "loop").symlink_to("loop")

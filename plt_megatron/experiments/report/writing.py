@@ -24,6 +24,7 @@ from plt_megatron.experiments.report.tables import (
     scores_table,
 )
 from plt_megatron.experiments.report.verdict import Verdict, verdicts
+from plt_megatron.experiments.sweep_plan import check_unpacked, records_of
 from plt_megatron.run_folder.files import write_text, writing
 
 FOLDER = "report"
@@ -46,12 +47,15 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     Args:
         output: the report's folder; None: `report` in the sweep's.
         decode: measure decoding time first; None: use what an earlier report measured, if anything.
-    Raises `UserError` if there is no sweep, the report cannot be written, or the extra `report` is missing.
+    Raises `UserError` if there is no sweep, the report cannot be written, the extra `report` is missing, or an archived
+    sweep is to be measured.
     """
     check_packages()
+    if decode is not None:
+        check_unpacked(Path(sweep))
     results = load_results(sweep)
     folder = Path(output) if output is not None else Path(sweep) / FOLDER
-    measurement = measure(results, decode) if decode is not None else read_measurement(Path(sweep))
+    measurement = measure(results, decode) if decode is not None else read_measurement(records_of(Path(sweep)))
     rows = make_rows(results, measurement.rows if measurement else {})
     found, answers, laws = verdicts(results, rows), answer_questions(results, rows), fit_laws(rows)
     tables = {

@@ -32,7 +32,16 @@ from plt_megatron.experiments.study.report import write_report
 from plt_megatron.experiments.study.study_file import StudyFile, read_study
 from plt_megatron.experiments.sweep import check_run_files
 from plt_megatron.experiments.sweep_local import LocalSweep
-from plt_megatron.experiments.sweep_plan import FILE_NAME, PlannedRun, SweepPlan, load_plan, plan_differences, save_plan
+from plt_megatron.experiments.sweep_plan import (
+    FILE_NAME,
+    PlannedRun,
+    SweepPlan,
+    check_unpacked,
+    load_plan,
+    plan_differences,
+    records_of,
+    save_plan,
+)
 from plt_megatron.experiments.sweep_slurm import submit, submit_dry
 from plt_megatron.experiments.sweep_status import check_same_data, note_finished, read_record, state_of, write_record
 from plt_megatron.run_folder import json_lines
@@ -70,7 +79,9 @@ def run_study(path: str, settings: Sequence[str], options: StudyOptions) -> int:
         UserError: the study's file or a run's settings are wrong, or the folder holds another study.
     """
     study = read_study(path, settings)
-    if options.report_only and not (study.folder / FILE_NAME).exists():
+    if not options.report_only:
+        check_unpacked(study.folder)
+    elif not _has_plan(study):
         raise UserError(f"{study.folder} has no study to report on: leave out --report to begin it, or set output_dir")
     vocab = study.demo_corpus.vocab_size if study.demo_corpus else None
     grid = make_grid(study, vocab, check_files=False)
@@ -134,7 +145,7 @@ class _Study:
 
     def _load_plan(self) -> SweepPlan | None:
         """The plan in the study's folder, if the study's file still gives the same runs."""
-        if not (self.study.folder / FILE_NAME).exists():
+        if not _has_plan(self.study):
             return None
         plan, places, problems = _here(load_plan(self.study.folder)), self.grid.places(), []
         again: list[PlannedRun] = []
@@ -294,6 +305,10 @@ class _Study:
         _name_failed(plan)
         print(known.answer.text if known.answer is not None else known.no_law)
         print(f"{f'{ended}; ' if ended else ''}report: {page}", flush=True)
+
+
+def _has_plan(study: StudyFile) -> bool:
+    return (records_of(study.folder) / FILE_NAME).exists()
 
 
 def _rounds(plan: SweepPlan | None) -> int:

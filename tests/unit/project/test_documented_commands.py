@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.experiments.sweep_plan import records_of
 from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,6 +62,7 @@ INSTEAD = [
     (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
     (r"^plt-report runs/sweeps/loop_count", "plt-report results/paper_ablation", "the sweep was not trained"),
+    (r"^python tools/archive_results.py", "python $ROOT/tools/archive_results.py", "the script is the checkout's"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
     (r"^plt-train .*pipeline_model_parallel_size=2$", r"\g<0> training.train_iters=3", "tests/distributed trains more"),
     (r"^plt-check-coordinates .* --axes depth loops$", r"\g<0> --steps 2", "test_coordinates.py takes more"),
@@ -154,8 +156,8 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / path).write_text(dump_config(load_config(ROOT / f"configs/runs/{run}.yaml", settings)))
     (folder / "list.txt").write_text("a.yaml\nb.yaml\n")
     write_small_study(ROOT / "configs/studies/cluster.yaml", folder / "cluster_study.yaml")
-    for copy in ("results/paper_ablation", "runs/sweeps/paper_ablation"):
-        shutil.copytree(ROOT / "results/paper_ablation", folder / copy)
+    shutil.copytree(ROOT / "results/paper_ablation", folder / "results/paper_ablation")
+    shutil.copytree(records_of(ROOT / "results/paper_ablation"), folder / "runs/sweeps/paper_ablation")
     return folder
 
 

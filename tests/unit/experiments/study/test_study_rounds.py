@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from plt_megatron.experiments.study.study_file import read_study
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path, load_plan, save_plan
 from plt_megatron.experiments.sweep_status import RunRecord, read_record, state_of, write_record
 from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 from plt_megatron.slurm.submission import Options
 from tests.unit.experiments.study.study_helpers import PHIS, STUDY, PlantedTraining, train, write_study
 from tests.unit.experiments.sweep_helpers import note_scores
@@ -332,3 +334,18 @@ def test_bits_per_byte_and_each_source_alone(tmp_path, training, reported):
         run_study(str(path), settings(tmp_path, "validation.by_source=false", "name=x"), StudyOptions())
     with pytest.raises(UserError, match=r"validation.iters: a study compares validated losses"):
         run_study(str(path), settings(tmp_path, "validation.iters=0", "name=x"), StudyOptions())
+
+
+def test_an_archived_study_is_reported_on_as_it_was_and_not_gone_on_with(tmp_path, training, reported):
+    (path, _), kept = begin(tmp_path), tmp_path / "kept/studies/study"
+    assert run_study(str(path), settings(tmp_path, *ONE_ROUND), StudyOptions()) == 0
+    write_archive(tmp_path / "studies/study", kept / ARCHIVE)
+    shutil.rmtree(tmp_path / "studies")
+    there = settings(tmp_path / "kept", *ONE_ROUND)
+    assert run_study(str(path), there, StudyOptions(report_only=True)) == 0
+    before, after = reported
+    assert after.observations == before.observations and len(after.observations) == 4
+    assert (after.problems(), after.no_law, after.rates) == (before.problems(), before.no_law, before.rates)
+    for options in (StudyOptions(), StudyOptions(dry_run=True)):
+        with pytest.raises(UserError, match=ARCHIVE):
+            run_study(str(path), there, options)

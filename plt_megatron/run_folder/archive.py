@@ -1,0 +1,81 @@
+"""The records of finished runs as one file, `records.tar.xz`: a repository suffers from thousands of small ones.
+
+Reports read it as it is. Nothing is added to it: what goes on with its runs unpacks it first.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import lzma
+import shlex
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import replacing, writing
+
+ARCHIVE = "records.tar.xz"
+# What no report reads, or writes itself.
+_FOLDERS = {
+    *("checkpoints", "code", "exporting", "exports", "index_cache", "loaded", "logs", "profile", "report"),
+    *("tensorboard", "uploading"),
+}
+_SUFFIXES = {".log", ".md", ".png", ".xz"}
+_PRESET: Final = 8  # finds what is alike up to 32 MiB apart: a run's configuration and the plan's are kept once
+
+
+def write_archive(folder: Path, archive: Path) -> int:
+    """Pack the records of all runs in a folder; returns the number of files. The same records give the same bytes.
+
+    Raises:
+        UserError: there are none, or the archive cannot be written.
+    """
+    paths = sorted(_records(folder))
+    if not paths:
+        raise UserError(f"{folder}: no records of runs to archive")
+    with (
+        writing(archive),
+        replacing(archive, "wb") as file,
+        tarfile.open(fileobj=file, mode="w:xz", preset=_PRESET) as packed,
+    ):
+        for path in paths:
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(path.relative_to(folder).as_posix())  # without times and owners
+            entry.size = len(content)
+            packed.addfile(entry, io.BytesIO(content))
+    return len(paths)
+
+
+def _records(folder: Path) -> Iterator[Path]:
+    for at, folders, names in folder.walk(follow_symlinks=True):
+        folders[:] = [name for name in folders if name not in _FOLDERS and not name.startswith(".")]
+        yield from (at / name for name in names if Path(name).suffix not in _SUFFIXES and not name.startswith("."))
+
+
+def unpack_command(folder: Path) -> str:
+    """What a shell unpacks the folder's archive with, where it is."""
+    return shlex.join(["tar", "-C", str(folder), "-xf", str(folder / ARCHIVE)])
+
+
+def unpacked(archive: Path) -> Path:
+    """A temporary copy of an archive's files, which this process makes once and removes when it ends.
+
+    Raises:
+        UserError: the archive is broken.
+    """
+    return Path(_unpacked(archive.resolve(), archive.stat().st_mtime_ns).name)
+
+
+@functools.cache
+def _unpacked(archive: Path, _changed: int) -> tempfile.TemporaryDirectory[str]:
+    copy = tempfile.TemporaryDirectory(prefix="records-")
+    try:
+        with tarfile.open(archive, "r:xz") as packed:
+            packed.extractall(copy.name, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise UserError(f"{archive}: broken ({error}); restore it") from error
+    return copy

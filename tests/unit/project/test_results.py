@@ -1,0 +1,88 @@
+"""What results/ keeps: few files, and records from which commands still make the figures that its pages show."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.experiments.report.writing import write_report
+from plt_megatron.experiments.study.rounds import StudyOptions, run_study
+from plt_megatron.run_folder.archive import ARCHIVE
+from tests.unit.project.test_sweep_benchmarks import load
+
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "results"
+REPORTS = sorted(path.parents[1].name for path in RESULTS.glob("*/report/report.md"))
+
+
+def test_they_are_few_files_and_small():
+    listed = subprocess.run(["git", "ls-files", "-z", "results"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("no checkout")
+    paths = [ROOT / name for name in listed.stdout.split("\0")[:-1]]
+    assert 40 < len(paths) <= 80 and sum(path.stat().st_size for path in paths) <= 5_000_000
+
+
+@pytest.mark.parametrize("archive", sorted(RESULTS.glob(f"*/{ARCHIVE}")), ids=lambda path: path.parent.name)
+def test_archives_are_as_the_script_writes_them(archive):
+    """Records alone, in order, without times and owners: archived again, they change only where records do."""
+    with tarfile.open(archive) as packed:
+        entries = packed.getmembers()
+    names = [entry.name for entry in entries]
+    assert names == [str(path) for path in sorted(map(Path, names))] and len(set(names)) == len(names)
+    assert all(
+        entry.isfile() and (entry.mtime, entry.uid, entry.uname, entry.mode) == (0, 0, "", 0o644) for entry in entries
+    )
+    assert {Path(name).suffix for name in names} <= {".yaml", ".json", ".jsonl"}
+    assert sum(name.endswith("metrics.jsonl") for name in names) >= 7
+
+
+@pytest.mark.parametrize("study", REPORTS)
+def test_a_report_of_the_records_is_the_kept_one(study, tmp_path):
+    write_report(RESULTS / study, tmp_path)
+    assert (tmp_path / "report.md").read_text() == (RESULTS / study / "report/report.md").read_text()
+
+
+def test_the_curriculums_table_is_its_benchmarks():
+    rows = load("loop_curriculum").read(RESULTS / "curriculum")
+    page = (RESULTS / "curriculum/README.md").read_text()
+    shown = re.findall(r"^\| [a-z: ]+ \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+    flops = rows["one loop"].flops
+    found = [(row.flops / flops, sum(row.losses.values()) / len(row.losses)) for row in rows.values()]
+    assert [(f"{cost:.3g}", f"{loss:.4f}") for cost, loss in found] == shown and len(shown) == 5
+
+
+@pytest.mark.slow
+def test_the_tables_of_learning_rates_are_their_benchmarks():
+    rates = load("learning_rate_transfer")
+    forms = rates.read(RESULTS / "learning_rate_transfer")
+    page = (RESULTS / "learning_rate_transfer/README.md").read_text()
+    shown = re.findall(r"^\| (\d+ wide, \d layers, \d loops?) \| ([\de.-]+) \| (.*) \|$", page, re.MULTILINE)
+    rows = [(name, best, row.replace("*", "")) for name, best, row in shown]
+    assert len(rows) == 48
+    for place, form in enumerate(("recommended", "equal rates", "paper")):
+        made = []
+        for cell, losses in forms[form].items():
+            best = f"{rates.best_rate(losses):.2e}".replace("e-0", "e-")
+            made.append((", ".join(cell), best, " | ".join(f"{losses[rate]:.3f}" for rate in sorted(losses))))
+        assert sorted(made) == sorted(rows[16 * place : 16 * place + 16]), form
+
+
+@pytest.mark.slow
+def test_the_study_still_says_what_a_loop_is_worth(tmp_path, monkeypatch, capsys):
+    (tmp_path / "loop_law").mkdir()
+    (tmp_path / "loop_law" / ARCHIVE).symlink_to(RESULTS / "loop_law" / ARCHIVE)
+    monkeypatch.chdir(ROOT)
+    study = "configs/studies/loop_law.yaml"
+    assert run_study(study, [f"output_dir={tmp_path}"], StudyOptions(report_only=True)) == 0
+    assert "Not decided" in capsys.readouterr().out
+    kept, made = (
+        re.sub(r"<svg.*?</svg>", "", (folder / "loop_law/report/index.html").read_text(), flags=re.DOTALL)
+        for folder in (RESULTS, tmp_path)
+    )
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", page) for page in (kept, made)]
+    assert cells[0] == cells[1] and len(cells[0]) > 500

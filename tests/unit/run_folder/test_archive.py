@@ -1,0 +1,122 @@
+"""An archive of records: what is put in comes out, the same bytes each time, and a broken one is a line."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked, write_archive
+
+RECORDS = {
+    "sweep.yaml": b"format: 1\n",
+    "plan/a b.yaml": b"model: {}\n" * 300,
+    "a b/config.yaml": b"model: {}\n" * 300,
+    "a b/metrics.jsonl": os.urandom(3000),
+    "a b/sweep_run.json": b"{}",
+    "a b/incidents/step_00000042_sample_0000000336.json": b"",
+    f"deep/{'long' * 60}/metrics.jsonl": "Zeile ü\n".encode(),
+}
+LEFT_OUT = ["README.md", "rates.png", ".lock", "report/rows.csv", "a b/train.log", "a b/checkpoints/latest", ARCHIVE]
+LEFT_OUT += ["a b/.former_config.yaml", "a b/exports/step_1/config.json", "deep/run/logs/1.out", "a b/metrics.png"]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_records_come_out_as_they_went_in_and_nothing_else(tmp_path):
+    folder = write(tmp_path / "sweep", RECORDS | dict.fromkeys(LEFT_OUT, b"other"))
+    assert write_archive(folder, tmp_path / "kept" / ARCHIVE) == len(RECORDS)
+    assert files(unpacked(tmp_path / "kept" / ARCHIVE)) == RECORDS
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    one = write(tmp_path / "one", RECORDS)
+    two = write(tmp_path / "two", dict(reversed(RECORDS.items())))
+    for path in two.rglob("*"):
+        os.utime(path, (1, 1))
+        path.chmod(0o700)
+    for folder in (one, two):
+        write_archive(folder, folder / ARCHIVE)
+    assert (one / ARCHIVE).read_bytes() == (two / ARCHIVE).read_bytes()
+    copy = write(tmp_path / "copy", files(unpacked(one / ARCHIVE)))
+    write_archive(copy, copy / ARCHIVE)
+    assert (copy / ARCHIVE).read_bytes() == (one / ARCHIVE).read_bytes()
+
+
+def test_runs_behind_links_are_records_too(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", {"metrics.jsonl": b"{}\n"})
+    folder = write(tmp_path / "sweep", {"sweep.yaml": b""})
+    (folder / "run").symlink_to(elsewhere)
+    write_archive(folder, tmp_path / ARCHIVE)
+    assert files(unpacked(tmp_path / ARCHIVE)) == {"sweep.yaml": b"", "run/metrics.jsonl": b"{}\n"}
+
+
+def test_a_shell_unpacks_it_by_the_command_that_is_told(tmp_path):
+    folder = write(tmp_path / "my sweep", RECORDS)
+    write_archive(folder, tmp_path / "it's kept" / ARCHIVE)
+    subprocess.run(unpack_command(tmp_path / "it's kept"), shell=True, check=True)
+    (tmp_path / "it's kept" / ARCHIVE).unlink()
+    assert files(tmp_path / "it's kept") == RECORDS
+
+
+def test_it_is_unpacked_once_and_again_after_a_change(tmp_path):
+    folder, archive = write(tmp_path / "sweep", RECORDS), tmp_path / ARCHIVE
+    write_archive(folder, archive)
+    assert unpacked(archive) == unpacked(tmp_path / "sweep" / ".." / ARCHIVE)
+    write(folder, {"sweep.yaml": b"format: 2\n"})
+    write_archive(folder, archive)
+    os.utime(archive, ns=(0, archive.stat().st_mtime_ns + 1))  # clocks of file systems are coarse
+    assert files(unpacked(archive))["sweep.yaml"] == b"format: 2\n"
+
+
+def test_a_folder_without_records_replaces_no_archive(tmp_path):
+    kept = write(tmp_path, {ARCHIVE: b"kept", "README.md": b"", "report/index.html": b""})
+    with pytest.raises(UserError, match=str(kept)):
+        write_archive(kept, kept / ARCHIVE)
+    assert (kept / ARCHIVE).read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "other", "empty"])
+def test_a_broken_archive_is_an_error_that_names_it(tmp_path, harm):
+    archive = tmp_path / ARCHIVE
+    write_archive(write(tmp_path / "sweep", RECORDS), archive)
+    content = archive.read_bytes()
+    middle = len(content) // 2
+    archive.write_bytes(
+        {
+            "cut": content[:middle],
+            "changed": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+            "other": b"version https://git-lfs.github.com/spec/v1\n",
+            "empty": b"",
+        }[harm]
+    )
+    with pytest.raises(UserError, match=ARCHIVE):
+        unpacked(archive)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside"])
+def test_an_archive_writes_nothing_outside_of_its_copy(tmp_path, name):
+    archive = tmp_path / ARCHIVE
+    with tarfile.open(archive, "w:xz") as packed:
+        entry = tarfile.TarInfo(name)
+        entry.size = 3
+        packed.addfile(entry, io.BytesIO(b"bad"))
+    if name.startswith("/"):  # taken as below the copy
+        assert files(unpacked(archive)) == {name[1:]: b"bad"}
+    else:
+        with pytest.raises(UserError, match=ARCHIVE):
+            unpacked(archive)
