@@ -26,14 +26,14 @@ from tests.unit.train.callbacks.a_run import a_run, finish
 
 
 class StandIn:
-    """`plt-upload RUN --waiting`, which works when asked how it is, unless it is `stuck`."""
+    """`plt upload RUN --waiting`, which works when asked how it is, unless it is `stuck`."""
 
     started: list[StandIn] = []
     stuck = False
     dies = False
 
     def __init__(self, command: list[str], log: Path) -> None:
-        assert command[0] == "plt_megatron.commands.upload" and command[2:] == ["--waiting"]
+        assert command[0] == "upload" and command[2:] == ["--waiting"]
         self.folder, self.ended, self.quiet = RunFolder(command[1]), False, 0.0
         StandIn.started.append(self)
 
@@ -156,7 +156,7 @@ def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypa
     fail(monkeypatch)
     save(run, callback, 10)
     finish(callback)
-    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt-upload {run.folder.path}"
+    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt upload {run.folder.path}"
 
 
 def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch):
