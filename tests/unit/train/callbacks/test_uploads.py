@@ -235,15 +235,17 @@ def test_other_ranks_and_runs_without_a_destination_do_nothing(run):
 
 
 def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monkeypatch):
-    """A real one: it reads a file when it is told to."""
+    """A real one, of a `plt` that reads a file when it is told to."""
     monkeypatch.setenv("RANK", "3")
-    (tmp_path / "mover.py").write_text(
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plt_megatron").mkdir()
+    (tmp_path / "plt_megatron/__init__.py").touch()
+    (tmp_path / "plt_megatron/__main__.py").write_text(
         "import os, sys\nassert 'RANK' not in os.environ\nprint('ready', file=sys.stderr, flush=True)\n"
-        "os.open(sys.argv[1], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[1], os.O_RDONLY)\n"
+        "os.open(sys.argv[2], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[2], os.O_RDONLY)\n"
     )
     fifo = tmp_path / "fifo"
     subprocess.run(["mkfifo", fifo], check=True)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process = beside.BesideProcess(["mover", str(fifo)], tmp_path / "log")
     while not (tmp_path / "log").read_text():
         time.sleep(0.01)
