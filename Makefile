@@ -87,8 +87,8 @@ serve-demo: $(SERVING) ## serve the demo's export with vLLM and ask it something
 	@$(SERVING_PY) serving/demo.py
 
 sweep-smoke: $(READY) ## a tiny sweep over loop counts with its report (under 5 minutes)
-	$(PY) tools/sweep_loops.py configs/sweeps/smoke.yaml
-	$(PY) tools/report_sweep.py runs/sweeps/smoke
+	$(PY) tools/sweep.py configs/sweeps/smoke.yaml
+	$(PY) tools/report.py runs/sweeps/smoke
 
 lint: $(READY) ## style, format and types
 	$(PY) -m ruff check .

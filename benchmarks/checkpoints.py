@@ -62,7 +62,7 @@ def measure(folder: Path, steps: int, asynchronous: bool) -> tuple[float, float,
     config.logging.log_interval = SAVE_INTERVAL
     save_config(config, folder / "run.yaml")
     started = time.monotonic()
-    subprocess.run([sys.executable, "launch/local.py", str(folder / "run.yaml")], cwd=ROOT, check=True, stdout=2)
+    subprocess.run([sys.executable, "launch/train.py", str(folder / "run.yaml")], cwd=ROOT, check=True, stdout=2)
     run = folder / config.name
     # A save is recorded with the steps after it: the last line holds the save at `steps` and one step more.
     records = [record for record in RunFolder(run).records() if record["kind"] == "train"]

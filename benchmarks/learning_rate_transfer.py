@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether one learning rate is the best for every width, depth and loop count: what a sweep of rates says.
 
-    plt-sweep configs/sweeps/learning_rate_transfer.yaml --jobs 2
+    plt sweep configs/sweeps/learning_rate_transfer.yaml --jobs 2
     python benchmarks/learning_rate_transfer.py runs/sweeps/learning_rate_transfer [--plot FILE]
 
 A model's best rate is the lowest point of the parabola, in the rate's logarithm, through its best run and that one's
@@ -74,7 +74,7 @@ def read(folder: Path) -> dict[str, Cells]:
     for result in load_results(folder).runs:
         labels = result.run.labels
         if result.status not in ("used", "diverged"):
-            raise UserError(f"{result.run.name}: {result.reason}; the same plt-sweep command goes on")
+            raise UserError(f"{result.run.name}: {result.reason}; the same plt sweep command goes on")
         rates = by_seed[labels["form"], labels["model"], labels["loops"]]
         rates[result.run.config.optimizer.lr].append(math.inf if result.loss is None else result.loss)
     forms: dict[str, Cells] = defaultdict(dict)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much of a second loop's gain remains if it is switched on late, and what that saves: from a sweep's runs.
 
-    plt-sweep configs/sweeps/curriculum.yaml --jobs 2
+    plt sweep configs/sweeps/curriculum.yaml --jobs 2
     python benchmarks/loop_curriculum.py runs/sweeps/curriculum [--plot FILE]
 
 The gain is the validation loss of one loop less that of the run, with the same seed; its share is of the gain of two
@@ -76,7 +76,7 @@ def read(folder: Path) -> dict[str, Row]:
     rows: dict[str, Row] = defaultdict(Row)
     for result in load_results(folder).runs:
         if result.loss is None:
-            raise UserError(f"{result.run.name}: {result.reason}; the same plt-sweep command goes on")
+            raise UserError(f"{result.run.name}: {result.reason}; the same plt sweep command goes on")
         (name,) = result.run.labels.values()
         rows[name].flops = result.run.total_flops
         rows[name].losses[result.run.seed] = result.loss

@@ -174,7 +174,7 @@ def memory(folder: Path, model: Path, size: int, workers: int) -> tuple[int, flo
     parts = [folder / "memory.jsonl", folder / "memory.jsonl.gz"]
     write_corpus(parts[0], size * 3 // 4)
     write_corpus(parts[1], size // 4)
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *map(str, parts)]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), "--input", *map(str, parts)]
     command += ["--tokenizer", str(model), "--output-prefix", str(folder / f"memory{size}"), "--overwrite"]
     result = peak_memory([*command, "--workers", str(workers)])
     for path in parts:
@@ -254,7 +254,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any]
     figures |= rates
     for name, label in (
         ("plain", "one document at a time"),
-        ("ours", "preprocess_data"),
+        ("ours", "plt preprocess"),
         ("batch", "batch encode alone"),
     ):
         rate = rates[name]

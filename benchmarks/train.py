@@ -53,7 +53,7 @@ from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime, keep_freed_memor
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 enter_cpu_runtime()
-keep_freed_memory()  # as plt-train
+keep_freed_memory()  # as plt train
 
 from benchmarks.deeper_gpt import deeper_gpt  # noqa: E402
 from plt_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402

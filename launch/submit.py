@@ -1,11 +1,1 @@
-#!/usr/bin/env python3
-"""`plt-submit` from a checkout: python launch/submit.py --help"""
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from plt_megatron.commands.submit import main
-
-    sys.exit(main())
+../tools/plt.py

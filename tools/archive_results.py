@@ -3,7 +3,7 @@
 
     python tools/archive_results.py runs/sweeps/paper_ablation results/paper_ablation
 
-OUTPUT gets records.tar.xz, which plt-report, plt-study --report and benchmarks read as it is. The runs stay where they
+OUTPUT gets records.tar.xz, which plt report, plt study --report and benchmarks read as it is. The runs stay where they
 are; checkpoints, exports, logs, figures and reports are left out. The same records give the same bytes.
 """
 

@@ -1,11 +1,1 @@
-#!/usr/bin/env python3
-"""`plt-check-coordinates` from a checkout: python tools/check_coordinates.py --help"""
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from plt_megatron.commands.check_coordinates import main
-
-    sys.exit(main())
+plt.py

@@ -1,35 +1,79 @@
-"""The commands: one module each, with its arguments and a `main` that returns the exit status.
+"""The command `plt`: a module for each of its commands, with the arguments and a `main` that returns the exit status.
 
-pyproject.toml installs them as `plt-NAME`; the scripts of launch/ and tools/ start them from a checkout, and
-`python -m plt_megatron.commands.NAME` works as well.
+The table says what there is; a module is imported when its command is given. `python -m plt_megatron` is `plt`, and
+the scripts of launch/ and tools/ start it from a checkout.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 import plt_megatron
 from plt_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, hear_every_interrupt, prepare_streams, print_error
 
+# What `plt --help` shows.
+GROUPS = {
+    "set up": {
+        "doctor": "show what this machine can run, and what is missing for the rest",
+        "completion": "print what completes plt in bash or zsh",
+    },
+    "train": {
+        "demo": "train a small PLT and its one-loop baseline on text this machine has",
+        "train": "train a configuration on this machine",
+        "average": "average the weights of checkpoints",
+    },
+    "data": {
+        "train-tokenizer": "train a tokenizer",
+        "preprocess": "tokenize a corpus",
+        "inspect-data": "show what a run's batches hold; find validation text in the training data",
+    },
+    "convert and serve": {
+        "export": "write a checkpoint as a Hugging Face model",
+        "import": "make a checkpoint of a Hugging Face model, as the start of a PLT or as it is",
+        "generate": "continue a text with an exported model",
+        "evaluate": "run lm-evaluation-harness tasks on an exported model",
+        "upload": "send exports and checkpoints to a bucket, a folder or a hub",
+    },
+    "experiments": {
+        "sweep": "train variants of one model: loop counts, ablation rows, sizes, seeds",
+        "report": "compare the runs of a sweep, with error bars",
+        "study": "find out which loop count to train, in rounds of small runs",
+    },
+    "cluster": {
+        "submit": "train configurations on a Slurm cluster",
+        "status": "show runs: states, steps, speed, time left",
+        "estimate": "calculate a run's parameters, FLOPs, memory, traffic and time",
+        "rehearse": "rehearse a large job here, without a GPU",
+    },
+    "inspect": {
+        "plot": "plot what runs recorded",
+        "diagnose": "measure what each loop of a trained model does",
+        "check-coordinates": "check that activations keep their size over width, depth and loops",
+    },
+}
+COMMANDS = {name: summary for group in GROUPS.values() for name, summary in group.items()}
+
 
 class CommandParser(argparse.ArgumentParser):
-    """Reads a command's arguments; has `--version`."""
+    """Reads the arguments of `plt NAME`; has `--version`."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         if "\n" in options["description"]:
             options["formatter_class"] = argparse.RawDescriptionHelpFormatter
-        super().__init__(**options)
+        super().__init__(prog=f"plt {name}".strip(), **options)
         self.add_argument("--version", action="version", version=f"plt-megatron {plt_megatron.__version__}")
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """See argparse. An argument that is not UTF-8 is an error."""
         prepare_streams()
-        for word in sys.argv[1:] if args is None else args:
+        for word in args:
             try:
                 word.encode()
             except UnicodeEncodeError:
@@ -40,6 +84,41 @@ class CommandParser(argparse.ArgumentParser):
         """One line, like every other error, in the place of all options, and status 2."""
         print_error(f"{' '.join(message.split())}; see {self.prog} --help")
         sys.exit(EXIT_USER_ERROR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the command that the first argument names."""
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in COMMANDS:
+        return load(words[0]).main(words[1:])
+    parser = CommandParser("", description=_map(), usage="plt COMMAND [ARGUMENTS]")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    given = parser.parse_args(words[:1]).command
+    if given is None:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+    parser.error(f"there is no command {given!r}{_nearest(given)}")
+
+
+def load(name: str) -> ModuleType:
+    """The module of a command: inspect_data for inspect-data, import_ for import."""
+    module = name.replace("-", "_") + "_" * keyword.iskeyword(name)
+    return importlib.import_module(f"{__name__}.{module}")
+
+
+def _map() -> str:
+    """The commands by what they are for."""
+    lines = ["Pretrain Parallel Loop Transformers on megatron-core. `plt COMMAND --help` has the arguments of each."]
+    for title, commands in GROUPS.items():
+        lines += ["", f"{title}:", *(f"  {name:18} {summary}" for name, summary in commands.items())]
+    return "\n".join(lines)
+
+
+def _nearest(given: str) -> str:
+    import difflib
+
+    found = difflib.get_close_matches(given, COMMANDS, n=1, cutoff=0.4)
+    return f": did you mean plt {found[0]}?" if found else ""
 
 
 def _end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

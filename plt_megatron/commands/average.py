@@ -1,16 +1,15 @@
 """Average the weights of checkpoints of one model, saved in any layouts, in one process on a CPU.
 
-    plt-average runs/mine --last 3 --output averaged
-    plt-average runs/mine@1000 runs/mine@2000 --weights 1 2 --output averaged
+    plt average runs/mine --last 3 --output averaged
+    plt average runs/mine@1000 runs/mine@2000 --weights 1 2 --output averaged
 
-The output is laid out like a run's folder: plt-export reads it, and a run starts from its weights with
+The output is laid out like a run's folder: plt export reads it, and a run starts from its weights with
 `checkpoint.load=averaged checkpoint.weights_only=true`.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from plt_megatron.commands import CommandParser
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "average",
         description=__doc__,
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
@@ -57,12 +57,8 @@ def _average(arguments: argparse.Namespace) -> None:
     print(f"start a run from it with checkpoint.load={result.output} checkpoint.weights_only=true")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     from plt_megatron.hf.command_line import run_conversion
 
     return run_conversion(lambda: _average(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Check that activations, updates and logits keep their size when a model gets wider, deeper or loops more.
 
-    plt-check-coordinates configs/runs/plt2_demo.yaml [key=value ...] [--axes depth loops] --output coordinates.png
+    plt check-coordinates configs/runs/plt2_demo.yaml [key=value ...] [--axes depth loops] --output coordinates.png
 
 Tiny models of the configuration's kind take a few steps on random tokens, in seconds. Exit status 1: not flat.
 """
@@ -8,7 +8,6 @@ Tiny models of the configuration's kind take a few steps on random tokens, in se
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +17,8 @@ from plt_megatron.errors import run_command
 AXES = ("width", "depth", "loops")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandParser(description=__doc__)
+def main(argv: Sequence[str]) -> int:
+    parser = CommandParser("check-coordinates", description=__doc__)
     parser.add_argument("config", help="a run's configuration")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="what to vary (default: all)")
@@ -51,7 +50,3 @@ def _check(arguments: argparse.Namespace) -> int:
         plot(results, arguments.output)
         print(arguments.output)
     return 0 if all(result.is_flat for result in results) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    CommandParser(description=__doc__, epilog="Everything it makes is in .demo, in the current folder.").parse_args(
-        argv
-    )
+def main(argv: Sequence[str]) -> int:
+    CommandParser(
+        "demo", description=__doc__, epilog="Everything it makes is in .demo, in the current folder."
+    ).parse_args(argv)
     return run_command(_demo, "interrupted: run it again to continue")
 
 
@@ -20,7 +19,3 @@ def _demo() -> None:
     from plt_megatron.experiments.demo import run_demo
 
     run_demo()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

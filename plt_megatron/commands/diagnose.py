@@ -1,7 +1,7 @@
 """Measure what each loop of a trained model does on held-out text: LoopCoder-v2's diagnostics, and its rule.
 
-    plt-diagnose runs/plt2_demo --data heldout.jsonl
-    plt-diagnose exported --data data/heldout --output diagnostics
+    plt diagnose runs/plt2_demo --data heldout.jsonl
+    plt diagnose exported --data data/heldout --output diagnostics
 
 Step size, update cosine, effective rank, fixed-point gap, offset cost, gates, attention, head diversity and the logit
 lens, loop by loop, with 95 % bootstrap intervals, as a table here and as a page, JSON, CSV and PNGs in --output.
@@ -21,7 +21,7 @@ from plt_megatron.errors import UserError, run_command
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser("diagnose", description=__doc__)
     parser.add_argument(
         "model", type=Path, metavar="MODEL", help="a run's folder, a checkpoint of any layout, or a Hugging Face folder"
     )
@@ -67,7 +67,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf import arguments as checks
     from plt_megatron.hf.command_line import prepare_imports
 
-    require("plt-diagnose", "jinja2", "scipy", "transformers")
+    require("plt diagnose", "jinja2", "scipy", "transformers")
     checks.check_model(arguments.model)
     checks.check_file("--tokenizer", arguments.tokenizer)
     if not Path(f"{arguments.data}.idx").is_file() and not arguments.data.endswith((".bin", ".idx")):
@@ -83,10 +83,6 @@ def _diagnose(arguments: argparse.Namespace) -> None:
     print(f"\n{result.folder}/index.html")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     return run_command(lambda: _diagnose(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

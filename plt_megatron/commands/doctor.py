@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandParser(description=__doc__, epilog="Exit status: 0 if this machine can train, else 1.")
+def main(argv: Sequence[str]) -> int:
+    parser = CommandParser("doctor", description=__doc__, epilog="Exit status: 0 if this machine can train, else 1.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _doctor(arguments))
@@ -26,7 +25,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
     else:
         doctor.render(report)
     return 0 if report.can_train else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

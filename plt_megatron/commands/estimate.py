@@ -1,7 +1,7 @@
 """Calculate what a run needs and costs: parameters, FLOPs, memory, traffic, time, decoding.
 
-    plt-estimate configs/runs/plt2_1b.yaml --nodes 8 --gpus-per-node 8
-    plt-estimate configs/runs/loopcoder_7b.yaml --nodes 16 --search
+    plt estimate configs/runs/plt2_1b.yaml --nodes 8 --gpus-per-node 8
+    plt estimate configs/runs/loopcoder_7b.yaml --nodes 16 --search
 
 docs/estimates.md says how each figure is calculated and how far to trust it.
 """
@@ -9,7 +9,6 @@ docs/estimates.md says how each figure is calculated and how far to trust it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -18,6 +17,7 @@ from plt_megatron.errors import run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "estimate",
         description=__doc__,
         epilog="Exit status: 0 done, 1 --search found no layout that fits, 2 something for you to fix.",
     )
@@ -52,7 +52,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     return run_command(lambda: _estimate(arguments))
 
@@ -62,7 +62,3 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from plt_megatron.estimate.report import EstimateOptions, print_estimate
 
     return print_estimate(EstimateOptions(**vars(arguments)), lambda path: load_tokenizer(path).vocab_size)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Run lm-evaluation-harness tasks on an exported model.
 
-    plt-evaluate --model exported --tasks reading,arithmetic --include-path tasks
+    plt evaluate --model exported --tasks reading,arithmetic --include-path tasks
 
 The scores are printed, and kept in the export's evaluation.json and on its card. Tasks' data are local files, or in the
 cache of Hugging Face: nothing is downloaded without --download. Python in the model's folder is not run.
@@ -9,7 +9,6 @@ cache of Hugging Face: nothing is downloaded without --download. Python in the m
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from plt_megatron.commands import CommandParser
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "evaluate",
         description=__doc__,
         epilog="Exit status: 0 evaluated, 2 something for you to fix.",
     )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt-export")
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt export")
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
     parser.add_argument(
@@ -41,7 +41,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
-    require("plt-evaluate", "lm_eval", "accelerate", "transformers")
+    require("plt evaluate", "lm_eval", "accelerate", "transformers")
     checks.check_export(arguments.model)
     checks.check_file("--include-path", arguments.include_path)
     checks.check_device(arguments.device)
@@ -53,7 +53,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(format_table([[name, f"{value:.4f}"] for name, value in scores.items()]))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if not arguments.tasks:
@@ -63,7 +63,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     from plt_megatron.hf.command_line import run_conversion
 
     return run_conversion(lambda: _evaluate(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

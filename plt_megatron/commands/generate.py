@@ -1,6 +1,6 @@
 """Continue a text with an exported model, its loops decoded in parallel.
 
-plt-generate --model exported --prompt 'def main():'
+plt generate --model exported --prompt 'def main():'
 
 The model runs with this installation's code; Python in its folder is not run.
 """
@@ -18,8 +18,8 @@ from plt_megatron.errors import run_command
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(description="Continue a text with an exported model.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that plt-export has written")
+    parser = CommandParser("generate", description="Continue a text with an exported model.")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that plt export has written")
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
         "--chat", action="store_true", help="put the prompt into the tokenizer's chat template, and print the answer"
@@ -30,7 +30,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1:
@@ -55,7 +55,3 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(found.text)
     hint = "; the model has a chat template, which --chat applies" if found.has_chat_template > arguments.chat else ""
     print(f"[{found.seconds:.1f} s{hint}]", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

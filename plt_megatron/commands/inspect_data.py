@@ -1,7 +1,7 @@
 """Show what a run's batches really hold, and find validation text in the training data.
 
-    plt-inspect-data configs/runs/plt2_tiny.yaml --batch 3
-    plt-inspect-data configs/runs/plt2_tiny.yaml --duplicates --html data.html
+    plt inspect-data configs/runs/plt2_tiny.yaml --batch 3
+    plt inspect-data configs/runs/plt2_tiny.yaml --duplicates --html data.html
 
 Each sample's text, the documents it is cut from, and the tokens that the loss asks for. Builds the run's sample index
 if it is missing, as the run would. docs/data.md says more.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -19,7 +18,7 @@ from plt_megatron.errors import UserError, run_command
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser("inspect-data", description=__doc__)
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run configuration, as in configs/runs")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="a setting to change, as in data.sequence_length=512"
@@ -42,7 +41,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     return run_command(lambda: _inspect(arguments))
 
@@ -77,7 +76,3 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
         write_page(arguments.html, config, batch, found, inspector)
         print(f"\npage: {arguments.html}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Plot what runs recorded: losses, gradients, speed, memory, gates and hidden states per loop, time by part of a step.
 
-    plt-plot runs/plt2_demo [runs/other ...] --output metrics.png
+    plt plot runs/plt2_demo [runs/other ...] --output metrics.png
 
 One page, one color per run. Without --output the plot is metrics.png in the first run's folder.
 """
@@ -8,7 +8,6 @@ One page, one color per run. Without --output the plot is metrics.png in the fir
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from plt_megatron.commands import CommandParser
 from plt_megatron.errors import run_command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = CommandParser(description=__doc__)
+def main(argv: Sequence[str]) -> int:
+    parser = CommandParser("plot", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders'")
@@ -33,7 +32,3 @@ def _plot(arguments: argparse.Namespace) -> None:
     output = arguments.output or arguments.runs[0] / "metrics.png"
     plot_metrics(arguments.runs, output, arguments.labels)
     print(output)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -15,6 +14,7 @@ from plt_megatron.errors import run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "preprocess",
         description=__doc__,
         epilog="Writes <output-prefix>.bin, .idx and a manifest. Run again after an interruption, the same command "
         "continues where it stopped.",
@@ -75,7 +75,7 @@ def _build_index(arguments: argparse.Namespace) -> None:
     build_index(arguments.build_index, arguments.overrides)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.build_index:
@@ -95,7 +95,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not os.path.basename(arguments.output_prefix):
         parser.error(f"--output-prefix {arguments.output_prefix} is a folder: name a file in it, without a suffix")
     return run_command(lambda: _tokenize(arguments), "interrupted: the same command continues where this one stopped")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Rehearse a large job on this machine, without a GPU: one rank of each kind takes a step with fake tensors.
 
-    plt-rehearse configs/runs/loopcoder_7b.yaml --nodes 128 --gpus-per-node 8
+    plt rehearse configs/runs/loopcoder_7b.yaml --nodes 128 --gpus-per-node 8
 
 docs/rehearsal.md says what it sees, and what it cannot.
 """
@@ -8,7 +8,6 @@ docs/rehearsal.md says what it sees, and what it cannot.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -17,6 +16,7 @@ from plt_megatron.errors import UserError, run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "rehearse",
         description=__doc__,
         epilog="Exit status: 0 nothing found, 1 problems found, 2 something for you to fix.",
     )
@@ -32,7 +32,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     return run_command(lambda: _rehearse(arguments))
 
@@ -59,7 +59,3 @@ def _rehearse(arguments: argparse.Namespace) -> int:
     )
     print(to_json(found) if arguments.json else to_text(found))
     return 1 if found.problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Report on a sweep: which loop count wins at equal tokens, FLOPs and decoding latency, with error bars.
 
-    plt-report runs/sweeps/paper_ablation --measure-decode
+    plt report runs/sweeps/paper_ablation --measure-decode
 
 Writes index.html (one page, works offline and prints), report.md, CSVs and PNGs to SWEEP_DIR/report. A sweep that is
 not finished can be reported on: what is missing is said.
@@ -9,7 +9,6 @@ not finished can be reported on: what is missing is said.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -17,8 +16,8 @@ from plt_megatron.errors import run_command
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a folder made by plt-sweep")
+    parser = CommandParser("report", description=__doc__)
+    parser.add_argument("sweep", metavar="SWEEP_DIR", help="a folder made by plt sweep")
     parser.add_argument("--output", metavar="DIR", help="default: SWEEP_DIR/report")
     decode = parser.add_argument_group("decoding time")
     decode.add_argument(
@@ -37,7 +36,7 @@ def _parser() -> CommandParser:
 def _report(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
 
-    require("plt-report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))
+    require("plt report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))
     from plt_megatron.experiments.report.decode import DecodeProtocol
     from plt_megatron.experiments.report.page import by_question
     from plt_megatron.experiments.report.writing import PAGE, write_report
@@ -58,13 +57,9 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"report: {report.folder / PAGE}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if min(arguments.decode_batch, arguments.decode_prefill, arguments.decode_tokens) < 1:
         parser.error("the sizes of the decoding measurement must be at least 1")
     return run_command(lambda: _report(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

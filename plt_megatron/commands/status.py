@@ -1,7 +1,7 @@
 """Show runs: their jobs' states, steps, speed, time left, restarts and why, and the last checkpoint.
 
-    plt-status                # all runs in runs/
-    plt-status runs/plt2_1b   # one, or all below a folder
+    plt status                # all runs in runs/
+    plt status runs/plt2_1b   # one, or all below a folder
 
 Asks Slurm and the runs' folders; without Slurm, the folders alone.
 """
@@ -9,7 +9,6 @@ Asks Slurm and the runs' folders; without Slurm, the folders alone.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -17,14 +16,14 @@ from plt_megatron.errors import run_command
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(description="Show the state of runs, from Slurm and from their folders.")
+    parser = CommandParser("status", description="Show the state of runs, from Slurm and from their folders.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of runs; default: all")
     parser.add_argument("--output-dir", default="runs", metavar="DIR", help="folder of all runs; default: runs")
     parser.add_argument("--json", action="store_true", help="one JSON object per run")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     return run_command(lambda: _status(arguments))
 
@@ -33,7 +32,3 @@ def _status(arguments: argparse.Namespace) -> None:
     from plt_megatron.slurm.status import report
 
     print(report(arguments.runs, arguments.output_dir, arguments.json))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

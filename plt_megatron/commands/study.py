@@ -1,8 +1,8 @@
 """Which loop count should I train? A study over sizes, loops and tokens, in rounds of the runs that tell the most.
 
-    plt-study configs/studies/smoke.yaml --dry-run
-    plt-study configs/studies/loop_law.yaml --jobs 2 --budget 40h
-    plt-study configs/studies/cluster.yaml --slurm --cluster mine
+    plt study configs/studies/smoke.yaml --dry-run
+    plt study configs/studies/loop_law.yaml --jobs 2 --budget 40h
+    plt study configs/studies/cluster.yaml --slurm --cluster mine
 
 Each round is printed before it runs, with what it will tell. Finished runs are skipped and others resume where they
 stopped, so the same command continues a study. docs/studies.md describes the file.
@@ -11,7 +11,6 @@ stopped, so the same command continues a study. docs/studies.md describes the fi
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser, sweep
@@ -20,6 +19,7 @@ from plt_megatron.errors import run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "study",
         description=__doc__,
         epilog="Exit status: 0 decided, the budget spent, or submitted; 1 a run failed, 2 something for you to fix, 75 "
         "stopped (the running runs saved their state).",
@@ -38,7 +38,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     sweep.check_options(parser, arguments)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from plt_megatron.extras import require
 
-    require("plt-study", "jinja2", "scipy")
+    require("plt study", "jinja2", "scipy")
     from plt_megatron.experiments.study.rounds import StudyOptions, run_study
 
     options = StudyOptions(
@@ -63,7 +63,3 @@ def _study(arguments: argparse.Namespace) -> int:
     )
     budget = [f"budget={arguments.budget}"] if arguments.budget else []
     return run_study(arguments.config, [*arguments.settings, *budget], options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Train a configuration, or several, on a Slurm cluster.
 
-    plt-submit configs/runs/plt2_1b.yaml --cluster h100_modules --nodes 16 --time 24:00:00 --chain 5
-    plt-submit --branch-from runs/trunk@20000 name=shorter --cluster h100_modules --nodes 16 --time 24:00:00
+    plt submit configs/runs/plt2_1b.yaml --cluster h100_modules --nodes 16 --time 24:00:00 --chain 5
+    plt submit --branch-from runs/trunk@20000 name=shorter --cluster h100_modules --nodes 16 --time 24:00:00
 
 Everything is checked before anything is submitted. The run's folder then holds everything its job needs, with the job
 script as a plain file: sbatch RUN/job.sbatch submits it again. See docs/slurm.md.
@@ -12,7 +12,6 @@ Exit status: 0 submitted (with --follow: finished), 1 --follow saw the run fail 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "submit",
         description="Train a configuration on a Slurm cluster. Options override the cluster's profile.",
         epilog="See docs/slurm.md.",
     )
@@ -60,7 +60,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     return run_command(lambda: _submit(arguments))
 
@@ -96,7 +96,7 @@ def read_options(argv: Sequence[str]) -> Options:
     arguments = _parser().parse_args(argv)
     if arguments.arguments or arguments.follow or arguments.rehearse:
         raise UserError(
-            "--submit takes options of plt-submit, but neither configurations, settings, --rehearse nor --follow"
+            "--submit takes options of plt submit, but neither configurations, settings, --rehearse nor --follow"
         )
     return _options(arguments)
 
@@ -108,7 +108,3 @@ def _options(arguments: argparse.Namespace) -> Options:
     words, _, _ = given.pop("arguments"), given.pop("follow"), given.pop("rehearse")
     config = None if arguments.array or arguments.branch_from or not words else words[0]
     return Options(config=config, overrides=words if config is None else words[1:], **given)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

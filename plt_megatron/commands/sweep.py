@@ -1,8 +1,8 @@
 """Train variants of one model: loop counts, ablation rows, sizes, seeds.
 
-    plt-sweep configs/sweeps/smoke.yaml --dry-run
-    plt-sweep configs/sweeps/paper_ablation.yaml --jobs 2
-    plt-sweep configs/sweeps/loops.yaml seeds=[1,2] model.num_layers=8 --slurm --cluster mine
+    plt sweep configs/sweeps/smoke.yaml --dry-run
+    plt sweep configs/sweeps/paper_ablation.yaml --jobs 2
+    plt sweep configs/sweeps/loops.yaml seeds=[1,2] model.num_layers=8 --slurm --cluster mine
 
 The plan is printed first. Finished runs are skipped and others resume where they stopped, so the same command continues
 a sweep. docs/sweeps.md describes the file.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "sweep",
         description=__doc__,
         epilog="Exit status: 0 done, 1 a run failed, 2 something for you to fix, 75 stopped (the running runs "
         "saved their state).",
@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="NAME", help="with --slurm: a profile in configs/clusters, or a path")
     parser.add_argument("--max-concurrent", type=int, metavar="N", help="with --slurm: array members at once")
     parser.add_argument(
-        "--submit", metavar="OPTIONS", default="", help="with --slurm: options for plt-submit, as in '--time 24:00:00'"
+        "--submit", metavar="OPTIONS", default="", help="with --slurm: options for plt submit, as in '--time 24:00:00'"
     )
     parser.add_argument(
         "--gpu",
@@ -69,7 +69,7 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("--jobs and --max-concurrent must be at least 1")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     check_options(parser, arguments)
@@ -94,7 +94,3 @@ def submit_options(arguments: argparse.Namespace) -> Options:
     if arguments.max_concurrent is not None:
         given += ["--max-concurrent", str(arguments.max_concurrent)]
     return submit.read_options(given)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

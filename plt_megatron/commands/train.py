@@ -1,7 +1,7 @@
 """Train a configuration on this machine, with as many processes as its layout asks for.
 
-    plt-train configs/runs/plt2_tiny.yaml parallel.tensor_model_parallel_size=2
-    plt-train --branch-from runs/trunk@2000 name=shorter
+    plt train configs/runs/plt2_tiny.yaml parallel.tensor_model_parallel_size=2
+    plt train --branch-from runs/trunk@2000 name=shorter
 
 Exit status: 0 finished, 1 failed, 2 something for you to fix, 75 preempted (run it again to continue).
 """
@@ -45,6 +45,7 @@ _OPEN_FILES = 128  # of a process that trains; it has not been seen to need more
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "train",
         description="Train a configuration on this machine.",
         epilog="The number of processes is tensor x pipeline x context x data parallel size. Unless set, the last is "
         "as large as this machine's GPUs allow; without a GPU it is 1.",
@@ -59,7 +60,7 @@ def _parser() -> CommandParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv)
     if arguments.branch_from is None and (arguments.config is None or arguments.decay_steps is not None):
@@ -126,7 +127,7 @@ def _check_environment() -> None:
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise UserError(
-            f"WORLD_SIZE={processes} is set, as a launcher of several processes does, but plt-train starts its own on "
+            f"WORLD_SIZE={processes} is set, as a launcher of several processes does, but plt train starts its own on "
             "this machine: unset WORLD_SIZE, or have the launcher start python -m plt_megatron.train.main CONFIG.yaml"
         )
 
@@ -222,7 +223,3 @@ def _lengths(config: RunConfig) -> list[tuple[str, str]]:
 
 def _under(title: str, rows: list[str]) -> list[tuple[str, str]]:
     return [(title if number == 0 else "", row) for number, row in enumerate(rows)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from plt_megatron.commands import CommandParser
@@ -14,6 +13,7 @@ from plt_megatron.errors import run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "train-tokenizer",
         description=__doc__,
         epilog="Writes tokenizer.model, tokenizer.json and tokenizer_config.json, after checking on the corpus and on "
         "hostile strings that all encode identically.",
@@ -77,7 +77,7 @@ def _train(arguments: argparse.Namespace) -> None:
     print(describe(result))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     for name, most in (("vocab_size", 10_000_000), ("max_sample_mb", 1 << 20), ("threads", 1024)):
@@ -86,7 +86,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 0.98 <= arguments.character_coverage <= 1:  # sentencepiece's own limits
         parser.error(f"--character-coverage must be from 0.98 to 1, got {arguments.character_coverage:g}")
     return run_command(lambda: _train(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Upload exports and checkpoints to a bucket, a folder or a hub, or finish what was interrupted.
 
-    plt-upload runs/mine
-    plt-upload exported --to hf://owner/name@main
+    plt upload runs/mine
+    plt upload exported --to hf://owner/name@main
 
 A run's go where its configuration says (checkpoint.export_upload_to and checkpoint.upload_to): those that its training
 has not uploaded, and whatever else is not there yet. What has arrived is not sent again. The file that makes a copy
@@ -23,6 +23,7 @@ from plt_megatron.errors import UserError, run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "upload",
         description=__doc__,
         epilog="Exit status: 0 all is there, 1 an upload of a run has failed, 2 something for you to fix.",
     )
@@ -65,11 +66,7 @@ def _upload(arguments: argparse.Namespace) -> int:
     return 0 if uploads.work(verify=arguments.verify) else 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return run_command(lambda: _upload(arguments), "interrupted: the same command goes on")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

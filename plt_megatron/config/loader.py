@@ -290,7 +290,7 @@ class _Reader:
         close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
         candidates = [_join(section, close[0])] if close else []
         if not close or difflib.SequenceMatcher(None, name, close[0]).ratio() < 0.8:
-            elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(_all_keys(self._schema)))}
+            elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(all_keys(self._schema)))}
             match = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8)
             candidates = [elsewhere[match[0]]] if match else candidates
         hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
@@ -320,13 +320,14 @@ def _include_paths(node: yaml.Node) -> list[str]:
     return [item.value for item in items]
 
 
-def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """The settings of a schema: `model.loop_count`."""
     for name, hint in field_types(cls).items():
         section = section_of(hint)
         if section is None:
             yield _join(prefix, name)
         else:
-            yield from _all_keys(section, _join(prefix, name))
+            yield from all_keys(section, _join(prefix, name))
 
 
 # ---------------------------------------------------------------- layers

@@ -38,7 +38,7 @@ def _find_state_problems(config: RunConfig) -> Iterator[str]:
     if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
         yield (
             f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
-            "leave it out and average checkpoints with plt-average, or set optimizer.name=adam"
+            "leave it out and average checkpoints with plt average, or set optimizer.name=adam"
         )
     groups, tensor = derived.num_query_groups(config.model), config.parallel.tensor_model_parallel_size
     if optimizer_spec(optimizer).matrix_state is not None and groups < tensor:

@@ -148,7 +148,7 @@ class ParallelConfig:
     # Ranks that a layer's experts are distributed over, among those that hold the same layers (TP x CP x DP).
     expert_model_parallel_size: Ranks = 1
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
-    # None: world size / (TP * PP * CP); plt-train: the machine's GPUs, without any 1 or as many as the experts need
+    # None: world size / (TP * PP * CP); plt train: the machine's GPUs, without any 1 or as many as the experts need
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False

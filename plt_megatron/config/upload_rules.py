@@ -83,7 +83,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         if problem is not None:
             yield f"checkpoint.load: {problem}"
         elif protocol_of(checkpoint.load) == HUB:
-            yield "checkpoint.load: a hub has models, no checkpoints; plt-import makes one of a downloaded model"
+            yield "checkpoint.load: a hub has models, no checkpoints; plt import makes one of a downloaded model"
 
 
 def find_package_problems(config: RunConfig) -> Iterator[str]:

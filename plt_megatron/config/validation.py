@@ -48,7 +48,7 @@ def validate(
 ) -> None:
     """Raise one `UserError` whose message holds one line per problem, if there is any.
 
-    `world_size`: number of processes the run gets; None: as many as the layout asks for (plt-train).
+    `world_size`: number of processes the run gets; None: as many as the layout asks for (plt train).
     `check_files`: also check what belongs to this machine: data files, tokenizer, folders, optional packages.
     `have_te`: whether Transformer Engine is installed; None: find out (without importing it).
     `capability`: the card's compute capability, if known: FP8 kernels depend on it.
@@ -131,7 +131,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
     elif by_part and not data.train_sources:
         yield "data.train_sources is empty: there is nothing to train on"
     elif not data.sources and not by_part:
-        yield "data.sources is empty: name at least one tokenized source (plt-preprocess makes one)"
+        yield "data.sources is empty: name at least one tokenized source (plt preprocess makes one)"
     shares = derived.split_shares(data.split)
     if shares is None:
         yield f"data.split must be three numbers >= 0 with a positive sum, as in 95,5,0; got {data.split!r}"
@@ -310,7 +310,7 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
         yield f"{key}: give the prefix without {suffix}: {root}"
         return
     names = " and ".join(source.path + suffix for suffix in missing)
-    yield (f"{key}: {names} not found (paths are relative to the current directory; plt-preprocess makes them)")
+    yield (f"{key}: {names} not found (paths are relative to the current directory; plt preprocess makes them)")
 
 
 def _check_tokenizer(path: Path) -> Iterator[str]:
@@ -322,7 +322,7 @@ def _check_tokenizer(path: Path) -> Iterator[str]:
     if not file.is_file():
         yield (
             f"data.tokenizer: {path} not found (paths are relative to the current directory; "
-            "plt-train-tokenizer makes one)"
+            "plt train-tokenizer makes one)"
         )
         return
     try:

@@ -277,7 +277,7 @@ def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
     except RuntimeError as error:
         raise UserError(
             f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: raise "
-            "data.index_timeout_minutes, or build it ahead with plt-preprocess --build-index "
+            "data.index_timeout_minutes, or build it ahead with plt preprocess --build-index "
             f"({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group(group)

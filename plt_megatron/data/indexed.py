@@ -56,7 +56,7 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     prefix = os.fspath(prefix)
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
-            raise UserError(f"{prefix}{suffix} not found: tokenize the data with plt-preprocess")
+            raise UserError(f"{prefix}{suffix} not found: tokenize the data with plt preprocess")
         if not os.access(prefix + suffix, os.R_OK):
             raise UserError(f"{prefix}{suffix} cannot be read: no permission")
     try:

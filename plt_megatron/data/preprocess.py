@@ -50,7 +50,7 @@ _LARGEST_DOCUMENT = 1 << 30  # its tokens are counted in an int32
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What to tokenize, with what, and where to. See `plt-preprocess --help`."""
+    """What to tokenize, with what, and where to. See `plt preprocess --help`."""
 
     inputs: Sequence[str]
     output_prefix: str

@@ -320,7 +320,7 @@ def load_tokenizer(path: str | Path, eod_token: str | None = None) -> Tokenizer:
             raise UserError(f"{path}: the folder holds neither tokenizer.model nor tokenizer.json")
         path = inside[0]
     if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer; train one with plt-train-tokenizer")
+        raise UserError(f"{path}: no such tokenizer; train one with plt train-tokenizer")
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, eod_token)
     return SentencePieceTokenizer(path, eod_token)

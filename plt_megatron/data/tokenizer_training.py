@@ -32,7 +32,7 @@ _MODEL_TYPES = ("bpe", "unigram")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What to train on and how. See `plt-train-tokenizer --help`."""
+    """What to train on and how. See `plt train-tokenizer --help`."""
 
     inputs: Sequence[str]
     output_dir: str

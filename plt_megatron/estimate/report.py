@@ -1,4 +1,4 @@
-"""The output of plt-estimate: tables, or JSON."""
+"""The output of plt estimate: tables, or JSON."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _steps() -> list[Step]:
             inputs=[DEMO_RUNS[0].folder.checkpoints / LATEST, DEMO_RUNS[0].folder.metrics_file],
             outputs=[EXPORT],
             run=lambda: start(
-                "export_hf", "--checkpoint", str(DEMO_RUNS[0].folder.path), "--output", str(EXPORT), "--verify"
+                "export", "--checkpoint", str(DEMO_RUNS[0].folder.path), "--output", str(EXPORT), "--verify"
             ),
         ),
     ]
@@ -175,12 +175,12 @@ def start(command: str, *arguments: str) -> None:
     """Run a command in a process of its own, since it sets torch up, with its output shown here.
 
     Args:
-        command: a module of `plt_megatron.commands`.
+        command: a command of `plt`.
 
     Raises `UserError` if it fails and `KeyboardInterrupt` after it has ended on one.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", f"plt_megatron.commands.{command}", *arguments],
+        [sys.executable, "-m", "plt_megatron", command, *arguments],
         env=os.environ | {"PYTHONPATH": python_path()},
     )
     try:
@@ -190,5 +190,5 @@ def start(command: str, *arguments: str) -> None:
         process.wait()
         raise
     if status != 0:
-        words = " ".join([command, *arguments])
+        words = " ".join(["plt", command, *arguments])
         raise UserError(f"{words} ended with status {status}: see above, then run the demo again")

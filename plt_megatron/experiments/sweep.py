@@ -106,7 +106,7 @@ def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, opti
 
 
 def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> int:
-    report = f"report: plt-report {plan.folder}"
+    report = f"report: plt report {plan.folder}"
     if not todo:
         print(f"every run is finished; {report}")
         return 0
@@ -168,7 +168,7 @@ def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
 
     gpu = options.gpu or ("cpu" if options.submit is None else _card_of(options.submit))
     if gpu is None:
-        return "on a cluster without GPUs, for which plt-submit alone estimates times"
+        return "on a cluster without GPUs, for which plt submit alone estimates times"
     estimates = [estimate_run(run.config, gpu=gpu, vocab_size=run.vocab) for run in todo]
     if options.submit is not None:
         hours = sum(estimate.gpu_hours for estimate in estimates)

@@ -1,6 +1,6 @@
 """Runs a sweep's runs on this machine, several at once if asked, and stops them cleanly.
 
-Each run is `plt-train` on its resolved configuration, in a process group of its own, its output in `train.log` in its
+Each run is `plt train` on its resolved configuration, in a process group of its own, its output in `train.log` in its
 folder. A run that fails is noted and the others go on.
 """
 
@@ -35,7 +35,7 @@ from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
 from plt_megatron.run_folder.text import format_duration
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
 
-TRAIN = (sys.executable, "-m", "plt_megatron.commands.train")
+TRAIN = (sys.executable, "-m", "plt_megatron", "train")
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 60.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

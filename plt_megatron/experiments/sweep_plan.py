@@ -264,7 +264,7 @@ def load_plan(folder: str | Path) -> SweepPlan:
         values = {name: content[name] for name in ("name", "title", *_IDENTITY, "tolerance")}
         values["questions"] = content.get("questions", {})
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}: {folder} is no sweep (plt-sweep)") from error
+        raise UserError(f"{path}: {error.strerror}: {folder} is no sweep (plt sweep)") from error
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a sweep's plan ({error!r}); was it edited?") from error
     return SweepPlan(folder=folder, runs=runs, **values)

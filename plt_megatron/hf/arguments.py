@@ -28,7 +28,7 @@ def check_model(path: Path) -> None:
 def check_export(folder: Path) -> None:
     """Raise `UserError` unless it may be a Hugging Face folder."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: no exported model there ({CONFIG} is missing); plt-export makes one")
+        raise UserError(f"{folder}: no exported model there ({CONFIG} is missing); plt export makes one")
 
 
 def check_file(option: str, path: Path | None) -> None:

@@ -121,7 +121,7 @@ def _load_data(known: Any, tasks: Sequence[str], download: bool) -> None:
                 if download
                 else (
                     "; nothing is downloaded: put them into the cache (HF_HOME) on a machine with a network, by "
-                    f"plt-evaluate --tasks {task} --download"
+                    f"plt evaluate --tasks {task} --download"
                 )
             )
             raise UserError(

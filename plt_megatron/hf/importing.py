@@ -30,7 +30,7 @@ _TRAINABLE = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What to import and how. See `plt-import --help`.
+    """What to import and how. See `plt import --help`.
 
     Attributes:
         loop_count: None: the model's own, 1 for a dense one.

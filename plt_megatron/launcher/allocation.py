@@ -70,7 +70,7 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
         job_id = int(env["SLURM_JOB_ID"])
         nodes = tuple(expand_nodes(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]))
     except KeyError as error:
-        raise UserError(f"{error.args[0]} is not set: this runs inside a Slurm job; plt-submit submits one") from None
+        raise UserError(f"{error.args[0]} is not set: this runs inside a Slurm job; plt submit submits one") from None
     name = env.get("SLURMD_NODENAME")
     index = nodes.index(name) if name in nodes else int(env.get("SLURM_NODEID", "0"))
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")

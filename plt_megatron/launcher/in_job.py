@@ -1,4 +1,4 @@
-"""Inside a Slurm job, started as a file by its batch script: job.sbatch in the run's folder, written by plt-submit.
+"""Inside a Slurm job, started as a file by its batch script: job.sbatch in the run's folder, written by plt submit.
 
     srun ... in_job.py node RUN        one launcher per node: checks it, starts the run's processes, watches over them
     in_job.py finalize RUN --status N  once they have left: finish, requeue, go on without a bad node, or give up

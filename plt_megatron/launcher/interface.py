@@ -34,7 +34,7 @@ def launch_node(run: Path) -> int:
         the user to fix, 76 a node failed the checks, 77 a node was lost, 78 another job trains the run.
 
     Raises:
-        UserError: this is not a Slurm job, or plt-submit did not make the run's folder.
+        UserError: this is not a Slurm job, or plt submit did not make the run's folder.
     """
     from plt_megatron.launcher.node import launch_node
 

@@ -56,7 +56,7 @@ def load_settings(run: Path) -> JobSettings:
     """
     path = RunFolder(run).job_file
     if not path.is_file():
-        raise UserError(f"there is no {path}; plt-submit writes it")
+        raise UserError(f"there is no {path}; plt submit writes it")
     settings = load(JobSettings, path)
     check(settings)
     return settings

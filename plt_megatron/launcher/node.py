@@ -42,7 +42,7 @@ def launch_node(run: Path) -> int:
     """Take part in the job's run as one of its nodes; returns the exit status, the same on every node.
 
     Raises:
-        UserError: this is not a Slurm job, or plt-submit did not make the run's folder.
+        UserError: this is not a Slurm job, or plt submit did not make the run's folder.
     """
     settings, allocation = load_settings(run), read_allocation()
     others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]

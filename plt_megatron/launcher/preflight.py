@@ -19,7 +19,7 @@ _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", 
                   "nvidia-nccl-cu13")  # fmt: skip
 _LEAST_SHARED_MEMORY = 64 << 20  # used by NCCL and the loader's workers
 _LEAST_TEMPORARY = 256 << 20
-LEAST_RUN_FOLDER = 1 << 30  # plt-submit asks for it, too
+LEAST_RUN_FOLDER = 1 << 30  # plt submit asks for it, too
 _LARGEST_SKEW = 5.0  # seconds
 _SLOW = 0.5  # of the median: worth a warning
 

@@ -72,7 +72,7 @@ def rehearse(
 
     Args:
         vocab_size: the tokenizer's.
-        gpu: the card, as `plt-estimate` knows it.
+        gpu: the card, as `plt estimate` knows it.
         processes: ranks at a time; None: as many as there are cores, at most 4.
         prepare: see `rehearse_rank`.
 

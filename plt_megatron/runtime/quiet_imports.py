@@ -1,4 +1,4 @@
-"""What imports have to say about a machine is silenced; plt-doctor reports what matters."""
+"""What imports have to say about a machine is silenced; plt doctor reports what matters."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     except UserError as error:
         return [str(error)]
     if not index.documents:
-        return [f"{prefix}.idx has no documents: tokenize the data again (plt-preprocess)"]
+        return [f"{prefix}.idx has no documents: tokenize the data again (plt preprocess)"]
     if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
         # Written with 16 bits only where every id of the tokenizer fits.
         return [
@@ -75,7 +75,7 @@ def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) 
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{path} cannot be read ({error}): tokenize the data again (plt-preprocess)"]
+        return [f"{path} cannot be read ({error}): tokenize the data again (plt preprocess)"]
     if tokenizer is not None and sha256 != tokenizer.fingerprint:
         return [
             f"{prefix} was tokenized with another tokenizer ({made.get('path')}, {ids} ids) than data.tokenizer "

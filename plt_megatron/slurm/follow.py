@@ -1,4 +1,4 @@
-"""`plt-submit --follow`: shows a run's steps, its launchers' messages and its jobs' states as they arrive."""
+"""`plt submit --follow`: shows a run's steps, its launchers' messages and its jobs' states as they arrive."""
 
 from __future__ import annotations
 

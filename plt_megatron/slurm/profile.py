@@ -33,7 +33,7 @@ class Container:
 
 @dataclass(frozen=True)
 class ClusterProfile:
-    """The settings of a cluster. Options of plt-submit override them."""
+    """The settings of a cluster. Options of plt submit override them."""
 
     name: str = ""
     partition: str | None = None

@@ -1,4 +1,4 @@
-"""What plt-submit prints about a run before it submits it."""
+"""What plt submit prints about a run before it submits it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""plt-status: the status of runs, from Slurm and from their folders."""
+"""plt status: the status of runs, from Slurm and from their folders."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def as_json(statuses: Sequence[JobStatus]) -> str:
 
 
 def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
-    """What plt-status prints, and notes on folders that cannot be read, and on Slurm if it could not be asked.
+    """What plt status prints, and notes on folders that cannot be read, and on Slurm if it could not be asked.
 
     Raises:
         UserError: a run does not exist.

@@ -1,4 +1,4 @@
-"""plt-submit: from a configuration to a queued job, with everything checked before."""
+"""plt submit: from a configuration to a queued job, with everything checked before."""
 
 from __future__ import annotations
 
@@ -350,7 +350,7 @@ class _Plan:
         stop = f"touch {shlex.quote(_shown(RunFolder(watched).stop_file))}   # saves and leaves"
         rows = [
             ("submitted", f"job{'s' if len(ids) > 1 else ''} {' '.join(ids)}"),
-            ("watch", f"{status if is_checkout(self.root) else 'plt-status'} {shlex.quote(_shown(watched))}"),
+            ("watch", f"{status if is_checkout(self.root) else 'plt status'} {shlex.quote(_shown(watched))}"),
             ("log", f"tail -F {shlex.quote(_shown(log))}"),
             ("stop", stop if not self.array else ""),
             ("cancel", f"scancel {' '.join(ids)}"),

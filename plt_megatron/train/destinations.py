@@ -26,9 +26,9 @@ def check_destinations(config: RunConfig) -> None:
 
 def _check(config: RunConfig) -> None:
     folder = RunFolder.of(config)
-    if not folder.config_file.is_file():  # training was started without plt-train; the uploads read it
+    if not folder.config_file.is_file():  # training was started without plt train; the uploads read it
         folder.save_config(config)
-    command = [sys.executable, "-m", "plt_megatron.commands.upload", str(folder.path), "--check"]
+    command = [sys.executable, "-m", "plt_megatron", "upload", str(folder.path), "--check"]
     minutes = _SHARE * config.parallel.distributed_timeout_minutes
     try:
         found = subprocess.run(
@@ -37,5 +37,5 @@ def _check(config: RunConfig) -> None:
     except subprocess.TimeoutExpired as error:
         raise UserError(f"the destination of uploads has not answered in {minutes:g} minutes") from error
     if found.returncode != 0:
-        words = found.stderr.strip().splitlines() or [f"plt-upload --check: exit status {found.returncode}"]
+        words = found.stderr.strip().splitlines() or [f"plt upload --check: exit status {found.returncode}"]
         raise UserError(words[-1].removeprefix("error: "))

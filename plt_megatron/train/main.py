@@ -1,6 +1,6 @@
 """The process that trains: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
 
-Launchers start it (plt-train on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+Launchers start it (plt train on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request with its state saved, 1 failed.
 """
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     go_on_without_readers()  # metrics.jsonl has what is printed
     first = os.environ.get("RANK", "0") == "0"  # the others would print the same
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which plt-train has blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which plt train has blocked
         config = load_config(arguments[0], arguments[1:])
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)

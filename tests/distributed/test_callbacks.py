@@ -228,7 +228,7 @@ def test_a_callback_may_choose_the_loops_of_a_step(data, tmp_path, run_distribut
 
 
 def test_a_run_exports_as_it_goes(data, tmp_path, run_distributed):
-    """What plt-export makes of its last checkpoint, which is uploaded too."""
+    """What plt export makes of its last checkpoint, which is uploaded too."""
     checkpoint = {"save_interval": 2, "export_interval": 4, "export_upload_to": f"file://{tmp_path}/there"}
     config = run_config("exporting", tmp_path, data, training={"train_iters": 4}, checkpoint=checkpoint)
     RunFolder.of(config).path.mkdir(parents=True)

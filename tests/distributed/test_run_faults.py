@@ -259,4 +259,4 @@ class LocalRunIn(LocalRun):
         super().__init__(config, [sys.executable, str(_LOCAL), f"output_dir={output}"])
 
 
-_LOCAL = Path(__file__).resolve().parents[2] / "launch/local.py"
+_LOCAL = Path(__file__).resolve().parents[2] / "launch/train.py"

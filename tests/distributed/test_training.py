@@ -317,7 +317,7 @@ def test_local_launch_trains_from_the_command_line(data, tmp_path, warm_python):
     as a user does, with an interpreter that has imported nothing."""
     config = run_config("launched", tmp_path, data, parallel=TP_SP, training={"train_iters": 3})
     save_config(config, tmp_path / "run.yaml")
-    command = [warm_python, str(ROOT / "launch/local.py"), str(tmp_path / "run.yaml")]
+    command = [warm_python, str(ROOT / "launch/train.py"), str(tmp_path / "run.yaml")]
     folder(config).mkdir(parents=True)
     (folder(config) / "STOP").touch()
     for status in (75, 0):

@@ -281,7 +281,7 @@ def test_what_has_no_average_is_not_exported_as_one(alone, tmp_path):
         export(ExportOptions(tmp_path / "hf", tmp_path / "out", ema=True), say=lambda line: None)
 
 
-# plt-average
+# plt average
 
 
 def raw_main_weights(config: RunConfig, step: int) -> dict[str, torch.Tensor]:

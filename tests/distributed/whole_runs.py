@@ -40,11 +40,11 @@ def last_step(config: RunConfig) -> int:
 
 
 class LocalRun:
-    """`plt-train` at work, or another command that starts a configuration's ranks.
+    """`plt train` at work, or another command that starts a configuration's ranks.
 
     Args:
         command: without the path of the configuration, which comes last.
-        python: runs plt-train if no command is given; tests/warm_python.py spares each process its imports, but has
+        python: runs plt train if no command is given; tests/warm_python.py spares each process its imports, but has
             children that are not the launcher's, so that `pid` and `signal` find none.
     """
 
@@ -58,7 +58,7 @@ class LocalRun:
         self.config = config
         path = Path(config.output_dir) / f"{config.name}.yaml"
         save_config(config, path)
-        command = command or [python, str(ROOT / "launch/local.py")]
+        command = command or [python, str(ROOT / "launch/train.py")]
         self.process = subprocess.Popen(
             [*command, str(path)],
             stdout=subprocess.PIPE,

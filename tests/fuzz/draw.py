@@ -235,7 +235,7 @@ def value_of(config: Any, key: str) -> Any:
 
 
 def overrides(settings: Mapping[str, Any]) -> list[str]:
-    """As arguments of `plt-train`."""
+    """As arguments of `plt train`."""
     return [f"{key}={_text(value)}" for key, value in settings.items()]
 
 

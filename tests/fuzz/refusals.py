@@ -73,7 +73,7 @@ class Refusals:
 
     def refusal(self, settings: draw.Settings) -> str | None:
         """What is wrong with how it is refused, or an empty string; None: it is not refused. What is said of one that
-        is not (`plt-train --dry-run`, `plt-estimate`, a run's config.yaml) must not fail either."""
+        is not (`plt train --dry-run`, `plt estimate`, a run's config.yaml) must not fail either."""
         try:
             config = draw.load(settings)
             validate(config, check_files=False)

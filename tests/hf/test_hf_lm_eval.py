@@ -1,4 +1,4 @@
-"""lm-evaluation-harness runs an exported folder, on tasks from local files: by plt-evaluate, and by `--model hf`."""
+"""lm-evaluation-harness runs an exported folder, on tasks from local files: by plt evaluate, and by `--model hf`."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(folder, *command):
 def test_plt_evaluate(folder):
     """Scores are printed, kept and on the card, in the place of older ones. The folder's own Python is not run."""
     (folder / "model/modeling_plt.py").write_text("open('ran', 'w')\n")
-    command = ["plt_megatron.commands.evaluate", "--model", "model", "--include-path", ".", "--limit", "4", "--tasks"]
+    command = ["plt_megatron", "evaluate", "--model", "model", "--include-path", ".", "--limit", "4", "--tasks"]
     done = run(folder, *command, "choice,write")
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (folder / "ran").exists()
@@ -104,7 +104,7 @@ def test_tasks_that_are_not_there_are_one_line(folder):
     (folder / "far.yaml").write_text((folder / "choice.yaml").read_text().replace("task: choice", "task: far"))
     text = re.sub("dataset_path.*\n.*\n.*\n", "dataset_path: nobody/has-it\n", (folder / "far.yaml").read_text())
     (folder / "far.yaml").write_text(text)
-    command = ["plt_megatron.commands.evaluate", "--model", "model", "--tasks", "far", "--include-path"]
+    command = ["plt_megatron", "evaluate", "--model", "model", "--tasks", "far", "--include-path"]
     done = run(folder, *command, ".")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "nobody/has-it" in line and "HF_HOME" in line and "--tasks far --download" in line

@@ -43,7 +43,7 @@ def steps(folder: RunFolder) -> list[int]:
 def test_a_finished_run_says_so_at_once_and_without_torch(world):
     before, started = world.content(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "plt_megatron.commands.train", "run.yaml"],
+        [sys.executable, "-m", "plt_megatron", "train", "run.yaml"],
         cwd=world.folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1"},
         capture_output=True,

@@ -10,7 +10,7 @@ LONG = "x" * 300
 LINES = 3  # at most
 # Command, arguments, and what the message must name.
 REFUSED = [
-    # plt-train: the file
+    # plt train: the file
     ("train", "", "CONFIG.yaml"),
     ("train", "nowhere.yaml", "nowhere.yaml"),
     ("train", "data", "data"),
@@ -84,7 +84,7 @@ REFUSED = [
     ("train", "--branch-from runs/mine@2", "WSD"),
     ("train", "--branch-from nowhere@1", "nowhere"),
     ("train", "run.yaml --decay-steps 3", "--branch-from"),
-    # plt-preprocess
+    # plt preprocess
     ("preprocess", "", "--input"),
     ("preprocess", "--input text.jsonl --output-prefix o", "--tokenizer"),
     ("preprocess", "--input nowhere --tokenizer tokenizer --output-prefix o", "nowhere"),
@@ -109,19 +109,19 @@ REFUSED = [
     ("preprocess", "--build-index nowhere.yaml", "nowhere.yaml"),
     ("preprocess", "--build-index run.yaml model.x=1", "model.x"),
     ("preprocess", "--build-index run.yaml 'data.sources=[{path: data/cut}]'", "data/cut.bin"),
-    # plt-train-tokenizer
-    ("train_tokenizer", "--input nowhere --output o --vocab-size 380", "nowhere"),
-    ("train_tokenizer", "--input text.jsonl --output tokenizer --vocab-size 380", "tokenizer.model"),
-    ("train_tokenizer", "--input text.jsonl --output notes.txt --vocab-size 380", "notes.txt"),
-    ("train_tokenizer", "--input text.jsonl --output /proc/o --vocab-size 380", "/proc"),
-    ("train_tokenizer", "--input empty.jsonl --output o --vocab-size 380", "text"),
-    ("train_tokenizer", "--input latin.jsonl --output o --vocab-size 380", "text"),
+    # plt train-tokenizer
+    ("train-tokenizer", "--input nowhere --output o --vocab-size 380", "nowhere"),
+    ("train-tokenizer", "--input text.jsonl --output tokenizer --vocab-size 380", "tokenizer.model"),
+    ("train-tokenizer", "--input text.jsonl --output notes.txt --vocab-size 380", "notes.txt"),
+    ("train-tokenizer", "--input text.jsonl --output /proc/o --vocab-size 380", "/proc"),
+    ("train-tokenizer", "--input empty.jsonl --output o --vocab-size 380", "text"),
+    ("train-tokenizer", "--input latin.jsonl --output o --vocab-size 380", "text"),
     *(
-        ("train_tokenizer", f"--input text.jsonl --output o --vocab-size {size}", "--vocab-size")
+        ("train-tokenizer", f"--input text.jsonl --output o --vocab-size {size}", "--vocab-size")
         for size in ("-5", "0", "5", "90000", "1000000000000", "many")
     ),
     *(
-        ("train_tokenizer", f"--input text.jsonl --output o --vocab-size 380 {option}", name)
+        ("train-tokenizer", f"--input text.jsonl --output o --vocab-size 380 {option}", name)
         for option, name in (
             *(("--threads 0", "--threads"), ("--character-coverage 5", "--character-coverage")),
             *(("--character-coverage nan", "--character-coverage"), ("--max-sample-mb 0", "--max-sample-mb")),
@@ -129,17 +129,17 @@ REFUSED = [
             *(("--special-token a --user-defined-symbol a", "twice"), ("--model-type wordy", "--model-type")),
         )
     ),
-    # plt-inspect-data
-    ("inspect_data", "nowhere.yaml", "nowhere.yaml"),
-    ("inspect_data", "run.yaml --batch 0", "--batch"),
-    ("inspect_data", "run.yaml --batch 999999999", "batch"),
-    ("inspect_data", "run.yaml --samples 0", "--samples"),
-    ("inspect_data", "run.yaml --width -1", "--width"),
-    ("inspect_data", "run.yaml --duplicates --span-tokens 1", "--span-tokens"),
-    ("inspect_data", "run.yaml --html data", "data"),
-    ("inspect_data", "run.yaml --part test", "--part"),
-    ("inspect_data", "run.yaml 'data.sources=[{path: data/cut}]'", "data/cut.bin"),
-    # plt-estimate, plt-rehearse, plt-check-coordinates
+    # plt inspect-data
+    ("inspect-data", "nowhere.yaml", "nowhere.yaml"),
+    ("inspect-data", "run.yaml --batch 0", "--batch"),
+    ("inspect-data", "run.yaml --batch 999999999", "batch"),
+    ("inspect-data", "run.yaml --samples 0", "--samples"),
+    ("inspect-data", "run.yaml --width -1", "--width"),
+    ("inspect-data", "run.yaml --duplicates --span-tokens 1", "--span-tokens"),
+    ("inspect-data", "run.yaml --html data", "data"),
+    ("inspect-data", "run.yaml --part test", "--part"),
+    ("inspect-data", "run.yaml 'data.sources=[{path: data/cut}]'", "data/cut.bin"),
+    # plt estimate, plt rehearse, plt check-coordinates
     ("estimate", "nowhere.yaml", "nowhere.yaml"),
     ("estimate", "run.yaml --gpu abacus", "abacus"),
     ("estimate", "run.yaml --layout TP0", "tensor_model_parallel_size"),
@@ -153,38 +153,38 @@ REFUSED = [
     ("rehearse", "nowhere.yaml", "nowhere.yaml"),
     ("rehearse", "run.yaml --nodes 0", "--nodes"),
     ("rehearse", "run.yaml --gpu abacus", "abacus"),
-    ("check_coordinates", "nowhere.yaml", "nowhere.yaml"),
-    ("check_coordinates", "run.yaml --steps 0", "--steps"),
-    ("check_coordinates", "run.yaml --axes height", "--axes"),
-    # plt-export
-    ("export_hf", "--checkpoint nowhere --output o", "nowhere"),
-    ("export_hf", "--checkpoint notes.txt --output o", "notes.txt"),
-    ("export_hf", "--checkpoint no_data --output o", "no_data"),
-    ("export_hf", "--checkpoint runs/unstarted --output o", "runs/unstarted"),
-    ("export_hf", "--checkpoint weightless --output o", "weightless"),
-    ("export_hf", "--checkpoint broken_hf --output o", "broken_hf"),
-    ("export_hf", "--checkpoint runs/mine --output data", "data"),
-    ("export_hf", "--checkpoint runs/mine --output notes.txt/o", "notes.txt"),
-    ("export_hf", "--checkpoint runs/mine --output /proc/o", "/proc"),
-    ("export_hf", "--checkpoint runs/mine --output o --dtype fp8", "--dtype"),
-    ("export_hf", "--checkpoint runs/mine --output o --max-shard-size huge", "huge"),
-    ("export_hf", "--checkpoint runs/mine --output o --max-shard-size 0", "0"),
-    ("export_hf", "--checkpoint runs/mine --output o --tokenizer nowhere", "nowhere"),
-    ("export_hf", "--checkpoint runs/mine --output o --tokenizer notes.txt", "notes.txt"),
-    ("export_hf", "--checkpoint runs/mine --output o --ema", "ema_decay"),
-    ("export_hf", "--checkpoint exported --output o --ema", "--ema"),
-    # plt-import
-    ("import_hf", "--model nowhere --output o", "nowhere"),
-    ("import_hf", "--model no_data --output o", "config.json"),
-    ("import_hf", "--model broken_hf --output o", "config.json"),
-    ("import_hf", "--model other_hf --output o", "resnet"),
-    ("import_hf", "--model weightless --output o", "weightless"),
-    ("import_hf", "--model exported --output data", "data"),
-    ("import_hf", "--model exported --output o --loop-count 0", "loop"),
-    ("import_hf", "--model exported --output o --loop-count 9999", "loop"),
-    ("import_hf", "--model exported --output o --loop-span 0 1", "--loop-span"),
-    ("import_hf", "--model exported --output o --preset recommended", "--preset"),
-    # plt-average
+    ("check-coordinates", "nowhere.yaml", "nowhere.yaml"),
+    ("check-coordinates", "run.yaml --steps 0", "--steps"),
+    ("check-coordinates", "run.yaml --axes height", "--axes"),
+    # plt export
+    ("export", "--checkpoint nowhere --output o", "nowhere"),
+    ("export", "--checkpoint notes.txt --output o", "notes.txt"),
+    ("export", "--checkpoint no_data --output o", "no_data"),
+    ("export", "--checkpoint runs/unstarted --output o", "runs/unstarted"),
+    ("export", "--checkpoint weightless --output o", "weightless"),
+    ("export", "--checkpoint broken_hf --output o", "broken_hf"),
+    ("export", "--checkpoint runs/mine --output data", "data"),
+    ("export", "--checkpoint runs/mine --output notes.txt/o", "notes.txt"),
+    ("export", "--checkpoint runs/mine --output /proc/o", "/proc"),
+    ("export", "--checkpoint runs/mine --output o --dtype fp8", "--dtype"),
+    ("export", "--checkpoint runs/mine --output o --max-shard-size huge", "huge"),
+    ("export", "--checkpoint runs/mine --output o --max-shard-size 0", "0"),
+    ("export", "--checkpoint runs/mine --output o --tokenizer nowhere", "nowhere"),
+    ("export", "--checkpoint runs/mine --output o --tokenizer notes.txt", "notes.txt"),
+    ("export", "--checkpoint runs/mine --output o --ema", "ema_decay"),
+    ("export", "--checkpoint exported --output o --ema", "--ema"),
+    # plt import
+    ("import", "--model nowhere --output o", "nowhere"),
+    ("import", "--model no_data --output o", "config.json"),
+    ("import", "--model broken_hf --output o", "config.json"),
+    ("import", "--model other_hf --output o", "resnet"),
+    ("import", "--model weightless --output o", "weightless"),
+    ("import", "--model exported --output data", "data"),
+    ("import", "--model exported --output o --loop-count 0", "loop"),
+    ("import", "--model exported --output o --loop-count 9999", "loop"),
+    ("import", "--model exported --output o --loop-span 0 1", "--loop-span"),
+    ("import", "--model exported --output o --preset recommended", "--preset"),
+    # plt average
     ("average", "runs/mine --output o", "runs/mine"),
     ("average", "runs/mine@2 --output o", "one checkpoint"),
     ("average", "runs/mine@2 runs/mine@2 --output o", "twice"),
@@ -196,10 +196,10 @@ REFUSED = [
     ("average", "runs/mine@2 --ema --weights 1 2 --output o", "--weights"),
     ("average", "runs/mine@2 --ema --weights nan --output o", "--weights"),
     ("average", "runs/mine@2 --ema --output data", "data"),
-    # plt-generate, plt-evaluate, plt-diagnose
+    # plt generate, plt evaluate, plt diagnose
     ("generate", "--model exported", "--prompt"),
     ("generate", "--model nowhere --prompt a", "nowhere"),
-    ("generate", "--model runs/mine --prompt a", "plt-export"),
+    ("generate", "--model runs/mine --prompt a", "plt export"),
     ("generate", "--model weightless --prompt a", "weightless"),
     ("generate", "--model exported --prompt ''", "prompt"),
     ("generate", "--model exported --prompt a --max-new-tokens 0", "--max-new-tokens"),
@@ -223,7 +223,7 @@ REFUSED = [
     ("diagnose", "exported --data text.jsonl --tokenizer nowhere", "nowhere"),
     ("diagnose", "exported --data text.jsonl --output notes.txt", "notes.txt"),
     ("diagnose", "exported --data text.jsonl --device tpu", "--device"),
-    # plt-plot, plt-status, plt-report
+    # plt plot, plt status, plt report
     ("plot", "nowhere", "nowhere"),
     ("plot", "runs/unstarted", "runs/unstarted"),
     ("plot", "runs/garbled", "metrics.jsonl"),
@@ -238,7 +238,7 @@ REFUSED = [
     ("report", "archived/smoke", "archived/smoke/records.tar.xz"),
     ("report", "archived/smoke --measure-decode", "archived/smoke/records.tar.xz tar"),
     ("status", "archived/smoke", "archived/smoke/records.tar.xz tar"),
-    # plt-sweep, plt-study, plt-submit
+    # plt sweep, plt study, plt submit
     ("sweep", "nowhere.yaml", "nowhere.yaml"),
     ("sweep", "run.yaml", "run.yaml"),
     ("sweep", "configs/sweeps/smoke.yaml seeds=[]", "seeds"),
@@ -265,7 +265,7 @@ REFUSED = [
     ("submit", "run.yaml --time 1:00:00 --cluster nowhere", "nowhere"),
     ("submit", "run.yaml --time 1:00:00 --max-concurrent 3", "--array"),
     ("submit", "--array nowhere --time 1:00:00 --dry-run", "nowhere"),
-    # plt-upload
+    # plt upload
     ("upload", "nowhere", "nowhere"),
     ("upload", "exported", "--to"),
     ("upload", "exported --to nowhere://x", "nowhere"),

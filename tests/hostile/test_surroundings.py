@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 import shutil
 import signal
@@ -11,17 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 import plt_megatron
+from plt_megatron.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-COMMANDS = sorted(re.fullmatch(r"plt_megatron\.commands\.(\w+):main", place)[1] for place in SCRIPTS.values())
 ESTIMATE = ("estimate", "run.yaml")
 
 
@@ -52,7 +49,7 @@ def test_an_encoding_that_lacks_a_letter_is_no_trouble(world):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_is_no_trouble(world, closed):
     """The real interpreter: only it sees that a stream is closed."""
-    command = f"exec {sys.executable} -m plt_megatron.commands.estimate run.yaml {closed}"
+    command = f"exec {sys.executable} -m plt_megatron estimate run.yaml {closed}"
     done = subprocess.run(["sh", "-c", command], cwd=world.folder, capture_output=True, text=True, env=environment())
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert ("parameters" in done.stdout) == (">&-" not in closed.replace("2>&-", ""))
@@ -61,7 +58,7 @@ def test_a_stream_that_is_closed_is_no_trouble(world, closed):
 @pytest.mark.parametrize("where", ["/dev/full", "a reader that leaves"])
 def test_training_goes_on_without_its_output(world, where):
     name = "full" if where == "/dev/full" else "left"
-    command = [world.python, "-m", "plt_megatron.commands.train", "run.yaml", f"name={name}", "training.train_iters=3"]
+    command = [world.python, "-m", "plt_megatron", "train", "run.yaml", f"name={name}", "training.train_iters=3"]
     options = {"cwd": world.folder, "env": os.environ, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     try:
         if where == "/dev/full":
@@ -84,7 +81,7 @@ def test_training_goes_on_without_its_output(world, where):
 def test_a_folder_that_is_gone_is_a_line(world, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
-    command = f"rmdir {gone}; exec {world.python} -m plt_megatron.commands.train run.yaml --print-config"
+    command = f"rmdir {gone}; exec {world.python} -m plt_megatron train run.yaml --print-config"
     shell = ["sh", "-c", command.replace(world.python, sys.executable)]
     done = subprocess.run(shell, cwd=gone, capture_output=True, text=True, env=environment())
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "folder" in done.stderr
@@ -92,7 +89,7 @@ def test_a_folder_that_is_gone_is_a_line(world, tmp_path):
 
 def test_few_open_files_are_a_line(world):
     limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (20, 20))
-    command = [sys.executable, "-m", "plt_megatron.commands.train", "run.yaml", "name=new"]
+    command = [sys.executable, "-m", "plt_megatron", "train", "run.yaml", "name=new"]
     run = partial(subprocess.run, command, cwd=world.folder, capture_output=True, text=True, env=environment())
     before = world.content()
     done = run(preexec_fn=limit)
@@ -145,7 +142,7 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 import runpy
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+runpy.run_module("plt_megatron", run_name="__main__", alter_sys=True)
 """
 
 
@@ -161,8 +158,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
         ("report runs/mine", "plt_megatron.experiments.report.writing"),
         ("generate --model exported --prompt a", "torch"),
         ("diagnose exported --data text.jsonl", "torch"),
-        ("inspect_data run.yaml", "torch"),
-        ("export_hf --checkpoint runs/mine --output o", "torch"),
+        ("inspect-data run.yaml", "torch"),
+        ("export --checkpoint runs/mine --output o", "torch"),
         ("study configs/studies/smoke.yaml --dry-run", "plt_megatron.experiments.study.rounds"),
         ("sweep configs/sweeps/smoke.yaml --dry-run", "plt_megatron.experiments.sweep"),
         ("rehearse run.yaml", "plt_megatron.rehearsal.rehearse"),
@@ -171,9 +168,8 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 )
 def test_ctrl_c_at_an_import_is_a_line(world, command, at):
     before = world.content()
-    name, *arguments = command.split()
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, at, f"plt_megatron.commands.{name}", *arguments],
+        [sys.executable, "-c", INTERRUPTED, at, *command.split()],
         cwd=world.folder,
         capture_output=True,
         text=True,
@@ -189,7 +185,7 @@ def test_ctrl_c_at_an_import_is_a_line(world, command, at):
 def test_ctrl_c_before_the_first_step_is_a_line_and_leaves_no_run(world, processes):
     """The run's folder is there as soon as the trainer is started."""
     before = world.content()
-    command = [sys.executable, "-m", "plt_megatron.commands.train", "run.yaml", "name=stopped"]
+    command = [sys.executable, "-m", "plt_megatron", "train", "run.yaml", "name=stopped"]
     process = subprocess.Popen(
         [*command, f"parallel.tensor_model_parallel_size={processes}"],
         cwd=world.folder,

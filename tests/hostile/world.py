@@ -33,9 +33,9 @@ class World:
     def run(
         self, command: str, *arguments: str, env: Mapping[str, str] | None = None, **options
     ) -> subprocess.CompletedProcess[str]:
-        """A command, by its module's name."""
+        """`plt COMMAND ARGUMENTS`."""
         return subprocess.run(
-            [self.python, "-m", f"plt_megatron.commands.{command}", *arguments],
+            [self.python, "-m", "plt_megatron", command, *arguments],
             cwd=self.folder,
             env=os.environ | (env or {}),
             text=True,
@@ -50,10 +50,10 @@ class World:
         self._write("text.jsonl", "\n".join(lines))
         self._write("run.yaml", RUN)
         made = [
-            ("train_tokenizer", "--input", "text.jsonl", "--output", "tokenizer", "--vocab-size", "380"),
+            ("train-tokenizer", "--input", "text.jsonl", "--output", "tokenizer", "--vocab-size", "380"),
             ("preprocess", "--input", "text.jsonl", "--tokenizer", "tokenizer", "--output-prefix", "data/text"),
             ("train", "run.yaml"),
-            ("export_hf", "--checkpoint", "runs/mine", "--output", "exported"),
+            ("export", "--checkpoint", "runs/mine", "--output", "exported"),
         ]
         for command, *arguments in made:
             done = self.run(command, *arguments)

@@ -1,4 +1,4 @@
-"""Runs of the fault tests: made as plt-submit makes them, watched while they run, compared bit for bit."""
+"""Runs of the fault tests: made as plt submit makes them, watched while they run, compared bit for bit."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def make_config(name: str, folder: Path, data: DataConfig, **changes: Any) -> Ru
 
 
 def train_locally(config: RunConfig, python: str = sys.executable) -> list[dict[str, Any]]:
-    """The same layout by plt-train; its metrics."""
+    """The same layout by plt train; its metrics."""
     path = Path(config.output_dir) / f"{config.name}.yaml"
     save_config(config, path)
-    command = [python, str(ROOT / "launch" / "local.py"), str(path)]
+    command = [python, str(ROOT / "launch" / "train.py"), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return numbers(Path(config.output_dir) / config.name)
@@ -67,12 +67,12 @@ def numbers(run: Path) -> list[dict[str, Any]]:
 
 
 def submit(cluster: SlurmCluster, *arguments: str) -> str:
-    """plt-submit; what it prints."""
+    """plt submit; what it prints."""
     return cluster.run(sys.executable, str(ROOT / "launch" / "submit.py"), *arguments)
 
 
 class SlurmRun:
-    """A run on the cluster. `prepare` or plt-submit fills its folder."""
+    """A run on the cluster. `prepare` or plt submit fills its folder."""
 
     def __init__(self, cluster: SlurmCluster, config: RunConfig) -> None:
         self.cluster, self.config = cluster, config

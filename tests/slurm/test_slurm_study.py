@@ -18,7 +18,7 @@ def test_two_rounds_are_arrays(slurm, tmp_path):
     """The same command whenever an array has ended; the second round is paid for when the first has been seen."""
     (tmp_path / "one.yaml").write_text("gpus_per_node: 0\nprocesses_per_node: 1\ncpus_per_process: 1\n")
     folder = tmp_path / "studies/smoke"
-    command = [sys.executable, str(ROOT / "tools/study_loops.py"), str(ROOT / "configs/studies/smoke.yaml")]
+    command = [sys.executable, str(ROOT / "tools/study.py"), str(ROOT / "configs/studies/smoke.yaml")]
     command += ["rounds=2", "output_dir=studies", "horizons=[4096,8192,16384]"]
     command += ["--slurm", "--cluster", "one.yaml", "--gpu", "cpu", "--submit", "--time 30"]
     arrays: list[list[str]] = []

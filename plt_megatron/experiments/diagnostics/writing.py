@@ -35,7 +35,7 @@ _SWITCHES = (
 
 @dataclass(frozen=True)
 class DiagnoseOptions:
-    """What to diagnose, on what, and where the result goes. See `plt-diagnose --help`.
+    """What to diagnose, on what, and where the result goes. See `plt diagnose --help`.
 
     `None`: `output`: beside the model; `sequence_length`: the model's, at most 2048; `reset`: as the run was trained.
     """

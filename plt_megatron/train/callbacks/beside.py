@@ -17,10 +17,10 @@ _OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TOR
 
 
 class BesideProcess:
-    """A module of ours, run with arguments.
+    """A command of `plt`.
 
     Args:
-        command: the module and its arguments.
+        command: its name and its arguments.
         log: gets what it says on stderr.
     """
 
@@ -30,7 +30,7 @@ class BesideProcess:
         self._moved = time.monotonic()
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                ["nice", "-n", "10", sys.executable, "-m", *command],
+                ["nice", "-n", "10", sys.executable, "-m", "plt_megatron", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

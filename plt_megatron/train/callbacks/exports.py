@@ -144,11 +144,11 @@ class Exports(Callback):
 
 
 def _export_command(checkpoint: Path, export: Path) -> list[str]:
-    return ["plt_megatron.commands.export_hf", "--checkpoint", str(checkpoint), "--output", str(export)]
+    return ["export", "--checkpoint", str(checkpoint), "--output", str(export)]
 
 
 def _evaluation_command(export: Path, settings: EvaluationConfig) -> list[str]:
-    command = ["plt_megatron.commands.evaluate", "--model", str(export), "--tasks", ",".join(settings.tasks)]
+    command = ["evaluate", "--model", str(export), "--tasks", ",".join(settings.tasks)]
     if settings.include_path is not None:
         command += ["--include-path", settings.include_path]
     return command + ([] if settings.limit is None else ["--limit", str(settings.limit)])

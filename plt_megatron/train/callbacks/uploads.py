@@ -17,7 +17,7 @@ _LOOK_S = 5.0  # between two looks at whether an upload still moves
 
 
 class Uploads(Callback):
-    """Queues what is to be uploaded, and keeps a process beside the first rank that uploads it (plt-upload).
+    """Queues what is to be uploaded, and keeps a process beside the first rank that uploads it (plt upload).
 
     What waits lies in `<run folder>/uploading` as hard links: the run may remove its own, and an upload that a kill or
     a time limit cut short is finished by the job that goes on. What fails is reported, does not end the run, and is
@@ -83,11 +83,11 @@ class Uploads(Callback):
         """Say what has failed, unless the run stops while an upload is under way."""
         if self._trying_again and self._process is None and self._queue.waiting():
             self.run.say(
-                f"warning: {self._what_waits()} could not be uploaded; go on with plt-upload {self.run.folder.path}"
+                f"warning: {self._what_waits()} could not be uploaded; go on with plt upload {self.run.folder.path}"
             )
 
     def close(self) -> None:
-        """End an upload that is not done; the next job, or plt-upload, goes on with it."""
+        """End an upload that is not done; the next job, or plt upload, goes on with it."""
         self._cancel()
 
     # The first rank's.
@@ -108,7 +108,7 @@ class Uploads(Callback):
 
     def _start(self) -> None:
         if self._process is None and self._untried():
-            command = ["plt_megatron.commands.upload", str(self.run.folder.path), "--waiting"]
+            command = ["upload", str(self.run.folder.path), "--waiting"]
             self._process = BesideProcess(command, self._queue.path / "log")
 
     def _advance(self) -> None:

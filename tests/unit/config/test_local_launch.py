@@ -1,4 +1,4 @@
-"""plt-train from the outside: answers fast and without torch, statuses, the saved configuration."""
+"""plt train from the outside: answers fast and without torch, statuses, the saved configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plt_megatron.estimate.run_estimate import estimate_run
 from tests.unit.config.run_files import write_run_files
 
 ROOT = Path(__file__).resolve().parents[3]
-LAUNCH = ROOT / "launch" / "local.py"
+LAUNCH = ROOT / "launch" / "train.py"
 
 # Stands in for the trainer: `python -m plt_megatron.train.main` finds this one first.
 FAKE_TRAINER = """

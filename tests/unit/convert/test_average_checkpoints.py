@@ -1,4 +1,4 @@
-"""plt-average: the mean of weights, to export and to start from; what cannot be averaged is one line."""
+"""plt average: the mean of weights, to export and to start from; what cannot be averaged is one line."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from convert_helpers import (
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from plt_megatron.commands import import_hf
+from plt_megatron.commands import import_ as command
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import DataConfig, RunConfig, TrainingConfig
@@ -523,13 +523,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     save_dense(tmp_path / "hf", "llama")
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     arguments = ["--model", str(tmp_path / "hf"), "--output", str(tmp_path / "run"), "--loop-count", "2"]
-    assert import_hf.main(arguments) == 0
+    assert command.main(arguments) == 0
     out = capsys.readouterr().out
     assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new gates" in out
     assert "its first logits are not the model's own; with --preset recommended they are" in out
     assert open_source(tmp_path / "run").model.loop_count == 2
-    assert import_hf.main(arguments) == 2
+    assert command.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'run'} exists")
     arguments[3] = str(tmp_path / "other")
-    assert import_hf.main([*arguments, "--preset", "recommended"]) == 0
+    assert command.main([*arguments, "--preset", "recommended"]) == 0
     assert "its first logits are the model's own: until they are trained" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from convert_helpers import (
 )
 from safetensors.torch import load_file
 
-from plt_megatron.commands import export_hf
+from plt_megatron.commands import export as command
 from plt_megatron.config import derived
 from plt_megatron.errors import UserError
 from plt_megatron.hf import exporting
@@ -316,7 +316,7 @@ def test_the_command(tmp_path, run, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     out = str(tmp_path / "out")
     arguments = ["--checkpoint", str(folder), "--output", out]
-    assert export_hf.main(arguments) == 0
+    assert command.main(arguments) == 0
     assert f"{out}: 24 tensors" in capsys.readouterr().out
-    assert export_hf.main(arguments) == 2
+    assert command.main(arguments) == 2
     assert capsys.readouterr().err == f"error: {out} exists: remove it, or choose another --output\n"

@@ -234,7 +234,7 @@ def test_new_data_at_an_old_path(copy: str, tokenizer: Tokenizer, bpe_model: Pat
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("remove .bin", r"a\.bin not found: tokenize the data with plt-preprocess"),
+        ("remove .bin", r"a\.bin not found: tokenize the data with plt preprocess"),
         ("remove .idx", r"a\.idx not found"),
         ("cut .bin", r"a\.bin has \d+ bytes where its index expects \d+"),
         ("cut .idx", r"a\.idx is truncated at \d+ bytes"),

@@ -1,4 +1,4 @@
-"""What `plt-inspect-data` shows is what the run reads; bad inputs are one line."""
+"""What `plt inspect-data` shows is what the run reads; bad inputs are one line."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_building_the_index_ahead(tmp_path: Path, run_tool: Tool, capsys: pytest
     file = tmp_path / "run.yaml"
     file.write_text(f"data: {{sources: [{{path: {path}, max_epochs: 1}}], index_cache: {tmp_path}/cache}}\n"
                     "model: {vocab_size: 500}\ntraining: {train_iters: 4}\nvalidation: {iters: 0}\n")  # fmt: skip
-    result = run_tool("preprocess_data.py", "--build-index", file, "training.train_iters=3")
+    result = run_tool("preprocess.py", "--build-index", file, "training.train_iters=3")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "the sample index of 24 train and 0 validation samples is ready"
     (folder,) = (tmp_path / "cache").iterdir()

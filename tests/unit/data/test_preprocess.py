@@ -35,7 +35,7 @@ def test_upstream_reads_what_the_command_writes(
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     arguments = ("--input", corpus, "--output-prefix", tmp_path / "out" / "x", "--tokenizer", bpe_model, "--workers", 2)
-    result = run_tool("preprocess_data.py", *arguments)
+    result = run_tool("preprocess.py", *arguments)
     assert result.returncode == 0, result.stderr
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["x.bin", "x.idx", "x.manifest.json"]
@@ -48,7 +48,7 @@ def test_upstream_reads_what_the_command_writes(
     assert manifest["sources"][0]["sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
     assert manifest["tokenizer"]["sha256"] == hashlib.sha256(bpe_model.read_bytes()).hexdigest()
     assert manifest["bin_sha256"] == digest(tmp_path / "out" / "x")[0]
-    again = run_tool("preprocess_data.py", *arguments)
+    again = run_tool("preprocess.py", *arguments)
     assert again.returncode == 0 and "already done" in again.stderr
 
 
@@ -118,11 +118,11 @@ def test_a_bad_line(
     path.write_bytes(b"".join(good[:30]) + line + b"\n" + b"".join(good[30:]))
     arguments = ["--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model, "--workers", 1]
     arguments += ["--shard-mb", 8 if len(line) > 1000 else 0.004]  # the line, or the file, spans several shards
-    fatal = run_tool("preprocess_data.py", *arguments, "--on-bad-line", "fail")
+    fatal = run_tool("preprocess.py", *arguments, "--on-bad-line", "fail")
     assert fatal.returncode == 2
     assert fatal.stderr.splitlines()[-1] == f"error: {path}:31: {reason}: fix it, or pass --on-bad-line skip"
     assert "Traceback" not in fatal.stderr and not (tmp_path / "x.bin").exists()
-    skipped = run_tool("preprocess_data.py", *arguments)
+    skipped = run_tool("preprocess.py", *arguments)
     assert skipped.returncode == 0, skipped.stderr
     assert f"bad line {path}:31: {reason}\n" in skipped.stderr
     assert "skipped 1 bad lines: 1 " in skipped.stderr
@@ -177,9 +177,7 @@ def test_line_numbers_across_shards(texts: list[str], bpe_model: Path, tmp_path:
 
 def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["", " "])
-    result = run_tool(
-        "preprocess_data.py", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model
-    )
+    result = run_tool("preprocess.py", "--input", path, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "error: no usable document in 1 input files (2 bad lines: 2 empty)"
     assert not (tmp_path / "x.bin").exists()
@@ -191,7 +189,7 @@ def test_nothing_usable(bpe_model: Path, tmp_path: Path, run_tool: Tool) -> None
         (["--input", "none.jsonl"], "error: input 'none.jsonl' matches no file"),
         (
             ["--tokenizer", "none.model"],
-            "error: none.model: no such tokenizer; train one with plt-train-tokenizer",
+            "error: none.model: no such tokenizer; train one with plt train-tokenizer",
         ),
         (["--eod-token", "<end>"], "the tokenizer has no token '<end>' to end documents with"),
         (["--output-prefix", "/dev/null/x"], "error: /dev/null/x.partial: Not a directory"),
@@ -210,7 +208,7 @@ def test_unusable_arguments(
     arguments: list[str], message: str, corpus: Path, bpe_model: Path, tmp_path: Path, run_tool: Tool
 ) -> None:
     defaults = ["--input", corpus, "--output-prefix", tmp_path / "x", "--tokenizer", bpe_model]
-    result = run_tool("preprocess_data.py", *defaults, *arguments, cwd=tmp_path)
+    result = run_tool("preprocess.py", *defaults, *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
@@ -306,7 +304,7 @@ def test_reading_an_index(corpus: Path, bpe_model: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="not an index of megatron-core's indexed format"):
         read_index(tmp_path / "x")
     Path(f"{tmp_path / 'x'}.idx").unlink()
-    with pytest.raises(UserError, match=r"x\.idx not found: tokenize the data with plt-preprocess"):
+    with pytest.raises(UserError, match=r"x\.idx not found: tokenize the data with plt preprocess"):
         read_index(tmp_path / "x")
 
 

@@ -22,7 +22,7 @@ from plt_megatron.errors import UserError
 
 def start(*arguments: object) -> subprocess.Popen[str]:
     """The command as from a terminal: what a shell puts into the background ignores Ctrl-C, and its children do too."""
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), *map(str, arguments)]
     return subprocess.Popen(
         command,
         stderr=subprocess.PIPE,

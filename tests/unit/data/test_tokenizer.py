@@ -214,7 +214,7 @@ def test_hugging_face_file_of_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.model", None, "no such tokenizer; train one with plt-train-tokenizer"),
+        ("missing.model", None, "no such tokenizer; train one with plt train-tokenizer"),
         ("bad.model", b"\xff\xfe nonsense", "not a sentencepiece model"),
         ("empty.model", b"", "not a sentencepiece model"),
         ("bad.json", b"{}", "not a tokenizer.json"),

@@ -1,4 +1,4 @@
-"""plt-estimate as a user meets it."""
+"""plt estimate as a user meets it."""
 
 from __future__ import annotations
 

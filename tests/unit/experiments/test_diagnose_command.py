@@ -1,4 +1,4 @@
-"""plt-diagnose: a checkpoint and its export give the same numbers; what is written; what is refused."""
+"""plt diagnose: a checkpoint and its export give the same numbers; what is written; what is refused."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_the_command(tmp_path, place, warm_python):
 
     def command(*arguments):
         return subprocess.run(
-            [warm_python, str(ROOT / "tools/diagnose_loops.py"), *map(str, arguments)],
+            [warm_python, str(ROOT / "tools/diagnose.py"), *map(str, arguments)],
             cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 

@@ -48,7 +48,7 @@ def write_run(folder: Path, loops: int, steps: int = 30) -> Path:
 
 def test_the_command_draws_runs_of_different_loop_counts(tmp_path):
     runs = [write_run(tmp_path / name, loops) for name, loops in (("one", 1), ("three", 3))]
-    command = [sys.executable, str(ROOT / "tools/plot_metrics.py"), *map(str, runs)]
+    command = [sys.executable, str(ROOT / "tools/plot.py"), *map(str, runs)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     picture = tmp_path / "one" / "metrics.png"

@@ -1,4 +1,4 @@
-"""Running a sweep, around a stand-in for plt-train: order, several at once, failures, stopping, resuming."""
+"""Running a sweep, around a stand-in for plt train: order, several at once, failures, stopping, resuming."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
     path = write_sweep(tmp_path)
     write_text_data(tmp_path)
     root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, str(root / "tools" / "sweep_loops.py"), str(path), f"output_dir={tmp_path / 'sweeps'}"]
+    command = [sys.executable, str(root / "tools" / "sweep.py"), str(path), f"output_dir={tmp_path / 'sweeps'}"]
     command += ["seeds=[1]", "--slurm", "--cluster", str(root / "configs/clusters/cpu.yaml"), "--dry-run"]
     command += ["--submit", "--time 1:00:00", "parallel.data_parallel_size=2", "training.global_batch_size=4"]
     done = subprocess.run([*command, "--max-concurrent", "2"], capture_output=True, text=True, cwd=tmp_path)
@@ -238,7 +238,7 @@ def test_a_dry_run_for_a_cluster_shows_the_array_and_writes_nothing(tmp_path):
     refused = subprocess.run([*command, "training.global_batch_size=3"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 2 and "global_batch_size 3 is not divisible" in refused.stderr
     refused = subprocess.run([*command, "--submit=--follow"], capture_output=True, text=True, cwd=tmp_path)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: --submit takes options of plt-submit")
+    assert refused.returncode == 2 and refused.stderr.startswith("error: --submit takes options of plt submit")
 
 
 def test_states_follow_from_what_lies_in_the_folder(tmp_path):

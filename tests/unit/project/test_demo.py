@@ -28,7 +28,7 @@ class Commands:
         if command == self.broken:
             raise UserError(f"{command} ended with status 1")
         assert not any("RunFolder(" in argument for argument in arguments)
-        {"train": self.train, "export_hf": self.export, "generate": lambda arguments: None}[command](arguments)
+        {"train": self.train, "export": self.export, "generate": lambda arguments: None}[command](arguments)
 
     def corpus(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def commands(tmp_path, monkeypatch):
     return fake
 
 
-ALL = ["tokenizer", "tokenize", "tokenize", "train", "train", "export_hf"]
+ALL = ["tokenizer", "tokenize", "tokenize", "train", "train", "export"]
 SAMPLE = ["generate"]  # each time
 
 

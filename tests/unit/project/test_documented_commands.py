@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "results/paper_ablation/README.md"]
 PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
-COMMAND = re.compile(r"(plt-|python|make|pip|export|mkdir|tar)\b.*")
+COMMAND = re.compile(r"(plt|python|make|pip|export|mkdir|tar)\b.*")
 
 # What is not run as it is written: where it is found, what stands in for it (nothing: it is left out), and why.
 INSTEAD = [
@@ -37,41 +36,41 @@ INSTEAD = [
     (r" --follow\b", "", "waits for a job, and there is none"),
     (r" --cluster NAME\b", " --cluster h100_modules", "a name for the reader to fill in"),
     (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
-    (r"^plt-doctor\b.*", "plt-doctor --help", "takes ten seconds; test_doctor.py runs it"),
+    (r"^plt doctor\b.*", "plt doctor --help", "takes ten seconds; test_doctor.py runs it"),
     (r"^python benchmarks/gpu.py.*", "python $ROOT/benchmarks/gpu.py --help", "needs a GPU"),
-    (r"^plt-train .*engine=deepspeed.*", r"\g<0> --print-config", "needs DeepSpeed and the memory of a 1.2B model"),
-    (r"^plt-train configs/runs/plt2_tiny.yaml --dry-run\b", r"\g<0> name=dry", "README has trained the run"),
-    (r"^plt-train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
-    (r"^plt-train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
-    (r"^plt-train .* name=from_average .*", r"\g<0> --dry-run", "tests/distributed starts one"),
-    (r"^plt-export .* --ema .*", "plt-export --help", "seconds; tests/distributed exports one"),
-    (r"^plt-average .* --weights .*", "plt-average --help", "seconds; the page's first one is run"),
-    (r"^plt-import .*Qwen3.*", "plt-import --help", "downloads; tests/unit/convert imports a tiny one"),
-    (r"^plt-evaluate .*", "plt-evaluate --help", "takes ten seconds; tests/hf evaluates"),
-    (r"^plt-train .* name=evaluated .*", r"\g<0> --print-config", "takes half a minute; tests/distributed evaluates"),
-    (r"^plt-train .* name=trunk .*", r"\g<0> --dry-run", "tests/distributed branches; the test of a clone does both"),
-    (r"^plt-train --branch-from runs/trunk.*", "plt-train --help", "its trunk is not trained here"),
+    (r"^plt train .*engine=deepspeed.*", r"\g<0> --print-config", "needs DeepSpeed and the memory of a 1.2B model"),
+    (r"^plt train configs/runs/plt2_tiny.yaml --dry-run\b", r"\g<0> name=dry", "README has trained the run"),
+    (r"^plt train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
+    (r"^plt train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),
+    (r"^plt train .* name=from_average .*", r"\g<0> --dry-run", "tests/distributed starts one"),
+    (r"^plt export .* --ema .*", "plt export --help", "seconds; tests/distributed exports one"),
+    (r"^plt average .* --weights .*", "plt average --help", "seconds; the page's first one is run"),
+    (r"^plt import .*Qwen3.*", "plt import --help", "downloads; tests/unit/convert imports a tiny one"),
+    (r"^plt evaluate .*", "plt evaluate --help", "takes ten seconds; tests/hf evaluates"),
+    (r"^plt train .* name=evaluated .*", r"\g<0> --print-config", "takes half a minute; tests/distributed evaluates"),
+    (r"^plt train .* name=trunk .*", r"\g<0> --dry-run", "tests/distributed branches; the test of a clone does both"),
+    (r"^plt train --branch-from runs/trunk.*", "plt train --help", "its trunk is not trained here"),
     (
-        r"^plt-train .* checkpoint\.(upload_to|load)=s3:.*",
+        r"^plt train .* checkpoint\.(upload_to|load)=s3:.*",
         r"\g<0> --print-config",
         "tests/distributed uploads to a server",
     ),
-    (r"^plt-upload .*", "plt-upload --help", "tests/unit/storage uploads to servers of its own"),
-    (r"^plt-sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
-    (r"^plt-study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
-    (r"^plt-rehearse .*", "plt-rehearse --help", "takes a minute; tests/distributed rehearses"),
+    (r"^plt upload .*", "plt upload --help", "tests/unit/storage uploads to servers of its own"),
+    (r"^plt sweep (?!.*--dry-run).*", r"\g<0> --dry-run", "takes an hour; test_sweep_smoke.py trains a sweep"),
+    (r"^plt study (?!.*--dry-run).*", r"\g<0> --dry-run", "takes days; test_study_rounds.py goes through rounds"),
+    (r"^plt rehearse .*", "plt rehearse --help", "takes a minute; tests/distributed rehearses"),
     (r" --rehearse\b", "", "takes a minute; tests/distributed rehearses"),
-    (r"^plt-report runs/sweeps/loop_count", "plt-report results/paper_ablation", "the sweep was not trained"),
+    (r"^plt report runs/sweeps/loop_count", "plt report results/paper_ablation", "the sweep was not trained"),
     (r"^python tools/archive_results.py", "python $ROOT/tools/archive_results.py", "the script is the checkout's"),
     (r" --measure-decode\b", "", "needs the checkpoints of a trained sweep"),
-    (r"^plt-train .*pipeline_model_parallel_size=2$", r"\g<0> training.train_iters=3", "tests/distributed trains more"),
-    (r"^plt-check-coordinates .* --axes depth loops$", r"\g<0> --steps 2", "test_coordinates.py takes more"),
-    (r"^plt-check-coordinates .*mup_base.*", r"\g<0> --axes width", "the page's first one has the other axes"),
-    (r"^plt-diagnose .*heldout.jsonl$", "plt-diagnose --help", "README's commands have diagnosed this run"),
-    (r"^plt-diagnose exported .*", "plt-diagnose --help", "README's commands have diagnosed this model's run"),
-    (r"^plt-diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),
+    (r"^plt train .*pipeline_model_parallel_size=2$", r"\g<0> training.train_iters=3", "tests/distributed trains more"),
+    (r"^plt check-coordinates .* --axes depth loops$", r"\g<0> --steps 2", "test_coordinates.py takes more"),
+    (r"^plt check-coordinates .*mup_base.*", r"\g<0> --axes width", "the page's first one has the other axes"),
+    (r"^plt diagnose .*heldout.jsonl$", "plt diagnose --help", "README's commands have diagnosed this run"),
+    (r"^plt diagnose exported .*", "plt diagnose --help", "README's commands have diagnosed this model's run"),
+    (r"^plt diagnose .* --data .*", r"\g<0> --max-tokens 256", "minutes on 65,536 tokens"),
     (
-        r"^plt-submit .*plt2_1b.*",
+        r"^plt submit .*plt2_1b.*",
         r"\g<0> model.num_layers=1 model.vocab_size=512",
         "needs room for 66 GB of checkpoints",
     ),
@@ -80,7 +79,7 @@ INSTEAD = [
         "cluster_study.yaml",
         "needs room for 63 GB of checkpoints",
     ),
-    (r"^plt-submit .*plt2_tiny.*", r"\g<0> name=on_slurm", "README's commands have trained a run of its own name"),
+    (r"^plt submit .*plt2_tiny.*", r"\g<0> name=on_slurm", "README's commands have trained a run of its own name"),
 ]
 
 
@@ -109,14 +108,11 @@ def stand_in(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory, warm_python: str) -> dict[str, str]:
-    """The commands of this tree first on PATH, and a Slurm that only answers."""
+    """This tree's `plt` first on PATH, and a Slurm that only answers."""
     slurm = FakeSlurm(tmp_path_factory.mktemp("slurm") / "slurm")
     programs = tmp_path_factory.mktemp("programs")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for name, entry in project["scripts"].items():
-        module = entry.partition(":")[0]
-        (programs / name).write_text(f'#!/bin/sh\nexec "{warm_python}" -m {module} "$@"\n')
-        (programs / name).chmod(0o755)
+    (programs / "plt").write_text(f'#!/bin/sh\nexec "{warm_python}" -m plt_megatron "$@"\n')
+    (programs / "plt").chmod(0o755)
     (programs / "python").symlink_to(warm_python)
     path = [str(programs), str(slurm.bin), str(Path(sys.executable).parent), os.environ["PATH"]]
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MAKE"))}
@@ -240,7 +236,7 @@ def test_documented_commands_run_in_order(newcomer, environment):
 IN_A_CLONE = [
     (r"git clone URL plt_megatron", f"git clone --quiet {ROOT} plt_megatron", "has no address yet"),
     (r"^make venv.*", f"touch -d @0 pyproject.toml tools/make_venv.sh; ln -s {ROOT}/.venv .venv", "downloads 3 GB"),
-    (r"^plt-doctor.*", "", "takes ten seconds; test_doctor.py runs it"),
+    (r"^plt doctor.*", "", "takes ten seconds; test_doctor.py runs it"),
     (r"^pip install.*", "", "installs from the network; test_wheel.py installs"),
     (
         r"^make demo",

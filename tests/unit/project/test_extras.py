@@ -87,12 +87,11 @@ def environment(tmp_path_factory) -> Callable[[str], Path]:
 
 
 def run(python: Path, folder: Path, command: str, status: int = 0) -> str:
-    """`NAME ARGUMENTS` of plt_megatron.commands; what it prints."""
-    name, *arguments = shlex.split(command)
+    """`plt COMMAND`; what it prints."""
     env = {"PATH": os.environ["PATH"], "HOME": str(python.parent), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     env |= {"CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "Agg"}
     done = subprocess.run(
-        [python, "-m", f"plt_megatron.commands.{name}", *arguments],
+        [python, "-m", "plt_megatron", *shlex.split(command)],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -124,8 +123,8 @@ def test_doctor_looks_for_all_that_its_advice_is_about():
 # Commands that need an extra, as typed by somebody who has none: (command, extras that its one line names).
 EXPORTING = "train configs/runs/plt2_tiny.yaml checkpoint.save_interval=5 checkpoint.export_interval=5"
 WITHOUT = [
-    ("export_hf --checkpoint runs/mine --output exported", "hf"),
-    ("import_hf --model model --output imported", "hf"),
+    ("export --checkpoint runs/mine --output exported", "hf"),
+    ("import --model model --output imported", "hf"),
     ("generate --model model --prompt hello", "hf"),
     ("evaluate --model model --tasks choice", "eval"),
     ("diagnose runs/mine --data text.jsonl", "report"),
@@ -189,14 +188,14 @@ def test_from_a_text_to_scores_each_command_with_its_extra_alone(environment, tm
         "configs/runs/plt2_tiny.yaml name=tiny data.tokenizer=data/tokenizer.model 'data.sources=[{path: data/text}]'"
     )
     for extra, command in [
-        ("", "train_tokenizer --input text.jsonl --output data --vocab-size 400"),
+        ("", "train-tokenizer --input text.jsonl --output data --vocab-size 400"),
         ("", "preprocess --input text.jsonl --tokenizer data/tokenizer.model --output-prefix data/text --workers 1"),
         ("muon", f"train {train} optimizer.name=muon checkpoint.save_interval=10"),
         ("", "average runs/tiny --last 2 --output averaged"),
         ("", "plot runs/tiny --output losses.png"),
-        ("hf", "export_hf --checkpoint runs/tiny --output exported --verify"),
+        ("hf", "export --checkpoint runs/tiny --output exported --verify"),
         ("hf", "generate --model exported --prompt loop --max-new-tokens 4"),
-        ("hf", "import_hf --model exported --output imported"),
+        ("hf", "import --model exported --output imported"),
         ("eval", "evaluate --model exported --tasks choice,write --include-path tasks --limit 2"),
         ("upload", f"upload exported --to file://{tmp_path}/copy"),
         ("report,hf", "diagnose runs/tiny --data text.jsonl --max-tokens 256"),

@@ -45,7 +45,7 @@ def clone(tmp_path_factory, warm_python) -> tuple[Path, str]:
     """A folder in which the target has been made, and what it said."""
     folder = tmp_path_factory.mktemp("clone")
     commands = recipe(warm_python)
-    assert [Path(words[1]).name for words in commands] == ["sweep_loops.py", "report_sweep.py"]
+    assert [Path(words[1]).name for words in commands] == ["sweep.py", "report.py"]
     said = "".join(run(command, folder) for command in commands)
     return folder, said
 
@@ -70,17 +70,17 @@ def test_the_same_command_goes_on_from_a_copy_without_checkpoints(clone, warm_py
     shutil.copytree(folder / SWEEP, folder / "results" / "smoke", ignore=small)
     assert not list((folder / "results").rglob("*.distcp"))
     assert sum(path.stat().st_size for path in (folder / "results").rglob("*")) < 500_000
-    command = [warm_python, str(ROOT / "tools/sweep_loops.py"), str(ROOT / "configs/sweeps/smoke.yaml")]
+    command = [warm_python, str(ROOT / "tools/sweep.py"), str(ROOT / "configs/sweeps/smoke.yaml")]
     assert "every run is finished" in run([*command, "output_dir=results"], folder)
     plan = run([*command, "output_dir=results", "seeds=[1, 2, 3]", "--dry-run"], folder)
     assert re.search(r"2 of 6 runs to do .* GFLOP/s a run that runs here reached", plan)
-    run([warm_python, str(ROOT / "tools/report_sweep.py"), "results/smoke"], folder)
+    run([warm_python, str(ROOT / "tools/report.py"), "results/smoke"], folder)
     assert rows_of(folder / "results" / "smoke") == rows_of(folder / SWEEP)
 
 
 def test_decoding_is_measured_on_the_exported_checkpoints(clone, warm_python):
     folder, _ = clone
-    command = [warm_python, str(ROOT / "tools/report_sweep.py"), str(SWEEP)]
+    command = [warm_python, str(ROOT / "tools/report.py"), str(SWEEP)]
     run([*command, "--measure-decode", "--decode-tokens", "16", "--decode-prefill", "16"], folder)
     one, two = rows_of(folder / SWEEP)
     assert float(one["decode_relative"]) == 1.0 and float(one["decode_milliseconds"]) > 0.05

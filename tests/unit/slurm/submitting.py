@@ -46,7 +46,7 @@ exit "$status"
 
 
 def submit_run(*overrides: str, root: Path = ROOT, **options: Any) -> Submission:
-    """`plt-submit run.yaml OVERRIDES`, an hour on one node unless `options` say otherwise."""
+    """`plt submit run.yaml OVERRIDES`, an hour on one node unless `options` say otherwise."""
     config = None if {"array", "branch_from"} & set(options) else "run.yaml"
     defaults: dict[str, Any] = {"config": config, "time": "01:00:00"}
     submission = submit(Options(overrides=list(overrides), **(defaults | options)), root)

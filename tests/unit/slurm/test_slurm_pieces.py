@@ -75,7 +75,7 @@ def test_every_mark_is_filled(text):
 
 def test_launch_holds_the_commands():
     names = {path.name for path in (ROOT / "launch").iterdir()} - {"__pycache__"}
-    assert names == {"submit.py", "status.py", "local.py", "container"}
+    assert names == {"submit.py", "status.py", "train.py", "container"}
 
 
 def arrays_of(text: str, tmp_path: Path) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""plt-status and --follow: what they make of Slurm's answers and a run's folder."""
+"""plt status and --follow: what they make of Slurm's answers and a run's folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrays of plt-submit: each member trains in its own folder, from one copy of the code."""
+"""Arrays of plt submit: each member trains in its own folder, from one copy of the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plt-submit refuses: one line each, nothing written, nothing submitted."""
+"""What plt submit refuses: one line each, nothing written, nothing submitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plt-submit does: run folders, job scripts, chains, resuming; test_submit_arrays.py has arrays."""
+"""What plt submit does: run folders, job scripts, chains, resuming; test_submit_arrays.py has arrays."""
 
 from __future__ import annotations
 
@@ -386,7 +386,7 @@ def test_a_run_with_a_job_is_not_trained_here(folder, slurm):
     slurm.jobs(("100", "PENDING", "any"))
     with pytest.raises(UserError, match=re.escape(f"{run}: its job 100 is pending: wait for it, or scancel 100")):
         check_no_active_job(run)
-    trained = command(folder, "local.py", "run.yaml")
+    trained = command(folder, "train.py", "run.yaml")
     assert trained.returncode == 2 and "its job 100 is pending" in trained.stderr
 
 
@@ -398,7 +398,7 @@ def test_an_installed_package_goes_along_without_its_neighbors(folder, slurm, ch
     assert [path.name for path in (run / "code").iterdir()] == ["plt_megatron"]
     assert (run / "code" / LAUNCHER).is_file()
     assert (run / "git.txt").read_text().startswith("plt-megatron ")
-    assert re.search(r"^watch +plt-status runs/try$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^watch +plt status runs/try$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_other_code_is_kept_beside_the_new(folder, slurm, checkout):

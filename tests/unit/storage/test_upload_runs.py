@@ -1,4 +1,4 @@
-"""What waits in a run's folder goes where its configuration says: plt-upload, on folders of this machine."""
+"""What waits in a run's folder goes where its configuration says: plt upload, on folders of this machine."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_exports_are_evaluated_one_by_one(run):
     assert "warning: the evaluation of step 4 failed: no task 'choice'" in run.said
     assert run.records == [{"kind": "evaluation", "step": 8, "tokens": 72, "scores": {"choice/acc": 0.5}}]
     assert run.commands[-1][5:] == [
-        *("plt_megatron.commands.evaluate", "--model", str(run.folder.exports / "step_00000008")),
+        *("plt_megatron", "evaluate", "--model", str(run.folder.exports / "step_00000008")),
         *("--tasks", "choice", "--include-path", "tasks", "--limit", "3"),
     ]
 

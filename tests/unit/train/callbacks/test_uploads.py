@@ -26,14 +26,14 @@ from tests.unit.train.callbacks.a_run import a_run, finish
 
 
 class StandIn:
-    """`plt-upload RUN --waiting`, which works when asked how it is, unless it is `stuck`."""
+    """`plt upload RUN --waiting`, which works when asked how it is, unless it is `stuck`."""
 
     started: list[StandIn] = []
     stuck = False
     dies = False
 
     def __init__(self, command: list[str], log: Path) -> None:
-        assert command[0] == "plt_megatron.commands.upload" and command[2:] == ["--waiting"]
+        assert command[0] == "upload" and command[2:] == ["--waiting"]
         self.folder, self.ended, self.quiet = RunFolder(command[1]), False, 0.0
         StandIn.started.append(self)
 
@@ -156,7 +156,7 @@ def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypa
     fail(monkeypatch)
     save(run, callback, 10)
     finish(callback)
-    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt-upload {run.folder.path}"
+    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt upload {run.folder.path}"
 
 
 def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch):
@@ -235,15 +235,17 @@ def test_other_ranks_and_runs_without_a_destination_do_nothing(run):
 
 
 def test_a_process_beside_training_is_no_rank_and_is_seen_to_move(tmp_path, monkeypatch):
-    """A real one: it reads a file when it is told to."""
+    """A real one, of a `plt` that reads a file when it is told to."""
     monkeypatch.setenv("RANK", "3")
-    (tmp_path / "mover.py").write_text(
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plt_megatron").mkdir()
+    (tmp_path / "plt_megatron/__init__.py").touch()
+    (tmp_path / "plt_megatron/__main__.py").write_text(
         "import os, sys\nassert 'RANK' not in os.environ\nprint('ready', file=sys.stderr, flush=True)\n"
-        "os.open(sys.argv[1], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[1], os.O_RDONLY)\n"
+        "os.open(sys.argv[2], os.O_RDONLY)\nopen(__file__).read()\nos.open(sys.argv[2], os.O_RDONLY)\n"
     )
     fifo = tmp_path / "fifo"
     subprocess.run(["mkfifo", fifo], check=True)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     process = beside.BesideProcess(["mover", str(fifo)], tmp_path / "log")
     while not (tmp_path / "log").read_text():
         time.sleep(0.01)

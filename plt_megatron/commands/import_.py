@@ -1,7 +1,7 @@
 """Convert a Hugging Face model to a training checkpoint: an exported PLT, LoopCoder-v2, a dense Llama, Mistral,
 Qwen2, Qwen3 or OLMo-2, or a Qwen3-MoE, as it is or as the start of a PLT of several loops.
 
-    plt-import --model Qwen3-0.6B --output runs/qwen3 --loop-count 2 --preset recommended
+    plt import --model Qwen3-0.6B --output runs/qwen3 --loop-count 2 --preset recommended
 
 A run starts from it with `include: ../../runs/qwen3/model.yaml` in its configuration (relative to that file).
 """
@@ -9,7 +9,6 @@ A run starts from it with `include: ../../runs/qwen3/model.yaml` in its configur
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from plt_megatron.run_folder.text import plural
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "import",
         description=__doc__,
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
@@ -68,7 +68,7 @@ def _parser() -> CommandParser:
 def _import(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
 
-    require("plt-import", "transformers")
+    require("plt import", "transformers")
     from plt_megatron.config import derived
     from plt_megatron.hf import arguments as checks
 
@@ -94,12 +94,8 @@ def _import(arguments: argparse.Namespace) -> None:
     print(f"start from it with `include: {(result.output / MODEL_YAML).absolute()}`")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     from plt_megatron.hf.command_line import run_conversion
 
     return run_conversion(lambda: _import(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Export a training checkpoint of any layout as a Hugging Face model, in one process on a CPU.
 
-    plt-export --checkpoint runs/plt2_1b --output exported --verify
+    plt export --checkpoint runs/plt2_1b --output exported --verify
 
 The folder then works with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, offline.
 """
@@ -8,7 +8,6 @@ The folder then works with `AutoModelForCausalLM.from_pretrained(folder, trust_r
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from plt_megatron.run_folder.text import format_bytes, plural
 
 def _parser() -> CommandParser:
     parser = CommandParser(
+        "export",
         description=__doc__,
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
@@ -55,7 +55,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
     from plt_megatron.hf import arguments as checks
 
-    require("plt-export", "transformers")
+    require("plt export", "transformers")
     checks.check_target(arguments.output)
     checks.check_model(arguments.checkpoint)
     checks.check_file("--tokenizer", arguments.tokenizer)
@@ -67,12 +67,8 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{result.output}: {result.tensors} tensors, {format_bytes(result.total_bytes)} in {files}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     from plt_megatron.hf.command_line import run_conversion
 
     return run_conversion(lambda: _export(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
