@@ -371,8 +371,8 @@ class CheckpointConfig:
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
     export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
-    # Where finished exports are uploaded to beside the run (docs/checkpoints.md): a bucket or folder (s3://bucket/folder,
-    # file:///folder), which gets a folder of the run's name, or a hub (hf://owner/name), a branch each; None: nowhere.
+    # Where finished exports are uploaded to beside the run (docs/checkpoints.md); None: nowhere. A bucket or folder
+    # (s3://bucket/folder, file:///folder) gets a folder of the run's name, a hub (hf://owner/name) a branch each.
     export_upload_to: str | None = None
     upload_to: str | None = None  # the same of each checkpoint, to a bucket or folder
     upload_keep_last: PositiveCount = 2  # checkpoints to keep there, beside those of keep_every
