@@ -45,6 +45,7 @@ GROUPS = {
         "sweep": "train variants of one model: loop counts, ablation rows, sizes, seeds",
         "report": "compare the runs of a sweep, with error bars",
         "study": "find out which loop count to train, in rounds of small runs",
+        "archive": "keep the records of a sweep or study as one file",
     },
     "cluster": {
         "submit": "train configurations on a Slurm cluster",

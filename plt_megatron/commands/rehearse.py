@@ -2,7 +2,7 @@
 
     plt rehearse configs/runs/loopcoder_7b.yaml --nodes 128 --gpus-per-node 8
 
-docs/rehearsal.md says what it sees, and what it cannot.
+docs/estimates.md says what it sees, and what it cannot.
 """
 
 from __future__ import annotations

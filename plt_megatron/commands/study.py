@@ -5,7 +5,7 @@
     plt study configs/studies/cluster.yaml --slurm --cluster mine
 
 Each round is printed before it runs, with what it will tell. Finished runs are skipped and others resume where they
-stopped, so the same command continues a study. docs/studies.md describes the file.
+stopped, so the same command continues a study. docs/sweeps.md describes the file.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ class OptimizerConfig:
 
 @dataclass
 class LoopStage:
-    """A part of the run in which a step's loops are so many, or drawn (docs/loop_schedule.md)."""
+    """A part of the run in which a step's loops are so many, or drawn (docs/schedules.md)."""
 
     until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # share of the run, from its start, at which it ends
     loop_count: LoopCount | None = None  # of every step, or ...
@@ -335,7 +335,7 @@ class TrainingConfig:
     num_layers_at_start_in_bf16: Count = 1
     num_layers_at_end_in_bf16: Count = 1
     fp8_attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
-    # Of a moving average of the weights (docs/averages.md): its share of itself in each update; null: no average.
+    # Of a moving average of the weights (docs/checkpoints.md): its share of itself in each update; null: no average.
     ema_decay: BelowOne | None = None
     deterministic: bool = False
     threads_per_process: PositiveCount | None = None  # CPU only; None: this machine's cores / processes
@@ -371,8 +371,8 @@ class CheckpointConfig:
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
     export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
-    # Where finished exports are uploaded to beside the run (docs/uploads.md): a bucket or folder (s3://bucket/folder,
-    # file:///folder), which gets a folder of the run's name, or a hub (hf://owner/name), a branch each; None: nowhere.
+    # Where finished exports are uploaded to beside the run (docs/checkpoints.md); None: nowhere. A bucket or folder
+    # (s3://bucket/folder, file:///folder) gets a folder of the run's name, a hub (hf://owner/name) a branch each.
     export_upload_to: str | None = None
     upload_to: str | None = None  # the same of each checkpoint, to a bucket or folder
     upload_keep_last: PositiveCount = 2  # checkpoints to keep there, beside those of keep_every

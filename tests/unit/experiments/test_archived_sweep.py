@@ -94,9 +94,9 @@ def test_an_archive_of_no_sweep_is_refused_by_its_own_name(tmp_path):
         load_results(tmp_path / "kept")
 
 
-def test_the_script_archives_what_plt_report_reads(archived, tmp_path):
+def test_the_command_archives_what_plt_report_reads(archived, tmp_path):
     folder, kept = archived
-    command = [sys.executable, str(ROOT / "tools/archive_results.py"), str(folder), str(tmp_path / "again")]
+    command = [sys.executable, str(ROOT / "tools/archive.py"), str(folder), str(tmp_path / "again")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert str(tmp_path / "again" / ARCHIVE) in done.stdout
     assert (tmp_path / "again" / ARCHIVE).read_bytes() == (kept / ARCHIVE).read_bytes()

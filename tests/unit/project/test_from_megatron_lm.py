@@ -17,7 +17,7 @@ from plt_megatron.config.schema import RunConfig
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "from_megatron_lm.md"
 LIST = ROOT / "tests" / "fixtures" / "megatron_lm_arguments.txt"
-VERDICTS = {"always", "never", "not yet", "refused"}
+VERDICTS = {"always", "never", "refused"}
 # megatron-core's configurations, where most arguments end up.
 CORE = {
     "transformer/transformer_config.py": ("TransformerConfig",),

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Pack the records of finished runs into one file, to keep them in a repository.
+"""Keep the records of finished runs as one file, for a repository.
 
-    python tools/archive_results.py runs/sweeps/paper_ablation results/paper_ablation
+    plt archive runs/sweeps/paper_ablation results/paper_ablation
 
 OUTPUT gets records.tar.xz, which plt report, plt study --report and benchmarks read as it is. The runs stay where they
 are; checkpoints, exports, logs, figures and reports are left out. The same records give the same bytes.
@@ -9,21 +8,19 @@ are; checkpoints, exports, logs, figures and reports are left out. The same reco
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from plt_megatron.commands import CommandParser
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of a sweep or a study, or of several")
+def main(argv: Sequence[str]) -> int:
+    parser = CommandParser("archive", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a sweep's or study's folder, or one that holds several")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the archive; may be FOLDER")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     return run_command(lambda: _archive(arguments.folder, arguments.output))
 
 
@@ -32,7 +29,3 @@ def _archive(folder: Path, output: Path) -> None:
         raise UserError(f"{folder}: no such folder")
     count = write_archive(folder, output / ARCHIVE)
     print(f"{output / ARCHIVE}: {count} files, {(output / ARCHIVE).stat().st_size:,} bytes")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
