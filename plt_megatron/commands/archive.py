@@ -18,7 +18,7 @@ from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 
 def main(argv: Sequence[str]) -> int:
     parser = CommandParser("archive", description=__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a sweep's or study's folder, or one that holds several")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a sweep or study, or of several")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the archive; may be FOLDER")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _archive(arguments.folder, arguments.output))
