@@ -89,7 +89,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def submit_options(arguments: argparse.Namespace) -> Options:
-    """Of `--slurm`."""
+    """Options of the jobs that `--slurm` submits."""
     given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
     if arguments.max_concurrent is not None:
         given += ["--max-concurrent", str(arguments.max_concurrent)]

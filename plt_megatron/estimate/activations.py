@@ -62,11 +62,11 @@ class Activations:
     dense_ffn: int = 0  # FFN width of layers without experts, where others have some
 
     def once(self) -> Activations:
-        """Of layers that do not loop: no later loop reads their K and V, and they have no gate."""
+        """The same for layers that do not loop: no later loop reads their K and V, and they have no gate."""
         return replace(self, shares_kv=False, windowed=False, hidden_gate=False)
 
     def of_layer(self, model: ModelConfig, layer: int) -> Activations:
-        """Of one of the model's layers: whether it has experts, and whether it loops."""
+        """The same for one layer, which may have experts and may loop."""
         own = self
         if self.experts and layer not in derived.expert_layers(model):
             own = replace(self, ffn=self.dense_ffn, experts=0, topk=0, expert_ffn=0)
@@ -275,7 +275,7 @@ class Activations:
         return saved + int(padding * (self._queries() + keys)) + self._window_scores()
 
     def _own_values(self) -> int:
-        """Of a later loop that shares keys alone: a part of the fused projection, or a copy of it."""
+        """Values of a later loop that shares keys alone: a part of the fused projection, or a copy of it."""
         if self.shares_values or (self.windowed and not self._blocked_window and not self.te):  # the window keeps them
             return 0
         return self._keys() if self.te else self._fused_qkv()

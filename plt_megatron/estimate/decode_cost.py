@@ -138,7 +138,7 @@ def _read_experts(model: ModelConfig, rows: int) -> float:
 
 
 def _flops(model: ModelConfig, context: int, head: int) -> float:
-    """Of one token of one sequence, all loops."""
+    """FLOPs for one token of one sequence, all loops."""
     runs, windows = derived.layer_runs(model), _window_runs(model)
     width = model.num_attention_heads * derived.head_dim(model)
     linear = runs * layer_matmuls(model, "attention") + ffn_matmuls(model, derived.run_layers(model))

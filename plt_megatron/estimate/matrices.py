@@ -37,7 +37,7 @@ class RankMatrix:
 
     @property
     def flops(self) -> int:
-        """Of an iteration of Newton-Schulz: X X^T, its square, and their product with X."""
+        """FLOPs of one Newton-Schulz iteration: X X^T, its square, and their product with X."""
         sides = [(min(shape), max(shape)) for shape in self.wholes]
         return sum(2 * short * short * (2 * long + short) for short, long in sides)
 
@@ -71,7 +71,7 @@ class StageMatrices:
 
     @property
     def flops(self) -> int:
-        """Of one iteration, on the rank with most. All tensor-parallel ranks do the same."""
+        """FLOPs of one iteration on the busiest rank. All tensor-parallel ranks do the same."""
         return max(sum(matrix.flops for matrix in rank) for rank in self.ranks)
 
     def gathered(self, tensor: int) -> int:

@@ -137,7 +137,7 @@ def persistent_bytes(
 
 
 def _average_bytes(config: RunConfig) -> int:
-    """Of one parameter's moving average."""
+    """Bytes that the moving average takes per parameter."""
     return 0 if config.training.ema_decay is None else FP32
 
 

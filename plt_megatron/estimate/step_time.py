@@ -118,7 +118,7 @@ def slowest_stage(layout: ParallelLayout, model: ModelConfig, flops: Flops) -> i
 
 
 def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
-    """Of a token. The layers' linear parts may be in FP8, where less of the peak is reached, the others never are."""
+    """Seconds of matrix products per token. The layers' linear parts may run in FP8, which reaches less of its peak; the rest never does."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
     seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
@@ -161,7 +161,7 @@ def _recompute(
 
 
 def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
-    """Of a collective over neighboring ranks: the network's once they do not fit on a node."""
+    """Bandwidth of a collective over neighboring ranks: the network's once they do not fit on a node."""
     link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
     return link * card.link_efficiency
 

@@ -154,7 +154,7 @@ class _Planner(DefaultSavePlanner):
             )
 
     def _places(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Of each tensor; not stacked is what only some of the layers have."""
+        """Key and offsets of each tensor. What only some layers have is not stacked."""
         places = [stored_at(tensor.name) for tensor in self._tensors]
         layers: dict[str, set[int]] = {}
         for key, place in places:

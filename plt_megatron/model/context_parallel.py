@@ -49,7 +49,7 @@ def _held_chunks(rank: int, ranks: int) -> tuple[int, int]:
 
 
 def _chunk_holders(ranks: int) -> list[tuple[int, int]]:
-    """Of each chunk of a sequence: the rank that holds it, and which of its two it is."""
+    """The rank that holds each chunk of a sequence, and whether it is that rank's first or second."""
     return [(rank, 0) for rank in range(ranks)] + [(rank, 1) for rank in reversed(range(ranks))]
 
 

@@ -29,7 +29,7 @@ def _zeros(config: TransformerConfig, *shape: int) -> nn.Parameter:
 
 
 def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
-    """Of this tensor-parallel rank's heads."""
+    """A parameter of zeros for this tensor-parallel rank's heads."""
     parameter = _zeros(config, *shape)
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter

@@ -53,7 +53,7 @@ class Documents:
 
     @property
     def spans(self) -> list[list[range]]:
-        """Of each row, the documents' tokens."""
+        """The token ranges of each row's documents."""
         if self._spans is None:
             self._spans = []
             row, start = list[range](), 0

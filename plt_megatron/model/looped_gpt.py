@@ -326,7 +326,7 @@ class LoopedGPT(LanguageModule):
         return state
 
     def _is_in_all_layers(self, name: str) -> bool:
-        """Of a layer's tensor, or of the extra state beside a weight: an attention's is beside none."""
+        """Whether every layer has this tensor or, for extra state, its weight; an attention's extra state has none."""
         weight = name.replace("._extra_state", ".weight")
         return all(tensor.in_all_layers(self.plt) for tensor in tensors_of(self.plt) if tensor.is_named(weight))
 

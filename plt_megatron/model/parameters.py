@@ -100,7 +100,7 @@ class Sizes:
         return 2 * self.shared_ffn
 
     def shape(self, dims: str) -> tuple[int, ...]:
-        """Of dimensions by name: `"qkv hidden"`."""
+        """Sizes of dimensions given by name, such as `"qkv hidden"`."""
         return tuple(getattr(self, name) for name in dims.split())
 
 

@@ -108,7 +108,7 @@ def latest_step(path: Path) -> int:
 
 
 def superseded(steps: Collection[int], last: int, keep_last: int, keep_every: int) -> set[int]:
-    """Of these steps' checkpoints, those that need not be kept, `last` being the run's newest.
+    """The steps whose checkpoints need not be kept; `last` is the run's newest.
 
     Kept are the last `keep_last` and, if `keep_every` > 0, those whose step is a multiple of it. Later ones than `last`
     are not: they belong to a course of training that was rolled back.

@@ -213,7 +213,7 @@ def _fit(saved: ModelConfig, own: ModelConfig) -> bool:
 
 
 def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of each parameter, after the layers that have one and the number of experts."""
+    """Each parameter's shape, preceded by the number of layers that have one and of experts."""
     sizes = Sizes.of(model, 1)
     return {
         item.name: (*item.layers(model), sizes.experts * item.per_expert, *sizes.shape(item.dims))

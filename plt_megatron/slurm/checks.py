@@ -178,7 +178,7 @@ def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
 
 
 def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
-    """Of the exports still to be made, all of which stay."""
+    """Bytes of the exports still to be made, all of which stay."""
     interval, steps = config.checkpoint.export_interval, derived.train_iters(config)
     if interval == 0:
         return 0

@@ -64,7 +64,7 @@ def _jobs_of(run: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
 
 
 def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:
-    """Of a chain's jobs, the running one counts, else the first pending one."""
+    """The running job of a chain, else its first pending one."""
     ordered = sorted(jobs, key=lambda job: (job.state == "PENDING", _number(job.id)))
     first, behind = ordered[0], len(ordered) - 1
     more = f", {behind} more of its chain behind it" if behind else ""

@@ -167,7 +167,7 @@ class _Plan:
         return found
 
     def _config(self) -> RunConfig:
-        """Of a single run."""
+        """The configuration of a single run."""
         options = self.options
         named = [f"name={json.dumps(options.name)}"] if options.name else []  # in quotes: never another value
         if options.branch_from is not None:

@@ -28,7 +28,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Index:
-    """Of a folder.
+    """The files of a folder.
 
     Attributes:
         name: of its file.
@@ -42,7 +42,7 @@ class Index:
 
     @property
     def total_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(entry.bytes for entry in self.files.values())
 
 

@@ -73,7 +73,7 @@ class Place:
             return self._read(name, target)
 
     def sha256(self, name: str) -> str:
-        """Of a file, which is read for it."""
+        """SHA-256 of a remote file; reads all of it."""
         with failing(f"{self.url}/{name} cannot be read"):
             return self._read(name)
 

@@ -76,7 +76,7 @@ class UploadQueue:
         return Waiting(entry.kind, entry.step, taken)
 
     def put_back(self, entry: Waiting) -> None:
-        """Of one whose upload has failed."""
+        """Put an entry back whose upload has failed."""
         waiting = entry.folder.with_suffix("")
         if entry.folder.is_dir() and not waiting.exists():
             entry.folder.rename(waiting)
@@ -86,7 +86,7 @@ class UploadQueue:
         _remove(entry.folder)
 
     def drop_older_checkpoints(self, step: int, keep_every: int) -> None:
-        """Of checkpoints before `step` only the permanent ones go on waiting: uploads may be slower than saves."""
+        """Drop waiting checkpoints before `step`, except permanent ones: uploads may be slower than saves."""
         for entry in self.waiting():
             permanent = keep_every > 0 and entry.step % keep_every == 0
             if entry.kind == CHECKPOINT and entry.step < step and not permanent and entry.folder.suffix != _NOW:

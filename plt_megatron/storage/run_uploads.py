@@ -155,7 +155,7 @@ class RunUploads:
         return checkpoints.superseded(steps, last, settings.upload_keep_last, settings.keep_every)
 
     def _last_step(self) -> int | None:
-        """Of the run's own last checkpoint."""
+        """Step of the run's own last checkpoint."""
         latest = checkpoints.latest_checkpoint(self.folder.path, verify=False)
         return None if latest is None else checkpoints.step_of(latest)
 

@@ -126,7 +126,7 @@ class StepGuard:
         self._step, self._in_a_row = state["step"], state["in_a_row"]
 
     def restore_losses(self, state: dict[str, Any]) -> None:
-        """Of what `state` returned, the losses alone: the count of steps that were not accepted stays."""
+        """Restore only the losses that `state` returned; keep the count of steps that were not accepted."""
         self._recent.clear()
         # Checkpoints once had losses without their kinds.
         self._recent.extend((StepKind(*kind), loss) for kind, loss in state.get("recent", []))

@@ -135,7 +135,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _await_gathering(self) -> None:
-        """Of buckets that no layer has waited for: an evaluation of one loop leaves out the gates."""
+        """Wait for buckets that no layer has waited for: an evaluation of one loop leaves out the gates."""
         for group in self._bucket_groups:
             if group.param_gather_handle is not None:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)

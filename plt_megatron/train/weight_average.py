@@ -14,7 +14,7 @@ from plt_megatron.train.megatron_engine import MegatronEngine
 
 
 class WeightAverage:
-    """Of each weight after each update, those of the first update counting as all before it.
+    """Moving average of each weight over the updates; starts from the weights after the first one.
 
     A rank keeps what it owns of the main weights: 4 bytes a parameter over the ranks that hold the same ones.
 

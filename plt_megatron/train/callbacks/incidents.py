@@ -102,7 +102,7 @@ class Incidents(Callback):
 
 
 def _digest_of_settings(config: RunConfig) -> str:
-    """Of what losses and their judgement follow from. A run's name, layout, checkpoints and logs are not."""
+    """Digest of the settings that losses and their judgement follow from, without name, layout, checkpoints and logs."""
     parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.training, config.optimizer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -51,7 +51,7 @@ def _is_in_two_stages(parameter: Parameter) -> bool:
 
 
 def _checksums(state: dict[str, Any], is_held: Callable[[Parameter], bool]) -> Iterator[tuple[Place, int]]:
-    """Of what the state has of such parameters."""
+    """Checksums of these parameters' entries in the state."""
     held: list[ShardedTensor] = [tensor for tensor in sharded_tensors(state) if is_held(find_in_any(tensor.key))]
     if held:
         sums = torch.stack([_checksum(tensor.data) for tensor in held]).tolist()
