@@ -118,7 +118,7 @@ def slowest_stage(layout: ParallelLayout, model: ModelConfig, flops: Flops) -> i
 
 
 def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
-    """Seconds of matrix products per token. The layers' linear parts may run in FP8, which reaches less of its peak; the rest never does."""
+    """Seconds of matrix products per token. Layers' linear parts may run in FP8, which reaches less of its peak."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
     seconds = (flops.total - flops.global_attention - flops.local_attention) / peak

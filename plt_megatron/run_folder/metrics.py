@@ -69,7 +69,7 @@ class RunMetrics:
 
 
 def bits_per_byte(loss_sum: float, size: int) -> float:
-    """Bits per byte of `size` bytes of text whose tokens' losses sum to `loss_sum` nats; comparable across tokenizers."""
+    """Bits per byte of `size` bytes of text whose losses sum to `loss_sum` nats; comparable across tokenizers."""
     return loss_sum / math.log(2) / size
 
 

@@ -102,7 +102,7 @@ class Incidents(Callback):
 
 
 def _digest_of_settings(config: RunConfig) -> str:
-    """Digest of the settings that losses and their judgement follow from, without name, layout, checkpoints and logs."""
+    """Digest of the settings that losses and their judgement follow from; not of name, layout, checkpoints, logs."""
     parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.training, config.optimizer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
