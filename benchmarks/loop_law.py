@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from plt_megatron.experiments.study.law import Model, fit_law
+from plt_megatron.experiments.law import fit_law
+from plt_megatron.experiments.solver import Model
 from plt_megatron.experiments.study.synthetic import Luck, PlantedLaw, synthetic_study
 from plt_megatron.run_folder.text import format_table
 

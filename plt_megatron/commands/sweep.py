@@ -77,9 +77,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from plt_megatron.experiments.sweep import SweepOptions, run_sweep
+    from plt_megatron.experiments.running import RunOptions
+    from plt_megatron.experiments.sweep import run_sweep
 
-    options = SweepOptions(
+    options = RunOptions(
         dry_run=arguments.dry_run,
         submit=submit_options(arguments) if arguments.slurm else None,
         jobs=arguments.jobs,

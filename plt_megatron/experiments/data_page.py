@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.data.duplicates import Duplicates
+from plt_megatron.data.duplicates import Duplicates, Place
 from plt_megatron.data.inspection import Inspector, ShownBatch
 from plt_megatron.data.inspection_text import describe_part, summary
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.pages import render
+from plt_megatron.experiments.pages import Answer, Column, Page, Part, Table, render
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.text import plural
+
+_COUNTS = ("documents", "equal", "sharing a span")
 
 
 def check_page(path: str | Path) -> None:
@@ -27,18 +31,16 @@ def write_page(
     path: str | Path, config: RunConfig, batch: ShownBatch, found: Duplicates | None, inspector: Inspector
 ) -> None:
     """Write or replace the page. `found`: None where duplicates were not searched for."""
-    page = render(
-        "data.html",
+    page = Page(
         title=f"Data of {config.name}",
         about=_about(config, batch),
-        batch=batch,
-        describe_part=describe_part,
-        found=found,
-        summary=summary(found) if found else "",
-        lists=_lists(found, inspector),
+        answers=[] if found is None else [Answer(summary(found), not (found.equal_documents or found.span_documents))],
+        asked="Validation text in the training data",
+        parts=[] if found is None else _duplicates(found, inspector),
     )
+    text = render("data.html", page=page, batch=batch, describe_part=describe_part)
     with writing(path):
-        write_text(path, page)
+        write_text(path, text)
 
 
 def _about(config: RunConfig, batch: ShownBatch) -> str:
@@ -52,21 +54,32 @@ def _about(config: RunConfig, batch: ShownBatch) -> str:
     )
 
 
-def _lists(found: Duplicates | None, inspector: Inspector) -> list[tuple[str, list[tuple[str, str, str, str]]]]:
-    """(title, rows) of the equal documents and of the longest spans."""
-    if found is None:
-        return []
-    lists = []
-    for title, pairs in (("Equal documents", found.equal_pairs), ("Longest shared spans", found.spans)):
-        rows = [
-            (
-                f"{pair.length:,}",
-                f"{pair.validation.source}: document {pair.validation.document:,}, token {pair.validation.token + 1:,}",
-                f"{pair.training.source}: document {pair.training.document:,}, token {pair.training.token + 1:,}",
-                inspector.text(pair.tokens)[:200],
-            )
-            for pair in pairs
-        ]
-        if rows:
-            lists.append((title, rows))
-    return lists
+def _duplicates(found: Duplicates, inspector: Inspector) -> list[Part]:
+    """What there is of each validation source; the equal documents and the longest spans."""
+
+    def place(where: Place) -> str:
+        return f"{where.source}: document {where.document:,}, token {where.token + 1:,}"
+
+    sources = [
+        Column("source", "validation source", itemgetter(0)),
+        *(Column(title, title, partial(_count, at), ",") for at, title in enumerate(_COUNTS)),
+    ]
+    pairs = [
+        Column("tokens", "tokens", lambda pair: pair.length, ","),
+        Column("validation", "validation", lambda pair: place(pair.validation)),
+        Column("training", "training", lambda pair: place(pair.training)),
+        Column("text", "begins with", lambda pair: inspector.text(pair.tokens), shown=200),
+    ]
+    lists = {"Equal documents": found.equal_pairs, "Longest shared spans": found.spans}
+    return [
+        Part("By source", tables={"sources": Table(sources, found.by_source.items())}),
+        *(
+            Part(title, tables={title.replace(" ", "_").lower(): Table(pairs, own)})
+            for title, own in lists.items()
+            if own
+        ),
+    ]
+
+
+def _count(place: int, item: tuple[str, tuple[int, int, int]]) -> int:
+    return item[1][place]

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -74,6 +74,14 @@ def over_tokens(axes: Axes) -> None:
     axes.set_xlabel(TOKENS)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
+
+
+def limit_y(axes: Axes, values: Iterable[float], below: float, above: float) -> None:
+    """Show the values that are finite, and so much of their span below and above them."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        span = max(finite) - min(finite) or 0.1
+        axes.set_ylim(min(finite) - below * span, max(finite) + above * span)
 
 
 def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:

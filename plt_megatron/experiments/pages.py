@@ -1,19 +1,210 @@
-"""HTML pages out of the templates beside this file: everything inside them, no script, nothing fetched."""
+"""Reports as files: one HTML page with everything in it, and its tables and figures as CSVs and PNGs beside it.
+
+Templates have no script, and a page fetches nothing. HTML, Markdown and CSV share a table's cells, so that their
+numbers agree.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.experiments.figures import svg
+from plt_megatron.experiments.figures import Named, save, svg
+from plt_megatron.experiments.intervals import Estimate, Interval
 from plt_megatron.extras import require
+from plt_megatron.run_folder.files import write_text, writing
 
 TEMPLATES = Path(__file__).with_name("templates")
+PAGE = "index.html"
+SHORT = 16  # rows of a table that printing keeps on one page
+
+# ---------------------------------------------------------------- tables
+
+Value = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a table says of each of its items.
+
+    Attributes:
+        key: the CSV's header; `title`: the reader's.
+        of: an item's value, or its cell. An `Interval` is written with its ends; an `Estimate` as "mean ± half", which
+            is a column of its own in the CSV.
+        form: how a number is written; empty: it is text.
+        shown: characters of a text that a reader sees.
+    """
+
+    key: str
+    title: str
+    of: Callable[[Any], Value | Interval | Estimate | Cell]
+    form: str = ""
+    is_estimate: bool = False
+    shown: int | None = None
+
+    @property
+    def is_text(self) -> bool:
+        return not self.form
+
+    def cell(self, item: Any) -> Cell:
+        value = self.of(item)
+        if isinstance(value, Cell):
+            return value
+        if isinstance(value, Interval):
+            return interval_cell(value, self.form)
+        if isinstance(value, Estimate):
+            half = "" if value.half is None else f" ± {value.half:.4f}"
+            return Cell([value.mean, value.half], f"{value.mean:{self.form}}{half}")
+        if self.is_estimate:
+            return Cell([None, None], "-")
+        return Cell([value], "" if value is None else format(value, self.form)[: self.shown])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`values`: unrounded, for the CSV; `text`: what a reader sees."""
+
+    values: list[Value]
+    text: str
+
+
+def interval_cell(found: Interval, form: str) -> Cell:
+    """The value with its ends in brackets; empty where it is NaN."""
+    text = found.text(form)
+    return Cell([found.value if text else None], text)
+
+
+def interval_columns(
+    key: str, title: str, of: Callable[[Any], Interval | None], form: str, *, value: str = ""
+) -> list[Column]:
+    """An interval in columns of its value and both ends. `value`: the first one's key, where that is not `key`."""
+
+    def part(name: str) -> Callable[[Any], float | None]:
+        return lambda item: None if (found := of(item)) is None else getattr(found, name)
+
+    return [
+        Column(value or key, title, part("value"), form),
+        Column(f"{key}_low".strip("_"), "from", part("low"), form),
+        Column(f"{key}_high".strip("_"), "to", part("high"), form),
+    ]
+
+
+class Table:
+    """A table and its notes."""
+
+    def __init__(self, columns: Sequence[Column], items: Iterable[Any], notes: Sequence[str] = ()) -> None:
+        self.columns, self.notes = columns, notes
+        self.rows = [[column.cell(item) for column in columns] for item in items]
+
+    def csv(self) -> str:
+        """With unrounded values; an empty field where there is none."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        keys = ([c.key, f"{c.key}_interval"] if c.is_estimate else [c.key] for c in self.columns)
+        writer.writerow([key for own in keys for key in own])
+        writer.writerows([csv_text(value) for cell in row for value in cell.values] for row in self.rows)
+        return stream.getvalue()
+
+    def markdown(self) -> str:
+        """A pipe table, and the notes."""
+        lines = [_pipes(column.title for column in self.columns)]
+        lines.append(_pipes("---" if column.is_text else "---:" for column in self.columns))
+        lines += [_pipes(cell.text for cell in row) for row in self.rows]
+        lines += ["", *(f"{note}  " for note in self.notes)] if self.notes else []
+        return "\n".join(lines)
+
+
+def csv_text(value: Value) -> str:
+    """A value in the CSV: floats so that they read back the same."""
+    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
+
+
+def _pipes(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# ---------------------------------------------------------------- pages
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a page is asked, answered: `to` names the question where a page has several."""
+
+    text: str
+    decided: bool
+    to: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A heading with paragraphs, figures, and tables by the stem of their files."""
+
+    heading: str
+    text: Sequence[str] = ()
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    figures: Sequence[Named] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report: the answers first, then what is to be known before believing them, then why.
+
+    Attributes:
+        about: one line: what was done, and how much of it counts.
+        asked: the answers' heading; `how`: they come about; `remarks`: what else the numbers say.
+    """
+
+    title: str
+    about: str
+    answers: Sequence[Answer]
+    parts: Sequence[Part]
+    problems: Sequence[str] = ()
+    asked: str = "Answer"
+    how: str = ""
+    remarks: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """The page, its figures as links to their files."""
+        parts = [f"# {self.title}", self.about]
+        if self.problems:
+            parts.append("\n".join(["**To know before believing it:**", "", *(f"- {text}" for text in self.problems)]))
+        parts.append(f"## {self.asked}")
+        parts += [f"**{answer.to}:** {answer.text}" if answer.to else answer.text for answer in self.answers]
+        for part in self.parts:
+            parts += [f"## {part.heading}", *part.text, *(table.markdown() for table in part.tables.values())]
+            parts += [f"![{named.name}]({named.name}.png)\n\n{named.caption}" for named in part.figures]
+        return "\n\n".join(parts) + "\n"
 
 
 def check_packages() -> None:
     """`UserError` if the extra `report` is not installed: before a measurement, not after it."""
     require("a report", "jinja2", "scipy")
+
+
+def write_page(page: Page, folder: Path, *, markdown: str = "", tables: bool = True) -> Path:
+    """Write the page and its figures into `folder`, which is made; returns the page.
+
+    Args:
+        markdown: name of a file with the same in Markdown; empty: none.
+        tables: write them as CSVs, too.
+
+    Raises `UserError` where that cannot be done.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in page.parts:
+            for named in part.figures:
+                save(named.figure, folder / f"{named.name}.png")
+            for name, table in part.tables.items() if tables else ():
+                write_text(folder / f"{name}.csv", table.csv())
+        if markdown:
+            write_text(folder / markdown, page.markdown())
+        write_text(folder / PAGE, render("page.html", page=page))
+    return folder / PAGE
 
 
 def render(template: str, **values: Any) -> str:
@@ -30,4 +221,4 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["svg"] = lambda named: Markup(svg(named))
-    return environment.get_template(template).render(values)
+    return environment.get_template(template).render(values, zip=zip, short=SHORT, csv_text=csv_text)

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.demo_data import prepare_demo_corpus
+from plt_megatron.experiments.running import RunOptions, launch, submit_dry
 from plt_megatron.experiments.sweep_file import SweepFile, read_sweep
-from plt_megatron.experiments.sweep_local import LocalSweep
-from plt_megatron.experiments.sweep_plan import (
-    PlannedRun,
-    SweepPlan,
-    check_unpacked,
-    make_plan,
-    merge,
-    save_plan,
-)
-from plt_megatron.experiments.sweep_slurm import submit, submit_dry
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, check_unpacked, make_plan, merge, save_plan
 from plt_megatron.experiments.sweep_status import (
     State,
     check_same_data,
@@ -29,30 +20,14 @@ from plt_megatron.experiments.sweep_status import (
     remaining_tokens,
     state_of,
 )
+from plt_megatron.run_folder.exit_status import ExitStatus
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.submission import Options
 
 
-@dataclass(frozen=True)
-class SweepOptions:
-    """What the command line says besides the sweep's file and its settings.
-
-    Attributes:
-        submit: submit to Slurm with these options; None: run on this machine.
-        jobs: runs at once on this machine.
-        gpu: the card that times are estimated for; None: on a cluster its profile's, else h100; here a core of this
-            machine's CPU.
-    """
-
-    dry_run: bool = False
-    submit: Options | None = None
-    jobs: int = 1
-    gpu: str | None = None
-
-
-def run_sweep(path: str, settings: Sequence[str], options: SweepOptions) -> int:
+def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
     """Print the plan, then run or submit the unfinished runs.
 
     Returns the exit status: 0 done (or submitted, or a dry run), 1 a run failed, 75 stopped, the running ones saved.
@@ -92,7 +67,7 @@ def check_run_files(runs: Sequence[PlannedRun]) -> None:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> int:
+def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> int:
     """After the plan, print what this machine lacks for a real run, or if nothing, do the cluster's checks."""
     problems = list(dict.fromkeys(problem for run in todo for problem in find_problems(run.config)))
     for problem in problems if sweep.demo_corpus is None else []:
@@ -105,17 +80,16 @@ def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, opti
     return 0
 
 
-def _start(plan: SweepPlan, todo: list[PlannedRun], options: SweepOptions) -> int:
+def _start(plan: SweepPlan, todo: list[PlannedRun], options: RunOptions) -> int:
     report = f"report: plt report {plan.folder}"
     if not todo:
         print(f"every run is finished; {report}")
-        return 0
-    if options.submit is not None:
-        submit(plan, todo, options.submit)
+        return ExitStatus.FINISHED
+    launched = launch(plan, todo, options)
+    if launched is None:
         print(f"{plural(len(todo), 'run')} submitted; {report}")
-        return 0
-    local = LocalSweep(plan, todo, options.jobs)
-    status = local.run()
+        return ExitStatus.FINISHED
+    status, local = launched
     counts = [f"{list(local.outcome.values()).count(state)} {state}" for state in ("finished", "failed", "interrupted")]
     waiting = f", {len(local.waiting)} not started" if local.waiting else ""
     print(f"{', '.join(counts)}{waiting}; the same command continues the unfinished runs; {report}")
@@ -145,7 +119,7 @@ def describe(plan: SweepPlan, states: dict[str, State]) -> str:
     return f"{plan.title or plan.name}: {plan.folder}\n{format_table(table, header=header)}"
 
 
-def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: SweepOptions) -> str:
+def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> str:
     """One line: what is left to do, and how long it will take."""
     tokens = sum(remaining_tokens(run) for run in todo)
     flops = sum(remaining_tokens(run) * run.flops_per_token for run in todo)
@@ -162,7 +136,7 @@ def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile,
     return line + f"about {format_duration(seconds)} at the {rate / 1e9:.0f} GFLOP/s a run that runs here reached"
 
 
-def _paper_time(todo: Sequence[PlannedRun], options: SweepOptions) -> str:
+def _paper_time(todo: Sequence[PlannedRun], options: RunOptions) -> str:
     """An estimate before anything is measured. Finished parts of runs are not subtracted."""
     from plt_megatron.estimate.run_estimate import estimate_run
 

@@ -318,13 +318,18 @@ def merge(plan: SweepPlan) -> SweepPlan:
         if run.name in known:
             differences = plan_differences(known[run.name].config, run.config)
             problems += [f"{run.name}: {text}" for text in differences.values()]
-    if problems:
-        raise UserError(
-            f"{plan.folder} holds another sweep: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
-            "Give this one another name (name=...), or remove that folder"
-        )
+    refuse_other(plan.folder, "sweep", problems)
     names = {run.name for run in plan.runs}
     return dataclasses.replace(plan, runs=[*plan.runs, *(run for run in old.runs if run.name not in names)])
+
+
+def refuse_other(folder: Path, what: str, problems: Sequence[str]) -> None:
+    """Raise `UserError` if anything in the folder's plan is another one's."""
+    if problems:
+        raise UserError(
+            f"{folder} holds another {what}: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
+            "Give this one another name (name=...), or remove that folder"
+        )
 
 
 def plan_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:

@@ -22,6 +22,12 @@ from plt_megatron.run_folder.status import read_run_status
 State = Literal["finished", "failed", "interrupted", "pending"]
 
 
+def first_few(names: Sequence[str], most: int = 6) -> str:
+    """`a, b and 3 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 @dataclass
 class RunRecord:
     """The sweep's note on a run. `seconds`: of all attempts; `fingerprint`: of its data (`data.mix`)."""

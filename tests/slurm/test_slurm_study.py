@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from plt_megatron.experiments.running import LIST
 from plt_megatron.experiments.sweep_plan import load_plan
-from plt_megatron.experiments.sweep_slurm import LIST
 from tests.slurm.cluster import wait_for
 from tests.slurm.runs import ROOT
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from plt_megatron.experiments.diagnostics.bootstrap import LEVEL
 from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
+from plt_megatron.experiments.intervals import LEVEL
 from plt_megatron.run_folder.text import plural
 
 FEW_SEQUENCES = 8
@@ -87,11 +87,11 @@ def decide(diagnosis: Diagnosis, *, sequence_length: int, hidden_size: int) -> D
 
 
 def _step(diagnosis: Diagnosis, loop: int) -> Step:
-    difference, low, high = diagnosis.differences["effective_rank"].at(loop)
-    if math.isnan(low):
-        return Step(loop, difference, None, None, "undecided")
-    direction: Direction = "rises" if low > 0 else "falls" if high < 0 else "undecided"
-    return Step(loop, difference, low, high, direction)
+    found = diagnosis.differences["effective_rank"].at(loop)
+    if not found.is_known:
+        return Step(loop, found.value, None, None, "undecided")
+    direction: Direction = "rises" if found.sign > 0 else "falls" if found.sign < 0 else "undecided"
+    return Step(loop, found.value, found.low, found.high, direction)
 
 
 def _signed(step: Step) -> str:
@@ -103,25 +103,21 @@ def _signed(step: Step) -> str:
 def _loss_signs(diagnosis: Diagnosis) -> list[str]:
     found = []
     for loop in range(2, diagnosis.loop_count + 1):
-        difference, low, high = diagnosis.differences["lens_loss"].at(loop)
-        if math.isnan(low):
-            continue
-        what = "lowers" if high < 0 else "raises" if low > 0 else "does not clearly change"
-        found.append(f"Loop {loop} {what} the loss: {difference:+.4f} [{low:+.4f}, {high:+.4f}] nats per token.")
+        change = diagnosis.differences["lens_loss"].at(loop)
+        if change.is_known:
+            what = ("does not clearly change", "raises", "lowers")[change.sign]
+            found.append(f"Loop {loop} {what} the loss: {change.text('+.4f')} nats per token.")
     return found
 
 
 def _oscillation(diagnosis: Diagnosis) -> list[str]:
     found = []
     for loop in range(2, diagnosis.loop_count + 1):
-        cosine, low, high = diagnosis.loops["update_cosine"].at(loop)
-        if high < 0:
-            what = f"Loop {loop} partly takes back what loop {loop - 1} did (oscillation)"
-        elif low > 0:
-            what = f"Loop {loop} goes on in the direction of loop {loop - 1}"
-        else:
-            continue
-        found.append(f"{what}: update cosine {cosine:+.2f} [{low:+.2f}, {high:+.2f}].")
+        cosine = diagnosis.loops["update_cosine"].at(loop)
+        if cosine.sign:
+            back = f"partly takes back what loop {loop - 1} did (oscillation)"
+            what = back if cosine.sign < 0 else f"goes on in the direction of loop {loop - 1}"
+            found.append(f"Loop {loop} {what}: update cosine {cosine.text('+.2f')}.")
     return found
 
 

@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from plt_megatron.experiments.diagnostics.bootstrap import Intervals
-from plt_megatron.experiments.diagnostics.catalog import MEASURES
-from plt_megatron.experiments.diagnostics.diagnose import Diagnosis
+from plt_megatron.experiments.diagnostics.diagnose import MEASURES, Diagnosis
 from plt_megatron.experiments.figures import MARKERS, Named, add_legend, color, new_figure
+from plt_megatron.experiments.intervals import Intervals
 
 _TITLES = {measure.name: measure.title for measure in MEASURES}
 _STATES = ("step_size", "update_cosine", "effective_rank", "fixed_point_gap", "loop_map_gap", "offset_cost")

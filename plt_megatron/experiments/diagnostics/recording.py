@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plt_megatron.experiments.diagnostics.attention import Attention, attention_statistics
-from plt_megatron.experiments.diagnostics.measures import head_diversity
+from plt_megatron.experiments.diagnostics.measures import Attention, attention_statistics, head_diversity
 from plt_megatron.hf.modeling_plt import rotate
 
 HEAD_MEASURES = ("gate_mean", "entropy_global", "entropy_local", "kl_global", "kl_local")

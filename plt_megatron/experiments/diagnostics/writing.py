@@ -1,30 +1,43 @@
-"""The command: a model and a text in, numbers, figures and a page out."""
+"""The command: a model and a text in; numbers as JSON, CSV and a table, figures and a page out."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
-from plt_megatron.experiments.diagnostics.diagnose import Diagnosis, diagnose
+from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis, Measure, diagnose
 from plt_megatron.experiments.diagnostics.figures import make_figures
-from plt_megatron.experiments.diagnostics.loading import build_model, open_model
-from plt_megatron.experiments.diagnostics.page import describe, make_page
-from plt_megatron.experiments.diagnostics.samples import HeldOut, draw_sequences
-from plt_megatron.experiments.diagnostics.tables import as_json, csv_text, terminal_table
-from plt_megatron.experiments.figures import save
-from plt_megatron.experiments.pages import check_packages
+from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
+from plt_megatron.experiments.intervals import LEVEL, RESAMPLES, Interval, Intervals
+from plt_megatron.experiments.pages import (
+    Answer,
+    Cell,
+    Column,
+    Page,
+    Part,
+    Table,
+    check_packages,
+    interval_cell,
+    write_page,
+)
 from plt_megatron.hf.sources import ModelSource
 from plt_megatron.run_folder.checkpoints import step_of
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.run_folder.text import plural
+from plt_megatron.run_folder.text import format_table, plural
 
-JSON, CSV, PAGE = "diagnostics.json", "diagnostics.csv", "index.html"
+JSON, CSV = "diagnostics.json", "diagnostics.csv"
 LONGEST_DEFAULT = 2048
 _SWITCHES = (
     *("cross_loop_parallel", "share_kv", "share_values", "gated_window", "window_size", "gate_input", "gate_side"),
@@ -156,15 +169,12 @@ def _about(
 
 
 def _write(folder: Path, diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> None:
-    figures = make_figures(diagnosis)
-    title = f"Diagnostics of {_name(Path(about['model']['path']))}"
+    page = _page(diagnosis, decision, about)
     with writing(folder):
-        for named in figures:
-            save(named.figure, folder / f"{named.name}.png")
         text = json.dumps(as_json(diagnosis, decision, about), indent=1, ensure_ascii=False, allow_nan=False)
         write_text(folder / JSON, text + "\n")
         write_text(folder / CSV, csv_text(diagnosis))
-        write_text(folder / PAGE, make_page(diagnosis, decision, about, title, figures))
+    write_page(page, folder, tables=False)
 
 
 def _name(model: Path) -> str:
@@ -176,9 +186,122 @@ def _name(model: Path) -> str:
 def _summary(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> str:
     """What the terminal shows."""
     bad = about["data"]["unreadable_documents"]
-    lines = [describe(about)]
+    header = ["", "embeddings", *(f"loop {loop}" for loop in range(1, diagnosis.loop_count + 1))]
+    rows = [
+        [m.title, *(diagnosis.loops[m.name].at(loop).text(m.form) for loop in range(diagnosis.loop_count + 1))]
+        for m in diagnosis.measures
+    ]
+    lines = [_describe(about)]
     if bad:
         lines.append(f"Left out: {plural(bad, 'document')} that are empty or cannot be read.")
-    lines += ["", terminal_table(diagnosis), "", f"Rule: {RULE}.", decision.answer]
+    lines += ["", format_table(rows, header=header), "", f"Rule: {RULE}.", decision.answer]
     lines += [f"- {sentence}" for sentence in (*decision.signs, *decision.cautions)]
     return "\n".join(lines)
+
+
+def _describe(about: dict[str, Any]) -> str:
+    """One line: the model, and the text."""
+    model, data = about["model"], about["data"]
+    step = f", step {model['step']:,}" if model.get("step") is not None else ""
+    loops = plural(model["loop_count"], "loop")
+    return (
+        f"{model['path']}{step}: {model['num_layers']} layers x {loops}, width {model['hidden_size']}. "
+        f"{data['sequences']} of {data['available_sequences']} sequences of {data['sequence_length']:,} tokens of "
+        f"{data['path']}."
+    )
+
+
+def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Page:
+    loss, change = diagnosis.loops["lens_loss"], diagnosis.differences["lens_loss"]
+    losses = [
+        Column("loops", "loops", lambda loop: loop, "d"),
+        Column("loss", "validation loss", loss.at, ".4f"),
+        Column("change", "change by the last loop", change.at, "+.4f"),
+    ]
+    note = (
+        "Stopping after loop r is what running with r loops computes: this is also the logit lens. Nats per token; "
+        "changes are paired by sequence."
+    )
+    loops = range(diagnosis.loop_count + 1)
+
+    def number(loop: int, measure: Measure) -> Cell:
+        return interval_cell(diagnosis.loops[measure.name].at(loop), measure.form)
+
+    measures = [
+        Column("measure", "measure", lambda measure: measure.title),
+        *(Column(f"loop_{r}", f"loop {r}" if r else "embeddings", partial(number, r), "g") for r in loops),
+        Column("meaning", "", lambda measure: measure.meaning),
+    ]
+    return Page(
+        title=f"Diagnostics of {_name(Path(about['model']['path']))}",
+        about=_describe(about),
+        answers=[Answer(decision.answer, decision.verdict in ("add", "stop"))],
+        asked="Another loop?",
+        how=f"The rule of LoopCoder-v2 (arXiv 2606.18023): {RULE}. In brackets: 95 % bootstrap"
+        " intervals over sequences.",
+        remarks=[*decision.signs, *decision.cautions],
+        parts=[
+            Part("Loss of these weights at each loop count", tables={"losses": Table(losses, loops[1:], [note])}),
+            Part("Measures by loop", tables={"measures": Table(measures, diagnosis.measures)}),
+            Part("Figures", figures=make_figures(diagnosis)),
+        ],
+    )
+
+
+# ---------------------------------------------------------------- CSV and JSON
+
+
+def csv_text(diagnosis: Diagnosis) -> str:
+    """One number a line: measure, loop, layer and head (from 0; empty: the mean over them), value, low, high."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["measure", "loop", "layer", "head", "value", "low", "high"])
+    for name, place, number in _all_numbers(diagnosis):
+        places = [*map(str, place), "", ""][:3]
+        writer.writerow([name, *places, *("" if math.isnan(value) else repr(value) for value in vars(number).values())])
+    return stream.getvalue()
+
+
+def _all_numbers(diagnosis: Diagnosis) -> Iterator[tuple[str, tuple[int, ...], Interval]]:
+    changes = {f"{name}_change": intervals for name, intervals in diagnosis.differences.items()}
+    for group in (diagnosis.loops, changes, diagnosis.details):
+        for name, intervals in group.items():
+            for place in np.ndindex(intervals.mean.shape):
+                if not np.isnan(intervals.mean[place]):
+                    yield name, place, intervals.at(*place)
+
+
+def as_json(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> dict[str, Any]:
+    """Everything, NaN as null.
+
+    `measures` holds, by name, lists over loops 0 .. L of `value`, `low` and `high`; `details` the same for each layer
+    (and head), nested in the order loop, layer, head; `changes` the paired differences to the loop before.
+    """
+    return {
+        **about,
+        "interval": {
+            "level": LEVEL,
+            "method": "expanded percentile bootstrap of the mean over sequences",
+            "resamples": RESAMPLES,
+            "sequences": diagnosis.sequences,
+        },
+        "decision": decision.as_dict(),
+        "measures": {
+            measure.name: {
+                "title": measure.title,
+                "meaning": measure.meaning,
+                **_lists(diagnosis.loops[measure.name]),
+            }
+            for measure in diagnosis.measures
+        },
+        "changes": {name: _lists(diagnosis.differences[name]) for name in DIFFERENCES if name in diagnosis.differences},
+        "details": {name: _lists(intervals) for name, intervals in diagnosis.details.items()},
+    }
+
+
+def _lists(intervals: Intervals) -> dict[str, Any]:
+    return {"value": _nulls(intervals.mean), "low": _nulls(intervals.low), "high": _nulls(intervals.high)}
+
+
+def _nulls(values: np.ndarray) -> list[Any]:
+    return [_nulls(item) if item.ndim else None if np.isnan(item) else float(item) for item in values]

@@ -13,13 +13,14 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.results import RunResult, SweepResults
+from plt_megatron.experiments.report.rows import Row, Timing, baseline_of, make_rows
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import plural
@@ -40,20 +41,11 @@ class DecodeProtocol:
 
 
 @dataclass(frozen=True)
-class Timing:
-    """One row's decoding: milliseconds per token step (median slice), the ratio to the baseline's, and its cache."""
-
-    milliseconds: float
-    relative: float
-    cache_bytes: int  # of one sequence after the measurement, in the checkpoint's precision
-
-
-@dataclass(frozen=True)
 class Measurement:
-    """Timings by row name, and under which conditions they hold."""
+    """Under which conditions timings, by row name, hold."""
 
-    rows: dict[str, Timing]
     conditions: str
+    rows: dict[str, Timing]
 
 
 def read_measurement(folder: Path) -> Measurement | None:
@@ -61,7 +53,7 @@ def read_measurement(folder: Path) -> Measurement | None:
     path = folder / FILE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Measurement({name: Timing(**row) for name, row in content["rows"].items()}, content["conditions"])
+        return Measurement(content["conditions"], {name: Timing(**row) for name, row in content["rows"].items()})
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -76,35 +68,39 @@ def measure(results: SweepResults, protocol: DecodeProtocol) -> Measurement:
     require("measuring decoding", "transformers")
     import torch
 
-    chosen = _choose(results)
+    rows = [row for row in make_rows(results) if row.losses]
+    chosen = _choose(results, rows)
     models = {name: _load(_export(result, results.plan.folder)) for name, result in chosen.items()}
     with torch.inference_mode():
         slices, cache_bytes = _take_turns(models, protocol)
-    rows = {}
-    for name in models:
-        reference = slices[_baseline_name(name, chosen, results)]
-        ratios = [own / other for own, other in zip(slices[name], reference, strict=True)]
-        rows[name] = Timing(statistics.median(slices[name]), statistics.median(ratios), cache_bytes[name])
+    timings = {}
+    for row in rows:
+        baseline = baseline_of([other for other in rows if other.group == row.group], results.plan.baseline)
+        ratios = [own / other for own, other in zip(slices[row.name], slices[baseline.name], strict=True)]
+        timings[row.name] = Timing(
+            statistics.median(slices[row.name]), statistics.median(ratios), cache_bytes[row.name]
+        )
     dtype = str(next(iter(models.values())).dtype).removeprefix("torch.")
     conditions = (
         f"batch {protocol.batch}, {protocol.prefill} tokens in the cache, {protocol.decode} decoded in slices of "
         f"{protocol.slice}, {dtype}, eager, {platform.processor() or platform.machine()} CPU, "
         f"{plural(torch.get_num_threads(), 'thread')}, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
     )
-    measurement = Measurement(rows, conditions)
-    content = {"conditions": conditions, "rows": {name: dataclasses.asdict(row) for name, row in rows.items()}}
-    write_json(results.plan.folder / FILE_NAME, content)
+    measurement = Measurement(conditions, timings)
+    write_json(results.plan.folder / FILE_NAME, dataclasses.asdict(measurement))
     return measurement
 
 
-def _choose(results: SweepResults) -> dict[str, RunResult]:
+def _choose(results: SweepResults, rows: Sequence[Row]) -> dict[str, RunResult]:
     """By row, the first used run whose weights are there. Raises `UserError` if a row with a used run has none."""
     chosen: dict[str, RunResult] = {}
-    rows = dict.fromkeys(_row_name(result, results) for result in results.used())
-    for result in results.used():
-        if _is_exported(result, results.plan.folder) or result.run.folder.latest_checkpoint(verify=False):
-            chosen.setdefault(_row_name(result, results), result)
-    without = [name for name in rows if name not in chosen]
+    for row in rows:
+        for result in row.results:
+            if result.status == "used" and (
+                _is_exported(result, results.plan.folder) or result.run.folder.latest_checkpoint(verify=False)
+            ):
+                chosen.setdefault(row.name, result)
+    without = [row.name for row in rows if row.name not in chosen]
     if without:
         raise UserError(
             f"{results.plan.folder}: decoding cannot be measured, no run of {', '.join(without)} has a checkpoint (a "
@@ -117,26 +113,6 @@ def _choose(results: SweepResults) -> dict[str, RunResult]:
 
 def _is_exported(result: RunResult, folder: Path) -> bool:
     return (folder / EXPORTS / result.run.name / "config.json").exists()
-
-
-def _row_name(result: RunResult, results: SweepResults) -> str:
-    """As `rows.Row.name`: the compared axis last."""
-    labels, compare = result.run.labels, results.plan.compare
-    rest = [label for axis, label in labels.items() if axis != compare]
-    return ", ".join([*rest, labels[compare] if compare is not None else "all"])
-
-
-def _baseline_name(name: str, chosen: Mapping[str, RunResult], results: SweepResults) -> str:
-    """The row of the same group that ratios are taken to: the baseline or, if it has no run, the group's first."""
-    compare = results.plan.compare
-    rest = {axis: label for axis, label in chosen[name].run.labels.items() if axis != compare}
-    same = [
-        other
-        for other, result in chosen.items()
-        if all(result.run.labels[axis] == label for axis, label in rest.items())
-    ]
-    wanted = results.plan.baseline
-    return next((other for other in same if compare and chosen[other].run.labels[compare] == wanted), same[0])
 
 
 def _export(result: RunResult, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
@@ -17,12 +16,11 @@ from plt_megatron.experiments.figures import (
     Named,
     add_legend,
     color,
+    limit_y,
     new_figure,
     over_tokens,
 )
-from plt_megatron.experiments.fits import ScalingFit
-from plt_megatron.experiments.report.laws import LoopLaw
-from plt_megatron.experiments.report.rows import Row, groups
+from plt_megatron.experiments.report.rows import LoopLaw, Row, groups
 
 _MOST_GROUPS = 6  # figures of curves at most: nobody looks at more
 
@@ -84,17 +82,9 @@ def _curves(group: Sequence[Row], scale: Callable[[Row], float], label: str) -> 
     else:
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))  # nobody reads prefixes of FLOPs (5E)
-    _limit(axes, shown)
+    limit_y(axes, shown, 0.06, 0.12)
     add_legend(axes)
     return figure
-
-
-def _limit(axes: Axes, values: Sequence[float]) -> None:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return
-    span = max(finite) - min(finite) or 0.1
-    axes.set_ylim(min(finite) - 0.06 * span, max(finite) + 0.12 * span)
 
 
 def _legend(row: Row) -> str:
@@ -103,21 +93,9 @@ def _legend(row: Row) -> str:
 
 def _latency(group: Sequence[Row]) -> Figure:
     figure, axes = _new()
-    for index, row in enumerate(group):
-        if row.decode is None or row.loss is None:
-            continue
-        shade, _, marker = _style(index)
-        axes.errorbar(
-            [row.decode.milliseconds],
-            [row.loss.mean],
-            yerr=None if row.loss.half is None else [row.loss.half],
-            color=shade,
-            marker=marker,
-            markersize=7,
-            capsize=4,
-            linestyle="",
-            label=f"{row.label}: {row.decode.relative:.2f}x",
-        )
+    timed = [(index, row.decode, row) for index, row in enumerate(group) if row.decode is not None and row.loss]
+    for index, decode, row in timed:
+        _losses(axes, index, [(decode.milliseconds, row)], f"{row.label}: {decode.relative:.2f}x")
     axes.set_xlabel("milliseconds per decoded token step")
     axes.set_xlim(0, 1.12 * max(row.decode.milliseconds for row in group if row.decode is not None))
     add_legend(axes)
@@ -127,31 +105,28 @@ def _latency(group: Sequence[Row]) -> Figure:
 def _final_losses(rows: Sequence[Row]) -> Figure:
     figure, axes = _new()
     for index, label in enumerate(dict.fromkeys(row.label for row in rows)):
-        found = [row for row in rows if row.label == label and row.loss is not None]
-        shade, _, marker = _style(index)
-        axes.errorbar(
-            [row.run.total_flops for row in found],
-            [row.loss.mean for row in found if row.loss],
-            yerr=[(row.loss.half or 0.0) for row in found if row.loss],
-            color=shade,
-            marker=marker,
-            markersize=6,
-            capsize=3,
-            linestyle="",
-            label=label,
-        )
+        found = [(row.run.total_flops, row) for row in rows if row.label == label and row.loss is not None]
+        _losses(axes, index, found, label)
     axes.set_xlabel("training FLOPs")
     axes.set_xscale("log")
     add_legend(axes)
     return figure
 
 
+def _losses(axes: Axes, index: int, rows: Sequence[tuple[float, Row]], label: str) -> None:
+    """Mean losses of rows at their x, with intervals."""
+    shade, _, marker = _style(index)
+    shown = [(x, row.loss.mean, row.loss.half or 0.0) for x, row in rows if row.loss is not None]
+    xs, ys, halves = zip(*shown, strict=True) if shown else ((), (), ())
+    axes.errorbar(xs, ys, yerr=halves, color=shade, label=label, marker=marker, markersize=6, capsize=3, linestyle="")
+
+
 def _residuals(laws: Sequence[LoopLaw]) -> Figure:
     figure, axes = _new(height=3.4)
     for index, law in enumerate(laws):
-        assert isinstance(law.fit, ScalingFit)
+        assert law.fit is not None
         shade, _, marker = _style(index)
-        fitted = [point.loss - residual for point, residual in zip(law.fit.points, law.fit.residuals, strict=True)]
+        fitted = law.fit.data.loss - law.fit.residuals
         axes.plot(fitted, law.fit.residuals, color=shade, marker=marker, markersize=6, linestyle="", label=law.label)
     axes.axhline(0, color="#666666", linewidth=0.8)
     axes.set_xlabel("fitted loss")

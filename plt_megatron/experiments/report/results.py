@@ -15,6 +15,7 @@ from plt_megatron.experiments.sweep_status import (
     data_differences,
     data_part,
     failure_of,
+    first_few,
     read_record,
     recorded_fingerprint,
     state_of,
@@ -167,8 +168,7 @@ def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
     ]
     missing = [result.run.name for result in runs if result.status == "missing"]
     if missing:
-        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        problems.append(f"{plural(len(missing), 'run')} not started: {shown}")
+        problems.append(f"{plural(len(missing), 'run')} not started: {first_few(missing)}")
     seeds: dict[tuple[int, ...], list[str]] = {}
     for label in dict.fromkeys(result.run.row() for result in runs):
         own = tuple(sorted(result.run.seed for result in used if result.run.row() == label))

@@ -1,19 +1,30 @@
-"""A sweep's runs summed up: one row for each combination of the axes' values, over its seeds."""
+"""A sweep's runs summed up: a row for each combination of the axes' values, a law for each compared value."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import kv_cache_bytes, state_bytes
-from plt_megatron.experiments.report.decode import Timing
+from plt_megatron.experiments.intervals import LEVEL, Estimate, Interval, estimate, paired_difference
+from plt_megatron.experiments.law import LawFit, fit_curve
 from plt_megatron.experiments.report.results import RunResult, SweepResults
-from plt_megatron.experiments.report.statistics import Estimate, estimate, paired_difference
+from plt_megatron.experiments.solver import Model, Observation
 from plt_megatron.experiments.sweep_plan import PlannedRun
 
-LEVEL = 0.95
+FARTHER = 4.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One row's decoding: milliseconds per token step (median slice), the ratio to the baseline's, and its cache."""
+
+    milliseconds: float
+    relative: float
+    cache_bytes: int  # of one sequence after the measurement, in the checkpoint's precision
 
 
 @dataclass
@@ -74,8 +85,8 @@ class Row:
         return y0 + min(1.0, share) * (y1 - y0)
 
 
-def make_rows(results: SweepResults, timings: dict[str, Timing]) -> list[Row]:
-    """Rows in the plan's order. `timings`: by row name, possibly empty."""
+def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None) -> list[Row]:
+    """Rows in the plan's order. `timings`: by row name."""
     compare = results.plan.compare
     rows: dict[tuple[tuple[str, ...], str], list[RunResult]] = {}
     for result in results.runs:
@@ -87,7 +98,7 @@ def make_rows(results: SweepResults, timings: dict[str, Timing]) -> list[Row]:
     made = [_row(group, label, found) for (group, label), found in rows.items()]
     made.sort(key=lambda row: order.index(row.group))  # stable: a group's rows stay in the plan's order
     for row in made:
-        row.decode = timings.get(row.name)
+        row.decode = (timings or {}).get(row.name)
     for compared in groups(made):
         _compare(compared, results.plan.baseline)
     return made
@@ -127,3 +138,44 @@ def _compare(group: Sequence[Row], baseline: str | None) -> None:
             row.to_baseline = paired_difference(row.losses, reference.losses, LEVEL)
         if index > 0:
             row.to_previous = paired_difference(row.losses, group[index - 1].losses, LEVEL)
+
+
+# ---------------------------------------------------------------- scaling laws
+
+
+@dataclass(frozen=True)
+class LoopLaw:
+    """The law of one compared value, or why there is none. `farther`: its loss `FARTHER` times beyond its runs."""
+
+    label: str
+    fit: LawFit | None
+    reason: str = ""
+    farther: Interval | None = None
+
+
+def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
+    """A law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
+    laws = []
+    for label in dict.fromkeys(row.label for row in rows):
+        points = [
+            Observation("", 0.0, result.run.non_embedding_parameters, 1, result.run.tokens, result.loss, label)
+            for row in rows
+            if row.label == label
+            for result in row.results
+            if result.status == "used" and result.loss is not None
+        ]
+        if not points:
+            laws.append(LoopLaw(label, None, "no fit: no finished run"))
+            continue
+        try:
+            fit = fit_curve(points, bootstraps=bootstraps)
+            laws.append(LoopLaw(label, fit, farther=_farther(fit)))
+        except UserError as error:
+            laws.append(LoopLaw(label, None, str(error)))
+    return laws
+
+
+def _farther(fit: LawFit) -> Interval:
+    largest = fit.data.looped.max(), fit.data.tokens.max()
+    n, d = (value * (FARTHER if has else 1) for value, has in zip(largest, fit.terms, strict=True))
+    return fit.predict(Model("", 0.0, n, 1, d)).loss

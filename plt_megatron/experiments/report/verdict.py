@@ -6,12 +6,13 @@ A row wins when its paired difference (by seed) to every other row excludes zero
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from plt_megatron.experiments.intervals import LEVEL, Estimate, estimate, paired_difference
 from plt_megatron.experiments.report.results import SweepResults
-from plt_megatron.experiments.report.rows import LEVEL, Row, baseline_of, groups
-from plt_megatron.experiments.report.statistics import Estimate, estimate, paired_difference
+from plt_megatron.experiments.report.rows import Row, baseline_of, groups
 from plt_megatron.run_folder.text import plural
 
 SAME_LATENCY = 0.05  # relative; so near the baseline counts as equally fast
@@ -25,6 +26,10 @@ class Verdict:
     group: str
     winner: str | None
     text: str
+
+    @property
+    def decided(self) -> bool:
+        return self.winner is not None
 
 
 def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
@@ -165,3 +170,57 @@ def _labels(rows: Sequence[Row]) -> list[str]:
 def _with_loops(row: Row) -> str:
     loops = plural(row.loop_count, "loop")
     return loops if row.label == loops else f"{row.label} ({loops})"
+
+
+def by_question(verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    """Question -> its verdicts; a single one, of no group, where all groups have the same."""
+    found: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        found.setdefault(verdict.question, []).append(verdict)
+    return {
+        question: [dataclasses.replace(own[0], group="")] if len({verdict.text for verdict in own}) == 1 else own
+        for question, own in found.items()
+    }
+
+
+# ---------------------------------------------------------------- the sweep's own questions
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question in one group. `difference`: of the losses, `label`'s minus `reference`'s; `text`: in words."""
+
+    question: str
+    group: str
+    label: str
+    reference: str
+    difference: Estimate | None
+    text: str
+
+
+def answer_questions(results: SweepResults, rows: Sequence[Row]) -> list[Comparison]:
+    """The plan's questions about rows that it has, for every group of rows."""
+    answers = []
+    labels = {row.label for row in rows}
+    questions = {text: pair for text, pair in results.plan.questions.items() if labels.issuperset(pair)}
+    for group in groups(rows):
+        by_label = {row.label: row for row in group}
+        for question, (label, reference) in questions.items():
+            difference = None
+            if label in by_label and reference in by_label and results.has_one_data:
+                difference = paired_difference(by_label[label].losses, by_label[reference].losses, LEVEL)
+            text = _in_words(difference, results.has_one_data)
+            answers.append(Comparison(question, ", ".join(group[0].group), label, reference, difference, text))
+    return answers
+
+
+def _in_words(difference: Estimate | None, has_one_data: bool) -> str:
+    if not has_one_data:
+        return "not answered: the runs have read different data"
+    if difference is None:
+        return "not answered: no seed has a usable run of both"
+    if difference.half is None:
+        return "not answered: one seed has no interval"
+    if not difference.excludes_zero():
+        return f"not told apart: between {difference.low:+.4f} and {difference.high:+.4f}"
+    return "lower loss" if difference.mean < 0 else "higher loss"

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from plt_megatron.experiments.figures import Named, save
-from plt_megatron.experiments.pages import check_packages
+from plt_megatron.experiments.intervals import LEVEL, Interval
+from plt_megatron.experiments.pages import (
+    Answer,
+    Cell,
+    Column,
+    Page,
+    Part,
+    Table,
+    check_packages,
+    interval_columns,
+    write_page,
+)
 from plt_megatron.experiments.report.decode import DecodeProtocol, measure, read_measurement
 from plt_megatron.experiments.report.figures import make_figures
-from plt_megatron.experiments.report.laws import fit_laws
-from plt_megatron.experiments.report.page import about, by_question, make_page
-from plt_megatron.experiments.report.questions import Answer, answer_questions
-from plt_megatron.experiments.report.results import SweepResults, load_results
-from plt_megatron.experiments.report.rows import make_rows
-from plt_megatron.experiments.report.tables import (
-    Table,
-    laws_table,
-    main_table,
-    questions_table,
-    runs_table,
-    scores_table,
-)
-from plt_megatron.experiments.report.verdict import Verdict, verdicts
+from plt_megatron.experiments.report.results import RunResult, SweepResults, load_results
+from plt_megatron.experiments.report.rows import FARTHER, LoopLaw, Row, fit_laws, make_rows
+from plt_megatron.experiments.report.verdict import Comparison, Verdict, answer_questions, by_question, verdicts
 from plt_megatron.experiments.sweep_plan import check_unpacked, records_of
-from plt_megatron.run_folder.files import write_text, writing
 
 FOLDER = "report"
-PAGE, MARKDOWN = "index.html", "report.md"
+MARKDOWN = "report.md"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Report:
 
     folder: Path
     verdicts: list[Verdict]
-    answers: list[Answer]
+    answers: list[Comparison]
     problems: list[str]
 
 
@@ -58,41 +57,161 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
     measurement = measure(results, decode) if decode is not None else read_measurement(records_of(Path(sweep)))
     rows = make_rows(results, measurement.rows if measurement else {})
     found, answers, laws = verdicts(results, rows), answer_questions(results, rows), fit_laws(rows)
-    tables = {
-        **({"questions": ("Questions", questions_table(answers))} if answers else {}),
-        "rows": ("Results", main_table(results, rows, measurement.conditions if measurement else None)),
-        "laws": ("Scaling laws", laws_table(laws)),
-        **({"scores": ("Downstream", scores)} if (scores := scores_table(results.used())) else {}),
-        "runs": ("Runs", runs_table(results)),
-    }
-    figures = make_figures(rows, laws)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for named in figures:
-            save(named.figure, folder / f"{named.name}.png")
-        for name, (_, table) in tables.items():
-            write_text(folder / f"{name}.csv", table.csv())
-        write_text(folder / MARKDOWN, _markdown(results, found, tables, figures))
-        write_text(folder / PAGE, make_page(results, found, tables, figures))
+    rows_table = main_table(results, rows, measurement.conditions if measurement else None)
+    scores = scores_table(results.used())
+    page = Page(
+        title=results.plan.title or results.plan.name,
+        about=_about(results),
+        answers=[
+            Answer(
+                verdict.text.replace("+-", "±"), verdict.decided, f"{verdict.group}, at equal {question}".strip(", ")
+            )
+            for question, own in by_question(found).items()
+            for verdict in own
+        ],
+        problems=results.problems,
+        parts=[
+            *([Part("Questions", tables={"questions": questions_table(answers)})] if answers else []),
+            Part("Results", tables={"rows": rows_table}, figures=make_figures(rows, laws)),
+            Part("Scaling laws", tables={"laws": laws_table(laws)}),
+            *([Part("Downstream", tables={"scores": scores})] if scores else []),
+            Part("Runs", tables={"runs": runs_table(results)}),
+        ],
+    )
+    write_page(page, folder, markdown=MARKDOWN)
     return Report(folder, found, answers, results.problems)
 
 
-def _markdown(
-    results: SweepResults,
-    found: Sequence[Verdict],
-    tables: dict[str, tuple[str, Table]],
-    figures: Sequence[Named],
-) -> str:
-    parts = [f"# {results.plan.title or results.plan.name}", about(results)]
-    if results.problems:
-        parts.append("\n".join(["**To know before believing it:**", "", *(f"- {text}" for text in results.problems)]))
-    parts.append("## Answer")
-    for question, own in by_question(found).items():
-        for verdict in own:
-            group = f"{verdict.group}, " if verdict.group else ""
-            parts.append(f"**{group}at equal {question}:** {verdict.text.replace('+-', '±')}")
-    for name, (heading, table) in tables.items():
-        parts += [f"## {heading}", table.markdown()]
-        if name == "rows":
-            parts += [f"![{named.name}]({named.name}.png)\n\n{named.caption}" for named in figures]
-    return "\n\n".join(parts) + "\n"
+def _about(results: SweepResults) -> str:
+    """One line: what was planned and how much of it counts."""
+    plan = results.plan
+    held = f"held equal: {plan.match_budget.replace('_', ' ')}" if plan.match_budget else "nothing held equal"
+    used = f"{len(results.used())} of {len(results.runs)} runs are used"
+    compared = f"compared: {plan.compare}, against {plan.baseline}" if plan.compare else "nothing compared"
+    return f"Sweep {plan.name}; {used}; {held}; {compared}."
+
+
+# ---------------------------------------------------------------- tables
+
+_MAIN = (
+    Column("row", "row", lambda row: row.name),
+    Column("loop_count", "loops", lambda row: row.loop_count, "d"),
+    Column("seeds_used", "seeds", lambda row: len(row.losses), "d"),
+    Column("seeds_planned", "of", lambda row: len(row.results), "d"),
+    Column("validation_loss", "validation loss", lambda row: row.loss, ".4f", is_estimate=True),
+    Column("difference_to_baseline", "to baseline", lambda row: row.to_baseline, "+.4f", is_estimate=True),
+    Column("difference_to_previous", "to row above", lambda row: row.to_previous, "+.4f", is_estimate=True),
+    Column("tokens", "tokens", lambda row: row.run.tokens, ","),
+    Column("training_flops", "training FLOPs", lambda row: row.run.total_flops, ".3g"),
+    Column("parameters", "parameters", lambda row: row.run.parameters, ","),
+    Column("non_embedding_parameters", "w/o embeddings", lambda row: row.run.non_embedding_parameters, ","),
+    Column("decode_milliseconds", "decode ms", lambda row: row.decode and row.decode.milliseconds, ".2f"),
+    Column("decode_relative", "relative", lambda row: row.decode and _times(row.decode.relative), ".2f"),
+    Column("kv_bytes", "KV bytes", lambda row: row.kv_bytes, ","),
+)
+_QUESTIONS = (
+    Column("question", "question", lambda answer: answer.question),
+    Column("group", "where", lambda answer: answer.group),
+    Column("row", "row", lambda answer: answer.label),
+    Column("reference", "against", lambda answer: answer.reference),
+    Column("seeds", "seeds", lambda answer: answer.difference.n if answer.difference else 0, "d"),
+    Column("difference", "difference", lambda answer: answer.difference, "+.4f", is_estimate=True),
+    Column("answer", "answer", lambda answer: answer.text),
+)
+_RUNS = (
+    Column("run", "run", lambda result: result.run.name),
+    Column("row", "row", lambda result: result.run.row()),
+    Column("seed", "seed", lambda result: result.run.seed, "d"),
+    Column("status", "status", lambda result: result.status),
+    Column("validation_loss", "validation loss", lambda result: result.curve[-1][1] if result.curve else None, ".4f"),
+    Column("train_loss", "last training loss", lambda result: result.train_loss, ".4f"),
+    Column("tokens_per_second", "tokens/s", lambda result: result.tokens_per_second, ",.0f"),
+    Column("seconds", "seconds", lambda result: result.seconds, ",.0f"),
+    Column("data", "data", lambda result: (result.fingerprint or {}).get("sha256"), shown=8),
+    Column("remark", "remark", lambda result: result.reason),
+)
+
+
+def _times(ratio: float) -> Cell:
+    return Cell([ratio], f"{ratio:.2f}x")
+
+
+def main_table(results: SweepResults, rows: Sequence[Row], conditions: str | None) -> Table:
+    """The paper's table with our columns."""
+    length = rows[0].run.config.data.sequence_length if rows else 0
+    decoding = "Decoding was not measured (--measure-decode): these columns are empty."
+    notes = (
+        f"Loss in nats per token, mean over seeds; ±: half of the {LEVEL:.0%} t interval, none for a single seed. "
+        "Differences are paired by seed; negative is better.",
+        decoding if conditions is None else f"Decoding: {conditions}.",
+        f"KV bytes: keys, values, windows and carried states of one sequence of {length} tokens, bf16, by formula.",
+    )
+    return Table(_MAIN, rows, notes)
+
+
+def questions_table(answers: Sequence[Comparison]) -> Table:
+    """The sweep's own questions with their answers."""
+    has_groups = any(answer.group for answer in answers)
+    note = (
+        f"Final validation loss of row minus that of against, paired by seed; ±: half of the {LEVEL:.0%} t interval of "
+        "each question by itself."
+    )
+    return Table([column for column in _QUESTIONS if has_groups or column.key != "group"], answers, (note,))
+
+
+def runs_table(results: SweepResults) -> Table:
+    """Every run of the plan, used or not."""
+    return Table(
+        _RUNS, results.runs, ("Only runs with status used are in the means. Data: of the sample order as well.",)
+    )
+
+
+def scores_table(runs: Sequence[RunResult]) -> Table | None:
+    """The last scores of each run by lm-evaluation-harness (`evaluation.tasks`); None if no run has any."""
+    evaluated = [result for result in runs if result.evaluation.get("scores")]
+    names = list(dict.fromkeys(name for result in evaluated for name in result.evaluation["scores"]))
+    columns = [
+        Column("run", "run", lambda result: result.run.name),
+        Column("loss", "validation loss", lambda r: dict(reversed(r.curve)).get(r.evaluation["tokens"]), ".4f"),
+        Column("tokens", "tokens", lambda result: result.evaluation["tokens"], ","),
+        *(Column(name, name, partial(_score, name), ".4f") for name in names),
+    ]
+    note = (
+        "Of each run's last evaluated export, by lm-evaluation-harness; the loss is that of a validation at its step."
+    )
+    return Table(columns, evaluated, (note,)) if evaluated else None
+
+
+def laws_table(laws: Sequence[LoopLaw]) -> Table:
+    """Coefficients of the scaling laws with their intervals; where there is none, why."""
+    row = Column("row", "row", lambda law: law.label)
+    if all(law.fit is None for law in laws):
+        is_one = len({law.reason for law in laws}) == 1
+        reasons = [LoopLaw("all", None, laws[0].reason)] if is_one else laws
+        return Table([row, Column("remark", "remark", lambda law: law.reason)], reasons)
+    coefficients = [
+        column
+        for name in ("E", "A", "alpha", "B", "beta")
+        for column in interval_columns(name, name, partial(_coefficient, name), ".4g")
+    ]
+    columns = [
+        row,
+        Column("points", "points", lambda law: law.fit and law.fit.data.n, "d"),
+        *coefficients,
+        Column("rms_residual", "rms residual", lambda law: law.fit and law.fit.rms_residual, ".2g"),
+        *interval_columns("predicted", f"at {FARTHER:.0f}x", lambda law: law.farther, ".4g", value="predicted_loss"),
+        Column("remark", "remark", lambda law: law.reason if law.fit is None else "; ".join(law.fit.notes)),
+    ]
+    notes = (
+        f"loss = E + A N^-alpha + B D^-beta, N without embeddings, D tokens; from, to: {LEVEL:.0%} bootstrap interval.",
+        f"At {FARTHER:.0f}x: the law's loss for {FARTHER:.0f} times the largest N and D of its runs (where they vary).",
+    )
+    return Table(columns, laws, notes)
+
+
+def _score(name: str, result: RunResult) -> float | None:
+    return result.evaluation["scores"].get(name)
+
+
+def _coefficient(name: str, law: LoopLaw) -> Interval | None:
+    return law.fit.coefficients.get(name) if law.fit else None

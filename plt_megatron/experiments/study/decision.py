@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.fits import Interval
-from plt_megatron.experiments.study.law import LawFit, Model
-from plt_megatron.experiments.study.observations import Observation, to_arrays
-from plt_megatron.experiments.study.solver import jacobian
+from plt_megatron.experiments.intervals import Interval
+from plt_megatron.experiments.law import LawFit
+from plt_megatron.experiments.solver import Model, jacobian, models_to_arrays
 from plt_megatron.run_folder.text import format_bytes, format_duration, plural
 
 _POINTS = 25  # of a frontier's curve
@@ -340,6 +339,5 @@ def contrast(fit: LawFit, verdict: Verdict) -> np.ndarray | None:
     if len(verdict.standings) < 2:
         return None
     models = [standing.model for standing in verdict.standings[:2]]
-    asked = [Observation(m.variant, m.once, m.looped, m.loops, m.tokens, 0.0, "") for m in models]
-    rows = jacobian(fit.theta, to_arrays(asked, fit.data.variants), fit.groups)
+    rows = jacobian(fit.theta, models_to_arrays(models, fit.data.variants), fit.groups)
     return rows[:1] - rows[1:]

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from plt_megatron.experiments.study.law import LawFit
-from plt_megatron.experiments.study.observations import Observation, to_arrays
-from plt_megatron.experiments.study.solver import UNIT_D, UNIT_N, jacobian
+from plt_megatron.experiments.law import LawFit
+from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Model, jacobian, models_to_arrays
 
 Z95 = 1.959964
 # What is believed before any run, as standard deviations of E, A, B, alpha, beta and each phi: little.
@@ -167,11 +166,11 @@ class _Planner:
     def _slopes(self, theta: np.ndarray) -> np.ndarray:
         """Derivatives [arms, horizons, p] of the losses."""
         asked = [
-            Observation(arm.variant, arm.once, arm.looped, arm.loops, tokens, 0.0, "")
+            Model(arm.variant, arm.once, arm.looped, arm.loops, tokens)
             for arm in self.arms
             for tokens in self.horizons.tokens
         ]
-        data = to_arrays(asked, self.variants)
+        data = models_to_arrays(asked, self.variants)
         found = jacobian(theta, data, np.arange(len(self.variants)))
         return found.reshape(len(self.arms), len(self.horizons.tokens), -1)
 

@@ -13,13 +13,14 @@ from plt_megatron.experiments.figures import (
     Named,
     add_legend,
     color,
+    limit_y,
     new_figure,
     over_tokens,
 )
+from plt_megatron.experiments.law import LawFit
 from plt_megatron.experiments.report.results import RunResult
 from plt_megatron.experiments.study.decision import Curve, Frontier
 from plt_megatron.experiments.study.grid import ONE_LOOP
-from plt_megatron.experiments.study.law import LawFit
 from plt_megatron.experiments.study.questions import HeldOut, Profile
 from plt_megatron.run_folder.text import plural
 
@@ -139,11 +140,9 @@ def curves_figure(results: Sequence[RunResult]) -> Named:
             titles[gid] = f"{result.run.name} ({result.status}): {losses[-1]:.4f}"
             axes.plot(tokens, losses, color=color(loops - 1), linestyle=style, linewidth=1.2, gid=gid)
             axes.plot(tokens[-1:], losses[-1:], color=color(loops - 1), marker=MARKERS[loops - 1], markersize=4)
-            ends += [loss for loss in (losses[-1], losses[len(losses) // 3]) if np.isfinite(loss)]
+            ends += [losses[-1], losses[len(losses) // 3]]
         over_tokens(axes)
-        if ends:
-            span = max(ends) - min(ends) or 0.1
-            axes.set_ylim(min(ends) - 0.1 * span, max(ends) + 0.15 * span)
+        limit_y(axes, ends, 0.1, 0.15)
         axes.set_title(size, fontsize=11)
         axes.set_ylabel(_LOSS, fontsize=9)
     for loops in sorted({result.run.config.model.loop_count for result in shown}):

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.estimate.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
+from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.estimate.run_estimate import estimate_run
+from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.matching import flops_per_token
 from plt_megatron.experiments.report.results import RunResult, load_results
-from plt_megatron.experiments.study.decision import Frontier, Target, Verdict, decide, headline
+from plt_megatron.experiments.solver import Observation
+from plt_megatron.experiments.study.decision import Candidate, Frontier, Target, Verdict, decide, headline
 from plt_megatron.experiments.study.design import Arm
-from plt_megatron.experiments.study.grid import Grid, source_of, start_step, trained_steps
-from plt_megatron.experiments.study.law import LawFit, fit_law
-from plt_megatron.experiments.study.observations import Observation
-from plt_megatron.experiments.study.shapes import make_candidates
+from plt_megatron.experiments.study.grid import Grid, loop_parameters, source_of, start_step, trained_steps
 from plt_megatron.experiments.study.study_file import DecideSettings
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
-from plt_megatron.experiments.sweep_status import state_of
+from plt_megatron.experiments.sweep_status import first_few, state_of
 
 Wiring = tuple[str, int]  # a variant, "" for one loop, and a number of loops
 UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}  # of what the law is about
@@ -87,8 +90,7 @@ class Knowledge:
             if r.status == "used" and _value(r, self.measure) is None
         ]
         if waiting:
-            shown = ", ".join(waiting[:6]) + (f" and {len(waiting) - 6} more" if len(waiting) > 6 else "")
-            lines.append(f"not started: {shown}")
+            lines.append(f"not started: {first_few(waiting)}")
         return lines
 
 
@@ -205,3 +207,78 @@ def _rates(grid: Grid, results: Sequence[RunResult]) -> dict[Wiring, float]:
             wiring = (arm.variant if arm.loops > 1 else "", arm.loops)
             found.setdefault(wiring, []).append(result.tokens_per_second * result.run.flops_per_token)
     return {wiring: statistics.median(values) for wiring, values in found.items()}
+
+
+# ---------------------------------------------------------------- the models that are decided about
+
+_STEP = 1.1  # width and depth of a shape over those of the one before
+_SMALLEST = 0.05  # of the widths: of the study's largest
+_MOST_PARAMETERS = 1e12
+
+
+def make_candidates(grid: Grid, rates: Mapping[tuple[str, int], float]) -> list[Candidate]:
+    """Shapes of every wiring: the study's largest, scaled down and up at the same proportions.
+
+    Args:
+        rates: model FLOP/s that runs of a variant ("" for one loop) with so many loops reached.
+    """
+    largest = max(grid.arms, key=lambda each: each.arm.looped if each.arm.loops == 1 else 0.0)
+    size = largest.arm.size
+    wirings = {(a.arm.variant if a.arm.loops > 1 else "", a.arm.loops): a for a in grid.arms if a.arm.size == size}
+    candidates = []
+    for (variant, loops), own in wirings.items():
+        vocab = grid.study.decide.vocab_size or own.vocab
+        for config in _ladder(own.config):
+            rate = rates.get((variant, loops))
+            candidates.append(_candidate(variant, config, vocab, grid.study.decide, rate))
+    return candidates
+
+
+def _ladder(config: RunConfig) -> list[RunConfig]:
+    """The configuration at all scales, smallest first, each shape once."""
+    found: dict[tuple[int, int], RunConfig] = {}
+    scale = _SMALLEST
+    while True:
+        model = _scaled(config.model, scale)
+        if model.num_layers * model.hidden_size**2 * 12 > _MOST_PARAMETERS:
+            return list(found.values())
+        found.setdefault((model.num_layers, model.hidden_size), dataclasses.replace(config, model=model))
+        scale *= _STEP
+
+
+def _scaled(model: ModelConfig, scale: float) -> ModelConfig:
+    """Layers, width and FFN times `scale`, with the same heads' width and share of K/V heads."""
+    head, groups = derived.head_dim(model), derived.num_query_groups(model)
+    ratio = model.num_attention_heads // groups
+    new_groups = max(1, round(groups * scale))
+    heads = new_groups * ratio
+    # A head's width may differ from width / heads: the width's own proportion to the heads is kept.
+    width = max(1, round(model.hidden_size / model.num_attention_heads)) * heads
+    return dataclasses.replace(
+        model,
+        num_layers=max(1, round(model.num_layers * scale)),
+        hidden_size=width,
+        ffn_hidden_size=max(8, 8 * round(model.ffn_hidden_size * width / model.hidden_size / 8)),
+        num_attention_heads=heads,
+        num_query_groups=new_groups,
+        kv_channels=head,
+        moe_ffn_hidden_size=None if model.moe_ffn_hidden_size is None else _times(model.moe_ffn_hidden_size, scale),
+        moe_shared_expert_intermediate_size=None
+        if model.moe_shared_expert_intermediate_size is None
+        else _times(model.moe_shared_expert_intermediate_size, scale),
+    )
+
+
+def _times(width: int, scale: float) -> int:
+    return max(8, 8 * round(width * scale / 8))
+
+
+def _candidate(variant: str, config: RunConfig, vocab: int, settings: DecideSettings, rate: float | None) -> Candidate:
+    once, looped = loop_parameters(config, vocab)
+    flops = flops_per_token(config, vocab)
+    model, context, batch = config.model, settings.context_length, settings.batch_size
+    weights = ELEMENT * count_parameters(model, vocab).total
+    memory = weights + batch * (kv_cache_bytes(model, context) + state_bytes(model, context))
+    seconds = None if rate is None or not math.isfinite(rate) else flops / rate
+    latency = decode_milliseconds(model, vocab, context, batch, settings.gpu)
+    return Candidate(variant, model.loop_count, once, looped, flops, seconds, latency, float(memory))

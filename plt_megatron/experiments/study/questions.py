@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.study.law import SAME, LawFit, fit_law
-from plt_megatron.experiments.study.observations import Arrays
-from plt_megatron.experiments.study.resampling import draw_errors
-from plt_megatron.experiments.study.solver import evaluate, solve
+from plt_megatron.experiments.intervals import draw_errors
+from plt_megatron.experiments.law import SAME, LawFit, fit_law
+from plt_megatron.experiments.solver import Arrays, evaluate, solve
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ import numpy as np
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.demo_data import prepare_demo_corpus
+from plt_megatron.experiments.law import what_is_missing
+from plt_megatron.experiments.running import RunOptions, launch, submit_dry
+from plt_megatron.experiments.solver import Observation, looped_variants, to_arrays
 from plt_megatron.experiments.study.decision import contrast
 from plt_megatron.experiments.study.design import (
     Arm,
@@ -26,12 +29,9 @@ from plt_megatron.experiments.study.design import (
 )
 from plt_megatron.experiments.study.grid import Grid, make_grid, source_of
 from plt_megatron.experiments.study.knowledge import Knowledge, is_ready, learn, priced_arms, seconds_of
-from plt_megatron.experiments.study.law import what_is_missing
-from plt_megatron.experiments.study.observations import Observation, looped_variants, to_arrays
 from plt_megatron.experiments.study.report import write_report
 from plt_megatron.experiments.study.study_file import StudyFile, read_study
 from plt_megatron.experiments.sweep import check_run_files
-from plt_megatron.experiments.sweep_local import LocalSweep
 from plt_megatron.experiments.sweep_plan import (
     FILE_NAME,
     PlannedRun,
@@ -40,31 +40,33 @@ from plt_megatron.experiments.sweep_plan import (
     load_plan,
     plan_differences,
     records_of,
+    refuse_other,
     save_plan,
 )
-from plt_megatron.experiments.sweep_slurm import submit, submit_dry
-from plt_megatron.experiments.sweep_status import check_same_data, note_finished, read_record, state_of, write_record
+from plt_megatron.experiments.sweep_status import (
+    check_same_data,
+    first_few,
+    note_finished,
+    read_record,
+    state_of,
+    write_record,
+)
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import last_attempt
 from plt_megatron.run_folder.exit_status import ExitStatus
 from plt_megatron.run_folder.files import locked, writing
 from plt_megatron.run_folder.text import format_duration, format_table, plural
-from plt_megatron.slurm.submission import Options
 
 
 @dataclass(frozen=True)
-class StudyOptions:
-    """What the command line says besides the study's file and its settings; see `sweep.SweepOptions`.
+class StudyOptions(RunOptions):
+    """What the command line says besides the study's file and its settings.
 
     Attributes:
         retry_failed: try runs again that have failed; else they are left out.
         report_only: report on what is there, and run nothing.
     """
 
-    dry_run: bool = False
-    submit: Options | None = None
-    jobs: int = 1
-    gpu: str | None = None
     retry_failed: bool = False
     report_only: bool = False
 
@@ -158,11 +160,7 @@ class _Study:
             changes = plan_differences(run.config, own.config)
             changes.pop("checkpoint.load", None)  # a study may have been moved
             problems += [f"{run.name}: {text}" for text in changes.values()]
-        if problems:
-            raise UserError(
-                f"{plan.folder} holds another study: {'; '.join(problems[:4])}{' ...' if len(problems) > 4 else ''}. "
-                "Give this one another name (name=...), or remove that folder"
-            )
+        refuse_other(plan.folder, "study", problems)
         return plan
 
     def _ended(self, plan: SweepPlan | None, known: Knowledge) -> str:
@@ -237,12 +235,12 @@ class _Study:
             if self.options.dry_run:
                 print(self._describe_rest(plan, rest), flush=True)
                 return self._dry_run(plan, todo)
-            if self.options.submit is not None:
-                submit(plan, todo, self.options.submit)
+            launched = launch(plan, todo, self.options)
+            if launched is None:
                 print(f"{plural(len(todo), 'run')} submitted; when they have ended, the same command goes on")
                 return ExitStatus.FINISHED
-            local = LocalSweep(plan, todo, self.options.jobs)
-            if local.run() == ExitStatus.PREEMPTED:
+            status, local = launched
+            if status == ExitStatus.PREEMPTED:
                 print("stopped; the same command goes on")
                 return ExitStatus.PREEMPTED
             self.failed |= {name for name, status in local.outcome.items() if status != "finished"}
@@ -351,5 +349,4 @@ def _forget_failures(plan: SweepPlan) -> None:
 def _name_failed(plan: SweepPlan) -> None:
     failed = [run.name for run in plan.runs if state_of(run) == "failed"]
     if failed:
-        shown = ", ".join(failed[:6]) + (f" and {len(failed) - 6} more" if len(failed) > 6 else "")
-        print(f"note: failed and left out: {shown}; --retry-failed tries again")
+        print(f"note: failed and left out: {first_few(failed)}; --retry-failed tries again")

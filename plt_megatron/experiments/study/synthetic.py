@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from plt_megatron.experiments.study.law import Model
-from plt_megatron.experiments.study.observations import Observation
+from plt_megatron.experiments.solver import Model, Observation
 
 SIZES = (0.3e6, 0.7e6, 1.5e6, 3e6, 5e6)
 HORIZONS = (2.5e6, 5e6, 1e7)

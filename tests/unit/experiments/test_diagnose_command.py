@@ -21,7 +21,7 @@ from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics import writing
-from plt_megatron.experiments.diagnostics.samples import draw_sequences
+from plt_megatron.experiments.diagnostics.inputs import draw_sequences
 from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
 from tests.unit.convert.convert_helpers import make_model, megatron_logits, quiet, random_weights, save_run
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from plt_megatron.experiments.diagnostics import attention as module
-from plt_megatron.experiments.diagnostics.attention import Attention, attention_statistics
+from plt_megatron.experiments.diagnostics import measures as module
+from plt_megatron.experiments.diagnostics.measures import Attention, attention_statistics
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

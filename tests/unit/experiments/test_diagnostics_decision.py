@@ -8,10 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from plt_megatron.experiments.diagnostics.bootstrap import Intervals
-from plt_megatron.experiments.diagnostics.catalog import measures_for
 from plt_megatron.experiments.diagnostics.decision import decide
-from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis
+from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis, measures_for
+from plt_megatron.experiments.intervals import Intervals
 
 
 def around(values, half):

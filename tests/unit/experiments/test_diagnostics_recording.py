@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence
 from plt_megatron.experiments.diagnostics.figures import make_figures
+from plt_megatron.experiments.diagnostics.inputs import HeldOut
 from plt_megatron.experiments.diagnostics.recording import record
-from plt_megatron.experiments.diagnostics.samples import HeldOut
 from tests.hf.reference import Reference
 from tests.hf.tiny import ABLATIONS, VARIANTS, make_model, make_tokens
 

@@ -8,16 +8,20 @@ import pytest
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
-from plt_megatron.experiments.pages import TEMPLATES, render
+from plt_megatron.experiments.pages import TEMPLATES, Answer, Column, Page, Part, Table, render
 from plt_megatron.experiments.report.writing import write_report
 
 HOSTILE = "<script>alert(1)</script> \" ' & {{ 1 + 1 }} </title>"
 
 
 def test_values_are_text():
-    page = render("page.html", title=HOSTILE, about=HOSTILE)
+    table = Table([Column("key", HOSTILE, lambda item: item), Column("n", HOSTILE, lambda item: None, "g")], [HOSTILE])
+    part = Part(HOSTILE, [HOSTILE], {"table": table})
+    answers = [Answer(HOSTILE, decided=False), Answer(HOSTILE, decided=True, to=HOSTILE)]
+    page = render("page.html", page=Page(HOSTILE, HOSTILE, answers, [part], [HOSTILE], HOSTILE, HOSTILE, [HOSTILE]))
     assert "<script" not in page and "{{ 1 + 1 }}" in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &#34; &#39; &amp; {{ 1 + 1 }} &lt;/title&gt;") == 3
+    # The title twice, three texts of answers, two headings, two titles of columns, a cell and its value, and four more.
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &#34; &#39; &amp; {{ 1 + 1 }} &lt;/title&gt;") == 16
 
 
 def test_nothing_in_a_template_is_taken_as_markup_but_figures():

@@ -14,9 +14,8 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.report.results import load_results
 from plt_megatron.experiments.report.rows import make_rows
-from plt_megatron.experiments.report.tables import main_table
 from plt_megatron.experiments.report.verdict import verdicts
-from plt_megatron.experiments.report.writing import write_report
+from plt_megatron.experiments.report.writing import main_table, write_report
 from plt_megatron.experiments.sweep_status import RunRecord, write_record
 from plt_megatron.run_folder.folder import save_config
 

@@ -7,11 +7,9 @@ import math
 import pytest
 from sweep_helpers import LOOPS, finish, saved_plan
 
-from plt_megatron.experiments.report.decode import Timing
-from plt_megatron.experiments.report.questions import answer_questions
 from plt_megatron.experiments.report.results import load_results
-from plt_megatron.experiments.report.rows import make_rows
-from plt_megatron.experiments.report.verdict import verdicts
+from plt_megatron.experiments.report.rows import Timing, make_rows
+from plt_megatron.experiments.report.verdict import answer_questions, verdicts
 
 FIVE_SEEDS = LOOPS.replace("seeds: [1, 2, 3]", "seeds: [1, 2, 3, 4, 5]")
 

@@ -17,8 +17,8 @@ import pytest
 from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import sweep, sweep_local
-from plt_megatron.experiments.sweep_local import LocalSweep
+from plt_megatron.experiments import running, sweep
+from plt_megatron.experiments.running import LocalSweep, RunOptions
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.experiments.sweep_status import (
     RunRecord,
@@ -81,8 +81,8 @@ def launcher(tmp_path, monkeypatch):
     here = str(Path(__file__).resolve().parent)
     script = tmp_path / "train.py"
     script.write_text(LAUNCHER.format(here=here))
-    monkeypatch.setattr(sweep_local, "TRAIN", (sys.executable, str(script)))
-    monkeypatch.setattr(sweep_local, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(running, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(running, "_POLL_SECONDS", 0.02)
 
 
 def behave(plan, name, how):
@@ -113,7 +113,7 @@ def test_several_at_once_share_the_cores_and_gpus(tmp_path, launcher, monkeypatc
     plan = small(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(sweep_local, "usable_cores", lambda: 6)
+    monkeypatch.setattr(running, "usable_cores", lambda: 6)
     first, second = plan.runs[:2]
     for run in (first, second):
         behave(plan, run.name, "hang")
@@ -177,20 +177,20 @@ def test_runs_of_several_processes_are_refused_several_at_once(tmp_path):
 def test_what_is_done_is_not_done_again(tmp_path, launcher, capsys):
     path = write_sweep(tmp_path)
     settings = [f"output_dir={tmp_path / 'sweeps'}", "seeds=[1]", "axes.model.loop_count=[1, 2]"]
-    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions(dry_run=True)) == 0
+    assert sweep.run_sweep(str(path), settings, RunOptions(dry_run=True)) == 0
     assert not (tmp_path / "sweeps").exists()
     assert "2 of 2 runs to do (seeds 1): 12,800 tokens" in capsys.readouterr().out
-    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions()) == 0
+    assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     capsys.readouterr()
-    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions()) == 0
+    assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     assert "every run is finished" in capsys.readouterr().out
     settings[1] = "seeds=[1, 2]"
-    assert sweep.run_sweep(str(path), settings, sweep.SweepOptions()) == 0
+    assert sweep.run_sweep(str(path), settings, RunOptions()) == 0
     out = capsys.readouterr().out
     assert "2 of 4 runs to do" in out and "GFLOP/s a run that runs here reached" in out
     assert "2 finished, 0 failed" in out
     with pytest.raises(UserError, match="holds another sweep: 1_loop-seed1: training.train_iters was 100, is 60"):
-        sweep.run_sweep(str(path), [*settings, "training.train_iters=60"], sweep.SweepOptions())
+        sweep.run_sweep(str(path), [*settings, "training.train_iters=60"], RunOptions())
 
 
 def test_two_sweeps_at_once_in_a_folder_are_refused(tmp_path):
@@ -208,7 +208,7 @@ def test_a_cluster_gets_what_is_not_finished_as_one_array(tmp_path, monkeypatch,
     finish(plan.runs[0], 3.0, fingerprint=data_fingerprint(plan.runs[0]))
     profile = tmp_path / "mine.yaml"
     profile.write_text("gpu: a100\n")
-    options = sweep.SweepOptions(submit=Options(None, cluster=str(profile), max_concurrent=2, time="1:00:00"))
+    options = RunOptions(submit=Options(None, cluster=str(profile), max_concurrent=2, time="1:00:00"))
     assert sweep.run_sweep(str(path), settings, options) == 0
     (given,) = submitted
     listing = Path(given.array or "")
@@ -285,13 +285,13 @@ def test_a_finished_sweep_goes_on_elsewhere_from_its_records_alone(tmp_path, lau
     for run in plan.runs:
         finish(run, 3.0, fingerprint=data_part(data_fingerprint(run)))
     there = f"output_dir={tmp_path / 'sweeps'}"
-    assert sweep.run_sweep(str(path), [there, "seeds=[1]", loops], sweep.SweepOptions()) == 0
+    assert sweep.run_sweep(str(path), [there, "seeds=[1]", loops], RunOptions()) == 0
     assert "every run is finished" in capsys.readouterr().out
     ignored = shutil.ignore_patterns("checkpoints", "exports", ".lock")
     shutil.copytree(plan.folder, tmp_path / "results" / plan.name, ignore=ignored)
     shutil.rmtree(tmp_path / "sweeps")
     here = f"output_dir={tmp_path / 'results'}"
-    assert sweep.run_sweep(str(path), [here, "seeds=[1, 2]", loops], sweep.SweepOptions()) == 0
+    assert sweep.run_sweep(str(path), [here, "seeds=[1, 2]", loops], RunOptions()) == 0
     out = capsys.readouterr().out
     assert "2 of 4 runs to do" in out and "2 finished, 0 failed" in out
     copied = load_plan(tmp_path / "results" / plan.name)
@@ -302,12 +302,12 @@ def test_a_finished_sweep_goes_on_elsewhere_from_its_records_alone(tmp_path, lau
 def test_going_on_with_other_data_is_refused(tmp_path, launcher):
     path = write_sweep(tmp_path)
     settings = [f"output_dir={tmp_path / 'sweeps'}", "axes.model.loop_count=[1, 2]"]
-    assert sweep.run_sweep(str(path), [*settings, "seeds=[1]"], sweep.SweepOptions()) == 0
+    assert sweep.run_sweep(str(path), [*settings, "seeds=[1]"], RunOptions()) == 0
     for suffix in (".bin", ".idx"):
         (tmp_path / f"text{suffix}").write_bytes(bytes(reversed(range(256))))
     said = "1_loop-seed2 would read other data than 1_loop-seed1 has read .other train and validation data or weights"
     with pytest.raises(UserError, match=said):
-        sweep.run_sweep(str(path), [*settings, "seeds=[1, 2]"], sweep.SweepOptions())
+        sweep.run_sweep(str(path), [*settings, "seeds=[1, 2]"], RunOptions())
     assert not (tmp_path / "sweeps" / "loops" / "1_loop-seed2").exists()
 
 

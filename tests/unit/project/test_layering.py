@@ -31,8 +31,7 @@ ALLOWED = {
     "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf"},
     # A sweep is submitted to Slurm; everything else reads run folders.
     "experiments.sweep": {"config", "run_folder", "estimate", "slurm", "experiments"},
-    "experiments.study": {"config", "run_folder", "estimate", "slurm", "experiments"},
-    "experiments.sweep_slurm": {"config", "run_folder", "estimate", "slurm", "experiments"},
+    "experiments.running": {"config", "run_folder", "runtime", "slurm", "experiments"},
     "commands": {
         *("config", "run_folder", "runtime", "estimate", "slurm", "storage", "data", "hf", "experiments", "rehearsal")
     },

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
+from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.study.decision import Candidate, Target, contrast, decide, headline
 from plt_megatron.experiments.study.figures import is_flat
-from plt_megatron.experiments.study.law import LawFit, fit_law
 from plt_megatron.experiments.study.synthetic import Luck, PlantedLaw, synthetic_study
 
 LAW = PlantedLaw()

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from plt_megatron.experiments.law import fit_law
 from plt_megatron.experiments.study.design import (
     Arm,
     Horizons,
@@ -16,7 +17,6 @@ from plt_megatron.experiments.study.design import (
     estimated_noise,
     expected_theta,
 )
-from plt_megatron.experiments.study.law import fit_law
 from plt_megatron.experiments.study.synthetic import HORIZONS, SIZES, Luck, PlantedLaw, synthetic_study
 
 LAW = PlantedLaw()

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.study.law import Model, fit_law
-from plt_megatron.experiments.study.observations import to_arrays
+from plt_megatron.experiments.law import fit_law
+from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Model, evaluate, jacobian, solve, to_arrays
 from plt_megatron.experiments.study.questions import equal_phis, hold_out_largest, profile
-from plt_megatron.experiments.study.solver import UNIT_D, UNIT_N, evaluate, jacobian, solve
 from plt_megatron.experiments.study.synthetic import HORIZONS, SIZES, Luck, PlantedLaw, synthetic_study
 
 LAW = PlantedLaw()

@@ -13,6 +13,7 @@ import pytest
 from plt_megatron.commands import study as command
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
+from plt_megatron.experiments import running
 from plt_megatron.experiments.study import rounds
 from plt_megatron.experiments.study.grid import make_grid
 from plt_megatron.experiments.study.knowledge import learn
@@ -33,7 +34,7 @@ def training(monkeypatch) -> type[PlantedTraining]:
     class Training(PlantedTraining):
         killed_after, diverging, failing, trained, sources = None, set(), set(), [], {}
 
-    monkeypatch.setattr(rounds, "LocalSweep", Training)
+    monkeypatch.setattr(running, "LocalSweep", Training)
     learn_quickly = lambda grid, plan: learn(grid, plan, bootstraps=12)  # noqa: E731
     monkeypatch.setattr(rounds, "learn", learn_quickly)
     return Training
@@ -184,7 +185,7 @@ def test_on_a_cluster_trunks_are_an_array_and_their_branches_the_next(
         for run in runs:
             train(run, 2.0 + 0.1 * len(run.name))
 
-    monkeypatch.setattr(rounds, "submit", submit)
+    monkeypatch.setattr(running, "submit", submit)
     path, options = write_study(tmp_path), StudyOptions(submit=Options(config=None), gpu="cpu")
     for _ in range(4):
         assert run_study(str(path), settings(tmp_path, "rounds=2"), options) == 0
@@ -204,8 +205,8 @@ def test_on_a_cluster_a_run_that_was_given_up_is_left_out_until_it_is_asked_for(
     path, (trunk, branch, other, last) = begin(tmp_path)
     submitted: list[list[str]] = []
     checked: list[list[str]] = []
-    for name, noted in (("submit", submitted), ("submit_dry", checked)):
-        monkeypatch.setattr(rounds, name, lambda plan, runs, options, to=noted: to.append([run.name for run in runs]))
+    for module, name, noted in ((running, "submit", submitted), (rounds, "submit_dry", checked)):
+        monkeypatch.setattr(module, name, lambda plan, runs, options, to=noted: to.append([run.name for run in runs]))
 
     def call(**options) -> int:
         return run_study(

@@ -1,16 +1,18 @@
-"""Runs a sweep's runs on this machine, several at once if asked, and stops them cleanly.
+"""Runs the runs of a sweep or study: on this machine, or submitted to a Slurm cluster as one job array.
 
-Each run is `plt train` on its resolved configuration, in a process group of its own, its output in `train.log` in its
-folder. A run that fails is noted and the others go on.
+Here several run at once if asked, and are stopped cleanly. Each run is `plt train` on its resolved configuration, in a
+process group of its own, its output in `train.log` in its folder. A run that fails is noted and the others go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,15 +32,44 @@ from plt_megatron.experiments.sweep_status import (
     state_of,
     write_record,
 )
-from plt_megatron.installation import python_path
+from plt_megatron.installation import ROOT, python_path
 from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
+from plt_megatron.run_folder.folder import save_config
 from plt_megatron.run_folder.text import format_duration
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores
+from plt_megatron.slurm import submission
 
+LIST = "array.txt"
 TRAIN = (sys.executable, "-m", "plt_megatron", "train")
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 60.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says of where runs run, and whether they do.
+
+    Attributes:
+        submit: submit to Slurm with these options; None: run on this machine.
+        jobs: runs at once on this machine.
+        gpu: the card that times are estimated for; None: on a cluster its profile's, else h100; here a core of this
+            machine's CPU.
+    """
+
+    dry_run: bool = False
+    submit: submission.Options | None = None
+    jobs: int = 1
+    gpu: str | None = None
+
+
+def launch(plan: SweepPlan, todo: Sequence[PlannedRun], options: RunOptions) -> tuple[int, LocalSweep] | None:
+    """Run `todo` here: its exit status, and what became of each; None: submitted. Raises `UserError` as both do."""
+    if options.submit is not None:
+        submit(plan, todo, options.submit)
+        return None
+    local = LocalSweep(plan, todo, options.jobs)
+    return local.run(), local
 
 
 @dataclass
@@ -93,9 +124,8 @@ class LocalSweep:
                 self._kill()
         if self._signals:
             return ExitStatus.PREEMPTED
-        return (
-            ExitStatus.FAILED if any(status != "finished" for status in self.outcome.values()) else ExitStatus.FINISHED
-        )
+        has_failed = any(status != "finished" for status in self.outcome.values())
+        return ExitStatus.FAILED if has_failed else ExitStatus.FINISHED
 
     def _start_some(self) -> None:
         while self.waiting and len(self.running) < self.jobs and not self._signals:
@@ -213,3 +243,32 @@ def _reason(log: Path, status: int) -> str:
     if status == ExitStatus.USER_ERROR and not errors:
         how += " (a setting)"
     return f"{how}: {errors[-1].removeprefix('error: ')}" if errors else f"{how}; see {log}"
+
+
+# ---------------------------------------------------------------- Slurm
+
+
+def submit(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Options) -> None:
+    """Submit `runs`; the list of their configurations stays in the sweep's folder.
+
+    Raises `UserError` if the submission is refused or fails.
+    """
+    _submit_list([config_path(plan, run) for run in runs], plan.folder, plan.name, options)
+
+
+def submit_dry(plan: SweepPlan, runs: Sequence[PlannedRun], options: submission.Options) -> None:
+    """Check `runs` as a submission does and show the job script; nothing is written or submitted.
+
+    Raises `UserError` if the submission is refused.
+    """
+    with tempfile.TemporaryDirectory(prefix="sweep-dry-run-") as folder:
+        paths = [Path(folder) / f"{run.name}.yaml" for run in runs]
+        for run, path in zip(runs, paths, strict=True):
+            save_config(run.config, path)
+        _submit_list(paths, Path(folder), plan.name, dataclasses.replace(options, dry_run=True))
+
+
+def _submit_list(configs: Sequence[Path], folder: Path, name: str, options: submission.Options) -> None:
+    listing = folder / LIST
+    listing.write_text("".join(f"{path.resolve()}\n" for path in configs), encoding="utf-8")
+    submission.submit(dataclasses.replace(options, config=None, array=str(listing), name=name), ROOT)

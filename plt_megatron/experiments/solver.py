@@ -1,4 +1,4 @@
-"""Least squares for the law by variable projection.
+"""What runs say about a law, and least squares for it by variable projection.
 
     L = E + A (N_once + r^phi N_loop)^-alpha + B D^-beta,   one phi for each variant
 
@@ -11,21 +11,126 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from plt_megatron.experiments.study.observations import Arrays
+from plt_megatron.errors import UserError
 
 # What is searched; a fit that ends at either end is not determined.
 EXPONENTS = (0.02, 3.0)
 PHIS = (-2.0, 4.0)
 # A and B are fitted for sizes and tokens in these units, where they hardly depend on the exponents.
 UNIT_N, UNIT_D = 1e6, 1e7
-LINEAR = ("E", "A", "B")
 _STARTS = 3
 _TOLERANCE = 1e-9
 _SINGULAR = 1e-10  # of the largest column's part that no other has
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its training.
+
+    Attributes:
+        variant: how its loops are wired; of no matter to a model of one loop.
+        once, looped: parameters that a token meets once, and in each loop; without embeddings.
+        tokens: it is trained on.
+    """
+
+    variant: str
+    once: float
+    looped: float
+    loops: int
+    tokens: float
+
+
+@dataclass(frozen=True)
+class Observation(Model):
+    """One finished run.
+
+    Attributes:
+        loss: final, in nats per token or bits per byte.
+        block: runs with the same name share a part of their training (branches of one trunk), and so their luck.
+        seed: of weights and data order.
+    """
+
+    loss: float
+    block: str
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Observations as arrays [n].
+
+    Attributes:
+        variants: names, of those that have a run with several loops.
+        variant: index of each observation's there; 0 for one loop, whatever its variant.
+        blocks, seeds: indices from 0.
+    """
+
+    variants: tuple[str, ...]
+    variant: np.ndarray
+    once: np.ndarray
+    looped: np.ndarray
+    loops: np.ndarray
+    tokens: np.ndarray
+    loss: np.ndarray
+    blocks: np.ndarray
+    seeds: np.ndarray
+
+    @property
+    def n(self) -> int:
+        return len(self.loss)
+
+    def subset(self, rows: np.ndarray) -> Arrays:
+        """The observations `rows` (indices or a mask), of the same variants."""
+        arrays = {
+            name: getattr(self, name)[rows]
+            for name in ("variant", "once", "looped", "loops", "tokens", "loss", "blocks", "seeds")
+        }
+        return Arrays(self.variants, **arrays)
+
+
+def looped_variants(observations: Sequence[Observation]) -> tuple[str, ...]:
+    """The variants that have an observation with several loops, as they come."""
+    return tuple(dict.fromkeys(each.variant for each in observations if each.loops > 1))
+
+
+def models_to_arrays(models: Sequence[Model], variants: Sequence[str]) -> Arrays:
+    """Models that nothing was observed of, as arrays with losses of 0."""
+    asked = [Observation(m.variant, m.once, m.looped, m.loops, m.tokens, 0.0, "") for m in models]
+    return to_arrays(asked, variants)
+
+
+def to_arrays(observations: Sequence[Observation], variants: Sequence[str]) -> Arrays:
+    """Observations as arrays. `variants`: names of all that have several loops.
+
+    Raises:
+        UserError: a loss is no number, or a size is not positive.
+    """
+    for each in observations:
+        sound = math.isfinite(each.loss) and each.once >= 0 and each.looped > 0 and each.tokens > 0 and each.loops >= 1
+        if not sound:
+            raise UserError(f"{each.block}: the law takes finite losses and positive sizes, got {each}")
+    index = {name: place for place, name in enumerate(variants)}
+    once, looped, loops, tokens, loss = (
+        np.array([float(getattr(each, name)) for each in observations])
+        for name in ("once", "looped", "loops", "tokens", "loss")
+    )
+    variant = np.array([index[each.variant] if each.loops > 1 else 0 for each in observations], dtype=int)
+    blocks, seeds = _indices([each.block for each in observations]), _indices([each.seed for each in observations])
+    return Arrays(tuple(variants), variant, once, looped, loops, tokens, loss, blocks, seeds)
+
+
+def _indices(values: Sequence[object]) -> np.ndarray:
+    known = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    return np.array([known[value] for value in values], dtype=int)
+
+
+# ---------------------------------------------------------------- least squares
 
 
 @dataclass(frozen=True)
@@ -44,8 +149,8 @@ class Solution:
 
 def evaluate(theta: np.ndarray, data: Arrays, groups: np.ndarray) -> np.ndarray:
     """Losses [b, n] of the laws theta [b, 5 + phis]; `groups` [variants]: the phi that each variant has."""
-    phis = theta[:, 5:][:, groups[data.variant]]
-    log_n = np.log(data.once + data.loops**phis * data.looped) - np.log(UNIT_N)
+    worth = data.loops ** theta[:, 5:][:, groups[data.variant]] if len(groups) else np.ones((len(theta), data.n))
+    log_n = np.log(data.once + worth * data.looped) - np.log(UNIT_N)
     log_d = np.log(data.tokens) - np.log(UNIT_D)
     size = theta[:, 1, None] * np.exp(-theta[:, 3, None] * log_n)
     return theta[:, 0, None] + size + theta[:, 2, None] * np.exp(-theta[:, 4, None] * log_d)
@@ -66,6 +171,7 @@ def solve(
     weights: np.ndarray,
     start: np.ndarray | None = None,
     fixed: dict[int, float] | None = None,
+    terms: tuple[bool, bool] = (True, True),
 ) -> Solution:
     """The law with the smallest weighted squared error.
 
@@ -74,8 +180,10 @@ def solve(
         losses, weights: [n].
         start: the shape to begin at; None: the best points of a grid.
         fixed: index of the shape -> its value, which is not searched.
+        terms: whether there are terms of N and of D; the coefficient of one that is not there is 0.
     """
-    problem = _Problem(data, groups, losses, np.sqrt(weights), fixed or {})
+    absent = {index: EXPONENTS[0] for index, has in enumerate(terms) if not has}
+    problem = _Problem(data, groups, losses, np.sqrt(weights), {**absent, **(fixed or {})}, np.array([True, *terms]))
     starts = problem.grid()[:_STARTS] if start is None else [start]
     return min((problem.descend(each) for each in starts), key=lambda found: found.cost)
 
@@ -83,8 +191,8 @@ def solve(
 def _columns(shape: np.ndarray, data: Arrays, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(what E, A and B are multiplied with [n, 3], derivatives of the own column by alpha, beta and the phis)."""
     alpha, beta, phis = shape[0], shape[1], shape[2:]
-    group = groups[data.variant]
-    looped = data.loops ** phis[group] * data.looped
+    group = groups[data.variant] if len(groups) else data.variant
+    looped = data.loops ** phis[group] * data.looped if len(groups) else data.looped
     total = data.once + looped
     log_n, log_d = np.log(total / UNIT_N), np.log(data.tokens / UNIT_D)
     size, text = np.exp(-alpha * log_n), np.exp(-beta * log_d)
@@ -100,6 +208,7 @@ class _Problem:
     losses: np.ndarray
     roots: np.ndarray  # of the weights
     fixed: dict[int, float]
+    kept: np.ndarray  # [3], which of E, A and B there are
 
     def __post_init__(self) -> None:
         count = 2 + (int(self.groups.max()) + 1 if len(self.groups) else 0)
@@ -147,26 +256,30 @@ class _Problem:
         free = np.frombuffer(key)
         shape = self.shape(free)
         columns, slopes = _columns(shape, self.data, self.groups)
-        columns = self.roots[:, None] * columns
-        linear, q = _linear(columns, self.target)
+        columns = self.roots[:, None] * self._kept(columns)
+        linear, q = np.zeros(3), columns
+        linear[self.kept], q = _linear(columns, self.target)
         scale = np.array([linear[1], linear[2], *[linear[1]] * (self.count - 2)])
         chain = (self.high - self.low)[self.free] / 2 / np.cosh(np.clip(free, -50, 50)) ** 2  # of `shape`
         own = slopes[:, self.free] * (scale[self.free] * chain) * self.roots[:, None]
-        return columns @ linear - self.target, own - q @ (q.T @ own), linear
+        return columns @ linear[self.kept] - self.target, own - q @ (q.T @ own), linear
 
     def grid(self) -> list[np.ndarray]:
         """Shapes to begin at, best first."""
         exponents = np.geomspace(0.08, 1.2, 6)
-        shapes = []
+        shapes = {}
         for alpha, beta, phi in itertools.product(exponents, exponents, (0.1, 0.5, 0.9)):
             shape = np.array([alpha, beta, *[phi] * (self.count - 2)])
             for index, value in self.fixed.items():
                 shape[index] = value
-            shapes.append(shape)
-        return sorted(shapes, key=self._cost)
+            shapes[shape.tobytes()] = shape
+        return sorted(shapes.values(), key=self._cost)
+
+    def _kept(self, columns: np.ndarray) -> np.ndarray:
+        return columns if self.kept.all() else columns[:, self.kept]
 
     def _cost(self, shape: np.ndarray) -> float:
-        columns = self.roots[:, None] * _columns(shape, self.data, self.groups)[0]
+        columns = self.roots[:, None] * self._kept(_columns(shape, self.data, self.groups)[0])
         residuals = columns @ _non_negative(columns, self.target) - self.target
         return float(residuals @ residuals)
 
@@ -184,7 +297,7 @@ def _linear(columns: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _non_negative(columns: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The least-squares coefficients [3], none of them below 0."""
+    """The least-squares coefficients of the columns [n, k], none of them below 0."""
     linear = np.linalg.lstsq(columns, target, rcond=None)[0]
     if (linear >= 0).all():
         return linear
