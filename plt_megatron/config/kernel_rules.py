@@ -42,19 +42,21 @@ def find_problems(config: RunConfig, capability: Capability, versions: Versions)
     choice = fp8_rules.choose(config, capability)
     if choice is not None and choice.recipe == "blockwise" and _older(versions.cuda, BLOCKWISE_CUDA):
         yield (
-            f"training.fp8_recipe blockwise needs a torch built for CUDA {_text(BLOCKWISE_CUDA)} or newer, this one is "
+            f"training.fp8.recipe blockwise needs a torch built for CUDA {_text(BLOCKWISE_CUDA)} or newer, this one is "
             f"for {_text(versions.cuda)}; use tensorwise or delayed"
         )
     if config.training.deterministic:
-        yield from _check_deterministic(config, capability, versions)
+        yield from _check_deterministic(config, capability, versions, choice)
 
 
-def _check_deterministic(config: RunConfig, capability: Capability, versions: Versions) -> Iterator[str]:
+def _check_deterministic(
+    config: RunConfig, capability: Capability, versions: Versions, choice: fp8_rules.Fp8Choice | None
+) -> Iterator[str]:
     card, other = card_name(capability), "or set training.deterministic=false or model.backend=torch"
-    if config.training.fp8_attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):
+    if choice is not None and choice.attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):
         yield (
-            f"training.deterministic with training.fp8_attention needs cuDNN {_text(DETERMINISTIC_FP8_CUDNN)} or newer,"
-            f" this is {_text(versions.cudnn)}: update it, or set training.fp8_attention=false"
+            f"training.deterministic with training.fp8.attention needs cuDNN {_text(DETERMINISTIC_FP8_CUDNN)} or newer,"
+            f" this is {_text(versions.cudnn)}: update it, or set training.fp8.attention=false"
         )
     if not _older(versions.flash_attn, DETERMINISTIC_FLASH_ATTN):
         return

@@ -25,11 +25,13 @@ import yaml
 from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import RenamedFrom, field_types, find_range_problems, plain_type, section_of
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.upgrade import UPGRADE, new_name, new_section, upgrade
 from plt_megatron.config.yaml_nodes import describe, is_null, where
 from plt_megatron.errors import UserError
 from plt_megatron.installation import find_config
 
 INCLUDE = "include"
+WRITTEN = "config.yaml"  # the name of what `dump_config` wrote into a run folder
 _PLACES = "_places"  # attribute of what `load` returns: dotted key -> file and line, or override
 _KEY = re.compile(r"^\w+(?:\.\w+|\[\d+\])*|\w+(?:\.\w+|\[\d+\])+")
 
@@ -38,10 +40,15 @@ _Tree = dict[str, "_Tree | yaml.Node"]
 
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool = False
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool | None = None
 ) -> RunConfig:
-    """Read a run configuration; whether its values make sense is `validation.validate`'s question. See `load`."""
-    return load(RunConfig, path, overrides, accept_old_names=accept_old_names)
+    """Read a run configuration; whether its values make sense is `validation.validate`'s question. See `load`.
+
+    Args:
+        accept_old_names: None: of a run folder's `config.yaml`, which an earlier version may have written.
+    """
+    accept = Path(path).name == WRITTEN if accept_old_names is None else accept_old_names
+    return load(RunConfig, path, overrides, accept_old_names=accept)
 
 
 def load[T](
@@ -111,13 +118,19 @@ class _Reader:
             text = yaml_nodes.read_text(path)
         except UserError as error:
             raise UserError(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
-        root = yaml_nodes.compose(text, str(path))
+        root = self._upgraded(yaml_nodes.compose(text, str(path)))
         entries = [] if root is None else yaml_nodes.items(root)
         for key, node, _ in entries:
             if key == INCLUDE:
                 for included in _include_paths(node):
                     self.read_file(_beside(path, included), (*including, path))
         self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
+
+    def _upgraded(self, root: yaml.Node | None) -> yaml.Node | None:
+        """A document, the former settings of a run under their new names if these are accepted."""
+        if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
+            return upgrade(root)
+        return root
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
         """Put `key=value` texts over the tree."""
@@ -179,7 +192,9 @@ class _Reader:
             return {name: self._mapping(typing.get_args(plain)[1], node, key)}
         if not isinstance(node, yaml.MappingNode):
             names = ", ".join(_join(key, field) for field in list(field_types(inner))[:3])
-            raise UserError(f"{at}: {key} is a section ({names}, ...), got {describe(node)}")
+            now = new_section(key, str(node.value)) if self._schema is RunConfig else None
+            moved = f"; {key}={node.value} is now {now}{_hint(at)}" if now else ""
+            raise UserError(f"{at}: {key} is a section ({names}, ...), got {describe(node)}{moved}")
         return {name: self._section(inner, yaml_nodes.items(node, key), key)}
 
     def _mapping(self, value_type: Any, node: yaml.Node, key: str) -> _Tree:
@@ -202,10 +217,11 @@ class _Reader:
             return self._item(cls, name, node, at, section)
         plain = plain_type(field_types(cls).get(name))[0]
         key, inner = _join(section, name), section_of(plain)
+        self.places[key] = at
         if inner is not None:
             return {name: self._path_to(inner, rest, node, at, key)}
         if typing.get_origin(plain) is not dict:
-            raise self._unknown_key(at, cls, section, name)
+            raise self._unknown_key(at, cls, section, name, _join(section, ".".join(names)))
         value_type = typing.get_args(plain)[1]
         if value_type is not Any:
             rest = [".".join(rest)]
@@ -281,11 +297,15 @@ class _Reader:
                 raise UserError(f"{at}: {_join(section, name)} is now called {_join(section, current)}")
         raise self._unknown_key(at, cls, section, name)
 
-    def _unknown_key(self, at: str, cls: type, section: str, name: str) -> UserError:
+    def _unknown_key(self, at: str, cls: type, section: str, name: str, whole: str = "") -> UserError:
         """Names the nearest key of the same section, else the same or nearest name in any other section."""
         refused = getattr(self._schema, "REFUSED", {}).get(name)
         if refused is not None:
             return UserError(f"{at}: {_join(section, name)} is not supported: {refused}; leave it out")
+        former = whole or _join(section, name)
+        now = new_name(former) if self._schema is RunConfig else None
+        if now is not None:
+            return UserError(f"{at}: {former} is now {now}{_hint(at)}")
         siblings = list(field_types(cls))
         close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
         candidates = [_join(section, close[0])] if close else []
@@ -295,6 +315,11 @@ class _Reader:
             candidates = [elsewhere[match[0]]] if match else candidates
         hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
         return UserError(f"{at}: unknown key {_join(section, name)}; {hint}")
+
+
+def _hint(at: str) -> str:
+    """Where there is a file, the command that gives its settings their new names."""
+    return "" if at.startswith(yaml_nodes.OVERRIDE) else f" ({UPGRADE})"
 
 
 def _join(section: str, name: str) -> str:

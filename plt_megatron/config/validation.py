@@ -220,29 +220,28 @@ def _check_fused_window(config: RunConfig) -> Iterator[str]:
         yield refusal.format(
             f"does not run with parallel.context_parallel_size {config.parallel.context_parallel_size}"
         )
-    if config.engine == "deepspeed":
-        yield refusal.format("does not run with engine deepspeed")
+    if config.deepspeed is not None:
+        yield refusal.format("does not run with deepspeed")
     if not 16 <= derived.head_dim(model) <= 256:
         yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
 
 
 def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    logging = config.logging
-    if logging.profile_step_end == 0 and logging.profile_step_start == 0:
+    profile = config.logging.profile
+    if profile is None:
         return
-    if logging.profile_step_end <= logging.profile_step_start:
+    if profile.step_end <= profile.step_start:
         yield (
-            f"logging.profile_step_end {logging.profile_step_end} must be above logging.profile_step_start "
-            f"{logging.profile_step_start} (0 and 0: no trace)"
+            f"logging.profile.step_end {profile.step_end} must be above logging.profile.step_start {profile.step_start}"
         )
-    if logging.straggler_interval > 0:
+    if config.logging.straggler is not None:
         yield (
-            "logging.straggler_interval and logging.profile_step_end: both time kernels by CUPTI, which serves one at "
-            "a time; set one of them to 0"
+            "logging.straggler and logging.profile: both time kernels by CUPTI, which serves one at a time; leave one "
+            "of them out"
         )
     ranks = layout_of(config).world_size if world_size is None else world_size
-    if any(rank >= ranks for rank in logging.profile_ranks):
-        yield f"logging.profile_ranks {logging.profile_ranks}: the run has the ranks 0 to {ranks - 1}"
+    if any(rank >= ranks for rank in profile.ranks):
+        yield f"logging.profile.ranks {profile.ranks}: the run has the ranks 0 to {ranks - 1}"
 
 
 def _check_validation(config: RunConfig) -> Iterator[str]:
@@ -267,7 +266,7 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
 def _check_exports(config: RunConfig) -> Iterator[str]:
     """Only what is saved can be exported, and only what is exported with a tokenizer evaluated."""
     checkpoint = config.checkpoint
-    if config.evaluation.tasks and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
+    if config.evaluation is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
         missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
         yield f"evaluation.tasks are for a run's exports, with their tokenizer: set {missing}"
     if checkpoint.export_interval == 0:
@@ -293,8 +292,9 @@ def _check_files(config: RunConfig) -> Iterator[str]:
     load = config.checkpoint.load
     if load is not None and not upload_rules.is_url(load) and not Path(load).exists():
         yield f"checkpoint.load: {load} not found"
-    if config.evaluation.include_path is not None and not Path(config.evaluation.include_path).is_dir():
-        yield f"evaluation.include_path: there is no folder {config.evaluation.include_path}"
+    folder = None if config.evaluation is None else config.evaluation.include_path
+    if folder is not None and not Path(folder).is_dir():
+        yield f"evaluation.include_path: there is no folder {folder}"
     yield from _check_writable(derived.run_folder(config), "output_dir")
 
 
@@ -350,9 +350,9 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Each setting that takes modules of an extra which are not installed, and what to set to do without them."""
     used = {
-        "evaluation.tasks": (config.evaluation.tasks, ["lm_eval", "accelerate", "transformers"], "[]"),
+        "evaluation": (config.evaluation is not None, ["lm_eval", "accelerate", "transformers"], "null"),
         "checkpoint.export_interval": (config.checkpoint.export_interval, ["transformers"], "0"),
-        "logging.straggler_interval": (config.logging.straggler_interval, ["nvidia_resiliency_ext"], "0"),
+        "logging.straggler": (config.logging.straggler is not None, ["nvidia_resiliency_ext"], "null"),
         "logging.wandb_project": (config.logging.wandb_project, ["wandb"], "null"),
     }
     if config.model.backend == "te" and (lacking("transformer_engine") if have_te is None else not have_te):

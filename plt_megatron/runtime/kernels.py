@@ -24,12 +24,10 @@ def choose_fp8(config: RunConfig) -> Fp8Choice | None:
     Raises:
         UserError: the card has no kernels for it; the message names the rule, one line each.
     """
-    if config.training.fp8 == "none":
+    if config.training.fp8 is None:
         return None
     if not torch.cuda.is_available():
-        raise UserError(
-            f"training.fp8 {config.training.fp8} needs a GPU (Ada, Hopper or Blackwell); set training.fp8=none"
-        )
+        raise UserError("training.fp8 needs a GPU (Ada, Hopper or Blackwell); set training.fp8=null")
     major, minor = torch.cuda.get_device_capability()
     problems = list(fp8_rules.find_problems(config, (major, minor)))
     choice = fp8_rules.choose(config, (major, minor))
