@@ -54,7 +54,7 @@ def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from plt_megatron.config import fp8_rules
+    from plt_megatron.config.rules import fp8 as fp8_rules
     from plt_megatron.config.schema import Fp8Config
 
     found: dict[str, dict[str, Any]] = {"torch bf16": {"backend": "torch"}}
@@ -97,7 +97,7 @@ def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_b
 
 def speed_modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Everything that can be fused is, and once nothing."""
-    from plt_megatron.config import fusion_rules
+    from plt_megatron.config.rules import fusions as fusion_rules
 
     found = {name: {**mode, "fusions": {}} for name, mode in modes(sizes).items()}
     if "te bf16" in found:

@@ -25,8 +25,8 @@ def _nested(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, An
         *sections, last = key.split(".")
         place = values
         for name in sections:
-            if place.get(name) is None:
-                place[name] = {}
+            inner = place.get(name) or {}
+            place[name] = dataclasses.asdict(inner) if dataclasses.is_dataclass(inner) else inner
             place = place[name]
         place[last] = value
     return values

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration, generated from ours.
 
 Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed.config` may add what
-`ADDABLE` names. No torch here: `deepspeed_validation` answers a bad section in milliseconds.
+`ADDABLE` names. No torch here: `rules/deepspeed.py` answers a bad section in milliseconds.
 """
 
 from __future__ import annotations

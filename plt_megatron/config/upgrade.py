@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from plt_megatron.config import yaml_nodes
+from plt_megatron.config.deepspeed_settings import ADDABLE, DECIDED_BY, REFUSED
 from plt_megatron.config.yaml_nodes import is_null
 
 Settings = dict[str, yaml.Node]  # by dotted keys
@@ -71,14 +72,14 @@ _OTHER_VALUE = {
     "zero": "the section deepspeed",
 }
 UPGRADE = "plt-config upgrade FILE rewrites a file"
-_DEEPSPEED = ("zero_stage", "offload_optimizer", "offload_param", "config")
+_DEEPSPEEDS_OWN = {key.partition(".")[0] for key in (*ADDABLE, *DECIDED_BY, *REFUSED)}
 _BIAS_UPDATE_RATE = "1e-3"  # the former default
 
 
 def new_name(key: str) -> str | None:
     """What a setting of an earlier version is now, in words; None: it has not moved."""
     section, _, rest = key.partition(".")
-    if section == "deepspeed" and rest.partition(".")[0] not in _DEEPSPEED:
+    if section == "deepspeed" and rest.partition(".")[0] in _DEEPSPEEDS_OWN:
         return f"deepspeed.config.{rest}"
     return _SAME_VALUE.get(key) or _OTHER_VALUE.get(key)
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from plt_megatron.config import derived, fusion_rules
-from plt_megatron.config.fusion_rules import Fusions
+from plt_megatron.config import derived
+from plt_megatron.config.rules import fusions as fusion_rules
+from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.layout import BYTES, Layout
 from plt_megatron.estimate.parameters import active_experts

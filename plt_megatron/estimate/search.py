@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.rules.stages import UNEVEN
 from plt_megatron.config.schema import ParallelConfig, RunConfig
-from plt_megatron.config.stage_rules import UNEVEN
 from plt_megatron.config.validation import find_problems
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run

@@ -14,9 +14,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config import derived
-from plt_megatron.config.fp8_rules import Fp8Choice
-from plt_megatron.config.fusion_rules import Fusions
 from plt_megatron.config.layout import ParallelLayout
+from plt_megatron.config.rules.fp8 import Fp8Choice
+from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.schema import ModelConfig, MoeConfig, ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime

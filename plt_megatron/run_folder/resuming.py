@@ -12,8 +12,8 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.optimizers import settings_of_others
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import Sizes, only_in_loops, parameters_of
 from plt_megatron.run_folder import checkpoints

@@ -9,9 +9,10 @@ import re
 import torch
 import torch.distributed as dist
 
-from plt_megatron.config import fp8_rules, kernel_rules
-from plt_megatron.config.fp8_rules import Fp8Choice
-from plt_megatron.config.kernel_rules import Version, Versions
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules import kernels as kernel_rules
+from plt_megatron.config.rules.fp8 import Fp8Choice
+from plt_megatron.config.rules.kernels import Version, Versions
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.data.resuming import check_data, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError

@@ -336,7 +336,7 @@ def draw(
         own = random.Random(f"{title} {number} {key}")
         if reason_not_drawn(key) is None and own.random() < share and on.issuperset(_sections_of(key)):
             settings |= _one(own, key, hint)
-    for section in on:
+    for section in sorted(on):
         settings |= _turned_on(rng, section, {**settings, **fixed}, every)
     settings = {**settings, **fixed}
     return _mended(settings, fixed, kind, every, rng) if mend else settings

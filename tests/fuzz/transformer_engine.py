@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from plt_megatron.config import fp8_rules
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.cases import Outcome
 from tests.fuzz import draw, parity

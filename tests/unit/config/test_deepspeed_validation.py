@@ -12,8 +12,8 @@ import pytest
 
 from plt_megatron.config import deepspeed_settings as settings
 from plt_megatron.config.deepspeed_settings import deepspeed_config
-from plt_megatron.config.deepspeed_validation import find_package_problem
 from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.rules.deepspeed import find_package_problem
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_validation import change, good
 
-from plt_megatron.config import fp8_rules
-from plt_megatron.config.fp8_rules import ADA, BLACKWELL, HOPPER
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, HOPPER
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_validation import change, good
 
-from plt_megatron.config.fp8_rules import BLACKWELL, HOPPER
-from plt_megatron.config.kernel_rules import Versions, find_problems
+from plt_megatron.config.rules.fp8 import BLACKWELL, HOPPER
+from plt_megatron.config.rules.kernels import Versions, find_problems
 
 AMPERE = (8, 0)
 NEW = Versions(cuda=(13, 0), cudnn=(9, 24, 0), flash_attn=(2, 8))

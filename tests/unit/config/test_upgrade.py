@@ -216,6 +216,11 @@ def test_an_override_is_refused_with_the_new_name(override, new):
         load_config("configs/runs/plt2_tiny.yaml", [override])
 
 
+def test_a_misspelled_setting_of_deepspeed_is_no_old_name():
+    with pytest.raises(UserError, match="did you mean deepspeed.zero_stage"):
+        load_config("configs/runs/plt2_tiny.yaml", ["deepspeed.zero_stag=2"])
+
+
 def test_old_and_new_names_of_one_setting_are_refused(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("model: {num_moe_experts: 8, moe: {num_experts: 4}}\n")

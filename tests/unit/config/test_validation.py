@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from plt_megatron.config.layout import layout_of, num_microbatches
@@ -22,9 +24,9 @@ def good() -> RunConfig:
 
 def change(config: RunConfig, **settings: object) -> RunConfig:
     """Set dotted keys, written with `__` for the dot."""
-    for key, value in settings.items():
-        section, _, name = key.partition("__")
-        setattr(config, section, changed(getattr(config, section), {name.replace("__", "."): value}) if name else value)
+    new = changed(config, {key.replace("__", "."): value for key, value in settings.items()})
+    for field in dataclasses.fields(config):
+        setattr(config, field.name, getattr(new, field.name))
     return config
 
 

@@ -18,7 +18,7 @@ from plt_megatron.extras import lacking
 VERSIONS = ">=0.19,<0.20"
 
 
-def find_deepspeed_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """The problems of a configuration whose single settings are in range, one line each."""
     if config.deepspeed is None:
         return

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from plt_megatron.config import derived, stage_rules
+from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout, layout_of
+from plt_megatron.config.rules import stages as stage_rules
 from plt_megatron.config.schema import RunConfig
 
 

@@ -1,4 +1,4 @@
-"""What a run on Transformer Engine asks of the versions that a machine has, beside its card (see `fp8_rules`).
+"""What a run on Transformer Engine asks of the versions that a machine has, beside its card (see `fp8`).
 
 The rules are those of Transformer Engine's own selectors (2.20), stated before a run starts. Where no fused attention
 is left it falls back, without a word, to one that holds all scores: that is refused.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plt_megatron.config import fp8_rules
-from plt_megatron.config.fp8_rules import HOPPER, Capability, card_name
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules.fp8 import HOPPER, Capability, card_name
 from plt_megatron.config.schema import RunConfig
 
 Version = tuple[int, ...]
