@@ -9,7 +9,6 @@ What is refused is mended: a setting that the first problem names is taken back,
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 import re
@@ -25,6 +24,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from tests.fuzz.sections import optional_sections, sections_of, value_of
 
 TINY = Path(__file__).with_name("tiny.yaml")
 Settings = dict[str, Any]  # dotted key -> value; lists of sections as lists of mappings
@@ -227,40 +227,6 @@ def _section(cls: type, pick: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- configurations
 
 
-def value_of(config: Any, key: str) -> Any:
-    """A setting by its dotted key, or what a section that is off would have of it by default."""
-    value, section = config, type(config)
-    for name in key.split("."):
-        value = _default(section, name) if value is None else getattr(value, name)
-        section = section_of(field_types(section)[name]) or type(None)
-    return value
-
-
-def _default(section: type, name: str) -> Any:
-    (default,) = [field.default for field in dataclasses.fields(section) if field.name == name]
-    return None if default is dataclasses.MISSING else default
-
-
-@functools.cache
-def optional_sections(cls: type = RunConfig, prefix: str = "") -> dict[str, str]:
-    """Dotted key of each section that may be off -> a setting that turns it on: one without a default, or its first."""
-    found = {}
-    for name, hint in field_types(cls).items():
-        section, key = section_of(hint), prefix + name
-        if section is None:
-            continue
-        if plain_type(hint)[2]:
-            needed = [field.name for field in dataclasses.fields(section) if field.default is dataclasses.MISSING]
-            found[key] = f"{key}.{[*needed, *field_types(section)][0]}"
-        found |= optional_sections(section, f"{key}.")
-    return found
-
-
-def _sections_of(key: str) -> list[str]:
-    """The optional sections that a setting lies in, the outermost first."""
-    return [section for section in optional_sections() if key.startswith(f"{section}.")]
-
-
 def overrides(settings: Mapping[str, Any]) -> list[str]:
     """As arguments of `plt-train`."""
     return [f"{key}={_text(value)}" for key, value in settings.items()]
@@ -331,10 +297,10 @@ def draw(
     if layout:
         settings |= _draw_layout(rng)
     on = {section for section in optional_sections() if random.Random(f"{title} {number} {section}").random() < share}
-    on |= {section for key in (*settings, *fixed) for section in _sections_of(key)}
+    on |= {section for key in (*settings, *fixed) for section in sections_of(key)}
     for key, hint in every.items():
         own = random.Random(f"{title} {number} {key}")
-        if reason_not_drawn(key) is None and own.random() < share and on.issuperset(_sections_of(key)):
+        if reason_not_drawn(key) is None and own.random() < share and on.issuperset(sections_of(key)):
             settings |= _one(own, key, hint)
     for section in sorted(on):
         settings |= _turned_on(rng, section, {**settings, **fixed}, every)
@@ -352,7 +318,7 @@ def _turned_on(rng: random.Random, section: str, settings: Settings, every: Mapp
     key = optional_sections()[section]
     if key in settings or key not in every or reason_not_drawn(key) is not None:
         return {}
-    if any(optional_sections()[outer] not in settings for outer in _sections_of(section)):
+    if any(optional_sections()[outer] not in settings for outer in sections_of(section)):
         return {}
     return {key: rng.choice([*values(key, every[key], None)])}
 
@@ -389,7 +355,7 @@ def wild(words: str, number: int) -> Settings:
     drawn = [(key, hint) for key, hint in leaves() if reason_not_drawn(key) is None]
     for key, hint in rng.sample(drawn, rng.choice((1, 2, 4, 8))):
         default = value_of(tiny(), key)
-        for section in _sections_of(key):
+        for section in sections_of(key):
             settings |= _turned_on(rng, section, settings, dict(leaves()))
         settings[key] = rng.choice(
             [*values(key, hint, default), *_ends(hint), *_values_of_type(hint, default), default]
@@ -421,7 +387,7 @@ def _mended(
         missing = [key for key in _named(found[0], every) if key not in settings and reason_not_drawn(key) is None]
         if missing and turn < 60 and rng.random() < 0.3:
             key = rng.choice(missing)
-            for section in _sections_of(key):
+            for section in sections_of(key):
                 settings |= _turned_on(rng, section, settings, every)
             settings |= _one(rng, key, every[key])
             continue
@@ -433,7 +399,7 @@ def _mended(
 def _take_back(settings: Settings, key: str, fixed: Mapping[str, Any]) -> None:
     """Remove a setting, and with one that turns a section on all of that section's."""
     off = {section for section, needed in optional_sections().items() if needed == key}
-    for other in [other for other in settings if other == key or off.intersection(_sections_of(other))]:
+    for other in [other for other in settings if other == key or off.intersection(sections_of(other))]:
         if other not in fixed:
             del settings[other]
 

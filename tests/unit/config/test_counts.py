@@ -10,6 +10,7 @@ from pathlib import Path
 
 import plt_megatron.config
 from tests.fuzz import draw
+from tests.fuzz.sections import optional_sections
 
 SETTINGS = 187
 ALWAYS_THERE = 150  # of them outside of sections that are off by default
@@ -23,7 +24,7 @@ def settings() -> list[str]:
 
 def always_there() -> list[str]:
     """Those in no section that may be off."""
-    sections = tuple(f"{section}." for section in draw.optional_sections())
+    sections = tuple(f"{section}." for section in optional_sections())
     return [key for key in settings() if not key.startswith(sections)]
 
 
