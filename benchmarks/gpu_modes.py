@@ -54,16 +54,16 @@ def modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     import torch
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from plt_megatron.config import fp8_rules
+    from plt_megatron.config.rules import fp8 as fp8_rules
+    from plt_megatron.config.schema import Fp8Config
 
     found: dict[str, dict[str, Any]] = {"torch bf16": {"backend": "torch"}}
     if not (HAVE_TE and torch.cuda.is_available()):
         return found
     fusions = {"fusions": {"cross_entropy_loss_fusion": sizes.cross_entropy_loss_fusion}}
     found["te bf16"] = {"backend": "te", **fusions}
-    fp8 = {"te fp8": {}, "te fp8 attention": {"fp8_attention": True}}
-    for name, attention in fp8.items():
-        mode = {"backend": "te", "fp8": "hybrid", **attention, **fusions}
+    for name, attention in {"te fp8": False, "te fp8 attention": True}.items():
+        mode = {"backend": "te", "fp8": Fp8Config(attention=attention), **fusions}
         config = run_config(sizes.small, sizes.small_length, mode)
         if not list(fp8_rules.find_problems(config, torch.cuda.get_device_capability())):
             found[name] = mode
@@ -89,8 +89,7 @@ def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_b
             micro_batch_size=micro_batch_size,
             global_batch_size=micro_batch_size,
             train_iters=10_000,
-            fp8=mode.get("fp8", "none"),
-            fp8_attention=mode.get("fp8_attention", False),
+            fp8=mode.get("fp8"),
         ),
         optimizer=OptimizerConfig(lr=1e-3, min_lr=1e-4, lr_warmup_iters=20),
     )
@@ -98,7 +97,7 @@ def run_config(model: dict[str, int], length: int, mode: dict[str, Any], micro_b
 
 def speed_modes(sizes: Sizes) -> dict[str, dict[str, Any]]:
     """Everything that can be fused is, and once nothing."""
-    from plt_megatron.config import fusion_rules
+    from plt_megatron.config.rules import fusions as fusion_rules
 
     found = {name: {**mode, "fusions": {}} for name, mode in modes(sizes).items()}
     if "te bf16" in found:

@@ -23,6 +23,7 @@ GROUPS = {
     "set up": {
         "doctor": "show what this machine can run, and what is missing for the rest",
         "completion": "print what completes plt in bash or zsh",
+        "config": "give an earlier version's configuration files their present names",
     },
     "train": {
         "demo": "train a small PLT and its one-loop baseline on text this machine has",

@@ -10,6 +10,7 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 
+from plt_megatron.config.schedules import find_order_problems, starts
 from plt_megatron.config.schema import BatchStage, RunConfig
 
 MAX_INCREMENTS = 10_000  # of a stage
@@ -35,7 +36,6 @@ class BatchSchedule:
         start, sizes_after = 0, [stage.global_batch_size for stage in training.batch_schedule[1:]]
         sizes_after.append(training.global_batch_size)
         for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one more without any stage
-            assert stage.until is not None and after is not None, "validate() asks for them"
             sizes = stage_sizes(stage, after)
             self._ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
             self.sizes += sizes
@@ -95,7 +95,6 @@ class BatchSchedule:
 
 def stage_sizes(stage: BatchStage, after: int) -> list[int]:
     """The sizes of a stage that is followed by a batch of `after`: with an increment, all up to that."""
-    assert stage.global_batch_size is not None, "validate() asks for it"
     if stage.increment is None:
         return [stage.global_batch_size]
     return list(range(stage.global_batch_size, after, stage.increment))
@@ -113,24 +112,17 @@ def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
 def find_problems(config: RunConfig) -> Iterator[str]:
     """The problems of a schedule whose single numbers are in range, one line each. What its batches must be divisible
     by is checked with the layout."""
+    yield from find_order_problems("training.batch_schedule", config.training.batch_schedule)
     for number in range(len(config.training.batch_schedule)):
         yield from _check_stage(config, number)
 
 
 def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
     stages, key = config.training.batch_schedule, f"training.batch_schedule[{number}]"
-    stage, begin = stages[number], stages[number - 1].until if number else 0
-    if stage.global_batch_size is None:
-        yield f"{key}: give global_batch_size, the sequences of its steps"
-    if stage.until is None:
-        yield f"{key}: give until, the tokens at which it ends; after the last stage training.global_batch_size holds"
-    if stage.global_batch_size is None or stage.until is None or begin is None:
-        return
-    step = stage.global_batch_size * config.data.sequence_length
-    if stage.until <= begin:
-        yield f"{key}.until {stage.until:,} must be above the stage before's {begin:,}"
-    elif stage.until - begin < step:
-        yield f"{key} is shorter than a step: it has {stage.until - begin:,} tokens, and its first step {step:,}"
+    stage, step = stages[number], stages[number].global_batch_size * config.data.sequence_length
+    tokens = stage.until - starts(stages)[number]
+    if 0 < tokens < step:
+        yield f"{key} is shorter than a step: it has {tokens:,} tokens, and its first step {step:,}"
     if stage.increment is not None:
         yield from _check_increment(config, number, stage.global_batch_size, stage.increment)
 
@@ -139,12 +131,12 @@ def _check_increment(config: RunConfig, number: int, size: int, increment: int) 
     later = config.training.batch_schedule[number + 1 :]
     after = later[0].global_batch_size if later else config.training.global_batch_size
     name = f"training.batch_schedule[{number + 1}].global_batch_size" if later else "training.global_batch_size"
-    if after is not None and after - size > MAX_INCREMENTS * increment:
+    if after - size > MAX_INCREMENTS * increment:
         yield (
             f"training.batch_schedule[{number}].increment {increment} makes {(after - size) // increment:,} batch "
             f"sizes, more than {MAX_INCREMENTS:,}: give a larger one"
         )
-    elif after is not None and (after <= size or (after - size) % increment):
+    elif after <= size or (after - size) % increment:
         yield (
             f"training.batch_schedule[{number}].increment {increment}: no number of increments leads from its "
             f"global_batch_size {size} to {name} {after}"

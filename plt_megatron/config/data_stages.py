@@ -10,6 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 
+from plt_megatron.config.schedules import find_order_problems, starts
 from plt_megatron.config.schema import DataConfig, DataSource
 
 
@@ -25,12 +26,12 @@ def stage_sources(data: DataConfig) -> list[list[DataSource]]:
 
 def stage_of_sample(data: DataConfig, sample: int) -> int:
     """The number of a sample's stage, from 0."""
-    return bisect_right([(stage.until or 0) // data.sequence_length for stage in data.stages], sample)
+    return bisect_right([stage.until // data.sequence_length for stage in data.stages], sample)
 
 
 def stage_samples(data: DataConfig, samples: int) -> list[range]:
     """The numbers of each stage's samples, of `samples` in all. A sample belongs to a stage if its last token does."""
-    ends = [min(samples, (stage.until or 0) // data.sequence_length) for stage in data.stages]
+    ends = [min(samples, stage.until // data.sequence_length) for stage in data.stages]
     return [range(first, end) for first, end in zip([0, *ends], [*ends, samples], strict=True)]
 
 
@@ -58,22 +59,17 @@ def find_problems(data: DataConfig) -> Iterator[str]:
     """The problems of stages whose single numbers are in range, one line each."""
     if not data.stages:
         return
-    rates = [data.fim_rate, *(source.fim_rate for _, source in all_sources(data))]
+    rates = [data.fim is not None and data.fim.rate, *(source.fim_rate for _, source in all_sources(data))]
     if any(rates):
-        yield "data.stages with data.fim_rate is not proven: leave one of them out"
-    begin = 0
+        yield "data.stages with data.fim is not proven: leave one of them out"
+    yield from find_order_problems("data.stages", data.stages)
+    length, ends = data.sequence_length, starts(data.stages)
     for number, stage in enumerate(data.stages):
         key = f"data.stages[{number}]"
         if not stage.sources:
             yield f"{key}.sources is empty: name at least one tokenized source"
-        if stage.until is None:
-            yield f"{key}: give until, the tokens at which it ends; after the last stage data.sources hold"
-        elif stage.until // data.sequence_length <= begin // data.sequence_length:
-            yield (
-                f"{key}.until {stage.until:,} must be at least a sample of {data.sequence_length:,} tokens above "
-                f"{f"the stage before's {begin:,}" if number else '0'}"
-            )
-        begin = stage.until or begin
+        if ends[number] < stage.until and stage.until // length == ends[number] // length:
+            yield f"{key}.until {stage.until:,}: no sample of {length:,} tokens ends in it; make it longer"
     keys = [*(f"data.stages[{number}].sources" for number in range(len(data.stages))), "data.sources"]
     for key, sources in zip(keys, stage_sources(data), strict=True):
         paths = [os.path.abspath(source.path) for source in sources]

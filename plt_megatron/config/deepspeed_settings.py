@@ -1,7 +1,7 @@
 """DeepSpeed's configuration, generated from ours.
 
-Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed:` section may add what
-`ADDABLE` names. No torch here: `deepspeed_validation` answers a bad section in milliseconds.
+Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed.config` may add what
+`ADDABLE` names. No torch here: `rules/deepspeed.py` answers a bad section in milliseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.optimizers import optimizer_spec
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 
 Kind = Literal["bool", "count", "positive"]
 
@@ -54,9 +54,9 @@ DECIDED_BY: dict[str, str] = {
     "optimizer.params.eps": "optimizer.adam_eps",
     "optimizer.params.weight_decay": "optimizer.weight_decay",
     "bf16.enabled": "training.precision",
-    "zero_optimization.stage": "zero.stage",
-    "zero_optimization.offload_optimizer.device": "zero.offload_optimizer",
-    "zero_optimization.offload_param.device": "zero.offload_param",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_param",
 }
 
 # DeepSpeed's keys that are refused here: what to do instead. A key includes all below it.
@@ -67,10 +67,10 @@ REFUSED: dict[str, str] = {
     "scheduler": "set the optimizer section's lr_decay_style and what belongs to it",
     "zero_optimization.overlap_comm": "it reduces gradients before the last loop has added to them; leave it out",
     "zero_optimization.offload_optimizer.ratio": "leave it out: all of the optimizer is offloaded",
-    "zero_optimization.offload_optimizer.nvme_path": "set zero.offload_optimizer=cpu",
-    "zero_optimization.offload_param.nvme_path": "set zero.offload_param=cpu",
-    "zero_optimization.cpu_offload": "set zero.offload_optimizer=cpu",
-    "zero_optimization.cpu_offload_params": "set zero.offload_param=cpu",
+    "zero_optimization.offload_optimizer.nvme_path": "set deepspeed.offload_optimizer=cpu",
+    "zero_optimization.offload_param.nvme_path": "set deepspeed.offload_param=cpu",
+    "zero_optimization.cpu_offload": "set deepspeed.offload_optimizer=cpu",
+    "zero_optimization.cpu_offload_params": "set deepspeed.offload_param=cpu",
     "zero_optimization.zero_quantized_weights": "leave it out: checkpoints hold the exact weights",
     "zero_optimization.zero_quantized_gradients": "leave it out: gradients are reduced in fp32",
     "zero_optimization.zero_hpz_partition_size": "leave it out",
@@ -78,11 +78,11 @@ REFUSED: dict[str, str] = {
     "zero_optimization.zenflow": "leave it out",
     "zero_optimization.load_from_fp32_weights": "checkpoints are ours: see the checkpoint section",
     "zero_optimization.elastic_checkpoint": "checkpoints are ours: see the checkpoint section",
-    "pipeline": "set engine=megatron",
+    "pipeline": "leave out the section deepspeed",
     "tensor_parallel": "set parallel.tensor_model_parallel_size",
     "sequence_parallel_size": "set parallel.sequence_parallel",
     "data_parallel_size": "set parallel.data_parallel_size",
-    "expert_parallel": "set engine=megatron",
+    "expert_parallel": "leave out the section deepspeed",
     "activation_checkpointing": "set parallel.recompute_granularity",
     "checkpoint": "set the checkpoint section",
     "load_universal_checkpoint": "set checkpoint.load",
@@ -90,10 +90,10 @@ REFUSED: dict[str, str] = {
     "wandb": "set logging.wandb_project",
     "comet": "set logging.wandb_project",
     "csv_monitor": "metrics.jsonl is always written; leave it out",
-    "flops_profiler": "set logging.profile_step_start and logging.profile_step_end",
+    "flops_profiler": "set logging.profile",
     "compile": "leave it out",
     "hybrid_engine": "leave it out",
-    "aio": "set zero.offload_optimizer=cpu",
+    "aio": "set deepspeed.offload_optimizer=cpu",
     "data_efficiency": "set the data section",
     "curriculum_learning": "set the data section",
     "compression_training": "leave it out",
@@ -110,20 +110,26 @@ REFUSED: dict[str, str] = {
 _DEFAULTS: dict[str, Any] = {"steps_per_print": 10**9, "zero_optimization.reduce_bucket_size": 40_000_000}
 
 
+def zero_of(config: RunConfig) -> DeepSpeedConfig:
+    """The section of a configuration that has it."""
+    assert config.deepspeed is not None, "only for runs on DeepSpeed"
+    return config.deepspeed
+
+
 def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """What our configuration decides, by DeepSpeed's dotted keys.
 
     Args:
         world_size: processes; None: as many as the layout asks for.
     """
-    training, optimizer, zero = config.training, config.optimizer, config.zero
+    training, optimizer, zero = config.training, config.optimizer, zero_of(config)
     deepspeed_optimizer = optimizer_spec(optimizer).deepspeed
     settings: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": num_microbatches(config, world_size),
         "gradient_clipping": optimizer.clip_grad,
-        "zero_optimization.stage": zero.stage,
+        "zero_optimization.stage": zero.zero_stage,
         "zero_optimization.overlap_comm": False,
         "zero_optimization.contiguous_gradients": True,
         "zero_optimization.offload_optimizer.device": zero.offload_optimizer,
@@ -138,8 +144,8 @@ def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
 
 
 def raw(config: RunConfig) -> dict[str, Any]:
-    """The raw section by dotted keys."""
-    return dict(_leaves(config.deepspeed, ""))
+    """`deepspeed.config` by dotted keys."""
+    return dict(_leaves(zero_of(config).config, ""))
 
 
 def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

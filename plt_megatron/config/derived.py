@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, ModelConfig, RunConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -94,6 +94,11 @@ def starts_as_one_loop(model: ModelConfig) -> bool:
     return model.loop_count == 1 or (reads_embeddings and (passes_on or not model.gated_window))
 
 
+def yarn_factor(model: ModelConfig) -> float | None:
+    """Context extension by YaRN; None: RoPE is not scaled, or another way."""
+    return model.rope_scaling.factor if model.rope_scaling is not None and model.rope_scaling.yarn is not None else None
+
+
 def residual_factor(model: ModelConfig) -> float:
     """What the outputs of attention and FFN are multiplied by before they are added to the residual stream."""
     if model.residual_scaling == "none":
@@ -121,12 +126,27 @@ def mup_width_mult(model: ModelConfig) -> float:
 
 def expert_ffn_hidden_size(model: ModelConfig) -> int:
     """Hidden channels of one expert."""
-    return model.moe_ffn_hidden_size or model.ffn_hidden_size
+    return (model.moe.ffn_hidden_size if model.moe else None) or model.ffn_hidden_size
+
+
+def num_experts(model: ModelConfig) -> int:
+    """Experts of a layer that has any; 0: a dense model."""
+    return 0 if model.moe is None else model.moe.num_experts
+
+
+def shared_expert_size(model: ModelConfig) -> int:
+    """Hidden channels of the expert that every token uses; 0: there is none."""
+    return (model.moe.shared_expert_intermediate_size if model.moe else None) or 0
+
+
+def has_expert_bias(model: ModelConfig) -> bool:
+    """Whether a bias on each expert's score balances the load."""
+    return model.moe is not None and model.moe.router_bias_update_rate is not None
 
 
 def expert_layers(model: ModelConfig) -> range:
     """The layers whose FFN is a mixture of experts, counted from 0."""
-    dense = model.num_layers if model.num_moe_experts is None else model.first_k_dense_replace
+    dense = model.num_layers if model.moe is None else model.moe.first_k_dense_replace
     return range(dense, model.num_layers)
 
 
@@ -139,8 +159,8 @@ def split_ffns(model: ModelConfig) -> dict[str, int]:
     """Hidden channels, by their settings, of the FFNs that tensor-parallel ranks split: experts stay whole but for a
     shared one."""
     sizes = {"ffn_hidden_size": model.ffn_hidden_size} if dense_layers(model) else {}
-    if expert_layers(model) and model.moe_shared_expert_intermediate_size is not None:
-        sizes["moe_shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
+    if expert_layers(model) and shared_expert_size(model):
+        sizes["moe.shared_expert_intermediate_size"] = shared_expert_size(model)
     return sizes
 
 
@@ -254,7 +274,12 @@ def source_name(source: DataSource) -> str:
 
 def fim_rate(data: DataConfig, source: DataSource) -> float:
     """Share of a training source's documents that are rearranged for fill-in-the-middle."""
-    return data.fim_rate if source.fim_rate is None else source.fim_rate
+    return fim(data).rate if source.fim_rate is None else source.fim_rate
+
+
+def fim(data: DataConfig) -> FimConfig:
+    """How documents are rearranged, if any is: a source may have a rate of its own."""
+    return data.fim or FimConfig(rate=0.0)
 
 
 def run_folder(config: RunConfig) -> Path:

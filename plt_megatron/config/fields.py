@@ -16,7 +16,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Context
 from typing import Annotated, Any
@@ -99,6 +99,30 @@ def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
             optional = True
         else:
             return hint, metadata, optional
+
+
+def from_plain(cls: type, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass from what `dataclasses.asdict` makes of one. What is missing keeps its default."""
+    return cls(**{name: _from_plain(field_types(cls)[name], value) for name, value in values.items()})
+
+
+def unknown_keys(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of such values that a dataclass, or a section in it, does not have."""
+    found = [prefix + name for name in values if name not in field_types(cls)]
+    for name, value in values.items():
+        section = section_of(field_types(cls).get(name))
+        if section is not None and isinstance(value, Mapping):
+            found += unknown_keys(section, value, f"{prefix}{name}.")
+    return found
+
+
+def _from_plain(hint: Any, value: Any) -> Any:
+    plain, section = plain_type(hint)[0], section_of(hint)
+    if section is not None and isinstance(value, Mapping):
+        return from_plain(section, value)
+    if typing.get_origin(plain) is list and isinstance(value, list):
+        return [_from_plain(typing.get_args(plain)[0], item) for item in value]
+    return value
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 
+from plt_megatron.config.schedules import find_order_problems
 from plt_megatron.config.schema import RunConfig
 
 
@@ -28,8 +29,8 @@ class LengthSchedule:
 
     def __init__(self, config: RunConfig) -> None:
         stages = config.data.length_schedule
-        self._ends = [stage.until or 0 for stage in stages]
-        self.lengths = [*(stage.sequence_length or 0 for stage in stages), config.data.sequence_length]
+        self._ends = [stage.until for stage in stages]
+        self.lengths = [*(stage.sequence_length for stage in stages), config.data.sequence_length]
 
     def sequence_length(self, tokens: int) -> int:
         """Tokens of a row in the step that follows `tokens`."""
@@ -67,19 +68,12 @@ def with_sequence_length(config: RunConfig, length: int) -> RunConfig:
 def find_problems(config: RunConfig) -> Iterator[str]:
     """The problems of a schedule whose single numbers are in range, one line each. What its lengths must be divisible
     by is checked with the layout."""
-    begin, longest = 0, config.data.sequence_length
+    longest = config.data.sequence_length
     for number, stage in enumerate(config.data.length_schedule):
-        key, length = f"data.length_schedule[{number}]", stage.sequence_length
-        if length is None:
-            yield f"{key}: give sequence_length, the tokens of its rows"
-        elif length >= longest or longest % length:
+        if stage.sequence_length >= longest or longest % stage.sequence_length:
             yield (
-                f"{key}.sequence_length {length}: samples have data.sequence_length {longest} tokens and are read as "
-                "several rows of equal length; give a smaller number that divides it"
+                f"data.length_schedule[{number}].sequence_length {stage.sequence_length}: samples have "
+                f"data.sequence_length {longest} tokens and are read as several rows of equal length; give a smaller "
+                "number that divides it"
             )
-        if stage.until is None:
-            yield f"{key}: give until, the tokens at which it ends; after the last stage data.sequence_length holds"
-            return
-        if stage.until <= begin:
-            yield f"{key}.until {stage.until:,} must be above {'the stage before' if number else 'zero'}: {begin:,}"
-        begin = stage.until
+    yield from find_order_problems("data.length_schedule", config.data.length_schedule)

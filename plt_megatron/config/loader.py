@@ -24,24 +24,29 @@ import yaml
 
 from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import RenamedFrom, field_types, find_range_problems, plain_type, section_of
+from plt_megatron.config.layers import Tree, join, merge, supersede
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.upgrade import UPGRADE, new_name, new_section, upgrade
 from plt_megatron.config.yaml_nodes import describe, is_null, where
 from plt_megatron.errors import UserError
 from plt_megatron.installation import find_config
 
 INCLUDE = "include"
+WRITTEN = "config.yaml"  # the name of what `dump_config` wrote into a run folder
 _PLACES = "_places"  # attribute of what `load` returns: dotted key -> file and line, or override
 _KEY = re.compile(r"^\w+(?:\.\w+|\[\d+\])*|\w+(?:\.\w+|\[\d+\])+")
 
-# Sections as trees, values as the nodes they are read from.
-_Tree = dict[str, "_Tree | yaml.Node"]
-
 
 def load_config(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool = False
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool | None = None
 ) -> RunConfig:
-    """Read a run configuration; whether its values make sense is `validation.validate`'s question. See `load`."""
-    return load(RunConfig, path, overrides, accept_old_names=accept_old_names)
+    """Read a run configuration; whether its values make sense is `validation.validate`'s question. See `load`.
+
+    Args:
+        accept_old_names: None: of a run folder's `config.yaml`, which an earlier version may have written.
+    """
+    accept = Path(path).name == WRITTEN if accept_old_names is None else accept_old_names
+    return load(RunConfig, path, overrides, accept_old_names=accept)
 
 
 def load[T](
@@ -100,7 +105,7 @@ class _Reader:
 
     def __init__(self, schema: type, path: Path, accept_old_names: bool) -> None:
         self._schema, self._path, self._accept_old_names = schema, path, accept_old_names
-        self.tree: _Tree = {}
+        self.tree: Tree = {}
         self.places: dict[str, str] = {}
 
     def read_file(self, path: Path, including: tuple[Path, ...] = ()) -> None:
@@ -111,7 +116,7 @@ class _Reader:
             text = yaml_nodes.read_text(path)
         except UserError as error:
             raise UserError(f"{including[-1]}: {INCLUDE}: {error}" if including else str(error)) from error
-        root = yaml_nodes.compose(text, str(path))
+        root = self._upgraded(yaml_nodes.compose(text, str(path)))
         entries = [] if root is None else yaml_nodes.items(root)
         for key, node, _ in entries:
             if key == INCLUDE:
@@ -119,9 +124,15 @@ class _Reader:
                     self.read_file(_beside(path, included), (*including, path))
         self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
 
+    def _upgraded(self, root: yaml.Node | None) -> yaml.Node | None:
+        """A document, the former settings of a run under their new names if these are accepted."""
+        if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
+            return upgrade(root)
+        return root
+
     def read_overrides(self, overrides: Sequence[str]) -> None:
         """Put `key=value` texts over the tree."""
-        layer: _Tree = {}
+        layer: Tree = {}
         for override in overrides:
             key, equals, text = override.partition("=")
             at = f"{yaml_nodes.OVERRIDE}{override!r}"
@@ -129,15 +140,15 @@ class _Reader:
                 raise UserError(f"{at}: expected key=value, as in model.loop_count=1")
             null = yaml.ScalarNode("", "", yaml.Mark(at, 0, 0, 0, None, 0))
             node = yaml_nodes.compose(text, at) or null
-            _merge(layer, self._path_to(self._schema, key.strip().split("."), node, at, ""))
+            merge(layer, self._path_to(self._schema, key.strip().split("."), node, at, ""))
         self._add_layer(layer)
 
-    def _add_layer(self, layer: _Tree) -> None:
+    def _add_layer(self, layer: Tree) -> None:
         self._expand_presets(self._schema, layer, "")
-        _supersede(self._schema, self.tree, layer, "")
-        _merge(self.tree, layer)
+        supersede(self._schema, self.tree, layer, "")
+        merge(self.tree, layer)
 
-    def _expand_presets(self, cls: type, layer: _Tree, section: str) -> None:
+    def _expand_presets(self, cls: type, layer: Tree, section: str) -> None:
         for name, presets in getattr(cls, "PRESETS", {}).items():
             chosen = layer.get(name)
             if not isinstance(chosen, yaml.ScalarNode):
@@ -145,27 +156,27 @@ class _Reader:
             settings = presets.get(chosen.value, {})
             for other in settings.keys() - layer.keys():
                 layer[other] = yaml.ScalarNode("", yaml_nodes.text_of(settings[other]), chosen.start_mark)
-                at = self.places[_join(section, name)]
-                self.places[_join(section, other)] = f"{at} ({_join(section, name)} {chosen.value})"
+                at = self.places[join(section, name)]
+                self.places[join(section, other)] = f"{at} ({join(section, name)} {chosen.value})"
         for name, value in layer.items():
             inner = section_of(field_types(cls).get(name))
             if inner is not None and isinstance(value, dict):
-                self._expand_presets(inner, value, _join(section, name))
+                self._expand_presets(inner, value, join(section, name))
 
-    def _section(self, cls: type, entries: Iterable[tuple[str, yaml.Node, str]], key: str) -> _Tree:
+    def _section(self, cls: type, entries: Iterable[tuple[str, yaml.Node, str]], key: str) -> Tree:
         """The tree of a mapping, its keys checked against the dataclass `cls`."""
-        section: _Tree = {}
+        section: Tree = {}
         for name, node, at in entries:
             for current, value in self._item(cls, name, node, at, key).items():
                 if current in section:
-                    raise UserError(f"{at}: {_join(key, current)} is given twice: {name} is its old name")
+                    raise UserError(f"{at}: {join(key, current)} is given twice: {name} is its old name")
                 section[current] = value
         return section
 
-    def _item(self, cls: type, name: str, node: yaml.Node, at: str, section: str) -> _Tree:
+    def _item(self, cls: type, name: str, node: yaml.Node, at: str, section: str) -> Tree:
         """The tree of one key of a section."""
         name = self._current_name(cls, name, at, section)
-        key = _join(section, name)
+        key = join(section, name)
         plain, _, optional = plain_type(field_types(cls)[name])
         inner = section_of(plain)
         self.places[key] = at
@@ -178,56 +189,59 @@ class _Reader:
                 raise UserError(f"{at}: {key} is a section of its own keys, got {describe(node)}")
             return {name: self._mapping(typing.get_args(plain)[1], node, key)}
         if not isinstance(node, yaml.MappingNode):
-            names = ", ".join(_join(key, field) for field in list(field_types(inner))[:3])
-            raise UserError(f"{at}: {key} is a section ({names}, ...), got {describe(node)}")
+            names = ", ".join(join(key, field) for field in list(field_types(inner))[:3])
+            now = new_section(key, str(node.value)) if self._schema is RunConfig else None
+            moved = f"; {key}={node.value} is now {now}{_hint(at)}" if now else ""
+            raise UserError(f"{at}: {key} is a section ({names}, ...), got {describe(node)}{moved}")
         return {name: self._section(inner, yaml_nodes.items(node, key), key)}
 
-    def _mapping(self, value_type: Any, node: yaml.Node, key: str) -> _Tree:
+    def _mapping(self, value_type: Any, node: yaml.Node, key: str) -> Tree:
         """The tree of a section whose keys are the user's own, or another program's (`Any`: as deep as they go)."""
-        section: _Tree = {}
+        section: Tree = {}
         for name, value, at in yaml_nodes.items(node, key):
             if not name or (value_type is Any and "." in name):
                 raise UserError(f"{at}: expected a setting's name below {key}, got {name!r}")
-            self.places[_join(key, name)] = at
+            self.places[join(key, name)] = at
             if value_type is not Any or not isinstance(value, yaml.MappingNode):
                 section[name] = value
             elif value.value:
-                section[name] = self._mapping(Any, value, _join(key, name))
+                section[name] = self._mapping(Any, value, join(key, name))
         return section
 
-    def _path_to(self, cls: type, names: Sequence[str], node: yaml.Node, at: str, section: str) -> _Tree:
+    def _path_to(self, cls: type, names: Sequence[str], node: yaml.Node, at: str, section: str) -> Tree:
         """The tree in which nothing but one dotted key is set."""
         name, *rest = names
         if not rest:
             return self._item(cls, name, node, at, section)
         plain = plain_type(field_types(cls).get(name))[0]
-        key, inner = _join(section, name), section_of(plain)
+        key, inner = join(section, name), section_of(plain)
+        self.places[key] = at
         if inner is not None:
             return {name: self._path_to(inner, rest, node, at, key)}
         if typing.get_origin(plain) is not dict:
-            raise self._unknown_key(at, cls, section, name)
+            raise self._unknown_key(at, cls, section, name, join(section, ".".join(names)))
         value_type = typing.get_args(plain)[1]
         if value_type is not Any:
             rest = [".".join(rest)]
-        self.places[_join(key, ".".join(rest))] = at
+        self.places[join(key, ".".join(rest))] = at
         nested = value_type is Any and isinstance(node, yaml.MappingNode)
-        tree: _Tree | yaml.Node = self._mapping(Any, node, _join(key, ".".join(rest))) if nested else node
+        tree: Tree | yaml.Node = self._mapping(Any, node, join(key, ".".join(rest))) if nested else node
         for step in reversed([name, *rest]):
             tree = {step: tree}
-        return typing.cast(_Tree, tree)
+        return typing.cast(Tree, tree)
 
     # ------------------------------------------------------------ the schema's types
 
-    def build(self, cls: type, tree: _Tree, key: str) -> Any:
+    def build(self, cls: type, tree: Tree, key: str) -> Any:
         """An instance of `cls` from a tree; what is not set keeps its default."""
-        values = {name: self._value(field_types(cls)[name], value, _join(key, name)) for name, value in tree.items()}
+        values = {name: self._value(field_types(cls)[name], value, join(key, name)) for name, value in tree.items()}
         for field in dataclasses.fields(cls):
             missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if field.init and missing and field.name not in values:
-                raise UserError(f"{self.places.get(key, self._path)}: {_join(key, field.name)} is missing")
+                raise UserError(f"{self.places.get(key, self._path)}: {join(key, field.name)} is missing")
         return cls(**values)
 
-    def _value(self, hint: Any, value: _Tree | yaml.Node, key: str) -> Any:
+    def _value(self, hint: Any, value: Tree | yaml.Node, key: str) -> Any:
         if not isinstance(value, dict):
             return self._convert(hint, value, key)
         plain = plain_type(hint)[0]
@@ -235,7 +249,7 @@ class _Reader:
         if section is not None:
             return self.build(section, value, key)
         inner = Any if plain is Any else typing.get_args(plain)[1]
-        return {name: self._value(inner, item, _join(key, name)) for name, item in value.items()}
+        return {name: self._value(inner, item, join(key, name)) for name, item in value.items()}
 
     def _convert(self, hint: Any, node: yaml.Node, key: str) -> Any:
         """The node's value as the type `hint` of the setting `key`. A type with `from_node` reads nodes itself."""
@@ -278,27 +292,32 @@ class _Reader:
             if RenamedFrom(name) in plain_type(hint)[1]:
                 if self._accept_old_names:
                     return current
-                raise UserError(f"{at}: {_join(section, name)} is now called {_join(section, current)}")
+                raise UserError(f"{at}: {join(section, name)} is now called {join(section, current)}")
         raise self._unknown_key(at, cls, section, name)
 
-    def _unknown_key(self, at: str, cls: type, section: str, name: str) -> UserError:
+    def _unknown_key(self, at: str, cls: type, section: str, name: str, whole: str = "") -> UserError:
         """Names the nearest key of the same section, else the same or nearest name in any other section."""
         refused = getattr(self._schema, "REFUSED", {}).get(name)
         if refused is not None:
-            return UserError(f"{at}: {_join(section, name)} is not supported: {refused}; leave it out")
+            return UserError(f"{at}: {join(section, name)} is not supported: {refused}; leave it out")
+        former = whole or join(section, name)
+        now = new_name(former) if self._schema is RunConfig else None
+        if now is not None:
+            return UserError(f"{at}: {former} is now {now}{_hint(at)}")
         siblings = list(field_types(cls))
         close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
-        candidates = [_join(section, close[0])] if close else []
+        candidates = [join(section, close[0])] if close else []
         if not close or difflib.SequenceMatcher(None, name, close[0]).ratio() < 0.8:
             elsewhere = {key.rpartition(".")[2]: key for key in reversed(list(all_keys(self._schema)))}
             match = difflib.get_close_matches(name, list(elsewhere), n=1, cutoff=0.8)
             candidates = [elsewhere[match[0]]] if match else candidates
         hint = f"did you mean {candidates[0]}?" if candidates else f"known here: {', '.join(siblings)}"
-        return UserError(f"{at}: unknown key {_join(section, name)}; {hint}")
+        return UserError(f"{at}: unknown key {join(section, name)}; {hint}")
 
 
-def _join(section: str, name: str) -> str:
-    return f"{section}.{name}" if section else name
+def _hint(at: str) -> str:
+    """Where there is a file, the command that gives its settings their new names."""
+    return "" if at.startswith(yaml_nodes.OVERRIDE) else f" ({UPGRADE})"
 
 
 def _beside(path: Path, included: str) -> Path:
@@ -325,47 +344,9 @@ def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
     for name, hint in field_types(cls).items():
         section = section_of(hint)
         if section is None:
-            yield _join(prefix, name)
+            yield join(prefix, name)
         else:
-            yield from all_keys(section, _join(prefix, name))
-
-
-# ---------------------------------------------------------------- layers
-
-
-def _merge(tree: _Tree, layer: _Tree) -> None:
-    """Put `layer` over `tree`, key by key."""
-    for name, value in layer.items():
-        below = tree.get(name)
-        if isinstance(value, dict) and isinstance(below, dict):
-            _merge(below, value)
-        else:
-            tree[name] = value
-
-
-def _supersede(cls: type, earlier: _Tree, layer: _Tree, key: str) -> None:
-    """Take out of `earlier` what excludes what `layer` gives. Raises `UserError` if it gives both."""
-    alternatives: Sequence[Sequence[str]] = getattr(cls, "ALTERNATIVES", ())
-    given = [[name for name in names if not _is_nothing(layer.get(name))] for names in alternatives]
-    first, *others = [names[0] for names in given if names] or [""]
-    if others:
-        at, also = (where(typing.cast(yaml.Node, layer[name])) for name in (others[0], first))
-        either = " or ".join("/".join(names) for names in alternatives)
-        raise UserError(f"{at}: {_join(key, others[0])}: give either {either}, not both ({first}: {also})")
-    for names in alternatives if first else ():
-        if first not in names:
-            for name in names:
-                earlier.pop(name, None)
-    for name, value in layer.items():
-        section = section_of(field_types(cls).get(name))
-        if section is not None and isinstance(value, dict):
-            below = earlier.get(name)
-            _supersede(section, below if isinstance(below, dict) else {}, value, _join(key, name))
-
-
-def _is_nothing(value: _Tree | yaml.Node | None) -> bool:
-    """Whether a key is left out, null or an empty list."""
-    return value is None or (isinstance(value, yaml.Node) and (is_null(value) or value.value == []))
+            yield from all_keys(section, join(prefix, name))
 
 
 # ---------------------------------------------------------------- values

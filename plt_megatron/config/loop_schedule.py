@@ -17,6 +17,7 @@ from typing import NamedTuple
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.length_schedule import LengthSchedule
+from plt_megatron.config.schedules import find_order_problems, starts
 from plt_megatron.config.schema import LoopStage, RunConfig
 
 
@@ -49,10 +50,10 @@ class LoopSchedule:
         self._config = config
         self._batches, self._lengths = BatchSchedule(config), LengthSchedule(config)
         stages = config.training.loop_schedule or [LoopStage(loop_count=config.model.loop_count)]
-        starts = [0.0, *(stage.until for stage in stages)]
+        begins = starts(stages)
         self._stages = [
             _Stage(start, stage.until, start + stage.ramp * (stage.until - start), _shares(stage, config))
-            for start, stage in zip(starts, stages, strict=False)
+            for start, stage in zip(begins, stages, strict=False)
         ]
 
     def loop_count(self, step: int, tokens: int) -> int:
@@ -171,7 +172,8 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     stages = config.training.loop_schedule
     if not stages:
         return
-    found = [problem for number in range(len(stages)) for problem in _check_stage(config, number)]
+    found = list(find_order_problems("training.loop_schedule", stages))
+    found += [problem for number in range(len(stages)) for problem in _check_stage(config, number)]
     if stages[-1].until != 1:
         found.append(
             f"training.loop_schedule[{len(stages) - 1}].until {stages[-1].until:g}: the last stage ends with the run; "
@@ -194,8 +196,6 @@ def _check_loss_weights(config: RunConfig) -> Iterator[str]:
 def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
     stage, before = config.training.loop_schedule[number], config.training.loop_schedule[:number]
     key, loops = f"training.loop_schedule[{number}]", config.model.loop_count
-    if before and stage.until <= before[-1].until:
-        yield f"{key}.until {stage.until:g} must be above the stage before's {before[-1].until:g}"
     if (stage.loop_count is None) == (not stage.loop_shares):
         yield f"{key}: give either loop_count or loop_shares"
     elif stage.loop_count is not None and stage.loop_count > loops:
@@ -213,8 +213,8 @@ def _check_whole(config: RunConfig) -> Iterator[str]:
     most = max(stage.loop_count or _most(stage) for stage in stages)
     if most < loops:
         yield f"training.loop_schedule never runs model.loop_count {loops} loops: set model.loop_count={most}"
-    if config.training.fp8 != "none":
-        yield f"training.fp8 {config.training.fp8} does not run with training.loop_schedule yet: set training.fp8=none"
+    if config.training.fp8 is not None:
+        yield "training.fp8 does not run with training.loop_schedule yet: leave one of them out"
     if config.parallel.overlap_param_gather:
         yield (
             "parallel.overlap_param_gather with training.loop_schedule: nothing waits for weights that a step does not "

@@ -37,7 +37,7 @@ class OptimizerSpec:
             element separately, since a rank holds pieces that follow no row or column.
         arguments: of that class, besides the parameters, `lr` and `weight_decay`.
         counts_steps: whether it counts its updates.
-        deepspeed: DeepSpeed's dotted settings of it; None: not with `engine: deepspeed`.
+        deepspeed: DeepSpeed's dotted settings of it; None: not with that engine.
     """
 
     title: str

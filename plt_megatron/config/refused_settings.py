@@ -13,7 +13,7 @@ _FP8_PARAM = (
     "them in full precision; FP8 copies are made once a step instead"
 )
 _STATES = "moments are fp32: those of another type need Transformer Engine, and are not proven with checkpoints"
-_STATES_ON_HOST = "checkpoints would not have its state; engine=deepspeed with zero.offload_optimizer=cpu does it"
+_STATES_ON_HOST = "checkpoints would not have its state; deepspeed.offload_optimizer=cpu does it"
 
 REFUSED = {
     "tp_comm_overlap": _UNTESTABLE,

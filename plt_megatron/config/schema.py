@@ -34,6 +34,50 @@ from plt_megatron.config.refused_settings import REFUSED
 
 
 @dataclass
+class YarnConfig:
+    """YaRN (arXiv 2309.00071): channels that turn often over the original length stay as they are, slow ones are
+    interpolated, and a ramp lies between them."""
+
+    original_max_position_embeddings: Size  # tokens of the texts that RoPE was trained with
+    beta_fast: Positive = 32.0  # channels with at least so many turns over the original length are not interpolated
+    beta_slow: Positive = 1.0  # those with at most so many are interpolated in full
+    correction_range_round_to_int: bool = True  # the ends of the ramp, in channels
+
+
+@dataclass
+class RopeScalingConfig:
+    """RoPE for longer texts than it was trained with: as in Llama 3.1, or YaRN (docs/model.md)."""
+
+    factor: Annotated[float, Range(1)]  # context extension: target length / trained length, which is 8,192 in Llama 3.1
+    yarn: YarnConfig | None = None  # null: Llama 3.1's
+
+
+@dataclass
+class MoeConfig:
+    """Mixture of experts (docs/moe.md): a layer's FFN becomes `num_experts` of them, of which a token uses some.
+
+    Names are megatron-core's without `moe_`.
+    """
+
+    num_experts: Annotated[int, Range(2, 2**16)]
+    first_k_dense_replace: Count = 0  # so many first layers have a dense FFN of model.ffn_hidden_size instead
+    router_topk: Size = 2  # experts a token is sent to
+    ffn_hidden_size: Size | None = None  # of one expert; null: model.ffn_hidden_size
+    shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; null: none
+    router_pre_softmax: bool = False  # weights: shares of all experts (true), or of the chosen (false)
+    # sigmoid: an expert's score does not depend on the others', and its weight is its share of the chosen ones'.
+    router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    # What the load is balanced over: each sequence (independent of layout and micro-batch size), or each microbatch.
+    router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
+    aux_loss_coeff: NotNegative = 0.01
+    z_loss_coeff: NotNegative = 0.0  # keeps the router's logits small
+    # A bias on each expert's score, in the choice alone, balances the load: after a step it moves by this, up where the
+    # expert got less than an even load over all loops, else down. Needs sigmoid scores; DeepSeek-V3: 1e-3; null: none.
+    router_bias_update_rate: Positive | None = None
+    expert_capacity_factor: Positive | None = None  # experts drop tokens beyond this times an even load; null: none
+
+
+@dataclass
 class ModelConfig:
     """A Parallel Loop Transformer (arXiv 2510.24824): a decoder whose layers run `loop_count` times.
 
@@ -52,14 +96,7 @@ class ModelConfig:
     make_vocab_size_divisible_by: Size = 128  # the embedding is padded to a multiple of this times TP
     share_embeddings_and_output_weights: bool = True  # tied embeddings
     rotary_base: Positive = 10000.0
-    # How many times as long texts are as those RoPE was trained with: Llama 3.1's 8,192 tokens, or YaRN's
-    # yarn_original_max_position_embeddings (docs/model.md). None: no scaling.
-    rope_scaling_factor: Annotated[float, Range(1)] | None = None
-    rope_scaling_type: Literal["llama3", "yarn"] = "llama3"
-    yarn_original_max_position_embeddings: Size | None = None
-    yarn_beta_fast: Positive = 32.0  # channels that turn so often over the original length, or more, stay as they are
-    yarn_beta_slow: Positive = 1.0  # those that turn so often, or less, are interpolated
-    yarn_correction_range_round_to_int: bool = True  # these ends of the ramp, in channels
+    rope_scaling: RopeScalingConfig | None = None  # for longer texts; null: none
     layernorm_epsilon: Positive = 1e-5
     qkv_bias: bool = False  # biases on the Q, K and V projections (Qwen2)
     qk_layernorm: bool = False  # RMSNorm on each head's Q and K
@@ -107,24 +144,7 @@ class ModelConfig:
     # muP: initial weights and rates are those of a model of this width, carried over to hidden_size (docs/model.md), so
     # that they suit both. None: the same at every width.
     mup_base_hidden_size: Size | None = None
-    # Mixture of experts (docs/moe.md): a layer's FFN becomes num_moe_experts of them, of which a token uses topk.
-    num_moe_experts: Annotated[int, Range(2, 2**16)] | None = None  # None: a dense model
-    first_k_dense_replace: Count = 0  # so many first layers have a dense FFN of ffn_hidden_size instead
-    moe_router_topk: Size = 2  # experts a token is sent to
-    moe_ffn_hidden_size: Size | None = None  # of one expert; None: ffn_hidden_size
-    moe_shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; None: none
-    moe_router_pre_softmax: bool = False  # weights: shares of all experts (true), or of the chosen (false)
-    # sigmoid: an expert's score does not depend on the others', and its weight is its share of the chosen ones'.
-    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
-    # What the load is balanced over: each sequence (independent of layout and micro-batch size), or each microbatch.
-    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
-    moe_aux_loss_coeff: NotNegative = 0.01
-    moe_z_loss_coeff: NotNegative = 0.0  # keeps the router's logits small
-    # A bias on each expert's score, in the choice alone, balances the load: after a step it moves by the rate, up where
-    # the expert got less than an even load over all loops, else down. Needs sigmoid scores.
-    moe_router_enable_expert_bias: bool = False
-    moe_router_bias_update_rate: Positive = 1e-3
-    moe_expert_capacity_factor: Positive | None = None  # experts drop tokens beyond this times an even load; None: none
+    moe: MoeConfig | None = None  # null: a dense model
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
 
 
@@ -144,7 +164,7 @@ class ParallelConfig:
     # How Transformer Engine's attentions exchange rows between these ranks; the torch backend has its own way.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
     # ... and the window, which has no p2p.
-    window_cp_comm_type: Annotated[Literal["p2p", "a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
+    window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
     # Ranks that a layer's experts are distributed over, among those that hold the same layers (TP x CP x DP).
     expert_model_parallel_size: Ranks = 1
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
@@ -178,23 +198,33 @@ class DataSource:
     weight: Positive = 1.0
     name: str | None = None
     max_epochs: Positive | None = None
-    fim_rate: Share | None = None  # of a training source; null: data.fim_rate
+    fim_rate: Share | None = None  # of a training source; null: data.fim.rate
 
 
 @dataclass
 class DataStage:
     """The mix of the training data up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount | None = None  # tokens of the run at which it ends
-    sources: list[DataSource] = field(default_factory=list)
+    until: TokenCount  # tokens of the run at which it ends
+    sources: list[DataSource]
 
 
 @dataclass
 class LengthStage:
     """The rows of a run's steps up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount | None = None  # tokens of the run at which it ends
-    sequence_length: Size | None = None  # a divisor of data.sequence_length
+    until: TokenCount  # tokens of the run at which it ends
+    sequence_length: Size  # a divisor of data.sequence_length
+
+
+@dataclass
+class FimConfig:
+    """Fill-in-the-middle (docs/data.md)."""
+
+    rate: Share  # of training documents that are rearranged
+    spm_rate: Share = 0.5  # of those, in the order suffix, prefix, middle instead of prefix, suffix, middle
+    # Names of the tokens before prefix, middle and suffix; null: of the tokenizer's those that are known for it.
+    tokens: list[str] | None = None
 
 
 @dataclass
@@ -219,13 +249,7 @@ class DataConfig:
     order_samples: Annotated[int, Range(1, 10**15)] | None = None
     reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
     eod_mask_loss: bool = False  # no loss on what follows an end-of-document token, packed or not
-    # Fill-in-the-middle (docs/data.md): the share of training documents that are rearranged, and of those the share in
-    # the order suffix, prefix, middle instead of prefix, suffix, middle.
-    fim_rate: Share = 0.0
-    fim_spm_rate: Share = 0.5
-    fim_prefix_token: str | None = None  # null: of the tokenizer's tokens those that are known for it
-    fim_middle_token: str | None = None
-    fim_suffix_token: str | None = None
+    fim: FimConfig | None = None  # fill-in-the-middle; null: none
     index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
     index_timeout_minutes: Minutes = 30.0
 
@@ -300,10 +324,22 @@ class LoopStage:
 class BatchStage:
     """The batch of a run's steps up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount | None = None  # tokens of the run at which it ends
-    global_batch_size: Size | None = None
+    until: TokenCount  # tokens of the run at which it ends
+    global_batch_size: Size
     # Of the batch, in equal parts of the stage, up to the batch that follows it; null: none.
     increment: Size | None = None
+
+
+@dataclass
+class Fp8Config:
+    """Linear layers in FP8 (docs/fp8.md). The window's attention stays in BF16."""
+
+    format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: E4M3, gradients in E5M2
+    recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"  # auto: the card's best
+    attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
+    # Layers at both ends of the stack whose linear layers stay in BF16, in every loop; not with recipe delayed.
+    num_layers_at_start_in_bf16: Count = 0
+    num_layers_at_end_in_bf16: Count = 0
 
 
 @dataclass
@@ -327,14 +363,7 @@ class TrainingConfig:
     z_loss_coeff: NotNegative = 0.0
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
-    # Linear layers of the `te` backend in FP8; hybrid: E4M3, gradients in E5M2. The window's attention stays in BF16.
-    fp8: Literal["none", "hybrid", "e4m3"] = "none"
-    fp8_recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"  # auto: the card's best
-    # Layers at both ends of the stack whose linear layers stay in BF16, in every loop; not with recipe delayed.
-    first_last_layers_bf16: bool = False
-    num_layers_at_start_in_bf16: Count = 1
-    num_layers_at_end_in_bf16: Count = 1
-    fp8_attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
+    fp8: Fp8Config | None = None  # linear layers of the `te` backend in FP8; null: none
     # Of a moving average of the weights (docs/checkpoints.md): its share of itself in each update; null: no average.
     ema_decay: BelowOne | None = None
     deterministic: bool = False
@@ -389,9 +418,26 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Tasks of lm-evaluation-harness for the exports of a run (`checkpoint.export_interval`), on the CPU beside it."""
 
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str]
     include_path: str | None = None  # a folder of task files; None: lm-evaluation-harness's own, whose data are cached
     limit: PositiveCount | None = None  # rows of each task; None: all
+
+
+@dataclass
+class ProfileConfig:
+    """A trace of some steps by torch.profiler, in `<run folder>/profile`."""
+
+    step_end: PositiveSteps  # the last step
+    step_start: Steps = 0  # the step before the first one
+    ranks: list[Annotated[int, Range(0, 2**20)]] = field(default_factory=lambda: [0])
+
+
+@dataclass
+class StragglerConfig:
+    """Names ranks whose GPU is slow (docs/slurm.md), by nvidia-resiliency-ext."""
+
+    interval: PositiveSteps  # steps
+    threshold: Share = 0.75  # of the fastest GPU's speed, or of its own before, below which one is slow
 
 
 @dataclass
@@ -402,23 +448,20 @@ class LoggingConfig:
     tensorboard: bool = True
     wandb_project: str | None = None
     peak_tflops: Positive | None = None  # one device's dense peak for MFU; None: datasheet, or measured on a CPU
-    profile_step_start: Steps = 0  # torch.profiler trace of the steps after this one ...
-    profile_step_end: Steps = 0  # ... up to this one, in <run folder>/profile; 0: none
-    profile_ranks: list[Annotated[int, Range(0, 2**20)]] = field(default_factory=lambda: [0])
-    # Every so many steps, ranks whose GPU has less than straggler_threshold of the fastest one's speed, or of its own
-    # before, are named; by nvidia-resiliency-ext. 0: never
-    straggler_interval: Steps = 0
-    straggler_threshold: Share = 0.75
+    profile: ProfileConfig | None = None
+    straggler: StragglerConfig | None = None
 
 
 @dataclass
-class ZeroConfig:
-    """`engine: deepspeed`: what ZeRO shards over the data-parallel ranks, and what it offloads to the CPU."""
+class DeepSpeedConfig:
+    """DeepSpeed's engine, for few GPUs and much CPU memory (docs/deepspeed.md): what ZeRO shards over the data-parallel
+    ranks, and what it offloads to the CPU."""
 
     # 1: optimizer state; 2: gradients too; 3: parameters too, gathered layer by layer
-    stage: Annotated[int, Range(0, 3)] = 1
+    zero_stage: Annotated[int, Range(1, 3)] = 1
     offload_optimizer: Literal["none", "cpu"] = "none"  # optimizer state and its step
     offload_param: Literal["none", "cpu"] = "none"  # stage 3: parameters
+    config: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's generated configuration
 
 
 @dataclass
@@ -436,8 +479,6 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig | None = None  # of exports; null: none
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    engine: Literal["megatron", "deepspeed"] = "megatron"  # deepspeed: few GPUs, much CPU memory (docs/deepspeed.md)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # added to DeepSpeed's generated configuration
+    deepspeed: DeepSpeedConfig | None = None  # null: megatron-core's engine

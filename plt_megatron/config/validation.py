@@ -10,28 +10,24 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from plt_megatron.config import (
-    batch_schedule,
-    data_rules,
-    deepspeed_validation,
-    derived,
-    fp8_rules,
-    fusion_rules,
-    layout_validation,
-    length_schedule,
-    loop_schedule,
-    loop_span,
-    moe_validation,
-    optimizer_rules,
-    rope_rules,
-    upload_rules,
-)
+from plt_megatron.config import batch_schedule, derived, length_schedule, loop_schedule
 from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.fields import find_range_problems
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import place
 from plt_megatron.config.optimizers import optimizer_spec
-from plt_megatron.config.schema import DataSource, ModelConfig, RunConfig
+from plt_megatron.config.rules import data as data_rules
+from plt_megatron.config.rules import deepspeed as deepspeed_rules
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules import fusions as fusion_rules
+from plt_megatron.config.rules import loops as loop_rules
+from plt_megatron.config.rules import model as model_rules
+from plt_megatron.config.rules import moe as moe_rules
+from plt_megatron.config.rules import optimizer as optimizer_rules
+from plt_megatron.config.rules import parallel as parallel_rules
+from plt_megatron.config.rules import run as run_rules
+from plt_megatron.config.rules import uploads as upload_rules
+from plt_megatron.config.schema import DataSource, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.extras import lacking
 
@@ -79,23 +75,18 @@ def find_problems(
         problems += batch_schedule.find_problems(config)
         problems += length_schedule.find_problems(config)
     if not problems:
-        problems += _check_model(config)
-        problems += _check_loop_input(config.model)
-        problems += loop_span.find_problems(config)
-        problems += rope_rules.find_problems(config)
-        problems += layout_validation.find_problems(config, world_size)
+        problems += model_rules.find_problems(config)
+        problems += loop_rules.find_problems(config)
+        problems += parallel_rules.find_problems(config, world_size)
         problems += optimizer_rules.find_problems(config)
         problems += loop_schedule.find_problems(config)
-        problems += _check_validation(config)
-        problems += _check_exports(config)
+        problems += run_rules.find_problems(config, world_size)
         problems += upload_rules.find_problems(config)
         problems += data_rules.find_problems(config)
-        problems += _check_profile(config, world_size)
-        problems += _check_fused_window(config)
-        problems += moe_validation.find_problems(config)
-        problems += deepspeed_validation.find_deepspeed_problems(config, world_size)
+        problems += moe_rules.find_problems(config)
+        problems += deepspeed_rules.find_problems(config, world_size)
         have = have_te if check_files else bool(have_te)
-        problems += layout_validation.find_te_problems(config, have)
+        problems += parallel_rules.find_te_problems(config, have)
         problems += fp8_rules.find_problems(config, capability)
         problems += fusion_rules.find_problems(config)
     if check_files:
@@ -146,141 +137,6 @@ def _check_required(config: RunConfig) -> Iterator[str]:
         yield f"name: {too_long[:20]}... has {len(os.fsencode(too_long))} bytes, a folder's has at most {_LONGEST_NAME}"
 
 
-# ---------------------------------------------------------------- settings that depend on one another
-
-
-def _check_model(config: RunConfig) -> Iterator[str]:
-    model = config.model
-    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
-    if model.kv_channels is None and model.hidden_size % heads:
-        yield (
-            f"model.hidden_size {model.hidden_size} is not divisible by model.num_attention_heads {heads}; "
-            "change one, or set model.kv_channels"
-        )
-    elif derived.head_dim(model) % 2:
-        yield f"the head dimension (model.kv_channels) must be even for RoPE, got {derived.head_dim(model)}"
-    if heads % groups:
-        yield f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {groups}"
-    if model.key_shift == "heads" and groups < 2:
-        yield "model.key_shift heads shifts half of model.num_query_groups, which is 1; set model.key_shift=channels"
-    if model.key_shift == "channels" and derived.head_dim(model) % 4:
-        yield (
-            "model.key_shift channels needs a head dimension (model.kv_channels) that is a multiple of 4, got "
-            f"{derived.head_dim(model)}"
-        )
-    if model.norm_placement == "post" and model.ffn_output_norm:
-        yield "model.norm_placement post already norms the FFN's output: set model.ffn_output_norm=false"
-    if model.loop_count > 1 and model.gated_window and not model.share_kv:
-        yield (
-            "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
-            "their own; set model.gated_window=false or model.share_kv=true"
-        )
-    if model.loop_count > 1 and not model.share_values and not model.share_kv:
-        yield (
-            "model.share_values=false is for shared keys, and model.share_kv=false shares neither; set "
-            "model.share_values=true or model.share_kv=true"
-        )
-
-
-def _check_loop_input(model: ModelConfig) -> Iterator[str]:
-    """What the input of loops >= 2 needs. A model of one loop ignores it; loops by layer: see `loop_span`."""
-    if model.loop_count == 1 or model.loop_order == "layer":
-        return
-    scaled = {
-        "hidden_norm": model.hidden_norm,
-        f"learned_hidden_scale {model.learned_hidden_scale}": model.learned_hidden_scale != "none",
-        "hidden_scale_ratio": model.hidden_scale_ratio is not None,
-    }
-    first = next((name for name, given in scaled.items() if given), None)
-    if first is not None and not derived.adds_embeddings(model):
-        yield (
-            f"model.{first} is for E + h, but without model.cross_loop_parallel a loop reads h itself; "
-            "set model.input_injection=true"
-        )
-    if model.hidden_norm and model.norm_between_loops:
-        yield "model.hidden_norm and model.norm_between_loops both norm h; set one of them to false"
-    if model.hidden_scale_ratio is not None and not (model.hidden_norm or model.norm_between_loops):
-        yield (
-            "model.hidden_scale_ratio needs h to have a known RMS; set model.hidden_norm=true or "
-            "model.norm_between_loops=true"
-        )
-
-
-def _check_fused_window(config: RunConfig) -> Iterator[str]:
-    """What the fused kernel does not support. Whether there is a GPU is checked when the model is built."""
-    model = config.model
-    if not model.fused_gated_window:
-        return
-    refusal = "model.fused_gated_window {}; set model.fused_gated_window=false"
-    if model.loop_count == 1 or not model.gated_window:
-        yield refusal.format("needs model.gated_window and model.loop_count > 1: there is no window to fuse")
-    if model.gate_activation != "sigmoid":
-        yield refusal.format(f"does not compute model.gate_activation {model.gate_activation}")
-    if config.parallel.context_parallel_size > 1:
-        yield refusal.format(
-            f"does not run with parallel.context_parallel_size {config.parallel.context_parallel_size}"
-        )
-    if config.engine == "deepspeed":
-        yield refusal.format("does not run with engine deepspeed")
-    if not 16 <= derived.head_dim(model) <= 256:
-        yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")
-
-
-def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    logging = config.logging
-    if logging.profile_step_end == 0 and logging.profile_step_start == 0:
-        return
-    if logging.profile_step_end <= logging.profile_step_start:
-        yield (
-            f"logging.profile_step_end {logging.profile_step_end} must be above logging.profile_step_start "
-            f"{logging.profile_step_start} (0 and 0: no trace)"
-        )
-    if logging.straggler_interval > 0:
-        yield (
-            "logging.straggler_interval and logging.profile_step_end: both time kernels by CUPTI, which serves one at "
-            "a time; set one of them to 0"
-        )
-    ranks = layout_of(config).world_size if world_size is None else world_size
-    if any(rank >= ranks for rank in logging.profile_ranks):
-        yield f"logging.profile_ranks {logging.profile_ranks}: the run has the ranks 0 to {ranks - 1}"
-
-
-def _check_validation(config: RunConfig) -> Iterator[str]:
-    if config.model.loop_count == 1 and any(count != 1 for count in config.validation.loop_counts):
-        yield (
-            f"validation.loop_counts {config.validation.loop_counts}: a model of model.loop_count 1 "
-            "has no gates, so it can only be validated at [1]"
-        )
-    if config.validation.iters == 0:
-        return
-    shares = derived.split_shares(config.data.split)
-    if config.data.sources and shares is not None and shares[1] == 0:
-        yield f"data.split {config.data.split} keeps nothing for validation: set validation.iters=0"
-    elif config.data.train_sources and not config.data.validation_sources:
-        yield "data.validation_sources is empty; name one or set validation.iters=0"
-    names = [derived.source_name(source) for source in (config.data.validation_sources or config.data.sources)]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if config.validation.by_source and double is not None:
-        yield f"validation.by_source: two sources are called {double!r}: give each a name"
-
-
-def _check_exports(config: RunConfig) -> Iterator[str]:
-    """Only what is saved can be exported, and only what is exported with a tokenizer evaluated."""
-    checkpoint = config.checkpoint
-    if config.evaluation.tasks and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
-        missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
-        yield f"evaluation.tasks are for a run's exports, with their tokenizer: set {missing}"
-    if checkpoint.export_interval == 0:
-        return
-    if not checkpoint.enabled:
-        yield "checkpoint.export_interval exports checkpoints, and checkpoint.enabled=false writes none"
-    elif checkpoint.save_interval == 0 or checkpoint.export_interval % checkpoint.save_interval:
-        yield (
-            f"checkpoint.export_interval {checkpoint.export_interval} must be a multiple of "
-            f"checkpoint.save_interval, which is {checkpoint.save_interval}"
-        )
-
-
 # ---------------------------------------------------------------- this machine
 
 
@@ -293,8 +149,9 @@ def _check_files(config: RunConfig) -> Iterator[str]:
     load = config.checkpoint.load
     if load is not None and not upload_rules.is_url(load) and not Path(load).exists():
         yield f"checkpoint.load: {load} not found"
-    if config.evaluation.include_path is not None and not Path(config.evaluation.include_path).is_dir():
-        yield f"evaluation.include_path: there is no folder {config.evaluation.include_path}"
+    folder = None if config.evaluation is None else config.evaluation.include_path
+    if folder is not None and not Path(folder).is_dir():
+        yield f"evaluation.include_path: there is no folder {folder}"
     yield from _check_writable(derived.run_folder(config), "output_dir")
 
 
@@ -350,9 +207,9 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Each setting that takes modules of an extra which are not installed, and what to set to do without them."""
     used = {
-        "evaluation.tasks": (config.evaluation.tasks, ["lm_eval", "accelerate", "transformers"], "[]"),
+        "evaluation": (config.evaluation is not None, ["lm_eval", "accelerate", "transformers"], "null"),
         "checkpoint.export_interval": (config.checkpoint.export_interval, ["transformers"], "0"),
-        "logging.straggler_interval": (config.logging.straggler_interval, ["nvidia_resiliency_ext"], "0"),
+        "logging.straggler": (config.logging.straggler is not None, ["nvidia_resiliency_ext"], "null"),
         "logging.wandb_project": (config.logging.wandb_project, ["wandb"], "null"),
     }
     if config.model.backend == "te" and (lacking("transformer_engine") if have_te is None else not have_te):
@@ -364,5 +221,5 @@ def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     package = optimizer_spec(config.optimizer).package
     if package is not None and lacking(package):
         yield f"optimizer.name {config.optimizer.name} {lacking(package)}, or set optimizer.name=adam"
-    yield from filter(None, [deepspeed_validation.find_package_problem(config)])
+    yield from filter(None, [deepspeed_rules.find_package_problem(config)])
     yield from upload_rules.find_package_problems(config)

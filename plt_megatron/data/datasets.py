@@ -293,7 +293,7 @@ def _build_index(
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
         rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
-        setting = "data.fim_rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
+        setting = "data.fim.rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
         if setting is not None and tokenizer is not None:
             check_ends(setting, share.path, share.first, share.last, tokenizer.eod)
     hashes = content_hashes(data)

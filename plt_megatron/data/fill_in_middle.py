@@ -64,34 +64,32 @@ def settings_of(data: DataConfig, tokenizer: Tokenizer | None, seed: int) -> Fil
     rates = {os.path.abspath(source.path): derived.fim_rate(data, source) for source in sources}
     if not any(rates.values()):
         return None
-    return FillInMiddle(rates, data.fim_spm_rate, find_tokens(data, tokenizer), seed)
+    return FillInMiddle(rates, derived.fim(data).spm_rate, find_tokens(data, tokenizer), seed)
 
 
 def find_tokens(data: DataConfig, tokenizer: Tokenizer | None) -> FimTokens:
     """The tokens that the settings name, else the first known ones that the tokenizer has. Raises `UserError`."""
     if tokenizer is None:
-        raise UserError("data.fim_rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix")
-    given = (data.fim_prefix_token, data.fim_middle_token, data.fim_suffix_token)
-    named = [name for name in given if name is not None]
+        raise UserError("data.fim.rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix")
+    named = derived.fim(data).tokens
     for names in [tuple(named)] if named else KNOWN_TOKENS:
         ids = [tokenizer.token_id(name) for name in names]
         if None not in ids:
             return _distinct(tokenizer, names, [index for index in ids if index is not None])
         if named:
             missing = names[ids.index(None)]
-            raise UserError(f"{tokenizer.path} has no token {missing!r}, which data.fim_*_token names")
+            raise UserError(f"{tokenizer.path} has no token {missing!r}, which data.fim.tokens names")
     looked = ", ".join(names[0] for names in KNOWN_TOKENS)
     raise UserError(
-        f"data.fim_rate: {tokenizer.path} has no fill-in-the-middle tokens (looked for {looked} and theirs): name them "
-        "by data.fim_prefix_token, fim_middle_token and fim_suffix_token, or train a tokenizer with --special-token"
+        f"data.fim.rate: {tokenizer.path} has no fill-in-the-middle tokens (looked for {looked} and theirs): name them "
+        "by data.fim.tokens, or train a tokenizer with --special-token"
     )
 
 
 def _distinct(tokenizer: Tokenizer, names: Sequence[str], ids: Sequence[int]) -> FimTokens:
     if len({*ids, tokenizer.eod}) < len(ids) + 1:
         raise UserError(
-            f"data.fim_*_token: {', '.join(names)} and the end-of-document token must be four tokens of "
-            f"{tokenizer.path}"
+            f"data.fim.tokens: {', '.join(names)} and the end-of-document token must be four tokens of {tokenizer.path}"
         )
     return FimTokens(*ids)
 

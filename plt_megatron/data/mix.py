@@ -312,7 +312,7 @@ def fingerprint(
     value |= _rearranged(data, tokenizer)
     if data.stages:
         mixes = [[[hashes[source.path], source.weight] for source in stage.sources] for stage in data.stages]
-        ends = [(stage.until or 0) // data.sequence_length for stage in data.stages]
+        ends = [stage.until // data.sequence_length for stage in data.stages]
         value["stages"] = [[end, mix] for end, mix in zip(ends, mixes, strict=True)]
     digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     return {**value, "sha256": digest}
@@ -324,7 +324,7 @@ def _rearranged(data: DataConfig, tokenizer: Tokenizer | None) -> dict[str, Any]
     rates = [derived.fim_rate(data, source) for source in part_sources(data)[0]]
     if any(rates):
         tokens = list(find_tokens(data, tokenizer))
-        value["fill_in_middle"] = {"rates": rates, "spm_rate": data.fim_spm_rate, "tokens": tokens}
+        value["fill_in_middle"] = {"rates": rates, "spm_rate": derived.fim(data).spm_rate, "tokens": tokens}
     return value
 
 

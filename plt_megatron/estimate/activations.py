@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from plt_megatron.config import derived, fusion_rules
-from plt_megatron.config.fusion_rules import Fusions
+from plt_megatron.config import derived
+from plt_megatron.config.rules import fusions as fusion_rules
+from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.layout import BYTES, Layout
 from plt_megatron.estimate.parameters import active_experts
@@ -302,7 +303,7 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
     padded_vocab = derived.padded_vocab_size(model, vocab_size, layout.tensor)
     looped = model.loop_count > 1
     windowed = looped and model.gated_window
-    post, experts = model.norm_placement == "post", model.num_moe_experts is not None
+    post, experts = model.norm_placement == "post", model.moe is not None
     return Activations(
         tokens=tokens,
         rows=tokens // layout.tensor if layout.sequence_parallel else tokens,
@@ -312,9 +313,9 @@ def activations(config: RunConfig, layout: Layout, vocab_size: int) -> Activatio
         groups=max(1, groups // layout.tensor),
         gathered_qkv=(heads + 2 * groups) * channels if groups < layout.tensor else 0,
         channels=channels,
-        ffn=(model.moe_shared_expert_intermediate_size or 0 if experts else model.ffn_hidden_size) // layout.tensor,
+        ffn=(derived.shared_expert_size(model) if experts else model.ffn_hidden_size) // layout.tensor,
         dense_ffn=model.ffn_hidden_size // layout.tensor,
-        experts=model.num_moe_experts or 0,
+        experts=derived.num_experts(model),
         topk=active_experts(model),
         expert_ffn=derived.expert_ffn_hidden_size(model),
         window=model.window_size,

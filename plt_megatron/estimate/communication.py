@@ -13,7 +13,7 @@ from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.estimate.activations import FP32, Activations
 from plt_megatron.estimate.layout import Layout
 from plt_megatron.estimate.matrices import stage_matrices
-from plt_megatron.estimate.parameters import RankParameters, undivided_parameters
+from plt_megatron.estimate.parameters import RankParameters, active_experts, undivided_parameters
 
 _COUNT = 8  # bytes of a number of tokens
 
@@ -146,7 +146,7 @@ def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> flo
         return 0.0
     others, forwards = layout.expert - 1, 2 if layout.recompute == "full" else 1
     if config.parallel.moe_token_dispatcher_type == "alltoall":
-        sent = shapes.rows * config.model.moe_router_topk * _share(layout.expert)
+        sent = shapes.rows * active_experts(config.model) * _share(layout.expert)
         there = back = sent * shapes.hidden * shapes.element
         weights, choice = sent * FP32, _COUNT * shapes.experts * others
     else:

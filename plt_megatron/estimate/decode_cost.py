@@ -132,9 +132,9 @@ def _read_layers(model: ModelConfig, layers: Iterable[int], rows: int) -> float:
 
 def _read_experts(model: ModelConfig, rows: int) -> float:
     """The share of the experts that any of `rows` rows is sent to."""
-    if model.num_moe_experts is None:
+    if model.moe is None:
         return 0.0
-    return 1.0 - (1.0 - model.moe_router_topk / model.num_moe_experts) ** rows
+    return 1.0 - (1.0 - model.moe.router_topk / model.moe.num_experts) ** rows
 
 
 def _flops(model: ModelConfig, context: int, head: int) -> float:

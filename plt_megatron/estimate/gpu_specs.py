@@ -59,7 +59,7 @@ class GPUSpec:
         if not fp8:
             return getattr(self.peak, precision) * 1e12
         if self.peak.fp8 is None:
-            raise UserError(f"gpu {self.name} has no FP8: set training.fp8=none or name another --gpu")
+            raise UserError(f"gpu {self.name} has no FP8: set training.fp8=null or name another --gpu")
         return self.peak.fp8 * 1e12
 
 

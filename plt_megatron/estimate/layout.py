@@ -66,16 +66,16 @@ def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu:
     `model.backend: auto` is Transformer Engine on a GPU and torch on a CPU.
     """
     parallel, backend = config.parallel, config.model.backend
-    deepspeed = config.engine == "deepspeed"
+    deepspeed = config.deepspeed
     zero = deepspeed_config(config)["zero_optimization"] if deepspeed else {}
     if backend == "auto":
         backend = "torch" if on_cpu else "te"
     return Layout(
         **dataclasses.asdict(layout_of(config, world_size)),
-        zero_stage=config.zero.stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
-        deepspeed=deepspeed,
-        offload_optimizer=deepspeed and config.zero.offload_optimizer == "cpu",
-        offload_weights=deepspeed and config.zero.offload_param == "cpu",
+        zero_stage=deepspeed.zero_stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
+        deepspeed=deepspeed is not None,
+        offload_optimizer=deepspeed is not None and deepspeed.offload_optimizer == "cpu",
+        offload_weights=deepspeed is not None and deepspeed.offload_param == "cpu",
         reduce_bucket=zero.get("reduce_bucket_size", 0),
         max_live_parameters=zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS),
         recompute=parallel.recompute_granularity,
@@ -92,7 +92,7 @@ def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu:
 
 _SIZES = {word: f"parallel.{setting}" for word, (_, setting) in DIMENSIONS.items()} | {
     "MB": "training.micro_batch_size",
-    "ZERO": "zero.stage",
+    "ZERO": "deepspeed.zero_stage",
 }
 _RECOMPUTE = ("none", "selective", "full")
 
@@ -120,12 +120,11 @@ def layout_overrides(text: str) -> list[str]:
 def _meaning(word: str) -> dict[str, str]:
     sized = re.fullmatch(r"([A-Z]+?)(\d+)", word)
     if sized and sized[1] in _SIZES:
-        deepspeed = {"engine": "deepspeed"} if sized[1] == "ZERO" else {}
-        return {_SIZES[sized[1]]: sized[2], **deepspeed}
+        return {_SIZES[sized[1]]: sized[2]}
     if word == "SP":
         return {"parallel.sequence_parallel": "true"}
     if word == "OFFLOAD":
-        return {"zero.offload_optimizer": "cpu"}
+        return {"deepspeed.offload_optimizer": "cpu"}
     if word.lower() in _RECOMPUTE:
         return {"parallel.recompute_granularity": word.lower()}
     raise UserError(

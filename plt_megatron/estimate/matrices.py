@@ -99,14 +99,14 @@ def stage_matrices(config: RunConfig, layout: Layout, stage: int, *, experts: bo
 def matrix_parameters(model: ModelConfig) -> int:
     """The elements of all hidden matrices of a model."""
     sizes = Sizes.of(model, 0)
-    copies = {False: 1, True: model.num_moe_experts or 0}
+    copies = {False: 1, True: derived.num_experts(model)}
     own = (each for each in parameters_of(model) if each.is_hidden_matrix)
     return sum(len(each.layers(model)) * each.size(sizes) * copies[each.per_expert] for each in own)
 
 
 def _layer_matrices(model: ModelConfig, layout: ParallelLayout, layer: int, *, experts: bool) -> list[RankMatrix]:
     sizes = Sizes.of(model, 0)
-    copies = (model.num_moe_experts or 0) // layout.expert if experts else 1
+    copies = derived.num_experts(model) // layout.expert if experts else 1
     matrices = [each for each in parameters_of(model) if each.is_hidden_matrix and layer in each.layers(model)]
     own = [each for each in matrices if each.per_expert == experts]
     return [_rank_matrix(parameter, sizes, layout.tensor) for _ in range(copies) for parameter in own]

@@ -77,7 +77,7 @@ def _stage_memory(
     if parameters.experts:
         held += Counter(persistent_bytes(parameters.experts, config, layout, layout.expert_shards, of_experts))
     held["inputs"] = _inputs(config, layout)
-    if config.training.fp8 != "none":
+    if config.training.fp8 is not None:
         held["FP8 weights"] = int(FP8_COPIES * parameters.layers * _layers_in_fp8(config, layout, stage))
     player = MemorySimulator(config, layout, shapes, parameters, stage)
     count = enough_microbatches(layout.pipeline, layout.microbatches)
@@ -92,13 +92,14 @@ def _stage_memory(
 
 def _layers_in_fp8(config: RunConfig, layout: Layout, stage: int) -> float:
     """The share of a stage's layers whose linear layers are in FP8."""
-    training, layers = config.training, config.model.num_layers
+    fp8, layers = config.training.fp8, config.model.num_layers
     own = layout.stage_layers(layers)[stage]
-    if not training.first_last_layers_bf16:
+    assert fp8 is not None, "the caller asks"
+    if fp8.num_layers_at_start_in_bf16 == fp8.num_layers_at_end_in_bf16 == 0:
         return 1.0
     if not own:
         return 0.0
-    in_fp8 = range(training.num_layers_at_start_in_bf16, layers - training.num_layers_at_end_in_bf16)
+    in_fp8 = range(fp8.num_layers_at_start_in_bf16, layers - fp8.num_layers_at_end_in_bf16)
     return sum(layer in in_fp8 for layer in own) / len(own)
 
 

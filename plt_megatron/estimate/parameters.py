@@ -64,7 +64,7 @@ def count_parameters(
     counted = dict.fromkeys(get_args(Component), 0)
     for parameter in parameters_of(model):
         counted[parameter.component] += parameter.size(sizes) * _copies(parameter, model)
-    used = counted["experts"] // (model.num_moe_experts or 1) * active_experts(model)
+    used = counted["experts"] // max(1, derived.num_experts(model)) * active_experts(model)
     return ParameterCount(**counted, active_experts=used)
 
 
@@ -74,7 +74,7 @@ def _copies(parameter: Parameter, model: ModelConfig) -> int:
 
 
 def _copies_in_layer(parameter: Parameter, model: ModelConfig) -> int:
-    return (model.num_moe_experts or 0) if parameter.per_expert else 1
+    return derived.num_experts(model) if parameter.per_expert else 1
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def count_rank_parameters(
     table = derived.padded_vocab_size(model, vocab_size, tensor) // tensor * model.hidden_size
     shared = model.share_embeddings_and_output_weights and first
     split, whole, expert = _in_layers(model, layout.stage_layers(model.num_layers)[stage])
-    experts = (model.num_moe_experts or 0) // layout.expert
+    experts = derived.num_experts(model) // layout.expert
     return RankParameters(
         layers=split // tensor + whole,
         embedding=table + _loop_input(model) if first else 0,
@@ -143,7 +143,7 @@ def undivided_parameters(model: ModelConfig, layers: range) -> int:
 
 def active_experts(model: ModelConfig) -> int:
     """Experts of a layer that a token is sent to, the shared one not counted."""
-    return model.moe_router_topk if model.num_moe_experts else 0
+    return 0 if model.moe is None else model.moe.router_topk
 
 
 def layer_matmuls(model: ModelConfig, *components: Component) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.rules.stages import UNEVEN
 from plt_megatron.config.schema import ParallelConfig, RunConfig
-from plt_megatron.config.stage_rules import UNEVEN
 from plt_megatron.config.validation import find_problems
 from plt_megatron.estimate.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
@@ -115,7 +115,7 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
         if context == config.parallel.context_parallel_size == 1:
             del sizes["parallel.context_parallel_size"]
         micro_batches = _micro_batches(config.training.global_batch_size // data, pipeline)
-        dense = config.model.num_moe_experts is None
+        dense = config.model.moe is None
         sequence = ((False, True) if dense else (True,)) if tensor > 1 else (False,)
         ends = _experts(config, tensor * context * data), _zero(config)
         for parallel, size, recompute, experts, zero in itertools.product(sequence, micro_batches, RECOMPUTE, *ends):
@@ -132,7 +132,7 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
 
 def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
     """(tensor, pipeline, context, data)"""
-    deepspeed = config.engine == "deepspeed"
+    deepspeed = config.deepspeed is not None
     own = config.parallel.pipeline_model_parallel_size
     pipelines = [1] if deepspeed else sorted({*_divisors(config.model.num_layers), own})
     most = config.data.sequence_length // MIN_CONTEXT_ROWS
@@ -158,20 +158,20 @@ def _even_stages(config: RunConfig) -> dict[str, object]:
 
 def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:
     """Sizes of expert parallelism among `ranks` that hold the same layers."""
-    experts = config.model.num_moe_experts
-    if experts is None:
+    if config.model.moe is None:
         return [{}]
+    experts = config.model.moe.num_experts
     sizes = (size for size in _divisors(ranks) if experts % size == 0)
     return [{"parallel.expert_model_parallel_size": size} for size in sizes]
 
 
 def _zero(config: RunConfig) -> list[dict[str, object]]:
     """DeepSpeed's stages, each without offloading, with the optimizer's, and finally with the weights'."""
-    if config.engine != "deepspeed":
+    if config.deepspeed is None:
         return [{}]
     offloads = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]
     return [
-        {"zero.stage": stage, "zero.offload_optimizer": optimizer, "zero.offload_param": weights}
+        {"deepspeed.zero_stage": stage, "deepspeed.offload_optimizer": optimizer, "deepspeed.offload_param": weights}
         for stage in (1, 2, 3)
         for optimizer, weights in offloads
         if weights == "none" or stage == 3
@@ -191,7 +191,7 @@ def _micro_batches(sequences: int, pipeline: int) -> list[int]:
 def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
     changed = copy.copy(config)
     changed.parallel, changed.training = copy.copy(config.parallel), copy.copy(config.training)
-    changed.zero = copy.copy(config.zero)
+    changed.deepspeed = copy.copy(config.deepspeed)
     for key, value in overrides.items():
         section, name = key.split(".")
         setattr(getattr(changed, section), name, value)
@@ -200,5 +200,5 @@ def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
 
 def model_flops_share(estimate: RunEstimate, config: RunConfig, card: GPUSpec) -> float:
     """MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
-    peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 != "none")
+    peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 is not None)
     return estimate.total_flops / (estimate.total_seconds * estimate.world_size * peak)

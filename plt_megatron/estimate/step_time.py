@@ -122,7 +122,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
     seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
-    if config.training.fp8 == "none":
+    if config.training.fp8 is None:
         return seconds
     fp8_peak = card.flops_per_second(config.training.precision, fp8=True) * card.matmul_efficiency * FP8_EFFICIENCY
     return seconds - linear / peak + linear / fp8_peak

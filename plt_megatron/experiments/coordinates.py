@@ -175,7 +175,7 @@ def _resized(model: ModelConfig, size: dict[str, int]) -> ModelConfig:
         kv_channels=HEAD_DIM,
         window_size=TOKENS // 2,
         vocab_size=VOCAB_SIZE,
-        num_moe_experts=None,
+        moe=None,
         fused_gated_window=False,
         backend="torch",
     )

@@ -10,13 +10,14 @@ from typing import Any
 
 from plt_megatron.config import derived
 from plt_megatron.config.fields import MAX_LOOP_COUNT
-from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.schema import ModelConfig, MoeConfig
 from plt_megatron.errors import UserError
 from plt_megatron.hf.param_mapping import Style
-from plt_megatron.hf.rope_keys import rope_keys, scaling_keys, scaling_settings
+from plt_megatron.hf.rope_keys import rope_keys, rope_scaling, scaling_keys
 
 CONFIG = "config.json"
 LOOPCODER_TYPE, LOOPCODER_ARCHITECTURE = "iquestpltcoder", "IQuestPLTCoderForCausalLM"
+_BIAS_UPDATE_RATE = 1e-3  # which a config.json does not tell; megatron-core's
 _LOOPCODER_GATES = {"query": False, "hidden": True}  # model.gate_input: plt_gate_use_hidden_states
 AUTO_MAP = {
     "AutoConfig": "configuration_plt.PLTConfig",
@@ -135,15 +136,16 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
         "ffn_output_norm": False,
         "norm_placement": "pre",
         "key_shift": "none",
-        "num_moe_experts": None,
+        "moe": None,
         "hidden_norm": False,
         "learned_hidden_scale": "none",
         "residual_scaling": "none",
-        "rope_scaling_type": "llama3",
     }
     for name, value in wanted.items():
         if getattr(model, name) != value:
             yield f"model.{name} is {getattr(model, name)}"
+    if derived.yarn_factor(model) is not None:
+        yield "model.rope_scaling.yarn is set"
     if model.loop_count == 1:
         yield "model.loop_count is 1"
     if model.gate_input not in _LOOPCODER_GATES:
@@ -153,19 +155,20 @@ def _beyond_loopcoder(model: ModelConfig) -> Iterator[str]:
 def _expert_keys(model: ModelConfig) -> dict[str, Any]:
     """Qwen3-MoE's keys, Qwen2-MoE's of a shared expert, and DeepSeek-V3's and MiniMax-M2's of dense layers, scores and
     their bias."""
-    if model.num_moe_experts is None:
+    moe = model.moe
+    if moe is None:
         return {}
-    sigmoid = model.moe_router_score_function == "sigmoid"
+    sigmoid = moe.router_score_function == "sigmoid"
     return {
-        "num_experts": model.num_moe_experts,
-        "first_k_dense_replace": model.first_k_dense_replace,
-        "num_experts_per_tok": model.moe_router_topk,
+        "num_experts": moe.num_experts,
+        "first_k_dense_replace": moe.first_k_dense_replace,
+        "num_experts_per_tok": moe.router_topk,
         "moe_intermediate_size": derived.expert_ffn_hidden_size(model),
-        "shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
-        "norm_topk_prob": model.moe_router_topk > 1 if sigmoid else not model.moe_router_pre_softmax,
-        "scoring_func": model.moe_router_score_function,
-        "use_routing_bias": model.moe_router_enable_expert_bias,
-        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+        "norm_topk_prob": moe.router_topk > 1 if sigmoid else not moe.router_pre_softmax,
+        "scoring_func": moe.router_score_function,
+        "use_routing_bias": derived.has_expert_bias(model),
+        "router_aux_loss_coef": moe.aux_loss_coeff,
     }
 
 
@@ -238,7 +241,7 @@ def _from_plt(keys: dict[str, Any]) -> HFModelConfig:
         ffn_output_norm=config.ffn_output_norm,
         norm_placement=config.norm_placement,
         key_shift=config.key_shift,
-        **_expert_settings(config),
+        moe=_experts(config, config.first_k_dense_replace),
         loop_count=config.loop_count,
         loop_span=config.loop_span,
         loop_order=config.loop_order,
@@ -322,26 +325,27 @@ def _from_qwen3_moe(keys: dict[str, Any]) -> HFModelConfig:
     _refuse(config, decoder_sparse_step=1)
     if sorted(dense) != list(range(len(dense))):
         raise UserError(f"mlp_only_layers {dense} is not supported, only the first layers, as in {[0, 1]}")
-    return _described(config, qk_layernorm=True, **_expert_settings(config) | {"first_k_dense_replace": len(dense)})
+    return _described(config, qk_layernorm=True, moe=_experts(config, len(dense)))
 
 
-def _expert_settings(config: Any) -> dict[str, Any]:
+def _experts(config: Any, first_dense: int) -> MoeConfig | None:
+    """The experts of a configuration whose first layers, so many, are dense."""
     if not config.num_experts:
-        return {}
+        return None
     sigmoid = getattr(config, "scoring_func", "softmax") == "sigmoid"
     if sigmoid:
         _refuse(config, norm_topk_prob=config.num_experts_per_tok > 1)
-    return {
-        "num_moe_experts": config.num_experts,
-        "first_k_dense_replace": getattr(config, "first_k_dense_replace", 0),
-        "moe_router_topk": config.num_experts_per_tok,
-        "moe_ffn_hidden_size": config.moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": getattr(config, "shared_expert_intermediate_size", None),
-        "moe_router_pre_softmax": not (sigmoid or config.norm_topk_prob),
-        "moe_router_score_function": "sigmoid" if sigmoid else "softmax",
-        "moe_router_enable_expert_bias": getattr(config, "use_routing_bias", False),
-        "moe_aux_loss_coeff": config.router_aux_loss_coef,
-    }
+    return MoeConfig(
+        num_experts=config.num_experts,
+        first_k_dense_replace=first_dense,
+        router_topk=config.num_experts_per_tok,
+        ffn_hidden_size=config.moe_intermediate_size,
+        shared_expert_intermediate_size=getattr(config, "shared_expert_intermediate_size", None),
+        router_pre_softmax=not (sigmoid or config.norm_topk_prob),
+        router_score_function="sigmoid" if sigmoid else "softmax",
+        router_bias_update_rate=_BIAS_UPDATE_RATE if getattr(config, "use_routing_bias", False) else None,
+        aux_loss_coeff=config.router_aux_loss_coef,
+    )
 
 
 def _from_olmo2(keys: dict[str, Any]) -> HFModelConfig:
@@ -393,7 +397,7 @@ def _described(config: Any, **settings: Any) -> HFModelConfig:
         vocab_size=config.vocab_size,
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         rotary_base=float(rope["rope_theta"]),
-        **scaling_settings(rope),
+        rope_scaling=rope_scaling(rope),
         layernorm_epsilon=config.rms_norm_eps,
         init_method_std=config.initializer_range,
         **{"loop_count": 1, **settings},

@@ -103,17 +103,17 @@ def _model_facts(source: ModelSource, mappings: list[ParamMapping]) -> Iterator[
     yield "parameters", f"{sum(math.prod(mapping.shape) for mapping in mappings if not mapping.parameter.is_buffer):,}"
     yield "layers", model.num_layers
     yield "hidden size", model.hidden_size
-    if model.num_moe_experts is None:
+    if model.moe is None:
         yield "FFN size", model.ffn_hidden_size
     else:
         if dense := len(derived.dense_layers(model)):
             yield "dense layers", f"the first {dense}, of FFN size {model.ffn_hidden_size}"
         yield (
             "experts",
-            f"{model.moe_router_topk} of {model.num_moe_experts}, of {derived.expert_ffn_hidden_size(model)}",
+            f"{model.moe.router_topk} of {model.moe.num_experts}, of {derived.expert_ffn_hidden_size(model)}",
         )
-        bias = ", balanced by a bias on each" if model.moe_router_enable_expert_bias else ""
-        yield "router", f"{model.moe_router_score_function} scores{bias}"
+        bias = ", balanced by a bias on each" if derived.has_expert_bias(model) else ""
+        yield "router", f"{model.moe.router_score_function} scores{bias}"
     heads, groups = model.num_attention_heads, derived.num_query_groups(model)
     yield "attention heads", f"{heads} query, {groups} key/value, of {derived.head_dim(model)} channels"
     if model.key_shift != "none":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plt_megatron.config import derived
+from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -140,13 +141,12 @@ def saved_model(settings: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
     Raises:
         UserError: it has settings that this program does not know.
     """
-    known = {item.name for item in dataclasses.fields(ModelConfig)}
-    unknown = sorted(settings.keys() - known)
+    unknown = sorted(unknown_keys(ModelConfig, settings))
     if unknown:
         raise UserError(
             f"checkpoint {checkpoint}: model.{unknown[0]} is a newer version's setting; update this program"
         )
-    return ModelConfig(**settings)
+    return typing.cast(ModelConfig, from_plain(ModelConfig, settings))
 
 
 def _saved_tokenizer(data: Mapping[str, Any], checkpoint: Path, given: Path | None) -> Tokenizer | None:

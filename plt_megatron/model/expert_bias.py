@@ -2,7 +2,7 @@
 
 megatron-core adds up which experts a layer's tokens go to, over loops and microbatches, where gradients are enabled:
 not in validation, and in recomputation once. When a step's gradients are reduced, so are the counts, over all ranks
-that hold the layer, and each expert's bias moves by `model.moe_router_bias_update_rate` towards an even load. That is
+that hold the layer, and each expert's bias moves by `model.moe.router_bias_update_rate` towards an even load. That is
 before the step is judged: one that does not update the weights must not move the biases either.
 """
 

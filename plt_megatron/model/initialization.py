@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from plt_megatron.config import derived
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Sizes, find, is_buffer
 
@@ -51,7 +52,7 @@ def _global_expert(name: str, stage: LoopedGPT) -> str:
     match = _EXPERT.fullmatch(name)
     if match is None:
         return name
-    group, experts = stage.pg_collection.ep, stage.plt.num_moe_experts or 0
+    group, experts = stage.pg_collection.ep, derived.num_experts(stage.plt)
     local, weight = (match[2], match[3]) if match[2] is not None else (match[5], match[4])
     return f"{match[1]}{group.rank() * (experts // group.size()) + int(local)}.{weight}"
 

@@ -70,9 +70,9 @@ class Sizes:
             head_dim=head_dim,
             query_norm=heads * head_dim if _post(model) else head_dim,
             key_norm=groups * head_dim if _post(model) else head_dim,
-            experts=model.num_moe_experts or 0,
+            experts=derived.num_experts(model),
             expert_ffn=derived.expert_ffn_hidden_size(model),
-            shared_ffn=model.moe_shared_expert_intermediate_size or 0,
+            shared_ffn=derived.shared_expert_size(model),
         )
 
     @property
@@ -265,11 +265,11 @@ def _post(model: ModelConfig) -> bool:
 
 
 def _expert_bias(model: ModelConfig) -> bool:
-    return model.moe_router_enable_expert_bias
+    return derived.has_expert_bias(model)
 
 
 def _shared_expert(model: ModelConfig) -> bool:
-    return model.moe_shared_expert_intermediate_size is not None
+    return derived.shared_expert_size(model) > 0
 
 
 def _qk_norm(model: ModelConfig) -> bool:

@@ -45,14 +45,16 @@ class RotaryAngles:
 
 
 def _build(model: ModelConfig, common: dict[str, Any]) -> RotaryEmbedding:
-    factor = model.rope_scaling_factor
-    if model.rope_scaling_type == "yarn":
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.yarn is not None:
         return _YarnAngles(
             **common,
-            scaling_factor=factor,
-            original_max_position_embeddings=model.yarn_original_max_position_embeddings,
-            beta_fast=model.yarn_beta_fast,
-            beta_slow=model.yarn_beta_slow,
-            correction_range_round_to_int=model.yarn_correction_range_round_to_int,
+            scaling_factor=scaling.factor,
+            original_max_position_embeddings=scaling.yarn.original_max_position_embeddings,
+            beta_fast=scaling.yarn.beta_fast,
+            beta_slow=scaling.yarn.beta_slow,
+            correction_range_round_to_int=scaling.yarn.correction_range_round_to_int,
         )
-    return RotaryEmbedding(**common, rope_scaling=factor is not None, rope_scaling_factor=factor or 1.0)
+    return RotaryEmbedding(
+        **common, rope_scaling=scaling is not None, rope_scaling_factor=scaling.factor if scaling else 1.0
+    )

@@ -14,10 +14,10 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from plt_megatron.config import derived
-from plt_megatron.config.fp8_rules import Fp8Choice
-from plt_megatron.config.fusion_rules import Fusions
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from plt_megatron.config.rules.fp8 import Fp8Choice
+from plt_megatron.config.rules.fusions import Fusions
+from plt_megatron.config.schema import ModelConfig, MoeConfig, ParallelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
@@ -71,7 +71,7 @@ def transformer_config(
     """
     backend = resolve_backend(model)
     if fp8 is not None and backend != "te":
-        raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=none")
+        raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=null")
     if deterministic and backend == "te":
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention requires it and chooses kernels by it
     return PLTTransformerConfig(
@@ -80,7 +80,7 @@ def transformer_config(
         **_layer_settings(model),
         **_parallel_settings(parallel),
         **({} if fp8 is None else _fp8_settings(fp8)),
-        **({} if model.num_moe_experts is None else _moe_settings(model, parallel, backend)),
+        **({} if model.moe is None else _moe_settings(model, model.moe, parallel, backend)),
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
@@ -118,7 +118,7 @@ def _layer_settings(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "init_method_std": model.init_method_std,
-        "yarn_rotary_scaling_factor": (model.rope_scaling_factor or 1.0) if model.rope_scaling_type == "yarn" else 1.0,
+        "yarn_rotary_scaling_factor": derived.yarn_factor(model) or 1.0,
     }
 
 
@@ -145,22 +145,23 @@ def _parallel_settings(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _moe_settings(model: ModelConfig, parallel: ParallelConfig, backend: str) -> dict[str, Any]:
-    balanced = model.moe_router_load_balancing_type != "none" and model.moe_aux_loss_coeff > 0
+def _moe_settings(model: ModelConfig, moe: MoeConfig, parallel: ParallelConfig, backend: str) -> dict[str, Any]:
+    bias = moe.router_bias_update_rate
+    balanced = moe.router_load_balancing_type != "none" and moe.aux_loss_coeff > 0
     return {
-        "num_moe_experts": model.num_moe_experts,
-        "moe_router_topk": model.moe_router_topk,
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.router_topk,
         "moe_ffn_hidden_size": derived.expert_ffn_hidden_size(model),
-        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
-        "moe_router_pre_softmax": model.moe_router_pre_softmax,
-        "moe_router_score_function": model.moe_router_score_function,
-        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
-        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
+        "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+        "moe_router_pre_softmax": moe.router_pre_softmax,
+        "moe_router_score_function": moe.router_score_function,
+        "moe_router_enable_expert_bias": bias is not None,
+        **({} if bias is None else {"moe_router_bias_update_rate": bias}),
         "moe_router_dtype": "fp32",  # bf16's rounding should not decide between nearly equal experts
-        "moe_router_load_balancing_type": model.moe_router_load_balancing_type if balanced else "none",
-        "moe_aux_loss_coeff": model.moe_aux_loss_coeff if balanced else 0.0,
-        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
-        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_router_load_balancing_type": moe.router_load_balancing_type if balanced else "none",
+        "moe_aux_loss_coeff": moe.aux_loss_coeff if balanced else 0.0,
+        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_expert_capacity_factor": moe.expert_capacity_factor,
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "moe_grouped_gemm": backend == "te",
         "expert_tensor_parallel_size": 1,

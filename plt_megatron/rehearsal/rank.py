@@ -39,7 +39,7 @@ def rehearse_rank(
         prepare(rank)
     layout = layout_of(config, world_size)
     record = RankRecord(rank, layout.coordinates(rank), groups_made=dict(groups_made))
-    if config.model.num_moe_experts is not None:
+    if config.model.moe is not None:
         from plt_megatron.rehearsal.experts import balance_routing  # imports megatron-core's experts
 
         balance_routing(observer)

@@ -119,23 +119,23 @@ def _alike(config: RunConfig) -> RunConfig:
 
 def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The configuration with what needs a GPU's libraries replaced, and what was replaced."""
-    if config.engine != "megatron":
-        raise UserError("engine: only megatron can be rehearsed; set engine=megatron")
+    if config.deepspeed is not None:
+        raise UserError("deepspeed: only megatron-core's engine can be rehearsed; set deepspeed=null")
     replaced = []
     model, training, data = config.model, config.training, config.data
     if model.backend != "torch":
         replaced.append("Transformer Engine's layers by the torch backend's: same collectives, other activations")
         model = dataclasses.replace(model, backend="torch")
-    if model.num_moe_experts is not None:
+    if model.moe is not None:
         replaced.append("the router's choice, which depends on values, by an even load of all experts")
     if model.fused_gated_window:
         replaced.append("the fused window by the torch backend's blocks")
         model = dataclasses.replace(model, fused_gated_window=False)
     if training.precision == "fp32":
         replaced.append("attention in fp32, where torch may keep all scores, by bf16's fused kernel, which keeps none")
-    if training.fp8 != "none":
+    if training.fp8 is not None:
         replaced.append("FP8 by bf16")
-        training = dataclasses.replace(training, fp8="none")
+        training = dataclasses.replace(training, fp8=None)
     if data.reset_at_document_boundaries:
         replaced.append("packed documents by one document a row")
         data = dataclasses.replace(data, reset_at_document_boundaries=False)

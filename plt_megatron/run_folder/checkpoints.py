@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config.upgrade import upgraded
 from plt_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -190,13 +191,16 @@ def read_verified_progress(checkpoint: Path) -> dict[str, Any]:
 
 
 def parse_progress(text: str, checkpoint: str) -> dict[str, Any]:
-    """The record in the text of a checkpoint's progress.json. Raises `UserError` if a newer program wrote it."""
+    """The record in the text of a checkpoint's progress.json, settings under their present names.
+
+    Raises `UserError` if a newer program wrote it.
+    """
     progress: dict[str, Any] = json.loads(text)
     if progress["format"] > FORMAT:
         raise UserError(
             f"checkpoint {checkpoint}: its format {progress['format']} is newer than this program; update it"
         )
-    return progress
+    return progress | {"config": upgraded(progress["config"])} if "config" in progress else progress
 
 
 def doubt(checkpoint: Path, progress: dict[str, Any]) -> str | None:

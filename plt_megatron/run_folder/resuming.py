@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
+from plt_megatron.config.fields import from_plain, unknown_keys
 from plt_megatron.config.optimizers import settings_of_others
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import ModelConfig, RunConfig, TrainingConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import Sizes, only_in_loops, parameters_of
 from plt_megatron.run_folder import checkpoints
@@ -187,11 +188,13 @@ def check_model(path: Path, progress: dict[str, Any], config: RunConfig, vocab_s
             f"checkpoint {path}: its vocabulary has {progress['vocab_size']} entries, this run's {vocab_size}; use its "
             "tokenizer"
         )
-    known = {item.name for item in dataclasses.fields(ModelConfig)}
     settings = progress["config"]["model"]
-    if settings.keys() - known or _fit(ModelConfig(**settings), config.model):  # or another version's
+    if unknown_keys(ModelConfig, settings):  # another version's
         return
-    changed = {name: value for name, value in settings.items() if value != getattr(config.model, name)}
+    saved = from_plain(ModelConfig, settings)
+    if _fit(saved, config.model):
+        return
+    changed = {name: getattr(saved, name) for name in settings if getattr(saved, name) != getattr(config.model, name)}
     causes = {
         name: value
         for name, value in changed.items()

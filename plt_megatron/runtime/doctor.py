@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
-from plt_megatron.config.kernel_rules import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
+from plt_megatron.config.rules.kernels import BLOCKWISE_CUDA, DETERMINISTIC_FLASH_ATTN, DETERMINISTIC_FP8_CUDNN
 from plt_megatron.installation import ROOT, is_checkout
 from plt_megatron.run_folder.text import format_memory, format_table
 from plt_megatron.runtime.machine import Device, Machine

@@ -6,8 +6,9 @@ import logging
 
 import torch.distributed as dist
 
-from plt_megatron.config import derived, fusion_rules
-from plt_megatron.config.fusion_rules import Fusions
+from plt_megatron.config import derived
+from plt_megatron.config.rules import fusions as fusion_rules
+from plt_megatron.config.rules.fusions import Fusions
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 

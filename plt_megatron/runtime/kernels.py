@@ -9,9 +9,10 @@ import re
 import torch
 import torch.distributed as dist
 
-from plt_megatron.config import fp8_rules, kernel_rules
-from plt_megatron.config.fp8_rules import Fp8Choice
-from plt_megatron.config.kernel_rules import Version, Versions
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules import kernels as kernel_rules
+from plt_megatron.config.rules.fp8 import Fp8Choice
+from plt_megatron.config.rules.kernels import Version, Versions
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
@@ -24,12 +25,10 @@ def choose_fp8(config: RunConfig) -> Fp8Choice | None:
     Raises:
         UserError: the card has no kernels for it; the message names the rule, one line each.
     """
-    if config.training.fp8 == "none":
+    if config.training.fp8 is None:
         return None
     if not torch.cuda.is_available():
-        raise UserError(
-            f"training.fp8 {config.training.fp8} needs a GPU (Ada, Hopper or Blackwell); set training.fp8=none"
-        )
+        raise UserError("training.fp8 needs a GPU (Ada, Hopper or Blackwell); set training.fp8=null")
     major, minor = torch.cuda.get_device_capability()
     problems = list(fp8_rules.find_problems(config, (major, minor)))
     choice = fp8_rules.choose(config, (major, minor))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_token
 from plt_megatron.estimate.layout import BYTES

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.config.data_stages import all_sources
+from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
 from plt_megatron.config.schema import DataConfig, RunConfig
-from plt_megatron.config.upload_rules import destinations, is_url, protocol_of
 from plt_megatron.data.indexed import open_index
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.data.resuming import check_data, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import resuming
-from plt_megatron.run_folder.checkpoints import PROGRESS
+from plt_megatron.run_folder.checkpoints import PROGRESS, parse_progress
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.storage.copies import find_checkpoint
 
@@ -54,7 +53,7 @@ def _start_elsewhere(config: RunConfig) -> resuming.Start | None:
     except UserError:  # which the forecast reports
         return None
     text = place.read_text(PROGRESS)
-    return None if text is None else resuming.Start(Path(place.url), json.loads(text), is_own=False)
+    return None if text is None else resuming.Start(Path(place.url), parse_progress(text, place.url), is_own=False)
 
 
 def _problem(check: Callable[[], None]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config.upload_rules import packages_for, protocol_of
+from plt_megatron.config.rules.uploads import packages_for, protocol_of
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 from plt_megatron.storage.failures import failing, reason

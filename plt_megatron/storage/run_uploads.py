@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.config import upload_rules
+from plt_megatron.config.rules import uploads as upload_rules
+from plt_megatron.config.rules.uploads import HUB, protocol_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.upload_rules import HUB, protocol_of
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints, json_lines
 from plt_megatron.run_folder.files import locked, write_text, writing

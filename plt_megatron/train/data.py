@@ -17,8 +17,8 @@ from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.data_stages import stage_samples
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.length_schedule import LengthSchedule
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.data.datasets import Samples, build_datasets
 from plt_megatron.data.mix import (
     consumed_epochs,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.optimizer import _get_param_groups
 from torch import Tensor
 
-from plt_megatron.config.deepspeed_settings import deepspeed_config
+from plt_megatron.config.deepspeed_settings import deepspeed_config, zero_of
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
@@ -34,7 +34,7 @@ class DeepSpeedEngine:
     """An `Engine`. At ZeRO 3 the stage's parameters are empty outside of forward and backward.
 
     Args:
-        config: a validated configuration with `engine: deepspeed`; process groups exist.
+        config: a validated configuration with `deepspeed`; process groups exist.
         vocab_size: the tokenizer's.
     """
 
@@ -59,7 +59,7 @@ class DeepSpeedEngine:
         if config.training.loop_schedule:
             self.state.allocate()  # a step may update some parameters only, and all are saved
         self._leave_alone = _LeaveAlone(self.optimizer, self.state.later_groups)
-        self._verdict = _Verdict(self.optimizer, config.zero.stage)
+        self._verdict = _Verdict(self.optimizer, zero_of(config).zero_stage)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = nothing
         self._results: list[Tensor] = []

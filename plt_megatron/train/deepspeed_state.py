@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
+from plt_megatron.config.deepspeed_settings import zero_of
 from plt_megatron.model.initialization import initial_value
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
@@ -171,14 +172,14 @@ class DeepSpeedState:
     def later_groups(self) -> set[int]:
         """Numbers of the optimizer's groups of nothing but parameters that only later loops use."""
         optimizer = self._engine.optimizer
-        groups = optimizer.fp16_groups if self._engine.config.zero.stage == 3 else optimizer.bit16_groups
+        groups = optimizer.fp16_groups if zero_of(self._engine.config).zero_stage == 3 else optimizer.bit16_groups
         later = {id(parameter) for name, parameter in self._engine.stage.named_parameters() if only_in_loops(name)}
         return {number for number, group in enumerate(groups) if {id(parameter) for parameter in group} <= later}
 
     @property
     def _optimizer(self) -> _ZeroPieces:
         optimizer = self._engine.optimizer
-        pieces = _Zero3Pieces if self._engine.config.zero.stage == 3 else _Zero12Pieces
+        pieces = _Zero3Pieces if zero_of(self._engine.config).zero_stage == 3 else _Zero12Pieces
         return pieces(optimizer, self._keys)
 
 

@@ -25,22 +25,21 @@ MODEL: dict[str, Any] = {
     "backend": "torch",
 }
 
-YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 16}
+YARN = {"rope_scaling.factor": 4.0, "rope_scaling.yarn.original_max_position_embeddings": 16}
 # Four experts, of which a token uses two; both auxiliary losses weigh enough to be seen.
 EXPERTS: dict[str, Any] = {
-    "num_moe_experts": 4,
-    "moe_ffn_hidden_size": 12,
-    "moe_aux_loss_coeff": 0.05,
-    "moe_z_loss_coeff": 1e-3,
+    "moe.num_experts": 4,
+    "moe.ffn_hidden_size": 12,
+    "moe.aux_loss_coeff": 0.05,
+    "moe.z_loss_coeff": 1e-3,
 }
 
 LOSSES = (("loop_loss_weights", (0.5, 0.25)),)  # of three loops, as a case's `training`
 
 # The first step moves each bias by a good part of what scores differ in, so that the second routes otherwise.
 BIASES = {
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.1,
+    "moe.router_score_function": "sigmoid",
+    "moe.router_bias_update_rate": 0.1,
 }
 
 # As a case's `optimizer`: each kind of parameter has rates of its own.

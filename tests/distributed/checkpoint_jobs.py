@@ -20,6 +20,7 @@ from plt_megatron.config.schema import (
 )
 from plt_megatron.runtime.process_groups import init_process_groups
 from tests.distributed.heard import heard
+from tests.settings import make
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCAB, LENGTH, BATCH = 117, 16, 8
@@ -40,7 +41,7 @@ def run_config(
         "make_vocab_size_divisible_by": 7,  # 119 rows, 126 with TP 2
     }
     return RunConfig(
-        model=ModelConfig(**{**sizes, **model}),
+        model=make(ModelConfig, {**sizes, **model}),
         parallel=ParallelConfig(**(layout or {})),
         data=DataConfig(sequence_length=LENGTH),
         training=TrainingConfig(micro_batch_size=ROWS, global_batch_size=BATCH, train_iters=20, precision=precision),

@@ -53,13 +53,13 @@ def enter() -> None:
 
 def with_engine(config: Any, zero: Zero) -> Any:
     """The configuration with the engine that `zero` asks for."""
-    from plt_megatron.config.schema import ZeroConfig
+    from plt_megatron.config.schema import DeepSpeedConfig
 
     if zero.stage == 0:
         return config
-    section = ZeroConfig(zero.stage, zero.offload_optimizer, zero.offload_param)
     raw = {"zero_optimization": dict(zero.raw)} if zero.raw else {}
-    return dataclasses.replace(config, engine="deepspeed", zero=section, deepspeed=raw)
+    section = DeepSpeedConfig(zero.stage, zero.offload_optimizer, zero.offload_param, raw)
+    return dataclasses.replace(config, deepspeed=section)
 
 
 # ---------------------------------------------------------------- parity

@@ -43,6 +43,7 @@ from tests.distributed.cases import (
     Outcome,
 )
 from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms
+from tests.settings import changed, make
 
 
 def train_all(layout: Layout, cases: list[Case]) -> list[Outcome]:
@@ -99,16 +100,18 @@ def _parallel(layout: Layout, case: Case) -> ParallelConfig:
 
 def _config(layout: Layout, case: Case) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(**{**MODEL, "loop_count": case.loops, **dict(case.model)}),
+        model=make(ModelConfig, {**MODEL, "loop_count": case.loops, **dict(case.model)}),
         parallel=_parallel(layout, case),
         data=DataConfig(sequence_length=SEQUENCE_LENGTH, reset_at_document_boundaries=case.packed),
-        training=TrainingConfig(
-            micro_batch_size=_micro_batch_size(layout),
-            global_batch_size=GLOBAL_BATCH_SIZE,
-            train_iters=10,
-            precision=case.precision,
-            loop_schedule=[LoopStage(loop_shares=[1 / case.loops] * case.loops)] if case.step_loops else [],
-            **dict(case.training),
+        training=changed(
+            TrainingConfig(
+                micro_batch_size=_micro_batch_size(layout),
+                global_batch_size=GLOBAL_BATCH_SIZE,
+                train_iters=10,
+                precision=case.precision,
+                loop_schedule=[LoopStage(loop_shares=[1 / case.loops] * case.loops)] if case.step_loops else [],
+            ),
+            dict(case.training),
         ),
         # With Adam's usual epsilon, an element whose gradient is rounding error moves as far as any other.
         optimizer=OptimizerConfig(**{"lr": 1e-3, "min_lr": 1e-4, "adam_eps": 1e-4, **dict(case.optimizer)}),

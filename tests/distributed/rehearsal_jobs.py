@@ -23,6 +23,7 @@ from plt_megatron.config.schema import (
     DataConfig,
     DataSource,
     ModelConfig,
+    MoeConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -30,15 +31,15 @@ from plt_megatron.config.schema import (
 )
 
 VOCAB_SIZE = 200
-_EXPERTS = {
-    "num_moe_experts": 8,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_z_loss_coeff": 0.001,
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "first_k_dense_replace": 1,  # of two layers: with PP2 a stage has no experts
-}
+_EXPERTS = MoeConfig(
+    num_experts=8,
+    router_topk=2,
+    ffn_hidden_size=32,
+    z_loss_coeff=0.001,
+    router_score_function="sigmoid",
+    router_bias_update_rate=1e-3,
+    first_k_dense_replace=1,  # of two layers: with PP2 a stage has no experts
+)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2 PP2 DP2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2},
     "TP2 SP CP2 DP2": {
@@ -102,7 +103,7 @@ def run_config(layout: str) -> RunConfig:
             window_size=8,
             vocab_size=VOCAB_SIZE,
             backend="torch",
-            **(_EXPERTS if parallel.expert_model_parallel_size > 1 else {}),  # type: ignore[arg-type]
+            moe=_EXPERTS if parallel.expert_model_parallel_size > 1 else None,
         ),
         data=DataConfig(sources=[DataSource(path="unread")], sequence_length=32),
         training=TrainingConfig(

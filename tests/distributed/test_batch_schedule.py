@@ -147,7 +147,7 @@ def test_a_switch_is_a_change_of_the_batch_by_hand(whole, data, tmp_path, run_di
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_experts_muon_and_averages_do_not_mind_the_batch(data, tmp_path, run_distributed, optimizer):
     """Two data-parallel ranks that share out the experts, and one process. No average with Muon, which has none."""
-    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16, "moe_z_loss_coeff": 1e-3}
+    experts = {"moe.num_experts": 4, "moe.router_topk": 2, "moe.ffn_hidden_size": 16, "moe.z_loss_coeff": 1e-3}
     training = {"ema_decay": 0.5} if optimizer == "adam" else {}
     changes = {"model": experts, "optimizer": {"name": optimizer}, "training": {**training, "micro_batch_size": 2}}
     one = ramped("one", tmp_path, data, **changes)

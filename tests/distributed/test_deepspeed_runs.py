@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, RunConfig, ZeroConfig
+from plt_megatron.config.schema import DataConfig, DeepSpeedConfig, RunConfig
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import make_data, run_config, train, train_with_bad_step
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 DP_RECOMPUTE = {"data_parallel_size": 2, "recompute_granularity": "full"}
-OFFLOAD = ZeroConfig(3, "cpu", "cpu")
+OFFLOAD = DeepSpeedConfig(3, "cpu", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return make_data(tmp_path_factory.mktemp("deepspeed_data"))
 
 
-def on_deepspeed(config: RunConfig, zero: ZeroConfig) -> RunConfig:
-    return dataclasses.replace(config, engine="deepspeed", zero=zero)
+def on_deepspeed(config: RunConfig, zero: DeepSpeedConfig) -> RunConfig:
+    return dataclasses.replace(config, deepspeed=zero)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def undisturbed(data, tmp_path_factory, run_deepspeed) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    "zero", [pytest.param(ZeroConfig(1), marks=pytest.mark.slow), OFFLOAD], ids=["stage 1", "stage 3"]
+    "zero", [pytest.param(DeepSpeedConfig(1), marks=pytest.mark.slow), OFFLOAD], ids=["stage 1", "stage 3"]
 )
 def test_the_records_are_the_megatron_engines(undisturbed, data, tmp_path, run_deepspeed, zero):
     """The same kinds, steps, fields and numbers, loop statistics and validation at each loop count included."""
@@ -73,7 +73,7 @@ def test_a_bad_step_is_rolled_back_as_on_the_megatron_engine(data, tmp_path, run
     """The fourth step is bad: back to step 2's checkpoint, on with the samples after the bad step's."""
     rollback = {"on_nonfinite": "rollback"}
     megatron, ours = (run_config(name, tmp_path, data, parallel=TP_SP, training=rollback) for name in ("one", "other"))
-    ours = on_deepspeed(ours, ZeroConfig(3))
+    ours = on_deepspeed(ours, DeepSpeedConfig(3))
     for config in (megatron, ours):
         assert run_deepspeed(train_with_bad_step, 2, config, bad_step=4) is True
         (report,) = (folder(config) / "incidents").glob("step_*.json")
@@ -96,7 +96,7 @@ def test_steps_that_are_not_finite_are_skipped_reported_and_limited(data, tmp_pa
         training={"max_skipped_steps": 1},
         parallel={"data_parallel_size": 2},
     )
-    message = run_deepspeed(train, 2, on_deepspeed(config, ZeroConfig(stage)))
+    message = run_deepspeed(train, 2, on_deepspeed(config, DeepSpeedConfig(stage)))
     assert isinstance(message, str) and "not finite" in message and "checkpoint" in message
     first, second = (json.loads(path.read_text()) for path in sorted((folder(config) / "incidents").glob("*.json")))
     assert (first["action"], second["action"]) == ("skip", "fail")

@@ -8,13 +8,12 @@ import torch
 from tests.distributed import checkpoint_jobs as jobs
 
 EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_ffn_hidden_size": 24,
-    "moe_z_loss_coeff": 1e-3,
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.02,
-    "first_k_dense_replace": 1,
+    "moe.num_experts": 4,
+    "moe.ffn_hidden_size": 24,
+    "moe.z_loss_coeff": 1e-3,
+    "moe.router_score_function": "sigmoid",
+    "moe.router_bias_update_rate": 0.02,
+    "moe.first_k_dense_replace": 1,
 }
 EP2 = {"expert_model_parallel_size": 2}
 TP2_EP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True, **EP2}

@@ -10,11 +10,11 @@ from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.training_jobs import make_data, run_config, train
 
 EXPERTS = {
-    "num_moe_experts": 4,
-    "moe_ffn_hidden_size": 24,
-    "moe_z_loss_coeff": 1e-3,
-    "first_k_dense_replace": 1,  # of two layers
-    "moe_router_score_function": "sigmoid",
+    "moe.num_experts": 4,
+    "moe.ffn_hidden_size": 24,
+    "moe.z_loss_coeff": 1e-3,
+    "moe.first_k_dense_replace": 1,  # of two layers
+    "moe.router_score_function": "sigmoid",
 }
 SHORT = {"train_iters": 3, "micro_batch_size": 4}
 # One microbatch a step in each: the one that is logged is the same.
@@ -102,7 +102,7 @@ def test_a_run_that_shares_out_experts_exports(data, tmp_path, run_distributed):
 
 def test_what_exceeds_the_capacity_is_dropped_and_counted(data, tmp_path, run_distributed):
     """In one layer, where the loads say what has to go: all that is above an even load."""
-    model = {**EXPERTS, "num_layers": 1, "first_k_dense_replace": 0, "moe_expert_capacity_factor": 1.0}
+    model = {**EXPERTS, "num_layers": 1, "moe.first_k_dense_replace": 0, "moe.expert_capacity_factor": 1.0}
     config = run_config("dropping", tmp_path, data, model=model, training={**SHORT, "micro_batch_size": 8})
     sent = 2 * 8 * 32  # experts a token, sequences, tokens
     for record in records(run_distributed, 1, config):

@@ -30,7 +30,7 @@ LAYOUTS = [Layout(dp=2), Layout(tp=2, sp=True), Layout(cp=2), Layout(pp=2), Layo
 FFNS: dict[str, dict[str, Any]] = {
     "dense": {},
     "experts": EXPERTS,
-    "biases": {**EXPERTS, **BIASES, "moe_router_load_balancing_type": "none", "first_k_dense_replace": 1},
+    "biases": {**EXPERTS, **BIASES, "moe.router_load_balancing_type": "none", "moe.first_k_dense_replace": 1},
 }
 Setting = tuple[Layout, str, bool, bool, str, bool, bool, str, bool, str]
 

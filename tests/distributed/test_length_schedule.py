@@ -118,10 +118,10 @@ WITH = {
     "layers that run once": {"model": {"num_layers": 4, "loop_span": [1, 3]}},
     "layer by layer": {"model": {"loop_order": "layer", "cross_loop_parallel": False, "share_kv": False,
                                  "gated_window": False}},
-    "YaRN": {"model": {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0,
-                       "yarn_original_max_position_embeddings": 16}},
+    "YaRN": {"model": {"rope_scaling.factor": 4.0,
+                       "rope_scaling.yarn.original_max_position_embeddings": 16}},
     "Muon": {"optimizer": {"name": "muon"}},
-    "experts": {"model": {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16}},
+    "experts": {"model": {"moe.num_experts": 4, "moe.router_topk": 2, "moe.ffn_hidden_size": 16}},
 }  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def test_gates_of_other_layers_are_refused_and_one_loops_weights_are_a_start(run
 @pytest.mark.parametrize(
     "model",
     [
-        {"loop_span": [1, 2], "num_moe_experts": 4, "moe_ffn_hidden_size": 16},
+        {"loop_span": [1, 2], "moe.num_experts": 4, "moe.ffn_hidden_size": 16},
         {"loop_span": [0, 2], "cross_loop_parallel": False, "loop_order": "layer"},
     ],
     ids=["experts", "by layer"],
@@ -214,7 +214,7 @@ def test_a_run_is_logged_and_its_export_decodes_as_it_trained(run_distributed, t
         assert record["gate_mean"][0] is None and all(0.4 < gate < 0.6 for gate in record["gate_mean"][1:])
         loads = record.get("expert_load", [])
         assert all(sum(load) == pytest.approx(4, abs=1e-3) for load in loads), "relative to an even load"
-        assert len(loads) == (3 if "num_moe_experts" in model else 0)
+        assert len(loads) == (3 if "moe.num_experts" in model else 0)
     result = export(ExportOptions(tmp_path / "run", tmp_path / "out", verify=True), lambda text: None)
     assert result.difference is not None and result.difference < 1e-5
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)

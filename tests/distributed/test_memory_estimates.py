@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 
-from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig, ZeroConfig
+from plt_megatron.config.schema import (
+    DataConfig,
+    DeepSpeedConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from plt_megatron.estimate.layout import estimate_layout
 from plt_megatron.estimate.memory import checkpoint_bytes, estimate_memory
 from plt_megatron.estimate.schedule import passes
 from tests.distributed.memory_jobs import allocator_peak, checkpoint_size, measure_all, megatron_schedule
+from tests.settings import make
 
 TOLERANCE = 0.10
 VOCAB_SIZE = 500
@@ -53,7 +61,7 @@ def run_config(
         "backend": "torch",
     }
     return RunConfig(
-        model=ModelConfig(**{**sizes, "loop_count": loops, **model}),
+        model=make(ModelConfig, {**sizes, "loop_count": loops, **model}),
         data=DataConfig(sequence_length=128, reset_at_document_boundaries=packed),
         training=TrainingConfig(
             micro_batch_size=2,
@@ -72,15 +80,15 @@ def run_config(
             recompute_granularity=recompute,  # type: ignore[arg-type]
             **(stages or {}),
         ),
-        engine="deepspeed" if zero else "megatron",
-        zero=ZeroConfig(zero or 1),
-        deepspeed={"zero_optimization": {"reduce_bucket_size": 100_000}} if zero else {},
+        deepspeed=DeepSpeedConfig(zero, config={"zero_optimization": {"reduce_bucket_size": 100_000}})
+        if zero
+        else None,
     )
 
 
 ENDS = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
-EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 176}
-DENSE_FIRST = {**EXPERTS, "first_k_dense_replace": 1, "moe_shared_expert_intermediate_size": 96}
+EXPERTS = {"moe.num_experts": 4, "moe.ffn_hidden_size": 176}
+DENSE_FIRST = {**EXPERTS, "moe.first_k_dense_replace": 1, "moe.shared_expert_intermediate_size": 96}
 SLOW = pytest.mark.slow
 # Layout, what is run in it, and marks.
 CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecorator, ...]]] = [
@@ -145,7 +153,7 @@ CASES: list[tuple[dict[str, Any], list[dict[str, Any]], *tuple[pytest.MarkDecora
     ({}, [{**EXPERTS, "loops": 3, "recompute": "full"}, {**EXPERTS, "precision": "bf16"}], SLOW),
     ({"dp": 2, "ep": 2}, [EXPERTS], SLOW),
     ({}, [DENSE_FIRST, {**DENSE_FIRST, "recompute": "full", "loops": 3}], SLOW),
-    ({"pp": 2}, [{**DENSE_FIRST, "first_k_dense_replace": 2}], SLOW),
+    ({"pp": 2}, [{**DENSE_FIRST, "moe.first_k_dense_replace": 2}], SLOW),
 ]
 
 
@@ -153,7 +161,7 @@ def name_of(changes: dict[str, Any]) -> str:
     """As in `L2 full bf16`."""
     words = [f"L{changes.get('loops', 2)}", changes.get("recompute", "none"), changes.get("precision", "fp32")]
     model = set(changes) - {"loops", "recompute", "precision", "packed", "losses", *EXPERTS}
-    words += ["experts"] * ("num_moe_experts" in changes) + ["losses"] * ("losses" in changes)
+    words += ["experts"] * ("moe.num_experts" in changes) + ["losses"] * ("losses" in changes)
     return " ".join(words + ["packed"] * changes.get("packed", False) + ["model variant"] * bool(model))
 
 

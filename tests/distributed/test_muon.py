@@ -13,7 +13,7 @@ from tests.distributed import muon_jobs
 from tests.distributed.cases import Case, Layout
 
 MUON = (("lr", 0.02), ("min_lr", 0.01), ("name", "muon"))
-EXPERTS = {"num_moe_experts": 4, "moe_ffn_hidden_size": 24}
+EXPERTS = {"moe.num_experts": 4, "moe.ffn_hidden_size": 24}
 FACTORS: dict[str, Any] = {
     "lr_mult": RateFactors(embedding=0.5, head=0.7, hidden=1.5, gates=3.0, norms=0.25),
     "wd_mult": DecayFactors(embedding=0.0, head=2.0, hidden=0.5, gates=1.5, norms=1.0),

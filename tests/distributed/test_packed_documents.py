@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import MODEL, VOCAB_SIZE
+from tests.settings import make
 
 LENGTH = 16
 BOUNDS = (0, 3, 4, 11, LENGTH)  # no document begins or ends where a rank's half of the rows does
@@ -33,7 +34,7 @@ def logits_of_packs(sequence_parallel: bool, settings: dict[str, Any], packs: li
     parallel = ParallelConfig(tensor_model_parallel_size=ranks, sequence_parallel=sequence_parallel)
     init_process_groups(parallel)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = ModelConfig(**{**MODEL, **settings})
+    model = make(ModelConfig, {**MODEL, **settings})
     stage = LoopedGPT(
         transformer_config(model, parallel),
         VOCAB_SIZE,

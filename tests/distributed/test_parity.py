@@ -342,7 +342,7 @@ def _expert_case(
 )
 def test_experts(check, layout):
     """The second has biases too, a shared expert, and a dense first layer."""
-    others = {"moe_shared_expert_intermediate_size": 8, "first_k_dense_replace": 1, **BIASES}
+    others = {"moe.shared_expert_intermediate_size": 8, "moe.first_k_dense_replace": 1, **BIASES}
     first = _expert_case(3, "full", overlap=True, loop_loss_weights=(0.5, 0.25))
     cases = [first, _expert_case(2, "selective", way="allgather", **others)]
     check(layout, cases, "mixture of experts", ["PLT-3, losses of loops", "PLT-2, biases, dense first"])
@@ -365,7 +365,7 @@ def test_experts(check, layout):
 )
 def test_biases_of_experts(check, reference, layout):
     """In layers 2 to 4, of which a pipeline's first stage has one or none."""
-    case = _expert_case(3, "full", overlap=True, first_k_dense_replace=1, **BIASES)
+    case = _expert_case(3, "full", overlap=True, **{"moe.first_k_dense_replace": 1}, **BIASES)
     check(layout, [case], "biases of experts", ["PLT-3, dense first"])
     outcome = reference(case)
     moved = [value - outcome.initial[name] for name, value in outcome.final.items() if name.endswith("expert_bias")]
@@ -386,7 +386,7 @@ def test_biases_of_experts(check, reference, layout):
 )
 def test_dense_layers_before_experts(check, layout):
     """Half of the layers: a pipeline's first stages have no experts. Recomputed dense FFNs, and uneven stages."""
-    half = {"first_k_dense_replace": 2, "moe_shared_expert_intermediate_size": 8}
+    half = {"moe.first_k_dense_replace": 2, "moe.shared_expert_intermediate_size": 8}
     cases = [_expert_case(3, "full", overlap=True, **half), _expert_case(2, "selective", **half)]
     modules = (("recompute_modules", ["core_attn", "mlp"]),)
     cases[1] = replace(cases[1], parallel=modules + (((FIRST, 3),) if layout.pp == 2 else ()))
@@ -395,7 +395,7 @@ def test_dense_layers_before_experts(check, layout):
 
 @pytest.mark.slow
 def test_dense_layers_before_experts_with_muon_and_in_a_prelude(check):
-    half = {"first_k_dense_replace": 2, **BIASES}
+    half = {"moe.first_k_dense_replace": 2, **BIASES}
     muon = replace(_expert_case(2, overlap=True, **half), optimizer=(("name", "muon"),))
     span = _expert_case(3, **half, loop_span=(2, 4))
     check(Layout(dp=2, ep=2), [muon, span], "dense layers before experts", ["PLT-2, Muon", "PLT-3, prelude"])
@@ -403,13 +403,13 @@ def test_dense_layers_before_experts_with_muon_and_in_a_prelude(check):
 
 @pytest.mark.slow
 def test_biases_of_experts_with_all_gathering_and_a_shared_one(check):
-    case = _expert_case(2, way="allgather", **BIASES, moe_shared_expert_intermediate_size=8)
+    case = _expert_case(2, way="allgather", **BIASES, **{"moe.shared_expert_intermediate_size": 8})
     check(Layout(tp=2, sp=True, dp=2, ep=4), [case], "biases of experts", ["PLT-2, shared expert"])
 
 
 @pytest.mark.slow
 def test_biases_act_from_the_second_step_on(reference):
-    case, slower = (_expert_case(2, **{**BIASES, "moe_router_bias_update_rate": rate}) for rate in (0.1, 1e-6))
+    case, slower = (_expert_case(2, **{**BIASES, "moe.router_bias_update_rate": rate}) for rate in (0.1, 1e-6))
     for name, differs in (("loss 0", False), ("loss 1", True)):
         one, other = (reference(each).numbers[name] for each in (case, slower))
         assert (abs(one - other) > 10 * TOLERANCE * one) is differs, name
@@ -487,7 +487,7 @@ def test_keys_of_later_loops_that_nothing_reads(check, layout):
     check(layout, cases, "keys that nothing reads", ["PLT-3", "PLT-2, own V"])
 
 
-@pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+@pytest.mark.parametrize("coefficient", ["moe.aux_loss_coeff", "moe.z_loss_coeff"])
 def test_auxiliary_losses_act_on_gradients(reference, coefficient):
     with_loss, without = reference(_expert_case(2)), reference(_case(2, **{**EXPERTS, coefficient: 0.0}))
     assert with_loss.numbers["loss 0"] == without.numbers["loss 0"]

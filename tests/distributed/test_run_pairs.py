@@ -61,7 +61,7 @@ AXES: dict[str, dict[str, Settings]] = {
     "bad step": {name: {"training": {"on_nonfinite": name}} for name in ("fail", "skip", "rollback")},
     "ffn": {
         "dense": {},
-        "experts": {"model": {"num_moe_experts": 4, "moe_ffn_hidden_size": 16, "moe_router_topk": 2}},
+        "experts": {"model": {"moe.num_experts": 4, "moe.ffn_hidden_size": 16, "moe.router_topk": 2}},
     },
     "schedule": {"cosine": {}, "WSD": {"optimizer": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 2}}},
 }

@@ -24,7 +24,7 @@ from tests.distributed.whole_runs import folder, numbers
 
 CHANGING = (1, 2, 3, 1, 2, 3)  # each loop count twice, so that overlapped reduction has learned it
 HIDDEN = (("gate_input", "hidden"), ("norm_between_loops", True))
-EXPERTS = (("num_moe_experts", 4), ("moe_router_topk", 2), ("moe_ffn_hidden_size", 8))
+EXPERTS = (("moe.num_experts", 4), ("moe.router_topk", 2), ("moe.ffn_hidden_size", 8))
 TWO_LAYERS = (("num_layers", 2),)
 ENDS = (("account_for_embedding_in_pipeline_split", True), ("account_for_loss_in_pipeline_split", True))
 Z_LOSS = (("z_loss_coeff", 0.02),)

@@ -20,7 +20,7 @@ def _config(tmp_path, **training):
         training={"on_nonfinite": "skip", **training},
         validation={"iters": 0},
         checkpoint={"enabled": False},
-        logging={"straggler_interval": 2},
+        logging={"straggler.interval": 2},
     )
 
 
@@ -38,5 +38,5 @@ def test_a_slow_gpu_is_named_with_its_rank_and_node(tmp_path, run_distributed):
 
 
 def test_without_a_gpu_it_is_refused(tmp_path, run_distributed):
-    with pytest.raises(DistributedFailure, match=r"logging\.straggler_interval times the kernels of NVIDIA GPUs"):
+    with pytest.raises(DistributedFailure, match=r"logging\.straggler times the kernels of NVIDIA GPUs"):
         run_distributed(train, 1, _config(tmp_path))

@@ -153,7 +153,7 @@ def test_a_record_says_where_the_time_went_and_how_far_the_data_is(finished):
 
 
 def test_a_trace_is_written_on_request(data, tmp_path, run_distributed):
-    logging = {"profile_step_start": 1, "profile_step_end": 2, "profile_ranks": [1]}
+    logging = {"profile.step_start": 1, "profile.step_end": 2, "profile.ranks": [1]}
     config = run_config("traced", tmp_path, data, parallel=TP_SP, training={"train_iters": 3}, logging=logging)
     assert run_distributed(train, 2, config) is True
     assert [path.name for path in (folder(config) / "profile").iterdir()] == ["rank_0001_steps_2-2.json.gz"]
@@ -262,7 +262,7 @@ def test_a_decay_branch_is_a_run_of_its_own_length(data, tmp_path, run_distribut
 @pytest.mark.slow
 def test_a_run_goes_on_with_longer_texts(finished, data, tmp_path, run_distributed):
     """From the weights of texts of 32 tokens, in texts of 64: the first loss is not that of a new model."""
-    yarn = {"rope_scaling_type": "yarn", "rope_scaling_factor": 2.0, "yarn_original_max_position_embeddings": 32}
+    yarn = {"rope_scaling.factor": 2.0, "rope_scaling.yarn.original_max_position_embeddings": 32}
     loaded = {"load": str(folder(finished)), "weights_only": True}
     longer = dataclasses.replace(data, sequence_length=64)
     config = run_config("longer", tmp_path, longer, parallel=TP_SP, model=yarn, checkpoint=loaded)

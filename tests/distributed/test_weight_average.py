@@ -27,6 +27,7 @@ from plt_megatron.train.checkpoint import read_weights
 from plt_megatron.train.checkpoint.reading import Weights, stored_at
 from tests.distributed.training_jobs import make_data, run_config, train
 from tests.distributed.whole_runs import folder, numbers
+from tests.settings import changed
 
 DECAY = 0.75
 TP_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -111,7 +112,7 @@ def go_on(config: RunConfig, name: str, output_dir: Path, **changes: Any) -> Run
     """A run that has another's checkpoint of step 4, and nothing later."""
     other = dataclasses.replace(config, name=name, output_dir=str(output_dir))
     for section, fields in changes.items():
-        setattr(other, section, dataclasses.replace(getattr(config, section), **fields))
+        setattr(other, section, changed(getattr(config, section), fields))
     shutil.copytree(folder(config), folder(other))
     shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
     (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
@@ -230,10 +231,10 @@ def assert_same_average(other: RunConfig, config: RunConfig) -> None:
 def test_experts_have_averages_too(data, tmp_path, run_distributed):
     """Theirs is an optimizer of its own; EP2 x DP2 against one process. Biases go along as they are."""
     experts = {
-        "num_moe_experts": 4,
-        "moe_ffn_hidden_size": 16,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "moe.num_experts": 4,
+        "moe.ffn_hidden_size": 16,
+        "moe.router_score_function": "sigmoid",
+        "moe.router_bias_update_rate": 1e-3,
     }
     runs = [
         run_config(name, tmp_path, data, model=experts, parallel=layout, training=ONE_ROW)

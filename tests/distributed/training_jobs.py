@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ from plt_megatron.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from tests.settings import changed
 
 
 def make_data(folder: Path, seed: int = 7, tokenizer: str | None = None, special: Sequence[str] = ()) -> DataConfig:
@@ -58,7 +58,7 @@ def run_config(name: str, output_dir: Path, data: DataConfig, **changes: Any) ->
         "logging": LoggingConfig(log_interval=1, tensorboard=False, peak_tflops=0.1),
     }
     for section, fields in changes.items():
-        sections[section] = dataclasses.replace(sections[section], **fields)
+        sections[section] = changed(sections[section], fields)
     return RunConfig(name=name, output_dir=str(output_dir), data=data, **sections)
 
 

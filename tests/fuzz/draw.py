@@ -23,6 +23,8 @@ from plt_megatron.config.layout import DIMENSIONS
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from tests.fuzz.sections import optional_sections, sections_of, value_of
 
 TINY = Path(__file__).with_name("tiny.yaml")
 Settings = dict[str, Any]  # dotted key -> value; lists of sections as lists of mappings
@@ -48,9 +50,7 @@ NOT_DRAWN: dict[str, str] = {
     "data.tokenizer": "a file",
     "data.index_cache": "a folder",
     "data.index_timeout_minutes": "a slow machine is not a finding",
-    "data.fim_prefix_token": "names of tokens",
-    "data.fim_middle_token": "names of tokens",
-    "data.fim_suffix_token": "names of tokens",
+    "data.fim.tokens": "names of tokens",
     "training.train_iters": "each kind of case has its own length",
     "training.threads_per_process": "cores are shared",
     "checkpoint.export_upload_to": _ELSEWHERE,
@@ -61,10 +61,8 @@ NOT_DRAWN: dict[str, str] = {
     "evaluation": "processes of a minute each",
     "logging.wandb_project": _ELSEWHERE,
     "logging.peak_tflops": "measured where it is not given, which takes seconds",
-    "logging.straggler_interval": _GPU,
-    "engine": "DeepSpeed needs a pool of its own (tests/distributed/test_deepspeed.py)",
-    "zero": "DeepSpeed's",
-    "deepspeed": "DeepSpeed's",
+    "logging.straggler": _GPU,
+    "deepspeed": "DeepSpeed needs a pool of its own (tests/distributed/test_deepspeed.py)",
 }
 
 _FACTORS = (0.0, 0.25, 0.5, 2.0, 4.0)
@@ -79,10 +77,10 @@ SCALED: dict[str, Sequence[Any]] = {
     "model.vocab_size": (400, 513),  # the tokenizer has 380
     "model.make_vocab_size_divisible_by": (1, 7, 128),
     "model.rotary_base": (10.0, 100.0, 5e5),
-    "model.rope_scaling_factor": (1.0, 4.0, 8.0),
-    "model.yarn_original_max_position_embeddings": (4, 8, 16),
-    "model.yarn_beta_fast": (2.0, 8.0),
-    "model.yarn_beta_slow": (0.25, 0.5),
+    "model.rope_scaling.factor": (1.0, 4.0, 8.0),
+    "model.rope_scaling.yarn.original_max_position_embeddings": (4, 8, 16),
+    "model.rope_scaling.yarn.beta_fast": (2.0, 8.0),
+    "model.rope_scaling.yarn.beta_slow": (0.25, 0.5),
     "model.layernorm_epsilon": (1e-6, 1e-3, 0.1),
     "model.init_method_std": (0.05, 0.1, 0.25),
     "model.loop_count": (1, 3, 4, 5),
@@ -93,15 +91,15 @@ SCALED: dict[str, Sequence[Any]] = {
     "model.hidden_scale_ratio": (0.0, 0.3, 1.5),
     "model.residual_scale": (0.5, 2.0),
     "model.mup_base_hidden_size": (4, 8, 32),
-    "model.num_moe_experts": (2, 4, 6, 8),
-    "model.first_k_dense_replace": (1, 2, 3),
-    "model.moe_router_topk": (1, 3, 4),
-    "model.moe_ffn_hidden_size": (8, 12, 20, 32),
-    "model.moe_shared_expert_intermediate_size": (8, 12, 20, 32),
-    "model.moe_aux_loss_coeff": (0.0, 0.05, 0.5),
-    "model.moe_z_loss_coeff": (1e-3, 0.05),
-    "model.moe_router_bias_update_rate": (1e-2, 0.1),
-    "model.moe_expert_capacity_factor": (0.5, 1.0, 2.0),
+    "model.moe.num_experts": (2, 4, 6, 8),
+    "model.moe.first_k_dense_replace": (1, 2, 3),
+    "model.moe.router_topk": (1, 3, 4),
+    "model.moe.ffn_hidden_size": (8, 12, 20, 32),
+    "model.moe.shared_expert_intermediate_size": (8, 12, 20, 32),
+    "model.moe.aux_loss_coeff": (0.0, 0.05, 0.5),
+    "model.moe.z_loss_coeff": (1e-3, 0.05),
+    "model.moe.router_bias_update_rate": (1e-3, 1e-2, 0.1),
+    "model.moe.expert_capacity_factor": (0.5, 1.0, 2.0),
     "parallel.num_layers_in_first_pipeline_stage": (1, 2, 3),
     "parallel.num_layers_in_last_pipeline_stage": (1, 2, 3),
     "parallel.recompute_num_layers": (2, 3),
@@ -159,9 +157,9 @@ SCALED: dict[str, Sequence[Any]] = {
     "checkpoint.keep_last": (1, 3),
     "checkpoint.keep_every": (2, 3, 4),
     "logging.log_interval": (2, 3),
-    "logging.profile_step_start": (1, 2),
-    "logging.profile_step_end": (2, 3),
-    "logging.profile_ranks": ([], [0], [1], [0, 1]),
+    "logging.profile.step_start": (1, 2),
+    "logging.profile.step_end": (2, 3),
+    "logging.profile.ranks": ([], [0], [1], [0, 1]),
 }  # fmt: skip
 
 
@@ -229,11 +227,6 @@ def _section(cls: type, pick: int) -> dict[str, Any]:
 # ---------------------------------------------------------------- configurations
 
 
-def value_of(config: Any, key: str) -> Any:
-    """A setting by its dotted key."""
-    return functools.reduce(getattr, key.split("."), config)
-
-
 def overrides(settings: Mapping[str, Any]) -> list[str]:
     """As arguments of `plt train`."""
     return [f"{key}={_text(value)}" for key, value in settings.items()]
@@ -267,6 +260,14 @@ def tiny() -> RunConfig:
     return load({})
 
 
+def refusals(settings: Mapping[str, Any], kind: Problems) -> list[str]:
+    """Why settings are not tried: they cannot be read, or see `problems`."""
+    try:
+        return problems(load(settings), kind)
+    except UserError as error:
+        return str(error).splitlines()
+
+
 def problems(config: RunConfig, kind: Problems) -> list[str]:
     """Why a configuration is not tried: it is refused, or not what the kind of case can compare."""
     return find_problems(config, check_files=False) or list(kind(config))
@@ -295,10 +296,14 @@ def draw(
     settings: Settings = {}
     if layout:
         settings |= _draw_layout(rng)
+    on = {section for section in optional_sections() if random.Random(f"{title} {number} {section}").random() < share}
+    on |= {section for key in (*settings, *fixed) for section in sections_of(key)}
     for key, hint in every.items():
         own = random.Random(f"{title} {number} {key}")
-        if reason_not_drawn(key) is None and own.random() < share:
+        if reason_not_drawn(key) is None and own.random() < share and on.issuperset(sections_of(key)):
             settings |= _one(own, key, hint)
+    for section in sorted(on):
+        settings |= _turned_on(rng, section, {**settings, **fixed}, every)
     settings = {**settings, **fixed}
     return _mended(settings, fixed, kind, every, rng) if mend else settings
 
@@ -306,6 +311,16 @@ def draw(
 def _one(rng: random.Random, key: str, hint: Any) -> Settings:
     found = values(key, hint, value_of(tiny(), key))
     return {key: rng.choice(found)} if found else {}
+
+
+def _turned_on(rng: random.Random, section: str, settings: Settings, every: Mapping[str, Any]) -> Settings:
+    """What a section needs to be on, besides `settings`; nothing if one that it lies in is off."""
+    key = optional_sections()[section]
+    if key in settings or key not in every or reason_not_drawn(key) is not None:
+        return {}
+    if any(optional_sections()[outer] not in settings for outer in sections_of(section)):
+        return {}
+    return {key: rng.choice([*values(key, every[key], None)])}
 
 
 _LAYOUTS = {name: f"parallel.{setting}" for name, (_, setting) in DIMENSIONS.items()}
@@ -319,7 +334,7 @@ def _draw_layout(rng: random.Random) -> Settings:
         sizes = {_LAYOUTS[name]: rng.choice((2,) * 8 + (3, 4)) for name in chosen}
         ranks = _product(size for key, size in sizes.items() if key != _LAYOUTS["EP"])
         if _LAYOUTS["EP"] in sizes:
-            sizes["model.num_moe_experts"] = rng.choice((4, 8))
+            sizes["model.moe.num_experts"] = rng.choice((4, 8))
             if ranks % sizes[_LAYOUTS["EP"]] or _LAYOUTS["DP"] not in sizes:
                 sizes[_LAYOUTS["DP"]] = sizes[_LAYOUTS["EP"]]
                 ranks = _product(size for key, size in sizes.items() if key in SIZES and key != _LAYOUTS["EP"])
@@ -340,6 +355,8 @@ def wild(words: str, number: int) -> Settings:
     drawn = [(key, hint) for key, hint in leaves() if reason_not_drawn(key) is None]
     for key, hint in rng.sample(drawn, rng.choice((1, 2, 4, 8))):
         default = value_of(tiny(), key)
+        for section in sections_of(key):
+            settings |= _turned_on(rng, section, settings, dict(leaves()))
         settings[key] = rng.choice(
             [*values(key, hint, default), *_ends(hint), *_values_of_type(hint, default), default]
         )
@@ -362,7 +379,7 @@ def _mended(
     """Without what is refused. Takes back a setting that the first problem names, or draws one: that of a layout last,
     since another configuration of the same layout says more than one of another."""
     for turn in range(400):
-        found = problems(load(settings), kind)
+        found = refusals(settings, kind)
         if not found:
             return settings
         named = [key for key in _named(found[0], settings) if key not in fixed]
@@ -370,11 +387,21 @@ def _mended(
         missing = [key for key in _named(found[0], every) if key not in settings and reason_not_drawn(key) is None]
         if missing and turn < 60 and rng.random() < 0.3:
             key = rng.choice(missing)
+            for section in sections_of(key):
+                settings |= _turned_on(rng, section, settings, every)
             settings |= _one(rng, key, every[key])
             continue
         first = [key for key in drawn if key not in SIZES] if rng.random() < 0.9 else []
-        settings.pop(rng.choice(first or drawn or [key for key in settings if key not in fixed]))
+        _take_back(settings, rng.choice(first or drawn or [key for key in settings if key not in fixed]), fixed)
     raise AssertionError(f"nothing mends {settings}: {found}")
+
+
+def _take_back(settings: Settings, key: str, fixed: Mapping[str, Any]) -> None:
+    """Remove a setting, and with one that turns a section on all of that section's."""
+    off = {section for section, needed in optional_sections().items() if needed == key}
+    for other in [other for other in settings if other == key or off.intersection(sections_of(other))]:
+        if other not in fixed:
+            del settings[other]
 
 
 def _named(problem: str, known: Iterable[str]) -> list[str]:

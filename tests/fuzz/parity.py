@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.config.layout import layout_of
-from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.config.schema import MoeConfig, ParallelConfig, RunConfig
 from tests.distributed.cases import Outcome
 from tests.fuzz import draw
 
@@ -22,8 +22,9 @@ ROUNDING = 5  # a layout rounds in every operation what the comparison of one pr
 def find_problems(config: RunConfig) -> Iterator[str]:
     """What cannot be compared, one line each."""
     layout = layout_of(config)
-    if config.model.moe_expert_capacity_factor is not None and layout.tensor * layout.context > 1:
-        yield "model.moe_expert_capacity_factor is of the tokens of a rank, whose number the layout decides"
+    capacity = None if config.model.moe is None else config.model.moe.expert_capacity_factor
+    if capacity is not None and layout.tensor * layout.context > 1:
+        yield "model.moe.expert_capacity_factor is of the tokens of a rank, whose number the layout decides"
 
 
 class Parity:
@@ -49,7 +50,7 @@ class Parity:
         return find_problems(config)
 
     def accepts(self, settings: draw.Settings) -> bool:
-        return not draw.problems(draw.load(settings), self.find_problems)
+        return not draw.refusals(settings, self.find_problems)
 
     def check(self, settings: draw.Settings) -> str | None:
         """What is wrong; None: nothing."""
@@ -95,8 +96,9 @@ def train(config: RunConfig, rounded: bool = False) -> Outcome:
 def alone(config: RunConfig) -> RunConfig:
     """The same numbers, asked of one process: in one microbatch, unless its tokens' number counts."""
     model, training = config.model, config.training
-    by_microbatch = model.moe_router_load_balancing_type == "aux_loss" and model.moe_aux_loss_coeff > 0
-    if not by_microbatch and model.moe_expert_capacity_factor is None and not training.batch_schedule:
+    moe = model.moe or MoeConfig(2)
+    by_microbatch = moe.router_load_balancing_type == "aux_loss" and moe.aux_loss_coeff > 0
+    if not by_microbatch and moe.expert_capacity_factor is None and not training.batch_schedule:
         training = dataclasses.replace(training, micro_batch_size=training.global_batch_size)
     return dataclasses.replace(config, parallel=ParallelConfig(data_parallel_size=1), training=training)
 

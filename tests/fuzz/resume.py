@@ -94,9 +94,9 @@ class Resume:
 
     def accepts(self, settings: draw.Settings) -> bool:
         case = parts(settings)
-        config = draw.load(case.settings)
-        if draw.problems(config, find_problems):
+        if draw.refusals(case.settings, find_problems):
             return False
+        config = draw.load(case.settings)
         legs = [_of_leg(config, leg) for leg in case.legs]
         if any(draw.problems(leg, find_problems) for leg in legs):
             return False

@@ -76,8 +76,7 @@ def _planned_loss(config: RunConfig, samples: range, step: Step) -> float:
     """The same for all steps that read the same stages of the data in rows of one length with as many loops."""
     length = config.data.sequence_length
     first, last = (
-        sum(stage.until is not None and (sample + 1) * length > stage.until for stage in config.data.stages)
-        for sample in (samples[0], samples[-1])
+        sum((sample + 1) * length > stage.until for stage in config.data.stages) for sample in (samples[0], samples[-1])
     )
     return 2.0 + 10 * first + 3 * last + step.sequence_length + 7 * step.loop_count
 

@@ -21,8 +21,8 @@ LENGTH, PREFILL = 26, 6
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """What an export is not, one line each."""
-    if config.model.moe_expert_capacity_factor is not None:
-        yield "model.moe_expert_capacity_factor drops tokens in training, an export none"
+    if config.model.moe is not None and config.model.moe.expert_capacity_factor is not None:
+        yield "model.moe.expert_capacity_factor drops tokens in training, an export none"
 
 
 class RoundTrip:
@@ -40,7 +40,7 @@ class RoundTrip:
         return draw.draw(f"{seed} {self.name}", number, self.fixed, find_problems, sections=("model",), layout=False)
 
     def accepts(self, settings: draw.Settings) -> bool:
-        return not draw.problems(draw.load(settings), find_problems)
+        return not draw.refusals(settings, find_problems)
 
     def check(self, settings: draw.Settings) -> str | None:
         """What is wrong; None: nothing."""

@@ -16,6 +16,7 @@ from plt_megatron.config.schema import ModelConfig
 from tests.fuzz import draw, search
 from tests.fuzz.parity import Parity
 from tests.fuzz.refusals import Refusals
+from tests.fuzz.sections import value_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,7 @@ def test_every_setting_is_drawn_or_left_out_for_a_reason():
     undrawn = [
         key
         for key, hint in keys.items()
-        if draw.reason_not_drawn(key) is None and not draw.values(key, hint, draw.value_of(draw.tiny(), key))
+        if draw.reason_not_drawn(key) is None and not draw.values(key, hint, value_of(draw.tiny(), key))
     ]
     assert not undrawn, "give these values in SCALED, or a reason in NOT_DRAWN"
     known = {*keys, *(key.rpartition(".")[0] for key in keys), *(key.partition(".")[0] for key in keys)}

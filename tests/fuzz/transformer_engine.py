@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from plt_megatron.config import fp8_rules
 from plt_megatron.config.layout import layout_of
+from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.cases import Outcome
 from tests.fuzz import draw, parity
@@ -68,7 +68,7 @@ class Fp8(TransformerEngine):
 
     def draw(self, seed: int, number: int) -> draw.Settings:
         settings = super().draw(seed, number)
-        with_fp8 = {**settings, "training.fp8": "hybrid"}
+        with_fp8 = {**settings, "training.fp8.format": "hybrid"}
         return with_fp8 if number % 4 and self.accepts(with_fp8) else settings
 
     def find_problems(self, config: RunConfig) -> Iterator[str]:
@@ -78,8 +78,7 @@ class Fp8(TransformerEngine):
     def check(self, settings: draw.Settings) -> str | None:
         config = draw.load(settings)
         one = alone(config)
-        one = dataclasses.replace(one, training=dataclasses.replace(one.training, fp8="none", fp8_attention=False,
-                                                                    first_last_layers_bf16=False))  # fmt: skip
+        one = dataclasses.replace(one, training=dataclasses.replace(one.training, fp8=None))
         expected = self.outcome(one)
         outcome = self.outcome(config)
         off = {name: part for name, part in differences(outcome, expected).items() if name in expected.numbers}
@@ -97,7 +96,7 @@ class Fp8(TransformerEngine):
 def _over(off: dict[str, float], config: RunConfig, rounding: dict[str, float]) -> list[str]:
     """The numbers that are off by more than their bound, and more than what rounding does."""
     bounds = dict(BOUNDS)
-    if config.model.num_moe_experts is not None:
+    if config.model.moe is not None:
         bounds |= {"loss": ROUTED_LOSS_BOUND, "validation": ROUTED_LOSS_BOUND}
     limits = {name: bounds.get(name.split()[0], BOUNDS["gradient"]) for name in off}
     return [name for name in off if not off[name] <= max(limits[name], BF16_TO_FP8 * rounding.get(name, 0.0))]

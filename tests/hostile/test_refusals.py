@@ -129,6 +129,11 @@ REFUSED = [
             *(("--special-token a --user-defined-symbol a", "twice"), ("--model-type wordy", "--model-type")),
         )
     ),
+    # plt config
+    ("config", "upgrade nowhere.yaml", "nowhere.yaml"),
+    ("config", "upgrade data", "data"),
+    ("config", "rewrite run.yaml", "rewrite"),
+    ("config", "upgrade", "FILE"),
     # plt inspect-data
     ("inspect-data", "nowhere.yaml", "nowhere.yaml"),
     ("inspect-data", "run.yaml --batch 0", "--batch"),

@@ -103,9 +103,11 @@ class PlainPLT:
 
     def auxiliary_loss(self) -> Tensor | float:
         """Of what has run since the model was made: all layers' in all loops, with their coefficients."""
-        config = self.config
-        balancing = 0.0 if config.moe_router_load_balancing_type == "none" else config.moe_aux_loss_coeff
-        return balancing * sum(self.balancing) + config.moe_z_loss_coeff * sum(self.z_losses)
+        moe = self.config.moe
+        if moe is None:
+            return 0.0
+        balancing = 0.0 if moe.router_load_balancing_type == "none" else moe.aux_loss_coeff
+        return balancing * sum(self.balancing) + moe.z_loss_coeff * sum(self.z_losses)
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.layernorm_epsilon) * self.weights[name]
@@ -115,7 +117,7 @@ class PlainPLT:
         factor = self._residual_factor()
         x = x + factor * self._attention(x, layer, loop, starts, first_loop_kv)
         normed = self._norm(x, name + "ffn_norm")
-        dense = self.config.num_moe_experts is None or layer < self.config.first_k_dense_replace
+        dense = self.config.moe is None or layer < self.config.moe.first_k_dense_replace
         out = self._ffn(normed, name) if dense else self._experts(normed, name)
         if self.config.ffn_output_norm:
             out = self._norm(out, name + "ffn_output_norm")
@@ -136,31 +138,32 @@ class PlainPLT:
     def _experts(self, x: Tensor, name: str) -> Tensor:
         """Every expert on every token, weighted: zero where a token has not chosen it. Notes what was chosen, and the
         auxiliary losses, each a mean over the sequences."""
-        config, experts = self.config, self.config.num_moe_experts
+        config, experts = self.config, self.config.moe.num_experts
         assert experts is not None
         logits = x @ self.weights[name + "router"].T
-        sigmoid = config.moe_router_score_function == "sigmoid"
+        sigmoid = config.moe.router_score_function == "sigmoid"
         scores = torch.sigmoid(logits) if sigmoid else logits.softmax(dim=-1)
-        biased = scores + self.weights[name + "router_bias"] if config.moe_router_enable_expert_bias else scores
-        chosen = _best(biased, config.moe_router_topk)
+        has_bias = config.moe.router_bias_update_rate is not None
+        biased = scores + self.weights[name + "router_bias"] if has_bias else scores
+        chosen = _best(biased, config.moe.router_topk)
         self.loads[name] = self.loads.get(name, 0) + chosen.sum(dim=(0, 1))
         weights = scores * chosen
-        if config.moe_router_topk > 1 if sigmoid else not config.moe_router_pre_softmax:
+        if config.moe.router_topk > 1 if sigmoid else not config.moe.router_pre_softmax:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         # The balancing loss is of what the router prefers by itself, whatever the bias makes of it.
-        shares, preferred = scores / scores.sum(dim=-1, keepdim=True), _best(scores, config.moe_router_topk)
-        even = experts / config.moe_router_topk
+        shares, preferred = scores / scores.sum(dim=-1, keepdim=True), _best(scores, config.moe.router_topk)
+        even = experts / config.moe.router_topk
         self.balancing.append((even * preferred.mean(dim=1) * shares.mean(dim=1)).sum(dim=-1).mean())
         self.z_losses.append(logits.logsumexp(dim=-1).square().mean())
         out = sum(weights[..., expert, None] * self._ffn(x, f"{name}experts.{expert}.") for expert in range(experts))
-        if config.moe_shared_expert_intermediate_size is not None:
+        if config.moe.shared_expert_intermediate_size is not None:
             out = out + self._ffn(x, name + "shared.")
         return out
 
     def moved_biases(self) -> dict[str, Tensor]:
         """Each layer's, by name, after a step of all that has run since the model was made: up by the rate where an
         expert got less than the mean, down where it got more."""
-        rate, biases = self.config.moe_router_bias_update_rate, {}
+        rate, biases = self.config.moe.router_bias_update_rate, {}
         for layer, load in self.loads.items():
             bias = self.weights[layer + "router_bias"]
             biases[layer + "router_bias"] = bias + rate * (load < load.mean()) - rate * (load > load.mean())
@@ -259,15 +262,12 @@ def _frequencies(channels: int, config: ModelConfig) -> tuple[list[float], float
     """
     base = config.rotary_base
     plain = [base ** (-2 * pair / channels) for pair in range(channels // 2)]
-    if config.rope_scaling_type != "yarn":
+    if config.rope_scaling is None or config.rope_scaling.yarn is None:
         return plain, 1.0
-    scale, length = config.rope_scaling_factor, config.yarn_original_max_position_embeddings
-    assert scale is not None and length is not None
-    ends = [
-        channels / 2 * math.log(length / (2 * math.pi * turns), base)
-        for turns in (config.yarn_beta_fast, config.yarn_beta_slow)
-    ]
-    if config.yarn_correction_range_round_to_int:
+    yarn, scale = config.rope_scaling.yarn, config.rope_scaling.factor
+    length = yarn.original_max_position_embeddings
+    ends = [channels / 2 * math.log(length / (2 * math.pi * turns), base) for turns in (yarn.beta_fast, yarn.beta_slow)]
+    if yarn.correction_range_round_to_int:
         ends = [math.floor(ends[0]), math.ceil(ends[1])]
     first, last = max(ends[0], 0), min(ends[1], channels - 1)
     shares = [min(max((pair - first) / (last - first), 0.0), 1.0) for pair in range(channels // 2)]

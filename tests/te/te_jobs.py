@@ -38,7 +38,7 @@ def fp8_case(
     loops: int = 2, recipe: str | None = "delayed", attention: bool = False, recompute: str = "none", **model: Any
 ) -> Case:
     """A bf16 case with FP8 linear layers; `recipe` None: without FP8."""
-    fp8 = {} if recipe is None else {"fp8": "hybrid", "fp8_recipe": recipe, "fp8_attention": attention}
+    fp8 = {} if recipe is None else {"fp8.format": "hybrid", "fp8.recipe": recipe, "fp8.attention": attention}
     settings = tuple(sorted({**FP8_MODEL, **model}.items()))
     parallel = tuple(UNFUSED.items())
     return Case(loops, recompute, model=settings, precision="bf16", parallel=parallel, training=tuple(fp8.items()))
@@ -163,6 +163,7 @@ def train_without_cache(layout: Layout, case: Case) -> Outcome:
 
 def checkpoint_config(layout: dict[str, Any], recipe: str | None, **model: Any) -> Any:
     """A run configuration for `checkpoint_jobs`; `recipe` None: fp32 without FP8."""
+    from plt_megatron.config.schema import Fp8Config
     from tests.distributed import checkpoint_jobs
 
     layout = {**layout, **UNFUSED}
@@ -170,8 +171,7 @@ def checkpoint_config(layout: dict[str, Any], recipe: str | None, **model: Any) 
         return checkpoint_jobs.run_config(layout, **model)
     sizes = {**FP8_MODEL, "num_layers": 2, "kv_channels": 128}
     config = checkpoint_jobs.run_config(layout, "bf16", **{**sizes, **model})
-    config.training.fp8, config.training.fp8_recipe = "hybrid", recipe  # type: ignore[assignment]
-    config.training.fp8_attention = recipe == "delayed"
+    config.training.fp8 = Fp8Config(recipe=recipe, attention=recipe == "delayed")  # type: ignore[arg-type]
     return config
 
 

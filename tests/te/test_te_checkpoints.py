@@ -61,11 +61,11 @@ def test_transformer_engines_go_on_as_torchs(run_distributed, run_te, tmp_path, 
 
 def test_experts_move_between_one_after_another_and_grouped(run_distributed, run_te, tmp_path, check_same):
     model = {
-        "num_moe_experts": 4,
-        "moe_ffn_hidden_size": 24,
-        "first_k_dense_replace": 1,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "moe.num_experts": 4,
+        "moe.ffn_hidden_size": 24,
+        "moe.first_k_dense_replace": 1,
+        "moe.router_score_function": "sigmoid",
+        "moe.router_bias_update_rate": 1e-3,
     }
     plain = checkpoint_jobs.run_config(backend="torch", **model)
     grouped = checkpoint_jobs.run_config({"expert_model_parallel_size": 2}, backend="te", **model)
@@ -104,7 +104,7 @@ def test_fp8_state_survives_a_resume_bit_for_bit(run_te, saved):
 
 
 def test_experts_in_fp8_resume_bit_for_bit_and_move_between_ranks(run_te, tmp_path):
-    model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 64, "first_k_dense_replace": 1}
+    model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 64, "moe.first_k_dense_replace": 1}
 
     def config(**layout: int) -> Any:
         return jobs.checkpoint_config(layout, "tensorwise", **model)
@@ -136,7 +136,7 @@ def test_a_checkpoint_moves_between_fp8_and_bf16(run_te, saved):
     """The state is dropped, and made anew, where the other has none."""
     directory, whole = saved
     config = jobs.checkpoint_config({}, "delayed")
-    config.training.fp8, config.training.fp8_attention = "none", False
+    config.training.fp8 = None
     after = run_te(jobs.load_then_go_on, 1, directory, config)["after"]
     assert after[0][0] == pytest.approx(whole["after"][0][0], rel=0.02)
 

@@ -251,12 +251,12 @@ def test_the_log_says_what_the_card_computes_in_fp8(run_te):
 @pytest.mark.parametrize(
     ("case", "generation", "expected"),
     [
-        (fp8_case(2, "mxfp8"), 9, "training.fp8_recipe mxfp8 needs Blackwell (sm100), sm90 has no kernel"),
+        (fp8_case(2, "mxfp8"), 9, "training.fp8.recipe mxfp8 needs Blackwell (sm100), sm90 has no kernel"),
         (fp8_case(2, "delayed", attention=True), 9, "sm90 has FP8 attention in training for a head dimension of 128"),
         (
             fp8_case(2, "tensorwise", attention=True, kv_channels=128),
             9,
-            "training.fp8_attention with recipe tensorwise needs Blackwell; on sm90 use delayed",
+            "training.fp8.attention with recipe tensorwise needs Blackwell; on sm90 use delayed",
         ),
         (fp8_case(2, "delayed"), 8, "sm80 has no FP8 units"),
     ],
@@ -278,20 +278,20 @@ def test_deterministic_runs_are_allowed_and_repeat_bit_for_bit(run_te):
 # ---------------------------------------------------------------- experts
 
 EXPERTS: dict[str, Any] = {
-    "num_moe_experts": 4,
-    "moe_ffn_hidden_size": 64,
-    "moe_aux_loss_coeff": 0.05,
-    "moe_z_loss_coeff": 1e-3,
+    "moe.num_experts": 4,
+    "moe.ffn_hidden_size": 64,
+    "moe.aux_loss_coeff": 0.05,
+    "moe.z_loss_coeff": 1e-3,
 }
 KINDS: dict[str, dict[str, Any]] = {
     "experts": EXPERTS,
-    "of which some get no token": {**EXPERTS, "num_moe_experts": 32},
+    "of which some get no token": {**EXPERTS, "moe.num_experts": 32},
     "after a dense layer, one shared, biases": {
         **EXPERTS,
-        "first_k_dense_replace": 1,
-        "moe_shared_expert_intermediate_size": 32,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "moe.first_k_dense_replace": 1,
+        "moe.shared_expert_intermediate_size": 32,
+        "moe.router_score_function": "sigmoid",
+        "moe.router_bias_update_rate": 1e-3,
     },
 }
 
@@ -337,7 +337,7 @@ def test_each_experts_weights_are_quantized_once_a_step(run_te, fused):
     case = replace(case, parallel=(("gradient_accumulation_fusion", fused), *case.parallel))
     calls, _ = run_te(jobs.count, 1, Layout(), case)
     for call in calls:
-        assert len(call.weights) == LAYERS * (2 + 2 * EXPERTS["num_moe_experts"])
+        assert len(call.weights) == LAYERS * (2 + 2 * EXPERTS["moe.num_experts"])
         assert set(call.weights.values()) == {1}, call.weights
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.cases import LOSSES, MODEL, STEPS, Case, Layout, train_cases
+from tests.settings import make
 from tests.te import te_jobs as jobs
 from tests.te.te_jobs import fp8_case, on_te
 
@@ -166,7 +167,7 @@ def test_fp8_with_fused_accumulation_is_fp8_without(run_te):
 
 
 def test_experts(same):
-    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 8}
+    experts = {"moe.num_experts": 4, "moe.ffn_hidden_size": 12, "moe.shared_expert_intermediate_size": 8}
     same(Layout(dp=2, ep=2), [Case(2, model=tuple(sorted(experts.items())))], "gradient_accumulation_fusion")
 
 
@@ -220,7 +221,7 @@ def choice(backend: str, vocab_size: int = 50, oldest: str | None = None, **para
 
     stock = fusions.OLDEST_CROSS_ENTROPY
     fusions.OLDEST_CROSS_ENTROPY = oldest or stock
-    config = RunConfig(model=ModelConfig(**{**MODEL, "backend": backend}), parallel=ParallelConfig(**parallel))
+    config = RunConfig(model=make(ModelConfig, {**MODEL, "backend": backend}), parallel=ParallelConfig(**parallel))
     try:
         return str(fusions.choose_fusions(config, backend, vocab_size))
     except UserError as error:

@@ -153,13 +153,13 @@ def test_packed_documents(check):
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, ep=2), Layout(tp=2, sp=True, ep=2)], ids=str)
 def test_experts_as_one_grouped_product(check, layout):
     """The reference has them one after another."""
-    model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_aux_loss_coeff": 0.05, "moe_z_loss_coeff": 1e-3}
+    model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 12, "moe.aux_loss_coeff": 0.05, "moe.z_loss_coeff": 1e-3}
     shared = {
         **model,
-        "moe_shared_expert_intermediate_size": 8,
-        "first_k_dense_replace": 1,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "moe.shared_expert_intermediate_size": 8,
+        "moe.first_k_dense_replace": 1,
+        "moe.router_score_function": "sigmoid",
+        "moe.router_bias_update_rate": 1e-3,
     }
     kinds = ((2, "none", model), (3, "full", model), (2, "selective", shared))
     cases = [Case(loops, how, model=tuple(sorted(settings.items()))) for loops, how, settings in kinds]

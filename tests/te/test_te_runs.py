@@ -12,7 +12,13 @@ from tests.distributed.whole_runs import folder, numbers
 from tests.te import te_jobs as jobs
 
 MODEL = {"num_layers": 2, **jobs.FP8_MODEL, "kv_channels": 128}
-TRAINING = {"precision": "bf16", "train_iters": 4, "fp8": "hybrid", "fp8_recipe": "delayed", "fp8_attention": True}
+TRAINING = {
+    "precision": "bf16",
+    "train_iters": 4,
+    "fp8.format": "hybrid",
+    "fp8.recipe": "delayed",
+    "fp8.attention": True,
+}
 AVERAGED = {**TRAINING, "ema_decay": 0.5}
 
 

@@ -29,7 +29,7 @@ def test_a_recomputed_mlp_gives_the_same_numbers(run_te):
 
 
 def test_a_recomputed_shared_expert_gives_the_same_numbers(run_te):
-    model = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_shared_expert_intermediate_size": 8}
+    model = {"moe.num_experts": 4, "moe.ffn_hidden_size": 12, "moe.shared_expert_intermediate_size": 8}
     case = on_te(Case(2, model=tuple(model.items())))
     plain, other = run_te(train_cases, 1, Layout(), [case, recomputing(case, "shared_experts")])
     assert other.numbers == pytest.approx(plain.numbers, rel=1e-5)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.config.schema import ModelConfig, MoeConfig, RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
 from plt_megatron.estimate.parameters import count_parameters
@@ -262,15 +262,17 @@ def _scaled(model: ModelConfig, scale: float) -> ModelConfig:
         num_attention_heads=heads,
         num_query_groups=new_groups,
         kv_channels=head,
-        moe_ffn_hidden_size=None if model.moe_ffn_hidden_size is None else _times(model.moe_ffn_hidden_size, scale),
-        moe_shared_expert_intermediate_size=None
-        if model.moe_shared_expert_intermediate_size is None
-        else _times(model.moe_shared_expert_intermediate_size, scale),
+        moe=None if model.moe is None else _scaled_experts(model.moe, scale),
     )
 
 
-def _times(width: int, scale: float) -> int:
-    return max(8, 8 * round(width * scale / 8))
+def _scaled_experts(moe: MoeConfig, scale: float) -> MoeConfig:
+    own, shared = _times(moe.ffn_hidden_size, scale), _times(moe.shared_expert_intermediate_size, scale)
+    return dataclasses.replace(moe, ffn_hidden_size=own, shared_expert_intermediate_size=shared)
+
+
+def _times(width: int | None, scale: float) -> int | None:
+    return None if width is None else max(8, 8 * round(width * scale / 8))
 
 
 def _candidate(variant: str, config: RunConfig, vocab: int, settings: DecideSettings, rate: float | None) -> Candidate:

@@ -114,7 +114,7 @@ class Exports(Callback):
             self._report_scores()
         else:
             self.run.say(f"exported {self._export}")
-            if self.run.config.evaluation.tasks:
+            if self.run.config.evaluation is not None:
                 self._start(_evaluation_command(self._export, self.run.config.evaluation), evaluates=True)
                 return
         if status == 0 or self._evaluates:

@@ -33,8 +33,8 @@ class LoopMeasures(Callback):
 
 def _empty(model: ModelConfig, loop_count: int) -> LoopStatistics:
     layers, device = model.num_layers, torch.cuda.current_device()
-    if model.num_moe_experts is None:
+    if model.moe is None:
         return LoopStatistics(loop_count, layers, device)
     parts = parallel_state.get_tensor_and_context_parallel_world_size()
-    experts = ExpertStatistics(loop_count, layers, model.num_moe_experts, device, parts)
+    experts = ExpertStatistics(loop_count, layers, model.moe.num_experts, device, parts)
     return LoopStatistics(loop_count, layers, device, experts)

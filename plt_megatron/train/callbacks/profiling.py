@@ -11,17 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from plt_megatron.config.schema import ProfileConfig
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 
 
 class Profiling(Callback):
-    """Traces the steps (profile_step_start, profile_step_end] on the chosen ranks."""
+    """Traces the steps (step_start, step_end] of `logging.profile` on the chosen ranks."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        settings, rank = run.config.logging, dist.get_rank()
-        self._first, self._last = settings.profile_step_start, settings.profile_step_end
-        self._wanted = self._last > self._first and rank in settings.profile_ranks
+        settings, rank = run.config.logging.profile or ProfileConfig(0, ranks=[]), dist.get_rank()
+        self._first, self._last = settings.step_start, settings.step_end
+        self._wanted = rank in settings.ranks
         self._path = run.folder.profile / f"rank_{rank:04d}_steps_{self._first + 1}-{self._last}.json.gz"
         self._profiler: Any = None
 

@@ -1,4 +1,4 @@
-"""GPUs that are slower than the others (`logging.straggler_interval`), as nvidia-resiliency-ext finds them."""
+"""GPUs that are slower than the others (`logging.straggler`), as nvidia-resiliency-ext finds them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Stragglers(Callback):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        settings = run.config.logging
-        self._interval, self._threshold = settings.straggler_interval, settings.straggler_threshold
+        settings = run.config.logging.straggler
+        self._interval, self._threshold = (0, 0.0) if settings is None else (settings.interval, settings.threshold)
         self._section = contextlib.ExitStack()
         self._detector = _start_detector(self._interval) if self._interval else None
 
@@ -79,7 +79,7 @@ class Stragglers(Callback):
 def _start_detector(interval: int) -> Any:
     """The process's detector, at work. Raises `UserError` without a GPU."""
     if not _has_gpu():
-        raise UserError("logging.straggler_interval times the kernels of NVIDIA GPUs, and there is none; set it to 0")
+        raise UserError("logging.straggler times the kernels of NVIDIA GPUs, and there is none; leave it out")
     from nvidia_resiliency_ext.attribution.straggler import Detector
 
     Detector.initialize(gather_on_rank0=True, profiling_interval=max(1, interval // _TIMED))

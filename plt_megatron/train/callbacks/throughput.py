@@ -88,7 +88,7 @@ def _job_peak(config: RunConfig) -> tuple[float | None, str]:
         dist.all_reduce(total)
         return float(total), "measured matrix product"
     name = torch.cuda.get_device_name()
-    peak = peaks.lookup(name, precision if config.training.fp8 == "none" else "fp8")
+    peak = peaks.lookup(name, precision if config.training.fp8 is None else "fp8")
     if peak is None:
         return None, f"no data sheet for {name}; set logging.peak_tflops"
     return peak * devices, f"data sheet, {name}"

@@ -53,7 +53,7 @@ def stored_at(name: str, *, in_all_layers: bool = True) -> tuple[str, tuple[int,
     """(key on disk, place in what is stacked under it: the layer, and of an expert its number).
 
     What only some of the layers have (gates with `model.loop_span`, a dense FFN or experts with
-    `model.first_k_dense_replace`) is not stacked over them: its key names the layer.
+    `model.moe.first_k_dense_replace`) is not stacked over them: its key names the layer.
     """
     layer = _LAYER.fullmatch(name)
     if layer is None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.config.upload_rules import is_url
 from plt_megatron.data.resuming import check_data
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.folder import RunFolder

@@ -1,4 +1,4 @@
-"""What `engine: deepspeed` refuses, one line each with the alternative, and what DeepSpeed is told."""
+"""What `deepspeed` refuses, one line each with the alternative, and what DeepSpeed is told."""
 
 from __future__ import annotations
 
@@ -12,24 +12,17 @@ import pytest
 
 from plt_megatron.config import deepspeed_settings as settings
 from plt_megatron.config.deepspeed_settings import deepspeed_config
-from plt_megatron.config.deepspeed_validation import find_package_problem
 from plt_megatron.config.loader import dump_config, load_config
-from plt_megatron.config.schema import DataSource, RunConfig
+from plt_megatron.config.rules.deepspeed import find_package_problem
+from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from tests.unit.config.test_validation import change, good
 
 
 def config_with(**changes: object) -> RunConfig:
     """A good configuration of this engine; keys are dotted, `__` for the dot."""
-    config = RunConfig(engine="deepspeed")
-    config.data.sources, config.data.tokenizer = [DataSource("corpus")], "tokenizer.model"
-    config.training.train_iters = 100
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        target = getattr(config, section) if section else config
-        assert hasattr(target, name), key
-        setattr(target, name, value)
-    return config
+    return change(good(), **{"deepspeed": DeepSpeedConfig(), **changes})
 
 
 def problems(world_size: int | None = None, **changes: object) -> list[str]:
@@ -37,14 +30,14 @@ def problems(world_size: int | None = None, **changes: object) -> list[str]:
 
 
 def raw(section: dict) -> list[str]:
-    return problems(deepspeed=section)
+    return problems(deepspeed__config=section)
 
 
 def test_what_the_engine_can_do_passes():
     assert problems() == []
     for stage in (1, 2, 3):
-        assert problems(zero__stage=stage, zero__offload_optimizer="cpu") == []
-    assert problems(zero__stage=3, zero__offload_param="cpu", training__precision="fp32") == []
+        assert problems(deepspeed__zero_stage=stage, deepspeed__offload_optimizer="cpu") == []
+    assert problems(deepspeed__zero_stage=3, deepspeed__offload_param="cpu", training__precision="fp32") == []
     layout = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
     for recompute in ("none", "selective", "full"):
         assert problems(world_size=4, parallel__recompute_granularity=recompute, **layout) == []
@@ -53,14 +46,17 @@ def test_what_the_engine_can_do_passes():
 @pytest.mark.parametrize(
     ("changes", "expected", "alternative"),
     [
-        ({"parallel__pipeline_model_parallel_size": 2}, "parallel.pipeline_model_parallel_size 2", "engine=megatron"),
-        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size 2", "engine=megatron"),
-        ({"parallel__overlap_grad_reduce": True}, "parallel.overlap_grad_reduce true: set it to false", "megatron"),
-        ({"zero__stage": 0}, "zero.stage 0", "set zero.stage=1, or engine=megatron"),
-        ({"zero__offload_param": "cpu"}, "zero.offload_param cpu needs zero.stage=3", "zero.offload_param=none"),
+        ({"parallel__pipeline_model_parallel_size": 2}, "parallel.pipeline_model_parallel_size", "=1"),
+        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size", "=1"),
+        ({"parallel__overlap_grad_reduce": True}, "parallel.overlap_grad_reduce", "=false"),
         (
-            {"zero__offload_param": "cpu", "zero__stage": 2},
-            "zero.offload_param cpu needs zero.stage=3",
+            {"deepspeed__offload_param": "cpu"},
+            "deepspeed.offload_param cpu needs deepspeed.zero_stage=3",
+            "deepspeed.offload_param=none",
+        ),
+        (
+            {"deepspeed__offload_param": "cpu", "deepspeed__zero_stage": 2},
+            "deepspeed.offload_param cpu needs deepspeed.zero_stage=3",
             "offload_param",
         ),
     ],
@@ -68,50 +64,40 @@ def test_what_the_engine_can_do_passes():
 def test_what_it_cannot_do_is_one_line_with_the_alternative(changes, expected, alternative):
     (line,) = problems(**changes)
     assert expected in line and alternative in line and "\n" not in line
-    if "zero__stage" not in changes and "zero__offload_param" not in changes:
+    if "deepspeed__zero_stage" not in changes and "deepspeed__offload_param" not in changes:
         config = config_with(**changes)
-        config.engine = "megatron"
+        config.deepspeed = None
         assert find_problems(config, check_files=False) == []
 
 
 def test_averages_are_refused():
     (line,) = problems(training__ema_decay=0.999)
-    assert line.startswith("engine deepspeed: training.ema_decay 0.999: averages are not proven")
-    assert line.endswith("set it to null, or set engine=megatron")
+    assert line.startswith("training.ema_decay is not proven with deepspeed")
+    assert "training.ema_decay=null" in line
 
 
 def test_fp8_and_experts_are_refused():
-    config = config_with(training__fp8="hybrid", model__backend="te")
-    lines = [line for line in find_problems(config, check_files=False, have_te=True) if "engine deepspeed" in line]
-    assert lines == ["engine deepspeed: training.fp8 hybrid: set it to none for BF16, or set engine=megatron"]
-    lines = problems(model__num_moe_experts=4)
-    assert lines == ["engine deepspeed: model.num_moe_experts 4: mixture of experts needs engine=megatron"]
+    config = config_with(training__fp8__format="hybrid", model__backend="te")
+    lines = [line for line in find_problems(config, check_files=False, have_te=True) if "deepspeed" in line]
+    assert len(lines) == 1 and "training.fp8=null" in lines[0]
+    (line,) = problems(model__moe__num_experts=4)
+    assert "model.moe=null" in line
 
 
 def test_an_optimizer_that_deepspeed_does_not_run_is_refused():
-    lines = problems(optimizer__name="sgd", deepspeed={"optimizer": {"params": {"betas": [0.9, 0.95]}}})
-    assert lines == ["engine deepspeed: optimizer.name sgd: set it to adam, or set engine=megatron"]
+    (line,) = problems(optimizer__name="sgd", deepspeed__config={"optimizer": {"params": {"betas": [0.9, 0.95]}}})
+    assert line.startswith("optimizer.name sgd") and "optimizer.name=adam" in line
 
 
 def test_there_are_three_stages():
-    assert problems(zero__stage=-1) == ["zero.stage must be at least 0, got -1"]
-    assert problems(zero__stage=4) == ["zero.stage must be at most 3, got 4"]
-
-
-def test_the_megatron_engine_does_not_pass_over_the_sections_in_silence():
-    (line,) = problems(engine="megatron", zero__stage=2)
-    assert line.startswith("zero: this section is for engine=deepspeed")
-    (line,) = problems(engine="megatron", deepspeed={"steps_per_print": 1})
-    assert line.startswith("deepspeed: this section is for engine=deepspeed")
-
-
-# ---------------------------------------------------------------- the raw section
+    assert problems(deepspeed__zero_stage=0) == ["deepspeed.zero_stage must be at least 1, got 0"]
+    assert problems(deepspeed__zero_stage=4) == ["deepspeed.zero_stage must be at most 3, got 4"]
 
 
 def test_the_raw_section_may_add():
     assert raw({"wall_clock_breakdown": True, "zero_optimization": {"sub_group_size": 5e8}}) == []
     section = {"zero_optimization": {"stage3_prefetch_bucket_size": 1e6, "offload_param": {"pin_memory": True}}}
-    config = config_with(zero__stage=3, zero__offload_param="cpu", deepspeed=section)
+    config = config_with(deepspeed__zero_stage=3, deepspeed__offload_param="cpu", deepspeed__config=section)
     assert find_problems(config, check_files=False) == []
     told = deepspeed_config(config)["zero_optimization"]
     assert told["stage3_prefetch_bucket_size"] == 1_000_000 and isinstance(told["stage3_prefetch_bucket_size"], int)
@@ -135,7 +121,7 @@ def test_each_decision_names_the_setting_it_follows_from(key):
         place = place.setdefault(part, {})
     place[last] = "something else"
     (line,) = raw(section)
-    assert line.startswith(f"deepspeed.{key} something else contradicts {settings.DECIDED_BY[key]}")
+    assert line.startswith(f"deepspeed.config.{key} something else contradicts {settings.DECIDED_BY[key]}")
 
 
 @pytest.mark.parametrize(
@@ -143,30 +129,39 @@ def test_each_decision_names_the_setting_it_follows_from(key):
     [
         (
             {"train_batch_size": 32},
-            "deepspeed.train_batch_size 32 contradicts training.global_batch_size, which makes it 8: set that",
+            "deepspeed.config.train_batch_size 32 contradicts training.global_batch_size, which makes it 8: set that",
         ),
         ({"gradient_clipping": 0.5}, "contradicts optimizer.clip_grad, which makes it 1"),
-        ({"zero_optimization": {"stage": 3}}, "deepspeed.zero_optimization.stage 3 contradicts zero.stage"),
-        ({"zero_optimization": {"stage": True}}, "deepspeed.zero_optimization.stage true contradicts zero.stage"),
-        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled cannot be set here: set training.precision=bf16"),
+        (
+            {"zero_optimization": {"stage": 3}},
+            "deepspeed.config.zero_optimization.stage 3 contradicts deepspeed.zero_stage",
+        ),
+        (
+            {"zero_optimization": {"stage": True}},
+            "deepspeed.config.zero_optimization.stage true contradicts deepspeed.zero_stage",
+        ),
+        ({"fp16": {"enabled": True}}, "deepspeed.config.fp16.enabled cannot be set here: set training.precision=bf16"),
         ({"zero_optimization": {"overlap_comm": True}}, "overlap_comm cannot be set here: it reduces gradients before"),
         ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "leave it out: all of the optimizer"),
-        ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.scheduler.type cannot be set here: set the optimizer"),
+        ({"scheduler": {"type": "WarmupLR"}}, "deepspeed.config.scheduler.type cannot be set here: set the optimizer"),
         ({"zero_optimization": {"contiguous_gradients": False}}, "must be true here: leave it out"),
         (
             {"zero_optimization": {"reduce_bucket_sise": 1}},
             "DeepSpeed would silently ignore it; did you mean zero_optimization.reduce_bucket_size?",
         ),
-        ({"wibble": 1}, "deepspeed.wibble is unknown"),
-        ({"zero_optimization": 3}, "deepspeed.zero_optimization is a section: set its keys"),
+        ({"wibble": 1}, "deepspeed.config.wibble is unknown"),
+        ({"zero_optimization": 3}, "deepspeed.config.zero_optimization is a section: set its keys"),
         ({"zero_optimization": {"sub_group_size": -1}}, "expected a whole number of at least 0, got -1"),
         ({"zero_optimization": {"allgather_bucket_size": 0}}, "expected a whole number of at least 1, got 0"),
         ({"zero_optimization": {"sub_group_size": 1.5}}, "expected a whole number of at least 0, got 1.5"),
         ({"zero_optimization": {"reduce_bucket_size": float("nan")}}, "expected a whole number of at least 1, got nan"),
         ({"zero_optimization": {"reduce_bucket_size": float("inf")}}, "expected a whole number of at least 1, got inf"),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "expected a whole number of at least 1, got auto"),
-        ({"wall_clock_breakdown": 1}, "deepspeed.wall_clock_breakdown: expected true or false, got 1"),
-        ({"steps_per_print": None}, "deepspeed.steps_per_print: expected a whole number of at least 1, got null"),
+        ({"wall_clock_breakdown": 1}, "deepspeed.config.wall_clock_breakdown: expected true or false, got 1"),
+        (
+            {"steps_per_print": None},
+            "deepspeed.config.steps_per_print: expected a whole number of at least 1, got null",
+        ),
     ],
 )
 def test_the_raw_section_may_not_contradict_nor_be_misspelled(section, expected):
@@ -175,14 +170,15 @@ def test_the_raw_section_may_not_contradict_nor_be_misspelled(section, expected)
 
 
 def test_all_problems_are_shown_at_once():
+    layout = {"parallel__context_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}
     assert len(raw({"train_batch_size": 1, "fp16": {"enabled": True}, "wibble": 0})) == 3
-    assert len(problems(zero__stage=0, parallel__pipeline_model_parallel_size=2, deepspeed={"wibble": 0})) == 3
+    assert len(problems(deepspeed__config={"wibble": 0}, **layout)) == 3
 
 
 def test_the_batch_follows_from_the_processes_there_are():
     section = {"gradient_accumulation_steps": 2}
-    assert problems(world_size=4, deepspeed=section) == []
-    (line,) = problems(world_size=2, deepspeed=section)
+    assert problems(world_size=4, deepspeed__config=section) == []
+    (line,) = problems(world_size=2, deepspeed__config=section)
     assert "gradient_accumulation_steps 2 contradicts training.global_batch_size, which makes it 4" in line
 
 
@@ -191,16 +187,16 @@ def test_the_batch_follows_from_the_processes_there_are():
 
 def test_the_section_is_read_merged_and_written_back(tmp_path):
     (tmp_path / "base.yaml").write_text(
-        "deepspeed: {zero_optimization: {sub_group_size: 1e6, reduce_scatter: false}}\n"
+        "deepspeed: {config: {zero_optimization: {sub_group_size: 1e6, reduce_scatter: false}}}\n"
     )
     path = tmp_path / "run.yaml"
-    path.write_text("include: base.yaml\nengine: deepspeed\ndeepspeed:\n  zero_optimization: {sub_group_size: 2e6}\n")
-    config = load_config(path, ["deepspeed.steps_per_print=5", "zero.stage=2"])
-    assert config.deepspeed == {
+    path.write_text("include: base.yaml\ndeepspeed:\n  config:\n    zero_optimization: {sub_group_size: 2e6}\n")
+    config = load_config(path, ["deepspeed.config.steps_per_print=5", "deepspeed.zero_stage=2"])
+    assert config.deepspeed is not None and config.deepspeed.config == {
         "zero_optimization": {"sub_group_size": 2e6, "reduce_scatter": False},
         "steps_per_print": 5,
     }
-    assert config.zero.stage == 2
+    assert config.deepspeed.zero_stage == 2
     (tmp_path / "saved.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "saved.yaml") == config
 
@@ -208,12 +204,12 @@ def test_the_section_is_read_merged_and_written_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("deepspeed: 3", "deepspeed is a section of its own keys"),
-        ("deepspeed: [a]", "deepspeed is a section of its own keys"),
-        ("deepspeed: {a.b: 1}", "expected a setting's name below deepspeed"),
+        ("deepspeed: {config: 3}", "deepspeed.config is a section of its own keys"),
+        ("deepspeed: [a]", "deepspeed is a section (deepspeed.zero_stage, "),
+        ("deepspeed: {config: {a.b: 1}}", "expected a setting's name below deepspeed.config"),
         ("deepspeed: {[a]: 1}", "expected a setting's name below deepspeed"),
-        ("zero: {stage: two}", "zero.stage"),
-        ("engine: horovod", "engine"),
+        ("deepspeed: {zero_stage: two}", "deepspeed.zero_stage"),
+        ("engine: deepspeed", "the section deepspeed"),
     ],
 )
 def test_a_bad_section_names_file_line_and_key(tmp_path, text, expected):
@@ -226,7 +222,7 @@ def test_a_bad_section_names_file_line_and_key(tmp_path, text, expected):
 
 def test_deepspeed_is_told_what_our_configuration_says():
     config = config_with(
-        zero__stage=2, zero__offload_optimizer="cpu", optimizer__lr=1e-3, optimizer__clip_grad=0.0,
+        deepspeed__zero_stage=2, deepspeed__offload_optimizer="cpu", optimizer__lr=1e-3, optimizer__clip_grad=0.0,
         training__global_batch_size=32, training__micro_batch_size=2,
     )  # fmt: skip
     told = deepspeed_config(config, 4)
@@ -242,9 +238,9 @@ def test_deepspeed_is_told_what_our_configuration_says():
 
 def test_the_raw_section_is_not_changed_by_being_used():
     section = {"zero_optimization": {"sub_group_size": 5e8}}
-    config = config_with(deepspeed=section)
+    config = config_with(deepspeed__config=section)
     deepspeed_config(config)["zero_optimization"]["sub_group_size"] = 1
-    assert config.deepspeed == {"zero_optimization": {"sub_group_size": 5e8}}
+    assert config.deepspeed is not None and config.deepspeed.config == {"zero_optimization": {"sub_group_size": 5e8}}
 
 
 def test_every_name_and_every_least_value_is_deepspeeds_own():
@@ -261,7 +257,7 @@ def test_every_name_and_every_least_value_is_deepspeeds_own():
             place[last] = least[kind]
     read = module.DeepSpeedZeroConfig(**section)  # unknown names are an error within this section
     assert read.stage == 3 and read.param_persistence_threshold == 0 and read.offload_param.pin_memory is True
-    written = deepspeed_config(config_with(zero__stage=3))["zero_optimization"]
+    written = deepspeed_config(config_with(deepspeed__zero_stage=3))["zero_optimization"]
     assert module.DeepSpeedZeroConfig(**written).reduce_bucket_size == 40_000_000
 
 
@@ -278,14 +274,18 @@ def test_the_documentation_lists_what_may_be_added():
 def test_another_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     line = find_package_problem(config_with())
-    assert line is not None and f"needs DeepSpeed >=0.19,<0.20, found {version}" in line and "engine=megatron" in line
-    assert find_package_problem(config_with(engine="megatron")) is None
+    assert (
+        line is not None
+        and f"needs DeepSpeed >=0.19,<0.20, found {version}" in line
+        and "leave the section out" in line
+    )
+    assert find_package_problem(good()) is None
 
 
 def test_a_missing_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     line = find_package_problem(config_with())
-    assert line is not None and "'plt-megatron[deepspeed]', or set engine=megatron" in line
+    assert line is not None and "'plt-megatron[deepspeed]', or leave that section out" in line
 
 
 @pytest.mark.parametrize("version", ["0.19.0", "0.19.8"])

@@ -103,11 +103,11 @@ def test_transformer_engine_is_asked_for_only_where_needed(here):
 
 def test_slow_gpus_take_a_package_of_their_own_and_no_profiler(here, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "nvidia_resiliency_ext" else True)
-    (line,) = find_problems(change(good(), logging__straggler_interval=100))
-    assert "logging.straggler_interval needs the package nvidia_resiliency_ext" in line
-    traced = change(good(), logging__straggler_interval=100, logging__profile_step_end=3)
+    (line,) = find_problems(change(good(), logging__straggler__interval=100))
+    assert "logging.straggler needs the package nvidia_resiliency_ext" in line
+    traced = change(good(), logging__straggler__interval=100, logging__profile__step_end=3)
     (line,) = find_problems(traced, check_packages=False)
-    assert "logging.straggler_interval and logging.profile_step_end: both" in line
+    assert "logging.straggler and logging.profile: both" in line
 
 
 def test_wandb_must_be_installed_when_used(here, monkeypatch):

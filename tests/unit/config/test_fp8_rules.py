@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from test_validation import change, good
 
-from plt_megatron.config import fp8_rules
-from plt_megatron.config.fp8_rules import ADA, BLACKWELL, HOPPER
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules.fp8 import ADA, BLACKWELL, HOPPER
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 
@@ -14,14 +14,14 @@ AMPERE, CONSUMER = (8, 0), (12, 0)
 
 
 def fp8(**settings: object) -> RunConfig:
-    return change(good(), **{"training__fp8": "hybrid", "model__backend": "te", **settings})
+    return change(good(), **{"training__fp8__format": "hybrid", "model__backend": "te", **settings})
 
 
 def problems(capability: tuple[int, int] | None = None, **settings: object) -> list[str]:
     return find_problems(fp8(**settings), check_files=False, capability=capability)
 
 
-ATTENTION = {"training__fp8_attention": True, "model__kv_channels": 128}
+ATTENTION = {"training__fp8__attention": True, "model__kv_channels": 128}
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ ATTENTION = {"training__fp8_attention": True, "model__kv_channels": 128}
         (BLACKWELL, {}, "mxfp8"),
         ((10, 3), ATTENTION, "mxfp8"),
         (CONSUMER, {}, "tensorwise"),
-        (HOPPER, {"training__fp8_recipe": "blockwise"}, "blockwise"),
-        (BLACKWELL, {"training__fp8_recipe": "delayed"}, "delayed"),
+        (HOPPER, {"training__fp8__recipe": "blockwise"}, "blockwise"),
+        (BLACKWELL, {"training__fp8__recipe": "delayed"}, "delayed"),
     ],
 )
 def test_the_recipe_follows_from_the_card(capability, settings, recipe):
@@ -56,13 +56,12 @@ def test_the_choice_in_words():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"model__backend": "torch"}, "training.fp8 hybrid needs Transformer Engine: set model.backend=te"),
+        ({"model__backend": "torch"}, "training.fp8 needs Transformer Engine: set model.backend=te"),
         ({"training__precision": "fp32"}, "FP8 kernels read and write bf16"),
-        ({"training__fp8": "none", "training__fp8_attention": True}, "training.fp8_attention needs FP8 linear layers"),
-        ({"training__fp8_recipe": "blockwise", **ATTENTION}, "recipe blockwise: no card has a kernel"),
+        ({"training__fp8__recipe": "blockwise", **ATTENTION}, "recipe blockwise: no card has a kernel"),
         (
-            {"training__fp8_recipe": "delayed", "parallel__recompute_granularity": "full"},
-            "a loop would be recomputed with another loop's scales; set training.fp8_recipe=tensorwise",
+            {"training__fp8__recipe": "delayed", "parallel__recompute_granularity": "full"},
+            "a loop would be recomputed with another loop's scales; set training.fp8.recipe=tensorwise",
         ),
         (
             {**ATTENTION, "parallel__recompute_granularity": "selective"},
@@ -75,7 +74,7 @@ def test_the_choice_in_words():
         ),
         ({"model__ffn_hidden_size": 392}, "model.ffn_hidden_size / tensor 1 is 392, must be a multiple of 16"),
         ({"data__sequence_length": 1028}, "tokens of a microbatch on one rank is 1028, must be a multiple of 8"),
-        ({"training__fp8_recipe": "mxfp8", "model__hidden_size": 144}, "model.hidden_size is 144, must be a multiple"),
+        ({"training__fp8__recipe": "mxfp8", "model__hidden_size": 144}, "model.hidden_size is 144, must be a multiple"),
     ],
 )
 def test_what_no_card_does_is_refused_without_knowing_the_card(settings, expected):
@@ -87,14 +86,14 @@ def test_what_no_card_does_is_refused_without_knowing_the_card(settings, expecte
     ("capability", "settings", "expected"),
     [
         (AMPERE, {}, "sm80 has no FP8 units"),
-        (HOPPER, {"training__fp8_recipe": "mxfp8"}, "mxfp8 needs Blackwell (sm100), sm90 has no kernel"),
-        (CONSUMER, {"training__fp8_recipe": "mxfp8"}, "mxfp8 needs Blackwell (sm100), sm120 has no kernel"),
-        (ADA, {"training__fp8_recipe": "blockwise"}, "blockwise needs Hopper or newer, sm89"),
+        (HOPPER, {"training__fp8__recipe": "mxfp8"}, "mxfp8 needs Blackwell (sm100), sm90 has no kernel"),
+        (CONSUMER, {"training__fp8__recipe": "mxfp8"}, "mxfp8 needs Blackwell (sm100), sm120 has no kernel"),
+        (ADA, {"training__fp8__recipe": "blockwise"}, "blockwise needs Hopper or newer, sm89"),
         (ADA, ATTENTION, "sm89 has no FP8 attention in training"),
         (CONSUMER, ATTENTION, "sm120 has no FP8 attention in training"),
         (
             HOPPER,
-            {**ATTENTION, "training__fp8_recipe": "tensorwise"},
+            {**ATTENTION, "training__fp8__recipe": "tensorwise"},
             "recipe tensorwise needs Blackwell; on sm90 use delayed",
         ),
         (HOPPER, {**ATTENTION, "model__kv_channels": 64}, "a head dimension of 128 only, model.kv_channels is 64"),
@@ -115,9 +114,9 @@ def test_sequence_and_context_parallel_ranks_share_the_tokens():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"training__fp8_recipe": "tensorwise", "parallel__recompute_granularity": "full"},
-        {"training__fp8_recipe": "delayed", "parallel__recompute_granularity": "full", "model__loop_count": 1},
-        {"training__fp8_recipe": "delayed", "parallel__recompute_granularity": "selective"},
+        {"training__fp8__recipe": "tensorwise", "parallel__recompute_granularity": "full"},
+        {"training__fp8__recipe": "delayed", "parallel__recompute_granularity": "full", "model__loop_count": 1},
+        {"training__fp8__recipe": "delayed", "parallel__recompute_granularity": "selective"},
     ],
     ids=str,
 )

@@ -5,27 +5,27 @@ from __future__ import annotations
 import pytest
 from test_validation import change, good
 
-from plt_megatron.config.fp8_rules import BLACKWELL, HOPPER
-from plt_megatron.config.kernel_rules import Versions, find_problems
+from plt_megatron.config.rules.fp8 import BLACKWELL, HOPPER
+from plt_megatron.config.rules.kernels import Versions, find_problems
 
 AMPERE = (8, 0)
 NEW = Versions(cuda=(13, 0), cudnn=(9, 24, 0), flash_attn=(2, 8))
 BARE = Versions(cuda=(12, 9), cudnn=(9, 19, 0), flash_attn=None)
-FP8 = {"model__backend": "te", "training__fp8": "hybrid", "training__precision": "bf16"}
+FP8 = {"model__backend": "te", "training__fp8__format": "hybrid", "training__precision": "bf16"}
 DETERMINISTIC = {"model__backend": "te", "training__deterministic": True}
 PACKED = {**DETERMINISTIC, "data__reset_at_document_boundaries": True}
-FP8_ATTENTION = {**FP8, **DETERMINISTIC, "training__fp8_attention": True, "model__kv_channels": 128}
+FP8_ATTENTION = {**FP8, **DETERMINISTIC, "training__fp8__attention": True, "model__kv_channels": 128}
 
 
 @pytest.mark.parametrize(
     ("capability", "versions", "settings", "expected"),
     [
-        (HOPPER, BARE, {**FP8, "training__fp8_recipe": "blockwise"}, None),
-        (HOPPER, Versions((12, 8), None, None), {**FP8, "training__fp8_recipe": "tensorwise"}, None),
+        (HOPPER, BARE, {**FP8, "training__fp8__recipe": "blockwise"}, None),
+        (HOPPER, Versions((12, 8), None, None), {**FP8, "training__fp8__recipe": "tensorwise"}, None),
         (
             HOPPER,
             Versions((12, 8), None, None),
-            {**FP8, "training__fp8_recipe": "blockwise"},
+            {**FP8, "training__fp8__recipe": "blockwise"},
             "blockwise needs a torch built for CUDA 12.9 or newer, this one is for 12.8; use tensorwise or delayed",
         ),
         (HOPPER, BARE, FP8_ATTENTION, None),
@@ -33,7 +33,7 @@ FP8_ATTENTION = {**FP8, **DETERMINISTIC, "training__fp8_attention": True, "model
             HOPPER,
             Versions((13, 0), (9, 18, 1), (2, 8)),
             FP8_ATTENTION,
-            "fp8_attention needs cuDNN 9.19 or newer, this is 9.18.1: update it, or set training.fp8_attention=false",
+            "fp8.attention needs cuDNN 9.19 or newer, this is 9.18.1: update it, or set training.fp8.attention=false",
         ),
         (HOPPER, Versions((13, 0), (9, 18, 1), (2, 8)), {**FP8_ATTENTION, "training__deterministic": False}, None),
         (HOPPER, BARE, DETERMINISTIC, None),

@@ -278,6 +278,23 @@ def test_an_old_name_is_told_with_its_new_one_and_read_from_recorded_files(write
         load_config(path, accept_old_names=True)
 
 
+@pytest.mark.parametrize(
+    ("key", "stage", "missing"),
+    [
+        ("training.batch_schedule", "until: 100", "global_batch_size"),
+        ("training.batch_schedule", "global_batch_size: 8", "until"),
+        ("data.length_schedule", "sequence_length: 8", "until"),
+        ("data.length_schedule", "until: 100", "sequence_length"),
+        ("data.stages", "sources: [{path: a}]", "until"),
+        ("data.stages", "until: 100", "sources"),
+    ],
+)
+def test_a_stage_says_when_it_ends_and_what_it_is(write, key, stage, missing):
+    section, name = key.split(".")
+    path = write(f"{section}:\n  {name}:\n  - {{{stage}}}\n")
+    assert failure(path).endswith(f":3: {key}[0].{missing} is missing")
+
+
 def test_not_text(tmp_path):
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00name")

@@ -12,7 +12,7 @@ import pytest
 from plt_megatron.config.deepspeed_settings import DECIDED_BY, written
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.optimizers import OPTIMIZERS, settings_of_others
-from plt_megatron.config.schema import OptimizerConfig, RunConfig, TrainingConfig, ZeroConfig
+from plt_megatron.config.schema import DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 
@@ -36,8 +36,7 @@ def test_what_one_optimizer_alone_reads_is_named_for_it():
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.deepspeed is not None])
 def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
     config = RunConfig(
-        engine="deepspeed",
-        zero=ZeroConfig(),
+        deepspeed=DeepSpeedConfig(),
         optimizer=OptimizerConfig(name=name),
         training=TrainingConfig(train_iters=1),
     )
@@ -49,8 +48,9 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
     ("settings", "said"),
     [
         (
-            ["optimizer.name=muon", "engine=deepspeed"],
-            "engine deepspeed: optimizer.name muon: set it to adam, or set engine=megatron",
+            ["optimizer.name=muon", "deepspeed={}"],
+            "optimizer.name muon is not proven with deepspeed: set optimizer.name=adam, or leave out the section "
+            "deepspeed",
         ),
         (
             ["optimizer.lr_mult.head=2"],

@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from plt_megatron.config import derived, fp8_rules
+from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.refused_settings import REFUSED
+from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 
 RUN = "configs/runs/plt2_1b.yaml"
-TE_FP8 = ["model.backend=te", "training.fp8=hybrid", "training.fp8_recipe=tensorwise"]
+TE_FP8 = ["model.backend=te", "training.fp8.format=hybrid", "training.fp8.recipe=tensorwise"]
+ENDS = ["training.fp8.num_layers_at_start_in_bf16=1", "training.fp8.num_layers_at_end_in_bf16=1"]
 
 
 def problems(*settings: str, **kwargs: Any) -> str:
@@ -34,10 +36,13 @@ def problems(*settings: str, **kwargs: Any) -> str:
             "parallel.apply_rope_fusion with data.reset_at_document_boundaries",
         ),
         (
-            ["engine=deepspeed", "parallel.cross_entropy_loss_fusion=true"],
-            "parallel.cross_entropy_loss_fusion is not proven with engine deepspeed",
+            ["deepspeed={}", "parallel.cross_entropy_loss_fusion=true"],
+            "parallel.cross_entropy_loss_fusion is not proven with deepspeed",
         ),
-        (["engine=deepspeed", "parallel.overlap_param_gather=true"], "engine deepspeed: parallel.overlap_param_gather"),
+        (
+            ["deepspeed={}", "parallel.overlap_param_gather=true"],
+            "parallel.overlap_param_gather is not proven with deepspeed",
+        ),
         (
             ["parallel.overlap_param_gather=true"],
             "parallel.overlap_param_gather needs parallel.overlap_grad_reduce=true",
@@ -52,25 +57,24 @@ def problems(*settings: str, **kwargs: Any) -> str:
         ),
         (
             ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[shared_experts]"],
-            "parallel.recompute_modules shared_experts needs model.moe_shared_expert_intermediate_size",
+            "parallel.recompute_modules shared_experts needs model.moe.shared_expert_intermediate_size",
         ),
         (
             ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[mlp,mlp]"],
             "parallel.recompute_modules ['mlp', 'mlp']: name each part once",
         ),
         (
-            [*TE_FP8, "training.fp8_recipe=delayed", "parallel.recompute_granularity=selective"]
+            [*TE_FP8, "training.fp8.recipe=delayed", "parallel.recompute_granularity=selective"]
             + ["parallel.recompute_modules=[mlp]"],
             "a loop would be recomputed with another loop's scales",
         ),
-        (["training.first_last_layers_bf16=true"], "training.first_last_layers_bf16 needs training.fp8"),
         (
-            [*TE_FP8, "training.fp8_recipe=delayed", "training.first_last_layers_bf16=true"],
-            "training.first_last_layers_bf16 with recipe delayed",
+            [*TE_FP8, "training.fp8.recipe=delayed", "training.fp8.num_layers_at_start_in_bf16=1"],
+            "training.fp8.num_layers_at_start_in_bf16 with training.fp8.recipe delayed",
         ),
         (
-            [*TE_FP8, "training.first_last_layers_bf16=true", "training.num_layers_at_end_in_bf16=17"],
-            "training.num_layers_at_end_in_bf16 17 is more than the 16 layers",
+            [*TE_FP8, "training.fp8.num_layers_at_end_in_bf16=17"],
+            "training.fp8.num_layers_at_end_in_bf16 17 is more than the 16 layers",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -81,7 +85,7 @@ def test_what_does_not_fit_together_is_refused(settings, expected):
 
 def test_what_fits_is_not():
     fusions = ["parallel.apply_rope_fusion=true", "data.reset_at_document_boundaries=false"]
-    assert problems(*TE_FP8, "training.first_last_layers_bf16=true", *fusions) == ""
+    assert problems(*TE_FP8, *ENDS, *fusions) == ""
     modules = ["parallel.recompute_granularity=selective", "parallel.recompute_modules=[core_attn,mlp]"]
     assert problems(*TE_FP8, *modules) == ""
     assert problems("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true") == ""
@@ -103,5 +107,5 @@ def test_gathering_overlaps_where_the_reduction_does():
 
 
 def test_the_choice_of_fp8_names_the_layers_that_are_not():
-    config = load_config(RUN, [*TE_FP8, "training.first_last_layers_bf16=true"])
+    config = load_config(RUN, [*TE_FP8, *ENDS])
     assert str(fp8_rules.choose(config, (9, 0))).endswith("the first 1 and last 1 layers in BF16")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.config.rules.uploads import checkpoints_of, exports_of
 from plt_megatron.config.schema import CheckpointConfig, DataConfig, DataSource, RunConfig, TrainingConfig
-from plt_megatron.config.upload_rules import checkpoints_of, exports_of
 from plt_megatron.config.validation import find_problems
 from tests.unit.config.test_validation import good
 

@@ -20,6 +20,7 @@ from plt_megatron.hf.verification import single_process
 from plt_megatron.train.checkpoint import read_weights
 from tests.reference.gates import GATES
 from tests.reference.loop_inputs import LOOP_INPUTS
+from tests.settings import make
 
 VOCAB = 117
 # No two sizes agree by accident, and the window is shorter than the texts.
@@ -55,46 +56,45 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "loopcoder": LOOPCODER,
     "biases, untied": {"qkv_bias": True, "share_embeddings_and_output_weights": False},
     "olmo2": {"norm_placement": "post", "qk_layernorm": True},
-    "experts": {"num_moe_experts": 5, "moe_ffn_hidden_size": 24, "moe_router_topk": 3, "moe_router_pre_softmax": True},
+    "experts": {"moe.num_experts": 5, "moe.ffn_hidden_size": 24, "moe.router_topk": 3, "moe.router_pre_softmax": True},
     "experts, shared": {
-        "num_moe_experts": 4,
-        "moe_ffn_hidden_size": 28,
-        "moe_shared_expert_intermediate_size": 36,
+        "moe.num_experts": 4,
+        "moe.ffn_hidden_size": 28,
+        "moe.shared_expert_intermediate_size": 36,
         "ffn_output_norm": True,
         "qk_layernorm": True,
     },
     "experts, biased, dense first": {
         "num_layers": 3,
-        "num_moe_experts": 4,
-        "moe_ffn_hidden_size": 24,
-        "first_k_dense_replace": 2,
-        "moe_shared_expert_intermediate_size": 20,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
+        "moe.num_experts": 4,
+        "moe.ffn_hidden_size": 24,
+        "moe.first_k_dense_replace": 2,
+        "moe.shared_expert_intermediate_size": 20,
+        "moe.router_score_function": "sigmoid",
+        "moe.router_bias_update_rate": 1e-3,
     },
     "experts, sigmoid, one": {
-        "num_moe_experts": 4,
-        "moe_ffn_hidden_size": 24,
-        "moe_router_topk": 1,
-        "moe_router_score_function": "sigmoid",
+        "moe.num_experts": 4,
+        "moe.ffn_hidden_size": 24,
+        "moe.router_topk": 1,
+        "moe.router_score_function": "sigmoid",
         "loop_count": 1,
     },
     "span": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3, **LOOP_INPUTS["scale per model"]},
     "by layer": {"cross_loop_parallel": False, "loop_order": "layer", "loop_count": 3},
-    "llama3 rope": {"rope_scaling_factor": 8.0, "rotary_base": 5e5},
+    "llama3 rope": {"rope_scaling.factor": 8.0, "rotary_base": 5e5},
     "yarn rope": {
-        "rope_scaling_type": "yarn",
-        "rope_scaling_factor": 4.0,
-        "yarn_original_max_position_embeddings": 16,
-        "yarn_beta_fast": 2.0,
-        "yarn_beta_slow": 0.25,
+        "rope_scaling.factor": 4.0,
+        "rope_scaling.yarn.original_max_position_embeddings": 16,
+        "rope_scaling.yarn.beta_fast": 2.0,
+        "rope_scaling.yarn.beta_slow": 0.25,
         "rotary_base": 100.0,
     },
 }
 
 
 def make_model(**changes: Any) -> ModelConfig:
-    return ModelConfig(**{**SIZES, **changes})
+    return make(ModelConfig, {**SIZES, **changes})
 
 
 def random_weights(

@@ -23,12 +23,12 @@ MODELS = {
     "dense": {},
     "untied": {"share_embeddings_and_output_weights": False, "gate_input": "hidden"},
     "experts": {
-        "num_moe_experts": 3,
-        "moe_ffn_hidden_size": 24,
-        "moe_shared_expert_intermediate_size": 16,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "first_k_dense_replace": 1,
+        "moe.num_experts": 3,
+        "moe.ffn_hidden_size": 24,
+        "moe.shared_expert_intermediate_size": 16,
+        "moe.router_score_function": "sigmoid",
+        "moe.router_bias_update_rate": 1e-3,
+        "moe.first_k_dense_replace": 1,
     },
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from itertools import repeat
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from data_helpers import train, write_jsonl
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.data.datasets import Datasets, Samples, build_datasets, make_sample
 from plt_megatron.data.fill_in_middle import find_tokens, uniform, uniform_number
@@ -23,6 +22,7 @@ from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.sampling import batches, micro_batch_indices
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from tests.settings import changed
 
 LENGTH = 32
 EOD = 2
@@ -51,8 +51,15 @@ def build(data: DataConfig, counts: tuple[int, int], cache: Path, tokenizer: Tok
 
 
 def config(path: str, **settings: Any) -> DataConfig:
+    """`fim_rate` and the like are settings of the section `fim`."""
     source = DataSource(path, fim_rate=settings.pop("source_rate", None))
-    return DataConfig(sources=[source], sequence_length=LENGTH, **settings)
+    return changed(DataConfig(sources=[source], sequence_length=LENGTH), in_section(settings))
+
+
+def in_section(settings: dict[str, Any]) -> dict[str, Any]:
+    own = {f"fim.{name.removeprefix('fim_')}": value for name, value in settings.items() if name.startswith("fim_")}
+    others = {name: value for name, value in settings.items() if not name.startswith("fim_")}
+    return others | ({"fim.rate": 0.0} | own if own else {})
 
 
 def stream(samples: Samples) -> tuple[list[int], list[tuple[int, int, str | None]]]:
@@ -229,7 +236,7 @@ def test_end_of_document_masks_without_packing() -> None:
 def test_known_and_named_tokens(prefix: str, tokenizer: Tokenizer, bpe_model: Path) -> None:
     ids = tuple(tokenizer.token_id(name) for name in NAMES)
     assert find_tokens(config(prefix), tokenizer) == ids
-    named = config(prefix, fim_prefix_token=NAMES[2], fim_middle_token=NAMES[1], fim_suffix_token=NAMES[0])
+    named = config(prefix, fim_tokens=list(NAMES[::-1]))
     assert find_tokens(named, tokenizer) == ids[::-1]
     fast = load_tokenizer(tokenizer.path.with_name("tokenizer.json"))
     assert find_tokens(config(prefix), fast) == ids
@@ -243,10 +250,10 @@ def test_known_and_named_tokens(prefix: str, tokenizer: Tokenizer, bpe_model: Pa
             {"tokens": "none"},
             r"has no fill-in-the-middle tokens \(looked for <fim_prefix>, <\|fim_prefix\|>, .*\): name",
         ),
-        ({"tokens": ("<fim_prefix>", "<mid>", "<fim_suffix>")}, "has no token '<mid>', which data.fim_"),
+        ({"tokens": ("<fim_prefix>", "<mid>", "<fim_suffix>")}, "has no token '<mid>', which data.fim.tokens"),
         ({"tokens": ("<fim_prefix>", "</s>", "<fim_suffix>")}, "and the end-of-document token must be four tokens"),
-        ({"tokenizer": None}, "data.fim_rate needs data.tokenizer"),
-        ({"ends": 7}, r"data.fim_rate: document \d+ of .* does not end with the tokenizer's end-of-document token 2"),
+        ({"tokenizer": None}, "data.fim.rate needs data.tokenizer"),
+        ({"ends": 7}, r"data.fim.rate: document \d+ of .* does not end with the tokenizer's end-of-document token 2"),
         ({"ends": 7, "eod_mask_loss": True, "fim_rate": 0}, "data.eod_mask_loss: document 0 of .* does not end with"),
     ],
 )
@@ -256,7 +263,7 @@ def test_unusable_data(
     tokens, ends = settings.pop("tokens", None), settings.pop("ends", None)
     used = settings.pop("tokenizer", load_tokenizer(bpe_model) if tokens == "none" else tokenizer)
     if tokens and tokens != "none":
-        settings |= dict(zip(("fim_prefix_token", "fim_middle_token", "fim_suffix_token"), tokens, strict=True))
+        settings["fim_tokens"] = list(tokens)
     if ends is not None or tokens == "none":
         np.tile(np.array([9, 8, ends or EOD], np.uint16), 100).tofile(tmp_path / "x.bin")
         write_index(tmp_path / "x.idx", np.uint16, lambda: [np.full(100, 3, np.int32)])
@@ -269,13 +276,13 @@ def test_unusable_data(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fim_rate": 1.1}, "data.fim_rate must be at most 1, got 1.1"),
-        ({"fim_spm_rate": -0.1}, "data.fim_spm_rate must be at least 0"),
-        ({"fim_rate": 0.5, "tokenizer": None}, "data.fim_rate needs data.tokenizer"),
+        ({"fim_rate": 1.1}, "data.fim.rate must be at most 1, got 1.1"),
+        ({"fim_spm_rate": -0.1}, "data.fim.spm_rate must be at least 0"),
+        ({"fim_rate": 0.5, "tokenizer": None}, "data.fim.rate needs data.tokenizer"),
         ({"eod_mask_loss": True, "tokenizer": None}, "data.eod_mask_loss needs data.tokenizer"),
-        ({"fim_prefix_token": "<a>", "fim_suffix_token": "<b>"}, "give three different tokens, or none"),
-        ({"fim_prefix_token": "a", "fim_middle_token": "a", "fim_suffix_token": "b"}, "give three different tokens"),
-        ({"fim_prefix_token": "a", "fim_middle_token": "", "fim_suffix_token": "b"}, "give three different tokens"),
+        ({"fim_tokens": ["<a>", "<b>"]}, "give three different ones"),
+        ({"fim_tokens": ["a", "a", "b"]}, "give three different ones"),
+        ({"fim_tokens": ["a", "", "b"]}, "give three different ones"),
         (
             {"train_sources": [DataSource("a")], "validation_sources": [DataSource("v", fim_rate=0.5)]},
             "data.validation_sources[0].fim_rate: only training documents are rearranged; leave it out",
@@ -292,7 +299,7 @@ def test_refused_settings(changes: dict[str, Any], message: str) -> None:
     data = {"sources": [DataSource("a")], "tokenizer": "t", **changes}
     if "train_sources" in data:
         del data["sources"]
-    run.data = dataclasses.replace(run.data, **data)
+    run.data = changed(run.data, in_section(data))
     (problem,) = find_problems(run, check_files=False)
     assert message in problem
 
@@ -304,7 +311,7 @@ def test_tiny_documents(tokenizer: Tokenizer, tmp_path: Path) -> None:
     lengths = np.array([len(document) for document in documents], np.int32)
     write_index(tmp_path / "x.idx", np.uint16, lambda: [lengths])
     path = write_jsonl(tmp_path / "unused.jsonl", []).with_name("x")
-    data = DataConfig(train_sources=[DataSource(str(path))], sequence_length=4, fim_rate=1.0)
+    data = DataConfig(train_sources=[DataSource(str(path))], sequence_length=4, fim=FimConfig(1.0))
     samples = build(data, (14, 0), tmp_path / "cache", tokenizer).train
     order = np.argsort(np.asarray(samples._dataset.shuffle_index))
     tokens = [token for index in order.tolist() for token in samples._dataset[index]["tokens"].tolist()]

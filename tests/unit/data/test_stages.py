@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from plt_megatron.config.data_stages import stage_samples
-from plt_megatron.config.schema import DataConfig, DataSource, DataStage, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.data.datasets import Datasets, build_datasets
 from plt_megatron.data.indexed import write_index
@@ -173,16 +173,15 @@ A, B = [DataSource("a")], [DataSource("b")]
 @pytest.mark.parametrize(
     ("stages", "changes", "expected"),
     [
-        ([DataStage(None, A)], {}, "data.stages[0]: give until, the tokens at which it ends; after the last stage"),
-        ([DataStage(100)], {}, "data.stages[0].sources is empty: name at least one tokenized source"),
+        ([DataStage(100, [])], {}, "data.stages[0].sources is empty: name at least one tokenized source"),
         ([DataStage(0, A)], {}, "data.stages[0].until must be at least 1, got 0"),
-        ([DataStage(7, A)], {}, "data.stages[0].until 7 must be at least a sample of 8 tokens above 0"),
-        ([DataStage(16, A), DataStage(23, B)], {}, "[1].until 23 must be at least a sample of 8 tokens above"),
+        ([DataStage(7, A)], {}, "data.stages[0].until 7: no sample of 8 tokens ends in it"),
+        ([DataStage(16, A), DataStage(23, B)], {}, "[1].until 23: no sample of 8 tokens ends in it"),
         ([DataStage(16, [*A, DataSource("./a", 2.0)])], {}, "data.stages[0].sources: "),
         ([DataStage(16, [DataSource("a", -1.0)])], {}, "data.stages[0].sources[0].weight must be above 0, got -1.0"),
         ([DataStage(16, A)], {"sources": B + B}, "data.sources: "),
-        ([DataStage(16, A)], {"fim_rate": 0.5, "tokenizer": "t"}, "data.stages with data.fim_rate is not proven"),
-        ([DataStage(16, [DataSource("a", fim_rate=0.5)])], {"tokenizer": "t"}, "data.stages with data.fim_rate is not"),
+        ([DataStage(16, A)], {"fim": FimConfig(0.5), "tokenizer": "t"}, "data.stages with data.fim is not proven"),
+        ([DataStage(16, [DataSource("a", fim_rate=0.5)])], {"tokenizer": "t"}, "data.stages with data.fim is not"),
     ],
 )  # fmt: skip
 def test_bad_stages_are_refused_in_one_line(stages, changes, expected):

@@ -90,7 +90,7 @@ def count(config: RunConfig) -> dict[str, int]:
     model, length = dataclasses.replace(config.model, backend="torch"), config.data.sequence_length
     vocab_size = model.vocab_size or DEFAULT_VOCAB
     parameters = sum(parameter.numel() for parameter in build(model, length, vocab_size).parameters())
-    if model.num_moe_experts is not None:
+    if model.moe is not None:
         return {"parameters": parameters, "vocab": vocab_size}
     # Every layer costs the same: two depths say what one layer costs, exactly.
     shallow, deeper = (flops(dataclasses.replace(model, num_layers=depth), length, vocab_size) for depth in (1, 2))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.decode_cost import decode_cost
+from tests.settings import changed
 
 MODEL = ModelConfig(
     num_layers=12,
@@ -30,9 +29,7 @@ ROWS = {
 
 
 def cost(changes=None, context=1024, batch=4, **arguments):
-    return decode_cost(
-        dataclasses.replace(MODEL, **(changes or {})), context_length=context, batch_size=batch, **arguments
-    )
+    return decode_cost(changed(MODEL, changes or {}), context_length=context, batch_size=batch, **arguments)
 
 
 def test_caches_by_hand():
@@ -121,19 +118,19 @@ def test_what_cannot_be_estimated_is_refused():
 
 def test_dense_layers_are_read_as_a_whole():
     """One layer of twelve is dense, and its FFN is as wide as all experts together, which all rows use."""
-    experts = {"num_moe_experts": 8, "moe_router_topk": 8, "moe_ffn_hidden_size": 512, "ffn_hidden_size": 8 * 512}
+    experts = {"moe.num_experts": 8, "moe.router_topk": 8, "moe.ffn_hidden_size": 512, "ffn_hidden_size": 8 * 512}
     changes = {**experts, "loop_span": [1, 12], "loop_count": 3}
-    dense, mixed = (cost({**changes, "first_k_dense_replace": count}, batch=1) for count in (0, 1))
+    dense, mixed = (cost({**changes, "moe.first_k_dense_replace": count}, batch=1) for count in (0, 1))
     assert dense.bytes - mixed.bytes == 8 * 1024 * 2, "the router alone differs, and is read once"
     assert dense.flops - mixed.flops == 2 * 8 * 1024
-    few = cost({**changes, "moe_router_topk": 1, "first_k_dense_replace": 1}, batch=1)
+    few = cost({**changes, "moe.router_topk": 1, "moe.first_k_dense_replace": 1}, batch=1)
     read = 3 * 1024 * 8 * 512 * 2
     assert mixed.bytes - few.bytes == pytest.approx(11 * read * (7 / 8) ** 3), "of a looped layer, by three rows"
 
 
 def test_experts_that_are_read_by_hand():
     """Of 8 experts, 2 a token: a row reads a quarter of them, two rows that choose independently 7 / 16."""
-    experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 512}
+    experts = {"moe.num_experts": 8, "moe.router_topk": 2, "moe.ffn_hidden_size": 512}
     one, two = (cost({**experts, "loop_count": loops}, batch=1) for loops in (1, 2))
     each = 12 * 3 * 1024 * 512 * 2
     dense = cost({"ffn_hidden_size": 1024, "loop_count": 1}, batch=1)

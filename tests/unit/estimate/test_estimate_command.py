@@ -108,7 +108,7 @@ def test_search_that_finds_nothing_names_the_nearest_and_fails():
         (["no/such.yaml"], "error: cannot read no/such.yaml"),
         ([RUN, "model.loop_cuont=2"], "did you mean model.loop_count?"),
         ([RUN, "--gpu", "h1000"], "error: gpu h1000: no such card in the table; known: h100,"),
-        ([RUN, "--gpu", "a100", "training.fp8=hybrid"], "error: training.fp8 hybrid: sm80 has no FP8 units"),
+        ([RUN, "--gpu", "a100", "training.fp8.format=hybrid"], "error: training.fp8: sm80 has no FP8 units"),
         (
             [RUN, "--nodes", "3"],
             "error: configs/runs/plt2_1b.yaml:12: training.global_batch_size 1024 is not divisible by 96",

@@ -13,6 +13,7 @@ from plt_megatron.estimate.flops import (
     mean_keys,
     training_flops_per_token,
 )
+from tests.settings import changed
 
 MODEL = ModelConfig(
     num_layers=3,
@@ -61,7 +62,7 @@ def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
             for _ in range(heads):
                 count.linear(c if model.gate_input == "query" else model.hidden_size, 1)
         count.linear(heads * c, model.hidden_size)
-        experts = 0 if layer < model.first_k_dense_replace else model.num_moe_experts or 0
+        experts = model.moe.num_experts if model.moe and layer >= model.moe.first_k_dense_replace else 0
         for width in ffn_widths(model) if experts else [model.ffn_hidden_size]:
             for _ in ("gate", "up", "down"):
                 count.linear(model.hidden_size, width)
@@ -72,7 +73,8 @@ def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
 
 def ffn_widths(model: ModelConfig) -> list[int]:
     """Of the experts that a token goes through."""
-    return [model.moe_ffn_hidden_size or 0] * model.moe_router_topk + [model.moe_shared_expert_intermediate_size or 0]
+    assert model.moe is not None
+    return [model.moe.ffn_hidden_size or 0] * model.moe.router_topk + [model.moe.shared_expert_intermediate_size or 0]
 
 
 @pytest.mark.parametrize(
@@ -92,15 +94,15 @@ def ffn_widths(model: ModelConfig) -> list[int]:
         {"window_size": 1},
         {"window_size": 99},
         {"share_embeddings_and_output_weights": False},
-        {"num_moe_experts": 9, "moe_router_topk": 3, "moe_ffn_hidden_size": 24},
-        {"num_moe_experts": 9, "moe_ffn_hidden_size": 24, "moe_shared_expert_intermediate_size": 31, "loop_count": 3},
-        {"num_moe_experts": 9, "moe_ffn_hidden_size": 24, "first_k_dense_replace": 1, "loop_count": 3},
-        {"num_moe_experts": 9, "moe_ffn_hidden_size": 24, "first_k_dense_replace": 2, "loop_span": [1, 3]},
+        {"moe.num_experts": 9, "moe.router_topk": 3, "moe.ffn_hidden_size": 24},
+        {"moe.num_experts": 9, "moe.ffn_hidden_size": 24, "moe.shared_expert_intermediate_size": 31, "loop_count": 3},
+        {"moe.num_experts": 9, "moe.ffn_hidden_size": 24, "moe.first_k_dense_replace": 1, "loop_count": 3},
+        {"moe.num_experts": 9, "moe.ffn_hidden_size": 24, "moe.first_k_dense_replace": 2, "loop_span": [1, 3]},
     ],
     ids=str,
 )
 def test_forward_equals_the_count_by_hand(changes):
-    model = dataclasses.replace(MODEL, **changes)
+    model = changed(MODEL, changes)
     assert forward_flops_per_token(model, N, V).total * N == pytest.approx(brute_force(model, N, V), rel=1e-12)
 
 

@@ -18,7 +18,7 @@ NO_OVERLAP = "parallel.overlap_grad_reduce=false"  # DeepSpeed has none
 LONG = pytest.param(["data.sequence_length=32768"], marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("overrides", [[], ["engine=deepspeed", NO_OVERLAP], LONG], ids=str)
+@pytest.mark.parametrize("overrides", [[], ["deepspeed={}", NO_OVERLAP], LONG], ids=str)
 def test_every_layout_reads_as_it_is_printed(overrides):
     config = load_config(RUN, overrides)
     found = search(config, gpu="h200", world_size=16, gpus_per_node=8)
@@ -41,7 +41,7 @@ def test_words_in_any_order_and_case():
         "parallel.context_parallel_size=1",
     ]
     deepspeed = layout_overrides("TP1 ZeRO3 offload")
-    assert {"engine=deepspeed", "zero.stage=3", "zero.offload_optimizer=cpu"} <= set(deepspeed)
+    assert {"deepspeed.zero_stage=3", "deepspeed.offload_optimizer=cpu"} <= set(deepspeed)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
-from plt_megatron.config.schema import ModelConfig
+from plt_megatron.config.schema import ModelConfig, MoeConfig
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
+from tests.settings import changed
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -114,10 +115,11 @@ BUILD = """
 from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 enter_cpu_runtime()
 import sys
-from plt_megatron.config.schema import ModelConfig, ParallelConfig
+from plt_megatron.config.schema import ModelConfig, MoeConfig, ParallelConfig
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.transformer_config import transformer_config
 from plt_megatron.runtime.process_groups import init_process_groups
+from tests.settings import changed
 init_process_groups(ParallelConfig())
 for text in sys.argv[1:]:
     model = eval(text)
@@ -142,11 +144,8 @@ def test_the_built_model_has_exactly_these_parameters():
         dataclasses.replace(base, qkv_bias=True),
         dataclasses.replace(
             base,
-            num_moe_experts=4,
-            moe_ffn_hidden_size=24,
-            moe_shared_expert_intermediate_size=32,
+            moe=MoeConfig(4, ffn_hidden_size=24, shared_expert_intermediate_size=32, first_k_dense_replace=1),
             ffn_output_norm=True,
-            first_k_dense_replace=1,
         ),
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -168,10 +167,7 @@ def test_experts_by_hand():
         num_attention_heads=8,
         vocab_size=1000,
         loop_count=1,
-        num_moe_experts=8,
-        moe_router_topk=2,
-        moe_ffn_hidden_size=40,
-        moe_shared_expert_intermediate_size=56,
+        moe=MoeConfig(8, router_topk=2, ffn_hidden_size=40, shared_expert_intermediate_size=56),
     )
     counted = count_parameters(model)
     layer = [*[(96, 96)] * 4, (8, 96), *[(40, 96)] * 3 * 8, *[(56, 96)] * 3, (96,), (96,)]
@@ -191,16 +187,13 @@ def test_dense_layers_before_the_experts_by_hand():
         num_layers=6,
         hidden_size=96,
         ffn_hidden_size=200,
-        num_moe_experts=8,
-        moe_ffn_hidden_size=40,
-        moe_shared_expert_intermediate_size=56,
-        first_k_dense_replace=2,
+        moe=MoeConfig(8, ffn_hidden_size=40, shared_expert_intermediate_size=56, first_k_dense_replace=2),
     )
     counted = count_parameters(model, 1000)
     assert counted.experts == 4 * 8 * 3 * 40 * 96 and counted.router == 4 * 8 * 96
     assert counted.ffn == (2 * 200 + 4 * 56) * 3 * 96
     assert counted.total - counted.active == 4 * 6 * 3 * 40 * 96
-    assert counted.norms == count_parameters(dataclasses.replace(model, first_k_dense_replace=0), 1000).norms
+    assert counted.norms == count_parameters(changed(model, {"moe.first_k_dense_replace": 0}), 1000).norms
     first, second = (
         count_rank_parameters(model, 1000, ParallelLayout(tensor=2, pipeline=2), stage) for stage in (0, 1)
     )

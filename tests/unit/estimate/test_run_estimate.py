@@ -15,12 +15,12 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import (
     BatchStage,
     DataConfig,
+    DeepSpeedConfig,
     LoopStage,
     ModelConfig,
     ParallelConfig,
     RunConfig,
     TrainingConfig,
-    ZeroConfig,
 )
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.layout import estimate_layout
@@ -28,6 +28,7 @@ from plt_megatron.estimate.memory import persistent_bytes
 from plt_megatron.estimate.parameters import count_parameters, count_rank_parameters
 from plt_megatron.estimate.run_estimate import estimate_run
 from plt_megatron.estimate.schedule import bubble_fraction, enough_microbatches, passes
+from tests.settings import changed, make
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ModelConfig(
@@ -38,10 +39,10 @@ MODEL = ModelConfig(
 
 def run(model=None, training=None, **parallel) -> RunConfig:
     return RunConfig(
-        model=dataclasses.replace(MODEL, **(model or {})),
+        model=changed(MODEL, model or {}),
         data=DataConfig(sequence_length=256),
-        training=TrainingConfig(
-            **{"micro_batch_size": 1, "global_batch_size": 32, "train_iters": 7, **(training or {})}
+        training=make(
+            TrainingConfig, {"micro_batch_size": 1, "global_batch_size": 32, "train_iters": 7, **(training or {})}
         ),
         parallel=ParallelConfig(**parallel),
     )
@@ -180,8 +181,8 @@ def test_deepspeeds_memory_and_traffic():
     parameters = count_parameters(MODEL).total
     estimates = {}
     for stage in (1, 2, 3):
-        config = dataclasses.replace(run(), engine="deepspeed", zero=ZeroConfig(stage))
-        config.deepspeed = {"zero_optimization": {"reduce_bucket_size": 5e5, "stage3_max_live_parameters": 1e6}}
+        added = {"zero_optimization": {"reduce_bucket_size": 5e5, "stage3_max_live_parameters": 1e6}}
+        config = dataclasses.replace(run(), deepspeed=DeepSpeedConfig(stage, config=added))
         estimates[stage] = estimate_run(config, world_size=4)
         components = estimates[stage].memory[0].components
         assert components["DeepSpeed's buckets"] == 4 * 500_000
@@ -193,13 +194,13 @@ def test_deepspeeds_memory_and_traffic():
     assert estimates[3].communication["weight gathering"] == 2 * micro_batches * loops * once["weight gathering"]
     times = [estimates[stage].step_seconds for stage in (1, 2, 3)]
     assert times == sorted(times)
-    in_fp32 = dataclasses.replace(run(training={"precision": "fp32"}), engine="deepspeed")
+    in_fp32 = dataclasses.replace(run(training={"precision": "fp32"}), deepspeed=DeepSpeedConfig())
     assert estimate_run(in_fp32).memory[0].components["main weights"] == 4 * parameters
 
 
 def test_offloading_takes_time_for_memory():
     plain, optimizer, weights = (
-        estimate_run(dataclasses.replace(run(), engine="deepspeed", zero=ZeroConfig(3, *offload)), world_size=4)
+        estimate_run(dataclasses.replace(run(), deepspeed=DeepSpeedConfig(3, *offload)), world_size=4)
         for offload in (("none", "none"), ("cpu", "none"), ("cpu", "cpu"))
     )
     owned = count_parameters(MODEL).total // 4
@@ -353,7 +354,7 @@ def test_shipped_runs_are_plausible_on_64_h100(name):
 
 
 def test_fp8_is_faster_and_keeps_copies_of_the_weights():
-    bf16, fp8 = (estimate_run(run(training={"fp8": fp8})) for fp8 in ("none", "hybrid"))
+    bf16, fp8 = (estimate_run(run(training=fp8)) for fp8 in ({}, {"fp8.format": "hybrid"}))
     linear = (fp8.flops.projections + fp8.flops.ffn) / (fp8.flops.total - fp8.flops.global_attention
                                                         - fp8.flops.local_attention)  # fmt: skip
     assert fp8.times.matmul == pytest.approx(bf16.times.matmul * (1 - linear + linear / (2 * 0.75)), rel=1e-3)
@@ -361,8 +362,8 @@ def test_fp8_is_faster_and_keeps_copies_of_the_weights():
     copies = fp8.memory[0].components["FP8 weights"]
     assert copies == 2 * count_rank_parameters(MODEL, 1000, ParallelLayout()).layers
     assert fp8.peak_memory_bytes == bf16.peak_memory_bytes + copies
-    with pytest.raises(UserError, match="gpu a100 has no FP8: set training.fp8=none"):
-        estimate_run(run(training={"fp8": "hybrid"}), gpu="a100")
+    with pytest.raises(UserError, match="gpu a100 has no FP8: set training.fp8=null"):
+        estimate_run(run(training={"fp8.format": "hybrid"}), gpu="a100")
 
 
 def test_errors():

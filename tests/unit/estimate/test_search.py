@@ -83,12 +83,12 @@ def test_long_sequences_are_shared_out():
 
 
 def test_deepspeeds_stages_are_tried():
-    config = load_config(RUN, ["engine=deepspeed", "parallel.overlap_grad_reduce=false"])
+    config = load_config(RUN, ["deepspeed={}", "parallel.overlap_grad_reduce=false"])
     found = search(config, gpu="h100", world_size=8, gpus_per_node=8)
     layouts = [each.estimate.layout for each in found.fitting]
     ways = {(layout.zero_stage, layout.offload_optimizer, layout.offload_weights) for layout in layouts}
     assert len(ways) == 7 and all(layout.pipeline == layout.context == 1 for layout in layouts)
-    best = load_config(RUN, ["engine=deepspeed", *found.fitting[0].command_line.split()])
+    best = load_config(RUN, ["deepspeed={}", *found.fitting[0].command_line.split()])
     best.parallel.overlap_grad_reduce = False
     assert not find_problems(best, world_size=8, check_files=False)
     assert not layouts[0].offload_optimizer, "where all fits, nothing is offloaded"

@@ -44,7 +44,7 @@ def test_parameters_equal_the_built_models(counted, path):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in CONFIGS if load_config(path).model.num_moe_experts is None],
+    [path for path in CONFIGS if load_config(path).model.moe is None],
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_flops_equal_the_flop_counters(counted, path):

@@ -30,26 +30,26 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from plt_megatron.config.schema import ModelConfig
 from tests.reference.gates import GATES
 from tests.reference.loop_inputs import LOOP_INPUTS
 from tests.reference.megatron_weights import to_plain
 from tests.reference.plain_plt import KV, PlainPLT
+from tests.settings import changed
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 TOLERANCE = 1e-5
 ROUNDINGS = 4  # roundings that meet: the layers, loops and factors that a weight's gradient passes
 EXPERTS: dict[str, Any] = {
-    "num_moe_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 12,
-    "moe_aux_loss_coeff": 0.1,
-    "moe_z_loss_coeff": 0.01,
+    "moe.num_experts": 4,
+    "moe.router_topk": 2,
+    "moe.ffn_hidden_size": 12,
+    "moe.aux_loss_coeff": 0.1,
+    "moe.z_loss_coeff": 0.01,
 }
-SIGMOID = {**EXPERTS, "moe_router_score_function": "sigmoid"}
-BIASED = {**SIGMOID, "moe_router_enable_expert_bias": True}
-DENSE_FIRST = {**EXPERTS, "first_k_dense_replace": 1}
+SIGMOID = {**EXPERTS, "moe.router_score_function": "sigmoid"}
+BIASED = {**SIGMOID, "moe.router_bias_update_rate": 1e-3}
+DENSE_FIRST = {**EXPERTS, "moe.first_k_dense_replace": 1}
 SPANS: dict[str, dict[str, Any]] = {
     "prelude and coda": {"num_layers": 4, "loop_span": [1, 3], "loop_count": 3},
     "prelude": {**LOOPCODER_V2, "num_layers": 3, "loop_span": [1, 3]},
@@ -110,7 +110,7 @@ CASES: dict[str, dict[str, Any]] = {
     "YaRN": {**YARN, "loop_count": 3},
     "YaRN, ends not rounded, hidden gate": {
         **YARN,
-        "yarn_correction_range_round_to_int": False,
+        "rope_scaling.yarn.correction_range_round_to_int": False,
         "gate_input": "hidden",
     },
     "keys shifted by heads": {"key_shift": "heads", "loop_count": 3},
@@ -129,26 +129,26 @@ CASES: dict[str, dict[str, Any]] = {
     "window of one": {"window_size": 1, "loop_count": 3},
     "window beyond the row": {"window_size": 64},
     "experts": EXPERTS,
-    "experts, one loop": {**EXPERTS, "loop_count": 1, "moe_router_pre_softmax": True, "moe_router_topk": 1},
-    "experts and a shared one": {**EXPERTS, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
-    "sigmoid scores, one expert": {**SIGMOID, "moe_router_topk": 1, "loop_count": 1},
-    "biased experts, a shared one": {**BIASED, "loop_count": 3, "moe_shared_expert_intermediate_size": 8},
+    "experts, one loop": {**EXPERTS, "loop_count": 1, "moe.router_pre_softmax": True, "moe.router_topk": 1},
+    "experts and a shared one": {**EXPERTS, "loop_count": 3, "moe.shared_expert_intermediate_size": 8},
+    "sigmoid scores, one expert": {**SIGMOID, "moe.router_topk": 1, "loop_count": 1},
+    "biased experts, a shared one": {**BIASED, "loop_count": 3, "moe.shared_expert_intermediate_size": 8},
     "biased experts after a dense prelude": {
         **DENSE_FIRST,
         **BIASED,
         "num_layers": 3,
         "loop_span": [1, 3],
-        "moe_shared_expert_intermediate_size": 8,
+        "moe.shared_expert_intermediate_size": 8,
     },
     "experts after dense layers that loop": {
         **DENSE_FIRST,
         "num_layers": 3,
-        "first_k_dense_replace": 2,
+        "moe.first_k_dense_replace": 2,
         "loop_span": [1, 3],
         "loop_count": 3,
         "ffn_output_norm": True,
     },
-    "experts without balancing": {**EXPERTS, "moe_router_load_balancing_type": "none", "ffn_output_norm": True},
+    "experts without balancing": {**EXPERTS, "moe.router_load_balancing_type": "none", "ffn_output_norm": True},
     **SPANS,
     **ORDERS,
 }
@@ -199,8 +199,7 @@ def expect(
             weight *= 1 + 2**-24 * (2 * torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 1)
     for weight in weights.values():
         weight.requires_grad_()
-    settings = {**vars(stage.config.plt), **mutations}
-    plain = plain_class(ModelConfig(**settings), everything | weights)
+    plain = plain_class(changed(stage.config.plt, mutations), everything | weights)
     starts = data["starts"] if packed else None
     losses = plain.losses(data["tokens"], data["labels"], starts, loops)
     # An auxiliary loss is a mean over tokens, the model's a sum over them, to be divided by their number.
@@ -289,19 +288,19 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
     "rotary base": ({}, {"rotary_base": 9000.0}, False),
     "no shifted keys": ({"key_shift": "channels"}, {"key_shift": "none"}, False),
     "the other shift": ({"key_shift": "channels"}, {"key_shift": "heads"}, False),
-    "no YaRN": (YARN, {"rope_scaling_type": "llama3"}, False),
-    "YaRN's factor": (YARN, {"rope_scaling_factor": 4.5}, False),
-    "YaRN's length": (YARN, {"yarn_original_max_position_embeddings": 128}, False),
-    "YaRN's ends": (YARN, {"yarn_correction_range_round_to_int": False}, False),
+    "no YaRN": (YARN, {"rope_scaling.yarn": None}, False),
+    "YaRN's factor": (YARN, {"rope_scaling.factor": 4.5}, False),
+    "YaRN's length": (YARN, {"rope_scaling.yarn.original_max_position_embeddings": 128}, False),
+    "YaRN's ends": (YARN, {"rope_scaling.yarn.correction_range_round_to_int": False}, False),
     "epsilon": ({}, {"layernorm_epsilon": 1e-3}, False),
     "loops": ({}, {"loop_count": 3}, False),
     "no prelude": (SPANS["prelude, naive loop"], {"loop_span": [0, 2]}, False),
     "order by stack": (ORDERS["by layer"], {"loop_order": "stack"}, False),
     "coda in the loop": (SPANS["prelude, naive loop"], {"loop_span": [1, 3]}, False),
-    "normalized weights": (EXPERTS, {"moe_router_pre_softmax": True}, False),
-    "experts of a token": (EXPERTS, {"moe_router_topk": 3}, False),
-    "scores": (EXPERTS, {"moe_router_score_function": "sigmoid"}, False),
-    "no bias": (BIASED, {"moe_router_enable_expert_bias": False}, False),
+    "normalized weights": (EXPERTS, {"moe.router_pre_softmax": True}, False),
+    "experts of a token": (EXPERTS, {"moe.router_topk": 3}, False),
+    "scores": (EXPERTS, {"moe.router_score_function": "sigmoid"}, False),
+    "no bias": (BIASED, {"moe.router_bias_update_rate": None}, False),
 }
 
 
@@ -324,7 +323,7 @@ def test_the_comparison_sees_documents():
     assert differences(run(stage, data, True), expect(stage, data, False))["logits"] > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_z_loss_coeff"])
+@pytest.mark.parametrize("coefficient", ["moe.aux_loss_coeff", "moe.z_loss_coeff"])
 def test_the_comparison_sees_auxiliary_losses(coefficient):
     stage, data = build(EXPERTS), draw()
     actual = run(stage, data, False)

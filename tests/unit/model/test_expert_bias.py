@@ -17,11 +17,10 @@ pytestmark = pytest.mark.usefixtures("one_process")
 MODEL: dict[str, Any] = {
     "num_layers": 2,
     "loop_count": 3,
-    "num_moe_experts": 4,
-    "moe_ffn_hidden_size": 12,
-    "moe_router_score_function": "sigmoid",
-    "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 0.03,
+    "moe.num_experts": 4,
+    "moe.ffn_hidden_size": 12,
+    "moe.router_score_function": "sigmoid",
+    "moe.router_bias_update_rate": 0.03,
     "init_method_std": 0.2,  # scores are well apart
 }
 
@@ -51,7 +50,7 @@ def counts(engine: Any) -> list[Tensor]:
         ({"recompute_granularity": "full"}, {}),
         pytest.param(
             {"recompute_granularity": "selective"},
-            {"num_layers": 3, "loop_span": [1, 2], "moe_z_loss_coeff": 0.1},
+            {"num_layers": 3, "loop_span": [1, 2], "moe.z_loss_coeff": 0.1},
             marks=pytest.mark.slow,
         ),
     ],
@@ -100,7 +99,7 @@ def test_counts_and_biases_are_exact_in_bf16():
         assert any(count != count.bfloat16()), "these would not have been kept"
         count.zero_()
     jobs.train(engine, 1, 2)
-    rate = MODEL["moe_router_bias_update_rate"]
+    rate = MODEL["moe.router_bias_update_rate"]
     for layer in engine.stage.decoder.layers:
         assert layer.mlp.router.expert_bias.dtype is torch.float32
         moves = layer.mlp.router.expert_bias / rate
@@ -110,7 +109,7 @@ def test_counts_and_biases_are_exact_in_bf16():
 @pytest.mark.slow
 def test_biases_even_out_the_load():
     """Of a model that begins with one expert that all tokens go to."""
-    engine = engine_of(num_layers=1, loop_count=2, moe_aux_loss_coeff=0.0, moe_router_bias_update_rate=0.05)
+    engine = engine_of(num_layers=1, loop_count=2, **{"moe.aux_loss_coeff": 0.0, "moe.router_bias_update_rate": 0.05})
     router, busiest = engine.stage.decoder.layers[0].mlp.router, []
     router.expert_bias[1] = 1.0
     for steps in (15, 0):
@@ -123,5 +122,5 @@ def test_biases_even_out_the_load():
 
 
 def test_a_model_without_biases_has_none():
-    engine = engine_of(moe_router_enable_expert_bias=False, moe_router_bias_update_rate=1e-3)
+    engine = engine_of(**{"moe.router_bias_update_rate": None})
     assert not biases(engine) and all(count is None for count in counts(engine))

@@ -36,9 +36,9 @@ FORMS: dict[str, dict[str, Any]] = {
     },
     "experts": {
         **EXPERTS,
-        "moe_shared_expert_intermediate_size": 8,
-        "moe_aux_loss_coeff": 0.0,
-        "moe_z_loss_coeff": 0.0,
+        "moe.shared_expert_intermediate_size": 8,
+        "moe.aux_loss_coeff": 0.0,
+        "moe.z_loss_coeff": 0.0,
     },
 }
 

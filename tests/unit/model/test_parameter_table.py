@@ -20,6 +20,7 @@ from plt_megatron.model.parameters import (
     parameters_of,
     tensors_of,
 )
+from tests.settings import make
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -27,7 +28,7 @@ POST = {"norm_placement": "post", "qk_layernorm": True}
 MODELS = CASES | {
     "post-norm": POST,
     "post-norm, hidden gate, one loop": {**POST, "gate_input": "hidden", "loop_count": 1},
-    "post-norm experts": {**POST, **EXPERTS, "moe_shared_expert_intermediate_size": 8},
+    "post-norm experts": {**POST, **EXPERTS, "moe.shared_expert_intermediate_size": 8},
 }
 
 
@@ -71,7 +72,7 @@ def test_weight_decay_is_megatrons(settings):
 
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS.keys())
 def test_what_only_loops_have_is_what_one_loop_lacks(settings):
-    model = ModelConfig(**{**BASE, **settings})
+    model = make(ModelConfig, {**BASE, **settings})
     one = {parameter.name for parameter in parameters_of(dataclasses.replace(model, loop_count=1))}
     for parameter in parameters_of(model):
         assert parameter.only_in_loops == (parameter.name not in one)
@@ -83,9 +84,9 @@ def test_every_name_is_one_parameters():
     """Also behind prefixes, of one expert and without a layer's number, as checkpoints' keys are. With dense layers
     before the experts, two of our norms are one of Hugging Face's."""
     for settings in MODELS.values():
-        model = ModelConfig(**{**BASE, **settings})
+        model = make(ModelConfig, {**BASE, **settings})
         for parameter in tensors_of(model):
-            for name in (parameter.name, *(() if model.first_k_dense_replace else parameter.hf)):
+            for name in (parameter.name, *(() if model.moe.first_k_dense_replace else parameter.hf)):
                 name = name.format(layer=11, expert=3)
                 for alias in (name, f"module.module.{name}", f"optimizer.state.exp_avg.{name.replace('11.', '')}"):
                     assert [other for other in tensors_of(model) if other.is_named(alias)] == [parameter], alias
@@ -99,7 +100,7 @@ def test_the_last_stages_matrix_is_the_embedding_where_they_are_tied():
 
 
 def test_experts_have_three_more_names():
-    model = ModelConfig(**{**BASE, **EXPERTS})
+    model = make(ModelConfig, {**BASE, **EXPERTS})
     expert = "decoder.layers.{layer}.mlp.experts.{expert}.linear_fc2.weight"
     for name in ("0.mlp.experts.local_experts.3.linear_fc2.weight", "mlp.experts.experts.linear_fc2.weight"):
         assert find(model, f"decoder.layers.{name}").name == expert

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
-from plt_megatron.hf.rope_keys import rope_keys, scaling_settings
+from plt_megatron.hf.rope_keys import rope_keys, rope_scaling
+from tests.settings import make
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 QWEN3 = {"hidden_size": 512, "num_attention_heads": 4, "rotary_base": 1e6}
-YARN = {"rope_scaling_type": "yarn", "rope_scaling_factor": 4.0, "yarn_original_max_position_embeddings": 32768}
+YARN = {"rope_scaling.factor": 4.0, "rope_scaling.yarn.original_max_position_embeddings": 32768}
 CASES: dict[str, dict[str, Any]] = {
     "plain": QWEN3,
-    "Llama 3.1": {**QWEN3, "rotary_base": 5e5, "rope_scaling_factor": 8.0},
+    "Llama 3.1": {**QWEN3, "rotary_base": 5e5, "rope_scaling.factor": 8.0},
     "YaRN": {**QWEN3, **YARN},
-    "other betas": {**QWEN3, **YARN, "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0, "rope_scaling_factor": 40.0},
-    "ends not rounded": {**QWEN3, **YARN, "yarn_correction_range_round_to_int": False},
-    "short texts, narrow heads": {**QWEN3, **YARN, "kv_channels": 16, "yarn_original_max_position_embeddings": 128},
+    "other betas": {
+        **QWEN3,
+        **YARN,
+        "rope_scaling.yarn.beta_fast": 16.0,
+        "rope_scaling.yarn.beta_slow": 2.0,
+        "rope_scaling.factor": 40.0,
+    },
+    "ends not rounded": {**QWEN3, **YARN, "rope_scaling.yarn.correction_range_round_to_int": False},
+    "short texts, narrow heads": {
+        **QWEN3,
+        **YARN,
+        "kv_channels": 16,
+        "rope_scaling.yarn.original_max_position_embeddings": 128,
+    },
 }
 
 
@@ -53,14 +67,14 @@ def theirs(model: ModelConfig) -> tuple[torch.Tensor, float]:
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_frequencies_and_factor_are_transformers(settings):
-    model = ModelConfig(backend="torch", **settings)
+    model = make(ModelConfig, {**settings, "backend": "torch"})
     angles, factor = ours(model, 9)
     frequencies, expected = theirs(model)
     assert torch.allclose(angles, torch.arange(9)[:, None] * frequencies, rtol=1e-5, atol=0)
-    assert factor == pytest.approx(expected, rel=1e-12) and (factor > 1) is (model.rope_scaling_type == "yarn")
+    assert factor == pytest.approx(expected, rel=1e-12) and (factor > 1) is (derived.yarn_factor(model) is not None)
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_keys_of_a_configuration_come_back(settings):
-    model = ModelConfig(**settings)
-    assert ModelConfig(**{**settings, **scaling_settings(rope_keys(model))}) == model
+    model = make(ModelConfig, settings)
+    assert dataclasses.replace(model, rope_scaling=rope_scaling(rope_keys(model))) == model

@@ -13,7 +13,12 @@ pytestmark = pytest.mark.usefixtures("one_process")
 def test_a_loop_without_experts_has_no_statistics_of_them():
     from plt_megatron.train.callbacks.loop_measures import _empty
 
-    experts = {"num_moe_experts": 4, "moe_ffn_hidden_size": 12, "moe_z_loss_coeff": 1e-3, "first_k_dense_replace": 1}
+    experts = {
+        "moe.num_experts": 4,
+        "moe.ffn_hidden_size": 12,
+        "moe.z_loss_coeff": 1e-3,
+        "moe.first_k_dense_replace": 1,
+    }
     engine, batches = jobs.build(jobs.run_config(num_layers=2, loop_span=[0, 1], **experts)), jobs.batches_of(1)
     batches[0].statistics = _empty(engine.config.model, 2)
     engine.train_step(batches)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from plt_megatron.config.schema import ModelConfig, ParallelConfig
 from tests.reference.megatron_weights import randomize_biases, randomize_gates_and_norms
+from tests.settings import make
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50, 64
 SHAPE = (2, 23)  # rows, tokens; windows below do not divide 23
@@ -39,11 +40,10 @@ LOOPCODER_V2: dict[str, Any] = {
 
 # Of the four pairs of channels two are on the ramp, one at each end.
 YARN: dict[str, Any] = {
-    "rope_scaling_type": "yarn",
-    "rope_scaling_factor": 4.0,
-    "yarn_original_max_position_embeddings": 64,
-    "yarn_beta_fast": 8.0,
-    "yarn_beta_slow": 0.5,
+    "rope_scaling.factor": 4.0,
+    "rope_scaling.yarn.original_max_position_embeddings": 64,
+    "rope_scaling.yarn.beta_fast": 8.0,
+    "rope_scaling.yarn.beta_slow": 0.5,
     "rotary_base": 100.0,
     "kv_channels": 8,
 }
@@ -64,7 +64,7 @@ def build(
     from plt_megatron.model.looped_gpt import LoopedGPT
     from plt_megatron.model.transformer_config import transformer_config
 
-    model = ModelConfig(**{**BASE, **settings})
+    model = make(ModelConfig, {**BASE, **settings})
     parallel = ParallelConfig(recompute_granularity=recompute)  # type: ignore[arg-type]
     stage = LoopedGPT(
         transformer_config(model, parallel),

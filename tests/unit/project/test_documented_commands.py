@@ -38,7 +38,11 @@ INSTEAD = [
     (r" --vocab-size 32000\b", " --vocab-size 400", "the small corpus has no 32,000 pieces"),
     (r"^plt doctor\b.*", "plt doctor --help", "takes ten seconds; test_doctor.py runs it"),
     (r"^python benchmarks/gpu.py.*", "python $ROOT/benchmarks/gpu.py --help", "needs a GPU"),
-    (r"^plt train .*engine=deepspeed.*", r"\g<0> --print-config", "needs DeepSpeed and the memory of a 1.2B model"),
+    (
+        r"^plt train .*deepspeed.zero_stage=.*",
+        r"\g<0> --print-config",
+        "needs DeepSpeed and the memory of a 1.2B model",
+    ),
     (r"^plt train configs/runs/plt2_tiny.yaml --dry-run\b", r"\g<0> name=dry", "README has trained the run"),
     (r"^plt train configs/runs/plt2_moe_tiny.*", r"\g<0> --dry-run", "trained by tests/distributed"),
     (r"^plt train .* name=tiny_l1 .*", r"\g<0> --dry-run", "README's commands have trained this configuration"),

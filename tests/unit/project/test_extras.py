@@ -135,12 +135,12 @@ WITHOUT = [
     ("preprocess --input text.parquet --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
     ("preprocess --input text.jsonl.zst --tokenizer .demo/tokenizer.model --output-prefix out", "data"),
     ("train configs/runs/plt2_tiny.yaml optimizer.name=muon", "muon"),
-    ("train configs/runs/plt2_tiny.yaml engine=deepspeed", "deepspeed"),
+    ("train configs/runs/plt2_tiny.yaml deepspeed={}", "deepspeed"),
     (EXPORTING, "hf"),
     (f"{EXPORTING} evaluation.tasks=[choice]", "eval"),
     ("train configs/runs/plt2_tiny.yaml checkpoint.upload_to=s3://nowhere", "upload"),
     ("train configs/runs/plt2_tiny.yaml logging.wandb_project=mine", "track"),
-    ("train configs/runs/plt2_tiny.yaml logging.straggler_interval=100", "resilience"),
+    ("train configs/runs/plt2_tiny.yaml logging.straggler.interval=100", "resilience"),
 ]
 
 

@@ -31,8 +31,8 @@ PROGRAMS_OWN = """
     lr_wsd_decay_iters lr_wsd_decay_style load save_interval async_save log_interval wandb_project profile_step_start
     profile_step_end profile_ranks rotary_base rope_scaling_factor vocab_size make_vocab_size_divisible_by
     distributed_timeout_minutes distributed_timeout_seconds_after_init eod_mask_loss fim_rate fim_spm_rate
-    fim_prefix_token fim_middle_token fim_suffix_token yarn_original_max_position_embeddings yarn_beta_fast
-    yarn_beta_slow yarn_correction_range_round_to_int
+    yarn_original_max_position_embeddings yarn_beta_fast
+    yarn_beta_slow yarn_correction_range_round_to_int num_experts fp8_format
 """.split()
 # What upstream's scripts leave at its default, but many a user's do not.
 ALSO_COMMON = """
@@ -107,8 +107,10 @@ def core_fields() -> set[str]:
 
 def named_for(setting: str) -> str | None:
     """The argument of upstream that a setting has the name of."""
-    leaf = setting.rpartition(".")[2].replace("_", "-")
-    return next((name for name in (f"--{leaf}", f"--no-{leaf}") if name in upstream()), None)
+    parts = setting.replace("_", "-").split(".")
+    # In a section of its own a setting lacks upstream's prefix: moe-, yarn-, fp8-, rope-scaling-.
+    names = [parts[-1]] if len(parts) < 3 else ["-".join(parts[-2:]), parts[-1]]
+    return next((name for each in names for name in (f"--{each}", f"--no-{each}") if name in upstream()), None)
 
 
 def test_the_list_of_upstreams_arguments_is_whole():
@@ -154,7 +156,7 @@ def test_a_setting_with_an_arguments_name_stands_beside_it():
 def test_settings_with_an_arguments_name_are_megatron_cores():
     core = core_fields()
     assert len(core) > 300
-    named = {setting.rpartition(".")[2] for setting in SETTINGS if named_for(setting) is not None}
+    named = {name.removeprefix("--").removeprefix("no-").replace("-", "_") for name in map(named_for, SETTINGS) if name}
     assert named - core == set(PROGRAMS_OWN)
     # Arguments have another name than the field, ours has the field's.
     assert {"layernorm_epsilon", "num_moe_experts", "apply_rope_fusion", "fp8"} <= core

@@ -84,9 +84,9 @@ def test_a_layout_that_does_not_divide(folder, slurm):
 
 def test_fp8_that_the_clusters_card_has_no_kernel_for(folder, slurm):
     """Before submission, by the card that the partition has."""
-    fp8 = ("training.fp8=hybrid", "model.backend=te", "model.hidden_size=64", "model.ffn_hidden_size=128")
-    lines = refusal(*fp8, "training.fp8_recipe=mxfp8")
-    rule = "training.fp8_recipe mxfp8 needs Blackwell (sm100), sm90 has no kernel; use tensorwise or delayed"
+    fp8 = ("training.fp8.format=hybrid", "model.backend=te", "model.hidden_size=64", "model.ffn_hidden_size=128")
+    lines = refusal(*fp8, "training.fp8.recipe=mxfp8")
+    rule = "training.fp8.recipe mxfp8 needs Blackwell (sm100), sm90 has no kernel; use tensorwise or delayed"
     assert lines[0].endswith(rule) and not slurm.calls("sbatch")
 
 

@@ -22,6 +22,7 @@ from plt_megatron.launcher.job import load_settings
 from plt_megatron.slurm.active import check_no_active_job
 from plt_megatron.slurm.run_files import job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
+from tests.settings import make
 
 # The run folder.
 
@@ -436,7 +437,7 @@ def test_steps_to_come_with_more_loops_take_longer_than_those_measured(folder, s
     profile = folder / "cpu.yaml"
     profile.write_text("processes_per_node: 2\npartition: cpu\n")
     stages = "training.loop_schedule=[{until: 0.5, loop_count: 1}, {loop_count: 2}]"
-    model, length = ModelConfig(**RUN["model"]), RUN["data"]["sequence_length"]
+    model, length = make(ModelConfig, RUN["model"]), RUN["data"]["sequence_length"]
     one, two = (training_flops_per_token(model, length, model.vocab_size, loops).total for loops in (1, 2))
     submit_run(stages, cluster=str(profile))
     tokens = RUN["training"]["global_batch_size"] * length  # of a step, which took a second

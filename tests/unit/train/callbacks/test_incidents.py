@@ -15,7 +15,7 @@ from tests.unit.train.callbacks.a_run import a_run
 def run(tmp_path):
     """A stage of data ends with sample 12."""
     run = a_run(tmp_path)
-    run.config.data = DataConfig(stages=[DataStage(until=400)], sequence_length=32)
+    run.config.data = DataConfig(stages=[DataStage(400, [])], sequence_length=32)
     run.config.training = TrainingConfig(on_spike="rollback", spike_window=8, max_skipped_steps=1)
     return run
 

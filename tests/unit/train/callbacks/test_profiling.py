@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from plt_megatron.config.schema import ProfileConfig
 from plt_megatron.train.callbacks.base import Step
 from plt_megatron.train.callbacks.profiling import Profiling
 from tests.unit.train.callbacks.a_run import a_run
@@ -21,7 +22,7 @@ def rank(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
     rank(1)
-    run = a_run(tmp_path, profile_step_start=2, profile_step_end=4, profile_ranks=[1])
+    run = a_run(tmp_path, profile=ProfileConfig(4, 2, [1]))
     profiling, written = Profiling(run), []
     for number in range(1, 7):
         profiling.before_step(Step(number, [], 1, 1, 1))
@@ -38,7 +39,7 @@ def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
 
 def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):
     rank(0)
-    run = a_run(tmp_path, profile_step_start=0, profile_step_end=9)
+    run = a_run(tmp_path, profile=ProfileConfig(9))
     profiling = Profiling(run)
     profiling.before_step(Step(1, [], 1, 1, 1))
     torch.ones(3).sum()
@@ -49,7 +50,7 @@ def test_a_run_that_ends_early_leaves_what_was_traced(tmp_path, rank):
     assert (tmp_path / "profile" / "rank_0000_steps_1-9.json.gz").is_file()
 
 
-@pytest.mark.parametrize("logging", [{}, {"profile_step_end": 3, "profile_ranks": [1]}], ids=["no steps", "rank 1"])
+@pytest.mark.parametrize("logging", [{}, {"profile": ProfileConfig(3, ranks=[1])}], ids=["no steps", "rank 1"])
 def test_no_trace_is_made_unasked(tmp_path, rank, logging):
     rank(0)
     run = a_run(tmp_path, **logging)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 
 
@@ -38,10 +39,10 @@ def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
     """Fusion -> why it cannot be on, with `backend` (`torch` or `te`)."""
     if backend != "te":
         return dict.fromkeys(NAMES, "needs Transformer Engine (model.backend=te)")
-    if config.engine == "deepspeed":
-        return dict.fromkeys(NAMES, "is not proven with engine deepspeed")
-    if config.model.rope_scaling_type == "yarn":
-        return {"apply_rope_fusion": "with model.rope_scaling_type=yarn: the kernel does not scale what it turns"}
+    if config.deepspeed is not None:
+        return dict.fromkeys(NAMES, "is not proven with deepspeed")
+    if derived.yarn_factor(config.model) is not None:
+        return {"apply_rope_fusion": "with model.rope_scaling.yarn: the kernel does not scale what it turns"}
     if config.data.reset_at_document_boundaries:
         why = "with data.reset_at_document_boundaries: the kernel knows one position a row, packed rows have their own"
         return {"apply_rope_fusion": why}

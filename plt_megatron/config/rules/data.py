@@ -31,11 +31,7 @@ def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:
         if rates.setdefault(os.path.abspath(source.path), rate) != rate:
             yield f"data.{key}[{index}].fim_rate {rate:g}: {source.path} is a source already, with another rate"
     if any(rates.values()) and data.tokenizer is None:
-        yield "data.fim_rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix"
-    names = [data.fim_prefix_token, data.fim_middle_token, data.fim_suffix_token]
-    given = [name for name in names if name is not None]
-    if given and (len(set(given)) < 3 or not all(given)):
-        yield (
-            "data.fim_prefix_token, data.fim_middle_token and data.fim_suffix_token: give three different tokens, or "
-            "none for those that the tokenizer is known to have"
-        )
+        yield "data.fim.rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix"
+    given = derived.fim(data).tokens
+    if given is not None and (len(given) != 3 or len(set(given)) < 3 or not all(given)):
+        yield f"data.fim.tokens {given}: give three different ones, for prefix, middle and suffix, or null"

@@ -1,16 +1,17 @@
-"""Checks of which layers loop (`model.loop_span`) and in what order (`model.loop_order`); part of `validation`."""
+"""What a later loop's input, the layers that loop (`model.loop_span`) and their order (`model.loop_order`) ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from plt_megatron.config import derived
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import ModelConfig, RunConfig
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
     """The problems of a configuration whose single settings are in range, one line each."""
     model = config.model
+    yield from _check_input(model)
     yield from _check_order(config)
     span = model.loop_span
     if span is None:
@@ -23,6 +24,30 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         return
     yield from _check_loops(config)
     yield from _check_layout(config)
+
+
+def _check_input(model: ModelConfig) -> Iterator[str]:
+    """What the input of loops >= 2 needs. A model of one loop ignores it; loops by layer: see `_check_order`."""
+    if model.loop_count == 1 or model.loop_order == "layer":
+        return
+    scaled = {
+        "hidden_norm": model.hidden_norm,
+        f"learned_hidden_scale {model.learned_hidden_scale}": model.learned_hidden_scale != "none",
+        "hidden_scale_ratio": model.hidden_scale_ratio is not None,
+    }
+    first = next((name for name, given in scaled.items() if given), None)
+    if first is not None and not derived.adds_embeddings(model):
+        yield (
+            f"model.{first} is for E + h, but without model.cross_loop_parallel a loop reads h itself; "
+            "set model.input_injection=true"
+        )
+    if model.hidden_norm and model.norm_between_loops:
+        yield "model.hidden_norm and model.norm_between_loops both norm h; set one of them to false"
+    if model.hidden_scale_ratio is not None and not (model.hidden_norm or model.norm_between_loops):
+        yield (
+            "model.hidden_scale_ratio needs h to have a known RMS; set model.hidden_norm=true or "
+            "model.norm_between_loops=true"
+        )
 
 
 def _check_order(config: RunConfig) -> Iterator[str]:

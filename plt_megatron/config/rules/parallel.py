@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 
-from plt_megatron.config import derived, stage_rules
+from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout, layout_of
+from plt_megatron.config.rules import stages as stage_rules
 from plt_megatron.config.schema import RunConfig
 
 
@@ -18,8 +19,8 @@ def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[
     yield from _check_context(config, layout)
     yield from _check_overlap(config)
     yield from _check_recomputation(config)
-    if config.model.num_moe_experts is not None:
-        yield from _check_experts(config, layout)
+    if config.model.moe is not None:
+        yield from _check_experts(config.model.moe.num_experts, layout)
     problem = None if world_size is None else layout.world_size_problem(world_size)
     if problem is not None:
         yield problem
@@ -83,19 +84,14 @@ def _check_recomputation(config: RunConfig) -> Iterator[str]:
     if not modules or len(set(modules)) < len(modules):
         yield f"parallel.recompute_modules {modules}: name each part once, and at least one"
     if "mlp" in modules and not derived.dense_layers(model):
-        yield "parallel.recompute_modules mlp: with model.num_moe_experts layers have no dense FFN; leave it out"
-    if "shared_experts" in modules and model.moe_shared_expert_intermediate_size is None:
-        yield "parallel.recompute_modules shared_experts needs model.moe_shared_expert_intermediate_size; leave it out"
+        yield "parallel.recompute_modules mlp: with model.moe layers have no dense FFN; leave it out"
+    if "shared_experts" in modules and not derived.shared_expert_size(model):
+        yield "parallel.recompute_modules shared_experts needs model.moe.shared_expert_intermediate_size; leave it out"
 
 
 def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     """What the sequence has to be divisible by, and what no kernel does."""
     cp, tp = layout.context, layout.tensor
-    if config.parallel.window_cp_comm_type == "p2p":
-        yield (
-            "parallel.window_cp_comm_type p2p: Transformer Engine's sliding window has no p2p context parallelism; "
-            "use a2a or all_gather"
-        )
     if cp == 1:
         return
     for key, length in _row_lengths(config).items():
@@ -114,19 +110,17 @@ def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
 def _row_lengths(config: RunConfig) -> dict[str, int]:
     """The lengths of the run's rows by their settings."""
     stages = enumerate(config.data.length_schedule)
-    lengths = {
-        f"data.length_schedule[{number}].sequence_length": stage.sequence_length or 0 for number, stage in stages
-    }
+    lengths = {f"data.length_schedule[{number}].sequence_length": stage.sequence_length for number, stage in stages}
     return lengths | {"data.sequence_length": config.data.sequence_length}
 
 
-def _check_experts(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    experts, ep = config.model.num_moe_experts or 0, layout.expert
+def _check_experts(experts: int, layout: ParallelLayout) -> Iterator[str]:
+    ep = layout.expert
     if experts % ep:
-        yield f"model.num_moe_experts {experts} is not divisible by parallel.expert_model_parallel_size {ep}"
+        yield f"model.moe.num_experts {experts} is not divisible by parallel.expert_model_parallel_size {ep}"
     if layout.tensor > 1 and not layout.sequence_parallel:
         yield (
-            f"model.num_moe_experts with parallel.tensor_model_parallel_size {layout.tensor} needs "
+            f"model.moe with parallel.tensor_model_parallel_size {layout.tensor} needs "
             "parallel.sequence_parallel=true: each rank routes its own share of the tokens"
         )
     if layout.ranks_per_stage % ep:

@@ -1,4 +1,4 @@
-"""What a run on Transformer Engine asks of the versions that a machine has, beside its card (see `fp8_rules`).
+"""What a run on Transformer Engine asks of the versions that a machine has, beside its card (see `fp8`).
 
 The rules are those of Transformer Engine's own selectors (2.20), stated before a run starts. Where no fused attention
 is left it falls back, without a word, to one that holds all scores: that is refused.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plt_megatron.config import fp8_rules
-from plt_megatron.config.fp8_rules import HOPPER, Capability, card_name
+from plt_megatron.config.rules import fp8 as fp8_rules
+from plt_megatron.config.rules.fp8 import HOPPER, Capability, card_name
 from plt_megatron.config.schema import RunConfig
 
 Version = tuple[int, ...]
@@ -42,19 +42,21 @@ def find_problems(config: RunConfig, capability: Capability, versions: Versions)
     choice = fp8_rules.choose(config, capability)
     if choice is not None and choice.recipe == "blockwise" and _older(versions.cuda, BLOCKWISE_CUDA):
         yield (
-            f"training.fp8_recipe blockwise needs a torch built for CUDA {_text(BLOCKWISE_CUDA)} or newer, this one is "
+            f"training.fp8.recipe blockwise needs a torch built for CUDA {_text(BLOCKWISE_CUDA)} or newer, this one is "
             f"for {_text(versions.cuda)}; use tensorwise or delayed"
         )
     if config.training.deterministic:
-        yield from _check_deterministic(config, capability, versions)
+        yield from _check_deterministic(config, capability, versions, choice)
 
 
-def _check_deterministic(config: RunConfig, capability: Capability, versions: Versions) -> Iterator[str]:
+def _check_deterministic(
+    config: RunConfig, capability: Capability, versions: Versions, choice: fp8_rules.Fp8Choice | None
+) -> Iterator[str]:
     card, other = card_name(capability), "or set training.deterministic=false or model.backend=torch"
-    if config.training.fp8_attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):
+    if choice is not None and choice.attention and _older(versions.cudnn, DETERMINISTIC_FP8_CUDNN):
         yield (
-            f"training.deterministic with training.fp8_attention needs cuDNN {_text(DETERMINISTIC_FP8_CUDNN)} or newer,"
-            f" this is {_text(versions.cudnn)}: update it, or set training.fp8_attention=false"
+            f"training.deterministic with training.fp8.attention needs cuDNN {_text(DETERMINISTIC_FP8_CUDNN)} or newer,"
+            f" this is {_text(versions.cudnn)}: update it, or set training.fp8.attention=false"
         )
     if not _older(versions.flash_attn, DETERMINISTIC_FLASH_ATTN):
         return

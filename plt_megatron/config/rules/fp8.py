@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import Fp8Config, RunConfig
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 HOPPER_ATTENTION_HEAD_DIM = 128
@@ -47,24 +47,22 @@ class Fp8Choice:
 def choose(config: RunConfig, capability: Capability) -> Fp8Choice | None:
     """What the configuration means on a card of this compute capability; None: no FP8.
 
-    `training.fp8_recipe: auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales are of
+    `training.fp8.recipe: auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales are of
     the very tensor that is rounded, or delayed where Hopper's attention kernel asks for it.
     """
-    training = config.training
-    if training.fp8 == "none":
+    fp8 = config.training.fp8
+    if fp8 is None:
         return None
-    ends = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
-    in_bf16 = ends if training.first_last_layers_bf16 else (0, 0)
-    return Fp8Choice(training.fp8, _recipe(config, capability), training.fp8_attention, in_bf16)
+    ends = fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16
+    return Fp8Choice(fp8.format, _recipe(fp8, capability), fp8.attention, ends)
 
 
-def _recipe(config: RunConfig, capability: Capability) -> str:
-    training = config.training
-    if training.fp8_recipe != "auto":
-        return training.fp8_recipe
+def _recipe(fp8: Fp8Config, capability: Capability) -> str:
+    if fp8.recipe != "auto":
+        return fp8.recipe
     if BLACKWELL <= capability < CONSUMER_BLACKWELL:
         return "mxfp8"
-    return "delayed" if training.fp8_attention else "tensorwise"
+    return "delayed" if fp8.attention else "tensorwise"
 
 
 def find_problems(config: RunConfig, capability: Capability | None = None) -> Iterator[str]:
@@ -72,93 +70,85 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
 
     `capability`: the card's, where it is known; None: what no card can do.
     """
-    training = config.training
-    if training.fp8 == "none":
-        if training.fp8_attention:
-            yield "training.fp8_attention needs FP8 linear layers: set training.fp8=hybrid, or fp8_attention=false"
-        if training.first_last_layers_bf16:
-            yield "training.first_last_layers_bf16 needs training.fp8: all layers are in BF16 without; set it to false"
+    fp8 = config.training.fp8
+    if fp8 is None:
         return
     if config.model.backend == "torch":
-        yield f"training.fp8 {training.fp8} needs Transformer Engine: set model.backend=te, or training.fp8=none"
-    if training.precision != "bf16":
+        yield "training.fp8 needs Transformer Engine: set model.backend=te, or training.fp8=null"
+    if config.training.precision != "bf16":
         yield (
-            f"training.fp8 {training.fp8} with training.precision {training.precision}: FP8 kernels read and write "
-            "bf16; set training.precision=bf16"
+            f"training.fp8 with training.precision {config.training.precision}: FP8 kernels read and write bf16; set "
+            "training.precision=bf16"
         )
     if capability is not None:
-        yield from _check_card(config, capability)
-    yield from _check_sizes(config, "mxfp8" if training.fp8_recipe == "mxfp8" else _known_recipe(config, capability))
-    yield from _check_recomputation(config, capability)
-    yield from _check_experts(config, capability)
-    yield from _check_ends(config, capability)
-    if training.fp8_attention:
-        yield from _check_attention(config, capability)
+        yield from _check_card(fp8, capability)
+    recipe = _recipe(fp8, HOPPER if capability is None else capability)
+    yield from _check_sizes(config, recipe)
+    yield from _check_recomputation(config, fp8, recipe)
+    yield from _check_experts(config, fp8, recipe)
+    yield from _check_ends(config, fp8, recipe)
+    if fp8.attention:
+        yield from _check_attention(config, fp8, capability)
 
 
-def _check_recomputation(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+def _check_recomputation(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
     """Recomputation that would not compute what was computed before.
 
     With delayed scaling Transformer Engine keeps a module's scales first in, first out until they are needed again. A
     looped module is recomputed last loop first, so each loop would get another loop's. And megatron-core recomputes
     attention outside of FP8, so the attention that is differentiated would not be the one that ran.
     """
-    training, model, granularity = config.training, config.model, config.parallel.recompute_granularity
+    model, granularity = config.model, config.parallel.recompute_granularity
     modules = config.parallel.recompute_modules if granularity == "selective" else []
     linears = "full" if granularity == "full" else "selective with mlp in recompute_modules"
     if (granularity == "full" or "mlp" in modules) and model.loop_count > 1:
-        if _known_recipe(config, capability) == "delayed":
+        if recipe == "delayed":
             yield (
-                f"training.fp8 with recipe delayed, parallel.recompute_granularity {linears} and model.loop_count "
+                f"training.fp8.recipe delayed with parallel.recompute_granularity {linears} and model.loop_count "
                 f"{model.loop_count}: a loop would be recomputed with another loop's scales; set "
-                "training.fp8_recipe=tensorwise, or parallel.recompute_granularity=selective (core_attn)"
+                "training.fp8.recipe=tensorwise, or parallel.recompute_granularity=selective (core_attn)"
             )
-    if "core_attn" in modules and training.fp8_attention:
+    if "core_attn" in modules and fp8.attention:
         yield (
-            "training.fp8_attention with parallel.recompute_granularity selective: attention would be recomputed in "
-            "BF16; set parallel.recompute_granularity=none, or training.fp8_attention=false"
+            "training.fp8.attention with parallel.recompute_granularity selective: attention would be recomputed in "
+            "BF16; set parallel.recompute_granularity=none, or training.fp8.attention=false"
         )
 
 
-def _check_experts(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+def _check_experts(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
     """With delayed scaling an expert's scale would be of steps in which it may have seen other tokens, or none, and
     ranks with other experts would put their largest values into one history."""
-    if config.model.num_moe_experts is not None and _known_recipe(config, capability) == "delayed":
-        other = "tensorwise" if not config.training.fp8_attention else "tensorwise, and training.fp8_attention=false"
+    if config.model.moe is not None and recipe == "delayed":
+        other = "tensorwise" if not fp8.attention else "tensorwise, and training.fp8.attention=false"
         yield (
-            f"training.fp8 with recipe delayed and model.num_moe_experts {config.model.num_moe_experts}: experts on "
-            f"several ranks would share their scales; set training.fp8_recipe={other}"
+            "training.fp8.recipe delayed with model.moe: experts on several ranks would share their scales; set "
+            f"training.fp8.recipe={other}"
         )
 
 
-def _check_ends(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+def _check_ends(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
     """First and last layers in BF16, as megatron-core has them."""
-    training = config.training
-    if not training.first_last_layers_bf16:
-        return
-    if _known_recipe(config, capability) == "delayed":
+    names = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+    given = {f"training.fp8.{name}": getattr(fp8, name) for name in names if getattr(fp8, name)}
+    if given and recipe == "delayed":
         yield (
-            "training.first_last_layers_bf16 with recipe delayed: scales are reduced for the whole stack at once; set "
-            "training.fp8_recipe=tensorwise, or first_last_layers_bf16=false"
+            f"{next(iter(given))} with training.fp8.recipe delayed: scales are reduced for the whole stack at once; "
+            "set training.fp8.recipe=tensorwise, or leave it out"
         )
     layers = layout_of(config).fewest_stage_layers(config.model.num_layers)
-    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-        if getattr(training, name) > layers:
-            yield f"training.{name} {getattr(training, name)} is more than the {layers} layers of a pipeline stage"
+    for key, count in given.items():
+        if count > layers:
+            yield f"{key} {count} is more than the {layers} layers of a pipeline stage"
 
 
-def _known_recipe(config: RunConfig, capability: Capability | None) -> str:
-    return _recipe(config, HOPPER if capability is None else capability)
-
-
-def _check_card(config: RunConfig, capability: Capability) -> Iterator[str]:
-    card, recipe = card_name(capability), _recipe(config, capability)
+def _check_card(fp8: Fp8Config, capability: Capability) -> Iterator[str]:
+    card, recipe = card_name(capability), _recipe(fp8, capability)
     if capability < ADA:
-        yield f"training.fp8 {config.training.fp8}: {card} has no FP8 units (Ada, Hopper and Blackwell have)"
+        yield f"training.fp8: {card} has no FP8 units (Ada, Hopper and Blackwell have)"
     elif recipe == "mxfp8" and not BLACKWELL <= capability < CONSUMER_BLACKWELL:
-        yield f"training.fp8_recipe mxfp8 needs Blackwell (sm100), {card} has no kernel; use tensorwise or delayed"
+        yield f"training.fp8.recipe mxfp8 needs Blackwell (sm100), {card} has no kernel; use tensorwise or delayed"
     elif recipe == "blockwise" and capability < HOPPER:
-        yield f"training.fp8_recipe blockwise needs Hopper or newer, {card} has no kernel; use tensorwise or delayed"
+        yield f"training.fp8.recipe blockwise needs Hopper or newer, {card} has no kernel; use tensorwise or delayed"
 
 
 def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
@@ -180,31 +170,31 @@ def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
     found = [(name, size, align) for name, size in sizes.items()]
     for name, size, multiple in [*found, ("tokens of a microbatch on one rank", tokens, align_tokens)]:
         if size % multiple:
-            yield f"training.fp8 with recipe {recipe}: {name} is {size}, must be a multiple of {multiple}"
+            yield f"training.fp8.recipe {recipe}: {name} is {size}, must be a multiple of {multiple}"
 
 
-def _check_attention(config: RunConfig, capability: Capability | None) -> Iterator[str]:
+def _check_attention(config: RunConfig, fp8: Fp8Config, capability: Capability | None) -> Iterator[str]:
     """FP8 attention in training; the window's is never asked for."""
-    training, parallel, head = config.training, config.parallel, derived.head_dim(config.model)
-    off = "or set training.fp8_attention=false"
-    recipe = None if capability is None and training.fp8_recipe == "auto" else _known_recipe(config, capability)
+    parallel, head = config.parallel, derived.head_dim(config.model)
+    off = "or set training.fp8.attention=false"
+    recipe = None if capability is None and fp8.recipe == "auto" else _recipe(fp8, capability or HOPPER)
     if recipe == "blockwise":
-        yield f"training.fp8_attention with training.fp8_recipe blockwise: no card has a kernel; use delayed, {off}"
+        yield f"training.fp8.attention with training.fp8.recipe blockwise: no card has a kernel; use delayed, {off}"
     if config.data.reset_at_document_boundaries:
-        yield f"training.fp8_attention with data.reset_at_document_boundaries: no kernel for packed documents; {off}"
+        yield f"training.fp8.attention with data.reset_at_document_boundaries: no kernel for packed documents; {off}"
     if parallel.context_parallel_size > 1 and parallel.cp_comm_type == "all_gather":
-        yield f"training.fp8_attention with parallel.cp_comm_type all_gather: use p2p or a2a, {off}"
+        yield f"training.fp8.attention with parallel.cp_comm_type all_gather: use p2p or a2a, {off}"
     if capability is None:
         return
     card = card_name(capability)
     if not HOPPER <= capability < CONSUMER_BLACKWELL:
-        yield f"training.fp8_attention: {card} has no FP8 attention in training; set training.fp8_attention=false"
+        yield f"training.fp8.attention: {card} has no FP8 attention in training; set training.fp8.attention=false"
     elif capability < BLACKWELL:
         if recipe in ("tensorwise", "mxfp8"):
-            yield f"training.fp8_attention with recipe {recipe} needs Blackwell; on {card} use delayed, {off}"
+            yield f"training.fp8.attention with recipe {recipe} needs Blackwell; on {card} use delayed, {off}"
         if head != HOPPER_ATTENTION_HEAD_DIM:
             yield (
-                f"training.fp8_attention: {card} has FP8 attention in training for a head dimension of "
+                f"training.fp8.attention: {card} has FP8 attention in training for a head dimension of "
                 f"{HOPPER_ATTENTION_HEAD_DIM} only, model.kv_channels is {head}; {off}"
             )
 

@@ -1,0 +1,46 @@
+"""Give the settings of an earlier version's configuration files their present names."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from plt_megatron.commands import CommandParser
+from plt_megatron.errors import run_command
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "config",
+        description=__doc__,
+        epilog="Run folders and checkpoints need none of it: they are read whatever version wrote them.",
+    )
+    parser.add_argument("action", choices=["upgrade"], help="upgrade: rewrite files of settings; comments stay")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run's configuration, or a part of one")
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a file has old names")
+    return parser
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    from plt_megatron.config.upgrade_file import upgrade_text
+    from plt_megatron.config.yaml_nodes import read_text
+    from plt_megatron.run_folder.files import write_text
+
+    old = 0
+    for path in arguments.files:
+        text = read_text(path)
+        upgraded = upgrade_text(text, str(path))
+        if upgraded == text:
+            print(f"{path}: nothing to change")
+            continue
+        old += 1
+        if not arguments.check:
+            write_text(path, upgraded)
+        print(f"{path}: {'has old names' if arguments.check else 'rewritten'}")
+    return 1 if old and arguments.check else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _upgrade(arguments))

@@ -1,0 +1,86 @@
+"""What the layers, their positions and the window's kernel ask of the model's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+
+
+def find_problems(config: RunConfig) -> Iterator[str]:
+    """The problems of a configuration whose single settings are in range, one line each."""
+    yield from _check_layers(config)
+    yield from _check_rope_scaling(config)
+    yield from _check_fused_window(config)
+
+
+def _check_layers(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    heads, groups = model.num_attention_heads, derived.num_query_groups(model)
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield (
+            f"model.hidden_size {model.hidden_size} is not divisible by model.num_attention_heads {heads}; "
+            "change one, or set model.kv_channels"
+        )
+    elif derived.head_dim(model) % 2:
+        yield f"the head dimension (model.kv_channels) must be even for RoPE, got {derived.head_dim(model)}"
+    if heads % groups:
+        yield f"model.num_attention_heads {heads} is not divisible by model.num_query_groups {groups}"
+    if model.key_shift == "heads" and groups < 2:
+        yield "model.key_shift heads shifts half of model.num_query_groups, which is 1; set model.key_shift=channels"
+    if model.key_shift == "channels" and derived.head_dim(model) % 4:
+        yield (
+            "model.key_shift channels needs a head dimension (model.kv_channels) that is a multiple of 4, got "
+            f"{derived.head_dim(model)}"
+        )
+    if model.norm_placement == "post" and model.ffn_output_norm:
+        yield "model.norm_placement post already norms the FFN's output: set model.ffn_output_norm=false"
+    if model.loop_count > 1 and model.gated_window and not model.share_kv:
+        yield (
+            "model.gated_window needs model.share_kv: without sharing, the later loops' attention is already "
+            "their own; set model.gated_window=false or model.share_kv=true"
+        )
+    if model.loop_count > 1 and not model.share_values and not model.share_kv:
+        yield (
+            "model.share_values=false is for shared keys, and model.share_kv=false shares neither; set "
+            "model.share_values=true or model.share_kv=true"
+        )
+
+
+def _check_rope_scaling(config: RunConfig) -> Iterator[str]:
+    scaling = config.model.rope_scaling
+    if scaling is None or scaling.yarn is None:
+        return
+    key, yarn, factor = "model.rope_scaling.yarn", scaling.yarn, scaling.factor
+    if yarn.beta_fast <= yarn.beta_slow:
+        yield (
+            f"{key}.beta_fast {yarn.beta_fast:g} must be above {key}.beta_slow {yarn.beta_slow:g}: both count turns "
+            "over the original length"
+        )
+    original = yarn.original_max_position_embeddings
+    if config.data.sequence_length > factor * original:
+        yield (
+            f"data.sequence_length {config.data.sequence_length} is longer than YaRN's model.rope_scaling.factor "
+            f"{factor:g} x {key}.original_max_position_embeddings {original}: set a larger factor"
+        )
+
+
+def _check_fused_window(config: RunConfig) -> Iterator[str]:
+    """What the fused kernel does not support. Whether there is a GPU is checked when the model is built."""
+    model = config.model
+    if not model.fused_gated_window:
+        return
+    refusal = "model.fused_gated_window {}; set model.fused_gated_window=false"
+    if model.loop_count == 1 or not model.gated_window:
+        yield refusal.format("needs model.gated_window and model.loop_count > 1: there is no window to fuse")
+    if model.gate_activation != "sigmoid":
+        yield refusal.format(f"does not compute model.gate_activation {model.gate_activation}")
+    if config.parallel.context_parallel_size > 1:
+        yield refusal.format(
+            f"does not run with parallel.context_parallel_size {config.parallel.context_parallel_size}"
+        )
+    if config.deepspeed is not None:
+        yield refusal.format("does not run with deepspeed")
+    if not 16 <= derived.head_dim(model) <= 256:
+        yield refusal.format(f"takes head dimensions from 16 to 256, got {derived.head_dim(model)}")

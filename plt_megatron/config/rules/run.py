@@ -1,0 +1,70 @@
+"""What a run's validation, exports and traces ask of its other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from plt_megatron.config import derived
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.schema import RunConfig
+
+
+def find_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    """The problems of a configuration whose single settings are in range, one line each."""
+    yield from _check_validation(config)
+    yield from _check_exports(config)
+    yield from _check_profile(config, world_size)
+
+
+def _check_validation(config: RunConfig) -> Iterator[str]:
+    if config.model.loop_count == 1 and any(count != 1 for count in config.validation.loop_counts):
+        yield (
+            f"validation.loop_counts {config.validation.loop_counts}: a model of model.loop_count 1 "
+            "has no gates, so it can only be validated at [1]"
+        )
+    if config.validation.iters == 0:
+        return
+    shares = derived.split_shares(config.data.split)
+    if config.data.sources and shares is not None and shares[1] == 0:
+        yield f"data.split {config.data.split} keeps nothing for validation: set validation.iters=0"
+    elif config.data.train_sources and not config.data.validation_sources:
+        yield "data.validation_sources is empty; name one or set validation.iters=0"
+    names = [derived.source_name(source) for source in (config.data.validation_sources or config.data.sources)]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if config.validation.by_source and double is not None:
+        yield f"validation.by_source: two sources are called {double!r}: give each a name"
+
+
+def _check_exports(config: RunConfig) -> Iterator[str]:
+    """Only what is saved can be exported, and only what is exported with a tokenizer evaluated."""
+    checkpoint = config.checkpoint
+    if config.evaluation is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
+        missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
+        yield f"evaluation.tasks are for a run's exports, with their tokenizer: set {missing}"
+    if checkpoint.export_interval == 0:
+        return
+    if not checkpoint.enabled:
+        yield "checkpoint.export_interval exports checkpoints, and checkpoint.enabled=false writes none"
+    elif checkpoint.save_interval == 0 or checkpoint.export_interval % checkpoint.save_interval:
+        yield (
+            f"checkpoint.export_interval {checkpoint.export_interval} must be a multiple of "
+            f"checkpoint.save_interval, which is {checkpoint.save_interval}"
+        )
+
+
+def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
+    profile = config.logging.profile
+    if profile is None:
+        return
+    if profile.step_end <= profile.step_start:
+        yield (
+            f"logging.profile.step_end {profile.step_end} must be above logging.profile.step_start {profile.step_start}"
+        )
+    if config.logging.straggler is not None:
+        yield (
+            "logging.straggler and logging.profile: both time kernels by CUPTI, which serves one at a time; leave one "
+            "of them out"
+        )
+    ranks = layout_of(config).world_size if world_size is None else world_size
+    if any(rank >= ranks for rank in profile.ranks):
+        yield f"logging.profile.ranks {profile.ranks}: the run has the ranks 0 to {ranks - 1}"

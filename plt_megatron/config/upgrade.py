@@ -1,0 +1,319 @@
+"""Configurations of earlier versions: settings that have moved, and files rewritten with their new names.
+
+`upgrade` works on the nodes of a YAML document, which know their lines. `loader` uses it for files that programs
+wrote, and `plt config upgrade` for those of users; elsewhere an old name is refused with its new one.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from plt_megatron.config import yaml_nodes
+from plt_megatron.config.deepspeed_settings import ADDABLE, DECIDED_BY, REFUSED
+from plt_megatron.config.yaml_nodes import is_null
+
+Settings = dict[str, yaml.Node]  # by dotted keys
+
+_TEXT, _LIST, _MAPPING = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map"))
+
+_MOE = {
+    "num_moe_experts": "num_experts",
+    "first_k_dense_replace": "first_k_dense_replace",
+    **{
+        f"moe_{name}": name
+        for name in (
+            "router_topk",
+            "ffn_hidden_size",
+            "shared_expert_intermediate_size",
+            "router_pre_softmax",
+            "router_score_function",
+            "router_load_balancing_type",
+            "aux_loss_coeff",
+            "z_loss_coeff",
+            "router_bias_update_rate",
+            "expert_capacity_factor",
+        )
+    },
+}
+_YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "correction_range_round_to_int")
+_FIM_TOKENS = ("prefix", "middle", "suffix")
+_ENDS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+# Old dotted key -> new one, where the value is the same.
+_SAME_VALUE = {
+    **{f"model.{old}": f"model.moe.{new}" for old, new in _MOE.items()},
+    "model.rope_scaling_factor": "model.rope_scaling.factor",
+    **{f"model.yarn_{name}": f"model.rope_scaling.yarn.{name}" for name in _YARN},
+    "training.fp8_recipe": "training.fp8.recipe",
+    "training.fp8_attention": "training.fp8.attention",
+    **{f"training.{name}": f"training.fp8.{name}" for name in _ENDS},
+    "data.fim_rate": "data.fim.rate",
+    "data.fim_spm_rate": "data.fim.spm_rate",
+    "logging.profile_step_start": "logging.profile.step_start",
+    "logging.profile_step_end": "logging.profile.step_end",
+    "logging.profile_ranks": "logging.profile.ranks",
+    "logging.straggler_interval": "logging.straggler.interval",
+    "logging.straggler_threshold": "logging.straggler.threshold",
+    "zero.stage": "deepspeed.zero_stage",
+    "zero.offload_optimizer": "deepspeed.offload_optimizer",
+    "zero.offload_param": "deepspeed.offload_param",
+}
+# ... and where it is another.
+_OTHER_VALUE = {
+    "model.moe_router_enable_expert_bias": "model.moe.router_bias_update_rate (null: no bias)",
+    "model.rope_scaling_type": "the section model.rope_scaling.yarn (null: Llama 3.1's)",
+    "training.first_last_layers_bf16": "training.fp8.num_layers_at_start_in_bf16 and num_layers_at_end_in_bf16",
+    **{f"data.fim_{name}_token": "data.fim.tokens, of prefix, middle and suffix" for name in _FIM_TOKENS},
+    "engine": "the section deepspeed, which chooses that engine (null: megatron-core's)",
+    "zero": "the section deepspeed",
+}
+UPGRADE = "plt config upgrade FILE rewrites a file"
+_DEEPSPEEDS_OWN = {key.partition(".")[0] for key in (*ADDABLE, *DECIDED_BY, *REFUSED)}
+_BIAS_UPDATE_RATE = "1e-3"  # the former default
+
+
+def new_name(key: str) -> str | None:
+    """What a setting of an earlier version is now, in words; None: it has not moved."""
+    section, _, rest = key.partition(".")
+    if section == "deepspeed" and rest.partition(".")[0] in _DEEPSPEEDS_OWN:
+        return f"deepspeed.config.{rest}"
+    return _SAME_VALUE.get(key) or _OTHER_VALUE.get(key)
+
+
+def new_section(key: str, value: str) -> str | None:
+    """What a setting of an earlier version that has become a section is now; None: it is no such value."""
+    if key != "training.fp8" or value not in ("none", "hybrid", "e4m3"):
+        return None
+    return "training.fp8=null" if value == "none" else f"training.fp8.format={value}"
+
+
+def upgrade(document: yaml.MappingNode) -> yaml.MappingNode:
+    """A document, or a part of a configuration, whose settings have their new names; itself if none has moved."""
+    settings = flat(document)
+    if settings is None:
+        return document  # which the loader refuses
+    moved = dict(settings)
+    for step in _STEPS:
+        moved = step(moved)
+    sections = {key[: match.start()] for key in moved for match in re.finditer(r"\.", key)}
+    if moved == settings or sections & moved.keys():  # a section and its former settings: the loader says so
+        return document
+    return _nested(document, moved)
+
+
+def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a configuration, as checkpoints have them, under their new names."""
+    origins: dict[int, Any] = {}
+    document = _node(values, origins)
+    new = upgrade(typing.cast(yaml.MappingNode, document))
+    return dict(values) if new is document else typing.cast(dict[str, Any], plain(new, origins))
+
+
+def _node(value: Any, origins: dict[int, Any]) -> yaml.Node:
+    """A node that stands for a plain value, which `origins` keeps by the node's identity."""
+    if isinstance(value, Mapping):
+        entries = [(yaml.ScalarNode(_TEXT, key), _node(inner, origins)) for key, inner in value.items()]
+        return yaml.MappingNode(_MAPPING, entries)
+    node = (
+        yaml.SequenceNode(_LIST, [_node(item, {}) for item in value])
+        if isinstance(value, list)
+        else yaml.ScalarNode(_TEXT, yaml_nodes.text_of(value), style="'" if isinstance(value, str) else None)
+    )
+    origins[id(node)] = value
+    return node
+
+
+def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
+    """The plain value of a node, of no type that a schema states: as YAML 1.2 reads it."""
+    if origins is not None and id(node) in origins:
+        return origins[id(node)]
+    if isinstance(node, yaml.MappingNode):
+        return {key.value: plain(value, origins) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [plain(item, origins) for item in node.value]
+    if is_null(node):
+        return None
+    return next(value for kind in (bool, int, float, str) if (value := yaml_nodes.scalar(kind, node)) is not None)
+
+
+# ---------------------------------------------------------------- what moved
+
+
+def _upgrade_moe(settings: Settings) -> Settings:
+    old = [f"model.{name}" for name in (*_MOE, "moe_router_enable_expert_bias")]
+    if _is_null(settings, "model.num_moe_experts"):
+        return _switched_off(settings, old, "model.moe")
+    enabled, rate = "model.moe_router_enable_expert_bias", "model.moe_router_bias_update_rate"
+    if enabled in settings:
+        switch = settings.pop(enabled)
+        given = settings.get(rate, _scalar(_BIAS_UPDATE_RATE, switch))
+        settings[rate] = given if _is_true(switch) else _scalar("null", switch)
+    return _renamed(settings, "model.moe.")
+
+
+def _upgrade_rope_scaling(settings: Settings) -> Settings:
+    factor, kind, yarn = (
+        "model.rope_scaling_factor",
+        "model.rope_scaling_type",
+        [f"model.yarn_{name}" for name in _YARN],
+    )
+    if _is_null(settings, factor):
+        return _switched_off(settings, [factor, kind, *yarn], "model.rope_scaling")
+    if kind in settings and settings[kind].value != "yarn":
+        settings = _without(settings, yarn)
+    return _renamed(_without(settings, [kind]), "model.rope_scaling.")
+
+
+def _upgrade_fp8(settings: Settings) -> Settings:
+    key, both, ends = "training.fp8", "training.first_last_layers_bf16", [f"training.{name}" for name in _ENDS]
+    if _is(settings, key, "none"):
+        return _switched_off(settings, [key, "training.fp8_recipe", "training.fp8_attention", both, *ends], key)
+    if both in settings:
+        switch = settings.pop(both)
+        for end in ends:
+            given = settings.get(end, _scalar("1", switch))
+            settings[end] = given if _is_true(switch) else _scalar("0", switch)
+    if _is(settings, key, "hybrid", "e4m3"):
+        settings = {"training.fp8.format" if name == key else name: node for name, node in settings.items()}
+    return _renamed(settings, "training.fp8.")
+
+
+def _upgrade_deepspeed(settings: Settings) -> Settings:
+    raw = [name for name in settings if name.startswith("deepspeed.") and new_name(name) is not None]
+    if _is(settings, "engine", "megatron"):
+        zero = [name for name in settings if name.partition(".")[0] in ("zero", "deepspeed")]
+        return _switched_off(settings, ["engine", *zero], "deepspeed")
+    new = {name: f"deepspeed.config.{name.removeprefix('deepspeed.')}" for name in raw}
+    settings = _renamed({new.get(name, name): node for name, node in settings.items()}, "deepspeed.")
+    if any(name.startswith("deepspeed.") for name in settings):
+        return _without(settings, ["engine", "deepspeed", "zero"])
+    if "engine" not in settings:
+        return settings
+    engine = settings["engine"]
+    section = yaml.MappingNode(_MAPPING, [], engine.start_mark, engine.end_mark, flow_style=True)
+    settings = {"deepspeed" if name == "engine" else name: node for name, node in _without(settings, ["zero"]).items()}
+    return settings | {"deepspeed": section}
+
+
+def _upgrade_fim(settings: Settings) -> Settings:
+    tokens, old = [f"data.fim_{name}_token" for name in _FIM_TOKENS], ["data.fim_rate", "data.fim_spm_rate"]
+    named = {key: settings[key] for key in tokens if key in settings and not is_null(settings[key])}
+    spm_rate = settings.get("data.fim_spm_rate")
+    if _is(settings, "data.fim_rate", "0", "0.0") and not named and (spm_rate is None or spm_rate.value == "0.5"):
+        return _switched_off(settings, [*old, *tokens], "data.fim")
+    if len(named) == len(tokens):
+        nodes = list(named.values())
+        first = nodes[0]
+        settings["data.fim.tokens"] = yaml.SequenceNode(_LIST, nodes, first.start_mark, first.end_mark, flow_style=True)
+        settings = _without(settings, tokens)
+    elif not named:
+        settings = _without(settings, tokens)
+    return _renamed(settings, "data.fim.")
+
+
+def _upgrade_logging(settings: Settings) -> Settings:
+    start, end, ranks = (f"logging.profile_{name}" for name in ("step_start", "step_end", "ranks"))
+    if _is(settings, end, "0") and (start not in settings or _is(settings, start, "0")):
+        settings = _switched_off(settings, [start, end, ranks], "logging.profile")
+    if _is(settings, "logging.straggler_interval", "0"):
+        old = ["logging.straggler_interval", "logging.straggler_threshold"]
+        settings = _switched_off(settings, old, "logging.straggler")
+    return _renamed(_renamed(settings, "logging.profile."), "logging.straggler.")
+
+
+def _upgrade_evaluation(settings: Settings) -> Settings:
+    tasks = settings.get("evaluation.tasks")
+    if isinstance(tasks, yaml.SequenceNode) and not tasks.value:
+        return _switched_off(settings, [key for key in settings if key.startswith("evaluation.")], "evaluation")
+    return settings
+
+
+_STEPS: tuple[Callable[[Settings], Settings], ...] = (
+    _upgrade_moe,
+    _upgrade_rope_scaling,
+    _upgrade_fp8,
+    _upgrade_fim,
+    _upgrade_logging,
+    _upgrade_evaluation,
+    _upgrade_deepspeed,
+)
+
+
+def _renamed(settings: Settings, section: str) -> Settings:
+    return {
+        new if (new := _SAME_VALUE.get(key, key)).startswith(section) and new not in settings else key: node
+        for key, node in settings.items()
+    }
+
+
+def _switched_off(settings: Settings, old: list[str], section: str) -> Settings:
+    """With null for a section, in the place of its first old setting."""
+    first = next(key for key in settings if key in old)
+    found = {section if key == first else key: node for key, node in settings.items() if key == first or key not in old}
+    return found | {section: _scalar("null", settings[first])}
+
+
+def _without(settings: Settings, keys: list[str]) -> Settings:
+    return {key: node for key, node in settings.items() if key not in keys}
+
+
+def _is(settings: Settings, key: str, *texts: str) -> bool:
+    return key in settings and settings[key].value in texts
+
+
+def _is_null(settings: Settings, key: str) -> bool:
+    return key in settings and is_null(settings[key])
+
+
+def _is_true(node: yaml.Node) -> bool:
+    return yaml_nodes.scalar(bool, node) is True
+
+
+def _scalar(text: str, like: yaml.Node) -> yaml.ScalarNode:
+    return yaml.ScalarNode(_TEXT, text, like.start_mark, like.end_mark)
+
+
+# ---------------------------------------------------------------- documents by dotted keys
+
+
+def flat(document: yaml.MappingNode, prefix: str = "") -> Settings | None:
+    """The values of a document by their dotted keys, lists as they are; None: a key is given twice, or is none."""
+    settings: Settings = {}
+    for key, value in document.value:
+        if not isinstance(key, yaml.ScalarNode) or "." in key.value or prefix + key.value in settings:
+            return None
+        inner = flat(value, f"{prefix}{key.value}.") if isinstance(value, yaml.MappingNode) and value.value else {}
+        if inner is None:
+            return None
+        settings |= inner or {prefix + key.value: value}
+    return settings
+
+
+def _nested(document: yaml.MappingNode, settings: Settings) -> yaml.MappingNode:
+    """Settings as a document: each section where its first setting is, keys on the lines of their values or, if they
+    have not moved, their own."""
+    root = yaml.MappingNode(_MAPPING, [], document.start_mark, document.end_mark, flow_style=document.flow_style)
+    for key, value in settings.items():
+        *sections, last = key.split(".")
+        place, old = root, _entry(document, sections[0] if sections else last)
+        for depth, name in enumerate(sections, start=1):
+            entry = _entry(place, name)
+            if entry is None:
+                style = old is not None and isinstance(old[1], yaml.MappingNode) and old[1].flow_style
+                section = yaml.MappingNode(_MAPPING, [], value.start_mark, value.end_mark, flow_style=style)
+                entry = (_scalar(name, value) if old is None else old[0], section)
+                place.value.append(entry)
+            place = typing.cast(yaml.MappingNode, entry[1])
+            old = None if old is None else _entry(old[1], [*sections, last][depth])
+        place.value.append((_scalar(last, value) if old is None else old[0], value))
+    return root
+
+
+def _entry(section: yaml.Node, name: str) -> tuple[yaml.ScalarNode, yaml.Node] | None:
+    """The key and the value of a name in a section."""
+    entries = section.value if isinstance(section, yaml.MappingNode) else []
+    return next((entry for entry in entries if entry[0].value == name), None)

@@ -1,0 +1,114 @@
+"""Text of a configuration file with the present names of its settings; comments and layout stay where they can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import yaml
+
+from plt_megatron.config import yaml_nodes
+from plt_megatron.config.upgrade import flat, plain, upgrade
+from plt_megatron.errors import UserError
+
+
+def upgrade_text(text: str, name: str) -> str:
+    """A file's text with new names: a run's configuration, or a part of one for others to include.
+
+    Sections without moved settings stay as they are; comments stay with the settings below or beside them.
+
+    Raises:
+        UserError: it is no YAML document of sections, or gives a setting by its old and its new name.
+    """
+    before = yaml_nodes.compose(text, name)
+    if before is None:
+        return text
+    if not isinstance(before, yaml.MappingNode):
+        raise UserError(f"{name}: expected `key: value` lines")
+    after = upgrade(before)
+    if after is before:
+        return text
+    lines = text.splitlines()
+    start = before.start_mark.line
+    found = [*lines[: _with_comments(lines, start, 0)], *_Writer(text, before).block(after, before, 0)]
+    upgraded = "\n".join(found) + "\n"
+    written = yaml_nodes.compose(upgraded, name)
+    if written is None or plain(written) != plain(after):
+        raise UserError(f"{name}: its layout is too unusual to be rewritten: change it by hand")
+    return upgraded
+
+
+def _with_comments(lines: list[str], line: int, end: int) -> int:
+    """The first line of the comments right above a line, after line `end`."""
+    while line > end and lines[line - 1].lstrip().startswith("#"):
+        line -= 1
+    return line
+
+
+class _Writer:
+    """Writes sections of a document from the lines and texts of another."""
+
+    def __init__(self, text: str, before: yaml.MappingNode) -> None:
+        self._text, self._lines, self._before = text, text.splitlines(), before
+
+    def block(self, section: yaml.MappingNode, old: yaml.Node | None, depth: int) -> Iterator[str]:
+        """The lines of a section, one below the other."""
+        former = {key.value: (key, value) for key, value in old.value} if isinstance(old, yaml.MappingNode) else {}
+        for key, value in section.value:
+            before = former.get(key.value)
+            if before is not None and _same(before[1], value):
+                yield from self._untouched(old, before[0])
+                continue
+            indent = depth * "  "
+            if isinstance(value, yaml.MappingNode) and value.value:
+                if before is not None and isinstance(before[1], yaml.MappingNode) and before[1].flow_style:
+                    yield f"{indent}{key.value}: {self._inline(value)}"
+                    continue
+                yield from self._comments(before[0] if before else None, indent)
+                yield f"{indent}{key.value}:"
+                yield from self.block(value, before[1] if before else None, depth + 1)
+            else:
+                yield from self._comments(value, indent)
+                yield f"{indent}{key.value}: {self._inline(value)}{self._beside(value)}"
+
+    def _untouched(self, section: yaml.Node | None, key: yaml.ScalarNode) -> list[str]:
+        """The lines of a setting with the comments above it, up to those of the next one."""
+        assert isinstance(section, yaml.MappingNode)
+        starts = [each.start_mark.line for each, _ in section.value]
+        number = starts.index(key.start_mark.line)
+        end = self._end(section) if number + 1 == len(starts) else starts[number + 1]
+        first = _with_comments(self._lines, starts[number], starts[number - 1] + 1 if number else 0)
+        last = end if number + 1 == len(starts) else _with_comments(self._lines, end, starts[number] + 1)
+        return self._lines[first:last]
+
+    def _end(self, section: yaml.MappingNode) -> int:
+        """The line after a section's last one."""
+        mark = section.end_mark
+        return len(self._lines) if mark.index >= len(self._text) else mark.line
+
+    def _comments(self, node: yaml.Node | None, indent: str) -> list[str]:
+        if node is None or not self._is_first(node):
+            return []
+        line = node.start_mark.line
+        return [indent + text.strip() for text in self._lines[_with_comments(self._lines, line, 0) : line]]
+
+    def _is_first(self, node: yaml.Node) -> bool:
+        """Whether nothing of another setting is before it in its line."""
+        before = self._lines[node.start_mark.line][: node.start_mark.column]
+        return "{" not in before and before.count(":") <= 1
+
+    def _beside(self, node: yaml.Node) -> str:
+        rest = self._lines[node.end_mark.line][node.end_mark.column :].lstrip()
+        return f"  {rest}" if rest.startswith("#") else ""
+
+    def _inline(self, node: yaml.Node) -> str:
+        if isinstance(node, yaml.MappingNode):
+            return "{" + ", ".join(f"{key.value}: {self._inline(value)}" for key, value in node.value) + "}"
+        return yaml_nodes.to_text(node)
+
+
+def _same(one: yaml.Node, other: yaml.Node) -> bool:
+    """Whether they hold the same nodes."""
+    if not isinstance(one, yaml.MappingNode) or not isinstance(other, yaml.MappingNode):
+        return one is other
+    before, after = flat(one) or {}, flat(other) or {}
+    return [*before] == [*after] and all(before[key] is after[key] for key in before)

@@ -1,0 +1,255 @@
+"""Configurations of the version before optional sections: read as they were meant, and rewritten by `plt config`.
+
+The archive has every YAML of configs/ as of that version, and `config.yaml` as it wrote them into run folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plt_megatron.commands import config as command
+from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.schema import (
+    DeepSpeedConfig,
+    EvaluationConfig,
+    FimConfig,
+    Fp8Config,
+    MoeConfig,
+    ProfileConfig,
+    RopeScalingConfig,
+    RunConfig,
+    StragglerConfig,
+    YarnConfig,
+)
+from plt_megatron.config.upgrade import upgraded
+from plt_megatron.config.upgrade_file import upgrade_text
+from plt_megatron.errors import UserError
+
+ARCHIVE = Path(__file__).resolve().parents[2] / "fixtures" / "configs_before_sections.tar.gz"
+with tarfile.open(ARCHIVE) as _archive:
+    NAMES = [member.name for member in _archive.getmembers() if member.isfile()]
+RUNS = [name for name in NAMES if name.startswith("configs/runs/")]
+_SIGMOID: dict[str, Any] = {"router_score_function": "sigmoid", "router_bias_update_rate": 1e-3}
+# What the settings of a run folder that its name tells of are now; all others are those of plt2_tiny.yaml.
+MEANT: dict[str, dict[str, dict[str, Any]]] = {
+    "experts": {
+        "model": {
+            "moe": MoeConfig(8, 1, router_topk=3, aux_loss_coeff=0.05, shared_expert_intermediate_size=64, **_SIGMOID)
+        }
+    },
+    "experts_without_bias": {"model": {"moe": MoeConfig(4, expert_capacity_factor=1.5)}},
+    "llama3": {"model": {"rope_scaling": RopeScalingConfig(8.0)}},
+    "yarn": {"model": {"rope_scaling": RopeScalingConfig(4.0, YarnConfig(512, beta_fast=16.0))}},
+    "fp8": {
+        "model": {"backend": "te"},
+        "training": {"precision": "bf16", "fp8": Fp8Config("e4m3", "tensorwise", False, 1, 2)},
+    },
+    "fp8_attention": {
+        "model": {"backend": "te"},
+        "training": {"precision": "bf16", "fp8": Fp8Config(attention=True)},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("old")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def rewritten(old, tmp_path) -> Path:
+    """The archive's files after `plt config upgrade`."""
+    for name in NAMES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((old / name).read_text())
+    assert command.main(["upgrade", *(str(tmp_path / name) for name in NAMES)]) == 0
+    return tmp_path
+
+
+def test_every_file_of_that_version_is_read_as_its_rewritten_text(old, rewritten, monkeypatch):
+    """The run folders' were resolved by that version's own loader, before it knew of sections."""
+    for name in RUNS:
+        monkeypatch.chdir(rewritten)
+        config = load_config(rewritten / name)
+        monkeypatch.chdir(old)
+        assert load_config(old / name, accept_old_names=True) == config, name
+        assert load_config(old / "run_folders" / Path(name).stem / "config.yaml") == config, name
+    text = (rewritten / "configs/models/plt2_moe_1b_7b.yaml").read_text()
+    assert "  moe:\n    num_experts: 64\n" in text and "num_moe_experts" not in text
+
+
+def test_comments_and_untouched_sections_stay(old, rewritten):
+    for name in NAMES:
+        before, after = ((folder / name).read_text().splitlines() for folder in (old, rewritten))
+        assert [line.strip() for line in before if "#" in line] == [line.strip() for line in after if "#" in line], name
+        assert before == after or name.startswith(("configs/models/plt2_moe", "run_folders/")), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{fim_rate: 0.0, fim_spm_rate: 0.5, fim_prefix_token: null}", None),
+        ("{fim_rate: 0.5, fim_spm_rate: 0.2}", FimConfig(0.5, 0.2)),
+        ("{fim_rate: 0.0, fim_spm_rate: 0.2}", FimConfig(0.0, 0.2)),
+        (
+            "{fim_rate: 0, fim_prefix_token: a, fim_middle_token: b, fim_suffix_token: c}",
+            FimConfig(0.0, tokens=[*"abc"]),
+        ),
+    ],
+)
+def test_fill_in_the_middle_is_a_section_where_anything_of_it_counts(tmp_path, old, new):
+    """With a rate of 0 a source may have one of its own."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data: {old}\n")
+    assert load_config(path).data.fim == new
+
+
+def test_logging_and_evaluation_are_sections(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "logging: {profile_step_start: 1, profile_step_end: 3, profile_ranks: [0, 2], straggler_interval: 5,"
+        " straggler_threshold: 0.5}\nevaluation: {tasks: [a], limit: 3}\n"
+    )
+    config = load_config(path)
+    assert config.logging.profile == ProfileConfig(3, 1, [0, 2]) and config.logging.straggler == StragglerConfig(5, 0.5)
+    assert config.evaluation == EvaluationConfig(["a"], limit=3)
+    path.write_text(
+        "logging: {profile_step_start: 0, profile_step_end: 0, profile_ranks: [0], straggler_interval: 0,"
+        " straggler_threshold: 0.75}\nevaluation: {tasks: [], include_path: null, limit: null}\n"
+    )
+    config = load_config(path)
+    assert (config.logging.profile, config.logging.straggler, config.evaluation) == (None, None, None)
+
+
+def test_a_second_time_changes_nothing(rewritten, capsys):
+    capsys.readouterr()
+    assert command.main(["upgrade", "--check", *(str(rewritten / name) for name in NAMES)]) == 0
+    assert capsys.readouterr().out.count("nothing to change") == len(NAMES)
+
+
+def test_a_file_that_would_change_is_told_and_left_alone(old, capsys):
+    path = old / "configs/models/plt2_moe_tiny.yaml"
+    before = path.read_text()
+    assert command.main(["upgrade", "--check", str(path)]) == 1
+    assert path.read_text() == before and "old names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_a_run_folders_settings_are_meant_as_they_were(old, name):
+    config, base = (load_config(old / "run_folders" / each / "config.yaml") for each in (name, "plt2_tiny"))
+    changes = {section: dataclasses.replace(getattr(base, section), **MEANT[name][section]) for section in MEANT[name]}
+    assert config == dataclasses.replace(base, **changes)
+    assert load_back(config, old) == config
+
+
+def test_deepspeed_is_its_section(old):
+    plain = load_config(old / "run_folders/deepspeed_plain/config.yaml")
+    assert plain.deepspeed == DeepSpeedConfig()
+    config = load_config(old / "run_folders/deepspeed/config.yaml")
+    added = {"zero_optimization": {"sub_group_size": 1_000_000}, "steps_per_print": 5}
+    assert config.deepspeed == DeepSpeedConfig(3, offload_param="cpu", config=added)
+    assert dataclasses.replace(config, deepspeed=None) == load_config(old / "run_folders/plt2_tiny/config.yaml")
+
+
+def load_back(config: RunConfig, folder: Path) -> RunConfig:
+    (folder / "again.yaml").write_text(dump_config(config))
+    return load_config(folder / "again.yaml")
+
+
+def test_plain_values_keep_their_types(old):
+    values = {
+        "name": "1e5",
+        "model": {"num_moe_experts": 4, "moe_router_topk": 2, "loop_span": [1, 2], "rotary_base": 10000.0},
+        "training": {"fp8": "none", "fp8_recipe": "auto", "train_tokens": None, "loop_schedule": [{"until": 0.5}]},
+    }
+    new = upgraded(values)
+    assert new == {
+        "name": "1e5",
+        "model": {"moe": {"num_experts": 4, "router_topk": 2}, "loop_span": [1, 2], "rotary_base": 10000.0},
+        "training": {"fp8": None, "train_tokens": None, "loop_schedule": [{"until": 0.5}]},
+    }
+    assert type(new["model"]["rotary_base"]) is float and upgraded(new) == new
+
+
+@pytest.mark.parametrize(
+    ("text", "new"),
+    [
+        ("model: {num_moe_experts: 8, window_size: 3}", "model.moe.num_experts"),
+        ("model: {moe_router_enable_expert_bias: true}", "model.moe.router_bias_update_rate"),
+        ("model: {yarn_beta_fast: 8}", "model.rope_scaling.yarn.beta_fast"),
+        ("model: {rope_scaling_type: yarn}", "model.rope_scaling.yarn"),
+        ("training: {fp8: hybrid}", "training.fp8.format=hybrid"),
+        ("training: {fp8: none}", "training.fp8=null"),
+        ("training: {fp8_recipe: delayed}", "training.fp8.recipe"),
+        ("data: {fim_rate: 0.5}", "data.fim.rate"),
+        ("data: {fim_middle_token: x}", "data.fim.tokens"),
+        ("logging: {profile_step_end: 3}", "logging.profile.step_end"),
+        ("logging: {straggler_interval: 3}", "logging.straggler.interval"),
+        ("engine: megatron", "deepspeed"),
+        ("zero: {stage: 2}", "deepspeed"),
+        ("deepspeed: {steps_per_print: 5}", "deepspeed.config.steps_per_print"),
+    ],
+)
+def test_a_users_file_is_refused_with_the_new_name_and_the_command(tmp_path, text, new):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"name: x\n{text}\n")
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    line = str(error.value)
+    assert line.startswith(f"{path}:2: ") and new in line and "plt config upgrade" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "new"),
+    [("zero.stage=2", "deepspeed.zero_stage"), ("model.moe_router_topk=2", "model.moe.router_topk")],
+)
+def test_an_override_is_refused_with_the_new_name(override, new):
+    with pytest.raises(UserError, match=f"override .*{new}$"):
+        load_config("configs/runs/plt2_tiny.yaml", [override])
+
+
+def test_a_misspelled_setting_of_deepspeed_is_no_old_name():
+    with pytest.raises(UserError, match="did you mean deepspeed.zero_stage"):
+        load_config("configs/runs/plt2_tiny.yaml", ["deepspeed.zero_stag=2"])
+
+
+def test_old_and_new_names_of_one_setting_are_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {num_moe_experts: 8, moe: {num_experts: 4}}\n")
+    with pytest.raises(UserError, match="model.num_moe_experts is now model.moe.num_experts"):
+        load_config(path)
+
+
+def test_a_part_of_a_file_keeps_what_it_says():
+    old, new = "  moe_router_topk: 4  # of 8\n", "  moe:\n    router_topk: 4  # of 8\n"
+    text = "# a part\nmodel:\n{}  loop_count: 3\n\n# the end\n"
+    assert upgrade_text(text.format(old), "part") == text.format(new)
+    assert upgrade_text("training: {fp8: none, seed: 3}\n", "part") == "training: {fp8: null, seed: 3}\n"
+    assert upgrade_text("engine: deepspeed\nname: x\n", "part") == "deepspeed: {}\nname: x\n"
+    assert upgrade_text("engine: megatron\nname: x\n", "part") == "deepspeed: null\nname: x\n"
+
+
+# ---------------------------------------------------------------- sections
+
+
+def test_a_section_is_off_until_a_setting_turns_it_on(tmp_path):
+    run = "configs/runs/plt2_tiny.yaml"
+    assert load_config(run).model.moe is None
+    assert load_config(run, ["model.moe.num_experts=8"]).model.moe == MoeConfig(8)
+    assert load_config(run, ["training.fp8={}"]).training.fp8 == Fp8Config()
+    assert load_config(run, ["training.fp8.attention=true", "training.fp8=null"]).training.fp8 is None
+    with pytest.raises(UserError, match=r"override 'model.moe.router_topk=3': model.moe.num_experts is missing"):
+        load_config(run, ["model.moe.router_topk=3"])
+    base = tmp_path / "base.yaml"
+    base.write_text("model: {moe: {num_experts: 8, router_topk: 4}}\n")
+    assert load_config(base, ["model.moe=null"]).model.moe is None
+    (tmp_path / "over.yaml").write_text("include: base.yaml\nmodel: {moe: {num_experts: 16}}\n")
+    assert load_config(tmp_path / "over.yaml").model.moe == MoeConfig(16, router_topk=4)
