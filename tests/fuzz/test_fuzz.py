@@ -14,7 +14,7 @@ import pytest
 from plt_megatron.config.fields import Range
 from plt_megatron.config.schema import ModelConfig
 from tests.fuzz import draw, search
-from tests.fuzz.parity import Parity
+from tests.fuzz.parity import Parity, before_chaos
 from tests.fuzz.refusals import Refusals
 from tests.fuzz.sections import value_of
 
@@ -105,6 +105,14 @@ def test_one_case_of_each_kind():
     done = subprocess.run(search, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "1 parity, 1 refusals, 1 resume, 1 round_trip" in done.stdout and "nothing found" in done.stdout
+
+
+def test_a_chaotic_run_is_compared_until_it_is_one():
+    calm = {"loss 0": 1e-7, "gradient norm 0": 1e-5, "validation loss at 4": 1e-6, "loss 1": 1e-6, "layer.weight": 1e-4}
+    assert before_chaos(calm) == list(calm)
+    chaotic = {**calm, "gradient norm 1": 0.08, "loss 2": 1e-3, "gradient norm 2": 0.01}
+    assert before_chaos(chaotic) == ["loss 0", "gradient norm 0"]
+    assert before_chaos({**chaotic, "gradient norm 0": 0.02}) == ["loss 0"]
 
 
 @pytest.mark.parametrize("number", [1, 2])
