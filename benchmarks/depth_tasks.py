@@ -6,13 +6,13 @@
     python benchmarks/depth_tasks.py score runs/sweeps/depth_tasks/*-seed*
     python benchmarks/depth_tasks.py report runs/sweeps/depth_tasks
 
-A row shows a random cycle f of twelve symbols as the pairs "a f(a)" in any order, and asks for f, f(f), ... up to six
+A row shows a random cycle f of eight symbols as the pairs "a f(a)" in any order, and asks for f, f(f), ... up to four
 times. A question is one token for its hops k and its pauses p, a symbol x, p pause tokens, and the answer f^k(x). With
 cross-loop parallelism loop l of a token reads loop l-1 of the token before it: a chain that goes on in the second loop
 needs a token to go on at. `score` exports each run and lets the export answer token by token, in parallel where it can.
 
-Exit status of `report`: 1 where a bar is missed. With pauses PLT-2 lies between its layers once and twice as many (A),
-and solves more than 95 % of some depth of which its layers alone solve less than 60 % (B).
+Exit status of `report`: 1 where a bar is missed. Each with the pauses that suit it best, PLT-2 lies between its layers
+once and twice as many (A), and solves more than 95 % of some depth of which its layers alone solve less than 60 % (B).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from plt_megatron.experiments.figures import COLORS, LINES, MARKERS, new_figure,
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.run_folder.files import write_json
 
-SYMBOLS, HOPS, PAUSES = 10, 6, 3  # questions have 1 to HOPS hops and 0 to PAUSES - 1 pauses
+SYMBOLS, HOPS, PAUSES = 8, 4, 3  # questions have 1 to HOPS hops and 0 to PAUSES - 1 pauses
 ROW = 128  # tokens
 # A symbol has four tokens: in a pair as what is pointed from and to, in a question, and as an answer.
 FROM, TO, ASKED, ANSWER, QUESTION = (number * SYMBOLS for number in range(5))
@@ -246,12 +246,14 @@ def table(rows: dict[str, Right]) -> list[str]:
     return lines
 
 
+def best(row: Right) -> list[float]:
+    """`means` with as many pauses as suit the row best: a pause may cost one loop the step that fetches the answer."""
+    return max((means(row, pauses) for pauses in row), key=fmean)
+
+
 def missed_bars(rows: dict[str, Right]) -> list[str]:
-    """A line for each. PLT-2 is asked with a pause, the others as they are best."""
-    once, plt, twice = (
-        [fmean(shares) for shares in zip(*(means(rows[name], p) for p in range(1, PAUSES)), strict=True)]
-        for name in (ONE, PLT, TWICE)
-    )
+    """A line for each."""
+    once, plt, twice = (best(rows[name]) for name in (ONE, PLT, TWICE))
     lines = []
     if not fmean(once) + CLOSE < fmean(plt) <= fmean(twice) + CLOSE:
         lines.append(f"A: {PLT} {fmean(plt):.1%} is not between {ONE} {fmean(once):.1%} and {TWICE} {fmean(twice):.1%}")

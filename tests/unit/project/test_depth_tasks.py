@@ -11,6 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from plt_megatron.config import data_stages
+from plt_megatron.config.loader import load_config
 from plt_megatron.data.indexed import read_index
 from plt_megatron.errors import UserError
 
@@ -29,22 +31,22 @@ def depth() -> ModuleType:
 
 def read_row(depth: ModuleType, row: list[int]) -> list[tuple[int, int, int]]:
     """(hops, pauses, index of the answer) of a row's questions, each token checked by a reader of its own."""
-    bos, sep, pause, eod = 58, 59, 60, 61
-    assert row[0] == bos and row[21] == sep and row[1:21:2] == list(range(10))
-    successor = {start: end - 10 for start, end in zip(row[1:21:2], row[2:21:2], strict=True)}
+    bos, sep, pause, eod = 44, 45, 46, 47
+    assert row[0] == bos and row[17] == sep and row[1:17:2] == list(range(8))
+    successor = {start: end - 8 for start, end in zip(row[1:17:2], row[2:17:2], strict=True)}
     walk = [0]
     while successor[walk[-1]] != 0:
         walk.append(successor[walk[-1]])
-    assert len(walk) == 10, "one cycle: no chain comes back early"
-    questions, at = [], 22
+    assert len(walk) == 8, "one cycle: no chain comes back early"
+    questions, at = [], 18
     while at < len(row) and row[at] != eod:
-        hops, pauses = divmod(row[at] - 40, 3)
-        assert 0 <= hops < 6
-        symbol = row[at + 1] - 20
+        hops, pauses = divmod(row[at] - 32, 3)
+        assert 0 <= hops < 4
+        symbol = row[at + 1] - 16
         for _ in range(hops + 1):
             symbol = successor[symbol]
         answer = at + 2 + pauses
-        assert row[at + 2 : answer] == [pause] * pauses and row[answer] == 30 + symbol
+        assert row[at + 2 : answer] == [pause] * pauses and row[answer] == 24 + symbol
         questions.append((hops + 1, pauses, answer))
         at = answer + 1
     assert set(row[at:]) <= {eod} and len(row) - at < 5, "as many questions as there is room for"
@@ -60,21 +62,21 @@ def test_every_answer_is_what_its_pairs_say(depth):
     pauses, counts = np.unique([p for _, _, p, _ in read], return_counts=True)
     assert pauses.tolist() == [0, 1, 2] and counts.min() > 0.9 * counts.max()
     hops, counts = np.unique([k for _, k, _, _ in read], return_counts=True)
-    assert hops.tolist() == [1, 2, 3, 4, 5, 6] and counts.min() > 0.85 * counts.max()
+    assert hops.tolist() == [1, 2, 3, 4] and counts.min() > 0.85 * counts.max()
 
 
 def test_a_run_begins_with_lookups(depth):
     rows = depth.draw_rows(np.random.default_rng(5), depth.Part(20, hops=1, pauses=1))
     for row in rows.tolist():
         questions = read_row(depth, row)
-        assert {(k, p) for k, p, _ in questions} == {(1, 0)} and len(questions) == 35
+        assert {(k, p) for k, p, _ in questions} == {(1, 0)} and len(questions) == 36
 
 
 def test_every_cycle_is_as_likely(depth):
-    rows = depth.draw_rows(np.random.default_rng(6), depth.Part(9000))
-    ends, counts = np.unique(rows[:, 2], return_counts=True)
-    assert ends.tolist() == list(range(11, 20)) and counts.min() > 850 and counts.max() < 1150
-    assert len(np.unique(rows[:, 1:21], axis=0)) > 8800, "of 362,880"
+    rows = depth.draw_rows(np.random.default_rng(6), depth.Part(10_000))
+    _, counts = np.unique(rows[:, 1:17], axis=0, return_counts=True)
+    assert 4250 < len(counts) < 4450, "of 5,040, all but one in seven by chance"
+    assert counts.max() < 15, "two each in the mean"
 
 
 def test_data_are_the_same_again_and_parts_differ(depth, tmp_path):
@@ -87,6 +89,18 @@ def test_data_are_the_same_again_and_parts_differ(depth, tmp_path):
     assert (tmp_path / "other/train.bin").read_bytes() != (tmp_path / "one/train.bin").read_bytes()
     index = read_index(tmp_path / "one/train")
     assert index.documents == 64 and set(index.lengths.tolist()) == {128}
+
+
+def test_the_sweep_reads_what_is_written(depth):
+    config = load_config(ROOT / "configs/sweeps/base/depth_tasks.yaml")
+    read = {Path(source.path) for _, source in data_stages.all_sources(config.data)}
+    assert read == {Path(".demo/depth_tasks") / name for name in depth.PARTS}
+    assert config.model.vocab_size == depth.VOCABULARY and config.data.sequence_length == depth.ROW
+    ends = [stage.until for stage in config.data.stages] + [config.training.train_tokens]
+    for name, first, last in zip(
+        ["lookups", *(f"hops_{k}" for k in range(1, depth.HOPS)), "train"], [0, *ends], ends, strict=False
+    ):
+        assert last - first <= depth.PARTS[name].rows * depth.ROW, "no row twice"
 
 
 def test_a_run_reads_whole_rows(depth, tmp_path):
@@ -147,8 +161,8 @@ def test_an_untrained_model_answers_by_chance(depth, model):
     scores = depth.score(rows, depth.answer(model, rows))
     row, _, _, _ = depth.find_questions(rows)
     assert sum(map(sum, scores["asked"].values())) == len(row)
-    assert set(scores["right"]) == {"0", "1", "2"} and {len(shares) for shares in scores["right"].values()} == {6}
-    assert np.mean(list(scores["right"].values())) < 0.12, "1/10 by guessing symbols alone"
+    assert set(scores["right"]) == {"0", "1", "2"} and {len(shares) for shares in scores["right"].values()} == {4}
+    assert np.mean(list(scores["right"].values())) < 0.14, "1/8 by guessing symbols alone"
 
 
 def test_an_exported_run_is_scored_beside_it(depth, model, tmp_path):
@@ -168,13 +182,13 @@ def test_the_score_counts_right_answers_by_hops_and_pauses(depth):
     chosen = (hops == 2) & (pauses == 1)
     answers[row[chosen], at[chosen]] = rows[row[chosen], at[chosen]]
     scores = depth.score(rows, answers)
-    assert scores["right"] == {"0": [0.0] * 6, "1": [0.0, 1.0, 0.0, 0.0, 0.0, 0.0], "2": [0.0] * 6}
+    assert scores["right"] == {"0": [0.0] * 4, "1": [0.0, 1.0, 0.0, 0.0], "2": [0.0] * 4}
     assert scores["asked"]["1"][1] == chosen.sum()
 
 
 # ---------------------------------------------------------------- report
 
-FULL, HALF = [1.0, 1.0, 1.0, 1.0, 0.9, 0.2], [1.0, 1.0, 0.3, 0.1, 0.1, 0.1]
+FULL, HALF = [1.0, 1.0, 1.0, 0.9], [1.0, 1.0, 0.3, 0.1]
 
 
 def planted(one: list[float], plt: list[float], twice: list[float]) -> dict[str, dict[int, list[list[float]]]]:
@@ -187,23 +201,23 @@ def planted(one: list[float], plt: list[float], twice: list[float]) -> dict[str,
     ("one", "plt", "twice", "missed"),
     [
         (HALF, FULL, FULL, ""),
-        (HALF, [1, 1, 0.97, 0.3, 0.1, 0.1], FULL, ""),
-        (HALF, [1, 1, 0.94, 0.3, 0.1, 0.1], FULL, "B"),  # between, and nowhere over 95 %
+        (HALF, [1, 1, 0.97, 0.3], FULL, ""),
+        (HALF, [1, 1, 0.94, 0.3], FULL, "B"),  # between, and nowhere over 95 %
         (HALF, HALF, FULL, "AB"),
-        ([1, 1, 0.7, 0.1, 0.1, 0.1], [1, 1, 1, 0.1, 0.1, 0.1], FULL, "B"),  # solved, but k layers do not fail there
-        (HALF, [1.0] * 6, FULL, "A"),  # beyond 2k layers
+        ([1, 1, 0.7, 0.1], [1, 1, 1, 0.1], FULL, "B"),  # solved, but k layers do not fail there
+        (HALF, [1.0] * 4, FULL, "A"),  # beyond 2k layers
     ],
 )
 def test_bars(depth, one, plt, twice, missed):
     assert "".join(line[0] for line in depth.missed_bars(planted(one, plt, twice))) == missed
 
 
-def test_a_pause_more_than_none_counts_for_the_bars(depth):
-    """Without a pause the second loop has nowhere to go on: this is no miss."""
+def test_rows_are_compared_with_the_pauses_that_suit_them(depth):
     rows = planted(HALF, FULL, FULL)
-    rows["PLT-2"][0] = [HALF, HALF]
+    rows["PLT-2"] = {0: [HALF, HALF], 1: [FULL, FULL], 2: [HALF, HALF]}
+    rows["2k layers"] = {0: [FULL, FULL], 1: [HALF, HALF], 2: [HALF, HALF]}
     assert depth.missed_bars(rows) == []
-    rows["PLT-2"] = {0: [FULL, FULL], 1: [HALF, HALF], 2: [HALF, HALF]}
+    rows["k layers"][2] = [FULL, FULL]
     assert [line[0] for line in depth.missed_bars(rows)] == ["A", "B"]
 
 
