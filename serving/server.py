@@ -1,13 +1,14 @@
 """A server in a process of its own, as `vllm serve` starts it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def serve(model: Path, folder: Path, *arguments: str, name: str = "plt", show: b
         print("$", " ".join(command), f"> {log}", flush=True)
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
     server = Server(f"http://127.0.0.1:{port}", port, process, log)
     try:
         end = time.monotonic() + START_SECONDS
@@ -92,5 +95,13 @@ def serve(model: Path, folder: Path, *arguments: str, name: str = "plt", show: b
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            pass
+        finally:
+            _end_group(process)
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Kill what is left of the server's processes: a server that ends while it starts leaves its engine behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

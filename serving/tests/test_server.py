@@ -3,6 +3,10 @@
 import asyncio
 import json
 import random
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from helpers import prompts
@@ -143,3 +147,32 @@ def test_a_wrong_option_ends_the_server_with_one_line_that_says_so(export, tmp_p
     with pytest.raises(ServerError, match="loop_count must be from 1 to this model's 3, not 9"):
         with serve(export.folder, tmp_path, *OPTIONS, "--additional-config", '{"plt": {"loop_count": 9}}'):
             pass
+
+
+def test_a_server_that_is_given_up_leaves_no_engine_behind(export, tmp_path, monkeypatch):
+    started, Popen = [], subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(Popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(ZeroDivisionError):
+        with serve(export.folder, tmp_path, *OPTIONS):
+            started[0].kill()  # as somebody else may: it cannot end its engine
+            raise ZeroDivisionError
+    until = time.monotonic() + 30  # killed processes take a moment to go
+    while left := _alive(started[0].pid):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+def _alive(group):
+    """The processes of a group, without those that only wait for their parent to look."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            name, fields = stat.read_text().rsplit(")", 1)
+            state, _, own_group = fields.split()[:3]
+            found += [name] if int(own_group) == group and state != "Z" else []
+    return found

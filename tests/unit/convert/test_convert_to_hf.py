@@ -301,7 +301,7 @@ def test_the_loopcoder_format_says_when_it_cannot(tmp_path):
     yarn = VARIANTS["yarn rope"] | {"qk_layernorm": True}
     model = make_model(**{**LOOPCODER, **yarn})
     run = save_run(tmp_path / "run", model, random_weights(model))
-    what = r"model\.qk_layernorm is True, model\.rope_scaling_type is yarn"
+    what = r"model\.qk_layernorm is True, model\.rope_scaling\.yarn is set"
     with pytest.raises(UserError, match=rf"cannot express that {what}; use --format plt"):
         quiet((run, tmp_path / "out"), style="loopcoder")
     plain = make_model(loop_count=1)

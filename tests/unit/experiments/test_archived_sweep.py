@@ -16,6 +16,7 @@ from plt_megatron.experiments import sweep
 from plt_megatron.experiments.report.decode import DecodeProtocol
 from plt_megatron.experiments.report.results import load_results
 from plt_megatron.experiments.report.writing import write_report
+from plt_megatron.experiments.running import RunOptions
 from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.experiments.sweep_status import note_finished
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, write_archive
@@ -63,7 +64,7 @@ def test_what_would_add_to_it_is_refused_and_the_command_that_is_told_helps(arch
     folder, kept = archived
     shutil.rmtree(folder)
     path, here = write_sweep(tmp_path), f"output_dir={kept.parent}"
-    for options in (sweep.SweepOptions(), sweep.SweepOptions(dry_run=True)):
+    for options in (RunOptions(), RunOptions(dry_run=True)):
         with pytest.raises(UserError) as error:
             sweep.run_sweep(str(path), [here], options)
         assert unpack_command(kept) in str(error.value) and len(str(error.value).splitlines()) == 1
@@ -74,7 +75,7 @@ def test_what_would_add_to_it_is_refused_and_the_command_that_is_told_helps(arch
     assert unpack_command(kept) in str(error.value)
     assert [path.name for path in kept.iterdir()] == [ARCHIVE]
     subprocess.run(unpack_command(kept), shell=True, check=True)
-    assert sweep.run_sweep(str(path), [here], sweep.SweepOptions(dry_run=True)) == 0
+    assert sweep.run_sweep(str(path), [here], RunOptions(dry_run=True)) == 0
     assert "1 of 9 runs to do" in capsys.readouterr().out
 
 
