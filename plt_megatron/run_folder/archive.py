@@ -35,8 +35,8 @@ def write_archive(folder: Path, archive: Path) -> int:
         UserError: there are none, or the archive cannot be written.
     """
     paths = sorted(_records(folder))
-    if not paths:
-        raise UserError(f"{folder}: no records of runs to archive")
+    if not any(path.name == "metrics.jsonl" for path in paths):
+        raise UserError(f"{folder}: no records of runs to archive; give the folder of a sweep or study that has begun")
     with (
         writing(archive),
         replacing(archive, "wb") as file,

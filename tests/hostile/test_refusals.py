@@ -240,6 +240,11 @@ REFUSED = [
     ("report", "nowhere", "nowhere"),
     ("report", "runs/mine", "runs/mine"),
     ("report", "runs/mine --decode-batch 0", "decod"),
+    # plt archive
+    ("archive", "nowhere out", "nowhere"),
+    ("archive", "notes.txt out", "notes.txt"),
+    ("archive", "data out", "data"),
+    ("archive", "archived/smoke", "OUTPUT"),
     ("report", "archived/smoke", "archived/smoke/records.tar.xz"),
     ("report", "archived/smoke --measure-decode", "archived/smoke/records.tar.xz tar"),
     ("status", "archived/smoke", "archived/smoke/records.tar.xz tar"),
