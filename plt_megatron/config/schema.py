@@ -60,21 +60,21 @@ class MoeConfig:
     """
 
     num_experts: Annotated[int, Range(2, 2**16)]
-    first_k_dense_replace: Count = 0  # so many first layers have a dense FFN of model.ffn_hidden_size instead
+    first_k_dense_replace: Count = 0  # the first layers with a dense FFN of model.ffn_hidden_size instead
     router_topk: Size = 2  # experts a token is sent to
     ffn_hidden_size: Size | None = None  # of one expert; null: model.ffn_hidden_size
     shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; null: none
-    router_pre_softmax: bool = False  # weights: shares of all experts (true), or of the chosen (false)
-    # sigmoid: an expert's score does not depend on the others', and its weight is its share of the chosen ones'.
+    router_pre_softmax: bool = False  # softmax over all experts (true) or over the chosen ones (false)
+    # sigmoid scores each expert by itself; a chosen one's weight is its share of the chosen scores.
     router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     # What the load is balanced over: each sequence (independent of layout and micro-batch size), or each microbatch.
     router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
     aux_loss_coeff: NotNegative = 0.01
     z_loss_coeff: NotNegative = 0.0  # keeps the router's logits small
-    # A bias on each expert's score, in the choice alone, balances the load: after a step it moves by this, up where the
-    # expert got less than an even load over all loops, else down. Needs sigmoid scores; DeepSeek-V3: 1e-3; null: none.
+    # Step of a bias per expert that balances the load: added to scores for the choice alone, raised after a step that
+    # gave the expert less than an even load over all loops, else lowered. Needs sigmoid; DeepSeek-V3: 1e-3; null: none.
     router_bias_update_rate: Positive | None = None
-    expert_capacity_factor: Positive | None = None  # experts drop tokens beyond this times an even load; null: none
+    expert_capacity_factor: Positive | None = None  # an expert drops tokens beyond this times an even load; null: none
 
 
 @dataclass
@@ -103,16 +103,16 @@ class ModelConfig:
     ffn_output_norm: bool = False  # RMSNorm on the FFN's output, before the residual is added
     # post: no norms on the inputs of attention and FFN but on their outputs, and qk_layernorm over all heads (OLMo-2)
     norm_placement: Literal["pre", "post"] = "pre"
-    # Keys of the previous token, without a parameter (half of the groups, or the slow half of each key's channels) or
-    # learned: model/key_shift.py.
+    # Takes keys from the previous token (model/key_shift.py): half of the groups, the slow half of each key's channels,
+    # or a learned share.
     key_shift: Literal["none", "heads", "channels", "learned"] = "none"
     init_method_std: Positive = 0.02
     # The loop (paper section 3; published variants: see docs/model.md).
-    # Stands for settings of the loop (config/presets.py) in the file that names it: what is set beside it wins.
+    # Expands to settings of the loop (config/presets.py); settings in the same file override it.
     loop_preset: Literal["paper", "loopcoder", "recommended"] | None = None
     loop_count: LoopCount = 2
-    # [first, last): the layers that loop, as in [1, 7]. Those before them, the prelude, run once, and loops read its
-    # output in the embeddings' place; those after them, the coda, run once after the last loop. null: all layers loop.
+    # [first, last): the layers that loop, as in [1, 7]. Earlier layers (prelude) run once, and loops read their output
+    # instead of the embeddings; later ones (coda) run once after the last loop. null: all layers loop.
     loop_span: list[Count] | None = None
     # layer: each layer runs all its loops before the next (1, 1, 2, 2), without cross_loop_parallel.
     loop_order: Literal["stack", "layer"] = "stack"
@@ -125,24 +125,23 @@ class ModelConfig:
     fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet
     gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/gate.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
-    # Of the gate's logit, which starts at zero: sigmoid starts as an even blend, tanh as the attention that the gate
-    # does not multiply.
+    # Applied to the gate's logit, which starts at zero: sigmoid starts with an even blend, tanh with only the attention
+    # that the gate does not multiply.
     gate_activation: Literal["sigmoid", "tanh"] = "sigmoid"
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
     hidden_scale: Finite = 1.0
     hidden_norm: bool = False  # h is divided by its RMS before it is scaled: an RMSNorm whose weight is the scale
     learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # hidden_scale is where it starts
-    # Replaces hidden_scale: RMS(scaled h) / RMS(scaled E) at the start, whatever width, depth and initial std. 0: the
+    # Sets hidden_scale by RMS(scaled h) / RMS(scaled E) at initialization, at any width, depth and initial std. 0: the
     # model starts as one loop.
     hidden_scale_ratio: NotNegative | None = None
-    # What attention and FFN add to the residual stream is multiplied by a constant, with N loops of L layers.
+    # Multiplies what attention and FFN add to the residual stream, for N loops of L layers.
     # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
-    init_counts_loops: bool = False  # initial std of what writes into the stream: / sqrt(2 N L) instead of / sqrt(2 L)
-    # muP: initial weights and rates are those of a model of this width, carried over to hidden_size (docs/model.md), so
-    # that they suit both. None: the same at every width.
+    init_counts_loops: bool = False  # initial std of output projections / sqrt(2 N L), not sqrt(2 L)
+    # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). None: none.
     mup_base_hidden_size: Size | None = None
     moe: MoeConfig | None = None  # null: a dense model
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
@@ -154,14 +153,14 @@ class ParallelConfig:
 
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1  # loops are its virtual stages
-    # Layers of the first and last stage; None: as many as the others. Or embedding and head count as a layer each,
-    # and may be a stage of their own.
+    # Layers of the first and last stage; None: as many as the others. Or count embedding and head as a layer each; they
+    # may be a stage of their own.
     num_layers_in_first_pipeline_stage: Size | None = None
     num_layers_in_last_pipeline_stage: Size | None = None
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
     context_parallel_size: Ranks = 1  # ranks that share each sequence, for lengths that do not fit one
-    # How Transformer Engine's attentions exchange rows between these ranks; the torch backend has its own way.
+    # How Transformer Engine exchanges rows between these ranks; the torch backend gathers keys and values.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
     # ... and the window, which has no p2p.
     window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
@@ -172,7 +171,7 @@ class ParallelConfig:
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
-    # Updated weights are gathered during the next forward pass, each bucket before the first loop that uses it.
+    # Gather updated weights during the next forward pass, each bucket before the first loop that uses it.
     overlap_param_gather: bool | None = None  # null: with overlap_grad_reduce, where possible
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_num_layers: PositiveCount = 1  # layers per recomputed unit, for "full"
@@ -184,8 +183,8 @@ class ParallelConfig:
     gradient_accumulation_fusion: bool | None = None  # products add weight gradients to the fp32 buffer themselves
     apply_rope_fusion: bool | None = None
     cross_entropy_loss_fusion: bool | None = None
-    # How long a rank may hang before the job is ended and the rank named: minutes until the first step ends and while
-    # checkpoints are read or written, seconds after that (a slow machine gets five times its longest pause).
+    # Limit after which a hung rank is named and the job ended: minutes until the first step ends and while checkpoints
+    # are read or written, seconds otherwise (at least five times the longest pause so far).
     distributed_timeout_minutes: Minutes = 10.0
     distributed_timeout_seconds_after_init: Seconds = 300.0
 
@@ -198,7 +197,7 @@ class DataSource:
     weight: Positive = 1.0
     name: str | None = None
     max_epochs: Positive | None = None
-    fim_rate: Share | None = None  # of a training source; null: data.fim.rate
+    fim_rate: Share | None = None  # for a training source; null: data.fim.rate
 
 
 @dataclass
@@ -221,9 +220,9 @@ class LengthStage:
 class FimConfig:
     """Fill-in-the-middle (docs/data.md)."""
 
-    rate: Share  # of training documents that are rearranged
-    spm_rate: Share = 0.5  # of those, in the order suffix, prefix, middle instead of prefix, suffix, middle
-    # Names of the tokens before prefix, middle and suffix; null: of the tokenizer's those that are known for it.
+    rate: Share  # share of training documents to rearrange
+    spm_rate: Share = 0.5  # share of those in the order suffix, prefix, middle (SPM)
+    # Tokens before prefix, middle and suffix; null: the known ones that the tokenizer has.
     tokens: list[str] | None = None
 
 
@@ -238,17 +237,17 @@ class DataConfig:
     train_sources: list[DataSource] = field(default_factory=list)
     validation_sources: list[DataSource] = field(default_factory=list)
     test_sources: list[DataSource] = field(default_factory=list)
-    # Mixes of the training data before that of sources or train_sources, as in [{until: 80e9, sources: [...]}].
+    # Training mixes that precede sources or train_sources: [{until: 80e9, sources: [...]}].
     stages: list[DataStage] = field(default_factory=list)
     tokenizer: str | None = None  # a sentencepiece .model or a Hugging Face tokenizer.json
     sequence_length: Size = 256
-    # Shorter rows before it, as in [{until: 20e9, sequence_length: 1024}]: samples are read as several of them.
+    # Shorter rows to begin with: [{until: 20e9, sequence_length: 1024}] reads each sample as several rows.
     length_schedule: list[LengthStage] = field(default_factory=list)
-    # Training samples whose order is drawn, of which the run reads the first: those of its longest branch, so that all
-    # branches of a run read the same; null: as many as it reads.
+    # Length of the sample permutation; a run reads a prefix. Set it to the longest branch's, so that all branches read
+    # the same samples. null: the run's own number.
     order_samples: Annotated[int, Range(1, 10**15)] | None = None
     reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
-    eod_mask_loss: bool = False  # no loss on what follows an end-of-document token, packed or not
+    eod_mask_loss: bool = False  # no loss on the token after an end of document, packed or not
     fim: FimConfig | None = None  # fill-in-the-middle; null: none
     index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
     index_timeout_minutes: Minutes = 30.0
@@ -256,12 +255,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RateFactors:
-    """Factors of the learning rate, from its first to its last step, by kind of parameter (model/parameters.py)."""
+    """Factors of the learning rate by kind of parameter (model/parameters.py), throughout the schedule."""
 
     embedding: NotNegative = 1.0  # and the head, if they are tied
     head: NotNegative = 1.0
     hidden: NotNegative = 1.0  # matrices of the layers
-    gates: NotNegative = 1.0  # and learned scales of what comes into a later loop
+    gates: NotNegative = 1.0  # and learned scales of a later loop's input
     norms: NotNegative = 1.0  # and biases
 
 
@@ -286,7 +285,7 @@ class OptimizerConfig:
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: Steps = 0
     lr_decay_iters: PositiveSteps | None = None  # None: train_iters
-    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: the last steps, over which the rate decays; None: a tenth
+    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: number of final decay steps; None: a tenth
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     weight_decay: NotNegative = 0.1
     lr_mult: RateFactors = field(default_factory=RateFactors)
@@ -299,10 +298,10 @@ class OptimizerConfig:
     muon_nesterov: bool = True
     muon_num_ns_steps: Annotated[int, Range(1, 20)] = 5  # Newton-Schulz iterations
     muon_coefficient_type: Literal["quintic", "simple", "polar_express"] = "quintic"  # their polynomials
-    # An update's size for a matrix of [out, in]. spectral: sqrt(max(out, in)); shape_scaling: sqrt(max(1, out / in));
+    # Size of an update of a matrix [out, in]. spectral: sqrt(max(out, in)); shape_scaling: sqrt(max(1, out / in));
     # unit_rms_norm: sqrt(out / in).
     muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = "spectral"
-    # 0.2 with spectral: updates as large as Adam's, so that Adam's rate and weight decay suit both.
+    # 0.2 with spectral matches Adam's update size, so that one rate and weight decay suit both.
     muon_extra_scale_factor: Positive = 0.2
     sgd_momentum: BelowOne = 0.9
     clip_grad: NotNegative = 1.0  # 0: no clipping
@@ -310,13 +309,13 @@ class OptimizerConfig:
 
 @dataclass
 class LoopStage:
-    """A part of the run in which a step's loops are so many, or drawn (docs/schedules.md)."""
+    """A stage with a fixed or drawn number of loops per step (docs/schedules.md)."""
 
-    until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # share of the run, from its start, at which it ends
-    loop_count: LoopCount | None = None  # of every step, or ...
+    until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # end, as a share of the run
+    loop_count: LoopCount | None = None  # in every step, or ...
     loop_shares: list[Share] = field(default_factory=list)  # ... the shares of steps with 1, 2, ... loops
-    # The stage's first part (a share of it), in which the probability of its loops rises from 0 to 1: the other steps
-    # have those of the stage before.
+    # Share of the stage over which its loops phase in: their probability rises from 0 to 1, and other steps use the
+    # stage before.
     ramp: Share = 0.0
 
 
@@ -326,7 +325,7 @@ class BatchStage:
 
     until: TokenCount  # tokens of the run at which it ends
     global_batch_size: Size
-    # Of the batch, in equal parts of the stage, up to the batch that follows it; null: none.
+    # Grow the batch by this much in equal parts of the stage, up to the next stage's; null: constant.
     increment: Size | None = None
 
 
@@ -349,22 +348,23 @@ class TrainingConfig:
     ALTERNATIVES: ClassVar = (("train_iters",), ("train_tokens",))
 
     micro_batch_size: PositiveCount = 1  # sequences
-    global_batch_size: Size = 8  # sequences per optimizer step; after those of batch_schedule
+    global_batch_size: Size = 8  # sequences per optimizer step, once batch_schedule has ended
     train_iters: PositiveSteps | None = None
     train_tokens: TokenCount | None = None
-    # Batches before training.global_batch_size, as in [{until: 20e9, global_batch_size: 256}]; empty: none.
+    # Smaller batches to begin with: [{until: 20e9, global_batch_size: 256}]; empty: none.
     batch_schedule: list[BatchStage] = field(default_factory=list)
-    # As in [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count loops in every step.
+    # Loops per step: [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count.
     loop_schedule: list[LoopStage] = field(default_factory=list)
-    # Weights of the losses on the outputs of loops 1, 2, ..., beside the last one's, whose weight is 1; a single one is
-    # that of all earlier loops, however many; empty: none.
+    # Weights of losses on the outputs of loops 1, 2, ...; the last loop's weight is 1. A single number holds for all
+    # earlier loops; empty: none.
     loop_loss_weights: list[NotNegative] = field(default_factory=list)
-    # Of log(Z)^2 of the last loop's logits, Z the sum of their exponentials: PaLM's z-loss, 1e-4 there. Not in `loss`.
+    # Weight of PaLM's z-loss, log(Z)^2 of the last loop's logits, Z the sum of their exponentials; PaLM: 1e-4. Not part
+    # of the reported `loss`.
     z_loss_coeff: NotNegative = 0.0
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
     fp8: Fp8Config | None = None  # linear layers of the `te` backend in FP8; null: none
-    # Of a moving average of the weights (docs/checkpoints.md): its share of itself in each update; null: no average.
+    # EMA decay of the weights (docs/checkpoints.md); null: no average.
     ema_decay: BelowOne | None = None
     deterministic: bool = False
     threads_per_process: PositiveCount | None = None  # CPU only; None: this machine's cores / processes
@@ -372,12 +372,12 @@ class TrainingConfig:
     # and continue with the data after the bad step.
     on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
-    # Standard deviations above the mean loss of steps with the same loops, data stage and row length, and no larger
-    # batch, among the last `spike_window`.
+    # In standard deviations above the mean loss, over those of the last `spike_window` steps with the same loops, data
+    # stage and row length, and no larger batch.
     spike_threshold: Positive = 6.0
-    # steps; spikes are detected once a quarter as many are of that kind
+    # steps; detection begins once a quarter as many of that kind have run
     spike_window: Annotated[int, Range(2, 10**6)] = 128
-    # In a row, and in total per 1,000 steps; more end the run. Started again with other settings, it counts anew.
+    # Limit in a row, and per 1,000 steps; more end the run. A restart with other settings resets the count.
     max_skipped_steps: Count = 10
 
 
@@ -388,7 +388,7 @@ class ValidationConfig:
     interval: Steps = 0  # steps; 0: only after the last
     iters: Count = 8  # global batches; 0: no validation
     loop_counts: list[LoopCount] = field(default_factory=list)  # empty: the model's own
-    # `iters` batches of each source instead of the mix: its loss and bits per byte, and those of all sources together.
+    # Validate `iters` batches of each source instead of the mix; reports loss and bits per byte of each and of all.
     by_source: bool = False
 
 
@@ -400,10 +400,10 @@ class CheckpointConfig:
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
     export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
-    # Where finished exports are uploaded to beside the run (docs/checkpoints.md); None: nowhere. A bucket or folder
-    # (s3://bucket/folder, file:///folder) gets a folder of the run's name, a hub (hf://owner/name) a branch each.
+    # Upload finished exports there while training (docs/checkpoints.md); None: nowhere. A bucket or folder
+    # (s3://bucket/folder, file:///folder) gets a folder with the run's name, a hub (hf://owner/name) a branch each.
     export_upload_to: str | None = None
-    upload_to: str | None = None  # the same of each checkpoint, to a bucket or folder
+    upload_to: str | None = None  # upload checkpoints to this bucket or folder
     upload_keep_last: PositiveCount = 2  # checkpoints to keep there, beside those of keep_every
     async_save: bool = False  # write while training continues; published at a later step
     # Another run's folder or checkpoint to start from, here or where upload_to has put it; None: resume this run's own
@@ -437,7 +437,7 @@ class StragglerConfig:
     """Names ranks whose GPU is slow (docs/slurm.md), by nvidia-resiliency-ext."""
 
     interval: PositiveSteps  # steps
-    threshold: Share = 0.75  # of the fastest GPU's speed, or of its own before, below which one is slow
+    threshold: Share = 0.75  # a GPU is slow below this share of the fastest one's speed, or of its own former
 
 
 @dataclass
@@ -468,7 +468,7 @@ class DeepSpeedConfig:
 class RunConfig:
     """The whole configuration; what a YAML file in configs/runs resolves to."""
 
-    REFUSED: ClassVar = REFUSED  # settings of Megatron-LM, and why they are none here
+    REFUSED: ClassVar = REFUSED  # settings of Megatron-LM that do not exist here, and why
 
     name: str = "run"
     output_dir: str = "runs"  # the run folder is <output_dir>/<name>

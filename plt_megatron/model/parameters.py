@@ -169,7 +169,7 @@ class Parameter:
 
     @property
     def kind(self) -> Kind:
-        """Whose factors of learning rate and weight decay are its own."""
+        """Optimizer group; selects lr_mult and wd_mult."""
         if self.is_hidden_matrix:
             return "hidden"
         kinds: dict[str, Kind] = {

@@ -249,7 +249,7 @@ def wrap_ddp(
     """One DistributedDataParallel around a stage: its loops share the weights and so the gradient buffers.
 
     With overlap, a bucket is reduced when each of its parameters has had as many gradients as in the first step after
-    synchronization was enabled; loops and recomputation change that number, not its being the same in every step. A
+    synchronization was enabled; loops and recomputation change that count, but it stays constant across steps. A
     bucket of weights is waited for by the first layer that uses it, in whichever loop, and counts as gathered until the
     gradients of the step have been reduced.
 

@@ -116,7 +116,7 @@ def _check_layout(config: RunConfig) -> Iterator[str]:
         divided = (model.num_attention_heads, derived.num_query_groups(model), *derived.split_ffns(model).values())
         nearest = f" and parallel.tensor_model_parallel_size={tensor}" if not any(n % tensor for n in divided) else ""
         yield (
-            f"parallel.pipeline_model_parallel_size {stages} with model.loop_span {model.loop_span}: a stage's loops "
-            "would be of different lengths, which the schedule has not; set "
+            f"parallel.pipeline_model_parallel_size {stages} with model.loop_span {model.loop_span}: "
+            "stages would run different numbers of layers per loop, which the schedule does not support; set "
             f"parallel.pipeline_model_parallel_size=1{nearest}"
         )

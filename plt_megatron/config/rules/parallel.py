@@ -136,7 +136,7 @@ def _check_batches(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     step = training.micro_batch_size * layout.data
     for key, size in _batch_sizes(config).items():
         if size % step:
-            over = "" if key == "training.global_batch_size" else "; if the run is past the stage, any that is will do"
+            over = "" if key == "training.global_batch_size" else "; if this stage is over, any divisible value works"
             yield (
                 f"{key} {size} is not divisible by {step} "
                 f"(training.micro_batch_size {training.micro_batch_size} x data parallel size {layout.data}){over}"
