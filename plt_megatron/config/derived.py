@@ -256,7 +256,7 @@ def validation_loop_counts(config: RunConfig) -> list[int]:
 
 
 def loop_loss_weights(config: RunConfig, loop_count: int) -> list[float]:
-    """Of the losses on the outputs of loops 1, 2, ... before a step's last. A single weight is that of all of them."""
+    """Weights of the losses on loops 1, 2, ... before a step's last; a single weight holds for all."""
     weights = config.training.loop_loss_weights
     return weights * (loop_count - 1) if len(weights) == 1 else weights[: loop_count - 1]
 

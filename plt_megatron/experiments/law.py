@@ -120,7 +120,7 @@ class LawFit:
         return np.vstack([self.theta, self.samples])
 
     def interval(self, values: np.ndarray) -> Interval:
-        """Of a quantity [1 + b] by the fit, first, and by its samples."""
+        """The interval of a quantity [1 + b], given for the fit first and then for each sample."""
         low, high = self.bounds(values[1:])
         return Interval(float(values[0]), float(low), float(high))
 

@@ -24,7 +24,7 @@ DETERMINISTIC_PACKED_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class Versions:
-    """Of what a machine has; None: not there.
+    """Versions of what a machine has; None: not there.
 
     Attributes:
         cuda: that torch is built for.

@@ -192,7 +192,7 @@ class Attention:
     window: int | None = None
 
     def log_probabilities(self, rows: slice, keys: slice, mask: Tensor) -> Tensor:
-        """Of the queries over the keys, float32 [H, rows, keys]; `mask` [rows, keys]: which keys they see."""
+        """Log-probabilities of queries over keys, float32 [H, rows, keys]; `mask` [rows, keys]: which keys they see."""
         heads = self.key.shape[0]
         query = self.query[:, rows].float().unflatten(0, (heads, -1))
         scores = torch.einsum("kgqd,knd->kgqn", query, self.key[:, keys].float()) * self.scaling

@@ -45,7 +45,7 @@ class GridArm:
 
     @property
     def name(self) -> str:
-        """Of its runs, without the horizon."""
+        """The name that its runs share, without the horizon."""
         arm = self.arm
         variant = arm.variant if arm.loops > 1 else ONE_LOOP
         return "-".join([slug(variant), slug(arm.size), f"{arm.loops}x", f"seed{arm.seed}"])

@@ -41,7 +41,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Of a study in one moment.
+    """What a study knows at one moment.
 
     Attributes:
         results: of all planned runs, in order.
@@ -127,7 +127,7 @@ def _target(settings: DecideSettings, unit: str) -> Target:
 
 
 def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tuple[Observation, ...]:
-    """Of the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
+    """Observations from the runs that count. `measure`: the study's, or a source's name for its bits per byte."""
     places, observations = grid.places(), []
     for result in results:
         value = _value(result, measure)
@@ -179,7 +179,7 @@ def priced_arms(grid: Grid, rates: Mapping[Wiring, float], gpu: str | None) -> l
 
 
 def seconds_of(run: PlannedRun, arm: Arm) -> float:
-    """Of training, by the arm's price; without the trunk's part."""
+    """Seconds of training by the arm's price, without the trunk's part."""
     return trained_steps(run) * derived.tokens_per_step(run.config) * arm.seconds_per_token
 
 

@@ -169,7 +169,7 @@ def _phis(fit: LawFit) -> Part:
 
 
 def _intervals(name: str, form: str) -> list[Column]:
-    """Of (name, interval)."""
+    """Columns for rows of (name, interval)."""
     ends = interval_columns("", "value", lambda row: row[1], form, value="value")
     return [Column(name, name, lambda row: row[0]), *ends]
 
