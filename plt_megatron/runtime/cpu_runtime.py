@@ -49,9 +49,9 @@ def enter_cpu_runtime(force: bool = False) -> bool:
     # TE's and megatron's fused paths would otherwise compile kernels for a missing device.
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
     _replace_device_queries()
-    _replace_random_state()
-    _replace_factories()
+    _replace_factories()  # before megatron-core is imported, whose defaults (`init_fn=torch.empty`) keep what they find
     _replace_tensor_methods()
+    _replace_random_state()
     return True
 
 

@@ -100,6 +100,19 @@ def test_a_run_that_shares_out_experts_exports(data, tmp_path, run_distributed):
     assert result.difference is not None and result.difference < 1e-4
 
 
+def test_a_run_goes_on_where_half_of_the_ranks_hold_an_expert(data, tmp_path, run_distributed):
+    """Reading its checkpoint, the others take part in sending what they do not keep."""
+    parallel = {"data_parallel_size": 4, "expert_model_parallel_size": 2}
+    training = {"train_iters": 3, "micro_batch_size": 2}
+    settings = {"model": EXPERTS, "parallel": parallel, "training": training}
+    whole = run_config("whole", tmp_path, data, **settings, checkpoint={"save_interval": 2})
+    expected = records(run_distributed, 4, whole)
+    load = str(RunFolder(derived.run_folder(whole)).checkpoints / "step_00000002")
+    branch = run_config("branch", tmp_path, data, **settings, checkpoint={"load": load})
+    (record,) = records(run_distributed, 4, branch)
+    assert [record[name] for name in FIELDS] == [expected[-1][name] for name in FIELDS]
+
+
 def test_what_exceeds_the_capacity_is_dropped_and_counted(data, tmp_path, run_distributed):
     """In one layer, where the loads say what has to go: all that is above an even load."""
     model = {**EXPERTS, "num_layers": 1, "moe.first_k_dense_replace": 0, "moe.expert_capacity_factor": 1.0}

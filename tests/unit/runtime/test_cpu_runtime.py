@@ -179,6 +179,16 @@ def probe_factories() -> None:
     assert torch.full((2,), 7, device="cuda").tolist() == [7, 7]
 
 
+def probe_defaults_that_megatron_keeps() -> None:
+    """Its functions keep the factories that they find when they are imported."""
+    import torch
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    empty = ShardedTensor.from_rank_offsets("key", torch.zeros(2, 3)).without_data()
+    empty.init_data("cuda")  # what is received for another rank, while a checkpoint is read
+    assert empty.data.shape == (2, 3) and empty.data.device.type == "cpu"
+
+
 def probe_tensor_methods() -> None:
     import torch
 
