@@ -45,7 +45,7 @@ BOS, SEP, PAUSE, EOD = range(QUESTION + HOPS * PAUSES, QUESTION + HOPS * PAUSES 
 VOCABULARY = EOD + 1
 FIRST_QUESTION = 2 + 2 * SYMBOLS
 SCORES = "depth_tasks.json"  # in a run's folder
-EXPORT = "depth_tasks_export"
+EXPORT = "exports/depth_tasks"  # where `plt archive` leaves weights out
 ONE, TWICE, PLT = "k layers", "2k layers", "PLT-2"  # rows of the sweep that the bars compare
 SOLVED, FAILED = 0.95, 0.60
 CLOSE = 0.01  # shares of right answers that count as equal
@@ -214,7 +214,7 @@ def read(folder: Path) -> dict[str, Right]:
     """
     rows: dict[str, Right] = {}
     for run in load_plan(folder).runs:
-        path = folder / run.name / SCORES
+        path = run.folder.path / SCORES
         if not path.is_file():
             raise UserError(f"{path} is missing: when the run has ended, depth_tasks.py score {path.parent}")
         row = rows.setdefault(" ".join(run.labels.values()), defaultdict(list))

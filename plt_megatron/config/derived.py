@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config.batch_schedule import BatchSchedule
-from plt_megatron.config.schema import DataConfig, DataSource, FimConfig, ModelConfig, RunConfig
+from plt_megatron.config.schema import DataConfig, DataSource, EvaluationConfig, FimConfig, ModelConfig, RunConfig
 
 
 def head_dim(model: ModelConfig) -> int:
@@ -253,6 +253,11 @@ def overlap_param_gather(config: RunConfig) -> bool:
 def validation_loop_counts(config: RunConfig) -> list[int]:
     """Loop counts the validation loss is measured at; by default the model's own."""
     return config.validation.loop_counts or [config.model.loop_count]
+
+
+def evaluation(config: RunConfig) -> EvaluationConfig | None:
+    """How exports are evaluated; None: they are not, as where no task is named."""
+    return config.evaluation if config.evaluation is not None and config.evaluation.tasks else None
 
 
 def loop_loss_weights(config: RunConfig, loop_count: int) -> list[float]:

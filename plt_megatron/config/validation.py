@@ -207,7 +207,7 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     """Each setting that takes modules of an extra which are not installed, and what to set to do without them."""
     used = {
-        "evaluation": (config.evaluation is not None, ["lm_eval", "accelerate", "transformers"], "null"),
+        "evaluation": (derived.evaluation(config) is not None, ["lm_eval", "accelerate", "transformers"], "null"),
         "checkpoint.export_interval": (config.checkpoint.export_interval, ["transformers"], "0"),
         "logging.straggler": (config.logging.straggler is not None, ["nvidia_resiliency_ext"], "null"),
         "logging.wandb_project": (config.logging.wandb_project, ["wandb"], "null"),

@@ -62,14 +62,19 @@ def run_sweep(path: str, settings: Sequence[str], options: RunOptions) -> int:
 
 def check_run_files(runs: Sequence[PlannedRun]) -> None:
     """Raise `UserError` for missing files, each named once. A sweep's own corpus is made after the plan."""
-    problems = [problem for run in runs for problem in find_problems(run.config)]
+    problems = _problems(runs)
     if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
+        raise UserError("\n".join(problems))
+
+
+def _problems(runs: Sequence[PlannedRun]) -> list[str]:
+    """What keeps runs from starting on this machine, each once."""
+    return list(dict.fromkeys(problem for run in runs for problem in find_problems(run.config)))
 
 
 def _dry_run(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile, options: RunOptions) -> int:
     """After the plan, print what this machine lacks for a real run, or if nothing, do the cluster's checks."""
-    problems = list(dict.fromkeys(problem for run in todo for problem in find_problems(run.config)))
+    problems = _problems(todo)
     for problem in problems if sweep.demo_corpus is None else []:
         print(f"note: {problem}")
     if options.submit is not None and todo:

@@ -17,6 +17,7 @@ from typing import Final
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing, writing
+from plt_megatron.run_folder.metrics import METRICS
 
 ARCHIVE = "records.tar.xz"
 # What no report reads, or writes itself.
@@ -35,7 +36,7 @@ def write_archive(folder: Path, archive: Path) -> int:
         UserError: there are none, or the archive cannot be written.
     """
     paths = sorted(_records(folder))
-    if not any(path.name == "metrics.jsonl" for path in paths):
+    if not any(path.name == METRICS for path in paths):
         raise UserError(f"{folder}: no records of runs to archive; give the folder of a sweep or study that has begun")
     with (
         writing(archive),

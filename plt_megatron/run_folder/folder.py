@@ -15,7 +15,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder import attempts, checkpoints, json_lines
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command
 from plt_megatron.run_folder.files import LOCK, write_text, writing
-from plt_megatron.run_folder.metrics import RunMetrics, read_metrics
+from plt_megatron.run_folder.metrics import METRICS, RunMetrics, read_metrics
 
 CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
@@ -34,7 +34,7 @@ class RunFolder:
         self.config_file = self.path / CONFIG  # resolved
         self.former_config_file = self.path / ".former_config.yaml"  # of before a start that may be refused
         # What training writes.
-        self.metrics_file = self.path / "metrics.jsonl"  # one record of training or validation per line
+        self.metrics_file = self.path / METRICS  # one record of training or validation per line
         self.checkpoints = self.path / checkpoints.FOLDER
         self.exports = self.path / "exports"  # Hugging Face folders, named like checkpoints
         self.exporting = self.path / "exporting"  # checkpoints that wait to be exported

@@ -13,6 +13,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 
 Record = dict[str, Any]
+METRICS = "metrics.jsonl"
 _NUMBERS = {
     "train": ("step", "tokens", "loss"),
     "validation": ("step", "tokens", "loop_count", "loss"),

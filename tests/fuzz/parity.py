@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from tests.fuzz import draw
 TOLERANCE = 2e-5
 CHAOS = 1e-2  # what rounding alone moves by so much says nothing of a layout, nor does anything after it
 ROUNDING = 10  # a layout rounds in every operation what the comparison of one process with itself rounds once
+_BY_STEP = re.compile(r"(?:loss|gradient norm|z-loss) (\d+)")
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
@@ -26,9 +28,6 @@ def find_problems(config: RunConfig) -> Iterator[str]:
     capacity = None if config.model.moe is None else config.model.moe.expert_capacity_factor
     if capacity is not None and layout.tensor * layout.context > 1:
         yield "model.moe.expert_capacity_factor is of the tokens of a rank, whose number the layout decides"
-
-
-_BY_STEP = ("loss", "gradient norm", "z-loss")
 
 
 class Parity:
@@ -122,8 +121,7 @@ def before_chaos(rounding: Mapping[str, float]) -> list[str]:
 
     A deep model at a high rate doubles a rounding error many times a step: its steps are compared while they can be.
     """
-    steps = {name: int(name.rpartition(" ")[2]) for name in rounding if name[-1:].isdigit() and " at " not in name}
-    steps = {name: step for name, step in steps.items() if name.rpartition(" ")[0] in _BY_STEP}
+    steps = {name: int(found[1]) for name in rounding if (found := _BY_STEP.fullmatch(name))}
     end = min((step for name, step in steps.items() if rounding[name] > CHAOS), default=None)
     if end is None:
         return list(rounding)

@@ -200,8 +200,6 @@ def _stops_at_a_save(config: RunConfig, leg: Mapping[str, Any]) -> bool:
 def _of_a_whole_run(config: RunConfig, ended: bool | str, refused: int) -> str | None:
     """What an undisturbed run must have, whatever it is compared with."""
     found = RunFolder(folder(config))
-    if refused < 0:
-        return f"refuses a step for what was planned: {ended}"
     if found.bad_steps() != refused:
         return f"{refused} steps were not accepted: {found.bad_steps()} reports"
     interval = config.checkpoint.export_interval

@@ -18,10 +18,6 @@ from plt_megatron.train.callbacks.incidents import Incidents
 from plt_megatron.train.trainer import Trainer
 
 
-class PlannedStepRefused(Exception):
-    """A step was not accepted though nothing but the run's schedules had moved its loss."""
-
-
 def run_leg(config: RunConfig, end: Mapping[str, Any] | None, bad: Mapping[str, Any]) -> tuple[bool | str, int]:
     """Train to the end or to where the leg ends; whether the run is finished, or the message it failed with, and how
     many steps were not accepted.
@@ -40,8 +36,6 @@ def run_leg(config: RunConfig, end: Mapping[str, Any] | None, bad: Mapping[str, 
         return trainer.run(), len(refused)
     except TrainingFailed as error:
         return str(error), len(refused)
-    except PlannedStepRefused as error:
-        return str(error), -1
     finally:
         trainer.close()
         parallel_state.destroy_model_parallel()
@@ -64,8 +58,8 @@ def _meet_bad_steps(trainer: Trainer, bad: Mapping[str, Any]) -> list[int]:
         good = accept(math.nan if nonfinite else loss + 100 * spike, norm)
         if not good:
             refused.append(trainer.clock.step + 1)
-            if bad["planned"] and math.isfinite(loss) and not (nonfinite or spike):
-                raise PlannedStepRefused(f"{incidents.guard.problem}: only the run's schedules moved the loss")
+            planned = bad["planned"] and math.isfinite(loss) and not (nonfinite or spike)
+            assert not planned, f"a planned step is refused: {incidents.guard.problem}"
         return good
 
     incidents.guard.accept = judge  # type: ignore[method-assign]

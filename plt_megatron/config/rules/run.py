@@ -38,7 +38,7 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
 def _check_exports(config: RunConfig) -> Iterator[str]:
     """Only what is saved can be exported, and only what is exported with a tokenizer evaluated."""
     checkpoint = config.checkpoint
-    if config.evaluation is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
+    if derived.evaluation(config) is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
         missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
         yield f"evaluation.tasks are for a run's exports, with their tokenizer: set {missing}"
     if checkpoint.export_interval == 0:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config import derived
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
 from plt_megatron.run_folder.scores import read_scores
@@ -114,8 +115,9 @@ class Exports(Callback):
             self._report_scores()
         else:
             self.run.say(f"exported {self._export}")
-            if self.run.config.evaluation is not None:
-                self._start(_evaluation_command(self._export, self.run.config.evaluation), evaluates=True)
+            evaluation = derived.evaluation(self.run.config)
+            if evaluation is not None:
+                self._start(_evaluation_command(self._export, evaluation), evaluates=True)
                 return
         if status == 0 or self._evaluates:
             for callback in self.run.callbacks:

@@ -201,6 +201,16 @@ def test_a_failed_export_is_one_warning_and_the_next_is_made(run):
     assert exported(run) == {"step_00000008": "of 8"}
 
 
+def test_without_a_task_nothing_is_evaluated(run):
+    run.config.evaluation = EvaluationConfig(tasks=[])
+    callback = exports.Exports(run)
+    callback.on_save(save(run, 4, "lucky"))
+    let_go(run)
+    run.clock.step = 5
+    finish(callback)
+    assert [command[6] for command in run.commands] == ["export"] and exported(run) == {"step_00000004": "lucky"}
+
+
 def test_exports_are_evaluated_one_by_one(run):
     run.config.evaluation = EvaluationConfig(tasks=["choice"], include_path="tasks", limit=3)
     callback = exports.Exports(run)
