@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.config import derived
-from plt_megatron.config.loader import dump_config, load_config
+from plt_megatron.config.loader import WRITTEN, dump_config, load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import attempts, checkpoints, json_lines
@@ -17,7 +17,7 @@ from plt_megatron.run_folder.archive import ARCHIVE, unpack_command
 from plt_megatron.run_folder.files import LOCK, write_text, writing
 from plt_megatron.run_folder.metrics import METRICS, RunMetrics, read_metrics
 
-CONFIG, JOB_SCRIPT, CODE, LOGS = "config.yaml", "job.sbatch", "code", "logs"
+CONFIG, JOB_SCRIPT, CODE, LOGS = WRITTEN, "job.sbatch", "code", "logs"
 STOP, SAVE = "STOP", "SAVE"
 _DEPTH = 3  # depth of run folders below the output folder: sweeps are one level deeper than runs
 _PASSED_OVER = {
