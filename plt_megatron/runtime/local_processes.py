@@ -152,7 +152,7 @@ class _Job:
                 interrupted = signal.SIGINT in self.received and all(code == _INTERRUPTED for _, code in failed)
                 for rank, returncode in [] if interrupted else failed:
                     print(f"rank {rank} {describe_exit(returncode)}", file=sys.stderr, flush=True)
-                self.stop(quietly=interrupted)
+                self.stop(interrupted=interrupted)
                 return _exit_status([returncode for _, returncode in failed])
             if not running:
                 return max((p.returncode for p in self.processes), default=0)
@@ -160,15 +160,19 @@ class _Job:
                 return _INTERRUPTED
             time.sleep(_POLL_SECONDS)
 
-    def stop(self, *, quietly: bool = False) -> None:
-        """Ask the running processes to stop; kill those that do not in time."""
+    def stop(self, *, interrupted: bool = False) -> None:
+        """Ask the running processes to stop; those that do not in time are killed by `kill`.
+
+        `interrupted`: they have been asked, by the user's SIGINT, and another signal could end them before they have put
+        things in order.
+        """
         running = self.running()
         if not running:
             return
-        if not quietly:
+        if not interrupted:
             print(f"stopping the other {len(running)} process(es)", file=sys.stderr, flush=True)
-        for process in running:
-            process.terminate()
+            for process in running:
+                process.terminate()
         deadline = time.monotonic() + self.grace_seconds
         while self.running() and not self._killed_by_user() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)

@@ -146,11 +146,28 @@ sys.exit(75)
 """
 
 
+# On SIGINT rank 1 ends at once, and rank 0 after the spawner has seen that, with something left to do.
+INTERRUPTED = """
+import os, signal, sys, time
+rank, folder = os.environ["RANK"], os.environ["TEST_FOLDER"]
+def end(number, frame):
+    while rank == "0" and os.path.exists("/proc/" + open(f"{folder}/up.1").read().strip()):
+        time.sleep(0.01)
+    time.sleep(0.3 if rank == "0" else 0)
+    print("in order", file=open(f"{folder}/end.{rank}", "w"), flush=True)
+    os._exit(130)
+signal.signal(signal.SIGINT, end)
+print(os.getpid(), file=open(f"{folder}/up.{rank}.part", "w"), flush=True)
+os.rename(f"{folder}/up.{rank}.part", f"{folder}/up.{rank}")
+time.sleep(60)
+"""
+
+
 @contextlib.contextmanager
-def driver(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def driver(folder: Path, listener: str = LISTENER) -> Iterator[subprocess.Popen[bytes]]:
     """The spawner in a process of its own with two listeners, once both are up."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "TEST_FOLDER": str(folder)}
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, LISTENER], env=env)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, listener], env=env)
     try:
         wait_until(lambda: all((folder / f"up.{rank}").exists() for rank in range(2)))
         yield process
@@ -186,6 +203,14 @@ def test_signals_reach_every_process_and_preemption_is_reported(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 75
     assert heard(tmp_path) == [["SIGUSR1", "SIGINT", "SIGTERM"]] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_who_is_interrupted_puts_things_in_order_though_others_are_done(tmp_path):
+    with driver(tmp_path, INTERRUPTED) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+    assert [(tmp_path / f"end.{rank}").read_text() for rank in range(2)] == ["in order\n"] * 2
 
 
 def test_a_second_interrupt_kills(tmp_path):
