@@ -14,13 +14,14 @@ from plt_megatron.config.rules import fp8 as fp8_rules
 from plt_megatron.config.schema import RunConfig
 from tests.distributed.cases import Outcome
 from tests.fuzz import draw, parity
-from tests.fuzz.parity import Parity, alone, differences
+from tests.fuzz.parity import Parity, alone, before_chaos, differences
 
 HOPPER = (9, 0)
 # tests/te/test_te_fp8.py has them: FP8 has 3 bits of mantissa (gradients: 2).
 BOUNDS = {"loss": 0.02, "validation": 0.02, "gradient": 0.2}
 ROUTED_LOSS_BOUND = 0.04  # rounding sends a token that is near a tie to another expert
 BF16_TO_FP8 = 32  # how much more FP8 rounds
+CHAOS = 1 / BF16_TO_FP8  # where bf16 moves a number by so much, FP8 may move it, and every later one, by its size
 # In Triton's interpreter it takes most of a case's time: tests/te/test_te_fusions.py has it.
 _UNFUSED = {"parallel.cross_entropy_loss_fusion": False}
 
@@ -86,10 +87,14 @@ class Fp8(TransformerEngine):
         if not over:
             return None
         exact = self.outcome(dataclasses.replace(one, training=dataclasses.replace(one.training, precision="fp32")))
-        if not _over(off, config, differences(exact, expected)):
-            self.note("rounding alone moves it by more", ", ".join(over))
+        rounding = differences(exact, expected)
+        comparable = before_chaos(rounding, CHAOS)
+        still_over = [name for name in _over(off, config, rounding) if name in comparable]
+        if not still_over:
+            chaotic = not set(over) & set(comparable)
+            self.note("chaotic after some steps" if chaotic else "rounding alone moves it by more", ", ".join(over))
             return None
-        worst = max(over, key=lambda name: off[name])
+        worst = max(still_over, key=lambda name: off[name])
         return f"is not close to bf16: {worst} is off by {off[worst]:.1%}"
 
 
