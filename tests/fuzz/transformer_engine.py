@@ -21,6 +21,9 @@ HOPPER = (9, 0)
 BOUNDS = {"loss": 0.02, "validation": 0.02, "gradient": 0.2}
 ROUTED_LOSS_BOUND = 0.04  # rounding sends a token that is near a tie to another expert
 BF16_TO_FP8 = 32  # how much more FP8 rounds
+# FP8 of a deep model is further from bf16 than that of the tests' model. How much further than one process's a layout's
+# may be, and, however far that is, how many times its bound:
+ALONE, AT_MOST = 3, 5
 CHAOS = 1 / BF16_TO_FP8  # where bf16 moves a number by so much, FP8 may move it, and every later one, by its size
 # In Triton's interpreter it takes most of a case's time: tests/te/test_te_fusions.py has it.
 _UNFUSED = {"parallel.cross_entropy_loss_fusion": False}
@@ -78,30 +81,39 @@ class Fp8(TransformerEngine):
 
     def check(self, settings: draw.Settings) -> str | None:
         config = draw.load(settings)
-        one = alone(config)
-        one = dataclasses.replace(one, training=dataclasses.replace(one.training, fp8=None))
-        expected = self.outcome(one)
-        outcome = self.outcome(config)
-        off = {name: part for name, part in differences(outcome, expected).items() if name in expected.numbers}
-        over = _over(off, config, {})
+        fp8 = alone(config)
+        bf16 = dataclasses.replace(fp8, training=dataclasses.replace(fp8.training, fp8=None))
+        expected = self.outcome(bf16)
+        off, bounds = differences(self.outcome(config), expected), _bounds(config)
+        over = [name for name in expected.numbers if not off[name] <= bounds[_kind(name)]]
         if not over:
             return None
-        exact = self.outcome(dataclasses.replace(one, training=dataclasses.replace(one.training, precision="fp32")))
+        exact = self.outcome(dataclasses.replace(bf16, training=dataclasses.replace(bf16.training, precision="fp32")))
         rounding = differences(exact, expected)
         comparable = before_chaos(rounding, CHAOS)
-        still_over = [name for name in _over(off, config, rounding) if name in comparable]
-        if not still_over:
-            chaotic = not set(over) & set(comparable)
-            self.note("chaotic after some steps" if chaotic else "rounding alone moves it by more", ", ".join(over))
+        if not set(over) & set(comparable):
+            self.note("chaotic after some steps", ", ".join(over))
             return None
-        worst = max(still_over, key=lambda name: off[name])
-        return f"is not close to bf16: {worst} is off by {off[worst]:.1%}"
+        by_itself = _worst(differences(self.outcome(fp8), expected), expected)
+        for name in sorted(set(over) & set(comparable), key=lambda name: -off[name]):
+            kind = _kind(name)
+            spread = min(ALONE * by_itself[kind], AT_MOST * bounds[kind])
+            if off[name] > max(BF16_TO_FP8 * rounding[name], spread):
+                return f"is not close to bf16: {name} is off by {off[name]:.1%}"
+        self.note("rounding alone moves it by more", ", ".join(over))
+        return None
 
 
-def _over(off: dict[str, float], config: RunConfig, rounding: dict[str, float]) -> list[str]:
-    """The numbers that are off by more than their bound, and more than what rounding does."""
-    bounds = dict(BOUNDS)
-    if config.model.moe is not None:
-        bounds |= {"loss": ROUTED_LOSS_BOUND, "validation": ROUTED_LOSS_BOUND}
-    limits = {name: bounds.get(name.split()[0], BOUNDS["gradient"]) for name in off}
-    return [name for name in off if not off[name] <= max(limits[name], BF16_TO_FP8 * rounding.get(name, 0.0))]
+def _worst(off: Mapping[str, float], expected: Outcome) -> dict[str, float]:
+    """How far the furthest number of each kind is off."""
+    return {kind: max(off[name] for name in expected.numbers if _kind(name) == kind) for kind in BOUNDS}
+
+
+def _kind(name: str) -> str:
+    """What `BOUNDS` calls the number."""
+    return first if (first := name.split()[0]) in BOUNDS else "gradient"
+
+
+def _bounds(config: RunConfig) -> dict[str, float]:
+    routed = {"loss": ROUTED_LOSS_BOUND, "validation": ROUTED_LOSS_BOUND} if config.model.moe is not None else {}
+    return BOUNDS | routed
