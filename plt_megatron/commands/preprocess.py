@@ -33,6 +33,12 @@ def _parser() -> CommandParser:
         default="skip",
         help="broken JSON, missing field, not UTF-8, empty, too long: skip and report (default), or stop",
     )
+    reading.add_argument(
+        "--chat",
+        action="store_true",
+        help="documents are conversations, lists of messages: apply the chat template beside tokenizer.json, and write "
+        "a loss mask of the assistant's answers",
+    )
     reading.add_argument("--eod-token", help="the token that ends a document (default: the tokenizer's)")
     reading.add_argument("--no-append-eod", action="store_true", help="do not end documents with that token")
     work = parser.add_argument_group("work")

@@ -14,7 +14,9 @@ INPUT_HELP = f"files or globs: {describe_formats()}"
 def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
     """Options for finding documents in files."""
     parser.add_argument("--format", choices=sorted(READERS), help="default: by the files' suffixes")
-    parser.add_argument("--json-key", default="text", help="the field or column with the text (default: text)")
+    parser.add_argument(
+        "--json-key", metavar="FIELD", help="the field or column with the text (default: text; with --chat: messages)"
+    )
     parser.add_argument(
         "--text-documents",
         choices=("file", "line"),
@@ -36,7 +38,14 @@ def add_reading_arguments(parser: argparse._ActionsContainer) -> None:
 
 def read_options(arguments: argparse.Namespace) -> ReadOptions:
     """The values of those options. Raises `UserError` if they contradict each other."""
-    return ReadOptions(arguments.json_key, arguments.text_documents, arguments.max_document_bytes, _quality(arguments))
+    chat = getattr(arguments, "chat", False)
+    return ReadOptions(
+        arguments.json_key or ("messages" if chat else "text"),
+        arguments.text_documents,
+        arguments.max_document_bytes,
+        _quality(arguments),
+        chat or None,
+    )
 
 
 def _quality(arguments: argparse.Namespace) -> Quality | None:

@@ -31,10 +31,13 @@ from plt_megatron.config import derived
 from plt_megatron.config.data_stages import distinct_sources
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
+from plt_megatron.data.indexed import open_index
+from plt_megatron.data.loss_mask import check_values, has_mask, mask_path, open_mask
 from plt_megatron.data.megatron_builder import Builder, MegatronTokenizer
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
+    check_masks,
     check_tokenizer,
     content_hashes,
     fingerprint,
@@ -75,7 +78,8 @@ class Part:
 
 
 class _DocumentDataset(GPTDataset):
-    """A GPTDataset whose samples mark where their documents begin, and whose documents may be rearranged."""
+    """A GPTDataset whose samples mark where their documents begin, whose documents may be rearranged, and of whose
+    tokens some may not count in the loss."""
 
     def __init__(
         self, indexed_dataset: Any, dataset_path: str, indices: np.ndarray, num_samples: int, split: Split, config: Any
@@ -83,14 +87,26 @@ class _DocumentDataset(GPTDataset):
         settings = config.fill_in_middle
         rate = settings.rates.get(dataset_path, 0.0) if settings and split is Split.train else 0.0
         self._rearranged = RearrangedDocuments(indexed_dataset, rate, settings) if rate else None
+        self._mask = open_mask(dataset_path, open_index(dataset_path).tokens) if has_mask(dataset_path) else None
+        assert self._mask is None or self._rearranged is None, "_build_index refuses it"
         super().__init__(self._rearranged or indexed_dataset, dataset_path, indices, num_samples, split, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         text, lengths = self._text(int(idx or 0))
         settings = self.config
         return make_sample(
-            text, lengths, reset=settings.reset_at_document_boundaries, masked_token=settings.masked_token
+            text,
+            lengths,
+            reset=settings.reset_at_document_boundaries,
+            masked_token=settings.masked_token,
+            counted=None if self._mask is None else self._counted(self._mask, int(idx or 0)),
         )
+
+    def _counted(self, mask: np.ndarray, idx: int) -> np.ndarray:
+        """What `_text` gives of the source's loss mask instead of its tokens."""
+        index, item = self.dataset.index, self.dataset.index.dtype_size
+        starts = [(int(index.sequence_pointers[part.document]) // item + part.first, part) for part in self.parts(idx)]
+        return np.concatenate([mask[start : start + part.length] for start, part in starts])
 
     def _text(self, idx: int) -> tuple[np.ndarray, list[int]]:
         """A sample's tokens with the one after the last, and how many are of each document."""
@@ -118,7 +134,12 @@ class _DocumentDataset(GPTDataset):
 
 
 def make_sample(
-    text: np.ndarray, document_lengths: Sequence[int], *, reset: bool, masked_token: int | None = None
+    text: np.ndarray,
+    document_lengths: Sequence[int],
+    *,
+    reset: bool,
+    masked_token: int | None = None,
+    counted: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """A sample from `text`, int64 [s + 1]: the tokens of consecutive (parts of) documents of the given lengths.
 
@@ -126,7 +147,8 @@ def make_sample(
     `position_ids` (int64 [s]). With `reset` also `document_starts` (bool [s]): True where a document's part begins,
     the sample's first token included; positions restart there, and where the label belongs to the next document,
     as after each end-of-document token, the loss mask is 0: nothing predicts the start of an unrelated document.
-    With `masked_token` it is also 0 at each such token, as megatron-core's `eod_mask_loss` has it.
+    With `masked_token` it is also 0 at each such token, as megatron-core's `eod_mask_loss` has it; with `counted`,
+    uint8 [s + 1], where the label is a token that does not count (see `loss_mask`).
     """
     tokens = torch.from_numpy(text[:-1].astype(np.int64))
     labels = torch.from_numpy(text[1:].astype(np.int64))
@@ -134,6 +156,8 @@ def make_sample(
     loss_mask = torch.ones(size, dtype=torch.float32)
     if masked_token is not None:
         loss_mask[tokens == masked_token] = 0.0
+    if counted is not None:
+        loss_mask *= torch.from_numpy(counted[1:].astype(np.float32))
     positions = torch.arange(size)
     sample = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "position_ids": positions}
     if not reset:
@@ -290,10 +314,14 @@ def _build_index(
     shares = mix_shares(data, num_samples)
     if tokenizer is not None:
         check_tokenizer(data, tokenizer)
+    check_masks(data)
     settings = settings_of(data, tokenizer, seed)
     for share in shares:
         rearranged = settings is not None and share.part == "train" and settings.rates[os.path.abspath(share.path)] > 0
         setting = "data.fim.rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
+        if rearranged and has_mask(share.path):
+            raise UserError(f"data.fim.rate: {mask_path(share.path)} is of documents as they are: set the source's 0")
+        check_values(share.path, open_index(share.path).tokens)
         if setting is not None and tokenizer is not None:
             check_ends(setting, share.path, share.first, share.last, tokenizer.eod)
     hashes = content_hashes(data)

@@ -14,6 +14,8 @@ class Document(NamedTuple):
 
     `line` (of a table: row) counts from 1 within the span, `size` is in bytes of the span. `kind` LEFT_OUT is no bad
     line: the document is one that the options do not ask for.
+
+    `text` of a conversation is JSON: `{"messages": [...], "tools": [...] or null}`.
     """
 
     line: int
@@ -42,6 +44,20 @@ def check_text(line: int, size: int, text: Any, key: str | None = None) -> Docum
     if not text or text.isspace():
         return Document(line, size, None, "empty", f"{where} is empty")
     return Document(line, size, text)
+
+
+def conversation_problem(value: Any) -> str | None:
+    """What is wrong with the `messages` of a line; None: nothing."""
+    if not isinstance(value, list) or not value:
+        return "is not a list of messages"
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return f"message {number} is not an object with a role"
+        if "content" not in message and "tool_calls" not in message:
+            return f"message {number} has no content"
+    if all(message["role"] != "assistant" for message in value):
+        return "has no message of the assistant, so that there is nothing to learn"
+    return None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import numpy as np
 from plt_megatron.config import derived
 from plt_megatron.config.data_stages import all_sources, distinct_sources, stage_samples, stage_sources
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
+from plt_megatron.data import loss_mask
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
 from plt_megatron.data.indexed import IndexedFile, read_index
 from plt_megatron.data.tokenizer import Tokenizer
@@ -241,6 +242,12 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
             )
 
 
+def check_masks(data: DataConfig) -> None:
+    """`UserError` if a source's loss mask is of another size, or missing though its manifest tells of it."""
+    for path in dict.fromkeys(source.path for _, source in all_sources(data)):
+        loss_mask.check_mask(path, read_index(path).tokens, _manifest(path))
+
+
 def _manifest(prefix: str) -> dict[str, Any]:
     try:
         with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
@@ -265,10 +272,10 @@ def _starts(length: int, size: int) -> list[int]:
 
 
 def content_hash(prefix: str) -> str:
-    """SHA-256 over the sizes and up to 4 MiB of evenly spaced blocks of each of the two files of a source."""
+    """SHA-256 over the sizes and up to 4 MiB of evenly spaced blocks of each file of a source."""
     digest = hashlib.sha256()
     try:
-        for suffix in (".idx", ".bin"):
+        for suffix in (".idx", ".bin", *([loss_mask.SUFFIX] if loss_mask.has_mask(prefix) else [])):
             length = os.path.getsize(prefix + suffix)
             digest.update(f"{suffix} {length}\n".encode())
             with open(prefix + suffix, "rb") as file:

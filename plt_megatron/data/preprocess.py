@@ -26,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from plt_megatron.data.encoders import ChatEncoder
 from plt_megatron.data.formats import Reader, ReadOptions, open_inputs
 from plt_megatron.data.indexed import concatenate, write_index
+from plt_megatron.data.loss_mask import mask_path
 from plt_megatron.data.plan import Plan
 from plt_megatron.data.progress import ProgressBar
 from plt_megatron.data.shards import (
@@ -112,7 +114,7 @@ class _Job:
 
     def _identity(self) -> dict[str, Any]:
         """What the output depends on; a resumed or repeated command must agree with it."""
-        return {
+        identity: dict[str, Any] = {
             "version": _VERSION,
             "tokenizer_sha256": self.tokenizer.fingerprint,
             "eod": self.tokenizer.eod if self.options.append_eod else None,
@@ -121,14 +123,20 @@ class _Job:
             "shard_bytes": self.options.shard_bytes,
             "sources": [_stamp(source) for source in self.sources],
         }
+        if self.options.read.chat:
+            encoder = ChatEncoder(self.tokenizer, append_eod=self.options.append_eod)
+            identity["chat_template_sha256"] = encoder.fingerprint
+        return identity
 
     def finished(self) -> dict[str, Any] | None:
         """The manifest if the requested output exists; `UserError` if the files are something else."""
-        existing = [name for name in (f"{self.prefix}.bin", f"{self.prefix}.idx") if os.path.exists(name)]
+        names = [f"{self.prefix}.bin", f"{self.prefix}.idx"]
+        names += [str(mask_path(self.prefix))] if self.options.read.chat else []
+        existing = [name for name in names if os.path.exists(name)]
         if not existing or self.options.overwrite:
             return None
         manifest = _read_json(self.manifest_path)
-        if manifest is not None and len(existing) == 2 and self._made_from_the_same(manifest):
+        if manifest is not None and existing == names and self._made_from_the_same(manifest):
             if os.path.getsize(f"{self.prefix}.bin") == manifest["bin_bytes"]:
                 return manifest
         if _read_json(self.work / "plan.json") == self.identity:
@@ -178,6 +186,7 @@ class _Job:
             str(self.tokenizer.path),
             self.options.eod_token,
             self.options.append_eod,
+            bool(self.options.read.chat),
             self.options.fail_on_bad_line,
         )
         done = self._bytes_done()
@@ -275,10 +284,23 @@ class _Job:
             "identity": self.identity,
         }
         _write_bad_lines(self.prefix, self.sources, reports)
+        self._publish_mask(shards, reports, manifest)
         publish(self.work / "out", f"{self.prefix}.bin")
         publish(self.work / "out.index", f"{self.prefix}.idx")
         publish_json(self.manifest_path, manifest)
         return manifest
+
+    def _publish_mask(
+        self, shards: Sequence[Path], reports: Sequence[dict[str, Any]], manifest: dict[str, Any]
+    ) -> None:
+        """Put the loss mask of conversations together; other text loses one that an earlier output left."""
+        target = mask_path(self.prefix)
+        if not self.options.read.chat:
+            target.unlink(missing_ok=True)
+            return
+        manifest["loss_mask_sha256"] = concatenate([shard.with_suffix(".mask") for shard in shards], self.work / "mask")
+        manifest["loss_mask_tokens"] = sum(report["counted"] for report in reports)
+        publish(self.work / "mask", target)
 
     def _reports(self) -> list[dict[str, Any]]:
         """The reports of all spans, in the order of the output; a shard that does not match its own is refused."""
@@ -286,7 +308,9 @@ class _Job:
         for key in self.plan.keys:
             shard = _read_json(self.work / f"{key}.json")
             tokens = (self.work / f"{key}.bin").stat().st_size // np.dtype(self.tokenizer.dtype).itemsize
-            if shard is None or sum(report["tokens"] for report in shard) != tokens:
+            mask = self.work / f"{key}.mask"
+            whole = not self.options.read.chat or (mask.exists() and mask.stat().st_size == tokens)
+            if shard is None or not whole or sum(report["tokens"] for report in shard) != tokens:
                 (self.work / f"{key}.json").unlink(missing_ok=True)
                 raise UserError(f"{self.work / key}.bin is damaged: run the same command again to redo it")
             reports += shard
@@ -376,4 +400,5 @@ def _report(prefix: str, manifest: dict[str, Any]) -> None:
         f"{prefix}.bin/.idx: {plural(manifest['documents'], 'document')}, {manifest['tokens']:,} tokens "
         f"({manifest['dtype']}); {'skipped ' if bad else ''}{_count_bad(bad)}"
         + (f"; {plural(left_out, 'document')} left out for their quality" if left_out else "")
+        + (f"; {manifest['loss_mask_tokens']:,} tokens count in the loss" if "loss_mask_tokens" in manifest else "")
     )

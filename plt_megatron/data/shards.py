@@ -1,8 +1,8 @@
 """The worker's side of preprocessing: one shard of the input to one shard of tokens.
 
 A shard is three files in the work folder: `KEY.bin` (tokens), `KEY.len` (int32 tokens per document) and `KEY.json`
-(counts, hashes, bad lines). The last is published by renaming after the others are on disk: a shard whose
-`KEY.json` exists is complete, whenever the process was killed.
+(counts, hashes, bad lines), and a fourth for conversations, `KEY.mask` (see `loss_mask`). `KEY.json` is published by
+renaming after the others are on disk: a shard whose `KEY.json` exists is complete, whenever the process was killed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.data.compressed import BrokenStream
+from plt_megatron.data.encoders import ChatEncoder, Encoder, TextEncoder
 from plt_megatron.data.formats import LEFT_OUT, Document, Span
-from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.run_folder.files import replacing, write_bytes, write_text
 
 _BATCH_BYTES = 1 << 20  # of text encoded at once
@@ -37,6 +38,7 @@ class Settings:
     tokenizer: str
     eod_token: str | None
     append_eod: bool
+    chat: bool
     fail_on_bad_line: bool
 
 
@@ -53,7 +55,11 @@ class Shard:
 
 @dataclass
 class SpanReport:
-    """What was in one span. `lines` counts all, `bad` the bad ones by kind, `left_out` those not asked for."""
+    """What was in one span.
+
+    `lines` counts all, `bad` the bad ones by kind, `left_out` those not asked for; `counted` are the tokens that count
+    in the loss, where not all do.
+    """
 
     file: int
     lines: int = 0
@@ -61,6 +67,7 @@ class SpanReport:
     disk_bytes: int = 0
     documents: int = 0
     tokens: int = 0
+    counted: int = 0
     left_out: int = 0
     bad: Counter[str] = field(default_factory=Counter)
     bad_lines: list[tuple[int, str]] = field(default_factory=list)  # (line within the span, reason)
@@ -86,30 +93,35 @@ def start_worker(settings: Settings, work: str, counters: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this process is one of the parallel ones
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
-    _worker.update(settings=settings, work=Path(work), counters=counters, tokenizer=tokenizer)
+    kind = ChatEncoder if settings.chat else TextEncoder
+    encoder = kind(tokenizer, append_eod=settings.append_eod)
+    _worker.update(settings=settings, work=Path(work), counters=counters, encoder=encoder)
 
 
 def run_in_worker(shard: Shard) -> str:
     """Encode a shard in a process set up by `start_worker`; its key."""
-    encode_shard(shard, _worker["settings"], _worker["tokenizer"], _worker["work"], _worker["counters"])
+    encode_shard(shard, _worker["settings"], _worker["encoder"], _worker["work"], _worker["counters"])
     return shard.key
 
 
-def encode_shard(shard: Shard, settings: Settings, tokenizer: Tokenizer, work: Path, counters: Any = None) -> None:
+def encode_shard(shard: Shard, settings: Settings, encoder: Encoder, work: Path, counters: Any = None) -> None:
     """Read, encode and publish a shard. `counters` [3] int64: text bytes, tokens and disk bytes so far."""
     target = work / shard.key
     lengths: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
     reports = []
     with replacing(target.with_suffix(".bin"), "wb") as output:
         for place, span in enumerate(shard.spans):
             report = SpanReport(shard.files[place])
-            writer = _SpanWriter(report, settings, tokenizer, output, lengths)
+            writer = _SpanWriter(report, settings, encoder, output, lengths, masks)
             try:
                 _read_into(writer, span, shard.broken, counters)
             except FatalBadLine as error:
                 raise FatalBadLine(place, *error.args) from None
             reports.append(report)
     write_bytes(target.with_suffix(".len"), np.concatenate([np.empty(0, np.int32), *lengths]).tobytes())
+    if settings.chat:
+        write_bytes(target.with_suffix(".mask"), np.concatenate([np.empty(0, np.uint8), *masks]).tobytes())
     publish_json(target.with_suffix(".json"), [vars(report) for report in reports])
     if shard.spool_start is not None:
         os.unlink(shard.spans[0].reader.path)
@@ -174,15 +186,17 @@ class _SpanWriter:
         self,
         report: SpanReport,
         settings: Settings,
-        tokenizer: Tokenizer,
+        encoder: Encoder,
         output: Any,
         lengths: list[np.ndarray],
+        masks: list[np.ndarray],
     ) -> None:
         self.report = report
         self._settings = settings
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._output = output
         self._lengths = lengths
+        self._masks = masks
 
     def write(self, documents: list[Document]) -> None:
         self.report.lines += len(documents)
@@ -193,16 +207,15 @@ class _SpanWriter:
                 self._bad(document.line, document.kind, document.reason)
         good = [document for document in documents if document.text is not None]
         texts = [document.text for document in good if document.text is not None]
-        flat, lengths = self._tokenizer.encode_flat(texts)
-        for place in np.flatnonzero(lengths == 0):
-            self._bad(good[place].line, "empty", "document has no token")
-        lengths = lengths[lengths > 0]
-        if self._settings.append_eod:
-            flat, lengths = _append_token(flat, lengths, self._tokenizer.eod)
+        flat, lengths, mask, bad = self._encoder(texts)
+        for place, (kind, reason) in bad.items():
+            self._bad(good[place].line, kind, reason)
         self._output.write(flat.tobytes())
         self._lengths.append(lengths.astype(np.int32))
+        self._masks.append(mask)
         self.report.documents += len(lengths)
         self.report.tokens += flat.size
+        self.report.counted += int(mask.sum())
         self.report.text_bytes += sum(document.size for document in documents)
 
     def _bad(self, line: int, kind: str, reason: str) -> None:
@@ -211,15 +224,3 @@ class _SpanWriter:
         self.report.bad[kind] += 1
         if len(self.report.bad_lines) < _BAD_LINES_KEPT:
             self.report.bad_lines.append((line, reason))
-
-
-def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
-    """Append `token` to each document; the new tokens and lengths."""
-    lengths = lengths + 1
-    ends = np.cumsum(lengths) - 1
-    result = np.empty(flat.size + len(lengths), flat.dtype)
-    inside = np.ones(len(result), bool)
-    inside[ends] = False
-    result[inside] = flat
-    result[ends] = token
-    return result, lengths

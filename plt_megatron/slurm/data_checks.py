@@ -14,6 +14,7 @@ from plt_megatron.config.data_stages import all_sources
 from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.indexed import open_index
+from plt_megatron.data.loss_mask import check_mask
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.slurm.profile import Container
@@ -42,7 +43,7 @@ def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
     problems = []
     for path in dict.fromkeys(_paths(config.data)):
         if Path(path + ".bin").is_file() and Path(path + ".idx").is_file():
-            problems += _damage(path, tokenizer) or _mismatch(path, tokenizer, vocab_size)
+            problems += _damage(path, tokenizer) or _mask_damage(path) + _mismatch(path, tokenizer, vocab_size)
     return problems
 
 
@@ -63,6 +64,19 @@ def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
         return [
             f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: made with another tokenizer"
         ]
+    return []
+
+
+def _mask_damage(prefix: str) -> list[str]:
+    """Whether the loss mask, if there is one or the manifest tells of one, is as long as the tokens."""
+    manifest = Path(prefix + ".manifest.json")
+    try:
+        made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        check_mask(prefix, Path(prefix + ".bin").stat().st_size // open_index(prefix).dtype.itemsize, made)
+    except UserError as error:
+        return [str(error)]
+    except ValueError:
+        return []  # `_mismatch` tells of the manifest
     return []
 
 

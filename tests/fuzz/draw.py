@@ -112,7 +112,8 @@ SCALED: dict[str, Sequence[Any]] = {
     "data.stages": (
         [{"until": 200, "sources": [{"path": "build/fuzz/two/text"}]}],
         [{"until": 128, "sources": [{"path": "build/fuzz/one/text"}]},
-         {"until": 350, "sources": [{"path": "build/fuzz/two/text", "weight": 2.0}, {"path": "build/fuzz/one/text"}]}],
+         {"until": 350, "sources": [{"path": "build/fuzz/two/text", "weight": 2.0},
+                                   {"path": "build/fuzz/masked/text"}]}],
     ),
     "data.split": ("50,50,0", "1,1,1"),
     "data.order_samples": (32, 50, 333),

@@ -29,6 +29,7 @@ class ReadOptions:
     text_documents: str = "file"  # plain text: one document per "file" or per "line"
     max_document_bytes: int = 16 << 20  # a longer line (or text file, or value) is a bad line
     quality: Quality | None = None  # None: all documents
+    chat: bool | None = None  # json_key holds the messages of a conversation, and a document's text is it as JSON
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Reader(ABC):
         suffixes: the file endings it is recognized by, without a compression's.
         requires: a module of the extra `data` that it imports.
         has_fields: whether a document has more than a text, such as its quality.
+        has_conversations: whether `chat` is supported.
     """
 
     name: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[str | None] = None
     has_fields: ClassVar[bool] = False
+    has_conversations: ClassVar[bool] = False
 
     path: str
     size: int  # bytes on disk
@@ -99,6 +102,8 @@ class Reader(ABC):
         """`UserError` if the file cannot be opened, lacks what the options ask for, or a package is missing."""
         if self.options.quality and not self.has_fields:
             raise UserError(f"{self.path}: {self.name} files have no field {self.options.quality.key!r}")
+        if self.options.chat and not self.has_conversations:
+            raise UserError(f"{self.path}: --chat reads JSON lines, not {self.name} files")
         if self.requires:
             require(f"reading {self.name} files", self.requires)
         open_stream(self.path).close()

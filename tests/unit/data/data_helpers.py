@@ -31,6 +31,17 @@ _rng = random.Random(42)
 WORDS += ["".join(_rng.choices(_SYLLABLES, k=_rng.randrange(1, 5))) for _ in range(400)]
 
 
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# ChatML as most models have it; with marks, transformers tells the answers itself.
+CHATML, MARKED_CHATML = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}" + begin + "{{ m['content'] }}<|im_end|>" + end + "{% else %}"
+    "{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}" + ASK
+    for begin, end in (("", ""), ("{% generation %}", "{% endgeneration %}"))
+)
+
+
 def make_text(rng: random.Random, words: int) -> str:
     """Prose, code-like lines, indentation and rare characters."""
     pieces = []
@@ -88,3 +99,25 @@ def expected(model: Path, texts: list[str]) -> list[list[int]]:
 
 def digest(prefix: Path) -> list[str]:
     return [hashlib.sha256(Path(f"{prefix}{suffix}").read_bytes()).hexdigest() for suffix in (".bin", ".idx")]
+
+
+def chat_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
+    """A byte-level BPE with ChatML's tokens and a template, as transformers saves one."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    rng = random.Random(1)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([make_text(rng, 60) for _ in range(40)], trainer)
+    folder.mkdir(parents=True)
+    raw.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return folder

@@ -21,6 +21,7 @@ import yaml
 
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.experiments.sweep_plan import records_of
+from tests.unit.data.data_helpers import chat_tokenizer
 from tests.unit.slurm.fake_slurm import FakeSlurm, write_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -139,6 +140,9 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "".join(json.dumps({"text": text, "quality": len(text) % 10 / 10}) + "\n" for text in part)
         )
     shutil.copy(folder / "corpus.jsonl", folder / "heldout.jsonl")
+    chat_tokenizer(folder / "chat")
+    messages = [{"role": "user", "content": "Who ran?"}, {"role": "assistant", "content": documents[0]}]
+    (folder / "chat/chat.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 200)
     for run in ("plt2_tiny", "plt2_1b"):
         data = load_config(ROOT / f"configs/runs/{run}.yaml").data
         for source in [*data.sources, *data.train_sources, *data.validation_sources]:

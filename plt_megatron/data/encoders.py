@@ -1,0 +1,169 @@
+"""Encoders: documents to tokens, and for conversations to the tokens that count in the loss.
+
+A conversation is a line `{"messages": [{"role": ..., "content": ...}, ...]}`, with `"tools": [...]` where the chat
+template takes them. Its tokens are those of transformers' `apply_chat_template`; of these, the assistant's answers and
+what ends them count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.errors import UserError
+from plt_megatron.extras import require
+
+_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens.
+
+    Attributes:
+        flat: the tokens of all documents, one after the other, in the tokenizer's dtype.
+        lengths: int64, tokens of each document that has any.
+        mask: uint8, 1 where a token of `flat` counts in the loss; empty: all do.
+        bad: kind and reason of what could not be encoded, by its number among the texts.
+    """
+
+    flat: np.ndarray
+    lengths: np.ndarray
+    mask: np.ndarray
+    bad: dict[int, tuple[str, str]]
+
+
+class Encoder(ABC):
+    """What a worker of preprocessing does with texts. `append_eod`: each document ends with the tokenizer's `eod`."""
+
+    def __init__(self, tokenizer: Tokenizer, *, append_eod: bool) -> None:
+        self._tokenizer, self._append_eod = tokenizer, append_eod
+
+    @abstractmethod
+    def __call__(self, texts: Sequence[str]) -> Encoded: ...
+
+
+class TextEncoder(Encoder):
+    """Plain text, of which every token counts."""
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        flat, lengths = self._tokenizer.encode_flat(texts)
+        bad = {int(place): ("empty", "document has no token") for place in np.flatnonzero(lengths == 0)}
+        lengths = lengths[lengths > 0]
+        if self._append_eod:
+            flat, lengths = _append_token(flat, lengths, self._tokenizer.eod)
+        return Encoded(flat, lengths, np.empty(0, np.uint8), bad)
+
+
+class _BadConversation(Exception):
+    """A conversation that cannot be encoded; the text says why."""
+
+
+class ChatEncoder(Encoder):
+    """Conversations, as JSON, in the chat template beside a `tokenizer.json`.
+
+    Raises `UserError` if there is none, or transformers is missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, append_eod: bool) -> None:
+        super().__init__(tokenizer, append_eod=append_eod)
+        require("--chat", "transformers")
+        from transformers import AutoTokenizer
+
+        folder = Path(tokenizer.path).parent
+        if Path(tokenizer.path).suffix != ".json":
+            raise UserError(f"--chat: {tokenizer.path} has no chat template; pass a folder with a tokenizer.json")
+        self._templates = AutoTokenizer.from_pretrained(folder)
+        if not self._templates.chat_template:
+            raise UserError(
+                f"--chat: {folder} has no chat template: put chat_template.jinja there, or the template into "
+                "tokenizer_config.json"
+            )
+        self._marks_answers = bool(_MARK.search(self._templates.chat_template))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the template."""
+        return hashlib.sha256(str(self._templates.chat_template).encode()).hexdigest()
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        bad: dict[int, tuple[str, str]] = {}
+        for number, text in enumerate(texts):
+            try:
+                found.append(self._encode(**json.loads(text)))
+            except _BadConversation as error:
+                bad[number] = "no conversation", str(error)
+        dtype = self._tokenizer.dtype
+        flat = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in found)], dtype=dtype, casting="unsafe")
+        mask = np.concatenate([np.empty(0, np.uint8), *(counted for _, counted in found)])
+        return Encoded(flat, np.asarray([len(ids) for ids, _ in found], np.int64), mask, bad)
+
+    def _encode(self, messages: list[Any], tools: Any) -> tuple[np.ndarray, np.ndarray]:
+        """A conversation's tokens, and its loss mask, uint8 of the same length."""
+        text = self._apply(messages, tools)
+        encoded = self._templates(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = np.asarray([start for start, _ in encoded["offset_mapping"]], np.int64)
+        ids, counted = np.asarray(encoded["input_ids"], np.int64), np.zeros(len(starts), np.uint8)
+        for begin, end in self._answers(text, messages, tools):
+            counted[(starts >= begin) & (starts < end)] = 1
+        if not counted.any():
+            raise _BadConversation("the chat template leaves no token of an answer")
+        last, eod = int((starts < len(text.rstrip())).sum()) - 1, self._tokenizer.eod
+        if self._append_eod and ids[last] != eod:
+            # Where the template does not end an answer, this token does.
+            ids = np.append(ids, eod)
+            counted = np.append(counted, np.uint8(messages[-1]["role"] == "assistant"))
+        return ids, counted
+
+    def _answers(self, text: str, messages: list[Any], tools: Any) -> Iterator[tuple[int, int]]:
+        """Where in the conversation's text the answers are: first character, and the one after the last."""
+        if self._marks_answers:
+            yield from self._marked_answers(messages, tools)
+            return
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked = self._apply(messages[:number], tools, add_generation_prompt=True)
+            answered = self._apply(messages[: number + 1], tools)
+            if not answered.startswith(asked) or not text.startswith(answered):
+                raise _BadConversation(
+                    f"the chat template writes what comes before and in message {number + 1} otherwise when there is "
+                    "more: mark the answers in it by {% generation %}"
+                )
+            yield len(asked), len(answered.rstrip())
+
+    def _marked_answers(self, messages: list[Any], tools: Any) -> list[tuple[int, int]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template, names = self._templates.chat_template, self._templates.special_tokens_map
+        render: Any = render_jinja_template
+        _, spans = render([messages], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names)
+        return spans[0]
+
+    def _apply(self, messages: Sequence[Any], tools: Any, **options: Any) -> str:
+        import jinja2
+
+        try:
+            return str(self._templates.apply_chat_template(list(messages), tools=tools, tokenize=False, **options))
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise _BadConversation(f"the chat template refuses it: {str(error).splitlines()[0]}") from error
+
+
+def _append_token(flat: np.ndarray, lengths: np.ndarray, token: int) -> tuple[np.ndarray, np.ndarray]:
+    """Append `token` to each document; the new tokens and lengths."""
+    lengths = lengths + 1
+    ends = np.cumsum(lengths) - 1
+    result = np.empty(flat.size + len(lengths), flat.dtype)
+    inside = np.ones(len(result), bool)
+    inside[ends] = False
+    result[inside] = flat
+    result[ends] = token
+    return result, lengths

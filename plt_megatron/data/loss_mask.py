@@ -1,0 +1,71 @@
+"""Loss masks: which tokens of a source the loss asks for, in `<prefix>.loss_mask.bin`.
+
+The file has one byte for each token of `<prefix>.bin`, in the same order: 1 where the token counts as a label, else 0.
+A source without the file counts all of its tokens. `plt preprocess --chat` writes it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.errors import UserError
+
+SUFFIX = ".loss_mask.bin"
+_BLOCK = 1 << 24  # bytes read at once
+
+
+def mask_path(prefix: str | os.PathLike[str]) -> Path:
+    """Where the mask of the source at `prefix` lies, if it has one."""
+    return Path(f"{os.fspath(prefix)}{SUFFIX}")
+
+
+def has_mask(prefix: str | os.PathLike[str]) -> bool:
+    """Whether the source at `prefix` has a mask."""
+    return mask_path(prefix).is_file()
+
+
+def open_mask(prefix: str | os.PathLike[str], tokens: int) -> np.ndarray:
+    """The mask of a source of `tokens` tokens: uint8 [tokens], memory-mapped.
+
+    Raises `UserError` if the file is missing or of another size.
+    """
+    path = mask_path(prefix)
+    try:
+        size = path.stat().st_size
+        if size != tokens:
+            raise UserError(
+                f"{path} has {size:,} bytes, but the source has {tokens:,} tokens: tokenize the data again, or delete "
+                "the mask to train on all of them"
+            )
+        return np.memmap(path, np.uint8, "r") if tokens else np.empty(0, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def check_mask(prefix: str, tokens: int, manifest: Mapping[str, Any]) -> None:
+    """`UserError` where the source's mask is of another size, or missing though the source's manifest tells of one."""
+    if has_mask(prefix):
+        open_mask(prefix, tokens)
+    elif manifest.get("loss_mask_tokens") is not None:
+        raise UserError(
+            f"{mask_path(prefix)} not found, but {prefix}.manifest.json says that the source was made with it: copy it "
+            "too, or tokenize the data again"
+        )
+
+
+def check_values(prefix: str, tokens: int) -> None:
+    """`UserError` unless the source's mask, if it has one, is of 0 and 1 and counts a token. Reads all of it."""
+    if not has_mask(prefix):
+        return
+    mask = open_mask(prefix, tokens)
+    largest = max((int(mask[start : start + _BLOCK].max()) for start in range(0, tokens, _BLOCK)), default=0)
+    if largest != 1:
+        raise UserError(
+            f"{mask_path(prefix)}: its largest byte is {largest}; a byte is 1 where the token counts in the loss, else "
+            "0, and some token must count"
+        )

@@ -1,0 +1,263 @@
+"""Conversations: the chat template applied, a loss mask of the answers, and samples that follow it."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import ASK, CHATML, MARKED_CHATML, chat_tokenizer, documents, make_text, run_preprocess
+
+from plt_megatron.config.schema import DataConfig, DataSource, DataStage, FimConfig
+from plt_megatron.data import loss_mask
+from plt_megatron.data.datasets import build_datasets
+from plt_megatron.data.encoders import ChatEncoder
+from plt_megatron.data.formats import ReadOptions
+from plt_megatron.data.indexed import write_index
+from plt_megatron.data.mix import fingerprint
+from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import UserError
+
+# Drops what the assistant thought once there is a later message, as reasoning models' templates do.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] if loop.last else m['content'].split('|')[-1] }}<|im_end|>\n{% endfor %}" + ASK
+)
+OPEN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + CHATML
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_tokenizer(tmp_path_factory.mktemp("tokenizer") / "chatml")
+
+
+def say(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    rng = random.Random(3)
+    found = []
+    for number in range(count):
+        messages = [say("system", "be brief")] if number % 3 == 0 else []
+        for _ in range(rng.randrange(1, 4)):
+            messages += [
+                say("user", make_text(rng, rng.randrange(1, 12))),
+                say("assistant", make_text(rng, 6) + " \U0001f600"),
+            ]
+        if number % 5 == 0:
+            messages.append(say("user", "and then?"))  # unanswered
+        found.append({"messages": messages, "tools": [{"name": "clock"}] if number % 4 == 0 else None})
+    return found
+
+
+def write_lines(path: Path, lines: list[Any]) -> Path:
+    path.write_text(
+        "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines), encoding="utf-8"
+    )
+    return path
+
+
+def encode(folder: Path, conversation: dict[str, Any], *, append_eod: bool = True) -> tuple[list[int], list[int]]:
+    encoder = ChatEncoder(load_tokenizer(folder), append_eod=append_eod)
+    encoded = encoder([json.dumps({"tools": None, **conversation})])
+    assert not encoded.bad and encoded.lengths.tolist() == [len(encoded.flat)]
+    return encoded.flat.tolist(), encoded.mask.tolist()
+
+
+def test_tokens_and_mask_are_those_of_transformers(chatml: Path, tmp_path: Path) -> None:
+    """Answers are found in a template without marks as transformers finds them in the same template with marks."""
+    from transformers import AutoTokenizer
+
+    marked = AutoTokenizer.from_pretrained(chat_tokenizer(tmp_path / "marked", MARKED_CHATML))
+    for conversation in conversations(12):
+        reference = marked.apply_chat_template(
+            conversation["messages"], tools=conversation["tools"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        expected = reference["input_ids"], reference["assistant_masks"]
+        assert 0 < sum(expected[1]) < len(expected[1])
+        assert encode(tmp_path / "marked", conversation) == expected
+        assert encode(chatml, conversation) == expected
+
+
+def test_what_counts_is_what_the_assistant_says(chatml: Path) -> None:
+    messages = [say("user", "two?"), say("assistant", "2"), say("user", "three?"), say("assistant", "3 \u65e5")]
+    ids, mask = encode(chatml, {"messages": messages})
+    tokenizer = load_tokenizer(chatml)
+    counted = [tokenizer.token_name(i) if i < 3 else tokenizer.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "23 \u65e5"
+    assert counted.count("<|im_end|>") == 2
+
+
+@pytest.mark.parametrize("last", ["user", "assistant"])
+def test_an_answer_that_the_template_does_not_end_is_ended(last: str, tmp_path: Path) -> None:
+    folder = chat_tokenizer(tmp_path / "open", OPEN)
+    messages = [say("user", "two?"), say("assistant", "2"), say("user", "three?")][: 3 if last == "user" else 2]
+    ids, mask = encode(folder, {"messages": messages})
+    assert ids[-1] == load_tokenizer(folder).eod and mask[-1] == (last == "assistant")
+    assert encode(folder, {"messages": messages}, append_eod=False) == (ids[:-1], mask[:-1])
+
+
+BAD = {
+    "no list": ({"messages": "hi"}, "'messages'"),
+    "no messages": ({"messages": []}, "'messages'"),
+    "no role": ({"messages": [{"content": "hi"}]}, "message 1"),
+    "no content": ({"messages": [say("user", "a"), {"role": "assistant"}]}, "message 2"),
+    "no answer": ({"messages": [say("user", "a")]}, "assistant"),
+    "no messages field": ({"text": "a"}, "'messages'"),
+    "refused by the template": ({"messages": [say("assistant", "a")]}, "roles must alternate"),
+    "lone surrogate": ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "surrogate"),
+}
+
+
+def test_bad_conversations_are_bad_lines(tmp_path: Path) -> None:
+    folder = chat_tokenizer(tmp_path / "strict", STRICT)
+    good = {"messages": [say("user", "two?"), say("assistant", "2")]}
+    lines = [line for bad, _ in BAD.values() for line in (bad, good)]
+    made = run_preprocess(
+        [write_lines(tmp_path / "chat.jsonl", lines)], tmp_path / "out", folder, read=ReadOptions("messages", chat=True)
+    )
+    assert made["documents"] == len(BAD) and sum(made["bad_lines"].values()) == len(BAD)
+    reasons = {
+        r["line"]: r["reason"]
+        for r in map(json.loads, Path(f"{tmp_path}/out.bad_lines.jsonl").read_text().splitlines())
+    }
+    for number, (_, named) in enumerate(BAD.values()):
+        assert named in reasons[2 * number + 1]
+
+
+def test_a_template_that_forgets_is_told_to_mark_its_answers(tmp_path: Path) -> None:
+    folder = chat_tokenizer(tmp_path / "forgetful", FORGETFUL)
+    messages = [say("user", "a"), say("assistant", "hm|b"), say("user", "c"), say("assistant", "hm|d")]
+    encoder = ChatEncoder(load_tokenizer(folder), append_eod=True)
+    found = encoder([json.dumps({"messages": m, "tools": None}) for m in (messages[:2], messages)])
+    assert list(found.bad) == [1] and "{% generation %}" in found.bad[1][1] and len(found.lengths) == 1
+
+
+def test_workers_shards_and_another_run_make_the_same_mask(chatml: Path, tmp_path: Path, capsys: Any) -> None:
+    corpus = write_lines(tmp_path / "chat.jsonl", conversations(60))
+    read = ReadOptions("messages", chat=True)
+    made = run_preprocess([corpus], tmp_path / "one", chatml, read=read)
+    run_preprocess([corpus], tmp_path / "many", chatml, read=read, workers=2, shard_bytes=4000)
+    for suffix in (".bin", ".idx", loss_mask.SUFFIX):
+        assert Path(f"{tmp_path}/one{suffix}").read_bytes() == Path(f"{tmp_path}/many{suffix}").read_bytes()
+    mask = loss_mask.open_mask(tmp_path / "one", made["tokens"])
+    assert made["loss_mask_tokens"] == int(mask.sum()) and 0 < made["loss_mask_tokens"] < made["tokens"]
+    expected = [encode(chatml, conversation) for conversation in conversations(60)]
+    assert documents(tmp_path / "one") == [ids for ids, _ in expected]
+    assert mask.tolist() == [value for _, values in expected for value in values]
+    assert f"{made['loss_mask_tokens']:,} tokens count" in capsys.readouterr().err
+    run_preprocess([corpus], tmp_path / "one", chatml, read=read)
+    assert "already done" in capsys.readouterr().err
+    Path(f"{tmp_path}/one{loss_mask.SUFFIX}").unlink()
+    with pytest.raises(UserError, match="--overwrite"):
+        run_preprocess([corpus], tmp_path / "one", chatml, read=read)
+    plain = write_lines(tmp_path / "plain.jsonl", [{"text": "hello"}])
+    run_preprocess([plain], tmp_path / "many", chatml, overwrite=True)
+    assert not loss_mask.has_mask(tmp_path / "many")
+
+
+def test_another_template_is_another_output(chatml: Path, tmp_path: Path) -> None:
+    corpus = write_lines(tmp_path / "chat.jsonl", conversations(4))
+    folder = tmp_path / "copy"
+    shutil.copytree(chatml, folder)
+    run_preprocess([corpus], tmp_path / "out", folder, read=ReadOptions("messages", chat=True))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": OPEN}))
+    with pytest.raises(UserError, match="--overwrite"):
+        run_preprocess([corpus], tmp_path / "out", folder, read=ReadOptions("messages", chat=True))
+
+
+def test_what_has_no_template_is_refused(bpe_model: Path, tmp_path: Path) -> None:
+    corpus = write_lines(tmp_path / "chat.jsonl", conversations(2))
+    text = write_lines(tmp_path / "chat.txt", ["hello"])
+    bare = chat_tokenizer(tmp_path / "bare", None)
+    read = ReadOptions("messages", chat=True)
+    for source, model, named in (
+        (corpus, bpe_model, str(bpe_model)),
+        (corpus, bare, "chat_template"),
+        (text, bare, "chat.txt"),
+    ):
+        with pytest.raises(UserError, match=re.escape(named)):
+            run_preprocess([source], tmp_path / "out", model, read=read)
+    assert not list(tmp_path.glob("out*"))
+
+
+# ---------------------------------------------------------------- samples
+
+
+def masked_source(prefix: Path, seed: int, odd: bool = True) -> DataSource:
+    """Documents of random tokens, of which the odd (even) ones count."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 60, 80).astype(np.int32)
+    tokens = rng.integers(0, 400, int(lengths.sum())).astype(np.uint16)
+    tokens.tofile(f"{prefix}.bin")
+    write_index(Path(f"{prefix}.idx"), np.uint16, lambda: [lengths])
+    (tokens % 2 == odd).astype(np.uint8).tofile(loss_mask.mask_path(prefix))
+    return DataSource(str(prefix))
+
+
+def train_samples(data: DataConfig, cache: Path, counts: tuple[int, int, int] = (80, 0, 0)) -> Any:
+    return build_datasets(data, num_samples=counts, seed=4, cache_dir=str(cache), tokenizer=None)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("kind", ["alone", "mix", "stages"])
+def test_samples_count_what_the_mask_says(kind: str, reset: bool, tmp_path: Path) -> None:
+    one, two = masked_source(tmp_path / "one", 1), masked_source(tmp_path / "two", 2, odd=False)
+    loss_mask.mask_path(two.path).unlink()  # all of it counts
+    sources = [one] if kind == "alone" else [one, two]
+    stages = (
+        [DataStage(until=16 * 40, sources=[one]), DataStage(until=16 * 80, sources=[two])] if kind == "stages" else []
+    )
+    data = DataConfig(
+        sources=sources, sequence_length=16, split="90,10,0", stages=stages, reset_at_document_boundaries=reset
+    )
+    built = train_samples(data, tmp_path / "cache", (80, 8, 0))
+    seen = set()
+    for samples in (built.train, built.validation):
+        for index in range(len(samples)):
+            item, which = samples[index], samples.parts(index)[0]
+            expected = item["labels"] % 2 == 1 if which == 0 else item["labels"] >= 0
+            if reset:
+                expected[:-1] &= ~item["document_starts"][1:]
+                expected[-1], item["loss_mask"][-1] = True, 1  # whose label may begin a document
+            assert item["loss_mask"].tolist() == expected.float().tolist()
+            seen.add(which)
+    assert len(seen) == len(sources)
+
+
+def test_a_mask_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    source = masked_source(tmp_path / "one", 1)
+    data = DataConfig(sources=[source], sequence_length=16, split="100,0,0")
+    path, manifest = loss_mask.mask_path(source.path), Path(f"{source.path}.manifest.json")
+    whole, before = path.read_bytes(), fingerprint(data, None)["sha256"]
+    for content, named in ((whole[:-1], "bytes"), (bytes(len(whole)), "largest byte is 0"), (b"\x02" + whole[1:], "2")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))}.*{named}"):
+            train_samples(data, tmp_path / "cache")
+    path.unlink()
+    assert fingerprint(data, None)["sha256"] != before
+    manifest.write_text(json.dumps({"loss_mask_tokens": 5}))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        train_samples(data, tmp_path / "cache")
+    manifest.unlink()
+    assert train_samples(data, tmp_path / "cache").train[0]["loss_mask"].sum() == 16
+
+
+def test_documents_with_a_mask_are_not_rearranged(chatml: Path, tmp_path: Path) -> None:
+    source = masked_source(tmp_path / "one", 1)
+    tokenizer = load_tokenizer(chatml)
+    fim = FimConfig(rate=0.5, tokens=["<|endoftext|>", "<|im_start|>", "0"])
+    data = DataConfig(sources=[source], sequence_length=16, split="100,0,0", fim=fim)
+    with pytest.raises(UserError, match="fim.*loss_mask"):
+        build_datasets(data, num_samples=(8, 0, 0), seed=1, cache_dir=str(tmp_path / "cache"), tokenizer=tokenizer)
