@@ -163,8 +163,7 @@ class _Job:
     def stop(self, *, interrupted: bool = False) -> None:
         """Ask the running processes to stop; those that do not in time are killed by `kill`.
 
-        `interrupted`: the user's SIGINT has asked them, and another signal could end them before they have put things in
-        order.
+        `interrupted`: the user's SIGINT has asked them, and another signal could end them before all is in order.
         """
         running = self.running()
         if not running:
