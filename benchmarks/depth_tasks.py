@@ -32,6 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plt_megatron.data.indexed import flat_tokens, read_index, write_index
+from plt_megatron.data.loss_mask import mask_path
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import COLORS, LINES, MARKERS, new_figure, save
 from plt_megatron.experiments.sweep_plan import load_plan
@@ -118,10 +119,13 @@ def draw_rows(generator: np.random.Generator, part: Part) -> np.ndarray:
 
 
 def write_data(folder: Path, parts: dict[str, Part] = PARTS, seed: int = 1) -> None:
-    """Write each part's .bin and .idx, a document a row; the same bytes for the same seed."""
+    """Write each part's .bin, .idx and loss mask, which asks for answers only, a document a row; the same bytes for the
+    same seed."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, part) in enumerate(parts.items()):
-        draw_rows(np.random.default_rng([seed, number]), part).tofile(folder / f"{name}.bin")
+        rows = draw_rows(np.random.default_rng([seed, number]), part)
+        rows.tofile(folder / f"{name}.bin")
+        ((rows >= ANSWER) & (rows < QUESTION)).astype(np.uint8).tofile(mask_path(folder / name))
         lengths = np.full(part.rows, ROW, np.int32)
         write_index(folder / f"{name}.idx", np.uint8, lambda lengths=lengths: [lengths])
         print(f"{folder / name}: {part.rows:,} rows of {ROW} tokens")

@@ -14,6 +14,7 @@ EXTRAS = {
     "transformer_engine": "gpu",
     "transformers": "hf",
     "safetensors": "hf",
+    "gguf": "gguf",
     "wandb": "track",
     "fsspec": "upload",
     "s3fs": "upload",

