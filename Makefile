@@ -19,7 +19,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(filt
 export PYTHON PIP_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help venv te demo test test-all test-faults test-slurm test-te fuzz test-serving serving-bench serve-demo sweep-smoke \
+.PHONY: help venv te demo test test-all test-faults test-slurm test-te fuzz test-serving serving-bench serve-demo public-demo sweep-smoke \
 	lint format bench docs wheel doctor clean clean-all
 
 help: ## list the targets
@@ -113,8 +113,12 @@ wheel: $(READY) ## build the wheel, build/wheel/*.whl
 doctor: $(READY) ## show what this machine can run, and what is missing for the rest
 	@$(PY) tools/doctor.py
 
+public-demo: $(READY) $(SERVING) ## give a public model of 135M a second loop, teach it, and chat with it (under 30 minutes)
+	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),$(shell nproc)) $(PY) benchmarks/public_model.py --folder .public
+	@$(SERVING_PY) serving/public_chat.py .public
+
 clean: ## remove caches and the demo's files, but not the environment and runs
-	rm -rf .demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .demo .public build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(SERVING_VENV)/*' -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environments too

@@ -250,7 +250,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """By export: the mean loss of an unseen answer's tokens in nats, how often the right one of four explanations is the
+    """By export: mean loss of an unseen answer's tokens in nats, how often the right one of four explanations is the
     most likely, and an answer."""
     import torch
 
@@ -271,6 +271,7 @@ def score(folder: Path) -> dict[str, Any]:
                 "loss": sum(losses) / len(losses),
                 "right_of_four": right / len(questions),
                 "questions": len(questions),
+                "question": QUESTION,
                 "answer": answer(model, tokenizer, QUESTION),
             }
     return found

@@ -1,0 +1,79 @@
+#!/usr/bin/env python3
+"""Chat with an export over vLLM's API, by the `openai` client, and compare its answer with transformers'.
+
+    serving/.venv/bin/python serving/public_chat.py .public
+
+The folder is what benchmarks/public_model.py leaves: the export `two-trained` and `scores.json` with the answer that
+transformers gives to its question. Exit status: 1 where the server answers otherwise, whole or streamed, or does not
+call a tool that it must call.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from openai import OpenAI
+from server import ServerError, serve
+
+OPTIONS = ("--enforce-eager", "--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 29))
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "What a setting is for.",
+        "parameters": {"type": "object", "properties": {"setting": {"type": "string"}}, "required": ["setting"]},
+    },
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    scores = folder / "scores.json"
+    if not scores.is_file():
+        print(f"error: {scores} not found: run benchmarks/public_model.py first", file=sys.stderr)
+        return 2
+    row = json.loads(scores.read_text(encoding="utf-8"))["two-trained"]
+    try:
+        with TemporaryDirectory() as logs, serve(folder / "two-trained", Path(logs), *OPTIONS, show=True) as server:
+            missed = chat(OpenAI(base_url=f"{server.url}/v1", api_key="none"), row["question"], row["answer"])
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(f"missed: {line}" for line in missed) or "the server answers as transformers does")
+    return int(bool(missed))
+
+
+def chat(client: OpenAI, question: str, expected: str) -> list[str]:
+    """What the server does otherwise, a line each."""
+    asked = {"model": "plt", "messages": [{"role": "user", "content": question}], "temperature": 0}
+    whole = client.chat.completions.create(**asked, max_tokens=40).choices[0].message.content
+    parts = client.chat.completions.create(**asked, max_tokens=40, stream=True)
+    streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    print(f"\nasked:    {question}\nanswered: {whole}")
+    choice = {"type": "function", "function": {"name": "look_up"}}
+    called = client.chat.completions.create(**asked, max_tokens=64, tools=[TOOL], tool_choice=choice)
+    calls = [(call.function.name, call.function.arguments) for call in called.choices[0].message.tool_calls or []]
+    print(f"called:   {calls}")
+    missed = []
+    if whole != expected:
+        missed.append(f"transformers answers {expected!r}")
+    if streamed != whole:
+        missed.append(f"streamed: {streamed!r}")
+    if [name for name, _ in calls] != ["look_up"] or not is_call(calls[0][1]):
+        missed.append("the tool is not called with a setting")
+    return missed
+
+
+def is_call(arguments: str) -> bool:
+    try:
+        return isinstance(json.loads(arguments)["setting"], str)
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
