@@ -30,10 +30,10 @@ from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder import resuming
-from plt_megatron.run_folder.branches import add_branch_options, branch_config
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, trained_tokens
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.resuming import add_branch_options, branch_config
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
 from plt_megatron.slurm import run_files

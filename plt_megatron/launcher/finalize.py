@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.launcher import decisions
-from plt_megatron.launcher.allocation import read_allocation
-from plt_megatron.launcher.failures import last_error
-from plt_megatron.launcher.job import JobSettings, load_settings
-from plt_megatron.launcher.logs import last_lines, own_output
-from plt_megatron.launcher.records import Outcome, Records, describe_end
+from plt_megatron.launcher.decisions import last_error
+from plt_megatron.launcher.job import JobSettings, load_settings, read_allocation
+from plt_megatron.launcher.records import Outcome, Records, describe_end, last_lines, own_output
 from plt_megatron.launcher.scheduler import Scheduler, SchedulerError
 from plt_megatron.run_folder import attempts
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
 

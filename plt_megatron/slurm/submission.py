@@ -18,8 +18,8 @@ from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobSettings
-from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.slurm import active, arrays, checks, client, report, run_files

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.launcher import coordinator as coordinating
-from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.coordinator import Coordinator
-from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.job import Allocation, JobSettings
 from plt_megatron.launcher.records import Records
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
 
 FACTS = {

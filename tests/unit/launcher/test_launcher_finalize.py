@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.launcher import finalize
-from plt_megatron.launcher.allocation import read_allocation
 from plt_megatron.launcher.finalize import finalize_job
-from plt_megatron.launcher.job import JobSettings, save_settings
+from plt_megatron.launcher.job import JobSettings, read_allocation, save_settings
 from plt_megatron.launcher.records import Failure, Outcome, Records
 from plt_megatron.run_folder.folder import RunFolder
 
