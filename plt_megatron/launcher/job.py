@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,35 +14,50 @@ from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.slurm.client import expand_nodes
 
+# Below Linux's ephemeral ports, which begin at 32768: no outgoing connection takes one of these.
+_FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
 SCRATCH = "PLT_SCRATCH"  # the variable with the node's `scratch` folder
 
 
-@dataclass(frozen=True)
-class JobSettings:
-    """What a run's Slurm job requests, and how it handles failures."""
+@dataclass(frozen=True, kw_only=True)
+class JobSize:
+    """The share of a cluster that a job has."""
 
-    job_name: str  # of the single job; in an array the jobs carry the array's name
     nodes: PositiveCount
     processes_per_node: PositiveCount
     cpus_per_process: PositiveCount
     gpus_per_node: Count  # 0: a CPU cluster
-    time_limit_seconds: WholeSeconds
-    python: str  # interpreter of the ranks; inside the container, if there is one
-    signal_margin_seconds: WholeSeconds = 300  # how long before the time limit the job is told to save
-    requeue: bool = False
-    chain: PositiveCount = 1  # jobs that follow one another, each when the one before has ended
-    max_restarts: Count = 1  # inside one allocation
-    max_exclusions: Count = 2  # nodes the job may be requeued without
-    max_requeues_without_progress: Count = 1  # further attempts that made no step end the run
-    cluster: str | None = None
-    scratch: str | None = None  # TMPDIR of the job on each node; $NAMES in it are the node's
-    environment: dict[str, str] = field(default_factory=dict)  # network and other variables of the profile
 
     @property
     def world_size(self) -> int:
         """Ranks of the job."""
         return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobHandling:
+    """What a cluster's profile says of all jobs there: their environment, and how failures are handled."""
+
+    signal_margin_seconds: WholeSeconds = 300  # how long before the time limit the job is told to save
+    max_restarts: Count = 1  # inside one allocation
+    max_exclusions: Count = 2  # nodes the job may be requeued without
+    max_requeues_without_progress: Count = 1  # further attempts that made no step end the run
+    scratch: str | None = None  # a fast folder local to each node, TMPDIR of the job; $NAMES in it are the node's
+    environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like; $NAMES are expanded
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings(JobHandling, JobSize):
+    """What a run's Slurm job requests, and how it handles failures."""
+
+    job_name: str  # of the single job; in an array the jobs carry the array's name
+    time_limit_seconds: WholeSeconds
+    python: str  # interpreter of the ranks; inside the container, if there is one
+    requeue: bool = False
+    chain: PositiveCount = 1  # jobs that follow one another, each when the one before has ended
+    cluster: str | None = None
 
 
 def save_settings(settings: JobSettings, run: Path) -> None:
@@ -64,11 +77,6 @@ def load_settings(run: Path) -> JobSettings:
     settings = load(JobSettings, path)
     check(settings)
     return settings
-
-
-# Below Linux's ephemeral ports, which begin at 32768: no outgoing connection takes one of these.
-_FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
-_PART = re.compile(r"([^\[\],]*)\[([^\]]*)\]|([^\[\],]+)")
 
 
 @dataclass(frozen=True)
@@ -137,37 +145,3 @@ def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
         nodes=nodes,
         node_index=index,
     )
-
-
-def expand_nodes(text: str) -> list[str]:
-    """`"gpu[08-10,12],login1"` as a list of names, like `scontrol show hostnames`, which a container
-    lacks.
-
-    Raises:
-        UserError: it is not a list of nodes.
-    """
-    names: list[str] = []
-    for item in _split(text):
-        pieces = _PART.findall(item)
-        if not pieces or "".join(p[2] or f"{p[0]}[{p[1]}]" for p in pieces) != item:
-            raise UserError(f"'{text}' is not a list of nodes")
-        choices = [[literal] if literal else [prefix + number for number in _numbers(ranges, text)]
-                   for prefix, ranges, literal in pieces]  # fmt: skip
-        names += ["".join(choice) for choice in itertools.product(*choices)]
-    return names
-
-
-def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
-    return re.split(r",(?![^\[]*\])", text)
-
-
-def _numbers(ranges: str, text: str) -> list[str]:
-    found = []
-    for part in ranges.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
-            raise UserError(f"'{text}' is not a list of nodes")
-        first, last = match[1], match[2] or match[1]
-        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return found

@@ -23,12 +23,12 @@ from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub
 from plt_megatron.launcher.job import SCRATCH, Allocation, JobSettings, load_settings, read_allocation
 from plt_megatron.launcher.preflight import MARK
 from plt_megatron.launcher.records import LogFile, rank_log, stamp
-from plt_megatron.launcher.scheduler import job_at_work
 from plt_megatron.launcher.workers import Worker, WorkerGroup
 from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.local_processes import signals_handled
+from plt_megatron.slurm.client import job_at_work
 
 _TICK_SECONDS = 0.1
 _REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet

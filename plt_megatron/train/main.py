@@ -20,8 +20,7 @@ from plt_megatron.config.validation import validate
 from plt_megatron.errors import EXIT_INTERRUPTED, UserError, go_on_without_readers, hear_every_interrupt, print_error
 from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.runtime.cuda_environment import set_cuda_environment
-from plt_megatron.runtime.quiet_imports import quiet_imports
+from plt_megatron.runtime.environment import quiet_imports, set_cuda_environment
 
 
 def main(arguments: list[str]) -> int:

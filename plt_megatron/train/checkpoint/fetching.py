@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import write_text
-from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest
-from plt_megatron.storage.index import Index
+from plt_megatron.storage.copies import Index, download_part, find_checkpoint, finish_download, read_manifest
 from plt_megatron.storage.places import Place
 from plt_megatron.train.checkpoint.collective import any_rank, describe, first_of_all_ranks, on_rank_0
 

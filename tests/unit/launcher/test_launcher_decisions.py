@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from jobs import job_settings
 
 from plt_megatron.launcher.decisions import Exit, decide, is_explained, last_error, outcome_of
 from plt_megatron.launcher.job import JobSettings
 
 
 def settings(**changes) -> JobSettings:
-    return JobSettings("job", 2, 2, 1, 0, 3600, "python", **changes)
+    return job_settings(**changes)
 
 
 def end(status: str, step: int = 0, checkpoint: int = 0, **more) -> dict:
