@@ -90,8 +90,9 @@ def _train(arguments: argparse.Namespace) -> int:
             "smaller parallel sizes, or CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     _check_environment()
-    _check_start(config)
     folder, start = RunFolder.of(config), resuming.find_start(config)
+    if start is not None or not arguments.dry_run:  # of the data alone a dry run says nothing, and so needs no numpy
+        _check_start(config)
     command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:

@@ -34,10 +34,10 @@ def set_cuda_environment(config: RunConfig) -> None:
 
 
 def quiet_imports(level: int = logging.INFO) -> None:
-    """Silence torch's, megatron-core's and transformers' routine messages, of which plt doctor reports what matters; our
-    own are logged from `level` on.
+    """Silence torch's, megatron-core's and transformers' routine messages; our own are logged from `level` on.
 
-    A process that has imported torch calls it after that: torch sets its loggers' levels.
+    plt doctor reports what matters of them. A process that has imported torch calls it after that: torch sets its
+    loggers' levels.
     """
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\..*")
     logging.basicConfig(level=level, format="%(message)s")

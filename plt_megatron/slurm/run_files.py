@@ -1,4 +1,4 @@
-"""Writes a run's folder before its job is submitted, and reads what an earlier submission left there."""
+"""Writes a run's folder before its job is submitted, reads what an earlier submission left there, and finds its jobs."""
 
 from __future__ import annotations
 

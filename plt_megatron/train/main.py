@@ -64,7 +64,7 @@ def train(config: RunConfig) -> int:
     from plt_megatron.launcher.watchdog import start_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.callbacks.base import TrainingFailed
-    from plt_megatron.train.destinations import check_destinations
+    from plt_megatron.train.callbacks.uploads import check_destinations
     from plt_megatron.train.trainer import Trainer
 
     faulthandler.enable()  # a data file truncated under its memory map is a SIGBUS
