@@ -1,4 +1,4 @@
-"""Writes a run's folder before its job is submitted, reads what an earlier submission left there, and finds its jobs."""
+"""Writes a run's folder before its job is submitted, reads what an earlier submission left, and finds its jobs."""
 
 from __future__ import annotations
 

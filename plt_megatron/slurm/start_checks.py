@@ -133,7 +133,7 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
         problems += _problem(
             lambda: resuming.check_schedule(start.path, start.progress, config, allow_other=allow_other)
         )
-        problems += _problem(
+        problems = problems or _problem(  # another schedule reads other data, and its lines say so
             lambda: check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
         )
     # A path has one slash where a URL has two.
