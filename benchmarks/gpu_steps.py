@@ -36,8 +36,7 @@ def gpt_step(config: Any, batch: Any, graphs: bool = False) -> Callable[[], None
 
     from benchmarks.deeper_gpt import deeper_gpt
     from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
-    from plt_megatron.runtime.fusions import choose_fusions
-    from plt_megatron.runtime.kernels import choose_fp8
+    from plt_megatron.runtime.kernels import choose_fp8, choose_fusions
     from plt_megatron.train.megatron_engine import wrap_ddp
 
     fusions = choose_fusions(config, resolve_backend(config.model), VOCAB_SIZE)

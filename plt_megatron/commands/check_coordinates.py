@@ -34,7 +34,7 @@ def _check(arguments: argparse.Namespace) -> int:
     import logging
 
     from plt_megatron.config.loader import load_config
-    from plt_megatron.runtime.quiet_imports import quiet_imports
+    from plt_megatron.runtime.environment import quiet_imports
 
     quiet_imports(logging.WARNING)
     from plt_megatron.experiments.coordinates import SIZES, Options, check_coordinates, plot, table, verdict

@@ -52,7 +52,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least:,}, got {getattr(arguments, name):,}")
     from plt_megatron.config.loader import load_config
     from plt_megatron.config.validation import validate
-    from plt_megatron.runtime.quiet_imports import quiet_imports
+    from plt_megatron.runtime.environment import quiet_imports
 
     config = load_config(arguments.config, arguments.overrides)
     validate(config)

@@ -75,7 +75,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 def _build_index(arguments: argparse.Namespace) -> None:
     from plt_megatron.data.build_index import build_index
-    from plt_megatron.runtime.quiet_imports import quiet_imports
+    from plt_megatron.runtime.environment import quiet_imports
 
     quiet_imports()
     build_index(arguments.build_index, arguments.overrides)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from plt_megatron.commands import CommandParser
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.installation import ROOT
-from plt_megatron.run_folder.branches import add_branch_options
+from plt_megatron.run_folder.resuming import add_branch_options
 
 if TYPE_CHECKING:
     from plt_megatron.config.schema import RunConfig

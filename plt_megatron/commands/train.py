@@ -30,14 +30,14 @@ from plt_megatron.estimate.flops import run_flops_per_token
 from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
 from plt_megatron.run_folder import resuming
-from plt_megatron.run_folder.branches import add_branch_options, branch_config
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, trained_tokens
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.resuming import add_branch_options, branch_config
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.runtime.local_processes import local_gpus, run_processes, threads_per_process
 from plt_megatron.slurm import run_files
-from plt_megatron.slurm.active import check_no_active_job
+from plt_megatron.slurm.run_files import check_no_active_job
 from plt_megatron.storage.queue import UploadQueue
 
 _OPEN_FILES = 128  # of a process that trains; it has not been seen to need more
@@ -91,8 +91,8 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     _check_environment()
     folder, start = RunFolder.of(config), resuming.find_start(config)
-    if start is not None:
-        _check_start(config, start)
+    if start is not None or not arguments.dry_run:  # of the data alone a dry run says nothing, and so needs no numpy
+        _check_start(config)
     command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:
@@ -103,7 +103,6 @@ def _train(arguments: argparse.Namespace) -> int:
     if start is not None and start.is_own and _has_nothing_to_do(config, start, folder):
         print(_finished(config, start, folder))
         return 0
-    _check_data(config, start)
     check_no_active_job(run_files.absolute_run_folder(config))
     with locked(folder.path, "training") as lock:
         # Until the processes can end what begins here: else Ctrl-C would leave half of it.
@@ -132,12 +131,16 @@ def _check_environment() -> None:
         )
 
 
-def _check_start(config: RunConfig, start: resuming.Start) -> None:
-    """Raise `UserError` if the checkpoint that the run would begin with does not fit its settings."""
-    resuming.check_model(start.path, start.progress, config, config.model.vocab_size)
-    if start.is_own or not config.checkpoint.weights_only:
-        allow_other = config.checkpoint.allow_other_schedule
-        resuming.check_schedule(start.path, start.progress, config, allow_other=allow_other)
+def _check_start(config: RunConfig) -> None:
+    """Raise `UserError` if the data is damaged or was made with another tokenizer, or the checkpoint that the run would
+    begin with does not fit its settings and data."""
+    from plt_megatron.slurm.start_checks import data_problems, open_tokenizer, start_problems
+
+    tokenizer, problems = open_tokenizer(config)
+    problems += data_problems(config, tokenizer)
+    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+    if problems := problems or start_problems(config, tokenizer, vocab_size):
+        raise UserError("\n".join(problems))
 
 
 def _has_nothing_to_do(config: RunConfig, start: resuming.Start, folder: RunFolder) -> bool:
@@ -154,20 +157,6 @@ def _finished(config: RunConfig, start: resuming.Start, folder: RunFolder) -> st
         f"a higher training.{name} trains it longer; name=NEW checkpoint.load={folder.path} "
         "checkpoint.weights_only=true starts another run from its weights"
     )
-
-
-def _check_data(config: RunConfig, start: resuming.Start | None) -> None:
-    """Raise `UserError` if the data is damaged, was made with another tokenizer, or is not what the run was trained
-    on."""
-    from plt_megatron.data.resuming import check_data, training_fingerprint
-    from plt_megatron.slurm.data_checks import data_problems, open_tokenizer
-
-    tokenizer, problems = open_tokenizer(config)
-    problems += data_problems(config, tokenizer)
-    if problems:
-        raise UserError("\n".join(problems))
-    if start is not None and (start.is_own or not config.checkpoint.weights_only):
-        check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
 
 
 def thread_settings(config: RunConfig, count: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from plt_megatron.config import yaml_nodes
-from plt_megatron.config.deepspeed_settings import ADDABLE, DECIDED_BY, REFUSED
+from plt_megatron.config.rules.deepspeed import ADDABLE, DECIDED_BY, REFUSED
 from plt_megatron.config.yaml_nodes import is_null
 
 Settings = dict[str, yaml.Node]  # by dotted keys

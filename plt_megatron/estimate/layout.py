@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from plt_megatron.config import derived
-from plt_megatron.config.deepspeed_settings import deepspeed_config
 from plt_megatron.config.layout import DIMENSIONS, ParallelLayout, layout_of, num_microbatches
+from plt_megatron.config.rules.deepspeed import deepspeed_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 

@@ -33,7 +33,7 @@ from plt_megatron.experiments.sweep_status import (
     write_record,
 )
 from plt_megatron.installation import ROOT, python_path
-from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
+from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.folder import save_config
 from plt_megatron.run_folder.text import format_duration
 from plt_megatron.runtime.local_processes import die_with_parent, local_gpus, signals_handled, usable_cores

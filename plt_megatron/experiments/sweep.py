@@ -20,7 +20,7 @@ from plt_megatron.experiments.sweep_status import (
     remaining_tokens,
     state_of,
 )
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.files import locked
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm.profile import ClusterProfile, load_profile

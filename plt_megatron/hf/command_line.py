@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 from plt_megatron.errors import run_command
-from plt_megatron.runtime.quiet_imports import quiet_imports
+from plt_megatron.runtime.environment import quiet_imports
 
 
 def run_conversion(convert: Callable[[], None]) -> int:

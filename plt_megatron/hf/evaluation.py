@@ -12,7 +12,7 @@ from typing import Any
 from plt_megatron.errors import UserError
 from plt_megatron.hf.arguments import check_device, check_export
 from plt_megatron.run_folder.files import write_text
-from plt_megatron.run_folder.scores import write_scores
+from plt_megatron.run_folder.metrics import write_scores
 from plt_megatron.run_folder.text import plural
 
 _CARD, _HEADING = "README.md", "## Evaluation"

@@ -1,1 +1,4 @@
-"""Keeps a run's processes running inside a job: `interface` is what the rest of the code uses."""
+"""Keeps a run's processes running inside a job.
+
+The rest of the code uses `node.launch_node`, `finalize.finalize_job` and `watchdog.start_watchdog`.
+"""

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 from plt_megatron.launcher import decisions, preflight
-from plt_megatron.launcher.allocation import Allocation
-from plt_megatron.launcher.failures import Exit, is_explained, outcome_of
-from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.decisions import Exit, is_explained, outcome_of
+from plt_megatron.launcher.job import Allocation, JobSettings
 from plt_megatron.launcher.records import Outcome, Records
 from plt_megatron.run_folder import attempts
-from plt_megatron.run_folder.exit_status import PEACEFUL, ExitStatus
+from plt_megatron.run_folder.attempts import PEACEFUL, ExitStatus
 from plt_megatron.run_folder.text import plural
 
 JOIN_SECONDS = 300.0  # until all nodes have joined: containers may start slowly

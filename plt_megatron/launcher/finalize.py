@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.launcher import decisions
-from plt_megatron.launcher.allocation import read_allocation
-from plt_megatron.launcher.failures import last_error
-from plt_megatron.launcher.job import JobSettings, load_settings
-from plt_megatron.launcher.logs import last_lines, own_output
-from plt_megatron.launcher.records import Outcome, Records, describe_end
-from plt_megatron.launcher.scheduler import Scheduler, SchedulerError
+from plt_megatron.launcher.decisions import last_error
+from plt_megatron.launcher.job import JobSettings, load_settings, read_allocation
+from plt_megatron.launcher.records import Outcome, Records, describe_end, last_lines, own_output
 from plt_megatron.run_folder import attempts
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.slurm.client import Scheduler, SlurmError
 
 # From job.sbatch: the line at which its setup stopped; empty: unknown.
 SETUP_FAILED = "PLT_SETUP_FAILED"
@@ -140,7 +138,7 @@ class JobFinalizer:
         self._say(f"; requeued{without}")
         try:
             self.scheduler.requeue(list(self.decision.nodes))
-        except SchedulerError as error:
+        except SlurmError as error:
             return self._give_up(f"; could not be requeued{without}: {error}")
         return self.status
 
@@ -178,6 +176,6 @@ class JobFinalizer:
 def _ask[T](question: Callable[[], T], otherwise: T) -> T:
     try:
         return question()
-    except SchedulerError as error:
+    except SlurmError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return otherwise

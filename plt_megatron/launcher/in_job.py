@@ -18,7 +18,8 @@ import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from plt_megatron.errors import run_command  # noqa: E402
-from plt_megatron.launcher.interface import finalize_job, launch_node  # noqa: E402
+from plt_megatron.launcher.finalize import finalize_job  # noqa: E402
+from plt_megatron.launcher.node import launch_node  # noqa: E402
 
 
 def main() -> int:

@@ -18,19 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import print_error
-from plt_megatron.launcher import binding, coordinator, preflight
-from plt_megatron.launcher.allocation import Allocation, read_allocation
-from plt_megatron.launcher.hub import Hub
-from plt_megatron.launcher.job import SCRATCH, JobSettings, load_settings
-from plt_megatron.launcher.logs import LogFile, rank_log, stamp
-from plt_megatron.launcher.messages import BEAT_SECONDS, Channel, Every
-from plt_megatron.launcher.probe import MARK
-from plt_megatron.launcher.scheduler import job_at_work
+from plt_megatron.launcher import coordinator, preflight, workers
+from plt_megatron.launcher.hub import BEAT_SECONDS, Channel, Every, Hub
+from plt_megatron.launcher.job import SCRATCH, Allocation, JobSettings, load_settings, read_allocation
+from plt_megatron.launcher.preflight import MARK
+from plt_megatron.launcher.records import LogFile, rank_log, stamp
 from plt_megatron.launcher.workers import Worker, WorkerGroup
 from plt_megatron.run_folder import attempts
-from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
+from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.runtime.local_processes import signals_handled
+from plt_megatron.slurm.client import job_at_work
 
 _TICK_SECONDS = 0.1
 _REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet
@@ -39,7 +37,14 @@ _FLUSH_SECONDS = 5.0
 
 
 def launch_node(run: Path) -> int:
-    """Take part in the job's run as one of its nodes; returns the exit status, the same on every node.
+    """Start one node's processes of the run and watch over them until all nodes are done.
+
+    srun calls it once on each node of the job. Each process is `python -m plt_megatron.train.main RUN/config.yaml` with
+    RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS set. SIGUSR1, SIGTERM
+    and SIGINT make all of them save and exit. Writes attempts.jsonl and the logs.
+
+    Returns:
+        An `ExitStatus`, the same on every node.
 
     Raises:
         UserError: this is not a Slurm job, or plt submit did not make the run's folder.
@@ -97,8 +102,8 @@ class NodeLauncher:
             facts = preflight.gather_facts(self._run, write_test=True)
             self._cpus = os.sched_getaffinity(0)
             count = self._settings.processes_per_node
-            near = binding.cpus_near_gpus(count) if self._settings.gpus_per_node else []
-            self._shares = binding.share_out(self._cpus, count, near)
+            near = workers.cpus_near_gpus(count) if self._settings.gpus_per_node else []
+            self._shares = workers.share_out(self._cpus, count, near)
             if self._connect():
                 self._send({"type": "hello", "facts": facts, **self._introduction()})
             while self._status is None:
@@ -197,7 +202,7 @@ class NodeLauncher:
         self._task, self._attempt = task, attempt
         per_node = self._settings.processes_per_node if task == "train" else coordinator.probes_per_node(self._settings)
         # -P: import the package from the run's snapshot, where this file is, even if the job runs in a checkout.
-        command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.probe"]
+        command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.preflight"]
         if task == "train":
             command = [*command[:-1], "plt_megatron.train.main", str(RunFolder(self._run).config_file)]
         first = self._allocation.node_index * per_node
@@ -216,7 +221,7 @@ class NodeLauncher:
 
     def _environment(self, rank: int, local: int, per_node: int, port: int) -> dict[str, str]:
         settings, own = self._settings, self._shares[local] if local < len(self._shares) else None
-        threads = self._threads or binding.threads(
+        threads = self._threads or workers.threads(
             own, self._cpus, settings.processes_per_node, settings.cpus_per_process
         )
         paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]

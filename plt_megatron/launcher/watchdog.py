@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plt_megatron.launcher.signs import Sign, collective, collectives_started, describe_hang, describe_silence, position
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 
 _NO_STORE = "rank 0, which holds the job's store, does not answer"
 _VERDICT = "watchdog/verdict"
@@ -90,7 +90,8 @@ class Watchdog:
             thread.start()
 
     def beat(self, phase: str, step: int) -> None:
-        """The training loop is alive: called by the main thread at every turn, microbatches included."""
+        """The training loop is alive: called by the main thread at every phase (starting, loading, training,
+        validating, saving), step and microbatch."""
         now = self._seconds
         if self._phase == "starting":
             self._first_step = step
@@ -225,7 +226,15 @@ def _first_line(error: Exception) -> str:
 
 
 def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Watchdog:
-    """Start the watchdog of this process in the job that its environment describes."""
+    """Start this rank's watchdog: it ends the process, with status 1, if any rank of the job hangs or is gone.
+
+    A trainer calls `beat` and `close` on it.
+
+    Args:
+        folder: the run's; `incidents/` in it gets every rank's stack.
+        patience: seconds a rank may be quiet once the first step is done.
+        slow_patience: seconds before that, and while it reads or writes checkpoints.
+    """
     from torch.distributed import HashStore, TCPStore
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

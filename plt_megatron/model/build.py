@@ -13,8 +13,7 @@ from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.te_attention import require_transformer_engine
 from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
 from plt_megatron.model.z_loss import HeadZLoss
-from plt_megatron.runtime.fusions import choose_fusions
-from plt_megatron.runtime.kernels import check_kernels, choose_fp8
+from plt_megatron.runtime.kernels import check_kernels, choose_fp8, choose_fusions
 
 
 def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:

@@ -19,9 +19,9 @@ from plt_megatron.rehearsal.observer import Observer
 from plt_megatron.rehearsal.record import RankRecord
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.build_engine import build_engine
+from plt_megatron.train.callbacks.weight_ema import WeightAverage
+from plt_megatron.train.engine import StepTimes
 from plt_megatron.train.megatron_engine import MegatronEngine
-from plt_megatron.train.step_times import StepTimes
-from plt_megatron.train.weight_average import WeightAverage
 
 
 def rehearse_rank(

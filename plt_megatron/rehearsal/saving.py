@@ -26,7 +26,7 @@ from plt_megatron.rehearsal.communication import described
 from plt_megatron.rehearsal.matching import group_of
 from plt_megatron.rehearsal.record import Saving
 from plt_megatron.run_folder.checkpoints import EMA
-from plt_megatron.train.checkpoint.optimizer_state import OptimizerPart
+from plt_megatron.train.checkpoint.megatron_state import OptimizerPart
 from plt_megatron.train.checkpoint.state import KEPT_PREFIX, model_state, sharded_tensors
 from plt_megatron.train.megatron_engine import MegatronEngine
 

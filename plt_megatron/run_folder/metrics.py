@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
+from plt_megatron.run_folder.files import write_json
 
 Record = dict[str, Any]
 METRICS = "metrics.jsonl"
@@ -97,3 +99,25 @@ def read_metrics(path: Path) -> RunMetrics:
             raise UserError(f"{path}: a {kind} record without {', '.join(missing)}")
         found[kind].append(record)
     return RunMetrics(**found)
+
+
+# Scores of evaluated exports.
+
+# {"tasks": [...], "limit": rows or null, "chat_template": whether it was used, "scores": {"task/metric": ...}}
+SCORES = "evaluation.json"
+
+
+def write_scores(
+    folder: Path, scores: Mapping[str, float], *, tasks: Sequence[str], limit: int | None, chat: bool = False
+) -> None:
+    """Keep the scores of an export. `limit`: rows of each task; None: all. `chat`: asked in its chat template."""
+    how = {"tasks": list(tasks), "limit": limit, "chat_template": chat}
+    write_json(folder / SCORES, {**how, "scores": dict(scores)})
+
+
+def read_scores(folder: Path) -> dict[str, float]:
+    """The scores of an export by `task/metric`. Raises `UserError` if they are missing or broken."""
+    try:
+        return dict(json.loads((folder / SCORES).read_text(encoding="utf-8"))["scores"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SCORES}: not an evaluation's scores ({error})") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TextIO
 
@@ -22,7 +22,6 @@ SUPPORTED_PYTHONS = ((3, 12), (3, 13))
 
 _TRAIN_ON_CPU = "train on the CPU"
 _TRAIN_ON_GPU = "train on GPUs"
-_TRAINING = (_TRAIN_ON_CPU, _TRAIN_ON_GPU)
 
 _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) else "pip install plt-megatron"
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
@@ -67,8 +66,14 @@ class Report:
 
 def judge(machine: Machine) -> Report:
     """Draw the conclusions."""
-    capabilities = _capabilities(machine)
-    can_train = any(item.state == "yes" for item in capabilities if item.name in _TRAINING)
+    capabilities = []
+    for name, rule in _RULES.items():
+        answer = rule(machine)
+        if isinstance(answer, str):
+            capabilities.append(Capability(name, "yes", answer))
+        else:
+            capabilities.append(Capability(name, "no", *answer))
+    can_train = any(item.state == "yes" for item in capabilities if item.name in (_TRAIN_ON_CPU, _TRAIN_ON_GPU))
     return Report(can_train, _facts(machine), capabilities)
 
 
@@ -116,45 +121,14 @@ def _describe(device: Device) -> str:
     return f"{device.name} (sm{major}{minor}, {_size(device.memory)})"
 
 
-# Rules: one for each thing that a user may want to do.
+# Rules: one for each thing that a user may want to do. A rule answers with a text, on what it can be done here, or with
+# why it cannot and the remedy.
 
-
-def _capabilities(machine: Machine) -> list[Capability]:
-    """All rules' answers, the most important first."""
-    return [
-        _train_on_cpu(machine),
-        _train_on_gpu(machine),
-        _transformer_engine(machine),
-        _fp8(machine),
-        _flash_attention(machine),
-        _deterministic(machine),
-        _torch_compile(machine),
-        _packages(machine, "tokenizers and data", ("sentencepiece", "tokenizers"), _INSTALL_PROJECT),
-        _packages(machine, ".zst and Parquet input", ("zstandard", "pyarrow"), _extra("data")),
-        _packages(machine, "Hugging Face models", ("transformers", "safetensors"), _extra("hf")),
-        _packages(machine, "TensorBoard and plots", ("tensorboard", "matplotlib"), _INSTALL_PROJECT),
-        _packages(machine, "reports and diagnostics", ("jinja2", "scipy"), _extra("report")),
-        _packages(machine, "Weights & Biases", ("wandb",), _extra("track")),
-        _packages(machine, "lm-eval", ("lm-eval", "accelerate", "transformers"), _extra("eval")),
-        _packages(machine, "uploads", ("fsspec", "s3fs", "huggingface-hub"), _extra("upload")),
-        _packages(machine, "DeepSpeed", ("deepspeed",), _extra("deepspeed")),
-        _packages(machine, "Muon", ("emerging-optimizers",), _extra("muon")),
-        _packages(machine, "slow GPUs", ("nvidia-resiliency-ext",), _extra("resilience")),
-        _packages(machine, "tests and lint", ("pytest", "ruff", "mypy"), _extra("dev")),
-        _slurm(machine),
-    ]
+Answer = str | tuple[str, str]
 
 
 def _extra(name: str) -> str:
     return f"pip install -e '.[{name}]'" if is_checkout(ROOT) else f"pip install 'plt-megatron[{name}]'"
-
-
-def _no(name: str, reason: str, remedy: str = "") -> Capability:
-    return Capability(name, "no", reason, remedy)
-
-
-def _yes(name: str, reason: str) -> Capability:
-    return Capability(name, "yes", reason)
 
 
 def _core_problem(machine: Machine) -> tuple[str, str] | None:
@@ -175,7 +149,9 @@ def _core_problem(machine: Machine) -> tuple[str, str] | None:
     return None
 
 
-def _in_range(version: str, wanted: str) -> bool:
+def _in_range(version: str | None, wanted: str) -> bool:
+    if version is None:
+        return False
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:  # then `packaging`, one of the requirements, is already reported as missing
@@ -184,21 +160,18 @@ def _in_range(version: str, wanted: str) -> bool:
     return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
-def _train_on_cpu(machine: Machine) -> Capability:
-    problem = _core_problem(machine)
-    if problem:
-        return _no(_TRAIN_ON_CPU, *problem)
+def _train_on_cpu(machine: Machine) -> Answer:
+    if problem := _core_problem(machine):
+        return problem
     if not machine.gloo:
-        return _no(_TRAIN_ON_CPU, "this torch was built without gloo", "pip install --force-reinstall torch")
-    return _yes(_TRAIN_ON_CPU, f"gloo, {machine.cores} cores, memory {_size(machine.memory)}")
+        return "this torch was built without gloo", "pip install --force-reinstall torch"
+    return f"gloo, {machine.cores} cores, memory {_size(machine.memory)}"
 
 
-def _gpu_problem(machine: Machine) -> tuple[str, str] | None:
-    """Why nothing of ours runs on a GPU here, and the remedy; None if it does."""
+def _train_on_gpu(machine: Machine) -> Answer:
     if not (machine.devices or machine.nvidia_device_files or machine.nvidia_driver):
         return "no NVIDIA GPU here", ""
-    problem = _core_problem(machine)
-    if problem:
+    if problem := _core_problem(machine):
         return problem
     if machine.cuda_build is None:
         return "this torch is a CPU build", "install a CUDA build of torch"
@@ -210,117 +183,123 @@ def _gpu_problem(machine: Machine) -> tuple[str, str] | None:
         )
     if not machine.nccl:
         return "this torch was built without NCCL", "install a torch with NCCL"
-    return None
-
-
-def _train_on_gpu(machine: Machine) -> Capability:
-    problem = _gpu_problem(machine)
-    if problem:
-        return _no(_TRAIN_ON_GPU, *problem)
     names = sorted({device.name for device in machine.devices})
-    return _yes(_TRAIN_ON_GPU, f"NCCL, {len(machine.devices)} x {' and '.join(names)}")
+    return f"NCCL, {len(machine.devices)} x {' and '.join(names)}"
 
 
-def _transformer_engine(machine: Machine) -> Capability:
-    name = "Transformer Engine"
+def _unless_no_gpu(machine: Machine, answer: Answer) -> Answer:
+    """The answer if GPUs work here."""
+    gpu = _train_on_gpu(machine)
+    return answer if isinstance(gpu, str) else gpu
+
+
+def _transformer_engine(machine: Machine) -> Answer:
     if "transformer-engine" not in machine.packages:
-        remedy = "" if _gpu_problem(machine) else _BUILD_TRANSFORMER_ENGINE
-        return _no(name, "not installed; the torch backend is used instead", remedy)
-    if "transformer-engine" in machine.import_errors:
-        error = machine.import_errors["transformer-engine"]
-        return _no(name, f"does not load: {error}", "build it for this torch: " + _BUILD_TRANSFORMER_ENGINE)
+        remedy = _unless_no_gpu(machine, _BUILD_TRANSFORMER_ENGINE)
+        return "not installed; the torch backend is used instead", remedy if isinstance(remedy, str) else ""
+    if error := machine.import_errors.get("transformer-engine"):
+        return f"does not load: {error}", "build it for this torch: " + _BUILD_TRANSFORMER_ENGINE
     version = machine.packages["transformer-engine"]
     if not _in_range(version, f">={OLDEST_TRANSFORMER_ENGINE}"):
-        return _no(name, f"{version} is older than {OLDEST_TRANSFORMER_ENGINE}", _BUILD_TRANSFORMER_ENGINE)
-    problem = _gpu_problem(machine) or _compiler_problem(machine)
-    return _no(name, *problem) if problem else _yes(name, version)
+        return f"{version} is older than {OLDEST_TRANSFORMER_ENGINE}", _BUILD_TRANSFORMER_ENGINE
+    compiling = _torch_compile(machine)
+    if not isinstance(compiling, str):
+        compiling = (f"megatron-core compiles its SwiGLU: {compiling[0]}", compiling[1])
+    return _unless_no_gpu(machine, version if isinstance(compiling, str) else compiling)
 
 
-def _fp8(machine: Machine) -> Capability:
-    name = "FP8"
-    engine = _transformer_engine(machine)
-    if engine.state == "no":
-        return _no(name, "needs Transformer Engine on a GPU")
+def _fp8(machine: Machine) -> Answer:
+    if not isinstance(_transformer_engine(machine), str):
+        return "needs Transformer Engine on a GPU", ""
     oldest = min(device.capability for device in machine.devices)
     if oldest < _FIRST_WITH_FP8:
-        return _no(name, f"sm{oldest[0]}{oldest[1]} has no FP8 units; Ada, Hopper and Blackwell have")
+        return f"sm{oldest[0]}{oldest[1]} has no FP8 units; Ada, Hopper and Blackwell have", ""
     if oldest < _HOPPER:
-        return _yes(name, "linear layers; attention in BF16")
+        return "linear layers; attention in BF16"
     wanted = ".".join(map(str, BLOCKWISE_CUDA))
-    blockwise = "" if _at_least(machine.cuda_build, wanted) else f"; blockwise needs a torch built for CUDA {wanted}"
+    has_it = _in_range(machine.cuda_build, f">={wanted}")
+    blockwise = "" if has_it else f"; blockwise needs a torch built for CUDA {wanted}"
     if oldest >= _BLACKWELL:
-        return _yes(name, f"linear layers and attention: delayed, tensorwise and mxfp8 recipes{blockwise}")
-    return _yes(
-        name,
-        f"linear layers; global attention with the delayed recipe and head dimension 128; local in BF16{blockwise}",
-    )
+        return f"linear layers and attention: delayed, tensorwise and mxfp8 recipes{blockwise}"
+    return f"linear layers; global attention with the delayed recipe and head dimension 128; local in BF16{blockwise}"
 
 
-def _at_least(version: str | None, wanted: str) -> bool:
-    return version is not None and _in_range(version, f">={wanted}")
-
-
-def _flash_attention(machine: Machine) -> Capability:
-    name = "flash-attn"
+def _flash_attention(machine: Machine) -> Answer:
     if "flash-attn" not in machine.packages:
-        return _no(name, "not installed; cuDNN's fused attention or torch's is used instead")
-    if "flash-attn" in machine.import_errors:
-        return _no(name, f"does not load: {machine.import_errors['flash-attn']}", "build it for this torch")
-    problem = _gpu_problem(machine)
-    return _no(name, *problem) if problem else _yes(name, machine.packages["flash-attn"])
+        return "not installed; cuDNN's fused attention or torch's is used instead", ""
+    if error := machine.import_errors.get("flash-attn"):
+        return f"does not load: {error}", "build it for this torch"
+    return _unless_no_gpu(machine, machine.packages["flash-attn"])
 
 
-def _deterministic(machine: Machine) -> Capability:
-    """`training.deterministic` with Transformer Engine: config/kernel_rules.py, for the oldest card."""
-    name = "deterministic on TE"
-    if _transformer_engine(machine).state == "no":
-        return _no(name, "needs Transformer Engine on a GPU; the torch backend is deterministic without it")
+def _deterministic(machine: Machine) -> Answer:
+    """`training.deterministic` with Transformer Engine: config/rules/kernels.py, for the oldest card."""
+    if not isinstance(_transformer_engine(machine), str):
+        return "needs Transformer Engine on a GPU; the torch backend is deterministic without it", ""
     oldest = min(device.capability for device in machine.devices)
     wanted = ".".join(map(str, DETERMINISTIC_FLASH_ATTN))
-    flash = _flash_attention(machine).state == "yes" and _at_least(machine.packages["flash-attn"], wanted)
-    remedy = f"pip install 'flash-attn>={wanted}'"
+    version = _flash_attention(machine)
+    flash = isinstance(version, str) and _in_range(version, f">={wanted}")
     if not flash and oldest < _HOPPER:
-        return _no(name, f"cuDNN's attention is not deterministic on sm{oldest[0]}{oldest[1]}", remedy)
+        why = f"cuDNN's attention is not deterministic on sm{oldest[0]}{oldest[1]}"
+        return why, f"pip install 'flash-attn>={wanted}'"
     limits = [] if flash or oldest >= _BLACKWELL else ["packed documents need flash-attn"]
     major, minor = DETERMINISTIC_FP8_CUDNN
     if oldest >= _HOPPER and (machine.cudnn or 0) < 10000 * major + 100 * minor:
         limits.append(f"FP8 attention needs cuDNN {major}.{minor}")
-    return _yes(name, "; ".join(limits) or "all attentions")
+    return "; ".join(limits) or "all attentions"
 
 
-def _compiler_problem(machine: Machine) -> tuple[str, str] | None:
-    """megatron-core compiles its SwiGLU on Transformer Engine's layers."""
-    compiling = _torch_compile(machine)
-    return (
-        None
-        if compiling.state == "yes"
-        else (f"megatron-core compiles its SwiGLU: {compiling.reason}", compiling.remedy)
-    )
-
-
-def _torch_compile(machine: Machine) -> Capability:
-    name = "torch.compile"
+def _torch_compile(machine: Machine) -> Answer:
     if machine.compiler is None:
-        return _no(name, "no C++ compiler; not needed for training", "apt-get install g++")
+        return "no C++ compiler; not needed for training", "apt-get install g++"
     if not machine.python_headers:
-        return _no(name, "Python.h is missing; not needed for training", "apt-get install python3-dev")
-    return _yes(name, machine.compiler)
+        return "Python.h is missing; not needed for training", "apt-get install python3-dev"
+    return machine.compiler
 
 
-def _packages(machine: Machine, name: str, needed: tuple[str, ...], remedy: str) -> Capability:
-    missing = [package for package in needed if package not in machine.packages]
-    if missing:
-        return _no(name, f"not installed: {', '.join(missing)}", remedy)
-    for package in needed:
-        if package in machine.import_errors:
-            return _no(name, f"{package} does not load: {machine.import_errors[package]}", remedy)
-    return _yes(name, ", ".join(f"{package} {machine.packages[package]}" for package in needed))
+def _packages(*needed: str, remedy: str) -> Callable[[Machine], Answer]:
+    """A rule: these packages are installed, and load."""
+
+    def rule(machine: Machine) -> Answer:
+        missing = [package for package in needed if package not in machine.packages]
+        if missing:
+            return f"not installed: {', '.join(missing)}", remedy
+        for package in needed:
+            if error := machine.import_errors.get(package):
+                return f"{package} does not load: {error}", remedy
+        return ", ".join(f"{package} {machine.packages[package]}" for package in needed)
+
+    return rule
 
 
-def _slurm(machine: Machine) -> Capability:
-    if machine.slurm is None:
-        return _no("Slurm jobs", "no sbatch on the PATH", "run this on the cluster's login node")
-    return _yes("Slurm jobs", machine.slurm)
+def _slurm(machine: Machine) -> Answer:
+    return machine.slurm or ("no sbatch on the PATH", "run this on the cluster's login node")
+
+
+# The most important first.
+_RULES: dict[str, Callable[[Machine], Answer]] = {
+    _TRAIN_ON_CPU: _train_on_cpu,
+    _TRAIN_ON_GPU: _train_on_gpu,
+    "Transformer Engine": _transformer_engine,
+    "FP8": _fp8,
+    "flash-attn": _flash_attention,
+    "deterministic on TE": _deterministic,
+    "torch.compile": _torch_compile,
+    "tokenizers and data": _packages("sentencepiece", "tokenizers", remedy=_INSTALL_PROJECT),
+    ".zst and Parquet input": _packages("zstandard", "pyarrow", remedy=_extra("data")),
+    "Hugging Face models": _packages("transformers", "safetensors", remedy=_extra("hf")),
+    "TensorBoard and plots": _packages("tensorboard", "matplotlib", remedy=_INSTALL_PROJECT),
+    "reports and diagnostics": _packages("jinja2", "scipy", remedy=_extra("report")),
+    "Weights & Biases": _packages("wandb", remedy=_extra("track")),
+    "lm-eval": _packages("lm-eval", "accelerate", "transformers", remedy=_extra("eval")),
+    "uploads": _packages("fsspec", "s3fs", "huggingface-hub", remedy=_extra("upload")),
+    "DeepSpeed": _packages("deepspeed", remedy=_extra("deepspeed")),
+    "Muon": _packages("emerging-optimizers", remedy=_extra("muon")),
+    "slow GPUs": _packages("nvidia-resiliency-ext", remedy=_extra("resilience")),
+    "tests and lint": _packages("pytest", "ruff", "mypy", remedy=_extra("dev")),
+    "Slurm jobs": _slurm,
+}
 
 
 # Printing.
@@ -329,46 +308,35 @@ def _slurm(machine: Machine) -> Capability:
 def render(report: Report, stream: TextIO | None = None) -> None:
     """Print for people: tables on a terminal, aligned plain text elsewhere."""
     stream = stream or sys.stdout
-    rows = [(item.state, item.name, _because(item)) for item in report.capabilities]
+    found = [(item.state, item.name, _because(item)) for item in report.capabilities]
     facts = [(fact.name, fact.detail) for fact in report.facts]
-    if stream.isatty() and _render_tables(facts, rows, stream):
-        return
-    for title, body in (("This machine", facts), ("What it can run", rows)):
-        print(f"{title}\n{_as_text(body)}\n", file=stream)
-    print(_verdict(report), file=stream)
+    for title, rows in (("This machine", facts), ("What it can run", found)):
+        _show(title, rows, stream)
+    verdict = "Training works here." if report.can_train else "Training does not work here; see the lines above."
+    print(verdict, file=stream)
 
 
 def _because(item: Capability) -> str:
     return f"{item.reason}. To get it: {item.remedy}" if item.remedy else item.reason
 
 
-def _verdict(report: Report) -> str:
-    return "Training works here." if report.can_train else "Training does not work here; see the lines above."
-
-
-def _as_text(rows: Sequence[tuple[str, ...]]) -> str:
-    try:
-        return format_table(rows, indent=2)
-    except ImportError:  # a bare machine has no rich
-        return "\n".join("  " + "  ".join(row) for row in rows)
-
-
-def _render_tables(facts: Sequence[tuple[str, ...]], rows: Sequence[tuple[str, ...]], stream: TextIO) -> bool:
-    """False if rich is not installed, as on a bare machine."""
+def _show(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
     try:
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
-    except ImportError:
-        return False
+    except ImportError:  # a bare machine
+        print(title, *("  " + "  ".join(row) for row in rows), "", sep="\n", file=stream)
+        return
+    if not stream.isatty():
+        print(f"{title}\n{format_table(rows, indent=2)}\n", file=stream)
+        return
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(_COLORS.get(cell, "{}").format(escape(cell)) for cell in row))
     console = Console(file=stream)
-    for title, body in (("This machine", facts), ("What it can run", rows)):
-        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-        for row in body:
-            table.add_row(*(_COLORS.get(cell, "{}").format(escape(cell)) for cell in row))
-        console.print(table)
-        console.print()
-    return True
+    console.print(table)
+    console.print()
 
 
 _COLORS = {"yes": "[green]{}[/green]", "no": "[yellow]{}[/yellow]"}

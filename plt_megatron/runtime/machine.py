@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,17 +111,9 @@ def _project_requirements() -> dict[str, str]:
         requirements = tomllib.loads(pyproject)["project"]["dependencies"]
     else:
         requirements = importlib.metadata.requires("plt-megatron") or []
-    ranges = {}
-    for requirement in requirements:
-        if ";" in requirement:  # extras; our own dependencies carry no markers
-            continue
-        name = requirement.split("[")[0]
-        for index, character in enumerate(name):
-            if character in "<>=!~ ":
-                name = name[:index]
-                break
-        ranges[name] = requirement[len(name) :].strip()
-    return ranges
+    # Those with markers belong to extras: our own dependencies carry none.
+    parts = (re.match(r"([\w.-]+)(.*)", each) for each in requirements if ";" not in each)
+    return {part[1]: part[2].strip() for part in parts if part is not None}
 
 
 def _probe_imports(machine: Machine) -> None:

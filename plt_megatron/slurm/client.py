@@ -1,29 +1,41 @@
-"""Slurm's commands and their output."""
+"""Slurm's commands, their output and their notation: for submitting, and for a job's questions about itself."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
-from plt_megatron.slurm.times import parse_duration
 
 _TIMEOUT_SECONDS = 20
+# A job's questions, which nobody would repeat for it.
+_TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
 # The environment would add options to ours: the job script is meant to be complete. These two choose the cluster.
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
     *("OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
 )
+# States of a job that Slurm queues again, or will: its processes are about to end.
+_LEAVING = ("COMPLETING", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+_FORMS = (
+    r"(?P<minutes>\d+)(:(?P<seconds>\d+))?",  # MM and MM:SS
+    r"(?P<hours>\d+):(?P<minutes>\d+):(?P<seconds>\d+)",
+    r"(?P<days>\d+)-(?P<hours>\d+)(:(?P<minutes>\d+)(:(?P<seconds>\d+))?)?",
+)
+_UNIT_SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+_NODES = re.compile(r"([^\[\],]*)\[([^\]]*)\]|([^\[\],]+)")
 
 
 class SlurmError(UserError):
-    """Slurm is missing, or refuses a request; one line."""
+    """Slurm is missing, does not answer, or refuses a request; one line."""
 
 
 @dataclass(frozen=True)
@@ -167,28 +179,37 @@ def submit(script: Path) -> str:
     return job_id
 
 
-def _ask(*command: str) -> str:
-    """A command's output."""
-    name = command[0]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_SECONDS,
-            check=False,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-        )
-    except FileNotFoundError:
-        raise SlurmError(f"{name} is not installed here: submit on a login node of the cluster") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{name} did not answer in {_TIMEOUT_SECONDS} s: is Slurm's controller down?") from None
-    if done.returncode:
-        words = [line.removeprefix(f"{name}: ").removeprefix("error: ") for line in done.stderr.splitlines() if line]
-        raise SlurmError(f"{name}: {'; '.join(words) or f'exit status {done.returncode}'}")
-    return done.stdout
+def _ask(*command: str, tries: int = 1) -> str:
+    """A command's output; `tries`: how often to ask a controller that does not answer."""
+    name = " ".join(command[: 2 if command[0] == "scontrol" else 1])
+    problem = ""
+    for attempt in range(tries):
+        if attempt:
+            time.sleep(_PAUSE_SECONDS)
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_SECONDS if tries == 1 else _PATIENCE_SECONDS,
+                check=False,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+            )
+        except FileNotFoundError:
+            raise SlurmError(f"{command[0]} is not installed here; it is on a cluster's login nodes") from None
+        except subprocess.TimeoutExpired as error:
+            problem = f"{name} did not answer in {error.timeout:.0f} s: is Slurm's controller down?"
+            continue
+        if done.returncode == 0:
+            return done.stdout
+        prefix = f"{command[0]}: "
+        words = [line.removeprefix(prefix).removeprefix("error: ") for line in done.stderr.splitlines() if line]
+        problem = f"{name}: {'; '.join(words) or f'exit status {done.returncode}'}"
+        if "Unable to contact" not in done.stderr and "timed out" not in done.stderr:
+            break
+    raise SlurmError(problem)
 
 
 def environment() -> dict[str, str]:
@@ -198,3 +219,148 @@ def environment() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _KEPT_VARIABLES or not name.startswith(("SLURM_", "SBATCH_", "SLURMD_", "SQUEUE_", "SINFO_"))
     }
+
+
+# Its notation of times and of nodes.
+
+
+def parse_duration(text: str) -> int | None:
+    """Seconds of an sbatch --time (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS); None: something else."""
+    for form in _FORMS:
+        match = re.fullmatch(form, text.strip(), re.ASCII)
+        if match:
+            return sum(_UNIT_SECONDS[unit] * int(count) for unit, count in match.groupdict().items() if count)
+    return None
+
+
+def time_limit(text: str, option: str = "--time") -> int:
+    """`parse_duration` of a limit, above zero.
+
+    Raises:
+        UserError: it is none.
+    """
+    seconds = parse_duration(text)
+    if not seconds:
+        raise UserError(f"{option} {text}: expected a time as in 24:00:00, 90 (minutes) or 2-12:00:00 (days-hours)")
+    return seconds
+
+
+def time_option(seconds: float) -> str:
+    """`90061.0` as `1-01:01:01`, `3661` as `01:01:01`: sbatch reads both back."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    clock = f"{hour:02d}:{minute:02d}:{second:02d}"
+    return f"{days}-{clock}" if days else clock
+
+
+def expand_nodes(text: str) -> list[str]:
+    """`"gpu[08-10,12],login1"` as a list of names, like `scontrol show hostnames`, which a container lacks.
+
+    Raises:
+        UserError: it is not a list of nodes.
+    """
+    names: list[str] = []
+    for item in re.split(r",(?![^\[]*\])", text):  # at the commas outside of brackets
+        pieces = _NODES.findall(item)
+        if not pieces or "".join(p[2] or f"{p[0]}[{p[1]}]" for p in pieces) != item:
+            raise UserError(f"'{text}' is not a list of nodes")
+        choices = [[literal] if literal else [prefix + number for number in _numbers(ranges, text)]
+                   for prefix, ranges, literal in pieces]  # fmt: skip
+        names += ["".join(choice) for choice in itertools.product(*choices)]
+    return names
+
+
+def _numbers(ranges: str, text: str) -> list[str]:
+    found = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise UserError(f"'{text}' is not a list of nodes")
+        first, last = match[1], match[2] or match[1]
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return found
+
+
+# What a job asks about itself.
+
+
+class Scheduler:
+    """Slurm's commands for one job. All raise `SlurmError` if Slurm refuses, or does not answer after several tries.
+
+    Args:
+        job: its id as `scontrol` takes it.
+    """
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+
+    def ended_by_slurm(self) -> str | None:
+        """The job's state if Slurm has ended it (cancelled, requeued or out of time) while this process still
+        runs; None if it continues."""
+        state = self._job().get("JobState")
+        return state if state in (*_ENDED, *_LEAVING) else None
+
+    def is_requeued_by_slurm(self) -> bool:
+        """Whether Slurm preempts the job and queues it again by itself as soon as its processes have ended. Asked to do
+        so a second time, it would start the job once more after it has finished."""
+        job = self._job()
+        if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
+            return False
+        partition = _fields(_ask("scontrol", "show", "partition", job.get("Partition", ""), tries=_TRIES))
+        return "REQUEUE" in partition.get("PreemptMode", "").split(",")
+
+    def requeue(self, without: Sequence[str] = ()) -> None:
+        """Have the job start again, on other nodes than `without`. Slurm then ends this job's processes.
+
+        Raises:
+            SlurmError: it was refused, or the job is queued again and `without` was refused.
+        """
+        job = self._job()
+        changes = []
+        if job.get("Requeue") == "0":  # submitted with --no-requeue, which refuses this too: lifted for once
+            _ask("scontrol", "update", f"JobId={self.job}", "Requeue=1", tries=_TRIES)
+            changes.append("Requeue=0")
+        if without:
+            excluded = job.get("ExcNodeList", "(null)")
+            before = [] if excluded == "(null)" else expand_nodes(excluded)
+            changes.append(f"ExcNodeList={','.join(dict.fromkeys([*before, *without]))}")
+        _ask("scontrol", "requeue", self.job, tries=_TRIES)
+        if changes:
+            # Only a pending job takes it. This one is, and cannot start before the process that runs this has ended.
+            _ask("scontrol", "update", f"JobId={self.job}", *changes, tries=_TRIES)
+
+    def pending_after(self, script: Path) -> list[str]:
+        """The ids of this user's other jobs that wait to run the same script."""
+        found = []
+        text = _ask("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%o", tries=_TRIES)
+        for line in text.splitlines():
+            job, _, path = line.strip().partition("|")
+            # With arguments, if somebody gave it some.
+            if job and job != self.job and (path + " ").startswith(f"{script} "):
+                found.append(job)
+        return found
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Cancel jobs."""
+        if jobs:
+            _ask("scancel", *jobs, tries=_TRIES)
+
+    def _job(self) -> dict[str, str]:
+        return _fields(_ask("scontrol", "show", "job", self.job, tries=_TRIES))
+
+
+def job_at_work(jobs: Sequence[str]) -> str | None:
+    """The first of these jobs that runs. None too if Slurm cannot be asked, as in a container."""
+    for job in jobs:
+        try:
+            if Scheduler(job).ended_by_slurm() is None:
+                return job
+        except SlurmError:  # Slurm has forgotten it, or there is no scontrol
+            continue
+    return None
+
+
+def _fields(text: str) -> dict[str, str]:
+    """scontrol's `Name=value` by name; of values with spaces the first word."""
+    return dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", text))

@@ -5,20 +5,33 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from plt_megatron.config.fields import Count, Positive, PositiveCount, WholeSeconds
+from plt_megatron.config.fields import Count, Positive, PositiveCount
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
 from plt_megatron.installation import CONFIGS, find_config
-from plt_megatron.slurm.shell import syntax_problems
+from plt_megatron.launcher.job import JobHandling
 
 CLUSTERS = Path("configs") / "clusters"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SbatchOptions:
+    """Options of sbatch, of a profile or of plt submit, which go before the profile's. None: Slurm's own."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,15 +44,11 @@ class Container:
     options: list[str] = field(default_factory=list)  # further options of srun (pyxis) or apptainer exec
 
 
-@dataclass(frozen=True)
-class ClusterProfile:
+@dataclass(frozen=True, kw_only=True)
+class ClusterProfile(SbatchOptions, JobHandling):
     """The settings of a cluster. Options of plt submit override them."""
 
     name: str = ""
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
     gpus_per_node: Count | None = None  # 0: a CPU cluster; None: ask Slurm
     processes_per_node: PositiveCount | None = None  # CPU clusters only: with GPUs there is one process each
     cpus_per_process: PositiveCount | None = None  # None: a fair share of the node's
@@ -49,15 +58,9 @@ class ClusterProfile:
     default_time: str | None = None
     setup: list[str] = field(default_factory=list)  # shell lines, run as they are before the modules
     modules: list[str] = field(default_factory=list)
-    environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like; $NAMES are expanded
-    scratch: str | None = None  # a fast folder local to each node; TMPDIR of the job
     container: Container | None = None
     python: str | None = None  # None: the submitting one; in a container python3
     sbatch_options: list[str] = field(default_factory=list)  # further ones, as in --exclusive
-    signal_margin_seconds: WholeSeconds = 300
-    max_restarts: Count = 1
-    max_exclusions: Count = 2
-    max_requeues_without_progress: Count = 1
 
 
 def load_profile(name: str) -> ClusterProfile:
@@ -82,7 +85,7 @@ def load_profile(name: str) -> ClusterProfile:
 
 
 def _problems(profile: ClusterProfile) -> Iterator[str]:
-    yield from (f"setup: {problem}" for problem in syntax_problems("".join(f"{line}\n" for line in profile.setup)))
+    yield from (f"setup: {problem}" for problem in _syntax_problems("".join(f"{line}\n" for line in profile.setup)))
     if profile.processes_per_node and profile.gpus_per_node:
         yield "processes_per_node is for CPU clusters; with GPUs there is one process each"
     if profile.gpu is not None and profile.gpu not in card_names():
@@ -96,3 +99,13 @@ def _problems(profile: ClusterProfile) -> Iterator[str]:
     for mount in profile.container.mounts if profile.container else []:
         if not mount.startswith(("/", "$")) or "," in mount:
             yield f"container.mounts: {mount!r} must be an absolute path without commas"
+
+
+def _syntax_problems(script: str) -> list[str]:
+    """What bash cannot read in a script, in one line: `line 2: syntax error near unexpected token ...`; nothing where
+    there is no bash to ask."""
+    if not script or shutil.which("bash") is None:
+        return []
+    done = subprocess.run(["bash", "-n", "/dev/stdin"], input=script, capture_output=True, text=True, check=False)
+    lines = [line.removeprefix("/dev/stdin: ") for line in done.stderr.splitlines()]
+    return lines[:1]  # the next ones quote it, or follow from it

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import card_names
+from plt_megatron.launcher.job import JobSize
 from plt_megatron.run_folder.text import plural
-from plt_megatron.slurm.client import NodeGroup, Partition
+from plt_megatron.slurm.client import NodeGroup, Partition, time_option
 from plt_megatron.slurm.profile import ClusterProfile
-from plt_megatron.slurm.times import time_option
 
 _ASSUMED_GPUS = 8  # if neither option, profile nor Slurm tells: only with --dry-run
 _ASSUMED_CPUS = 8  # per process, likewise
 _DEFAULT_CARD = "h100"
 
 
-@dataclass
-class Resources:
+@dataclass(frozen=True, kw_only=True)
+class Resources(JobSize):
     """A job's share of the cluster.
 
     Attributes:
@@ -29,19 +29,11 @@ class Resources:
     """
 
     partition: str | None
-    nodes: int
-    processes_per_node: int
-    gpus_per_node: int
     gpu_type: str | None
-    cpus_per_process: int
     card: str
     node_memory_bytes: int | None  # of the smallest suitable node; None: unknown
     notes: list[str] = field(default_factory=list)  # what was assumed
     guessed: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.processes_per_node
 
 
 def parse_gpus(text: str) -> tuple[str | None, int]:
@@ -62,22 +54,20 @@ def resolve(
     *,
     nodes: int,
     seconds: int,
-    partition: str | None,
     gpus: tuple[str | None, int] | None,
 ) -> tuple[Resources, list[str]]:
     """Fill in what options and profile leave open, and check it against the partition.
 
     Args:
+        profile: as the options have changed it.
         available: the cluster's partitions; None: there is no Slurm to ask.
         seconds: time limit.
-        partition: of the options; None: the profile's, else the cluster's default.
         gpus: type and number per node, from the options; None: the profile's, else all of the partition's nodes.
 
     Returns:
         The resources, and one line for each problem.
     """
-    wanted = partition or profile.partition
-    chosen, problems = _choose(wanted, available)
+    chosen, problems = _choose(profile.partition, available)
     gpu_type, gpu_count = gpus or (None, profile.gpus_per_node)
     notes: list[str] = []
     guessed = False
@@ -101,7 +91,19 @@ def resolve(
     problems += _cpu_problems(chosen, groups, processes, cpus)
     card = _card(profile, gpu_count, gpu_type, groups, notes)
     memory = min((group.memory_mib for group in groups), default=0) << 20 or None
-    return Resources(wanted, nodes, processes, gpu_count, gpu_type, cpus, card, memory, notes, guessed), problems
+    resources = Resources(
+        nodes=nodes,
+        processes_per_node=processes,
+        cpus_per_process=cpus,
+        gpus_per_node=gpu_count,
+        partition=profile.partition,
+        gpu_type=gpu_type,
+        card=card,
+        node_memory_bytes=memory,
+        notes=notes,
+        guessed=guessed,
+    )
+    return resources, problems
 
 
 def _gpus_per_node(profile: ClusterProfile, partition: Partition | None, notes: list[str]) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""Writes a run's folder before its job is submitted, and reads what an earlier submission left there."""
+"""Writes a run's folder before its job is submitted, reads what an earlier submission left, and finds its jobs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from plt_megatron.config import derived
@@ -18,6 +18,7 @@ from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
+from plt_megatron.slurm import client
 from plt_megatron.slurm.snapshot import describe_environment, describe_git, link_code, snapshot_code
 
 
@@ -107,6 +108,38 @@ def submitted_jobs(run: Path) -> list[str]:
     """Ids of all jobs that were submitted for this run, the oldest first."""
     records = json_lines.read(RunFolder(run).submissions_file, skip_broken=True)
     return [job_id for record in records for job_id in record["job_ids"]]
+
+
+# Jobs that run or wait: two trainings in one folder would overwrite each other's work.
+
+
+def active_jobs() -> list[client.Job]:
+    """This user's running and pending jobs; none without Slurm. Raises `client.SlurmError` if it does not answer."""
+    return [job for job in client.my_jobs() if job.active] if client.is_installed() else []
+
+
+def jobs_of(folder: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
+    """Those of `jobs` that are a run's or an array's. By name, to include those submitted by hand; by id, since members
+    of an array share its name."""
+    known, suffix = set(submitted_jobs(folder)), name_suffix(Path(os.path.abspath(folder)))
+    return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
+
+
+def job_of(folder: Path, jobs: Callable[[], Sequence[client.Job]]) -> client.Job | None:
+    """The first of `jobs` that belongs to a folder. Slurm is not asked about one that was never submitted."""
+    return next(iter(jobs_of(folder, jobs())), None) if RunFolder(folder).job_script.is_file() else None
+
+
+def advice(run: Path, job: client.Job) -> str:
+    """Why a run cannot be started, and what to do."""
+    return f"{run}: its job {job.id} is {job.state.lower()}: wait for it, or scancel {job.id}"
+
+
+def check_no_active_job(run: Path) -> None:
+    """Raise `UserError` where a run is about to be trained here although it has a job, or Slurm does not answer."""
+    job = job_of(run, active_jobs)
+    if job is not None:
+        raise UserError(advice(run, job))
 
 
 # Paths.

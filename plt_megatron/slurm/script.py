@@ -1,39 +1,67 @@
-"""job.sbatch: slurm/job.sbatch with a run's values filled in."""
+"""job.sbatch: slurm/job.sbatch with a run's values filled in, quoted so that user input never becomes code."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import SCRATCH, JobSettings
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.slurm.profile import Container
-from plt_megatron.slurm.shell import check_one_line, directive, expandable, literal, variables
-from plt_megatron.slurm.times import time_option
+from plt_megatron.slurm.client import time_option
+from plt_megatron.slurm.profile import ClusterProfile, Container
 
+_VARIABLE = re.compile(r"\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)")
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
 # How long srun waits for the other nodes' launchers once one has ended: a dead node's never ends.
 _WAIT_SECONDS = 60
+# Special within double quotes.
+_SPECIAL = re.compile(r'([\\"`$])')
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is requested of Slurm besides the job's size, from the command's options, else the profile."""
+def literal(text: str) -> str:
+    """A shell word for `text`, whatever it contains."""
+    return shlex.quote(text)
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    gpu_type: str | None = None  # as in --gpus-per-node=h100:8
-    memory_per_node: str | None = None
-    sbatch_options: list[str] = field(default_factory=list)
-    setup: list[str] = field(default_factory=list)
-    modules: list[str] = field(default_factory=list)
-    container: Container | None = None
+
+def expandable(text: str) -> str:
+    """A shell word for `text` in which `$NAME` and `${NAME}` are expanded, and nothing else is."""
+    if not _VARIABLE.search(text):
+        return literal(text)
+    parts, end = [], 0
+    for match in _VARIABLE.finditer(text):
+        parts += [_SPECIAL.sub(r"\\\1", text[end : match.start()]), match[0]]
+        end = match.end()
+    parts.append(_SPECIAL.sub(r"\\\1", text[end:]))
+    return '"' + "".join(parts) + '"'
+
+
+def variables(text: str) -> list[str]:
+    """The names that `expandable` expands in `text`, each once."""
+    return list(dict.fromkeys(match[1].strip("{}") for match in _VARIABLE.finditer(text)))
+
+
+def directive(option: str, value: str | int | None = None) -> str:
+    """An `#SBATCH` line. sbatch knows quotes as the shell does, but every backslash escapes, also within quotes.
+
+    Raises:
+        UserError: a value that such a line cannot contain.
+    """
+    if value is None:
+        return f"#SBATCH {option}"
+    check_one_line(str(value), option)
+    if "\\" in str(value):
+        raise UserError(f"{option}: a job script cannot contain a backslash, got {value}")
+    return f"#SBATCH {option}={literal(str(value))}"
+
+
+def check_one_line(text: str, what: str) -> None:
+    """Raise `UserError` where `text` holds line breaks or other control characters."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise UserError(f"{what} must not contain line breaks or control characters, got {text!r}")
 
 
 @dataclass(frozen=True)
@@ -55,11 +83,12 @@ class Script:
     """Everything a job script depends on."""
 
     settings: JobSettings
-    request: Request
+    profile: ClusterProfile
     run: Path  # absolute; of an array's script: its folder
     workdir: Path  # absolute; the paths in a configuration are relative to it
     host_python: str  # interpreter outside of any container
     array: Array | None = None
+    gpu_type: str | None = None  # as in --gpus-per-node=h100:8
 
     def render(self, template: str) -> str:
         """The job script.
@@ -89,14 +118,14 @@ class Script:
         return _MARK.sub(lambda match: values[match[0]], template)
 
     def _directives(self) -> list[str]:
-        settings, request = self.settings, self.request
+        settings, profile = self.settings, self.profile
         optional = [
-            ("--partition", request.partition),
-            ("--account", request.account),
-            ("--qos", request.qos),
-            ("--constraint", request.constraint),
-            ("--exclude", request.exclude),
-            ("--mem", request.memory_per_node),
+            ("--partition", profile.partition),
+            ("--account", profile.account),
+            ("--qos", profile.qos),
+            ("--constraint", profile.constraint),
+            ("--exclude", profile.exclude),
+            ("--mem", profile.memory_per_node),
         ]
         lines = [directive("--job-name", self.array.name if self.array else settings.job_name)]
         lines += [directive(option, value) for option, value in optional if value]
@@ -120,7 +149,7 @@ class Script:
         else:
             cap = f"%{self.array.max_concurrent}" if self.array.max_concurrent else ""
             lines.append(directive("--array", f"1-{self.array.members}{cap}"))
-        for option in request.sbatch_options:
+        for option in profile.sbatch_options:
             check_one_line(option, "sbatch_options")
             name, equals, value = option.partition("=")
             lines.append(directive(name, value if equals else None))
@@ -128,15 +157,15 @@ class Script:
 
     def _gpus(self) -> str:
         count = str(self.settings.gpus_per_node)
-        return f"{self.request.gpu_type}:{count}" if self.request.gpu_type else count
+        return f"{self.gpu_type}:{count}" if self.gpu_type else count
 
     def _output(self) -> str:
         pattern = "slurm-%A_%a.out" if self.array else "slurm-%j.out"
         return f"{str(RunFolder(self.run).logs).replace('%', '%%')}/{pattern}"
 
     def _setup(self) -> list[str]:
-        lines = list(self.request.setup)
-        lines += [f"module load {literal(module)} || exit" for module in self.request.modules]
+        lines = list(self.profile.setup)
+        lines += [f"module load {literal(module)} || exit" for module in self.profile.modules]
         for name, value in self.settings.environment.items():
             for used in variables(value):
                 lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and taken for empty in {name}"')
@@ -162,7 +191,7 @@ class Script:
         ]
         if settings.gpus_per_node:
             options.append(f"--gpus-per-node={literal(self._gpus())}")
-        container = self.request.container
+        container = self.profile.container
         if container is not None and container.runtime == "pyxis":
             mounts = ",".join(mount if ":" in mount else f"{mount}:{mount}" for mount in self._mounts(container))
             options += [
@@ -174,7 +203,7 @@ class Script:
         return options
 
     def _container_command(self) -> list[str]:
-        container = self.request.container
+        container = self.profile.container
         if container is None or container.runtime != "apptainer":
             return []
         command = ["apptainer", "exec"]

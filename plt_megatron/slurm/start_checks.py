@@ -1,19 +1,131 @@
-"""What a job would refuse about the checkpoint it begins with, told before it is submitted."""
+"""What a training process would refuse about its data and the checkpoint it begins with, told before it is started.
+
+Data are judged by headers and manifests alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from plt_megatron.config.rules.uploads import is_url
-from plt_megatron.config.schema import RunConfig
+import numpy as np
+
+from plt_megatron.config.data_stages import all_sources
+from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
+from plt_megatron.config.schema import DataConfig, RunConfig
+from plt_megatron.data.indexed import open_index
+from plt_megatron.data.loss_mask import check_mask
 from plt_megatron.data.resuming import check_data, training_fingerprint
-from plt_megatron.data.tokenizer import Tokenizer
+from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.checkpoints import PROGRESS, parse_progress
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.slurm.profile import Container
 from plt_megatron.storage.copies import find_checkpoint
+
+
+def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
+    """The run's tokenizer, if it names one, and the problems with it. Validation can read it."""
+    path = config.data.tokenizer
+    if path is None:
+        return None, []
+    try:
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        return None, [f"data.tokenizer: {line}" for line in str(error).splitlines()]
+    given = config.model.vocab_size
+    if given is not None and given < tokenizer.vocab_size:
+        return tokenizer, [
+            f"model.vocab_size {given} is smaller than the {tokenizer.vocab_size} ids of data.tokenizer {path}"
+        ]
+    return tokenizer, []
+
+
+def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
+    """What is wrong with the sources whose files exist, one line each."""
+    vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+    problems = []
+    for path in dict.fromkeys(_paths(config.data)):
+        if Path(path + ".bin").is_file() and Path(path + ".idx").is_file():
+            problems += _damage(path, tokenizer) or _mask_damage(path) + _mismatch(path, tokenizer, vocab_size)
+    return problems
+
+
+def _paths(data: DataConfig) -> Iterator[str]:
+    yield from (source.path for _, source in all_sources(data))
+
+
+def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
+    """Whether header, last entry, the size of .bin and the width of its ids are consistent."""
+    try:
+        index = open_index(prefix)  # not `read_index`: a login node should not read all lengths of a large corpus
+    except UserError as error:
+        return [str(error)]
+    if not index.documents:
+        return [f"{prefix}.idx has no documents: tokenize the data again (plt preprocess)"]
+    if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
+        # Written with 16 bits only where every id of the tokenizer fits.
+        return [
+            f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: made with another tokenizer"
+        ]
+    return []
+
+
+def _mask_damage(prefix: str) -> list[str]:
+    """Whether the loss mask, if there is one or the manifest tells of one, is as long as the tokens."""
+    manifest = Path(prefix + ".manifest.json")
+    try:
+        made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        check_mask(prefix, Path(prefix + ".bin").stat().st_size // open_index(prefix).dtype.itemsize, made)
+    except UserError as error:
+        return [str(error)]
+    except ValueError:
+        return []  # `_mismatch` tells of the manifest
+    return []
+
+
+def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
+    """Whether the manifest names another tokenizer. Data without a manifest was made elsewhere: nothing to compare."""
+    path = Path(prefix + ".manifest.json")
+    try:
+        made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+        sha256, ids = made["sha256"], made["vocab_size"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{path} cannot be read ({error}): tokenize the data again (plt preprocess)"]
+    if tokenizer is not None and sha256 != tokenizer.fingerprint:
+        return [
+            f"{prefix} was tokenized with another tokenizer ({made.get('path')}, {ids} ids) than data.tokenizer "
+            f"{tokenizer.path} ({tokenizer.vocab_size} ids)"
+        ]
+    if vocab_size is not None and ids > vocab_size:
+        return [f"{prefix} was tokenized with {ids} ids, the model has a vocabulary of {vocab_size}"]
+    return []
+
+
+def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Path]) -> list[str]:
+    """Paths of the run that the container cannot see, one line each.
+
+    Args:
+        mounted: folders that are mounted besides the profile's.
+    """
+    visible = list(mounted)
+    for mount in container.mounts:
+        visible.append(Path(os.path.expandvars(mount.split(":")[1] if ":" in mount else mount)))
+    read = [(f"data source {path}", path) for path in dict.fromkeys(_paths(config.data))]
+    for key, value in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
+        read += [(f"{key} {value}", value)] if value and not is_url(value) else []
+    read += [(f"{key} {url}", url[7:]) for key, url in destinations(config) if protocol_of(url) == "file"]
+    return [
+        f"{what} is not in a folder that the container sees: add one to container.mounts in the cluster's profile"
+        for what, path in read
+        if not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in visible)
+    ]
 
 
 def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
@@ -35,7 +147,7 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
         problems += _problem(
             lambda: resuming.check_schedule(start.path, start.progress, config, allow_other=allow_other)
         )
-        problems += _problem(
+        problems = problems or _problem(  # another schedule reads other data, and its lines say so
             lambda: check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
         )
     # A path has one slash where a URL has two.
@@ -44,7 +156,7 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
 
 
 def _start_elsewhere(config: RunConfig) -> resuming.Start | None:
-    """The checkpoint that the job will download."""
+    """The checkpoint that the run will download."""
     load = config.checkpoint.load
     if load is None or not is_url(load) or RunFolder.of(config).latest_checkpoint(verify=False) is not None:
         return None

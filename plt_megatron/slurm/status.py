@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from plt_megatron.run_folder.folder import CONFIG, RunFolder, runs_named
 from plt_megatron.run_folder.status import RunStatus, read_run_status
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 from plt_megatron.slurm import client
-from plt_megatron.slurm.run_files import log_of, name_suffix, submitted_jobs
+from plt_megatron.slurm.run_files import jobs_of, log_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[
 def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
     try:
         progress = read_run_status(run)
-        own = [] if jobs is None else _jobs_of(run, jobs)
+        own = [] if jobs is None else jobs_of(run, jobs)
     except OSError as error:
         return JobStatus(run, "not readable", _unreadable(error.filename or run, error), [], RunStatus(run))
     active = [job for job in own if job.active]
@@ -54,13 +53,6 @@ def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
         if jobs is None and state not in ("finished", "failed"):
             detail = f"{detail}; Slurm was not asked" if detail else "Slurm was not asked"
     return JobStatus(run, state, detail, [job.id for job in active], progress)
-
-
-def _jobs_of(run: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
-    """Find jobs by name, to include those submitted by hand; members of an array share its name and are found by id."""
-    known = set(submitted_jobs(run))
-    suffix = name_suffix(Path(os.path.abspath(run)))
-    return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
 
 
 def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
@@ -17,25 +19,24 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.installation import is_checkout
-from plt_megatron.launcher.job import JobSettings
-from plt_megatron.run_folder.branches import branch_config
+from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
-from plt_megatron.slurm import active, arrays, checks, client, report, run_files
+from plt_megatron.slurm import arrays, checks, client, run_files
 from plt_megatron.slurm.arrays import Member
-from plt_megatron.slurm.data_checks import data_problems, mount_problems, open_tokenizer
-from plt_megatron.slurm.profile import ClusterProfile, load_profile
+from plt_megatron.slurm.client import time_limit
+from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, load_profile
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
-from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
-from plt_megatron.slurm.start_checks import start_problems
-from plt_megatron.slurm.times import time_limit
+from plt_megatron.slurm.script import TEMPLATE, Array, Script
+from plt_megatron.slurm.start_checks import data_problems, mount_problems, open_tokenizer, start_problems
 
 _MOST_JOBS = 1000  # of a chain
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SbatchOptions):
     """The command line. None: the cluster's profile decides, else Slurm."""
 
     config: str | None  # None with `array` and `branch_from`
@@ -45,12 +46,7 @@ class Options:
     cluster: str | None = None
     nodes: int = 1
     time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
     gpus_per_node: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
     chain: int = 1
     requeue: bool = False
     signal_margin: int | None = None
@@ -108,12 +104,11 @@ class _Plan:
     def __init__(self, options: Options, root: Path, last_check: Check | None) -> None:
         _check_options(options)
         self.options, self.root, self.last_check = options, root, last_check
-        self.profile = load_profile(options.cluster) if options.cluster else ClusterProfile()
+        self.profile = _profile(options)
         given = options.time or self.profile.default_time
         if given is None:
             raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
         self.limit = time_limit(given, "--time" if options.time else "default_time")
-        self.margin = options.signal_margin or self.profile.signal_margin_seconds
         self.workdir = run_files.working_directory()
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -148,10 +143,7 @@ class _Plan:
                 raise
             self.notes.append(f"partition and GPUs are not checked: {error}")
         gpus = parse_gpus(self.options.gpus_per_node) if self.options.gpus_per_node is not None else None
-        partition = self.options.partition or self.profile.partition or os.environ.get("SBATCH_PARTITION")
-        return resolve(
-            self.profile, available, nodes=self.options.nodes, seconds=self.limit, partition=partition, gpus=gpus
-        )
+        return resolve(self.profile, available, nodes=self.options.nodes, seconds=self.limit, gpus=gpus)
 
     def _configs(self) -> list[tuple[str, RunConfig]]:
         """Label and configuration of each run."""
@@ -183,13 +175,13 @@ class _Plan:
     @cached_property
     def _jobs(self) -> list[client.Job]:
         try:
-            return active.active_jobs()
+            return run_files.active_jobs()
         except client.SlurmError as error:
             self.problems.append(str(error))
             return []
 
     def _has_active_job(self, folder: Path) -> bool:
-        return active.job_of(folder, lambda: self._jobs) is not None
+        return run_files.job_of(folder, lambda: self._jobs) is not None
 
     @staticmethod
     def _run_of(config: RunConfig) -> Path:
@@ -221,10 +213,9 @@ class _Plan:
         ahead = checks.forecast(config, run, self.resources, vocab_size, self.profile.tflops_per_process)
         problems += checks.memory_problems(ahead, self.resources) + checks.storage_problems(ahead, run)
         problems += _finished(run, ahead)
-        problems += checks.time_problems(config, ahead, self.limit, self.margin)
-        warnings = checks.time_warnings(
-            ahead, self.limit, self.margin, requeue=self.options.requeue, chain=self.options.chain
-        )
+        margin, options = self.profile.signal_margin_seconds, self.options
+        problems += checks.time_problems(config, ahead, self.limit, margin)
+        warnings = checks.time_warnings(ahead, self.limit, margin, requeue=options.requeue, chain=options.chain)
         self.warnings += [f"{label}: {line}" if self.options.array else line for line in warnings]
         self.members.append(Member(config, run, self._settings(config, run), ahead, label))
         if self.last_check is not None and not problems:
@@ -232,33 +223,25 @@ class _Plan:
         return problems
 
     def _settings(self, config: RunConfig, run: Path) -> JobSettings:
-        profile, resources = self.profile, self.resources
+        profile = self.profile
         return JobSettings(
+            **_of(JobSize, self.resources),
+            **_of(JobHandling, profile),
             job_name=run_files.job_name(run, config.name),
-            nodes=resources.nodes,
-            processes_per_node=resources.processes_per_node,
-            cpus_per_process=resources.cpus_per_process,
-            gpus_per_node=resources.gpus_per_node,
             time_limit_seconds=self.limit,
             python=profile.python or ("python3" if profile.container else sys.executable),
-            signal_margin_seconds=self.margin,
             requeue=self.options.requeue,
             chain=self.options.chain,
-            max_restarts=profile.max_restarts,
-            max_exclusions=profile.max_exclusions,
-            max_requeues_without_progress=profile.max_requeues_without_progress,
             cluster=profile.name or None,
-            scratch=profile.scratch,
-            environment=profile.environment,
         )
 
     def _check_active(self, runs: Sequence[Path]) -> None:
         """Refuse runs with an active job: two jobs would overwrite each other's work."""
         for run in runs:
-            job = active.job_of(run, lambda: self._jobs)
+            job = run_files.job_of(run, lambda: self._jobs)
             if job is None:
                 continue
-            problem = active.advice(run, job)
+            problem = run_files.advice(run, job)
             if "_" not in job.id:  # jobs of the run's own script wait for one another
                 problem += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
             self.problems.append(problem)
@@ -268,9 +251,9 @@ class _Plan:
     def describe(self) -> None:
         """Print what the runs are and cost, with notes and warnings."""
         options, resources = self.options, self.resources
-        rows = [("job", report.describe_job(resources, self.limit, options.chain, options.requeue, self.profile.name))]
+        rows = [("job", checks.describe_job(resources, self.limit, options.chain, options.requeue, self.profile.name))]
         if self.array is None:
-            rows += report.describe_run(self.members[0].config, self.members[0].run, resources, self.members[0].ahead)
+            rows += checks.describe_run(self.members[0].config, self.members[0].run, resources, self.members[0].ahead)
         else:
             rows += arrays.describe_array(self.array, self.members, resources)
         print(format_table(rows))
@@ -289,22 +272,9 @@ class _Plan:
         return self._script(self.members[0].settings, self.members[0].run, None)
 
     def _script(self, settings: JobSettings, run: Path, array: Array | None) -> str:
-        profile, options = self.profile, self.options
-        gpu_type = self.resources.gpu_type
-        request = Request(
-            partition=self.resources.partition,
-            account=options.account or profile.account or os.environ.get("SBATCH_ACCOUNT"),
-            qos=options.qos or profile.qos or os.environ.get("SBATCH_QOS"),
-            constraint=options.constraint or profile.constraint,
-            exclude=options.exclude,
-            gpu_type=gpu_type,
-            memory_per_node=profile.memory_per_node,
-            sbatch_options=profile.sbatch_options,
-            setup=profile.setup,
-            modules=profile.modules,
-            container=profile.container,
+        script = Script(
+            settings, self.profile, run, self.workdir, sys.executable, array, gpu_type=self.resources.gpu_type
         )
-        script = Script(settings, request, run, self.workdir, sys.executable, array)
         return script.render((self.root / TEMPLATE).read_text(encoding="utf-8"))
 
     def carry_out(self) -> Submission:
@@ -357,6 +327,23 @@ class _Plan:
             ("resubmit", f"sbatch {shlex.quote(_shown(script))}"),
         ]
         print("\n" + format_table([row for row in rows if row[1]]), flush=True)
+
+
+def _profile(options: Options) -> ClusterProfile:
+    """The cluster's profile with the command line's options in their place, else those of sbatch's environment."""
+    profile = load_profile(options.cluster) if options.cluster else ClusterProfile()
+    environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
+    ours: dict[str, Any] = {
+        name: given or getattr(profile, name) or environment.get(name)
+        for name, given in _of(SbatchOptions, options).items()
+    }
+    margin = options.signal_margin or profile.signal_margin_seconds
+    return dataclasses.replace(profile, **ours, signal_margin_seconds=margin)
+
+
+def _of(kind: type, whole: Any) -> dict[str, Any]:
+    """The fields that an object has of one of its kinds."""
+    return {field.name: getattr(whole, field.name) for field in dataclasses.fields(kind)}
 
 
 def _check_options(options: Options) -> None:

@@ -1,7 +1,9 @@
 """Copies a folder to a place, so that it can be interrupted anywhere and no reader takes half of it.
 
-The index is written last, and removed first where another copy is replaced. Until then a journal there says which files
-have arrived, and what the place knew of them: what has not changed since is not sent again.
+Its index has the names, sizes and SHA-256 of all files: a checkpoint's is its manifest.json, other folders get one,
+upload.json, in their copy. The index is written last, and removed first where another copy is replaced: without it, a
+folder is half a copy. Until then a journal there says which files have arrived, and what the place knew of them: what
+has not changed since is not sent again.
 """
 
 from __future__ import annotations
@@ -18,12 +20,84 @@ from typing import Any
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.run_folder.files import write_text
-from plt_megatron.storage.index import Entry, Index, index_of, read_index
 from plt_megatron.storage.places import Place, Stored
 
+INDEX = "upload.json"
+FORMAT = 1
 JOURNAL = "upload.partial.json"
 _JOURNAL_EVERY_S = 5.0  # what is sent in between would be sent again
 _TRIES = 2  # to fetch a file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file's size in bytes, and the hex digest of its SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The files of a folder.
+
+    Attributes:
+        name: of its file.
+        text: the content of that file.
+        files: by path relative to the folder, with slashes; its own file is not one of them.
+    """
+
+    name: str
+    text: str
+    files: dict[str, Entry]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+def index_of(folder: Path) -> Index:
+    """The index of a folder, all of whose files are read.
+
+    Raises:
+        UserError: there is no such folder, it is empty, a checkpoint is damaged, or a file cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    if (folder / checkpoints.MANIFEST).is_file():
+        damage = checkpoints.damage(folder)
+        if damage is not None:
+            raise UserError(damage)
+        return read_index(checkpoints.MANIFEST, (folder / checkpoints.MANIFEST).read_text(encoding="utf-8"))
+    try:
+        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != INDEX)
+        files = {path.relative_to(folder).as_posix(): _entry(path) for path in paths}
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: cannot be read, {error.strerror or error}") from error
+    if not files:
+        raise UserError(f"{folder}: it is empty")
+    entries: dict[str, Any] = {name: vars(entry) for name, entry in files.items()}
+    return Index(INDEX, json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n", files)
+
+
+def read_index(name: str, text: str) -> Index:
+    """An index from its file's text. Raises `ValueError` if it is none."""
+    try:
+        content = json.loads(text)
+        if content["format"] > FORMAT:
+            raise ValueError(f"{name}: its format {content['format']} is newer than this program")
+        files = {file: Entry(int(entry["bytes"]), str(entry["sha256"])) for file, entry in content["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is damaged") from error
+    outside = next((file for file in files if file.startswith("/") or ".." in file.split("/")), None)
+    if outside is not None:
+        raise ValueError(f"{name} names a file outside its folder: {outside}")
+    return Index(name, text, files)
+
+
+def _entry(path: Path) -> Entry:
+    return Entry(path.stat().st_size, checkpoints.sha256(path))
 
 
 @dataclass(frozen=True)
@@ -210,7 +284,11 @@ def download_part(place: Place, index: Index, folder: Path, part: int = 0, parts
         if local.is_file() and local.stat().st_size == entry.bytes and checkpoints.sha256(local) == entry.sha256:
             continue
         local.parent.mkdir(parents=True, exist_ok=True)
-        if not any(place.get(name, local) == entry.sha256 for _ in range(_TRIES)):
+        for _ in range(_TRIES):
+            place.get(name, local)
+            if checkpoints.sha256(local) == entry.sha256:
+                break
+        else:
             local.unlink()
             raise UserError(
                 f"{place.url}/{name} is damaged, its SHA-256 is not that of {index.name}; "

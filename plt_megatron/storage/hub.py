@@ -9,9 +9,8 @@ from typing import Any
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 from plt_megatron.run_folder.checkpoints import NAME
-from plt_megatron.storage.copies import Uploaded
-from plt_megatron.storage.failures import failing
-from plt_megatron.storage.index import INDEX, index_of, read_index
+from plt_megatron.storage.copies import INDEX, Uploaded, index_of, read_index
+from plt_megatron.storage.places import failing
 
 MAIN = "main"
 _PARTIAL = "uploading-"  # begins the name of a branch that is not complete

@@ -12,6 +12,6 @@ def build_engine(config: RunConfig, vocab_size: int) -> Engine:
         from plt_megatron.train.megatron_engine import MegatronEngine
 
         return MegatronEngine(config, vocab_size)
-    from plt_megatron.train.deepspeed_engine import DeepSpeedEngine
+    from plt_megatron.train.deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, vocab_size)

@@ -18,10 +18,9 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import validate
 from plt_megatron.errors import EXIT_INTERRUPTED, UserError, go_on_without_readers, hear_every_interrupt, print_error
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
-from plt_megatron.runtime.cuda_environment import set_cuda_environment
-from plt_megatron.runtime.quiet_imports import quiet_imports
+from plt_megatron.runtime.environment import quiet_imports, set_cuda_environment
 
 
 def main(arguments: list[str]) -> int:
@@ -62,10 +61,10 @@ def train(config: RunConfig) -> int:
     if config.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
-    from plt_megatron.launcher.interface import start_watchdog
+    from plt_megatron.launcher.watchdog import start_watchdog
     from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups
     from plt_megatron.train.callbacks.base import TrainingFailed
-    from plt_megatron.train.destinations import check_destinations
+    from plt_megatron.train.callbacks.uploads import check_destinations
     from plt_megatron.train.trainer import Trainer
 
     faulthandler.enable()  # a data file truncated under its memory map is a SIGBUS

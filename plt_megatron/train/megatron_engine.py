@@ -33,9 +33,8 @@ from plt_megatron.model.parameters import hidden_matrix
 from plt_megatron.model.pipeline import LoopChunk, MicroBatches, build_chunks
 from plt_megatron.model.transformer_config import schedule_config
 from plt_megatron.train.checkpoint.megatron_state import MegatronState
-from plt_megatron.train.engine import StepResult, finite_step, nothing
+from plt_megatron.train.engine import StepResult, StepTimes, finite_step, nothing
 from plt_megatron.train.optimizers import LearningRate, build_optimizer, distributed_parts, squared_grad_norm
-from plt_megatron.train.step_times import StepTimes
 from plt_megatron.train.unused_parameters import (
     ExpectedGradients,
     later_parameters,

@@ -19,7 +19,7 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.parameters import only_in_loops
 
 if TYPE_CHECKING:
-    from plt_megatron.train.checkpoint.optimizer_state import OptimizerPart
+    from plt_megatron.train.checkpoint.megatron_state import OptimizerPart
 
 
 def leaves_later_loops_out(config: RunConfig, loop_count: int) -> bool:

@@ -40,9 +40,9 @@ def enter() -> None:
     from plt_megatron.runtime.cpu_runtime import enter_cpu_runtime
 
     enter_cpu_runtime(force=True)
-    from plt_megatron.train import deepspeed_engine, deepspeed_runtime  # noqa: F401
+    from plt_megatron.train.deepspeed import engine, runtime  # noqa: F401
 
-    deepspeed_runtime.import_deepspeed()
+    runtime.import_deepspeed()
     for name in (
         "deepspeed.module_inject.auto_ep_layer",
         "torch._dynamo.backends.debugging",

@@ -128,8 +128,8 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     from plt_megatron.rehearsal.communication import CommunicationRecorder
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
+    from plt_megatron.train.callbacks.weight_ema import WeightAverage
     from plt_megatron.train.checkpoint.saving import begin_save
-    from plt_megatron.train.weight_average import WeightAverage
 
     init_process_groups(config.parallel)
     engine = build_engine(config, VOCAB_SIZE)
@@ -282,10 +282,10 @@ def _replica_is_written(rank: int) -> None:
 
 def _end_is_not_written(rank: int) -> None:
     """An optimizer's rank leaves out the last element of each part that it has."""
-    from plt_megatron.train.checkpoint import optimizer_state
+    from plt_megatron.train.checkpoint import megatron_state
 
-    stock = optimizer_state.boxes
-    optimizer_state.boxes = lambda shape, start, stop: stock(shape, start, stop - 1)
+    stock = megatron_state.boxes
+    megatron_state.boxes = lambda shape, start, stop: stock(shape, start, stop - 1)
 
 
 FAULTS: dict[str, tuple[str, Callable[[int], None]]] = {

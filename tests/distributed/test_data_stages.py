@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from plt_megatron.config.schema import BatchStage, DataConfig, DataSource, DataStage, RunConfig
-from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.resuming import branch_config
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.schedule_jobs import as_after_step, train_and_tell
 from tests.distributed.training_jobs import make_data, run_config, train_with_other_loss

@@ -13,9 +13,9 @@ import torch
 
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.hf.exporting import ExportOptions, export
-from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.checkpoints import read_progress
 from plt_megatron.run_folder.folder import RunFolder, save_config
+from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.train.checkpoint import read_weights
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.training_jobs import make_data, run_config, train, train_beside_an_export, train_with_bad_step

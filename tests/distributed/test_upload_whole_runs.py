@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def check_and_train(config: RunConfig, environment: dict[str, str] | None = None) -> bool | str:
     """As training's main program does. `environment`: of the processes beside it too."""
     from plt_megatron.errors import UserError
-    from plt_megatron.train.destinations import check_destinations
+    from plt_megatron.train.callbacks.uploads import check_destinations
 
     before = dict(os.environ)
     os.environ.update(environment or {})
@@ -104,7 +104,7 @@ def test_a_damaged_upload_is_named_on_all_ranks(uploaded, tmp_path, run_distribu
 def fetch(url: str, folder: Path) -> tuple[str, int]:
     """What fetching says or returns on this rank, and how often it has given a sign of life."""
     from plt_megatron.errors import UserError
-    from plt_megatron.train.checkpoint.fetching import fetch_checkpoint
+    from plt_megatron.train.checkpoint.store import fetch_checkpoint
 
     beats: list[None] = []
     try:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from plt_megatron.run_folder.scores import read_scores
+from plt_megatron.run_folder.metrics import read_scores
 from tests.hf.lm_eval_tasks import write_tasks
 from tests.hf.test_hf_generate import make_tokenizer
 from tests.hf.tiny import make_model

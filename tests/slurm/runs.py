@@ -18,8 +18,9 @@ from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.folder import RunFolder, save_config
 from plt_megatron.run_folder.metrics import MACHINE_FIELDS
+from plt_megatron.slurm.profile import ClusterProfile
 from plt_megatron.slurm.run_files import job_name, write_run
-from plt_megatron.slurm.script import TEMPLATE, Request, Script
+from plt_megatron.slurm.script import TEMPLATE, Script
 from tests.distributed.training_jobs import run_config
 from tests.slurm.cluster import SlurmCluster, wait_for
 
@@ -97,7 +98,7 @@ class SlurmRun:
             "requeue": True,
         }
         job = JobSettings(**(usual | settings))
-        text = Script(job, Request(), self.folder, ROOT, sys.executable).render((ROOT / TEMPLATE).read_text())
+        text = Script(job, ClusterProfile(), self.folder, ROOT, sys.executable).render((ROOT / TEMPLATE).read_text())
         write_run(self.config, self.folder, job, text, root=ROOT)
         return self
 

@@ -217,17 +217,17 @@ def choice(backend: str, vocab_size: int = 50, oldest: str | None = None, **para
     """What is fused, or why not."""
     from plt_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
     from plt_megatron.errors import UserError
-    from plt_megatron.runtime import fusions
+    from plt_megatron.runtime import kernels
 
-    stock = fusions.OLDEST_CROSS_ENTROPY
-    fusions.OLDEST_CROSS_ENTROPY = oldest or stock
+    stock = kernels.OLDEST_CROSS_ENTROPY
+    kernels.OLDEST_CROSS_ENTROPY = oldest or stock
     config = RunConfig(model=make(ModelConfig, {**MODEL, "backend": backend}), parallel=ParallelConfig(**parallel))
     try:
-        return str(fusions.choose_fusions(config, backend, vocab_size))
+        return str(kernels.choose_fusions(config, backend, vocab_size))
     except UserError as error:
         return str(error)
     finally:
-        fusions.OLDEST_CROSS_ENTROPY = stock
+        kernels.OLDEST_CROSS_ENTROPY = stock
 
 
 def test_what_is_on_where_nothing_is_set(run_te):

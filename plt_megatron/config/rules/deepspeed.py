@@ -1,21 +1,180 @@
-"""Checks of `deepspeed`: what its engine cannot do, and what the raw `deepspeed.config` may not say.
+"""DeepSpeed's configuration, generated from ours, and checks of the section `deepspeed`.
 
-Every problem names what to set instead.
+Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed.config` may add what
+`ADDABLE` names. Every problem names what to set instead. No torch here: a bad section is answered in milliseconds. The
+engine is `train/deepspeed`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.metadata
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-from plt_megatron.config import deepspeed_settings as settings
+from plt_megatron.config.layout import num_microbatches
 from plt_megatron.config.optimizers import optimizer_spec
-from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.extras import lacking
 
 VERSIONS = ">=0.19,<0.20"
+Kind = Literal["bool", "count", "positive"]
+
+# What the raw section may add: speed, memory and reports. `count`: a whole number >= 0, 5e8 included; `positive`: >= 1.
+ADDABLE: dict[str, Kind] = {
+    "steps_per_print": "positive",
+    "wall_clock_breakdown": "bool",
+    "memory_breakdown": "bool",
+    "dump_state": "bool",
+    "comms_logger.enabled": "bool",
+    "comms_logger.verbose": "bool",
+    "comms_logger.prof_all": "bool",
+    "comms_logger.debug": "bool",
+    "zero_optimization.reduce_bucket_size": "positive",
+    "zero_optimization.allgather_bucket_size": "positive",
+    "zero_optimization.allgather_partitions": "bool",
+    "zero_optimization.reduce_scatter": "bool",
+    "zero_optimization.round_robin_gradients": "bool",
+    "zero_optimization.use_multi_rank_bucket_allreduce": "bool",
+    "zero_optimization.sub_group_size": "count",
+    "zero_optimization.stage3_max_live_parameters": "count",
+    "zero_optimization.stage3_max_reuse_distance": "count",
+    "zero_optimization.stage3_prefetch_bucket_size": "count",
+    "zero_optimization.stage3_param_persistence_threshold": "count",
+    "zero_optimization.stage3_model_persistence_threshold": "count",
+    "zero_optimization.offload_optimizer.pin_memory": "bool",
+    "zero_optimization.offload_param.pin_memory": "bool",
+}
+
+# What our settings decide, and which: a raw key may only repeat it.
+DECIDED_BY: dict[str, str] = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "optimizer.clip_grad",
+    "optimizer.type": "optimizer.name",
+    "optimizer.params.lr": "optimizer.lr",
+    "optimizer.params.betas": "optimizer.adam_beta1 and optimizer.adam_beta2",
+    "optimizer.params.eps": "optimizer.adam_eps",
+    "optimizer.params.weight_decay": "optimizer.weight_decay",
+    "bf16.enabled": "training.precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_param",
+}
+
+# DeepSpeed's keys that are refused here: what to do instead. A key includes all below it.
+REFUSED: dict[str, str] = {
+    "fp16": "set training.precision=bf16",
+    "amp": "set training.precision=bf16",
+    "torch_autocast": "set training.precision=bf16",
+    "scheduler": "set the optimizer section's lr_decay_style and what belongs to it",
+    "zero_optimization.overlap_comm": "it reduces gradients before the last loop has added to them; leave it out",
+    "zero_optimization.offload_optimizer.ratio": "leave it out: all of the optimizer is offloaded",
+    "zero_optimization.offload_optimizer.nvme_path": "set deepspeed.offload_optimizer=cpu",
+    "zero_optimization.offload_param.nvme_path": "set deepspeed.offload_param=cpu",
+    "zero_optimization.cpu_offload": "set deepspeed.offload_optimizer=cpu",
+    "zero_optimization.cpu_offload_params": "set deepspeed.offload_param=cpu",
+    "zero_optimization.zero_quantized_weights": "leave it out: checkpoints hold the exact weights",
+    "zero_optimization.zero_quantized_gradients": "leave it out: gradients are reduced in fp32",
+    "zero_optimization.zero_hpz_partition_size": "leave it out",
+    "zero_optimization.mics_shard_size": "leave it out",
+    "zero_optimization.zenflow": "leave it out",
+    "zero_optimization.load_from_fp32_weights": "checkpoints are ours: see the checkpoint section",
+    "zero_optimization.elastic_checkpoint": "checkpoints are ours: see the checkpoint section",
+    "pipeline": "leave out the section deepspeed",
+    "tensor_parallel": "set parallel.tensor_model_parallel_size",
+    "sequence_parallel_size": "set parallel.sequence_parallel",
+    "data_parallel_size": "set parallel.data_parallel_size",
+    "expert_parallel": "leave out the section deepspeed",
+    "activation_checkpointing": "set parallel.recompute_granularity",
+    "checkpoint": "set the checkpoint section",
+    "load_universal_checkpoint": "set checkpoint.load",
+    "tensorboard": "set logging.tensorboard",
+    "wandb": "set logging.wandb_project",
+    "comet": "set logging.wandb_project",
+    "csv_monitor": "metrics.jsonl is always written; leave it out",
+    "flops_profiler": "set logging.profile",
+    "compile": "leave it out",
+    "hybrid_engine": "leave it out",
+    "aio": "set deepspeed.offload_optimizer=cpu",
+    "data_efficiency": "set the data section",
+    "curriculum_learning": "set the data section",
+    "compression_training": "leave it out",
+    "elasticity": "leave it out: checkpoints load in any layout",
+    "autotuning": "leave it out",
+    "sparse_gradients": "leave it out",
+    "prescale_gradients": "leave it out: gradients are reduced in fp32",
+    "gradient_predivide_factor": "leave it out: gradients are reduced in fp32",
+    "zero_force_ds_cpu_optimizer": "leave it out: the optimizer is torch's AdamW, which needs no compiler",
+    "optimizer.params.torch_adam": "leave it out: the optimizer is torch's AdamW, which needs no compiler",
+}
+
+# DeepSpeed's own default is 2 GB of fp32 per bucket; this is megatron-core's.
+_DEFAULTS: dict[str, Any] = {"steps_per_print": 10**9, "zero_optimization.reduce_bucket_size": 40_000_000}
+
+
+def zero_of(config: RunConfig) -> DeepSpeedConfig:
+    """The section of a configuration that has it."""
+    assert config.deepspeed is not None, "only for runs on DeepSpeed"
+    return config.deepspeed
+
+
+def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
+    """What our configuration decides, by DeepSpeed's dotted keys.
+
+    Args:
+        world_size: processes; None: as many as the layout asks for.
+    """
+    training, optimizer, zero = config.training, config.optimizer, zero_of(config)
+    deepspeed_optimizer = optimizer_spec(optimizer).deepspeed
+    settings: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": num_microbatches(config, world_size),
+        "gradient_clipping": optimizer.clip_grad,
+        "zero_optimization.stage": zero.zero_stage,
+        "zero_optimization.overlap_comm": False,
+        "zero_optimization.contiguous_gradients": True,
+        "zero_optimization.offload_optimizer.device": zero.offload_optimizer,
+        "zero_optimization.offload_param.device": zero.offload_param,
+        "bf16.enabled": training.precision == "bf16",
+        **(deepspeed_optimizer(optimizer) if deepspeed_optimizer is not None else {}),
+    }
+    if training.precision == "bf16":
+        settings["bf16.check_grad_overflow"] = True  # otherwise it updates with gradients that are not numbers
+        settings["data_types.grad_accum_dtype"] = settings["communication_data_type"] = "fp32"
+    return settings
+
+
+def raw(config: RunConfig) -> dict[str, Any]:
+    """`deepspeed.config` by dotted keys."""
+    return dict(_leaves(zero_of(config).config, ""))
+
+
+def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
+    """The dictionary for DeepSpeed. `config` must be validated."""
+    whole = copy.deepcopy({**_DEFAULTS, **raw(config), **written(config, world_size)})
+    nested: dict[str, Any] = {}
+    for key, value in whole.items():
+        *sections, last = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = int(value) if ADDABLE.get(key) in ("count", "positive") else value
+    return nested
+
+
+# Checks.
 
 
 def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
@@ -55,29 +214,29 @@ def _check_features(config: RunConfig) -> Iterator[str]:
 
 
 def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    decided = settings.written(config, world_size)
-    for key, value in settings.raw(config).items():
+    decided = written(config, world_size)
+    for key, value in raw(config).items():
         if key in decided and _equal(value, decided[key]):
             continue
-        if key in settings.DECIDED_BY:
+        if key in DECIDED_BY:
             yield (
-                f"deepspeed.config.{key} {_text(value)} contradicts {settings.DECIDED_BY[key]}, which makes it "
+                f"deepspeed.config.{key} {_text(value)} contradicts {DECIDED_BY[key]}, which makes it "
                 f"{_text(decided[key])}: set that and leave this out"
             )
             continue
-        refused = next((name for name in _prefixes(key) if name in settings.REFUSED), None)
+        refused = next((name for name in _prefixes(key) if name in REFUSED), None)
         if refused is not None:
-            yield f"deepspeed.config.{key} cannot be set here: {settings.REFUSED[refused]}"
+            yield f"deepspeed.config.{key} cannot be set here: {REFUSED[refused]}"
         elif key in decided:
             yield f"deepspeed.config.{key} must be {_text(decided[key])} here: leave it out"
-        elif key not in settings.ADDABLE:
+        elif key not in ADDABLE:
             yield _unknown(key)
         else:
             yield from _check_kind(key, value)
 
 
 def _check_kind(key: str, value: Any) -> Iterator[str]:
-    kind = settings.ADDABLE[key]
+    kind = ADDABLE[key]
     if kind == "bool":
         if not isinstance(value, bool):
             yield f"deepspeed.config.{key}: expected true or false, got {_text(value)}"
@@ -93,7 +252,7 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 def _unknown(key: str) -> str:
-    known = [*settings.ADDABLE, *settings.DECIDED_BY]
+    known = [*ADDABLE, *DECIDED_BY]
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
         return f"deepspeed.config.{key} is a section: set its keys, as in deepspeed.config.{inside[0]}"

@@ -52,8 +52,7 @@ from plt_megatron.experiments.sweep_status import (
     write_record,
 )
 from plt_megatron.run_folder import json_lines
-from plt_megatron.run_folder.attempts import last_attempt
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus, last_attempt
 from plt_megatron.run_folder.files import locked, writing
 from plt_megatron.run_folder.text import format_duration, format_table, plural
 

@@ -9,7 +9,7 @@ from typing import Any
 from plt_megatron.config import derived
 from plt_megatron.config.schema import EvaluationConfig
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, read_verified_progress, step_of, trained_tokens
-from plt_megatron.run_folder.scores import read_scores
+from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.storage.queue import link_folder
 from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.beside import BesideProcess

@@ -8,18 +8,14 @@ change a step come before those that report on it, and `TrainLog` after those wh
 from __future__ import annotations
 
 from plt_megatron.train.callbacks.base import Callback
-from plt_megatron.train.callbacks.data_progress import DataProgress
 from plt_megatron.train.callbacks.exports import Exports
 from plt_megatron.train.callbacks.incidents import Incidents
-from plt_megatron.train.callbacks.loop_losses import LoopLosses
-from plt_megatron.train.callbacks.loop_measures import LoopMeasures
 from plt_megatron.train.callbacks.metrics import Metrics
-from plt_megatron.train.callbacks.optimizer_settings import OptimizerSettings
 from plt_megatron.train.callbacks.profiling import Profiling
 from plt_megatron.train.callbacks.progress import ProgressBar
 from plt_megatron.train.callbacks.stragglers import Stragglers
 from plt_megatron.train.callbacks.throughput import Throughput
-from plt_megatron.train.callbacks.train_log import TrainLog
+from plt_megatron.train.callbacks.train_log import DataProgress, LoopLosses, LoopMeasures, OptimizerSettings, TrainLog
 from plt_megatron.train.callbacks.uploads import Uploads
 from plt_megatron.train.callbacks.validation import Validation
 from plt_megatron.train.callbacks.weight_ema import WeightEMA

@@ -1,16 +1,108 @@
-"""The training record of a step, which all callbacks add to."""
+"""The training record of a step, which all callbacks add to, and what the run says before the first one."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from typing import Any
 
-from plt_megatron.train.callbacks.base import Callback, Step
+import torch
+from megatron.core import parallel_state
+
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.model.expert_statistics import ExpertStatistics
+from plt_megatron.model.loop_statistics import LoopStatistics
+from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
+from plt_megatron.train.optimizers import described
+
+
+class DataProgress(Callback):
+    """Reports the data mix before the first step, and passes over its sources in every record."""
+
+    def on_start(self) -> None:
+        """A table of the sources."""
+        self.run.say(self.run.data.describe())
+
+    def after_step(self, step: Step, result: StepResult) -> None:
+        """Note its batch and its rows."""
+        self._step = step
+
+    def on_log(self) -> dict[str, Any]:
+        """`source_epochs`, and of the last step what a `training.batch_schedule` or `data.length_schedule` changes:
+        `global_batch_size`, `sequence_length`."""
+        config = self.run.config
+        found: dict[str, Any] = {"source_epochs": self.run.data.epochs(self.run.clock.samples)}
+        if config.training.batch_schedule:
+            found["global_batch_size"] = self._step.global_batch_size
+        if config.data.length_schedule:
+            found["sequence_length"] = self._step.sequence_length
+        return found
+
+
+class OptimizerSettings(Callback):
+    """Says before the first step how each kind of parameter is updated."""
+
+    def on_start(self) -> None:
+        """The line."""
+        self.run.say(described(self.run.config))
+
+
+class LoopLosses(Callback):
+    """Under a `training.loop_schedule`: the loops of the last step, and the losses of steps with as many.
+
+    They are means since the last record: the loss of a record alone is one step's, of whatever loops it had.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._losses: defaultdict[int, list[float]] = defaultdict(list)
+        self._loop_count = 0
+
+    def after_step(self, step: Step, result: StepResult) -> None:
+        """Note the loss."""
+        self._loop_count = step.loop_count
+        if result.updated:
+            self._losses[step.loop_count].append(result.loss)
+
+    def on_log(self) -> dict[str, Any]:
+        """`loop_count` of the step, and `loss_by_loops`: mean losses by loop count."""
+        if not self.run.config.training.loop_schedule:
+            return {}
+        means = {str(loops): sum(losses) / len(losses) for loops, losses in sorted(self._losses.items())}
+        self._losses.clear()
+        return {"loop_count": self._loop_count, "loss_by_loops": means}
+
+
+class LoopMeasures(Callback):
+    """Collects `LoopStatistics` of the first microbatch in steps that will be logged."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        self._statistics: LoopStatistics | None = None
+
+    def before_step(self, step: Step) -> None:
+        """Give the first microbatch an object to collect in."""
+        self._statistics = None
+        if self.run.is_due(self.run.config.logging.log_interval, step.number):
+            self._statistics = step.batches[0].statistics = _empty(self.run.config.model, step.loop_count)
+
+    def on_log(self) -> dict[str, Any]:
+        """Gate means, norms and step sizes, one entry per loop."""
+        return {} if self._statistics is None else self._statistics.reduce()
+
+
+def _empty(model: ModelConfig, loop_count: int) -> LoopStatistics:
+    layers, device = model.num_layers, torch.cuda.current_device()
+    if model.moe is None:
+        return LoopStatistics(loop_count, layers, device)
+    parts = parallel_state.get_tensor_and_context_parallel_world_size()
+    experts = ExpertStatistics(loop_count, layers, model.moe.num_experts, device, parts)
+    return LoopStatistics(loop_count, layers, device, experts)
 
 
 class TrainLog(Callback):
-    """Every `logging.log_interval` steps and after the last one."""
+    """Reports the record every `logging.log_interval` steps and after the last one."""
 
     def after_step(self, step: Step, result: StepResult) -> None:
         """Report the record if due."""

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.checkpoints import step_of
+from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.text import plural
 from plt_megatron.storage.queue import CHECKPOINT, EXPORT, UploadQueue, Waiting
 from plt_megatron.train.callbacks.base import Callback, Run
-from plt_megatron.train.callbacks.beside import BesideProcess
+from plt_megatron.train.callbacks.beside import BesideProcess, environment
+from plt_megatron.train.checkpoint.collective import on_rank_0
 
 _LOOK_S = 5.0  # between two looks at whether an upload still moves
+_SHARE = 0.8  # of the time that the other ranks wait at most
 
 
 class Uploads(Callback):
@@ -177,3 +184,30 @@ class Uploads(Callback):
 
 def _name(record: dict[str, Any]) -> str:
     return f"the {record['what']} of step {record['step']}"
+
+
+def check_destinations(config: RunConfig) -> None:
+    """Raise `UserError` on all ranks if a destination of uploads cannot be written. Collective.
+
+    Another process looks: libraries of remote storage bring threads and connections, which training need not have.
+    """
+    settings = config.checkpoint
+    if settings.upload_to is not None or settings.export_upload_to is not None:
+        on_rank_0(lambda: _check(config))
+
+
+def _check(config: RunConfig) -> None:
+    folder = RunFolder.of(config)
+    if not folder.config_file.is_file():  # training was started without plt train; the uploads read it
+        folder.save_config(config)
+    command = [sys.executable, "-m", "plt_megatron", "upload", str(folder.path), "--check"]
+    minutes = _SHARE * config.parallel.distributed_timeout_minutes
+    try:
+        found = subprocess.run(
+            command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * minutes
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"the destination of uploads has not answered in {minutes:g} minutes") from error
+    if found.returncode != 0:
+        words = found.stderr.strip().splitlines() or [f"plt upload --check: exit status {found.returncode}"]
+        raise UserError(words[-1].removeprefix("error: "))

@@ -1,21 +1,246 @@
-"""The state of the megatron engine: a model on megatron-core's distributed optimizers."""
+"""The state of the megatron engine: a model on megatron-core's distributed optimizers.
+
+An optimizer's state is allocated, cut out for checkpoints, and put back. Keys and shapes are those of the whole model,
+so that any layout can load what any other has saved: the same as megatron-core's `fully_reshardable`, without its
+gathering. A data-parallel rank owns a flat range of each buffer. Of a matrix that is at most three boxes: the end of a
+row, whole rows, the start of a row. Each is a sharded tensor that shares the optimizer's memory, so that saving copies
+only what a rank writes and loading reads into place.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from plt_megatron.config.optimizers import OptimizerSpec
+from plt_megatron.config.optimizers import WHOLE_MATRICES, OptimizerSpec
 from plt_megatron.model.initialization import global_names, initial_value
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
-from plt_megatron.train.checkpoint.engine_state import Reader
-from plt_megatron.train.checkpoint.optimizer_state import OptimizerPart
+from plt_megatron.train.checkpoint import state as sharding
+from plt_megatron.train.checkpoint.state import Reader
+
+
+class OptimizerPart:
+    """One distributed optimizer, of which an engine's optimizer may have several.
+
+    Args:
+        optimizer: megatron-core's.
+        spec: what it is.
+        matrices: parameters that are updated as whole matrices, with state of their own and no count of steps.
+    """
+
+    def __init__(self, optimizer: DistributedOptimizer, spec: OptimizerSpec, matrices: Collection[Tensor] = ()) -> None:
+        self.optimizer = optimizer
+        self.inner: Any = optimizer.optimizer  # torch's, or what has its attributes
+        self._spec, self._matrices = spec, {*matrices}
+        # Transformer Engine's optimizers count the steps of a parameter group.
+        self._torchs = type(getattr(self.inner, "adam", self.inner)).__module__.startswith("torch.")
+
+    # Steps.
+
+    @property
+    def step(self) -> int:
+        """How many updates it has made, where it keeps count: less than the run's steps where some were skipped."""
+        counters = self.inner.state.values() if self._torchs else self.inner.param_groups
+        return max((int(counter["step"]) for counter in counters if "step" in counter), default=0)
+
+    def set_step(self, step: int, later: Collection[Tensor] = (), later_step: int = 0) -> None:
+        """Go on from `step` updates, or `later_step` of the model parameters `later`.
+
+        Where steps are counted for groups, it is the group's if it has no other parameters.
+        """
+        if not self._spec.counts_steps:
+            return
+        own = {id(main) for parameter in later if (main := self.own_main_parameter(parameter)) is not None}
+        for group in self.inner.param_groups:
+            if WHOLE_MATRICES in group:
+                continue
+            if not self._torchs:
+                group["step"] = later_step if {id(main) for main in group["params"]} <= own else step
+                continue
+            for main in group["params"]:
+                # One tensor each: megatron-core's own loading lets all parameters share one, which then advances once
+                # per parameter in every step.
+                self.inner.state[main]["step"] = torch.tensor(float(later_step if id(main) in own else step))
+
+    def allocate(self) -> None:
+        """Give an optimizer that has not made a step yet its state, zero.
+
+        megatron-core's own way for torch's AdamW is a step with zero gradients, which decays the weights.
+        """
+        if self.inner.state:
+            return
+        if not self._torchs and not self._matrices:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
+            for state in self.inner.state.values():
+                for key in self._spec.state:
+                    state[key].zero_()
+            return
+        for parameter, part in self.parameter_parts():
+            if part is not None:
+                main = self.main_parameter(parameter)
+                self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
+        self.set_step(0)
+
+    # Main parameters and what is kept beside them.
+
+    def sharded(self, model: dict[str, Any]) -> dict[int, dict[str, dict[int, ShardedTensor]]]:
+        """This data-parallel rank's part of the main parameters and their state, as sharded tensors that share its
+        memory: by the parameter's index in its buffers, the state's name (`param`, `exp_avg`, ...) and number.
+
+        Parameter groups are not part of it: they follow from the configuration.
+
+        Args:
+            model: the model's sharded tensors.
+        """
+        self.allocate()
+        wholes, prefix = _wholes(model), sharding.OPTIMIZER_PREFIX
+        return {
+            index: {
+                name: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, f"{prefix}{name}.", flat)))
+                for name, flat in self._tensors(parameter).items()
+            }
+            for index, (parameter, part) in self._owned()
+        }
+
+    def sharded_beside(
+        self, model: dict[str, Any], pieces: Mapping[int, Tensor], prefix: str
+    ) -> dict[int, dict[int, ShardedTensor]]:
+        """What else is kept of the main parameters, as sharded tensors that share its memory: by the parameter's index
+        in its buffers and number.
+
+        Args:
+            model: the model's sharded tensors.
+            pieces: in the shapes of `pieces`, by the same indices.
+            prefix: of keys; what follows is the parameter's.
+        """
+        wholes = _wholes(model)
+        return {
+            index: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, prefix, pieces[index])))
+            for index, (parameter, part) in self._owned()
+        }
+
+    def pieces(self) -> dict[int, Tensor]:
+        """This rank's parts of the main parameters, flat, in fp32, by the parameter's index in its buffers."""
+        return {index: self.main_parameter(parameter) for index, (parameter, _) in self._owned()}
+
+    def model_pieces(self) -> dict[int, Tensor]:
+        """The same parts of the model's parameters: views, in the model's precision."""
+        return {index: parameter.detach().view(-1)[part.start : part.end] for index, (parameter, part) in self._owned()}
+
+    def _owned(self) -> Iterator[tuple[int, tuple[Tensor, Any]]]:
+        """(index in its buffers, (parameter, range)) of those of which this rank owns a part."""
+        return (each for each in enumerate(self.parameter_parts()) if each[1][1] is not None)
+
+    @torch.no_grad()
+    def reset_others(self, loaded: dict[int, Any]) -> None:
+        """Start what was not loaded, by the parameter's index, with what the model holds and with state zero."""
+        self.allocate()
+        for index, (parameter, part) in enumerate(self.parameter_parts()):
+            if part is None or index in loaded:
+                continue
+            main, *kept = self._tensors(parameter).values()
+            main.copy_(parameter.reshape(-1)[part.start : part.end])
+            for tensor in kept:
+                tensor.zero_()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """This rank's parts of all main parameters and what is kept of them."""
+        for parameter, part in self.parameter_parts():
+            if part is not None:
+                yield from self._tensors(parameter).values()
+
+    def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
+        """This rank's part of a main parameter, and what is kept of it, flat."""
+        main = self.main_parameter(parameter)
+        return {"param": main, **{key: self.inner.state[main][key] for key in self._keys(parameter)}}
+
+    def _keys(self, parameter: Tensor) -> Collection[str]:
+        """Names of the state of a model parameter."""
+        return self._spec.state_of(hidden_matrix=parameter in self._matrices)
+
+    def main_parameter(self, parameter: Tensor) -> Tensor:
+        """This rank's part of a model parameter, flat, in fp32."""
+        group, order = self.optimizer.model_param_group_index_map[parameter]
+        return self.inner.param_groups[group]["params"][order]
+
+    def own_main_parameter(self, parameter: Tensor) -> Tensor | None:
+        """The same, or None if all of it is in other ranks' hands, or another optimizer's."""
+        return self.main_parameter(parameter) if parameter in self.optimizer.model_param_group_index_map else None
+
+    def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
+        """(parameter, the range of it that this rank owns, or None), in the order of `sharded`."""
+        for buffer, ranges in zip(self.optimizer.buffers, self.optimizer.gbuf_ranges, strict=True):
+            owned = {
+                parameter: parts["param"]
+                for buckets in ranges.values()
+                for bucket in buckets
+                for parameter, parts in bucket["param_map"].items()
+            }
+            for parameter in buffer.param_index_map:
+                yield parameter, owned.get(parameter)
+
+
+def _wholes(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
+    """The model's sharded tensors by its parameters."""
+    return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+
+
+def _boxes_of(
+    whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, prefix: str, flat: Tensor
+) -> Iterator[ShardedTensor]:
+    """The part of a parameter's state that begins at its element `start`, as boxes of the whole model's tensor.
+
+    Args:
+        whole: the parameter's.
+        prefix: what its key begins with in the state's.
+        flat: the part.
+    """
+    for tensor in sharding.sharded_tensors({"": whole}):
+        # The parameter, or the gate's or the up projection's half of it.
+        first = tensor.data.storage_offset() - parameter.storage_offset()
+        assert tensor.data.is_contiguous() and 0 <= first <= parameter.numel() - tensor.data.numel()
+        shift = start - first
+        low, high = max(shift, 0), min(shift + flat.numel(), tensor.data.numel())
+        ones = (1,) * tensor.prepend_axis_num
+        for offset, shape in boxes(tensor.local_shape, low, high):
+            elements = math.prod(shape)
+            yield replace(
+                tensor,
+                key=f"{prefix}{tensor.key}",
+                data=flat[low - shift : low - shift + elements].view(ones + shape),
+                dtype=flat.dtype,
+                local_shape=ones + shape,
+                global_offset=tuple(map(sum, zip(tensor.global_offset, (0,) * len(ones) + offset, strict=True))),
+                axis_fragmentations=None,  # not a regular grid
+                prepend_axis_num=0,
+                replica_id=(*tensor.replica_id[:-1], 0),  # no other data-parallel rank has it
+            )
+            low += elements
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, shape) of the boxes that are the elements `start` .. `stop` of a row-major tensor, in their order."""
+    row = math.prod(shape[1:])
+    while start < stop:
+        index, inside = divmod(start, row)
+        rows = 0 if inside else (stop - start) // row
+        if rows:
+            yield (index, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
+            start += rows * row
+        else:
+            end = min(stop, (index + 1) * row)
+            for offset, size in boxes(shape[1:], inside, end - index * row):
+                yield (index, *offset), (1, *size)
+            start = end
 
 
 class MegatronState:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ KEPT_PREFIX = "kept."  # callbacks' tensors
 # What callbacks keep, by their names: tensors in the shapes of the stage's parameters by their names, or, nested,
 # sharded tensors.
 Kept = Mapping[str, Mapping[Any, Any]]
+# Reads what a request of sharded tensors asks for, and what all ranks have in common.
+Reader = Callable[[dict[str, Any]], dict[str, Any]]
 _TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
@@ -122,3 +124,30 @@ def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
             yield from nested_values(value.build())
         elif isinstance(value, ShardedTensor):
             yield value
+
+
+class EngineState(Protocol):
+    """The interface of an engine's model and optimizer for saving and loading. All methods are collective.
+
+    They are sharded tensors: `model` by local names, `optimizer` by optimizer and parameter.
+
+    Both engines' states have the same keys and shapes, those of the whole model: checkpoints do not depend on the
+    engine.
+    """
+
+    def to_save(self) -> dict[str, Any]:
+        """`model` and `optimizer` with their data, which may be the engine's own; `optimizer_step` and
+        `optimizer_later_step`."""
+
+    def live_tensors(self) -> Iterable[Tensor]:
+        """The tensors that training changes and `to_save` may refer to. Not collective."""
+
+    def request(self, *, optimizer: bool) -> dict[str, Any]:
+        """`model`, and `optimizer` if wanted, to be loaded. What is taken out of it stays as it is built: gates."""
+
+    def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
+        """Read the request, as changed by the caller, and load it. Without `optimizer` in
+        the request, the optimizer's state is zero. Returns what was read."""
+
+    def set_step(self, step: int, later_step: int) -> None:
+        """Set the optimizer's number of updates to `step`; of what only later loops use, to `later_step`."""

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from plt_megatron.train.checkpoint.optimizer_state import boxes
+from plt_megatron.train.checkpoint.megatron_state import boxes
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (1, 6), (4, 1), (3, 2, 4)])

@@ -12,8 +12,8 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.resuming import branch_config
 
 TRUNK = [
     "name=trunk",

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.config import deepspeed_settings as settings
-from plt_megatron.config.deepspeed_settings import deepspeed_config
 from plt_megatron.config.loader import dump_config, load_config
-from plt_megatron.config.rules.deepspeed import find_package_problem
+from plt_megatron.config.rules import deepspeed
+from plt_megatron.config.rules.deepspeed import deepspeed_config, find_package_problem
 from plt_megatron.config.schema import DeepSpeedConfig, RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
@@ -105,14 +104,14 @@ def test_the_raw_section_may_add():
 
 
 def test_the_raw_section_may_repeat_what_is_decided_and_nothing_else():
-    for name, value in settings.written(config_with()).items():
+    for name, value in deepspeed.written(config_with()).items():
         nested = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
         assert raw(nested) == [], name
 
 
-@pytest.mark.parametrize("key", settings.DECIDED_BY)
+@pytest.mark.parametrize("key", deepspeed.DECIDED_BY)
 def test_each_decision_names_the_setting_it_follows_from(key):
     section: dict = {}
     place = section
@@ -121,7 +120,7 @@ def test_each_decision_names_the_setting_it_follows_from(key):
         place = place.setdefault(part, {})
     place[last] = "something else"
     (line,) = raw(section)
-    assert line.startswith(f"deepspeed.config.{key} something else contradicts {settings.DECIDED_BY[key]}")
+    assert line.startswith(f"deepspeed.config.{key} something else contradicts {deepspeed.DECIDED_BY[key]}")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +247,7 @@ def test_every_name_and_every_least_value_is_deepspeeds_own():
     module = pytest.importorskip("deepspeed.runtime.zero.config", reason="DeepSpeed is not installed")
     section: dict = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     least = {"bool": True, "count": 0, "positive": 1}
-    for key, kind in settings.ADDABLE.items():
+    for key, kind in deepspeed.ADDABLE.items():
         if key.startswith("zero_optimization."):
             _, *parts, last = key.split(".")
             place = section
@@ -264,7 +263,7 @@ def test_every_name_and_every_least_value_is_deepspeeds_own():
 def test_the_documentation_lists_what_may_be_added():
     text = (Path(__file__).resolve().parents[3] / "docs/deepspeed.md").read_text(encoding="utf-8")
     listed = text.partition("These keys are accepted, and no others:")[2].partition("\nA key")[0]
-    assert sorted(re.findall(r"`([\w.]+)`", listed)) == sorted(settings.ADDABLE)
+    assert sorted(re.findall(r"`([\w.]+)`", listed)) == sorted(deepspeed.ADDABLE)
 
 
 # ---------------------------------------------------------------- the package

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from jobs import job_settings
 
 from plt_megatron.launcher import coordinator as coordinating
-from plt_megatron.launcher.allocation import Allocation
 from plt_megatron.launcher.coordinator import Coordinator
-from plt_megatron.launcher.job import JobSettings
+from plt_megatron.launcher.job import Allocation
 from plt_megatron.launcher.records import Records
-from plt_megatron.run_folder.exit_status import ExitStatus
+from plt_megatron.run_folder.attempts import ExitStatus
 from plt_megatron.run_folder.folder import RunFolder
 
 FACTS = {
@@ -33,7 +33,7 @@ class Play:
         self.sent: list[tuple[str, dict]] = []
         self.said: list[str] = []
         allocation = Allocation(7, "7", 0, nodes, 0)
-        job = JobSettings("job", len(nodes), 2, 1, 0, 3600, "python", **settings)
+        job = job_settings(nodes=len(nodes), **settings)
         self.coordinator = Coordinator(
             allocation,
             job,

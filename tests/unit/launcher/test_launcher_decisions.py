@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from jobs import job_settings
 
-from plt_megatron.launcher.decisions import decide
+from plt_megatron.launcher.decisions import Exit, decide, is_explained, last_error, outcome_of
 from plt_megatron.launcher.job import JobSettings
 
 
 def settings(**changes) -> JobSettings:
-    return JobSettings("job", 2, 2, 1, 0, 3600, "python", **changes)
+    return job_settings(**changes)
 
 
 def end(status: str, step: int = 0, checkpoint: int = 0, **more) -> dict:
@@ -84,3 +85,79 @@ def test_a_run_given_up_and_started_again_begins_anew():
     history = [end("failed", 7, 6), end("failed", 7, 6), {"event": "stop"}, {"event": "start"}]
     assert action(*history, end("failed", 7, 6)) == "again"
     assert action(*history, end("failed", 7, 6), end("failed", 7, 6)) == "stop"
+
+
+# Which rank is named as the cause.
+
+
+TRACEBACK = [
+    "Traceback (most recent call last):",
+    '  File "x.py", line 3, in f',
+    "    1 / 0",
+    "ZeroDivisionError: division by zero",
+]
+ECHO = ["error: rank 2: lost the connection to another rank, which has ended (...). The last checkpoint is intact: ..."]
+GLOO = ["Traceback (most recent call last):", "RuntimeError: [pair.cc:561] Connection closed by peer [10.0.0.1]:4"]
+NCCL = [
+    "torch.distributed.DistBackendError: NCCL error in: ncclRemoteError: A call failed possibly due to a network error"
+]
+
+
+def exits(*ends: tuple[int, list[str]]) -> list[Exit]:
+    return [Exit(rank, f"node{rank // 2}", code, lines) for rank, (code, lines) in enumerate(ends)]
+
+
+def test_a_signal_is_the_cause_though_the_echoes_came_first():
+    outcome = outcome_of(exits((1, GLOO), (1, ECHO), (-9, []), (1, NCCL)), preempted=False)
+    assert outcome.status == "failed" and outcome.retry
+    assert outcome.failure.rank == 2 and outcome.failure.node == "node1"
+    assert outcome.reason == "rank 2 on node1 was killed by SIGKILL (out of memory?)"
+
+
+def test_an_exception_is_told_from_its_echoes():
+    outcome = outcome_of(exits((1, GLOO), (1, NCCL), (1, ECHO), (1, TRACEBACK)), preempted=False)
+    assert outcome.failure.rank == 3 and "ZeroDivisionError: division by zero" in outcome.reason
+    assert outcome.failure.lines == TRACEBACK
+
+
+def test_who_names_another_is_heard_before_those_who_say_nothing():
+    named = [
+        "error: rank 0: no sign of life from rank 3 on node1 (5 s): dead, stopped, or cut off; stacks in incidents"
+    ]
+    outcome = outcome_of(exits((1, named), (1, []), (1, [])), preempted=False)
+    assert "no sign of life from rank 3 on node1" in outcome.reason
+
+
+def test_an_echo_after_the_cause_does_not_hide_it():
+    """Ranks 1 and 2 leave while rank 0, which names the one that hangs, is still writing down where it stands."""
+    named = ["error: rank 0: no sign of life from rank 3 (12 s): dead, stopped, or cut off", *ECHO]
+    ends = exits((1, named), (1, []), (1, []))
+    assert is_explained(ends) and "no sign of life from rank 3" in outcome_of(ends, preempted=False).reason
+    assert not is_explained(exits((1, ECHO), (1, [])))
+
+
+def test_nothing_but_echoes_names_the_first():
+    assert outcome_of(exits((0, []), (1, GLOO), (1, ECHO)), preempted=False).failure.rank == 1
+
+
+def test_a_users_error_is_not_tried_again():
+    outcome = outcome_of(exits((2, ["error: data.sources: gone.bin not found"]), (2, []), (2, [])), preempted=False)
+    assert not outcome.retry and outcome.reason.endswith(": data.sources: gone.bin not found")
+    # ... but it may be one node that does not see the file.
+    assert outcome_of(exits((2, []), (1, [])), preempted=False).retry
+
+
+def test_peaceful_ends():
+    assert outcome_of(exits((0, []), (0, [])), preempted=False).status == "finished"
+    asked = outcome_of(exits((75, []), (75, [])), preempted=True)
+    assert asked.status == "preempted" and asked.retry
+    unasked = outcome_of(exits((75, []), (75, [])), preempted=False)
+    assert unasked.status == "preempted" and not unasked.retry, "a file named STOP: somebody wants it so"
+    assert outcome_of(exits((0, []), (75, [])), preempted=True).status == "preempted"
+    assert outcome_of(exits((75, []), (1, TRACEBACK)), preempted=True).status == "failed"
+
+
+def test_the_line_that_says_what_went_wrong():
+    assert last_error(["error: first", "error: second", "  Stack 0x1"]) == "second"
+    assert last_error([*TRACEBACK, "[W123] a warning afterwards"]) == "ZeroDivisionError: division by zero"
+    assert last_error(["step 3/4: loss 1.0", "Errors: 0"]) is None

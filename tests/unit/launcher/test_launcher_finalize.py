@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from jobs import job_settings
 
 from plt_megatron.launcher import finalize
-from plt_megatron.launcher.allocation import read_allocation
 from plt_megatron.launcher.finalize import finalize_job
-from plt_megatron.launcher.job import JobSettings, save_settings
+from plt_megatron.launcher.job import read_allocation, save_settings
 from plt_megatron.launcher.records import Failure, Outcome, Records
 from plt_megatron.run_folder.folder import RunFolder
 
@@ -48,7 +48,7 @@ class Job:
         self.settings()
 
     def settings(self, **changes) -> None:
-        save_settings(JobSettings("job", 2, 2, 1, 0, 3600, "python", **({"requeue": True} | changes)), self.run)
+        save_settings(job_settings(**({"requeue": True} | changes)), self.run)
 
     def ends(self, outcome: Outcome, status: int) -> int:
         """An attempt that ends so, and what the batch script's last line returns."""

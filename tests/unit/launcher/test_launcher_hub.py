@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
+
 import pytest
 
-from plt_megatron.launcher.hub import clock_skew
+from plt_megatron.launcher.hub import Channel, clock_skew
 
 
 @pytest.mark.parametrize(
@@ -14,3 +17,65 @@ from plt_megatron.launcher.hub import clock_skew
 )
 def test_what_the_way_may_account_for_is_no_skew(theirs, skew):
     assert clock_skew(100.0, theirs, 102.0) == skew
+
+
+# Messages over real sockets: whole, in order, whatever the network does to them.
+
+
+@pytest.fixture
+def pair():
+    server = socket.create_server(("127.0.0.1", 0))
+    left = socket.create_connection(server.getsockname())
+    right, _ = server.accept()
+    server.close()
+    yield Channel(left), right
+    left.close()
+    right.close()
+
+
+def test_messages_arrive_whole_and_in_order(pair):
+    channel, peer = pair
+    text = "".join(json.dumps({"type": "log", "lines": ["\u00fc\n"] * n}) + "\n" for n in range(5)).encode()
+    found = []
+    for cut in range(0, len(text), 7):
+        peer.sendall(text[cut : cut + 7])
+        while not (cut + 7 < len(text)) and len(found) < 5:
+            found += channel.receive()
+        found += channel.receive()
+    assert [len(message["lines"]) for message in found] == [0, 1, 2, 3, 4]
+    assert found[4]["lines"][3] == "\u00fc\n"
+
+
+def test_what_the_network_does_not_take_waits(pair):
+    channel, peer = pair
+    for number in range(200):
+        channel.send({"type": "log", "lines": ["x" * 100_000], "number": number})
+    assert channel.pending and not channel.closed
+    other, numbers = Channel(peer), []
+    while len(numbers) < 200:
+        channel.flush()
+        numbers += [message["number"] for message in other.receive()]
+    assert numbers == list(range(200)) and not channel.pending
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\n", b"[1]\n", b'{"no": "type"}\n', b'{"type": 3}\n', b"\xff\xfe\n"]
+)
+def test_what_is_no_message_ends_the_connection(pair, garbage):
+    channel, peer = pair
+    peer.sendall(b'{"type": "beat"}\n' + garbage)
+    found: list[dict] = []
+    while not channel.closed:
+        found += channel.receive()
+    assert found == [{"type": "beat"}]
+
+
+def test_the_last_words_of_one_who_hangs_up_are_heard(pair):
+    channel, peer = pair
+    peer.sendall(b'{"type": "stopped"}\n')
+    peer.close()
+    found: list[dict] = []
+    while not channel.closed:
+        found += channel.receive()
+    assert found == [{"type": "stopped"}]
+    channel.send({"type": "beat"})  # into the void

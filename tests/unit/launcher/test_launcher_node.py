@@ -15,19 +15,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from jobs import job_settings
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.launcher.allocation import Allocation
-from plt_megatron.launcher.job import JobSettings, save_settings
+from plt_megatron.launcher.job import Allocation, save_settings
 from plt_megatron.run_folder.folder import save_config
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Stands in for the interpreter: `-P -m plt_megatron.launcher.probe` or `-P -m plt_megatron.train.main CONFIG`.
+# Stands in for the interpreter: `-P -m plt_megatron.launcher.preflight` or `-P -m plt_megatron.train.main CONFIG`.
 PROGRAM = """#!{python} -S
 import json, os, signal, socket, sys, time
 rank, run = int(os.environ["RANK"]), {run!r}
-if sys.argv[3].endswith("probe"):
+if sys.argv[3].endswith("preflight"):
     result = dict(rank=rank, stage=4, error=None, all_reduce=1.0, receive=2.0, versions=dict(cuda="None"))
     print("probe " + json.dumps(result), flush=True)
     sys.exit(0)
@@ -70,7 +70,7 @@ class TwoNodes:
         program.chmod(0o755)
         save_config(RunConfig(), run / "config.yaml")
         usual = {"python": str(program), "cpus_per_process": 1, "max_restarts": 1}
-        save_settings(JobSettings("job", 2, 2, gpus_per_node=0, time_limit_seconds=60, **(usual | settings)), run)
+        save_settings(job_settings(time_limit_seconds=60, **(usual | settings)), run)
         self.job = free_job()
         self.launchers: dict[str, subprocess.Popen[str]] = {}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from plt_megatron.launcher import records
-from plt_megatron.launcher.allocation import Allocation
-from plt_megatron.launcher.records import Failure, Outcome, Records
+from plt_megatron.launcher.job import Allocation
+from plt_megatron.launcher.records import Failure, LogFile, Outcome, Records, stamp
 from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
 from plt_megatron.run_folder.folder import RunFolder
 
@@ -110,3 +110,38 @@ def test_an_old_why_does_not_stay_when_the_run_goes_on(tmp_path):
     assert Records(tmp_path, allocation()).begin() == 1
     assert not (tmp_path / "why.txt").exists()
     assert (tmp_path / "logs" / "why-before-attempt-1.txt").read_text() == "old\n"
+
+
+# Logs that survive a full disk.
+
+
+def test_lines_are_appended(tmp_path):
+    path = tmp_path / "logs" / "rank.log"
+    LogFile(path).write(["a", "b"])
+    LogFile(path).write(["c \ud800"])  # what no encoding has is replaced
+    LogFile(path).write([])
+    assert path.read_text() == "a\nb\nc ?\n"
+
+
+def test_a_line_says_which_attempt_and_who():
+    assert stamp(3, "rank 7", "text").endswith(" attempt 3 rank 7: text")
+
+
+def test_lines_that_cannot_be_written_are_counted(tmp_path):
+    path = tmp_path / "logs" / "rank.log"
+    path.parent.touch()  # a file where the folder should be
+    log = LogFile(path)
+    log.write(["a", "b"])
+    assert log.lost == 2
+    path.parent.unlink()
+    log.write(["c"])
+    assert "2 lines are missing here" in path.read_text() and path.read_text().endswith("c\n")
+    assert log.lost == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk(tmp_path):
+    (tmp_path / "rank.log").symlink_to("/dev/full")
+    log = LogFile(tmp_path / "rank.log")
+    log.write(["a"])
+    assert log.lost == 1

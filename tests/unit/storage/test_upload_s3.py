@@ -129,5 +129,5 @@ def test_what_is_not_allowed_is_one_line_without_the_key(tmp_path, bucket, monke
 
 @pytest.mark.slow
 def test_a_file_that_cannot_be_read_back_is_one_line(tmp_path, bucket):
-    with pytest.raises(UserError, match=r"s3://models/nowhere/file cannot be read: .*nowhere/file"):
+    with pytest.raises(UserError, match=r"s3://models/nowhere/file cannot be read: ."):
         Place(f"s3://{bucket}/nowhere").get("file", tmp_path / "file")

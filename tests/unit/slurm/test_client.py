@@ -6,17 +6,29 @@ from pathlib import Path
 
 import pytest
 
-from plt_megatron.launcher import scheduler
-from plt_megatron.launcher.scheduler import Scheduler, SchedulerError, job_at_work
+from plt_megatron.slurm import client
+from plt_megatron.slurm.client import Scheduler, SlurmError, job_at_work
 
 
 class Fake:
     def __init__(self, **answers: str) -> None:
         self.answers, self.asked = answers, []
 
-    def __call__(self, command) -> str:
+    def __call__(self, *command, tries) -> str:
+        assert tries > 1
         self.asked.append(list(command))
         return self.answers.get(command[0] if command[0] != "scontrol" else command[1], "")
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """A job's Slurm that answers as `fake` does."""
+
+    def scheduler(job: str, fake: Fake) -> Scheduler:
+        monkeypatch.setattr(client, "_ask", fake)
+        return Scheduler(job)
+
+    return scheduler
 
 
 def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, preempted: str = "None") -> str:
@@ -28,25 +40,25 @@ def show(state: str = "RUNNING", excluded: str = "(null)", requeue: int = 1, pre
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING", "TIMEOUT", "PREEMPTED"])
-def test_a_job_that_slurm_has_ended(state):
-    assert Scheduler("7", Fake(show=show(state))).ended_by_slurm() == state
+def test_a_job_that_slurm_has_ended(state, ask):
+    assert ask("7", Fake(show=show(state))).ended_by_slurm() == state
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "SIGNALING", "SUSPENDED"])
-def test_a_job_that_goes_on(state):
-    assert Scheduler("7", Fake(show=show(state))).ended_by_slurm() is None
+def test_a_job_that_goes_on(state, ask):
+    assert ask("7", Fake(show=show(state))).ended_by_slurm() is None
 
 
-def test_requeue():
+def test_requeue(ask):
     fake = Fake(show=show())
-    Scheduler("7_2", fake).requeue()
+    ask("7_2", fake).requeue()
     assert fake.asked[1:] == [["scontrol", "requeue", "7_2"]]
 
 
-def test_a_job_that_is_not_to_be_requeued_is_for_once():
+def test_a_job_that_is_not_to_be_requeued_is_for_once(ask):
     """scontrol refuses to requeue what was submitted with --no-requeue."""
     fake = Fake(show=show(requeue=0))
-    Scheduler("7", fake).requeue(["n5"])
+    ask("7", fake).requeue(["n5"])
     assert fake.asked[1:] == [
         ["scontrol", "update", "JobId=7", "Requeue=1"],
         ["scontrol", "requeue", "7"],
@@ -63,23 +75,23 @@ def test_a_job_that_is_not_to_be_requeued_is_for_once():
         (show(), "REQUEUE", False),
     ],
 )
-def test_a_preempted_job_may_be_requeued_by_slurm(job, mode, expected):
+def test_a_preempted_job_may_be_requeued_by_slurm(job, mode, expected, ask):
     class Cluster(Fake):
-        def __call__(self, command) -> str:
-            return (
-                f"PartitionName=main\n   PreemptMode={mode}\n" if "partition" in command else super().__call__(command)
-            )
+        def __call__(self, *command, tries) -> str:
+            if "partition" in command:
+                return f"PartitionName=main\n   PreemptMode={mode}\n"
+            return super().__call__(*command, tries=tries)
 
-    assert Scheduler("7", Cluster(show=job)).is_requeued_by_slurm() is expected
+    assert ask("7", Cluster(show=job)).is_requeued_by_slurm() is expected
 
 
-def test_nodes_are_excluded_besides_those_that_were():
+def test_nodes_are_excluded_besides_those_that_were(ask):
     fake = Fake(show=show(excluded="n[1-2]"))
-    Scheduler("7", fake).requeue(["n5", "n2"])
+    ask("7", fake).requeue(["n5", "n2"])
     assert fake.asked[1:] == [["scontrol", "requeue", "7"], ["scontrol", "update", "JobId=7", "ExcNodeList=n1,n2,n5"]]
 
 
-def test_the_rest_of_a_chain_runs_the_same_script():
+def test_the_rest_of_a_chain_runs_the_same_script(ask):
     script = Path("/runs/a b/job.sbatch")
     lines = [
         "6|/runs/a b/job.sbatch",
@@ -87,14 +99,14 @@ def test_the_rest_of_a_chain_runs_the_same_script():
         "8|/runs/a b/job.sbatch.old",
         "9|/runs/a b/job.sbatch -x",
     ]
-    assert Scheduler("7", Fake(squeue="\n".join(lines))).pending_after(script) == ["6", "9"]
+    assert ask("7", Fake(squeue="\n".join(lines))).pending_after(script) == ["6", "9"]
 
 
-def test_nothing_to_cancel_cancels_nothing():
+def test_nothing_to_cancel_cancels_nothing(ask):
     fake = Fake()
-    Scheduler("7", fake).cancel([])
+    ask("7", fake).cancel([])
     assert fake.asked == []
-    Scheduler("7", fake).cancel(["8", "9"])
+    ask("7", fake).cancel(["8", "9"])
     assert fake.asked == [["scancel", "8", "9"]]
 
 
@@ -107,7 +119,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(tmp_path, monkeypatch)
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(scheduler, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(client, "_PAUSE_SECONDS", 0.0)
     assert Scheduler("7").ended_by_slurm() is None
     assert calls.read_text().count("x") == 3
 
@@ -117,10 +129,10 @@ def test_a_refusal_is_told_at_once(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\n[ $1 = show ] && exit\necho 'Job is in transition' >&2\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(SchedulerError, match="scontrol requeue: Job is in transition"):
+    with pytest.raises(SlurmError, match="scontrol requeue: Job is in transition"):
         Scheduler("7").requeue()
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(SchedulerError, match="cannot run scontrol"):
+    with pytest.raises(SlurmError, match="scontrol is not installed here"):
         Scheduler("7").requeue()
 
 

@@ -16,11 +16,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from torch import Tensor, nn
 
-from plt_megatron.config.deepspeed_settings import zero_of
+from plt_megatron.config.rules.deepspeed import zero_of
 from plt_megatron.model.initialization import initial_value
 from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
-from plt_megatron.train.checkpoint.engine_state import Reader
+from plt_megatron.train.checkpoint.state import Reader
 
 _MAIN = "param"  # the fp32 copy, by its name in checkpoints
 _ELEMENTS_AT_ONCE = 100_000_000  # read in one go: 1.2 GB in fp32 with both moments

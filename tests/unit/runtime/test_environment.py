@@ -6,7 +6,7 @@ import re
 import pytest
 
 from plt_megatron.config.schema import ParallelConfig, RunConfig, TrainingConfig
-from plt_megatron.runtime.cuda_environment import ALLOCATOR, ALLOCATOR_TOO, cuda_environment, set_cuda_environment
+from plt_megatron.runtime.environment import ALLOCATOR, ALLOCATOR_TOO, cuda_environment, set_cuda_environment
 from plt_megatron.train import main
 
 NAMES = ("CUDA_DEVICE_MAX_CONNECTIONS", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", ALLOCATOR, ALLOCATOR_TOO)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.launcher.allocation import expand_nodes, read_allocation
+from plt_megatron.launcher.job import expand_nodes, read_allocation
 
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "gpu[08-10]", "SLURMD_NODENAME": "gpu09"}
 

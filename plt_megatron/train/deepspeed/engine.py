@@ -15,18 +15,16 @@ import torch.distributed as dist
 from megatron.core.optimizer import _get_param_groups
 from torch import Tensor
 
-from plt_megatron.config.deepspeed_settings import deepspeed_config, zero_of
 from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.rules.deepspeed import deepspeed_config, zero_of
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.build import build_stage
 from plt_megatron.model.looped_gpt import MicroBatch
 from plt_megatron.model.loss import sum_of_losses
-from plt_megatron.train.deepspeed_gradients import GradientParts
-from plt_megatron.train.deepspeed_runtime import import_deepspeed, join_process_groups, start_deepspeed
-from plt_megatron.train.deepspeed_state import DeepSpeedState
-from plt_megatron.train.engine import StepResult, finite_step, nothing
+from plt_megatron.train.deepspeed.runtime import GradientParts, import_deepspeed, join_process_groups, start_deepspeed
+from plt_megatron.train.deepspeed.state import DeepSpeedState
+from plt_megatron.train.engine import StepResult, StepTimes, finite_step, nothing
 from plt_megatron.train.optimizers import LearningRate, check_groups, group_overrides, megatron_settings
-from plt_megatron.train.step_times import StepTimes
 from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
 

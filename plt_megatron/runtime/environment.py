@@ -1,8 +1,10 @@
-"""Environment variables that CUDA's libraries read when a process first uses its GPU."""
+"""What a process sets up before it uses its GPU: variables that CUDA's libraries read, and silence from imports."""
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 from plt_megatron.config.schema import RunConfig
 
@@ -29,3 +31,15 @@ def set_cuda_environment(config: RunConfig) -> None:
     for name, value in cuda_environment(config).items():
         if name != ALLOCATOR or ALLOCATOR_TOO not in os.environ:
             os.environ.setdefault(name, value)
+
+
+def quiet_imports(level: int = logging.INFO) -> None:
+    """Silence torch's, megatron-core's and transformers' routine messages; our own are logged from `level` on.
+
+    plt doctor reports what matters of them. A process that has imported torch calls it after that: torch sets its
+    loggers' levels.
+    """
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\..*")
+    logging.basicConfig(level=level, format="%(message)s")
+    for name in ("megatron", "torch", "torch.utils.cpp_extension", "absl"):
+        logging.getLogger(name).setLevel(logging.ERROR)

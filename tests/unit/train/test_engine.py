@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.train import step_times
-from plt_megatron.train.step_times import StepTimes
+from plt_megatron.train import engine
+from plt_megatron.train.engine import StepTimes
 
 
 def test_times_are_means_over_the_steps_since_they_were_taken(monkeypatch):
     clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr(step_times.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(clock))
     times = StepTimes()
     for _ in range(2):
         with times.measure("data"):

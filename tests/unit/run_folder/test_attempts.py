@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plt_megatron.run_folder.exit_status import ExitStatus, describe_exit
+from plt_megatron.run_folder.attempts import ExitStatus, describe_exit
 
 
 def test_exit_statuses_are_what_job_scripts_and_wrappers_rely_on():
