@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from plt_megatron.run_folder.exit_status import PEACEFUL, describe_exit
+from plt_megatron.run_folder.attempts import PEACEFUL, describe_exit
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.05
@@ -163,7 +163,8 @@ class _Job:
     def stop(self, *, interrupted: bool = False) -> None:
         """Ask the running processes to stop; those that do not in time are killed by `kill`.
 
-        `interrupted`: the user's SIGINT has asked them, and another signal could end them before all is in order.
+        `interrupted`: the user's SIGINT has asked them, and another signal could end them before they have put
+        things in order.
         """
         running = self.running()
         if not running:

@@ -141,6 +141,16 @@ def write_manifest(folder, sha256, vocab_size):
     (folder / "data" / "corpus.manifest.json").write_text(json.dumps(made))
 
 
+def test_a_loss_mask_that_is_cut_off_or_left_behind(folder, slurm):
+    mask = folder / "data" / "corpus.loss_mask.bin"
+    mask.write_bytes(b"\x01")
+    assert_one_line(folder, slurm, refusal(), "data/corpus.loss_mask.bin has 1 bytes")
+    mask.unlink()
+    (folder / "data" / "corpus.manifest.json").write_text(json.dumps({"loss_mask_tokens": 1}))
+    lines = refusal()
+    assert "data/corpus.loss_mask.bin not found" in lines[0], lines
+
+
 def test_data_of_another_tokenizer(folder, slurm):
     path = tokenizer_file(folder)
     write_manifest(folder, "0" * 64, 300)
