@@ -208,8 +208,8 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Forward and backward of PLT-2 and of GPT with twice the layers, in each mode."""
     import torch
 
-    from plt_megatron.estimate import peaks
-    from plt_megatron.estimate.flops import training_flops_per_token
+    from plt_megatron.predict import peaks
+    from plt_megatron.predict.flops import training_flops_per_token
 
     found: dict[str, Any] = {}
     for name, mode in speed_modes(sizes).items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.estimate.layout import estimate_layout
-from plt_megatron.estimate.memory import saving_bytes
+from plt_megatron.predict.layout import estimate_layout
+from plt_megatron.predict.memory import saving_bytes
 from tests.distributed import checkpoint_jobs as jobs
 from tests.distributed.saving_jobs import save_and_load
 
