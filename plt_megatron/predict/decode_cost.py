@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
-from plt_megatron.predict.gpu_specs import GPUSpec, find_gpu_spec
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.flops import forward_flops
 from plt_megatron.predict.layout import BYTES
-from plt_megatron.predict.parameters import count_layers, count_parameters, ffn_matmuls, layer_matmuls
+from plt_megatron.predict.parameters import count_components, count_parameters
 
 ELEMENT = BYTES["bf16"]
 MAX_BATCH = 1 << 16
@@ -107,26 +108,26 @@ def _window_runs(model: ModelConfig) -> int:
 def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tuple[float, float]:
     """(bytes read and written, FLOPs) of one step."""
     counted = count_parameters(model, vocab_size)
-    head = derived.padded_vocab_size(model, vocab_size) * model.hidden_size
+    vocab = derived.padded_vocab_size(model, vocab_size)
     looped = derived.looped_layers(model)
     reads = 1 if model.cross_loop_parallel else model.loop_count
     rows = batch * (model.loop_count if model.cross_loop_parallel else 1)
     stack = reads * _read_layers(model, looped, rows)
     stack += _read_layers(model, [layer for layer in range(model.num_layers) if layer not in looped], batch)
-    weights = ELEMENT * (stack + head + counted.loop_input + counted.final_norm)
+    weights = ELEMENT * (stack + vocab * model.hidden_size + counted.loop_input + counted.final_norm)
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
         again = context * _token_kv(model, derived.layer_runs(model) - model.num_layers)
         caches += again if model.share_values else again // 2  # the keys alone
     has_windows = derived.has_gates(model)  # they keep all loops' K and V
     written = _token_kv(model, derived.layer_runs(model)) if has_windows else kv_cache_bytes(model, 1)
-    logits = derived.padded_vocab_size(model, vocab_size) * ELEMENT
-    return weights + batch * float(caches + written + logits), batch * _flops(model, context, head)
+    flops = forward_flops(model, context, min(model.window_size, context), vocab).total
+    return weights + batch * float(caches + written + vocab * ELEMENT), batch * flops
 
 
 def _read_layers(model: ModelConfig, layers: Iterable[int], rows: int) -> float:
     """Parameters of these layers that are read for so many rows."""
-    counted = count_layers(model, layers)
+    counted = count_components(model, layers)
     return sum(counted.values()) - counted["experts"] * (1.0 - _read_experts(model, rows))
 
 
@@ -135,15 +136,6 @@ def _read_experts(model: ModelConfig, rows: int) -> float:
     if model.moe is None:
         return 0.0
     return 1.0 - (1.0 - model.moe.router_topk / model.moe.num_experts) ** rows
-
-
-def _flops(model: ModelConfig, context: int, head: int) -> float:
-    """FLOPs for one token of one sequence, all loops."""
-    runs, windows = derived.layer_runs(model), _window_runs(model)
-    width = model.num_attention_heads * derived.head_dim(model)
-    linear = runs * layer_matmuls(model, "attention") + ffn_matmuls(model, derived.run_layers(model))
-    attention = 4 * width * (runs * context + windows * min(model.window_size, context))
-    return 2 * linear + attention + windows * 2 * layer_matmuls(model, "gates") + 2 * head
 
 
 def _seconds(card: GPUSpec, read: float, computed: float) -> tuple[float, str]:

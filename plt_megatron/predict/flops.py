@@ -27,17 +27,33 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.predict.parameters import ffn_matmuls, layer_matmuls
+from plt_megatron.predict.parameters import FFN, matmuls
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
 
 
 @dataclass(frozen=True)
-class Flops:
+class Parts:
+    """A cost in parts, which are a subclass's fields."""
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+    def times(self, factor: float) -> Self:
+        return type(self)(*(factor * part for part in dataclasses.astuple(self)))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Flops(Parts):
     """FLOPs per token by component, summed over layers and loops."""
 
     projections: float
@@ -48,19 +64,9 @@ class Flops:
     output: float
 
     @property
-    def total(self) -> float:
-        return sum(dataclasses.astuple(self))
-
-    @property
     def looped(self) -> float:
         """The transformer stack's part: everything but the output layer."""
         return self.total - self.output
-
-    def times(self, factor: float) -> Flops:
-        return Flops(*(factor * part for part in dataclasses.astuple(self)))
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
 def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
@@ -70,31 +76,35 @@ def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
     return w - w * (w - 1) / (2 * n)
 
 
+def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int) -> Flops:
+    """Count the FLOPs of one token in a forward pass, logits included, that sees `keys` keys, and `window_keys` of them
+    in a window: in training the mean over a sequence, in decoding the context."""
+    runs = derived.run_layers(model)
+    later = runs[model.num_layers :]
+    windows = later if derived.has_gates(model) else []
+    key_value_width = derived.num_query_groups(model) * derived.head_dim(model)
+    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
+    attention = 4 * model.num_attention_heads * derived.head_dim(model)
+    return Flops(
+        projections=2 * (matmuls(model, runs, "attention") - len(later) * unused * key_value_width * model.hidden_size),
+        ffn=2 * matmuls(model, runs, *FFN),
+        global_attention=len(runs) * attention * keys,
+        local_attention=len(windows) * attention * window_keys,
+        gate=2 * matmuls(model, windows, "gates"),
+        output=2 * model.hidden_size * padded_vocab_size,
+    )
+
+
 def forward_flops_per_token(
     model: ModelConfig,
     sequence_length: int,
     padded_vocab_size: int,
     loop_count: int | None = None,
 ) -> Flops:
-    """FLOPs per token of one forward pass, logits included. `loop_count` None: the model's own."""
-    loops = model.loop_count if loop_count is None else loop_count
-    model = dataclasses.replace(model, loop_count=loops)
-    runs, later_runs = derived.layer_runs(model), derived.layer_runs(model) - model.num_layers
-    attention_width = model.num_attention_heads * derived.head_dim(model)
-    projections = runs * 2 * layer_matmuls(model, "attention")
-    if model.share_kv and not model.gated_window:
-        kinds = 2 if model.share_values else 1  # K, and V if it is shared too
-        unused = kinds * derived.num_query_groups(model) * derived.head_dim(model) * model.hidden_size
-        projections -= later_runs * 2 * unused
-    windows = later_runs if model.gated_window else 0
-    return Flops(
-        projections=projections,
-        ffn=2 * ffn_matmuls(model, derived.run_layers(model)),
-        global_attention=runs * 4 * attention_width * mean_keys(sequence_length),
-        local_attention=windows * 4 * attention_width * mean_keys(sequence_length, model.window_size),
-        gate=windows * 2 * layer_matmuls(model, "gates"),
-        output=2 * model.hidden_size * padded_vocab_size,
-    )
+    """Count the FLOPs per token of one forward pass over sequences. `loop_count` None: the model's own."""
+    model = dataclasses.replace(model, loop_count=model.loop_count if loop_count is None else loop_count)
+    window_keys = mean_keys(sequence_length, model.window_size)
+    return forward_flops(model, mean_keys(sequence_length), window_keys, padded_vocab_size)
 
 
 def training_flops_per_token(

@@ -16,9 +16,9 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.decode_cost import DecodeCost, decode_cost
 from plt_megatron.predict.flops import flops_of_loops
-from plt_megatron.predict.gpu_specs import GPUSpec, find_gpu_spec
 from plt_megatron.predict.layout import layout_overrides
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import (

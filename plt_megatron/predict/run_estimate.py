@@ -14,13 +14,13 @@ from plt_megatron.config.length_schedule import with_sequence_length
 from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.predict.activations import activations
-from plt_megatron.predict.flops import Flops, run_flops_per_token, step_flops_per_token
-from plt_megatron.predict.gpu_specs import GPUSpec, find_gpu_spec
-from plt_megatron.predict.layout import Layout, estimate_layout
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.flops import Flops, run_flops_per_token
+from plt_megatron.predict.held import stages_of
+from plt_megatron.predict.layout import Layout, bubble_fraction, estimate_layout
 from plt_megatron.predict.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
-from plt_megatron.predict.parameters import count_parameters, count_rank_parameters
-from plt_megatron.predict.schedule import bubble_fraction
+from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.step import Step
 from plt_megatron.predict.step_time import StepTime, step_time
 from plt_megatron.predict.traffic import communication_bytes
 
@@ -132,20 +132,16 @@ def _mean_step_costs(
     config: RunConfig, layout: Layout, vocab_size: int, card: GPUSpec, gpus_per_node: int
 ) -> tuple[dict[str, float], StepTime, float]:
     """Bytes that a rank sends in a step, by purpose, the step's time, and its bubble: the mean over the run's steps."""
-    ranks = [count_rank_parameters(config.model, vocab_size, layout, stage) for stage in range(layout.pipeline)]
-    stage = max(range(layout.pipeline), key=lambda each: ranks[each].total)
-    largest = ranks[stage]
-    padded = derived.padded_vocab_size(config.model, vocab_size, layout.tensor)
+    stages = stages_of(config, layout, vocab_size)
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
     for (loops, size, length), share in LoopSchedule(config).step_shares().items():
-        step = with_sequence_length(with_loop_count(config, loops), length)
+        alike = with_sequence_length(with_loop_count(config, loops), length)
         own = dataclasses.replace(
-            _with_batch(layout, size), loops=loops, micro_batch_size=step.training.micro_batch_size
+            _with_batch(layout, size), loops=loops, micro_batch_size=alike.training.micro_batch_size
         )
-        shapes = activations(step, own, vocab_size)
-        sent = communication_bytes(step, own, shapes, largest, ranks[0].embedding, stage)
-        flops = step_flops_per_token(config, padded, loops, length)
-        times += step_time(step, own, shapes, card, flops, sent, largest, gpus_per_node, stage).times(share)
+        step = Step(alike, own, vocab_size, stages)
+        sent = communication_bytes(step)
+        times += step_time(step, card, sent, gpus_per_node).times(share)
         bubble += share * bubble_fraction(own.pipeline, loops, own.microbatches)
         for purpose, amount in sent.items():
             traffic[purpose] += share * amount

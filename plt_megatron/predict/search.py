@@ -12,7 +12,7 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.rules.stages import UNEVEN
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 from plt_megatron.config.validation import find_problems
-from plt_megatron.predict.gpu_specs import GPUSpec, find_gpu_spec
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64

@@ -1,84 +1,63 @@
 """Bytes that one rank sends in an optimizer step, by purpose.
 
 A ring collective over n ranks sends (n - 1) / n of the whole tensor per rank for an all-gather or a reduce-scatter,
-and twice that for an all-reduce.
+and twice that for an all-reduce. Of what data-parallel ranks send, no more is stated than what must be true: each
+gradient is reduced once, and each weight gathered once (with ZeRO, in each pass that has no room for the whole).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from plt_megatron.config import derived
-from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.predict.activations import FP32, Activations
+from plt_megatron.predict.activations import Activations
+from plt_megatron.predict.held import Stage, count_in_layers
+from plt_megatron.predict.layers import FP32, runs
 from plt_megatron.predict.layout import Layout
-from plt_megatron.predict.matrices import stage_matrices
-from plt_megatron.predict.parameters import RankParameters, active_experts, undivided_parameters
+from plt_megatron.predict.step import Step
 
 _COUNT = 8  # bytes of a number of tokens
 
 
-def communication_bytes(
-    config: RunConfig,
-    layout: Layout,
-    shapes: Activations,
-    parameters: RankParameters,
-    embedding_parameters: int,
-    stage: int = 0,
-) -> dict[str, float]:
+def communication_bytes(step: Step) -> dict[str, float]:
     """Bytes sent per step by one rank of the busiest kind, by purpose; purposes with no traffic are left out.
     `host transfers`: between device and host, where DeepSpeed offloads.
-
-    `parameters` and `embedding_parameters`: of the stage with most, which is `stage`, and of the first one's embedding.
     """
-    loops, own = config.model.loop_count, max(layout.stage_layers(config.model.num_layers), key=len)
-    looped = derived.looped_among(config.model, own)
-    again = (loops - 1) * looped  # layers of a microbatch's later loops
-    passes = layout.microbatches * (len(own) + len(again)) / len(own)
-    matrices, of_experts = (stage_matrices(config, layout, stage, experts=which) for which in (False, True))
-    dense = _share(layout.shards) * (parameters.dense + matrices.padding)
-    experts = _share(layout.expert_shards) * (parameters.experts + of_experts.padding)
+    config, layout, shapes, largest = step.config, step.layout, step.shapes, step.largest
+    stage = max(step.stages, key=lambda each: len(each.layers))
+    ran = runs(config.model, stage.layers)
     traffic = {
-        "tensor parallel": layout.microbatches
-        * (
-            _tensor_layers(config, layout, shapes, [*own, *again])
-            + loops * len(looped) * _hidden_gate(layout, shapes)
-            + len([*own, *again]) * _key_shift(config.model, layout, shapes)
-        )
-        + _tensor_ends(config, layout, shapes, loops)
-        + _whole_gradients(config, layout, own, shapes.hidden),
-        "pipeline": _pipeline(layout, loops) * shapes.layer_input(),
-        "gradient reduction": FP32 * (dense + experts),
-        "weight gathering": shapes.element * (dense + experts),
-        "host transfers": 0.0
-        if layout.on_cpu
-        else _host(layout, shapes.element, parameters.total // layout.shards, passes),
-        "context parallel": layout.microbatches
-        * (
-            len(looped) * _context_layer(layout, shapes, loops)
-            + (len(own) - len(looped)) * _context_layer(layout, shapes, 1)
-        ),
-        "expert parallel": layout.microbatches
-        * _most_expert_runs(config.model, layout)
-        * _expert_layer(config, layout, shapes),
-        "matrix updates": _share(layout.tensor) * FP32 * matrices.gathered(layout.tensor),
+        "tensor parallel": layout.microbatches * _tensor_layers(layout, shapes, ran)
+        + _tensor_ends(step)
+        + _whole_gradients(step, stage.layers),
+        "pipeline": _pipeline(layout, config.model.loop_count) * shapes.hidden_bytes(),
+        **_data_parallel(step, largest, layout.microbatches * len(ran) / len(stage.layers)),
+        "context parallel": layout.microbatches * _context_layers(step, stage),
+        "expert parallel": layout.microbatches * _most_expert_runs(step) * _expert_layer(step),
+        "matrix updates": _share(layout.tensor) * FP32 * largest.dense.busiest(lambda each: each.gathered),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
-        traffic["tied embeddings"] = float(FP32 * embedding_parameters)
-    if layout.zero_stage >= 2:  # after every microbatch, since no rank has room for the sum
-        traffic["gradient reduction"] *= layout.microbatches
-    if layout.zero_stage == 3:  # in every loop, forward and backward
-        traffic["weight gathering"] *= 2 * passes
-    if layout.zero_stage == 0:
-        traffic["gradient reduction"], traffic["weight gathering"] = 2 * traffic["gradient reduction"], 0.0
+        traffic["tied embeddings"] = float(FP32 * step.stages[0].parameters.embedding)
     return {name: amount for name, amount in traffic.items() if amount > 0}
 
 
-def _host(layout: Layout, element: int, owned: int, passes: float) -> float:
-    """Offloaded: a rank's gradients go to the host and its weights come back each step, or in every pass."""
-    optimizer = (FP32 + element) * owned if layout.offload_optimizer else 0
-    weights = 2 * passes * element * owned if layout.offload_weights else 0
-    return float(optimizer + weights)
+def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
+    """Gradients and weights of a stage, and what goes to the host and back, if a step makes so many forward passes."""
+    layout, element = step.layout, step.shapes.element
+    once = sum(held.reduced for held in stage.held)
+    reduced, gathered = 1, 1.0
+    if layout.zero_stage == 0:  # an all-reduce
+        reduced, gathered = 2, 0.0
+    if layout.zero_stage >= 2:  # after every microbatch, since no rank has room for the sum
+        reduced = layout.microbatches
+    if layout.zero_stage == 3:  # in every loop, forward and backward
+        gathered = 2 * passes
+    owned = 0 if layout.on_cpu else stage.parameters.total // layout.shards
+    offloaded = (FP32 + element) * owned if layout.offload_optimizer else 0  # a rank's gradients there, weights back
+    offloaded_weights = 2 * passes * element * owned if layout.offload_weights else 0
+    return {
+        "gradient reduction": FP32 * once * reduced,
+        "weight gathering": element * once * gathered,
+        "host transfers": float(offloaded + offloaded_weights),
+    }
 
 
 def _pipeline(layout: Layout, loops: int) -> float:
@@ -93,15 +72,17 @@ def _share(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tensor_layers(config: RunConfig, layout: Layout, shapes: Activations, layers: Iterable[int]) -> float:
-    return sum(count * _tensor_layer(layout, kind) for kind, count in shapes.by_kind(config.model, layers))
+def _tensor_layers(layout: Layout, shapes: Activations, layers: list[int]) -> float:
+    """These layers' traffic in one microbatch, each as often as it is given."""
+    kinds = shapes.by_kind(layers)
+    layer = sum(count * _tensor_layer(layout, kind) for kind, count in kinds)
+    return layer + sum(count * (_hidden_gate(layout, kind) + _key_shift(kind)) for kind, count in kinds)
 
 
-def _most_expert_runs(model: ModelConfig, layout: Layout) -> int:
+def _most_expert_runs(step: Step) -> int:
     """How often a microbatch goes through a layer of experts, in the stage with most."""
-    experts, looped = derived.expert_layers(model), derived.looped_layers(model)
-    runs = {layer: model.loop_count if layer in looped else 1 for layer in experts}
-    return max(sum(runs.get(layer, 0) for layer in own) for own in layout.stage_layers(model.num_layers))
+    experts = derived.expert_layers(step.config.model)
+    return max(sum(layer in experts for layer in runs(step.config.model, stage.layers)) for stage in step.stages)
 
 
 def _tensor_layer(layout: Layout, shapes: Activations) -> float:
@@ -129,24 +110,25 @@ def _hidden_gate(layout: Layout, shapes: Activations) -> float:
     return (gathers + 1) * _share(layout.tensor) * shapes.tokens * heads * shapes.element
 
 
-def _key_shift(model: ModelConfig, layout: Layout, shapes: Activations) -> float:
+def _key_shift(shapes: Activations) -> float:
     """Gradients of learned factors of one layer in one loop and microbatch: each rank has those of its groups."""
-    if not shapes.learned_key_shift:
+    if shapes.model.key_shift != "learned":
         return 0.0
-    return 2 * _share(layout.tensor) * 2 * derived.num_query_groups(model) * shapes.element
+    return 2 * _share(shapes.tensor) * 2 * derived.num_query_groups(shapes.model) * shapes.element
 
 
-def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> float:
+def _expert_layer(step: Step) -> float:
     """Tokens of one layer, loop and microbatch to their experts and back, forward and backward, at an even load.
 
     `alltoall` sends a token to each of its experts' ranks, `allgather` every token to all ranks, and adds up there what
     comes back. With it go the router's weights and, forward, which token goes where: its counts, or the whole map.
     """
+    layout, shapes = step.layout, step.shapes
     if layout.expert == 1:
         return 0.0
     others, forwards = layout.expert - 1, 2 if layout.recompute == "full" else 1
-    if config.parallel.moe_token_dispatcher_type == "alltoall":
-        sent = shapes.rows * active_experts(config.model) * _share(layout.expert)
+    if step.config.parallel.moe_token_dispatcher_type == "alltoall":
+        sent = shapes.rows * shapes.topk * _share(layout.expert)
         there = back = sent * shapes.hidden * shapes.element
         weights, choice = sent * FP32, _COUNT * shapes.experts * others
     else:
@@ -156,26 +138,36 @@ def _expert_layer(config: RunConfig, layout: Layout, shapes: Activations) -> flo
     return float((there + back + weights) * (forwards + 1) + choice * forwards)
 
 
-def _tensor_ends(config: RunConfig, layout: Layout, shapes: Activations, loops: int) -> float:
+def _tensor_ends(step: Step) -> float:
     """Embedding and output layer of all microbatches, the latter for each loop with a loss; in a pipeline, where each
     loop embeds anew, of the busier end. The cross-entropy adds up three numbers of each token, the last loop's z-loss
     one."""
+    layout, shapes = step.layout, step.shapes
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
-    heads = len(derived.loops_with_loss(config, loops))
-    numbers = 3 * heads + (1 if config.training.z_loss_coeff else 0)
+    heads = len(step.losses(step.stages[-1]))
+    numbers = 3 * heads + (1 if step.config.training.z_loss_coeff else 0)
     losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
     embedding, head = 2 * whole, heads * (3 if layout.sequence_parallel else 2) * whole + losses
-    return layout.microbatches * (embedding + head if layout.pipeline == 1 else max(loops * embedding, head))
+    ends = embedding + head if layout.pipeline == 1 else max(step.config.model.loop_count * embedding, head)
+    return layout.microbatches * ends
 
 
-def _whole_gradients(config: RunConfig, layout: Layout, layers: range, hidden: int) -> float:
+def _whole_gradients(step: Step, layers: range) -> float:
     """Gradients of what tensor-parallel ranks have whole (norms, routers), where each sees a part of the rows."""
-    if not layout.sequence_parallel:
+    if not step.layout.sequence_parallel:
         return 0.0
-    whole = undivided_parameters(config.model, layers) + hidden  # the final norm's
-    if config.model.key_shift == "learned":  # summed in each backward pass
-        whole -= 2 * len(layers) * derived.num_query_groups(config.model)
-    return 2 * _share(layout.tensor) * FP32 * whole
+    model = step.config.model
+    whole = count_in_layers(model, layers)["whole"] + model.hidden_size  # the final norm's
+    if model.key_shift == "learned":  # summed in each backward pass
+        whole -= 2 * len(layers) * derived.num_query_groups(model)
+    return 2 * _share(step.layout.tensor) * FP32 * whole
+
+
+def _context_layers(step: Step, stage: Stage) -> float:
+    """K and V of a stage's layers in all loops of one microbatch."""
+    looped = len(derived.looped_among(step.config.model, stage.layers))
+    in_all_loops = _context_layer(step.layout, step.shapes, step.config.model.loop_count)
+    return looped * in_all_loops + (len(stage.layers) - looped) * _context_layer(step.layout, step.shapes, 1)
 
 
 def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:

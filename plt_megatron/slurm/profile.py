@@ -14,7 +14,7 @@ from plt_megatron.config.fields import Count, Positive, PositiveCount, WholeSeco
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
 from plt_megatron.installation import CONFIGS, find_config
-from plt_megatron.predict.gpu_specs import card_names
+from plt_megatron.predict.cards import card_names
 from plt_megatron.slurm.shell import syntax_problems
 
 CLUSTERS = Path("configs") / "clusters"

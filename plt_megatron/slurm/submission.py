@@ -17,7 +17,7 @@ from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobSettings
-from plt_megatron.predict.gpu_specs import find_gpu_spec
+from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.run_folder.branches import branch_config
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.status import read_run_status

@@ -125,7 +125,7 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     import torch
 
     from plt_megatron.model.looped_gpt import MicroBatch
-    from plt_megatron.predict.rehearsal.communication import CommunicationRecorder
+    from plt_megatron.predict.rehearsal.record import CommunicationRecorder
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
     from plt_megatron.train.checkpoint.saving import begin_save

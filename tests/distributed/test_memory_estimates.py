@@ -19,9 +19,8 @@ from plt_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from plt_megatron.predict.layout import estimate_layout
+from plt_megatron.predict.layout import estimate_layout, passes
 from plt_megatron.predict.memory import checkpoint_bytes, estimate_memory
-from plt_megatron.predict.schedule import passes
 from tests.distributed.memory_jobs import allocator_peak, checkpoint_size, measure_all, megatron_schedule
 from tests.settings import make
 

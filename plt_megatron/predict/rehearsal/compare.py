@@ -1,4 +1,6 @@
-"""What the ranks did against what the estimate calculates: memory, FLOPs, bytes sent."""
+"""What the ranks did against what must be true: memory, FLOPs and bytes as estimated, and each element of a
+checkpoint's tensors written by exactly one rank of the world.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.predict.rehearsal.communication import Call
-from plt_megatron.predict.rehearsal.record import RankRecord
+from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
 from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
-from plt_megatron.predict.step_time import stage_flops
+from plt_megatron.predict.step import share_of_stage
 
 TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01, "checkpoint": 0.01}
 # Phases of a training step; what is sent per microbatch is counted as often as there are microbatches.
 _PER_MICROBATCH = ("forward", "backward", "between")
+_SCALED = ("neighbours' rows", "tensor parallel", "context parallel", "expert parallel", "pipeline")
+_NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, under context parallelism, the window
+_SHOWN = 3  # faults of a tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate, given:
     for record in records:
         stage = record.place["pp"]
         replaced = given.memory[stage].total_bytes - estimate.memory[stage].total_bytes
-        needed = sum(record.memory.values()) + replaced
+        needed = record.peak + replaced
         if needed > usable:
             estimated = f", {replaced:+,} of them estimated for what was replaced," if replaced else ""
             problems.append(
@@ -83,28 +87,17 @@ def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate, given:
     return problems
 
 
-def _memory(records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
-    worst: dict[int, RankRecord] = {}
-    for record in records:
-        stage = record.place["pp"]
-        if stage not in worst or sum(record.memory.values()) > sum(worst[stage].memory.values()):
-            worst[stage] = record
-    return [
-        Difference(
-            "memory",
-            f"memory, stage {stage}",
-            record.rank,
-            sum(record.memory.values()),
-            estimate.memory[stage].total_bytes,
-        )
-        for stage, record in sorted(worst.items())
-    ]
+def _memory(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
+    for stage in sorted({record.place["pp"] for record in records}):
+        worst = max((each for each in records if each.place["pp"] == stage), key=lambda each: each.peak)
+        expected = estimate.memory[stage].total_bytes
+        yield Difference("memory", f"memory, stage {stage}", worst.rank, worst.peak, expected)
 
 
 def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Difference:
     """Linear layers and causal attention; not the window, which torch computes in blocks, nor recomputation."""
     layout = estimate.layout
-    parts = stage_flops(layout, config.model, estimate.flops, record.place["pp"])
+    parts = share_of_stage(estimate.flops, config, layout, record.place["pp"])
     expected = parts.projections + parts.ffn + parts.global_attention + parts.output
     loops = config.model.loop_count
     if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, which has no use for it
@@ -130,17 +123,10 @@ def sent_by_purpose(record: RankRecord, microbatches: int) -> dict[str, float]:
         if call.phase in ("validation", "checkpoint"):
             continue
         purpose = _purpose(call)
-        times = microbatches / record.microbatches if purpose in _SCALED and _is_per_microbatch(call) else 1
+        repeated = purpose in _SCALED and call.phase.startswith(_PER_MICROBATCH)
+        times = microbatches / record.microbatches if repeated else 1
         sent[purpose] += times * call.sent_bytes
     return sent
-
-
-_NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, under context parallelism, the window
-_SCALED = ("neighbours' rows", "tensor parallel", "context parallel", "expert parallel", "pipeline")
-
-
-def _is_per_microbatch(call: Call) -> bool:
-    return call.phase.startswith(_PER_MICROBATCH)
 
 
 def _purpose(call: Call) -> str:
@@ -164,16 +150,58 @@ def _purpose(call: Call) -> str:
     return "scalars"
 
 
-def _traffic(records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
+def _traffic(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
     sent = {record.rank: sent_by_purpose(record, estimate.layout.microbatches) for record in records}
-    purposes = [
-        *estimate.communication,
-        *(each for counts in sent.values() for each in counts if each not in _NOT_ESTIMATED),
-    ]
-    differences = []
-    for purpose in dict.fromkeys(purposes):
+    seen = [each for counts in sent.values() for each in counts if each not in _NOT_ESTIMATED]
+    for purpose in dict.fromkeys([*estimate.communication, *seen]):
         rank = max(sent, key=lambda each: sent[each][purpose])
         expected = estimate.communication.get(purpose, 0.0)
         if sent[rank][purpose] or expected:
-            differences.append(Difference("bytes sent", f"bytes sent, {purpose}", rank, sent[rank][purpose], expected))
-    return differences
+            yield Difference("bytes sent", f"bytes sent, {purpose}", rank, sent[rank][purpose], expected)
+
+
+def saving_problems(savings: Sequence[Saving]) -> list[str]:
+    """What is written twice, or not at all, by the stages together; one line each."""
+    tensors: dict[str, tuple[tuple[int, ...], list[Box]]] = {}
+    problems = []
+    for saving in savings:
+        for key, (shape, boxes) in saving.tensors.items():
+            known, all_boxes = tensors.setdefault(key, (shape, []))
+            all_boxes += boxes
+            if known != shape:
+                problems.append(f"checkpoint: stages disagree on the shape of {key}: {list(known)} and {list(shape)}")
+    found: dict[tuple, list[str]] = {}  # an optimizer's states are divided alike
+    for key, (shape, boxes) in tensors.items():
+        division = shape, tuple(sorted(boxes))
+        if division not in found:
+            faults = _faults(shape, sorted(boxes), ())
+            found[division] = [fault for fault, _ in zip(faults, range(_SHOWN), strict=False)]
+        problems += [f"checkpoint: {fault.format(key=key)}" for fault in found[division]]
+    return problems
+
+
+def _faults(shape: tuple[int, ...], boxes: Sequence[Box], before: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Go through the slabs of the first axis in which the same boxes lie.
+
+    Args:
+        shape: of the axes that are left; boxes: sorted, in these axes.
+        before: start and end along the axes that are done.
+    """
+    if not shape:
+        ranks = [rank for *_, rank in boxes]
+        where = "{key}[" + ", ".join(f"{start}:{end}" for start, end in before) + "]"
+        if not ranks:
+            yield f"nobody writes {where}"
+        elif len(ranks) > 1:
+            yield f"ranks {ranks[0]} and {ranks[1]} both write {where}"
+        return
+    cuts = sorted({0, shape[0]} | {edge for start, size, _ in boxes for edge in (start[0], start[0] + size[0])})
+    inside: list[Box] = []
+    at = 0
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        inside = [box for box in inside if box[0][0] + box[1][0] > start]
+        while at < len(boxes) and boxes[at][0][0] == start:
+            inside.append(boxes[at])
+            at += 1
+        rest = sorted((offset[1:], size[1:], rank) for offset, size, rank in inside)
+        yield from _faults(shape[1:], rest, (*before, (start, end)))

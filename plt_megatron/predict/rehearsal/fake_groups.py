@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from plt_megatron.predict.rehearsal.communication import Log
+from plt_megatron.predict.rehearsal.record import Log
 
 # How many groups the world makes, by megatron-core's description.
 groups_made: Counter[str] = Counter()

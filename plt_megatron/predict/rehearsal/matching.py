@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.predict.rehearsal.communication import POINT_TO_POINT, Call
-from plt_megatron.predict.rehearsal.record import RankRecord
+from plt_megatron.predict.rehearsal.record import POINT_TO_POINT, Call, RankRecord
 
 # megatron-core's groups, as `ParallelLayout.groups` names their dimensions.
 _DIMENSIONS = {

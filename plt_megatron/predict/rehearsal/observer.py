@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from plt_megatron.predict.rehearsal.communication import Log
+from plt_megatron.predict.rehearsal.record import Log
 
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default}

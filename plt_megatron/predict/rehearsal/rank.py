@@ -12,11 +12,11 @@ import torch
 from plt_megatron.config.layout import layout_of, num_microbatches
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.model.looped_gpt import MicroBatch
-from plt_megatron.predict.rehearsal.fake_gpu import fake_gpu
+from plt_megatron.predict.layout import enough_microbatches
+from plt_megatron.predict.rehearsal.fake_gpu import balance_routing, fake_gpu
 from plt_megatron.predict.rehearsal.fake_groups import groups_made, join_fake_world
 from plt_megatron.predict.rehearsal.observer import Observer
 from plt_megatron.predict.rehearsal.record import RankRecord
-from plt_megatron.predict.schedule import enough_microbatches
 from plt_megatron.runtime.process_groups import init_process_groups
 from plt_megatron.train.build_engine import build_engine
 from plt_megatron.train.megatron_engine import MegatronEngine
@@ -40,8 +40,6 @@ def rehearse_rank(
     layout = layout_of(config, world_size)
     record = RankRecord(rank, layout.coordinates(rank), groups_made=dict(groups_made))
     if config.model.moe is not None:
-        from plt_megatron.predict.rehearsal.experts import balance_routing  # imports megatron-core's experts
-
         balance_routing(observer)
     with fake_gpu(observer):
         engine = build_engine(config, vocab_size)

@@ -15,18 +15,16 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from plt_megatron.config.batch_schedule import with_global_batch_size
-from plt_megatron.config.layout import layout_of
+from plt_megatron.config.layout import ParallelLayout, layout_of
 from plt_megatron.config.length_schedule import with_sequence_length
 from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.predict.gpu_specs import find_gpu_spec
-from plt_megatron.predict.rehearsal.classes import ranks_of_each_kind
-from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems
+from plt_megatron.predict.cards import find_gpu_spec
+from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems, saving_problems
 from plt_megatron.predict.rehearsal.matching import Waiting, group_problems, play
 from plt_megatron.predict.rehearsal.record import RankRecord
-from plt_megatron.predict.rehearsal.written_once import saving_problems
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
 NOT_SEEN = (
@@ -109,6 +107,26 @@ def rehearse(
         *(f"not as estimated: {each}" for each in differences if each.is_wrong),
     ]
     return Rehearsal(config, estimate, records, waiting, differences, replaced, problems)
+
+
+def ranks_of_each_kind(layout: ParallelLayout) -> list[int]:
+    """Every pipeline stage, since only all of them show whether messages meet; on the first, middle and last one also
+    the last rank along TP and along EP, and the middle and last along CP; on the first stage, the last along DP. Ranks
+    in between do as one of these does."""
+    stages = layout.pipeline
+    ranks = [_rank(layout, pp=stage) for stage in range(stages)]
+    for stage in sorted({0, stages // 2, stages - 1}):
+        if layout.tensor > 1:
+            ranks.append(_rank(layout, pp=stage, tp=layout.tensor - 1))
+        ranks.append(stage * layout.ranks_per_stage + layout.expert - 1)
+        ranks += [_rank(layout, pp=stage, cp=place) for place in (layout.context // 2, layout.context - 1)]
+    if layout.data > 1:
+        ranks.append(_rank(layout, dp=layout.data - 1))
+    return sorted(set(ranks))
+
+
+def _rank(layout: ParallelLayout, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+    return tp + layout.tensor * (cp + layout.context * (dp + layout.data * pp))
 
 
 def _alike(config: RunConfig) -> RunConfig:

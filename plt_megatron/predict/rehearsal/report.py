@@ -95,7 +95,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _memory(records: Sequence[RankRecord]) -> list[str]:
     names = list(dict.fromkeys(name for record in records for name in record.memory))
     rows = [[name, *(f"{record.memory.get(name, 0) / _GB:.2f}" for record in records)] for name in names]
-    rows.append(["all", *(f"{sum(record.memory.values()) / _GB:.2f}" for record in records)])
+    rows.append(["all", *(f"{record.peak / _GB:.2f}" for record in records)])
     peaks = ", ".join(dict.fromkeys(record.peak_phase for record in records))
     return [f"peak memory by what or when it was made, GiB (the peak is in {peaks})", *_table(_head(records), rows)]
 

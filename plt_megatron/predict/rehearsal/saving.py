@@ -22,9 +22,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Rang
 from torch import Tensor
 
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.predict.rehearsal.communication import described
 from plt_megatron.predict.rehearsal.matching import group_of
-from plt_megatron.predict.rehearsal.record import Saving
+from plt_megatron.predict.rehearsal.record import Saving, described
 from plt_megatron.run_folder.checkpoints import EMA
 from plt_megatron.train.checkpoint.optimizer_state import OptimizerPart
 from plt_megatron.train.checkpoint.state import KEPT_PREFIX, model_state, sharded_tensors

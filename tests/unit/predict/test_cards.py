@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.predict.gpu_specs import card_names, find_gpu_spec
-from plt_megatron.predict.peaks import lookup
+from plt_megatron.predict.cards import card_names, find_gpu_spec, lookup
 
 
 def test_public_figures():

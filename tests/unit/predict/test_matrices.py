@@ -7,10 +7,10 @@ import random
 import pytest
 
 from plt_megatron.config.loader import load_config
+from plt_megatron.predict.held import RankMatrix, given_out, stages_of
 from plt_megatron.predict.layout import estimate_layout
-from plt_megatron.predict.matrices import RankMatrix, given_out, matrix_parameters, stage_matrices
 from plt_megatron.predict.memory import checkpoint_bytes, persistent_bytes
-from plt_megatron.predict.parameters import count_parameters, count_rank_parameters
+from plt_megatron.predict.parameters import count_parameters, matrix_parameters
 
 MUON = ["optimizer.name=muon", "model.vocab_size=1000"]
 
@@ -27,26 +27,28 @@ def test_matrices_are_given_out_as_megatron_core_does(ranks, bucket):
     layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
         [torch.nn.Parameter(torch.empty(size)) for size in sizes], bucket, ranks, DistributedDataParallelConfig()
     )
-    ours = given_out([RankMatrix(size, False, ()) for size in sizes], ranks, bucket)
-    assert ranks * ours.padded == layout.bucket_indices[-1][1]
+    ours, padded = given_out([RankMatrix(size, False, ()) for size in sizes], ranks, bucket)
+    assert ranks * padded == layout.bucket_indices[-1][1]
     theirs = [0] * ranks
     for parameter, (start, _, number) in layout.param_index_map.items():
         begin, end = layout.bucket_indices[number]
         theirs[(start - begin) * ranks // (end - begin)] += parameter.numel()
-    assert [sum(matrix.size for matrix in rank) for rank in ours.ranks] == theirs
+    assert [sum(matrix.size for matrix in rank) for rank in ours] == theirs
 
 
 def test_a_rank_holds_what_the_fullest_one_does():
     """Of a dense model on 4 ranks: momentum for matrices, two moments for all else, and buffers with padding."""
     config = load_config("configs/runs/plt2_1b.yaml", [*MUON, "parallel.overlap_grad_reduce=false"])
     layout = estimate_layout(config, 4)
-    matrices, dense = stage_matrices(config, layout, 0), count_rank_parameters(config.model, 1000, layout).dense
-    assert matrices.size == matrix_parameters(config.model) and matrices.size <= 4 * matrices.most
-    held = persistent_bytes(dense, config, layout, matrices=matrices)
-    others = (dense - matrices.size) // 4
-    assert held["optimizer state"] == 8 * others + 4 * matrices.most
-    assert held["main weights"] == 4 * (others + matrices.most)
-    assert held["gradients"] == 4 * (dense + matrices.padding) and matrices.padding < 0.02 * dense
+    (stage,) = stages_of(config, layout, 1000)
+    dense, most = stage.dense, stage.dense.most
+    assert dense.in_matrices == matrix_parameters(config.model) and dense.in_matrices <= 4 * most
+    held = persistent_bytes(dense, config, layout)
+    assert dense.divided + dense.in_matrices == dense.size and dense.part == dense.divided // 4
+    assert held["optimizer state"] == 8 * dense.part + 4 * most
+    assert held["main weights"] == 4 * (dense.part + most)
+    padding = 4 * dense.padded - dense.in_matrices
+    assert held["gradients"] == 4 * (dense.size + padding) and 0 <= padding < 0.02 * dense.size
 
 
 def test_a_checkpoint_has_one_moment_of_a_matrix():

@@ -14,7 +14,8 @@ import pytest
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig, MoeConfig
-from plt_megatron.predict.parameters import count_parameters, count_rank_parameters
+from plt_megatron.predict.held import count_rank_parameters
+from plt_megatron.predict.parameters import count_parameters
 from tests.settings import changed
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from plt_megatron.predict.peaks import find_device, lookup
+from plt_megatron.predict.cards import find_device, lookup
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ from plt_megatron.config.schema import (
     TrainingConfig,
 )
 from plt_megatron.errors import UserError
-from plt_megatron.predict.layout import estimate_layout
+from plt_megatron.predict.held import Held, count_rank_parameters
+from plt_megatron.predict.layout import bubble_fraction, enough_microbatches, estimate_layout, passes
 from plt_megatron.predict.memory import persistent_bytes
-from plt_megatron.predict.parameters import count_parameters, count_rank_parameters
+from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
-from plt_megatron.predict.schedule import bubble_fraction, enough_microbatches, passes
 from tests.settings import changed, make
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -141,10 +141,10 @@ def test_ranks_together_hold_the_model(tied, gate):
 )
 def test_zero_stages_per_parameter(stage, precision, expected):
     layout = dataclasses.replace(estimate_layout(run(), 8), zero_stage=stage)
-    config = RunConfig(training=TrainingConfig(precision=precision))
-    held = persistent_bytes(8_000_000, config, layout)
+    config, eight = RunConfig(training=TrainingConfig(precision=precision)), Held(8_000_000, layout.shards)
+    held = persistent_bytes(eight, config, layout)
     assert sum(held.values()) == 8_000_000 * expected
-    offloaded = persistent_bytes(8_000_000, config, dataclasses.replace(layout, offload_optimizer=True))
+    offloaded = persistent_bytes(eight, config, dataclasses.replace(layout, offload_optimizer=True))
     assert offloaded["optimizer state"] == offloaded["main weights"] == 0
     assert offloaded["gradients"] == (held["gradients"] if stage < 2 else 0), "they go along from stage 2 on"
 
@@ -152,9 +152,9 @@ def test_zero_stages_per_parameter(stage, precision, expected):
 def test_a_moving_average_costs_a_share_of_fp32_and_as_much_on_disk():
     plain, averaged = run(), run(training={"ema_decay": 0.999})
     layout = estimate_layout(plain, 4)
-    held = persistent_bytes(8_000_000, averaged, layout)
+    held = persistent_bytes(Held(8_000_000, 4), averaged, layout)
     assert held.pop("weight average") == 8_000_000 * 4 / 4
-    without = persistent_bytes(8_000_000, plain, layout)
+    without = persistent_bytes(Held(8_000_000, 4), plain, layout)
     assert without.pop("weight average") == 0 and without == held
     assert estimate_run(averaged, world_size=4).checkpoint_bytes == 18 * count_parameters(MODEL).total
     more = stage_peaks(averaged, world_size=4)[0] - stage_peaks(plain, world_size=4)[0]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from plt_megatron.config.layout import ParallelLayout
-from plt_megatron.predict.rehearsal.classes import ranks_of_each_kind
-from plt_megatron.predict.rehearsal.communication import Call
 from plt_megatron.predict.rehearsal.matching import group_problems, play
-from plt_megatron.predict.rehearsal.record import RankRecord
+from plt_megatron.predict.rehearsal.record import Call, RankRecord
+from plt_megatron.predict.rehearsal.rehearse import ranks_of_each_kind
 
 PAIR = (0, 2, 1)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from plt_megatron.predict.rehearsal.compare import saving_problems
 from plt_megatron.predict.rehearsal.record import Box, Saving
-from plt_megatron.predict.rehearsal.written_once import saving_problems
 
 
 def problems(*boxes: Box, shape: tuple[int, ...] = (4, 6)) -> list[str]:
