@@ -11,7 +11,7 @@ from typing import Any
 from plt_megatron.predict.rehearsal.compare import sent_by_purpose
 from plt_megatron.predict.rehearsal.record import RankRecord
 from plt_megatron.predict.rehearsal.rehearse import NOT_SEEN, Rehearsal
-from plt_megatron.run_folder.text import format_bytes, plural
+from plt_megatron.run_folder.text import format_bytes, format_table, plural
 
 _GB = 2**30
 
@@ -37,7 +37,7 @@ def to_text(found: Rehearsal) -> str:
         *_host_waits(found.records),
         *_waiting(found),
         "",
-        *_comparison(found),
+        _comparison(found),
         "",
         *(f"problem: {each}" for each in found.problems),
     ]
@@ -80,24 +80,15 @@ def _place(record: RankRecord) -> str:
     return " ".join(f"{name} {record.place[name]}" for name in ("pp", "tp", "cp", "dp"))
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        first, *others = (
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]))
-    return lines
-
-
 def _memory(records: Sequence[RankRecord]) -> list[str]:
     names = list(dict.fromkeys(name for record in records for name in record.memory))
     rows = [[name, *(f"{record.memory.get(name, 0) / _GB:.2f}" for record in records)] for name in names]
     rows.append(["all", *(f"{record.peak / _GB:.2f}" for record in records)])
     peaks = ", ".join(dict.fromkeys(record.peak_phase for record in records))
-    return [f"peak memory by what or when it was made, GiB (the peak is in {peaks})", *_table(_head(records), rows)]
+    return [
+        f"peak memory by what or when it was made, GiB (the peak is in {peaks})",
+        format_table(rows, header=_head(records)),
+    ]
 
 
 def _head(records: Sequence[RankRecord]) -> list[str]:
@@ -122,7 +113,7 @@ def _communication(found: Rehearsal) -> list[str]:
     return [
         f"communication of rank {record.rank} in the order of its first calls, {record.microbatches} of {microbatches} "
         "microbatches",
-        *_table(["phase", "call", "group", "ranks", "calls", "MB"], rows),
+        format_table(rows, header=["phase", "call", "group", "ranks", "calls", "MB"]),
         f"it sends in a step: {purposes or 'nothing'}",
     ]
 
@@ -175,7 +166,7 @@ def _waiting(found: Rehearsal) -> list[str]:
     return lines
 
 
-def _comparison(found: Rehearsal) -> list[str]:
+def _comparison(found: Rehearsal) -> str:
     rows = [
         [
             each.what,
@@ -186,4 +177,4 @@ def _comparison(found: Rehearsal) -> list[str]:
         ]
         for each in found.differences
     ]
-    return _table(["against the estimate", "rank", "rehearsed", "estimated", "off"], rows)
+    return format_table(rows, header=["against the estimate", "rank", "rehearsed", "estimated", "off"])
