@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.predict.held import Held, Stage, stages_of
+from plt_megatron.predict.held import Held, Stage
 from plt_megatron.predict.layers import FP32
 from plt_megatron.predict.layout import BYTES, Layout, enough_microbatches, passes
 from plt_megatron.predict.parameters import count_parameters, matrix_parameters
@@ -61,9 +61,8 @@ COMPONENTS = (
 )
 
 
-def estimate_memory(config: RunConfig, layout: Layout, vocab_size: int) -> list[MemoryEstimate]:
+def estimate_memory(step: Step) -> list[MemoryEstimate]:
     """One estimate per pipeline stage."""
-    step = Step(config, layout, vocab_size, stages_of(config, layout, vocab_size))
     return [_stage_memory(step, stage) for stage in step.stages]
 
 
@@ -176,13 +175,13 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int
     return total * BYTES[config.training.precision] + precise
 
 
-def saving_bytes(config: RunConfig, layout: Layout, vocab_size: int) -> int:
+def saving_bytes(step: Step) -> int:
     """Host memory that the worst rank needs beside training's while a checkpoint is written: the part that it writes.
 
     Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it. Of the weights, each
     writes whole tensors: one of them an embedding, which with many ranks is far more than its share.
     """
-    return max(_written(config, stage) for stage in stages_of(config, layout, vocab_size))
+    return max(_written(step.config, stage) for stage in step.stages)
 
 
 def _written(config: RunConfig, stage: Stage) -> int:

@@ -16,7 +16,6 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.flops import Flops, run_flops_per_token
-from plt_megatron.predict.held import stages_of
 from plt_megatron.predict.layout import Layout, bubble_fraction, estimate_layout
 from plt_megatron.predict.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
 from plt_megatron.predict.parameters import count_parameters
@@ -91,14 +90,15 @@ def estimate_run(
     `vocab_size`: the tokenizer's; None: `model.vocab_size`. Raises `UserError` if neither is given, and on an
     unknown `gpu` (one of `cards.card_names()`).
     """
-    model, vocab_size = config.model, known_vocab_size(config, vocab_size)
+    vocab_size = known_vocab_size(config, vocab_size)
     layout = estimate_layout(config, world_size, on_cpu=gpu == "cpu")
     card = find_gpu_spec(gpu, min(gpus_per_node, layout.world_size))
-    counted = count_parameters(model, vocab_size, layout.tensor)
-    padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
-    flops = run_flops_per_token(config, padded)
-    traffic, times, bubble = _mean_step_costs(config, layout, vocab_size, card, gpus_per_node)
-    memory = estimate_memory(config, _with_batch(layout, max(BatchSchedule(config).sizes)), vocab_size)
+    counted = count_parameters(config.model, vocab_size, layout.tensor)
+    step = Step.of(config, layout, vocab_size)
+    flops = run_flops_per_token(config, step.padded_vocab_size)
+    traffic, times, bubble = _mean_step_costs(step, card, gpus_per_node)
+    largest = _with_batch(layout, max(BatchSchedule(config).sizes))
+    memory = estimate_memory(dataclasses.replace(step, layout=largest))
     peak = max(stage.total_bytes for stage in memory)
     steps = derived.train_iters(config)
     tokens = derived.run_tokens(config)
@@ -121,25 +121,23 @@ def estimate_run(
         total_seconds=steps * times.total,
         gpu_hours=steps * times.total * layout.world_size / 3600,
         checkpoint_bytes=checkpoint_bytes(config, vocab_size, layout.tensor),
-        saving_bytes=saving_bytes(config, layout, vocab_size),
+        saving_bytes=saving_bytes(step),
         world_size=layout.world_size,
         layout=layout,
         gpu=gpu,
     )
 
 
-def _mean_step_costs(
-    config: RunConfig, layout: Layout, vocab_size: int, card: GPUSpec, gpus_per_node: int
-) -> tuple[dict[str, float], StepTime, float]:
+def _mean_step_costs(largest: Step, card: GPUSpec, gpus_per_node: int) -> tuple[dict[str, float], StepTime, float]:
     """Bytes that a rank sends in a step, by purpose, the step's time, and its bubble: the mean over the run's steps."""
-    stages = stages_of(config, layout, vocab_size)
+    config, layout = largest.config, largest.layout
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
     for (loops, size, length), share in LoopSchedule(config).step_shares().items():
         alike = with_sequence_length(with_loop_count(config, loops), length)
         own = dataclasses.replace(
             _with_batch(layout, size), loops=loops, micro_batch_size=alike.training.micro_batch_size
         )
-        step = Step(alike, own, vocab_size, stages)
+        step = dataclasses.replace(largest, config=alike, layout=own)
         sent = communication_bytes(step)
         times += step_time(step, card, sent, gpus_per_node).times(share)
         bubble += share * bubble_fraction(own.pipeline, loops, own.microbatches)

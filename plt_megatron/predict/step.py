@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.flops import Flops, step_flops_per_token
-from plt_megatron.predict.held import Stage
+from plt_megatron.predict.held import Stage, stages_of
 from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.parameters import FFN, matmuls
 
@@ -32,6 +33,11 @@ class Step:
     vocab_size: int
     stages: Sequence[Stage]
 
+    @classmethod
+    def of(cls, config: RunConfig, layout: Layout, vocab_size: int) -> Self:
+        """Describe the step of a configuration as it stands: with all its loops."""
+        return cls(config, layout, vocab_size, stages_of(config, layout, vocab_size))
+
     @cached_property
     def shapes(self) -> Activations:
         """A microbatch on one rank."""
@@ -42,11 +48,14 @@ class Step:
         """The stage with most parameters."""
         return max(self.stages, key=lambda stage: stage.parameters.total)
 
+    @property
+    def padded_vocab_size(self) -> int:
+        return derived.padded_vocab_size(self.config.model, self.vocab_size, self.layout.tensor)
+
     @cached_property
     def flops(self) -> Flops:
         """Training FLOPs per token."""
-        padded = derived.padded_vocab_size(self.config.model, self.vocab_size, self.layout.tensor)
-        return step_flops_per_token(self.config, padded, self.config.model.loop_count)
+        return step_flops_per_token(self.config, self.padded_vocab_size, self.config.model.loop_count)
 
     def stage_flops(self, stage: Stage) -> Flops:
         """Training FLOPs per token of a pipeline stage."""
