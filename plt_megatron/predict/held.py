@@ -19,7 +19,7 @@ from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Parameter, Sizes, parameters_of
 from plt_megatron.predict.layout import Layout
-from plt_megatron.predict.parameters import count_components, elements
+from plt_megatron.predict.parameters import elements
 
 _ALIGNMENT = 64  # elements
 _FULL = 0.9  # a bucket is large enough for all ranks to hold its largest matrix, but for so much
@@ -55,7 +55,7 @@ def count_rank_parameters(
     counted = count_in_layers(model, layout.stage_layers(model.num_layers)[stage])
     return RankParameters(
         layers=counted["split"] // layout.tensor + counted["whole"],
-        embedding=table + count_components(model)["loop_input"] if first else 0,
+        embedding=table + sum(number for _, number in elements(model, None, "loop_input")) if first else 0,
         final_norm=model.hidden_size if last else 0,
         output_layer=table if last and not shared else 0,
         experts=derived.num_experts(model) // layout.expert * counted["expert"],

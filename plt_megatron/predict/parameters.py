@@ -52,12 +52,17 @@ class ParameterCount:
 
 
 def elements(
-    model: ModelConfig, layers: Iterable[int] | None = None, *, vocab_size: int = 0, experts: int | None = None
+    model: ModelConfig,
+    layers: Iterable[int] | None = None,
+    *components: Component,
+    vocab_size: int = 0,
+    experts: int | None = None,
 ) -> Iterator[tuple[Parameter, int]]:
     """Yield each parameter of the table with the number of its elements in `layers`.
 
     Args:
         layers: each counts as often as it is given; None: the whole model, with what is in no layer.
+        components: of these alone; none: of all.
         vocab_size: padded.
         experts: how many of a layer count; None: all.
     """
@@ -65,6 +70,8 @@ def elements(
     experts = derived.num_experts(model) if experts is None else experts
     given = None if layers is None else Counter(layers)
     for parameter in parameters_of(model):
+        if components and parameter.component not in components:
+            continue
         own = parameter.layers(model)
         if given is None:
             copies = len(own)
@@ -109,8 +116,8 @@ def active_experts(model: ModelConfig) -> int:
 
 def matmuls(model: ModelConfig, layers: Iterable[int], *components: Component) -> int:
     """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is given."""
-    counted = elements(model, layers, experts=active_experts(model))
-    return sum(number for parameter, number in counted if parameter.is_matrix and parameter.component in components)
+    counted = elements(model, layers, *components, experts=active_experts(model))
+    return sum(number for parameter, number in counted if parameter.is_matrix)
 
 
 def matrix_parameters(model: ModelConfig) -> int:

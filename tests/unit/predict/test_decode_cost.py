@@ -61,6 +61,12 @@ def test_layers_that_run_once_by_hand():
     assert again == pytest.approx(2 * 8 * (weights + (1024 + 1) * token))
 
 
+def test_what_no_loop_reads_is_not_computed():
+    """Without windows later loops have no use for the keys and values that they share."""
+    shared, own = cost(ROWS["+ KV sharing"], batch=1), cost(ROWS["+ CLP"], batch=1)
+    assert own.flops - shared.flops == 12 * 2 * (2 * 1024 * 256)
+
+
 def test_the_papers_table_of_costs():
     """At a small batch: the loop takes twice as long, CLP almost as long as vanilla, PLT-2 a few percent more."""
     by_row = {name: cost(changes) for name, changes in ROWS.items()}
