@@ -208,8 +208,8 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Forward and backward of PLT-2 and of GPT with twice the layers, in each mode."""
     import torch
 
-    from plt_megatron.estimate import peaks
-    from plt_megatron.estimate.flops import training_flops_per_token
+    from plt_megatron.predict import cards
+    from plt_megatron.predict.flops import training_flops_per_token
 
     found: dict[str, Any] = {}
     for name, mode in speed_modes(sizes).items():
@@ -223,7 +223,7 @@ def speed(sizes: Sizes, folder: Path) -> dict[str, Any]:
             memory[kind] = 0 if is_cpu() else torch.cuda.max_memory_allocated()
             del step
         flops = training_flops_per_token(config.model, sizes.large_length, VOCAB_SIZE).total * sizes.large_length
-        peak = peaks.lookup(torch.cuda.get_device_name(), "bf16") if not is_cpu() else None
+        peak = cards.lookup(torch.cuda.get_device_name(), "bf16") if not is_cpu() else None
         found[name] = {
             "tokens/s": {kind: sizes.large_length / value for kind, value in seconds.items()},
             "memory MiB": {kind: value / 2**20 for kind, value in memory.items()},

@@ -8,7 +8,7 @@ One process on all cores. PLT-2 with N layers against megatron-core's own GPTMod
 length, given the same attention and norm modules, so that the ratio is the loop's overhead alone. A step is forward and
 backward, with gradients added up in DistributedDataParallel's buffers as in training; the optimizer is left out, since
 PLT-2 has half the weights to update and would look better for it. Repetitions are interleaved, ratios are taken between
-neighbors in time, figures are medians. "Model FLOP/s" follows plt_megatron/estimate/flops.py.
+neighbors in time, figures are medians. "Model FLOP/s" follows plt_megatron/predict/flops.py.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ keep_freed_memory()  # as plt train
 
 from benchmarks.deeper_gpt import deeper_gpt  # noqa: E402
 from plt_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
-from plt_megatron.estimate.flops import training_flops_per_token  # noqa: E402
-from plt_megatron.estimate.parameters import count_parameters  # noqa: E402
 from plt_megatron.model.initialization import initialize  # noqa: E402
 from plt_megatron.model.looped_gpt import LoopedGPT, MicroBatch  # noqa: E402
 from plt_megatron.model.transformer_config import DTYPES, transformer_config  # noqa: E402
+from plt_megatron.predict.flops import training_flops_per_token  # noqa: E402
+from plt_megatron.predict.parameters import count_parameters  # noqa: E402
 from plt_megatron.run_folder.text import format_table  # noqa: E402
 from plt_megatron.runtime.process_groups import destroy_process_groups, init_process_groups  # noqa: E402
 from plt_megatron.train.callbacks.throughput import measure_matmul_tflops  # noqa: E402

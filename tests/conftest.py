@@ -37,7 +37,7 @@ _TOGETHER = {
     "tests/hostile/": "warm python",
     "tests/unit/convert/test_generate.py": "warm python",
     "tests/unit/data/test_datasets.py": "warm python",
-    "tests/unit/estimate/test_shipped_configs.py": "warm python",
+    "tests/unit/predict/test_shipped_configs.py": "warm python",
     "tests/unit/experiments/test_diagnose_command.py": "warm python",
     "tests/unit/project/test_benchmarks.py": "warm python",
     "tests/unit/project/test_documented_commands.py": "warm python",
@@ -51,7 +51,7 @@ _TOGETHER = {
 _FIRST = [
     *("pool", "tests/unit/model/test_against_reference.py"),
     *("whole runs", "warm python", "deepspeed", "cluster", "Transformer Engine"),
-    *("tests/unit/estimate/", "tests/hf/"),
+    *("tests/unit/predict/", "tests/hf/"),
 ]
 
 

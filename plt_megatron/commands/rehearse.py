@@ -40,9 +40,9 @@ def main(argv: Sequence[str]) -> int:
 def _rehearse(arguments: argparse.Namespace) -> int:
     from plt_megatron.config.loader import load_config
     from plt_megatron.data.tokenizer import load_tokenizer
-    from plt_megatron.estimate.run_estimate import known_vocab_size, tokenizer_vocab_size
-    from plt_megatron.rehearsal.rehearse import rehearse
-    from plt_megatron.rehearsal.report import to_json, to_text
+    from plt_megatron.predict.rehearsal.rehearse import rehearse
+    from plt_megatron.predict.rehearsal.report import to_json, to_text
+    from plt_megatron.predict.run_estimate import known_vocab_size, tokenizer_vocab_size
 
     for name in ("nodes", "gpus_per_node", "processes"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:

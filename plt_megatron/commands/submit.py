@@ -77,8 +77,8 @@ def _rehearsed(config: RunConfig, vocab_size: int, resources: Resources) -> list
     """A rehearsal's problems; the rest of what it finds is printed."""
     if resources.card == "cpu":
         return ["--rehearse is for jobs on GPUs: leave it out"]
-    from plt_megatron.rehearsal.rehearse import rehearse
-    from plt_megatron.rehearsal.report import to_text
+    from plt_megatron.predict.rehearsal.rehearse import rehearse
+    from plt_megatron.predict.rehearsal.report import to_text
 
     found = rehearse(
         config,

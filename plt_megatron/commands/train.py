@@ -26,9 +26,9 @@ from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import processes_on, validate
 from plt_megatron.errors import UserError, go_on_without_readers, run_command
-from plt_megatron.estimate.flops import run_flops_per_token
-from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.installation import python_path
+from plt_megatron.predict.flops import run_flops_per_token
+from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, trained_tokens
 from plt_megatron.run_folder.files import locked

@@ -21,10 +21,10 @@ from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.decode_cost import decode_cost
-from plt_megatron.estimate.flops import run_flops_per_token
-from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments.sweep_file import LOOP_SWITCHES, DecodeSettings, Hold
+from plt_megatron.predict.decode_cost import decode_cost
+from plt_megatron.predict.flops import run_flops_per_token
+from plt_megatron.predict.parameters import count_parameters
 
 # How far a width may be changed for a target: beyond it the model is another kind of model.
 _WIDTH_RANGE = (0.5, 2.0)

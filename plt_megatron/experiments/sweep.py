@@ -143,7 +143,7 @@ def describe_time(plan: SweepPlan, todo: Sequence[PlannedRun], sweep: SweepFile,
 
 def _paper_time(todo: Sequence[PlannedRun], options: RunOptions) -> str:
     """An estimate before anything is measured. Finished parts of runs are not subtracted."""
-    from plt_megatron.estimate.run_estimate import estimate_run
+    from plt_megatron.predict.run_estimate import estimate_run
 
     gpu = options.gpu or ("cpu" if options.submit is None else _card_of(options.submit))
     if gpu is None:

@@ -29,9 +29,9 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.experiments import matching
 from plt_megatron.experiments.sweep_file import SweepFile
+from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked
 from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder, save_config

@@ -1,7 +1,7 @@
 """The table of every parameter that a PLT can have, and of buffers that are kept with them: names, shapes, splits,
 initial values, and use.
 
-Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`estimate`), initial
+Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`predict`), initial
 weights (`model/initialization.py`), weight decay, what a checkpoint of one loop lacks (`train/checkpoint`), and in how
 many parts DeepSpeed gets a gradient. It does not import torch, since estimates read it.
 """

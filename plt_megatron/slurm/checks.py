@@ -14,11 +14,11 @@ from plt_megatron.config.batch_schedule import BatchSchedule
 from plt_megatron.config.rules.uploads import is_url
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.flops import run_flops_per_token, step_flops_per_token
-from plt_megatron.estimate.layout import BYTES
-from plt_megatron.estimate.run_estimate import RunEstimate, estimate_run
 from plt_megatron.launcher.job import load_settings
 from plt_megatron.launcher.preflight import LEAST_RUN_FOLDER
+from plt_megatron.predict.flops import run_flops_per_token, step_flops_per_token
+from plt_megatron.predict.layout import BYTES
+from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 from plt_megatron.run_folder.checkpoints import checkpoint_folders, latest_step, step_of
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.metrics import median_speed

@@ -15,9 +15,9 @@ from typing import Literal
 from plt_megatron.config.fields import Count, Positive, PositiveCount
 from plt_megatron.config.loader import check, load
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.gpu_specs import card_names
 from plt_megatron.installation import CONFIGS, find_config
 from plt_megatron.launcher.job import JobHandling
+from plt_megatron.predict.cards import card_names
 
 CLUSTERS = Path("configs") / "clusters"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -53,7 +53,7 @@ class ClusterProfile(SbatchOptions, JobHandling):
     processes_per_node: PositiveCount | None = None  # CPU clusters only: with GPUs there is one process each
     cpus_per_process: PositiveCount | None = None  # None: a fair share of the node's
     memory_per_node: str | None = None  # sbatch's --mem, as in 64G; "0": all of the node's
-    gpu: str | None = None  # the card, as estimate/ knows it (h100); None: Slurm's name for it, else h100
+    gpu: str | None = None  # the card, as predict/ knows it (h100); None: Slurm's name for it, else h100
     tflops_per_process: Positive | None = None  # CPU clusters: a process's matrix product rate, for estimated times
     default_time: str | None = None
     setup: list[str] = field(default_factory=list)  # shell lines, run as they are before the modules

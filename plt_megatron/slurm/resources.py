@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.gpu_specs import card_names
 from plt_megatron.launcher.job import JobSize
+from plt_megatron.predict.cards import card_names
 from plt_megatron.run_folder.text import plural
 from plt_megatron.slurm.client import NodeGroup, Partition, time_option
 from plt_megatron.slurm.profile import ClusterProfile

@@ -17,9 +17,9 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.gpu_specs import find_gpu_spec
 from plt_megatron.installation import is_checkout
 from plt_megatron.launcher.job import JobHandling, JobSettings, JobSize
+from plt_megatron.predict.cards import find_gpu_spec
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.run_folder.resuming import branch_config
 from plt_megatron.run_folder.status import read_run_status

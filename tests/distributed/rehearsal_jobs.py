@@ -125,7 +125,7 @@ def record_real(config: RunConfig, folder: Path) -> dict[str, list[list[Any]]]:
     import torch
 
     from plt_megatron.model.looped_gpt import MicroBatch
-    from plt_megatron.rehearsal.communication import CommunicationRecorder
+    from plt_megatron.predict.rehearsal.record import CommunicationRecorder
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.build_engine import build_engine
     from plt_megatron.train.callbacks.weight_ema import WeightAverage
@@ -277,7 +277,7 @@ def _replica_is_written(rank: int) -> None:
             value.replica_id = (0, 0, value.replica_id[-1])
         return found
 
-    importlib.import_module("plt_megatron.rehearsal.saving").model_state = model_state
+    importlib.import_module("plt_megatron.predict.rehearsal.saving").model_state = model_state
 
 
 def _end_is_not_written(rank: int) -> None:
@@ -300,8 +300,8 @@ FAULTS: dict[str, tuple[str, Callable[[int], None]]] = {
 
 def main(cases: list[str]) -> None:
     """Rehearse layouts, and layouts with faults, and print what is found."""
-    from plt_megatron.rehearsal.compare import memory_problems
-    from plt_megatron.rehearsal.rehearse import rehearse
+    from plt_megatron.predict.rehearsal.compare import memory_problems
+    from plt_megatron.predict.rehearsal.rehearse import rehearse
 
     found = {}
     for case in cases:

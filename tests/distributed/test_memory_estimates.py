@@ -19,9 +19,9 @@ from plt_megatron.config.schema import (
     RunConfig,
     TrainingConfig,
 )
-from plt_megatron.estimate.layout import estimate_layout
-from plt_megatron.estimate.memory import checkpoint_bytes, estimate_memory
-from plt_megatron.estimate.schedule import passes
+from plt_megatron.predict.layout import estimate_layout, passes
+from plt_megatron.predict.memory import checkpoint_bytes, estimate_memory
+from plt_megatron.predict.step import Step
 from tests.distributed.memory_jobs import allocator_peak, checkpoint_size, measure_all, megatron_schedule
 from tests.settings import make
 
@@ -181,7 +181,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(request, record_property, 
     by_rank = run_distributed(measure_all, sizes.world_size, configs, VOCAB_SIZE, all_ranks=True)
     wrong = []
     for index, (config, changes) in enumerate(zip(configs, cases, strict=True)):
-        for estimate in estimate_memory(config, estimate_layout(config, on_cpu=True), VOCAB_SIZE):
+        for estimate in estimate_memory(Step.of(config, estimate_layout(config, on_cpu=True), VOCAB_SIZE)):
             ranks = (measured[index] for measured in by_rank)
             worst = max(rank.peak for rank in ranks if rank.stage == estimate.stage)
             row = f"{sizes}, {name_of(changes)}" + (f", stage {estimate.stage}" if sizes.pipeline > 1 else "")
@@ -203,7 +203,7 @@ def test_two_ways_to_measure_agree(run_distributed):
 def test_what_is_held_between_steps_is_arithmetic(run_distributed):
     """Weights, main weights, gradients and moments of 0.77M parameters in bf16: 18 bytes each."""
     config = run_config(precision="bf16")
-    (estimate,) = estimate_memory(config, estimate_layout(config, on_cpu=True), VOCAB_SIZE)
+    (estimate,) = estimate_memory(Step.of(config, estimate_layout(config, on_cpu=True), VOCAB_SIZE))
     measured = run_distributed(measure_all, 1, [config], VOCAB_SIZE)[0]
     state = sum(estimate.components[name] for name in ("weights", "main weights", "gradients", "optimizer state"))
     assert state == pytest.approx(measured.between_steps, rel=0.01)

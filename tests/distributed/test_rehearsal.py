@@ -163,7 +163,7 @@ def test_memory_over_is_named_with_rank_and_phase(found):
 
 
 def test_bad_divisibility_is_refused():
-    from plt_megatron.rehearsal.rehearse import rehearse
+    from plt_megatron.predict.rehearsal.rehearse import rehearse
 
     config = run_config("PP2")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=3))

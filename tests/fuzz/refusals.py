@@ -18,7 +18,7 @@ from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import validate
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.run_estimate import estimate_run
+from plt_megatron.predict.run_estimate import estimate_run
 from plt_megatron.run_folder.folder import save_config
 from tests.distributed.training_jobs import train
 from tests.fuzz import data, draw

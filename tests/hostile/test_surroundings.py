@@ -151,7 +151,7 @@ runpy.run_module("plt_megatron", run_name="__main__", alter_sys=True)
     [
         ("train run.yaml name=new", "plt_megatron.config.schema"),  # while its own modules are imported
         ("train run.yaml name=new", "numpy"),
-        ("estimate run.yaml", "plt_megatron.estimate.report"),
+        ("estimate run.yaml", "plt_megatron.predict.report"),
         ("status", "plt_megatron.slurm.status"),
         ("doctor", "plt_megatron.runtime.machine"),
         ("plot runs/mine", "matplotlib"),
@@ -162,7 +162,7 @@ runpy.run_module("plt_megatron", run_name="__main__", alter_sys=True)
         ("export --checkpoint runs/mine --output o", "torch"),
         ("study configs/studies/smoke.yaml --dry-run", "plt_megatron.experiments.study.rounds"),
         ("sweep configs/sweeps/smoke.yaml --dry-run", "plt_megatron.experiments.sweep"),
-        ("rehearse run.yaml", "plt_megatron.rehearsal.rehearse"),
+        ("rehearse run.yaml", "plt_megatron.predict.rehearsal.rehearse"),
         ("preprocess --input text.jsonl --tokenizer tokenizer --output-prefix o", "numpy"),
     ],
 )

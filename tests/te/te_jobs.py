@@ -302,7 +302,7 @@ def exchanged_and_estimated(layout: Layout, case: Case) -> tuple[float, float]:
     """Bytes that a rank sends in a step to exchange rows for heads, and what the estimate says of them."""
     import torch.distributed as dist
 
-    from plt_megatron.estimate.run_estimate import estimate_run
+    from plt_megatron.predict.run_estimate import estimate_run
     from plt_megatron.runtime.process_groups import init_process_groups
     from plt_megatron.train.megatron_engine import MegatronEngine
     from tests.distributed import parity

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.decode_cost import kv_cache_bytes, state_bytes
 from plt_megatron.experiments.intervals import LEVEL, Estimate, Interval, estimate, paired_difference
 from plt_megatron.experiments.law import LawFit, fit_curve
 from plt_megatron.experiments.report.results import RunResult, SweepResults
 from plt_megatron.experiments.solver import Model, Observation
 from plt_megatron.experiments.sweep_plan import PlannedRun
+from plt_megatron.predict.decode_cost import kv_cache_bytes, state_bytes
 
 FARTHER = 4.0
 

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
-from plt_megatron.estimate.parameters import count_parameters
-from plt_megatron.estimate.run_estimate import estimate_run
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.matching import flops_per_token
 from plt_megatron.experiments.report.results import RunResult, load_results
@@ -25,6 +22,9 @@ from plt_megatron.experiments.study.grid import Grid, loop_parameters, source_of
 from plt_megatron.experiments.study.study_file import DecideSettings
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
 from plt_megatron.experiments.sweep_status import first_few, state_of
+from plt_megatron.predict.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
+from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.run_estimate import estimate_run
 
 Wiring = tuple[str, int]  # a variant, "" for one loop, and a number of loops
 UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}  # of what the law is about

@@ -28,7 +28,6 @@ import yaml
 from plt_megatron.config.fields import LoopCount, NotNegative, Positive, PositiveCount, Range, Size
 from plt_megatron.config.yaml_nodes import describe, where
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.gpu_specs import card_names
 from plt_megatron.experiments.sweep_file import (
     LOOP_SWITCHES,
     OWNED,
@@ -38,6 +37,7 @@ from plt_megatron.experiments.sweep_file import (
     read_file_of_runs,
     settings_of,
 )
+from plt_megatron.predict.cards import card_names
 
 _HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
 _BUDGET = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(m|min|h|d)")

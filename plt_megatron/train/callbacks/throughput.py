@@ -1,4 +1,4 @@
-"""Tokens per second, model FLOP/s and MFU, all from one loop-aware formula (`estimate/flops.py`).
+"""Tokens per second, model FLOP/s and MFU, all from one loop-aware formula (`predict/flops.py`).
 
 MFU is model FLOP/s over the devices' dense peak: the data sheet's on a GPU, the measured rate of a large matrix product
 on a CPU, or `logging.peak_tflops`.
@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.estimate import flops, parameters, peaks
 from plt_megatron.model.transformer_config import DTYPES
+from plt_megatron.predict import cards, flops, parameters
 from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
@@ -88,7 +88,7 @@ def _job_peak(config: RunConfig) -> tuple[float | None, str]:
         dist.all_reduce(total)
         return float(total), "measured matrix product"
     name = torch.cuda.get_device_name()
-    peak = peaks.lookup(name, precision if config.training.fp8 is None else "fp8")
+    peak = cards.lookup(name, precision if config.training.fp8 is None else "fp8")
     if peak is None:
         return None, f"no data sheet for {name}; set logging.peak_tflops"
     return peak * devices, f"data sheet, {name}"

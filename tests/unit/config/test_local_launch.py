@@ -13,7 +13,7 @@ import pytest
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.validation import processes_on
-from plt_megatron.estimate.run_estimate import estimate_run
+from plt_megatron.predict.run_estimate import estimate_run
 from tests.unit.config.run_files import write_run_files
 
 ROOT = Path(__file__).resolve().parents[3]

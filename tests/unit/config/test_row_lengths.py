@@ -12,8 +12,8 @@ from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import BatchStage, DataSource, DeepSpeedConfig, LengthStage, LoopStage, RunConfig
 from plt_megatron.config.validation import find_problems
-from plt_megatron.estimate.flops import run_flops_per_token, training_flops_per_token
-from plt_megatron.estimate.run_estimate import estimate_run
+from plt_megatron.predict.flops import run_flops_per_token, training_flops_per_token
+from plt_megatron.predict.run_estimate import estimate_run
 
 STAGES = [LengthStage(1000, 16), LengthStage(2500, 32)]
 

@@ -11,8 +11,8 @@ from sweep_helpers import LOOPS, plan_of, saved_plan
 
 from plt_megatron.config.loop_schedule import with_loop_count
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.decode_cost import decode_cost
 from plt_megatron.experiments.sweep_plan import FILE_NAME, config_path, load_plan, merge
+from plt_megatron.predict.decode_cost import decode_cost
 
 
 def match_on(what: str) -> str:

@@ -14,8 +14,8 @@ from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.parameters import count_parameters
 from plt_megatron.launcher import preflight
+from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.slurm import checks
 from plt_megatron.slurm.submission import Options, submit
 

@@ -17,8 +17,8 @@ from submitting import IN_JOB, LAUNCHER, ROOT, command, directives, refusal, sub
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import ModelConfig
 from plt_megatron.errors import UserError
-from plt_megatron.estimate.flops import training_flops_per_token
 from plt_megatron.launcher.job import load_settings
+from plt_megatron.predict.flops import training_flops_per_token
 from plt_megatron.slurm.run_files import check_no_active_job, job_name, submitted_jobs
 from plt_megatron.slurm.submission import Options, submit
 from tests.settings import make

@@ -1,0 +1,147 @@
+"""The one formula for model FLOPs, loops included: times tokens/s it is model FLOP/s, over a peak it is MFU.
+
+Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads and `g` key/value heads of
+`c` channels, `f` FFN width, `w` window, `V` padded vocabulary, and a multiply-add as 2 FLOPs:
+
+    projections   2 d c (h + 2 g) + 2 h c d          per layer and loop
+    ffn           2 * 3 d f                          per layer and loop
+    router        2 d E                              per layer with E experts and loop: f is there what a token uses
+    global        4 h c K(n)                         per layer and loop: Q K^T, and its softmax times V
+    local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window
+    gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
+    output        2 d V                              once
+
+Layers before and after `model.loop_span` are in one loop only, the first.
+
+`K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
+K(n, w) = w - w (w - 1) / (2 n).
+
+Training costs three forward passes: itself and a backward pass of two. Recomputation adds nothing: these are
+model FLOPs, the work the mathematics asks for, not what the hardware did. The embedding is a lookup; norms,
+RoPE, softmax, activations and the loop's shift are left out. A sequence counts as one document: with
+`reset_at_document_boundaries` attention does less work than is counted. With `share_kv` and without
+`gated_window`, loops >= 2 use no K and V of their own, so those projections are not counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+from plt_megatron.config import derived
+from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.predict.parameters import FFN, matmuls
+
+TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A cost in parts, which are a subclass's fields."""
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+    def times(self, factor: float) -> Self:
+        return type(self)(*(factor * part for part in dataclasses.astuple(self)))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Flops(Parts):
+    """FLOPs per token by component, summed over layers and loops."""
+
+    projections: float
+    ffn: float  # and the router
+    global_attention: float
+    local_attention: float
+    gate: float
+    output: float
+
+    @property
+    def looped(self) -> float:
+        """The transformer stack's part: everything but the output layer."""
+        return self.total - self.output
+
+
+def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
+    """Keys a query sees, itself included and within the window if any: the mean over a sequence."""
+    n = sequence_length
+    w = n if window_size is None else min(window_size, n)
+    return w - w * (w - 1) / (2 * n)
+
+
+def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int) -> Flops:
+    """Count the FLOPs of one token in a forward pass, logits included, that sees `keys` keys, and `window_keys` of them
+    in a window: in training the mean over a sequence, in decoding the context."""
+    runs = derived.run_layers(model)
+    later = runs[model.num_layers :]
+    windows = later if derived.has_gates(model) else []
+    key_value_width = derived.num_query_groups(model) * derived.head_dim(model)
+    unused = (not derived.later_loops_use_keys(model)) + (not derived.later_loops_use_values(model))
+    attention = 4 * model.num_attention_heads * derived.head_dim(model)
+    return Flops(
+        projections=2 * (matmuls(model, runs, "attention") - len(later) * unused * key_value_width * model.hidden_size),
+        ffn=2 * matmuls(model, runs, *FFN),
+        global_attention=len(runs) * attention * keys,
+        local_attention=len(windows) * attention * window_keys,
+        gate=2 * matmuls(model, windows, "gates"),
+        output=2 * model.hidden_size * padded_vocab_size,
+    )
+
+
+def forward_flops_per_token(
+    model: ModelConfig,
+    sequence_length: int,
+    padded_vocab_size: int,
+    loop_count: int | None = None,
+) -> Flops:
+    """Count the FLOPs per token of one forward pass over sequences. `loop_count` None: the model's own."""
+    model = dataclasses.replace(model, loop_count=model.loop_count if loop_count is None else loop_count)
+    window_keys = mean_keys(sequence_length, model.window_size)
+    return forward_flops(model, mean_keys(sequence_length), window_keys, padded_vocab_size)
+
+
+def training_flops_per_token(
+    model: ModelConfig,
+    sequence_length: int,
+    padded_vocab_size: int,
+    loop_count: int | None = None,
+) -> Flops:
+    """Model FLOPs per token of one training step (forward and backward, no recomputation)."""
+    forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count)
+    return forward.times(TRAINING_OVER_FORWARD)
+
+
+def step_flops_per_token(
+    config: RunConfig, padded_vocab_size: int, loop_count: int, sequence_length: int | None = None
+) -> Flops:
+    """The same of a run's step with so many loops: `training.loop_loss_weights` ask for more than one output layer.
+    `sequence_length` None: `data.sequence_length`."""
+    length = sequence_length or config.data.sequence_length
+    flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count)
+    outputs = len(derived.loops_with_loss(config, loop_count))
+    return dataclasses.replace(flops, output=outputs * flops.output)
+
+
+def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
+    """Training FLOPs per token, the mean over the tokens of the run's steps after `start`: `training.loop_schedule`
+    decides their loops, `data.length_schedule` how far they attend."""
+    total = Flops(0, 0, 0, 0, 0, 0)
+    for kind, share in LoopSchedule(config).kind_token_shares(start).items():
+        total += step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length).times(share)
+    return total
+
+
+def flops_of_loops(model: ModelConfig, sequence_length: int, padded_vocab_size: int) -> list[float]:
+    """Training FLOPs per token of each loop, without the output layer: loops >= 2 have a window and a gate more."""
+    totals = [
+        training_flops_per_token(model, sequence_length, padded_vocab_size, loops).looped
+        for loops in range(1, model.loop_count + 1)
+    ]
+    return [total - before for total, before in zip(totals, [0.0, *totals], strict=False)]

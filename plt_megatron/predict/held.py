@@ -1,0 +1,234 @@
+"""What a rank of a pipeline stage holds: its parameters, and where an optimizer updates those that it needs whole.
+
+An optimizer of whole matrices has them laid out as megatron-core's layer-wise layout: the hidden matrices of a gradient
+bucket are given out to the data-parallel ranks, largest first, each to the rank that has least so far, and every rank's
+part is padded to the fullest one's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.layout import ParallelLayout
+from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.model.parameters import Parameter, Sizes, parameters_of
+from plt_megatron.predict.layout import Layout
+from plt_megatron.predict.parameters import elements
+
+_ALIGNMENT = 64  # elements
+_FULL = 0.9  # a bucket is large enough for all ranks to hold its largest matrix, but for so much
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Number of parameters that one rank of a pipeline stage holds: slices of split tensors, all others whole."""
+
+    layers: int  # without experts
+    embedding: int  # and the loops' input, beside it
+    final_norm: int
+    output_layer: int  # a pipeline's last stage holds a copy of a tied embedding
+    experts: int = 0  # this rank's, all layers
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def dense(self) -> int:
+        """All but experts, which are distributed over other ranks."""
+        return self.total - self.experts
+
+
+def count_rank_parameters(
+    model: ModelConfig, vocab_size: int, layout: ParallelLayout, stage: int = 0
+) -> RankParameters:
+    """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
+    first, last = stage == 0, stage == layout.pipeline - 1
+    table = derived.padded_vocab_size(model, vocab_size, layout.tensor) // layout.tensor * model.hidden_size
+    shared = model.share_embeddings_and_output_weights and first
+    counted = count_in_layers(model, layout.stage_layers(model.num_layers)[stage])
+    return RankParameters(
+        layers=counted["split"] // layout.tensor + counted["whole"],
+        embedding=table + sum(number for _, number in elements(model, None, "loop_input")) if first else 0,
+        final_norm=model.hidden_size if last else 0,
+        output_layer=table if last and not shared else 0,
+        experts=derived.num_experts(model) // layout.expert * counted["expert"],
+    )
+
+
+def count_in_layers(model: ModelConfig, layers: range) -> Counter[str]:
+    """Count the parameters of these layers: `split` over tensor-parallel ranks, `whole` on each, of one `expert` a
+    layer."""
+    counted: Counter[str] = Counter()
+    for parameter, number in elements(model, layers, experts=1):
+        counted["expert" if parameter.per_expert else "split" if parameter.split else "whole"] += number
+    return counted
+
+
+@dataclass(frozen=True)
+class RankMatrix:
+    """A rank's part of a hidden matrix.
+
+    Attributes:
+        size: elements.
+        split: whether tensor-parallel ranks hold a part each.
+        wholes: (rows, columns) of the matrices that are orthogonalized each, over all tensor-parallel ranks.
+    """
+
+    size: int
+    split: bool
+    wholes: tuple[tuple[int, int], ...]
+
+    @property
+    def gathered(self) -> int:
+        """Elements of the momentum that tensor-parallel ranks gather in an update."""
+        return sum(rows * columns for rows, columns in self.wholes) if self.split else 0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one Newton-Schulz iteration: X X^T, its square, and their product with X."""
+        sides = [(min(shape), max(shape)) for shape in self.wholes]
+        return sum(2 * short * short * (2 * long + short) for short, long in sides)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters of one rank that the same data-parallel ranks hold: its dense ones, or its experts.
+
+    Attributes:
+        size: elements.
+        shards: ranks that hold the same ones.
+        matrices: what each of these ranks updates as wholes; they divide everything else evenly.
+        padded: elements of a rank's part of the matrices' buffers, the same for all.
+    """
+
+    size: int
+    shards: int
+    matrices: tuple[tuple[RankMatrix, ...], ...] = ((),)
+    padded: int = 0
+
+    @property
+    def in_matrices(self) -> int:
+        """Elements of all matrices."""
+        return sum(matrix.size for rank in self.matrices for matrix in rank)
+
+    @property
+    def divided(self) -> int:
+        """Elements that these ranks divide evenly where they divide any."""
+        return self.size - self.in_matrices
+
+    @property
+    def part(self) -> int:
+        """A rank's share of those."""
+        return self.divided // self.shards
+
+    @property
+    def reduced(self) -> float:
+        """Elements that a rank sends where gradients are reduced, or weights gathered, once: padding too."""
+        return (self.shards - 1) / self.shards * (self.divided + self.shards * self.padded)
+
+    def busiest(self, measure: Callable[[RankMatrix], int]) -> int:
+        """Sum a measure of the matrices of the rank that has most of it. All tensor-parallel ranks have the same."""
+        return max(sum(map(measure, rank)) for rank in self.matrices)
+
+    @property
+    def most(self) -> int:
+        """Elements in matrices, of the rank with most."""
+        return self.busiest(lambda matrix: matrix.size)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rank of a pipeline stage holds.
+
+    Attributes:
+        index: from 0.
+        layers: counted over the whole model.
+        parameters: by what they are.
+        dense, experts: the same by the ranks that hold them, too.
+    """
+
+    index: int
+    layers: range
+    parameters: RankParameters
+    dense: Held
+    experts: Held
+
+    @property
+    def held(self) -> tuple[Held, Held]:
+        """Both kinds."""
+        return self.dense, self.experts
+
+
+def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]:
+    """Count what a rank of each pipeline stage holds."""
+    found = []
+    for index, layers in enumerate(layout.stage_layers(config.model.num_layers)):
+        counted = count_rank_parameters(config.model, vocab_size, layout, index)
+        dense = Held(counted.dense, layout.shards)
+        experts = Held(counted.experts, layout.expert_shards)
+        if optimizer_spec(config.optimizer).matrix_state is not None:
+            bucket = derived.bucket_elements(layout.shards) if layout.overlap_grad_reduce and index == 0 else None
+            dense = _with_matrices(dense, _matrices(config.model, layout, layers, experts=False), bucket)
+            experts = _with_matrices(experts, _matrices(config.model, layout, layers, experts=True), bucket)
+        found.append(Stage(index, layers, counted, dense, experts))
+    return found
+
+
+def _with_matrices(held: Held, matrices: Sequence[RankMatrix], bucket: int | None) -> Held:
+    return Held(held.size, held.shards, *given_out(matrices, held.shards, bucket))
+
+
+def _matrices(model: ModelConfig, layout: ParallelLayout, layers: range, *, experts: bool) -> list[RankMatrix]:
+    """The dense hidden matrices that a rank holds of these layers, or its experts', in the model's order."""
+    sizes, copies = Sizes.of(model, 0), derived.num_experts(model) // layout.expert if experts else 1
+    hidden = [each for each in parameters_of(model) if each.is_hidden_matrix and each.per_expert == experts]
+    found = []
+    for layer in layers:
+        own = [each for each in hidden if layer in each.layers(model)]
+        found += copies * [_rank_matrix(each, sizes, layout.tensor) for each in own]
+    return found
+
+
+def _rank_matrix(parameter: Parameter, sizes: Sizes, tensor: int) -> RankMatrix:
+    split = parameter.split is not None and tensor > 1
+    wholes = tuple((rows, columns) for rows, columns in map(sizes.shape, parameter.hf_dims))
+    return RankMatrix(parameter.size(sizes) // (tensor if split else 1), split, wholes)
+
+
+def given_out(
+    matrices: Sequence[RankMatrix], ranks: int, bucket: int | None
+) -> tuple[tuple[tuple[RankMatrix, ...], ...], int]:
+    """Give out the matrices, in the model's order: what each rank updates, and the elements of its part of the buffers.
+    `bucket`: elements of one; None: there is one."""
+    shares: list[list[RankMatrix]] = [[] for _ in range(ranks)]
+    padded = 0
+    chunk: list[RankMatrix] = []
+    for matrix in reversed(matrices):
+        chunk.append(matrix)
+        largest = max(each.size for each in chunk)
+        if bucket is not None and sum(each.size for each in chunk) >= max(bucket, int(ranks * largest * _FULL)):
+            padded += _give_out(chunk, shares)
+            chunk = []
+    padded += _give_out(chunk, shares)
+    return tuple(map(tuple, shares)), padded
+
+
+def _give_out(chunk: Sequence[RankMatrix], shares: list[list[RankMatrix]]) -> int:
+    """Add a bucket's matrices to the shares; the elements of a rank's part of it."""
+    ends = [0] * len(shares)
+    for matrix in sorted(chunk, key=lambda each: -each.size):
+        rank = min(range(len(shares)), key=lambda each: ends[each])
+        shares[rank].append(matrix)
+        ends[rank] = _padded(ends[rank], _ALIGNMENT) + matrix.size
+    return _padded(max(ends), math.lcm(_ALIGNMENT, math.lcm(len(shares), 128) // len(shares)))
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,180 @@
+"""How a run is spread over ranks, and in which order a rank runs its microbatches: what every estimate of one rank's
+memory, time and traffic depends on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.layout import DIMENSIONS, ParallelLayout, layout_of, num_microbatches
+from plt_megatron.config.rules.deepspeed import deepspeed_config
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+
+BYTES = {"fp32": 4, "bf16": 2}
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default
+
+
+@dataclass(frozen=True)
+class Layout(ParallelLayout):
+    """The layout, and how one rank runs its microbatches.
+
+    Attributes:
+        zero_stage: 0 all optimizer state on every data-parallel rank; 1 optimizer state divided (megatron-core's
+            distributed optimizer); 2 gradients too; 3 weights too.
+        recompute: `none`, `selective` (`recompute_modules`) or `full` (units of `recompute_num_layers` layers).
+        recompute_modules: parts of layers that are recomputed by themselves.
+        micro_batch_size: sequences.
+        microbatches: per optimizer step and data-parallel rank.
+        deepspeed: trained by DeepSpeed, which has buffers of its own.
+        offload_optimizer, offload_weights: kept in the host's memory (DeepSpeed).
+        reduce_bucket: parameters whose gradients are reduced together (DeepSpeed).
+        max_live_parameters: how many parameters may be whole at a time (stage 3).
+        backend: `torch` or `te`.
+        on_cpu: gloo and torch's CPU kernels.
+    """
+
+    zero_stage: int = 1
+    recompute: str = "none"
+    recompute_num_layers: int = 1
+    recompute_modules: tuple[str, ...] = ()
+    micro_batch_size: int = 1
+    microbatches: int = 1
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    deepspeed: bool = False
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    reduce_bucket: int = 0
+    max_live_parameters: int = MAX_LIVE_PARAMETERS
+    backend: str = "torch"
+    on_cpu: bool = False
+
+    def __str__(self) -> str:
+        words = [super().__str__()]
+        if self.deepspeed:
+            words.append(f"ZeRO{self.zero_stage}")
+            if self.offload_optimizer or self.offload_weights:
+                words.append("offload")
+        return " ".join(words)
+
+
+def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu: bool = False) -> Layout:
+    """The layout of a validated configuration on `world_size` ranks (None: as many as it asks for).
+
+    `model.backend: auto` is Transformer Engine on a GPU and torch on a CPU.
+    """
+    parallel, backend = config.parallel, config.model.backend
+    deepspeed = config.deepspeed
+    zero = deepspeed_config(config)["zero_optimization"] if deepspeed else {}
+    if backend == "auto":
+        backend = "torch" if on_cpu else "te"
+    return Layout(
+        **dataclasses.asdict(layout_of(config, world_size)),
+        zero_stage=deepspeed.zero_stage if deepspeed else 1,  # 1: megatron-core's distributed optimizer, always on
+        deepspeed=deepspeed is not None,
+        offload_optimizer=deepspeed is not None and deepspeed.offload_optimizer == "cpu",
+        offload_weights=deepspeed is not None and deepspeed.offload_param == "cpu",
+        reduce_bucket=zero.get("reduce_bucket_size", 0),
+        max_live_parameters=zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS),
+        recompute=parallel.recompute_granularity,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=tuple(parallel.recompute_modules) if parallel.recompute_granularity == "selective" else (),
+        micro_batch_size=config.training.micro_batch_size,
+        microbatches=max(1, num_microbatches(config, world_size)),
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=derived.overlap_param_gather(config),
+        backend=backend,
+        on_cpu=on_cpu,
+    )
+
+
+_SIZES = {word: f"parallel.{setting}" for word, (_, setting) in DIMENSIONS.items()} | {
+    "MB": "training.micro_batch_size",
+    "ZERO": "deepspeed.zero_stage",
+}
+_RECOMPUTE = ("none", "selective", "full")
+
+
+def layout_overrides(text: str) -> list[str]:
+    """Settings for a layout as reports print it, `TP2 SP PP4 DP8`, separated by blanks or commas.
+
+    TP, PP and CP that are left out are 1, and without SP there is no sequence parallelism; anything else that is left
+    out stays as configured. More words: `MB2` (micro batch size), `none`, `selective` or `full` (recomputation), and
+    with DeepSpeed `ZeRO2` and `offload`, of the optimizer. Raises `UserError` on another word, or one given twice.
+    """
+    words = [word.upper() for word in re.split(r"[\s,]+", text) if word]
+    settings: dict[str, str] = {}
+    for word in words:
+        for key, value in _meaning(word).items():
+            if key in settings:
+                raise UserError(f"--layout {text}: {word} says twice what {key} is")
+            settings[key] = value
+    for name in ("TP", "PP", "CP"):
+        settings.setdefault(_SIZES[name], "1")
+    settings.setdefault("parallel.sequence_parallel", "false")
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _meaning(word: str) -> dict[str, str]:
+    sized = re.fullmatch(r"([A-Z]+?)(\d+)", word)
+    if sized and sized[1] in _SIZES:
+        return {_SIZES[sized[1]]: sized[2]}
+    if word == "SP":
+        return {"parallel.sequence_parallel": "true"}
+    if word == "OFFLOAD":
+        return {"deepspeed.offload_optimizer": "cpu"}
+    if word.lower() in _RECOMPUTE:
+        return {"parallel.recompute_granularity": word.lower()}
+    raise UserError(
+        f"--layout: {word} is not known; it is written as in 'TP2 SP PP4 CP1 DP8 MB1 full', or 'TP2 DP8 ZeRO3 offload'"
+    )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward or backward pass of a microbatch through a stage: through loop `loop`, or all where it is 0.
+
+    Loops are the model chunks of megatron-core's interleaved schedule (docs/decisions.md). A single stage runs all
+    loops of a microbatch forward, then backward.
+    """
+
+    microbatch: int
+    loop: int
+    backward: bool
+
+
+def bubble_fraction(pipeline: int, loops: int, microbatches: int) -> float:
+    """Idle time over working time: (P - 1) / (L M)."""
+    return (pipeline - 1) / (loops * microbatches)
+
+
+def passes(pipeline: int, stage: int, loops: int, microbatches: int) -> list[Pass]:
+    """The passes of a stage in one step, in order.
+
+    The steady state repeats, so callers that need the peak may use fewer microbatches:
+    `enough_microbatches`.
+    """
+    if pipeline == 1:
+        return [Pass(index, 0, backward) for index in range(microbatches) for backward in (False, True)]
+    if loops == 1:
+        forward = [(index, 1) for index in range(microbatches)]
+        warmup, backward = pipeline - stage - 1, forward
+    else:
+        groups = [range(first, min(first + pipeline, microbatches)) for first in range(0, microbatches, pipeline)]
+        forward = [(index, loop) for group in groups for loop in range(1, loops + 1) for index in group]
+        backward = [(index, loop) for group in groups for loop in range(loops, 0, -1) for index in group]
+        warmup = (pipeline - stage - 1) * 2 + (loops - 1) * pipeline
+    warmup = min(warmup, len(forward))
+    order = [Pass(*each, backward=False) for each in forward[:warmup]]
+    for ahead, behind in zip(forward[warmup:], backward, strict=False):
+        order += [Pass(*ahead, backward=False), Pass(*behind, backward=True)]
+    return order + [Pass(*each, backward=True) for each in backward[len(forward) - warmup :]]
+
+
+def enough_microbatches(pipeline: int, microbatches: int) -> int:
+    """A number of microbatches that shows the same peak as all of them."""
+    return min(microbatches, 2 if pipeline == 1 else 3 * pipeline)

@@ -1,0 +1,125 @@
+"""Parameters of a model and of its layers, counted from the table that it is built from (`model/parameters.py`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
+
+FFN: tuple[Component, ...] = ("ffn", "router", "experts")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Number of parameters of each component, over all layers. Loops share them, so they count once."""
+
+    embedding: int  # padded vocabulary x hidden_size
+    loop_input: int  # the learned scale of h in the input of loops >= 2
+    attention: int  # Q, K, V and output projections, with any biases
+    ffn: int  # gate, up and down projections of a dense FFN or of a shared expert
+    norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
+    gates: int  # G-SWA: none in a model of one loop
+    final_norm: int
+    output_layer: int  # 0 when tied to the embedding
+    router: int = 0
+    experts: int = 0  # gate, up and down projections of all of them
+    active_experts: int = 0  # of those that a token uses: part of `experts`
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self)) - self.active_experts
+
+    @property
+    def active(self) -> int:
+        """Parameters that take part in one token's forward pass; a dense model uses all."""
+        return self.total - self.experts + self.active_experts
+
+    @property
+    def tables(self) -> int:
+        """The embedding table and, where it is another, the output layer's."""
+        return self.embedding + self.output_layer
+
+    @property
+    def non_embedding(self) -> int:
+        """Without the embedding table and the output layer."""
+        return self.total - self.tables
+
+
+def elements(
+    model: ModelConfig,
+    layers: Iterable[int] | None = None,
+    *components: Component,
+    vocab_size: int = 0,
+    experts: int | None = None,
+) -> Iterator[tuple[Parameter, int]]:
+    """Yield each parameter of the table with the number of its elements in `layers`.
+
+    Args:
+        layers: each counts as often as it is given; None: the whole model, with what is in no layer.
+        components: of these alone; none: of all.
+        vocab_size: padded.
+        experts: how many of a layer count; None: all.
+    """
+    sizes = Sizes.of(model, vocab_size)
+    experts = derived.num_experts(model) if experts is None else experts
+    given = None if layers is None else Counter(layers)
+    for parameter in parameters_of(model):
+        if components and parameter.component not in components:
+            continue
+        own = parameter.layers(model)
+        if given is None:
+            copies = len(own)
+        elif parameter.per_layer:
+            copies = sum(times for layer, times in given.items() if layer in own)
+        else:
+            continue
+        yield parameter, copies * parameter.size(sizes) * (experts if parameter.per_expert else 1)
+
+
+def count_components(
+    model: ModelConfig, layers: Iterable[int] | None = None, *, vocab_size: int = 0
+) -> dict[Component, int]:
+    """Count the elements of each component, as `elements` does."""
+    counted: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
+    for parameter, number in elements(model, layers, vocab_size=vocab_size):
+        counted[parameter.component] += number
+    return counted
+
+
+def count_parameters(
+    model: ModelConfig, vocab_size: int | None = None, tensor_model_parallel_size: int = 1
+) -> ParameterCount:
+    """Count the parameters of `model`.
+
+    `vocab_size` is the tokenizer's; None: `model.vocab_size`, which must then be given.
+    The vocabulary is padded to a multiple that depends on `tensor_model_parallel_size`.
+    """
+    vocab_size = model.vocab_size if vocab_size is None else vocab_size
+    if vocab_size is None:
+        raise ValueError("vocab_size is neither an argument nor in the model configuration")
+    padded = derived.padded_vocab_size(model, vocab_size, tensor_model_parallel_size)
+    counted = count_components(model, vocab_size=padded)
+    used = counted["experts"] // max(1, derived.num_experts(model)) * active_experts(model)
+    return ParameterCount(**counted, active_experts=used)
+
+
+def active_experts(model: ModelConfig) -> int:
+    """Experts of a layer that a token is sent to, the shared one not counted."""
+    return 0 if model.moe is None else model.moe.router_topk
+
+
+def matmuls(model: ModelConfig, layers: Iterable[int], *components: Component) -> int:
+    """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is given."""
+    counted = elements(model, layers, *components, experts=active_experts(model))
+    return sum(number for parameter, number in counted if parameter.is_matrix)
+
+
+def matrix_parameters(model: ModelConfig) -> int:
+    """Count the elements of all hidden matrices of a model."""
+    return sum(number for parameter, number in elements(model) if parameter.is_hidden_matrix)

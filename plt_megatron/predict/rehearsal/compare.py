@@ -1,0 +1,207 @@
+"""What the ranks did against what must be true: memory, FLOPs and bytes as estimated, and each element of a
+checkpoint's tensors written by exactly one rank of the world.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.predict.rehearsal.record import Box, Call, RankRecord, Saving
+from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
+from plt_megatron.predict.step import share_of_stage
+
+TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01, "checkpoint": 0.01}
+# Phases of a training step; what is sent per microbatch is counted as often as there are microbatches.
+_PER_MICROBATCH = ("forward", "backward", "between")
+_SCALED = ("neighbours' rows", "tensor parallel", "context parallel", "expert parallel", "pipeline")
+_NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, under context parallelism, the window
+_SHOWN = 3  # faults of a tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One figure of one rank.
+
+    Attributes:
+        kind: of `TOLERANCES`.
+        what: as in `bytes sent, tensor parallel`.
+        rank: the one it is from: the worst, where several are.
+    """
+
+    kind: str
+    what: str
+    rank: int
+    rehearsed: float
+    estimated: float
+
+    @property
+    def off(self) -> float:
+        """Relative to the rehearsed; infinite where that is 0."""
+        if self.rehearsed == self.estimated:
+            return 0.0
+        return self.estimated / self.rehearsed - 1 if self.rehearsed else float("inf")
+
+    @property
+    def is_wrong(self) -> bool:
+        return abs(self.off) > TOLERANCES[self.kind]
+
+    def __str__(self) -> str:
+        missing = " (missing: the ranks send nothing)" if not self.rehearsed else ""
+        return (
+            f"{self.what}, rank {self.rank}: rehearsed {self.rehearsed:,.0f}, estimated {self.estimated:,.0f}{missing}"
+        )
+
+
+def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
+    """Every figure that both know."""
+    return [
+        *_memory(records, estimate),
+        *(_flops(config, record, estimate) for record in records),
+        *_traffic(records, estimate),
+        *_saving(records, estimate),
+    ]
+
+
+def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate, given: RunEstimate) -> list[str]:
+    """Ranks that do not fit the card.
+
+    Args:
+        given: of the configuration as it was given: what it takes less or more than `estimate`, which is of what was
+            rehearsed, is what the parts that were replaced do.
+    """
+    usable = int(USABLE_SHARE * estimate.device_memory_bytes)
+    problems = []
+    for record in records:
+        stage = record.place["pp"]
+        replaced = given.memory[stage].total_bytes - estimate.memory[stage].total_bytes
+        needed = record.peak + replaced
+        if needed > usable:
+            estimated = f", {replaced:+,} of them estimated for what was replaced," if replaced else ""
+            problems.append(
+                f"memory over: rank {record.rank} needs {needed:,} bytes{estimated} in {record.peak_phase}, the card "
+                f"({estimate.gpu}) has {usable:,} of {estimate.device_memory_bytes:,} to use"
+            )
+    return problems
+
+
+def _memory(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
+    for stage in sorted({record.place["pp"] for record in records}):
+        worst = max((each for each in records if each.place["pp"] == stage), key=lambda each: each.peak)
+        expected = estimate.memory[stage].total_bytes
+        yield Difference("memory", f"memory, stage {stage}", worst.rank, worst.peak, expected)
+
+
+def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Difference:
+    """Linear layers and causal attention; not the window, which torch computes in blocks, nor recomputation."""
+    layout = estimate.layout
+    parts = share_of_stage(estimate.flops, config, layout, record.place["pp"])
+    expected = parts.projections + parts.ffn + parts.global_attention + parts.output
+    loops = config.model.loop_count
+    if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, which has no use for it
+        expected += parts.gate * loops / (loops - 1)
+    tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
+    rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
+    return Difference("FLOPs", "FLOPs", record.rank, rehearsed, expected * tokens / layout.tensor / layout.context)
+
+
+def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
+    written = {rank: size for each in records if each.saving for rank, size in each.saving.written.items()}
+    if written:
+        whole = sum(written.values())
+        yield Difference("checkpoint", "checkpoint, written by all", records[0].rank, whole, estimate.checkpoint_bytes)
+        most = max(written, key=lambda rank: written[rank])
+        yield Difference("memory", "checkpoint, of one rank", most, written[most], estimate.saving_bytes)
+
+
+def sent_by_purpose(record: RankRecord, microbatches: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step of so many microbatches, by the estimate's purposes."""
+    sent: dict[str, float] = defaultdict(float)
+    for call in record.calls:
+        if call.phase in ("validation", "checkpoint"):
+            continue
+        purpose = _purpose(call)
+        repeated = purpose in _SCALED and call.phase.startswith(_PER_MICROBATCH)
+        times = microbatches / record.microbatches if repeated else 1
+        sent[purpose] += times * call.sent_bytes
+    return sent
+
+
+def _purpose(call: Call) -> str:
+    group = call.group
+    if call.operation == "send":
+        return "pipeline"
+    if call.operation == "all_to_all" and not group.startswith("expert"):
+        return "neighbours' rows"
+    if group == "embedding":
+        return "tied embeddings"
+    if group.startswith(("data parallel", "expert data parallel")) and call.elements > 8:
+        return "gradient reduction" if call.operation == "reduce_scatter" else "weight gathering"
+    if group == "tensor and context parallel" and call.operation == "all_reduce":
+        return "scalars"  # how a router's load is spread
+    if group in ("context parallel", "tensor and context parallel"):
+        return "context parallel"
+    if group.startswith("tensor model parallel"):
+        return "matrix updates" if call.phase == "optimizer" and call.operation == "all_gather" else "tensor parallel"
+    if group.startswith("expert"):
+        return "expert parallel"
+    return "scalars"
+
+
+def _traffic(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Difference]:
+    sent = {record.rank: sent_by_purpose(record, estimate.layout.microbatches) for record in records}
+    seen = [each for counts in sent.values() for each in counts if each not in _NOT_ESTIMATED]
+    for purpose in dict.fromkeys([*estimate.communication, *seen]):
+        rank = max(sent, key=lambda each: sent[each][purpose])
+        expected = estimate.communication.get(purpose, 0.0)
+        if sent[rank][purpose] or expected:
+            yield Difference("bytes sent", f"bytes sent, {purpose}", rank, sent[rank][purpose], expected)
+
+
+def saving_problems(savings: Sequence[Saving]) -> list[str]:
+    """What is written twice, or not at all, by the stages together; one line each."""
+    tensors: dict[str, tuple[tuple[int, ...], list[Box]]] = {}
+    problems = []
+    for saving in savings:
+        for key, (shape, boxes) in saving.tensors.items():
+            known, all_boxes = tensors.setdefault(key, (shape, []))
+            all_boxes += boxes
+            if known != shape:
+                problems.append(f"checkpoint: stages disagree on the shape of {key}: {list(known)} and {list(shape)}")
+    found: dict[tuple, list[str]] = {}  # an optimizer's states are divided alike
+    for key, (shape, boxes) in tensors.items():
+        division = shape, tuple(sorted(boxes))
+        if division not in found:
+            faults = _faults(shape, sorted(boxes), ())
+            found[division] = [fault for fault, _ in zip(faults, range(_SHOWN), strict=False)]
+        problems += [f"checkpoint: {fault.format(key=key)}" for fault in found[division]]
+    return problems
+
+
+def _faults(shape: tuple[int, ...], boxes: Sequence[Box], before: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Go through the slabs of the first axis in which the same boxes lie.
+
+    Args:
+        shape: of the axes that are left; boxes: sorted, in these axes.
+        before: start and end along the axes that are done.
+    """
+    if not shape:
+        ranks = [rank for *_, rank in boxes]
+        where = "{key}[" + ", ".join(f"{start}:{end}" for start, end in before) + "]"
+        if not ranks:
+            yield f"nobody writes {where}"
+        elif len(ranks) > 1:
+            yield f"ranks {ranks[0]} and {ranks[1]} both write {where}"
+        return
+    cuts = sorted({0, shape[0]} | {edge for start, size, _ in boxes for edge in (start[0], start[0] + size[0])})
+    inside: list[Box] = []
+    at = 0
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        inside = [box for box in inside if box[0][0] + box[1][0] > start]
+        while at < len(boxes) and boxes[at][0][0] == start:
+            inside.append(boxes[at])
+            at += 1
+        rest = sorted((offset[1:], size[1:], rank) for offset, size, rank in inside)
+        yield from _faults(shape[1:], rest, (*before, (start, end)))

@@ -1,0 +1,225 @@
+"""CUDA tensors without memory and without a GPU.
+
+torch's FakeTensorMode computes shapes only. On a machine without a GPU autograd still asks a CUDA tensor's device for
+its stream, and fails: so C++ is told that the tensor is on the `meta` device, which has none, and Python that it is on
+`cuda:0`. What C++ then makes on `meta` is put on `cuda:0` again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import get_capacity
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import bias
+from torch.optim.optimizer import _foreach_supported_types as foreach_types
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from plt_megatron.predict.rehearsal.observer import Observer, plausible_value
+from plt_megatron.runtime.cpu_runtime import Event, Stream
+
+CUDA = torch.device("cuda", 0)
+_stock_subclass = Tensor._make_subclass
+_stock_tensor = torch.tensor
+_stock_attention = F.scaled_dot_product_attention
+
+
+@contextlib.contextmanager
+def fake_gpu(observer: Observer) -> Iterator[None]:
+    """Within it, all tensors are fake, `cuda` is a device, and `observer` sees every operation. For a process that does
+    nothing else: what is replaced stays so."""
+    _replace_cuda_queries(observer)
+    _replace_tensor_queries(observer)
+    torch.tensor = _tensor_of  # type: ignore[assignment]
+    bias.causal_lower_right = _LowerRight  # type: ignore[assignment]
+    F.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+    with FakeTensorMode(allow_non_fake_inputs=True), _OnFakeGpu(observer):
+        yield
+
+
+class _OnFakeGpu(TorchDispatchMode):
+    def __init__(self, observer: Observer) -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and device.type == "meta":
+            kwargs = {**kwargs, "device": CUDA}
+        answer = self.observer.before(func, args, kwargs)
+        if answer is not None:
+            return answer
+        out = func(*args, **kwargs)
+        self.observer.after(func, args, kwargs, out)
+        return out
+
+
+def _replace_cuda_queries(observer: Observer) -> None:
+    class WaitedEvent(Event):
+        def synchronize(self) -> None:
+            observer.waits_for_device("Event.synchronize")
+
+    class EventStream(Stream):
+        def record_event(self, event: Any = None) -> Event:
+            return event or WaitedEvent()
+
+    cuda = torch.cuda
+    stream = EventStream()
+    replaced: dict[str, Any] = {
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda device=None: (9, 0),
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: observer.waits_for_device("torch.cuda.synchronize"),
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "Stream": EventStream,
+        "Event": WaitedEvent,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+    }
+    for name, function in replaced.items():
+        setattr(cuda, name, function)
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device=None: torch.empty(16, dtype=torch.uint8)  # type: ignore[attr-defined]
+        module.set_rng_state = lambda state, device=None: None  # type: ignore[attr-defined]
+        module.manual_seed = module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+def _replace_tensor_queries(observer: Observer) -> None:
+    stock_type = Tensor.type
+
+    def tolist(self: FakeTensor) -> Any:  # one wait, where the stock method reads element after element
+        observer.waits_for_device("tolist")
+        values = plausible_value(self.dtype)
+        for size in reversed(self.shape):
+            values = [values] * size
+        return values
+
+    def make_subclass(cls: Any, tensor: Tensor, require_grad: bool = False, **kwargs: Any) -> Any:
+        keys = kwargs.get("device_for_backend_keys")
+        if keys is not None and keys.type == "cuda":
+            kwargs["dispatch_device"] = False  # C++ sees the device of what is within: meta
+        return _stock_subclass(cls, tensor, require_grad, **kwargs)
+
+    def type_of(self: FakeTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:  # megatron's optimizer asks for names
+            return stock_type(self).replace("torch.meta.", "torch.cuda.", 1)
+        return stock_type(self, dtype, *args, **kwargs)
+
+    FakeTensor.type = type_of  # type: ignore[method-assign,assignment]
+    FakeTensor.tolist = tolist  # type: ignore[method-assign,assignment]
+    Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign,assignment]
+    foreach_types.append(FakeTensor)  # as on a GPU, the optimizer goes through all parameters at once
+    torch.nn.Module._apply = _convert_module  # type: ignore[method-assign,assignment]
+    FakeTensor.is_cuda = property(lambda self: self.fake_device.type == "cuda")  # type: ignore[assignment]
+
+
+def _tensor_of(data: Any, *, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+    """`torch.tensor`, which reads what tensors it finds in a list one after another; page-locked memory needs a GPU."""
+    return _stock_tensor(_read(data), **kwargs)
+
+
+def _read(data: Any) -> Any:
+    if isinstance(data, list | tuple):
+        return [_read(each) for each in data]
+    return data.item() if isinstance(data, FakeTensor) and data.dim() == 0 else data
+
+
+def _convert_module(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply` as it is for real parameters: stock, it exchanges fake ones, which others already refer to."""
+    for module in self.children() if recurse else ():
+        module._apply(fn)
+    with torch.no_grad():
+        for parameter in filter(lambda each: each is not None, self._parameters.values()):
+            assert parameter is not None
+            parameter.data = fn(parameter.data)
+    self._buffers.update({name: None if each is None else fn(each) for name, each in self._buffers.items()})
+    return self
+
+
+@dataclass
+class _LowerRight:
+    """`torch.nn.attention.bias.causal_lower_right`, which as a tensor cannot be fake."""
+
+    queries: int
+    keys: int
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Flash attention, which is what torch would choose on a GPU for causal attention in half precision; it would not
+    for a fake tensor. Stands in for other precisions' too. Other calls are left to torch."""
+    if not isinstance(attn_mask, _LowerRight) and not kwargs.get("is_causal", False):
+        return _stock_attention(query, key, value, attn_mask, *args, **kwargs)
+    scale = kwargs.get("scale")
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
+
+
+# Experts: each is taken to get as many tokens as every other. megatron-core's dispatchers count on the GPU how many
+# tokens go where, and read the counts on the host: splits of an all-to-all, sizes of what the experts get. Everything
+# else here is theirs.
+
+
+def balance_routing(observer: Observer) -> None:
+    """Have the dispatchers read the counts of an even load. For a process that does nothing else."""
+    stock_init = Router.__init__
+    stock_counts = MoEAlltoAllTokenDispatcher.preprocess
+    stock_postprocess = MoEAllGatherTokenDispatcher.dispatch_postprocess
+
+    def make_router(self: Any, *args: Any, **kwargs: Any) -> None:
+        with torch.device(CUDA):  # stock, it is made on the host and moved, which a fake parameter cannot be
+            stock_init(self, *args, **kwargs)
+
+    def preprocess(self: Any, routing_map: Tensor) -> Any:
+        stock_counts(self, routing_map)
+        by_rank = even_load(routing_map.shape[0], self.config).reshape(self.ep_size, self.num_local_experts)
+        own = by_rank[self.ep_rank]  # every rank sends as many
+        if self.config.moe_expert_capacity_factor is not None:
+            self.num_out_tokens = int(by_rank.sum())
+        if self.ep_size > 1:
+            self.input_splits = by_rank.sum(axis=1)
+            self.output_splits = np.full(self.ep_size, own.sum())
+            self.output_splits_tp = None  # an expert is never divided
+        if self.num_local_experts > 1:
+            self.num_global_tokens_per_local_expert = np.tile(own, (self.ep_size, 1))
+            chunks = np.arange(self.num_experts)
+            self.sort_input_by_local_experts = chunks.reshape(-1, self.num_local_experts).T.ravel()
+            self.restore_output_by_local_experts = chunks.reshape(self.num_local_experts, -1).T.ravel()
+        return own * self.ep_size
+
+    def dispatch_postprocess(self: Any, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Any, Tensor]:
+        by_rank = even_load(hidden_states.shape[0] // self.ep_size, self.config)
+        counts = self.ep_size * by_rank.reshape(self.ep_size, self.num_local_experts)[self.ep_rank]
+        with observer.counted(int(counts.sum())):
+            tokens, _, weights = stock_postprocess(self, hidden_states, probs)
+        return tokens, counts, weights
+
+    Router.__init__ = make_router  # type: ignore[method-assign]
+    MoEAlltoAllTokenDispatcher.preprocess = preprocess  # type: ignore[method-assign]
+    MoEAllGatherTokenDispatcher.dispatch_postprocess = dispatch_postprocess  # type: ignore[method-assign]
+
+
+def even_load(tokens: int, config: TransformerConfig) -> np.ndarray:
+    """How many of a rank's tokens go to each expert, int64 [experts]: as even as can be, and within their capacity."""
+    experts, topk, factor = config.num_moe_experts, config.moe_router_topk, config.moe_expert_capacity_factor
+    assert experts is not None
+    each, left = divmod(tokens * topk, experts)
+    counts = np.full(experts, each)
+    counts[:left] += 1
+    if factor is None:
+        return counts
+    return counts.clip(max=get_capacity(num_tokens=tokens * topk, num_experts=experts, capacity_factor=factor))

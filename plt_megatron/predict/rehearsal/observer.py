@@ -1,0 +1,175 @@
+"""What one rank does: its communication, memory, matrix products, and waits of the host for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from plt_megatron.predict.rehearsal.record import Log
+
+_aten = torch.ops.aten
+_READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default}
+# How many products of a mask's size the kernel makes, and the model has: flash recomputes one in its backward pass.
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default: (2, 2),
+    _aten._scaled_dot_product_flash_attention_backward.default: (5, 4),
+}
+
+
+class Observer:
+    """Sees every operation of a rehearsed rank.
+
+    Attributes:
+        log: the communication; its phase is the phase of everything here.
+        held, peak: bytes on the device by what holds them, at this moment and when their sum was largest.
+        peak_phase: when that was.
+        flops: of matrix products, by kind: `linear`, `batched` and `attention` (of the causal half), `recomputed`, and
+            the `optimizer`'s.
+        waits: how often the host waited for the device, by place in the code, in the phases of a step.
+    """
+
+    def __init__(self) -> None:
+        self.log = Log()
+        self.held: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.peak_phase = ""
+        self.flops: Counter[str] = Counter()
+        self.waits: Counter[tuple[str, str]] = Counter()
+        self._count: int | None = None
+        self._recomputing = 0
+        self._most = 0
+        self._total = 0
+        self._live: dict[int, tuple[str, int]] = {}
+
+    # What an operation is.
+
+    def before(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Called before an operation; an answer other than None replaces it."""
+        if func.namespace == "c10d":
+            self.log.add(func, args)
+            work = FakeWork().boxed()
+            return work if len(func._schema.returns) == 1 else (args[0], work)
+        if func in _READS and args[0].constant is None:
+            if args[0].fake_device.type == "cuda":
+                self.waits_for_device(func._schema.name)
+            return plausible_value(args[0].dtype) if self._count is None else self._count
+        if func is _aten.masked_select.default and self._count is not None:
+            self.waits_for_device(func._schema.name)
+            return args[0].new_empty(self._count)
+        return None
+
+    @contextlib.contextmanager
+    def counted(self, count: int) -> Iterator[None]:
+        """Within it, what depends on values is so many: numbers that are read, and what a mask selects."""
+        self._count = count
+        yield
+        self._count = None
+
+    def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Called after an operation."""
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf)
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is not None:
+            self._count_flops(func, args, counted(*args, **kwargs, out_val=out))
+        elif func in (_aten._to_copy.default, _aten.copy_.default) and _leaves_device(args, out):
+            self.waits_for_device("copy to the host")
+
+    def _count_flops(self, func: Any, args: Any, flops: int) -> None:
+        self.log.work += flops
+        if self.log.phase == "optimizer":
+            self.flops["optimizer"] += flops
+        elif self._recomputing:
+            self.flops["recomputed"] += flops
+        elif func in _ATTENTION:
+            self.flops["attention"] += _of_model(func, args, flops)
+        else:
+            self.flops["batched" if "bmm" in func._schema.name else "linear"] += flops
+
+    def enter_layer(self) -> None:
+        """A layer, or its core attention, runs forward: in a backward pass, to recompute."""
+        self._recomputing += self.log.phase.startswith("backward")
+
+    def leave_layer(self) -> None:
+        """It is done."""
+        self._recomputing -= self.log.phase.startswith("backward")
+
+    def waits_for_device(self, what: str) -> None:
+        """Record that the host waits for the device."""
+        self.waits[self.log.phase, f"{_place()}: {what}"] += 1
+
+    # Memory.
+
+    def _hold(self, tensor: Any) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live or size == 0 or tensor.fake_device.type != "cuda":
+            return
+        name = self.log.phase
+        self._live[key] = name, size
+        weakref.finalize(storage, self._release, key)
+        self.held[name] += size
+        self._total += size
+        if self._total > self._most:
+            self._most, self.peak, self.peak_phase = self._total, self.held.copy(), name
+
+    def _release(self, key: int) -> None:
+        name, size = self._live.pop(key)
+        self.held[name] -= size
+        self._total -= size
+
+    def name_held(self, name: str, tensors: Any) -> None:
+        """Have the memory of these tensors count as `name`'s."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._live:
+                before, size = self._live[key]
+                self._live[key] = name, size
+                self.held[before] -= size
+                self.held[name] += size
+
+    def forget_peak(self) -> None:
+        """Look for the peak from here on."""
+        self._most, self.peak = self._total, self.held.copy()
+
+
+def plausible_value(dtype: torch.dtype) -> Any:
+    """A value that lets a step be taken: a finite loss, no overflow, one token."""
+    if dtype == torch.bool:
+        return False
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _of_model(func: Any, args: Any, flops: int) -> int:
+    """The model's FLOPs of a flash kernel: only pairs that the causal mask lets through, nothing twice."""
+    made, needed = _ATTENTION[func]
+    query, key = args[1:3] if made == 5 else args[:2]  # the backward pass gets the output's gradient first
+    n, m = query.shape[2], key.shape[2]  # the last n of m tokens
+    return round(flops * needed / made * (m - (n - 1) / 2) / m)
+
+
+def _leaves_device(args: Any, out: Any) -> bool:
+    source = args[-1] if len(args) > 1 and isinstance(args[1], Tensor) else args[0]
+    return source.fake_device.type == "cuda" and out.fake_device.type == "cpu"
+
+
+def _place() -> str:
+    """The innermost line of ours, or of megatron-core's."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith(("plt_megatron.", "megatron.")) and ".rehearsal." not in name:
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "torch"

@@ -1,0 +1,227 @@
+"""A rehearsal: the ranks of each kind, one process after another, and the findings about all of them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from typing import Any
+
+from plt_megatron.config.batch_schedule import with_global_batch_size
+from plt_megatron.config.layout import ParallelLayout, layout_of
+from plt_megatron.config.length_schedule import with_sequence_length
+from plt_megatron.config.loop_schedule import with_loop_count
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.predict.cards import find_gpu_spec
+from plt_megatron.predict.rehearsal.compare import Difference, compare, memory_problems, saving_problems
+from plt_megatron.predict.rehearsal.matching import Waiting, group_problems, play
+from plt_megatron.predict.rehearsal.record import RankRecord
+from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
+
+NOT_SEEN = (
+    "kernels (their speed, numerics and workspaces)",
+    "NCCL (its buffers, its choice of algorithm, broken links)",
+    "time",
+    "the allocator's fragmentation",
+)
+
+
+@dataclass
+class Rehearsal:
+    """What a rehearsal found.
+
+    Attributes:
+        records: one per rehearsed rank.
+        waiting: the ranks played through together.
+        differences: against the estimate.
+        replaced: settings that could not be rehearsed, and what stood in for them.
+        problems: one line each; none: nothing speaks against starting.
+    """
+
+    config: RunConfig
+    estimate: RunEstimate
+    records: list[RankRecord]
+    waiting: Waiting
+    differences: list[Difference]
+    replaced: list[str]
+    problems: list[str]
+
+
+def rehearse(
+    config: RunConfig,
+    vocab_size: int,
+    *,
+    world_size: int,
+    gpu: str = "h100",
+    gpus_per_node: int = 8,
+    processes: int | None = None,
+    prepare: Callable[[int], None] | None = None,
+) -> Rehearsal:
+    """Rehearse a configuration on `world_size` ranks. Imports torch and megatron-core and forks.
+
+    Args:
+        vocab_size: the tokenizer's.
+        gpu: the card, as `plt estimate` knows it.
+        processes: ranks at a time; None: as many as there are cores, at most 4.
+        prepare: see `rehearse_rank`.
+
+    Raises:
+        UserError: the configuration does not fit this world, or cannot be rehearsed.
+    """
+    capability = find_gpu_spec(gpu).capability
+    problems = find_problems(config, world_size=world_size, check_files=False, capability=capability)
+    if problems:
+        raise UserError("\n".join(problems))
+    given = config
+    config, replaced = _rehearsable(given)
+    layout = layout_of(config, world_size)
+    estimates = [
+        estimate_run(_alike(each), gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size)
+        for each in (config, given)
+    ]
+    estimate = estimates[0]
+    _import_once()
+    ranks = ranks_of_each_kind(layout)
+    calls = [(config, vocab_size, rank, world_size, prepare) for rank in ranks]
+    processes = processes or min(4, len(os.sched_getaffinity(0)))
+    results = _in_processes(calls, processes)
+    records = [each for each in results if isinstance(each, RankRecord)]
+    problems = [each for each in results if isinstance(each, str)]
+    savings = [record.saving for record in records if record.saving is not None]
+    waiting = Waiting() if problems else play(records)
+    differences = [] if problems else compare(config, records, estimate)
+    problems += [] if problems else saving_problems(savings)
+    problems += [
+        *group_problems(records, layout),
+        *waiting.problems,
+        *memory_problems(records, *estimates),
+        *(f"not as estimated: {each}" for each in differences if each.is_wrong),
+    ]
+    return Rehearsal(config, estimate, records, waiting, differences, replaced, problems)
+
+
+def ranks_of_each_kind(layout: ParallelLayout) -> list[int]:
+    """Every pipeline stage, since only all of them show whether messages meet; on the first, middle and last one also
+    the last rank along TP and along EP, and the middle and last along CP; on the first stage, the last along DP. Ranks
+    in between do as one of these does."""
+    stages = layout.pipeline
+    ranks = [_rank(layout, pp=stage) for stage in range(stages)]
+    for stage in sorted({0, stages // 2, stages - 1}):
+        if layout.tensor > 1:
+            ranks.append(_rank(layout, pp=stage, tp=layout.tensor - 1))
+        ranks.append(stage * layout.ranks_per_stage + layout.expert - 1)
+        ranks += [_rank(layout, pp=stage, cp=place) for place in (layout.context // 2, layout.context - 1)]
+    if layout.data > 1:
+        ranks.append(_rank(layout, dp=layout.data - 1))
+    return sorted(set(ranks))
+
+
+def _rank(layout: ParallelLayout, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+    return tp + layout.tensor * (cp + layout.context * (dp + layout.data * pp))
+
+
+def _alike(config: RunConfig) -> RunConfig:
+    """The run whose every step is like the rehearsed one."""
+    config = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
+    return with_global_batch_size(config, config.training.global_batch_size)
+
+
+def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The configuration with what needs a GPU's libraries replaced, and what was replaced."""
+    if config.deepspeed is not None:
+        raise UserError("deepspeed: only megatron-core's engine can be rehearsed; set deepspeed=null")
+    replaced = []
+    model, training, data = config.model, config.training, config.data
+    if model.backend != "torch":
+        replaced.append("Transformer Engine's layers by the torch backend's: same collectives, other activations")
+        model = dataclasses.replace(model, backend="torch")
+    if model.moe is not None:
+        replaced.append("the router's choice, which depends on values, by an even load of all experts")
+    if model.fused_gated_window:
+        replaced.append("the fused window by the torch backend's blocks")
+        model = dataclasses.replace(model, fused_gated_window=False)
+    if training.precision == "fp32":
+        replaced.append("attention in fp32, where torch may keep all scores, by bf16's fused kernel, which keeps none")
+    if training.fp8 is not None:
+        replaced.append("FP8 by bf16")
+        training = dataclasses.replace(training, fp8=None)
+    if data.reset_at_document_boundaries:
+        replaced.append("packed documents by one document a row")
+        data = dataclasses.replace(data, reset_at_document_boundaries=False)
+    return dataclasses.replace(config, model=model, training=training, data=data), replaced
+
+
+@cache
+def _import_once() -> None:
+    """Everything that the forked processes would import one by one, without what imports have to say."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    import torch
+
+    torch.set_num_threads(1)
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from plt_megatron.predict.rehearsal.fake_groups import share_out_lazily, share_rank_lists
+
+    share_rank_lists()
+    share_out_lazily()
+    with FakeTensorMode():  # registers torch's shape functions and flop counters
+        torch.empty(2, 2).softmax(-1).to(torch.bfloat16) @ torch.empty(2, 2, dtype=torch.bfloat16)
+
+
+def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[RankRecord | str]:
+    """Each rank's record or problem, in the order of `calls`, from a forked process of its own."""
+    context = get_context("fork")
+    gc.freeze()  # not to be looked through, nor copied, by every rank's collections
+    results: dict[int, RankRecord | str] = {}
+    left, running = list(enumerate(calls)), dict[Any, tuple[int, Any]]()
+    while left or running:
+        while left and len(running) < processes:
+            index, call = left.pop(0)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_send_result, args=(theirs, call))
+            process.start()
+            theirs.close()
+            running[ours] = index, process
+        ready: list[Any] = wait(list(running))
+        for connection in ready:
+            index, process = running.pop(connection)
+            try:
+                results[index] = connection.recv()
+                process.join()
+            except EOFError:
+                process.join()
+                rank, code = calls[index][2], process.exitcode
+                results[index] = f"rank {rank}'s process ended with exit code {code}: was its memory enough?"
+    return [results[index] for index in range(len(calls))]
+
+
+def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # renews the forked thread pool, before autograd's threads do it all at once and abort
+    connection.send(_rehearse_or_say(*call))
+
+
+def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:
+    """The record, or in one line why the rank failed."""
+    from plt_megatron.predict.rehearsal.rank import rehearse_rank  # megatron-core, which has been imported by now
+
+    try:
+        return rehearse_rank(config, vocab_size, rank, world_size, prepare)
+    except (UserError, AssertionError, RuntimeError, ValueError) as error:
+        where = error.__traceback__
+        while where is not None and where.tb_next is not None:
+            where = where.tb_next
+        place = "" if where is None else f" ({where.tb_frame.f_globals.get('__name__')}:{where.tb_lineno})"
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"rank {rank} fails: {text}{place}"

@@ -1,0 +1,317 @@
+"""The output of plt estimate: tables, or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.loop_schedule import LoopSchedule
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.errors import UserError
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.decode_cost import DecodeCost, decode_cost
+from plt_megatron.predict.flops import flops_of_loops
+from plt_megatron.predict.layout import layout_overrides
+from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.run_estimate import (
+    USABLE_SHARE,
+    RunEstimate,
+    estimate_run,
+    known_vocab_size,
+    tokenizer_vocab_size,
+)
+from plt_megatron.predict.search import Candidate, SearchResult, model_flops_share, search
+from plt_megatron.run_folder.text import format_bytes, format_duration, format_memory, format_table, plural
+
+GIB = 1 << 30
+UNITS = {"GiB": GIB, "MiB": 1 << 20}
+
+
+@dataclass(frozen=True)
+class EstimateOptions:
+    """The command's options."""
+
+    path: str
+    overrides: list[str] = field(default_factory=list)
+    layout: str | None = None
+    gpu: str = "h100"
+    nodes: int | None = None
+    gpus_per_node: int = 8
+    context_length: int | None = None
+    batch_size: int = 1
+    search: bool = False
+    top: int = 10
+    json: bool = False
+
+    @property
+    def world_size(self) -> int | None:
+        return None if self.nodes is None else self.nodes * self.gpus_per_node
+
+
+def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int]) -> int:
+    """Print the estimate; returns the command's exit status.
+
+    `tokenizer_size` gives a tokenizer file's vocabulary, for configurations that leave it to the tokenizer. Raises
+    `UserError` on a configuration that validation refuses (files of this machine are not checked).
+    """
+    for name in ("nodes", "gpus_per_node", "batch_size", "context_length", "top"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(
+                f"--{name.replace('_', '-').removesuffix('-size').removesuffix('-length')} must be at least 1"
+            )
+    layout = layout_overrides(options.layout) if options.layout else []
+    config = load_config(options.path, layout + options.overrides)
+    vocab_size = known_vocab_size(config, tokenizer_vocab_size(config, tokenizer_size))
+    if options.search:
+        return _answer_search(options, config, vocab_size)
+    capability = find_gpu_spec(options.gpu).capability
+    problems = find_problems(config, world_size=options.world_size, check_files=False, capability=capability)
+    if problems:
+        raise UserError("\n".join(problems))
+    estimate = estimate_run(
+        config,
+        gpu=options.gpu,
+        world_size=options.world_size,
+        gpus_per_node=options.gpus_per_node,
+        vocab_size=vocab_size,
+    )
+    decoding = decode_cost(
+        config.model,
+        vocab_size=vocab_size,
+        context_length=options.context_length or config.data.sequence_length,
+        batch_size=options.batch_size,
+        gpu=options.gpu,
+    )
+    if options.json:
+        print(json.dumps(_as_json(estimate, decoding), indent=2))
+    else:
+        print("\n".join(_report(options, config, vocab_size, estimate, decoding)))
+    return 0
+
+
+def _as_json(estimate: RunEstimate, decoding: DecodeCost) -> dict[str, Any]:
+    return dataclasses.asdict(estimate) | {"decode": dataclasses.asdict(decoding)}
+
+
+# One run.
+
+
+def _report(
+    options: EstimateOptions, config: RunConfig, vocab_size: int, estimate: RunEstimate, decoding: DecodeCost
+) -> Iterator[str]:
+    card = find_gpu_spec(options.gpu, min(options.gpus_per_node, estimate.world_size))
+    yield _section("Model", _model_rows(config, vocab_size, estimate))
+    yield _section("Training FLOPs per token", _flops_rows(config, vocab_size, estimate))
+    yield _section(f"Run: {estimate.layout}, {estimate.world_size} x {card.name}", _run_rows(config, estimate))
+    unit = _unit(estimate.peak_memory_bytes)
+    yield _section(f"Memory of the worst rank of each stage, {unit}", *_memory_rows(estimate, unit))
+    yield _verdict(estimate)
+    yield ""
+    yield _section("Sent per step and rank", _traffic_rows(estimate))
+    yield _section("Time of a step", _time_rows(config, estimate, card))
+    yield _section("Decoding", _decode_rows(options, config, decoding))
+
+
+def _model_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> list[list[str]]:
+    counted = count_parameters(config.model, vocab_size, estimate.layout.tensor)
+    rows = [["parameters", f"{estimate.parameters_total:,}", "in all"]]
+    rows.append(["", f"{estimate.parameters_active:,}", "active per token"])
+    rows += [["", f"{count:,}", name.replace("_", " ")] for name, count in dataclasses.asdict(counted).items() if count]
+    return rows
+
+
+def _flops_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> list[list[str]]:
+    rows = [["in all", f"{estimate.flops_per_token:.4g}", "100 %"]]
+    parts = dataclasses.asdict(estimate.flops)
+    rows += [[name.replace("_", " "), *_share(part, estimate.flops_per_token)] for name, part in parts.items() if part]
+    padded = derived.padded_vocab_size(config.model, vocab_size, estimate.layout.tensor)
+    loops = flops_of_loops(config.model, config.data.sequence_length, padded)
+    shares = LoopSchedule(config).token_shares()
+    for loop, part in enumerate(loops, start=1):
+        reached = sum(share for loop_count, share in shares.items() if loop_count >= loop)
+        rows.append([f"loop {loop}", *_share(reached * part, estimate.flops_per_token)])
+    return rows
+
+
+def _share(part: float, whole: float) -> tuple[str, str]:
+    return f"{part:.4g}", f"{100 * part / whole:.1f} %"
+
+
+def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
+    steps = derived.train_iters(config)
+    layout = estimate.layout
+    shares = {plural(loops, "loop"): f"{share:.1%}" for loops, share in LoopSchedule(config).mean_shares().items()}
+    schedule = [[loops, share, "of the steps"] for loops, share in shares.items() if config.training.loop_schedule]
+    return [
+        ["tokens", f"{estimate.tokens:,}", f"{steps:,} steps of {BatchSchedule(config).step_in_words}"],
+        *schedule,
+        ["training FLOPs", f"{estimate.total_flops:.4g}"],
+        ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and copy"],
+        ["recomputation", layout.recompute, f"backend {layout.backend}"],
+        ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
+        ["estimated time", format_duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
+        ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} are kept"],
+        ["saving it", format_bytes(estimate.saving_bytes), "of host memory per process"],
+    ]
+
+
+def _memory_rows(estimate: RunEstimate, unit: str) -> tuple[list[list[str]], list[str]]:
+    """The rows, and their header."""
+    size = UNITS[unit]
+    names = [name for name in estimate.memory[0].components if any(stage.components[name] for stage in estimate.memory)]
+    chosen = estimate.memory
+    if len(chosen) > 4:  # first, last and the worst of those between
+        between = max(chosen[1:-1], key=lambda stage: stage.total_bytes)
+        chosen = [chosen[0], between, chosen[-1]]
+    rows = [[name, *(f"{stage.components[name] / size:,.2f}" for stage in chosen)] for name in names]
+    rows.append(["at the peak", *(f"{stage.total_bytes / size:,.2f}" for stage in chosen)])
+    return rows, ["", *(f"stage {stage.stage}" for stage in chosen)]
+
+
+def _unit(size: int) -> str:
+    return "GiB" if size >= GIB else "MiB"
+
+
+def _verdict(estimate: RunEstimate) -> str:
+    worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
+    device = estimate.device_memory_bytes / GIB
+    word = "fits" if estimate.fits else "DOES NOT FIT"
+    return (
+        f"peak in stage {worst.stage}, at {worst.phase}; {word}: {worst.total_bytes / GIB:.2f} of "
+        f"{USABLE_SHARE * device:.1f} GiB usable on a {estimate.gpu} of {device:.1f} GiB"
+    )
+
+
+def _traffic_rows(estimate: RunEstimate) -> list[list[str]]:
+    rows = [[name, format_bytes(amount)] for name, amount in estimate.communication.items()]
+    return rows or [["nothing", ""]]
+
+
+def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[list[str]]:
+    total = estimate.step_seconds
+    rows = [["in all", f"{total:.3g} s", "100 %"]]
+    for name, seconds in dataclasses.asdict(estimate.times).items():
+        if seconds:
+            rows.append([name.replace("_", " "), f"{seconds:.3g} s", f"{100 * seconds / total:.1f} %"])
+    tokens = estimate.tokens / estimate.total_seconds
+    mfu = model_flops_share(estimate, config, card)
+    rows.append(["tokens/s", f"{tokens:,.0f}", f"MFU {100 * mfu:.0f} %"])
+    return rows
+
+
+def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
+    context = options.context_length or config.data.sequence_length
+    rows = [
+        ["a token step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
+        ["", format_bytes(decoding.bytes), f"read for {plural(options.batch_size, 'sequence')} of {context:,} tokens"],
+        ["", f"{decoding.flops / 1e9:.3g} GFLOP", ""],
+        ["KV cache", format_bytes(decoding.kv_cache_bytes), "per sequence"],
+        ["state beside it", format_bytes(decoding.state_bytes), "per sequence: windows and carried states"],
+    ]
+    if config.model.loop_count > 1:
+        first = decoding.loops_stop_being_free_at
+        when = f"from batch {first}" if first else "at no batch size"
+        why = "5 % over one loop" if first else "reading weights and cache takes longer than computing"
+        rows.append(["extra loops cost time", when, why])
+    return rows
+
+
+# A search.
+
+
+def _answer_search(options: EstimateOptions, config: RunConfig, vocab_size: int) -> int:
+    world_size = options.world_size or layout_of(config).world_size
+    found = search(
+        config,
+        gpu=options.gpu,
+        world_size=world_size,
+        gpus_per_node=options.gpus_per_node,
+        vocab_size=vocab_size,
+    )
+    if found.nearest is None:
+        raise UserError("\n".join(_no_layout(config, world_size, found)))
+    if options.json:
+        chosen = found.fitting[: options.top]
+        print(
+            json.dumps(
+                [{"overrides": each.overrides, **dataclasses.asdict(each.estimate)} for each in chosen], indent=2
+            )
+        )
+    else:
+        print("\n".join(_search_report(options, config, world_size, found)))
+    return 0 if found.fitting else 1
+
+
+def _no_layout(config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
+    if found.tried:
+        yield f"none of {found.tried} layouts of {world_size} ranks is valid for this configuration"
+        yield from (f"in the way: {problem}" for problem in found.problems)
+        return
+    yield (
+        f"{world_size} ranks cannot be arranged: no tensor x pipeline size (of {config.model.num_attention_heads} "
+        f"heads and {config.model.num_layers} layers) leaves a data parallel size that divides "
+        f"training.global_batch_size {config.training.global_batch_size}; use another number of nodes"
+    )
+
+
+def _search_report(options: EstimateOptions, config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
+    card = find_gpu_spec(options.gpu, min(options.gpus_per_node, world_size))
+    usable = USABLE_SHARE * card.memory_bytes / GIB
+    yield (
+        f"{found.tried} layouts of {world_size} x {options.gpu}: {found.accepted} valid, {len(found.fitting)} fit "
+        f"into {usable:.1f} GiB (of {card.memory_bytes / GIB:.1f})"
+    )
+    yield ""
+    if not found.fitting:
+        assert found.nearest is not None
+        yield from _nearest(found.nearest, usable)
+        return
+    header = ["layout", "micro batch", "recompute", "GiB", "s/step", "MFU", "overhead over the model's FLOPs"]
+    yield format_table([_candidate_row(config, card, each) for each in found.fitting[: options.top]], header=header)
+    yield ""
+    yield f"best: {found.fitting[0].command_line}"
+
+
+def _candidate_row(config: RunConfig, card: GPUSpec, candidate: Candidate) -> list[str]:
+    estimate, layout = candidate.estimate, candidate.estimate.layout
+    spent = ", ".join(f"{100 * share:.0f} % {name}" for name, share in candidate.overheads[:3] if share >= 0.005)
+    mfu = model_flops_share(estimate, config, card)
+    return [
+        str(layout),
+        str(layout.micro_batch_size),
+        layout.recompute,
+        f"{estimate.peak_memory_bytes / GIB:.1f}",
+        f"{estimate.step_seconds:.3g}",
+        f"{100 * mfu:.0f} %",
+        spent,
+    ]
+
+
+def _nearest(nearest: Candidate, usable: float) -> Iterator[str]:
+    estimate = nearest.estimate
+    worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
+    yield f"none fits; nearest: {nearest.command_line}"
+    yield f"it needs {worst.total_bytes / GIB:.1f} GiB in stage {worst.stage}, {usable:.1f} are usable; most of it:"
+    largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
+    yield format_table([[name, format_memory(size)] for name, size in largest])
+    yield "more devices divide the optimizer's state and allow more stages; shorter sequences save activations"
+
+
+# Text.
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+
+
+def _section(title: str, rows: list[list[str]], header: Sequence[str] = ()) -> str:
+    return f"{title}\n{'-' * len(title)}\n{format_table(rows, header=header)}\n"

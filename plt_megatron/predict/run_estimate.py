@@ -1,0 +1,173 @@
+"""Estimates a whole run: size, work, memory, traffic, time and storage. Does not import torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from plt_megatron.config import derived
+from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.length_schedule import with_sequence_length
+from plt_megatron.config.loop_schedule import LoopSchedule, with_loop_count
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.errors import UserError
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.flops import Flops, run_flops_per_token
+from plt_megatron.predict.layout import Layout, bubble_fraction, estimate_layout
+from plt_megatron.predict.memory import MemoryEstimate, checkpoint_bytes, estimate_memory, saving_bytes
+from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.step import Step
+from plt_megatron.predict.step_time import StepTime, step_time
+from plt_megatron.predict.traffic import communication_bytes
+
+# The rest is for CUDA's context, NCCL's buffers and fragmentation.
+USABLE_SHARE = 0.92
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """The size and cost of a run. What a step takes is the mean over the run's: `training.loop_schedule` decides their
+    loops, `training.batch_schedule` their batches. Memory is that of the largest step with all loops.
+
+    Attributes:
+        parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
+            where it is not shared, the output layer.
+        tokens: of the whole run.
+        flops_per_token: training FLOPs of the model, by `flops.training_flops_per_token`; `flops` has the parts.
+        total_flops: of the whole run.
+        memory: the worst rank of each pipeline stage.
+        peak_memory_bytes: of the worst rank.
+        device_memory_bytes: the card's.
+        fits: whether the peak leaves 8 % of the card free (`USABLE_SHARE`).
+        bubble_fraction: pipeline idle time over working time.
+        communication: bytes sent per step and rank, by purpose.
+        step_seconds, total_seconds, gpu_hours: from the card's peaks and achievable shares, without validation and
+            checkpoints; `times` has the parts.
+        checkpoint_bytes: one checkpoint on disk.
+        saving_bytes: of host memory, for the part of a checkpoint that a rank writes, while it does.
+        world_size: ranks.
+        layout: how they are arranged.
+        gpu: the card's short name.
+    """
+
+    parameters_total: int
+    parameters_active: int
+    parameters_embedding: int
+    tokens: int
+    flops_per_token: float
+    flops: Flops
+    total_flops: float
+    memory: list[MemoryEstimate]
+    peak_memory_bytes: int
+    device_memory_bytes: int
+    fits: bool
+    bubble_fraction: float
+    communication: dict[str, float]
+    step_seconds: float
+    times: StepTime
+    total_seconds: float
+    gpu_hours: float
+    checkpoint_bytes: int
+    saving_bytes: int
+    world_size: int
+    layout: Layout
+    gpu: str
+
+
+def estimate_run(
+    config: RunConfig,
+    *,
+    gpu: str = "h100",
+    world_size: int | None = None,
+    gpus_per_node: int = 8,
+    vocab_size: int | None = None,
+) -> RunEstimate:
+    """Estimate a validated configuration on `world_size` ranks (None: as many as its layout asks for).
+
+    `vocab_size`: the tokenizer's; None: `model.vocab_size`. Raises `UserError` if neither is given, and on an
+    unknown `gpu` (one of `cards.card_names()`).
+    """
+    vocab_size = known_vocab_size(config, vocab_size)
+    layout = estimate_layout(config, world_size, on_cpu=gpu == "cpu")
+    card = find_gpu_spec(gpu, min(gpus_per_node, layout.world_size))
+    counted = count_parameters(config.model, vocab_size, layout.tensor)
+    step = Step.of(config, layout, vocab_size)
+    flops = run_flops_per_token(config, step.padded_vocab_size)
+    traffic, times, bubble = _mean_step_costs(step, card, gpus_per_node)
+    largest = _with_batch(layout, max(BatchSchedule(config).sizes))
+    memory = estimate_memory(dataclasses.replace(step, layout=largest))
+    peak = max(stage.total_bytes for stage in memory)
+    steps = derived.train_iters(config)
+    tokens = derived.run_tokens(config)
+    return RunEstimate(
+        parameters_total=counted.total,
+        parameters_active=counted.active,
+        parameters_embedding=counted.tables,
+        tokens=tokens,
+        flops_per_token=flops.total,
+        flops=flops,
+        total_flops=flops.total * tokens,
+        memory=memory,
+        peak_memory_bytes=peak,
+        device_memory_bytes=card.memory_bytes,
+        fits=peak <= USABLE_SHARE * card.memory_bytes,
+        bubble_fraction=bubble,
+        communication=traffic,
+        step_seconds=times.total,
+        times=times,
+        total_seconds=steps * times.total,
+        gpu_hours=steps * times.total * layout.world_size / 3600,
+        checkpoint_bytes=checkpoint_bytes(config, vocab_size, layout.tensor),
+        saving_bytes=saving_bytes(step),
+        world_size=layout.world_size,
+        layout=layout,
+        gpu=gpu,
+    )
+
+
+def _mean_step_costs(largest: Step, card: GPUSpec, gpus_per_node: int) -> tuple[dict[str, float], StepTime, float]:
+    """Bytes that a rank sends in a step, by purpose, the step's time, and its bubble: the mean over the run's steps."""
+    config, layout = largest.config, largest.layout
+    traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
+    for (loops, size, length), share in LoopSchedule(config).step_shares().items():
+        alike = with_sequence_length(with_loop_count(config, loops), length)
+        own = dataclasses.replace(
+            _with_batch(layout, size), loops=loops, micro_batch_size=alike.training.micro_batch_size
+        )
+        step = dataclasses.replace(largest, config=alike, layout=own)
+        sent = communication_bytes(step)
+        times += step_time(step, card, sent, gpus_per_node).times(share)
+        bubble += share * bubble_fraction(own.pipeline, loops, own.microbatches)
+        for purpose, amount in sent.items():
+            traffic[purpose] += share * amount
+    return dict(traffic), times, bubble
+
+
+def _with_batch(layout: Layout, global_batch_size: int) -> Layout:
+    microbatches = max(1, layout.num_microbatches(global_batch_size, layout.micro_batch_size))
+    return dataclasses.replace(layout, microbatches=microbatches)
+
+
+def tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]) -> int | None:
+    """The vocabulary of the configuration's tokenizer, a file that `tokenizer_size` reads; None if it is not needed or
+    not there."""
+    tokenizer = config.data.tokenizer
+    if config.model.vocab_size is not None or tokenizer is None or not Path(tokenizer).is_file():
+        return None
+    return tokenizer_size(tokenizer)
+
+
+def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:
+    """The vocabulary to estimate with; `UserError` if neither argument nor configuration gives it."""
+    vocab_size = vocab_size or config.model.vocab_size
+    if vocab_size is None:
+        tokenizer = config.data.tokenizer
+        missing = f"the tokenizer {tokenizer} does not exist" if tokenizer else "there is no data.tokenizer"
+        raise UserError(
+            f"the vocabulary is unknown: {missing}; make the tokenizer, or add the size it will have, as in "
+            "model.vocab_size=32000"
+        )
+    return vocab_size

@@ -1,0 +1,204 @@
+"""Searches the layouts of a run on given cards that validation accepts; best first."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plt_megatron.config.layout import layout_of
+from plt_megatron.config.rules.stages import UNEVEN
+from plt_megatron.config.schema import ParallelConfig, RunConfig
+from plt_megatron.config.validation import find_problems
+from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
+from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
+
+MAX_MICRO_BATCH = 64
+MIN_CONTEXT_ROWS = 4096  # tokens of a sequence on one rank: with fewer, context parallelism has little to hide behind
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, as overrides of the configuration, and what it is estimated to need."""
+
+    overrides: dict[str, object]
+    estimate: RunEstimate
+
+    @property
+    def command_line(self) -> str:
+        """The overrides as `key=value` arguments."""
+        values = {key: "null" if value is None else str(value).lower() for key, value in self.overrides.items()}
+        return " ".join(f"{key}={value}" for key, value in values.items())
+
+    @property
+    def overheads(self) -> list[tuple[str, float]]:
+        """The step's overhead over model FLOPs, as shares of its time, largest first."""
+        times, total = self.estimate.times, self.estimate.step_seconds
+        shares = [
+            ("recomputation", times.recompute),
+            ("memory-bound operations", times.memory_bound),
+            ("tensor-parallel traffic", times.tensor_parallel),
+            ("pipeline bubble", times.bubble),
+            ("other traffic", times.other_communication),
+            ("optimizer", times.optimizer),
+        ]
+        return sorted(((name, seconds / total) for name, seconds in shares), key=lambda share: -share[1])
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`fitting`: best first. `nearest`: the layout that needs least memory, whether it fits or not; None if validation
+    accepts none, and then `problems` lists the most frequent reasons."""
+
+    fitting: list[Candidate]
+    nearest: Candidate | None
+    tried: int
+    accepted: int
+    problems: list[str]
+
+
+def search(
+    config: RunConfig, *, gpu: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
+) -> SearchResult:
+    """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation,
+    and the number of ranks that a mixture's experts are distributed over.
+
+    Of a way to run, micro batches larger than one that does not fit are not estimated: they need more.
+    With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
+    configuration's. Raises `UserError` as `estimate_run` does.
+    """
+    capability = find_gpu_spec(gpu).capability
+    estimated: list[Candidate] = []
+    too_large: set[frozenset[tuple[str, object]]] = set()  # ways to run that a smaller micro batch has ruled out
+    problems: Counter[str] = Counter()
+    tried = accepted = 0
+    for overrides in _layouts(config, world_size, gpus_per_node):
+        tried += 1
+        changed = _changed(config, overrides)
+        found = find_problems(changed, world_size=world_size, check_files=False, capability=capability)
+        if found:
+            problems.update(found)
+            continue
+        accepted += 1
+        way = frozenset(item for item in overrides.items() if item[0] != "training.micro_batch_size")
+        if way in too_large:
+            continue
+        estimate = estimate_run(
+            changed, gpu=gpu, world_size=world_size, gpus_per_node=gpus_per_node, vocab_size=vocab_size
+        )
+        estimated.append(Candidate(overrides, estimate))
+        if not estimate.fits:
+            too_large.add(way)
+    fitting = sorted(
+        (each for each in estimated if each.estimate.fits),
+        key=lambda each: (each.estimate.step_seconds, each.estimate.peak_memory_bytes),
+    )
+    nearest = min(estimated, key=lambda each: each.estimate.peak_memory_bytes, default=None)
+    return SearchResult(fitting, nearest, tried, accepted, [text for text, _ in problems.most_common(3)])
+
+
+def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, object]]:
+    """Sizes that multiply to the world size, and every way to run each, with micro batches from small to large. Tensor
+    parallelism stays within a node."""
+    for tensor, pipeline, context, data in _sizes(config, world_size, gpus_per_node):
+        sizes: dict[str, object] = {
+            "parallel.tensor_model_parallel_size": tensor,
+            "parallel.pipeline_model_parallel_size": pipeline,
+            "parallel.context_parallel_size": context,
+            "parallel.data_parallel_size": data,
+        }
+        if pipeline != config.parallel.pipeline_model_parallel_size:
+            sizes |= _even_stages(config)
+        if context == config.parallel.context_parallel_size == 1:
+            del sizes["parallel.context_parallel_size"]
+        micro_batches = _micro_batches(config.training.global_batch_size // data, pipeline)
+        dense = config.model.moe is None
+        sequence = ((False, True) if dense else (True,)) if tensor > 1 else (False,)
+        ends = _experts(config, tensor * context * data), _zero(config)
+        for parallel, size, recompute, experts, zero in itertools.product(sequence, micro_batches, RECOMPUTE, *ends):
+            ways: dict[str, object] = {
+                "parallel.sequence_parallel": parallel,
+                "parallel.recompute_granularity": recompute,
+                "training.micro_batch_size": size,
+            }
+            fewest = layout_of(_changed(config, sizes)).fewest_stage_layers(config.model.num_layers)
+            if recompute == "full" and config.parallel.recompute_num_layers > fewest:
+                ways["parallel.recompute_num_layers"] = fewest
+            yield sizes | ways | experts | zero
+
+
+def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
+    """(tensor, pipeline, context, data)"""
+    deepspeed = config.deepspeed is not None
+    own = config.parallel.pipeline_model_parallel_size
+    pipelines = [1] if deepspeed else sorted({*_divisors(config.model.num_layers), own})
+    most = config.data.sequence_length // MIN_CONTEXT_ROWS
+    contexts = {1, config.parallel.context_parallel_size}
+    if not deepspeed:
+        contexts |= {size for size in _divisors(world_size) if size <= most}
+    tensors = [size for size in _divisors(world_size) if size <= gpus_per_node]
+    for tensor, pipeline, context in itertools.product(tensors, pipelines, sorted(contexts)):
+        data, rest = divmod(world_size, tensor * pipeline * context)
+        if rest or data == 0 or config.training.global_batch_size % data:
+            continue
+        if config.model.num_attention_heads % tensor or (context > 1 and config.data.sequence_length % (2 * context)):
+            continue
+        yield tensor, pipeline, context, data
+
+
+def _even_stages(config: RunConfig) -> dict[str, object]:
+    """What takes back an uneven division of layers, which was meant for another number of stages."""
+    default = ParallelConfig()
+    uneven = [name for name in UNEVEN if getattr(config.parallel, name) != getattr(default, name)]
+    return {f"parallel.{name}": getattr(default, name) for name in uneven}
+
+
+def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:
+    """Sizes of expert parallelism among `ranks` that hold the same layers."""
+    if config.model.moe is None:
+        return [{}]
+    experts = config.model.moe.num_experts
+    sizes = (size for size in _divisors(ranks) if experts % size == 0)
+    return [{"parallel.expert_model_parallel_size": size} for size in sizes]
+
+
+def _zero(config: RunConfig) -> list[dict[str, object]]:
+    """DeepSpeed's stages, each without offloading, with the optimizer's, and finally with the weights'."""
+    if config.deepspeed is None:
+        return [{}]
+    offloads = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]
+    return [
+        {"deepspeed.zero_stage": stage, "deepspeed.offload_optimizer": optimizer, "deepspeed.offload_param": weights}
+        for stage in (1, 2, 3)
+        for optimizer, weights in offloads
+        if weights == "none" or stage == 3
+    ]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _micro_batches(sequences: int, pipeline: int) -> list[int]:
+    """Powers of two that leave a pipeline a multiple of its stages."""
+    sizes = (1 << power for power in range(MAX_MICRO_BATCH.bit_length()))
+    return [size for size in sizes if sequences % size == 0 and (sequences // size) % pipeline == 0]
+
+
+def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
+    changed = copy.copy(config)
+    changed.parallel, changed.training = copy.copy(config.parallel), copy.copy(config.training)
+    changed.deepspeed = copy.copy(config.deepspeed)
+    for key, value in overrides.items():
+        section, name = key.split(".")
+        setattr(getattr(changed, section), name, value)
+    return changed
+
+
+def model_flops_share(estimate: RunEstimate, config: RunConfig, card: GPUSpec) -> float:
+    """MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
+    peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 is not None)
+    return estimate.total_flops / (estimate.total_seconds * estimate.world_size * peak)

@@ -1,0 +1,164 @@
+"""The time of an optimizer step, from a card's rates and the achievable shares of them.
+
+    step = (matrix products + attention + memory-bound operations + exposed tensor-parallel traffic) * (1 + bubble)
+           + exposed gradient and weight traffic + the optimizer
+
+docs/estimates.md explains the shares, and how far to trust the figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from plt_megatron.config import derived
+from plt_megatron.config.schema import RunConfig
+from plt_megatron.predict.cards import GPUSpec
+from plt_megatron.predict.flops import Flops, Parts
+from plt_megatron.predict.held import Stage
+from plt_megatron.predict.layout import Layout, bubble_fraction
+from plt_megatron.predict.parameters import FFN, matmuls
+from plt_megatron.predict.step import Step
+
+# Reads and writes of the optimizer per parameter it owns: gradient, main weight and two moments in, the last three
+# and the weight out, and the norm's pass over the gradient.
+OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
+# Memory-bound operations move each saved activation about this often: written and read forward, read backward, and its
+# gradient written and read.
+PASSES_OVER_ACTIVATIONS = 5
+# Of what matrix products reach of the BF16 peak, in terms of FP8's: casts and scales cost more next to them.
+FP8_EFFICIENCY = 0.75
+# Bytes/s of one device's share of its host, for what is offloaded: PCIe as it is achieved, and the host's memory, which
+# a node's devices share.
+HOST_LINK = 25e9
+HOST_MEMORY = 25e9
+
+
+@dataclass(frozen=True)
+class StepTime(Parts):
+    """Seconds of one step of the slowest rank, by what they are spent on."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory_bound: float = 0.0
+    recompute: float = 0.0
+    tensor_parallel: float = 0.0  # and the experts' exchange of tokens
+    bubble: float = 0.0
+    other_communication: float = 0.0
+    optimizer: float = 0.0
+
+
+def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_node: int) -> StepTime:
+    """Estimate a step that sends `traffic`, by `communication_bytes`."""
+    config, layout = step.config, step.layout
+    peak = card.flops_per_second(config.training.precision)
+    tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
+    share = tokens / layout.tensor  # of one rank
+    own = step.stage_flops(step.slowest)
+    attention_flops = own.global_attention + own.local_attention
+
+    def seconds(purpose: str, ranks: int) -> float:
+        return traffic.get(purpose, 0.0) / _bandwidth(card, ranks, gpus_per_node)
+
+    matmul = share * _matmul_seconds(config, card, own)
+    attention = share * attention_flops / (peak * card.attention_efficiency)
+    memory_bound = _memory_bound(step, card)
+    recompute = _recompute(step, matmul, attention, memory_bound, own)
+    ring = seconds("context parallel", layout.tensor * layout.context)
+    tensor_parallel = seconds("tensor parallel", layout.tensor)
+    tensor_parallel += max(0.0, ring - attention)  # the ring overlaps with the attention
+    tensor_parallel += seconds("expert parallel", layout.expert)
+    work = matmul + attention + memory_bound + recompute + tensor_parallel
+    return StepTime(
+        matmul=matmul,
+        attention=attention,
+        memory_bound=memory_bound,
+        recompute=recompute,
+        tensor_parallel=tensor_parallel,
+        bubble=work * bubble_fraction(layout.pipeline, config.model.loop_count, layout.microbatches),
+        other_communication=_other_communication(layout, traffic, work, seconds),
+        optimizer=_optimizer(layout, card, step.largest)
+        + _matrix_updates(config, card, step.largest)
+        + seconds("matrix updates", layout.tensor),
+    )
+
+
+def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
+    """Seconds of matrix products per token. Layers' linear parts may run in FP8, which reaches less of its peak."""
+    peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
+    linear = flops.projections + flops.ffn
+    seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
+    if config.training.fp8 is None:
+        return seconds
+    fp8_peak = card.flops_per_second(config.training.precision, fp8=True) * card.matmul_efficiency * FP8_EFFICIENCY
+    return seconds - linear / peak + linear / fp8_peak
+
+
+def _memory_bound(step: Step, card: GPUSpec) -> float:
+    shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not kept are moved too
+    model, own = step.config.model, step.slowest.layers
+    saved = len(derived.looped_among(model, own)) * shapes.first_loop_kv()
+    saved += sum(shapes.layers_in_loop(own, loop) for loop in range(1, model.loop_count + 1))
+    saved += len(step.losses(step.slowest)) * (shapes.softmax() + shapes.head_backward())
+    moved = PASSES_OVER_ACTIVATIONS * saved * step.layout.microbatches
+    return moved / (card.memory_bandwidth * card.memory_efficiency)
+
+
+def _recompute(step: Step, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
+    """Another forward pass, a third of a step, over the recomputed part."""
+    layout = step.layout
+    if layout.recompute == "none":
+        return 0.0
+    if layout.recompute == "selective":
+        parts = attention if "core_attn" in layout.recompute_modules else 0.0
+        if "mlp" in layout.recompute_modules:
+            model, layers = step.config.model, step.slowest.layers
+            dense = [layer for layer in layers if layer in derived.dense_layers(model)]
+            share = matmuls(model, dense, *FFN) / (matmuls(model, layers, *FFN) or 1)
+            parts += matmul * flops.ffn / flops.total * share
+        return parts / 3
+    looped = flops.looped / flops.total
+    return (matmul * looped + attention) / 3 + memory_bound * looped * 2 / PASSES_OVER_ACTIVATIONS
+
+
+def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
+    """Bandwidth of a collective over neighboring ranks: the network's once they do not fit on a node."""
+    link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
+    return link * card.link_efficiency
+
+
+def _other_communication(
+    layout: Layout, traffic: dict[str, float], work: float, seconds: Callable[[str, int], float]
+) -> float:
+    """Data-parallel and pipeline traffic that does not overlap with computation.
+
+    With overlapped reduction all but the last microbatch's backward pass is over when it starts: two thirds of one
+    microbatch hide it, and the forward third of one hides overlapped gathering. Pipeline messages are sent while the
+    next pass computes; the first of each is waited for.
+    """
+    spread = layout.world_size if layout.shards > 1 else 1
+    reduction, gathering = seconds("gradient reduction", spread), seconds("weight gathering", spread)
+    if layout.overlap_grad_reduce:
+        reduction = max(reduction * 0.05, reduction - work / layout.microbatches * 2 / 3)
+    if layout.overlap_param_gather:
+        gathering = max(gathering * 0.05, gathering - work / layout.microbatches / 3)
+    pipeline = seconds("pipeline", layout.tensor * layout.pipeline)
+    tied = seconds("tied embeddings", layout.tensor * layout.pipeline)
+    offloading = traffic.get("host transfers", 0.0) / HOST_LINK
+    return reduction + gathering + offloading + max(pipeline / layout.microbatches, pipeline - 0.8 * work) + tied
+
+
+def _optimizer(layout: Layout, card: GPUSpec, stage: Stage) -> float:
+    owned = stage.dense.size / (layout.shards if layout.zero_stage >= 1 else 1)
+    owned += stage.experts.size / layout.expert_shards
+    offloaded = layout.offload_optimizer and not layout.on_cpu
+    bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
+    return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth
+
+
+def _matrix_updates(config: RunConfig, card: GPUSpec, stage: Stage) -> float:
+    """Newton-Schulz iterations, on the rank with most. `_optimizer` counts all else, with a moment too many."""
+    peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
+    flops = sum(held.busiest(lambda matrix: matrix.flops) for held in stage.held)
+    return config.optimizer.muon_num_ns_steps * flops / peak

@@ -1,0 +1,142 @@
+"""The FLOP formula, against multiply-adds counted one matrix product at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from plt_megatron.config.schema import ModelConfig
+from plt_megatron.predict.flops import (
+    forward_flops_per_token,
+    mean_keys,
+    training_flops_per_token,
+)
+from tests.settings import changed
+
+MODEL = ModelConfig(
+    num_layers=3,
+    hidden_size=40,
+    ffn_hidden_size=56,
+    num_attention_heads=6,
+    num_query_groups=2,
+    kv_channels=8,
+    loop_count=2,
+    window_size=5,
+)
+N, V = 16, 384
+
+
+class Counter:
+    """Adds up what a sequence of `n` tokens costs, product by product."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.flops = n, 0
+
+    def linear(self, fan_in: int, fan_out: int) -> None:
+        self.flops += 2 * self.n * fan_in * fan_out
+
+    def attention(self, heads: int, channels: int, window: int) -> None:
+        for query, key in itertools.product(range(self.n), repeat=2):
+            if query - window < key <= query:
+                self.flops += heads * (2 * channels + 2 * channels)  # score, and weight times value
+
+
+def brute_force(model: ModelConfig, n: int, vocab: int) -> int:
+    c, heads, groups = 8, model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    count = Counter(n)
+    first, last = model.loop_span or (0, model.num_layers)
+    for loop, layer in itertools.product(range(model.loop_count), range(model.num_layers)):
+        if loop > 0 and not first <= layer < last:
+            continue
+        later = loop > 0
+        count.linear(model.hidden_size, heads * c)  # Q
+        if not later or model.gated_window or not model.share_kv:
+            count.linear(model.hidden_size, groups * c)  # K
+        if not later or model.gated_window or not model.share_kv or not model.share_values:
+            count.linear(model.hidden_size, groups * c)  # V
+        count.attention(heads, c, n)
+        if later and model.gated_window:
+            count.attention(heads, c, model.window_size)
+            for _ in range(heads):
+                count.linear(c if model.gate_input == "query" else model.hidden_size, 1)
+        count.linear(heads * c, model.hidden_size)
+        experts = model.moe.num_experts if model.moe and layer >= model.moe.first_k_dense_replace else 0
+        for width in ffn_widths(model) if experts else [model.ffn_hidden_size]:
+            for _ in ("gate", "up", "down"):
+                count.linear(model.hidden_size, width)
+        count.linear(model.hidden_size, experts)  # router
+    count.linear(model.hidden_size, vocab)
+    return count.flops
+
+
+def ffn_widths(model: ModelConfig) -> list[int]:
+    """Of the experts that a token goes through."""
+    assert model.moe is not None
+    return [model.moe.ffn_hidden_size or 0] * model.moe.router_topk + [model.moe.shared_expert_intermediate_size or 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loop_count": 1},
+        {"loop_count": 4},
+        {"gated_window": False},
+        {"gated_window": False, "share_values": False, "loop_count": 3},
+        {"gated_window": False, "share_kv": False},
+        {"gated_window": False, "share_kv": False, "cross_loop_parallel": False},
+        {"gate_input": "hidden"},
+        {"num_query_groups": None},
+        {"loop_span": [1, 2], "loop_count": 3},
+        {"loop_span": [1, 3], "gated_window": False},
+        {"window_size": 1},
+        {"window_size": 99},
+        {"share_embeddings_and_output_weights": False},
+        {"moe.num_experts": 9, "moe.router_topk": 3, "moe.ffn_hidden_size": 24},
+        {"moe.num_experts": 9, "moe.ffn_hidden_size": 24, "moe.shared_expert_intermediate_size": 31, "loop_count": 3},
+        {"moe.num_experts": 9, "moe.ffn_hidden_size": 24, "moe.first_k_dense_replace": 1, "loop_count": 3},
+        {"moe.num_experts": 9, "moe.ffn_hidden_size": 24, "moe.first_k_dense_replace": 2, "loop_span": [1, 3]},
+    ],
+    ids=str,
+)
+def test_forward_equals_the_count_by_hand(changes):
+    model = changed(MODEL, changes)
+    assert forward_flops_per_token(model, N, V).total * N == pytest.approx(brute_force(model, N, V), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+@pytest.mark.parametrize("w", [1, 2, 7, 64, 1000, None])
+def test_mean_keys_counts_the_mask(n, w):
+    window = n if w is None else w
+    seen = sum(1 for q in range(n) for k in range(n) if q - window < k <= q)
+    assert mean_keys(n, w) == pytest.approx(seen / n, rel=1e-12)
+
+
+def test_training_is_three_forward_passes():
+    forward, training = forward_flops_per_token(MODEL, N, V), training_flops_per_token(MODEL, N, V)
+    for field in dataclasses.fields(forward):
+        assert getattr(training, field.name) == 3 * getattr(forward, field.name)
+    assert training.total == training.looped + training.output
+
+
+def test_a_loop_count_can_be_asked_for():
+    assert forward_flops_per_token(MODEL, N, V, loop_count=3) == forward_flops_per_token(
+        dataclasses.replace(MODEL, loop_count=3), N, V
+    )
+    assert forward_flops_per_token(MODEL, N, V, 1).local_attention == 0
+
+
+def test_loops_multiply_the_stack_and_not_the_head():
+    one, two, three = (forward_flops_per_token(MODEL, N, V, loops) for loops in (1, 2, 3))
+    assert one.output == two.output == three.output
+    assert two.ffn == 2 * one.ffn and three.ffn == 3 * one.ffn
+    assert three.looped - two.looped == pytest.approx(two.looped - one.looped)
+
+
+def test_six_times_the_parameters_for_a_short_plain_transformer():
+    """The familiar rule, where attention is negligible: 6 FLOPs per matmul parameter and token."""
+    model = ModelConfig(num_layers=4, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, loop_count=1)
+    matmul_parameters = 4 * (4 * 1024**2 + 3 * 1024 * 4096) + 1024 * 2048
+    assert training_flops_per_token(model, 8, 2048).total == pytest.approx(6 * matmul_parameters, rel=2e-3)

@@ -1,0 +1,64 @@
+"""Where hidden matrices are updated, on paper and in megatron-core."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from plt_megatron.config.loader import load_config
+from plt_megatron.predict.held import RankMatrix, given_out, stages_of
+from plt_megatron.predict.layout import estimate_layout
+from plt_megatron.predict.memory import checkpoint_bytes, persistent_bytes
+from plt_megatron.predict.parameters import count_parameters, matrix_parameters
+
+MUON = ["optimizer.name=muon", "model.vocab_size=1000"]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+@pytest.mark.parametrize("bucket", [None, 5000])
+def test_matrices_are_given_out_as_megatron_core_does(ranks, bucket):
+    import torch
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    draw = random.Random(ranks)
+    sizes = [draw.randint(1, 60) * draw.choice((10, 64)) for _ in range(40)]
+    layout = LayerWiseDistributedOptimizer._compute_per_buffer_param_layout(
+        [torch.nn.Parameter(torch.empty(size)) for size in sizes], bucket, ranks, DistributedDataParallelConfig()
+    )
+    ours, padded = given_out([RankMatrix(size, False, ()) for size in sizes], ranks, bucket)
+    assert ranks * padded == layout.bucket_indices[-1][1]
+    theirs = [0] * ranks
+    for parameter, (start, _, number) in layout.param_index_map.items():
+        begin, end = layout.bucket_indices[number]
+        theirs[(start - begin) * ranks // (end - begin)] += parameter.numel()
+    assert [sum(matrix.size for matrix in rank) for rank in ours] == theirs
+
+
+def test_a_rank_holds_what_the_fullest_one_does():
+    """Of a dense model on 4 ranks: momentum for matrices, two moments for all else, and buffers with padding."""
+    config = load_config("configs/runs/plt2_1b.yaml", [*MUON, "parallel.overlap_grad_reduce=false"])
+    layout = estimate_layout(config, 4)
+    (stage,) = stages_of(config, layout, 1000)
+    dense, most = stage.dense, stage.dense.most
+    assert dense.in_matrices == matrix_parameters(config.model) and dense.in_matrices <= 4 * most
+    held = persistent_bytes(dense, config, layout)
+    assert dense.divided + dense.in_matrices == dense.size and dense.part == dense.divided // 4
+    assert held["optimizer state"] == 8 * dense.part + 4 * most
+    assert held["main weights"] == 4 * (dense.part + most)
+    padding = 4 * dense.padded - dense.in_matrices
+    assert held["gradients"] == 4 * (dense.size + padding) and 0 <= padding < 0.02 * dense.size
+
+
+def test_a_checkpoint_has_one_moment_of_a_matrix():
+    config = load_config("configs/runs/plt2_1b.yaml", MUON)
+    total, matrices = count_parameters(config.model, 1000).total, matrix_parameters(config.model)
+    assert checkpoint_bytes(config, 1000) == 14 * total - 4 * matrices
+    assert 0.9 * total < matrices < total
+
+
+def test_an_iteration_works_on_the_short_side():
+    """X X^T, its square, and their product with X."""
+    for shape in ((2, 3), (3, 2)):
+        assert RankMatrix(6, False, (shape,)).flops == 2 * 2 * 2 * 3 + 2 * 2 * 2 * 2 + 2 * 2 * 2 * 3

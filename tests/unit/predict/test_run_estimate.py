@@ -1,0 +1,390 @@
+"""A whole run on paper: traffic and state by hand, and how figures move with the layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plt_megatron.config.layout import ParallelLayout
+from plt_megatron.config.loader import load_config
+from plt_megatron.config.schema import (
+    BatchStage,
+    DataConfig,
+    DeepSpeedConfig,
+    LoopStage,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from plt_megatron.errors import UserError
+from plt_megatron.predict.held import Held, count_rank_parameters
+from plt_megatron.predict.layout import bubble_fraction, enough_microbatches, estimate_layout, passes
+from plt_megatron.predict.memory import persistent_bytes
+from plt_megatron.predict.parameters import count_parameters
+from plt_megatron.predict.run_estimate import estimate_run
+from tests.settings import changed, make
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = ModelConfig(
+    num_layers=8, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=4,
+    vocab_size=1000, loop_count=2, window_size=32,
+)  # fmt: skip
+
+
+def run(model=None, training=None, **parallel) -> RunConfig:
+    return RunConfig(
+        model=changed(MODEL, model or {}),
+        data=DataConfig(sequence_length=256),
+        training=make(
+            TrainingConfig, {"micro_batch_size": 1, "global_batch_size": 32, "train_iters": 7, **(training or {})}
+        ),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def stage_peaks(config, **arguments):
+    return [stage.total_bytes for stage in estimate_run(config, **arguments).memory]
+
+
+# What is arithmetic.
+
+
+def test_sizes_of_the_whole_run():
+    estimate = estimate_run(run(), world_size=4)
+    assert estimate.tokens == 7 * 32 * 256 and estimate.world_size == 4
+    assert estimate.parameters_total == estimate.parameters_active == count_parameters(MODEL).total
+    assert estimate.parameters_embedding == 1024 * 512
+    assert estimate.total_flops == estimate.flops_per_token * estimate.tokens
+    assert estimate.checkpoint_bytes == 14 * estimate.parameters_total
+    assert estimate.total_seconds == pytest.approx(7 * estimate.step_seconds)
+    assert estimate.gpu_hours == pytest.approx(4 * estimate.total_seconds / 3600)
+    assert estimate.layout.data == 4 and estimate.layout.microbatches == 8
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 4, "tensor_model_parallel_size": 2}], ids=str)
+def test_a_run_of_two_stages_costs_what_each_of_them_costs(layout):
+    """Time, FLOPs, traffic and bubble are the mean of the stages' own runs; memory is the later one's."""
+    stages = [LoopStage(3 / 7, 1), LoopStage(loop_count=2)]
+    whole, one, two = (
+        estimate_run(run(model, {"loop_schedule": schedule}, **layout), world_size=8)
+        for model, schedule in (({}, stages), ({"loop_count": 1}, []), ({}, []))
+    )
+    for name in ("flops_per_token", "total_flops", "step_seconds", "total_seconds", "gpu_hours", "bubble_fraction"):
+        expected = (3 * getattr(one, name) + 4 * getattr(two, name)) / 7
+        assert getattr(whole, name) == pytest.approx(expected, rel=2e-3), name  # two loops' gates are reduced in all
+    assert whole.communication == pytest.approx(
+        {name: (3 * sent + 4 * two.communication[name]) / 7 for name, sent in one.communication.items()}, rel=2e-3
+    )
+    assert whole.peak_memory_bytes == two.peak_memory_bytes and whole.parameters_total == two.parameters_total
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 4}], ids=str)
+def test_a_run_of_two_batch_sizes_costs_what_each_of_them_costs(layout):
+    """Time and traffic are the mean over steps; tokens and FLOPs add up; memory is the larger one's."""
+    stages = {"batch_schedule": [BatchStage(3 * 32 * 256, 32)], "global_batch_size": 96}
+    whole, small, large = (
+        estimate_run(run(training=training, **layout), world_size=8)
+        for training in (stages, {"global_batch_size": 32}, {"global_batch_size": 96})
+    )
+    assert whole.tokens == (3 * 32 + 4 * 96) * 256 and whole.total_flops == whole.flops_per_token * whole.tokens
+    assert whole.flops_per_token == pytest.approx(small.flops_per_token)
+    for name in ("step_seconds", "total_seconds", "gpu_hours", "bubble_fraction"):
+        expected = (3 * getattr(small, name) + 4 * getattr(large, name)) / 7
+        assert getattr(whole, name) == pytest.approx(expected), name
+    assert whole.communication == pytest.approx(
+        {name: (3 * sent + 4 * large.communication[name]) / 7 for name, sent in small.communication.items()}
+    )
+    assert whole.peak_memory_bytes == large.peak_memory_bytes >= small.peak_memory_bytes
+
+
+def test_a_loss_on_another_loop_is_another_output_layer():
+    plain, both = (
+        estimate_run(run(training={"loop_loss_weights": weights}), gpu="h100", world_size=1) for weights in ([], [0.5])
+    )
+    assert both.flops.output == 2 * plain.flops.output and both.flops.looped == pytest.approx(plain.flops.looped)
+    softmax = 256 * 1024 * 4  # probabilities of a microbatch's tokens, in fp32
+    assert both.peak_memory_bytes - plain.peak_memory_bytes == pytest.approx(softmax, rel=0.6)
+    assert both.step_seconds > plain.step_seconds
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("gate", ["query", "hidden"])
+def test_ranks_together_hold_the_model(tied, gate):
+    """Slices add up; what is whole on every tensor-parallel rank, and a tied embedding's copy, comes on top."""
+    model = dataclasses.replace(MODEL, share_embeddings_and_output_weights=tied, gate_input=gate)
+    whole = count_parameters(model)
+    one = count_rank_parameters(model, 1000, ParallelLayout())
+    assert one.total == whole.total
+    stages = [count_rank_parameters(model, 1000, ParallelLayout(pipeline=4), stage) for stage in range(4)]
+    copy = whole.embedding if tied else 0
+    assert sum(stage.total for stage in stages) == whole.total + copy
+    halves = 2 * count_rank_parameters(model, 1000, ParallelLayout(tensor=2)).total
+    replicated = whole.norms + whole.final_norm + (whole.gates if gate == "hidden" else 0)
+    assert halves == whole.total + replicated
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"),
+    [
+        (0, "bf16", 2 + 4 + 4 + 8),
+        (1, "bf16", 2 + 4 + (4 + 8) / 8),
+        (2, "bf16", 2 + (4 + 4 + 8) / 8),
+        (3, "bf16", (2 + 4 + 4 + 8) / 8 + 2),  # weights are whole while they are used
+        (1, "fp32", 4 + 4 + 8 / 8),
+    ],
+)
+def test_zero_stages_per_parameter(stage, precision, expected):
+    layout = dataclasses.replace(estimate_layout(run(), 8), zero_stage=stage)
+    config, eight = RunConfig(training=TrainingConfig(precision=precision)), Held(8_000_000, layout.shards)
+    held = persistent_bytes(eight, config, layout)
+    assert sum(held.values()) == 8_000_000 * expected
+    offloaded = persistent_bytes(eight, config, dataclasses.replace(layout, offload_optimizer=True))
+    assert offloaded["optimizer state"] == offloaded["main weights"] == 0
+    assert offloaded["gradients"] == (held["gradients"] if stage < 2 else 0), "they go along from stage 2 on"
+
+
+def test_a_moving_average_costs_a_share_of_fp32_and_as_much_on_disk():
+    plain, averaged = run(), run(training={"ema_decay": 0.999})
+    layout = estimate_layout(plain, 4)
+    held = persistent_bytes(Held(8_000_000, 4), averaged, layout)
+    assert held.pop("weight average") == 8_000_000 * 4 / 4
+    without = persistent_bytes(Held(8_000_000, 4), plain, layout)
+    assert without.pop("weight average") == 0 and without == held
+    assert estimate_run(averaged, world_size=4).checkpoint_bytes == 18 * count_parameters(MODEL).total
+    more = stage_peaks(averaged, world_size=4)[0] - stage_peaks(plain, world_size=4)[0]
+    assert more == pytest.approx(count_parameters(MODEL).total, rel=0.01)
+
+
+def test_traffic_by_hand():
+    row = 256 * 512 * 2  # one microbatch's hidden states in bf16
+    tensor = estimate_run(run(tensor_model_parallel_size=2)).communication
+    # 32 microbatches, 2 loops, 8 layers: 4 all-reduces of a whole tensor on 2 ranks; then the embedding and the head,
+    # and three fp32 numbers of each token for the cross-entropy.
+    head = 4 * row / 2 + 3 * 256 * 4
+    assert tensor["tensor parallel"] == 32 * (2 * 8 * 4 * 2 * row / 2 + head)
+    assert estimate_run(run(pipeline_model_parallel_size=2)).communication["pipeline"] == 32 * 3 * row
+    assert estimate_run(run(pipeline_model_parallel_size=4)).communication["pipeline"] == 32 * 2 * 2 * row
+    data = estimate_run(run(), world_size=4).communication
+    parameters = count_parameters(MODEL).total
+    assert data == {"gradient reduction": 3 / 4 * 4 * parameters, "weight gathering": 3 / 4 * 2 * parameters}
+    assert estimate_run(run()).communication == {}
+
+
+def test_deepspeeds_memory_and_traffic():
+    """Its fp32 main weights and buckets, the limit of whole weights, and what its stages send."""
+    parameters = count_parameters(MODEL).total
+    estimates = {}
+    for stage in (1, 2, 3):
+        added = {"zero_optimization": {"reduce_bucket_size": 5e5, "stage3_max_live_parameters": 1e6}}
+        config = dataclasses.replace(run(), deepspeed=DeepSpeedConfig(stage, config=added))
+        estimates[stage] = estimate_run(config, world_size=4)
+        components = estimates[stage].memory[0].components
+        assert components["DeepSpeed's buckets"] == 4 * 500_000
+        assert components["gathered weights"] == (2 * 1_000_000 if stage == 3 else 0)
+    once = {"gradient reduction": 3 / 4 * 4 * parameters, "weight gathering": 3 / 4 * 2 * parameters}
+    micro_batches, loops = 8, 2
+    assert estimates[1].communication == once
+    assert estimates[2].communication == once | {"gradient reduction": micro_batches * once["gradient reduction"]}
+    assert estimates[3].communication["weight gathering"] == 2 * micro_batches * loops * once["weight gathering"]
+    times = [estimates[stage].step_seconds for stage in (1, 2, 3)]
+    assert times == sorted(times)
+    in_fp32 = dataclasses.replace(run(training={"precision": "fp32"}), deepspeed=DeepSpeedConfig())
+    assert estimate_run(in_fp32).memory[0].components["main weights"] == 4 * parameters
+
+
+def test_offloading_takes_time_for_memory():
+    plain, optimizer, weights = (
+        estimate_run(dataclasses.replace(run(), deepspeed=DeepSpeedConfig(3, *offload)), world_size=4)
+        for offload in (("none", "none"), ("cpu", "none"), ("cpu", "cpu"))
+    )
+    owned = count_parameters(MODEL).total // 4
+    assert "host transfers" not in plain.communication
+    assert optimizer.communication["host transfers"] == (4 + 2) * owned
+    assert weights.communication["host transfers"] == (4 + 2) * owned + 2 * (2 * 2 * 8) * owned
+    assert plain.step_seconds < optimizer.step_seconds < weights.step_seconds
+    assert plain.peak_memory_bytes > optimizer.peak_memory_bytes > weights.peak_memory_bytes
+
+
+def test_a_pipeline_runs_at_its_slowest_stages_pace():
+    """Of layers alone one of 5 is 5/4 as slow as one of 4; the last stage has the head, too."""
+    small = {"vocab_size": 8, "make_vocab_size_divisible_by": 8}  # its head is nothing
+    even, uneven = (
+        estimate_run(run(small, pipeline_model_parallel_size=2, **stages), gpu="h100")
+        for stages in ({}, {"num_layers_in_first_pipeline_stage": 5})
+    )
+    for part in ("matmul", "attention", "memory_bound", "bubble"):
+        assert getattr(uneven.times, part) / getattr(even.times, part) == pytest.approx(5 / 4, rel=0.02), part
+    assert uneven.flops == even.flops and uneven.bubble_fraction == even.bubble_fraction
+    large = {"vocab_size": 250_000, "num_layers": 10}
+    even, uneven = (
+        estimate_run(run(large, pipeline_model_parallel_size=2, **stages), gpu="h100")
+        for stages in ({}, {"num_layers_in_first_pipeline_stage": 8})
+    )
+    assert uneven.step_seconds < even.step_seconds, "the head is worth several layers"
+
+
+def test_a_stage_without_layers_has_the_embedding_or_the_head():
+    ends = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
+    estimate = estimate_run(run({"num_layers": 2}, pipeline_model_parallel_size=4, **ends))
+    held = [stage.components["weights"] for stage in estimate.memory]
+    assert held[0] == 2 * 1024 * 512 and held[3] == 2 * (1024 * 512 + 512) and held[1] == held[2] > 0
+    activations = [stage.components["activations"] for stage in estimate.memory]
+    assert activations[0] < activations[1] > activations[3]
+
+
+def test_bubble():
+    assert bubble_fraction(4, 2, 8) == 3 / 16
+    assert estimate_run(run(pipeline_model_parallel_size=4)).bubble_fraction == 3 / (2 * 32)
+    assert estimate_run(run(model={"loop_count": 1}, pipeline_model_parallel_size=4)).bubble_fraction == 3 / 32
+    assert estimate_run(run()).bubble_fraction == 0
+
+
+@pytest.mark.parametrize(("pipeline", "loops"), list(itertools.product((1, 2, 4), (1, 2, 3))))
+def test_passes_come_once_each_and_in_a_possible_order(pipeline, loops):
+    for stage in range(pipeline):
+        seen: set[tuple[int, int, bool]] = set()
+        for each in passes(pipeline, stage, loops, 8):
+            key = (each.microbatch, each.loop, each.backward)
+            assert key not in seen
+            if each.backward:
+                assert (each.microbatch, each.loop, False) in seen
+                assert each.loop in (0, loops) or (each.microbatch, each.loop + 1, True) in seen
+            seen.add(key)
+        assert len(seen) == 2 * 8 * (1 if pipeline == 1 else loops)
+
+
+def test_few_microbatches_show_the_peak_of_many():
+    for pipeline, loops in itertools.product((2, 4), (1, 2, 3)):
+        for stage in range(pipeline):
+            peaks = []
+            for count in (enough_microbatches(pipeline, 64), 64):
+                live = peak = 0
+                for each in passes(pipeline, stage, loops, count):
+                    live += -1 if each.backward else 1
+                    peak = max(peak, live)
+                peaks.append(peak)
+            assert peaks[0] == peaks[1]
+
+
+def test_few_microbatches_show_the_memory_of_many(monkeypatch):
+    config = run(training={"global_batch_size": 64}, pipeline_model_parallel_size=4)
+    few = stage_peaks(config)
+    monkeypatch.setattr("plt_megatron.predict.memory.enough_microbatches", lambda pipeline, microbatches: microbatches)
+    assert stage_peaks(config) == few
+
+
+# How figures move.
+
+
+@pytest.mark.parametrize("backend", ["torch", "te"])
+def test_recomputation_saves_memory_and_costs_time(backend):
+    settings = [run({"backend": backend}, recompute_granularity=kind) for kind in ("none", "selective", "full")]
+    kinds = [estimate_run(each) for each in settings]
+    none, selective, full = (each.peak_memory_bytes for each in kinds)
+    assert none > full < selective
+    # So small a model's attention keeps no more with Transformer Engine than what it is recomputed from.
+    assert (none > selective) == (backend == "torch"), (none, selective)
+    assert kinds[0].step_seconds < kinds[1].step_seconds < kinds[2].step_seconds
+
+
+def test_parallel_sizes_divide_memory_and_time():
+    one = estimate_run(run())
+    for parallel in (
+        {"tensor_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"context_parallel_size": 2},
+    ):
+        divided = estimate_run(run(**parallel))
+        assert divided.peak_memory_bytes < one.peak_memory_bytes
+        assert 0.4 * one.step_seconds < divided.step_seconds < one.step_seconds
+    copies = estimate_run(run(), world_size=4)
+    assert copies.peak_memory_bytes < one.peak_memory_bytes, "optimizer state is divided"
+    plain, sequence = (
+        estimate_run(run(tensor_model_parallel_size=2, sequence_parallel=flag)) for flag in (False, True)
+    )
+    assert sequence.peak_memory_bytes < plain.peak_memory_bytes
+
+
+def test_earlier_stages_hold_more_microbatches():
+    config = run(model={"share_embeddings_and_output_weights": False}, pipeline_model_parallel_size=4)
+    activations = [stage.components["activations"] for stage in estimate_run(config).memory]
+    assert activations == sorted(activations, reverse=True) and activations[0] > 1.5 * activations[-1]
+
+
+def test_loops_cost_activations_not_state():
+    one, two = (
+        estimate_run(run({"loop_count": loops, "gated_window": False}, {"micro_batch_size": 8})) for loops in (1, 2)
+    )
+    for name in ("weights", "main weights", "gradients", "optimizer state"):
+        assert one.memory[0].components[name] == two.memory[0].components[name]
+    kept = [
+        each.memory[0].components["activations"] + each.memory[0].components["first-loop K/V"] for each in (one, two)
+    ]
+    assert 1.8 < kept[1] / kept[0] < 2.1
+    assert one.memory[0].components["first-loop K/V"] == 0 < two.memory[0].components["first-loop K/V"]
+
+
+def test_a_run_that_does_not_fit_says_so():
+    config = load_config(ROOT / "configs/runs/loopcoder_7b.yaml")
+    assert estimate_run(config, gpu="h100", world_size=64).fits
+    small = estimate_run(config, gpu="l4", world_size=8)
+    assert not small.fits and small.peak_memory_bytes > 0.92 * small.device_memory_bytes
+
+
+def test_faster_cards_are_faster():
+    times = [estimate_run(run(), gpu=gpu).step_seconds for gpu in ("l4", "a100", "h100", "h200", "b200")]
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["plt2_1b", "plt2_ablation", "loopcoder_7b"])
+def test_shipped_runs_are_plausible_on_64_h100(name):
+    """What trainers of such models report: 30 to 55 % of the dense peak, and a peak below the card's memory."""
+    config = load_config(ROOT / "configs/runs" / f"{name}.yaml")
+    estimate = estimate_run(config, gpu="h100", world_size=64)
+    tokens = config.training.global_batch_size * config.data.sequence_length
+    share = estimate.flops_per_token * tokens / (estimate.step_seconds * 64 * 989.4e12)
+    assert 0.3 < share < 0.55
+    assert 5e9 < estimate.peak_memory_bytes < estimate.device_memory_bytes
+
+
+def test_fp8_is_faster_and_keeps_copies_of_the_weights():
+    bf16, fp8 = (estimate_run(run(training=fp8)) for fp8 in ({}, {"fp8.format": "hybrid"}))
+    linear = (fp8.flops.projections + fp8.flops.ffn) / (fp8.flops.total - fp8.flops.global_attention
+                                                        - fp8.flops.local_attention)  # fmt: skip
+    assert fp8.times.matmul == pytest.approx(bf16.times.matmul * (1 - linear + linear / (2 * 0.75)), rel=1e-3)
+    assert fp8.times.attention == bf16.times.attention
+    copies = fp8.memory[0].components["FP8 weights"]
+    assert copies == 2 * count_rank_parameters(MODEL, 1000, ParallelLayout()).layers
+    assert fp8.peak_memory_bytes == bf16.peak_memory_bytes + copies
+    with pytest.raises(UserError, match="gpu a100 has no FP8: set training.fp8=null"):
+        estimate_run(run(training={"fp8.format": "hybrid"}), gpu="a100")
+
+
+def test_errors():
+    with pytest.raises(UserError, match="vocabulary"):
+        estimate_run(run(model={"vocab_size": None}))
+    assert estimate_run(run(model={"vocab_size": None}), vocab_size=1000) == estimate_run(run())
+    with pytest.raises(UserError, match="no such card"):
+        estimate_run(run(), gpu="abacus")
+
+
+def test_no_torch_is_imported():
+    code = (
+        "import sys, plt_megatron.predict.report, plt_megatron.predict.run_estimate\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'megatron', 'numpy')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
