@@ -116,16 +116,16 @@ def differences(outcome: Outcome, expected: Outcome) -> dict[str, float]:
     return {name: _relative(*(np.asarray(part, dtype=np.float64) for part in pair)) for name, pair in pairs.items()}
 
 
-def before_chaos(rounding: Mapping[str, float], chaos: float = CHAOS) -> list[str]:
-    """The numbers of the steps before the first one that rounding alone moves by `chaos`, or all numbers and weights.
+def before_chaos(rounding: Mapping[str, float]) -> list[str]:
+    """The numbers of the steps before the first one that rounding alone moves by `CHAOS`, or all numbers and weights.
 
     A deep model at a high rate doubles a rounding error many times a step: its steps are compared while they can be.
     """
     steps = {name: int(found[1]) for name in rounding if (found := _BY_STEP.fullmatch(name))}
-    end = min((step for name, step in steps.items() if rounding[name] > chaos), default=None)
+    end = min((step for name, step in steps.items() if rounding[name] > CHAOS), default=None)
     if end is None:
         return list(rounding)
-    return [name for name, step in steps.items() if step < end or (step == 0 and rounding[name] <= chaos)]
+    return [name for name, step in steps.items() if step < end or (step == 0 and rounding[name] <= CHAOS)]
 
 
 def _relative(value: np.ndarray, expected: np.ndarray) -> float:
