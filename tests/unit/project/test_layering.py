@@ -28,12 +28,25 @@ ALLOWED = {
     "train": {"config", "run_folder", "runtime", "estimate", "launcher", "storage", "data", "model"},
     "rehearsal": {"config", "run_folder", "runtime", "estimate", "model", "train"},
     "hf": {"config", "run_folder", "runtime", "estimate", "data", "model", "train"},
-    "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf"},
+    "demo.steps": {"config", "run_folder", "data"},  # a sweep's data, too
+    "experiments": {"config", "run_folder", "runtime", "estimate", "data", "model", "train", "hf", "demo.steps"},
     # A sweep is submitted to Slurm; everything else reads run folders.
-    "experiments.sweep": {"config", "run_folder", "estimate", "slurm", "experiments"},
-    "experiments.running": {"config", "run_folder", "runtime", "slurm", "experiments"},
+    "experiments.sweep": {"config", "run_folder", "runtime", "estimate", "slurm", "experiments", "demo.steps"},
+    "demo": {"config", "run_folder", "estimate", "data", "experiments", "demo.steps"},
     "commands": {
-        *("config", "run_folder", "runtime", "estimate", "slurm", "storage", "data", "hf", "experiments", "rehearsal")
+        *(
+            "config",
+            "run_folder",
+            "runtime",
+            "estimate",
+            "slurm",
+            "storage",
+            "data",
+            "hf",
+            "experiments",
+            "demo",
+            "rehearsal",
+        )
     },
 }
 SCRIPTS = sorted([*ROOT.glob("tools/*.py"), *ROOT.glob("launch/*.py")])
