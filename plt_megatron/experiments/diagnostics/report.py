@@ -381,7 +381,7 @@ def _by_layer(diagnosis: Diagnosis, name: str) -> Panel:
         if not np.isnan(mean[r]).all()
     ]
     every = -(-len(layers) // 8)
-    ticks = {layer: str(layer) for layer in range(0, len(layers), every)}
+    ticks: dict[float, str] = {layer: str(layer) for layer in range(0, len(layers), every)}
     limits = (-0.4, len(layers) - 0.6)
     return Panel(curves, "layer", _UNITS[name], _TITLES[name], margin=0.15, x_limits=limits, ticks=ticks, legend=8)
 

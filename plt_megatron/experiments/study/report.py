@@ -276,7 +276,7 @@ def curves_figure(results: Sequence[RunResult]) -> Named:
     sizes = list(dict.fromkeys(result.run.labels["size"] for result in shown))[:_MOST_SIZES]
     variants = list(dict.fromkeys(r.run.labels["variant"] for r in shown if r.run.labels["variant"] != ONE_LOOP))
     lines = {name: LINES[place % len(LINES)] for place, name in enumerate(variants)}
-    panels = []
+    panels: list[Panel] = []
     for size in sizes:
         own = [result for result in shown if result.run.labels["size"] == size]
         curves = [curve for result in own for curve in _learning(result, lines)]
