@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.experiments.figures import add_legend, color, new_figure, save
-from plt_megatron.experiments.report.results import load_results
+from plt_megatron.experiments.records import load_results
 from plt_megatron.run_folder.text import format_table
 
 NONE, ALL = "one loop", "all"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.planted_law import Luck, PlantedLaw, synthetic_study
 from plt_megatron.experiments.law import fit_law
 from plt_megatron.experiments.solver import Model
-from plt_megatron.experiments.study.synthetic import Luck, PlantedLaw, synthetic_study
 from plt_megatron.run_folder.text import format_table
 
 TARGET = (0.90, 0.99)
@@ -53,7 +53,7 @@ def coverage(law: PlantedLaw, luck: Luck, seeds: tuple[int, ...], studies: int, 
         hits.update({name: value in coefficients[name] for name, value in truth.items()})
         hits.update({f"phi of {name}": phi in fit.phis[name] for name, phi in law.phis.items()})
         hits["difference of phis"] += law.phis[names[0]] - law.phis[names[1]] in fit.difference(*names)
-        hits["loss farther out"] += law.loss(FARTHER) in fit.predict(FARTHER).loss
+        hits["loss farther out"] += law.loss(FARTHER) in fit.predict(FARTHER)
     return {name: count / studies for name, count in hits.items()}
 
 

@@ -36,7 +36,7 @@ _PRELOADED = (
     "plt_megatron.train.megatron_engine",
     "plt_megatron.hf.exporting",
     "plt_megatron.hf.generation",
-    "plt_megatron.experiments.diagnostics.writing",
+    "plt_megatron.experiments.diagnostics.report",
     "transformers.models.auto.modeling_auto",
     "transformers.generation.utils",
     "transformers.modeling_utils",

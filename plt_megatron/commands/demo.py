@@ -16,6 +16,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _demo() -> None:
-    from plt_megatron.experiments.demo import run_demo
+    from plt_megatron.demo.run import run_demo
 
     run_demo()

@@ -76,7 +76,7 @@ def _diagnose(arguments: argparse.Namespace) -> None:
         if (value := getattr(arguments, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     prepare_imports()
-    from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
+    from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
 
     result = run_diagnosis(DiagnoseOptions(**vars(arguments)), _show_progress)
     print(result.text)

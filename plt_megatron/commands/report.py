@@ -37,10 +37,10 @@ def _report(arguments: argparse.Namespace) -> None:
     from plt_megatron.extras import require
 
     require("plt report", "jinja2", "scipy", *(["transformers"] if arguments.measure_decode else []))
+    from plt_megatron.experiments.decode_time import DecodeProtocol
     from plt_megatron.experiments.pages import PAGE
-    from plt_megatron.experiments.report.decode import DecodeProtocol
-    from plt_megatron.experiments.report.verdict import by_question
-    from plt_megatron.experiments.report.writing import write_report
+    from plt_megatron.experiments.sweep_report import write_report
+    from plt_megatron.experiments.verdicts import by_question
 
     protocol = None
     if arguments.measure_decode:

@@ -77,8 +77,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from plt_megatron.experiments.running import RunOptions
-    from plt_megatron.experiments.sweep import run_sweep
+    from plt_megatron.experiments.sweep import RunOptions, run_sweep
 
     options = RunOptions(
         dry_run=arguments.dry_run,

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from plt_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.figures import add_legend, color, new_figure, save
+from plt_megatron.experiments.figures import Curve, Panel, draw, save
 from plt_megatron.hf.verification import single_process
 from plt_megatron.run_folder.text import format_table
 
@@ -115,21 +114,23 @@ def verdict(result: Result) -> str:
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """One panel an axis."""
-    save(_figure(results), path)
-
-
-def _figure(results: Sequence[Result]) -> Figure:
-    figure, panels = new_figure(4.2, 3.4, len(results), len(results))
-    for axes, result in zip(panels, results, strict=True):
-        for index, name in enumerate(result.spread()):
-            values = [coordinates.values[name] for coordinates in result.measured.values()]
-            axes.loglog(list(result.measured), values, "o-", base=2, color=color(index), label=name)
-        axes.set_xlabel(result.axis)
-        axes.set_xticks(list(result.measured), [str(size) for size in result.measured])
-        axes.set_title("flat" if result.is_flat else "not flat", fontsize=10)
-    panels[0].set_ylabel("root mean square after the last step")
-    add_legend(panels[0])
-    return figure
+    panels = []
+    for place, result in enumerate(results):
+        curves = [
+            Curve(
+                list(result.measured),
+                [coordinates.values[name] for coordinates in result.measured.values()],
+                index,
+                marker="o",
+                label="" if place else name,
+            )
+            for index, name in enumerate(result.spread())
+        ]
+        y = "" if place else "root mean square after the last step"
+        ticks = {float(size): str(size) for size in result.measured}
+        title = "flat" if result.is_flat else "not flat"
+        panels.append(Panel(curves, result.axis, y, title, log_x=True, log_y=True, ticks=ticks))
+    save(draw(panels, 4.2, 3.4, len(results)), path)
 
 
 def _measure(config: RunConfig, size: dict[str, int], options: Options) -> Coordinates:

@@ -12,7 +12,7 @@ from plt_megatron.data.duplicates import Duplicates, Place
 from plt_megatron.data.inspection import Inspector, ShownBatch
 from plt_megatron.data.inspection_text import describe_part, summary
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.pages import Answer, Column, Page, Part, Table, render
+from plt_megatron.experiments.pages import Column, Page, Part, Table, Verdict, render
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.text import plural
@@ -34,7 +34,7 @@ def write_page(
     page = Page(
         title=f"Data of {config.name}",
         about=_about(config, batch),
-        answers=[] if found is None else [Answer(summary(found), not (found.equal_documents or found.span_documents))],
+        answers=[] if found is None else [Verdict(summary(found), not (found.equal_documents or found.span_documents))],
         asked="Validation text in the training data",
         parts=[] if found is None else _duplicates(found, inspector),
     )

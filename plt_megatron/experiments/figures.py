@@ -1,4 +1,4 @@
-"""How all figures look, and how they become files and markup."""
+"""The one style of all figures: panels of curves are data, drawn here, and become files or markup."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.files import replacing
@@ -28,10 +29,72 @@ LINES: tuple[Any, ...] = (
     *((0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 2, 1, 2, 1, 2))),
 )
 MARKERS = "os^Dv<>pXP"
-TOKENS = "training tokens"
+TOKENS, FLOPS = "training tokens", "training FLOPs"  # what x axes show that have a form of their own
 _DPI = 150
+_LABELS = 10  # size of letters
 _SHORT, _ROW = 3, 0.085  # a legend's entries, and what a row of it takes of a plot's height
 _SMOOTHING_WINDOWS = 25  # the smoothed curve averages over a 25th of the run
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of one panel that belong together.
+
+    Attributes:
+        color: of the palette by its place, or a color by its name.
+        line: matplotlib's style; empty: marks alone.
+        label: in the legend; a curve without points has only that.
+        band: ends [2, n] of what is shaded around it.
+        bars: how far error bars reach down and up [2, n], or both ways [n].
+        title: what a reader sees who hovers over it.
+        look: further arguments of matplotlib's `plot`.
+    """
+
+    x: Sequence[float] | np.ndarray = ()
+    y: Sequence[float] | np.ndarray = ()
+    color: int | str = 0
+    line: Any = "-"
+    marker: str = ""
+    label: str = ""
+    band: Any = None
+    bars: Any = None
+    title: str = ""
+    look: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shade(self) -> str:
+        return self.color if isinstance(self.color, str) else color(self.color)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a figure.
+
+    Attributes:
+        x, y: what the axes show; `TOKENS` and `FLOPS` are written in their own form.
+        level, at: of lines across, horizontal and vertical.
+        limits, x_limits: of y, of x; None: as the curves have it.
+        ticks: words in the place of numbers along x.
+        shown: values of y that are in view, where not all of the curves are, and so much of their span below and above.
+        legend: size of its letters; `beside`: to the right of the panel, not on it.
+    """
+
+    curves: Sequence[Curve]
+    x: str = ""
+    y: str = ""
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    level: float | None = None
+    at: float | None = None
+    at_label: str = ""
+    shown: tuple[Iterable[float], float, float] | None = None
+    limits: tuple[float | None, float | None] | None = None
+    x_limits: tuple[float, float] | None = None
+    ticks: dict[float, str] | None = None
+    margin: float | None = None
+    legend: int = 9
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +115,77 @@ def color(index: int) -> str:
     return COLORS[index % len(COLORS)]
 
 
+def drawn(name: str, caption: str, panels: Sequence[Panel], width: float, height: float, columns: int = 1) -> Named:
+    """A page's figure of panels, each `width` x `height` inches."""
+    titles = {_gid(*place): curve.title for place, curve in _placed(panels) if curve.title}
+    return Named(name, caption, draw(panels, width, height, columns), titles)
+
+
+def draw(panels: Sequence[Panel], width: float, height: float, columns: int = 1) -> Figure:
+    """A figure of panels, each `width` x `height` inches."""
+    figure, plots = new_figure(width, height, len(panels), columns)
+    for place, curve in _placed(panels):
+        _draw(plots[place[0]], curve, _gid(*place))
+    for axes, panel in zip(plots, panels, strict=True):
+        _finish(axes, panel)
+    return figure
+
+
+def _placed(panels: Sequence[Panel]) -> Iterator[tuple[tuple[int, int], Curve]]:
+    for place, panel in enumerate(panels):
+        yield from (((place, number), curve) for number, curve in enumerate(panel.curves))
+
+
+def _gid(panel: int, curve: int) -> str:
+    return f"curve{panel}-{curve}"
+
+
+def _draw(axes: Axes, curve: Curve, gid: str) -> None:
+    options = {"color": curve.shade, "linestyle": curve.line, "marker": curve.marker, "label": curve.label or None}
+    if curve.bars is not None:
+        axes.errorbar(curve.x, curve.y, yerr=curve.bars, **({"capsize": 3} | options | curve.look))
+        return
+    axes.plot(curve.x, curve.y, gid=gid if curve.title else None, **({"linewidth": 1.5} | options | curve.look))
+    if curve.band is not None:
+        axes.fill_between(curve.x, *curve.band, color=curve.shade, alpha=0.15, linewidth=0)
+
+
+def _finish(axes: Axes, panel: Panel) -> None:
+    """All but the curves."""
+    axes.set_title(panel.title, fontsize=_LABELS)
+    axes.set_ylabel(panel.y, fontsize=_LABELS)
+    axes.set_xlabel(panel.x, fontsize=_LABELS)
+    if panel.log_x:
+        axes.set_xscale("log")
+    elif panel.x == TOKENS:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 5M
+        axes.set_xlim(left=0)
+    elif panel.x == FLOPS:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.3g}"))  # nobody reads prefixes of FLOPs (5E)
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.margin is not None:
+        axes.margins(y=panel.margin)
+    if panel.x_limits is not None:
+        axes.set_xlim(*panel.x_limits)
+    if panel.ticks is not None:
+        axes.set_xticks(list(panel.ticks), list(panel.ticks.values()))
+        axes.minorticks_off()
+    if panel.level is not None:
+        axes.axhline(panel.level, color="#666666", linewidth=0.8)
+    if panel.at is not None:
+        axes.axvline(panel.at, color="#666666", linewidth=0.8, linestyle=":", label=panel.at_label or None)
+    if panel.limits is not None:
+        axes.set_ylim(*panel.limits)
+    if panel.shown is not None:
+        values, below, above = panel.shown
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            span = max(finite) - min(finite) or 0.1
+            axes.set_ylim(min(finite) - below * span, max(finite) + above * span)
+    add_legend(axes, panel.legend, beside=panel.beside)
+
+
 def new_figure(width: float, height: float, count: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of `count` plots, each `width` x `height` inches."""
     columns = min(columns, count)
@@ -67,21 +201,6 @@ def new_figure(width: float, height: float, count: int = 1, columns: int = 1) ->
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=9)
     return figure, plots[:count]
-
-
-def over_tokens(axes: Axes) -> None:
-    """Label the x axis: tokens with engineers' prefixes (5M), from zero."""
-    axes.set_xlabel(TOKENS)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlim(left=0)
-
-
-def limit_y(axes: Axes, values: Iterable[float], below: float, above: float) -> None:
-    """Show the values that are finite, and so much of their span below and above them."""
-    finite = [value for value in values if math.isfinite(value)]
-    if finite:
-        span = max(finite) - min(finite) or 0.1
-        axes.set_ylim(min(finite) - below * span, max(finite) + above * span)
 
 
 def add_legend(axes: Axes, size: int = 9, *, beside: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""How sure a number is: the three kinds of intervals that reports have.
+"""How sure a number is: the intervals that reports have, all of one kind.
 
 Runs with seeds: a mean with Student's t interval, differences paired by seed. Sequences of one model: the bootstrap of
 a mean, resampled alike for all quantities. A law: the block bootstrap of what else its runs could have said, had their
@@ -12,6 +12,7 @@ two dozen blocks makes residuals smaller than the luck that they stand for.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -31,11 +32,12 @@ _SMALLEST = 0.05  # of what a block keeps for itself: one that alone determines 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value, and where it lies; NaN ends: there is no interval."""
+    """A value, and where it lies; NaN ends: there is no interval. `n`: values that it is the mean of; 0: it is none."""
 
     value: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
 
     def __contains__(self, number: float) -> bool:
         return self.low <= number <= self.high
@@ -43,6 +45,11 @@ class Interval:
     @property
     def is_known(self) -> bool:
         return not math.isnan(self.low)
+
+    @property
+    def half(self) -> float | None:
+        """Half its width; None without an interval."""
+        return (self.high - self.low) / 2 if self.is_known else None
 
     @property
     def sign(self) -> int:
@@ -60,45 +67,22 @@ class Interval:
 # ---------------------------------------------------------------- over seeds
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean of `n` values. `half`: half the width of its t interval, None for a single value."""
-
-    mean: float
-    half: float | None
-    n: int
-
-    @property
-    def low(self) -> float | None:
-        return None if self.half is None else self.mean - self.half
-
-    @property
-    def high(self) -> float | None:
-        return None if self.half is None else self.mean + self.half
-
-    def excludes_zero(self) -> bool:
-        """Whether the interval, if there is one, lies on one side of zero."""
-        return self.half is not None and abs(self.mean) > self.half
-
-
-def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
-    """Mean and t interval of at least one finite value."""
+def estimate(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Mean and t interval of at least one finite value; a single one has no interval."""
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
-        return Estimate(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return Estimate(mean, t_quantile((1 + level) / 2, n - 1) * math.sqrt(variance / n), n)
+        return Interval(mean, n=1)
+    half = t_quantile((1 + level) / 2, n - 1) * statistics.stdev(values, mean) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)
 
 
 def paired_difference(
     values: Mapping[int, float], reference: Mapping[int, float], level: float = LEVEL
-) -> Estimate | None:
+) -> Interval | None:
     """`values` minus `reference` over the seeds both have; None if there is none."""
     common = sorted(values.keys() & reference.keys())
-    if not common:
-        return None
-    return estimate([values[seed] - reference[seed] for seed in common], level)
+    return estimate([values[seed] - reference[seed] for seed in common], level) if common else None
 
 
 def t_quantile(probability: float, degrees: int) -> float:

@@ -3,23 +3,20 @@
 phi says what a loop is worth: at 1 a model of r loops is as good as one of r times the layers, at 0 looping is for
 nothing (arXiv 2604.21106 finds 0.46). All variants share the rest of the law, so that runs of one loop serve each.
 
-`fit_law` is of a study, robustly (Huber's weights): one run that went wrong does not decide. `fit_curve` is of the rows
-of a sweep, of one wiring each: without phi, by plain least squares, its intervals by a residual bootstrap. Where N (or
-D) does not vary there, its term cannot be told from E and is left out. A fit needs more points than it has
-coefficients, at several sizes and token counts: where they are missing it is refused, not guessed.
+The fit is robust (Huber's weights): one run that went wrong does not decide. Runs of one wiring, as a sweep has them,
+have no phi; where their N (or D) does not vary, its term cannot be told from E and is left out. A fit needs more points
+than it has coefficients, at several sizes and token counts: where they are missing it is refused, not guessed.
 
 Intervals are centered on the fit and stretched by Student's t over the normal, since few points leave the size of the
-residuals uncertain: without it, nine points' 95 % intervals hold the truth 86 times in 100 instead of 93.
+residuals uncertain.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 
@@ -34,6 +31,7 @@ from plt_megatron.experiments.solver import (
     Model,
     Observation,
     Solution,
+    Terms,
     evaluate,
     jacobian,
     looped_variants,
@@ -49,16 +47,7 @@ SAME = 0.05  # relative: nearer sizes are one
 _HUBER = 1.345  # standard deviations beyond which a residual counts less: 95 % efficient for normal errors
 _ROUNDS = 12  # of reweighting, at most
 _TINY = 1e-12  # stands for a coefficient of 0 where logarithms are taken
-_LEAST = math.exp(-14)  # the same in `fit_curve`, where E is stretched by its logarithm, too
 _REFITS = 2  # of reweighting in a draw of the bootstrap
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A loss, its interval, and what has to be said with it: nothing within ten times the law's runs."""
-
-    loss: Interval
-    beyond: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,6 @@ class LawFit:
         samples: [b, 5 + phis], thetas of other draws of luck, stretched.
         notes: what readers must know.
         terms: whether there are terms of N and of D.
-        quantiles: numpy's name of how an interval's ends lie between two samples. weibull: as it is for draws of any
-            number, not only for very many.
     """
 
     data: Arrays
@@ -88,8 +75,7 @@ class LawFit:
     cost: float
     level: float
     notes: tuple[str, ...] = ()
-    terms: tuple[bool, bool] = (True, True)
-    quantiles: Literal["weibull", "linear"] = "weibull"
+    terms: Terms = (True, True)
 
     @property
     def rms_residual(self) -> float:
@@ -127,7 +113,7 @@ class LawFit:
     def bounds(self, values: np.ndarray) -> np.ndarray:
         """Both ends [2, ...] of the interval of quantities [b, ...] by the samples."""
         ends = [(1 - self.level) / 2, (1 + self.level) / 2]
-        return np.quantile(values, ends, axis=0, method=self.quantiles)
+        return np.quantile(values, ends, axis=0, method="weibull")  # as it is for draws of any number
 
     def fitted(self, models: Sequence[Model]) -> np.ndarray:
         """Losses [m] of models by the fit, however far they are from its runs. Raises `UserError` as `drawn` does."""
@@ -147,19 +133,12 @@ class LawFit:
             raise UserError(f"the law has no phi for {', '.join(unknown)}: no finished run of it has several loops")
         return models_to_arrays(models, self.data.variants)
 
-    def predict(self, model: Model, *, far: bool = False) -> Prediction:
-        """The law's loss.
-
-        Args:
-            far: predict beyond ten times the runs, too: the answer then says how far that is.
-
-        Raises:
-            UserError: without `far`, what is asked about is farther than that from the law's runs.
-        """
+    def predict(self, model: Model) -> Interval:
+        """The law's loss. Raises `UserError` for a model that is `beyond` the law's runs."""
         beyond = self.beyond([model])
-        if beyond and not far:
+        if beyond:
             raise UserError(f"no prediction: {beyond}, where the law is not known to hold")
-        return Prediction(self.interval(self.drawn([model])[:, 0]), beyond)
+        return self.interval(self.drawn([model])[:, 0])
 
     def beyond(self, models: Sequence[Model]) -> str:
         """In words, how far models are outside of the law's runs; empty within `FARTHEST` times them. A term that the
@@ -196,6 +175,7 @@ def fit_law(
     observations: Sequence[Observation] | Arrays,
     *,
     variants: Sequence[str] | None = None,
+    with_phi: bool = True,
     equal: bool = False,
     bootstraps: int = 400,
     level: float = LEVEL,
@@ -205,76 +185,48 @@ def fit_law(
 
     Args:
         variants: their order; None: as they come.
+        with_phi: whether it is about loops; else all runs are of one wiring, with all parameters as `looped` once.
         equal: one phi for all variants.
         bootstraps: how many draws the intervals come from; 0: none, and `samples` is empty.
 
     Raises:
-        UserError: the observations do not determine the law.
+        UserError: the observations do not determine the law, or a loss is no number.
     """
     if not isinstance(observations, Arrays):
-        found = looped_variants(observations)
+        found = looped_variants(observations) if with_phi else ()
         observations = to_arrays(observations, [name for name in variants or found if name in found])
     data = observations
     groups = np.zeros(len(data.variants), dtype=int) if equal else np.arange(len(data.variants))
-    problem = what_is_missing(data, groups)
+    problem = what_is_missing(data, groups, with_phi)
     if problem:
-        raise UserError(f"no law yet: {problem}")
-    solution, weights, spread = _robust(data, groups)
+        raise UserError(f"{'no law yet' if with_phi else 'no fit'}: {problem}")
+    terms = (True, True) if with_phi else _terms(data)
+    count = 1 + 2 * sum(terms) + len(set(groups.tolist()))
+    solution, weights, spread = _robust(data, groups, terms, count)
     residuals = data.loss - evaluate(solution.theta[None], data, groups)[0]
     adjusted = adjusted_residuals(residuals, jacobian(solution.theta, data, groups), weights, data)
     samples = np.empty((bootstraps, len(solution.theta)))
     errors = draw_errors(adjusted, data, bootstraps, np.random.default_rng(seed))
     for row, error in enumerate(errors):
-        samples[row] = _refit(data, groups, data.loss - residuals + error, solution, weights, spread)
+        samples[row] = _refit(data, groups, terms, data.loss - residuals + error, solution, weights, spread)
     # Half: each coefficient is told by a part of the blocks only, phi of a variant by its own and those of one loop.
-    degrees = max(3, (int(data.blocks.max()) + 1 - len(solution.theta)) // 2)
-    samples = _stretched(samples, solution.theta, stretch(level, degrees), 1)
-    notes = tuple(_notes(data, groups, solution.theta, weights))
-    return LawFit(data, groups, solution.theta, weights, residuals, adjusted, samples, solution.cost, level, notes)
+    degrees = max(3, (int(data.blocks.max()) + 1 - count) // 2)
+    samples = _stretched(samples, solution.theta, stretch(level, degrees))
+    notes = tuple(_notes(data, groups, solution.theta, weights, terms))
+    return LawFit(
+        data, groups, solution.theta, weights, residuals, adjusted, samples, solution.cost, level, notes, terms
+    )
 
 
-def fit_curve(points: Sequence[Observation], *, bootstraps: int = 400, level: float = LEVEL, seed: int = 0) -> LawFit:
-    """Fit a law without phi to runs of one wiring, whose `looped` holds all parameters and whose `loops` is 1.
-
-    Raises `UserError` if there are too few points, sizes or token counts for it, or a loss is no number.
-    """
-    data = to_arrays(points, ())
-    terms, notes = _terms(data)
-    one, none = np.ones(data.n), np.arange(0)
-    found = solve(data, none, data.loss, one, terms=terms)
-    residuals = data.loss - evaluate(found.theta[None], data, none)[0]
-    spare = data.n - (1 + 2 * sum(terms))
-    drawn = np.random.default_rng(seed).choice(residuals * math.sqrt(data.n / spare), size=(bootstraps, data.n))
-    refits = [solve(data, none, row, one, found.shape, terms=terms).theta for row in data.loss - residuals + drawn]
-    thetas = np.array([found.theta, *refits])
-    there = np.flatnonzero([True, *terms])
-    thetas[:, there] = np.maximum(thetas[:, there], _LEAST)
-    theta, samples = thetas[0], _stretched(thetas[1:], thetas[0], stretch(level, spare), 0)
-    notes += [text for text, has in zip(_edges(theta), terms, strict=True) if has and text]
-    notes += [f"{'EAB'[place]} is 0: the points do not show its term" for place in there if found.theta[place] == 0]
-    fit = LawFit(data, none, theta, one, residuals, residuals, samples, found.cost, level, tuple(notes), terms)
-    return dataclasses.replace(fit, quantiles="linear")
+def _terms(data: Arrays) -> Terms:
+    """Whether the sizes and the tokens vary."""
+    return len(np.unique(data.looped)) > 1, len(np.unique(data.tokens)) > 1
 
 
-def _terms(data: Arrays) -> tuple[tuple[bool, bool], list[str]]:
-    """The terms of N and D that the points determine, and what is to be said of others. Raises `UserError` if they
-    determine too few."""
-    sizes, budgets = len(np.unique(data.looped)), len(np.unique(data.tokens))
-    for count, name in ((sizes, "model sizes"), (budgets, "token budgets")):
-        if 1 < count < _DISTINCT:
-            raise UserError(f"no fit: {count} {name}; an exponent takes at least {_DISTINCT}, or one to leave it out")
-    if sizes == budgets == 1:
-        raise UserError("no fit: one model size and one token budget; a scaling law needs at least three of either")
-    terms = (sizes > 1, budgets > 1)
-    least = 1 + 2 * sum(terms) + _SPARE
-    if data.n < least:
-        raise UserError(f"no fit: {data.n} points for {least - _SPARE} coefficients; it takes {least} at least")
-    names = ("one model size: the term of N is part of E", "one token budget: the term of D is part of E")
-    return terms, [name for name, has in zip(names, terms, strict=True) if not has]
-
-
-def what_is_missing(data: Arrays, groups: np.ndarray) -> str | None:
+def what_is_missing(data: Arrays, groups: np.ndarray, with_phi: bool = True) -> str | None:
     """What the law lacks, in words; None: nothing. `groups`: see `LawFit`."""
+    if not with_phi:
+        return _missing_without_phi(data)
     if not data.variants:
         return "no finished run has several loops, so nothing is said about phi"
     if not (data.loops == 1).any():
@@ -290,30 +242,48 @@ def what_is_missing(data: Arrays, groups: np.ndarray) -> str | None:
     return None
 
 
-def _robust(data: Arrays, groups: np.ndarray) -> tuple[Solution, np.ndarray, float]:
+def _missing_without_phi(data: Arrays) -> str | None:
+    for values, name in ((data.looped, "model sizes"), (data.tokens, "token budgets")):
+        count = len(np.unique(values))
+        if 1 < count < _DISTINCT:
+            return f"{count} {name}; an exponent takes at least {_DISTINCT}, or one to leave it out"
+    terms = sum(_terms(data))
+    if not terms:
+        return "one model size and one token budget; a scaling law needs at least three of either"
+    least = 1 + 2 * terms + _SPARE
+    return f"{data.n} points for {least - _SPARE} coefficients; it takes {least} at least" if data.n < least else None
+
+
+def _robust(data: Arrays, groups: np.ndarray, terms: Terms, count: int) -> tuple[Solution, np.ndarray, float]:
     """The fit, Huber's weights that it agrees with, and the standard deviation that they go by."""
     weights, spread = np.ones(data.n), 0.0
-    solution = solve(data, groups, data.loss, weights)
+    solution = solve(data, groups, data.loss, weights, terms=terms)
     for _ in range(_ROUNDS):
         residuals = data.loss - evaluate(solution.theta[None], data, groups)[0]
         spread = float(np.median(np.abs(residuals))) / NormalDist().inv_cdf(0.75)
-        spread *= math.sqrt(data.n / (data.n - len(solution.theta)))
+        spread *= math.sqrt(data.n / (data.n - count))
         new = _weights(residuals, spread)
         if np.allclose(new, weights, atol=1e-3):
             break
         weights = new
-        solution = solve(data, groups, data.loss, weights, start=solution.shape)
+        solution = solve(data, groups, data.loss, weights, start=solution.shape, terms=terms)
     return solution, weights, spread
 
 
 def _refit(
-    data: Arrays, groups: np.ndarray, losses: np.ndarray, found: Solution, weights: np.ndarray, spread: float
+    data: Arrays,
+    groups: np.ndarray,
+    terms: Terms,
+    losses: np.ndarray,
+    found: Solution,
+    weights: np.ndarray,
+    spread: float,
 ) -> np.ndarray:
     """Theta of other losses. Their weights are their own: with the fit's, intervals would be too narrow."""
     for _ in range(_REFITS):
-        solution = solve(data, groups, losses, weights, start=found.shape)
+        solution = solve(data, groups, losses, weights, start=found.shape, terms=terms)
         weights = _weights(losses - evaluate(solution.theta[None], data, groups)[0], spread)
-    return solve(data, groups, losses, weights, start=solution.shape).theta
+    return solve(data, groups, losses, weights, start=solution.shape, terms=terms).theta
 
 
 def _weights(residuals: np.ndarray, spread: float) -> np.ndarray:
@@ -323,37 +293,31 @@ def _weights(residuals: np.ndarray, spread: float) -> np.ndarray:
     return np.minimum(1.0, _HUBER * spread / np.maximum(np.abs(residuals), 1e-300))
 
 
-def _stretched(samples: np.ndarray, theta: np.ndarray, factor: float, first: int) -> np.ndarray:
-    """Samples moved away from the fit; coefficients from `first` up to beta by their logarithms: they are positive."""
+def _stretched(samples: np.ndarray, theta: np.ndarray, factor: float) -> np.ndarray:
+    """Samples moved away from the fit; coefficients from A to beta by their logarithms: they are positive."""
     moved = theta + (samples - theta) * factor
     moved[:, 0] = np.maximum(moved[:, 0], 0.0)
-    center, drawn = (np.log(np.maximum(values, _TINY)) for values in (theta[first:5], samples[:, first:5]))
-    moved[:, first:5] = np.exp(np.clip(center + factor * (drawn - center), -50, 50))
+    center, drawn = (np.log(np.maximum(values, _TINY)) for values in (theta[1:5], samples[:, 1:5]))
+    moved[:, 1:5] = np.exp(np.clip(center + factor * (drawn - center), -50, 50))
     return moved
 
 
-def _edges(theta: np.ndarray) -> list[str]:
-    """For alpha and beta, that it is at the edge of what was searched; empty where it is not."""
-    return [
-        ""
-        if 1.05 * EXPONENTS[0] < value < 0.95 * EXPONENTS[1]
-        else f"{name} is at the edge of what was searched: the runs do not determine it"
-        for name, value in (("alpha", theta[3]), ("beta", theta[4]))
-    ]
-
-
-def _notes(data: Arrays, groups: np.ndarray, theta: np.ndarray, weights: np.ndarray) -> list[str]:
-    notes = [text for text in _edges(theta) if text]
-    for index, name in enumerate(data.variants):
-        if not PHIS[0] + 0.1 < theta[5 + groups[index]] < PHIS[1] - 0.1:
-            notes.append(f"phi of {name} is at the edge of what was searched: the runs do not determine it")
-    for name, value in zip(("E", "A", "B"), theta[:3], strict=True):
-        if value == 0:
-            notes.append(f"{name} is 0: the runs do not show its term")
-    low = int((weights < 0.5).sum())
-    if low:
-        notes.append(f"{low} of {data.n} runs are far from the law and count less than half")
-    return notes
+def _notes(data: Arrays, groups: np.ndarray, theta: np.ndarray, weights: np.ndarray, terms: Terms) -> Iterator[str]:
+    names = ("one model size: the term of N is part of E", "one token budget: the term of D is part of E")
+    yield from (text for text, has in zip(names, terms, strict=True) if not has)
+    shape = [("alpha", theta[3], 1.05 * EXPONENTS[0], 0.95 * EXPONENTS[1])] if terms[0] else []
+    shape += [("beta", theta[4], 1.05 * EXPONENTS[0], 0.95 * EXPONENTS[1])] if terms[1] else []
+    for index, variant in enumerate(data.variants):
+        shape.append((f"phi of {variant}", theta[5 + groups[index]], PHIS[0] + 0.1, PHIS[1] - 0.1))
+    for name, value, low, high in shape:
+        if not low < value < high:
+            yield f"{name} is at the edge of what was searched: the runs do not determine it"
+    for name, value, has in zip(("E", "A", "B"), theta[:3], (True, *terms), strict=True):
+        if has and value == 0:
+            yield f"{name} is 0: the runs do not show its term"
+    few = int((weights < 0.5).sum())
+    if few:
+        yield f"{few} of {data.n} runs are far from the law and count less than half"
 
 
 def _natural(theta: np.ndarray, name: str) -> np.ndarray:
@@ -363,3 +327,120 @@ def _natural(theta: np.ndarray, name: str) -> np.ndarray:
     if name == "B":
         return theta[:, 2] * UNIT_D ** theta[:, 4]
     return theta[:, {"E": 0, "alpha": 3, "beta": 4}[name]]
+
+
+# ---------------------------------------------------------------- questions to a fitted law
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A variant's phi [k] held at values, and how much worse the best law with it fits: squares over the fit's, [k]."""
+
+    variant: str
+    phi: np.ndarray
+    excess: np.ndarray
+
+
+@dataclass(frozen=True)
+class NestedTest:
+    """Are phis equal? `p`: how often luck alone makes the law with separate phis fit so much better, if they are."""
+
+    variants: tuple[str, ...]
+    statistic: float
+    p: float
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        names = " and ".join(self.variants)
+        p = "p < 0.01" if self.p < 0.01 else f"p = {self.p:.2f}"
+        return f"phi of {names}: {'different' if self.p < 0.05 else 'not told apart'} ({p})"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Runs that the law had not seen, and what it had said of them: rows [m] of the data, losses, intervals."""
+
+    rows: np.ndarray
+    seen: np.ndarray
+    said: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    what: str
+
+    @property
+    def inside(self) -> int:
+        """How many lie within their interval, which is the law's own, without a run's luck."""
+        return int(((self.low <= self.seen) & (self.seen <= self.high)).sum())
+
+
+def profile(fit: LawFit, variant: str, points: int = 25) -> Profile:
+    """Hold the variant's phi at values around the fit's, and fit the rest."""
+    column = fit.phi_column(variant)
+    center, spread = fit.theta[column], max(float(np.std(fit.samples[:, column])), 1e-3)
+    values = center + np.linspace(-4, 4, points) * spread
+    costs = []
+    for value in values:
+        found = solve(fit.data, fit.groups, fit.data.loss, fit.weights, fit.theta[3:], {column - 3: float(value)})
+        costs.append(found.cost)
+    return Profile(variant, values, np.array(costs) / max(fit.cost, 1e-300) - 1)
+
+
+def equal_phis(fit: LawFit, variants: Sequence[str], draws: int = 200, seed: int = 0) -> NestedTest:
+    """Whether the variants have one phi, by the bootstrap of a law in which they do.
+
+    Raises:
+        UserError: one of them has no phi.
+    """
+    unknown = [name for name in variants if name not in fit.data.variants]
+    if unknown:
+        raise UserError(f"no phi of {', '.join(unknown)} to compare: no finished run of it has several loops")
+    data = fit.data
+    free, equal = fit.groups, _joined(fit, variants)
+    restricted = solve(data, equal, data.loss, fit.weights)
+    fitted = evaluate(restricted.theta[None], data, equal)[0]
+
+    def gain(losses: np.ndarray) -> float:
+        one = solve(data, equal, losses, fit.weights, restricted.shape).cost
+        each = solve(data, free, losses, fit.weights, fit.theta[3:]).cost
+        return one / max(each, 1e-300) - 1
+
+    errors = draw_errors(fit.adjusted, data, draws, np.random.default_rng(seed))
+    statistic = gain(data.loss)
+    larger = sum(gain(fitted + error) >= statistic for error in errors)
+    return NestedTest(tuple(variants), statistic, (larger + 1) / (draws + 1))
+
+
+def hold_out_largest(fit: LawFit, bootstraps: int = 100) -> HeldOut:
+    """Foretell the largest size from the others.
+
+    Raises:
+        UserError: the others do not determine a law.
+    """
+    data = fit.data
+    is_largest = data.looped >= (1 - SAME) * data.looped.max()  # variants of one size differ in gates
+    what = "the largest size"
+    rest = _renumbered(data.subset(~is_largest))
+    smaller = fit_law(rest, bootstraps=bootstraps, level=fit.level)
+    asked = data.subset(is_largest)
+    said = evaluate(smaller.theta[None], asked, smaller.groups)[0]
+    samples = evaluate(smaller.samples, asked, smaller.groups)
+    low, high = fit.bounds(samples)
+    return HeldOut(np.flatnonzero(is_largest), asked.loss, said, low, high, what)
+
+
+def _joined(fit: LawFit, variants: Sequence[str]) -> np.ndarray:
+    """Groups [variants] in which the given ones share a phi."""
+    columns = {fit.phi_column(name) for name in variants}
+    first = min(columns)
+    merged = [first if 5 + group in columns else 5 + group for group in fit.groups]
+    order = sorted(set(merged))
+    return np.array([order.index(column) for column in merged])
+
+
+def _renumbered(data: Arrays) -> Arrays:
+    """Blocks and seeds counted from 0 without gaps."""
+    blocks = np.unique(data.blocks, return_inverse=True)[1]
+    seeds = np.unique(data.seeds, return_inverse=True)[1]
+    rest = (data.variant, data.once, data.looped, data.loops, data.tokens, data.loss)
+    return Arrays(data.variants, *rest, blocks, seeds)

@@ -6,7 +6,7 @@
     parameters        FFN width, so that the total is the reference's
     decode_latency    layers and FFN width, so that a decoded token takes as long as the reference's
 
-Each returns how far it is from the target; `hold` refuses what misses it by more than the sweep's tolerance.
+What misses its target by more than the sweep's tolerance is refused.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from pathlib import Path
 
 from plt_megatron.config import derived
 from plt_megatron.config.batch_schedule import BatchSchedule
+from plt_megatron.config.derived import run_tokens
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.sweep_file import LOOP_SWITCHES, DecodeSettings, Hold
-from plt_megatron.predict.decode_cost import decode_cost
+from plt_megatron.experiments.files import LOOP_SWITCHES, DecodeSettings, Hold
+from plt_megatron.predict.decode_cost import decode_milliseconds
 from plt_megatron.predict.flops import run_flops_per_token
 from plt_megatron.predict.parameters import count_parameters
 
@@ -40,13 +41,6 @@ class MatchedConfig:
     change: str = ""
 
 
-def vocab_size(config: RunConfig, tokenizer_vocab_size: int | None) -> int:
-    """The run's: as configured, else its tokenizer's."""
-    size = config.model.vocab_size or tokenizer_vocab_size
-    assert size is not None, "validation asks for a tokenizer or model.vocab_size"
-    return size
-
-
 def flops_per_token(config: RunConfig, vocab: int) -> float:
     """Training FLOPs per token, the mean over the run."""
     padded = derived.padded_vocab_size(config.model, vocab, config.parallel.tensor_model_parallel_size)
@@ -56,11 +50,6 @@ def flops_per_token(config: RunConfig, vocab: int) -> float:
 def parameters(config: RunConfig, vocab: int) -> int:
     """All parameters."""
     return count_parameters(config.model, vocab, config.parallel.tensor_model_parallel_size).total
-
-
-def tokens(config: RunConfig) -> int:
-    """Training tokens, in whole steps."""
-    return derived.run_tokens(config)
 
 
 def match_budget(
@@ -94,18 +83,18 @@ def match_budget(
 
 
 def _match_tokens(config: RunConfig, reference: RunConfig) -> MatchedConfig:
-    return MatchedConfig(config, tokens(config) / tokens(reference) - 1)
+    return MatchedConfig(config, run_tokens(config) / run_tokens(reference) - 1)
 
 
 def _match_flops(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
-    target = tokens(reference) * flops_per_token(reference, vocab)
+    target = run_tokens(reference) * flops_per_token(reference, vocab)
     batches, wanted = BatchSchedule(config), target / flops_per_token(config, vocab)
     fitting = max(1, batches.steps(int(wanted)))
     steps = min(fitting, fitting + 1, key=lambda steps: abs(batches.tokens(steps) - wanted))
     training = dataclasses.replace(config.training, train_iters=steps, train_tokens=None)
     held = dataclasses.replace(config, training=training)
-    deviation = tokens(held) * flops_per_token(held, vocab) / target - 1
-    return MatchedConfig(held, deviation, f"tokens {tokens(held):,}")
+    deviation = run_tokens(held) * flops_per_token(held, vocab) / target - 1
+    return MatchedConfig(held, deviation, f"tokens {run_tokens(held):,}")
 
 
 def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
@@ -116,56 +105,29 @@ def _match_depth(config: RunConfig, reference: RunConfig) -> MatchedConfig:
             f"effective_depth cannot be held: {target} layers (layers x loops of the reference) do not divide by "
             f"{loops} loops{f' x {pipeline} pipeline stages' if pipeline > 1 else ''}; choose a base whose layers do"
         )
-    layers = target // loops
-    return MatchedConfig(_with_model(config, num_layers=layers), 0.0, f"layers {layers}")
+    return _nearest_shape(config, [(target // loops, config.model.ffn_hidden_size, 1.0)], 1.0)
 
 
 def _match_parameters(config: RunConfig, reference: RunConfig, vocab: int) -> MatchedConfig:
-    target = parameters(reference, vocab)
-    own = {width: parameters(_with_model(config, ffn_hidden_size=width), vocab) for width in _widths(config, 1)}
-    # Of several equally near, the one that changes least: gates alone are no reason for another width.
-    width = min(own, key=lambda w: (abs(own[w] - target), abs(w - config.model.ffn_hidden_size)))
-    change = "" if width == config.model.ffn_hidden_size else f"FFN width {width}"
-    return MatchedConfig(_with_model(config, ffn_hidden_size=width), own[width] / target - 1, change)
+    layers = config.model.num_layers
+    shapes = [(layers, w, parameters(_with_shape(config, layers, w), vocab)) for w in _widths(config, 1)]
+    return _nearest_shape(config, shapes, parameters(reference, vocab))
 
 
 def _match_latency(config: RunConfig, reference: RunConfig, vocab: int, decode: DecodeSettings) -> MatchedConfig:
     if decode.table is not None:
         return _match_measured_latency(config, reference, Path(decode.table))
-    target = latency_ms(reference.model, vocab, decode)
-    best: tuple[float, int, int, float] | None = None
-    for layers in _layers_by_distance(config):
-        for width in _widths(config, _WIDTH_STEP):
-            model = dataclasses.replace(config.model, num_layers=layers, ffn_hidden_size=width)
-            deviation = latency_ms(model, vocab, decode) / target - 1
-            # A tenth of a percent is as good as exact; within it the smallest change of layers, then of width, wins.
-            rank = (max(abs(deviation), 1e-3), abs(layers - config.model.num_layers))
-            if best is None or (*rank, abs(width - config.model.ffn_hidden_size)) < (
-                max(abs(best[3]), 1e-3),
-                abs(best[1] - config.model.num_layers),
-                abs(best[2] - config.model.ffn_hidden_size),
-            ):
-                best = (target, layers, width, deviation)
-    assert best is not None
-    _, layers, width, deviation = best
-    change = _shape_change(config.model, layers, width)
-    return MatchedConfig(_with_model(config, num_layers=layers, ffn_hidden_size=width), deviation, change)
 
+    def milliseconds(model: ModelConfig) -> float:
+        return decode_milliseconds(model, vocab, decode.context_length, decode.batch_size, decode.gpu)
 
-def latency_ms(model: ModelConfig, vocab: int, decode: DecodeSettings) -> float:
-    """Milliseconds per decoded token on paper."""
-    return decode_cost(
-        model,
-        vocab_size=vocab,
-        context_length=decode.context_length,
-        batch_size=decode.batch_size,
-        gpu=decode.gpu,
-    ).milliseconds
-
-
-def _layers_by_distance(config: RunConfig) -> list[int]:
-    own, stages = config.model.num_layers, config.parallel.pipeline_model_parallel_size
-    return sorted(range(stages, 2 * own + 1, stages), key=lambda layers: abs(layers - own))
+    stages = config.parallel.pipeline_model_parallel_size
+    shapes = [
+        (layers, width, milliseconds(_with_shape(config, layers, width).model))
+        for layers in range(stages, 2 * config.model.num_layers + 1, stages)
+        for width in _widths(config, _WIDTH_STEP)
+    ]
+    return _nearest_shape(config, shapes, milliseconds(reference.model), exact=1e-3)
 
 
 def _widths(config: RunConfig, step: int) -> Iterable[int]:
@@ -176,14 +138,29 @@ def _widths(config: RunConfig, step: int) -> Iterable[int]:
     return sorted({own, *range(-(-low // step) * step, high + 1, step)})
 
 
-def _shape_change(model: ModelConfig, layers: int, width: int) -> str:
-    parts = [f"layers {layers}"] if layers != model.num_layers else []
-    parts += [f"FFN width {width}"] if width != model.ffn_hidden_size else []
-    return ", ".join(parts)
+def _nearest_shape(
+    config: RunConfig, shapes: Iterable[tuple[int, int, float]], target: float, exact: float = 0.0
+) -> MatchedConfig:
+    """The shape (layers, FFN width, value) whose value is nearest to `target`, `exact` as good as equal.
+
+    Of equally near ones the smallest change of layers, then of width, wins: gates alone are no reason for another.
+    """
+    model = config.model
+
+    def rank(shape: tuple[int, int, float]) -> tuple[float, int, int]:
+        layers, width, value = shape
+        far = max(abs(value / target - 1), exact)
+        return far, abs(layers - model.num_layers), abs(width - model.ffn_hidden_size)
+
+    layers, width, value = min(shapes, key=rank)
+    changes = [f"layers {layers}"] if layers != model.num_layers else []
+    changes += [f"FFN width {width}"] if width != model.ffn_hidden_size else []
+    return MatchedConfig(_with_shape(config, layers, width), value / target - 1, ", ".join(changes))
 
 
-def _with_model(config: RunConfig, **changes: int) -> RunConfig:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))  # type: ignore[arg-type]
+def _with_shape(config: RunConfig, layers: int, width: int) -> RunConfig:
+    model = dataclasses.replace(config.model, num_layers=layers, ffn_hidden_size=width)
+    return dataclasses.replace(config, model=model)
 
 
 # ---------------------------------------------------------------- measured latency
@@ -202,10 +179,7 @@ def _match_measured_latency(config: RunConfig, reference: RunConfig, table: Path
     candidates = [(key, ms) for key, ms in rows if key[len(_SHAPE) :] == own[len(_SHAPE) :]]
     if not candidates:
         raise UserError(f"{table} has no row for {_describe_key(own)}, nor for its switches with another shape")
-    key, ms = min(candidates, key=lambda row: abs(row[1] - target))
-    layers, width = int(key[0]), int(key[1])
-    held = _with_model(config, num_layers=layers, ffn_hidden_size=width)
-    return MatchedConfig(held, ms / target - 1, _shape_change(config.model, layers, width))
+    return _nearest_shape(config, [(int(key[0]), int(key[1]), ms) for key, ms in candidates], target)
 
 
 def _table_key(model: ModelConfig) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.experiments.figures import Named, save, svg
-from plt_megatron.experiments.intervals import Estimate, Interval
+from plt_megatron.experiments.intervals import Interval
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_text, writing
 
@@ -33,15 +33,15 @@ class Column:
 
     Attributes:
         key: the CSV's header; `title`: the reader's.
-        of: an item's value, or its cell. An `Interval` is written with its ends; an `Estimate` as "mean ± half", which
-            is a column of its own in the CSV.
+        of: an item's value, or its cell. An `Interval` is written with its ends; where `is_estimate`, as "mean ± half",
+            which is a column of its own in the CSV.
         form: how a number is written; empty: it is text.
         shown: characters of a text that a reader sees.
     """
 
     key: str
     title: str
-    of: Callable[[Any], Value | Interval | Estimate | Cell]
+    of: Callable[[Any], Value | Interval | Cell]
     form: str = ""
     is_estimate: bool = False
     shown: int | None = None
@@ -54,13 +54,13 @@ class Column:
         value = self.of(item)
         if isinstance(value, Cell):
             return value
+        if self.is_estimate:
+            if not isinstance(value, Interval):
+                return Cell([None, None], "-")
+            half = "" if value.half is None else f" ± {value.half:.4f}"
+            return Cell([value.value, value.half], f"{value.value:{self.form}}{half}")
         if isinstance(value, Interval):
             return interval_cell(value, self.form)
-        if isinstance(value, Estimate):
-            half = "" if value.half is None else f" ± {value.half:.4f}"
-            return Cell([value.mean, value.half], f"{value.mean:{self.form}}{half}")
-        if self.is_estimate:
-            return Cell([None, None], "-")
         return Cell([value], "" if value is None else format(value, self.form)[: self.shown])
 
 
@@ -131,12 +131,24 @@ def _pipes(cells: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a page is asked, answered: `to` names the question where a page has several."""
+class Verdict:
+    """The answer to a question.
+
+    Attributes:
+        question: what is held equal; `group`: whom it is about; each empty where a page has one.
+        winner: of the contenders; None: the data do not decide, or there are none.
+    """
 
     text: str
     decided: bool
-    to: str = ""
+    question: str = ""
+    group: str = ""
+    winner: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """The whole question, in words."""
+        return ", ".join(filter(None, (self.group, f"at equal {self.question}" if self.question else "")))
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class Page:
 
     title: str
     about: str
-    answers: Sequence[Answer]
+    answers: Sequence[Verdict]
     parts: Sequence[Part]
     problems: Sequence[str] = ()
     asked: str = "Answer"
@@ -173,7 +185,7 @@ class Page:
         if self.problems:
             parts.append("\n".join(["**To know before believing it:**", "", *(f"- {text}" for text in self.problems)]))
         parts.append(f"## {self.asked}")
-        parts += [f"**{answer.to}:** {answer.text}" if answer.to else answer.text for answer in self.answers]
+        parts += [f"**{answer.asked}:** {answer.text}" if answer.asked else answer.text for answer in self.answers]
         for part in self.parts:
             parts += [f"## {part.heading}", *part.text, *(table.markdown() for table in part.tables.values())]
             parts += [f"![{named.name}]({named.name}.png)\n\n{named.caption}" for named in part.figures]

@@ -28,6 +28,8 @@ _STARTS = 3
 _TOLERANCE = 1e-9
 _SINGULAR = 1e-10  # of the largest column's part that no other has
 
+Terms = tuple[bool, bool]  # whether a law has terms of N and of D
+
 
 @dataclass(frozen=True)
 class Model:
@@ -171,7 +173,7 @@ def solve(
     weights: np.ndarray,
     start: np.ndarray | None = None,
     fixed: dict[int, float] | None = None,
-    terms: tuple[bool, bool] = (True, True),
+    terms: Terms = (True, True),
 ) -> Solution:
     """The law with the smallest weighted squared error.
 

@@ -23,14 +23,14 @@ from typing import Any
 
 import yaml
 
-from plt_megatron.config import yaml_nodes
+from plt_megatron.config import derived, yaml_nodes
 from plt_megatron.config.differences import config_differences
 from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import matching
-from plt_megatron.experiments.sweep_file import SweepFile
+from plt_megatron.experiments.files import SweepFile
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, unpacked
 from plt_megatron.run_folder.files import write_text
@@ -62,7 +62,7 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        return matching.tokens(self.config)
+        return derived.run_tokens(self.config)
 
     @property
     def flops_per_token(self) -> float:
@@ -176,12 +176,13 @@ def _problems(rows: dict[tuple[str, ...], tuple[RunConfig, dict[str, str]]], che
 
 def vocab_of(config: RunConfig, tokenizer_vocab: int | None) -> int:
     """The run's vocabulary. `tokenizer_vocab`: of a tokenizer that does not exist yet; None: read it."""
-    if config.model.vocab_size is None and tokenizer_vocab is None:
+    size = config.model.vocab_size or tokenizer_vocab
+    if size is None:
         from plt_megatron.data.tokenizer import load_tokenizer
 
         assert config.data.tokenizer is not None, "validation asks for a tokenizer or model.vocab_size"
-        tokenizer_vocab = load_tokenizer(config.data.tokenizer).vocab_size
-    return matching.vocab_size(config, tokenizer_vocab)
+        size = load_tokenizer(config.data.tokenizer).vocab_size
+    return size
 
 
 def _seeded(

@@ -155,7 +155,7 @@ runpy.run_module("plt_megatron", run_name="__main__", alter_sys=True)
         ("status", "plt_megatron.slurm.status"),
         ("doctor", "plt_megatron.runtime.machine"),
         ("plot runs/mine", "matplotlib"),
-        ("report runs/mine", "plt_megatron.experiments.report.writing"),
+        ("report runs/mine", "plt_megatron.experiments.sweep_report"),
         ("generate --model exported --prompt a", "torch"),
         ("diagnose exported --data text.jsonl", "torch"),
         ("inspect-data run.yaml", "torch"),

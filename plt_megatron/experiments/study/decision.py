@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.files import DecideSettings
 from plt_megatron.experiments.intervals import Interval
 from plt_megatron.experiments.law import LawFit
+from plt_megatron.experiments.pages import Verdict
 from plt_megatron.experiments.solver import Model, jacobian, models_to_arrays
 from plt_megatron.run_folder.text import format_bytes, format_duration, plural
 
@@ -42,19 +44,6 @@ class Candidate:
     seconds: float | None
     latency_ms: float
     memory: float
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the decision is asked for. `confidence`: share of the samples that decides; `indifference`: a difference of
-    loss that nobody would pay for; `unit`: the loss's."""
-
-    flops: float
-    latency_ms: float
-    memory: float
-    confidence: float = 0.9
-    indifference: float = 0.002
-    unit: str = "nats per token"
 
 
 @dataclass(frozen=True)
@@ -94,21 +83,17 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The answer to one question for one variant, its contenders best first.
+class LawVerdict(Verdict):
+    """The answer for one variant, the `group`: decided where the law is known to hold there, and its share reaches the
+    target's confidence or nobody would pay for the difference; else `text` says what would decide it.
 
     Attributes:
-        best: of `standings`; None where no contender is within the limits, or the fit has no phi of the variant.
-        decided: whether the law is known to hold there, and its share reaches the target's confidence or nobody would
-            pay for the difference; else `text` says what would decide it.
+        standings: contenders, best first; none where no contender is within the limits, or the fit has no phi of the
+            variant.
         beyond: how far the answer lies from the law's runs, in words; empty: near them.
     """
 
-    question: str
-    variant: str
-    standings: tuple[Standing, ...]
-    decided: bool
-    text: str
+    standings: tuple[Standing, ...] = ()
     beyond: str = ""
 
     @property
@@ -123,24 +108,32 @@ class Frontier:
     question: str
     axis: str
     curves: tuple[Curve, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[LawVerdict, ...]
 
 
-def decide(fit: LawFit, candidates: Sequence[Candidate], target: Target, *, curves: bool = True) -> list[Frontier]:
+def decide(
+    fit: LawFit,
+    candidates: Sequence[Candidate],
+    target: DecideSettings,
+    unit: str = "nats per token",
+    *,
+    curves: bool = True,
+) -> list[Frontier]:
     """All frontiers; the headline, at equal decoding latency, first. Verdicts are of the candidates' variants, in their
-    order, also of those that the fit has no phi of. `curves`: also beside the target."""
-    return [_frontier(fit, candidates, question, target, curves) for question in _questions(candidates, target)]
+    order, also of those that the fit has no phi of. `unit`: the loss's; `curves`: also beside the target."""
+    return [_frontier(fit, candidates, question, target, curves) for question in _questions(candidates, target, unit)]
 
 
-def headline(frontiers: Sequence[Frontier]) -> Verdict:
+def headline(frontiers: Sequence[Frontier]) -> LawVerdict:
     """The first variant's answer at equal decoding latency."""
     return frontiers[0].verdicts[0]
 
 
 @dataclass(frozen=True)
 class _Question:
-    """What is held equal: tokens that a price buys, and what a candidate must not exceed."""
+    """What is held equal: tokens that a price buys, and what a candidate must not exceed. `unit`: of the loss."""
 
+    unit: str
     name: str
     axis: str
     target: float
@@ -149,14 +142,16 @@ class _Question:
     measure: Callable[[Candidate], float] | None = None  # None: the axis is the price
 
 
-def _questions(candidates: Sequence[Candidate], target: Target) -> list[_Question]:
-    price = f"{target.flops:.3g} training FLOPs"
+def _questions(candidates: Sequence[Candidate], target: DecideSettings, unit: str) -> list[_Question]:
+    memory = 1e9 * target.memory_gb
+    price = f"{target.training_flops:.3g} training FLOPs"
 
     def buys(candidate: Candidate, _: float) -> float:
-        return target.flops / candidate.flops
+        return target.training_flops / candidate.flops
 
     questions = [
         _Question(
+            unit,
             "decoding latency",
             "milliseconds per decoded token",
             target.latency_ms,
@@ -165,27 +160,37 @@ def _questions(candidates: Sequence[Candidate], target: Target) -> list[_Questio
             lambda candidate: candidate.latency_ms,
         ),
         _Question(
+            unit,
             "memory",
             "bytes of weights and KV cache",
-            target.memory,
-            f"at {price} and {format_bytes(target.memory)} of weights and KV cache",
+            memory,
+            f"at {price} and {format_bytes(memory)} of weights and KV cache",
             buys,
             lambda candidate: candidate.memory,
         ),
-        _Question("training FLOPs", "training FLOPs", target.flops, f"at {price}", lambda c, value: value / c.flops),
+        _Question(
+            unit,
+            "training FLOPs",
+            "training FLOPs",
+            target.training_flops,
+            f"at {price}",
+            lambda c, value: value / c.flops,
+        ),
     ]
     if all(candidate.seconds is not None for candidate in candidates):
         single = [c.seconds / c.flops for c in candidates if c.loops == 1 and c.seconds is not None]
-        seconds = target.flops * float(np.median(single))
+        seconds = target.training_flops * float(np.median(single))
         words = f"at {format_duration(seconds)} of training, at the speed measured"
         questions.append(
-            _Question("step time", "seconds of training", seconds, words, lambda c, value: value / (c.seconds or 1.0))
+            _Question(
+                unit, "step time", "seconds of training", seconds, words, lambda c, value: value / (c.seconds or 1.0)
+            )
         )
     return questions
 
 
 def _frontier(
-    fit: LawFit, candidates: Sequence[Candidate], question: _Question, target: Target, with_curves: bool
+    fit: LawFit, candidates: Sequence[Candidate], question: _Question, target: DecideSettings, with_curves: bool
 ) -> Frontier:
     values = question.target * np.geomspace(1 / _SPAN, _SPAN, _POINTS)
     contenders = _contenders(fit, candidates)
@@ -271,16 +276,16 @@ def _curve(fit: LawFit, own: Sequence[Candidate], question: _Question, values: n
 
 
 def _verdict(
-    fit: LawFit, contenders: Sequence[Sequence[Candidate]], question: _Question, target: Target, variant: str
-) -> Verdict:
+    fit: LawFit, contenders: Sequence[Sequence[Candidate]], question: _Question, target: DecideSettings, variant: str
+) -> LawVerdict:
     if variant not in fit.data.variants:
         text = f"{question.words}: no run of several loops counts, so nothing is known of them. Not decided"
-        return Verdict(question.name, variant, (), False, text)
+        return LawVerdict(text, False, question.name, variant)
     best = [_best(fit, own, question, question.target) for own in contenders]
     inside = sorted((found for found in best if found is not None), key=lambda found: found[2][0])
     if not inside:
         text = f"{question.words}: no shape that was looked at is within the limit"
-        return Verdict(question.name, variant, (), False, text)
+        return LawVerdict(text, False, question.name, variant)
     losses = np.stack([own for _, _, own in inside])  # [contenders, 1 + b]
     wins = np.bincount(np.argmin(losses[:, 1:], axis=0), minlength=len(inside)) / (losses.shape[1] - 1)
     standings = tuple(
@@ -291,19 +296,19 @@ def _verdict(
 
 
 def _in_words(
-    fit: LawFit, question: _Question, variant: str, standings: tuple[Standing, ...], target: Target
-) -> Verdict:
+    fit: LawFit, question: _Question, variant: str, standings: tuple[Standing, ...], target: DecideSettings
+) -> LawVerdict:
     best, others = standings[0], standings[1:]
     text = f"{question.words}: {_loops(best.loops)}, {best.share:.0%}"
     if others:
         second = others[0]
         text += (
             f"; {_loops(second.loops)} {second.behind.value:+.4f} "
-            f"[{second.behind.low:+.4f}, {second.behind.high:+.4f}] {target.unit}, {second.share:.0%}"
+            f"[{second.behind.low:+.4f}, {second.behind.high:+.4f}] {question.unit}, {second.share:.0%}"
         )
     near = [other for other in others if other.behind.high < target.indifference]
     beyond = fit.beyond([standing.model for standing in standings])
-    doubts = list(_doubts(fit, standings, target))
+    doubts = list(_doubts(fit, standings, question.unit))
     if not doubts and best.share < target.confidence and len(near) < len(others):
         doubts = [(f"{target.confidence:.0%} is asked for", "further runs near it")]
     if doubts:
@@ -311,10 +316,11 @@ def _in_words(
         text += f". Not decided: {reasons}; it takes {needs}"
     elif best.share < target.confidence:
         text += f". Nobody would pay for the difference to {', '.join(_loops(other.loops) for other in near)}"
-    return Verdict(question.name, variant, standings, not doubts, text, beyond)
+    winner = None if doubts else _loops(best.loops)
+    return LawVerdict(text, not doubts, question.name, variant, winner, standings, beyond)
 
 
-def _doubts(fit: LawFit, standings: Sequence[Standing], target: Target) -> Iterator[tuple[str, str]]:
+def _doubts(fit: LawFit, standings: Sequence[Standing], unit: str) -> Iterator[tuple[str, str]]:
     """Why the law is not known to hold where it is asked, each with what it would take, in words."""
     models = [standing.model for standing in standings]
     beyond, floor = fit.beyond(models), float(fit.theta[0]) or standings[0].loss.value
@@ -322,7 +328,7 @@ def _doubts(fit: LawFit, standings: Sequence[Standing], target: Target) -> Itera
         yield f"the law is stretched far to say so, {beyond}", fit.needed(models)
     width = max((standing.behind.high - standing.behind.low for standing in standings[1:2]), default=0.0)
     if width > floor:
-        words = f"an interval of {width:.3g} {target.unit} is wider than the law's E, {floor:.3g}"
+        words = f"an interval of {width:.3g} {unit} is wider than the law's E, {floor:.3g}"
         yield words, "more runs, of other sizes and tokens, for the law itself"
 
 
@@ -334,7 +340,7 @@ def _loops(count: int) -> str:
     return plural(count, "loop").replace(str(count), _NUMBERS[count])
 
 
-def contrast(fit: LawFit, verdict: Verdict) -> np.ndarray | None:
+def contrast(fit: LawFit, verdict: LawVerdict) -> np.ndarray | None:
     """The gradient [1, p] of the difference between the two best: what further runs should tell; None for one."""
     if len(verdict.standings) < 2:
         return None

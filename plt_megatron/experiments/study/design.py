@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from plt_megatron.experiments.files import NoiseSettings
 from plt_megatron.experiments.law import LawFit
 from plt_megatron.experiments.solver import UNIT_D, UNIT_N, Model, jacobian, models_to_arrays
 
@@ -35,14 +36,6 @@ class Arm:
     once: float
     looped: float
     seconds_per_token: float
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Standard deviations of a loss: `trunk`, what branches of a trunk have in common, and `run`, each one's own."""
-
-    trunk: float = 0.006
-    run: float = 0.003
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def expected_theta(sizes: Sequence[float], tokens: Sequence[float], variants: in
     return np.array([1.7, a, b, alpha, beta, *[phi] * variants])
 
 
-def estimated_noise(fit: LawFit) -> Noise:
+def estimated_noise(fit: LawFit) -> NoiseSettings:
     """The luck that a fit's residuals show, of trunks and of runs."""
     count = np.bincount(fit.data.blocks)
     means = np.bincount(fit.data.blocks, fit.adjusted) / count
@@ -110,7 +103,7 @@ def estimated_noise(fit: LawFit) -> Noise:
     spare = max(1, fit.data.n - len(count))
     run = math.sqrt(float(within @ within) / spare)
     between = float(np.mean(means**2)) - run**2 * float(np.mean(1 / count))
-    return Noise(math.sqrt(max(between, (0.2 * run) ** 2, 1e-12)), max(run, 1e-6))
+    return NoiseSettings(math.sqrt(max(between, (0.2 * run) ** 2, 1e-12)), max(run, 1e-6))
 
 
 def choose_runs(
@@ -120,7 +113,7 @@ def choose_runs(
     variants: Sequence[str],
     seconds: float,
     *,
-    noise: Noise | None = None,
+    noise: NoiseSettings | None = None,
     done: Mapping[int, Sequence[float]] | None = None,
     closed: Collection[int] = (),
     contrasts: np.ndarray | None = None,
@@ -136,7 +129,7 @@ def choose_runs(
         closed: indices of arms that are trained no further.
         contrasts: [k, 5 + variants], gradients of further quantities to tell, such as differences of losses.
     """
-    planner = _Planner(arms, horizons, theta, tuple(variants), noise or Noise(), contrasts, frozenset(closed))
+    planner = _Planner(arms, horizons, theta, tuple(variants), noise or NoiseSettings(), contrasts, frozenset(closed))
     start = {index: tuple(sorted(tokens)) for index, tokens in (done or {}).items()}
     designs = [planner.spend(seconds, start, by_price) for by_price in (True, False)]
     return min(designs, key=lambda design: planner.criterion(np.linalg.inv(design.covariance)[None])[0])
@@ -151,7 +144,7 @@ class _Planner:
         horizons: Horizons,
         theta: np.ndarray,
         variants: tuple[str, ...],
-        noise: Noise,
+        noise: NoiseSettings,
         contrasts: np.ndarray | None,
         closed: frozenset[int],
     ) -> None:

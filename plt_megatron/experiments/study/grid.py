@@ -18,8 +18,8 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.config.schema import RunConfig
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.files import StudyFile
 from plt_megatron.experiments.study.design import Arm, Horizons
-from plt_megatron.experiments.study.study_file import StudyFile
 from plt_megatron.experiments.sweep_plan import PlannedRun, name_clashes, slug, vocab_of
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.run_folder.checkpoints import folder_name, step_of

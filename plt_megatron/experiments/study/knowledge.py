@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from plt_megatron.config import derived
 from plt_megatron.config.schema import ModelConfig, MoeConfig, RunConfig
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.files import DecideSettings
 from plt_megatron.experiments.law import LawFit, fit_law
 from plt_megatron.experiments.matching import flops_per_token
-from plt_megatron.experiments.report.results import RunResult, load_results
+from plt_megatron.experiments.records import RunResult, first_few, load_results, state_of
 from plt_megatron.experiments.solver import Observation
-from plt_megatron.experiments.study.decision import Candidate, Frontier, Target, Verdict, decide, headline
+from plt_megatron.experiments.study.decision import Candidate, Frontier, LawVerdict, decide, headline
 from plt_megatron.experiments.study.design import Arm
 from plt_megatron.experiments.study.grid import Grid, loop_parameters, source_of, start_step, trained_steps
-from plt_megatron.experiments.study.study_file import DecideSettings
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
-from plt_megatron.experiments.sweep_status import first_few, state_of
 from plt_megatron.predict.decode_cost import ELEMENT, decode_milliseconds, kv_cache_bytes, state_bytes
 from plt_megatron.predict.parameters import count_parameters
 from plt_megatron.predict.run_estimate import estimate_run
@@ -36,7 +35,7 @@ class Domain:
 
     name: str
     fit: LawFit
-    answer: Verdict
+    answer: LawVerdict
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Knowledge:
     domains: tuple[Domain, ...] = ()
 
     @property
-    def answer(self) -> Verdict | None:
+    def answer(self) -> LawVerdict | None:
         return headline(self.frontiers) if self.frontiers else None
 
     def counted(self) -> list[str]:
@@ -103,27 +102,16 @@ def learn(grid: Grid, plan: SweepPlan | None, bootstraps: int = 400) -> Knowledg
         fit = fit_law(observations, variants=list(grid.study.variants), bootstraps=bootstraps)
     except UserError as error:
         return Knowledge(measure, results, observations, None, str(error), (), rates)
-    candidates, target = make_candidates(grid, rates), _target(grid.study.decide, UNITS[measure])
-    frontiers = tuple(decide(fit, candidates, target))
+    candidates, target = make_candidates(grid, rates), grid.study.decide
+    frontiers = tuple(decide(fit, candidates, target, UNITS[measure]))
     domains = []
     for name in _sources(results):
         own = _observations(grid, results, name)
         with contextlib.suppress(UserError):  # some runs were validated without it
             law = fit_law(own, variants=list(grid.study.variants), bootstraps=bootstraps // 2)
-            asked = dataclasses.replace(target, unit=UNITS["bits_per_byte"])
-            domains.append(Domain(name, law, headline(decide(law, candidates, asked, curves=False))))
+            found = decide(law, candidates, target, UNITS["bits_per_byte"], curves=False)
+            domains.append(Domain(name, law, headline(found)))
     return Knowledge(measure, results, observations, fit, "", frontiers, rates, tuple(domains))
-
-
-def _target(settings: DecideSettings, unit: str) -> Target:
-    return Target(
-        settings.training_flops,
-        settings.latency_ms,
-        1e9 * settings.memory_gb,
-        settings.confidence,
-        settings.indifference,
-        unit,
-    )
 
 
 def _observations(grid: Grid, results: Sequence[RunResult], measure: str) -> tuple[Observation, ...]:

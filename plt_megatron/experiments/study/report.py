@@ -3,37 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.figures import LINES, MARKERS, TOKENS, Curve, Named, Panel, drawn
 from plt_megatron.experiments.intervals import LEVEL
-from plt_megatron.experiments.law import LawFit
+from plt_megatron.experiments.law import HeldOut, LawFit, Profile, equal_phis, hold_out_largest, profile
 from plt_megatron.experiments.pages import (
-    Answer,
     Column,
     Page,
     Part,
     Table,
+    Verdict,
     check_packages,
     interval_columns,
     write_page,
 )
-from plt_megatron.experiments.report.writing import scores_table
-from plt_megatron.experiments.study.figures import (
-    PUBLISHED_PHI,
-    curves_figure,
-    frontier_figure,
-    is_flat,
-    phi_figure,
-    residual_figure,
-)
-from plt_megatron.experiments.study.grid import Grid, source_of, start_step
+from plt_megatron.experiments.records import RunResult
+from plt_megatron.experiments.study.decision import Frontier
+from plt_megatron.experiments.study.grid import ONE_LOOP, Grid, source_of, start_step
 from plt_megatron.experiments.study.knowledge import UNITS, Knowledge
-from plt_megatron.experiments.study.questions import HeldOut, equal_phis, hold_out_largest, profile
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan
+from plt_megatron.experiments.sweep_report import scores_table
 from plt_megatron.run_folder.text import plural
 
 FOLDER = "report"
+PUBLISHED_PHI = 0.46  # arXiv 2604.21106
+_MOST_SIZES = 6  # panels of learning curves at most
+_GREY = "#555555"
 _HOW = (
     "The percentage: how often a number of loops comes out best over the bootstrap of the law, each with its best "
     "shape within the limit. That is how sure the runs make it, if the law holds."
@@ -42,7 +43,7 @@ _INTERVALS = f"Intervals: {LEVEL:.0%}, by a block bootstrap over trunks (with th
 # Of (frontier's question, verdict, standing, whether it is the verdict's first).
 _STANDINGS = (
     Column("question", "at equal", lambda row: row[0]),
-    Column("variant", "variant", lambda row: row[1].variant),
+    Column("variant", "variant", lambda row: row[1].group),
     Column("loops", "loops", lambda row: row[2].loops, "d"),
     Column("share", "best in", lambda row: row[2].share, ".0%"),
     Column("loss", "expected loss", lambda row: row[2].loss, ".3f"),
@@ -77,14 +78,14 @@ def write_report(grid: Grid, plan: SweepPlan, known: Knowledge, ended: str) -> P
     Raises `UserError` if it cannot be written, or the extra `report` is missing.
     """
     check_packages()
-    answers = [Answer(f"{f.verdicts[0].text}.", f.verdicts[0].decided) for f in known.frontiers[:1]]
+    answers = [Verdict(f"{f.verdicts[0].text}.", f.verdicts[0].decided) for f in known.frontiers[:1]]
     rounds = max(int(run.labels["round"]) for run in plan.runs)
     used = sum(result.status == "used" for result in known.results)
     page = Page(
         title=plan.title,
         about=f"Study {grid.study.name}: {used} of {plural(len(plan.runs), 'run')} count, {plural(rounds, 'round')}; "
         f"{ended or 'not finished'}.",
-        answers=answers or [Answer(known.no_law, decided=False)],
+        answers=answers or [Verdict(known.no_law, decided=False)],
         how=_HOW if answers else "",
         problems=known.problems(),
         parts=_parts(known),
@@ -176,3 +177,123 @@ def _intervals(name: str, form: str) -> list[Column]:
 
 def _start(run: PlannedRun) -> str:
     return f"{source_of(run)} at step {start_step(run)}" if source_of(run) else ""
+
+
+# ---------------------------------------------------------------- figures
+
+
+def frontier_figure(frontier: Frontier, variants: Sequence[str], unit: str) -> Named:
+    """Loss in `unit` against what is held equal: a color for each number of loops, a line for each variant."""
+    curves = []
+    for own in frontier.curves:
+        line = LINES[variants.index(own.variant) % len(LINES)] if own.loops > 1 else "-"
+        label = "1 loop" if own.loops == 1 else f"{own.variant}, {plural(own.loops, 'loop')}"
+        band = (own.low, own.high) if own.loops == 1 or own.variant == variants[0] else None
+        curves.append(Curve(own.x, own.loss, own.loops - 1, line, label=label, band=band))
+    target = float(frontier.curves[0].x[len(frontier.curves[0].x) // 2])
+    panel = Panel(
+        curves,
+        frontier.axis,
+        f"expected loss ({unit})",
+        log_x=True,
+        at=target,
+        limits=_limits(frontier, target),
+        legend=8,
+        beside=True,
+    )
+    caption = f"At equal {frontier.question}: the best shape of each. Dotted: where the answer is asked for."
+    name = f"frontier_{frontier.question.replace(' ', '_').lower()}"
+    return drawn(name, f"{caption} Bands: 95 % of the law's bootstrap.", [panel], 8.2, 4.2)
+
+
+def _limits(frontier: Frontier, target: float) -> tuple[float, float] | None:
+    """Where curves differ, around the target, and as much again for bands: what is far above would flatten them."""
+    near = [(c, np.abs(np.log(c.x / target)) < np.log(10)) for c in frontier.curves]
+    values = _finite([c.loss[here] for c, here in near])
+    if not len(values):
+        return None
+    bands = _finite([rows[here] for c, here in near for rows in (c.loss, c.low, c.high)])
+    span = max(float(np.ptp(values)), 1e-3)
+    low, high = max(bands.min(), values.min() - span), min(bands.max(), values.max() + span)
+    return low - 0.1 * span, high + 0.1 * span
+
+
+def is_flat(frontier: Frontier) -> bool:
+    """Whether every contender's loss is the same all along the axis."""
+    curves = [_finite([curve.loss]) for curve in frontier.curves]
+    return all(len(values) == 0 or float(np.ptp(values)) < 1e-9 for values in curves)
+
+
+def _finite(rows: Sequence[np.ndarray]) -> np.ndarray:
+    values = np.concatenate(rows)
+    return values[np.isfinite(values)]
+
+
+def phi_figure(fit: LawFit, profiles: Sequence[Profile]) -> Named:
+    """How much worse the law fits where a phi is held elsewhere, with each phi's interval below."""
+    curves = []
+    for place, found in enumerate(profiles):
+        phi, level = fit.phis[found.variant], -0.08 * (place + 1)
+        thick = {"linewidth": 3, "solid_capstyle": "butt"}
+        curves += [
+            Curve(found.phi, found.excess, place, label=f"{found.variant}: {phi.value:.2f}"),
+            Curve([phi.low, phi.high], [level, level], place, look=thick),
+            Curve([phi.value], [level], place, "", MARKERS[place]),
+        ]
+    panel = Panel(
+        curves,
+        "phi: what a loop is worth (1: as much as so many layers, 0: nothing)",
+        "squared residuals, more than the fit's",
+        at=PUBLISHED_PHI,
+        at_label=f"published: {PUBLISHED_PHI}",
+        limits=(-0.08 * (len(profiles) + 1.5), 1.0),
+    )
+    caption = "Profile of each phi, and its 95 % interval below. Dotted: arXiv 2604.21106, other models and data."
+    return drawn("phi", caption, [panel], 6.4, 4.2)
+
+
+def residual_figure(fit: LawFit, names: Sequence[str], held: HeldOut | None) -> Named:
+    """Loss less the law's, by run. Held-out runs: less what the law of the other sizes says."""
+    data, fitted = fit.data, fit.data.loss - fit.residuals
+    loops = data.loops.astype(int).tolist()
+    curves = [
+        Curve([x], [y], loops[n] - 1, "", MARKERS[data.variant[n]], title=f"{names[n]}: loss {x + y:.4f}, law {x:.4f}")
+        for n, (x, y) in enumerate(zip(fitted, fit.residuals, strict=True))
+    ]
+    curves += [Curve(color=r - 1, line="", marker="o", label=plural(r, "loop")) for r in sorted(set(loops))]
+    if held is not None:
+        look = {"markerfacecolor": "none", "markersize": 9}
+        label = f"{held.what}, predicted"
+        curves.append(Curve(held.said, held.seen - held.said, "#000000", "", "o", label, look=look))
+    caption = "Residuals by run (hover for its name). Circles: runs of the largest size, predicted from the others."
+    panel = Panel(curves, "the law's loss", "loss less the law's", level=0, legend=8)
+    return drawn("residuals", caption, [panel], 6.4, 4.2)
+
+
+def curves_figure(results: Sequence[RunResult]) -> Named:
+    """Validation loss against tokens, a panel for each size; a mark where a run ends."""
+    shown = [result for result in results if result.curve]
+    sizes = list(dict.fromkeys(result.run.labels["size"] for result in shown))[:_MOST_SIZES]
+    variants = list(dict.fromkeys(r.run.labels["variant"] for r in shown if r.run.labels["variant"] != ONE_LOOP))
+    lines = {name: LINES[place % len(LINES)] for place, name in enumerate(variants)}
+    panels: list[Panel] = []
+    for size in sizes:
+        own = [result for result in shown if result.run.labels["size"] == size]
+        curves = [curve for result in own for curve in _learning(result, lines)]
+        ends = [loss for result in own for loss in (result.curve[-1][1], result.curve[len(result.curve) // 3][1])]
+        if not panels:
+            loops = sorted({result.run.config.model.loop_count for result in shown})
+            curves += [Curve(color=r - 1, marker=MARKERS[r - 1], label=plural(r, "loop")) for r in loops]
+            legend = lines if len(lines) > 1 else {}
+            curves += [Curve(color=_GREY, line=line, label=name) for name, line in legend.items()]
+        panels.append(Panel(curves, TOKENS, "loss (nats per token)", size, shown=(ends, 0.1, 0.15), legend=8))
+    caption = "Validation loss of the runs (hover for a run's name); marks: where they end."
+    return drawn("curves", caption, panels, 4.6, 3.4, 3)
+
+
+def _learning(result: RunResult, lines: dict[str, Any]) -> list[Curve]:
+    loops, (tokens, losses) = result.run.config.model.loop_count, zip(*result.curve, strict=True)
+    title = f"{result.run.name} ({result.status}): {losses[-1]:.4f}"
+    line = lines.get(result.run.labels["variant"], "-")
+    whole = Curve(tokens, losses, loops - 1, line, title=title, look={"linewidth": 1.2})
+    return [whole, Curve(tokens[-1:], losses[-1:], loops - 1, "", MARKERS[loops - 1], look={"markersize": 4})]

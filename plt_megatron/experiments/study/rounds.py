@@ -13,16 +13,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from plt_megatron.demo.steps import prepare_demo_corpus
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.demo_data import prepare_demo_corpus
+from plt_megatron.experiments.files import StudyFile, read_study
 from plt_megatron.experiments.law import what_is_missing
-from plt_megatron.experiments.running import RunOptions, launch, submit_dry
+from plt_megatron.experiments.records import (
+    check_same_data,
+    first_few,
+    note_finished,
+    read_record,
+    state_of,
+    write_record,
+)
 from plt_megatron.experiments.solver import Observation, looped_variants, to_arrays
 from plt_megatron.experiments.study.decision import contrast
 from plt_megatron.experiments.study.design import (
     Arm,
     Design,
-    Noise,
     choose_runs,
     estimated_noise,
     expected_theta,
@@ -30,8 +37,7 @@ from plt_megatron.experiments.study.design import (
 from plt_megatron.experiments.study.grid import Grid, make_grid, source_of
 from plt_megatron.experiments.study.knowledge import Knowledge, is_ready, learn, priced_arms, seconds_of
 from plt_megatron.experiments.study.report import write_report
-from plt_megatron.experiments.study.study_file import StudyFile, read_study
-from plt_megatron.experiments.sweep import check_run_files
+from plt_megatron.experiments.sweep import RunOptions, check_run_files, launch, submit_dry
 from plt_megatron.experiments.sweep_plan import (
     FILE_NAME,
     PlannedRun,
@@ -42,14 +48,6 @@ from plt_megatron.experiments.sweep_plan import (
     records_of,
     refuse_other,
     save_plan,
-)
-from plt_megatron.experiments.sweep_status import (
-    check_same_data,
-    first_few,
-    note_finished,
-    read_record,
-    state_of,
-    write_record,
 )
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.attempts import ExitStatus, last_attempt
@@ -187,7 +185,7 @@ class _Study:
                 closed.add(arm)  # what failed once is not tried in a longer run
         left = max(0.0, 3600 * float(self.study.budget) - spent) / (self.study.rounds - _rounds(plan))
         variants = list(self.study.variants)
-        theta, noise, rows = self._believed(known, arms), Noise(self.study.noise.trunk, self.study.noise.run), None
+        theta, noise, rows = self._believed(known, arms), self.study.noise, None
         if known.fit is not None:
             noise = estimated_noise(known.fit)
             if known.answer is not None and list(known.fit.data.variants) == variants:

@@ -12,7 +12,7 @@ import pytest
 
 from plt_megatron.config.fields import Range, field_types, find_range_problems, plain_type, section_of
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.experiments.sweep_file import SweepFile
+from plt_megatron.experiments.files import SweepFile
 from plt_megatron.launcher.job import JobSettings
 from plt_megatron.slurm.profile import ClusterProfile
 

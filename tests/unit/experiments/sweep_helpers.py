@@ -10,7 +10,7 @@ import numpy as np
 
 from plt_megatron.config import derived
 from plt_megatron.data.indexed import write_index
-from plt_megatron.experiments.sweep_file import read_sweep
+from plt_megatron.experiments.files import read_sweep
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, make_plan, save_plan
 
 FINGERPRINT = {"tokenizer": None, "split": None, "sequence_length": 32, "sources": {"train": [["abc", 1.0]]}}

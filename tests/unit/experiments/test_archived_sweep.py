@@ -13,12 +13,11 @@ from sweep_helpers import finish, saved_plan, write_sweep
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments import sweep
-from plt_megatron.experiments.report.decode import DecodeProtocol
-from plt_megatron.experiments.report.results import load_results
-from plt_megatron.experiments.report.writing import write_report
-from plt_megatron.experiments.running import RunOptions
+from plt_megatron.experiments.decode_time import DecodeProtocol
+from plt_megatron.experiments.records import load_results, note_finished
+from plt_megatron.experiments.sweep import RunOptions
 from plt_megatron.experiments.sweep_plan import load_plan
-from plt_megatron.experiments.sweep_status import note_finished
+from plt_megatron.experiments.sweep_report import write_report
 from plt_megatron.run_folder.archive import ARCHIVE, unpack_command, write_archive
 from plt_megatron.run_folder.folder import runs_named
 

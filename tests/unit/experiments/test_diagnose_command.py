@@ -20,9 +20,9 @@ from plt_megatron.data.preprocess import PreprocessOptions, preprocess
 from plt_megatron.data.tokenizer import load_tokenizer
 from plt_megatron.data.tokenizer_training import TrainingOptions, train_tokenizer
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.diagnostics import writing
+from plt_megatron.experiments.diagnostics import report
 from plt_megatron.experiments.diagnostics.inputs import draw_sequences
-from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
+from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
 from tests.unit.convert.convert_helpers import make_model, megatron_logits, quiet, random_weights, save_run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,7 +95,7 @@ def test_losses_are_the_training_models(place, done):
 
 
 def test_a_run_that_masks_the_loss_after_documents_is_measured_so(place, done, monkeypatch):
-    monkeypatch.setattr(writing, "make_figures", lambda diagnosis: [])  # most of the time
+    monkeypatch.setattr(report, "make_figures", lambda diagnosis: [])  # most of the time
     save_run(place.folder / "masked", place.model, place.weights, tokenizer=place.tokenizer, eod_mask_loss=True)
     masked = place.diagnose(place.folder / "masked")
     tokens = _drawn_tokens(place)

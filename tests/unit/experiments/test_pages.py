@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.diagnostics.writing import DiagnoseOptions, run_diagnosis
-from plt_megatron.experiments.pages import TEMPLATES, Answer, Column, Page, Part, Table, render
-from plt_megatron.experiments.report.writing import write_report
+from plt_megatron.experiments.diagnostics.report import DiagnoseOptions, run_diagnosis
+from plt_megatron.experiments.pages import TEMPLATES, Column, Page, Part, Table, Verdict, render
+from plt_megatron.experiments.sweep_report import write_report
 
 HOSTILE = "<script>alert(1)</script> \" ' & {{ 1 + 1 }} </title>"
 
@@ -17,7 +17,7 @@ HOSTILE = "<script>alert(1)</script> \" ' & {{ 1 + 1 }} </title>"
 def test_values_are_text():
     table = Table([Column("key", HOSTILE, lambda item: item), Column("n", HOSTILE, lambda item: None, "g")], [HOSTILE])
     part = Part(HOSTILE, [HOSTILE], {"table": table})
-    answers = [Answer(HOSTILE, decided=False), Answer(HOSTILE, decided=True, to=HOSTILE)]
+    answers = [Verdict(HOSTILE, decided=False), Verdict(HOSTILE, decided=True, group=HOSTILE)]
     page = render("page.html", page=Page(HOSTILE, HOSTILE, answers, [part], [HOSTILE], HOSTILE, HOSTILE, [HOSTILE]))
     assert "<script" not in page and "{{ 1 + 1 }}" in page
     # The title twice, three texts of answers, two headings, two titles of columns, a cell and its value, and four more.

@@ -29,13 +29,14 @@ ALLOWED = {
     "train": {"config", "run_folder", "runtime", "predict", "launcher", "storage", "data", "model"},
     "predict.rehearsal": {"config", "run_folder", "runtime", "predict", "model", "train"},
     "hf": {"config", "run_folder", "runtime", "predict", "data", "model", "train"},
-    "experiments": {"config", "run_folder", "runtime", "predict", "data", "model", "train", "hf"},
+    "demo.steps": {"config", "run_folder", "data"},  # a sweep's data, too
+    "experiments": {"config", "run_folder", "runtime", "predict", "data", "model", "train", "hf", "demo.steps"},
     # A sweep is submitted to Slurm; everything else reads run folders.
-    "experiments.sweep": {"config", "run_folder", "predict", "slurm", "experiments"},
-    "experiments.running": {"config", "run_folder", "runtime", "slurm", "experiments"},
+    "experiments.sweep": {"config", "run_folder", "runtime", "predict", "slurm", "experiments", "demo.steps"},
+    "demo": {"config", "run_folder", "predict", "data", "experiments", "demo.steps"},
     "commands": {
         *("config", "run_folder", "runtime", "predict", "predict.rehearsal"),
-        *("slurm", "storage", "data", "hf", "experiments"),
+        *("slurm", "storage", "data", "hf", "experiments", "demo"),
     },
 }
 APART = {"predict.rehearsal"}  # those who may import `predict` may not import this, too

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from plt_megatron.config import derived
+from plt_megatron.experiments.records import data_fingerprint
 from plt_megatron.experiments.study.grid import loop_parameters, start_step
 from plt_megatron.experiments.sweep_plan import PlannedRun
-from plt_megatron.experiments.sweep_status import data_fingerprint
 from plt_megatron.predict.run_estimate import estimate_run
 from tests.unit.experiments.sweep_helpers import finish, write_sweep, write_text_data
 

@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks.planted_law import Luck, PlantedLaw, synthetic_study
+from plt_megatron.experiments.files import DecideSettings
 from plt_megatron.experiments.law import LawFit, fit_law
-from plt_megatron.experiments.study.decision import Candidate, Target, contrast, decide, headline
-from plt_megatron.experiments.study.figures import is_flat
-from plt_megatron.experiments.study.synthetic import Luck, PlantedLaw, synthetic_study
+from plt_megatron.experiments.study.decision import Candidate, contrast, decide, headline
+from plt_megatron.experiments.study.report import is_flat
 
 LAW = PlantedLaw()
 
@@ -32,7 +33,7 @@ def fit(luck: Luck | None = None) -> LawFit:
     return fit_law(synthetic_study(LAW, luck or Luck(), 1), bootstraps=60)
 
 
-TARGET = Target(flops=6 * 3e6 * 6e6, latency_ms=2.0, memory=8e6)
+TARGET = DecideSettings(training_flops=6 * 3e6 * 6e6, latency_ms=2.0, memory_gb=8e-3)
 
 
 def by_hand(variant: str, loops: int, **limits: float) -> float:
@@ -46,7 +47,7 @@ def by_hand(variant: str, loops: int, **limits: float) -> float:
         if (c.variant, c.loops) != (variant, loops) or any(getattr(c, k) > v for k, v in limits.items()):
             continue
         size = loops ** LAW.phis.get(variant, 0.0) * c.looped / 1e6
-        loss = LAW.e + LAW.a * size**-LAW.alpha + LAW.b * (TARGET.flops / c.flops / 1e7) ** -LAW.beta
+        loss = LAW.e + LAW.a * size**-LAW.alpha + LAW.b * (TARGET.training_flops / c.flops / 1e7) ** -LAW.beta
         best = min(best, loss)
     return best
 
@@ -62,9 +63,9 @@ def by_hand(variant: str, loops: int, **limits: float) -> float:
 )
 def test_losses_are_the_laws_best_within_the_limit(question, limits):
     found = {f.question: f for f in decide(fit(Luck(0.0, 0.0)), candidates(), TARGET)}[question]
-    assert [verdict.variant for verdict in found.verdicts] == list(LAW.phis)
+    assert [verdict.group for verdict in found.verdicts] == list(LAW.phis)
     for verdict in found.verdicts:
-        expected = {1: by_hand("", 1, **limits)} | {r: by_hand(verdict.variant, r, **limits) for r in (2, 3)}
+        expected = {1: by_hand("", 1, **limits)} | {r: by_hand(verdict.group, r, **limits) for r in (2, 3)}
         assert {s.loops: s.loss.value for s in verdict.standings} == pytest.approx(expected, abs=1e-6)
         assert verdict.best.loops == min(expected, key=lambda loops: expected[loops])
         assert verdict.best.share == 1.0 and verdict.decided
@@ -77,10 +78,10 @@ def test_latency_is_where_plt_pays_and_the_naive_loop_does_not():
     """At equal latency a PLT's loops are free and the naive loop's are not; at equal FLOPs both are paid for."""
     found = decide(fit(), candidates(), dataclasses.replace(TARGET, latency_ms=0.5))
     answer = headline(found)
-    assert answer.question == "decoding latency" and answer.variant == "PLT" and answer.best.loops > 1
+    assert answer.question == "decoding latency" and answer.group == "PLT" and answer.best.loops > 1
     assert answer.text.startswith("PLT at 1.08e+14 training FLOPs and 0.5 ms a token: three loops, 100%")
     assert "] nats per token, 0%" in answer.text
-    naive = next(verdict for verdict in found[0].verdicts if verdict.variant == "naive loop")
+    naive = next(verdict for verdict in found[0].verdicts if verdict.group == "naive loop")
     assert naive.best.loops == 1
 
 
@@ -91,7 +92,7 @@ def test_without_measured_speed_there_is_no_frontier_of_step_time():
 
 def test_a_frontier_that_says_nothing_is_known_as_flat():
     """Where every shape is within the limit all along the axis, the budget's best is the answer everywhere."""
-    found = {f.question: f for f in decide(fit(), candidates(), dataclasses.replace(TARGET, memory=1e12))}
+    found = {f.question: f for f in decide(fit(), candidates(), dataclasses.replace(TARGET, memory_gb=1e3))}
     assert [question for question, frontier in found.items() if is_flat(frontier)] == ["memory"]
 
 
@@ -113,9 +114,9 @@ def test_no_other_variant_answers_where_the_first_has_no_run_that_counts():
     others = [o for o in synthetic_study(LAW, Luck(), 1) if o.loops == 1 or o.variant == "naive loop"]
     found = decide(fit_law(others, bootstraps=20), candidates(), TARGET)
     answer = headline(found)
-    assert answer.variant == "PLT" and answer.best is None and not answer.decided
+    assert answer.group == "PLT" and answer.best is None and not answer.decided
     assert answer.text.startswith("PLT at 1.08e+14 training FLOPs and 2 ms a token: no run of several loops counts")
-    (naive,) = [verdict for verdict in found[0].verdicts if verdict.variant != "PLT"]
+    (naive,) = [verdict for verdict in found[0].verdicts if verdict.group != "PLT"]
     assert naive.decided and naive.text.startswith("naive loop at 1.08e+14 training FLOPs")
 
 
@@ -131,7 +132,7 @@ def test_no_shape_within_the_limit():
 
 def test_far_from_the_runs_nothing_is_decided():
     """However sure the samples are, and however little the difference matters: the law is not known to hold there."""
-    far = dataclasses.replace(TARGET, flops=1e20, latency_ms=1e3, indifference=9.0)
+    far = dataclasses.replace(TARGET, training_flops=1e20, latency_ms=1e3, indifference=9.0)
     law = fit()
     verdict = headline(decide(law, candidates(), far))
     assert "more tokens than any run has" in verdict.beyond and verdict.beyond in verdict.text
@@ -143,11 +144,11 @@ def test_far_from_the_runs_nothing_is_decided():
 
 def test_an_interval_wider_than_the_laws_e_decides_nothing():
     law = fit()
-    asked = dataclasses.replace(TARGET, indifference=99.0, unit="bits per byte")
-    assert headline(decide(law, candidates(), asked)).decided
+    asked = dataclasses.replace(TARGET, indifference=99.0)
+    assert headline(decide(law, candidates(), asked, "bits per byte")).decided
     loose = law.samples.copy()
     loose[::3, 5] = -9.0  # phi of PLT: a third of the draws take loops for ruinous
-    verdict = headline(decide(dataclasses.replace(law, samples=loose), candidates(), asked))
+    verdict = headline(decide(dataclasses.replace(law, samples=loose), candidates(), asked, "bits per byte"))
     behind = verdict.standings[1].behind
     assert behind.high - behind.low > law.coefficients["E"].value and not verdict.beyond
     assert not verdict.decided and "E" in verdict.text and "bits per byte" in verdict.text

@@ -8,21 +8,21 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.planted_law import HORIZONS, SIZES, Luck, PlantedLaw, synthetic_study
+from plt_megatron.experiments.files import NoiseSettings
 from plt_megatron.experiments.law import fit_law
 from plt_megatron.experiments.study.design import (
     Arm,
     Horizons,
-    Noise,
     choose_runs,
     estimated_noise,
     expected_theta,
 )
-from plt_megatron.experiments.study.synthetic import HORIZONS, SIZES, Luck, PlantedLaw, synthetic_study
 
 LAW = PlantedLaw()
 THETA = np.array([LAW.e, LAW.a, LAW.b, LAW.alpha, LAW.beta, *LAW.phis.values()])
 NAMES = tuple(LAW.phis)
-NOISE = Noise(0.006, 0.003)
+NOISE = NoiseSettings(0.006, 0.003)
 
 
 def arms(sizes=SIZES, seeds=(1,), loops=(1, 2, 3)) -> list[Arm]:

@@ -10,9 +10,9 @@ from plt_megatron.config import derived
 from plt_megatron.config.branching import first_decay_step
 from plt_megatron.config.validation import find_problems
 from plt_megatron.errors import UserError
+from plt_megatron.experiments.files import read_study
 from plt_megatron.experiments.study.grid import Grid, make_grid, source_of, start_step, trained_steps
 from plt_megatron.experiments.study.knowledge import make_candidates
-from plt_megatron.experiments.study.study_file import read_study
 from plt_megatron.predict.parameters import count_parameters
 from tests.unit.experiments.study.study_helpers import STUDY, write_study
 

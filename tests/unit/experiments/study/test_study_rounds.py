@@ -13,15 +13,15 @@ import pytest
 from plt_megatron.commands import study as command
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import running
+from plt_megatron.experiments import sweep
+from plt_megatron.experiments.files import read_study
+from plt_megatron.experiments.records import RunRecord, read_record, state_of, write_record
 from plt_megatron.experiments.study import rounds
 from plt_megatron.experiments.study.grid import make_grid
 from plt_megatron.experiments.study.knowledge import learn
 from plt_megatron.experiments.study.report import write_report
 from plt_megatron.experiments.study.rounds import StudyOptions, run_study
-from plt_megatron.experiments.study.study_file import read_study
 from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, config_path, load_plan, save_plan
-from plt_megatron.experiments.sweep_status import RunRecord, read_record, state_of, write_record
 from plt_megatron.run_folder import json_lines
 from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 from plt_megatron.slurm.submission import Options
@@ -34,7 +34,7 @@ def training(monkeypatch) -> type[PlantedTraining]:
     class Training(PlantedTraining):
         killed_after, diverging, failing, trained, sources = None, set(), set(), [], {}
 
-    monkeypatch.setattr(running, "LocalSweep", Training)
+    monkeypatch.setattr(sweep, "LocalSweep", Training)
     learn_quickly = lambda grid, plan: learn(grid, plan, bootstraps=12)  # noqa: E731
     monkeypatch.setattr(rounds, "learn", learn_quickly)
     return Training
@@ -185,7 +185,7 @@ def test_on_a_cluster_trunks_are_an_array_and_their_branches_the_next(
         for run in runs:
             train(run, 2.0 + 0.1 * len(run.name))
 
-    monkeypatch.setattr(running, "submit", submit)
+    monkeypatch.setattr(sweep, "submit", submit)
     path, options = write_study(tmp_path), StudyOptions(submit=Options(config=None), gpu="cpu")
     for _ in range(4):
         assert run_study(str(path), settings(tmp_path, "rounds=2"), options) == 0
@@ -205,7 +205,7 @@ def test_on_a_cluster_a_run_that_was_given_up_is_left_out_until_it_is_asked_for(
     path, (trunk, branch, other, last) = begin(tmp_path)
     submitted: list[list[str]] = []
     checked: list[list[str]] = []
-    for module, name, noted in ((running, "submit", submitted), (rounds, "submit_dry", checked)):
+    for module, name, noted in ((sweep, "submit", submitted), (rounds, "submit_dry", checked)):
         monkeypatch.setattr(module, name, lambda plan, runs, options, to=noted: to.append([run.name for run in runs]))
 
     def call(**options) -> int:

@@ -17,10 +17,8 @@ import pytest
 from sweep_helpers import LOOPS, finish, saved_plan, write_sweep, write_text_data
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import running, sweep
-from plt_megatron.experiments.running import LocalSweep, RunOptions
-from plt_megatron.experiments.sweep_plan import load_plan
-from plt_megatron.experiments.sweep_status import (
+from plt_megatron.experiments import sweep
+from plt_megatron.experiments.records import (
     RunRecord,
     data_fingerprint,
     data_part,
@@ -30,6 +28,8 @@ from plt_megatron.experiments.sweep_status import (
     state_of,
     write_record,
 )
+from plt_megatron.experiments.sweep import LocalSweep, RunOptions
+from plt_megatron.experiments.sweep_plan import load_plan
 from plt_megatron.run_folder.files import locked
 from plt_megatron.slurm import submission
 from plt_megatron.slurm.submission import Options
@@ -42,7 +42,7 @@ from sweep_helpers import finish
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
 from plt_megatron.experiments.sweep_plan import PlannedRun
-from plt_megatron.experiments.sweep_status import data_fingerprint
+from plt_megatron.experiments.records import data_fingerprint
 config = load_config(sys.argv[1])
 run = PlannedRun("x", {{}}, config.training.seed, config, 256)
 asked = threading.Event()
@@ -81,8 +81,8 @@ def launcher(tmp_path, monkeypatch):
     here = str(Path(__file__).resolve().parent)
     script = tmp_path / "train.py"
     script.write_text(LAUNCHER.format(here=here))
-    monkeypatch.setattr(running, "TRAIN", (sys.executable, str(script)))
-    monkeypatch.setattr(running, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.02)
 
 
 def behave(plan, name, how):
@@ -113,7 +113,7 @@ def test_several_at_once_share_the_cores_and_gpus(tmp_path, launcher, monkeypatc
     plan = small(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(running, "usable_cores", lambda: 6)
+    monkeypatch.setattr(sweep, "usable_cores", lambda: 6)
     first, second = plan.runs[:2]
     for run in (first, second):
         behave(plan, run.name, "hang")

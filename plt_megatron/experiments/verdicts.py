@@ -1,35 +1,196 @@
-"""The answer in words: which loop count wins at equal tokens, FLOPs and decoding latency, or why that is not decided.
+"""What a sweep says: a row for each combination of the axes' values, a law for each compared value, and the answers.
 
-A row wins when its paired difference (by seed) to every other row excludes zero, all intervals together holding with
-95 % (Bonferroni). A sweep does not decide about what it did not hold equal, whatever the curves suggest.
+Which loop count wins at equal tokens, FLOPs and decoding latency, or why that is not decided: a row wins when its
+paired difference (by seed) to every other row excludes zero, all intervals together holding with 95 % (Bonferroni).
+A sweep does not decide about what it did not hold equal, whatever the curves suggest.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from plt_megatron.experiments.intervals import LEVEL, Estimate, estimate, paired_difference
-from plt_megatron.experiments.report.results import SweepResults
-from plt_megatron.experiments.report.rows import Row, baseline_of, groups
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.intervals import LEVEL, Interval, estimate, paired_difference
+from plt_megatron.experiments.law import LawFit, fit_law
+from plt_megatron.experiments.pages import Verdict
+from plt_megatron.experiments.records import RunResult, SweepResults
+from plt_megatron.experiments.solver import Model, Observation
+from plt_megatron.experiments.sweep_plan import PlannedRun
+from plt_megatron.predict.decode_cost import kv_cache_bytes, state_bytes
 from plt_megatron.run_folder.text import plural
 
-SAME_LATENCY = 0.05  # relative; so near the baseline counts as equally fast
+FARTHER = 4.0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One question's answer for one group. `winner`: a row's label, None if the data do not decide."""
+class Timing:
+    """One row's decoding: milliseconds per token step (median slice), the ratio to the baseline's, and its cache."""
 
-    question: str  # "tokens", "training FLOPs" or "decoding latency"
-    group: str
-    winner: str | None
-    text: str
+    milliseconds: float
+    relative: float
+    cache_bytes: int  # of one sequence after the measurement, in the checkpoint's precision
+
+
+@dataclass
+class Row:
+    """One row of the table.
+
+    Attributes:
+        group: labels of all axes but the compared one; rows are compared within a group.
+        label: of the compared axis.
+        losses: seed -> final validation loss of the runs that are used.
+        loss: their mean; None without one.
+        to_baseline, to_previous: paired differences of losses to the group's baseline and to the row above.
+        kv_bytes: K, V and state of one sequence of the training length while decoding, in bf16, by formula.
+        decode: measured, if it was.
+    """
+
+    group: tuple[str, ...]
+    label: str
+    results: list[RunResult]
+    losses: dict[int, float]
+    loss: Interval | None
+    kv_bytes: int
+    to_baseline: Interval | None = None
+    to_previous: Interval | None = None
+    decode: Timing | None = None
 
     @property
-    def decided(self) -> bool:
-        return self.winner is not None
+    def run(self) -> PlannedRun:
+        """The first of its runs, for what does not depend on the seed."""
+        return self.results[0].run
+
+    @property
+    def name(self) -> str:
+        return ", ".join([*self.group, self.label])
+
+    @property
+    def loop_count(self) -> int:
+        return self.run.config.model.loop_count
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """(tokens, mean validation loss over the used runs) where all of them were validated."""
+        curves = [dict(result.curve) for result in self.results if result.status == "used"]
+        common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        return [(tokens, math.fsum(curve[tokens] for curve in curves) / len(curves)) for tokens in common]
+
+    def loss_at(self, tokens: float) -> float | None:
+        """The mean curve at `tokens`, between two validations by interpolation in log tokens; None outside."""
+        curve = self.curve
+        if not curve or not curve[0][0] <= tokens <= curve[-1][0] * (1 + 1e-9):
+            return None
+        places = [place for place, _ in curve]
+        right = min(bisect.bisect_left(places, tokens), len(curve) - 1)
+        (x0, y0), (x1, y1) = curve[max(0, right - 1)], curve[right]
+        if x0 == x1:
+            return y1
+        share = (math.log(tokens) - math.log(x0)) / (math.log(x1) - math.log(x0))
+        return y0 + min(1.0, share) * (y1 - y0)
+
+
+def make_rows(results: SweepResults, timings: Mapping[str, Timing] | None = None) -> list[Row]:
+    """Rows in the plan's order. `timings`: by row name."""
+    compare = results.plan.compare
+    rows: dict[tuple[tuple[str, ...], str], list[RunResult]] = {}
+    for result in results.runs:
+        labels = result.run.labels
+        group = tuple(label for axis, label in labels.items() if axis != compare)
+        label = labels[compare] if compare is not None else "all"
+        rows.setdefault((group, label), []).append(result)
+    order = list(dict.fromkeys(group for group, _ in rows))
+    made = [_row(group, label, found) for (group, label), found in rows.items()]
+    made.sort(key=lambda row: order.index(row.group))  # stable: a group's rows stay in the plan's order
+    for row in made:
+        row.decode = (timings or {}).get(row.name)
+    for compared in groups(made):
+        _compare(compared, results.plan.baseline)
+    return made
+
+
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that are compared with one another, in order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.group, []).append(row)
+    return list(found.values())
+
+
+def baseline_of(group: Sequence[Row], baseline: str | None) -> Row:
+    """The row the others are measured against: the plan's, else the first."""
+    return next((row for row in group if row.label == baseline), group[0])
+
+
+def _row(group: tuple[str, ...], label: str, results: list[RunResult]) -> Row:
+    losses = {r.run.seed: r.loss for r in results if r.status == "used" and r.loss is not None}
+    model = results[0].run.config.model
+    length = results[0].run.config.data.sequence_length
+    return Row(
+        group=group,
+        label=label,
+        results=results,
+        losses=losses,
+        loss=estimate(list(losses.values()), LEVEL) if losses else None,
+        kv_bytes=kv_cache_bytes(model, length) + state_bytes(model, length),
+    )
+
+
+def _compare(group: Sequence[Row], baseline: str | None) -> None:
+    reference = baseline_of(group, baseline)
+    for index, row in enumerate(group):
+        if row is not reference:
+            row.to_baseline = paired_difference(row.losses, reference.losses, LEVEL)
+        if index > 0:
+            row.to_previous = paired_difference(row.losses, group[index - 1].losses, LEVEL)
+
+
+# ---------------------------------------------------------------- scaling laws
+
+
+@dataclass(frozen=True)
+class LoopLaw:
+    """The law of one compared value, or why there is none. `farther`: its loss `FARTHER` times beyond its runs."""
+
+    label: str
+    fit: LawFit | None
+    reason: str = ""
+    farther: Interval | None = None
+
+
+def fit_laws(rows: Sequence[Row], bootstraps: int = 400) -> list[LoopLaw]:
+    """A law per label, over the sizes and budgets of all groups. N counts parameters without embeddings."""
+    laws = []
+    for label in dict.fromkeys(row.label for row in rows):
+        runs = [(r.run, r.loss) for row in rows if row.label == label for r in row.results if r.loss is not None]
+        points = [
+            Observation("", 0.0, run.non_embedding_parameters, 1, run.tokens, loss, run.name, run.seed)
+            for run, loss in runs
+        ]
+        if not points:
+            laws.append(LoopLaw(label, None, "no fit: no finished run"))
+            continue
+        try:
+            fit = fit_law(points, with_phi=False, bootstraps=bootstraps)
+            laws.append(LoopLaw(label, fit, farther=_farther(fit)))
+        except UserError as error:
+            laws.append(LoopLaw(label, None, str(error)))
+    return laws
+
+
+def _farther(fit: LawFit) -> Interval:
+    largest = fit.data.looped.max(), fit.data.tokens.max()
+    n, d = (value * (FARTHER if has else 1) for value, has in zip(largest, fit.terms, strict=True))
+    return fit.predict(Model("", 0.0, n, 1, d))
+
+
+# ---------------------------------------------------------------- the answer in words
+
+
+SAME_LATENCY = 0.05  # relative; so near the baseline counts as equally fast
 
 
 def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
@@ -39,9 +200,11 @@ def verdicts(results: SweepResults, rows: Sequence[Row]) -> list[Verdict]:
         name = ", ".join(group[0].group)
         if not results.has_one_data:
             text = "not decided: the runs have read different data (see the problems above)"
-            found += [Verdict(question, name, None, text) for question in _QUESTIONS]
+            found += [Verdict(text, False, question, name) for question in _QUESTIONS]
             continue
-        found += [Verdict(q, name, *answer(results, group)) for q, answer in _QUESTIONS.items()]
+        for question, answer in _QUESTIONS.items():
+            winner, text = answer(results, group)
+            found.append(Verdict(text, winner is not None, question, name, winner))
     return found
 
 
@@ -118,7 +281,7 @@ def _best(rows: Sequence[Row]) -> tuple[str | None, str]:
     closed: list[Row] = []
     for row in others:
         difference = paired_difference(row.losses, best.losses, level)
-        is_worse = difference is not None and difference.excludes_zero() and difference.mean > 0
+        is_worse = difference is not None and difference.sign > 0
         (closed if is_worse else open_rows).append(row)
     lead = f"{_with_loops(best)} has the lowest loss, {loss}"
     if open_rows:
@@ -141,7 +304,7 @@ def _lowest(rows: Sequence[Row]) -> tuple[Row, str]:
         best, loss = _lowest(several)
         return best, f"{loss} among rows of several seeds"
     common = set.intersection(*(set(row.losses) for row in rows))
-    means = {row.name: estimate([row.losses[seed] for seed in common or row.losses]).mean for row in rows}
+    means = {row.name: estimate([row.losses[seed] for seed in common or row.losses]).value for row in rows}
     best = min(rows, key=lambda row: means[row.name])
     is_whole = all(set(row.losses) == common for row in rows)
     where = "" if is_whole else " over common seeds" if common else " over seeds of its own"
@@ -157,10 +320,10 @@ def _why_open(best: Row, rows: Sequence[Row], level: float) -> str:
     return f"against it: {', '.join(parts)}"
 
 
-def _signed(difference: Estimate | None) -> str:
+def _signed(difference: Interval | None) -> str:
     assert difference is not None
     half = "" if difference.half is None else f" +- {difference.half:.4f}"
-    return f"{difference.mean:+.4f}{half}"
+    return f"{difference.value:+.4f}{half}"
 
 
 def _labels(rows: Sequence[Row]) -> list[str]:
@@ -194,7 +357,7 @@ class Comparison:
     group: str
     label: str
     reference: str
-    difference: Estimate | None
+    difference: Interval | None
     text: str
 
 
@@ -214,13 +377,13 @@ def answer_questions(results: SweepResults, rows: Sequence[Row]) -> list[Compari
     return answers
 
 
-def _in_words(difference: Estimate | None, has_one_data: bool) -> str:
+def _in_words(difference: Interval | None, has_one_data: bool) -> str:
     if not has_one_data:
         return "not answered: the runs have read different data"
     if difference is None:
         return "not answered: no seed has a usable run of both"
     if difference.half is None:
         return "not answered: one seed has no interval"
-    if not difference.excludes_zero():
+    if not difference.sign:
         return f"not told apart: between {difference.low:+.4f} and {difference.high:+.4f}"
-    return "lower loss" if difference.mean < 0 else "higher loss"
+    return "lower loss" if difference.value < 0 else "higher loss"

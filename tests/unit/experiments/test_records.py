@@ -12,11 +12,9 @@ from sweep_helpers import FINGERPRINT, LOOPS, finish, saved_plan
 
 from plt_megatron.config.loader import load_config
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.report.results import load_results
-from plt_megatron.experiments.report.rows import make_rows
-from plt_megatron.experiments.report.verdict import verdicts
-from plt_megatron.experiments.report.writing import main_table, write_report
-from plt_megatron.experiments.sweep_status import RunRecord, write_record
+from plt_megatron.experiments.records import RunRecord, load_results, write_record
+from plt_megatron.experiments.sweep_report import main_table, write_report
+from plt_megatron.experiments.verdicts import make_rows, verdicts
 from plt_megatron.run_folder.folder import save_config
 
 LOSS = {"1 loop": 3.0, "2 loops": 2.9, "3 loops": 2.95}
@@ -78,8 +76,8 @@ def test_unfinished_and_missing_runs_are_in_no_mean(tmp_path):
     assert "the rows have different seeds" in text and "1, 3: 2 loops" in text
     one, two, three = make_rows(results, {})
     assert (one.loss.n, two.loss.n, three.loss.n) == (3, 2, 2)
-    assert two.loss.mean == pytest.approx(2.9 + 0.001 * 2)  # of seeds 1 and 3
-    assert two.to_baseline.mean == pytest.approx(-0.1) and two.to_baseline.n == 2
+    assert two.loss.value == pytest.approx(2.9 + 0.001 * 2)  # of seeds 1 and 3
+    assert two.to_baseline.value == pytest.approx(-0.1) and two.to_baseline.n == 2
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, math.log(256) + 0.1], ids=["nan", "inf", "above guessing"])
@@ -93,7 +91,7 @@ def test_a_diverged_run_is_named_and_in_no_mean(tmp_path, loss):
     assert any(
         "1_loop-seed2 is left out of the means (diverged): the loss is" in problem for problem in results.problems
     )
-    assert make_rows(results, {})[0].loss.mean == pytest.approx(3.002)  # of seeds 1 and 3
+    assert make_rows(results, {})[0].loss.value == pytest.approx(3.002)  # of seeds 1 and 3
     if math.isnan(loss):  # figures and tables of it can be made
         assert write_report(plan.folder).folder.is_dir()
 

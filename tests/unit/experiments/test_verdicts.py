@@ -7,9 +7,8 @@ import math
 import pytest
 from sweep_helpers import LOOPS, finish, saved_plan
 
-from plt_megatron.experiments.report.results import load_results
-from plt_megatron.experiments.report.rows import Timing, make_rows
-from plt_megatron.experiments.report.verdict import answer_questions, verdicts
+from plt_megatron.experiments.records import load_results
+from plt_megatron.experiments.verdicts import Timing, answer_questions, make_rows, verdicts
 
 FIVE_SEEDS = LOOPS.replace("seeds: [1, 2, 3]", "seeds: [1, 2, 3, 4, 5]")
 
@@ -41,7 +40,7 @@ def test_a_clear_winner_is_named_with_its_intervals(tmp_path):
     assert found["tokens"].text.startswith("2 loops wins: loss 2.9")
     one, two, _ = rows
     # By hand: differences -0.1 + 0.001 n, n = 0..4; standard deviation 0.001 sqrt(2.5); t(0.975, 4) = 2.7764.
-    assert two.to_baseline.mean == pytest.approx(-0.098)
+    assert two.to_baseline.value == pytest.approx(-0.098)
     assert two.to_baseline.half == pytest.approx(2.7764 * 0.001 * math.sqrt(2.5) / math.sqrt(5), rel=1e-4)
     assert two.loss.half > 0.2 and one.to_baseline is None
 
@@ -101,7 +100,7 @@ def test_rows_with_different_seeds_are_compared_on_common_ones(tmp_path):
         "3 loops": hard,
     }
     found, rows, _ = judge(saved_plan(tmp_path), losses)
-    assert rows[1].loss.mean < rows[2].loss.mean
+    assert rows[1].loss.value < rows[2].loss.value
     assert found["tokens"].winner == "3 loops"
     assert "loss 3.0010 over common seeds; the others against it: 1 loop +0.5000" in found["tokens"].text
     assert "2 loops +0.1001" in found["tokens"].text
@@ -157,7 +156,7 @@ def test_questions_are_answered_pair_by_pair(tmp_path):
         "not told apart",
         "higher loss",
     ]
-    assert found["second"].difference.mean == pytest.approx(-0.1) and found["second"].difference.n == 5
+    assert found["second"].difference.value == pytest.approx(-0.1) and found["second"].difference.n == 5
     low, high = found["third"].difference.low, found["third"].difference.high
     assert low < 0 < high and found["third"].text == f"not told apart: between {low:+.4f} and {high:+.4f}"
 

@@ -18,8 +18,8 @@ from plt_megatron.config import derived
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.loader import dump_config, load_config
 from plt_megatron.config.optimizers import optimizer_spec
+from plt_megatron.demo.steps import Stamp, Step, data_steps, run_step
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.demo_data import Stamp, Step, data_steps, run_step
 from plt_megatron.extras import require
 from plt_megatron.installation import python_path
 from plt_megatron.predict.parameters import count_parameters

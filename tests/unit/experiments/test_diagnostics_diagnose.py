@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence
-from plt_megatron.experiments.diagnostics.figures import make_figures
+from plt_megatron.experiments.diagnostics.diagnose import diagnose, measure_sequence, record
 from plt_megatron.experiments.diagnostics.inputs import HeldOut
-from plt_megatron.experiments.diagnostics.recording import record
+from plt_megatron.experiments.diagnostics.report import make_figures
 from tests.hf.reference import Reference
 from tests.hf.tiny import ABLATIONS, VARIANTS, make_model, make_tokens
 

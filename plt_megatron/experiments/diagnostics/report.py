@@ -6,27 +6,28 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from plt_megatron.errors import UserError
 from plt_megatron.experiments.diagnostics.decision import RULE, Decision, decide
-from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, Diagnosis, Measure, diagnose
-from plt_megatron.experiments.diagnostics.figures import make_figures
+from plt_megatron.experiments.diagnostics.diagnose import DIFFERENCES, MEASURES, Diagnosis, Measure, diagnose
 from plt_megatron.experiments.diagnostics.inputs import HeldOut, build_model, draw_sequences, open_model
+from plt_megatron.experiments.figures import MARKERS, Curve, Named, Panel, drawn
 from plt_megatron.experiments.intervals import LEVEL, RESAMPLES, Interval, Intervals
 from plt_megatron.experiments.pages import (
-    Answer,
     Cell,
     Column,
     Page,
     Part,
     Table,
+    Verdict,
     check_packages,
     interval_cell,
     write_page,
@@ -235,7 +236,7 @@ def _page(diagnosis: Diagnosis, decision: Decision, about: dict[str, Any]) -> Pa
     return Page(
         title=f"Diagnostics of {_name(Path(about['model']['path']))}",
         about=_describe(about),
-        answers=[Answer(decision.answer, decision.verdict in ("add", "stop"))],
+        answers=[Verdict(decision.answer, decision.verdict in ("add", "stop"))],
         asked="Another loop?",
         how=f"The rule of LoopCoder-v2 (arXiv 2606.18023): {RULE}. In brackets: 95 % bootstrap"
         " intervals over sequences.",
@@ -305,3 +306,111 @@ def _lists(intervals: Intervals) -> dict[str, Any]:
 
 def _nulls(values: np.ndarray) -> list[Any]:
     return [_nulls(item) if item.ndim else None if np.isnan(item) else float(item) for item in values]
+
+
+# ---------------------------------------------------------------- figures
+
+_STATES = ("step_size", "update_cosine", "effective_rank", "fixed_point_gap", "loop_map_gap", "offset_cost")
+_LENS = ("lens_loss", "lens_rank", "lens_entropy", "lens_kl", "peak_loop")
+_ATTENTION = ("entropy_global", "entropy_local", "kl_global", "kl_local")
+_TITLES = {measure.name: measure.title for measure in MEASURES}
+_UNITS = {
+    **dict.fromkeys(("update_cosine", "head_cosine"), "cosine"),
+    **dict.fromkeys(("lens_entropy", "lens_kl", *_ATTENTION), "nats"),
+    "effective_rank": "dimensions",
+    "lens_loss": "nats per token",
+    "lens_rank": "rank",
+    "head_rank": "heads",
+    "peak_loop": "share of tokens",
+}
+_WIDTH, _HEIGHT = 3.4, 2.7  # of a plot, inches
+_HEAT_COLUMNS = 3
+_NUMBERED_CELLS = 96  # heat maps of up to so many cells show their numbers
+
+
+def make_figures(diagnosis: Diagnosis) -> list[Named]:
+    """The figures that the model has numbers for."""
+
+    def panels(name: str, caption: str, names: Sequence[str], kind: Callable[..., Panel], columns: int) -> Named:
+        found = [kind(diagnosis, each) for each in names if each in diagnosis.loops]
+        return drawn(name, caption, found, _WIDTH, _HEIGHT, columns)
+
+    bars = "95 % bootstrap intervals over sequences."
+    moved = f"How far each loop moves the states, and where. L2 norms. Bars: {bars}"
+    predicted = f"What the model would predict if it stopped after each loop. Bars: {bars}"
+    made = [panels("states", moved, _STATES, _by_loop, 3), panels("lens", predicted, _LENS, _by_loop, 3)]
+    if "gate_mean" in diagnosis.details:
+        lowest, start = (-1.0, 0.0) if diagnosis.gate_activation == "tanh" else (0.0, 0.5)
+        caption = f"Mean of the gate g by layer and head: {start:g}, where it began, is white."
+        made.append(Named("gates", caption, _gates(diagnosis.details["gate_mean"], lowest)))
+    seen = f"Attention by layer, mean over heads and tokens. Shaded: {bars}"
+    heads = f"Diversity of the heads' outputs by layer. Shaded: {bars}"
+    made.append(panels("attention", seen, _ATTENTION, _by_layer, 2))
+    return [*made, panels("heads", heads, ("head_rank", "head_cosine"), _by_layer, 2)]
+
+
+def _by_loop(diagnosis: Diagnosis, name: str) -> Panel:
+    intervals = diagnosis.loops[name]
+    loops = [loop for loop, value in enumerate(intervals.mean) if not math.isnan(value)]
+    means, low, high = (values[loops] for values in (intervals.mean, intervals.low, intervals.high))
+    bars = None if np.isnan(low).any() else np.clip([means - low, high - means], 0, None)
+    limits = {"update_cosine": (-1.05, 1.05), "peak_loop": (0.0, 1.05)}.get(name)
+    if limits is None and len(loops) == 1:
+        limits = (0.0, 1.3 * float(means[0]) or 1.0)
+    return Panel(
+        [Curve(loops, means, 0, "" if name == "peak_loop" else "-", "o", bars=bars)],
+        "loop",
+        _UNITS.get(name, "L2 norm"),
+        _TITLES[name],
+        level=0 if name == "update_cosine" else None,
+        limits=limits,
+        margin=0.25,
+        x_limits=(loops[0] - 0.5, loops[-1] + 0.5),
+        ticks={loop: str(loop) if loop else "E" for loop in range(loops[0], loops[-1] + 1)},
+    )
+
+
+def _by_layer(diagnosis: Diagnosis, name: str) -> Panel:
+    # The ends of intervals are averaged over heads, too, which is wider than the interval of the mean.
+    found = diagnosis.details[name]
+    mean, low, high = (v if v.ndim == 2 else v.mean(-1) for v in (found.mean, found.low, found.high))
+    layers = np.arange(mean.shape[1])
+    curves = [
+        Curve(layers, mean[r], r - 1, "-", MARKERS[(r - 1) % len(MARKERS)], f"loop {r}", band=(low[r], high[r]))
+        for r in range(1, len(mean))
+        if not np.isnan(mean[r]).all()
+    ]
+    every = -(-len(layers) // 8)
+    ticks: dict[float, str] = {layer: str(layer) for layer in range(0, len(layers), every)}
+    limits = (-0.4, len(layers) - 0.6)
+    return Panel(curves, "layer", _UNITS[name], _TITLES[name], margin=0.15, x_limits=limits, ticks=ticks, legend=8)
+
+
+def _gates(intervals: Intervals, lowest: float) -> Figure:
+    """One heat map a loop, layers down, heads across. A gate is between `lowest` and 1."""
+    loops = range(2, len(intervals.mean))
+    layers, heads = intervals.mean.shape[1:]
+    columns = min(_HEAT_COLUMNS, len(loops))
+    rows = -(-len(loops) // columns)
+    size = (min(max(0.42 * heads, 2.6), 6.0) * columns + 1.2, min(max(0.36 * layers, 1.5), 6.0) * rows + 0.9)
+    figure = Figure(figsize=size, layout="constrained")
+    found = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for axes in found[len(loops) :]:
+        axes.remove()
+    for axes, loop in zip(found, loops, strict=False):
+        values = intervals.mean[loop]
+        mesh = axes.pcolormesh(values, cmap="RdBu_r", vmin=lowest, vmax=1, edgecolors="white", linewidth=0.5)
+        for (layer, head), value in np.ndenumerate(values) if values.size <= _NUMBERED_CELLS else ():
+            ink = "white" if abs((value - lowest) / (1 - lowest) - 0.5) > 0.33 else "#222222"
+            text = f"{value:.2f}".replace("0.", ".", 1)
+            axes.text(head + 0.5, layer + 0.5, text, ha="center", va="center", fontsize=7, color=ink)
+        axes.set_title(f"loop {loop}", fontsize=10)
+        axes.set_xlabel("head", fontsize=9)
+        axes.set_ylabel("layer", fontsize=9)
+        axes.invert_yaxis()
+        for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
+            every = -(-count // 12)
+            axis.set_ticks([index + 0.5 for index in range(0, count, every)], labels=list(range(0, count, every)))
+        axes.tick_params(length=0, labelsize=9)
+    figure.colorbar(mesh, ax=found[: len(loops)], label="g", shrink=0.9)
+    return figure

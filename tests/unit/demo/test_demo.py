@@ -11,8 +11,9 @@ import pytest
 
 from plt_megatron.config import derived
 from plt_megatron.config.loader import load_config
+from plt_megatron.demo import run as demo
+from plt_megatron.demo import steps as demo_data
 from plt_megatron.errors import UserError
-from plt_megatron.experiments import demo, demo_data
 from plt_megatron.run_folder.folder import save_config
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.report.results import RunResult, SweepResults
-from plt_megatron.experiments.report.rows import Row, Timing, baseline_of, make_rows
+from plt_megatron.experiments.records import RunResult, SweepResults
+from plt_megatron.experiments.verdicts import Row, Timing, baseline_of, make_rows
 from plt_megatron.extras import require
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import plural

@@ -13,7 +13,7 @@ import pytest
 from headless_chromium import A4_LANDSCAPE, PIXELS_PER_MM, Browser, find_chromium
 from sweep_helpers import LOOPS, finish, note_scores, saved_plan
 
-from plt_megatron.experiments.report.writing import Report, write_report
+from plt_megatron.experiments.sweep_report import Report, write_report
 
 TABLES = ("rows", "questions", "laws", "scores", "runs")
 QUESTIONS = 'questions: {does the second loop help: [2 loops, 1 loop], "third <b>&amp; more": [3 loops, 2 loops]}\n'
@@ -30,7 +30,8 @@ def report(tmp_path_factory) -> Report:
     for run in plan.runs:
         if run.name != "b100-3_loops-seed2":
             loops = run.config.model.loop_count
-            finish(run, 2 + 0.1 / loops + 40 / run.tokens**0.5 + 0.001 * run.seed)
+            luck = 0.001 * (run.seed * run.tokens // 64 % 7 - 3)
+            finish(run, 2 + 0.1 / loops + 40 / run.tokens**0.5 + luck)
             note_scores(run, {"reading/acc": 0.25 + loops / 10} | ({"sums/exact_match": 0.5} if loops == 2 else {}))
         rows[run.row()] = {"milliseconds": 2.0 + loops / 7, "relative": (2 + loops / 7) / 2.1, "cache_bytes": 100}
     (plan.folder / "decode.json").write_text(json.dumps({"conditions": "made up", "rows": rows}))
@@ -141,11 +142,11 @@ def test_the_scaling_law_of_each_loop_count_is_there(report):
     assert [row[0] for row in rows] == ["1 loop", "2 loops", "3 loops"]
     for loops, row in enumerate(rows, 1):
         found = dict(zip(header, row, strict=True))
-        # Planted: 2 + 0.1/loops + 0.001 seed + 40 D^-0.5.
+        # Planted: 2 + 0.1/loops + 40 D^-0.5, and each run's luck.
         assert float(found["beta_low"]) <= 0.5 <= float(found["beta_high"])
-        assert float(found["E_low"]) <= 2.002 + 0.1 / loops <= float(found["E_high"])
+        assert float(found["E_low"]) <= 2 + 0.1 / loops <= float(found["E_high"])
         assert found["alpha"] == "" and "part of E" in found["remark"]
-        assert float(found["predicted_low"]) <= 2.002 + 0.1 / loops + 40 / (4 * 500 * 64) ** 0.5
+        assert float(found["predicted_low"]) <= 2 + 0.1 / loops + 40 / (4 * 500 * 64) ** 0.5
 
 
 @pytest.mark.slow

@@ -16,20 +16,30 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
+from plt_megatron.config.fields import Size
 from plt_megatron.data.demo_corpus import write_demo_corpus
 from plt_megatron.data.domain_corpus import DOMAINS, domain_files, write_domain
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.sweep_file import DemoCorpus
 from plt_megatron.run_folder.files import write_json
 from plt_megatron.run_folder.text import format_bytes, format_duration
 
 PARTS = ("train", "validation")
 _CHUNK = 1 << 20  # bytes
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class DemoCorpus:
+    """The data of `make demo`, with a tokenizer of another size, made before the first run; and of further domains."""
+
+    vocab_size: Size = 2048
+    folder: str = ".demo/vocab_2048"
+    domains: list[Literal["prose", "mathematics"]] = field(default_factory=list)
 
 
 def prepare_demo_corpus(settings: DemoCorpus) -> None:

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
+from plt_megatron.demo.steps import Step, run_step
 from plt_megatron.errors import UserError
-from plt_megatron.experiments.demo_data import Step, run_step
 
 
 class Work:

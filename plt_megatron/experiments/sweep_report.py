@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from plt_megatron.experiments.decode_time import DecodeProtocol, measure, read_measurement
+from plt_megatron.experiments.figures import COLORS, FLOPS, LINES, MARKERS, TOKENS, Curve, Named, Panel, drawn
 from plt_megatron.experiments.intervals import LEVEL, Interval
 from plt_megatron.experiments.pages import (
-    Answer,
     Cell,
     Column,
     Page,
     Part,
     Table,
+    Verdict,
     check_packages,
     interval_columns,
     write_page,
 )
-from plt_megatron.experiments.report.decode import DecodeProtocol, measure, read_measurement
-from plt_megatron.experiments.report.figures import make_figures
-from plt_megatron.experiments.report.results import RunResult, SweepResults, load_results
-from plt_megatron.experiments.report.rows import FARTHER, LoopLaw, Row, fit_laws, make_rows
-from plt_megatron.experiments.report.verdict import Comparison, Verdict, answer_questions, by_question, verdicts
+from plt_megatron.experiments.records import RunResult, SweepResults, load_results
 from plt_megatron.experiments.sweep_plan import check_unpacked, records_of
+from plt_megatron.experiments.verdicts import (
+    FARTHER,
+    Comparison,
+    LoopLaw,
+    Row,
+    answer_questions,
+    by_question,
+    fit_laws,
+    groups,
+    make_rows,
+    verdicts,
+)
 
 FOLDER = "report"
 MARKDOWN = "report.md"
+_MOST_GROUPS = 6  # figures of curves at most: nobody looks at more
+_LOSS = "validation loss (nats per token)"
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,8 @@ def write_report(sweep: str | Path, output: str | Path | None = None, decode: De
         title=results.plan.title or results.plan.name,
         about=_about(results),
         answers=[
-            Answer(
-                verdict.text.replace("+-", "±"), verdict.decided, f"{verdict.group}, at equal {question}".strip(", ")
-            )
-            for question, own in by_question(found).items()
+            dataclasses.replace(verdict, text=verdict.text.replace("+-", "±"))
+            for own in by_question(found).values()
             for verdict in own
         ],
         problems=results.problems,
@@ -215,3 +226,72 @@ def _score(name: str, result: RunResult) -> float | None:
 
 def _coefficient(name: str, law: LoopLaw) -> Interval | None:
     return law.fit.coefficients.get(name) if law.fit else None
+
+
+# ---------------------------------------------------------------- figures
+
+
+def make_figures(rows: Sequence[Row], laws: Sequence[LoopLaw]) -> list[Named]:
+    """The figures that there is enough data for."""
+    made: list[Named] = []
+    compared = groups(rows)
+    for index, group in enumerate(compared[:_MOST_GROUPS]):
+        if not any(row.curve for row in group):
+            continue
+        suffix, where = (f"_{index + 1}", f"{', '.join(group[0].group)}: ") if len(compared) > 1 else ("", "")
+        bars = "Lines: mean over seeds. Marks: the seeds, at the end of their runs."
+        for stem, x, scale in (("tokens", TOKENS, lambda row: 1.0), ("flops", FLOPS, lambda r: r.run.flops_per_token)):
+            panel = _curves(group, scale, x)
+            made.append(_figure(f"loss_{stem}{suffix}", f"{where}Validation loss against {x}. {bars}", panel))
+        timed = [(row, row.decode) for row in group if row.decode is not None and row.loss is not None]
+        if timed:
+            marks = {f"{row.label}: {decode.relative:.2f}x": [(decode.milliseconds, row)] for row, decode in timed}
+            right = 1.12 * max(decode.milliseconds for _, decode in timed)
+            panel = Panel(_marks(marks), "milliseconds per decoded token step", _LOSS, x_limits=(0, right))
+            caption = f"{where}Validation loss (95 % interval) against measured decoding time. Left and low is better."
+            made.append(_figure(f"loss_latency{suffix}", caption, panel))
+    if len(compared) > 1 and any(row.loss for row in rows):
+        labels = dict.fromkeys(row.label for row in rows)
+        final = {label: [(row.run.total_flops, row) for row in rows if row.label == label] for label in labels}
+        caption = "Final validation loss of every row against its training FLOPs."
+        made.append(_figure("final_losses", caption, Panel(_marks(final), FLOPS, _LOSS, log_x=True)))
+    fits = {law.label: law.fit for law in laws if law.fit is not None}
+    if fits:
+        curves = [
+            Curve(fit.data.loss - fit.residuals, fit.residuals, n, "", MARKERS[n % len(MARKERS)], label)
+            for n, (label, fit) in enumerate(fits.items())
+        ]
+        caption = "Residuals of the scaling laws: loss minus fitted loss. A pattern means that the law does not fit."
+        made.append(_figure("residuals", caption, Panel(curves, "fitted loss", "residual", level=0), height=3.4))
+    return made
+
+
+def _figure(name: str, caption: str, panel: Panel, height: float = 4.6) -> Named:
+    return drawn(name, caption, [panel], 8, height)
+
+
+def _curves(group: Sequence[Row], scale: Callable[[Row], float], x: str) -> Panel:
+    """Mean validation curves, and the seeds at their ends; the first, steep part is cut off at the top."""
+    curves: list[Curve] = []
+    shown: list[float] = []
+    for index, row in enumerate(group):
+        if not row.curve:
+            continue
+        tokens, losses = zip(*row.curve, strict=True)
+        xs, ends = [count * scale(row) for count in tokens], list(row.losses.values())
+        label = row.label if row.loss is None else f"{row.label}: {row.loss.value:.3f}"
+        curves.append(Curve(xs, losses, index, LINES[(index // len(COLORS)) % len(LINES)], label=label))
+        mark = MARKERS[index % len(MARKERS)]
+        curves.append(Curve([xs[-1]] * len(ends), ends, index, "", mark, look={"markersize": 4.5, "alpha": 0.8}))
+        shown += [*losses[len(losses) // 3 :], *ends]
+    return Panel(curves, x, _LOSS, shown=(shown, 0.06, 0.12))
+
+
+def _marks(rows: dict[str, list[tuple[float, Row]]]) -> list[Curve]:
+    """Mean losses of rows at their x with intervals, by label."""
+    curves = []
+    for index, (label, own) in enumerate(rows.items()):
+        found = [(x, row.loss.value, row.loss.half or 0.0) for x, row in own if row.loss is not None]
+        xs, ys, halves = zip(*found, strict=True) if found else ((), (), ())
+        curves.append(Curve(xs, ys, index, "", MARKERS[index % len(MARKERS)], label, bars=halves))
+    return curves

@@ -1,0 +1,385 @@
+"""The YAML files of sweeps and studies: a base run, what varies, seeds, and what is held equal or to be decided.
+
+A sweep's runs are all combinations of its axes:
+
+    base: ../runs/plt2_demo.yaml          # a run configuration, relative to this file
+    set: {training.micro_batch_size: 8}   # settings of every run
+    axes:
+      model.loop_count: [1, 2, 3, 4]      # a configuration key and its values
+      size:                               # or a name of your own, and named sets of settings
+        small: {model.num_layers: 2, model.hidden_size: 64}
+        large: {model.num_layers: 4, model.hidden_size: 128}
+    seeds: [1, 2, 3]
+    match_budget: tokens
+    questions:                            # pairs of the compared axis' values that the report sets against each other
+      does the second loop help: [2 loops, 1 loop]
+
+A study chooses its runs in rounds:
+
+    base: ../sweeps/base/demo_1m.yaml
+    variants:                             # how loops are wired; the first is the one the answer is about
+      PLT: {}
+      naive loop: {model.cross_loop_parallel: false, model.share_kv: false, model.gated_window: false}
+    sizes:
+      0.3M: {model.num_layers: 4, model.hidden_size: 80}
+      1M: {model.num_layers: 6, model.hidden_size: 128}
+      3M: {model.num_layers: 8, model.hidden_size: 176}
+    loops: [1, 2, 3]
+    horizons: [1.25e6, 2.5e6, 5e6]        # tokens; shorter ones are decay branches
+    seeds: [1, 2]
+    budget: 40h
+    decide: {training_flops: 1e20, latency_ms: 30}
+
+Settings of runs are kept as YAML text and converted where the runs' configurations are loaded, so that a setting is
+read alike in a run file, on the command line and here.
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+
+from plt_megatron.config.fields import (
+    LoopCount,
+    NotNegative,
+    Positive,
+    PositiveCount,
+    Range,
+    RenamedFrom,
+    Size,
+    field_types,
+)
+from plt_megatron.config.loader import check, load
+from plt_megatron.config.yaml_nodes import describe, is_null, items, to_text, where
+from plt_megatron.demo.steps import DemoCorpus
+from plt_megatron.errors import UserError
+from plt_megatron.predict.cards import card_names
+
+Hold = Literal["tokens", "training_flops", "effective_depth", "parameters", "decode_latency"]
+HOLDS: tuple[str, ...] = typing.get_args(Hold)
+LOOP_SWITCHES = ("model.loop_count", "model.cross_loop_parallel", "model.share_kv", "model.gated_window")
+SEED_KEY = "training.seed"
+OWNED = {"name": "name", "output_dir": "output_dir", SEED_KEY: "seeds"}  # the file sets these itself: by which key
+_HOURS = {"m": 1 / 60, "min": 1 / 60, "h": 1.0, "d": 24.0}
+_BUDGET = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(m|min|h|d)")
+# What the study sets in every run, and by which of its keys.
+_OWN_SETTINGS = {
+    **OWNED,
+    LOOP_SWITCHES[0]: "loops",
+    "training.train_iters": "horizons",
+    "training.train_tokens": "horizons",
+    "optimizer.lr_decay_style": "horizons",
+    "optimizer.lr_decay_iters": "horizons",
+    "optimizer.lr_wsd_decay_iters": "decay_share",
+    "data.order_samples": "horizons",
+    "checkpoint.load": "horizons",
+    "checkpoint.save_interval": "horizons",
+    "checkpoint.keep_every": "horizons",
+}
+
+
+class SettingText(str):
+    """A run's setting as the user wrote it."""
+
+    @classmethod
+    def from_node(cls, node: yaml.Node, _: str) -> SettingText:
+        return cls(to_text(node))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One value of an axis: what it is called and which `key=value` overrides it stands for."""
+
+    label: str
+    overrides: tuple[str, ...]
+
+    def keys(self) -> set[str]:
+        return {override.partition("=")[0] for override in self.overrides}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What varies: a configuration key, or a name of the user's own with named sets of settings."""
+
+    name: str
+    choices: tuple[Choice, ...]
+
+    @classmethod
+    def from_node(cls, node: yaml.Node, key: str) -> Axis:
+        """A list of values of the configuration key that the axis is named for, or a mapping of labels to settings."""
+        name = key.partition(".")[2]
+        if isinstance(node, yaml.SequenceNode):
+            texts = [to_text(item) for item in node.value]
+            choices = [Choice(_value_label(name, text), (f"{name}={text}",)) for text in texts]
+        elif isinstance(node, yaml.MappingNode):
+            choices = [
+                Choice(label, tuple(_settings_of(value, f"{key}.{label}"))) for label, value, _ in items(node, key)
+            ]
+        else:
+            raise UserError(f"{where(node)}: {key}: expected a list of values or a mapping of named settings")
+        labels = [choice.label for choice in choices]
+        if not labels or len(set(labels)) < len(labels):
+            raise UserError(f"{where(node)}: {key}: {'is empty' if not labels else 'has a value twice'}")
+        return cls(name, tuple(choices))
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What decoding latency means for `match_budget: decode_latency`: on paper, or by a measured table."""
+
+    context_length: Size = 2048
+    batch_size: Size = 4
+    gpu: str = "h100"
+    table: str | None = None  # a CSV of measured milliseconds; see docs/sweeps.md
+
+
+@dataclass(kw_only=True)
+class FileOfRuns:
+    """What the files of sweeps and studies have in common, as the file and the command line state it.
+
+    Attributes:
+        set: key -> value of settings of every run.
+        path: the file; its name is the sweep's or study's, if it gives none.
+        settings: `key=value` settings of every run, from the command line; `changes`: of the file's own keys.
+    """
+
+    base: Path
+    name: str = ""
+    title: str | None = None
+    set: dict[str, SettingText] = field(default_factory=dict)
+    seeds: list[Annotated[int, Range(1, 2**31 - 1)]] = field(default_factory=lambda: [1])
+    output_dir: str = ""
+    demo_corpus: DemoCorpus | None = None
+    path: Path = field(init=False)
+    settings: list[str] = field(init=False)
+    changes: list[str] = field(init=False)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    @property
+    def overrides(self) -> list[str]:
+        """Settings of every run."""
+        return [*(f"{key}={text}" for key, text in self.set.items()), *self.settings]
+
+    def common_problems(self) -> Iterator[str]:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            yield "seeds: give at least one, each once"
+        if Path(self.name).name != self.name or self.name == "..":
+            yield f"name: must be a folder name, got {self.name!r}"
+
+
+@dataclass(kw_only=True)
+class SweepFile(FileOfRuns):
+    """A sweep.
+
+    Attributes:
+        compare: the axis whose values are compared, holding `match_budget`; None: the one that changes the loops.
+        baseline: label of the compared axis' value that the others are measured against; None: the first.
+        questions: what the report asks -> labels [value, reference] of the compared axis.
+    """
+
+    axes: dict[str, Axis] = field(default_factory=dict)
+    match_budget: Annotated[Hold | None, RenamedFrom("hold_equal")] = None
+    tolerance: Annotated[float, Range(0, 1, low_excluded=True, high_excluded=True)] = 0.02
+    compare: str | None = None
+    baseline: str | None = None
+    questions: dict[str, list[str]] = field(default_factory=dict)
+    output_dir: str = "runs/sweeps"
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+
+    def compared_axis(self) -> Axis | None:
+        """The axis that is compared: as named, else the first that sets a switch of the loop, else the first."""
+        if self.compare is not None:
+            return self.axes[self.compare]
+        axes = list(self.axes.values())
+        touching = [a for a in axes if any(choice.keys() & set(LOOP_SWITCHES) for choice in a.choices)]
+        return next(iter(touching or axes), None)
+
+
+def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepFile:
+    """Read a sweep file and apply `key=value` settings from the command line.
+
+    A key of the sweep's own (`seeds=[1,2]`, `match_budget=training_flops`, `name=x`, `axes.model.loop_count=[1,2]`)
+    changes the sweep; any other is a setting of every run.
+    Raises `UserError` naming file, line and key.
+    """
+    return _read(SweepFile, path, settings, _sweep_problems)
+
+
+def _read[T: FileOfRuns](
+    kind: type[T], path: str | Path, settings: Sequence[str], problems: Callable[[T], Iterator[str]]
+) -> T:
+    """Read a file; `settings` of its own keys change it, all others are settings of every run.
+
+    Raises `UserError` naming file, line and key, also of what `problems` finds.
+    """
+    keys = field_types(typing.cast(type, kind))
+    own = [text for text in settings if text.partition("=")[0].partition(".")[0].strip() in keys]
+    file = load(kind, path, own)
+    file.path = Path(path)
+    file.settings = [text for text in settings if text not in own]
+    file.changes = own
+    file.name = file.name or file.path.stem
+    check(file, problems(file))
+    return file
+
+
+def _value_label(key: str, text: str) -> str:
+    """`2 loops`, `hidden_size=128`."""
+    if key == LOOP_SWITCHES[0]:
+        return f"{text} loop" if text == "1" else f"{text} loops"
+    return f"{key.rpartition('.')[2]}={text}"
+
+
+def _settings_of(node: yaml.Node, key: str) -> list[str]:
+    """`key=value` texts of a mapping of dotted keys; nothing where the node is null."""
+    return [] if is_null(node) else [f"{name}={to_text(value)}" for name, value, _ in items(node, key)]
+
+
+def _sweep_problems(sweep: SweepFile) -> Iterator[str]:
+    yield from sweep.common_problems()
+    for axis in sweep.axes.values():
+        for key in sorted(set().union(*(choice.keys() for choice in axis.choices)) & OWNED.keys()):
+            yield f"axes.{axis.name}: {key} is the sweep's own; use {OWNED[key]}"
+    for override in sweep.overrides:
+        key = override.partition("=")[0].strip()
+        if key in OWNED:
+            yield f"set.{key}: {key} is the sweep's own; use {OWNED[key]}"
+    if sweep.compare is not None and sweep.compare not in sweep.axes:
+        yield f"compare: there is no axis {sweep.compare!r}; the axes are {', '.join(sweep.axes) or 'none'}"
+        return
+    compared = sweep.compared_axis()
+    labels = [choice.label for choice in compared.choices] if compared else []
+    known = ", ".join(labels) or "the axis values (no axis)"
+    if sweep.baseline is not None and sweep.baseline not in labels:
+        yield f"baseline: {sweep.baseline!r} is none of {known}"
+    # The command line may have left out some of the file's rows.
+    has_other_axes = any(change.startswith("axes.") for change in sweep.changes)
+    for question, pair in sweep.questions.items():
+        if len(pair) != 2:
+            yield f"questions.{question}: expected two labels, [value, reference]; got {len(pair)}"
+        elif not has_other_axes:
+            yield from (f"questions.{question}: {label!r} is none of {known}" for label in pair if label not in labels)
+
+
+# ---------------------------------------------------------------- studies
+
+
+class Settings(tuple[str, ...]):
+    """`key=value` settings of a size or a variant."""
+
+    @classmethod
+    def from_node(cls, node: yaml.Node, key: str) -> Settings:
+        return cls(_settings_of(node, key))
+
+    def keys(self) -> set[str]:
+        return {text.partition("=")[0] for text in self}
+
+
+class Hours(float):
+    """A time, in hours: `40h`, `90min`, `2d`."""
+
+    @classmethod
+    def from_node(cls, node: yaml.Node, key: str) -> Hours:
+        match = _BUDGET.fullmatch(node.value.strip()) if isinstance(node, yaml.ScalarNode) else None
+        if match is None or not float(match[1]) > 0:
+            raise UserError(f"{where(node)}: {key}: expected a time as in 40h, 90min or 2d, got {describe(node)}")
+        return cls(float(match[1]) * _HOURS[match[2]])
+
+
+@dataclass(frozen=True)
+class DecideSettings:
+    """Where the decision is asked for.
+
+    Attributes:
+        context_length, batch_size, gpu: of decoding.
+        vocab_size: of the models decided about; None: the study's.
+        confidence: share of the bootstrap samples that decides.
+        indifference: a difference of the study's `measure` that nobody would pay for.
+    """
+
+    training_flops: Positive = 1e20
+    latency_ms: Positive = 30.0
+    memory_gb: Positive = 80.0
+    context_length: Size = 4096
+    batch_size: Size = 1
+    gpu: str = "h100"
+    vocab_size: Size | None = None
+    confidence: Annotated[float, Range(0.5, 1, low_excluded=True)] = 0.9
+    indifference: NotNegative = 0.002
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """What is believed about luck before the first round, as standard deviations of the loss: `trunk`, what all
+    branches of one have in common; `run`, each one's own."""
+
+    trunk: Positive = 0.006
+    run: Positive = 0.003
+
+
+@dataclass(kw_only=True)
+class StudyFile(FileOfRuns):
+    """A study.
+
+    Attributes:
+        horizons: tokens of a run, ascending; the rate falls over the last `decay_share` of each.
+        lr_exponent_of_width: a size's learning rate is the base's times (base's width / its width) to this power;
+            between depths and loops the loop parameterisation carries it over.
+        budget: hours of training, of all runs together, each on the hardware that its configuration asks for.
+        rounds: at most so many; after each the next runs are chosen by what is known.
+        measure: what the law is about: nats per token, or bits per byte of all validation sources together, which takes
+            `validation.by_source`.
+    """
+
+    horizons: list[Annotated[float, Range(1, 1e15)]]
+    variants: dict[str, Settings] = field(default_factory=lambda: {"PLT": Settings()})
+    sizes: dict[str, Settings] = field(default_factory=dict)
+    loops: list[LoopCount] = field(default_factory=lambda: [1, 2, 3])
+    decay_share: Annotated[float, Range(0.01, 0.9)] = 0.2
+    lr_exponent_of_width: NotNegative = 0.0
+    budget: Hours = Hours(8.0)
+    rounds: PositiveCount = 3
+    measure: Literal["loss", "bits_per_byte"] = "loss"
+    decide: DecideSettings = field(default_factory=DecideSettings)
+    noise: NoiseSettings = field(default_factory=NoiseSettings)
+    output_dir: str = "runs/studies"
+
+
+def read_study(path: str | Path, settings: Sequence[str] = ()) -> StudyFile:
+    """Read a study's file and apply `key=value` settings: of the study itself, else of every run.
+
+    Raises `UserError` naming file, line and key.
+    """
+    return _read(StudyFile, path, settings, _study_problems)
+
+
+def _study_problems(study: StudyFile) -> Iterator[str]:
+    yield from study.common_problems()
+    if not study.loops or len(set(study.loops)) < len(study.loops):
+        yield "loops: give at least one, each once"
+    if 1 not in study.loops or len(study.loops) < 2:
+        yield "loops: give 1 and at least one more: a loop's worth is measured against one loop"
+    if not study.variants:
+        yield "variants: give at least one"
+    for key, count, why in (("sizes", len(study.sizes), "size"), ("horizons", len(study.horizons), "token")):
+        if count < 3:
+            yield f"{key}: give at least 3: the law has an exponent of the {why}s"
+    if list(study.horizons) != sorted(set(study.horizons)):
+        yield "horizons: give them ascending, each once"
+    if study.decide.gpu not in card_names():
+        yield f"decide.gpu: no card {study.decide.gpu!r} in the table; known: {', '.join(card_names())}"
+    groups = {f"sizes.{name}": own.keys() for name, own in study.sizes.items()}
+    groups |= {f"variants.{name}": own.keys() for name, own in study.variants.items()}
+    groups["set"] = {text.partition("=")[0].strip() for text in study.overrides}
+    for group, keys in groups.items():
+        for key in sorted(keys & _OWN_SETTINGS.keys()):
+            yield f"{group}: {key} is the study's own; use {_OWN_SETTINGS[key]}"

@@ -1,0 +1,339 @@
+"""What the runs of a sweep or study have recorded in their folders: how far each is, on which data, and its results.
+
+Nothing is averaged here. A run that is left out of the means is named with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from plt_megatron.config import derived
+from plt_megatron.data.mix import fingerprint, fingerprint_differences, required_samples
+from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import UserError
+from plt_megatron.experiments.sweep_plan import PlannedRun, SweepPlan, load_plan, plan_differences
+from plt_megatron.run_folder.attempts import job_seconds
+from plt_megatron.run_folder.checkpoints import latest_step, read_verified_progress
+from plt_megatron.run_folder.files import write_json
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.run_folder.metrics import RunMetrics
+from plt_megatron.run_folder.status import read_run_status
+from plt_megatron.run_folder.text import plural
+
+State = Literal["finished", "failed", "interrupted", "pending"]
+
+
+def first_few(names: Sequence[str], most: int = 6) -> str:
+    """`a, b and 3 more`."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+@dataclass
+class RunRecord:
+    """The sweep's note on a run. `seconds`: of all attempts; `fingerprint`: of its data (`data.mix`)."""
+
+    status: str = "started"
+    exit_status: int | None = None
+    attempts: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    fingerprint: dict[str, Any] | None = None
+
+
+def read_record(folder: RunFolder) -> RunRecord | None:
+    """None where no sweep has started the run, or seen it finished (a Slurm job does not write it)."""
+    try:
+        return RunRecord(**json.loads(folder.sweep_note.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{folder.sweep_note}: broken ({error}); remove it") from error
+
+
+def write_record(folder: RunFolder, record: RunRecord) -> None:
+    """Write the note atomically."""
+    write_json(folder.sweep_note, asdict(record), indent=None)
+
+
+def state_of(run: PlannedRun) -> State:
+    """Finished: the last step is recorded, validated and saved. Failed: the last attempt ended with an error."""
+    metrics, steps = run.folder.metrics(), derived.train_iters(run.config)
+    is_validated = run.config.validation.iters == 0 or any(record["step"] >= steps for record in metrics.validation)
+    if metrics.step >= steps and is_validated and _is_saved(run, steps):
+        return "finished"
+    if failure_of(run) is not None:
+        return "failed"
+    return "interrupted" if metrics.tokens or latest_step(run.folder.path) else "pending"
+
+
+def _is_saved(run: PlannedRun, steps: int) -> bool:
+    """Whether nothing is left to train: in a copy without checkpoints the sweep's note says so."""
+    if not run.config.checkpoint.enabled:
+        return True
+    saved, record = latest_step(run.folder.path), read_record(run.folder)
+    return saved >= steps or (saved == 0 and record is not None and record.status == "finished")
+
+
+def failure_of(run: PlannedRun) -> str | None:
+    """Why the run's last attempt failed, by the sweep's note or by the Slurm job's; None if it did not."""
+    record = read_record(run.folder)
+    if record is not None and record.status == "failed":
+        return record.reason or "its last attempt failed"
+    return read_run_status(run.folder.path).stopped
+
+
+def note_finished(runs: Iterable[PlannedRun]) -> None:
+    """Make the sweep's note of finished runs that have none (a Slurm job writes none), so that their folders say all
+    that counts without a checkpoint."""
+    for run in runs:
+        record = read_record(run.folder) or RunRecord()
+        if record.status != "finished" or record.fingerprint is None:
+            record.status, record.reason, record.fingerprint = "finished", "", recorded_fingerprint(run)
+            write_record(run.folder, record)
+
+
+# ---------------------------------------------------------------- data
+
+
+def data_fingerprint(run: PlannedRun) -> dict[str, Any]:
+    """The fingerprint of the data that the run would read now."""
+    config = run.config
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+    samples = required_samples(config)[0]
+    return fingerprint(config.data, tokenizer, seed=config.training.seed, num_samples=samples)
+
+
+def recorded_fingerprint(run: PlannedRun) -> dict[str, Any] | None:
+    """The fingerprint of the data that the run has read, from its checkpoint or the sweep's note; None if neither has
+    it."""
+    checkpoint = run.folder.latest_checkpoint(verify=False)
+    if checkpoint is not None:
+        # Training reports a damaged checkpoint; the note has the same fingerprint.
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            found: dict[str, Any] | None = read_verified_progress(checkpoint).get("data_fingerprint")
+            if found is not None:
+                return found
+    record = read_record(run.folder)
+    return record.fingerprint if record else None
+
+
+def data_part(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint without what differs between seeds and budgets on the same data."""
+    return {key: value for key, value in fingerprint.items() if key not in ("sampling", "sha256")}
+
+
+def data_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, what differs between two fingerprints; empty for the same data, whatever seed and budget."""
+    if data_part(before) == data_part(now):
+        return []
+    return fingerprint_differences(before, {**now, "sampling": before.get("sampling")})
+
+
+def check_same_data(todo: Iterable[PlannedRun], finished: Sequence[PlannedRun]) -> None:
+    """Raise `UserError` if a run would read other data now than a finished one with the same data settings has read."""
+    first: dict[str, PlannedRun] = {}
+    for run in todo:
+        first.setdefault(repr(run.config.data), run)
+    for settings, run in first.items():
+        same = {r.name: recorded_fingerprint(r) for r in finished if repr(r.config.data) == settings}
+        name, before = next(((name, found) for name, found in same.items() if found), ("", None))
+        words = data_differences(before, data_fingerprint(run)) if before else []
+        if words:
+            raise UserError(
+                f"{run.name} would read other data than {name} has read ({', '.join(words)}), and the two could not be "
+                "compared: put that data back, or give the sweep another name (name=...)"
+            )
+
+
+# ---------------------------------------------------------------- time
+
+
+def measured_flops_rate(runs: Iterable[PlannedRun]) -> float | None:
+    """Model FLOP/s that runs with metrics reached on this machine, the median over runs; None before the first."""
+    speeds = [(run.folder.metrics().tokens_per_second(), run.flops_per_token) for run in runs]
+    rates = [speed * flops for speed, flops in speeds if speed]
+    return statistics.median(rates) if rates else None
+
+
+def remaining_tokens(run: PlannedRun) -> int:
+    """Tokens after the last record."""
+    return max(0, run.tokens - run.folder.metrics().tokens)
+
+
+def remaining_seconds(runs: Sequence[PlannedRun], rate: float, jobs: int = 1) -> float:
+    """Seconds that the rest of `runs` takes at `rate` model FLOP/s a run, `jobs` at once."""
+    rest = [remaining_tokens(run) * run.flops_per_token / rate for run in runs]
+    ends = [0.0] * max(1, jobs)
+    for seconds in rest:  # in order, each as soon as a place is free: what the sweep does
+        first = ends.index(min(ends))
+        ends[first] += seconds
+    return max(ends)
+
+
+# ---------------------------------------------------------------- results
+
+Status = Literal["used", "missing", "partial", "failed", "diverged", "other data", "other settings", "unreadable"]
+
+
+@dataclass
+class RunResult:
+    """One run of the plan.
+
+    Attributes:
+        status: `used`, or why the run is left out of the means; `reason`: the same in words.
+        curve: (tokens, validation loss) at the model's own loop count, in nats per token, ascending.
+        loss: the last of them, for a run that is used; None for others.
+        validation: the last record of a validation at the model's own loop count; empty: there is none.
+        evaluation: the last record of an evaluation by lm-evaluation-harness; empty: there is none.
+        seconds: of training, here and in Slurm's jobs, if known.
+        skipped: steps that the training loop did not accept.
+    """
+
+    run: PlannedRun
+    status: Status
+    reason: str = ""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    loss: float | None = None
+    validation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    train_loss: float | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    skipped: int = 0
+    fingerprint: dict[str, Any] | None = None
+
+
+@dataclass
+class SweepResults:
+    """All runs of a sweep in the plan's order, and what the reader has to know before believing them."""
+
+    plan: SweepPlan
+    runs: list[RunResult]
+    problems: list[str]
+
+    def used(self) -> list[RunResult]:
+        return [result for result in self.runs if result.status == "used"]
+
+    @property
+    def has_one_data(self) -> bool:
+        """Whether all runs that have begun have read the same data."""
+        return not any(result.status == "other data" for result in self.runs)
+
+
+def load_results(folder: str | Path) -> SweepResults:
+    """Read the sweep in `folder`. Raises `UserError` if there is none; runs with broken files are left out of the
+    means."""
+    plan = load_plan(folder)
+    runs = [_read_run(run) for run in plan.runs]
+    _set_other_data_aside(runs)
+    return SweepResults(plan, runs, _problems(plan, runs))
+
+
+def _read_run(run: PlannedRun) -> RunResult:
+    try:
+        return _read_files(run)
+    except UserError as error:
+        return RunResult(run, "unreadable", str(error))
+
+
+def _read_files(run: PlannedRun) -> RunResult:
+    metrics = run.folder.metrics()
+    result = RunResult(run, "used", fingerprint=recorded_fingerprint(run) if metrics.tokens else None)
+    validations = metrics.validation_at(run.config.model.loop_count)
+    result.curve = [(r["tokens"], r["loss"]) for r in validations]
+    result.validation = validations[-1] if validations else {}
+    result.evaluation = metrics.evaluation[-1] if metrics.evaluation else {}
+    result.train_loss = metrics.train[-1]["loss"] if metrics.train else None
+    result.tokens_per_second = metrics.tokens_per_second()
+    result.skipped = run.folder.bad_steps()
+    record = read_record(run.folder)
+    # The sweep's note has those of attempts on this machine alone.
+    result.seconds = (record.seconds if record else 0.0) + job_seconds(run.folder.attempts()) or None
+    result.status, result.reason = _status(run, result, metrics)
+    if result.status == "used":
+        result.loss = result.curve[-1][1]
+    return result
+
+
+def _status(run: PlannedRun, result: RunResult, metrics: RunMetrics) -> tuple[Status, str]:
+    differences = _other_settings(run)
+    if differences:
+        return "other settings", f"not run as planned: {differences}"
+    state = state_of(run)
+    if state == "failed":
+        return "failed", failure_of(run) or "its last attempt failed"
+    if state == "pending":
+        return "missing", "not begun"
+    guessing = math.log(run.vocab)  # the loss of a model that knows nothing
+    bad = [r["loss"] for r in (*metrics.train, *metrics.validation) if not math.isfinite(r["loss"])]
+    last = result.curve[-1][1] if result.curve else None
+    if (last is not None and not last < guessing) or (bad and state != "finished"):
+        return "diverged", f"the loss is {last if last is not None else bad[-1]:.4g} (guessing: {guessing:.2f})"
+    if state == "interrupted":
+        return "partial", f"at {metrics.tokens / run.tokens:.0%} of its tokens"
+    if last is None:
+        return "partial", f"trained, but not validated at its {plural(run.config.model.loop_count, 'loop')}"
+    return "used", ""
+
+
+def _other_settings(run: PlannedRun) -> str:
+    """How the run folder's own configuration differs from the plan's, in words."""
+    if not run.folder.config_file.exists():
+        return ""
+    differences = plan_differences(run.config, run.folder.config())
+    ignored = ("logging.", "checkpoint.", "training.threads_per_process", "data.index")
+    return "; ".join(text for key, text in differences.items() if not key.startswith(ignored))
+
+
+def _set_other_data_aside(runs: Sequence[RunResult]) -> None:
+    """Leave runs that read other data than most out of the means."""
+    seen = {id(r): repr(sorted(data_part(r.fingerprint).items())) for r in runs if r.status == "used" and r.fingerprint}
+    if len(set(seen.values())) < 2:
+        return
+    usual = Counter(seen.values()).most_common(1)[0][0]  # of equally common ones the first in the plan
+    reference = next(r for r in runs if seen.get(id(r)) == usual)
+    for result in runs:
+        if id(result) in seen and seen[id(result)] != usual:
+            words = data_differences(reference.fingerprint or {}, result.fingerprint or {})
+            result.status, result.loss = "other data", None
+            result.reason = f"read other data than {reference.run.name}: {', '.join(words)}"
+
+
+def _problems(plan: SweepPlan, runs: Sequence[RunResult]) -> list[str]:
+    """One line each; empty for a sweep whose every run counts."""
+    problems = []
+    used = [result for result in runs if result.status == "used"]
+    if not used:
+        problems.append(f"no run of the sweep is finished and usable ({len(runs)} are planned): there is no result yet")
+    problems += [
+        f"{r.run.name} is left out of the means ({r.status}): {r.reason}"
+        for r in runs
+        if r.status not in ("used", "missing")
+    ]
+    missing = [result.run.name for result in runs if result.status == "missing"]
+    if missing:
+        problems.append(f"{plural(len(missing), 'run')} not started: {first_few(missing)}")
+    seeds: dict[tuple[int, ...], list[str]] = {}
+    for label in dict.fromkeys(result.run.row() for result in runs):
+        own = tuple(sorted(result.run.seed for result in used if result.run.row() == label))
+        seeds.setdefault(own, []).append(label)
+    if len(seeds) > 1 and used:
+        sets = "; ".join(f"{', '.join(map(str, own)) or 'none'}: {', '.join(rows)}" for own, rows in seeds.items())
+        problems.append(f"the rows have different seeds, so their means are not of the same runs ({sets})")
+    if any(r.fingerprint is None for r in used):
+        problems.append("some runs recorded no data fingerprint: it is unknown whether all read the same data")
+    problems += [f"{r.run.name}: {plural(r.skipped, 'step')} skipped or rolled back" for r in runs if r.skipped]
+    off = [r.run for r in runs if abs(r.run.deviation) > 0.005]
+    rows = dict.fromkeys(f"{run.row()} {run.deviation:+.1%}" for run in off)
+    if rows:
+        problems.append(f"{plan.match_budget} is held only within: {', '.join(rows)}")
+    return problems
