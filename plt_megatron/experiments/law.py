@@ -3,9 +3,10 @@
 phi says what a loop is worth: at 1 a model of r loops is as good as one of r times the layers, at 0 looping is for
 nothing (arXiv 2604.21106 finds 0.46). All variants share the rest of the law, so that runs of one loop serve each.
 
-The fit is robust (Huber's weights): one run that went wrong does not decide. Runs of one wiring, as a sweep has them,
-have no phi; where their N (or D) does not vary, its term cannot be told from E and is left out. A fit needs more points
-than it has coefficients, at several sizes and token counts: where they are missing it is refused, not guessed.
+A study's fit is robust (Huber's weights): one run that went wrong does not decide. Runs of one wiring, as a sweep has
+them, have no phi and weigh alike: the median of a few residuals says too little of their size. Where their N (or D)
+does not vary, its term cannot be told from E and is left out. A fit needs more points than it has coefficients, at
+several sizes and token counts: where they are missing it is refused, not guessed.
 
 Intervals are centered on the fit and stretched by Student's t over the normal, since few points leave the size of the
 residuals uncertain.
@@ -202,7 +203,7 @@ def fit_law(
         raise UserError(f"{'no law yet' if with_phi else 'no fit'}: {problem}")
     terms = (True, True) if with_phi else _terms(data)
     count = 1 + 2 * sum(terms) + len(set(groups.tolist()))
-    solution, weights, spread = _robust(data, groups, terms, count)
+    solution, weights, spread = _robust(data, groups, terms, count, _ROUNDS if with_phi else 0)
     residuals = data.loss - evaluate(solution.theta[None], data, groups)[0]
     adjusted = adjusted_residuals(residuals, jacobian(solution.theta, data, groups), weights, data)
     samples = np.empty((bootstraps, len(solution.theta)))
@@ -254,11 +255,13 @@ def _missing_without_phi(data: Arrays) -> str | None:
     return f"{data.n} points for {least - _SPARE} coefficients; it takes {least} at least" if data.n < least else None
 
 
-def _robust(data: Arrays, groups: np.ndarray, terms: Terms, count: int) -> tuple[Solution, np.ndarray, float]:
-    """The fit, Huber's weights that it agrees with, and the standard deviation that they go by."""
+def _robust(
+    data: Arrays, groups: np.ndarray, terms: Terms, count: int, rounds: int
+) -> tuple[Solution, np.ndarray, float]:
+    """The fit, Huber's weights that it agrees with (after 0 `rounds` all 1), and the deviation that they go by."""
     weights, spread = np.ones(data.n), 0.0
     solution = solve(data, groups, data.loss, weights, terms=terms)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         residuals = data.loss - evaluate(solution.theta[None], data, groups)[0]
         spread = float(np.median(np.abs(residuals))) / NormalDist().inv_cdf(0.75)
         spread *= math.sqrt(data.n / (data.n - count))
