@@ -91,8 +91,13 @@ def _train(arguments: argparse.Namespace) -> int:
         )
     _check_environment()
     folder, start = RunFolder.of(config), resuming.find_start(config)
-    if start is not None or not arguments.dry_run:  # of the data alone a dry run says nothing, and so needs no numpy
-        _check_start(config)
+    done = start is not None and start.is_own and _has_nothing_to_do(config, start, folder)
+    if done or (start is None and arguments.dry_run):  # without numpy: nothing reads the data
+        problems = resuming.start_problems(start, config, config.model.vocab_size) if start is not None else []
+    else:
+        problems = _start_problems(config)
+    if problems:
+        raise UserError("\n".join(problems))
     command = [sys.executable, "-m", "plt_megatron.train.main", str(folder.config_file)]
     threads = thread_settings(config, count)
     if arguments.dry_run:
@@ -100,7 +105,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     if count < gpus:
         print(f"using {count} of {gpus} GPUs: {layout_of(config, count).in_words()}", file=sys.stderr)
-    if start is not None and start.is_own and _has_nothing_to_do(config, start, folder):
+    if start is not None and done:
         print(_finished(config, start, folder))
         return 0
     check_no_active_job(run_files.absolute_run_folder(config))
@@ -131,16 +136,14 @@ def _check_environment() -> None:
         )
 
 
-def _check_start(config: RunConfig) -> None:
-    """Raise `UserError` if the data is damaged or was made with another tokenizer, or the checkpoint that the run would
-    begin with does not fit its settings and data."""
+def _start_problems(config: RunConfig) -> list[str]:
+    """Why the data or the checkpoint that the run would begin with cannot be used, one line each."""
     from plt_megatron.slurm.start_checks import data_problems, open_tokenizer, start_problems
 
     tokenizer, problems = open_tokenizer(config)
     problems += data_problems(config, tokenizer)
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
-    if problems := problems or start_problems(config, tokenizer, vocab_size):
-        raise UserError("\n".join(problems))
+    return problems or start_problems(config, tokenizer, vocab_size)
 
 
 def _has_nothing_to_do(config: RunConfig, start: resuming.Start, folder: RunFolder) -> bool:

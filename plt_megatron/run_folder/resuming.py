@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,21 @@ def find_start(config: RunConfig) -> Start | None:
         if isinstance(error, UserError):
             raise
         return None
+
+
+def start_problems(start: Start, config: RunConfig, vocab_size: int | None) -> list[str]:
+    """Why a checkpoint does not go on with a configuration, by its model and schedule; `vocab_size` None: unknown."""
+    checks = [partial(check_model, start.path, start.progress, config, vocab_size)]
+    if start.is_own or not config.checkpoint.weights_only:
+        allow_other = config.checkpoint.allow_other_schedule
+        checks.append(partial(check_schedule, start.path, start.progress, config, allow_other=allow_other))
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems += str(error).splitlines()
+    return problems
 
 
 def is_finished(config: RunConfig, progress: dict[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,15 +141,12 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
     settings = config.checkpoint
     if start.progress.get("weights_only") and not settings.weights_only:
         return [f"checkpoint {start.path} has only weights, no optimizer state; set checkpoint.weights_only=true"]
-    problems = _problem(lambda: resuming.check_model(start.path, start.progress, config, vocab_size))
-    if start.is_own or not settings.weights_only:
-        allow_other = settings.allow_other_schedule
-        problems += _problem(
-            lambda: resuming.check_schedule(start.path, start.progress, config, allow_other=allow_other)
-        )
-        problems = problems or _problem(  # another schedule reads other data, and its lines say so
-            lambda: check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
-        )
+    problems = resuming.start_problems(start, config, vocab_size)
+    if not problems and (start.is_own or not settings.weights_only):  # another schedule reads other data, and says so
+        try:
+            check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
+        except UserError as error:
+            problems = str(error).splitlines()
     # A path has one slash where a URL has two.
     url = settings.load if not start.is_own and settings.load and is_url(settings.load) else None
     return [line.replace(str(Path(url)), url) for line in problems] if url else problems
@@ -166,11 +163,3 @@ def _start_elsewhere(config: RunConfig) -> resuming.Start | None:
         return None
     text = place.read_text(PROGRESS)
     return None if text is None else resuming.Start(Path(place.url), parse_progress(text, place.url), is_own=False)
-
-
-def _problem(check: Callable[[], None]) -> list[str]:
-    try:
-        check()
-    except UserError as error:
-        return str(error).splitlines()
-    return []
