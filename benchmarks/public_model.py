@@ -200,7 +200,7 @@ def configuration(folder: Path, name: str) -> dict[str, Any]:
             "reset_at_document_boundaries": True,
         },
         "training": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 2},
-        "optimizer": {"lr": 1e-4, "min_lr": 1e-5, "lr_warmup_iters": 5, "weight_decay": 0.0},
+        "optimizer": {"lr": 5e-4, "min_lr": 5e-5, "lr_warmup_iters": 5, "weight_decay": 0.0},
         "validation": {"iters": 2},
         "checkpoint": {"save_interval": STEPS},
         "logging": {"log_interval": 10, "tensorboard": False},
