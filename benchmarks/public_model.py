@@ -96,7 +96,7 @@ def walk(arguments: argparse.Namespace) -> int:
         step(
             "export it",
             after,
-            lambda: plt("export", "--checkpoint", folder / f"runs/{name}", "--output", after),  # noqa: B023
+            lambda: plt("export", "--checkpoint", folder / f"runs/{name}", "--output", after, "--dtype", "fp32"),  # noqa: B023
         )
     scores = folder / "scores.json"
     step("score answers to unseen questions", scores, lambda: write_json(scores, score(folder)))

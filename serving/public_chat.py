@@ -4,8 +4,8 @@
     serving/.venv/bin/python serving/public_chat.py .public
 
 The folder is what benchmarks/public_model.py leaves: the export `two-trained` and `scores.json` with the answer that
-transformers gives to its question. Exit status: 1 where the server answers otherwise, whole or streamed, or does not
-call a tool that it must call.
+transformers gives to its question. Exit status: 1 where the server answers otherwise, whole or streamed, or outside of
+a JSON schema that it is given.
 """
 
 import argparse
@@ -18,14 +18,7 @@ from openai import OpenAI
 from server import ServerError, serve
 
 OPTIONS = ("--enforce-eager", "--max-num-seqs", "8", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(1 << 29))
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "What a setting is for.",
-        "parameters": {"type": "object", "properties": {"setting": {"type": "string"}}, "required": ["setting"]},
-    },
-}
+SCHEMA = {"enum": ["attention", "optimizer", "data"]}
 
 
 def main() -> int:
@@ -54,24 +47,24 @@ def chat(client: OpenAI, question: str, expected: str) -> list[str]:
     parts = client.chat.completions.create(**asked, max_tokens=40, stream=True)
     streamed = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
     print(f"\nasked:    {question}\nanswered: {whole}")
-    choice = {"type": "function", "function": {"name": "look_up"}}
-    called = client.chat.completions.create(**asked, max_tokens=64, tools=[TOOL], tool_choice=choice)
-    calls = [(call.function.name, call.function.arguments) for call in called.choices[0].message.tool_calls or []]
-    print(f"called:   {calls}")
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    formed = client.chat.completions.create(**asked, max_tokens=64, response_format=form).choices[0].message.content
+    print(f"as JSON:  {formed}")
     missed = []
     if whole != expected:
         missed.append(f"transformers answers {expected!r}")
     if streamed != whole:
         missed.append(f"streamed: {streamed!r}")
-    if [name for name, _ in calls] != ["look_up"] or not is_call(calls[0][1]):
-        missed.append("the tool is not called with a setting")
+    if not fits(formed):
+        missed.append(f"not an answer of the schema: {formed!r}")
     return missed
 
 
-def is_call(arguments: str) -> bool:
+def fits(text: str | None) -> bool:
+    """Whether a text is an answer of the schema."""
     try:
-        return isinstance(json.loads(arguments)["setting"], str)
-    except (ValueError, KeyError, TypeError):
+        return json.loads(text or "") in SCHEMA["enum"]
+    except ValueError:
         return False
 
 
