@@ -32,7 +32,7 @@ from plt_megatron.config.data_stages import distinct_sources
 from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
 from plt_megatron.data.indexed import open_index
-from plt_megatron.data.loss_mask import check_values, has_mask, mask_path, open_mask
+from plt_megatron.data.loss_mask import has_mask, mask_path, open_mask
 from plt_megatron.data.megatron_builder import Builder, MegatronTokenizer
 from plt_megatron.data.mix import (
     PARTS,
@@ -321,7 +321,6 @@ def _build_index(
         setting = "data.fim.rate" if rearranged else "data.eod_mask_loss" if data.eod_mask_loss else None
         if rearranged and has_mask(share.path):
             raise UserError(f"data.fim.rate: {mask_path(share.path)} is of documents as they are: set the source's 0")
-        check_values(share.path, open_index(share.path).tokens)
         if setting is not None and tokenizer is not None:
             check_ends(setting, share.path, share.first, share.last, tokenizer.eod)
     hashes = content_hashes(data)

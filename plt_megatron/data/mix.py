@@ -243,9 +243,12 @@ def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_masks(data: DataConfig) -> None:
-    """`UserError` if a source's loss mask is of another size, or missing though its manifest tells of it."""
+    """`UserError` if a source's loss mask is of another size or of other bytes than 0 and 1, counts no token, or is
+    missing though its manifest tells of it."""
     for path in dict.fromkeys(source.path for _, source in all_sources(data)):
-        loss_mask.check_mask(path, read_index(path).tokens, _manifest(path))
+        tokens = read_index(path).tokens
+        loss_mask.check_mask(path, tokens, _manifest(path))
+        loss_mask.check_values(path, tokens)
 
 
 def _manifest(prefix: str) -> dict[str, Any]:
