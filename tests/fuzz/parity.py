@@ -19,6 +19,9 @@ from tests.fuzz import draw
 TOLERANCE = 2e-5
 CHAOS = 1e-2  # what rounding alone moves by so much says nothing of a layout, nor does anything after it
 ROUNDING = 10  # a layout rounds in every operation what the comparison of one process with itself rounds once
+# How many ways of rounding are tried: most move a number less than the worst does, by tens of times where an expert
+# gets few tokens and Muon enlarges what is left of its gradient.
+WAYS = 8
 _BY_STEP = re.compile(r"(?:loss|gradient norm|z-loss) (\d+)")
 
 
@@ -66,10 +69,15 @@ class Parity:
         wrong = differences(outcome, expected)
         if max(wrong.values()) <= TOLERANCE:
             return None
-        rounding = differences(self.outcome(reference, rounded=True), expected)
-        comparable = before_chaos(rounding)
-        over = {name: wrong[name] / max(TOLERANCE, ROUNDING * rounding[name]) for name in comparable}
-        worst = max(over, key=lambda name: over[name])
+        rounding = dict.fromkeys(wrong, 0.0)
+        for way in range(1, WAYS + 1):
+            moved = differences(self.outcome(reference, rounded=way), expected)
+            rounding = {name: max(most, moved[name]) for name, most in rounding.items()}
+            comparable = before_chaos(rounding)
+            over = {name: wrong[name] / max(TOLERANCE, ROUNDING * rounding[name]) for name in comparable}
+            worst = max(over, key=lambda name: over[name])
+            if over[worst] <= 1:
+                break
         if over[worst] <= 1:
             most = max(wrong, key=lambda name: wrong[name])
             what = "rounding alone moves it by more" if most in comparable else "chaotic after some steps"
@@ -91,7 +99,7 @@ class Parity:
         self.notes[what] = self.notes.get(what, 0) + 1
 
 
-def train(config: RunConfig, rounded: bool = False) -> Outcome:
+def train(config: RunConfig, rounded: int = 0) -> Outcome:
     """`parity_job.train`; this process does not import torch."""
     from tests.fuzz import parity_job
 

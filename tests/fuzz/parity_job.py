@@ -28,9 +28,9 @@ from tests.reference.megatron_weights import draw_by_name
 STEPS = 4
 
 
-def train(config: RunConfig, rounded: bool = False) -> Outcome:
-    """The outcome, complete on rank 0. `rounded`: of initial weights that are rounded a little otherwise, which shows
-    what rounding alone can do."""
+def train(config: RunConfig, rounded: int = 0) -> Outcome:
+    """The outcome, complete on rank 0. `rounded`: not 0: of initial weights that are rounded a little otherwise,
+    in one of many ways, which shows what rounding alone can do."""
     init_process_groups(config.parallel)
     vocab_size = config.model.vocab_size or VOCAB_SIZE
     with parity._randomized(False), _rounded(rounded), parity._small_buckets():
@@ -86,16 +86,17 @@ def _batches(config: RunConfig, seed: int, samples: int, length: int, vocab_size
 
 
 @contextmanager
-def _rounded(wanted: bool) -> Iterator[None]:
+def _rounded(way: int) -> Iterator[None]:
     """Have the engine start from weights that are off by about one unit of the last place."""
     own = build.initialize
 
     def initialize(stage: LoopedGPT, seed: int) -> None:
         own(stage, seed)
         for name, tensor in global_tensors(stage):
-            tensor.mul_(1 + 1e-7 * torch.randn(tensor.shape, generator=draw_by_name(name)))
+            generator = draw_by_name(f"{name} {way}" if way > 1 else name)
+            tensor.mul_(1 + 1e-7 * torch.randn(tensor.shape, generator=generator))
 
-    build.initialize = torch.no_grad()(initialize) if wanted else own
+    build.initialize = torch.no_grad()(initialize) if way else own
     try:
         yield
     finally:

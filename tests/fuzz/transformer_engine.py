@@ -28,7 +28,7 @@ ALONE, AT_MOST = 3, 5
 _UNFUSED = {"parallel.cross_entropy_loss_fusion": False}
 
 
-def train(config: RunConfig, rounded: bool = False) -> Outcome:
+def train(config: RunConfig, rounded: int = 0) -> Outcome:
     """`parity_job.train` without the FP8 state of the jobs before."""
     from tests.fuzz import parity_job
     from tests.te.te_jobs import _forget_fp8_state
