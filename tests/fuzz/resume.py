@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from plt_megatron.config.layout import layout_of
 from plt_megatron.config.schema import ParallelConfig, RunConfig
-from plt_megatron.run_folder.checkpoints import checkpoint_folders
+from plt_megatron.run_folder.checkpoints import checkpoint_folders, step_of
 from plt_megatron.run_folder.folder import RunFolder
 from tests.distributed.pool import DistributedFailure
 from tests.distributed.whole_runs import folder, numbers
@@ -281,13 +281,20 @@ def _exports(config: RunConfig) -> list[str]:
 
 
 def _other_tensors(config: RunConfig, whole: RunConfig, tolerance: float) -> str | None:
-    """Of the last checkpoint: weights, the optimizer's and the moving average."""
+    """Of the undisturbed run's last checkpoint: weights, the optimizer's and the moving average. A run that fails may
+    have saved a later one where it was stopped, and keeps so many."""
     from plt_megatron.train.checkpoint import read_weights
 
-    if not checkpoint_folders(RunFolder(folder(whole)).checkpoints):
+    theirs_at, ours_at = (RunFolder(folder(run)).latest_checkpoint(verify=False) for run in (whole, config))
+    if theirs_at is None:
+        return None
+    if ours_at is None or step_of(ours_at) < step_of(theirs_at):
+        return f"the last checkpoint is {ours_at}, undisturbed {theirs_at}"
+    ours_at = ours_at.with_name(theirs_at.name)
+    if not ours_at.is_dir():
         return None
     for part in ("weights", "main weights", *(["ema"] if whole.training.ema_decay is not None else [])):
-        ours, theirs = (dict(read_weights(folder(run), verify=False, part=part)) for run in (config, whole))
+        ours, theirs = (dict(read_weights(at, verify=False, part=part)) for at in (ours_at, theirs_at))
         if ours.keys() != theirs.keys():
             return f"{part}: other names"
         for name, tensor in theirs.items():
