@@ -250,7 +250,6 @@ class DataConfig:
     eod_mask_loss: bool = False  # no loss on the token after an end of document, packed or not
     fim: FimConfig | None = None  # fill-in-the-middle; null: none
     index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
-    index_timeout_minutes: Minutes = 30.0
 
 
 @dataclass(frozen=True)
@@ -361,6 +360,9 @@ class TrainingConfig:
     # Weight of PaLM's z-loss, log(Z)^2 of the last loop's logits, Z the sum of their exponentials; PaLM: 1e-4. Not part
     # of the reported `loss`.
     z_loss_coeff: NotNegative = 0.0
+    # Parameters to train, by parts of their names in a checkpoint, with *, ? and [0-9]: ["layers.2[0-9]", plt_gate].
+    # The others keep their values, and have neither gradients nor optimizer state. Empty: all are trained.
+    trainable: list[str] = field(default_factory=list)
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
     fp8: Fp8Config | None = None  # linear layers of the `te` backend in FP8; null: none

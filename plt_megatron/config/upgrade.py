@@ -71,6 +71,11 @@ _OTHER_VALUE = {
     "engine": "the section deepspeed, which chooses that engine (null: megatron-core's)",
     "zero": "the section deepspeed",
 }
+# What is no setting any more, with what it is for all runs.
+_GONE = {
+    "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead "
+    "(plt preprocess --build-index)",
+}
 UPGRADE = "plt config upgrade FILE rewrites a file"
 _DEEPSPEEDS_OWN = {key.partition(".")[0] for key in (*ADDABLE, *DECIDED_BY, *REFUSED)}
 _BIAS_UPDATE_RATE = "1e-3"  # the former default
@@ -81,7 +86,7 @@ def new_name(key: str) -> str | None:
     section, _, rest = key.partition(".")
     if section == "deepspeed" and rest.partition(".")[0] in _DEEPSPEEDS_OWN:
         return f"deepspeed.config.{rest}"
-    return _SAME_VALUE.get(key) or _OTHER_VALUE.get(key)
+    return _SAME_VALUE.get(key) or _OTHER_VALUE.get(key) or _GONE.get(key)
 
 
 def new_section(key: str, value: str) -> str | None:
@@ -225,6 +230,10 @@ def _upgrade_logging(settings: Settings) -> Settings:
     return _renamed(_renamed(settings, "logging.profile."), "logging.straggler.")
 
 
+def _upgrade_data(settings: Settings) -> Settings:
+    return {key: node for key, node in settings.items() if key not in _GONE}
+
+
 def _upgrade_evaluation(settings: Settings) -> Settings:
     tasks = settings.get("evaluation.tasks")
     if isinstance(tasks, yaml.SequenceNode) and not tasks.value:
@@ -239,6 +248,7 @@ _STEPS: tuple[Callable[[Settings], Settings], ...] = (
     _upgrade_fim,
     _upgrade_logging,
     _upgrade_evaluation,
+    _upgrade_data,
     _upgrade_deepspeed,
 )
 

@@ -53,6 +53,8 @@ from plt_megatron.run_folder.files import publish
 
 logger = logging.getLogger(__name__)
 
+INDEX_TIMEOUT_MINUTES = 60.0  # ranks wait for rank 0 to build the sample index
+
 
 @dataclass
 class _DatasetConfig(GPTDatasetConfig):
@@ -248,13 +250,13 @@ def build_datasets(
     """The samples of a run: `num_samples` of train, validation and test; None for a part of 0 requested samples.
 
     Called by all ranks if torch.distributed is initialized. Rank 0 builds the index in `cache_dir` if it is
-    missing; the others wait for up to `data.index_timeout_minutes`. Raises `UserError`, on all ranks, if the data is
+    missing; the others wait for up to `INDEX_TIMEOUT_MINUTES`. Raises `UserError`, on all ranks, if the data is
     missing or damaged, was made with another tokenizer, or cannot give the samples.
     """
     folder = Path(cache_dir).absolute()
     outcome: list[Any] = [None]
     failure: Exception | None = None
-    group = _waiting_group(data.index_timeout_minutes)
+    group = _waiting_group(INDEX_TIMEOUT_MINUTES)
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome = [("built", _build_index(data, num_samples, seed, folder, tokenizer))]
@@ -265,7 +267,7 @@ def build_datasets(
             failure = error
             outcome = [("failed", f"rank 0 could not build the sample index: {error!r}")]
     if group is not None:
-        _broadcast(outcome, group, data.index_timeout_minutes)
+        _broadcast(outcome, group, INDEX_TIMEOUT_MINUTES)
     if failure is not None:
         raise failure
     state, index = outcome[0]
@@ -300,8 +302,8 @@ def _broadcast(outcome: list[Any], group: Any, minutes: float) -> None:
         dist.broadcast_object_list(outcome, src=0, group=group, device=torch.device("cpu"))
     except RuntimeError as error:
         raise UserError(
-            f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: raise "
-            "data.index_timeout_minutes, or build it ahead with plt preprocess --build-index "
+            f"rank {dist.get_rank()} waited {minutes:g} minutes for rank 0 to build the sample index: build it "
+            "ahead with plt preprocess --build-index "
             f"({str(error).splitlines()[0]})"
         ) from error
     dist.destroy_process_group(group)

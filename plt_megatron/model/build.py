@@ -8,9 +8,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from plt_megatron.config import derived
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.initialization import initialize
+from plt_megatron.model.initialization import global_names, initialize
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.te_attention import require_transformer_engine
+from plt_megatron.model.trainable import trains
 from plt_megatron.model.transformer_config import DTYPES, resolve_backend, transformer_config
 from plt_megatron.model.z_loss import HeadZLoss
 from plt_megatron.runtime.kernels import check_kernels, choose_fp8, choose_fusions
@@ -47,4 +48,7 @@ def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
     if training.z_loss_coeff:
         stage.z_loss = HeadZLoss(training.z_loss_coeff, stage.pg_collection.tp)
     initialize(stage, training.seed)
+    is_trained = trains(config)
+    for name, parameter in global_names(stage):
+        parameter.requires_grad_(is_trained(name))
     return stage.to(dtype=DTYPES[training.precision], device=torch.cuda.current_device())

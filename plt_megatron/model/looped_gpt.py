@@ -18,6 +18,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -287,6 +288,9 @@ class LoopedGPT(LanguageModule):
     def embed(self, batch: MicroBatch, context: LoopContext) -> Tensor:
         """Token embeddings E, or with a prelude its output, [s / CP (/ TP), b, h]."""
         embeddings = self.embedding(input_ids=batch.tokens, position_ids=None)
+        if self.training and not embeddings.requires_grad:
+            # Of a frozen table: a layer that is recomputed gets gradients only if its input asks for one.
+            embeddings.requires_grad_(torch.is_grad_enabled())
         prelude = range(derived.looped_layers(self.plt).start)
         return self._run_layers(prelude, embeddings, batch, context.at_loop(1)) if prelude else embeddings
 

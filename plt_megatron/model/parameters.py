@@ -201,6 +201,10 @@ class Parameter:
         """Whether each layer has one: checkpoints stack these over the layers."""
         return self.per_layer and len(self.layers(model)) == model.num_layers
 
+    def in_layer(self, layer: int) -> str:
+        """Its name in a layer, counted from 0."""
+        return self.name.replace(LAYER, str(layer))
+
     @property
     def per_expert(self) -> bool:
         return EXPERT in self.name

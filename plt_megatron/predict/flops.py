@@ -16,7 +16,8 @@ Layers before and after `model.loop_span` are in one loop only, the first.
 `K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
 K(n, w) = w - w (w - 1) / (2 n).
 
-Training costs three forward passes: itself and a backward pass of two. Recomputation adds nothing: these are
+Training costs three forward passes: itself and a backward pass of two, of which a matrix that is not trained
+(`training.trainable`) has no second. Recomputation adds nothing: these are
 model FLOPs, the work the mathematics asks for, not what the hardware did. The embedding is a lookup; norms,
 RoPE, softmax, activations and the loop's shift are left out. A sequence counts as one document: with
 `reset_at_document_boundaries` attention does less work than is counted. With `share_kv` and without
@@ -26,12 +27,15 @@ RoPE, softmax, activations and the loop's shift are left out. A sequence counts 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from plt_megatron.config import derived
 from plt_megatron.config.loop_schedule import LoopSchedule
 from plt_megatron.config.schema import ModelConfig, RunConfig
+from plt_megatron.model.parameters import Component
+from plt_megatron.model.trainable import trains, trains_head
 from plt_megatron.predict.parameters import FFN, matmuls
 
 TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the weights
@@ -125,8 +129,29 @@ def step_flops_per_token(
     `sequence_length` None: `data.sequence_length`."""
     length = sequence_length or config.data.sequence_length
     flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count)
+    if config.training.trainable:
+        flops = _without_frozen_weights(config, flops, loop_count)
     outputs = len(derived.loops_with_loss(config, loop_count))
     return dataclasses.replace(flops, output=outputs * flops.output)
+
+
+def _without_frozen_weights(config: RunConfig, flops: Flops, loop_count: int) -> Flops:
+    """Training FLOPs less the gradients of weights that are not trained."""
+    model, is_trained = dataclasses.replace(config.model, loop_count=loop_count), trains(config)
+    runs = derived.run_layers(model)
+
+    def trained(part: float, layers: Sequence[int], *components: Component) -> float:
+        all_weights = matmuls(model, layers, *components)
+        frozen = all_weights - matmuls(model, layers, *components, is_trained=is_trained)
+        return part - part / TRAINING_OVER_FORWARD * frozen / max(1, all_weights)
+
+    return dataclasses.replace(
+        flops,
+        projections=trained(flops.projections, runs, "attention"),
+        ffn=trained(flops.ffn, runs, *FFN),
+        gate=trained(flops.gate, runs[model.num_layers :], "gates"),
+        output=flops.output * (1 if trains_head(config) else 1 - 1 / TRAINING_OVER_FORWARD),
+    )
 
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:

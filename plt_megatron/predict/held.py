@@ -12,16 +12,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from plt_megatron.config import derived
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import ModelConfig, RunConfig
-from plt_megatron.model.parameters import Parameter, Sizes, parameters_of
+from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
+from plt_megatron.model.trainable import trains
 from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.parameters import elements
 
 _ALIGNMENT = 64  # elements
+_ENDS: tuple[Component, ...] = ("embedding", "loop_input", "final_norm", "output_layer")  # in no layer
 _FULL = 0.9  # a bucket is large enough for all ranks to hold its largest matrix, but for so much
 
 
@@ -46,27 +49,39 @@ class RankParameters:
 
 
 def count_rank_parameters(
-    model: ModelConfig, vocab_size: int, layout: ParallelLayout, stage: int = 0
+    model: ModelConfig,
+    vocab_size: int,
+    layout: ParallelLayout,
+    stage: int = 0,
+    is_trained: Callable[[str], bool] | None = None,
 ) -> RankParameters:
-    """Count what a rank of pipeline stage `stage` holds. Every tensor-parallel rank holds equally many."""
+    """Count what a rank of pipeline stage `stage` holds, or trains. Every tensor-parallel rank holds equally many.
+    `is_trained`: of `elements`."""
     first, last = stage == 0, stage == layout.pipeline - 1
-    table = derived.padded_vocab_size(model, vocab_size, layout.tensor) // layout.tensor * model.hidden_size
-    shared = model.share_embeddings_and_output_weights and first
-    counted = count_in_layers(model, layout.stage_layers(model.num_layers)[stage])
+    padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
+    ends = Counter(
+        {
+            parameter.component: number // (layout.tensor if parameter.split else 1)
+            for parameter, number in elements(model, None, *_ENDS, vocab_size=padded, is_trained=is_trained)
+        }
+    )
+    if model.share_embeddings_and_output_weights and not first:
+        ends["output_layer"] = ends["embedding"]  # its copy
+    counted = count_in_layers(model, layout.stage_layers(model.num_layers)[stage], is_trained)
     return RankParameters(
         layers=counted["split"] // layout.tensor + counted["whole"],
-        embedding=table + sum(number for _, number in elements(model, None, "loop_input")) if first else 0,
-        final_norm=model.hidden_size if last else 0,
-        output_layer=table if last and not shared else 0,
+        embedding=ends["embedding"] + ends["loop_input"] if first else 0,
+        final_norm=ends["final_norm"] if last else 0,
+        output_layer=ends["output_layer"] if last else 0,
         experts=derived.num_experts(model) // layout.expert * counted["expert"],
     )
 
 
-def count_in_layers(model: ModelConfig, layers: range) -> Counter[str]:
+def count_in_layers(model: ModelConfig, layers: range, is_trained: Callable[[str], bool] | None = None) -> Counter[str]:
     """Count the parameters of these layers: `split` over tensor-parallel ranks, `whole` on each, of one `expert` a
-    layer."""
+    layer. `is_trained`: of `elements`."""
     counted: Counter[str] = Counter()
-    for parameter, number in elements(model, layers, experts=1):
+    for parameter, number in elements(model, layers, experts=1, is_trained=is_trained):
         counted["expert" if parameter.per_expert else "split" if parameter.split else "whole"] += number
     return counted
 
@@ -106,12 +121,14 @@ class Held:
         shards: ranks that hold the same ones.
         matrices: what each of these ranks updates as wholes; they divide everything else evenly.
         padded: elements of a rank's part of the matrices' buffers, the same for all.
+        frozen: elements that are not trained: each rank holds them whole, without gradients or optimizer state.
     """
 
     size: int
     shards: int
     matrices: tuple[tuple[RankMatrix, ...], ...] = ((),)
     padded: int = 0
+    frozen: int = 0
 
     @property
     def in_matrices(self) -> int:
@@ -121,7 +138,7 @@ class Held:
     @property
     def divided(self) -> int:
         """Elements that these ranks divide evenly where they divide any."""
-        return self.size - self.in_matrices
+        return self.size - self.in_matrices - self.frozen
 
     @property
     def part(self) -> int:
@@ -151,12 +168,14 @@ class Stage:
         index: from 0.
         layers: counted over the whole model.
         parameters: by what they are.
+        trained: those of them that are trained.
         dense, experts: the same by the ranks that hold them, too.
     """
 
     index: int
     layers: range
     parameters: RankParameters
+    trained: RankParameters
     dense: Held
     experts: Held
 
@@ -168,30 +187,44 @@ class Stage:
 
 def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]:
     """Count what a rank of each pipeline stage holds."""
+    is_trained = trains(config) if config.training.trainable else None
     found = []
     for index, layers in enumerate(layout.stage_layers(config.model.num_layers)):
-        counted = count_rank_parameters(config.model, vocab_size, layout, index)
-        dense = Held(counted.dense, layout.shards)
-        experts = Held(counted.experts, layout.expert_shards)
+        counted, trained = (
+            count_rank_parameters(config.model, vocab_size, layout, index, which) for which in (None, is_trained)
+        )
+        dense = Held(counted.dense, layout.shards, frozen=counted.dense - trained.dense)
+        experts = Held(counted.experts, layout.expert_shards, frozen=counted.experts - trained.experts)
         if optimizer_spec(config.optimizer).matrix_state is not None:
             bucket = derived.bucket_elements(layout.shards) if layout.overlap_grad_reduce and index == 0 else None
-            dense = _with_matrices(dense, _matrices(config.model, layout, layers, experts=False), bucket)
-            experts = _with_matrices(experts, _matrices(config.model, layout, layers, experts=True), bucket)
-        found.append(Stage(index, layers, counted, dense, experts))
+            matrices = partial(_matrices, config.model, layout, layers, is_trained)
+            dense = _with_matrices(dense, matrices(experts=False), bucket)
+            experts = _with_matrices(experts, matrices(experts=True), bucket)
+        found.append(Stage(index, layers, counted, trained, dense, experts))
     return found
 
 
 def _with_matrices(held: Held, matrices: Sequence[RankMatrix], bucket: int | None) -> Held:
-    return Held(held.size, held.shards, *given_out(matrices, held.shards, bucket))
+    shares, padded = given_out(matrices, held.shards, bucket)
+    return dataclasses.replace(held, matrices=shares, padded=padded)
 
 
-def _matrices(model: ModelConfig, layout: ParallelLayout, layers: range, *, experts: bool) -> list[RankMatrix]:
-    """The dense hidden matrices that a rank holds of these layers, or its experts', in the model's order."""
+def _matrices(
+    model: ModelConfig,
+    layout: Layout,
+    layers: range,
+    is_trained: Callable[[str], bool] | None,
+    *,
+    experts: bool,
+) -> list[RankMatrix]:
+    """The dense hidden matrices that a rank trains of these layers, or its experts', in the model's order."""
     sizes, copies = Sizes.of(model, 0), derived.num_experts(model) // layout.expert if experts else 1
     hidden = [each for each in parameters_of(model) if each.is_hidden_matrix and each.per_expert == experts]
     found = []
     for layer in layers:
         own = [each for each in hidden if layer in each.layers(model)]
+        if is_trained is not None:
+            own = [each for each in own if is_trained(each.in_layer(layer))]
         found += copies * [_rank_matrix(each, sizes, layout.tensor) for each in own]
     return found
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
+from plt_megatron.model.trainable import trains
 from plt_megatron.predict.held import Held, Stage
 from plt_megatron.predict.layers import FP32
 from plt_megatron.predict.layout import BYTES, Layout, enough_microbatches, passes
-from plt_megatron.predict.parameters import count_parameters, matrix_parameters
+from plt_megatron.predict.parameters import count_parameters, elements
 from plt_megatron.predict.simulation import MemorySimulator
 from plt_megatron.predict.step import Step
 
@@ -113,7 +115,7 @@ def persistent_bytes(held: Held, config: RunConfig, layout: Layout) -> dict[str,
     padded, most = held.shards * held.padded, held.most
     state = sum(spec.state.values()) * optimizer + sum(spec.state_of(hidden_matrix=True).values()) * most
     return {
-        "weights": 0 if layout.offload_weights else element * (weights + padded),
+        "weights": 0 if layout.offload_weights else element * (weights + padded + held.frozen),
         "gathered weights": element * gathered,
         "main weights": FP32 * (optimizer + most) if element != FP32 or layout.deepspeed else 0,
         "gradients": FP32 * (gradients + padded),
@@ -147,7 +149,7 @@ def _optimizer_step(config: RunConfig, layout: Layout, stage: Stage) -> Counter[
     muon = max(_iteration(config, held) for held in stage.held)
     adam = 0
     if layout.on_cpu and layout.backend != "te":
-        largest = max(stage.parameters.embedding, stage.parameters.output_layer)
+        largest = max(stage.trained.embedding, stage.trained.output_layer)
         adam = 2 * FP32 * largest // (layout.shards if layout.zero_stage >= 1 else 1)
     elif layout.backend != "te":
         dense = stage.dense.part if layout.zero_stage >= 1 else stage.dense.divided
@@ -169,9 +171,13 @@ def _iteration(config: RunConfig, held: Held) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
-    """One checkpoint on disk: weights in their precision, and what is in fp32."""
-    total, matrices = count_parameters(config.model, vocab_size, tensor).total, matrix_parameters(config.model)
-    precise = _precise_bytes(config) * (total - matrices) + _precise_bytes(config, hidden_matrix=True) * matrices
+    """One checkpoint on disk: weights in their precision, and what is in fp32 of those that are trained."""
+    padded = derived.padded_vocab_size(config.model, vocab_size, tensor)
+    total = count_parameters(config.model, vocab_size, tensor).total
+    trained = list(elements(config.model, vocab_size=padded, is_trained=trains(config)))
+    precise = sum(
+        number * _precise_bytes(config, hidden_matrix=parameter.is_hidden_matrix) for parameter, number in trained
+    )
     return total * BYTES[config.training.precision] + precise
 
 
@@ -188,7 +194,8 @@ def _written(config: RunConfig, stage: Stage) -> int:
     """What the rank of a stage that writes most does."""
     element, dense, table = BYTES[config.training.precision], stage.dense, stage.parameters.output_layer
     if stage.index > 0 and config.model.share_embeddings_and_output_weights:  # a copy, which the first stage writes
-        dense, table = replace(dense, size=dense.size - table), 0
+        frozen = dense.frozen if stage.trained.output_layer else dense.frozen - table
+        dense, table = replace(dense, size=dense.size - table, frozen=frozen), 0
     weights = max(element * dense.size // dense.shards, element * max(stage.parameters.embedding, table))
     precise, of_matrices = (_precise_bytes(config, hidden_matrix=which) for which in (False, True))
     state = sum(precise * held.divided // held.shards + of_matrices * held.most for held in (dense, stage.experts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -57,6 +57,7 @@ def elements(
     *components: Component,
     vocab_size: int = 0,
     experts: int | None = None,
+    is_trained: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[Parameter, int]]:
     """Yield each parameter of the table with the number of its elements in `layers`.
 
@@ -65,6 +66,7 @@ def elements(
         components: of these alone; none: of all.
         vocab_size: padded.
         experts: how many of a layer count; None: all.
+        is_trained: count only what it says of a name (`model/trainable.py`); None: everything.
     """
     sizes = Sizes.of(model, vocab_size)
     experts = derived.num_experts(model) if experts is None else experts
@@ -72,7 +74,9 @@ def elements(
     for parameter in parameters_of(model):
         if components and parameter.component not in components:
             continue
-        own = parameter.layers(model)
+        own: Sequence[int] = parameter.layers(model)
+        if is_trained is not None:
+            own = [layer for layer in own if is_trained(parameter.in_layer(layer))]
         if given is None:
             copies = len(own)
         elif parameter.per_layer:
@@ -114,12 +118,13 @@ def active_experts(model: ModelConfig) -> int:
     return 0 if model.moe is None else model.moe.router_topk
 
 
-def matmuls(model: ModelConfig, layers: Iterable[int], *components: Component) -> int:
-    """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is given."""
-    counted = elements(model, layers, *components, experts=active_experts(model))
+def matmuls(
+    model: ModelConfig,
+    layers: Iterable[int],
+    *components: Component,
+    is_trained: Callable[[str], bool] | None = None,
+) -> int:
+    """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is given.
+    `is_trained`: of `elements`."""
+    counted = elements(model, layers, *components, experts=active_experts(model), is_trained=is_trained)
     return sum(number for parameter, number in counted if parameter.is_matrix)
-
-
-def matrix_parameters(model: ModelConfig) -> int:
-    """Count the elements of all hidden matrices of a model."""
-    return sum(number for parameter, number in elements(model) if parameter.is_hidden_matrix)

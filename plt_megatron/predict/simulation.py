@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plt_megatron.config import derived
+from plt_megatron.model.trainable import trains_head
 from plt_megatron.predict.held import Stage
 from plt_megatron.predict.layers import running
 from plt_megatron.predict.layout import Pass
@@ -25,7 +26,7 @@ class MemorySimulator:
 
     def __post_init__(self) -> None:
         self.model, self.layout, self.shapes = self.of.config.model, self.of.layout, self.of.shapes
-        self.parameters, self.own = self.stage.parameters, self.stage.layers
+        self.trained, self.own = self.stage.trained, self.stage.layers
         self.loops = self.model.loop_count
         self.layers, self.looped = len(self.own), len(derived.looped_among(self.model, self.own))
         self.by_layer = self.model.loop_order == "layer"
@@ -39,7 +40,7 @@ class MemorySimulator:
         self.saved = {loop: self._saved(loop) for loop in loops}
         self.working = {loop: self._working_set(loop, self.own[-1]) if self.own else Counter() for loop in loops}
         self.first_layer = {loop: self._first_layer(loop) for loop in loops}
-        self.table = self.element * self.shapes.vocab * self.shapes.hidden
+        self.table = self.element * self.shapes.vocab * self.shapes.hidden * trains_head(self.of.config)
         self.live["temporaries"] = 0 if self.shapes.documents else self.shapes.window_bias()
         self.highest = 0
         self._mark({}, "between steps")
@@ -100,7 +101,7 @@ class MemorySimulator:
             waiting = 1 if self.by_layer else self.looped
             self.live["K/V gradients"] += waiting * self.shapes.kv_gradients()
             if self._autograd_keeps_weight_gradients:
-                kept = (self.parameters.layers + self.parameters.experts) * waiting // self.layers
+                kept = (self.trained.layers + self.trained.experts) * waiting // self.layers
                 self.live["weight gradients in autograd"] += self.element * kept
         self.live.subtract(self.saved[loop])
         self._mark(self.first_layer[loop], f"backward of loop {loop}, first layer")
@@ -127,7 +128,7 @@ class MemorySimulator:
             if not shapes.fusions.gradient_accumulation_fusion:
                 needs["temporaries"] += largest
             elif self.layout.overlap_grad_reduce:  # a dummy gradient for each shape of weight
-                needs["temporaries"] += self.parameters.layers // self.layers * self.element
+                needs["temporaries"] += self.trained.layers // self.layers * self.element
         if shapes.documents:
             needs["temporaries"] += 2 * shapes.window_bias()
         return needs
@@ -152,7 +153,7 @@ class MemorySimulator:
 
     def _weights_done(self) -> None:
         if self.first:
-            self._mark({"temporaries": self.element * self.parameters.embedding}, "the gradient of the embedding")
+            self._mark({"temporaries": self.element * self.trained.embedding}, "the gradient of the embedding")
         self.live["weight gradients in autograd"] = 0
 
     def _mark(self, beside: Mapping[str, int], phase: str) -> None:

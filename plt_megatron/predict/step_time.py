@@ -150,8 +150,8 @@ def _other_communication(
 
 
 def _optimizer(layout: Layout, card: GPUSpec, stage: Stage) -> float:
-    owned = stage.dense.size / (layout.shards if layout.zero_stage >= 1 else 1)
-    owned += stage.experts.size / layout.expert_shards
+    owned = stage.trained.dense / (layout.shards if layout.zero_stage >= 1 else 1)
+    owned += stage.trained.experts / layout.expert_shards
     offloaded = layout.offload_optimizer and not layout.on_cpu
     bandwidth = HOST_MEMORY if offloaded else card.memory_bandwidth * card.memory_efficiency
     return OPTIMIZER_BYTES_PER_PARAMETER * owned / bandwidth

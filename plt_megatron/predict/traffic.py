@@ -8,13 +8,17 @@ gradient is reduced once, and each weight gathered once (with ZeRO, in each pass
 from __future__ import annotations
 
 from plt_megatron.config import derived
+from plt_megatron.model.parameters import parameters_of
+from plt_megatron.model.trainable import EMBEDDING, trains, trains_head
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.held import Stage, count_in_layers
 from plt_megatron.predict.layers import FP32, runs
 from plt_megatron.predict.layout import Layout
+from plt_megatron.predict.parameters import elements
 from plt_megatron.predict.step import Step
 
 _COUNT = 8  # bytes of a number of tokens
+_GATHERING = ("self_attention.linear_qkv.weight", ".mlp.linear_fc1.weight")  # their inputs, with sequence parallelism
 
 
 def communication_bytes(step: Step) -> dict[str, float]:
@@ -25,7 +29,7 @@ def communication_bytes(step: Step) -> dict[str, float]:
     stage = max(step.stages, key=lambda each: len(each.layers))
     ran = runs(config.model, stage.layers)
     traffic = {
-        "tensor parallel": layout.microbatches * _tensor_layers(layout, shapes, ran)
+        "tensor parallel": layout.microbatches * (_tensor_layers(layout, shapes, ran) - _frozen_layers(step, ran))
         + _tensor_ends(step)
         + _whole_gradients(step, stage.layers),
         "pipeline": _pipeline(layout, config.model.loop_count) * shapes.hidden_bytes(),
@@ -35,7 +39,7 @@ def communication_bytes(step: Step) -> dict[str, float]:
         "matrix updates": _share(layout.tensor) * FP32 * largest.dense.busiest(lambda each: each.gathered),
     }
     if layout.pipeline > 1 and config.model.share_embeddings_and_output_weights:
-        traffic["tied embeddings"] = float(FP32 * step.stages[0].parameters.embedding)
+        traffic["tied embeddings"] = float(FP32 * step.stages[0].trained.embedding)
     return {name: amount for name, amount in traffic.items() if amount > 0}
 
 
@@ -100,6 +104,24 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
     return forward + backward + (forward if layout.recompute == "full" else 0)
 
 
+def _frozen_layers(step: Step, layers: list[int]) -> float:
+    """What layers with weights that are not trained leave out of that, each as often as it is given: inputs gathered
+    for the gradients of weights, and learned shifts' own."""
+    if not step.config.training.trainable:
+        return 0.0
+    model, shapes, is_trained = step.config.model, step.shapes, trains(step.config)
+    frozen = [
+        name
+        for parameter in parameters_of(model)
+        for layer in layers
+        if parameter.per_layer and layer in parameter.layers(model)
+        if not is_trained(name := parameter.in_layer(layer))
+    ]
+    gathered = sum(name.endswith(_GATHERING) for name in frozen) if step.layout.sequence_parallel else 0
+    whole = _share(step.layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
+    return gathered * whole + sum(".key_shift." in name for name in frozen) * _key_shift(shapes) / 2
+
+
 def _hidden_gate(layout: Layout, shapes: Activations) -> float:
     """One layer's logits in one loop and microbatch, of all heads: gathered with sequence parallelism, and their
     gradients in any case."""
@@ -145,9 +167,11 @@ def _tensor_ends(step: Step) -> float:
     layout, shapes = step.layout, step.shapes
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
     heads = len(step.losses(step.stages[-1]))
+    gathers = 3 if layout.sequence_parallel and trains_head(step.config) else 2
     numbers = 3 * heads + (1 if step.config.training.z_loss_coeff else 0)
     losses = 2 * _share(layout.tensor) * numbers * shapes.tokens * FP32
-    embedding, head = 2 * whole, heads * (3 if layout.sequence_parallel else 2) * whole + losses
+    embedding = (1 if layout.sequence_parallel and not trains(step.config)(EMBEDDING) else 2) * whole
+    head = heads * gathers * whole + losses
     ends = embedding + head if layout.pipeline == 1 else max(step.config.model.loop_count * embedding, head)
     return layout.microbatches * ends
 
@@ -156,10 +180,12 @@ def _whole_gradients(step: Step, layers: range) -> float:
     """Gradients of what tensor-parallel ranks have whole (norms, routers), where each sees a part of the rows."""
     if not step.layout.sequence_parallel:
         return 0.0
-    model = step.config.model
-    whole = count_in_layers(model, layers)["whole"] + model.hidden_size  # the final norm's
+    model, is_trained = step.config.model, trains(step.config)
+    whole = count_in_layers(model, layers, is_trained)["whole"]
+    whole += model.hidden_size * is_trained("final_layernorm.weight")
     if model.key_shift == "learned":  # summed in each backward pass
-        whole -= 2 * len(layers) * derived.num_query_groups(model)
+        of_attention = elements(model, layers, "attention", is_trained=is_trained)
+        whole -= sum(number for parameter, number in of_attention if parameter.dims == "groups")
     return 2 * _share(step.layout.tensor) * FP32 * whole
 
 

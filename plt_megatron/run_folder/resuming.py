@@ -124,6 +124,13 @@ def check_schedule(path: Path, progress: dict[str, Any], config: RunConfig, *, a
             "can use; restore that, or start a run of another name from its weights alone with checkpoint.load and "
             "checkpoint.weights_only=true"
         )
+    patterns = progress["config"]["training"].get("trainable", [])  # once all parameters were trained
+    if patterns != config.training.trainable:
+        raise UserError(
+            f"checkpoint {path} was trained with training.trainable {patterns} (now {config.training.trainable}), and "
+            "has an optimizer's state of those parameters alone; restore that, or start a run of another name from its "
+            "weights alone with checkpoint.load and checkpoint.weights_only=true"
+        )
     if allow_other:
         return
     defaults = schedule(RunConfig(training=TrainingConfig(train_iters=1)), 1)

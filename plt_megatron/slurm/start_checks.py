@@ -21,6 +21,7 @@ from plt_megatron.data.loss_mask import check_mask
 from plt_megatron.data.resuming import check_data, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
+from plt_megatron.model import trainable
 from plt_megatron.run_folder import resuming
 from plt_megatron.run_folder.checkpoints import PROGRESS, parse_progress
 from plt_megatron.run_folder.folder import RunFolder
@@ -129,12 +130,15 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
 
 
 def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
-    """Why a run's own checkpoint, or that of `checkpoint.load`, does not go on with a sound configuration whose data is
-    there; none if there is no checkpoint yet.
+    """Why a sound configuration whose data is there cannot begin: its names of parameters, and its own checkpoint, or
+    that of `checkpoint.load`, if there is one.
 
     Args:
         vocab_size: the run's, without padding; None: unknown.
     """
+    unknown = trainable.find_problems(config)
+    if unknown:
+        return unknown
     start = resuming.find_start(config) or _start_elsewhere(config)
     if start is None:
         return []

@@ -62,7 +62,14 @@ class MegatronEngine:
         self.ddp = wrap_ddp(self.stage, overlap, overlap_param_gather=gather, whole=matrices)
         self.optimizer = build_optimizer(config, self.ddp)
         self.scheduler = LearningRate(config, self.optimizer)
-        self.state = MegatronState(self.stage, distributed_parts(self.optimizer), spec, config.training.seed, matrices)
+        self.state = MegatronState(
+            self.stage,
+            distributed_parts(self.optimizer),
+            spec,
+            config.training.seed,
+            matrices,
+            by_layer=bool(config.training.trainable),
+        )
         self._expected = ExpectedGradients(self.ddp)
         self.times = StepTimes()
         self.on_progress: Callable[[], Any] = nothing
@@ -229,13 +236,14 @@ def zero_gradients(ddp: DistributedDataParallel) -> None:
         for module in ddp.module.modules():
             if getattr(module, "fuse_wgrad_accumulation", False):
                 for name, parameter in module.named_parameters(recurse=False):
-                    if name.startswith("weight"):  # of several experts: weight0, weight1 ..
+                    if parameter.requires_grad and name.startswith("weight"):  # of several experts: weight0, weight1 ..
                         del parameter.grad_added_to_main_grad
 
 
 def hidden_matrices(stage: MegatronModule) -> list[nn.Parameter]:
     """A stage's parameters that an optimizer of matrices takes."""
-    return [parameter for name, parameter in stage.named_parameters() if hidden_matrix(name) is not None]
+    named = stage.named_parameters()
+    return [each for name, each in named if each.requires_grad and hidden_matrix(name) is not None]
 
 
 def wrap_ddp(

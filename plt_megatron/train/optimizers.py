@@ -205,15 +205,16 @@ def kind_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
 def check_groups(
     config: RunConfig, stage: nn.Module, built: Iterable[tuple[nn.Parameter, dict[str, Any] | None]]
 ) -> None:
-    """Assert that each of a stage's parameters is in one group of the optimizer, with the rates of its kind.
+    """Assert that each parameter of a stage that is trained is in one group of the optimizer, with its kind's rates.
 
     Args:
         built: (parameter, its group, or None where another rank updates it).
     """
     settings, own, of = config.optimizer, groups(config), list(built)
-    assert Counter(id(parameter) for parameter, _ in of) == Counter(map(id, stage.parameters()))
+    trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    assert Counter(id(parameter) for parameter, _ in of) == Counter(map(id, trained.values()))
     group_of = {id(parameter): group for parameter, group in of}
-    for name, parameter in stage.named_parameters():
+    for name, parameter in trained.items():
         kinds = [group for group in own if group.has(name)]
         assert len(kinds) == 1, f"{name} is in the groups {[group.name for group in kinds]}"
         group = group_of[id(parameter)]

@@ -206,6 +206,7 @@ def _check_features(config: RunConfig) -> Iterator[str]:
         "training.batch_schedule": (bool(training.batch_schedule), "[]"),
         "data.length_schedule": (bool(config.data.length_schedule), "[]"),
         "training.ema_decay": (training.ema_decay is not None, "null"),
+        "training.trainable": (bool(training.trainable), "[]"),
     }
     for setting, (wanted, off) in lacks.items():
         if wanted:

@@ -95,7 +95,8 @@ def _load_kept(engine: Engine, path: Path, kept: state.Kept) -> None:
         if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
             _say(f"{path} has no state of {name}, which is reset")
             continue
-        for own, value in _read(path, {"kept": request}, engine.groups.dp_cp)["kept"].items():
+        # What holds no tensors of this rank does not come back.
+        for own, value in _read(path, {"kept": request}, engine.groups.dp_cp).get("kept", {}).items():
             if isinstance(value, Tensor):  # sharded tensors are read in place
                 tensors[own].copy_(value)
 

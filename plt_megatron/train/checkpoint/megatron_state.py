@@ -10,6 +10,7 @@ only what a rank writes and loading reads into place.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,8 @@ from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint import state as sharding
 from plt_megatron.train.checkpoint.state import Reader
 
+_STACKED = re.compile(r"(.*\.decoder\.layers\.)(\D.*)")
+
 
 class OptimizerPart:
     """One distributed optimizer, of which an engine's optimizer may have several.
@@ -35,10 +38,18 @@ class OptimizerPart:
         optimizer: megatron-core's.
         spec: what it is.
         matrices: parameters that are updated as whole matrices, with state of their own and no count of steps.
+        by_layer: save each layer's state by the layer's name, not stacked over all layers: some are not trained.
     """
 
-    def __init__(self, optimizer: DistributedOptimizer, spec: OptimizerSpec, matrices: Collection[Tensor] = ()) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self,
+        optimizer: DistributedOptimizer,
+        spec: OptimizerSpec,
+        matrices: Collection[Tensor] = (),
+        *,
+        by_layer: bool = False,
+    ) -> None:
+        self.optimizer, self._by_layer = optimizer, by_layer
         self.inner: Any = optimizer.optimizer  # torch's, or what has its attributes
         self._spec, self._matrices = spec, {*matrices}
         # Transformer Engine's optimizers count the steps of a parameter group.
@@ -105,7 +116,7 @@ class OptimizerPart:
         wholes, prefix = _wholes(model), sharding.OPTIMIZER_PREFIX
         return {
             index: {
-                name: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, f"{prefix}{name}.", flat)))
+                name: self._boxes(wholes[parameter], parameter, part.start, f"{prefix}{name}.", flat)
                 for name, flat in self._tensors(parameter).items()
             }
             for index, (parameter, part) in self._owned()
@@ -124,9 +135,21 @@ class OptimizerPart:
         """
         wholes = _wholes(model)
         return {
-            index: dict(enumerate(_boxes_of(wholes[parameter], parameter, part.start, prefix, pieces[index])))
+            index: self._boxes(wholes[parameter], parameter, part.start, prefix, pieces[index])
             for index, (parameter, part) in self._owned()
         }
+
+    def _boxes(
+        self,
+        whole: ShardedTensor | ShardedTensorFactory,
+        parameter: Tensor,
+        start: int,
+        prefix: str,
+        flat: Tensor,
+    ) -> dict[int, ShardedTensor]:
+        """`_boxes_of`, by number."""
+        found = _boxes_of(whole, parameter, start, prefix, flat)
+        return dict(enumerate(map(_of_its_layer, found) if self._by_layer else found))
 
     def pieces(self) -> dict[int, Tensor]:
         """This rank's parts of the main parameters, flat, in fp32, by the parameter's index in its buffers."""
@@ -227,6 +250,22 @@ def _boxes_of(
             low += elements
 
 
+def _of_its_layer(box: ShardedTensor) -> ShardedTensor:
+    """A box of what is stacked over all layers, as one of its layer's own tensor."""
+    stacked = _STACKED.fullmatch(box.key)
+    if stacked is None:
+        return box
+    layer, shape = box.global_offset[0], box.local_shape[1:]
+    return replace(
+        box,
+        key=f"{stacked[1]}{layer}.{stacked[2]}",
+        data=box.data.view(shape),
+        local_shape=shape,
+        global_shape=box.global_shape[1:],
+        global_offset=box.global_offset[1:],
+    )
+
+
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offset, shape) of the boxes that are the elements `start` .. `stop` of a row-major tensor, in their order."""
     row = math.prod(shape[1:])
@@ -251,6 +290,7 @@ class MegatronState:
         optimizers: megatron-core's, all of `spec`'s kind.
         seed: the run's; parameters that a checkpoint lacks start as they are built.
         matrices: parameters that are updated as whole matrices.
+        by_layer: as for `OptimizerPart`.
 
     Attributes:
         parts: the optimizers' states.
@@ -264,9 +304,11 @@ class MegatronState:
         spec: OptimizerSpec,
         seed: int,
         matrices: Sequence[Tensor] = (),
+        *,
+        by_layer: bool = False,
     ) -> None:
         self._stage, self._seed = stage, seed
-        self.parts = [OptimizerPart(optimizer, spec, matrices) for optimizer in optimizers]
+        self.parts = [OptimizerPart(optimizer, spec, matrices, by_layer=by_layer) for optimizer in optimizers]
         self.later_step = 0
 
     def to_save(self) -> dict[str, Any]:

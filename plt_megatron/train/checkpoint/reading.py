@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from plt_megatron.errors import UserError
 from plt_megatron.model.parameters import is_buffer
+from plt_megatron.model.trainable import is_trained
 from plt_megatron.run_folder.checkpoints import EMA, latest_checkpoint, read_verified_progress
 
 Part = Literal["weights", "main weights", "ema"]
@@ -76,34 +77,42 @@ class Weights:
     Args:
         checkpoint: complete.
         part: `weights`, in the dtype that the model was trained in; in fp32 the optimizer's `main weights`, or `ema`,
-            their moving average. Buffers are the model's own, in fp32, with any.
+            their moving average. What was not trained (`training.trainable`) has neither, and is the model's own. So
+            are buffers, in fp32, with any.
 
     Attributes:
         names: of all of them; none if the checkpoint lacks the part.
     """
 
     def __init__(self, checkpoint: Path, part: Part = "weights") -> None:
-        self._vocab_size = read_verified_progress(checkpoint)["vocab_size"]
+        progress = read_verified_progress(checkpoint)
+        self._vocab_size = progress["vocab_size"]
         self._reader = _Reader(checkpoint, _PREFIXES[part])
+        self._patterns = progress["config"]["training"].get("trainable", []) if _PREFIXES[part] else []
+        self._model = _Reader(checkpoint) if self._patterns and self._reader.keys else self._reader
         self._stack: tuple[str, int, Tensor] | None = None  # the experts of a layer
-        self.names = [name for key in self._reader.keys for name in self._names_of(key)]
+        self.names = [name for key in self._model.keys for name in self._names_of(key)]
 
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU. Raises `KeyError` if there is none of that name."""
+        is_kept = is_trained(self._patterns, name)
+        reader = self._reader if is_kept else self._model
         key, place = stored_at(name)
-        if key not in self._reader.keys:
+        if key not in reader.keys:
             key, place = stored_at(name, in_all_layers=False)
         if not place:
-            return self._reader.read(key, 0, self._vocab_size if name in PADDED else self._reader.shape(key)[0])
-        if len(place) == 1:
-            return self._reader.read(key, place[0], 1)[0]
-        if self._stack is None or self._stack[:2] != (key, place[0]):
-            self._stack = None  # before the next is read
-            self._stack = (key, place[0], self._reader.read(key, place[0], 1)[0])
-        return self._stack[2][place[1]]
+            read = reader.read(key, 0, self._vocab_size if name in PADDED else reader.shape(key)[0])
+        elif len(place) == 1:
+            read = reader.read(key, place[0], 1)[0]
+        else:
+            if self._stack is None or self._stack[:2] != (key, place[0]):
+                self._stack = None  # before the next is read
+                self._stack = (key, place[0], reader.read(key, place[0], 1)[0])
+            read = self._stack[2][place[1]]
+        return read if is_kept else read.float()
 
     def _names_of(self, key: str) -> Iterator[str]:
-        match, shape = _LAYERS.fullmatch(key), self._reader.shape(key)
+        match, shape = _LAYERS.fullmatch(key), self._model.shape(key)
         names = [key]
         if match is not None and _LAYER.fullmatch(key) is None:
             names, shape = [f"{match[1]}{layer}.{match[2]}" for layer in range(shape[0])], shape[1:]

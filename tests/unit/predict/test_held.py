@@ -10,7 +10,7 @@ from plt_megatron.config.loader import load_config
 from plt_megatron.predict.held import RankMatrix, given_out, stages_of
 from plt_megatron.predict.layout import estimate_layout
 from plt_megatron.predict.memory import checkpoint_bytes, persistent_bytes
-from plt_megatron.predict.parameters import count_parameters, matrix_parameters
+from plt_megatron.predict.parameters import count_parameters, elements
 
 MUON = ["optimizer.name=muon", "model.vocab_size=1000"]
 
@@ -42,7 +42,7 @@ def test_a_rank_holds_what_the_fullest_one_does():
     layout = estimate_layout(config, 4)
     (stage,) = stages_of(config, layout, 1000)
     dense, most = stage.dense, stage.dense.most
-    assert dense.in_matrices == matrix_parameters(config.model) and dense.in_matrices <= 4 * most
+    assert dense.in_matrices == _in_matrices(config.model) and dense.in_matrices <= 4 * most
     held = persistent_bytes(dense, config, layout)
     assert dense.divided + dense.in_matrices == dense.size and dense.part == dense.divided // 4
     assert held["optimizer state"] == 8 * dense.part + 4 * most
@@ -53,7 +53,7 @@ def test_a_rank_holds_what_the_fullest_one_does():
 
 def test_a_checkpoint_has_one_moment_of_a_matrix():
     config = load_config("configs/runs/plt2_1b.yaml", MUON)
-    total, matrices = count_parameters(config.model, 1000).total, matrix_parameters(config.model)
+    total, matrices = count_parameters(config.model, 1000).total, _in_matrices(config.model)
     assert checkpoint_bytes(config, 1000) == 14 * total - 4 * matrices
     assert 0.9 * total < matrices < total
 
@@ -62,3 +62,7 @@ def test_an_iteration_works_on_the_short_side():
     """X X^T, its square, and their product with X."""
     for shape in ((2, 3), (3, 2)):
         assert RankMatrix(6, False, (shape,)).flops == 2 * 2 * 2 * 3 + 2 * 2 * 2 * 2 + 2 * 2 * 2 * 3
+
+
+def _in_matrices(model):
+    return sum(number for parameter, number in elements(model) if parameter.is_hidden_matrix)

@@ -19,11 +19,12 @@ ALLOWED = {
     "run_folder": {"config", "model.parameters"},
     "runtime": {"config", "run_folder"},
     "model.parameters": {"config"},  # one file of `model`, without torch
+    "model.trainable": {"config", "model.parameters"},  # and another
     "slurm.client": set(),  # one file of `slurm`: jobs ask Slurm, too
-    "predict": {"config", "run_folder", "model.parameters"},  # without torch, too
+    "predict": {"config", "run_folder", "model.parameters", "model.trainable"},  # without torch, too
     "launcher": {"config", "run_folder", "runtime", "slurm.client"},
     "storage": {"config", "run_folder"},
-    "slurm": {"config", "run_folder", "runtime", "predict", "launcher", "storage", "data"},
+    "slurm": {"config", "run_folder", "runtime", "predict", "launcher", "storage", "data", "model.trainable"},
     "data": {"config", "run_folder"},
     "model": {"config", "runtime"},
     "train": {"config", "run_folder", "runtime", "predict", "launcher", "storage", "data", "model"},
