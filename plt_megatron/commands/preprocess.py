@@ -5,11 +5,19 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from plt_megatron.commands import CommandParser
 from plt_megatron.data.command_line import INPUT_HELP, add_reading_arguments, read_options
-from plt_megatron.errors import run_command
+from plt_megatron.errors import UserError, run_command
+from plt_megatron.run_folder.text import plural
+
+if TYPE_CHECKING:
+    from plt_megatron.data.preprocess import PreprocessOptions
+
+_MOST_SHARDS = 99_999  # five digits in a file's name
 
 
 def _parser() -> CommandParser:
@@ -24,6 +32,12 @@ def _parser() -> CommandParser:
     data.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_HELP)
     data.add_argument("--output-prefix", metavar="PREFIX", help="path of the .bin and .idx without the suffix")
     data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
+    data.add_argument(
+        "--join",
+        nargs="+",
+        metavar="PREFIX",
+        help="instead of --input: make one source of tokenized ones, which stay where they are; a glob's by name",
+    )
     data.add_argument("--overwrite", action="store_true", help="replace an output with other contents")
     reading = parser.add_argument_group("documents")
     add_reading_arguments(reading)
@@ -42,8 +56,18 @@ def _parser() -> CommandParser:
     reading.add_argument("--eod-token", help="the token that ends a document (default: the tokenizer's)")
     reading.add_argument("--no-append-eod", action="store_true", help="do not end documents with that token")
     work = parser.add_argument_group("work")
-    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    work.add_argument("--workers", type=int, help="processes (default: all cores)")
+    work.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="tokenize the Ith of N portions of the input, as one of N machines, to <output-prefix>.shard-I-of-N; "
+        "--join makes one source of all",
+    )
     work.add_argument("--shard-mb", type=float, default=64, help="input per unit of work, in MiB (default: 64)")
+    jobs = parser.add_argument_group("on a cluster")
+    jobs.add_argument("--cluster", metavar="NAME", help="submit it to Slurm: a name in configs/clusters, or a path")
+    jobs.add_argument("--nodes", type=int, default=1, metavar="N", help="shards of the input, a node each (default: 1)")
+    jobs.add_argument("--time", metavar="LIMIT", help="time limit of each, as in 24:00:00 (default: the profile's)")
     index = parser.add_argument_group("sample index")
     index.add_argument(
         "--build-index",
@@ -53,24 +77,82 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _tokenize(arguments: argparse.Namespace) -> None:
-    from plt_megatron.data.preprocess import PreprocessOptions, preprocess
+def _options(arguments: argparse.Namespace) -> PreprocessOptions:
+    from plt_megatron.data.preprocess import PreprocessOptions
 
-    preprocess(
-        PreprocessOptions(
-            inputs=arguments.input,
-            output_prefix=arguments.output_prefix,
-            tokenizer=arguments.tokenizer,
-            workers=arguments.workers,
-            format=arguments.format,
-            eod_token=arguments.eod_token,
-            append_eod=not arguments.no_append_eod,
-            fail_on_bad_line=arguments.on_bad_line == "fail",
-            overwrite=arguments.overwrite,
-            shard_bytes=max(1, int(arguments.shard_mb * (1 << 20))),
-            read=read_options(arguments),
-        )
+    return PreprocessOptions(
+        inputs=arguments.input,
+        output_prefix=arguments.output_prefix,
+        tokenizer=arguments.tokenizer,
+        workers=arguments.workers or os.cpu_count() or 1,
+        format=arguments.format,
+        eod_token=arguments.eod_token,
+        append_eod=not arguments.no_append_eod,
+        fail_on_bad_line=arguments.on_bad_line == "fail",
+        overwrite=arguments.overwrite,
+        shard=_shard(arguments.shard),
+        shard_bytes=max(1, int(arguments.shard_mb * (1 << 20))),
+        read=read_options(arguments),
     )
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    from plt_megatron.data.preprocess import preprocess
+
+    preprocess(_options(arguments))
+
+
+def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Submit the same command, as an array of its shards, and one that joins them."""
+    from plt_megatron.data.preprocess import check_options, shard_prefix
+    from plt_megatron.slurm.preprocessing import submit_preprocessing
+
+    check_options(_options(arguments))
+    prefix, nodes = arguments.output_prefix, arguments.nodes
+    if not 1 <= nodes <= _MOST_SHARDS:
+        raise UserError(f"--nodes {nodes}: expected a number from 1 to {_MOST_SHARDS}")
+    if os.path.exists(f"{prefix}.idx") and not arguments.overwrite:
+        raise UserError(f"{prefix}.idx exists: choose another --output-prefix or pass --overwrite")
+    parts = [shard_prefix(prefix, number, nodes) for number in range(1, nodes + 1)]
+    jobs = submit_preprocessing(
+        _without(argv, "--cluster", "--nodes", "--time", "--workers"),
+        ["--join", *parts, "--output-prefix", prefix, "--overwrite"],
+        prefix,
+        cluster=arguments.cluster,
+        nodes=nodes,
+        time=arguments.time,
+        workers=arguments.workers,
+    )
+    print(f"submitted job {jobs.array}, {plural(nodes, 'shard')}, and job {jobs.join}, which joins them: {jobs.folder}")
+
+
+def _without(argv: Sequence[str], *options: str) -> list[str]:
+    """Arguments without some options that have a value."""
+    left, kept = iter(argv), []
+    for argument in left:
+        name, equals, _ = argument.partition("=")
+        if name not in options:
+            kept.append(argument)
+        elif not equals:
+            next(left)
+    return kept
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) <= _MOST_SHARDS):
+        raise UserError(f"--shard {text}: expected I/N, with I from 1 to N, and N at most {_MOST_SHARDS}")
+    return int(number), int(of)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    from plt_megatron.data.joining import join
+
+    made = join(arguments.join, arguments.output_prefix, overwrite=arguments.overwrite)
+    amount = f"{plural(made['documents'], 'document')}, {made['tokens']:,} tokens ({made['dtype']})"
+    print(f"{arguments.output_prefix}: {plural(len(made['parts']), 'part')}, {amount}", file=sys.stderr)
 
 
 def _build_index(arguments: argparse.Namespace) -> None:
@@ -86,6 +168,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.build_index:
         return run_command(lambda: _build_index(arguments))
+    if arguments.join:
+        if arguments.input or arguments.shard:
+            parser.error("--join takes sources that are tokenized: leave --input and --shard out")
+        if not arguments.output_prefix:
+            parser.error("missing --output-prefix")
+        return run_command(lambda: _join(arguments))
     needed = {
         "--input": arguments.input,
         "--output-prefix": arguments.output_prefix,
@@ -96,8 +184,13 @@ def main(argv: Sequence[str]) -> int:
     if arguments.overrides:
         parser.error(f"unexpected argument {arguments.overrides[0]!r}")
     for name in ("workers", "shard_mb", "max_document_bytes"):
-        if not 0 < getattr(arguments, name) < math.inf:
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be a number above 0")
     if not os.path.basename(arguments.output_prefix):
         parser.error(f"--output-prefix {arguments.output_prefix} is a folder: name a file in it, without a suffix")
+    if arguments.cluster:
+        if arguments.shard:
+            parser.error("--cluster tokenizes all shards: leave --shard out")
+        return run_command(lambda: _submit(arguments, argv))
     return run_command(lambda: _tokenize(arguments), "interrupted: the same command continues where this one stopped")

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -33,7 +34,7 @@ from plt_megatron.config.schema import DataConfig
 from plt_megatron.data.fill_in_middle import FillInMiddle, RearrangedDocuments, check_ends, settings_of
 from plt_megatron.data.indexed import open_index
 from plt_megatron.data.loss_mask import has_mask, mask_path, open_mask
-from plt_megatron.data.megatron_builder import Builder, MegatronTokenizer
+from plt_megatron.data.megatron_builder import Builder, JoinedDataset, MegatronTokenizer
 from plt_megatron.data.mix import (
     PARTS,
     SourceShare,
@@ -89,9 +90,14 @@ class _DocumentDataset(GPTDataset):
         settings = config.fill_in_middle
         rate = settings.rates.get(dataset_path, 0.0) if settings and split is Split.train else 0.0
         self._rearranged = RearrangedDocuments(indexed_dataset, rate, settings) if rate else None
-        self._mask = open_mask(dataset_path, open_index(dataset_path).tokens) if has_mask(dataset_path) else None
+        self._mask: Any = open_mask(dataset_path, open_index(dataset_path).tokens) if has_mask(dataset_path) else None
         assert self._mask is None or self._rearranged is None, "_build_index refuses it"
         super().__init__(self._rearranged or indexed_dataset, dataset_path, indices, num_samples, split, config)
+
+    @staticmethod
+    def build_low_level_dataset(dataset_path: str, config: Any) -> IndexedDataset:
+        """See `GPTDataset`."""
+        return JoinedDataset.of(dataset_path) or GPTDataset.build_low_level_dataset(dataset_path, config)
 
     def __getitem__(self, idx: int | None) -> dict[str, Any]:
         text, lengths = self._text(int(idx or 0))

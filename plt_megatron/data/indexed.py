@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from plt_megatron.data.parts import files_of, map_files, total_size
 from plt_megatron.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -54,11 +55,11 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     Raises `UserError` if they do not agree.
     """
     prefix = os.fspath(prefix)
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(prefix + suffix):
-            raise UserError(f"{prefix}{suffix} not found: tokenize the data with plt preprocess")
-        if not os.access(prefix + suffix, os.R_OK):
-            raise UserError(f"{prefix}{suffix} cannot be read: no permission")
+    for path in (prefix + ".idx", *files_of(prefix, ".bin")):
+        if not os.path.isfile(path):
+            raise UserError(f"{path} not found: tokenize the data with plt preprocess")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} cannot be read: no permission")
     try:
         with open(prefix + ".idx", "rb") as file:
             magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)
@@ -90,14 +91,14 @@ def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
 
 
 def _check_size(prefix: str, expected: int) -> None:
-    size = os.path.getsize(prefix + ".bin")
+    size = total_size(files_of(prefix, ".bin"))
     if size != expected:
         raise UserError(f"{prefix}.bin has {size} bytes where its index expects {expected}: tokenize the data again")
 
 
-def flat_tokens(index: IndexedFile) -> np.ndarray:
-    """All tokens of a source, memory-mapped."""
-    return np.memmap(index.prefix + ".bin", index.dtype, "r") if index.tokens else np.empty(0, index.dtype)
+def flat_tokens(index: IndexedFile) -> Any:
+    """All tokens of a source, memory-mapped: an array, or several that are read like one (`parts`)."""
+    return map_files(files_of(index.prefix, ".bin"), index.dtype)
 
 
 def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from plt_megatron.data.parts import files_of, map_files, total_size
 from plt_megatron.errors import UserError
 
 SUFFIX = ".loss_mask.bin"
@@ -25,24 +26,25 @@ def mask_path(prefix: str | os.PathLike[str]) -> Path:
 
 
 def has_mask(prefix: str | os.PathLike[str]) -> bool:
-    """Whether the source at `prefix` has a mask."""
-    return mask_path(prefix).is_file()
+    """Whether the source at `prefix` has a mask: all of its parts, if it has any (`parts`)."""
+    return all(map(os.path.isfile, files_of(prefix, SUFFIX)))
 
 
-def open_mask(prefix: str | os.PathLike[str], tokens: int) -> np.ndarray:
-    """The mask of a source of `tokens` tokens: uint8 [tokens], memory-mapped.
+def open_mask(prefix: str | os.PathLike[str], tokens: int) -> Any:
+    """The mask of a source of `tokens` tokens: uint8 [tokens], memory-mapped, read like an array.
 
     Raises `UserError` if the file is missing or of another size.
     """
     path = mask_path(prefix)
     try:
-        size = path.stat().st_size
+        files = files_of(prefix, SUFFIX)
+        size = total_size(files)
         if size != tokens:
             raise UserError(
                 f"{path} has {size:,} bytes, but the source has {tokens:,} tokens: tokenize the data again, or delete "
                 "the mask to train on all of them"
             )
-        return np.memmap(path, np.uint8, "r") if tokens else np.empty(0, np.uint8)
+        return map_files(files, np.uint8)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
 

@@ -21,7 +21,8 @@ from plt_megatron.config.data_stages import all_sources, distinct_sources, stage
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data import loss_mask
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
-from plt_megatron.data.indexed import IndexedFile, read_index
+from plt_megatron.data.indexed import IndexedFile, flat_tokens, read_index
+from plt_megatron.data.parts import files_of, map_files
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
 from plt_megatron.run_folder.text import format_table
@@ -262,7 +263,7 @@ def _manifest(prefix: str) -> dict[str, Any]:
 
 
 def _token_blocks(index: IndexedFile) -> list[np.ndarray]:
-    tokens = np.memmap(index.prefix + ".bin", index.dtype, "r") if index.tokens else np.empty(0, index.dtype)
+    tokens = flat_tokens(index)
     size = _BLOCK // index.dtype.itemsize
     return [tokens[start : start + size] for start in _starts(len(tokens), size)]
 
@@ -279,12 +280,11 @@ def content_hash(prefix: str) -> str:
     digest = hashlib.sha256()
     try:
         for suffix in (".idx", ".bin", *([loss_mask.SUFFIX] if loss_mask.has_mask(prefix) else [])):
-            length = os.path.getsize(prefix + suffix)
-            digest.update(f"{suffix} {length}\n".encode())
-            with open(prefix + suffix, "rb") as file:
-                for start in _starts(length, _BLOCK):
-                    file.seek(start)
-                    digest.update(file.read(_BLOCK))
+            files = [prefix + suffix] if suffix == ".idx" else files_of(prefix, suffix)
+            content = map_files(files, np.uint8)
+            digest.update(f"{suffix} {len(content)}\n".encode())
+            for start in _starts(len(content), _BLOCK):
+                digest.update(content[start : start + _BLOCK].tobytes())
     except OSError as error:
         raise UserError(f"{error.filename or prefix}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from plt_megatron.data.compressed import BrokenStream, compressed_offset, open_stream
@@ -21,16 +22,54 @@ _COPY = 1 << 20
 
 
 class Plan:
-    """The shards of `readers`. `keys` are those known so far, in the order of the output.
+    """The shards of `readers`, or of one of `portion[1]` machines, `portion[0]` of them from 1: machines have runs of
+    spans of about as many bytes each. A file that must be decompressed from its start is one machine's.
 
-    `done(key)` says whether a shard was finished before; such shards are not yielded.
+    `keys` are those known so far, in the order of the output. `done(key)` says whether a shard was finished before:
+    such shards are not yielded.
     """
 
-    def __init__(self, readers: Sequence[Reader], shard_bytes: int, work: Path) -> None:
+    def __init__(
+        self, readers: Sequence[Reader], shard_bytes: int, work: Path, portion: tuple[int, int] = (1, 1)
+    ) -> None:
         self._readers = readers
         self._shard_bytes = shard_bytes
         self._work = work
+        self._portion = portion
         self.keys: list[str] = []
+
+    def _units(self) -> Iterator[tuple[int, Span | None, int]]:
+        """(number of the file, its span or None for a file that is decompressed here, bytes on disk), in order."""
+        for file, reader in enumerate(self._readers):
+            if self._must_spool(reader):
+                yield file, None, reader.size
+            else:
+                yield from ((file, span, span.disk_bytes) for span in reader.spans(self._shard_bytes))
+
+    @cached_property
+    def _own(self) -> list[tuple[int, Span | None, int]]:
+        """Those of `_units` that are this machine's."""
+        every = list(self._units())
+        total = max(1, sum(size for *_, size in every))
+        own, before = [], 0
+        for file, span, size in every:
+            if min(1 + self._portion[1] * before // total, self._portion[1]) == self._portion[0]:
+                own.append((file, span, size))
+            before += size
+        return own
+
+    def files(self) -> list[int]:
+        """Numbers of the files that this machine reads, some of."""
+        return list(dict.fromkeys(file for file, *_ in self._own))
+
+    def bytes(self) -> int:
+        """How much of the input is this machine's, on disk."""
+        return sum(size for *_, size in self._own)
+
+    def first(self) -> tuple[int, int]:
+        """The file that it begins with, and the place there, in the reader's unit."""
+        file, span, _ = next(iter(self._own), (0, None, 0))
+        return file, 0 if span is None else span.start
 
     def done(self, key: str) -> bool:
         return (self._work / f"{key}.json").exists()
@@ -39,19 +78,18 @@ class Plan:
         """The shards still to do, in order; `keys` is complete when this is exhausted."""
         group: list[tuple[int, Span]] = []  # small spans that share a shard, each with the number of its file
         number = 0
-        for file, reader in enumerate(self._readers):
-            if self._must_spool(reader):
+        for file, span, _ in self._own:
+            if span is None:
                 if group:
                     yield from self._undone(number, group)
                     number, group = number + 1, []
                 yield from self._spooled(number, file)
                 number += 1
                 continue
-            for span in reader.spans(self._shard_bytes):
-                group.append((file, span))
-                if sum(span.disk_bytes for _, span in group) >= self._shard_bytes or len(group) >= 1000:
-                    yield from self._undone(number, group)
-                    number, group = number + 1, []
+            group.append((file, span))
+            if sum(span.disk_bytes for _, span in group) >= self._shard_bytes or len(group) >= 1000:
+                yield from self._undone(number, group)
+                number, group = number + 1, []
         if group:
             yield from self._undone(number, group)
 

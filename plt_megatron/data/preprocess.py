@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,29 @@ class PreprocessOptions:
     fail_on_bad_line: bool = False
     overwrite: bool = False
     shard_bytes: int = 64 << 20
+    shard: tuple[int, int] | None = None  # (number from 1, of how many): a machine's portion of the input
     read: ReadOptions = field(default_factory=ReadOptions)
+
+
+def shard_prefix(prefix: str, number: int, of: int) -> str:
+    """Path prefix of what one of several machines makes of an input."""
+    return f"{prefix}.shard-{number:05d}-of-{of:05d}"
+
+
+def check_options(options: PreprocessOptions) -> None:
+    """Raise `UserError` where inputs, tokenizer or settings do not do; nothing is written."""
+    _checked(options)
+
+
+def _checked(options: PreprocessOptions) -> _Job:
+    if options.read.max_document_bytes > _LARGEST_DOCUMENT:
+        raise UserError(f"--max-document-bytes {options.read.max_document_bytes} is over {_LARGEST_DOCUMENT}")
+    return _Job(options)
 
 
 def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept."""
-    if options.read.max_document_bytes > _LARGEST_DOCUMENT:
-        raise UserError(f"--max-document-bytes {options.read.max_document_bytes} is over {_LARGEST_DOCUMENT}")
-    job = _Job(options)
+    job = _checked(options)
     if (manifest := job.finished()) is not None:
         shutil.rmtree(job.work, ignore_errors=True)  # left if killed at the very end
         _say(f"{options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
@@ -103,6 +118,8 @@ class _Job:
     """Makes one output, in a work folder and three phases."""
 
     def __init__(self, options: PreprocessOptions) -> None:
+        if options.shard is not None:
+            options = replace(options, output_prefix=shard_prefix(options.output_prefix, *options.shard))
         self.options = options
         self.prefix = Path(os.path.abspath(options.output_prefix))
         self.work = Path(f"{self.prefix}.partial")
@@ -110,7 +127,7 @@ class _Job:
         self.sources = open_inputs(options.inputs, options.read, options.format)
         self.tokenizer: Tokenizer = load_tokenizer(options.tokenizer, options.eod_token)
         self.identity = self._identity()
-        self.plan = Plan(self.sources, options.shard_bytes, self.work)
+        self.plan = Plan(self.sources, options.shard_bytes, self.work, options.shard or (1, 1))
 
     def _identity(self) -> dict[str, Any]:
         """What the output depends on; a resumed or repeated command must agree with it."""
@@ -123,6 +140,8 @@ class _Job:
             "shard_bytes": self.options.shard_bytes,
             "sources": [_stamp(source) for source in self.sources],
         }
+        if self.options.shard is not None:
+            identity["shard"] = list(self.options.shard)
         if self.options.read.chat:
             encoder = ChatEncoder(self.tokenizer, append_eod=self.options.append_eod)
             identity["chat_template_sha256"] = encoder.fingerprint
@@ -156,7 +175,7 @@ class _Job:
         if [stamp[:3] for stamp in before["sources"]] != [stamp[:3] for stamp in now["sources"]]:
             return False
         entries = zip(manifest["sources"], self.sources, strict=True)
-        return all(entry["sha256"] == _file_hash(source.path) for entry, source in entries)
+        return all(entry["sha256"] in (None, _file_hash(source.path)) for entry, source in entries)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -190,7 +209,7 @@ class _Job:
             self.options.fail_on_bad_line,
         )
         done = self._bytes_done()
-        total = sum(source.size for source in self.sources)
+        total = self.plan.bytes()
         if done:
             _say(f"resuming: {done / max(total, 1):.1%} of the input is already encoded")
         progress = ProgressBar(total, done)
@@ -242,7 +261,7 @@ class _Job:
         """Save the SHA-256 of every input in the work folder, once."""
         path = self.work / "hashes.json"
         hashes = _read_json(path) or {}
-        for source in self.sources:
+        for source in (self.sources[file] for file in self.plan.files()):
             if source.path not in hashes:
                 hashes[source.path] = _file_hash(source.path)
         publish_json(path, hashes)
@@ -254,8 +273,8 @@ class _Job:
                 raise UserError(f"{source.path} changed while it was being read: run the command again")
         reports = self._reports()
         totals = _totals(self.sources, reports)
-        if not totals["documents"]:
-            _write_bad_lines(self.prefix, self.sources, reports)
+        if not totals["documents"] and self.options.shard is None:
+            _write_bad_lines(self.prefix, self.sources, reports, self.plan.first())
             left_out = f", {totals['left_out']:,} left out for their quality" if totals["left_out"] else ""
             raise UserError(
                 f"no usable document in {len(self.sources)} input files ({_count_bad(totals['bad_lines'])}{left_out})"
@@ -269,7 +288,7 @@ class _Job:
         )
         hashes = _read_json(self.work / "hashes.json") or {}
         for entry in totals["sources"]:
-            entry["sha256"] = hashes[entry["path"]]
+            entry["sha256"] = hashes.get(entry["path"])  # None: all of it is other machines'
         manifest = {
             "bin_bytes": os.path.getsize(self.work / "out"),
             "bin_sha256": sha256,
@@ -283,7 +302,7 @@ class _Job:
             **totals,
             "identity": self.identity,
         }
-        _write_bad_lines(self.prefix, self.sources, reports)
+        _write_bad_lines(self.prefix, self.sources, reports, self.plan.first())
         self._publish_mask(shards, reports, manifest)
         publish(self.work / "out", f"{self.prefix}.bin")
         publish(self.work / "out.index", f"{self.prefix}.idx")
@@ -362,20 +381,26 @@ def _totals(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> dic
     }
 
 
-def _bad_lines(sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, str]]:
-    """File, line (Parquet: row) and reason of the bad lines kept."""
+def _bad_lines(
+    sources: Sequence[Reader], reports: Sequence[dict[str, Any]], first: tuple[int, int]
+) -> Iterator[tuple[str, int, str]]:
+    """File, line (Parquet: row) and reason of the bad lines kept. `first`: the file and place where reading began."""
     before: Counter[int] = Counter()
+    if first[1] and any(report["bad_lines"] for report in reports if report["file"] == first[0]):
+        before[first[0]] = int(sources[first[0]].place(first[1], 0))
     for report in reports:
         for line, reason in report["bad_lines"]:
             yield sources[report["file"]].path, before[report["file"]] + line, reason
         before[report["file"]] += report["lines"]
 
 
-def _write_bad_lines(prefix: Path, sources: Sequence[Reader], reports: Sequence[dict[str, Any]]) -> None:
+def _write_bad_lines(
+    prefix: Path, sources: Sequence[Reader], reports: Sequence[dict[str, Any]], first: tuple[int, int]
+) -> None:
     """List the bad lines in `prefix`.bad_lines.jsonl (no file if there are none) and show the first few."""
     path = Path(f"{prefix}.bad_lines.jsonl")
     path.unlink(missing_ok=True)
-    lines = list(_bad_lines(sources, reports))
+    lines = list(_bad_lines(sources, reports, first))
     if not lines:
         return
     with open(path, "w", encoding="utf-8") as file:

@@ -166,13 +166,13 @@ def read_jobs(lines: Sequence[str]) -> list[Job]:
     return found
 
 
-def submit(script: Path) -> str:
-    """Submit a script with sbatch; the job's id.
+def submit(script: Path, *options: str) -> str:
+    """Submit a script with sbatch, and options that go before its own; the job's id.
 
     Raises:
         SlurmError: with sbatch's reason.
     """
-    answer = _ask("sbatch", "--parsable", str(script)).strip().splitlines()
+    answer = _ask("sbatch", "--parsable", *options, str(script)).strip().splitlines()
     job_id = answer[-1].partition(";")[0] if answer else ""
     if not re.fullmatch(r"\d+", job_id):
         raise SlurmError(f"sbatch returned {' '.join(answer)!r} instead of a job id")

@@ -89,6 +89,7 @@ class Script:
     host_python: str  # interpreter outside of any container
     array: Array | None = None
     gpu_type: str | None = None  # as in --gpus-per-node=h100:8
+    command: str = ""  # shell text that srun starts, of a template that leaves it open
 
     def render(self, template: str) -> str:
         """The job script.
@@ -113,6 +114,7 @@ class Script:
             "@HOST_PYTHON@": literal(self.host_python),
             "@SRUN_OPTIONS@": " ".join(self._srun_options()),
             "@CONTAINER@": " ".join(self._container_command()),
+            "@COMMAND@": self.command,
         }
         # In one pass, so that a value that looks like a mark is kept.
         return _MARK.sub(lambda match: values[match[0]], template)

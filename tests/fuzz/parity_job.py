@@ -26,6 +26,7 @@ from tests.distributed.cases import VOCAB_SIZE, Outcome
 from tests.reference.megatron_weights import draw_by_name
 
 STEPS = 4
+_LAST_PLACE = {"fp32": 1e-7, "bf16": 4e-3}  # about a unit of it, relatively
 
 
 def train(config: RunConfig, rounded: int = 0) -> Outcome:
@@ -33,7 +34,7 @@ def train(config: RunConfig, rounded: int = 0) -> Outcome:
     in one of many ways, which shows what rounding alone can do."""
     init_process_groups(config.parallel)
     vocab_size = config.model.vocab_size or VOCAB_SIZE
-    with parity._randomized(False), _rounded(rounded), parity._small_buckets():
+    with parity._randomized(False), _rounded(rounded, config.training.precision), parity._small_buckets():
         engine = MegatronEngine(config, vocab_size)
     outcome, tokens = Outcome(initial=parity._gather(engine.stage, vocab_size)), 0
     loops, batches, lengths = LoopSchedule(config), BatchSchedule(config), LengthSchedule(config)
@@ -86,7 +87,7 @@ def _batches(config: RunConfig, seed: int, samples: int, length: int, vocab_size
 
 
 @contextmanager
-def _rounded(way: int) -> Iterator[None]:
+def _rounded(way: int, precision: str) -> Iterator[None]:
     """Have the engine start from weights that are off by about one unit of the last place."""
     own = build.initialize
 
@@ -94,7 +95,7 @@ def _rounded(way: int) -> Iterator[None]:
         own(stage, seed)
         for name, tensor in global_tensors(stage):
             generator = draw_by_name(f"{name} {way}" if way > 1 else name)
-            tensor.mul_(1 + 1e-7 * torch.randn(tensor.shape, generator=generator))
+            tensor.mul_(1 + _LAST_PLACE[precision] * torch.randn(tensor.shape, generator=generator))
 
     build.initialize = torch.no_grad()(initialize) if way else own
     try:

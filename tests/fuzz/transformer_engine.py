@@ -24,6 +24,9 @@ BF16_TO_FP8 = 32  # how much more FP8 rounds
 # FP8 of a deep model is further from bf16 than that of the tests' model. How much further than one process's a layout's
 # may be, and, however far that is, how many times its bound:
 ALONE, AT_MOST = 3, 5
+# It must be so from weights rounded in other ways, too: in eight of them, the norm of a first gradient was off by 2 to
+# 48 %, and by 1 to 23 % in one process.
+WAYS = range(1, 5)
 # In Triton's interpreter it takes most of a case's time: tests/te/test_te_fusions.py has it.
 _UNFUSED = {"parallel.cross_entropy_loss_fusion": False}
 
@@ -97,10 +100,15 @@ class Fp8(TransformerEngine):
         for name in sorted(set(over) & set(comparable), key=lambda name: -off[name]):
             kind = _kind(name)
             spread = min(ALONE * by_itself[kind], AT_MOST * bounds[kind])
-            if off[name] > max(BF16_TO_FP8 * rounding[name], spread):
+            bound = max(BF16_TO_FP8 * rounding[name], spread)
+            if off[name] > bound and all(self._off(config, bf16, name, way) > bound for way in WAYS):
                 return f"is not close to bf16: {name} is off by {off[name]:.1%}"
         self.note("rounding alone moves it by more", ", ".join(over))
         return None
+
+    def _off(self, config: RunConfig, bf16: RunConfig, name: str, way: int) -> float:
+        """How far a layout is off if all begin from weights that are rounded otherwise."""
+        return differences(self.outcome(config, rounded=way), self.outcome(bf16, rounded=way))[name]
 
 
 def _worst(off: Mapping[str, float], expected: Outcome) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.formats import ReadOptions, Span, open_inputs
-from plt_megatron.data.indexed import read_index
+from plt_megatron.data.indexed import flat_tokens, read_index
 from plt_megatron.data.mix import check_tokenizer
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -144,7 +144,7 @@ def _from_index(prefix: str, tokenizer: Tokenizer | None, length: int, count: in
     if not available:
         raise _too_short(f"{prefix}.bin", index.tokens, length)
     chosen = sorted(random.Random(seed).sample(range(available), min(count, available)))
-    flat = np.memmap(prefix + ".bin", index.dtype, "r")
+    flat = flat_tokens(index)
     begins = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)[:-1]))
     begins = begins[index.lengths > 0]
     tokens = np.stack([flat[place * length : place * length + length + 1].astype(np.int64) for place in chosen])

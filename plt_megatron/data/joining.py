@@ -1,0 +1,126 @@
+"""Makes one source of several tokenized ones, in their order, without copying their tokens (`parts`)."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plt_megatron.data import loss_mask, parts
+from plt_megatron.data.indexed import IndexedFile, read_index, write_index
+from plt_megatron.errors import UserError
+from plt_megatron.run_folder.files import replacing, write_text
+
+_COUNTED = ("documents", "tokens", "text_bytes", "lines", "left_out", "loss_mask_tokens")
+
+
+def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the index, the list of parts and the manifest of a source that consists of others; the manifest.
+
+    Args:
+        patterns: path prefixes, or globs of .idx files, which are sorted by name. Files that megatron-core, datatrove
+            or Megatron-LM have written are read too.
+        output_prefix: of the source.
+
+    Raises:
+        UserError: a part is missing or damaged, or they are not of one tokenizer and type; the output is something
+            else.
+    """
+    prefixes = _prefixes(patterns)
+    target = Path(os.path.abspath(output_prefix))
+    if os.path.exists(f"{target}.bin"):
+        raise UserError(f"{target}.bin exists: choose another --output-prefix")
+    if os.path.exists(f"{target}.idx") and not overwrite:
+        raise UserError(f"{target}.idx exists: choose another --output-prefix or pass --overwrite")
+    indices = [read_index(prefix) for prefix in prefixes]
+    manifests = [_manifest(prefix) for prefix in prefixes]
+    _check_alike(prefixes, indices, manifests)
+    _check_complete(prefixes, manifests)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    listed = [
+        {"prefix": os.path.relpath(prefix, target.parent), "bin_bytes": os.path.getsize(f"{prefix}.bin")}
+        for prefix in prefixes
+    ]
+    manifest = _joined_manifest(indices, manifests, listed)
+    with replacing(Path(f"{target}.idx"), "wb") as file:
+        write_index(Path(file.name), indices[0].dtype, lambda: (index.lengths for index in indices))
+    write_text(Path(f"{target}.manifest.json"), json.dumps(manifest, indent=1) + "\n")
+    write_text(Path(f"{target}{parts.SUFFIX}"), json.dumps({"parts": listed}, indent=1) + "\n")
+    return manifest
+
+
+def _prefixes(patterns: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        stem = pattern.removesuffix(".idx").removesuffix(".bin")
+        matches = [stem] if os.path.exists(f"{stem}.idx") else [each[:-4] for each in sorted(glob.glob(f"{stem}.idx"))]
+        if not matches:
+            raise UserError(f"--join {pattern!r} matches no .idx: name the prefixes of tokenized sources")
+        found.update(dict.fromkeys(matches))
+    for prefix in found:
+        if os.path.exists(prefix + parts.SUFFIX):
+            raise UserError(f"{prefix} consists of parts itself: name those")
+    return list(found)
+
+
+def _manifest(prefix: str) -> dict[str, Any]:
+    path = Path(f"{prefix}.manifest.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): tokenize that part again") from error
+
+
+def _check_alike(prefixes: Sequence[str], indices: Sequence[IndexedFile], manifests: Sequence[dict[str, Any]]) -> None:
+    first = prefixes[0]
+    tokenizers = {prefix: made["tokenizer"] for prefix, made in zip(prefixes, manifests, strict=True) if made}
+    known = next(iter(tokenizers), None)
+    for prefix, index in zip(prefixes, indices, strict=True):
+        if index.dtype != indices[0].dtype:
+            raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: not of one source")
+        if known and prefix in tokenizers and tokenizers[prefix]["sha256"] != tokenizers[known]["sha256"]:
+            raise UserError(f"{prefix} was made with {tokenizers[prefix]['path']}, {known} with another tokenizer")
+        if loss_mask.has_mask(prefix) != loss_mask.has_mask(first):
+            raise UserError(f"{prefix} and {first}: one has a loss mask, the other has none")
+        loss_mask.check_mask(prefix, index.tokens, manifests[prefixes.index(prefix)])
+
+
+def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
+    """Of the portions that several machines have tokenized of one input (`--shard`) all are there, in order."""
+    made_from: list[dict[str, Any]] = [made.get("identity", {}) for made in manifests]
+    shards = [identity.get("shard") for identity in made_from]
+    of = next((shard[1] for shard in shards if shard), None)
+    if of is None:
+        return
+    inputs = [{**identity, "shard": None} for identity in made_from]
+    other = next((prefix for prefix, made in zip(prefixes, inputs, strict=True) if made != inputs[0]), None)
+    if other is not None:
+        raise UserError(f"{other} was made of other inputs or settings than {prefixes[0]}")
+    missing = [f"{number}/{of}" for number in range(1, of + 1) if [number, of] not in shards]
+    if missing:
+        raise UserError(f"not all of the input is tokenized: --shard {', '.join(missing)} is missing")
+    if shards != [[number, of] for number in range(1, of + 1)]:
+        raise UserError("the parts are not in the order of their --shard numbers: name them in it")
+
+
+def _joined_manifest(
+    indices: Sequence[IndexedFile], manifests: Sequence[dict[str, Any]], listed: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """What there is to say of all parts; what a part was made from is in its own manifest."""
+    made = next((each for each in manifests if each), {})
+    totals = {name: sum(each.get(name, 0) for each in manifests) for name in _COUNTED if name in made}
+    bad: Counter[str] = sum((Counter(each.get("bad_lines", {})) for each in manifests), Counter())
+    return {
+        "parts": list(listed),
+        "bin_bytes": sum(part["bin_bytes"] for part in listed),
+        "dtype": indices[0].dtype.name,
+        **({"tokenizer": made["tokenizer"]} if made else {}),
+        **totals,
+        "documents": sum(index.documents for index in indices),
+        "tokens": sum(index.tokens for index in indices),
+        "bad_lines": bad,
+    }

@@ -1,0 +1,90 @@
+"""Sources in parts: one index over the `.bin` files of other sources, which stay where they are.
+
+Beside `<prefix>.idx` such a source has `<prefix>.parts.json` instead of `<prefix>.bin`: its parts' path prefixes, in
+order, relative to its folder. Everything that reads a source gets its bytes from here, wherever they lie.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plt_megatron.errors import UserError
+
+SUFFIX = ".parts.json"
+
+
+def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
+    """Path prefixes of a source's parts, in order; of an ordinary source its own.
+
+    Raises `UserError` if the list of parts cannot be read, or a part is not as large as it was.
+    """
+    prefix = os.fspath(prefix)
+    path = Path(prefix + SUFFIX)
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else None
+        if listed is None:
+            return [prefix]
+        parts = {str(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
+    for part, size in parts.items():
+        if not os.path.isfile(part + ".bin") or os.path.getsize(part + ".bin") != size:
+            raise UserError(
+                f"{part}.bin, a part of {prefix}, is not there with {size} bytes: restore it, or tokenize it again"
+            )
+    return list(parts)
+
+
+def files_of(prefix: str | os.PathLike[str], suffix: str) -> list[str]:
+    """The files of a source's parts that end with `suffix`."""
+    return [part + suffix for part in part_prefixes(prefix)]
+
+
+def total_size(files: Sequence[str]) -> int:
+    """Bytes of all files."""
+    return sum(map(os.path.getsize, files))
+
+
+class JoinedArrays:
+    """Arrays end to end, read like one: `[number]`, `[first:last]`."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self._arrays = arrays
+        self._starts = list(accumulate(map(len, arrays), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, place: int | slice) -> Any:
+        """An element, or a copy of a range; a view where one array has it all."""
+        if not isinstance(place, slice):
+            place = int(place) + (len(self) if place < 0 else 0)
+            which = bisect.bisect_right(self._starts, place) - 1
+            return self._arrays[which][place - self._starts[which]]
+        start, stop, step = place.indices(len(self))
+        assert step == 1, "ranges are read as they lie"
+        found = []
+        which = bisect.bisect_right(self._starts, start) - 1
+        while start < stop:
+            first = self._starts[which]
+            found.append(self._arrays[which][start - first : stop - first])
+            which, start = which + 1, self._starts[which + 1]
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate(found) if found else np.empty(0, self._arrays[0].dtype if self._arrays else None)
+
+
+def map_files(files: Sequence[str], dtype: Any) -> np.ndarray | JoinedArrays:
+    """The files' contents, end to end, memory-mapped."""
+    arrays = [np.memmap(file, dtype, "r") for file in files if os.path.getsize(file)]
+    if len(arrays) > 1:
+        return JoinedArrays(arrays)
+    return arrays[0] if arrays else np.empty(0, dtype)

@@ -1,0 +1,109 @@
+"""Tokenizing on a cluster: an array of `plt preprocess --shard` jobs, and one that joins what they have made."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from plt_megatron.errors import UserError
+from plt_megatron.installation import python_path
+from plt_megatron.launcher.job import JobSettings
+from plt_megatron.run_folder.files import write_text, writing
+from plt_megatron.run_folder.folder import RunFolder
+from plt_megatron.slurm import client
+from plt_megatron.slurm.profile import load_profile
+from plt_megatron.slurm.resources import resolve
+from plt_megatron.slurm.run_files import working_directory
+from plt_megatron.slurm.script import Array, Script
+
+_TEMPLATE = Path(__file__).with_name("preprocess.sbatch")
+_JOIN_SECONDS = 4 * 3600  # it reads an index of 20 bytes a document, and no tokens
+SUFFIX = ".slurm"  # of the folder with scripts and logs
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What was submitted: the ids of the array and of the job that joins, and where scripts and logs are."""
+
+    array: str
+    join: str
+    folder: Path
+
+
+def submit_preprocessing(
+    arguments: Sequence[str],
+    join: Sequence[str],
+    output_prefix: str,
+    *,
+    cluster: str,
+    nodes: int,
+    time: str | None = None,
+    workers: int | None = None,
+) -> Jobs:
+    """Submit both jobs. A killed node costs the shards that it was at: Slurm starts its member of the array again.
+
+    Args:
+        arguments: of `plt preprocess`, without `--shard` and `--workers`.
+        join: of the `plt preprocess` that comes last.
+        output_prefix: of the source.
+        cluster: the profile.
+        nodes: members of the array, of a node each.
+        time: limit of each; None: the profile's.
+        workers: of each; None: all of a node's CPUs.
+
+    Raises:
+        UserError: profile, options or partition do not fit, or Slurm refuses.
+    """
+    profile = load_profile(cluster)
+    given = time or profile.default_time
+    if given is None:
+        raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
+    seconds = client.time_limit(given, "--time" if time else "default_time")
+    profile = replace(profile, gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
+    resources, problems = resolve(profile, client.partitions(), nodes=1, seconds=seconds, gpus=(None, 0))
+    if problems:
+        raise UserError("\n".join(problems))
+    folder = Path(f"{os.path.abspath(output_prefix)}{SUFFIX}")
+    settings = JobSettings(
+        job_name=folder.stem,
+        nodes=1,
+        processes_per_node=1,
+        cpus_per_process=resources.cpus_per_process,
+        gpus_per_node=0,
+        time_limit_seconds=seconds,
+        python=profile.python or ("python3" if profile.container else sys.executable),
+        requeue=True,
+        scratch=profile.scratch,
+        environment=profile.environment,
+    )
+    plt = ["env", f"PYTHONPATH={python_path()}", settings.python, "-m", "plt_megatron", "preprocess"]
+    shard = [*plt, *arguments, "--workers", str(settings.cpus_per_process)]
+    array = Script(
+        settings,
+        profile,
+        folder,
+        working_directory(),
+        settings.python,
+        Array(folder, settings.job_name, nodes),
+        command=f'{shlex.join(shard)} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
+    )
+    last = replace(
+        array,
+        settings=replace(settings, cpus_per_process=1, time_limit_seconds=min(seconds, _JOIN_SECONDS)),
+        array=None,
+        command=shlex.join([*plt, *join]),
+    )
+    scripts = [folder / "shard.sbatch", folder / "join.sbatch"]
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    with writing(folder):
+        RunFolder(folder).logs.mkdir(parents=True, exist_ok=True)
+        for path, script in zip(scripts, (array, last), strict=True):
+            write_text(path, script.render(template))
+    number = client.submit(scripts[0])
+    # If a member fails, so does the other job: the same command goes on with both.
+    after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
+    return Jobs(number, client.submit(scripts[1], *after), folder)

@@ -1,0 +1,237 @@
+"""Tokenizing on several machines: equal bytes, equal samples, and a source whose parts stay where they are."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import Tool, digest, run_preprocess, write_jsonl
+
+from plt_megatron.config.schema import DataConfig, DataSource
+from plt_megatron.data.datasets import Datasets, build_datasets
+from plt_megatron.data.indexed import flat_tokens, read_index
+from plt_megatron.data.joining import join
+from plt_megatron.data.loss_mask import mask_path
+from plt_megatron.data.parts import JoinedArrays, part_prefixes
+from plt_megatron.data.preprocess import shard_prefix
+from plt_megatron.data.tokenizer import load_tokenizer
+from plt_megatron.errors import UserError
+
+SMALL = 6000  # bytes of a shard of work
+
+
+@pytest.fixture(scope="module")
+def inputs(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Lines, compressed lines that are read from their start, and small files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    plain = write_jsonl(folder / "a.jsonl", texts[:120])
+    packed = folder / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(write_jsonl(folder / "b.txt", texts[120:200]).read_bytes()))
+    small = [write_jsonl(folder / f"c{number}.jsonl", [text]) for number, text in enumerate(texts[200:])]
+    return [plain, packed, *small]
+
+
+@pytest.fixture(scope="module")
+def whole(inputs: list[Path], bpe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("whole") / "text"
+    run_preprocess(inputs, prefix, bpe_model, shard_bytes=SMALL)
+    return prefix
+
+
+def tokenize(inputs: list[Path], prefix: Path, model: Path, machines: int, **settings: Any) -> list[Path]:
+    for number in range(1, machines + 1):
+        run_preprocess(inputs, prefix, model, shard_bytes=SMALL, shard=(number, machines), **settings)
+    return [Path(shard_prefix(str(prefix), number, machines)) for number in range(1, machines + 1)]
+
+
+@pytest.fixture(scope="module")
+def joined(inputs: list[Path], bpe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    prefix = tmp_path_factory.mktemp("joined") / "text"
+    tokenize(inputs, prefix, bpe_model, 3)
+    join([f"{prefix}.shard-*"], str(prefix))
+    return prefix
+
+
+@pytest.mark.parametrize("machines", [2, 5])
+def test_machines_write_one_machines_bytes_between_them(machines, inputs, whole, bpe_model, tmp_path):
+    shards = tokenize(inputs, tmp_path / "text", bpe_model, machines)
+    tokens = b"".join(Path(f"{shard}.bin").read_bytes() for shard in shards)
+    assert tokens == Path(f"{whole}.bin").read_bytes()
+    made = join([str(shard) for shard in shards], str(tmp_path / "text"))
+    assert Path(f"{tmp_path / 'text'}.idx").read_bytes() == Path(f"{whole}.idx").read_bytes()
+    one = json.loads(Path(f"{whole}.manifest.json").read_text())
+    same = ("documents", "tokens", "text_bytes", "lines", "bin_bytes", "dtype", "tokenizer", "bad_lines")
+    assert {name: made[name] for name in same} == {name: one[name] for name in same}
+    sizes = [os.path.getsize(f"{shard}.bin") for shard in shards]
+    assert machines > 2 or max(sizes) < 2 * min(sizes)
+
+
+def test_a_machine_may_have_nothing_to_do(texts, bpe_model, tmp_path):
+    """An empty file, which is no document, is somebody's."""
+    (tmp_path / "empty.txt").touch()
+    inputs = [write_jsonl(tmp_path / "a.jsonl", texts[:2]), tmp_path / "empty.txt"]
+    one = run_preprocess(inputs, tmp_path / "one", bpe_model)
+    shards = tokenize(inputs, tmp_path / "text", bpe_model, 3)
+    made = join([str(shard) for shard in shards], str(tmp_path / "text"))
+    assert (made["documents"], made["bad_lines"]) == (2, one["bad_lines"]) and made["bad_lines"]
+    assert [read_index(shard).documents for shard in shards] == [2, 0, 0]
+    assert np.array_equal(flat_tokens(read_index(tmp_path / "text")), flat_tokens(read_index(tmp_path / "one")))
+
+
+def samples(prefix: Path, cache: Path, tokenizer: Path, **settings: Any) -> Datasets:
+    data = DataConfig(sources=[DataSource(str(prefix))], sequence_length=32, split="80,20,0", **settings)
+    return build_datasets(
+        data, num_samples=(200, 20, 0), seed=3, cache_dir=str(cache), tokenizer=load_tokenizer(tokenizer)
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"reset_at_document_boundaries": True, "eod_mask_loss": True}])
+def test_samples_and_fingerprint_are_those_of_one_file(settings, whole, joined, bpe_model, tmp_path):
+    one, several = (
+        samples(prefix, tmp_path / name, bpe_model, **settings)
+        for prefix, name in ((whole, "one"), (joined, "several"))
+    )
+    assert several.fingerprint == one.fingerprint
+    for ours, theirs in ((several.train, one.train), (several.validation, one.validation)):
+        assert ours is not None and theirs is not None and len(ours) == len(theirs) >= 20
+        for number in range(len(theirs)):
+            mine, expected = ours[number], theirs[number]
+            assert mine.keys() == expected.keys()
+            assert all(torch.equal(mine[name], expected[name]) for name in expected), number
+
+
+def test_a_source_in_parts_has_a_loss_mask_in_parts(whole, joined, bpe_model, tmp_path):
+    counted = (np.random.default_rng(1).random(read_index(whole).tokens) < 0.3).astype(np.uint8)
+    prefixes = []
+    for name, source in (("one", whole), ("several", joined)):
+        prefixes.append(tmp_path / name / "text")
+        shutil.copytree(source.parent, tmp_path / name)
+    start = 0
+    for part in [str(prefixes[0]), *part_prefixes(prefixes[1])]:
+        start = 0 if start == len(counted) else start
+        size = read_index(part).tokens
+        counted[start : start + size].tofile(mask_path(part))
+        start += size
+    join([f"{prefixes[1]}.shard-*"], str(prefixes[1]), overwrite=True)
+    one, several = (samples(prefix, prefix.parent / "cache", bpe_model) for prefix in prefixes)
+    assert several.fingerprint == one.fingerprint and one.train is not None and several.train is not None
+    assert all(torch.equal(several.train[row]["loss_mask"], one.train[row]["loss_mask"]) for row in range(200))
+    assert 0 < float(one.train[0]["loss_mask"].sum()) < 32
+
+
+def test_bad_lines_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_path):
+    lines = [json.dumps({"text": f"line {number} " * 40}) for number in range(60)]
+    lines[7], lines[33], lines[58] = "{broken", '{"other": 1}', "{broken"
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("\n".join(lines) + "\n")
+    run_preprocess([corpus], tmp_path / "one", bpe_model, shard_bytes=SMALL)
+    shards = tokenize([corpus], tmp_path / "text", bpe_model, 3)
+    reports = [Path(f"{prefix}.bad_lines.jsonl") for prefix in (tmp_path / "one", *shards)]
+    whole, *parts = (path.read_text().splitlines() if path.exists() else [] for path in reports)
+    assert [json.loads(line)["line"] for line in whole] == [8, 34, 59]
+    assert [line for part in parts for line in part] == whole
+
+
+def test_arrays_end_to_end_read_like_one():
+    rng = random.Random(5)
+    arrays = [np.arange(rng.randrange(1, 40), dtype=np.uint16) + 100 * number for number in range(8)]
+    one, several = np.concatenate(arrays), JoinedArrays(arrays)
+    assert len(several) == len(one)
+    places = [0, len(one), *(rng.randrange(len(one)) for _ in range(300))]
+    assert all(np.array_equal(several[first:last], one[first:last]) for first, last in pairwise(places))
+    assert all(several[place] == one[place] for place in (-1, 0, *places[2:]))
+    assert several[2:2].dtype == one.dtype
+
+
+def test_the_command_joins_what_it_has_tokenized(inputs, whole, bpe_model, tmp_path, run_tool: Tool):
+    prefix = tmp_path / "text"
+    common = ("--input", *inputs, "--output-prefix", prefix, "--tokenizer", bpe_model, "--workers", 1)
+    for number in (2, 1):  # in any order
+        done = run_tool("preprocess.py", *common, "--shard", f"{number}/2")
+        assert done.returncode == 0, done.stderr
+    again = run_tool("preprocess.py", *common, "--shard", "2/2")
+    assert again.returncode == 0 and "already done" in again.stderr
+    done = run_tool("preprocess.py", "--join", f"{prefix}.shard-*", "--output-prefix", prefix)
+    assert done.returncode == 0 and "2 parts" in done.stderr, done.stderr
+    assert np.array_equal(flat_tokens(read_index(prefix))[:], flat_tokens(read_index(whole)))
+    refused = run_tool("preprocess.py", *common, "--shard", "3/2")
+    assert refused.returncode == 2 and "--shard 3/2" in refused.stderr
+
+
+@pytest.fixture
+def shards(joined: Path, tmp_path: Path) -> list[Path]:
+    """Those of three machines, which a test may damage."""
+    shutil.copytree(joined.parent, tmp_path / "copy")
+    return [Path(shard_prefix(str(tmp_path / "copy" / "text"), number, 3)) for number in (1, 2, 3)]
+
+
+def refusal(parts: list[Path], output: Path) -> str:
+    with pytest.raises(UserError) as error:
+        join([str(part) for part in parts], str(output))
+    assert not list(output.parent.glob(f"{output.name}.*"))
+    return str(error.value)
+
+
+def test_a_missing_portion_is_named(shards, tmp_path):
+    assert "2/3" in refusal([shards[0], shards[2]], tmp_path / "out")
+
+
+def test_another_order_is_refused(shards, tmp_path):
+    assert "order" in refusal([shards[1], shards[0], shards[2]], tmp_path / "out")
+
+
+def test_portions_of_other_inputs_are_refused(shards, inputs, bpe_model, tmp_path):
+    run_preprocess(inputs[:2], tmp_path / "other", bpe_model, shard_bytes=SMALL, shard=(2, 3))
+    other = Path(shard_prefix(str(tmp_path / "other"), 2, 3))
+    assert str(other) in refusal([shards[0], other, shards[2]], tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "ids", "mask", "bytes"])
+def test_parts_of_two_kinds_are_refused(what, shards, tmp_path):
+    path = Path(f"{shards[1]}.manifest.json")
+    if what == "tokenizer":
+        manifest = json.loads(path.read_text())
+        manifest["tokenizer"]["sha256"] = "0"
+        path.write_text(json.dumps(manifest))
+    elif what == "ids":
+        raw = bytearray(Path(f"{shards[1]}.idx").read_bytes())
+        raw[17] = 3  # int16: as wide
+        Path(f"{shards[1]}.idx").write_bytes(raw)
+    elif what == "mask":
+        np.ones(read_index(shards[1]).tokens, np.uint8).tofile(mask_path(shards[1]))
+    else:
+        with open(f"{shards[1]}.bin", "ab") as file:
+            file.write(b"\0\0")
+    assert str(shards[1]) in refusal(shards, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_part_that_changes_afterwards_is_named(damage, shards):
+    part = Path(f"{shards[1]}.bin")
+    if damage == "gone":
+        part.unlink()
+    else:
+        os.truncate(part, 10)
+    with pytest.raises(UserError, match=r"shard-00002-of-00003\.bin"):
+        read_index(shards[0].parent / "text")
+
+
+def test_what_is_there_already_stays(shards, whole, tmp_path):
+    target = shards[0].parent / "text"
+    before = digest(shards[0])
+    with pytest.raises(UserError, match="--overwrite"):
+        join([f"{target}.shard-*"], str(target))
+    with pytest.raises(UserError, match=r"\.bin exists"):
+        join([f"{target}.shard-*"], str(whole))
+    with pytest.raises(UserError, match="consists of parts itself"):
+        join([str(target)], str(tmp_path / "again"))
+    assert digest(shards[0]) == before
