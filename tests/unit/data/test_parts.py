@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import Tool, digest, run_preprocess, write_jsonl
+from data_helpers import ROOT, Tool, digest, run_preprocess, write_jsonl
 
 from plt_megatron.config.schema import DataConfig, DataSource
 from plt_megatron.data.datasets import Datasets, build_datasets
@@ -165,6 +165,20 @@ def test_the_command_joins_what_it_has_tokenized(inputs, whole, bpe_model, tmp_p
     assert np.array_equal(flat_tokens(read_index(prefix))[:], flat_tokens(read_index(whole)))
     refused = run_tool("preprocess.py", *common, "--shard", "3/2")
     assert refused.returncode == 2 and "--shard 3/2" in refused.stderr
+
+
+def test_what_datatrove_has_written_is_a_source(tmp_path):
+    """Two ranks of its MegatronDocumentTokenizer (0.10.1), which end each document with token 0."""
+    folder = ROOT / "tests/fixtures/datatrove"
+    made = join([str(folder / "*_tokens")], str(tmp_path / "text"))
+    expected = json.loads((folder / "expected.json").read_text())
+    index = read_index(tmp_path / "text")
+    assert index.lengths.tolist() == [len(tokens) for tokens in expected]
+    assert flat_tokens(index)[:].tolist() == [token for tokens in expected for token in tokens]
+    assert (made["documents"], made["tokens"], len(made["parts"])) == (24, sum(map(len, expected)), 2)
+    data = DataConfig(sources=[DataSource(str(tmp_path / "text"))], sequence_length=16)
+    built = build_datasets(data, num_samples=(8, 0, 0), seed=1, cache_dir=str(tmp_path / "cache"), tokenizer=None)
+    assert built.train is not None and built.train[7]["tokens"].shape == (16,)
 
 
 @pytest.fixture
