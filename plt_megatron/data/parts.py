@@ -32,7 +32,7 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
         listed = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else None
         if listed is None:
             return [prefix]
-        parts = {str(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
+        parts = {os.path.normpath(path.parent / part["prefix"]): part["bin_bytes"] for part in listed}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): join the parts again (plt preprocess --join)") from error
     for part, size in parts.items():

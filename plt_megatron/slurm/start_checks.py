@@ -19,7 +19,7 @@ from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.indexed import open_index
 from plt_megatron.data.loss_mask import check_mask
 from plt_megatron.data.parts import SUFFIX as PARTS
-from plt_megatron.data.parts import files_of, total_size
+from plt_megatron.data.parts import files_of, part_prefixes, total_size
 from plt_megatron.data.resuming import check_data, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -95,7 +95,10 @@ def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) 
     """Whether the manifest names another tokenizer. Data without a manifest was made elsewhere: nothing to compare."""
     path = Path(prefix + ".manifest.json")
     try:
-        made: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["tokenizer"]
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if "parts" in manifest and "tokenizer" not in manifest:  # of parts that were made elsewhere
+            return []
+        made: dict[str, Any] = manifest["tokenizer"]
         sha256, ids = made["sha256"], made["vocab_size"]
     except FileNotFoundError:
         return []
@@ -120,7 +123,8 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
     visible = list(mounted)
     for mount in container.mounts:
         visible.append(Path(os.path.expandvars(mount.split(":")[1] if ":" in mount else mount)))
-    read = [(f"data source {path}", path) for path in dict.fromkeys(_paths(config.data))]
+    sources = dict.fromkeys(part for path in _paths(config.data) for part in _parts(path))
+    read = [(f"data source {path}", path) for path in sources]
     for key, value in (("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)):
         read += [(f"{key} {value}", value)] if value and not is_url(value) else []
     read += [(f"{key} {url}", url[7:]) for key, url in destinations(config) if protocol_of(url) == "file"]
@@ -129,6 +133,14 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
         for what, path in read
         if not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in visible)
     ]
+
+
+def _parts(prefix: str) -> list[str]:
+    """The source's parts, or itself where `data_problems` tells what is wrong with them."""
+    try:
+        return part_prefixes(prefix)
+    except UserError:
+        return [prefix]
 
 
 def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:

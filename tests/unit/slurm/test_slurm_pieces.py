@@ -16,6 +16,7 @@ import yaml
 from submitting import ROOT, refusal, submit_run
 
 from plt_megatron.config.schema import RunConfig, TrainingConfig
+from plt_megatron.data.joining import join
 from plt_megatron.errors import UserError
 from plt_megatron.launcher.job import JobSettings, load_settings, save_settings
 from plt_megatron.slurm import checks
@@ -169,6 +170,9 @@ def test_data_outside_of_a_containers_mounts_is_refused(folder, slurm):
     shutil.copytree(folder / "data", elsewhere)
     (line,) = refusal(f"data.sources=[{{path: {elsewhere}/corpus}}]", cluster="./c.yaml")
     assert f"{elsewhere}/corpus" in line and "container.mounts" in line
+    join([str(elsewhere / "corpus")], str(folder / "data" / "joined"))  # its part lies elsewhere
+    (line,) = refusal(f"data.sources=[{{path: {folder}/data/joined}}]", cluster="./c.yaml")
+    assert f"{elsewhere}/corpus" in line
     settings = (f"checkpoint.upload_to=file://{elsewhere}", "checkpoint.load=s3://bucket/run")
     lines = refusal(*settings, "checkpoint.weights_only=true", cluster="./c.yaml")
     (line,) = [line for line in lines if line.startswith("checkpoint.")]
