@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from plt_megatron.data.indexed import flat_tokens, read_index
 from plt_megatron.data.preprocess import PreprocessOptions, preprocess
@@ -18,12 +19,13 @@ from tests.slurm.runs import ROOT
 PROFILE = "gpus_per_node: 0\nprocesses_per_node: 1\ncpus_per_process: 1\ndefault_time: '30'\n"
 
 
-def test_the_cluster_writes_one_machines_tokens(slurm, tmp_path):
-    """A node is switched off while its shard is worked on: Slurm starts it again, and it goes on."""
+@pytest.mark.parametrize("dies", [False, pytest.param(True, marks=pytest.mark.slurm_faults)])
+def test_the_cluster_writes_one_machines_tokens(dies, slurm, tmp_path):
+    """Also if a node is switched off while its shard is worked on: Slurm starts it again, and it goes on."""
     tokenizer = make_data(tmp_path / "data").tokenizer
     assert tokenizer is not None
     rng = random.Random(3)
-    lines = (json.dumps({"text": " ".join(rng.choices(("loop", "kara", "minop", "terus"), k=60))}) for _ in range(4000))
+    lines = (json.dumps({"text": " ".join(rng.choices(("loop", "kara", "minop", "terus"), k=60))}) for _ in range(1600))
     corpus = tmp_path / "text.jsonl"
     corpus.write_text("".join(f"{line}\n" for line in lines))
     one, prefix = tmp_path / "one" / "text", tmp_path / "out" / "text"
@@ -37,10 +39,11 @@ def test_the_cluster_writes_one_machines_tokens(slurm, tmp_path):
     def working() -> list[Path]:
         return [path for path in prefix.parent.glob("text.shard-*.partial") if list(path.glob("*.json"))]
 
-    wait_for(working, "a shard to be worked on", 120, lambda: slurm.run("squeue"))
-    node = slurm.run("squeue", "--noheader", "--states=RUNNING", "--format=%N").split()[0]
-    slurm.control("node-off", node)
-    slurm.control("node-on", node)
+    if dies:
+        wait_for(working, "a shard to be worked on", 120, lambda: slurm.run("squeue"))
+        node = slurm.run("squeue", "--noheader", "--states=RUNNING", "--format=%N").split()[0]
+        slurm.control("node-off", node)
+        slurm.control("node-on", node)
     wait_for(lambda: not slurm.jobs(), "the jobs to end", 300, lambda: slurm.run("squeue"), interval=0.5)
     logs = "".join(path.read_text() for path in (prefix.parent / "text.slurm").rglob("*.out"))
     ours, theirs = read_index(prefix), read_index(one)

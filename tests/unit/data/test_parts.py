@@ -61,7 +61,7 @@ def joined(inputs: list[Path], bpe_model: Path, tmp_path_factory: pytest.TempPat
     return prefix
 
 
-@pytest.mark.parametrize("machines", [2, 5])
+@pytest.mark.parametrize("machines", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_machines_write_one_machines_bytes_between_them(machines, inputs, whole, bpe_model, tmp_path):
     shards = tokenize(inputs, tmp_path / "text", bpe_model, machines)
     tokens = b"".join(Path(f"{shard}.bin").read_bytes() for shard in shards)
