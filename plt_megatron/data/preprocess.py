@@ -75,18 +75,12 @@ def shard_prefix(prefix: str, number: int, of: int) -> str:
 
 def check_options(options: PreprocessOptions) -> None:
     """Raise `UserError` where inputs, tokenizer or settings do not do; nothing is written."""
-    _checked(options)
-
-
-def _checked(options: PreprocessOptions) -> _Job:
-    if options.read.max_document_bytes > _LARGEST_DOCUMENT:
-        raise UserError(f"--max-document-bytes {options.read.max_document_bytes} is over {_LARGEST_DOCUMENT}")
-    return _Job(options)
+    _Job(options)
 
 
 def preprocess(options: PreprocessOptions) -> dict[str, Any]:
     """Tokenize a corpus and return the manifest. Raises `UserError`; the work done so far is kept."""
-    job = _checked(options)
+    job = _Job(options)
     if (manifest := job.finished()) is not None:
         shutil.rmtree(job.work, ignore_errors=True)  # left if killed at the very end
         _say(f"{options.output_prefix}: already done ({manifest['tokens']:,} tokens), nothing to do")
@@ -118,6 +112,8 @@ class _Job:
     """Makes one output, in a work folder and three phases."""
 
     def __init__(self, options: PreprocessOptions) -> None:
+        if options.read.max_document_bytes > _LARGEST_DOCUMENT:
+            raise UserError(f"--max-document-bytes {options.read.max_document_bytes} is over {_LARGEST_DOCUMENT}")
         if options.shard is not None:
             options = replace(options, output_prefix=shard_prefix(options.output_prefix, *options.shard))
         self.options = options
@@ -387,7 +383,7 @@ def _bad_lines(
     """File, line (Parquet: row) and reason of the bad lines kept. `first`: the file and place where reading began."""
     before: Counter[int] = Counter()
     if first[1] and any(report["bad_lines"] for report in reports if report["file"] == first[0]):
-        before[first[0]] = int(sources[first[0]].place(first[1], 0))
+        before[first[0]] = sources[first[0]].lines_before(first[1])
     for report in reports:
         for line, reason in report["bad_lines"]:
             yield sources[report["file"]].path, before[report["file"]] + line, reason

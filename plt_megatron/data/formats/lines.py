@@ -37,8 +37,8 @@ class LineReader(Reader):
         with open_stream(self.path) as stream:
             yield from self._lines(stream, start, math.inf if end is None else end)
 
-    def place(self, start: int, line: int) -> str:
-        return str(_lines_before(self.path, start) + line)
+    def lines_before(self, start: int) -> int:
+        return _lines_before(self.path, start)
 
     def _lines(self, stream: io.BufferedReader, position: int, end: float) -> Iterator[Document]:
         limit = self.options.max_document_bytes

@@ -50,10 +50,12 @@ class Parquet(Reader):
                 numbers = batch.column(quality.key) if quality else itertools.repeat(None)
                 yield from zip(batch.column(text), numbers, strict=False)
 
-    def place(self, start: int, line: int) -> str:
+    def lines_before(self, start: int) -> int:
         with self._open() as file:
-            before = sum(file.metadata.row_group(group).num_rows for group in range(start))
-        return f"row {before + line}"
+            return sum(file.metadata.row_group(group).num_rows for group in range(start))
+
+    def place(self, start: int, line: int) -> str:
+        return f"row {super().place(start, line)}"
 
     def check(self) -> None:
         super().check()

@@ -94,9 +94,13 @@ class Reader(ABC):
         Raises `BrokenStream` where a compressed file is damaged, and `UserError` if a file cannot be read.
         """
 
+    def lines_before(self, start: int) -> int:
+        """Lines (Parquet: rows) of the file before the span from `start` on."""
+        return 0
+
     def place(self, start: int, line: int) -> str:
         """Where in the file line `line` of the span from `start` on is, as messages say it."""
-        return str(line)
+        return str(self.lines_before(start) + line)
 
     def check(self) -> None:
         """`UserError` if the file cannot be opened, lacks what the options ask for, or a package is missing."""

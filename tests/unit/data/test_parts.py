@@ -141,6 +141,18 @@ def test_bad_lines_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_pa
     assert [line for part in parts for line in part] == whole
 
 
+def test_bad_rows_of_a_table_have_the_numbers_that_they_have_in_the_file(bpe_model, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [None if number in (7, 33, 58) else f"row {number} " * 40 for number in range(60)]
+    table = tmp_path / "text.parquet"
+    parquet.write_table(pyarrow.table({"text": rows}), table, row_group_size=10)
+    shards = [Path(shard_prefix(str(tmp_path / "text"), number, 2)) for number in (1, 2)]
+    for number in (1, 2):
+        run_preprocess([table], tmp_path / "text", bpe_model, shard_bytes=100, shard=(number, 2))
+    found = [Path(f"{shard}.bad_lines.jsonl").read_text().splitlines() for shard in shards]
+    assert [json.loads(line)["line"] for lines in found for line in lines] == [8, 34, 59] and all(found)
+
+
 def test_arrays_end_to_end_read_like_one():
     rng = random.Random(5)
     arrays = [np.arange(rng.randrange(1, 40), dtype=np.uint16) + 100 * number for number in range(8)]
