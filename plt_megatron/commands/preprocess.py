@@ -104,6 +104,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     """Submit the same command, as an array of its shards, and one that joins them."""
+    from plt_megatron.data.joining import check_output
     from plt_megatron.data.preprocess import check_options, shard_prefix
     from plt_megatron.slurm.preprocessing import submit_preprocessing
 
@@ -111,8 +112,7 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     prefix, nodes = arguments.output_prefix, arguments.nodes
     if not 1 <= nodes <= _MOST_SHARDS:
         raise UserError(f"--nodes {nodes}: expected a number from 1 to {_MOST_SHARDS}")
-    if os.path.exists(f"{prefix}.idx") and not arguments.overwrite:
-        raise UserError(f"{prefix}.idx exists: choose another --output-prefix or pass --overwrite")
+    check_output(prefix, overwrite=arguments.overwrite)
     parts = [shard_prefix(prefix, number, nodes) for number in range(1, nodes + 1)]
     jobs = submit_preprocessing(
         _without(argv, "--cluster", "--nodes", "--time", "--workers"),

@@ -277,6 +277,15 @@ def source_name(source: DataSource) -> str:
     return source.name or Path(source.path).name
 
 
+SOURCE_PARTS = ".parts.json"  # what a source in parts has instead of a .bin (data/parts.py)
+
+
+def missing_files(prefix: str) -> list[str]:
+    """Suffixes of the files that a source at this path prefix lacks."""
+    tokens = () if Path(prefix + SOURCE_PARTS).is_file() else (".bin",)
+    return [suffix for suffix in (*tokens, ".idx") if not Path(prefix + suffix).is_file()]
+
+
 def fim_rate(data: DataConfig, source: DataSource) -> float:
     """Share of a training source's documents that are rearranged for fill-in-the-middle."""
     return fim(data).rate if source.fim_rate is None else source.fim_rate

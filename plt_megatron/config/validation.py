@@ -159,9 +159,7 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
     if not source.path:
         yield f"{key} is empty: give the path prefix of a .bin and .idx pair"
         return
-    in_parts = Path(source.path + ".parts.json").is_file()
-    suffixes = (".idx",) if in_parts else (".bin", ".idx")
-    missing = [suffix for suffix in suffixes if not Path(source.path + suffix).is_file()]
+    missing = derived.missing_files(source.path)
     if not missing:
         return
     root, suffix = os.path.splitext(source.path)

@@ -8,6 +8,7 @@ document ends (uint64 each), lengths (int32), byte offsets (int64), document end
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -34,11 +35,13 @@ _CODES: dict[int, type] = {
 
 @dataclass(frozen=True)
 class IndexedFile:
-    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document."""
+    """The contents of a `.idx`. `lengths` is memory-mapped int32, tokens per document; `bins` are the files that hold
+    the tokens, one or a source's parts'."""
 
     prefix: str
     dtype: np.dtype[Any]
     lengths: np.ndarray
+    bins: Sequence[str]
 
     @property
     def documents(self) -> int:
@@ -55,7 +58,8 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     Raises `UserError` if they do not agree.
     """
     prefix = os.fspath(prefix)
-    for path in (prefix + ".idx", *files_of(prefix, ".bin")):
+    bins = files_of(prefix, ".bin")
+    for path in (prefix + ".idx", *bins):
         if not os.path.isfile(path):
             raise UserError(f"{path} not found: tokenize the data with plt preprocess")
         if not os.access(path, os.R_OK):
@@ -79,26 +83,28 @@ def open_index(prefix: str | os.PathLike[str]) -> IndexedFile:
             end = int(starts[-1]) + int(lengths[-1]) * dtype.itemsize
     except OSError as error:
         raise UserError(f"{prefix}.idx cannot be read ({error.strerror})") from error
-    _check_size(prefix, end)
-    return IndexedFile(prefix, dtype, lengths)
+    index = IndexedFile(prefix, dtype, lengths, bins)
+    _check_size(index, end)
+    return index
 
 
 def read_index(prefix: str | os.PathLike[str]) -> IndexedFile:
     """Like `open_index`, but also checks that all lengths add up to the size of `prefix`.bin."""
     index = open_index(prefix)
-    _check_size(index.prefix, index.tokens * index.dtype.itemsize)
+    _check_size(index, index.tokens * index.dtype.itemsize)
     return index
 
 
-def _check_size(prefix: str, expected: int) -> None:
-    size = total_size(files_of(prefix, ".bin"))
+def _check_size(index: IndexedFile, expected: int) -> None:
+    size = total_size(index.bins)
     if size != expected:
-        raise UserError(f"{prefix}.bin has {size} bytes where its index expects {expected}: tokenize the data again")
+        expects = f"where its index expects {expected}: tokenize the data again"
+        raise UserError(f"{index.prefix}.bin has {size} bytes {expects}")
 
 
 def flat_tokens(index: IndexedFile) -> Any:
     """All tokens of a source, memory-mapped: an array, or several that are read like one (`parts`)."""
-    return map_files(files_of(index.prefix, ".bin"), index.dtype)
+    return map_files(index.bins, index.dtype)
 
 
 def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
@@ -113,6 +119,17 @@ def document_starts(index: IndexedFile, documents: Sequence[int]) -> list[int]:
         found[inside] = starts[wanted[inside] - first]
         passed += int(lengths.sum())
     return [int(start) for start in found]
+
+
+def read_manifest(prefix: str) -> dict[str, Any]:
+    """What `plt preprocess` says of a source in `prefix`.manifest.json; empty for one that was made elsewhere."""
+    try:
+        with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{prefix}.manifest.json is not valid JSON ({error}): delete or restore it") from error
 
 
 def write_index(path: Path, dtype: Any, lengths: Callable[[], Iterable[np.ndarray]]) -> None:

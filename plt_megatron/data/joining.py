@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plt_megatron.data import loss_mask, parts
-from plt_megatron.data.indexed import IndexedFile, read_index, write_index
+from plt_megatron.config.derived import SOURCE_PARTS
+from plt_megatron.data import loss_mask
+from plt_megatron.data.indexed import IndexedFile, read_index, read_manifest, write_index
+from plt_megatron.data.shards import publish_json
 from plt_megatron.errors import UserError
-from plt_megatron.run_folder.files import replacing, write_text
+from plt_megatron.run_folder.files import replacing
 
 _COUNTED = ("documents", "tokens", "text_bytes", "lines", "left_out", "loss_mask_tokens")
 
@@ -32,12 +33,9 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
     """
     prefixes = _prefixes(patterns)
     target = Path(os.path.abspath(output_prefix))
-    if os.path.exists(f"{target}.bin"):
-        raise UserError(f"{target}.bin exists: choose another --output-prefix")
-    if os.path.exists(f"{target}.idx") and not overwrite:
-        raise UserError(f"{target}.idx exists: choose another --output-prefix or pass --overwrite")
+    check_output(target, overwrite=overwrite)
     indices = [read_index(prefix) for prefix in prefixes]
-    manifests = [_manifest(prefix) for prefix in prefixes]
+    manifests = [read_manifest(prefix) for prefix in prefixes]
     _check_alike(prefixes, indices, manifests)
     _check_complete(prefixes, manifests)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,9 +46,18 @@ def join(patterns: Sequence[str], output_prefix: str, *, overwrite: bool = False
     manifest = _joined_manifest(indices, manifests, listed)
     with replacing(Path(f"{target}.idx"), "wb") as file:
         write_index(Path(file.name), indices[0].dtype, lambda: (index.lengths for index in indices))
-    write_text(Path(f"{target}.manifest.json"), json.dumps(manifest, indent=1) + "\n")
-    write_text(Path(f"{target}{parts.SUFFIX}"), json.dumps({"parts": listed}, indent=1) + "\n")
+    publish_json(Path(f"{target}.manifest.json"), manifest)
+    publish_json(Path(f"{target}{SOURCE_PARTS}"), {"parts": listed})
     return manifest
+
+
+def check_output(prefix: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise `UserError` where a source in parts would take another one's place."""
+    existing = [suffix for suffix in (".bin", ".idx") if os.path.exists(f"{prefix}{suffix}")]
+    if ".bin" in existing or (existing and not overwrite):
+        hint = "" if ".bin" in existing else " or pass --overwrite"
+        found = ", ".join(f"{prefix}{suffix} exists" for suffix in existing)
+        raise UserError(f"{found}: choose another --output-prefix{hint}")
 
 
 def _prefixes(patterns: Sequence[str]) -> list[str]:
@@ -62,31 +69,23 @@ def _prefixes(patterns: Sequence[str]) -> list[str]:
             raise UserError(f"--join {pattern!r} matches no .idx: name the prefixes of tokenized sources")
         found.update(dict.fromkeys(matches))
     for prefix in found:
-        if os.path.exists(prefix + parts.SUFFIX):
+        if os.path.exists(prefix + SOURCE_PARTS):
             raise UserError(f"{prefix} consists of parts itself: name those")
     return list(found)
-
-
-def _manifest(prefix: str) -> dict[str, Any]:
-    path = Path(f"{prefix}.manifest.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): tokenize that part again") from error
 
 
 def _check_alike(prefixes: Sequence[str], indices: Sequence[IndexedFile], manifests: Sequence[dict[str, Any]]) -> None:
     first = prefixes[0]
     tokenizers = {prefix: made["tokenizer"] for prefix, made in zip(prefixes, manifests, strict=True) if made}
     known = next(iter(tokenizers), None)
-    for prefix, index in zip(prefixes, indices, strict=True):
+    for prefix, index, made in zip(prefixes, indices, manifests, strict=True):
         if index.dtype != indices[0].dtype:
             raise UserError(f"{prefix} has ids of type {index.dtype}, {first} of {indices[0].dtype}: not of one source")
         if known and prefix in tokenizers and tokenizers[prefix]["sha256"] != tokenizers[known]["sha256"]:
             raise UserError(f"{prefix} was made with {tokenizers[prefix]['path']}, {known} with another tokenizer")
         if loss_mask.has_mask(prefix) != loss_mask.has_mask(first):
             raise UserError(f"{prefix} and {first}: one has a loss mask, the other has none")
-        loss_mask.check_mask(prefix, index.tokens, manifests[prefixes.index(prefix)])
+        loss_mask.check_mask(prefix, index.tokens, made)
 
 
 def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]) -> None:
@@ -100,7 +99,8 @@ def _check_complete(prefixes: Sequence[str], manifests: Sequence[dict[str, Any]]
     other = next((prefix for prefix, made in zip(prefixes, inputs, strict=True) if made != inputs[0]), None)
     if other is not None:
         raise UserError(f"{other} was made of other inputs or settings than {prefixes[0]}")
-    missing = [f"{number}/{of}" for number in range(1, of + 1) if [number, of] not in shards]
+    there = {number for number, _ in filter(None, shards)}
+    missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in there]
     if missing:
         raise UserError(f"not all of the input is tokenized: --shard {', '.join(missing)} is missing")
     if shards != [[number, of] for number in range(1, of + 1)]:

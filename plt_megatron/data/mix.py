@@ -21,7 +21,7 @@ from plt_megatron.config.data_stages import all_sources, distinct_sources, stage
 from plt_megatron.config.schema import DataConfig, DataSource, RunConfig
 from plt_megatron.data import loss_mask
 from plt_megatron.data.fill_in_middle import ADDED_TOKENS, find_tokens
-from plt_megatron.data.indexed import IndexedFile, flat_tokens, read_index
+from plt_megatron.data.indexed import IndexedFile, flat_tokens, read_index, read_manifest
 from plt_megatron.data.parts import files_of, map_files
 from plt_megatron.data.tokenizer import Tokenizer
 from plt_megatron.errors import UserError
@@ -228,7 +228,7 @@ def consumed_epochs(shares: Sequence[SourceShare], consumed_samples: int, num_sa
 def check_tokenizer(data: DataConfig, tokenizer: Tokenizer) -> None:
     """`UserError` if a source was made with another tokenizer: by its manifest, or by ids beyond the vocabulary."""
     for path in dict.fromkeys(source.path for _, source in all_sources(data)):
-        made_with = _manifest(path).get("tokenizer", {})
+        made_with = read_manifest(path).get("tokenizer", {})
         if made_with and made_with["sha256"] != tokenizer.fingerprint:
             raise UserError(
                 f"{path} was tokenized with {made_with['path']}, not with {tokenizer.path}: tokenize it again or "
@@ -248,18 +248,8 @@ def check_masks(data: DataConfig) -> None:
     missing though its manifest tells of it."""
     for path in dict.fromkeys(source.path for _, source in all_sources(data)):
         tokens = read_index(path).tokens
-        loss_mask.check_mask(path, tokens, _manifest(path))
+        loss_mask.check_mask(path, tokens, read_manifest(path))
         loss_mask.check_values(path, tokens)
-
-
-def _manifest(prefix: str) -> dict[str, Any]:
-    try:
-        with open(f"{prefix}.manifest.json", encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{prefix}.manifest.json is not valid JSON ({error}): delete or restore it") from error
 
 
 def _token_blocks(index: IndexedFile) -> list[np.ndarray]:

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from plt_megatron.config.derived import SOURCE_PARTS
 from plt_megatron.errors import UserError
-
-SUFFIX = ".parts.json"
 
 
 def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
@@ -27,7 +26,7 @@ def part_prefixes(prefix: str | os.PathLike[str]) -> list[str]:
     Raises `UserError` if the list of parts cannot be read, or a part is not as large as it was.
     """
     prefix = os.fspath(prefix)
-    path = Path(prefix + SUFFIX)
+    path = Path(prefix + SOURCE_PARTS)
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.is_file() else None
         if listed is None:

@@ -34,6 +34,11 @@ def trains(config: RunConfig) -> Callable[[str], bool]:
     return partial(is_trained, config.training.trainable)
 
 
+def selection(config: RunConfig) -> Callable[[str], bool] | None:
+    """`trains` for counting; None: all are trained, and no name need be asked for."""
+    return trains(config) if config.training.trainable else None
+
+
 def trains_head(config: RunConfig) -> bool:
     """Whether it trains the output layer's weight, which may be the embedding's."""
     tied = config.model.share_embeddings_and_output_weights

@@ -19,7 +19,7 @@ from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import ModelConfig, RunConfig
 from plt_megatron.model.parameters import Component, Parameter, Sizes, parameters_of
-from plt_megatron.model.trainable import trains
+from plt_megatron.model.trainable import selection
 from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.parameters import elements
 
@@ -187,12 +187,12 @@ class Stage:
 
 def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]:
     """Count what a rank of each pipeline stage holds."""
-    is_trained = trains(config) if config.training.trainable else None
+    is_trained = selection(config)
     found = []
     for index, layers in enumerate(layout.stage_layers(config.model.num_layers)):
-        counted, trained = (
-            count_rank_parameters(config.model, vocab_size, layout, index, which) for which in (None, is_trained)
-        )
+        count = partial(count_rank_parameters, config.model, vocab_size, layout, index)
+        counted = count()
+        trained = counted if is_trained is None else count(is_trained)
         dense = Held(counted.dense, layout.shards, frozen=counted.dense - trained.dense)
         experts = Held(counted.experts, layout.expert_shards, frozen=counted.experts - trained.experts)
         if optimizer_spec(config.optimizer).matrix_state is not None:

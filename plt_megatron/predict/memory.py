@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from plt_megatron.config import derived
 from plt_megatron.config.optimizers import optimizer_spec
 from plt_megatron.config.schema import RunConfig
-from plt_megatron.model.trainable import trains
+from plt_megatron.model.trainable import selection
 from plt_megatron.predict.held import Held, Stage
 from plt_megatron.predict.layers import FP32
 from plt_megatron.predict.layout import BYTES, Layout, enough_microbatches, passes
@@ -174,10 +174,8 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int
     """One checkpoint on disk: weights in their precision, and what is in fp32 of those that are trained."""
     padded = derived.padded_vocab_size(config.model, vocab_size, tensor)
     total = count_parameters(config.model, vocab_size, tensor).total
-    trained = list(elements(config.model, vocab_size=padded, is_trained=trains(config)))
-    precise = sum(
-        number * _precise_bytes(config, hidden_matrix=parameter.is_hidden_matrix) for parameter, number in trained
-    )
+    trained = elements(config.model, vocab_size=padded, is_trained=selection(config))
+    precise = sum(number * _precise_bytes(config, hidden_matrix=each.is_hidden_matrix) for each, number in trained)
     return total * BYTES[config.training.precision] + precise
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from plt_megatron.config import derived
 from plt_megatron.model.parameters import parameters_of
-from plt_megatron.model.trainable import EMBEDDING, trains, trains_head
+from plt_megatron.model.trainable import EMBEDDING, selection, trains, trains_head
 from plt_megatron.predict.activations import Activations
 from plt_megatron.predict.held import Stage, count_in_layers
 from plt_megatron.predict.layers import FP32, runs
@@ -180,11 +180,11 @@ def _whole_gradients(step: Step, layers: range) -> float:
     """Gradients of what tensor-parallel ranks have whole (norms, routers), where each sees a part of the rows."""
     if not step.layout.sequence_parallel:
         return 0.0
-    model, is_trained = step.config.model, trains(step.config)
-    whole = count_in_layers(model, layers, is_trained)["whole"]
-    whole += model.hidden_size * is_trained("final_layernorm.weight")
+    model, selected = step.config.model, selection(step.config)
+    whole = count_in_layers(model, layers, selected)["whole"]
+    whole += sum(number for _, number in elements(model, None, "final_norm", is_trained=selected))
     if model.key_shift == "learned":  # summed in each backward pass
-        of_attention = elements(model, layers, "attention", is_trained=is_trained)
+        of_attention = elements(model, layers, "attention", is_trained=selected)
         whole -= sum(number for parameter, number in of_attention if parameter.dims == "groups")
     return 2 * _share(step.layout.tensor) * FP32 * whole
 

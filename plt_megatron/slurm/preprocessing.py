@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from plt_megatron.launcher.job import JobSettings
 from plt_megatron.run_folder.files import write_text, writing
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm import client
-from plt_megatron.slurm.profile import load_profile
+from plt_megatron.slurm.profile import ClusterProfile, load_profile
 from plt_megatron.slurm.resources import resolve
 from plt_megatron.slurm.run_files import working_directory
 from plt_megatron.slurm.script import Array, Script
@@ -58,28 +57,9 @@ def submit_preprocessing(
     Raises:
         UserError: profile, options or partition do not fit, or Slurm refuses.
     """
-    profile = load_profile(cluster)
-    given = time or profile.default_time
-    if given is None:
-        raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
-    seconds = client.time_limit(given, "--time" if time else "default_time")
-    profile = replace(profile, gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
-    resources, problems = resolve(profile, client.partitions(), nodes=1, seconds=seconds, gpus=(None, 0))
-    if problems:
-        raise UserError("\n".join(problems))
+    profile = replace(load_profile(cluster), gpus_per_node=None, processes_per_node=1, cpus_per_process=workers)
     folder = Path(f"{os.path.abspath(output_prefix)}{SUFFIX}")
-    settings = JobSettings(
-        job_name=folder.stem,
-        nodes=1,
-        processes_per_node=1,
-        cpus_per_process=resources.cpus_per_process,
-        gpus_per_node=0,
-        time_limit_seconds=seconds,
-        python=profile.python or ("python3" if profile.container else sys.executable),
-        requeue=True,
-        scratch=profile.scratch,
-        environment=profile.environment,
-    )
+    settings = _settings(profile, folder.stem, profile.limit_seconds(time))
     plt = ["env", f"PYTHONPATH={python_path()}", settings.python, "-m", "plt_megatron", "preprocess"]
     shard = [*plt, *arguments, "--workers", str(settings.cpus_per_process)]
     array = Script(
@@ -91,12 +71,38 @@ def submit_preprocessing(
         Array(folder, settings.job_name, nodes),
         command=f'{shlex.join(shard)} --shard "$SLURM_ARRAY_TASK_ID/{nodes}"',
     )
+    shorter = min(settings.time_limit_seconds, _JOIN_SECONDS)
     last = replace(
         array,
-        settings=replace(settings, cpus_per_process=1, time_limit_seconds=min(seconds, _JOIN_SECONDS)),
+        settings=replace(settings, cpus_per_process=1, time_limit_seconds=shorter),
         array=None,
         command=shlex.join([*plt, *join]),
     )
+    return _submit(folder, array, last)
+
+
+def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
+    """A member of the array: one process with all CPUs that it is given. Raises `UserError` if the partition has no
+    such node."""
+    resources, problems = resolve(profile, client.partitions(), nodes=1, seconds=seconds, gpus=(None, 0))
+    if problems:
+        raise UserError("\n".join(problems))
+    return JobSettings(
+        job_name=name,
+        nodes=1,
+        processes_per_node=1,
+        cpus_per_process=resources.cpus_per_process,
+        gpus_per_node=0,
+        time_limit_seconds=seconds,
+        python=profile.interpreter,
+        requeue=True,
+        scratch=profile.scratch,
+        environment=profile.environment,
+    )
+
+
+def _submit(folder: Path, array: Script, last: Script) -> Jobs:
+    """Write both scripts and submit them, `last` to start when all members of the array have succeeded."""
     scripts = [folder / "shard.sbatch", folder / "join.sbatch"]
     template = _TEMPLATE.read_text(encoding="utf-8")
     with writing(folder):

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import CONFIGS, find_config
 from plt_megatron.launcher.job import JobHandling
 from plt_megatron.predict.cards import card_names
+from plt_megatron.slurm.client import time_limit
 
 CLUSTERS = Path("configs") / "clusters"
 _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -61,6 +63,18 @@ class ClusterProfile(SbatchOptions, JobHandling):
     container: Container | None = None
     python: str | None = None  # None: the submitting one; in a container python3
     sbatch_options: list[str] = field(default_factory=list)  # further ones, as in --exclusive
+
+    @property
+    def interpreter(self) -> str:
+        """Python of the jobs' processes, in the container if there is one."""
+        return self.python or ("python3" if self.container else sys.executable)
+
+    def limit_seconds(self, given: str | None) -> int:
+        """A job's time limit: `--time` if that is given, else `default_time`. Raises `UserError`: it is none."""
+        text = given or self.default_time
+        if text is None:
+            raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
+        return time_limit(text, "--time" if given else "default_time")
 
 
 def load_profile(name: str) -> ClusterProfile:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from plt_megatron.config.data_stages import all_sources
+from plt_megatron.config.derived import missing_files
 from plt_megatron.config.rules.uploads import destinations, is_url, protocol_of
 from plt_megatron.config.schema import DataConfig, RunConfig
 from plt_megatron.data.indexed import open_index
 from plt_megatron.data.loss_mask import check_mask
-from plt_megatron.data.parts import SUFFIX as PARTS
-from plt_megatron.data.parts import files_of, part_prefixes, total_size
+from plt_megatron.data.parts import part_prefixes, total_size
 from plt_megatron.data.resuming import check_data, training_fingerprint
 from plt_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from plt_megatron.errors import UserError
@@ -53,7 +53,7 @@ def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     problems = []
     for path in dict.fromkeys(_paths(config.data)):
-        if Path(path + ".idx").is_file() and any(Path(path + suffix).is_file() for suffix in (".bin", PARTS)):
+        if not missing_files(path):
             problems += _damage(path, tokenizer) or _mask_damage(path) + _mismatch(path, tokenizer, vocab_size)
     return problems
 
@@ -83,7 +83,8 @@ def _mask_damage(prefix: str) -> list[str]:
     manifest = Path(prefix + ".manifest.json")
     try:
         made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        check_mask(prefix, total_size(files_of(prefix, ".bin")) // open_index(prefix).dtype.itemsize, made)
+        index = open_index(prefix)
+        check_mask(prefix, total_size(index.bins) // index.dtype.itemsize, made)
     except UserError as error:
         return [str(error)]
     except ValueError:

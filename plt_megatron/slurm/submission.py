@@ -26,7 +26,6 @@ from plt_megatron.run_folder.status import read_run_status
 from plt_megatron.run_folder.text import format_table
 from plt_megatron.slurm import arrays, checks, client, run_files
 from plt_megatron.slurm.arrays import Member
-from plt_megatron.slurm.client import time_limit
 from plt_megatron.slurm.profile import ClusterProfile, SbatchOptions, load_profile
 from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script
@@ -105,10 +104,7 @@ class _Plan:
         _check_options(options)
         self.options, self.root, self.last_check = options, root, last_check
         self.profile = _profile(options)
-        given = options.time or self.profile.default_time
-        if given is None:
-            raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
-        self.limit = time_limit(given, "--time" if options.time else "default_time")
+        self.limit = self.profile.limit_seconds(options.time)
         self.workdir = run_files.working_directory()
         self.notes: list[str] = []
         self.warnings: list[str] = []
@@ -229,7 +225,7 @@ class _Plan:
             **_of(JobHandling, profile),
             job_name=run_files.job_name(run, config.name),
             time_limit_seconds=self.limit,
-            python=profile.python or ("python3" if profile.container else sys.executable),
+            python=profile.interpreter,
             requeue=self.options.requeue,
             chain=self.options.chain,
             cluster=profile.name or None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from plt_megatron.hf.exporting import ExportOptions, export
 from plt_megatron.model.trainable import is_trained
 from plt_megatron.train.checkpoint import read_weights
 from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.whole_runs import folder, go_back, numbers
 from tests.settings import changed
 
 TRAINABLE = ["layers.1", "plt_gate"]
@@ -66,9 +65,7 @@ def go_on(config: RunConfig, name: str, output_dir: Path, **parallel: Any) -> Ru
     other = dataclasses.replace(
         config, name=name, output_dir=str(output_dir), parallel=changed(config.parallel, parallel)
     )
-    shutil.copytree(folder(config), folder(other))
-    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
-    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
+    go_back(config, other)
     return other
 
 

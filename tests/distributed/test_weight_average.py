@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from plt_megatron.train.callbacks.base import Callback
 from plt_megatron.train.checkpoint import read_weights
 from plt_megatron.train.checkpoint.reading import Weights, stored_at
 from tests.distributed.training_jobs import make_data, run_config, train
-from tests.distributed.whole_runs import folder, numbers
+from tests.distributed.whole_runs import folder, go_back, numbers
 from tests.settings import changed
 
 DECAY = 0.75
@@ -113,9 +112,7 @@ def go_on(config: RunConfig, name: str, output_dir: Path, **changes: Any) -> Run
     other = dataclasses.replace(config, name=name, output_dir=str(output_dir))
     for section, fields in changes.items():
         setattr(other, section, changed(getattr(config, section), fields))
-    shutil.copytree(folder(config), folder(other))
-    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
-    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
+    go_back(config, other)
     return other
 
 

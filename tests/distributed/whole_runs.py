@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,13 @@ def numbers(config: RunConfig) -> list[dict]:
         {name: value for name, value in record.items() if name not in MACHINE_FIELDS}
         for record in RunFolder(folder(config)).records()
     ]
+
+
+def go_back(config: RunConfig, other: RunConfig) -> None:
+    """Make `other` a run that has what the run of six steps had at its checkpoint of step 4, and nothing later."""
+    shutil.copytree(folder(config), folder(other))
+    shutil.rmtree(folder(other) / "checkpoints" / "step_00000006")
+    (folder(other) / "checkpoints" / "latest").write_text("step_00000004\n")
 
 
 def last_step(config: RunConfig) -> int:

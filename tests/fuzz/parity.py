@@ -22,9 +22,9 @@ ROUNDING = 10  # a layout rounds in every operation what the comparison of one p
 # How many ways of rounding are tried: most move a number less than the worst does, by tens of times where an expert
 # gets few tokens and Muon enlarges what is left of its gradient.
 WAYS = 8
-# And in how many of them the layout is compared, too: near a tie, which one in some dozens of cases with experts meets,
+# In which of them the layout is compared, too: near a tie, which one in some dozens of cases with experts meets,
 # rounding sends a token to another expert, or has another one dropped. What is wrong is so however weights are rounded.
-TIES = 4
+OTHERWISE = range(1, 5)
 _BY_STEP = re.compile(r"(?:loss|gradient norm|z-loss) (\d+)")
 
 
@@ -88,7 +88,7 @@ class Parity:
             return None
         if any(differences(self.outcome(config), outcome).values()):
             return f"is not the same from run to run: {worst} is off by {wrong[worst]:.1e}"
-        for way in range(1, TIES + 1):
+        for way in OTHERWISE:
             off = differences(self.outcome(config, rounded=way), self.outcome(reference, rounded=way))
             if all(off[name] <= max(TOLERANCE, ROUNDING * rounding[name]) for name in comparable):
                 self.note("at a tie", f"{worst} is off by {wrong[worst]:.1e}, rounded otherwise by {off[worst]:.1e}")
