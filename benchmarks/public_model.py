@@ -5,7 +5,8 @@
 
 Every step is a command of `plt` that this script prints before it runs it, and is skipped once it is done. The model
 comes as a GGUF inside a package of the Python registry. It learns to answer questions about the configuration, made
-from the schema's comments, once with one loop and once with two, and is scored on questions that it has not seen.
+from the schema's comments, once with one loop and once with two, and is scored on questions that it has not seen: by
+the loss of their answers, and by `plt evaluate` on a task of its own, the right one of four explanations.
 
 Exit status: 1 where the import changes the model (its logits by more than 1e-3 of the largest, or its greedy text), or
 training does not lower the loss of unseen answers.
@@ -38,6 +39,8 @@ from plt_megatron.data import loss_mask
 from plt_megatron.demo.steps import Step, run_step
 from plt_megatron.errors import UserError, run_command
 from plt_megatron.run_folder.files import write_json, write_text
+from plt_megatron.run_folder.metrics import SCORES as EVALUATION
+from plt_megatron.run_folder.metrics import read_scores
 from plt_megatron.run_folder.text import format_duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +50,7 @@ STEPS, ROW = 60, 256  # of two rows: 30,720 tokens
 QUESTION = "What is plt_megatron's setting model.window_size for?"
 LOGITS, GREEDY_TOKENS = 1e-3, 40
 HELD_OUT = 12  # every so many subjects
+TASK, CHOICES = "explanations", 4  # of lm-evaluation-harness: which of so many explanations is right?
 CHECK, SCORES = "import.json", "scores.json"
 
 
@@ -78,33 +82,39 @@ def make_steps(folder: Path, model: Path, *, given: bool) -> Iterator[Step]:
     """The way, in order. `given`: the model is the user's, and is not downloaded."""
     if not given:
         yield Step("model", "the model, from the Python registry", PACKAGE, [], [model], partial(fetch, model))
+    texts = {part: folder / f"{part}.jsonl" for part in ("train", "heldout")}
+    for part, lines in texts.items():
+        say = partial(write_conversations, lines, part == "heldout")
+        yield Step(f"{part}_text", f"conversations: {part}", str(subjects()), [], [lines], say)
+    heldout, tasks = texts["heldout"], folder / "tasks"
+    write_it = partial(write_task, tasks, heldout)
+    yield Step("task", f"a task of the held-out questions: {TASK}", str(CHOICES), [heldout], [tasks], write_it)
     for name, loops in LOOPS.items():
         run, export = folder / name, folder / f"{name}-imported"
         options = ["--loop-count", loops, *(["--preset", "recommended"] if loops > 1 else [])]
         import_it = partial(make_whole, run, "import", "--model", model, "--output", run, *options)
         yield Step(f"{name}_import", f"import: {name} loop(s)", str(options), [model], [run], import_it)
-        export_it = partial(make_whole, export, "export", "--checkpoint", run, "--output", export)
-        yield Step(f"{name}_imported", f"export as it is: {name} loop(s)", "", [model], [export], export_it)
+        export_it = partial(export_and_evaluate, run, export, tasks)
+        title = f"export as it is and evaluate: {name} loop(s)"
+        yield Step(f"{name}_imported", title, "", [model, heldout], [export], export_it)
     check = folder / CHECK
     yield Step(
         "compare", "compare with the file", "", [model], [check], lambda: write_json(check, compare(model, folder))
     )
-    tokenizer, made = folder / "one/tokenizer", []
-    for part in ("train", "heldout"):
-        lines, prefix = folder / f"{part}.jsonl", folder / part
-        say = partial(write_conversations, lines, part == "heldout")
-        yield Step(f"{part}_text", f"conversations: {part}", str(subjects()), [], [lines], say)
+    made = []
+    for part, lines in texts.items():
+        prefix = folder / part
         outputs = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", loss_mask.SUFFIX)]
         tokenize = partial(plt, "preprocess", "--chat", "--input", lines)
-        tokenize = partial(tokenize, "--tokenizer", tokenizer, "--output-prefix", prefix)
+        tokenize = partial(tokenize, "--tokenizer", folder / "one/tokenizer", "--output-prefix", prefix)
         yield Step(f"{part}_data", f"tokenize: {part}", "", [lines, model], outputs, tokenize)
         made += [lines, *outputs]
     for name in LOOPS:
         config, run, export = folder / f"{name}.yaml", folder / f"runs/{name}", folder / f"{name}-trained"
         inputs = [model, config, *made]
         yield Step(f"{name}_train", f"train: {name} loop(s)", "", inputs, [run], partial(plt, "train", config))
-        export_it = partial(make_whole, export, "export", "--checkpoint", run, "--output", export, "--dtype", "fp32")
-        yield Step(f"{name}_trained", f"export: {name} loop(s)", "", inputs, [export], export_it)
+        export_it = partial(export_and_evaluate, run, export, tasks, "--dtype", "fp32")
+        yield Step(f"{name}_trained", f"export and evaluate: {name} loop(s)", "", inputs, [export], export_it)
     configs, scores = [folder / f"{name}.yaml" for name in LOOPS], folder / SCORES
     inputs = [model, *configs, *made]
     yield Step("scores", "score unseen answers", "", inputs, [scores], lambda: write_json(scores, score(folder)))
@@ -128,6 +138,13 @@ def make_whole(output: Path, *arguments: Any) -> None:
     """Run a command whose output appears complete or not at all, unless an interrupted walk has just made it."""
     if not output.exists():
         plt(*arguments)
+
+
+def export_and_evaluate(run: Path, export: Path, tasks: Path, *options: Any) -> None:
+    """The scores go into the export's folder and onto its card."""
+    make_whole(export, "export", "--checkpoint", run, "--output", export, *options)
+    if not (export / EVALUATION).exists():
+        plt("evaluate", "--model", export, "--tasks", TASK, "--include-path", tasks, "--chat")
 
 
 def fetch(target: Path) -> None:
@@ -197,6 +214,33 @@ def write_conversations(path: Path, held_out: bool) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
+def write_task(folder: Path, heldout: Path) -> None:
+    """A task of lm-evaluation-harness: each held-out question, with the answers of the three that follow it too."""
+    lines = [json.loads(line)["messages"] for line in heldout.read_text(encoding="utf-8").splitlines()]
+    answers = [messages[1]["content"] for messages in lines]
+    rows = []
+    for number, messages in enumerate(lines):
+        choices = [answers[(number + step) % len(answers)] for step in range(CHOICES)]
+        turn = number % CHOICES  # the right one is not always the first
+        choices = choices[-turn:] + choices[:-turn] if turn else choices
+        rows.append(json.dumps({"question": messages[0]["content"], "choices": choices, "answer": turn}))
+    folder.mkdir(exist_ok=True)
+    data = folder / f"{TASK}.jsonl"
+    write_text(data, "\n".join(rows) + "\n")
+    task = {
+        "task": TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc_norm"}],  # by the log-likelihood of a character, as answers differ in length
+    }
+    write_text(folder / f"{TASK}.yaml", yaml_nodes.dump(task))
+
+
 def configuration(folder: Path, name: str) -> dict[str, Any]:
     """A run that continues an import on the conversations."""
     return {
@@ -260,27 +304,21 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """By export: mean loss of an unseen answer's tokens in nats, how often the right one of four explanations is the
-    most likely, and an answer."""
+    """By export: mean loss of an unseen answer's tokens in nats, the scores of `plt evaluate`, and an answer."""
     import torch
 
     lines = [json.loads(line)["messages"] for line in (folder / "heldout.jsonl").read_text().splitlines()]
-    questions, answers = [m[0]["content"] for m in lines], [m[1]["content"] for m in lines]
     found = {}
     for kind in ("imported", "trained"):
         for name in LOOPS:
-            model, tokenizer = load(folder / f"{name}-{kind}")
-            losses, right = [], 0
-            for number, question in enumerate(questions):
-                others = [answers[(number + step) % len(answers)] for step in range(4)]
-                with torch.inference_mode():
-                    each = [answer_loss(model, tokenizer, question, text) for text in others]
-                losses.append(each[0])
-                right += each[0] == min(each)
-            found[f"{name}-{kind}"] = {
+            export = folder / f"{name}-{kind}"
+            model, tokenizer = load(export)
+            with torch.inference_mode():
+                losses = [answer_loss(model, tokenizer, *(message["content"] for message in pair)) for pair in lines]
+            found[export.name] = {
                 "loss": sum(losses) / len(losses),
-                "right_of_four": right / len(questions),
-                "questions": len(questions),
+                "questions": len(losses),
+                **read_scores(export),
                 "question": QUESTION,
                 "answer": answer(model, tokenizer, QUESTION),
             }
@@ -309,9 +347,9 @@ def report(figures: dict[str, Any]) -> int:
         print(f"{loops} loop(s), imported: logits off by {off:.1e} of the largest, greedy text {text}")
         if not (off <= LOGITS and same):
             missed.append(f"{name}: the import is another model")
-    print(f"\n{'':16} {'loss of unseen answers':>24} {'right of four':>14}")
+    print(f"\n{'':16} {'loss of unseen answers':>24} {f'right of {CHOICES}':>14}")
     for name, row in answers.items():
-        print(f"{name:16} {row['loss']:>24.3f} {row['right_of_four']:>14.0%}")
+        print(f"{name:16} {row['loss']:>24.3f} {row[f'{TASK}/acc_norm']:>14.0%}")
     for name in LOOPS:
         if not answers[f"{name}-trained"]["loss"] < answers[f"{name}-imported"]["loss"]:
             missed.append(f"{name}: training has not lowered the loss of unseen answers")

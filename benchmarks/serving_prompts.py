@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""How long vLLM's step with a prompt takes, by its tokens: one loop and PLT-2, and what a wavefront could gain.
+
+    python benchmarks/serving_prompts.py              # a 276M model in bf16
+    python benchmarks/serving_prompts.py --small      # does it run?
+
+Loop l of token t needs loop l-1 of token t-1. So PLT-2 takes a chunk of C prompt tokens in two passes of C rows. In a
+wavefront over chunks, loop 2 of a chunk would run beside loop 1 of the next, in one pass of 2 C rows. A plain model's
+step with 2 C tokens is such a pass, so its time is the least that a wavefront's step can take.
+
+All engines live in this process and take turns. Figures are medians over turns, ratios are taken within a turn. Exits
+with 1 when a bar is missed: PLT-2 computes a prompt in twice a plain model's time, and half a prompt in its time.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from serving import ROWS, make_engine
+
+ENGINES = ("vanilla", "PLT-2")
+TO_VANILLA = 2.1  # the same prompt: two loops compute twice as much
+HALF_TO_VANILLA = 1.3  # half of the tokens in a step: what decode steps beside a prompt wait for
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512], help="of a step's prompt")
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--num-layers", type=int, help="of the model (default: 16)")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    if args.small:
+        args.tokens, args.turns = [8, 16], 2
+    return args
+
+
+def milliseconds(engine, count: int, seed: int) -> float:
+    """Time of the step that computes a prompt of `count` tokens and its first token."""
+    from vllm import SamplingParams
+
+    ids = [random.Random(seed).randrange(1, 500) for _ in range(count)]
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    engine.add_request(f"{count}-{seed}", {"prompt_token_ids": ids}, params)
+    begun = time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+    return 1e3 * (time.perf_counter() - begun)
+
+
+def measure(engines: dict, args: argparse.Namespace) -> dict[str, dict[int, list[float]]]:
+    """By engine and tokens, the milliseconds of each turn."""
+    times: dict[str, dict[int, list[float]]] = {name: {count: [] for count in args.tokens} for name in engines}
+    for turn in range(args.turns + 1):
+        for count in args.tokens:
+            for name, engine in engines.items():
+                taken = milliseconds(engine, count, turn)
+                if turn:  # the first one warms up
+                    times[name][count].append(taken)
+    return times
+
+
+def ratio(first: list[float], second: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def summarize(times: dict[str, dict[int, list[float]]]) -> list[dict[str, float]]:
+    """A row for each number of tokens; ratios are None where no plain step of twice as many tokens was timed."""
+    plain, plt = (times[name] for name in ENGINES)
+    rows = []
+    for count, taken in plt.items():
+        row = {"tokens": count, "vanilla_ms": statistics.median(plain[count]), "plt2_ms": statistics.median(taken)}
+        row["to_vanilla"] = ratio(taken, plain[count])
+        row["to_wavefront"] = ratio(taken, plain[2 * count]) if 2 * count in plain else None
+        rows.append(row)
+    return rows
+
+
+def missed_bars(rows: list[dict[str, float]]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["to_vanilla"] > TO_VANILLA:
+            lines.append(f"{row['tokens']} tokens: PLT-2 takes {row['to_vanilla']:.2f}x vanilla, bar {TO_VANILLA}x")
+        half = row["to_wavefront"]
+        if half is not None and half > HALF_TO_VANILLA:
+            lines.append(
+                f"{row['tokens']} tokens: PLT-2 takes {half:.2f}x vanilla with twice as many, bar {HALF_TO_VANILLA}x"
+            )
+    return lines
+
+
+def main() -> int:
+    args = parse_arguments()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {name: make_engine(ROWS[name], Path(folder) / str(n), args) for n, name in enumerate(ENGINES)}
+        times = measure(engines, args)
+    rows = summarize(times)
+    for row in rows:
+        step = row["to_wavefront"]
+        least = "" if step is None else f"; {step:.2f}x a plain step of {2 * row['tokens']} tokens"
+        print(
+            f"{row['tokens']:>4} tokens: vanilla {row['vanilla_ms']:7.1f} ms, PLT-2 {row['plt2_ms']:7.1f} ms, "
+            f"{row['to_vanilla']:.2f}x{least}"
+        )
+    if args.output:
+        args.output.write_text(json.dumps({"rows": rows, "turns": times}, indent=1) + "\n")
+    if args.small:
+        return 0
+    missed = missed_bars(rows)
+    print("\n".join(missed) or "all bars are held")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
