@@ -1,9 +1,10 @@
 """Accelerators from the vendors' data sheets: dense peak rates by device name, and cards by short name, with memory,
-links, and what of all that is achieved.
+links and achievable shares.
 
 Rates are TFLOP/s of one device, without sparsity. `fp32` is the rate of true single precision; a program that allows
 TF32 (`torch.backends.cuda.matmul.allow_tf32`) is compared with `tf32`. CPUs are not listed: their rate is measured.
-Links are per device and direction. Achievable shares are ours, not measured on a GPU yet: put your own there.
+Links are per device and direction. Achievable shares are our assumptions, not yet measured on a GPU: replace them with
+your own measurements.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _PEAKS: tuple[tuple[str, DevicePeak], ...] = (
 
 
 def find_device(device_name: str) -> DevicePeak | None:
-    """The data sheet for a name as `torch.cuda.get_device_name` gives it; None if it is not in the table."""
+    """Return the peaks for a name as `torch.cuda.get_device_name` reports it; None if it is not in the table."""
     if re.search(r"\bMIG\b", device_name):  # a slice of a device: no data sheet
         return None
     for pattern, peak in _PEAKS:
@@ -65,7 +66,7 @@ def find_device(device_name: str) -> DevicePeak | None:
 
 
 def lookup(device_name: str, precision: Precision) -> float | None:
-    """Dense TFLOP/s of one device; None if unknown (give logging.peak_tflops, or measure)."""
+    """Return the dense TFLOP/s of one device; None if unknown (set logging.peak_tflops, or measure it)."""
     device = find_device(device_name)
     return None if device is None else getattr(device, precision)
 
@@ -76,15 +77,15 @@ class GPUSpec:
 
     Attributes:
         peak: dense TFLOP/s.
-        memory_bytes: what a process can allocate in total.
-        memory_bandwidth: bytes/s of its own memory.
-        link_bandwidth: bytes/s to another device of the same node, one direction.
-        network_bandwidth: bytes/s to another node, one direction; what such nodes are commonly built with.
-        capability: CUDA compute capability, on which FP8 kernels depend; None: no CUDA device.
+        memory_bytes: total memory that a process can allocate.
+        memory_bandwidth: bytes/s of the device's memory.
+        link_bandwidth: bytes/s to another device in the node, one direction.
+        network_bandwidth: bytes/s to another node, one direction, as commonly built for this card.
+        capability: CUDA compute capability, which determines the FP8 kernels; None: not a CUDA device.
         matmul_efficiency: share of the dense peak that large matrix products reach in training: 60 to 75 % on an H100,
             whose clocks under load do not sustain the peak.
-        attention_efficiency: share of it that fused causal attention reaches, forward and backward together, not
-            counting the masked half.
+        attention_efficiency: share of the dense peak that fused causal attention reaches, forward and backward
+            together, not counting the masked half.
         memory_efficiency: share of the memory bandwidth that streaming kernels reach.
         link_efficiency: share of a link's bandwidth that collectives reach.
     """
@@ -106,9 +107,9 @@ class GPUSpec:
         return self.name == "cpu"
 
     def flops_per_second(self, precision: str, fp8: bool = False) -> float:
-        """Dense peak in FLOP/s; fp32 is true single precision, as torch computes it by default.
+        """Return the dense peak in FLOP/s; fp32 is true single precision, torch's default.
 
-        `fp8`: FP8's instead. Raises `UserError` where the card has none.
+        `fp8`: return the FP8 peak instead. Raises `UserError` if the card has no FP8.
         """
         if not fp8:
             return getattr(self.peak, precision) * 1e12
@@ -131,8 +132,8 @@ def _card(
     return GPUSpec(name, peak, int(memory_gib * GIB), bandwidth_gb * GB, link_gb * GB, network_gb * GB, capability)
 
 
-# Memory: what the driver reports of the nominal size. Links: half of the data sheet's bidirectional figure.
-# Network: 400 Gbit/s (H100, H200, B200 reference systems) or 200 Gbit/s (A100's, L40S's) for each device.
+# Memory: usable part of the nominal size, as the driver reports it. Links: half of the data sheet's bidirectional rate.
+# Network: 400 Gbit/s (H100, H200, B200 reference systems) or 200 Gbit/s (A100, L40S) per device.
 _CARDS = {
     card.name: card
     for card in (
@@ -155,16 +156,16 @@ _CARDS = {
 
 
 def card_names() -> list[str]:
-    """Names that `find_gpu_spec` knows."""
+    """Return the names that `find_gpu_spec` knows."""
     return [*_CARDS, "cpu"]
 
 
 def find_gpu_spec(name: str, processes_per_node: int = 1) -> GPUSpec:
-    """The card of this short name.
+    """Return the card with this short name.
 
-    `cpu` is one process's share of this machine: its memory by `processes_per_node`, and one core's nominal rate
-    (50 GFLOP/s: AVX2 on a shared server core; the real rate is measured when a run starts). Raises `UserError` for
-    other names.
+    `cpu` is one process's share of this machine: its memory divided by `processes_per_node`, and one core's nominal
+    rate (50 GFLOP/s: AVX2 on a shared server core; the real rate is measured when a run starts). Raises `UserError` for
+    unknown names.
     """
     if name == "cpu":
         return _cpu(processes_per_node)

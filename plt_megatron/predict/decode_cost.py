@@ -1,11 +1,12 @@
-"""The cost of a decoded token: a roofline over bytes and FLOPs of one step of a batch of sequences.
+"""The cost of a decoded token: a roofline over the bytes and FLOPs of one step for a batch of sequences.
 
 With cross-loop parallelism a step is one forward pass with L rows per sequence: weights are read once, so extra loops
-are free while reading dominates. Without it the loops run one after another, each reading the
-weights of the layers that loop again. bf16 weights and cache, on one card.
+are free while reading dominates. Without it the loops run one after another, and each reads the weights of the looped
+layers again. Weights and cache are bf16, on one card.
 
-Of a mixture of experts those are read that any row of the batch is sent to, taking it that rows choose independently
-and evenly: further loops then read further experts, and are free only in batches whose rows reach all of them anyway.
+In a mixture of experts, a step reads each expert that any row of the batch is routed to, assuming that rows choose
+independently and uniformly: extra loops then read extra experts, and are free only if the batch reaches all of them
+anyway.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from plt_megatron.predict.parameters import count_components, count_parameters
 
 ELEMENT = BYTES["bf16"]
 MAX_BATCH = 1 << 16
-FREE = 0.05  # loops are free while a step takes at most this much longer than one loop's
+FREE = 0.05  # loops count as free while a step takes at most this much longer than with one loop
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class DecodeCost:
     """One decode step of a batch.
 
     Attributes:
-        bytes, flops: read and computed in the step, the whole batch.
-        milliseconds: the larger of what both take.
-        bound: `memory` or `compute`, whichever it is.
-        kv_cache_bytes: of the whole context, per sequence.
-        state_bytes: per sequence beside it: windows of later loops, and the carried hidden states.
+        bytes, flops: bytes moved and FLOPs computed in the step, for the whole batch.
+        milliseconds: the longer of reading and computing.
+        bound: `memory` or `compute`, whichever takes longer.
+        kv_cache_bytes: KV cache of the whole context, per sequence.
+        state_bytes: other state per sequence: windows of later loops, and the carried hidden states.
         loops_stop_being_free_at: first batch size whose step takes more than 5 % longer than with one loop;
-            None: not up to 65,536. For one loop None.
+            None: no batch size up to 65,536 does, or the model has one loop.
     """
 
     bytes: float
@@ -53,15 +54,15 @@ class DecodeCost:
 def decode_cost(
     model: ModelConfig, *, vocab_size: int | None = None, context_length: int, batch_size: int, gpu: str = "h100"
 ) -> DecodeCost:
-    """The cost of one more token for `batch_size` sequences of `context_length` tokens each.
+    """Return the cost of one more token for `batch_size` sequences of `context_length` tokens each.
 
-    `vocab_size` None: the model's. Raises `UserError` on an unknown card or a vocabulary that is not known.
+    `vocab_size` None: `model.vocab_size`. Raises `UserError` if the card or the vocabulary size is unknown.
     """
     vocab_size = model.vocab_size if vocab_size is None else vocab_size
     if vocab_size is None:
-        raise UserError("the vocabulary is not known: give model.vocab_size or data.tokenizer")
+        raise UserError("the vocabulary size is unknown: set model.vocab_size or data.tokenizer")
     if context_length < 1 or batch_size < 1:
-        raise UserError(f"a context of {context_length} tokens and a batch of {batch_size}: both must be at least 1")
+        raise UserError(f"context length {context_length} and batch size {batch_size} must both be at least 1")
     card = find_gpu_spec(gpu)
     read, computed = _step(model, vocab_size, context_length, batch_size)
     seconds, bound = _seconds(card, read, computed)
@@ -77,19 +78,21 @@ def decode_cost(
 
 
 def decode_milliseconds(model: ModelConfig, vocab_size: int, context_length: int, batch_size: int, gpu: str) -> float:
-    """The time of `decode_cost` alone, for searches over many shapes."""
+    """Return only the time of `decode_cost`, for searches over many shapes."""
     return 1e3 * _seconds(find_gpu_spec(gpu), *_step(model, vocab_size, context_length, batch_size))[0]
 
 
 def kv_cache_bytes(model: ModelConfig, context_length: int) -> int:
-    """K and V of the whole context, per sequence: the first loop's or, of what is not shared, every loop's."""
+    """Return the bytes of K and V over the whole context, per sequence: the first loop's, or every loop's if not
+    shared."""
     once, each = model.num_layers, derived.layer_runs(model)
     keys, values = once if model.share_kv else each, once if derived.shares_values(model) else each
     return context_length * (_token_kv(model, keys) + _token_kv(model, values)) // 2
 
 
 def state_bytes(model: ModelConfig, context_length: int) -> int:
-    """Per sequence: L - 1 windows of K and V in every layer that loops, and L - 1 carried hidden states."""
+    """Return the bytes per sequence of L - 1 windows of K and V in every looped layer, and of L - 1 carried hidden
+    states."""
     later = model.loop_count - 1
     windows = min(model.window_size, context_length) * _token_kv(model, _window_runs(model))
     carries = later * model.hidden_size * ELEMENT if model.cross_loop_parallel else 0
@@ -101,12 +104,12 @@ def _token_kv(model: ModelConfig, layers: int) -> int:
 
 
 def _window_runs(model: ModelConfig) -> int:
-    """Layers with a window, each counted in every loop that has one."""
+    """Count the layers with a window, each once per loop that has one."""
     return derived.layer_runs(model) - model.num_layers if derived.has_gates(model) else 0
 
 
 def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tuple[float, float]:
-    """(bytes read and written, FLOPs) of one step."""
+    """Return (bytes read and written, FLOPs) of one step."""
     counted = count_parameters(model, vocab_size)
     vocab = derived.padded_vocab_size(model, vocab_size)
     looped = derived.looped_layers(model)
@@ -118,21 +121,21 @@ def _step(model: ModelConfig, vocab_size: int, context: int, batch: int) -> tupl
     caches = kv_cache_bytes(model, context) + state_bytes(model, context)
     if model.share_kv and not model.cross_loop_parallel:  # the shared cache is read once per loop
         again = context * _token_kv(model, derived.layer_runs(model) - model.num_layers)
-        caches += again if model.share_values else again // 2  # the keys alone
-    has_windows = derived.has_gates(model)  # they keep all loops' K and V
+        caches += again if model.share_values else again // 2  # only the keys
+    has_windows = derived.has_gates(model)  # windows keep every loop's K and V
     written = _token_kv(model, derived.layer_runs(model)) if has_windows else kv_cache_bytes(model, 1)
     flops = forward_flops(model, context, min(model.window_size, context), vocab).total
     return weights + batch * float(caches + written + vocab * ELEMENT), batch * flops
 
 
 def _read_layers(model: ModelConfig, layers: Iterable[int], rows: int) -> float:
-    """Parameters of these layers that are read for so many rows."""
+    """Count the parameters of these layers that a step with `rows` rows reads."""
     counted = count_components(model, layers)
     return sum(counted.values()) - counted["experts"] * (1.0 - _read_experts(model, rows))
 
 
 def _read_experts(model: ModelConfig, rows: int) -> float:
-    """The share of the experts that any of `rows` rows is sent to."""
+    """Return the share of experts that at least one of `rows` rows is routed to."""
     if model.moe is None:
         return 0.0
     return 1.0 - (1.0 - model.moe.router_topk / model.moe.num_experts) ** rows
@@ -145,8 +148,8 @@ def _seconds(card: GPUSpec, read: float, computed: float) -> tuple[float, str]:
 
 
 def _first_batch(model: ModelConfig, vocab_size: int, context: int, card: GPUSpec) -> int | None:
-    """The smallest batch at which all loops take over `FREE` longer than one: the ratio only grows with the batch
-    where reading bounds both, and falls nowhere below it once computing bounds the looped model."""
+    """Return the smallest batch at which all loops take over `FREE` longer than one loop, by bisection: the ratio grows
+    with the batch while reading bounds both, and stays above the limit once computing bounds the looped model."""
     if model.loop_count == 1:
         return None
     single = dataclasses.replace(model, loop_count=1)

@@ -1,27 +1,27 @@
-"""The one formula for model FLOPs, loops included: times tokens/s it is model FLOP/s, over a peak it is MFU.
+"""The single formula for model FLOPs, loops included. Times tokens/s it is model FLOP/s; that over the peak is MFU.
 
 Per token and forward pass, with `n` tokens in a sequence, `d` hidden, `h` heads and `g` key/value heads of
 `c` channels, `f` FFN width, `w` window, `V` padded vocabulary, and a multiply-add as 2 FLOPs:
 
     projections   2 d c (h + 2 g) + 2 h c d          per layer and loop
     ffn           2 * 3 d f                          per layer and loop
-    router        2 d E                              per layer with E experts and loop: f is there what a token uses
+    router        2 d E                              per layer with E experts and loop; f is then the width a token uses
     global        4 h c K(n)                         per layer and loop: Q K^T, and its softmax times V
     local         4 h c K(n, w)                      per layer and loop >= 2, with gated_window
     gate          2 h * (c or d)                     per layer and loop >= 2, with gated_window
     output        2 d V                              once
 
-Layers before and after `model.loop_span` are in one loop only, the first.
+Layers before and after `model.loop_span` run once and count as part of the first loop.
 
 `K` is the mean number of keys a query sees under the causal mask: K(n) = (n + 1) / 2, and for w <= n
 K(n, w) = w - w (w - 1) / (2 n).
 
-Training costs three forward passes: itself and a backward pass of two, of which a matrix that is not trained
-(`training.trainable`) has no second. Recomputation adds nothing: these are
-model FLOPs, the work the mathematics asks for, not what the hardware did. The embedding is a lookup; norms,
-RoPE, softmax, activations and the loop's shift are left out. A sequence counts as one document: with
-`reset_at_document_boundaries` attention does less work than is counted. With `share_kv` and without
-`gated_window`, loops >= 2 use no K and V of their own, so those projections are not counted.
+Training costs three forward passes: the forward itself, the gradients of inputs, and the gradients of weights, which
+frozen matrices (`training.trainable`) skip. Recomputation adds nothing: these are model FLOPs, the work the mathematics
+asks for, not what the hardware did. The embedding is a lookup; norms, RoPE, softmax, activations and the loop's shift
+are left out. A sequence counts as one document: with `reset_at_document_boundaries` attention does less work than is
+counted. With `share_kv` and without `gated_window`, loops >= 2 use no K and V of their own, so those projections are
+not counted.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINING_OVER_FORWARD = 3  # forward, gradients of the inputs, gradients of the 
 
 @dataclass(frozen=True)
 class Parts:
-    """A cost in parts, which are a subclass's fields."""
+    """A cost split into parts; a subclass's fields are the parts."""
 
     @property
     def total(self) -> float:
@@ -61,7 +61,7 @@ class Flops(Parts):
     """FLOPs per token by component, summed over layers and loops."""
 
     projections: float
-    ffn: float  # and the router
+    ffn: float  # includes the router
     global_attention: float
     local_attention: float
     gate: float
@@ -69,20 +69,20 @@ class Flops(Parts):
 
     @property
     def looped(self) -> float:
-        """The transformer stack's part: everything but the output layer."""
+        """FLOPs of the transformer stack: everything but the output layer."""
         return self.total - self.output
 
 
 def mean_keys(sequence_length: int, window_size: int | None = None) -> float:
-    """Keys a query sees, itself included and within the window if any: the mean over a sequence."""
+    """Return the mean number of keys a query sees, itself included, over a sequence and within the window if any."""
     n = sequence_length
     w = n if window_size is None else min(window_size, n)
     return w - w * (w - 1) / (2 * n)
 
 
 def forward_flops(model: ModelConfig, keys: float, window_keys: float, padded_vocab_size: int) -> Flops:
-    """Count the FLOPs of one token in a forward pass, logits included, that sees `keys` keys, and `window_keys` of them
-    in a window: in training the mean over a sequence, in decoding the context."""
+    """Count the FLOPs of one token's forward pass, logits included, that sees `keys` keys, and `window_keys` in a
+    window. In training both are means over a sequence; in decoding they follow from the context length."""
     runs = derived.run_layers(model)
     later = runs[model.num_layers :]
     windows = later if derived.has_gates(model) else []
@@ -105,7 +105,7 @@ def forward_flops_per_token(
     padded_vocab_size: int,
     loop_count: int | None = None,
 ) -> Flops:
-    """Count the FLOPs per token of one forward pass over sequences. `loop_count` None: the model's own."""
+    """Count the FLOPs per token of one forward pass over a sequence. `loop_count` None: the model's."""
     model = dataclasses.replace(model, loop_count=model.loop_count if loop_count is None else loop_count)
     window_keys = mean_keys(sequence_length, model.window_size)
     return forward_flops(model, mean_keys(sequence_length), window_keys, padded_vocab_size)
@@ -117,7 +117,7 @@ def training_flops_per_token(
     padded_vocab_size: int,
     loop_count: int | None = None,
 ) -> Flops:
-    """Model FLOPs per token of one training step (forward and backward, no recomputation)."""
+    """Count the model FLOPs per token of one training step (forward and backward, no recomputation)."""
     forward = forward_flops_per_token(model, sequence_length, padded_vocab_size, loop_count)
     return forward.times(TRAINING_OVER_FORWARD)
 
@@ -125,8 +125,9 @@ def training_flops_per_token(
 def step_flops_per_token(
     config: RunConfig, padded_vocab_size: int, loop_count: int, sequence_length: int | None = None
 ) -> Flops:
-    """The same of a run's step with so many loops: `training.loop_loss_weights` ask for more than one output layer.
-    `sequence_length` None: `data.sequence_length`."""
+    """Count the training FLOPs per token of a run's step with `loop_count` loops: the output layer runs once per loop
+    with a loss (`training.loop_loss_weights`), and frozen weights have no gradients. `sequence_length` None:
+    `data.sequence_length`."""
     length = sequence_length or config.data.sequence_length
     flops = training_flops_per_token(config.model, length, padded_vocab_size, loop_count)
     if config.training.trainable:
@@ -136,7 +137,7 @@ def step_flops_per_token(
 
 
 def _without_frozen_weights(config: RunConfig, flops: Flops, loop_count: int) -> Flops:
-    """Training FLOPs less the gradients of weights that are not trained."""
+    """Return the training FLOPs without the gradients of frozen weights."""
     model, is_trained = dataclasses.replace(config.model, loop_count=loop_count), trains(config)
     runs = derived.run_layers(model)
 
@@ -155,8 +156,8 @@ def _without_frozen_weights(config: RunConfig, flops: Flops, loop_count: int) ->
 
 
 def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 0) -> Flops:
-    """Training FLOPs per token, the mean over the tokens of the run's steps after `start`: `training.loop_schedule`
-    decides their loops, `data.length_schedule` how far they attend."""
+    """Return the mean training FLOPs per token over the run's steps after `start`: `training.loop_schedule` sets their
+    loops, `data.length_schedule` their sequence lengths."""
     total = Flops(0, 0, 0, 0, 0, 0)
     for kind, share in LoopSchedule(config).kind_token_shares(start).items():
         total += step_flops_per_token(config, padded_vocab_size, kind.loop_count, kind.sequence_length).times(share)
@@ -164,7 +165,7 @@ def run_flops_per_token(config: RunConfig, padded_vocab_size: int, start: int = 
 
 
 def flops_of_loops(model: ModelConfig, sequence_length: int, padded_vocab_size: int) -> list[float]:
-    """Training FLOPs per token of each loop, without the output layer: loops >= 2 have a window and a gate more."""
+    """Return the training FLOPs per token of each loop, without the output layer; loops >= 2 add a window and gate."""
     totals = [
         training_flops_per_token(model, sequence_length, padded_vocab_size, loops).looped
         for loops in range(1, model.loop_count + 1)

@@ -1,8 +1,8 @@
-"""What a rank of a pipeline stage holds: its parameters, and where an optimizer updates those that it needs whole.
+"""Parameters that a rank of a pipeline stage holds, and which rank updates the matrices that an optimizer needs whole.
 
-An optimizer of whole matrices has them laid out as megatron-core's layer-wise layout: the hidden matrices of a gradient
-bucket are given out to the data-parallel ranks, largest first, each to the rank that has least so far, and every rank's
-part is padded to the fullest one's.
+Such an optimizer uses megatron-core's layer-wise layout: the hidden matrices of a gradient bucket are assigned to the
+data-parallel ranks, largest first, each to the rank with the fewest elements so far, and every rank's part is padded to
+the size of the fullest one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.parameters import elements
 
 _ALIGNMENT = 64  # elements
-_ENDS: tuple[Component, ...] = ("embedding", "loop_input", "final_norm", "output_layer")  # in no layer
-_FULL = 0.9  # a bucket is large enough for all ranks to hold its largest matrix, but for so much
+_ENDS: tuple[Component, ...] = ("embedding", "loop_input", "final_norm", "output_layer")  # outside the layers
+_FULL = 0.9  # a bucket may close at this share of ranks x its largest matrix
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class RankParameters:
     """Number of parameters that one rank of a pipeline stage holds: slices of split tensors, all others whole."""
 
     layers: int  # without experts
-    embedding: int  # and the loops' input, beside it
+    embedding: int  # includes the loop input
     final_norm: int
     output_layer: int  # a pipeline's last stage holds a copy of a tied embedding
-    experts: int = 0  # this rank's, all layers
+    experts: int = 0  # this rank's experts in all layers
 
     @property
     def total(self) -> int:
@@ -44,7 +44,7 @@ class RankParameters:
 
     @property
     def dense(self) -> int:
-        """All but experts, which are distributed over other ranks."""
+        """Everything but experts, which are distributed over a different set of ranks."""
         return self.total - self.experts
 
 
@@ -55,8 +55,8 @@ def count_rank_parameters(
     stage: int = 0,
     is_trained: Callable[[str], bool] | None = None,
 ) -> RankParameters:
-    """Count what a rank of pipeline stage `stage` holds, or trains. Every tensor-parallel rank holds equally many.
-    `is_trained`: of `elements`."""
+    """Count the parameters that a rank of pipeline stage `stage` holds, or trains with `is_trained` (see `elements`).
+    All tensor-parallel ranks hold equally many."""
     first, last = stage == 0, stage == layout.pipeline - 1
     padded = derived.padded_vocab_size(model, vocab_size, layout.tensor)
     ends = Counter(
@@ -78,8 +78,8 @@ def count_rank_parameters(
 
 
 def count_in_layers(model: ModelConfig, layers: range, is_trained: Callable[[str], bool] | None = None) -> Counter[str]:
-    """Count the parameters of these layers: `split` over tensor-parallel ranks, `whole` on each, of one `expert` a
-    layer. `is_trained`: of `elements`."""
+    """Count the parameters of these layers by kind: `split` over tensor-parallel ranks, `whole` on each rank, and
+    `expert` for one expert per layer. `is_trained`: see `elements`."""
     counted: Counter[str] = Counter()
     for parameter, number in elements(model, layers, experts=1, is_trained=is_trained):
         counted["expert" if parameter.per_expert else "split" if parameter.split else "whole"] += number
@@ -92,8 +92,8 @@ class RankMatrix:
 
     Attributes:
         size: elements.
-        split: whether tensor-parallel ranks hold a part each.
-        wholes: (rows, columns) of the matrices that are orthogonalized each, over all tensor-parallel ranks.
+        split: whether it is split over tensor-parallel ranks.
+        wholes: (rows, columns) of each separately orthogonalized matrix, complete over all tensor-parallel ranks.
     """
 
     size: int
@@ -102,7 +102,7 @@ class RankMatrix:
 
     @property
     def gathered(self) -> int:
-        """Elements of the momentum that tensor-parallel ranks gather in an update."""
+        """Momentum elements that tensor-parallel ranks gather in an update."""
         return sum(rows * columns for rows, columns in self.wholes) if self.split else 0
 
     @property
@@ -114,13 +114,13 @@ class RankMatrix:
 
 @dataclass(frozen=True)
 class Held:
-    """Parameters of one rank that the same data-parallel ranks hold: its dense ones, or its experts.
+    """A rank's parameters that one group of data-parallel ranks shares: the dense ones, or the experts.
 
     Attributes:
         size: elements.
-        shards: ranks that hold the same ones.
-        matrices: what each of these ranks updates as wholes; they divide everything else evenly.
-        padded: elements of a rank's part of the matrices' buffers, the same for all.
+        shards: ranks in that group.
+        matrices: the matrices that each of these ranks updates whole; everything else is divided evenly.
+        padded: elements in one rank's part of the matrices' buffers, padding included; equal on all ranks.
         frozen: elements that are not trained: each rank holds them whole, without gradients or optimizer state.
     """
 
@@ -137,39 +137,39 @@ class Held:
 
     @property
     def divided(self) -> int:
-        """Elements that these ranks divide evenly where they divide any."""
+        """Trained elements outside matrices, which these ranks divide evenly if they divide any."""
         return self.size - self.in_matrices - self.frozen
 
     @property
     def part(self) -> int:
-        """A rank's share of those."""
+        """A rank's share of `divided`."""
         return self.divided // self.shards
 
     @property
     def reduced(self) -> float:
-        """Elements that a rank sends where gradients are reduced, or weights gathered, once: padding too."""
+        """Elements that a rank sends to reduce gradients, or to gather weights, once; includes padding."""
         return (self.shards - 1) / self.shards * (self.divided + self.shards * self.padded)
 
     def busiest(self, measure: Callable[[RankMatrix], int]) -> int:
-        """Sum a measure of the matrices of the rank that has most of it. All tensor-parallel ranks have the same."""
+        """Return the largest sum of `measure` over one rank's matrices; equal on all tensor-parallel ranks."""
         return max(sum(map(measure, rank)) for rank in self.matrices)
 
     @property
     def most(self) -> int:
-        """Elements in matrices, of the rank with most."""
+        """Matrix elements on the rank that has the most."""
         return self.busiest(lambda matrix: matrix.size)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a rank of a pipeline stage holds.
+    """Parameters that a rank of a pipeline stage holds.
 
     Attributes:
-        index: from 0.
-        layers: counted over the whole model.
-        parameters: by what they are.
-        trained: those of them that are trained.
-        dense, experts: the same by the ranks that hold them, too.
+        index: the stage, from 0.
+        layers: indices in the whole model.
+        parameters: counts by component.
+        trained: counts of the trained parameters.
+        dense, experts: the same parameters by the group of data-parallel ranks that shares them.
     """
 
     index: int
@@ -181,12 +181,12 @@ class Stage:
 
     @property
     def held(self) -> tuple[Held, Held]:
-        """Both kinds."""
+        """`dense` and `experts`."""
         return self.dense, self.experts
 
 
 def stages_of(config: RunConfig, layout: Layout, vocab_size: int) -> list[Stage]:
-    """Count what a rank of each pipeline stage holds."""
+    """Count the parameters that a rank of each pipeline stage holds."""
     is_trained = selection(config)
     found = []
     for index, layers in enumerate(layout.stage_layers(config.model.num_layers)):
@@ -217,7 +217,7 @@ def _matrices(
     *,
     experts: bool,
 ) -> list[RankMatrix]:
-    """The dense hidden matrices that a rank trains of these layers, or its experts', in the model's order."""
+    """List the hidden matrices of these layers that a rank trains, dense or its experts', in the model's order."""
     sizes, copies = Sizes.of(model, 0), derived.num_experts(model) // layout.expert if experts else 1
     hidden = [each for each in parameters_of(model) if each.is_hidden_matrix and each.per_expert == experts]
     found = []
@@ -238,8 +238,8 @@ def _rank_matrix(parameter: Parameter, sizes: Sizes, tensor: int) -> RankMatrix:
 def given_out(
     matrices: Sequence[RankMatrix], ranks: int, bucket: int | None
 ) -> tuple[tuple[tuple[RankMatrix, ...], ...], int]:
-    """Give out the matrices, in the model's order: what each rank updates, and the elements of its part of the buffers.
-    `bucket`: elements of one; None: there is one."""
+    """Assign matrices, in the model's order, to ranks: return each rank's matrices, and the elements in one rank's part
+    of the buffers. `bucket`: minimum elements of a bucket; None: a single bucket."""
     shares: list[list[RankMatrix]] = [[] for _ in range(ranks)]
     padded = 0
     chunk: list[RankMatrix] = []
@@ -254,7 +254,7 @@ def given_out(
 
 
 def _give_out(chunk: Sequence[RankMatrix], shares: list[list[RankMatrix]]) -> int:
-    """Add a bucket's matrices to the shares; the elements of a rank's part of it."""
+    """Add a bucket's matrices to the shares and return the elements in one rank's part of the bucket."""
     ends = [0] * len(shares)
     for matrix in sorted(chunk, key=lambda each: -each.size):
         rank = min(range(len(shares)), key=lambda each: ends[each])

@@ -1,11 +1,11 @@
 """A layer of a model on one rank: its kinds, the loops that run it, and the sizes of its tensors.
 
-What a rank computes, keeps and sends follows from these sizes and from the parameter table alone: `flops` counts matrix
-products, `activations` what autograd keeps, `traffic` what collectives send.
+What a rank computes, saves and sends follows from these sizes and the parameter table alone: `flops` counts matrix
+products, `activations` what autograd saves, `traffic` what collectives send.
 
-Symbols as in `flops`, of one rank: T tokens of a microbatch (divided by CP), S = T / TP with sequence parallelism and
+Symbols as in `flops`, for one rank: T tokens of a microbatch (divided by CP), S = T / TP with sequence parallelism and
 T without, d hidden, h heads and g groups (divided by TP, at least one), c channels of a head, f FFN width (divided by
-TP), w window, e bytes of an element.
+TP), w window, e bytes per element.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FP32 = 4
 
 
 def running(model: ModelConfig, layers: Iterable[int], loop: int) -> list[int]:
-    """Those of these layers that run in a loop: a prelude in the first, a coda in the last, all others in each."""
+    """Select the layers that run in a loop: the prelude in the first only, the coda in the last only, others in all."""
     looped = derived.looped_layers(model)
     once = (
         range(looped.start) if loop == 1 else (),
@@ -35,28 +35,28 @@ def running(model: ModelConfig, layers: Iterable[int], loop: int) -> list[int]:
 
 
 def runs(model: ModelConfig, layers: Iterable[int]) -> list[int]:
-    """Those of these layers that a forward pass runs, each as often as it does."""
+    """Return these layers as a forward pass runs them, each once per loop that runs it."""
     layers = list(layers)
     return [layer for loop in range(1, model.loop_count + 1) for layer in running(model, layers, loop)]
 
 
 @dataclass(frozen=True)
 class RankLayer:
-    """Sizes of a layer on one rank, for one microbatch, and of the ends of a stack of such layers.
+    """Sizes of a layer on one rank for one microbatch, and of the two ends of a stack of such layers.
 
     Attributes:
-        loops: whether it runs in every loop of several.
+        loops: whether the model has several loops and the layer runs in all of them.
         tokens: T; `rows`: S; `row_length`: tokens of one sequence on this rank.
-        tensor, context: ranks that share a matrix, and a sequence.
+        tensor, context: number of ranks that share a matrix, and a sequence.
         heads, groups, channels: h, g, c.
-        gathered_qkv: channels of the projection that ranks with a key/value head in common gather; else 0.
+        gathered_qkv: channels of the QKV projection that ranks sharing a key/value head gather; 0: they gather none.
         ffn: f, of a dense FFN or of a shared expert.
-        experts, topk, expert_ffn: of all ranks, those of a token, the width of one; 0: a dense FFN.
+        experts, topk, expert_ffn: experts over all ranks, experts per token, width of an expert; 0: a dense FFN.
         vocab: the padded vocabulary divided by TP; `padding`: how many of the last rank's rows are padding.
         element: e.
         te: Transformer Engine's layers, not torch's.
-        documents: packed, and told apart.
-        recomputed: parts of a layer, when it is not recomputed as a whole.
+        documents: several are packed in a row, and attention keeps them apart.
+        recomputed: parts of a layer that are recomputed, unless whole layers are.
     """
 
     model: ModelConfig
@@ -84,7 +84,7 @@ class RankLayer:
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, vocab_size: int) -> Self:
-        """Measure a microbatch on a rank of this layout, in a layer that loops and has experts if any has."""
+        """Compute the sizes on a rank of this layout, for a layer that loops and has experts if any layer does."""
         model = config.model
         heads, groups, channels = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
         row_length = config.data.sequence_length // layout.context
@@ -117,7 +117,7 @@ class RankLayer:
         )
 
     def of_layer(self, layer: int, *, loops: bool | None = None) -> Self:
-        """The same for one layer, which may have experts and may loop; `loops`: it is taken to, or not."""
+        """Return the sizes of one particular layer, with or without experts and loops; `loops` overrides the latter."""
         own = self
         if self.experts and layer not in derived.expert_layers(self.model):
             own = replace(self, ffn=self.model.ffn_hidden_size // self.tensor, experts=0, topk=0, expert_ffn=0)
@@ -125,7 +125,7 @@ class RankLayer:
         return replace(own, loops=self.loops and loops)
 
     def by_kind(self, layers: Iterable[int]) -> list[tuple[Self, int]]:
-        """Those of these layers, each with how many have them."""
+        """Group layers of the same kind: return each kind's sizes with its number of layers."""
         experts, looped = derived.expert_layers(self.model), derived.looped_layers(self.model)
         kinds: dict[tuple[bool, bool], list[int]] = {}
         for layer in layers:
@@ -138,7 +138,7 @@ class RankLayer:
 
     @property
     def windowed(self) -> bool:
-        """Whether it has a window and a gate in loops >= 2."""
+        """Whether the layer has a window and a gate in loops >= 2."""
         return self.loops and self.model.gated_window
 
     @property
@@ -147,31 +147,31 @@ class RankLayer:
 
     @property
     def shares_kv(self) -> bool:
-        """Whether later loops read its first loop's keys."""
+        """Whether later loops read the layer's first-loop keys."""
         return self.loops and self.model.share_kv
 
     @property
     def shares_values(self) -> bool:
         return derived.shares_values(self.model)
 
-    # Bytes of its tensors.
+    # Bytes of the layer's tensors.
 
     def hidden_bytes(self) -> int:
-        """Hidden states between layers."""
+        """Return the size of the hidden states between layers."""
         return self.rows * self.hidden * self.element
 
     def gathered_bytes(self) -> int:
-        """Sequence parallelism gathers a linear layer's input."""
+        """Return the size of a linear layer's input gathered over sequence-parallel ranks; 0 without such ranks."""
         return self.tokens * self.hidden * self.element if self.rows < self.tokens else 0
 
     def query_bytes(self) -> int:
-        """Q, or the attention's output."""
+        """Return the size of Q, or of the attention's output."""
         return self.tokens * self.heads * self.channels * self.element
 
     def key_bytes(self) -> int:
-        """K, or V."""
+        """Return the size of K, or of V."""
         return self.tokens * self.groups * self.channels * self.element
 
     def qkv_bytes(self) -> int:
-        """The output of the projection to Q, K and V together."""
+        """Return the size of the fused QKV projection's output."""
         return self.tokens * self.gathered_qkv * self.element or self.query_bytes() + 2 * self.key_bytes()

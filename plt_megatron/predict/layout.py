@@ -1,5 +1,5 @@
-"""How a run is spread over ranks, and in which order a rank runs its microbatches: what every estimate of one rank's
-memory, time and traffic depends on.
+"""How a run is laid out over ranks, and in which order a rank runs its microbatches. Every estimate of a rank's memory,
+time and traffic depends on both.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's own default
 
 @dataclass(frozen=True)
 class Layout(ParallelLayout):
-    """The layout, and how one rank runs its microbatches.
+    """A parallel layout, and how one rank runs its microbatches.
 
     Attributes:
-        zero_stage: 0 all optimizer state on every data-parallel rank; 1 optimizer state divided (megatron-core's
-            distributed optimizer); 2 gradients too; 3 weights too.
+        zero_stage: 0: every data-parallel rank has all optimizer state; 1: optimizer state is sharded (megatron-core's
+            distributed optimizer); 2: gradients too; 3: weights too.
         recompute: `none`, `selective` (`recompute_modules`) or `full` (units of `recompute_num_layers` layers).
-        recompute_modules: parts of layers that are recomputed by themselves.
-        micro_batch_size: sequences.
-        microbatches: per optimizer step and data-parallel rank.
-        deepspeed: trained by DeepSpeed, which has buffers of its own.
-        offload_optimizer, offload_weights: kept in the host's memory (DeepSpeed).
-        reduce_bucket: parameters whose gradients are reduced together (DeepSpeed).
-        max_live_parameters: how many parameters may be whole at a time (stage 3).
+        recompute_modules: parts of layers that are recomputed separately.
+        micro_batch_size: sequences per microbatch.
+        microbatches: number per optimizer step and data-parallel rank.
+        deepspeed: whether DeepSpeed trains, with its own buffers.
+        offload_optimizer, offload_weights: kept in host memory (DeepSpeed).
+        reduce_bucket: number of parameters whose gradients are reduced together (DeepSpeed).
+        max_live_parameters: how many parameters may be gathered at a time (stage 3).
         backend: `torch` or `te`.
-        on_cpu: gloo and torch's CPU kernels.
+        on_cpu: whether ranks use gloo and torch's CPU kernels.
     """
 
     zero_stage: int = 1
@@ -63,9 +63,9 @@ class Layout(ParallelLayout):
 
 
 def estimate_layout(config: RunConfig, world_size: int | None = None, *, on_cpu: bool = False) -> Layout:
-    """The layout of a validated configuration on `world_size` ranks (None: as many as it asks for).
+    """Return the layout of a validated configuration on `world_size` ranks (None: as many as it asks for).
 
-    `model.backend: auto` is Transformer Engine on a GPU and torch on a CPU.
+    `model.backend: auto` means Transformer Engine on a GPU and torch on a CPU.
     """
     parallel, backend = config.parallel, config.model.backend
     deepspeed = config.deepspeed
@@ -100,18 +100,18 @@ _RECOMPUTE = ("none", "selective", "full")
 
 
 def layout_overrides(text: str) -> list[str]:
-    """Settings for a layout as reports print it, `TP2 SP PP4 DP8`, separated by blanks or commas.
+    """Translate a layout as reports print it, `TP2 SP PP4 DP8`, into settings. Blanks or commas separate words.
 
-    TP, PP and CP that are left out are 1, and without SP there is no sequence parallelism; anything else that is left
-    out stays as configured. More words: `MB2` (micro batch size), `none`, `selective` or `full` (recomputation), and
-    with DeepSpeed `ZeRO2` and `offload`, of the optimizer. Raises `UserError` on another word, or one given twice.
+    TP, PP and CP default to 1, and sequence parallelism is off without SP; anything else left out stays as configured.
+    More words: `MB2` (micro batch size), `none`, `selective` or `full` (recomputation), and with DeepSpeed `ZeRO2` and
+    `offload` (of the optimizer). Raises `UserError` on an unknown word or a setting given twice.
     """
     words = [word.upper() for word in re.split(r"[\s,]+", text) if word]
     settings: dict[str, str] = {}
     for word in words:
         for key, value in _meaning(word).items():
             if key in settings:
-                raise UserError(f"--layout {text}: {word} says twice what {key} is")
+                raise UserError(f"--layout {text}: {word} sets {key} a second time")
             settings[key] = value
     for name in ("TP", "PP", "CP"):
         settings.setdefault(_SIZES[name], "1")
@@ -130,16 +130,16 @@ def _meaning(word: str) -> dict[str, str]:
     if word.lower() in _RECOMPUTE:
         return {"parallel.recompute_granularity": word.lower()}
     raise UserError(
-        f"--layout: {word} is not known; it is written as in 'TP2 SP PP4 CP1 DP8 MB1 full', or 'TP2 DP8 ZeRO3 offload'"
+        f"--layout: {word} is not known; write it as in 'TP2 SP PP4 CP1 DP8 MB1 full' or 'TP2 DP8 ZeRO3 offload'"
     )
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward or backward pass of a microbatch through a stage: through loop `loop`, or all where it is 0.
+    """One forward or backward pass of a microbatch through a stage: through loop `loop`, or through all loops if 0.
 
-    Loops are the model chunks of megatron-core's interleaved schedule (docs/decisions.md). A single stage runs all
-    loops of a microbatch forward, then backward.
+    Loops are the model chunks of megatron-core's interleaved schedule (docs/decisions.md). Without a pipeline, all
+    loops of a microbatch run forward, then backward.
     """
 
     microbatch: int
@@ -148,15 +148,14 @@ class Pass:
 
 
 def bubble_fraction(pipeline: int, loops: int, microbatches: int) -> float:
-    """Idle time over working time: (P - 1) / (L M)."""
+    """Return idle time over working time: (P - 1) / (L M)."""
     return (pipeline - 1) / (loops * microbatches)
 
 
 def passes(pipeline: int, stage: int, loops: int, microbatches: int) -> list[Pass]:
-    """The passes of a stage in one step, in order.
+    """Return the passes of a stage in one step, in order.
 
-    The steady state repeats, so callers that need the peak may use fewer microbatches:
-    `enough_microbatches`.
+    The steady state repeats, so `enough_microbatches` suffice to find the peak.
     """
     if pipeline == 1:
         return [Pass(index, 0, backward) for index in range(microbatches) for backward in (False, True)]
@@ -176,5 +175,5 @@ def passes(pipeline: int, stage: int, loops: int, microbatches: int) -> list[Pas
 
 
 def enough_microbatches(pipeline: int, microbatches: int) -> int:
-    """A number of microbatches that shows the same peak as all of them."""
+    """Return a number of microbatches that reaches the same peak as all of them."""
     return min(microbatches, 2 if pipeline == 1 else 3 * pipeline)

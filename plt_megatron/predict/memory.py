@@ -1,8 +1,8 @@
 """Peak memory of one rank of each pipeline stage, by component.
 
-What a rank always holds (weights, gradient buffer, optimizer state) is arithmetic. On top of it the step's passes are
-simulated in the order of the schedule, with what each layer saves and needs (`activations`), and the peak is reported.
-The optimizer's step is another candidate for the peak.
+What a rank always holds (weights, gradient buffer, optimizer state) is arithmetic. On top of it, the step's passes are
+simulated in schedule order with what each layer saves and needs (`activations`), and the peak is reported. The
+optimizer's step is another candidate for the peak.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from plt_megatron.predict.parameters import count_parameters, elements
 from plt_megatron.predict.simulation import MemorySimulator
 from plt_megatron.predict.step import Step
 
-FP8_COPIES = 2  # Transformer Engine keeps each quantized weight and its transpose, a byte each, through the step
+FP8_COPIES = 2  # Transformer Engine keeps each quantized weight and its transpose through the step, a byte per element
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class MemoryEstimate:
     """Memory of the worst rank of a pipeline stage at its peak.
 
     Attributes:
-        stage: from 0.
-        components: bytes at the peak by what holds them; components not alive then are 0.
-        phase: when the peak is.
+        stage: the pipeline stage, from 0.
+        components: bytes at the peak by what holds them; 0 if not alive at that time.
+        phase: when the peak occurs.
     """
 
     stage: int
@@ -43,7 +43,7 @@ class MemoryEstimate:
         return sum(self.components.values())
 
 
-# In the order in which they are shown.
+# In display order.
 COMPONENTS = (
     "weights",
     "gathered weights",
@@ -64,7 +64,7 @@ COMPONENTS = (
 
 
 def estimate_memory(step: Step) -> list[MemoryEstimate]:
-    """One estimate per pipeline stage."""
+    """Return one estimate per pipeline stage."""
     return [_stage_memory(step, stage) for stage in step.stages]
 
 
@@ -87,7 +87,7 @@ def _stage_memory(step: Step, stage: Stage) -> MemoryEstimate:
 
 
 def _layers_in_fp8(config: RunConfig, layers: range) -> float:
-    """The share of a stage's layers whose linear layers are in FP8."""
+    """Return the share of a stage's layers whose linear layers run in FP8."""
     fp8, last = config.training.fp8, config.model.num_layers
     assert fp8 is not None, "the caller asks"
     if fp8.num_layers_at_start_in_bf16 == fp8.num_layers_at_end_in_bf16 == 0:
@@ -99,10 +99,10 @@ def _layers_in_fp8(config: RunConfig, layers: range) -> float:
 
 
 def persistent_bytes(held: Held, config: RunConfig, layout: Layout) -> dict[str, int]:
-    """What a rank that holds these parameters keeps throughout a step, by component.
+    """Return the bytes that a rank keeps for these parameters throughout a step, by component.
 
-    DeepSpeed keeps fp32 main weights in fp32 too. From stage 2 on, offloading the optimizer takes the gradients along.
-    Stage 3 keeps weights that are used again soon whole, up to a limit: each loop uses them again.
+    DeepSpeed keeps separate fp32 main weights even in fp32. From stage 2 on, offloading the optimizer also offloads
+    gradients. Stage 3 keeps weights that are reused soon whole, up to a limit: each loop reuses them.
     """
     element, zero, whole, part = BYTES[config.training.precision], layout.zero_stage, held.divided, held.part
     spec = optimizer_spec(config.optimizer)
@@ -126,26 +126,27 @@ def persistent_bytes(held: Held, config: RunConfig, layout: Layout) -> dict[str,
 
 
 def _average_bytes(config: RunConfig) -> int:
-    """Bytes that the moving average takes per parameter."""
+    """Return the bytes per parameter of the moving average."""
     return 0 if config.training.ema_decay is None else FP32
 
 
 def _precise_bytes(config: RunConfig, *, hidden_matrix: bool = False) -> int:
-    """Bytes on disk per parameter of what is in fp32: main weights, the optimizer's state, and averages."""
+    """Return the bytes on disk per parameter of fp32 state: main weight, optimizer state, moving average."""
     state = optimizer_spec(config.optimizer).state_of(hidden_matrix=hidden_matrix)
     return FP32 * (1 + len(state)) + _average_bytes(config)
 
 
 def _inputs(config: RunConfig, layout: Layout) -> int:
-    """Tokens, labels and loss mask of a step's microbatches; with packed documents positions and starts too."""
+    """Return the bytes of tokens, labels and loss mask of a step's microbatches, and of positions and document starts
+    if documents are packed."""
     per_token = 8 + 8 + FP32 + (9 if config.data.reset_at_document_boundaries else 0)
     tokens = layout.micro_batch_size * config.data.sequence_length // layout.context
     return layout.microbatches * tokens * per_token
 
 
 def _optimizer_step(config: RunConfig, layout: Layout, stage: Stage) -> Counter[str]:
-    """Temporaries of the update. torch's Adam goes through one parameter at a time on a CPU and through all of them at
-    once on a GPU; Transformer Engine's fused one needs none. Muon comes after it."""
+    """Return the temporaries of the update. torch's Adam updates one parameter at a time on a CPU and all at once on a
+    GPU; Transformer Engine's fused Adam needs none. Muon runs after Adam, so only the larger of the two counts."""
     muon = max(_iteration(config, held) for held in stage.held)
     adam = 0
     if layout.on_cpu and layout.backend != "te":
@@ -158,8 +159,8 @@ def _optimizer_step(config: RunConfig, layout: Layout, stage: Stage) -> Counter[
 
 
 def _iteration(config: RunConfig, held: Held) -> int:
-    """Bytes of Newton-Schulz's largest iteration: the direction, its gathered whole in fp32, and X before and after,
-    X X^T and its polynomial in the model's precision."""
+    """Return the bytes of the largest Newton-Schulz iteration: the update direction and its gathered whole in fp32; X
+    before and after, X X^T and its polynomial in the training precision."""
     element = BYTES[config.training.precision]
     highest = 0
     for matrix in {matrix for rank in held.matrices for matrix in rank}:
@@ -171,7 +172,7 @@ def _iteration(config: RunConfig, held: Held) -> int:
 
 
 def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int:
-    """One checkpoint on disk: weights in their precision, and what is in fp32 of those that are trained."""
+    """Return the size of one checkpoint on disk: weights in training precision, and fp32 state of the trained ones."""
     padded = derived.padded_vocab_size(config.model, vocab_size, tensor)
     total = count_parameters(config.model, vocab_size, tensor).total
     trained = elements(config.model, vocab_size=padded, is_trained=selection(config))
@@ -180,16 +181,16 @@ def checkpoint_bytes(config: RunConfig, vocab_size: int, tensor: int = 1) -> int
 
 
 def saving_bytes(step: Step) -> int:
-    """Host memory that the worst rank needs beside training's while a checkpoint is written: the part that it writes.
+    """Return the extra host memory that the worst rank needs while a checkpoint is written: the part that it writes.
 
-    Data-parallel ranks share the writing, and nothing is gathered: a GPU needs no memory for it. Of the weights, each
-    writes whole tensors: one of them an embedding, which with many ranks is far more than its share.
+    Data-parallel ranks share the writing and gather nothing, so the GPU needs no extra memory. Weights are written as
+    whole tensors: with many ranks, the one that writes an embedding writes far more than an even share.
     """
     return max(_written(step.config, stage) for stage in step.stages)
 
 
 def _written(config: RunConfig, stage: Stage) -> int:
-    """What the rank of a stage that writes most does."""
+    """Return the bytes that a stage's busiest rank writes."""
     element, dense, table = BYTES[config.training.precision], stage.dense, stage.parameters.output_layer
     if stage.index > 0 and config.model.share_embeddings_and_output_weights:  # a copy, which the first stage writes
         frozen = dense.frozen if stage.trained.output_layer else dense.frozen - table

@@ -1,4 +1,4 @@
-"""Parameters of a model and of its layers, counted from the table that it is built from (`model/parameters.py`)."""
+"""Parameter counts of a model and its layers, from the table that the model is built from (`model/parameters.py`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class ParameterCount:
     attention: int  # Q, K, V and output projections, with any biases
     ffn: int  # gate, up and down projections of a dense FFN or of a shared expert
     norms: int  # every RMSNorm of the layers: inputs, Q and K, FFN output
-    gates: int  # G-SWA: none in a model of one loop
+    gates: int  # G-SWA; 0 with a single loop
     final_norm: int
     output_layer: int  # 0 when tied to the embedding
     router: int = 0
-    experts: int = 0  # gate, up and down projections of all of them
-    active_experts: int = 0  # of those that a token uses: part of `experts`
+    experts: int = 0  # gate, up and down projections of all experts
+    active_experts: int = 0  # the part of `experts` that a token uses
 
     @property
     def total(self) -> int:
@@ -37,17 +37,17 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters that take part in one token's forward pass; a dense model uses all."""
+        """Parameters used in one token's forward pass; all of them in a dense model."""
         return self.total - self.experts + self.active_experts
 
     @property
     def tables(self) -> int:
-        """The embedding table and, where it is another, the output layer's."""
+        """The embedding table and, if untied, the output layer's."""
         return self.embedding + self.output_layer
 
     @property
     def non_embedding(self) -> int:
-        """Without the embedding table and the output layer."""
+        """All parameters but the embedding table and the output layer."""
         return self.total - self.tables
 
 
@@ -59,14 +59,14 @@ def elements(
     experts: int | None = None,
     is_trained: Callable[[str], bool] | None = None,
 ) -> Iterator[tuple[Parameter, int]]:
-    """Yield each parameter of the table with the number of its elements in `layers`.
+    """Yield each parameter of the table with its number of elements in `layers`.
 
     Args:
-        layers: each counts as often as it is given; None: the whole model, with what is in no layer.
-        components: of these alone; none: of all.
+        layers: each counts as often as it is listed; None: the whole model, including parameters outside layers.
+        components: yield only these; none given: all.
         vocab_size: padded.
-        experts: how many of a layer count; None: all.
-        is_trained: count only what it says of a name (`model/trainable.py`); None: everything.
+        experts: how many experts of a layer count; None: all.
+        is_trained: predicate on parameter names (`model/trainable.py`): only those it accepts count; None: all.
     """
     sizes = Sizes.of(model, vocab_size)
     experts = derived.num_experts(model) if experts is None else experts
@@ -114,7 +114,7 @@ def count_parameters(
 
 
 def active_experts(model: ModelConfig) -> int:
-    """Experts of a layer that a token is sent to, the shared one not counted."""
+    """Return the number of experts per layer that a token is routed to, not counting the shared expert."""
     return 0 if model.moe is None else model.moe.router_topk
 
 
@@ -124,7 +124,7 @@ def matmuls(
     *components: Component,
     is_trained: Callable[[str], bool] | None = None,
 ) -> int:
-    """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is given.
-    `is_trained`: of `elements`."""
+    """Count a token's multiply-adds with the matrices of these components in `layers`, each as often as it is listed.
+    `is_trained`: see `elements`."""
     counted = elements(model, layers, *components, experts=active_experts(model), is_trained=is_trained)
     return sum(number for parameter, number in counted if parameter.is_matrix)

@@ -1,4 +1,4 @@
-"""The output of plt estimate: tables, or JSON."""
+"""Output of plt estimate, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNITS = {"GiB": GIB, "MiB": 1 << 20}
 
 @dataclass(frozen=True)
 class EstimateOptions:
-    """The command's options."""
+    """Options of plt estimate."""
 
     path: str
     overrides: list[str] = field(default_factory=list)
@@ -57,10 +57,10 @@ class EstimateOptions:
 
 
 def print_estimate(options: EstimateOptions, tokenizer_size: Callable[[str], int]) -> int:
-    """Print the estimate; returns the command's exit status.
+    """Print the estimate and return the command's exit status.
 
-    `tokenizer_size` gives a tokenizer file's vocabulary, for configurations that leave it to the tokenizer. Raises
-    `UserError` on a configuration that validation refuses (files of this machine are not checked).
+    `tokenizer_size` returns the vocabulary size of a tokenizer file, for configurations that do not set it. Raises
+    `UserError` on a configuration that validation refuses (without checking files on this machine).
     """
     for name in ("nodes", "gpus_per_node", "batch_size", "context_length", "top"):
         value = getattr(options, name)
@@ -123,14 +123,14 @@ def _report(
 
 def _model_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> list[list[str]]:
     counted = count_parameters(config.model, vocab_size, estimate.layout.tensor)
-    rows = [["parameters", f"{estimate.parameters_total:,}", "in all"]]
+    rows = [["parameters", f"{estimate.parameters_total:,}", "total"]]
     rows.append(["", f"{estimate.parameters_active:,}", "active per token"])
     rows += [["", f"{count:,}", name.replace("_", " ")] for name, count in dataclasses.asdict(counted).items() if count]
     return rows
 
 
 def _flops_rows(config: RunConfig, vocab_size: int, estimate: RunEstimate) -> list[list[str]]:
-    rows = [["in all", f"{estimate.flops_per_token:.4g}", "100 %"]]
+    rows = [["total", f"{estimate.flops_per_token:.4g}", "100 %"]]
     parts = dataclasses.asdict(estimate.flops)
     rows += [[name.replace("_", " "), *_share(part, estimate.flops_per_token)] for name, part in parts.items() if part]
     padded = derived.padded_vocab_size(config.model, vocab_size, estimate.layout.tensor)
@@ -150,26 +150,26 @@ def _run_rows(config: RunConfig, estimate: RunEstimate) -> list[list[str]]:
     steps = derived.train_iters(config)
     layout = estimate.layout
     shares = {plural(loops, "loop"): f"{share:.1%}" for loops, share in LoopSchedule(config).mean_shares().items()}
-    schedule = [[loops, share, "of the steps"] for loops, share in shares.items() if config.training.loop_schedule]
+    schedule = [[loops, share, "of steps"] for loops, share in shares.items() if config.training.loop_schedule]
     return [
         ["tokens", f"{estimate.tokens:,}", f"{steps:,} steps of {BatchSchedule(config).step_in_words}"],
         *schedule,
         ["training FLOPs", f"{estimate.total_flops:.4g}"],
-        ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and copy"],
+        ["microbatches", f"{layout.microbatches}", f"of {layout.micro_batch_size} sequences, per step and DP rank"],
         ["recomputation", layout.recompute, f"backend {layout.backend}"],
         ["pipeline bubble", f"{100 * estimate.bubble_fraction:.1f} %", "of the working time"],
         ["estimated time", format_duration(estimate.total_seconds), f"{_count(estimate.gpu_hours)} device hours"],
-        ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} are kept"],
-        ["saving it", format_bytes(estimate.saving_bytes), "of host memory per process"],
+        ["checkpoint", format_bytes(estimate.checkpoint_bytes), f"{config.checkpoint.keep_last} kept"],
+        ["saving one", format_bytes(estimate.saving_bytes), "of host memory per process"],
     ]
 
 
 def _memory_rows(estimate: RunEstimate, unit: str) -> tuple[list[list[str]], list[str]]:
-    """The rows, and their header."""
+    """Return the rows and their header."""
     size = UNITS[unit]
     names = [name for name in estimate.memory[0].components if any(stage.components[name] for stage in estimate.memory)]
     chosen = estimate.memory
-    if len(chosen) > 4:  # first, last and the worst of those between
+    if len(chosen) > 4:  # first, last and the worst in between
         between = max(chosen[1:-1], key=lambda stage: stage.total_bytes)
         chosen = [chosen[0], between, chosen[-1]]
     rows = [[name, *(f"{stage.components[name] / size:,.2f}" for stage in chosen)] for name in names]
@@ -198,7 +198,7 @@ def _traffic_rows(estimate: RunEstimate) -> list[list[str]]:
 
 def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[list[str]]:
     total = estimate.step_seconds
-    rows = [["in all", f"{total:.3g} s", "100 %"]]
+    rows = [["total", f"{total:.3g} s", "100 %"]]
     for name, seconds in dataclasses.asdict(estimate.times).items():
         if seconds:
             rows.append([name.replace("_", " "), f"{seconds:.3g} s", f"{100 * seconds / total:.1f} %"])
@@ -211,16 +211,16 @@ def _time_rows(config: RunConfig, estimate: RunEstimate, card: GPUSpec) -> list[
 def _decode_rows(options: EstimateOptions, config: RunConfig, decoding: DecodeCost) -> list[list[str]]:
     context = options.context_length or config.data.sequence_length
     rows = [
-        ["a token step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
+        ["decode step", f"{decoding.milliseconds:.3g} ms", f"bound by {decoding.bound}"],
         ["", format_bytes(decoding.bytes), f"read for {plural(options.batch_size, 'sequence')} of {context:,} tokens"],
         ["", f"{decoding.flops / 1e9:.3g} GFLOP", ""],
         ["KV cache", format_bytes(decoding.kv_cache_bytes), "per sequence"],
-        ["state beside it", format_bytes(decoding.state_bytes), "per sequence: windows and carried states"],
+        ["other state", format_bytes(decoding.state_bytes), "per sequence: windows and carried states"],
     ]
     if config.model.loop_count > 1:
         first = decoding.loops_stop_being_free_at
         when = f"from batch {first}" if first else "at no batch size"
-        why = "5 % over one loop" if first else "reading weights and cache takes longer than computing"
+        why = "over 5 % more than one loop" if first else "reading weights and cache takes longer than computing"
         rows.append(["extra loops cost time", when, why])
     return rows
 
@@ -254,7 +254,7 @@ def _answer_search(options: EstimateOptions, config: RunConfig, vocab_size: int)
 def _no_layout(config: RunConfig, world_size: int, found: SearchResult) -> Iterator[str]:
     if found.tried:
         yield f"none of {found.tried} layouts of {world_size} ranks is valid for this configuration"
-        yield from (f"in the way: {problem}" for problem in found.problems)
+        yield from (f"frequent reason: {problem}" for problem in found.problems)
         return
     yield (
         f"{world_size} ranks cannot be arranged: no tensor x pipeline size (of {config.model.num_attention_heads} "
@@ -300,10 +300,10 @@ def _nearest(nearest: Candidate, usable: float) -> Iterator[str]:
     estimate = nearest.estimate
     worst = max(estimate.memory, key=lambda stage: stage.total_bytes)
     yield f"none fits; nearest: {nearest.command_line}"
-    yield f"it needs {worst.total_bytes / GIB:.1f} GiB in stage {worst.stage}, {usable:.1f} are usable; most of it:"
+    yield f"it needs {worst.total_bytes / GIB:.1f} GiB in stage {worst.stage}, {usable:.1f} are usable; largest parts:"
     largest = sorted(worst.components.items(), key=lambda item: -item[1])[:3]
     yield format_table([[name, format_memory(size)] for name, size in largest])
-    yield "more devices divide the optimizer's state and allow more stages; shorter sequences save activations"
+    yield "use more devices, to shard optimizer state and allow more stages, or shorter sequences, to save activations"
 
 
 # Text.

@@ -1,4 +1,4 @@
-"""Estimates a whole run: size, work, memory, traffic, time and storage. Does not import torch."""
+"""Estimate a whole run: size, work, memory, traffic, time and storage. Does not import torch."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from plt_megatron.predict.step import Step
 from plt_megatron.predict.step_time import StepTime, step_time
 from plt_megatron.predict.traffic import communication_bytes
 
-# The rest is for CUDA's context, NCCL's buffers and fragmentation.
+# The rest is left for CUDA's context, NCCL's buffers and fragmentation.
 USABLE_SHARE = 0.92
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """The size and cost of a run. What a step takes is the mean over the run's: `training.loop_schedule` decides their
-    loops, `training.batch_schedule` their batches. Memory is that of the largest step with all loops.
+    """The size and cost of a run. Costs per step are means over the run's steps, whose loops and batches follow
+    `training.loop_schedule` and `training.batch_schedule`. Memory is that of the largest step, with all loops.
 
     Attributes:
         parameters_total, parameters_active, parameters_embedding: numbers of parameters; embedding: the table and,
-            where it is not shared, the output layer.
-        tokens: of the whole run.
-        flops_per_token: training FLOPs of the model, by `flops.training_flops_per_token`; `flops` has the parts.
-        total_flops: of the whole run.
+            if untied, the output layer.
+        tokens: total over the run.
+        flops_per_token: training FLOPs of the model, by `flops.run_flops_per_token`; `flops` has the parts.
+        total_flops: total over the run.
         memory: the worst rank of each pipeline stage.
-        peak_memory_bytes: of the worst rank.
-        device_memory_bytes: the card's.
+        peak_memory_bytes: the worst rank's peak.
+        device_memory_bytes: the card's memory.
         fits: whether the peak leaves 8 % of the card free (`USABLE_SHARE`).
         bubble_fraction: pipeline idle time over working time.
         communication: bytes sent per step and rank, by purpose.
         step_seconds, total_seconds, gpu_hours: from the card's peaks and achievable shares, without validation and
             checkpoints; `times` has the parts.
-        checkpoint_bytes: one checkpoint on disk.
-        saving_bytes: of host memory, for the part of a checkpoint that a rank writes, while it does.
-        world_size: ranks.
-        layout: how they are arranged.
+        checkpoint_bytes: size of one checkpoint on disk.
+        saving_bytes: extra host memory a rank needs while it writes its part of a checkpoint.
+        world_size: number of ranks.
+        layout: how the ranks are arranged.
         gpu: the card's short name.
     """
 
@@ -87,8 +87,8 @@ def estimate_run(
 ) -> RunEstimate:
     """Estimate a validated configuration on `world_size` ranks (None: as many as its layout asks for).
 
-    `vocab_size`: the tokenizer's; None: `model.vocab_size`. Raises `UserError` if neither is given, and on an
-    unknown `gpu` (one of `cards.card_names()`).
+    `vocab_size`: the tokenizer's; None: `model.vocab_size`. `gpu` is one of `cards.card_names()`. Raises `UserError` if
+    it is not, or if the vocabulary size is unknown.
     """
     vocab_size = known_vocab_size(config, vocab_size)
     layout = estimate_layout(config, world_size, on_cpu=gpu == "cpu")
@@ -129,7 +129,7 @@ def estimate_run(
 
 
 def _mean_step_costs(largest: Step, card: GPUSpec, gpus_per_node: int) -> tuple[dict[str, float], StepTime, float]:
-    """Bytes that a rank sends in a step, by purpose, the step's time, and its bubble: the mean over the run's steps."""
+    """Return means over the run's steps: bytes that a rank sends, by purpose; the step's time; its bubble."""
     config, layout = largest.config, largest.layout
     traffic, times, bubble = defaultdict[str, float](float), StepTime(), 0.0
     for (loops, size, length), share in LoopSchedule(config).step_shares().items():
@@ -152,8 +152,8 @@ def _with_batch(layout: Layout, global_batch_size: int) -> Layout:
 
 
 def tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]) -> int | None:
-    """The vocabulary of the configuration's tokenizer, a file that `tokenizer_size` reads; None if it is not needed or
-    not there."""
+    """Return the vocabulary size of the configuration's tokenizer file, read by `tokenizer_size`; None if
+    `model.vocab_size` is set or there is no such file."""
     tokenizer = config.data.tokenizer
     if config.model.vocab_size is not None or tokenizer is None or not Path(tokenizer).is_file():
         return None
@@ -161,13 +161,13 @@ def tokenizer_vocab_size(config: RunConfig, tokenizer_size: Callable[[str], int]
 
 
 def known_vocab_size(config: RunConfig, vocab_size: int | None = None) -> int:
-    """The vocabulary to estimate with; `UserError` if neither argument nor configuration gives it."""
+    """Return the vocabulary size to estimate with; `UserError` if neither argument nor configuration gives it."""
     vocab_size = vocab_size or config.model.vocab_size
     if vocab_size is None:
         tokenizer = config.data.tokenizer
         missing = f"the tokenizer {tokenizer} does not exist" if tokenizer else "there is no data.tokenizer"
         raise UserError(
-            f"the vocabulary is unknown: {missing}; make the tokenizer, or add the size it will have, as in "
+            f"the vocabulary is unknown: {missing}; create the tokenizer, or set the size it will have, as in "
             "model.vocab_size=32000"
         )
     return vocab_size

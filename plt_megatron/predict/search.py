@@ -1,4 +1,4 @@
-"""Searches the layouts of a run on given cards that validation accepts; best first."""
+"""Search for layouts of a run that validation accepts and that fit given cards; best first."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from plt_megatron.predict.cards import GPUSpec, find_gpu_spec
 from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
 MAX_MICRO_BATCH = 64
-MIN_CONTEXT_ROWS = 4096  # tokens of a sequence on one rank: with fewer, context parallelism has little to hide behind
+MIN_CONTEXT_ROWS = 4096  # tokens of a sequence per rank: with fewer, little work hides context-parallel traffic
 RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout, as overrides of the configuration, and what it is estimated to need."""
+    """A layout, as overrides of the configuration, with its estimate."""
 
     overrides: dict[str, object]
     estimate: RunEstimate
@@ -35,7 +35,7 @@ class Candidate:
 
     @property
     def overheads(self) -> list[tuple[str, float]]:
-        """The step's overhead over model FLOPs, as shares of its time, largest first."""
+        """A step's overheads beyond model FLOPs, as shares of its time, largest first."""
         times, total = self.estimate.times, self.estimate.step_seconds
         shares = [
             ("recomputation", times.recompute),
@@ -50,8 +50,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """`fitting`: best first. `nearest`: the layout that needs least memory, whether it fits or not; None if validation
-    accepts none, and then `problems` lists the most frequent reasons."""
+    """Layouts found by a search.
+
+    Attributes:
+        fitting: best first.
+        nearest: the layout that needs the least memory, whether it fits or not; None if validation accepts none.
+        tried, accepted: numbers of layouts tried, and accepted by validation.
+        problems: the most frequent reasons why validation refused layouts.
+    """
 
     fitting: list[Candidate]
     nearest: Candidate | None
@@ -64,15 +70,15 @@ def search(
     config: RunConfig, *, gpu: str, world_size: int, gpus_per_node: int, vocab_size: int | None = None
 ) -> SearchResult:
     """Try tensor x pipeline x context x data parallel sizes, sequence parallelism, micro batch sizes, recomputation,
-    and the number of ranks that a mixture's experts are distributed over.
+    and expert parallel sizes for a mixture of experts.
 
-    Of a way to run, micro batches larger than one that does not fit are not estimated: they need more.
-    With DeepSpeed: its stages and offloading, without pipelines and context parallelism. Everything else is the
-    configuration's. Raises `UserError` as `estimate_run` does.
+    Micro batches larger than one that does not fit are not estimated, with all else equal: they need more. With
+    DeepSpeed, try its ZeRO stages and offloading, and neither pipelines nor context parallelism. Everything else stays
+    as configured. Raises `UserError` as `estimate_run` does.
     """
     capability = find_gpu_spec(gpu).capability
     estimated: list[Candidate] = []
-    too_large: set[frozenset[tuple[str, object]]] = set()  # ways to run that a smaller micro batch has ruled out
+    too_large: set[frozenset[tuple[str, object]]] = set()  # layouts that a smaller micro batch has ruled out
     problems: Counter[str] = Counter()
     tried = accepted = 0
     for overrides in _layouts(config, world_size, gpus_per_node):
@@ -101,8 +107,8 @@ def search(
 
 
 def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[dict[str, object]]:
-    """Sizes that multiply to the world size, and every way to run each, with micro batches from small to large. Tensor
-    parallelism stays within a node."""
+    """Yield parallel sizes that multiply to the world size, each with every way to run it, micro batches from small to
+    large. Tensor parallelism stays within a node."""
     for tensor, pipeline, context, data in _sizes(config, world_size, gpus_per_node):
         sizes: dict[str, object] = {
             "parallel.tensor_model_parallel_size": tensor,
@@ -131,7 +137,7 @@ def _layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator
 
 
 def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[tuple[int, int, int, int]]:
-    """(tensor, pipeline, context, data)"""
+    """Yield (tensor, pipeline, context, data) sizes."""
     deepspeed = config.deepspeed is not None
     own = config.parallel.pipeline_model_parallel_size
     pipelines = [1] if deepspeed else sorted({*_divisors(config.model.num_layers), own})
@@ -150,14 +156,14 @@ def _sizes(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[t
 
 
 def _even_stages(config: RunConfig) -> dict[str, object]:
-    """What takes back an uneven division of layers, which was meant for another number of stages."""
+    """Return overrides that undo an uneven division of layers, which was meant for another number of stages."""
     default = ParallelConfig()
     uneven = [name for name in UNEVEN if getattr(config.parallel, name) != getattr(default, name)]
     return {f"parallel.{name}": getattr(default, name) for name in uneven}
 
 
 def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:
-    """Sizes of expert parallelism among `ranks` that hold the same layers."""
+    """Return the expert parallel sizes possible among `ranks` ranks that hold the same layers."""
     if config.model.moe is None:
         return [{}]
     experts = config.model.moe.num_experts
@@ -166,7 +172,7 @@ def _experts(config: RunConfig, ranks: int) -> list[dict[str, object]]:
 
 
 def _zero(config: RunConfig) -> list[dict[str, object]]:
-    """DeepSpeed's stages, each without offloading, with the optimizer's, and finally with the weights'."""
+    """Return ZeRO stages, each without offloading and with the optimizer offloaded; in stage 3 also with weights."""
     if config.deepspeed is None:
         return [{}]
     offloads = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]
@@ -183,7 +189,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _micro_batches(sequences: int, pipeline: int) -> list[int]:
-    """Powers of two that leave a pipeline a multiple of its stages."""
+    """Return the powers of two for which the number of microbatches is a multiple of the pipeline's stages."""
     sizes = (1 << power for power in range(MAX_MICRO_BATCH.bit_length()))
     return [size for size in sizes if sequences % size == 0 and (sequences // size) % pipeline == 0]
 
@@ -199,6 +205,6 @@ def _changed(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
 
 
 def model_flops_share(estimate: RunEstimate, config: RunConfig, card: GPUSpec) -> float:
-    """MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
+    """Return the MFU: model FLOP/s over the cards' dense peak in the precision of the linear layers."""
     peak = card.flops_per_second(config.training.precision, fp8=config.training.fp8 is not None)
     return estimate.total_flops / (estimate.total_seconds * estimate.world_size * peak)

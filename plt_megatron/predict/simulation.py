@@ -1,4 +1,4 @@
-"""The passes of a pipeline stage's rank in the schedule's order, with what each keeps and needs (`activations`)."""
+"""Simulated passes of a rank of a pipeline stage, in schedule order, with what each saves and needs (`activations`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plt_megatron.predict.step import Step
 
 @dataclass
 class MemorySimulator:
-    """Simulates the passes of one stage and keeps the phase with the peak."""
+    """Simulates the passes of one stage and remembers the peak and its phase."""
 
     of: Step
     stage: Stage
@@ -65,7 +65,7 @@ class MemorySimulator:
             self._mark({"logits": self.shapes.head_forward()}, f"the loss of {which}")
 
     def _saved(self, loop: int) -> Counter[str]:
-        """Add what one loop's forward pass saves."""
+        """Return the bytes that one loop's forward pass saves, by component."""
         shapes = self.shapes
         saved: Counter[str] = Counter()
         if self.full:
@@ -78,14 +78,14 @@ class MemorySimulator:
             saved["activations"] += shapes.loop_end(loop in self.with_loss)
         if not self.alone:  # what was received and what is sent
             saved["activations"] += shapes.hidden_bytes()
-        if self.layers == 0 and not (self.first and loop > 1):  # what it passes on, a copy
+        if self.layers == 0 and not (self.first and loop > 1):  # a stage without layers sends a copy
             saved["activations"] += shapes.hidden_bytes()
         if loop == 1:
             saved["first-loop K/V"] = self.looped * shapes.first_loop_kv()
         return saved
 
     def _units(self, loop: int) -> int:
-        """How many groups of layers keep their input alone."""
+        """Count the groups of layers that save only their input."""
         looped, ran = derived.looped_layers(self.model), running(self.model, self.own, loop)
         prelude, coda = sum(layer < looped.start for layer in ran), sum(layer >= looped.stop for layer in ran)
         unit = 1 if self.by_layer else self.unit
@@ -117,7 +117,7 @@ class MemorySimulator:
             self._mark({"temporaries": self.table}, "the gradient of the output layer")
 
     def _working_set(self, loop: int, layer: int) -> Counter[str]:
-        """What a layer's backward pass needs besides `live`, which has everything saved. It is taken to loop."""
+        """Return what a layer's backward pass needs beyond `live`, which has all that is saved; assumes it loops."""
         shapes = self.shapes.of_layer(layer, loops=True)
         needs = Counter({"temporaries": shapes.backward_working_set(loop)})
         largest = shapes.hidden * 2 * shapes.ffn * self.element
@@ -127,7 +127,7 @@ class MemorySimulator:
         if not self._autograd_keeps_weight_gradients:
             if not shapes.fusions.gradient_accumulation_fusion:
                 needs["temporaries"] += largest
-            elif self.layout.overlap_grad_reduce:  # a dummy gradient for each shape of weight
+            elif self.layout.overlap_grad_reduce:  # a dummy gradient per weight shape
                 needs["temporaries"] += self.trained.layers // self.layers * self.element
         if shapes.documents:
             needs["temporaries"] += 2 * shapes.window_bias()
@@ -135,14 +135,14 @@ class MemorySimulator:
 
     @property
     def _autograd_keeps_weight_gradients(self) -> bool:
-        """With loops in one graph, autograd accumulates a weight's gradients until its first loop's arrive. Pipelines
-        run one loop's backward at a time, and full recomputation one unit's. Fused accumulation has none for it, but
-        dummies where the reduction overlaps."""
+        """Whether autograd itself accumulates a weight's gradients until the first loop's arrive, as it does with all
+        loops in one graph. Pipelines run the backward of one loop at a time, and full recomputation of one unit. Fused
+        accumulation leaves autograd no gradients, except dummies if the reduction overlaps."""
         fused = self.shapes.fusions.gradient_accumulation_fusion and not self.layout.overlap_grad_reduce
         return self.alone and self.loops > 1 and not self.full and not fused
 
     def _first_layer(self, loop: int) -> Counter[str]:
-        """The same at the first layer, which alone is left of what the loop has saved."""
+        """Return the working set at the first layer, the only one whose saved tensors of this loop are still alive."""
         if not self.own:
             return Counter()
         needs = self._working_set(loop, self.own[0])

@@ -1,4 +1,4 @@
-"""One optimizer step of a run, as its ranks see it: what the estimates of memory, traffic and time start from."""
+"""One optimizer step of a run as its ranks see it: the input of the memory, traffic and time estimates."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from plt_megatron.predict.parameters import FFN, matmuls
 
 @dataclass(frozen=True)
 class Step:
-    """A step with so many loops, microbatches and tokens a row.
+    """An optimizer step with a certain number of loops, microbatches and tokens per row.
 
     Attributes:
-        config: the run's, with this step's loops and row length.
-        layout: with this step's microbatches.
+        config: the run's configuration, with this step's loops and row length.
+        layout: the run's layout, with this step's microbatches.
         vocab_size: the tokenizer's.
-        stages: what the ranks hold, which may be more than this step uses.
+        stages: parameters that the ranks hold; the step may not use all of them.
     """
 
     config: RunConfig
@@ -35,17 +35,17 @@ class Step:
 
     @classmethod
     def of(cls, config: RunConfig, layout: Layout, vocab_size: int) -> Self:
-        """Describe the step of a configuration as it stands: with all its loops."""
+        """Describe a step of the configuration as it stands, with all loops."""
         return cls(config, layout, vocab_size, stages_of(config, layout, vocab_size))
 
     @cached_property
     def shapes(self) -> Activations:
-        """A microbatch on one rank."""
+        """Sizes of a microbatch on one rank."""
         return Activations.of(self.config, self.layout, self.vocab_size)
 
     @cached_property
     def largest(self) -> Stage:
-        """The stage with most parameters."""
+        """The stage with the most parameters."""
         return max(self.stages, key=lambda stage: stage.parameters.total)
 
     @property
@@ -58,22 +58,22 @@ class Step:
         return step_flops_per_token(self.config, self.padded_vocab_size, self.config.model.loop_count)
 
     def stage_flops(self, stage: Stage) -> Flops:
-        """Training FLOPs per token of a pipeline stage."""
+        """Return a pipeline stage's training FLOPs per token."""
         return share_of_stage(self.flops, self.config, self.layout, stage.index)
 
     @cached_property
     def slowest(self) -> Stage:
-        """The stage with most FLOPs, at whose pace a pipeline runs."""
+        """The stage with the most FLOPs, which sets the pipeline's pace."""
         return max(self.stages, key=lambda stage: self.stage_flops(stage).total)
 
     def losses(self, stage: Stage) -> list[int]:
-        """The loops that a loss, hence an output layer, follows in this stage."""
+        """Return the loops that end in a loss, hence an output layer, in this stage."""
         last = stage is self.stages[-1]
         return derived.loops_with_loss(self.config, self.config.model.loop_count) if last else []
 
 
 def share_of_stage(flops: Flops, config: RunConfig, layout: Layout, stage: int) -> Flops:
-    """The part that a pipeline stage has of FLOPs: its layers' and, the last, the output layer's."""
+    """Return a pipeline stage's part of the FLOPs: its layers and, in the last stage, the output layer."""
     model, layers = config.model, layout.stage_layers(config.model.num_layers)[stage]
     ffn = flops.ffn * matmuls(model, layers, *FFN) / matmuls(model, range(model.num_layers), *FFN)
     output = flops.output if stage == layout.pipeline - 1 else 0.0

@@ -1,9 +1,9 @@
-"""The time of an optimizer step, from a card's rates and the achievable shares of them.
+"""The time of an optimizer step, from a card's peak rates and their achievable shares.
 
     step = (matrix products + attention + memory-bound operations + exposed tensor-parallel traffic) * (1 + bubble)
            + exposed gradient and weight traffic + the optimizer
 
-docs/estimates.md explains the shares, and how far to trust the figure.
+docs/estimates.md explains the shares and how far to trust the result.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from plt_megatron.predict.layout import Layout, bubble_fraction
 from plt_megatron.predict.parameters import FFN, matmuls
 from plt_megatron.predict.step import Step
 
-# Reads and writes of the optimizer per parameter it owns: gradient, main weight and two moments in, the last three
-# and the weight out, and the norm's pass over the gradient.
+# Bytes that the optimizer moves per parameter it owns: it reads gradient, main weight and two moments, writes the last
+# three and the weight, and reads the gradient once more for its norm.
 OPTIMIZER_BYTES_PER_PARAMETER = 4 * 4 + 3 * 4 + 2 + 4
 # Memory-bound operations move each saved activation about this often: written and read forward, read backward, and its
 # gradient written and read.
 PASSES_OVER_ACTIVATIONS = 5
-# Of what matrix products reach of the BF16 peak, in terms of FP8's: casts and scales cost more next to them.
+# FP8 products reach this fraction of the share of the peak that BF16 products reach: casts and scales weigh more.
 FP8_EFFICIENCY = 0.75
-# Bytes/s of one device's share of its host, for what is offloaded: PCIe as it is achieved, and the host's memory, which
-# a node's devices share.
+# Bytes/s per device for what is offloaded: achieved PCIe bandwidth, and a device's share of the node's host memory
+# bandwidth.
 HOST_LINK = 25e9
 HOST_MEMORY = 25e9
 
 
 @dataclass(frozen=True)
 class StepTime(Parts):
-    """Seconds of one step of the slowest rank, by what they are spent on."""
+    """Seconds of the slowest rank's step, by what they are spent on."""
 
     matmul: float = 0.0
     attention: float = 0.0
     memory_bound: float = 0.0
     recompute: float = 0.0
-    tensor_parallel: float = 0.0  # and the experts' exchange of tokens
+    tensor_parallel: float = 0.0  # includes the experts' exchange of tokens
     bubble: float = 0.0
     other_communication: float = 0.0
     optimizer: float = 0.0
 
 
 def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_node: int) -> StepTime:
-    """Estimate a step that sends `traffic`, by `communication_bytes`."""
+    """Estimate the time of a step that sends `traffic`, from `communication_bytes`."""
     config, layout = step.config, step.layout
     peak = card.flops_per_second(config.training.precision)
     tokens = layout.microbatches * layout.micro_batch_size * config.data.sequence_length / layout.context
-    share = tokens / layout.tensor  # of one rank
+    share = tokens / layout.tensor  # per rank
     own = step.stage_flops(step.slowest)
     attention_flops = own.global_attention + own.local_attention
 
@@ -85,7 +85,7 @@ def step_time(step: Step, card: GPUSpec, traffic: dict[str, float], gpus_per_nod
 
 
 def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
-    """Seconds of matrix products per token. Layers' linear parts may run in FP8, which reaches less of its peak."""
+    """Return the seconds of matrix products per token. Linear layers may run in FP8, which reaches less of its peak."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     linear = flops.projections + flops.ffn
     seconds = (flops.total - flops.global_attention - flops.local_attention) / peak
@@ -96,7 +96,7 @@ def _matmul_seconds(config: RunConfig, card: GPUSpec, flops: Flops) -> float:
 
 
 def _memory_bound(step: Step, card: GPUSpec) -> float:
-    shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not kept are moved too
+    shapes = dataclasses.replace(step.shapes, recomputed=())  # activations that are not saved are moved too
     model, own = step.config.model, step.slowest.layers
     saved = len(derived.looped_among(model, own)) * shapes.first_loop_kv()
     saved += sum(shapes.layers_in_loop(own, loop) for loop in range(1, model.loop_count + 1))
@@ -106,7 +106,7 @@ def _memory_bound(step: Step, card: GPUSpec) -> float:
 
 
 def _recompute(step: Step, matmul: float, attention: float, memory_bound: float, flops: Flops) -> float:
-    """Another forward pass, a third of a step, over the recomputed part."""
+    """Return the seconds of another forward pass, a third of a step, over the recomputed part."""
     layout = step.layout
     if layout.recompute == "none":
         return 0.0
@@ -123,7 +123,7 @@ def _recompute(step: Step, matmul: float, attention: float, memory_bound: float,
 
 
 def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
-    """Bandwidth of a collective over neighboring ranks: the network's once they do not fit on a node."""
+    """Return the bandwidth of a collective over neighboring ranks: the network's if they do not fit in a node."""
     link = card.link_bandwidth if ranks <= gpus_per_node else card.network_bandwidth
     return link * card.link_efficiency
 
@@ -131,11 +131,11 @@ def _bandwidth(card: GPUSpec, ranks: int, gpus_per_node: int) -> float:
 def _other_communication(
     layout: Layout, traffic: dict[str, float], work: float, seconds: Callable[[str, int], float]
 ) -> float:
-    """Data-parallel and pipeline traffic that does not overlap with computation.
+    """Return the seconds of data-parallel and pipeline traffic that does not overlap with computation.
 
-    With overlapped reduction all but the last microbatch's backward pass is over when it starts: two thirds of one
-    microbatch hide it, and the forward third of one hides overlapped gathering. Pipeline messages are sent while the
-    next pass computes; the first of each is waited for.
+    Overlapped reduction starts in the last microbatch's backward pass, two thirds of a microbatch, which hides it; the
+    forward third hides overlapped gathering. Pipeline messages are sent while the next pass computes; only the first of
+    each kind is waited for.
     """
     spread = layout.world_size if layout.shards > 1 else 1
     reduction, gathering = seconds("gradient reduction", spread), seconds("weight gathering", spread)
@@ -158,7 +158,8 @@ def _optimizer(layout: Layout, card: GPUSpec, stage: Stage) -> float:
 
 
 def _matrix_updates(config: RunConfig, card: GPUSpec, stage: Stage) -> float:
-    """Newton-Schulz iterations, on the rank with most. `_optimizer` counts all else, with a moment too many."""
+    """Return the seconds of Newton-Schulz iterations on the busiest rank. `_optimizer` counts all else, one moment too
+    many."""
     peak = card.flops_per_second(config.training.precision) * card.matmul_efficiency
     flops = sum(held.busiest(lambda matrix: matrix.flops) for held in stage.held)
     return config.optimizer.muon_num_ns_steps * flops / peak

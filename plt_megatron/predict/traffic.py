@@ -1,8 +1,8 @@
 """Bytes that one rank sends in an optimizer step, by purpose.
 
 A ring collective over n ranks sends (n - 1) / n of the whole tensor per rank for an all-gather or a reduce-scatter,
-and twice that for an all-reduce. Of what data-parallel ranks send, no more is stated than what must be true: each
-gradient is reduced once, and each weight gathered once (with ZeRO, in each pass that has no room for the whole).
+and twice that for an all-reduce. Data-parallel traffic is a lower bound: each gradient is reduced once, and each weight
+gathered once (with ZeRO, in each pass that has no room for the whole).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from plt_megatron.predict.layout import Layout
 from plt_megatron.predict.parameters import elements
 from plt_megatron.predict.step import Step
 
-_COUNT = 8  # bytes of a number of tokens
-_GATHERING = ("self_attention.linear_qkv.weight", ".mlp.linear_fc1.weight")  # their inputs, with sequence parallelism
+_COUNT = 8  # bytes of a token count
+_GATHERING = ("self_attention.linear_qkv.weight", ".mlp.linear_fc1.weight")  # gather inputs with sequence parallelism
 
 
 def communication_bytes(step: Step) -> dict[str, float]:
-    """Bytes sent per step by one rank of the busiest kind, by purpose; purposes with no traffic are left out.
-    `host transfers`: between device and host, where DeepSpeed offloads.
+    """Return the bytes that one rank of the busiest kind sends per step, by purpose; purposes without traffic are left
+    out. `host transfers` are between device and host, if DeepSpeed offloads.
     """
     config, layout, shapes, largest = step.config, step.layout, step.shapes, step.largest
     stage = max(step.stages, key=lambda each: len(each.layers))
@@ -44,7 +44,8 @@ def communication_bytes(step: Step) -> dict[str, float]:
 
 
 def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
-    """Gradients and weights of a stage, and what goes to the host and back, if a step makes so many forward passes."""
+    """Return the traffic of a stage's gradients and weights, and to the host and back, for `passes` forward passes per
+    step."""
     layout, element = step.layout, step.shapes.element
     once = sum(held.reduced for held in stage.held)
     reduced, gathered = 1, 1.0
@@ -65,8 +66,8 @@ def _data_parallel(step: Step, stage: Stage, passes: float) -> dict[str, float]:
 
 
 def _pipeline(layout: Layout, loops: int) -> float:
-    """Messages of a step: hidden states forward and gradients backward in every loop. The first stage has no gradients
-    to send in the first loop, and the last no hidden states in the last."""
+    """Count a step's messages: hidden states forward and gradients backward in every loop. The first stage sends no
+    gradients in the first loop, and the last stage no hidden states in the last loop."""
     if layout.pipeline == 1:
         return 0.0
     return float(layout.microbatches * (2 * loops - (1 if layout.pipeline == 2 else 0)))
@@ -77,24 +78,24 @@ def _share(ranks: int) -> float:
 
 
 def _tensor_layers(layout: Layout, shapes: Activations, layers: list[int]) -> float:
-    """These layers' traffic in one microbatch, each as often as it is given."""
+    """Return the layers' traffic in one microbatch, each counted as often as it is listed."""
     kinds = shapes.by_kind(layers)
     layer = sum(count * _tensor_layer(layout, kind) for kind, count in kinds)
     return layer + sum(count * (_hidden_gate(layout, kind) + _key_shift(kind)) for kind, count in kinds)
 
 
 def _most_expert_runs(step: Step) -> int:
-    """How often a microbatch goes through a layer of experts, in the stage with most."""
+    """Count how often a microbatch passes a layer of experts, in the stage where it does most."""
     experts = derived.expert_layers(step.config.model)
     return max(sum(layer in experts for layer in runs(step.config.model, stage.layers)) for stage in step.stages)
 
 
 def _tensor_layer(layout: Layout, shapes: Activations) -> float:
-    """Attention and FFN of one layer, loop and microbatch, forward and backward.
+    """Return the traffic of attention and FFN in one layer, loop and microbatch, forward and backward.
 
-    All-reduces: one each way for attention, one for the FFN. Sequence parallelism: an all-gather and a reduce-scatter
-    in place of each, and one more all-gather for the weights' gradients. Ranks that have a key/value head in common
-    gather the projection to Q, K and V, and reduce-scatter its gradient.
+    Attention and FFN each have an all-reduce each way. Sequence parallelism replaces each with an all-gather and a
+    reduce-scatter, and adds one more all-gather each for weight gradients. Ranks that share a key/value head gather the
+    output of the QKV projection, and reduce-scatter its gradient.
     """
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
     if shapes.ffn == 0:  # experts alone: attention's half
@@ -105,8 +106,8 @@ def _tensor_layer(layout: Layout, shapes: Activations) -> float:
 
 
 def _frozen_layers(step: Step, layers: list[int]) -> float:
-    """What layers with weights that are not trained leave out of that, each as often as it is given: inputs gathered
-    for the gradients of weights, and learned shifts' own."""
+    """Return the traffic that layers with frozen weights save, each counted as often as it is listed: inputs gathered
+    for weight gradients, and gradients of learned shifts."""
     if not step.config.training.trainable:
         return 0.0
     model, shapes, is_trained = step.config.model, step.shapes, trains(step.config)
@@ -123,8 +124,8 @@ def _frozen_layers(step: Step, layers: list[int]) -> float:
 
 
 def _hidden_gate(layout: Layout, shapes: Activations) -> float:
-    """One layer's logits in one loop and microbatch, of all heads: gathered with sequence parallelism, and their
-    gradients in any case."""
+    """Return the traffic of one layer's gate logits of all heads, per loop and microbatch: with sequence parallelism
+    they are gathered, and their gradients are in any case."""
     if not shapes.hidden_gate:
         return 0.0
     gathers = (2 if layout.recompute == "full" else 1) if layout.sequence_parallel else 0
@@ -133,17 +134,18 @@ def _hidden_gate(layout: Layout, shapes: Activations) -> float:
 
 
 def _key_shift(shapes: Activations) -> float:
-    """Gradients of learned factors of one layer in one loop and microbatch: each rank has those of its groups."""
+    """Return the traffic of one layer's learned-factor gradients, per loop and microbatch: a rank has its groups'."""
     if shapes.model.key_shift != "learned":
         return 0.0
     return 2 * _share(shapes.tensor) * 2 * derived.num_query_groups(shapes.model) * shapes.element
 
 
 def _expert_layer(step: Step) -> float:
-    """Tokens of one layer, loop and microbatch to their experts and back, forward and backward, at an even load.
+    """Return the traffic of tokens to their experts and back, per layer, loop and microbatch, forward and backward, at
+    an even load.
 
-    `alltoall` sends a token to each of its experts' ranks, `allgather` every token to all ranks, and adds up there what
-    comes back. With it go the router's weights and, forward, which token goes where: its counts, or the whole map.
+    `alltoall` sends a token to the ranks of its experts; `allgather` sends every token to all ranks and sums what
+    returns. The router's weights go along and, in the forward pass, the assignment of tokens: counts or the whole map.
     """
     layout, shapes = step.layout, step.shapes
     if layout.expert == 1:
@@ -161,9 +163,9 @@ def _expert_layer(step: Step) -> float:
 
 
 def _tensor_ends(step: Step) -> float:
-    """Embedding and output layer of all microbatches, the latter for each loop with a loss; in a pipeline, where each
-    loop embeds anew, of the busier end. The cross-entropy adds up three numbers of each token, the last loop's z-loss
-    one."""
+    """Return the traffic of embedding and output layer in all microbatches, the latter once per loop with a loss; in a
+    pipeline, where each loop embeds again, the busier of the two. The cross-entropy reduces three numbers per token,
+    the last loop's z-loss one."""
     layout, shapes = step.layout, step.shapes
     whole = _share(layout.tensor) * shapes.tokens * shapes.hidden * shapes.element
     heads = len(step.losses(step.stages[-1]))
@@ -177,7 +179,8 @@ def _tensor_ends(step: Step) -> float:
 
 
 def _whole_gradients(step: Step, layers: range) -> float:
-    """Gradients of what tensor-parallel ranks have whole (norms, routers), where each sees a part of the rows."""
+    """Return the traffic of gradients of unsplit tensors (norms, routers), which sequence parallelism reduces because
+    each rank sees only part of the rows."""
     if not step.layout.sequence_parallel:
         return 0.0
     model, selected = step.config.model, selection(step.config)
@@ -190,19 +193,19 @@ def _whole_gradients(step: Step, layers: range) -> float:
 
 
 def _context_layers(step: Step, stage: Stage) -> float:
-    """K and V of a stage's layers in all loops of one microbatch."""
+    """Return the traffic of K and V in all of a stage's layers and all loops of one microbatch."""
     looped = len(derived.looped_among(step.config.model, stage.layers))
     in_all_loops = _context_layer(step.layout, step.shapes, step.config.model.loop_count)
     return looped * in_all_loops + (len(stage.layers) - looped) * _context_layer(step.layout, step.shapes, 1)
 
 
 def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:
-    """K and V of one layer and microbatch in all loops.
+    """Return the traffic of K and V in one layer and microbatch, over all loops.
 
-    Transformer Engine sends them around a ring in every loop; in the backward pass, their gradients too. With packed
-    documents ranks exchange rows for heads, of queries and outputs too. The torch backend gathers K and V, in the first
-    loop for all if they are shared, again to recompute core attention, and reduces their gradients; the few rows before
-    a rank's own, for its window, are left out.
+    Transformer Engine sends them around a ring in every loop, and their gradients too in the backward pass. With packed
+    documents, ranks exchange rows for heads, also of queries and outputs. The torch backend gathers K and V (once for
+    all loops if shared, and again to recompute core attention) and reduces their gradients. The few rows before a
+    rank's own, needed for its window, are left out.
     """
     passes = 2 if layout.recompute == "none" else 3
     if shapes.te and shapes.documents:
@@ -216,5 +219,5 @@ def _context_layer(layout: Layout, shapes: Activations, loops: int) -> float:
     others = 2.0 * (layout.context - 1) * shapes.tokens * shapes.groups * shapes.channels * shapes.element
     if shapes.te:
         return 3 * loops * others
-    gathered = (1 if shapes.shares_kv else loops) + (1 if shapes.shares_values else loops)  # K's times and V's
+    gathered = (1 if shapes.shares_kv else loops) + (1 if shapes.shares_values else loops)  # times for K, and for V
     return gathered / 2 * passes * others

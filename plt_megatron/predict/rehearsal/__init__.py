@@ -1,1 +1,1 @@
-"""Runs one rank of each kind of a large job on a machine without a GPU, and checks what the ranks would do together."""
+"""Run one rank of each kind of a large job on a machine without a GPU, and check that the ranks fit together."""

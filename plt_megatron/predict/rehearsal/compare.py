@@ -1,4 +1,4 @@
-"""What the ranks did against what must be true: memory, FLOPs and bytes as estimated, and each element of a
+"""Compare what the ranks did with what must hold: memory, FLOPs and bytes as estimated, and each element of a
 checkpoint's tensors written by exactly one rank of the world.
 """
 
@@ -14,22 +14,22 @@ from plt_megatron.predict.run_estimate import USABLE_SHARE, RunEstimate
 from plt_megatron.predict.step import share_of_stage
 
 TOLERANCES = {"memory": 0.10, "FLOPs": 0.001, "bytes sent": 0.01, "checkpoint": 0.01}
-# Phases of a training step; what is sent per microbatch is counted as often as there are microbatches.
+# Phases whose traffic repeats per microbatch and is scaled to the run's number of microbatches.
 _PER_MICROBATCH = ("forward", "backward", "between")
 _SCALED = ("neighbours' rows", "tensor parallel", "context parallel", "expert parallel", "pipeline")
-_NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, under context parallelism, the window
-_SHOWN = 3  # faults of a tensor
+_NOT_ESTIMATED = ("scalars", "neighbours' rows")  # the latter for the shift and, with context parallelism, the window
+_SHOWN = 3  # faults per tensor
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One figure of one rank.
+    """A rehearsed figure of one rank, and its estimate.
 
     Attributes:
-        kind: of `TOLERANCES`.
-        what: as in `bytes sent, tensor parallel`.
-        rank: the one it is from: the worst, where several are.
-        is_bound: whether less than what is estimated is right too.
+        kind: a key of `TOLERANCES`.
+        what: name of the figure, as in `bytes sent, tensor parallel`.
+        rank: the rank it is from; the worst of several.
+        is_bound: whether the estimate is an upper bound, so that less is right too.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Difference:
 
     @property
     def off(self) -> float:
-        """Relative to the rehearsed; infinite where that is 0."""
+        """Relative error of the estimate; infinite if only the rehearsed figure is 0."""
         if self.rehearsed == self.estimated:
             return 0.0
         return self.estimated / self.rehearsed - 1 if self.rehearsed else float("inf")
@@ -59,9 +59,9 @@ class Difference:
 
 
 def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstimate) -> list[Difference]:
-    """Every figure that both know."""
+    """Compare every figure that both the records and the estimate have."""
     return [
-        # The estimate has a linear layer keep its input, which one that is not trained need not.
+        # The estimate assumes that each linear layer saves its input; one with frozen weights need not.
         *_memory(records, estimate, is_bound=bool(config.training.trainable)),
         *(_flops(config, record, estimate) for record in records),
         *_traffic(records, estimate),
@@ -70,11 +70,11 @@ def compare(config: RunConfig, records: Sequence[RankRecord], estimate: RunEstim
 
 
 def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate, given: RunEstimate) -> list[str]:
-    """Ranks that do not fit the card.
+    """List the ranks that do not fit the card.
 
     Args:
-        given: of the configuration as it was given: what it takes less or more than `estimate`, which is of what was
-            rehearsed, is what the parts that were replaced do.
+        estimate: of the rehearsed configuration.
+        given: estimate of the configuration as given; its difference to `estimate` is due to what was replaced.
     """
     usable = int(USABLE_SHARE * estimate.device_memory_bytes)
     problems = []
@@ -83,10 +83,10 @@ def memory_problems(records: Sequence[RankRecord], estimate: RunEstimate, given:
         replaced = given.memory[stage].total_bytes - estimate.memory[stage].total_bytes
         needed = record.peak + replaced
         if needed > usable:
-            estimated = f", {replaced:+,} of them estimated for what was replaced," if replaced else ""
+            estimated = f" (including an estimated {replaced:+,} for what was replaced)" if replaced else ""
             problems.append(
-                f"memory over: rank {record.rank} needs {needed:,} bytes{estimated} in {record.peak_phase}, the card "
-                f"({estimate.gpu}) has {usable:,} of {estimate.device_memory_bytes:,} to use"
+                f"memory over: rank {record.rank} needs {needed:,} bytes{estimated} in {record.peak_phase}, of "
+                f"{usable:,} usable on a card ({estimate.gpu}) of {estimate.device_memory_bytes:,}"
             )
     return problems
 
@@ -99,12 +99,13 @@ def _memory(records: Sequence[RankRecord], estimate: RunEstimate, *, is_bound: b
 
 
 def _flops(config: RunConfig, record: RankRecord, estimate: RunEstimate) -> Difference:
-    """Linear layers and causal attention; not the window, which torch computes in blocks, nor recomputation."""
+    """Compare FLOPs of linear layers and causal attention, without the window, which torch computes in blocks, and
+    without recomputation."""
     layout = estimate.layout
     parts = share_of_stage(estimate.flops, config, layout, record.place["pp"])
     expected = parts.projections + parts.ffn + parts.global_attention + parts.output
     loops = config.model.loop_count
-    if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, which has no use for it
+    if config.model.gate_input == "hidden" and loops > 1:  # computed in the first loop too, where it is unused
         expected += parts.gate * loops / (loops - 1)
     tokens = record.microbatches * config.training.micro_batch_size * config.data.sequence_length
     rehearsed = record.flops.get("linear", 0) + record.flops.get("attention", 0)
@@ -121,7 +122,7 @@ def _saving(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[Di
 
 
 def sent_by_purpose(record: RankRecord, microbatches: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step of so many microbatches, by the estimate's purposes."""
+    """Return the bytes that a rank sends in a step of `microbatches` microbatches, by the estimate's purposes."""
     sent: dict[str, float] = defaultdict(float)
     for call in record.calls:
         if call.phase in ("validation", "checkpoint"):
@@ -144,7 +145,7 @@ def _purpose(call: Call) -> str:
     if group.startswith(("data parallel", "expert data parallel")) and call.elements > 8:
         return "gradient reduction" if call.operation == "reduce_scatter" else "weight gathering"
     if group == "tensor and context parallel" and call.operation == "all_reduce":
-        return "scalars"  # how a router's load is spread
+        return "scalars"  # load statistics of a router
     if group in ("context parallel", "tensor and context parallel"):
         return "context parallel"
     if group.startswith("tensor model parallel"):
@@ -165,7 +166,7 @@ def _traffic(records: Sequence[RankRecord], estimate: RunEstimate) -> Iterator[D
 
 
 def saving_problems(savings: Sequence[Saving]) -> list[str]:
-    """What is written twice, or not at all, by the stages together; one line each."""
+    """List what the stages together write twice, or not at all, one line each."""
     tensors: dict[str, tuple[tuple[int, ...], list[Box]]] = {}
     problems = []
     for saving in savings:
@@ -174,7 +175,7 @@ def saving_problems(savings: Sequence[Saving]) -> list[str]:
             all_boxes += boxes
             if known != shape:
                 problems.append(f"checkpoint: stages disagree on the shape of {key}: {list(known)} and {list(shape)}")
-    found: dict[tuple, list[str]] = {}  # an optimizer's states are divided alike
+    found: dict[tuple, list[str]] = {}  # by division: an optimizer's states are all divided alike
     for key, (shape, boxes) in tensors.items():
         division = shape, tuple(sorted(boxes))
         if division not in found:
@@ -185,11 +186,11 @@ def saving_problems(savings: Sequence[Saving]) -> list[str]:
 
 
 def _faults(shape: tuple[int, ...], boxes: Sequence[Box], before: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Go through the slabs of the first axis in which the same boxes lie.
+    """Yield gaps and overlaps, slab by slab along the first axis; within a slab the same boxes lie.
 
     Args:
-        shape: of the axes that are left; boxes: sorted, in these axes.
-        before: start and end along the axes that are done.
+        shape: of the remaining axes; boxes: sorted, in the remaining axes.
+        before: start and end along the axes already done.
     """
     if not shape:
         ranks = [rank for *_, rank in boxes]

@@ -1,8 +1,8 @@
 """CUDA tensors without memory and without a GPU.
 
-torch's FakeTensorMode computes shapes only. On a machine without a GPU autograd still asks a CUDA tensor's device for
-its stream, and fails: so C++ is told that the tensor is on the `meta` device, which has none, and Python that it is on
-`cuda:0`. What C++ then makes on `meta` is put on `cuda:0` again.
+torch's FakeTensorMode computes only shapes. On a machine without a GPU autograd still asks a CUDA tensor's device for
+its stream, and fails. So C++ is told that the tensor is on the `meta` device, which has no streams, and Python that it
+is on `cuda:0`. Tensors that C++ then creates on `meta` are put back on `cuda:0`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _stock_attention = F.scaled_dot_product_attention
 
 @contextlib.contextmanager
 def fake_gpu(observer: Observer) -> Iterator[None]:
-    """Within it, all tensors are fake, `cuda` is a device, and `observer` sees every operation. For a process that does
-    nothing else: what is replaced stays so."""
+    """Make all tensors fake and `cuda` a device, and let `observer` see every operation. For a process that does
+    nothing else: replaced functions are not restored."""
     _replace_cuda_queries(observer)
     _replace_tensor_queries(observer)
     torch.tensor = _tensor_of  # type: ignore[assignment]
@@ -103,7 +103,7 @@ def _replace_cuda_queries(observer: Observer) -> None:
 def _replace_tensor_queries(observer: Observer) -> None:
     stock_type = Tensor.type
 
-    def tolist(self: FakeTensor) -> Any:  # one wait, where the stock method reads element after element
+    def tolist(self: FakeTensor) -> Any:  # one wait; the stock method reads element by element
         observer.waits_for_device("tolist")
         values = plausible_value(self.dtype)
         for size in reversed(self.shape):
@@ -113,24 +113,24 @@ def _replace_tensor_queries(observer: Observer) -> None:
     def make_subclass(cls: Any, tensor: Tensor, require_grad: bool = False, **kwargs: Any) -> Any:
         keys = kwargs.get("device_for_backend_keys")
         if keys is not None and keys.type == "cuda":
-            kwargs["dispatch_device"] = False  # C++ sees the device of what is within: meta
+            kwargs["dispatch_device"] = False  # C++ sees the inner tensor's device: meta
         return _stock_subclass(cls, tensor, require_grad, **kwargs)
 
     def type_of(self: FakeTensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is None:  # megatron's optimizer asks for names
+        if dtype is None:  # megatron-core's optimizer compares type names
             return stock_type(self).replace("torch.meta.", "torch.cuda.", 1)
         return stock_type(self, dtype, *args, **kwargs)
 
     FakeTensor.type = type_of  # type: ignore[method-assign,assignment]
     FakeTensor.tolist = tolist  # type: ignore[method-assign,assignment]
     Tensor._make_subclass = staticmethod(make_subclass)  # type: ignore[method-assign,assignment]
-    foreach_types.append(FakeTensor)  # as on a GPU, the optimizer goes through all parameters at once
+    foreach_types.append(FakeTensor)  # as on a GPU, the optimizer updates all parameters at once
     torch.nn.Module._apply = _convert_module  # type: ignore[method-assign,assignment]
     FakeTensor.is_cuda = property(lambda self: self.fake_device.type == "cuda")  # type: ignore[assignment]
 
 
 def _tensor_of(data: Any, *, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-    """`torch.tensor`, which reads what tensors it finds in a list one after another; page-locked memory needs a GPU."""
+    """`torch.tensor` for lists that contain tensors; ignores `pin_memory`, which needs a GPU."""
     return _stock_tensor(_read(data), **kwargs)
 
 
@@ -141,7 +141,7 @@ def _read(data: Any) -> Any:
 
 
 def _convert_module(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply` as it is for real parameters: stock, it exchanges fake ones, which others already refer to."""
+    """`Module._apply` as it treats real parameters; the stock one replaces fake parameters, which others refer to."""
     for module in self.children() if recurse else ():
         module._apply(fn)
     with torch.no_grad():
@@ -154,46 +154,46 @@ def _convert_module(self: torch.nn.Module, fn: Any, recurse: bool = True) -> tor
 
 @dataclass
 class _LowerRight:
-    """`torch.nn.attention.bias.causal_lower_right`, which as a tensor cannot be fake."""
+    """Stand-in for `torch.nn.attention.bias.causal_lower_right`, a tensor that cannot be fake."""
 
     queries: int
     keys: int
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """Flash attention, which is what torch would choose on a GPU for causal attention in half precision; it would not
-    for a fake tensor. Stands in for other precisions' too. Other calls are left to torch."""
+    """Run causal attention as flash attention, which torch would choose on a GPU in half precision, but not for a fake
+    tensor. It stands in for other precisions too; attention that is not causal is left to torch."""
     if not isinstance(attn_mask, _LowerRight) and not kwargs.get("is_causal", False):
         return _stock_attention(query, key, value, attn_mask, *args, **kwargs)
     scale = kwargs.get("scale")
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)[0]
 
 
-# Experts: each is taken to get as many tokens as every other. megatron-core's dispatchers count on the GPU how many
-# tokens go where, and read the counts on the host: splits of an all-to-all, sizes of what the experts get. Everything
-# else here is theirs.
+# Experts: all are assumed to get the same number of tokens. megatron-core's dispatchers count tokens per expert on the
+# GPU and read the counts on the host, as the splits of an all-to-all and the sizes of the experts' inputs. Only these
+# counts are replaced.
 
 
 def balance_routing(observer: Observer) -> None:
-    """Have the dispatchers read the counts of an even load. For a process that does nothing else."""
+    """Make the dispatchers read the counts of an even load. For a process that does nothing else."""
     stock_init = Router.__init__
     stock_counts = MoEAlltoAllTokenDispatcher.preprocess
     stock_postprocess = MoEAllGatherTokenDispatcher.dispatch_postprocess
 
     def make_router(self: Any, *args: Any, **kwargs: Any) -> None:
-        with torch.device(CUDA):  # stock, it is made on the host and moved, which a fake parameter cannot be
+        with torch.device(CUDA):  # the stock router is built on the host, and a fake parameter cannot be moved
             stock_init(self, *args, **kwargs)
 
     def preprocess(self: Any, routing_map: Tensor) -> Any:
         stock_counts(self, routing_map)
         by_rank = even_load(routing_map.shape[0], self.config).reshape(self.ep_size, self.num_local_experts)
-        own = by_rank[self.ep_rank]  # every rank sends as many
+        own = by_rank[self.ep_rank]  # every rank sends the same counts
         if self.config.moe_expert_capacity_factor is not None:
             self.num_out_tokens = int(by_rank.sum())
         if self.ep_size > 1:
             self.input_splits = by_rank.sum(axis=1)
             self.output_splits = np.full(self.ep_size, own.sum())
-            self.output_splits_tp = None  # an expert is never divided
+            self.output_splits_tp = None  # experts are never split over tensor-parallel ranks
         if self.num_local_experts > 1:
             self.num_global_tokens_per_local_expert = np.tile(own, (self.ep_size, 1))
             chunks = np.arange(self.num_experts)
@@ -214,7 +214,7 @@ def balance_routing(observer: Observer) -> None:
 
 
 def even_load(tokens: int, config: TransformerConfig) -> np.ndarray:
-    """How many of a rank's tokens go to each expert, int64 [experts]: as even as can be, and within their capacity."""
+    """Return how many of a rank's tokens go to each expert, int64 [experts]: evenly, and within their capacity."""
     experts, topk, factor = config.num_moe_experts, config.moe_router_topk, config.moe_expert_capacity_factor
     assert experts is not None
     each, left = divmod(tokens * topk, experts)

@@ -1,7 +1,7 @@
 """torch.distributed for one rank of a world that does not exist.
 
-torch's `fake` process group answers every collective at once. Groups that this rank is not in are counted, not made:
-making those of 8,192 ranks would take minutes and change nothing.
+torch's `fake` process group completes every collective at once. Groups without this rank are counted, not created:
+creating those of 8,192 ranks would take minutes and change nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from plt_megatron.predict.rehearsal.record import Log
 
-# How many groups the world makes, by megatron-core's description.
+# Number of groups the world creates, by megatron-core's description.
 groups_made: Counter[str] = Counter()
 _new_group = dist.new_group
 
 
 def join_fake_world(rank: int, world_size: int, log: Log) -> None:
-    """Be `rank` of `world_size` ranks; in a process that does nothing else. `log` gets exchanges of Python objects,
-    where all ranks are taken to give what this one gives."""
+    """Become `rank` of `world_size` ranks, in a process that does nothing else. `log` records exchanges of Python
+    objects, to which all ranks are assumed to contribute the same."""
 
     def all_gather_object(found: list[Any], given: Any, group: Any = None) -> None:
         log.add_objects("all_gather_object", group)
@@ -49,7 +49,7 @@ def join_fake_world(rank: int, world_size: int, log: Log) -> None:
 
 @dataclass
 class _Message:
-    """What isend and irecv return."""
+    """Work handle that isend and irecv return."""
 
     log: Log
     position: int
@@ -80,7 +80,7 @@ def _note_waits(log: Log) -> None:
 
 
 def share_rank_lists() -> None:
-    """Compute megatron-core's lists of ranks once for all processes that are forked after the first."""
+    """Cache megatron-core's lists of ranks, so that processes forked after the first computation reuse them."""
     from megatron.core import parallel_state
 
     stock = parallel_state.generate_masked_orthogonal_rank_groups
@@ -95,8 +95,8 @@ def share_rank_lists() -> None:
 
 
 class _Parts:
-    """A buffer's equal parts, one for each data-parallel rank. megatron-core's list of them is made for the sake of a
-    rank's own, and a thousand views of a fake tensor take seconds: here a part is made when it is asked for."""
+    """A buffer's equal parts, one per data-parallel rank, each created when asked for. megatron-core builds a list of
+    all, though a rank uses only its own, and a thousand views of a fake tensor take seconds."""
 
     def __init__(self, buffer: Tensor, data_parallel_world_size: int) -> None:
         assert buffer.numel() % data_parallel_world_size == 0
@@ -107,7 +107,7 @@ class _Parts:
 
 
 def share_out_lazily() -> None:
-    """Buffers' parts are made one by one, in this process and all that are forked from it."""
+    """Create buffers' parts on demand, in this process and all forked from it."""
     from megatron.core.distributed import param_and_grad_buffer
 
     param_and_grad_buffer.shard_buffer = _Parts

@@ -1,7 +1,7 @@
-"""Puts the records of several ranks side by side: do they belong to one program, and who waits for whom?
+"""Match the records of several ranks: whether their calls fit together, and which rank waits for which.
 
-Ranks are played through like processes: one arrives at a collective and waits there until all of its group's rehearsed
-ranks are at a call of the same kind and size. Messages are matched in order, per pair of ranks and group.
+Ranks are replayed like processes: each arrives at a collective and waits there until all rehearsed ranks of its group
+are at a call of the same kind and size. Messages are matched in order, per pair of ranks and group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from plt_megatron.config.layout import ParallelLayout
 from plt_megatron.predict.rehearsal.record import POINT_TO_POINT, Call, RankRecord
 
-# megatron-core's groups, as `ParallelLayout.groups` names their dimensions.
+# Dimensions of megatron-core's groups, as `ParallelLayout.groups` names them.
 _DIMENSIONS = {
     "tensor model parallel": ("tp",),
     "pipeline model parallel": ("pp",),
@@ -23,7 +23,7 @@ _DIMENSIONS = {
     "tensor and context parallel": ("tp", "cp"),
     "tensor and data parallel group with cp": ("tp", "cp", "dp"),
     "expert model parallel": ("ep",),
-    "expert tensor and model parallel": ("ep",),  # an expert is never divided
+    "expert tensor and model parallel": ("ep",),  # experts are never split over tensor-parallel ranks
     "expert data parallel": ("edp",),
     "intra distributed optimizer instance": ("tp", "cp", "dp", "pp"),
 }
@@ -31,12 +31,12 @@ _DIMENSIONS = {
 
 @dataclass
 class Waiting:
-    """What the ranks would do to each other.
+    """Result of replaying the ranks together.
 
     Attributes:
-        problems: one line each; none if the ranks' programs fit together.
-        matched: collectives and messages that were played through.
-        idle: FLOPs' worth of time that a rank waits for another, by (waiting, awaited) rank.
+        problems: one line each; empty if the ranks' calls fit together.
+        matched: number of collectives and messages replayed.
+        idle: time that a rank waits for another, in FLOPs, by (waiting, awaited) rank.
         work: FLOPs of each rank.
     """
 
@@ -47,7 +47,7 @@ class Waiting:
 
 
 def group_problems(records: Sequence[RankRecord], layout: ParallelLayout) -> list[str]:
-    """Groups that are not those of the layout, by the numbering of `config.layout`."""
+    """List the groups that differ from the layout's, in the rank numbering of `config.layout`."""
     problems = []
     for record in records:
         for call in record.calls:
@@ -60,7 +60,7 @@ def group_problems(records: Sequence[RankRecord], layout: ParallelLayout) -> lis
 
 
 def group_of(rank: int, layout: ParallelLayout, description: str) -> tuple[int, ...] | None:
-    """The ranks of a rank's group by the layout's numbering; None: of no such group."""
+    """Return the ranks of a rank's group in the layout's numbering; None if the group is unknown."""
     dimensions = _DIMENSIONS.get(description)
     if dimensions is None:
         return None
@@ -79,7 +79,7 @@ def _some(ranks: Sequence[int]) -> str:
 
 
 def play(records: Sequence[RankRecord]) -> Waiting:
-    """Run the records against one another until all are done or none can go on."""
+    """Replay the records together until all are done or none can go on."""
     return _Play(records).run()
 
 
@@ -89,7 +89,7 @@ class _Play:
         self.at = dict.fromkeys(self.records, 0)
         self.clock = dict.fromkeys(self.records, 0)
         self.result = Waiting(work={rank: _work(record) for rank, record in self.records.items()})
-        # Messages under way, and when they were sent.
+        # Messages in flight, and when they were sent.
         self.sent: dict[tuple, list[tuple[Call, int]]] = defaultdict(list)
         self.expected: dict[tuple, list[int]] = defaultdict(list)
         self.received: dict[int, dict[int, int]] = {rank: {} for rank in self.records}
@@ -103,7 +103,7 @@ class _Play:
         return self.result
 
     def _advance(self, rank: int) -> bool:
-        """Go on with a rank as far as it can go alone; returns whether it went anywhere."""
+        """Advance a rank as far as it can go alone; return whether it moved."""
         moved = False
         while not self.result.problems and (call := self._next(rank)) is not None and self._step(rank, call):
             moved = True

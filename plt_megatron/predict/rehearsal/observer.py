@@ -1,4 +1,4 @@
-"""What one rank does: its communication, memory, matrix products, and waits of the host for the GPU."""
+"""Observer of what one rank does: communication, memory, matrix products, and waits of the host for the GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plt_megatron.predict.rehearsal.record import Log
 
 _aten = torch.ops.aten
 _READS = {_aten._local_scalar_dense.default, _aten.is_nonzero.default}
-# How many products of a mask's size the kernel makes, and the model has: flash recomputes one in its backward pass.
+# Score-sized products that the kernel computes, and that the model has: flash recomputes one in its backward pass.
 _ATTENTION = {
     _aten._scaled_dot_product_flash_attention.default: (2, 2),
     _aten._scaled_dot_product_flash_attention_backward.default: (5, 4),
@@ -30,12 +30,12 @@ class Observer:
     """Sees every operation of a rehearsed rank.
 
     Attributes:
-        log: the communication; its phase is the phase of everything here.
-        held, peak: bytes on the device by what holds them, at this moment and when their sum was largest.
-        peak_phase: when that was.
-        flops: of matrix products, by kind: `linear`, `batched` and `attention` (of the causal half), `recomputed`, and
-            the `optimizer`'s.
-        waits: how often the host waited for the device, by place in the code, in the phases of a step.
+        log: the communication; its phase applies to everything here.
+        held, peak: bytes on the device by what holds them, now and when their sum was largest.
+        peak_phase: phase of that peak.
+        flops: FLOPs of matrix products by kind: `linear`, `batched`, `attention` (the causal half), `recomputed` and
+            `optimizer`.
+        waits: how often the host waited for the device, by phase and place in the code.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class Observer:
         self._total = 0
         self._live: dict[int, tuple[str, int]] = {}
 
-    # What an operation is.
+    # Operations.
 
     def before(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Called before an operation; an answer other than None replaces it."""
+        """Handle an operation before it runs; a result other than None replaces the operation's."""
         if func.namespace == "c10d":
             self.log.add(func, args)
             work = FakeWork().boxed()
@@ -70,13 +70,13 @@ class Observer:
 
     @contextlib.contextmanager
     def counted(self, count: int) -> Iterator[None]:
-        """Within it, what depends on values is so many: numbers that are read, and what a mask selects."""
+        """Use `count` for everything that depends on values: numbers that are read, sizes of what a mask selects."""
         self._count = count
         yield
         self._count = None
 
     def after(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Called after an operation."""
+        """Record an operation that has run."""
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._hold(leaf)
@@ -98,11 +98,11 @@ class Observer:
             self.flops["batched" if "bmm" in func._schema.name else "linear"] += flops
 
     def enter_layer(self) -> None:
-        """A layer, or its core attention, runs forward: in a backward pass, to recompute."""
+        """Note that a layer's forward, or its core attention's, starts; in a backward pass this is recomputation."""
         self._recomputing += self.log.phase.startswith("backward")
 
     def leave_layer(self) -> None:
-        """It is done."""
+        """Note that it has ended."""
         self._recomputing -= self.log.phase.startswith("backward")
 
     def waits_for_device(self, what: str) -> None:
@@ -130,7 +130,7 @@ class Observer:
         self._total -= size
 
     def name_held(self, name: str, tensors: Any) -> None:
-        """Have the memory of these tensors count as `name`'s."""
+        """Count the memory of these tensors under `name`."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self._live:
@@ -140,19 +140,19 @@ class Observer:
                 self.held[name] += size
 
     def forget_peak(self) -> None:
-        """Look for the peak from here on."""
+        """Restart the search for the peak from the current state."""
         self._most, self.peak = self._total, self.held.copy()
 
 
 def plausible_value(dtype: torch.dtype) -> Any:
-    """A value that lets a step be taken: a finite loss, no overflow, one token."""
+    """Return a value with which a step can proceed: a finite loss, no overflow, one token."""
     if dtype == torch.bool:
         return False
     return 1.0 if dtype.is_floating_point else 1
 
 
 def _of_model(func: Any, args: Any, flops: int) -> int:
-    """The model's FLOPs of a flash kernel: only pairs that the causal mask lets through, nothing twice."""
+    """Return the model's part of a flash kernel's FLOPs: only pairs that the causal mask allows, nothing twice."""
     made, needed = _ATTENTION[func]
     query, key = args[1:3] if made == 5 else args[:2]  # the backward pass gets the output's gradient first
     n, m = query.shape[2], key.shape[2]  # the last n of m tokens
@@ -165,7 +165,7 @@ def _leaves_device(args: Any, out: Any) -> bool:
 
 
 def _place() -> str:
-    """The innermost line of ours, or of megatron-core's."""
+    """Return the innermost line of our code or megatron-core's on the stack."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")

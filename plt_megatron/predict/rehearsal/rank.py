@@ -1,4 +1,4 @@
-"""One rank's rehearsal: its part of the model, one training step, a validation step, and its stage's part of a save."""
+"""Rehearsal of one rank: its part of the model, a training step, a validation step, and its stage's part of a save."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from plt_megatron.train.megatron_engine import MegatronEngine
 def rehearse_rank(
     config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Callable[[int], None] | None = None
 ) -> RankRecord:
-    """Be `rank`, in a process that does nothing else before or after.
+    """Rehearse `rank` and return its record, in a process that does nothing else before or after.
 
-    `prepare`: called with the rank when its process groups exist (tests seed faults with it).
+    `prepare` is called with the rank once its process groups exist (tests seed faults with it).
     """
     started = time.perf_counter()
     observer = Observer()
@@ -48,7 +48,7 @@ def rehearse_rank(
         _mark_phases(engine, observer, record)
         count = num_microbatches(config, world_size)
         record.microbatches = enough_microbatches(layout.pipeline, count)
-        if config.parallel.overlap_grad_reduce:  # reduced as in later steps only from the second one on
+        if config.parallel.overlap_grad_reduce:  # the first step reduces differently from all later ones
             engine.train_step(_batches(config, layout.pipeline))
         batches = _batches(config, record.microbatches)
         _name(observer, "inputs", (each for batch in batches for each in (batch.tokens, batch.labels, batch.loss_mask)))
@@ -77,7 +77,7 @@ def _measure_step(engine: MegatronEngine, batches: list[MicroBatch], observer: O
 
 
 def _batches(config: RunConfig, count: int) -> list[MicroBatch]:
-    """As `RunData` gives them to this rank."""
+    """Return microbatches as `RunData` yields them on this rank."""
     shape = config.training.micro_batch_size, config.data.sequence_length
     device = torch.cuda.current_device()
     return [
@@ -95,8 +95,8 @@ def _name(observer: Observer, name: str, tensors: Any) -> None:
 
 
 def _name_memory(engine: MegatronEngine, observer: Observer) -> WeightAverage | None:
-    """The optimizer's state is made now, as when a checkpoint is loaded: a first step would make it. Returns what the
-    run would hold beside the engine."""
+    """Name what the engine holds, and allocate optimizer state, as loading a checkpoint does and a first step would.
+    Return the moving average that the run would hold beside the engine, if any."""
     for part in engine.state.parts:
         part.allocate()
         main = [each for group in part.inner.param_groups for each in group["params"]]
@@ -113,7 +113,7 @@ def _name_memory(engine: MegatronEngine, observer: Observer) -> WeightAverage | 
 
 
 def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord) -> None:
-    """Have the observer know what the engine is doing, without changing what it does."""
+    """Tell the observer which phase the engine is in, without changing what the engine does."""
     engine.times = _Phases(observer)
     stage = engine.stage
     for layer in stage.decoder.layers:
@@ -129,7 +129,7 @@ def _mark_phases(engine: MegatronEngine, observer: Observer, record: RankRecord)
         return in_step
 
     def embedded(batch: Any, context: Any) -> Any:
-        enter(context)  # a prelude, before the first loop, may follow another microbatch's backward
+        enter(context)  # a prelude runs before the first loop, possibly after another microbatch's backward
         return embed(batch, context)
 
     def marked(batch: Any, context: Any, *args: Any, **kwargs: Any) -> Any:

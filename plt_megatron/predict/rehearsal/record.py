@@ -1,7 +1,7 @@
-"""What a rehearsed rank hands back: what it communicated, held and computed.
+"""Record of a rehearsed rank: what it communicated, held and computed.
 
-The record of its communication, every collective and every message in order, reads torch's operations, so that the same
-comes from a rehearsed rank and from a real one.
+Communication, every collective and message in order, is recorded from torch's operations, so that a rehearsed rank and
+a real one yield the same record.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# torch's operation: what it is called here, the position of its process group, and of the tensors whose bytes count:
-# the whole tensor, where a collective joins or divides one.
+# By torch's operation: its name here, the argument positions of its process group and of the tensors whose bytes count
+# (the whole tensor, if a collective joins or divides one).
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 1, 0),
     "allreduce_coalesced_": ("all_reduce", 1, 0),
@@ -44,15 +44,15 @@ class Call:
     """A collective or a message of one rank.
 
     Attributes:
-        operation: as in `_OPERATIONS`, or `wait` for a message.
+        operation: a name in `_OPERATIONS`, an exchange of Python objects, or `wait` for a message.
         group: megatron-core's description of the process group.
-        ranks: the group's first rank, number of ranks, and a hash of all: equal exactly for equal groups.
+        ranks: the group's first rank, its number of ranks, and a hash of all; identifies the group.
         peer: global rank at the other end of a message; for `wait`, the position of the message waited for.
         dtype, elements: of all tensors together; an all-gather's whole result, a reduce-scatter's whole input.
         size: in bytes.
-        phase: of the step, and in forward and backward the loop, as in `backward 2`.
-        work: FLOPs that the rank had done before.
-        splits: of an all-to-all, the rows for and from each rank of the group; `place`: this rank's in the group.
+        phase: phase of the step; in forward and backward with the loop, as in `backward 2`.
+        work: FLOPs that the rank had done before the call.
+        splits: of an all-to-all, rows to and from each rank of the group; `place`: this rank's place in the group.
     """
 
     operation: str
@@ -69,7 +69,7 @@ class Call:
 
     @property
     def sent_bytes(self) -> float:
-        """What this rank sends, by ring algorithms."""
+        """Bytes that this rank sends, assuming ring algorithms."""
         n = self.ranks[1]
         if self.operation in ("recv", "wait", "barrier"):
             return 0.0
@@ -83,7 +83,7 @@ class Call:
         return float(self.size)
 
     def same_as(self, other: Call) -> bool:
-        """Whether two ranks of a group may make these calls together."""
+        """Check whether two ranks of a group may make these calls together."""
         if self.operation == other.operation == "all_to_all" and self.splits[0] and other.splits[0]:
             fits = self.splits[0][other.place] == other.splits[1][self.place]
             fits = fits and other.splits[0][self.place] == self.splits[1][other.place]
@@ -105,8 +105,8 @@ class Log:
 
     Attributes:
         calls: in order.
-        phase, work: given to the next call.
-        groups: every group's ranks by the key in `Call.ranks`.
+        phase, work: recorded with the next call.
+        groups: every group's ranks, by `Call.ranks`.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Log:
     _keys: dict[Any, tuple[int, int, int]] = field(default_factory=dict)
 
     def key_of(self, group: dist.ProcessGroup) -> tuple[int, int, int]:
-        """The group's key in `Call.ranks`."""
+        """Return the group's key, as in `Call.ranks`."""
         if group not in self._keys:
             ranks = tuple(dist.get_process_group_ranks(group))
             self._keys[group] = (ranks[0], len(ranks), hash(ranks))
@@ -130,7 +130,7 @@ class Log:
         self.calls.append(Call(operation, described(group), self.key_of(group), phase=self.phase, work=self.work))
 
     def add_wait(self, message: int) -> None:
-        """Record that the rank waits for the message at that position in `calls`."""
+        """Record that the rank waits for the message at position `message` in `calls`."""
         call = self.calls[message]
         self.calls.append(Call("wait", call.group, call.ranks, message, phase=self.phase, work=self.work))
 
@@ -160,13 +160,13 @@ class Log:
 
 
 def described(group: dist.ProcessGroup) -> str:
-    """megatron-core's description of a group: `TENSOR_MODEL_PARALLEL_GROUP` as `tensor model parallel`."""
+    """Return megatron-core's description of a group: `TENSOR_MODEL_PARALLEL_GROUP` as `tensor model parallel`."""
     name = group.group_desc.removesuffix("_GROUP").replace("_", " ").lower()
     return "all ranks" if name in ("undefined", "default pg") else name
 
 
 class CommunicationRecorder(TorchDispatchMode):
-    """Within it, the communication of a real rank goes into `log` as it is made."""
+    """Dispatch mode that records a real rank's communication in `log`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,16 +178,16 @@ class CommunicationRecorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# A part of a tensor and the rank that writes it: offset and shape, global.
+# A part of a tensor and the global rank that writes it: (global offset, shape, rank).
 Box = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
 @dataclass
 class Saving:
-    """What the ranks of a pipeline stage write of a checkpoint's tensors.
+    """Parts of a checkpoint's tensors that the ranks of a pipeline stage write.
 
     Attributes:
-        tensors: by their keys: the whole tensor's shape, and what is written of it.
+        tensors: the whole tensor's shape and the parts written of it, by the tensor's key.
         written: bytes by global rank.
     """
 
@@ -197,21 +197,21 @@ class Saving:
 
 @dataclass
 class RankRecord:
-    """What one rank did, from its first measured step on.
+    """Record of one rank, from its first measured step on.
 
     Attributes:
-        rank: global.
+        rank: global rank.
         place: its coordinates, as `ParallelLayout.coordinates` names them.
-        calls: its communication; `wait` entries say at which position the awaited message is.
+        calls: its communication; `wait` entries refer to the position of the awaited message.
         groups: the ranks of each group in `calls`, by `Call.ranks`.
-        groups_made: process groups that every rank makes at the start, by megatron-core's description.
-        memory: bytes at the peak by what holds them; `peak_phase`: when that is.
-        flops: of matrix products, by kind (`Observer`), in the step.
+        groups_made: number of process groups that every rank creates at start, by megatron-core's description.
+        memory: bytes at the peak by what holds them; `peak_phase`: when the peak occurs.
+        flops: FLOPs of matrix products in the step, by kind (see `Observer`).
         waits: how often the host waits for the GPU, by phase and place.
-        shapes: of what enters and leaves this rank's layers.
-        saving: what this rank's stage writes of a checkpoint; None: another rank's record has it.
-        microbatches: as many as were run.
-        seconds: the rehearsal took.
+        shapes: output shapes of this rank's loops.
+        saving: what this rank's stage writes of a checkpoint; None: another rank's record has it, or none is written.
+        microbatches: number that were run.
+        seconds: duration of the rehearsal.
     """
 
     rank: int
@@ -230,5 +230,5 @@ class RankRecord:
 
     @property
     def peak(self) -> int:
-        """Bytes of all memory then."""
+        """Total bytes at the peak."""
         return sum(self.memory.values())

