@@ -1,1 +1,1 @@
-"""Slurm: checks and files before a job is submitted, its script, and the status of runs."""
+"""Slurm: checks and run folders before a job is submitted, job scripts, and the status of runs."""

@@ -1,4 +1,4 @@
-"""Several runs in one job array: its members, and what they share."""
+"""Job arrays of several runs: the members and their shared files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUFFIX = ".array"
 
 @dataclass(frozen=True)
 class Member:
-    """One checked run to be submitted. `label` names it among several."""
+    """A checked run to be submitted; `label` identifies it in messages."""
 
     config: RunConfig
     run: Path
@@ -35,13 +35,13 @@ class Member:
 
 
 def config_paths(source: str) -> list[Path]:
-    """The configurations of an array.
+    """List the configurations of an array.
 
     Args:
         source: a file with one path per line (empty lines and # comments are ignored), or a folder of run folders.
 
     Raises:
-        UserError: there are none.
+        UserError: there is none, or the file cannot be read.
     """
     path = Path(source)
     if path.is_dir():
@@ -60,20 +60,22 @@ def config_paths(source: str) -> list[Path]:
 
 
 def check_distinct(runs: Sequence[tuple[str, Path]]) -> None:
-    """Raise `UserError` where two members would write into one folder."""
+    """Raise `UserError` if two members would write into the same folder."""
     counts = Counter(run for _, run in runs)
     twice = [run for run, count in counts.items() if count > 1]
     if twice:
-        raise UserError(f"--array: {counts[twice[0]]} configurations have the run folder {twice[0]}: give each a name")
+        raise UserError(
+            f"--array: {counts[twice[0]]} configurations have the run folder {twice[0]}: give each its own name"
+        )
 
 
 def plan_array(
     source: str, runs: Sequence[Path], name: str | None, max_concurrent: int | None, is_active: Callable[[Path], bool]
 ) -> Array:
-    """The array of these runs, whose own folder is beside theirs.
+    """Return the array of these runs; its folder is next to theirs.
 
-    Members read the folder's list when they start, so that one whose jobs wait or run (`is_active`) is left alone: the
-    next has a number.
+    Members read the folder's list when they start, so a folder whose jobs are pending or running (`is_active`) is not
+    reused: the new one gets a number.
     """
     path = Path(source)
     name = name or (path.resolve().name if path.is_dir() else path.stem)
@@ -85,7 +87,7 @@ def plan_array(
 
 
 def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> Path:
-    """Fill the array's folder; returns the snapshot of the code that its members share.
+    """Write the array's folder and return the snapshot of the code that its members share.
 
     Raises:
         UserError: the folder cannot be written.
@@ -100,7 +102,7 @@ def write_array(array: Array, runs: Sequence[Path], script: str, root: Path) -> 
 
 
 def describe_array(array: Array, members: Sequence[Member], resources: Resources) -> list[tuple[str, str]]:
-    """Name and value of each line about the members."""
+    """Return name and value of each line of the summary about the members."""
     cap = f", at most {array.max_concurrent} at a time" if array.max_concurrent else ""
     rows = [("array", f"{plural(array.members, 'run')}{cap}; {array.folder}")]
     total = 0.0
@@ -116,5 +118,5 @@ def describe_array(array: Array, members: Sequence[Member], resources: Resources
             )
         )
     if all(member.ahead.remaining_seconds is not None for member in members):
-        rows.append(("in all", f"{total:,.1f} {'process' if resources.card == 'cpu' else 'GPU'}-hours"))
+        rows.append(("total", f"{total:,.1f} {'process' if resources.card == 'cpu' else 'GPU'}-hours"))
     return rows

@@ -1,4 +1,4 @@
-"""A forecast of a run: its memory, storage and time, described and compared with the job's allocation."""
+"""Forecast of a run's memory, storage and time, and checks of it against the job's allocation."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from plt_megatron.storage.copies import find_checkpoint
 
 # Slurm may send the signal this much earlier than requested.
 SIGNAL_EARLY_SECONDS = 60
-# Until the first step: preflight, imports, NCCL, a checkpoint to read. A guess; it decides only close calls.
+# Time before the first step: preflight, imports, NCCL, reading a checkpoint. A guess that matters only in close calls.
 START_SECONDS = 120
-_CPU_SHARE = 0.5  # of a CPU's matrix product rate that training reaches
+_CPU_SHARE = 0.5  # share of a CPU's matrix product rate that training reaches
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a run before it starts. Seconds are None if unknown.
+    """What is known about a run before it starts. Seconds are None if unknown.
 
     Attributes:
         start_step: the step it resumes from.
-        step_seconds: the mean of the steps after it.
-        slowest: the seconds of the largest step with all loops over the mean: 1 without `training.loop_schedule` and
+        step_seconds: mean time of the steps after `start_step`.
+        slowest: time of the largest step with all loops, relative to the mean: 1 without `training.loop_schedule` and
             `training.batch_schedule`.
-        measured: whether the step's time is that of this run's earlier steps instead of an estimate.
-        checkpoint_bytes: one checkpoint; 0 if none are written.
-        storage_bytes: space that checkpoints will need beyond the existing ones, and exports.
-        free_bytes: on the file system of the run's folder.
+        measured: whether the step time was measured in this run's earlier steps instead of estimated.
+        checkpoint_bytes: size of one checkpoint; 0 if none are written.
+        storage_bytes: space that exports and further checkpoints, beyond the existing ones, will need.
+        free_bytes: free space on the file system of the run's folder.
     """
 
     estimate: RunEstimate
@@ -62,19 +62,19 @@ class Forecast:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Until the last step."""
+        """Time until the last step."""
         return None if self.step_seconds is None else (self.steps - self.start_step) * self.step_seconds
 
 
 def forecast(
     config: RunConfig, run: Path, resources: Resources, vocab_size: int, tflops_per_process: float | None
 ) -> Forecast:
-    """Look ahead.
+    """Forecast a run.
 
     Args:
         config: valid for `resources.world_size` processes.
         vocab_size: the tokenizer's, or the model's.
-        tflops_per_process: of a CPU cluster; None: not known.
+        tflops_per_process: matrix product rate on a CPU cluster; None: unknown.
     """
     estimate = estimate_run(
         config,
@@ -87,7 +87,7 @@ def forecast(
     begun = _begins_after(config)
     start = kept[-1] if kept else begun
     padded = derived.padded_vocab_size(config.model, vocab_size, config.parallel.tensor_model_parallel_size)
-    flops = run_flops_per_token(config, padded, start).total  # what is still to be done, of which loops may be most
+    flops = run_flops_per_token(config, padded, start).total  # of the remaining steps, which may have more loops
     mean_tokens = derived.mean_step_tokens(config, start)
     work = flops * mean_tokens
     most = step_flops_per_token(config, padded, config.model.loop_count).total * _most_tokens(config, start)
@@ -113,7 +113,7 @@ def forecast(
 
 
 def _most_tokens(config: RunConfig, start: int) -> int:
-    """Tokens of the largest step after `start`, or of the last one."""
+    """Return the tokens of the largest step after `start`, or of the last step if there is none."""
     schedule, steps = BatchSchedule(config), derived.train_iters(config)
     start = min(start, steps - 1)
     sizes = (size for size, _ in schedule.stretches(schedule.tokens(start), steps=steps - start))
@@ -123,8 +123,8 @@ def _most_tokens(config: RunConfig, start: int) -> int:
 def _measured_step_seconds(
     config: RunConfig, run: Path, world_size: int, work: float, step_tokens: float
 ) -> float | None:
-    """As the run's earlier jobs had them on as many processes; None: nothing to go by. `work`, `step_tokens`: FLOPs and
-    tokens of a step, since the steps measured may have had fewer."""
+    """Return the step time scaled from the run's earlier jobs on as many processes; None if there is nothing to go by.
+    `work` and `step_tokens` are a step's FLOPs and tokens, since the measured steps may have had fewer."""
     folder = RunFolder(run)
     if not folder.job_file.is_file():
         return None
@@ -143,13 +143,13 @@ def _measured_step_seconds(
 
 
 def _checkpoint_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that are there, ascending; checkpoints of a course given up are left out."""
+    """Return the steps of existing checkpoints, ascending, without those of a course that was rolled back."""
     last = latest_step(run)
     return [step for step in map(step_of, checkpoint_folders(RunFolder(run).checkpoints)) if step <= last]
 
 
 def _begins_after(config: RunConfig) -> int:
-    """The step after which a new run begins: that of the checkpoint it goes on from, as a decay branch does."""
+    """Return the step after which a new run begins: that of the checkpoint it continues, as a decay branch does."""
     source = config.checkpoint
     if source.load is None or source.weights_only:
         return 0
@@ -162,7 +162,8 @@ def _begins_after(config: RunConfig) -> int:
 
 
 def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
-    """The most checkpoints at any time: the last ones, those being written and uploaded, and the permanent ones.
+    """Return the maximum number of checkpoints at any time: the last ones, those being written and uploaded, and the
+    permanent ones.
 
     Args:
         begun: the step after which the run begins.
@@ -173,12 +174,12 @@ def _checkpoints_at_most(config: RunConfig, begun: int) -> int:
     if checkpoint.keep_every:
         every = math.lcm(interval, checkpoint.keep_every)
         for_good = steps // every - begun // every
-    at_once = checkpoint.keep_last + 1 + (checkpoint.upload_to is not None)  # what is being uploaded is kept for that
+    at_once = checkpoint.keep_last + 1 + (checkpoint.upload_to is not None)  # a checkpoint being uploaded is kept too
     return min(at_once + for_good, -(-steps // interval) - begun // interval + 1)
 
 
 def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
-    """Bytes of the exports still to be made, all of which stay."""
+    """Return the bytes of the exports still to come, all of which are kept."""
     interval, steps = config.checkpoint.export_interval, derived.train_iters(config)
     if interval == 0:
         return 0
@@ -186,7 +187,7 @@ def _export_bytes(config: RunConfig, estimate: RunEstimate, start: int) -> int:
 
 
 def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
-    """Whether the worst rank fits its device."""
+    """Check that the worst rank fits its device."""
     estimate = ahead.estimate
     if resources.card == "cpu":
         needed, there = resources.processes_per_node * estimate.peak_memory_bytes, resources.node_memory_bytes
@@ -203,7 +204,7 @@ def memory_problems(ahead: Forecast, resources: Resources) -> list[str]:
     parts = ", ".join(f"{name} {format_memory(size)}" for name, size in largest)
     return [
         f"memory: a rank needs {format_memory(estimate.peak_memory_bytes)} ({parts}), the card ({card}) "
-        f"has {format_memory(estimate.device_memory_bytes)}, of which a part must stay free; {_MEMORY_ADVICE}"
+        f"has {format_memory(estimate.device_memory_bytes)}, part of which must stay free; {_MEMORY_ADVICE}"
     ]
 
 
@@ -214,7 +215,7 @@ _MEMORY_ADVICE = (
 
 
 def storage_problems(ahead: Forecast, run: Path) -> list[str]:
-    """Whether the checkpoints fit the file system, and a job would start there. Quotas are not checked."""
+    """Check that checkpoints fit the file system, with the free space a job needs to start. Ignores quotas."""
     if ahead.storage_bytes <= ahead.free_bytes:
         if ahead.free_bytes >= LEAST_RUN_FOLDER:
             return []
@@ -230,7 +231,7 @@ def storage_problems(ahead: Forecast, run: Path) -> list[str]:
 
 
 def storage_problems_of_all(runs: Sequence[tuple[Path, Forecast]]) -> list[str]:
-    """Whether the checkpoints of several runs, each of which would fit alone, fit their file systems together."""
+    """Check that the checkpoints of several runs fit their file systems together, if each would fit alone."""
     on_one: dict[int, list[Forecast]] = {}
     for run, ahead in runs:
         on_one.setdefault(_existing(run).stat().st_dev, []).append(ahead)
@@ -247,17 +248,17 @@ def storage_problems_of_all(runs: Sequence[tuple[Path, Forecast]]) -> list[str]:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or its nearest existing parent folder."""
+    """Return the path, or its nearest existing parent folder."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def usable_seconds(limit: int, margin: int) -> int:
-    """The part of a job's time limit that is left for steps."""
+    """Return the part of a job's time limit that is left for steps."""
     return limit - margin - SIGNAL_EARLY_SECONDS - START_SECONDS
 
 
 def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -> list[str]:
-    """Whether one job reaches a checkpoint: otherwise jobs may start over forever."""
+    """Check that one job reaches a checkpoint; otherwise jobs might start over forever."""
     usable = usable_seconds(limit, margin)
     given = f"--time {time_option(limit)}"
     if usable <= 0:
@@ -286,7 +287,7 @@ def time_problems(config: RunConfig, ahead: Forecast, limit: int, margin: int) -
 
 
 def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, chain: int) -> list[str]:
-    """Warnings if one job is not enough or the margin before its limit is short; one line each."""
+    """List warnings if one job is not enough, or if the margin before its limit is short, one line each."""
     remaining, step_seconds = ahead.remaining_seconds, ahead.step_seconds
     if remaining is None or step_seconds is None:
         return []
@@ -296,7 +297,7 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
             f"a step takes about {slowest:.3g} s, and the job is told to save {margin} s before its limit: "
             f"give --signal-margin {round(3 * slowest) + margin}"
         )
-    usable = max(1, usable_seconds(limit, margin))  # without any, the run is refused
+    usable = max(1, usable_seconds(limit, margin))  # a run with no usable time is refused
     jobs = max(1, math.ceil(remaining / usable))
     if jobs > chain and not requeue:
         reached = min(ahead.steps, ahead.start_step + int(chain * usable / step_seconds))
@@ -308,11 +309,11 @@ def time_warnings(ahead: Forecast, limit: int, margin: int, *, requeue: bool, ch
     return warnings
 
 
-# What plt submit shows.
+# The summary of plt submit.
 
 
 def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Forecast) -> list[tuple[str, str]]:
-    """Name and value of each line about one run."""
+    """Return name and value of each line of the summary about one run."""
     estimate, layout = ahead.estimate, ahead.estimate.layout
     rows = [
         ("run folder", str(run)),
@@ -337,7 +338,7 @@ def describe_run(config: RunConfig, run: Path, resources: Resources, ahead: Fore
 
 def _time(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
     if ahead.step_seconds is None or ahead.remaining_seconds is None:
-        yield "step time", "not known: set tflops_per_process in the cluster's profile, or logging.peak_tflops"
+        yield "step time", "unknown: set tflops_per_process in the cluster's profile, or logging.peak_tflops"
         return
     source = "measured in this run's earlier steps" if ahead.measured else "estimated"
     device = "process-hours" if resources.card == "cpu" else "GPU-hours"
@@ -359,7 +360,7 @@ def _memory(ahead: Forecast, resources: Resources) -> Iterator[tuple[str, str]]:
 
 def _storage(ahead: Forecast) -> str:
     if not ahead.checkpoint_bytes:
-        return "none: checkpoint.enabled is false, so nothing can be resumed"
+        return "none: checkpoint.enabled is false, so the run cannot resume"
     return (
         f"{format_bytes(ahead.checkpoint_bytes)} each, up to {format_bytes(ahead.storage_bytes)} more in all; "
         f"{format_bytes(ahead.free_bytes)} free"
@@ -367,7 +368,7 @@ def _storage(ahead: Forecast) -> str:
 
 
 def describe_job(resources: Resources, limit: int, chain: int, requeue: bool, cluster: str | None) -> str:
-    """One line about the requested job."""
+    """Return one line about the requested job."""
     devices = plural(resources.processes_per_node, "GPU" if resources.gpus_per_node else "process")
     parts = [f"{plural(resources.nodes, 'node')} x {devices}, {plural(resources.cpus_per_process, 'CPU')} each"]
     parts.append(format_duration(limit) + (f" x {chain} jobs, one after another" if chain > 1 else ""))

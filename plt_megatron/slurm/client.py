@@ -1,4 +1,4 @@
-"""Slurm's commands, their output and their notation: for submitting, and for a job's questions about itself."""
+"""Slurm's commands, output and notation: for submitting, and for a job's queries about itself."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from pathlib import Path
 from plt_megatron.errors import UserError
 
 _TIMEOUT_SECONDS = 20
-# A job's questions, which nobody would repeat for it.
+# For queries from within a job, which nobody would repeat by hand.
 _TRIES, _PAUSE_SECONDS, _PATIENCE_SECONDS = 4, 5.0, 60
-# The environment would add options to ours: the job script is meant to be complete. These two choose the cluster.
+# Slurm's variables are removed, since they would add options and the job script is complete; these two choose the
+# cluster.
 _KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"),
     *("OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED"),
 )
-# States of a job that Slurm queues again, or will: its processes are about to end.
+# States of a job that Slurm has requeued or will requeue: its processes are about to end.
 _LEAVING = ("COMPLETING", "PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _FORMS = (
     r"(?P<minutes>\d+)(:(?P<seconds>\d+))?",  # MM and MM:SS
@@ -35,7 +36,7 @@ _NODES = re.compile(r"([^\[\],]*)\[([^\]]*)\]|([^\[\],]+)")
 
 
 class SlurmError(UserError):
-    """Slurm is missing, does not answer, or refuses a request; one line."""
+    """Slurm is missing, does not answer, or refuses a request; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,16 @@ class NodeGroup:
     cpus: int
     memory_mib: int
     gpus: int
-    gpu_types: tuple[str, ...]  # as the cluster's administrators named them; may be empty
+    gpu_types: tuple[str, ...]  # as named by the cluster's administrators; may be empty
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition as sinfo shows it. `time_limit_seconds` None: none."""
+    """A partition as sinfo shows it. `time_limit_seconds` None: no limit."""
 
     name: str
     default: bool
-    available: str  # up; down: takes jobs, starts none; drain, inactive (or inact): takes none
+    available: str  # up; down: accepts jobs, starts none; drain, inactive (or inact): accepts none
     time_limit_seconds: int | None
     groups: tuple[NodeGroup, ...]
 
@@ -69,12 +70,12 @@ class Partition:
 
     @property
     def gpus(self) -> int:
-        """GPUs of its largest nodes."""
+        """GPUs per node, of its largest nodes."""
         return max((group.gpus for group in self.groups), default=0)
 
     @property
     def cpus(self) -> int:
-        """CPUs of its largest nodes."""
+        """CPUs per node, of its largest nodes."""
         return max((group.cpus for group in self.groups), default=0)
 
 
@@ -82,9 +83,9 @@ class Partition:
 class Job:
     """A job, or one member of an array, as squeue shows it."""
 
-    id: str  # of a member of an array: ARRAY_TASK
+    id: str  # ARRAY_TASK for a member of an array
     state: str  # RUNNING, PENDING, COMPLETED, ...
-    reason: str  # why it is pending or has failed; empty: no reason
+    reason: str  # why it is pending or has failed; may be empty
     elapsed: str
     limit: str
     start: str  # actual or expected start; N/A
@@ -98,12 +99,12 @@ class Job:
 
 
 def is_installed() -> bool:
-    """Whether this machine can submit."""
+    """Check whether this machine can submit jobs."""
     return shutil.which("sbatch") is not None
 
 
 def partitions() -> list[Partition]:
-    """All partitions that this user sees, in sinfo's order.
+    """List all partitions that this user can see, in sinfo's order.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -113,7 +114,7 @@ def partitions() -> list[Partition]:
 
 
 def read_partitions(lines: Sequence[str]) -> list[Partition]:
-    """Partitions from lines of sinfo, one for each kind of node in each partition."""
+    """Parse partitions from sinfo's lines, one line per partition and kind of node."""
     found: dict[str, tuple[str, str, list[NodeGroup]]] = {}
     for line in lines:
         fields = line.split("|", 6)
@@ -130,7 +131,7 @@ def read_partitions(lines: Sequence[str]) -> list[Partition]:
 
 
 def _gpus(gres: str) -> tuple[int, tuple[str, ...]]:
-    """`gpu:h100:8(S:0-1),nic:2` as 8 and ("h100",)."""
+    """Parse `gpu:h100:8(S:0-1),nic:2` as 8 and ("h100",)."""
     count, types = 0, []
     for match in re.finditer(r"(?:^|,)gpu(?::([^:,()]+))??(?::(\d+))?(?=[(,]|$)", gres):
         count += int(match[2] or 1)
@@ -140,13 +141,13 @@ def _gpus(gres: str) -> tuple[int, tuple[str, ...]]:
 
 
 def _integer(text: str) -> int:
-    """`64+` (at least 64) as 64."""
+    """Parse `64+` (at least 64) as 64."""
     digits = re.match(r"\d+", text)
     return int(digits[0]) if digits else 0
 
 
 def my_jobs() -> list[Job]:
-    """This user's jobs, with those that ended a short while ago, members of arrays one by one.
+    """List this user's jobs, including recently ended ones and each member of an array.
 
     Raises:
         SlurmError: Slurm does not answer.
@@ -156,7 +157,7 @@ def my_jobs() -> list[Job]:
 
 
 def read_jobs(lines: Sequence[str]) -> list[Job]:
-    """Jobs from lines of squeue. The reason `None` is none: Slurm has not looked at it, or nothing failed."""
+    """Parse jobs from squeue's lines. Reason `None` means no reason: not scheduled yet, or nothing failed."""
     found = []
     for line in lines:
         fields = line.split("|", 7)
@@ -167,10 +168,10 @@ def read_jobs(lines: Sequence[str]) -> list[Job]:
 
 
 def submit(script: Path, *options: str) -> str:
-    """Submit a script with sbatch, and options that go before its own; the job's id.
+    """Submit a script with sbatch and return the job's id. `options` take precedence over the script's.
 
     Raises:
-        SlurmError: with sbatch's reason.
+        SlurmError: sbatch refused; with its reason.
     """
     answer = _ask("sbatch", "--parsable", *options, str(script)).strip().splitlines()
     job_id = answer[-1].partition(";")[0] if answer else ""
@@ -180,7 +181,7 @@ def submit(script: Path, *options: str) -> str:
 
 
 def _ask(*command: str, tries: int = 1) -> str:
-    """A command's output; `tries`: how often to ask a controller that does not answer."""
+    """Run a command and return its output. `tries`: how often to ask a controller that does not answer."""
     name = " ".join(command[: 2 if command[0] == "scontrol" else 1])
     problem = ""
     for attempt in range(tries):
@@ -213,7 +214,7 @@ def _ask(*command: str, tries: int = 1) -> str:
 
 
 def environment() -> dict[str, str]:
-    """This process's variables without those that change what Slurm's commands do."""
+    """Return this process's environment without variables that change the behavior of Slurm's commands."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -221,11 +222,11 @@ def environment() -> dict[str, str]:
     }
 
 
-# Its notation of times and of nodes.
+# Slurm's notation of times and nodes.
 
 
 def parse_duration(text: str) -> int | None:
-    """Seconds of an sbatch --time (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS); None: something else."""
+    """Parse an sbatch --time (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) into seconds; None if invalid."""
     for form in _FORMS:
         match = re.fullmatch(form, text.strip(), re.ASCII)
         if match:
@@ -234,10 +235,10 @@ def parse_duration(text: str) -> int | None:
 
 
 def time_limit(text: str, option: str = "--time") -> int:
-    """`parse_duration` of a limit, above zero.
+    """Parse a time limit above zero into seconds.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is not a time, or is zero.
     """
     seconds = parse_duration(text)
     if not seconds:
@@ -246,7 +247,7 @@ def time_limit(text: str, option: str = "--time") -> int:
 
 
 def time_option(seconds: float) -> str:
-    """`90061.0` as `1-01:01:01`, `3661` as `01:01:01`: sbatch reads both back."""
+    """Format seconds for sbatch: `90061.0` as `1-01:01:01`, `3661` as `01:01:01`."""
     minutes, second = divmod(max(0, round(seconds)), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -255,13 +256,13 @@ def time_option(seconds: float) -> str:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """`"gpu[08-10,12],login1"` as a list of names, like `scontrol show hostnames`, which a container lacks.
+    """Expand `"gpu[08-10,12],login1"` to a list of names, like `scontrol show hostnames`, which a container lacks.
 
     Raises:
-        UserError: it is not a list of nodes.
+        UserError: `text` is not a list of nodes.
     """
     names: list[str] = []
-    for item in re.split(r",(?![^\[]*\])", text):  # at the commas outside of brackets
+    for item in re.split(r",(?![^\[]*\])", text):  # at commas outside brackets
         pieces = _NODES.findall(item)
         if not pieces or "".join(p[2] or f"{p[0]}[{p[1]}]" for p in pieces) != item:
             raise UserError(f"'{text}' is not a list of nodes")
@@ -282,28 +283,28 @@ def _numbers(ranges: str, text: str) -> list[str]:
     return found
 
 
-# What a job asks about itself.
+# Queries and requests of a job about itself.
 
 
 class Scheduler:
     """Slurm's commands for one job. All raise `SlurmError` if Slurm refuses, or does not answer after several tries.
 
     Args:
-        job: its id as `scontrol` takes it.
+        job: the job's id, as `scontrol` takes it.
     """
 
     def __init__(self, job: str) -> None:
         self.job = job
 
     def ended_by_slurm(self) -> str | None:
-        """The job's state if Slurm has ended it (cancelled, requeued or out of time) while this process still
-        runs; None if it continues."""
+        """Return the job's state if Slurm has ended it (cancelled, requeued or out of time) while this process still
+        runs; None if the job continues."""
         state = self._job().get("JobState")
         return state if state in (*_ENDED, *_LEAVING) else None
 
     def is_requeued_by_slurm(self) -> bool:
-        """Whether Slurm preempts the job and queues it again by itself as soon as its processes have ended. Asked to do
-        so a second time, it would start the job once more after it has finished."""
+        """Check whether Slurm is preempting the job and will requeue it by itself once its processes have ended. A
+        second requeue request would start the job again after it has finished."""
         job = self._job()
         if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
             return False
@@ -311,14 +312,14 @@ class Scheduler:
         return "REQUEUE" in partition.get("PreemptMode", "").split(",")
 
     def requeue(self, without: Sequence[str] = ()) -> None:
-        """Have the job start again, on other nodes than `without`. Slurm then ends this job's processes.
+        """Requeue the job, on nodes other than `without`. Slurm then ends this job's processes.
 
         Raises:
-            SlurmError: it was refused, or the job is queued again and `without` was refused.
+            SlurmError: Slurm refused, or requeued the job but refused `without`.
         """
         job = self._job()
         changes = []
-        if job.get("Requeue") == "0":  # submitted with --no-requeue, which refuses this too: lifted for once
+        if job.get("Requeue") == "0":  # --no-requeue would also refuse this request: lift it temporarily
             _ask("scontrol", "update", f"JobId={self.job}", "Requeue=1", tries=_TRIES)
             changes.append("Requeue=0")
         if without:
@@ -327,16 +328,16 @@ class Scheduler:
             changes.append(f"ExcNodeList={','.join(dict.fromkeys([*before, *without]))}")
         _ask("scontrol", "requeue", self.job, tries=_TRIES)
         if changes:
-            # Only a pending job takes it. This one is, and cannot start before the process that runs this has ended.
+            # Only a pending job accepts this. The job is pending now, and cannot start before this process has ended.
             _ask("scontrol", "update", f"JobId={self.job}", *changes, tries=_TRIES)
 
     def pending_after(self, script: Path) -> list[str]:
-        """The ids of this user's other jobs that wait to run the same script."""
+        """Return the ids of this user's other pending jobs that run the same script."""
         found = []
         text = _ask("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%o", tries=_TRIES)
         for line in text.splitlines():
             job, _, path = line.strip().partition("|")
-            # With arguments, if somebody gave it some.
+            # The path may be followed by arguments.
             if job and job != self.job and (path + " ").startswith(f"{script} "):
                 found.append(job)
         return found
@@ -351,7 +352,8 @@ class Scheduler:
 
 
 def job_at_work(jobs: Sequence[str]) -> str | None:
-    """The first of these jobs that runs. None too if Slurm cannot be asked, as in a container."""
+    """Return the first of these jobs that is running; None if none is, or if Slurm cannot be asked, as in a
+    container."""
     for job in jobs:
         try:
             if Scheduler(job).ended_by_slurm() is None:
@@ -362,5 +364,5 @@ def job_at_work(jobs: Sequence[str]) -> str | None:
 
 
 def _fields(text: str) -> dict[str, str]:
-    """scontrol's `Name=value` by name; of values with spaces the first word."""
+    """Parse scontrol's `Name=value` fields; a value with spaces is cut to its first word."""
     return dict(re.findall(r"(?:^|\s)([A-Za-z]\w*)=(\S*)", text))

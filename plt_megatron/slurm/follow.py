@@ -1,4 +1,4 @@
-"""`plt submit --follow`: shows a run's steps, its launchers' messages and its jobs' states as they arrive."""
+"""`plt submit --follow`: show a run's steps, its launchers' messages and its jobs' states as they arrive."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from plt_megatron.run_folder.text import plural
 from plt_megatron.slurm import client
 from plt_megatron.slurm.submission import Submission
 
-_LOOK_SECONDS = 1.0  # at files
-_ASK_SECONDS = 5.0  # do not overload Slurm's controller
-# The start of a launcher's line (logs.stamp), left out here: attempt and node are in the log.
+_LOOK_SECONDS = 1.0  # between reads of the run's files
+_ASK_SECONDS = 5.0  # between queries, to spare Slurm's controller
+# Prefix of a launcher's line (logs.stamp), dropped here: attempt and node are in the log.
 _STAMP = re.compile(r"\S+ \S+ attempt \d+ launcher [^\s:]+: ")
 
 
 def follow(submission: Submission) -> int:
-    """Print what happens until all jobs have ended. Ctrl-C stops the printing, not the jobs.
+    """Print progress until all jobs have ended. Ctrl-C stops the printing, not the jobs.
 
     Returns:
-        0 if every run is finished, or the user left; else 1.
+        0 if every run is finished, or after Ctrl-C; else 1.
     """
     try:
         for lines in watch(submission):
@@ -34,7 +34,7 @@ def follow(submission: Submission) -> int:
                 print(line, flush=True)
     except KeyboardInterrupt:
         jobs = _whole([job_id for each in submission.job_ids for job_id in each])
-        print(f"\nno longer followed; the job continues. To cancel it: scancel {' '.join(jobs)}", flush=True)
+        print(f"\nno longer following; the job continues. To cancel it: scancel {' '.join(jobs)}", flush=True)
         return 0
     return 0 if all(read_run_status(run).finished for run in submission.runs) else 1
 
@@ -42,7 +42,7 @@ def follow(submission: Submission) -> int:
 def watch(
     submission: Submission, *, look_seconds: float = _LOOK_SECONDS, ask_seconds: float = _ASK_SECONDS
 ) -> Iterator[list[str]]:
-    """The new lines of each look until all jobs have ended, then the outcome of each run."""
+    """Yield the new lines of each poll until all jobs have ended, then the outcome of each run."""
     several = len(submission.runs) > 1
     labels = [f"{run.name}: " if several else "" for run in submission.runs]
     sources: list[_Output | _Tail] = [
@@ -56,7 +56,7 @@ def watch(
         if time.monotonic() >= due:
             due = time.monotonic() + ask_seconds
             lines = states.changes()
-        # In this order, so that what was written before a job ended is still shown.
+        # States first, files second, so that everything written before a job ended is shown.
         yield lines + [line for source in sources for line in source.lines()]
         if not states.ended:
             time.sleep(look_seconds)
@@ -64,7 +64,7 @@ def watch(
 
 
 def _whole(ids: list[str]) -> list[str]:
-    """An array's members as the array."""
+    """Replace the members of an array by the array's id."""
     return list(dict.fromkeys(job_id.partition("_")[0] for job_id in ids))
 
 
@@ -82,7 +82,7 @@ def _conclusion(run: Path, label: str) -> Iterator[str]:
 
 
 class _States:
-    """The jobs' states in Slurm. `ended`: none is running or pending."""
+    """States of the jobs in Slurm. `ended`: no job is running or pending."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         self._labels = labels  # by job
@@ -91,18 +91,18 @@ class _States:
         self.ended = False
 
     def changes(self) -> list[str]:
-        """A line for each change since the last call."""
+        """Return a line per change since the last call."""
         try:
             jobs = {job.id: job for job in client.my_jobs() if job.id in self._labels}
         except client.SlurmError as error:
-            # The controller may be restarting: ask again.
+            # The controller may be restarting: the next call asks again.
             changed, self._problem = str(error) != self._problem, str(error)
             return [f"Slurm does not answer, trying again: {error}"] if changed else []
         self._problem = ""
         lines = []
         for job_id, label in self._labels.items():
             job = jobs.get(job_id)
-            # Slurm forgets a job some minutes after its end.
+            # Slurm forgets a job a few minutes after its end.
             text = _describe(job) if job else "has ended"
             if self._last.get(job_id) != text:
                 self._last[job_id] = text
@@ -119,7 +119,7 @@ def _describe(job: client.Job) -> str:
 
 
 class _Output:
-    """New lines of a job's output: messages of its launchers, and errors of srun."""
+    """Reader of new lines in a job's output: its launchers' messages and srun's errors."""
 
     def __init__(self, path: Path, label: str) -> None:
         self._label, self._follower = label, Follower(path)
@@ -129,7 +129,7 @@ class _Output:
 
 
 class _Tail:
-    """New records of metrics.jsonl, as lines. A resuming trainer rewinds the file to its step."""
+    """Reader of new records in metrics.jsonl, as lines of text. A resuming trainer rewinds the file to its step."""
 
     def __init__(self, run: Path, label: str) -> None:
         self._run, self._label = run, label

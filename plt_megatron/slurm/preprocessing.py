@@ -1,4 +1,4 @@
-"""Tokenizing on a cluster: an array of `plt preprocess --shard` jobs, and one that joins what they have made."""
+"""Tokenizing on a cluster: an array of `plt preprocess --shard` jobs, and a job that joins their shards."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from plt_megatron.slurm.run_files import working_directory
 from plt_megatron.slurm.script import Array, Script
 
 _TEMPLATE = Path(__file__).with_name("preprocess.sbatch")
-_JOIN_SECONDS = 4 * 3600  # it reads an index of 20 bytes a document, and no tokens
-SUFFIX = ".slurm"  # of the folder with scripts and logs
+_JOIN_SECONDS = 4 * 3600  # joining reads the index, 20 bytes per document, and no tokens
+SUFFIX = ".slurm"  # suffix of the folder with scripts and logs
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """What was submitted: the ids of the array and of the job that joins, and where scripts and logs are."""
+    """Ids of the submitted array and of the job that joins its shards, and the folder with scripts and logs."""
 
     array: str
     join: str
@@ -43,16 +43,16 @@ def submit_preprocessing(
     time: str | None = None,
     workers: int | None = None,
 ) -> Jobs:
-    """Submit both jobs. A killed node costs the shards that it was at: Slurm starts its member of the array again.
+    """Submit both jobs. A killed node loses only the shards it was working on: Slurm restarts its array member.
 
     Args:
-        arguments: of `plt preprocess`, without `--shard` and `--workers`.
-        join: of the `plt preprocess` that comes last.
-        output_prefix: of the source.
-        cluster: the profile.
-        nodes: members of the array, of a node each.
-        time: limit of each; None: the profile's.
-        workers: of each; None: all of a node's CPUs.
+        arguments: arguments of `plt preprocess`, without `--shard` and `--workers`.
+        join: arguments of the final `plt preprocess` that joins the shards.
+        output_prefix: prefix of the source's files.
+        cluster: name of the profile.
+        nodes: number of array members, each on its own node.
+        time: time limit of each job; None: the profile's.
+        workers: processes per member; None: all of a node's CPUs.
 
     Raises:
         UserError: profile, options or partition do not fit, or Slurm refuses.
@@ -82,8 +82,8 @@ def submit_preprocessing(
 
 
 def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
-    """A member of the array: one process with all CPUs that it is given. Raises `UserError` if the partition has no
-    such node."""
+    """Return the settings of an array member: one process with all of its CPUs. Raises `UserError` if the partition has
+    no such node."""
     resources, problems = resolve(profile, client.partitions(), nodes=1, seconds=seconds, gpus=(None, 0))
     if problems:
         raise UserError("\n".join(problems))
@@ -102,7 +102,7 @@ def _settings(profile: ClusterProfile, name: str, seconds: int) -> JobSettings:
 
 
 def _submit(folder: Path, array: Script, last: Script) -> Jobs:
-    """Write both scripts and submit them, `last` to start when all members of the array have succeeded."""
+    """Write and submit both scripts; `last` starts once all members of the array have succeeded."""
     scripts = [folder / "shard.sbatch", folder / "join.sbatch"]
     template = _TEMPLATE.read_text(encoding="utf-8")
     with writing(folder):
@@ -110,6 +110,6 @@ def _submit(folder: Path, array: Script, last: Script) -> Jobs:
         for path, script in zip(scripts, (array, last), strict=True):
             write_text(path, script.render(template))
     number = client.submit(scripts[0])
-    # If a member fails, so does the other job: the same command goes on with both.
+    # If a member fails, the join job is cancelled; running the same command again continues both.
     after = [f"--dependency=afterok:{number}", "--kill-on-invalid-dep=yes"]
     return Jobs(number, client.submit(scripts[1], *after), folder)

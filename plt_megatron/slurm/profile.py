@@ -1,4 +1,4 @@
-"""A cluster's settings, from one YAML file: configs/clusters/NAME.yaml, or any path."""
+"""Cluster profiles: one YAML file per cluster, configs/clusters/NAME.yaml or any path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True, kw_only=True)
 class SbatchOptions:
-    """Options of sbatch, of a profile or of plt submit, which go before the profile's. None: Slurm's own."""
+    """sbatch options from a profile or from plt submit, whose options take precedence. None: Slurm's default."""
 
     partition: str | None = None
     account: str | None = None
@@ -38,39 +38,39 @@ class SbatchOptions:
 
 @dataclass(frozen=True)
 class Container:
-    """An image the launcher and the ranks run in."""
+    """Container image in which the launcher and the ranks run."""
 
     runtime: Literal["pyxis", "apptainer"]
     image: str  # pyxis: a .sqsh file or registry#image; apptainer: a .sif file
-    mounts: list[str] = field(default_factory=list)  # folders, seen under the same path; or HERE:THERE
-    options: list[str] = field(default_factory=list)  # further options of srun (pyxis) or apptainer exec
+    mounts: list[str] = field(default_factory=list)  # folders, mounted at the same path; or HOST:CONTAINER
+    options: list[str] = field(default_factory=list)  # additional options of srun (pyxis) or apptainer exec
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterProfile(SbatchOptions, JobHandling):
-    """The settings of a cluster. Options of plt submit override them."""
+    """Settings of a cluster; options of plt submit override them."""
 
     name: str = ""
     gpus_per_node: Count | None = None  # 0: a CPU cluster; None: ask Slurm
-    processes_per_node: PositiveCount | None = None  # CPU clusters only: with GPUs there is one process each
-    cpus_per_process: PositiveCount | None = None  # None: a fair share of the node's
-    memory_per_node: str | None = None  # sbatch's --mem, as in 64G; "0": all of the node's
-    gpu: str | None = None  # the card, as predict/ knows it (h100); None: Slurm's name for it, else h100
+    processes_per_node: PositiveCount | None = None  # CPU clusters only; with GPUs there is one process per GPU
+    cpus_per_process: PositiveCount | None = None  # None: a fair share of the node's CPUs
+    memory_per_node: str | None = None  # sbatch's --mem, as in 64G; "0": all of the node's memory
+    gpu: str | None = None  # the card, by its name in predict/ (h100); None: derived from Slurm's GPU type, else h100
     tflops_per_process: Positive | None = None  # CPU clusters: a process's matrix product rate, for estimated times
     default_time: str | None = None
-    setup: list[str] = field(default_factory=list)  # shell lines, run as they are before the modules
+    setup: list[str] = field(default_factory=list)  # shell lines, run verbatim before the modules are loaded
     modules: list[str] = field(default_factory=list)
     container: Container | None = None
-    python: str | None = None  # None: the submitting one; in a container python3
-    sbatch_options: list[str] = field(default_factory=list)  # further ones, as in --exclusive
+    python: str | None = None  # None: the submitting interpreter; in a container python3
+    sbatch_options: list[str] = field(default_factory=list)  # additional ones, as in --exclusive
 
     @property
     def interpreter(self) -> str:
-        """Python of the jobs' processes, in the container if there is one."""
+        """Python interpreter of the job's processes, in the container if there is one."""
         return self.python or ("python3" if self.container else sys.executable)
 
     def limit_seconds(self, given: str | None) -> int:
-        """A job's time limit: `--time` if that is given, else `default_time`. Raises `UserError`: it is none."""
+        """Return a job's time limit: `given` (--time), else `default_time`. Raises `UserError` if neither is valid."""
         text = given or self.default_time
         if text is None:
             raise UserError("give --time, as in --time 24:00:00 (or default_time in the cluster's profile)")
@@ -78,10 +78,10 @@ class ClusterProfile(SbatchOptions, JobHandling):
 
 
 def load_profile(name: str) -> ClusterProfile:
-    """Read a profile.
+    """Load a profile.
 
     Args:
-        name: of a file in configs/clusters, here or shipped with the package, or a path.
+        name: name of a file in configs/clusters, here or shipped with the package, or a path.
 
     Raises:
         UserError: it is missing or invalid; one line per problem.
@@ -92,7 +92,7 @@ def load_profile(name: str) -> ClusterProfile:
         if not path.is_file():
             folders = (CLUSTERS, CONFIGS / CLUSTERS.name)
             known = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
-            raise UserError(f"--cluster {name}: no {CLUSTERS / path.name}; there are: {', '.join(known) or 'none'}")
+            raise UserError(f"--cluster {name}: no {CLUSTERS / path.name}; available: {', '.join(known) or 'none'}")
     profile = load(ClusterProfile, path)
     check(profile, _problems(profile))
     return dataclasses.replace(profile, name=profile.name or path.stem)
@@ -101,7 +101,7 @@ def load_profile(name: str) -> ClusterProfile:
 def _problems(profile: ClusterProfile) -> Iterator[str]:
     yield from (f"setup: {problem}" for problem in _syntax_problems("".join(f"{line}\n" for line in profile.setup)))
     if profile.processes_per_node and profile.gpus_per_node:
-        yield "processes_per_node is for CPU clusters; with GPUs there is one process each"
+        yield "processes_per_node is for CPU clusters; with GPUs there is one process per GPU"
     if profile.gpu is not None and profile.gpu not in card_names():
         yield f"gpu: no card {profile.gpu} in the table; known: {', '.join(card_names())}"
     for name in profile.environment:
@@ -116,10 +116,10 @@ def _problems(profile: ClusterProfile) -> Iterator[str]:
 
 
 def _syntax_problems(script: str) -> list[str]:
-    """What bash cannot read in a script, in one line: `line 2: syntax error near unexpected token ...`; nothing where
-    there is no bash to ask."""
+    """Return the first syntax error that bash finds in a script, as one line: `line 2: syntax error near unexpected
+    token ...`; nothing if there is no bash."""
     if not script or shutil.which("bash") is None:
         return []
     done = subprocess.run(["bash", "-n", "/dev/stdin"], input=script, capture_output=True, text=True, check=False)
     lines = [line.removeprefix("/dev/stdin: ") for line in done.stderr.splitlines()]
-    return lines[:1]  # the next ones quote it, or follow from it
+    return lines[:1]  # later lines quote the error, or follow from it

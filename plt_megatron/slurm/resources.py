@@ -1,4 +1,4 @@
-"""The job's share of each node, checked against the partition."""
+"""A job's share of each node, checked against the partition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plt_megatron.run_folder.text import plural
 from plt_megatron.slurm.client import NodeGroup, Partition, time_option
 from plt_megatron.slurm.profile import ClusterProfile
 
-_ASSUMED_GPUS = 8  # if neither option, profile nor Slurm tells: only with --dry-run
+_ASSUMED_GPUS = 8  # if neither option, profile nor Slurm gives a number; only with --dry-run
 _ASSUMED_CPUS = 8  # per process, likewise
 _DEFAULT_CARD = "h100"
 
@@ -24,23 +24,23 @@ class Resources(JobSize):
     """A job's share of the cluster.
 
     Attributes:
-        card: the estimate's name for a process's device.
-        guessed: the number of processes is unknown or too large, so no layout can be checked.
+        card: the name that estimates use for a process's device.
+        guessed: whether the number of processes is unknown or too large, so that no layout can be checked.
     """
 
     partition: str | None
     gpu_type: str | None
     card: str
     node_memory_bytes: int | None  # of the smallest suitable node; None: unknown
-    notes: list[str] = field(default_factory=list)  # what was assumed
+    notes: list[str] = field(default_factory=list)  # assumptions made
     guessed: bool = False
 
 
 def parse_gpus(text: str) -> tuple[str | None, int]:
-    """`8` as (None, 8), `h100:8` as ("h100", 8).
+    """Parse `8` as (None, 8), and `h100:8` as ("h100", 8).
 
     Raises:
-        UserError: it is neither.
+        UserError: `text` has neither form.
     """
     match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d{1,4})", text, re.ASCII)
     if match is None:
@@ -56,16 +56,16 @@ def resolve(
     seconds: int,
     gpus: tuple[str | None, int] | None,
 ) -> tuple[Resources, list[str]]:
-    """Fill in what options and profile leave open, and check it against the partition.
+    """Fill in what options and profile leave open, and check the result against the partition.
 
     Args:
-        profile: as the options have changed it.
+        profile: the profile, with options applied.
         available: the cluster's partitions; None: there is no Slurm to ask.
         seconds: time limit.
-        gpus: type and number per node, from the options; None: the profile's, else all of the partition's nodes.
+        gpus: type and number per node, from the options; None: the profile's, else all GPUs of the partition's nodes.
 
     Returns:
-        The resources, and one line for each problem.
+        The resources, and one line per problem.
     """
     chosen, problems = _choose(profile.partition, available)
     gpu_type, gpu_count = gpus or (None, profile.gpus_per_node)
@@ -107,18 +107,18 @@ def resolve(
 
 
 def _gpus_per_node(profile: ClusterProfile, partition: Partition | None, notes: list[str]) -> tuple[int, bool]:
-    """GPUs where neither an option nor the profile says how many, and whether that is assumed."""
+    """Return the GPUs per node if neither options nor profile set them, and whether the number is only assumed."""
     if profile.processes_per_node:
         return 0, False
     if partition is not None:
-        notes.append(f"{partition.gpus} GPUs per node, as partition {partition.name} has")
+        notes.append(f"{partition.gpus} GPUs per node, from partition {partition.name}")
         return partition.gpus, False
     notes.append(f"{_ASSUMED_GPUS} GPUs per node, assumed: neither --gpus-per-node nor a profile sets it")
     return _ASSUMED_GPUS, True
 
 
 def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Partition | None, list[str]]:
-    """The partition the job will run in; None if unknown."""
+    """Return the partition the job will run in, None if unknown, and the problems with it."""
     if available is None:
         return None, []
     for partition in available:
@@ -140,7 +140,7 @@ def _choose(name: str | None, available: Sequence[Partition] | None) -> tuple[Pa
 
 
 def _union(name: str, partitions: Sequence[Partition]) -> Partition:
-    """Several partitions as one: a job fits if it fits one of them, accurately enough for this check."""
+    """Merge several partitions into one for this check: roughly, a job fits if it fits one of them."""
     limits = [partition.time_limit_seconds for partition in partitions]
     states = [partition.available for partition in partitions]
     return Partition(
@@ -153,7 +153,7 @@ def _union(name: str, partitions: Sequence[Partition]) -> Partition:
 
 
 def _size_problems(partition: Partition, nodes: int, gpus: int, gpu_type: str | None) -> list[str]:
-    """Why a job of this size does not fit the partition."""
+    """List why a job of this size does not fit the partition."""
     name = f"partition {partition.name}"
     if gpus > partition.gpus:
         return [f"--gpus-per-node {gpus}: the nodes of {name} have {partition.gpus or 'no'} GPUs"]
@@ -179,7 +179,7 @@ def _cpu_problems(partition: Partition | None, groups: Sequence[NodeGroup], proc
 
 
 def _other_problems(partition: Partition, seconds: int) -> list[str]:
-    """Why a job of any size can never start in this partition."""
+    """List why no job, whatever its size, can start in this partition."""
     problems = []
     name = f"partition {partition.name}"
     if not partition.takes_jobs:
@@ -202,7 +202,7 @@ def _suitable(partition: Partition | None, gpus: int, gpu_type: str | None) -> l
 
 
 def _share_of_cpus(groups: Sequence[NodeGroup], processes: int) -> int:
-    """A process's fair share of a node's CPUs: those per GPU, so that other jobs' GPUs keep theirs."""
+    """Return a process's fair share of a node's CPUs: CPUs per GPU, which leaves other jobs' GPUs their share."""
     if not groups:
         return _ASSUMED_CPUS
     return max(1, min(group.cpus // max(group.gpus, processes) for group in groups))

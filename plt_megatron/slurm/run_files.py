@@ -1,4 +1,4 @@
-"""Writes a run's folder before its job is submitted, reads what an earlier submission left, and finds its jobs."""
+"""Write a run's folder before its job is submitted, read what earlier submissions left there, and find its jobs."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from plt_megatron.slurm.snapshot import describe_environment, describe_git, link
 
 
 def job_name(run: Path, name: str) -> str:
-    """A job name unique to the run folder, for `singleton`.
+    """Return a job name unique to the run folder, for `--dependency=singleton`.
 
     Args:
         run: absolute path of the run's folder.
-        name: the run's.
+        name: the run's name.
     """
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.")[:48] or "run"
     return readable + name_suffix(run)
 
 
 def name_suffix(run: Path) -> str:
-    """The suffix of the names of a run folder's jobs, whatever the run's name."""
+    """Return the suffix that all job names of a run folder share, whatever the run's name."""
     return f"-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
 
 
@@ -42,7 +42,7 @@ def name_suffix(run: Path) -> str:
 
 
 def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[str]:
-    """Why this configuration cannot resume in a folder where another has trained; one line each."""
+    """List why this configuration cannot resume in a folder where another has trained, one line each."""
     folder = RunFolder(run)
     if not folder.has_trained():
         return []
@@ -66,13 +66,13 @@ def resume_problems(config: RunConfig, run: Path, accept_changes: bool) -> list[
 def write_run(
     config: RunConfig, run: Path, settings: JobSettings, script: str, *, root: Path, code: Path | None = None
 ) -> None:
-    """Fill a run's folder with everything its job needs, and a record of what it was made from.
+    """Write everything a job needs into its run's folder, with a record of code and environment.
 
     Args:
         run: absolute path of the folder.
         script: the text of its job.sbatch.
-        root: the checkout whose code is to run.
-        code: an array's snapshot to share; None: make one.
+        root: the checkout whose code the job runs.
+        code: an array's snapshot to share; None: make a new one.
 
     Raises:
         UserError: the folder cannot be written.
@@ -92,7 +92,7 @@ def write_run(
 
 
 def write_script(folder: Path, text: str) -> Path:
-    """Write `folder`/job.sbatch; its path."""
+    """Write `folder`/job.sbatch and return its path."""
     path = RunFolder(folder).job_script
     write_text(path, text)
     path.chmod(0o755)
@@ -100,43 +100,44 @@ def write_script(folder: Path, text: str) -> Path:
 
 
 def record_submission(run: Path, job_ids: Sequence[str]) -> None:
-    """Append to submissions.jsonl."""
+    """Append job ids to the run's submissions.jsonl."""
     json_lines.append(RunFolder(run).submissions_file, {"time": time.time(), "job_ids": list(job_ids)})
 
 
 def submitted_jobs(run: Path) -> list[str]:
-    """Ids of all jobs that were submitted for this run, the oldest first."""
+    """Return the ids of all jobs submitted for this run, oldest first."""
     records = json_lines.read(RunFolder(run).submissions_file, skip_broken=True)
     return [job_id for record in records for job_id in record["job_ids"]]
 
 
-# Jobs that run or wait: two trainings in one folder would overwrite each other's work.
+# Running and pending jobs: two trainings in one folder would overwrite each other's work.
 
 
 def active_jobs() -> list[client.Job]:
-    """This user's running and pending jobs; none without Slurm. Raises `client.SlurmError` if it does not answer."""
+    """Return this user's running and pending jobs, none without Slurm. Raises `client.SlurmError` if Slurm does not
+    answer."""
     return [job for job in client.my_jobs() if job.active] if client.is_installed() else []
 
 
 def jobs_of(folder: Path, jobs: Sequence[client.Job]) -> list[client.Job]:
-    """Those of `jobs` that are a run's or an array's. By name, to include those submitted by hand; by id, since members
-    of an array share its name."""
+    """Select the jobs of a run or an array: by name, to include those submitted by hand, and by id, since members of an
+    array share its name."""
     known, suffix = set(submitted_jobs(folder)), name_suffix(Path(os.path.abspath(folder)))
     return [job for job in jobs if job.id in known or job.name.endswith(suffix)]
 
 
 def job_of(folder: Path, jobs: Callable[[], Sequence[client.Job]]) -> client.Job | None:
-    """The first of `jobs` that belongs to a folder. Slurm is not asked about one that was never submitted."""
+    """Return the first of `jobs` that belongs to a folder. A folder without a job script is not looked up in Slurm."""
     return next(iter(jobs_of(folder, jobs())), None) if RunFolder(folder).job_script.is_file() else None
 
 
 def advice(run: Path, job: client.Job) -> str:
-    """Why a run cannot be started, and what to do."""
+    """Return one line that says why a run cannot be started and what to do."""
     return f"{run}: its job {job.id} is {job.state.lower()}: wait for it, or scancel {job.id}"
 
 
 def check_no_active_job(run: Path) -> None:
-    """Raise `UserError` where a run is about to be trained here although it has a job, or Slurm does not answer."""
+    """Raise `UserError` if a run that is to be trained here has an active job, or if Slurm does not answer."""
     job = job_of(run, active_jobs)
     if job is not None:
         raise UserError(advice(run, job))
@@ -146,7 +147,7 @@ def check_no_active_job(run: Path) -> None:
 
 
 def log_of(run: Path, job_id: str) -> Path:
-    """The output of a run's job, which for a member of an array is in the array's folder, as its code is."""
+    """Return the output file of a run's job; for a member of an array it is in the array's folder, like the code."""
     folder = RunFolder(run)
     if "_" in job_id:
         folder = RunFolder(folder.code.resolve().parent)
@@ -154,12 +155,12 @@ def log_of(run: Path, job_id: str) -> Path:
 
 
 def absolute_run_folder(config: RunConfig) -> Path:
-    """The run's folder as an absolute path, with links kept: nodes may know no other path."""
+    """Return the run's folder as an absolute path with symlinks kept: nodes may not know the resolved path."""
     return Path(os.path.normpath(working_directory() / derived.run_folder(config)))
 
 
 def working_directory() -> Path:
-    """The current directory as the user entered it ($PWD), or without links."""
+    """Return the current directory as the user entered it ($PWD), or else with symlinks resolved."""
     pwd = os.environ.get("PWD")
     try:
         if pwd and os.path.isabs(pwd) and os.path.samefile(pwd, "."):

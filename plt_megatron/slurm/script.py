@@ -1,4 +1,4 @@
-"""job.sbatch: slurm/job.sbatch with a run's values filled in, quoted so that user input never becomes code."""
+"""Render a run's job.sbatch from slurm/job.sbatch, with values quoted so that user input never becomes code."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from plt_megatron.slurm.profile import ClusterProfile, Container
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)")
 TEMPLATE = Path("plt_megatron") / "slurm" / "job.sbatch"
 _MARK = re.compile(r"#(?:SBATCH @DIRECTIVES|SETUP @SETUP|SCRATCH @SCRATCH)@|@[A-Z_]+@")
-# How long srun waits for the other nodes' launchers once one has ended: a dead node's never ends.
+# How long srun waits for the other nodes' launchers once one has ended; a dead node's launcher never ends.
 _WAIT_SECONDS = 60
-# Special within double quotes.
+# Characters with a special meaning within double quotes.
 _SPECIAL = re.compile(r'([\\"`$])')
 
 
 def literal(text: str) -> str:
-    """A shell word for `text`, whatever it contains."""
+    """Quote `text` as one shell word, whatever it contains."""
     return shlex.quote(text)
 
 
 def expandable(text: str) -> str:
-    """A shell word for `text` in which `$NAME` and `${NAME}` are expanded, and nothing else is."""
+    """Quote `text` as one shell word in which only `$NAME` and `${NAME}` are expanded."""
     if not _VARIABLE.search(text):
         return literal(text)
     parts, end = [], 0
@@ -40,15 +40,15 @@ def expandable(text: str) -> str:
 
 
 def variables(text: str) -> list[str]:
-    """The names that `expandable` expands in `text`, each once."""
+    """Return the names that `expandable` expands in `text`, each once."""
     return list(dict.fromkeys(match[1].strip("{}") for match in _VARIABLE.finditer(text)))
 
 
 def directive(option: str, value: str | int | None = None) -> str:
-    """An `#SBATCH` line. sbatch knows quotes as the shell does, but every backslash escapes, also within quotes.
+    """Format an `#SBATCH` line. sbatch quotes like the shell, except that backslashes escape even within quotes.
 
     Raises:
-        UserError: a value that such a line cannot contain.
+        UserError: such a line cannot contain the value.
     """
     if value is None:
         return f"#SBATCH {option}"
@@ -59,7 +59,7 @@ def directive(option: str, value: str | int | None = None) -> str:
 
 
 def check_one_line(text: str, what: str) -> None:
-    """Raise `UserError` where `text` holds line breaks or other control characters."""
+    """Raise `UserError` if `text` contains line breaks or other control characters."""
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise UserError(f"{what} must not contain line breaks or control characters, got {text!r}")
 
@@ -69,7 +69,7 @@ class Array:
     """A job array: line i of `folder`/runs.txt is the run folder of member i."""
 
     folder: Path  # absolute
-    name: str  # of the job
+    name: str  # the job's name
     members: int
     max_concurrent: int | None = None
 
@@ -84,21 +84,21 @@ class Script:
 
     settings: JobSettings
     profile: ClusterProfile
-    run: Path  # absolute; of an array's script: its folder
+    run: Path  # absolute; for an array, the array's folder
     workdir: Path  # absolute; the paths in a configuration are relative to it
-    host_python: str  # interpreter outside of any container
+    host_python: str  # interpreter outside any container
     array: Array | None = None
     gpu_type: str | None = None  # as in --gpus-per-node=h100:8
-    command: str = ""  # shell text that srun starts, of a template that leaves it open
+    command: str = ""  # shell command that srun starts, for templates with @COMMAND@
 
     def render(self, template: str) -> str:
-        """The job script.
+        """Render the job script.
 
         Args:
-            template: the text of slurm/job.sbatch.
+            template: the text of slurm/job.sbatch or slurm/preprocess.sbatch.
 
         Raises:
-            UserError: a value that a job script cannot contain.
+            UserError: a job script cannot contain one of the values.
         """
         for path in (self.run, self.workdir):
             check_one_line(str(path), "the path of the run folder and of the working directory")
@@ -116,7 +116,7 @@ class Script:
             "@CONTAINER@": " ".join(self._container_command()),
             "@COMMAND@": self.command,
         }
-        # In one pass, so that a value that looks like a mark is kept.
+        # In one pass, so that values that look like marks are kept.
         return _MARK.sub(lambda match: values[match[0]], template)
 
     def _directives(self) -> list[str]:
@@ -146,7 +146,7 @@ class Script:
             directive("--output", self._output()),
             directive("--chdir", str(self.workdir)),
         ]
-        if self.array is None:  # one job at a time writes into a run's folder
+        if self.array is None:  # one job at a time may write into a run's folder
             lines.append(directive("--dependency", "singleton"))
         else:
             cap = f"%{self.array.max_concurrent}" if self.array.max_concurrent else ""
@@ -170,14 +170,14 @@ class Script:
         lines += [f"module load {literal(module)} || exit" for module in self.profile.modules]
         for name, value in self.settings.environment.items():
             for used in variables(value):
-                lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and taken for empty in {name}"')
+                lines.append(f'[[ -v {used} ]] || warn "environment: {used} is not set, and is empty in {name}"')
             lines.append(f"export {name}={expandable(value)}")
-        return lines or ["# The cluster's profile has none."]
+        return lines or ["# The cluster's profile has no setup."]
 
     def _scratch(self) -> str:
         if not self.settings.scratch:
             return "# The cluster's profile has no scratch."
-        # Twice: srun makes TMPDIR /tmp on a node where it cannot create the folder, and the launcher shall not.
+        # Exported twice: on a node where srun cannot create the folder it changes TMPDIR to /tmp, but not the copy.
         return f"export TMPDIR={expandable(self.settings.scratch)}\nexport {SCRATCH}=$TMPDIR"
 
     def _srun_options(self) -> list[str]:
@@ -217,7 +217,8 @@ class Script:
         return [*command, expandable(container.image)]
 
     def _mounts(self, container: Container) -> list[str]:
-        """The profile's mounts, the working directory and the run's parent folder; none within another."""
+        """Return the profile's mounts, plus the working directory and the run's parent folder unless already below
+        one."""
         own = [str(self.workdir), str(self.run.parent)]
         for path in own:
             if "," in path or ":" in path or "$" in path:

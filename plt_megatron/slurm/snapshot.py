@@ -1,4 +1,4 @@
-"""Copies the code that a job runs into its run's folder, and records where it came from."""
+"""Copy the code that a job runs into its run's folder, and record where it came from."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _GIT_SECONDS = 10
 
 
 def snapshot_code(root: Path, run: Path) -> None:
-    """Copy the code to `run`/code. Earlier versions are kept as code.1, code.2, ..."""
+    """Copy the code to `run`/code; keep earlier versions as code.1, code.2, ..."""
     target = run / CODE
-    if target.exists() and target.resolve() == root.resolve():  # submitted from a run's own snapshot
+    if target.exists() and target.resolve() == root.resolve():  # submitted from the run's own snapshot
         return
     files = dict(_code_files(root))
     if target.is_symlink():
@@ -78,7 +78,7 @@ def _free_name(target: Path) -> Path:
 
 
 def _code_files(root: Path) -> Iterator[tuple[str, tuple[bytes, bool]]]:
-    """Path below `root` -> content, and whether it is executable."""
+    """Yield (path below `root`, (content, whether it is executable)) for each file of the code."""
     for part in _CHECKOUT if is_checkout(root) else (_PACKAGE,):
         top = root / part
         paths = sorted(top.rglob("*")) if top.is_dir() else [top]
@@ -93,7 +93,7 @@ def _code_files(root: Path) -> Iterator[tuple[str, tuple[bytes, bool]]]:
 
 
 def describe_git(root: Path) -> str:
-    """Commit, branch, changed files and their difference; of an installed package its version."""
+    """Describe commit, branch, changed files and their diff; for an installed package its version."""
     if not is_checkout(root):
         return f"plt-megatron {plt_megatron.__version__}, installed in {root}; {CODE}/ holds the code.\n"
     commit = _git(root, "rev-parse", "HEAD")
@@ -122,15 +122,15 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout
 
 
-@functools.cache  # each takes a file to parse, and an array of jobs asks for every member
+@functools.cache  # a file to parse per package, and called for each member of an array
 def _packages() -> list[str]:
-    """NAME==VERSION of what is installed, sorted."""
+    """List installed packages as NAME==VERSION, sorted."""
     names = {f"{found.metadata['Name']}=={found.version}" for found in importlib.metadata.distributions()}
     return sorted(names, key=str.lower)
 
 
 def describe_environment() -> str:
-    """Machine, interpreter, packages and relevant variables, except those whose names suggest a secret."""
+    """Describe machine, interpreter, packages and relevant variables, except those whose names suggest a secret."""
     variables = sorted(
         f"{name}={value!r}"
         for name, value in os.environ.items()

@@ -1,6 +1,6 @@
-"""What a training process would refuse about its data and the checkpoint it begins with, told before it is started.
+"""Checks, before a job is submitted, of what training would refuse about its data and its starting checkpoint.
 
-Data are judged by headers and manifests alone.
+Of data, only headers and manifests are read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from plt_megatron.storage.copies import find_checkpoint
 
 
 def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
-    """The run's tokenizer, if it names one, and the problems with it. Validation can read it."""
+    """Load the run's tokenizer, if it names one, and list the problems with it. Validation has accepted the file."""
     path = config.data.tokenizer
     if path is None:
         return None, []
@@ -49,7 +49,7 @@ def open_tokenizer(config: RunConfig) -> tuple[Tokenizer | None, list[str]]:
 
 
 def data_problems(config: RunConfig, tokenizer: Tokenizer | None) -> list[str]:
-    """What is wrong with the sources whose files exist, one line each."""
+    """List what is wrong with the sources whose files exist, one line each."""
     vocab_size = config.model.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     problems = []
     for path in dict.fromkeys(_paths(config.data)):
@@ -63,7 +63,7 @@ def _paths(data: DataConfig) -> Iterator[str]:
 
 
 def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
-    """Whether header, last entry, the size of .bin and the width of its ids are consistent."""
+    """Check that the index's header and last entry, the size of .bin and the width of its ids are consistent."""
     try:
         index = open_index(prefix)  # not `read_index`: a login node should not read all lengths of a large corpus
     except UserError as error:
@@ -71,15 +71,13 @@ def _damage(prefix: str, tokenizer: Tokenizer | None) -> list[str]:
     if not index.documents:
         return [f"{prefix}.idx has no documents: tokenize the data again (plt preprocess)"]
     if index.dtype == np.uint16 and tokenizer is not None and tokenizer.dtype != np.uint16:
-        # Written with 16 bits only where every id of the tokenizer fits.
-        return [
-            f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: made with another tokenizer"
-        ]
+        # Ids are written with 16 bits only if every id of the tokenizer fits.
+        return [f"{prefix} holds 16-bit ids, data.tokenizer has {tokenizer.vocab_size} ids: another tokenizer made it"]
     return []
 
 
 def _mask_damage(prefix: str) -> list[str]:
-    """Whether the loss mask, if there is one or the manifest tells of one, is as long as the tokens."""
+    """Check that the loss mask, if there is one or the manifest mentions one, is as long as the tokens."""
     manifest = Path(prefix + ".manifest.json")
     try:
         made = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
@@ -88,16 +86,16 @@ def _mask_damage(prefix: str) -> list[str]:
     except UserError as error:
         return [str(error)]
     except ValueError:
-        return []  # `_mismatch` tells of the manifest
+        return []  # `_mismatch` reports the manifest
     return []
 
 
 def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
-    """Whether the manifest names another tokenizer. Data without a manifest was made elsewhere: nothing to compare."""
+    """Check that the manifest names the same tokenizer. Data without a manifest was made elsewhere and is accepted."""
     path = Path(prefix + ".manifest.json")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if "parts" in manifest and "tokenizer" not in manifest:  # of parts that were made elsewhere
+        if "parts" in manifest and "tokenizer" not in manifest:  # the parts were made elsewhere
             return []
         made: dict[str, Any] = manifest["tokenizer"]
         sha256, ids = made["sha256"], made["vocab_size"]
@@ -116,10 +114,10 @@ def _mismatch(prefix: str, tokenizer: Tokenizer | None, vocab_size: int | None) 
 
 
 def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Path]) -> list[str]:
-    """Paths of the run that the container cannot see, one line each.
+    """List the run's paths that the container cannot see, one line each.
 
     Args:
-        mounted: folders that are mounted besides the profile's.
+        mounted: folders that are mounted in addition to the profile's.
     """
     visible = list(mounted)
     for mount in container.mounts:
@@ -130,14 +128,14 @@ def mount_problems(config: RunConfig, container: Container, mounted: Sequence[Pa
         read += [(f"{key} {value}", value)] if value and not is_url(value) else []
     read += [(f"{key} {url}", url[7:]) for key, url in destinations(config) if protocol_of(url) == "file"]
     return [
-        f"{what} is not in a folder that the container sees: add one to container.mounts in the cluster's profile"
+        f"{what} is not in a folder that the container sees: add one to container.mounts of the cluster's profile"
         for what, path in read
         if not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in visible)
     ]
 
 
 def _parts(prefix: str) -> list[str]:
-    """The source's parts, or itself where `data_problems` tells what is wrong with them."""
+    """Return a source's parts, or the source itself if they cannot be read, which `data_problems` reports."""
     try:
         return part_prefixes(prefix)
     except UserError:
@@ -145,8 +143,8 @@ def _parts(prefix: str) -> list[str]:
 
 
 def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> list[str]:
-    """Why a sound configuration whose data is there cannot begin: its names of parameters, and its own checkpoint, or
-    that of `checkpoint.load`, if there is one.
+    """List why a valid configuration with existing data cannot start: unknown parameter names, or an unsuitable
+    checkpoint, its own or that of `checkpoint.load`.
 
     Args:
         vocab_size: the run's, without padding; None: unknown.
@@ -166,19 +164,19 @@ def start_problems(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: i
             check_data(start.path, start.progress, training_fingerprint(config, tokenizer), config)
         except UserError as error:
             problems = str(error).splitlines()
-    # A path has one slash where a URL has two.
+    # As a path, a URL has lost one of its two slashes.
     url = settings.load if not start.is_own and settings.load and is_url(settings.load) else None
     return [line.replace(str(Path(url)), url) for line in problems] if url else problems
 
 
 def _start_elsewhere(config: RunConfig) -> resuming.Start | None:
-    """The checkpoint that the run will download."""
+    """Return the checkpoint that the run will download, if any."""
     load = config.checkpoint.load
     if load is None or not is_url(load) or RunFolder.of(config).latest_checkpoint(verify=False) is not None:
         return None
     try:
         place = find_checkpoint(load)
-    except UserError:  # which the forecast reports
+    except UserError:  # reported by the forecast
         return None
     text = place.read_text(PROGRESS)
     return None if text is None else resuming.Start(Path(place.url), parse_progress(text, place.url), is_own=False)

@@ -19,12 +19,12 @@ from plt_megatron.slurm.run_files import jobs_of, log_of
 
 @dataclass(frozen=True)
 class JobStatus:
-    """One run.
+    """Status of one run.
 
     Attributes:
-        state: running, pending, held by its chain, finished, preempted, failed, stopped, not started, not readable, ...
-        detail: of the state: the job, the nodes, why it is pending.
-        jobs: ids of its running and pending jobs.
+        state: running, pending, finished, preempted, failed, stopped, not started, not readable, ...
+        detail: details of the state: the job, its nodes, why it is pending.
+        jobs: ids of the run's running and pending jobs.
     """
 
     run: Path
@@ -35,7 +35,7 @@ class JobStatus:
 
 
 def run_status(runs: Sequence[Path], jobs: Sequence[client.Job] | None) -> list[JobStatus]:
-    """The status of the runs. `jobs`: this user's; None if Slurm cannot be asked."""
+    """Return the status of the runs. `jobs`: this user's jobs; None if Slurm cannot be asked."""
     return [_run_status(run, jobs) for run in runs]
 
 
@@ -56,10 +56,10 @@ def _run_status(run: Path, jobs: Sequence[client.Job] | None) -> JobStatus:
 
 
 def _active(jobs: Sequence[client.Job]) -> tuple[str, str]:
-    """The running job of a chain, else its first pending one."""
+    """Return state and detail of a chain's running job, else of its first pending one."""
     ordered = sorted(jobs, key=lambda job: (job.state == "PENDING", _number(job.id)))
     first, behind = ordered[0], len(ordered) - 1
-    more = f", {behind} more of its chain behind it" if behind else ""
+    more = f", {behind} more of its chain queued behind it" if behind else ""
     if first.state == "PENDING":
         starts = f"expected to start {first.start}" if first.start not in ("N/A", "") else ""
         why = ", ".join(filter(None, (first.reason, starts)))
@@ -72,7 +72,8 @@ def _number(job_id: str) -> int:
 
 
 def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tuple[str, str]:
-    """With no running or pending job, the folder tells how it ended, or Slurm if the job could not record it."""
+    """Return state and detail of a run without active jobs, from its folder, or from Slurm if the job could not record
+    its end."""
     folder = RunFolder(run)
     if progress.finished:
         return "finished", ""
@@ -80,7 +81,7 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
         return "failed", progress.stopped or f"see {folder.why_file}"
     last = max(ended, key=lambda job: _number(job.id), default=None)
     advice = f"no job continues it: sbatch {folder.job_script}" if folder.job_script.is_file() else ""
-    # An attempt without an end: the job was killed before it could record one.
+    # No recorded end: the job was killed before it could write one.
     if last is not None and not progress.last_status:
         return last.state.lower(), "; ".join(filter(None, (f"job {last.id} ended that way{_why(run, last)}", advice)))
     if progress.last_status:
@@ -95,7 +96,7 @@ def _at_rest(run: Path, progress: RunStatus, ended: Sequence[client.Job]) -> tup
 
 
 def _why(run: Path, job: client.Job) -> str:
-    """What Slurm says of a job's end, and the file that may say more."""
+    """Return Slurm's reason for a job's end, and the log that may say more."""
     log = log_of(run, job.id)
     return (f" ({job.reason})" if job.reason else "") + (f": see {log}" if log.is_file() else "")
 
@@ -104,7 +105,7 @@ def _why(run: Path, job: client.Job) -> str:
 
 
 def describe(statuses: Sequence[JobStatus]) -> str:
-    """A table, and notes on single runs below it."""
+    """Format a table, with notes on single runs below it."""
     rows: list[tuple[str, ...]] = [("RUN", "STATE", "STEP", "TOKENS/S", "LEFT", "RESTARTS", "CHECKPOINT")]
     rows += [_row(each) for each in statuses]
     lines = [format_table(rows)]
@@ -137,7 +138,7 @@ def _row(each: JobStatus) -> tuple[str, ...]:
 
 
 def as_json(statuses: Sequence[JobStatus]) -> str:
-    """One JSON object per line."""
+    """Format one JSON object per line."""
     lines = []
     for each in statuses:
         values = {name: value for name, value in dataclasses.asdict(each.progress).items() if name != "run"}
@@ -147,7 +148,7 @@ def as_json(statuses: Sequence[JobStatus]) -> str:
 
 
 def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
-    """What plt status prints, and notes on folders that cannot be read, and on Slurm if it could not be asked.
+    """Return the output of plt status, with notes on unreadable folders, and on Slurm if it could not be asked.
 
     Raises:
         UserError: a run does not exist.
@@ -160,7 +161,7 @@ def report(names: Sequence[str], output_dir: str, json_lines: bool) -> str:
     try:
         jobs = client.my_jobs()
     except client.SlurmError as error:
-        notes.append(f"note: from the run folders alone, Slurm could not be asked: {error}")
+        notes.append(f"note: status from the run folders alone, Slurm could not be asked: {error}")
     statuses = run_status(runs, jobs)
     if not json_lines:
         return "\n".join([*notes, describe(statuses)])

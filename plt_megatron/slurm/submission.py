@@ -1,4 +1,4 @@
-"""plt submit: from a configuration to a queued job, with everything checked before."""
+"""plt submit: from a configuration to a queued job, with all checks before anything is written."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from plt_megatron.slurm.resources import Resources, parse_gpus, resolve
 from plt_megatron.slurm.script import TEMPLATE, Array, Script
 from plt_megatron.slurm.start_checks import data_problems, mount_problems, open_tokenizer, start_problems
 
-_MOST_JOBS = 1000  # of a chain
+_MOST_JOBS = 1000  # in a chain
 
 
 @dataclass(frozen=True)
 class Options(SbatchOptions):
-    """The command line. None: the cluster's profile decides, else Slurm."""
+    """Options of the command line. None: the cluster's profile decides, else Slurm."""
 
     config: str | None  # None with `array` and `branch_from`
     overrides: list[str] = field(default_factory=list)
@@ -58,12 +58,12 @@ class Options(SbatchOptions):
 
 @dataclass(frozen=True)
 class Submission:
-    """What has been submitted.
+    """Submitted runs and their jobs.
 
     Attributes:
         runs: absolute run folders.
-        job_ids: of each run, in the order of `runs`; several in a chain.
-        outputs: the file that each of those jobs writes its output to.
+        job_ids: job ids of each run, in the order of `runs`; several in a chain.
+        outputs: output file of each of those jobs.
     """
 
     runs: list[Path]
@@ -71,7 +71,7 @@ class Submission:
     outputs: list[list[Path]]
 
 
-# Given a sound configuration, its vocabulary size and the job's resources: one line for each problem.
+# Takes a valid configuration, its vocabulary size and the job's resources; returns one line per problem.
 Check = Callable[[RunConfig, int, Resources], list[str]]
 
 
@@ -79,14 +79,14 @@ def submit(options: Options, root: Path, last_check: Check | None = None) -> Sub
     """Check, write the run folders, submit, and print what was done.
 
     Args:
-        root: the checkout whose code is to run.
-        last_check: called for each run in which no problem has been found (a rehearsal takes a minute).
+        root: the checkout whose code the job runs.
+        last_check: called for each run that has no problem so far, since it is slow (a rehearsal takes a minute).
 
     Returns:
-        None after a dry run.
+        What was submitted; None after a dry run.
 
     Raises:
-        UserError: nothing was submitted; one line for each problem.
+        UserError: nothing was submitted; one line per problem.
     """
     plan = _Plan(options, root, last_check)
     plan.check()
@@ -115,7 +115,7 @@ class _Plan:
     # Checks.
 
     def check(self) -> None:
-        """Find all problems; `UserError` if there are any."""
+        """Find all problems and raise `UserError` if there are any."""
         self.resources, self.problems = self._resources()
         self.notes += self.resources.notes
         configs = self._configs()
@@ -142,7 +142,7 @@ class _Plan:
         return resolve(self.profile, available, nodes=self.options.nodes, seconds=self.limit, gpus=gpus)
 
     def _configs(self) -> list[tuple[str, RunConfig]]:
-        """Label and configuration of each run."""
+        """Return label and configuration of each run."""
         options = self.options
         if options.array is None:
             config = self._config()
@@ -155,9 +155,9 @@ class _Plan:
         return found
 
     def _config(self) -> RunConfig:
-        """The configuration of a single run."""
+        """Return the configuration of a single run."""
         options = self.options
-        named = [f"name={json.dumps(options.name)}"] if options.name else []  # in quotes: never another value
+        named = [f"name={json.dumps(options.name)}"] if options.name else []  # quoted, so that it stays a string
         if options.branch_from is not None:
             return branch_config(options.branch_from, [*options.overrides, *named], options.decay_steps)
         assert options.config is not None
@@ -184,10 +184,10 @@ class _Plan:
         return run_files.absolute_run_folder(config)
 
     def _check_run(self, label: str, config: RunConfig) -> list[str]:
-        """The problems of one run; it becomes a member if its configuration is valid enough for a forecast."""
+        """List the problems of one run; it becomes a member if its configuration is valid enough for a forecast."""
         world_size = None if self.resources.guessed else self.resources.world_size
         container = self.profile.container
-        # In a container, optional packages are those of the image, not of this machine.
+        # In a container, optional packages come from the image, not from this machine.
         have_te = True if container is not None else None
         capability = find_gpu_spec(self.resources.card).capability
         check = partial(find_problems, config, world_size=world_size, have_te=have_te, capability=capability)
@@ -242,10 +242,10 @@ class _Plan:
                 problem += f"; to queue one more behind it: sbatch {shlex.quote(str(RunFolder(run).job_script))}"
             self.problems.append(problem)
 
-    # Saying.
+    # Output.
 
     def describe(self) -> None:
-        """Print what the runs are and cost, with notes and warnings."""
+        """Print a summary of the runs and their cost, with notes and warnings."""
         options, resources = self.options, self.resources
         rows = [("job", checks.describe_job(resources, self.limit, options.chain, options.requeue, self.profile.name))]
         if self.array is None:
@@ -258,10 +258,10 @@ class _Plan:
         for warning in self.warnings:
             print(f"warning: {warning}")
 
-    # Doing.
+    # Submitting.
 
     def job_script(self) -> str:
-        """What sbatch is given."""
+        """Render the script that is given to sbatch."""
         if self.array is not None:
             first = self.members[0]
             return self._script(first.settings, self.array.folder, self.array)
@@ -276,7 +276,7 @@ class _Plan:
     def carry_out(self) -> Submission:
         """Write the folders, submit, and print how to continue."""
         scripts = [self._script(member.settings, member.run, None) for member in self.members]
-        job_script = self.job_script()  # rendered first: an invalid value must leave nothing behind
+        job_script = self.job_script()  # rendered before anything is written, since an invalid value raises
         code = None
         if self.array is not None:
             code = arrays.write_array(self.array, [member.run for member in self.members], job_script, self.root)
@@ -313,7 +313,7 @@ class _Plan:
 
     def _say_submitted(self, ids: Sequence[str], watched: Path, log: Path, script: Path) -> None:
         status = f"python {shlex.quote(_shown(self.root / 'launch' / 'status.py'))}"
-        stop = f"touch {shlex.quote(_shown(RunFolder(watched).stop_file))}   # saves and leaves"
+        stop = f"touch {shlex.quote(_shown(RunFolder(watched).stop_file))}   # saves and exits"
         rows = [
             ("submitted", f"job{'s' if len(ids) > 1 else ''} {' '.join(ids)}"),
             ("watch", f"{status if is_checkout(self.root) else 'plt status'} {shlex.quote(_shown(watched))}"),
@@ -326,7 +326,7 @@ class _Plan:
 
 
 def _profile(options: Options) -> ClusterProfile:
-    """The cluster's profile with the command line's options in their place, else those of sbatch's environment."""
+    """Return the cluster's profile, overridden by the command line and completed from sbatch's environment."""
     profile = load_profile(options.cluster) if options.cluster else ClusterProfile()
     environment = {name: os.environ.get(f"SBATCH_{name.upper()}") for name in ("partition", "account", "qos")}
     ours: dict[str, Any] = {
@@ -338,7 +338,7 @@ def _profile(options: Options) -> ClusterProfile:
 
 
 def _of(kind: type, whole: Any) -> dict[str, Any]:
-    """The fields that an object has of one of its kinds."""
+    """Return the fields of an object that belong to one of its base classes."""
     return {field.name: getattr(whole, field.name) for field in dataclasses.fields(kind)}
 
 
@@ -354,11 +354,11 @@ def _check_options(options: Options) -> None:
             "--chain cannot be combined with --array: use --requeue, and each member continues until it is finished"
         )
     if options.array is None and options.max_concurrent is not None:
-        raise UserError("--max-concurrent is for --array")
+        raise UserError("--max-concurrent needs --array")
     if [options.config, options.branch_from, options.array].count(None) != 2:
         raise UserError("give a configuration, as in configs/runs, or --branch-from RUN@STEP, or --array with several")
     if options.branch_from is None and options.decay_steps is not None:
-        raise UserError("--decay-steps goes with --branch-from")
+        raise UserError("--decay-steps needs --branch-from")
 
 
 def _finished(run: Path, ahead: checks.Forecast) -> list[str]:
@@ -368,6 +368,6 @@ def _finished(run: Path, ahead: checks.Forecast) -> list[str]:
 
 
 def _shown(path: Path) -> str:
-    """A path as one would type it here."""
+    """Return a path as one would type it in the current directory."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

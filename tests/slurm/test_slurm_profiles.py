@@ -117,7 +117,7 @@ def test_what_is_wrong_with_a_profile_is_said(slurm, submit_with, wrong):
 def warned(run: SlurmRun) -> None:
     """What a setup passes over does not end the job, and is told wherever its end is."""
     lines = [f"the job's setup went on after status 1 of: {line}" for line in ("cd /nosuch", "source /nosuch/profile")]
-    lines.append("environment: NOT_SET_EITHER is not set, and taken for empty in MINE")
+    lines.append("environment: NOT_SET_EITHER is not set, and is empty in MINE")
     output = Path(RunFolder(run.folder).logs / f"slurm-{run.job}.out").read_text()
     for text in (output, run.why(), report([str(run.folder)], "runs", False)):
         assert all(f"warning: {line}\n" in text for line in lines), text

@@ -218,7 +218,7 @@ def test_ones_own_profile_is_found_where_one_works_and_the_packages_everywhere(t
     own.parent.mkdir(parents=True)
     own.write_text("partition: mine\n")
     assert load_profile("mine").partition == "mine" and load_profile("cpu").processes_per_node == 2
-    with pytest.raises(UserError, match=r"no configs/clusters/gone.yaml; there are: .*cpu.*mine"):
+    with pytest.raises(UserError, match=r"no configs/clusters/gone.yaml; available: .*cpu.*mine"):
         load_profile("gone")
 
 

@@ -46,7 +46,7 @@ def test_a_running_run(run, slurm):
     text = report([], "runs", False)
     # 750 steps of 16,384 tokens are left, one a second.
     assert cells(text, "runs/try") == ["running", "250 of 1,000", "16,384", "12 min 30 s", "0", "step 200"]
-    assert "job 100 on node[1-2], 1:00 of 30:00, 1 more of its chain behind it" in text
+    assert "job 100 on node[1-2], 1:00 of 30:00, 1 more of its chain queued behind it" in text
 
 
 def test_restarts_and_their_reasons(run, slurm):
@@ -189,7 +189,7 @@ def test_without_slurm_the_folder_alone_is_shown(run, slurm, monkeypatch, tmp_pa
     write_progress(run, [100], checkpoint=100)
     monkeypatch.setenv("PATH", str(tmp_path))
     text = report([], "runs", False)
-    assert text.startswith("note: from the run folders alone") and "squeue is not installed here" in text
+    assert text.startswith("note: status from the run folders alone") and "squeue is not installed here" in text
     assert cells(text, "runs/try")[1] == "100 of 1,000"
 
 
