@@ -1,9 +1,9 @@
-"""The first node's decisions for all launchers: a state machine without sockets or processes of its own.
+"""The coordinator on the first node, which decides for all launchers: a state machine without sockets or processes.
 
     joining -> preflight -> training -> settling -> stopping -> (preflight ...) -> over
 
 Nodes report events and receive commands. A silent or lost node, a failed process and a request to stop each end the
-attempt on every node; then it is restarted in the same allocation, or the job ends with a status that says why.
+attempt on every node; then a new one starts in the same allocation, or the job ends with a status that says why.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from plt_megatron.run_folder import attempts
 from plt_megatron.run_folder.attempts import PEACEFUL, ExitStatus
 from plt_megatron.run_folder.text import plural
 
-JOIN_SECONDS = 300.0  # until all nodes have joined: containers may start slowly
-PROBE_SECONDS = 180.0  # the check of devices and links, including imports from a busy file system
-SILENCE_SECONDS = 120.0  # of silence from a node: it is gone
-_SUSPICIOUS_SECONDS = 8.0  # ... when Slurm ends the job at the same time
+JOIN_SECONDS = 300.0  # for all nodes to join: containers may start slowly
+PROBE_SECONDS = 180.0  # for the check of devices and links, including imports from a busy file system
+SILENCE_SECONDS = 120.0  # a node that is silent for so long is gone
+_SUSPICIOUS_SECONDS = 8.0  # the same, when Slurm ends the job at that time
 SETTLE_SECONDS = 3.0  # after a failure, for other ranks to report a more likely cause
-# ... if no rank has reported one. A hung rank is reported by rank 0, whose watchdog ends it last: up to four of its
-# intervals of 5 s later on a machine that is not overloaded.
+# The same while no rank has reported a cause. Rank 0 reports a hung rank, and its watchdog ends it last: up to four of
+# its intervals of 5 s later on a machine that is not overloaded.
 UNEXPLAINED_SECONDS = 60.0
-STOP_SECONDS = 30.0  # for the nodes to have ended their processes
-_STRAGGLER_SECONDS = 1800.0  # after the first process has exited cleanly
+STOP_SECONDS = 30.0  # for the nodes to end their processes
+_STRAGGLER_SECONDS = 1800.0  # for the other processes, after the first has exited cleanly
 
 _NEXT_TRY_STATUS = {
     attempts.FINISHED: ExitStatus.FINISHED,
@@ -45,7 +45,7 @@ class Coordinator:
     Args:
         send: sends a message to a node.
         say: writes a line to the log.
-        clock: seconds, for tests.
+        clock: returns seconds; for tests.
 
     Attributes:
         status: the exit status of all launchers once the job is over; None before.
@@ -69,7 +69,7 @@ class Coordinator:
         self._preempted = False
         self._restarts = 0
         self._state, self._deadline = "", 0.0
-        self._node_of: dict[int, str] = {}  # of the processes of the check
+        self._node_of: dict[int, str] = {}  # of each process of the preflight check
         self._results: dict[int, preflight.Facts] = {}
         self._exits: list[Exit] = []
         self._outcome: Outcome | None = None
@@ -77,10 +77,10 @@ class Coordinator:
         self.attempt = run_records.begin()
         self._enter("joining", JOIN_SECONDS)
 
-    # What nodes say.
+    # Events.
 
     def handle(self, node: str, message: dict[str, Any]) -> None:
-        """A message from a node."""
+        """Handle a message from a node."""
         self._heard[node] = self._clock()
         handler = {
             "hello": self._on_hello,
@@ -92,7 +92,7 @@ class Coordinator:
             handler(node, message)
 
     def preempt(self) -> None:
-        """Slurm asks the job to stop: have the processes save and exit."""
+        """Have the processes save and exit, since Slurm asks the job to stop."""
         if self._preempted or self.status is not None:
             return
         self._preempted = True
@@ -108,7 +108,7 @@ class Coordinator:
             self._stop(Outcome(attempts.PREEMPTED, "asked to stop before training began"))
 
     def lost(self, node: str, why: str) -> None:
-        """A node's launcher is gone."""
+        """End the attempt, since a node's launcher is gone."""
         if node in self._gone or self.status is not None:
             return
         self._gone.add(node)
@@ -118,7 +118,7 @@ class Coordinator:
             self._stop(Outcome(attempts.NODE_FAILED, f"{node} is lost: {why}"))
 
     def tick(self) -> None:
-        """Check the time-outs; called often."""
+        """Check the time-outs; to be called often."""
         if self.status is not None:
             return
         now = self._clock()
@@ -160,7 +160,7 @@ class Coordinator:
     def _bad_nodes(self, bad: dict[str, str]) -> Outcome:
         reason = "preflight: " + "; ".join(f"{node}: {why}" for node, why in bad.items())
         if len(bad) == len(self._allocation.nodes) and len(bad) > 1:
-            # All nodes fail alike: others would fail too.
+            # All nodes fail: other nodes would probably fail too.
             return Outcome(attempts.FAILED, reason, retry=False)
         return Outcome(attempts.NODE_FAILED, reason, bad_nodes=bad)
 
@@ -172,7 +172,7 @@ class Coordinator:
         self._node_of = dict(enumerate(node for node in self._allocation.nodes for _ in range(per_node)))
         self._results = {}
         if len(self._node_of) == 1:
-            self._train()  # nothing to talk to
+            self._train()  # a single process has no links to check
             return
         self._enter("preflight", PROBE_SECONDS)
         self._start("probe")
@@ -249,7 +249,7 @@ class Coordinator:
         """End the attempt on all nodes."""
         self._enter("stopping", STOP_SECONDS)
         self._outcome = outcome
-        self._waiting_for = set(self._facts) - self._gone  # those that have joined
+        self._waiting_for = set(self._facts) - self._gone  # only nodes that have joined
         self._send_all({"type": "stop"})
         if not self._waiting_for:
             self._conclude(outcome)
@@ -282,7 +282,7 @@ class Coordinator:
         if self._may_restart(outcome):
             self._restarts += 1
             self.attempt = self._records.begin()
-            self._say(f"restarting in this allocation, {self._restarts} of {self._settings.max_restarts} times")
+            self._say(f"restarting in this allocation, restart {self._restarts} of {self._settings.max_restarts}")
             self._preflight()
             return
         self._finish(self._status_of(outcome), outcome.reason)
@@ -304,7 +304,7 @@ class Coordinator:
         self._state, self.status = "over", status
         self._send_all({"type": "quit", "status": status, "reason": reason})
 
-    # Small things.
+    # Helpers.
 
     def _enter(self, state: str, seconds: float) -> None:
         self._state, self._deadline = state, self._clock() + seconds
@@ -316,5 +316,5 @@ class Coordinator:
 
 
 def probes_per_node(settings: JobSettings) -> int:
-    """Processes of the preflight check: one per GPU, or one per node without GPUs."""
+    """Return the processes per node of the preflight check: one per GPU, or one on a node without GPUs."""
     return settings.processes_per_node if settings.gpus_per_node else 1

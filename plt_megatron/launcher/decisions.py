@@ -1,4 +1,4 @@
-"""Judges how an attempt ended, and decides what follows: nothing, another attempt, one on other nodes, or giving up."""
+"""Judge how an attempt ended and decide what follows: nothing, another attempt, one on other nodes, or giving up."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from plt_megatron.launcher.records import Failure, Outcome
 from plt_megatron.run_folder.attempts import FAILED, FINISHED, PEACEFUL, PREEMPTED, ExitStatus, describe_exit
 from plt_megatron.run_folder.text import plural
 
-# Errors of a rank whose peer has died: echoes of another's failure.
+# Errors of a rank whose peer has died: echoes of another rank's failure.
 _ECHOES = re.compile(
     r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|lost the connection to another rank"
     r"|DistBackendError|DistNetworkError|DistStoreError|remote process exited|holds the job's store, does not answer"
     r"|ncclRemoteError|ncclSystemError"
 )
 
-_SILENT = 3  # how likely a process without output is the cause
+_SILENT = 3  # how a process without an error message ranks as the cause (`_rank_as_cause`)
 
 
 @dataclass(frozen=True)
 class Exit:
-    """A process's end: its status (negative: a signal) and its last lines."""
+    """A process's end: its exit status (negative: a signal) and its last lines."""
 
     rank: int
     node: str
@@ -32,7 +32,7 @@ class Exit:
 
 
 def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
-    """How an attempt ended, from the ends of its processes in order of arrival."""
+    """Judge how an attempt ended, from the ends of its processes in order of arrival."""
     failed = [end for end in exits if end.code not in PEACEFUL]
     if failed:
         cause = min(failed, key=_rank_as_cause)  # the first of the most likely
@@ -45,17 +45,17 @@ def outcome_of(exits: list[Exit], preempted: bool) -> Outcome:
         if preempted:
             return Outcome(PREEMPTED, "asked to stop: saved")
         # By a file named STOP in the run's folder, or a signal to a rank.
-        return Outcome(PREEMPTED, "stopped by a person, not by Slurm; saved", retry=False)
+        return Outcome(PREEMPTED, "stopped by a user, not by Slurm; saved", retry=False)
     return Outcome(FINISHED, "trained to the end")
 
 
 def is_explained(exits: list[Exit]) -> bool:
-    """Whether one of the failed processes reported a cause."""
+    """Check whether one of the failed processes reported a cause."""
     return any(_rank_as_cause(end) < _SILENT for end in exits if end.code not in PEACEFUL)
 
 
 def _rank_as_cause(end: Exit) -> int:
-    """Small for a likely cause, large for a likely echo."""
+    """Return a score, small for a likely cause and large for a likely echo."""
     if end.code < 0:
         return 0
     said = last_error(end.lines)
@@ -69,10 +69,10 @@ def _rank_as_cause(end: Exit) -> int:
 
 
 def last_error(lines: list[str]) -> str | None:
-    """The line that says what went wrong: the last `error:` line, or the last line of a traceback.
+    """Return the line that says what went wrong: the last `error:` line, or the last line of a traceback.
 
-    Echoes count only if there is nothing else: a rank whose watchdog has named another may see others exit before it
-    exits itself.
+    Echoes count only if there is nothing else: a rank whose watchdog has named another rank may see others exit before
+    it exits itself.
     """
     errors = [line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")]
     for error in errors:
@@ -87,17 +87,17 @@ def last_error(lines: list[str]) -> str | None:
 
 
 FINISH, AGAIN, EXCLUDE, HALT, STOP = "finish", "again", "exclude", "halt", "stop"
-# Attempts in a row without progress, whatever ends them: lost nodes and preemptions are nobody's fault, but a run that
-# never gets the time for a step will not finish either.
+# Limit of attempts in a row without progress, whatever ends them: lost nodes and preemptions are nobody's fault, but a
+# run that never has the time for a step will not finish either.
 _MOST_FRUITLESS = 6
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do, and why, in one line.
+    """The next action, with its reason in one line.
 
     Attributes:
-        action: finish; again; exclude: again, without `nodes`; halt: a person stopped it; stop: give up.
+        action: finish; again; exclude: again, without `nodes`; halt: a user stopped it; stop: give up.
     """
 
     action: str
@@ -106,9 +106,9 @@ class Decision:
 
 
 def decide(events: list[dict[str, Any]], settings: JobSettings) -> Decision:
-    """What to do, given a run's events, after its last attempt.
+    """Decide what to do after a run's last attempt, from the run's events.
 
-    Attempts before the run was given up do not count: somebody has fixed something and restarted it.
+    Attempts before the run was given up do not count: someone has since fixed something and restarted it.
     """
     ends = _ends_since_stop(events)
     last = ends[-1]
@@ -148,7 +148,7 @@ def _ends_since_stop(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fruitless(ends: list[dict[str, Any]]) -> int:
-    """The number of last attempts that neither saved nor logged a step beyond earlier ones."""
+    """Count the latest attempts in a row that neither saved nor logged a step beyond earlier ones."""
     count, checkpoint, step = 0, -1, -1
     for end in ends:
         if end.get("bad_nodes"):

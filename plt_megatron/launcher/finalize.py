@@ -1,4 +1,4 @@
-"""After the launchers have exited: `in_job.py finalize RUN --status N`, at the end of the batch script."""
+"""The end of a job: `in_job.py finalize RUN --status N`, run by the batch script after the launchers have exited."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.client import Scheduler, SlurmError
 
-# From job.sbatch: the line at which its setup stopped; empty: unknown.
+# Set by job.sbatch to the line at which its setup stopped; empty: unknown.
 SETUP_FAILED = "PLT_SETUP_FAILED"
-_NOT_STARTED = (ExitStatus.USER_ERROR, 126, 127)  # the shell's, of a command that it cannot start
-_LINES = 20  # of the job's output in why.txt
+_NOT_STARTED = (ExitStatus.USER_ERROR, 126, 127)  # 126, 127: the shell's statuses for a command that it cannot start
+_LINES = 20  # lines of the job's output in why.txt
 _ECHO = re.compile(r"srun: (error: .*: tasks? .*: Exited with|Terminating )|slurmstepd: .*CANCELLED")
 
 
@@ -33,15 +33,15 @@ def finalize_job(run: Path, status: int) -> int:
 
     Args:
         run: the run's folder.
-        status: of the srun that ran the launchers.
+        status: exit status of the srun that ran the launchers.
 
     Returns:
-        The job's exit status: 0 if the run is finished, 75 if it continues or can be continued, else a failure's.
+        The job's exit status: 0 if the run is finished, 75 if it continues or can be continued, else that of a failure.
     """
-    if status == ExitStatus.RUN_BUSY:  # the run is another job's
+    if status == ExitStatus.RUN_BUSY:  # the run belongs to another job
         return status
     allocation, settings = read_allocation(), load_settings(run)
-    # Slurm ends this process too when it requeues the job: finish what has been started.
+    # Slurm also signals this process when it requeues the job: ignore that, to finish what has been started.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     run_records = Records(run, allocation)
@@ -54,7 +54,7 @@ def finalize_job(run: Path, status: int) -> int:
 
 
 def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
-    """Record the end that the launchers could not record."""
+    """Record the end that the launchers could not record, and return it."""
     open_attempts = attempts.unended(run_records.folder.attempts())
     attempt = open_attempts[-1]["attempt"] if open_attempts else run_records.begin()
     outcome = _outcome_without_record(run_records.folder, status)
@@ -64,7 +64,7 @@ def _missing_end(run_records: Records, status: int) -> dict[str, Any]:
 
 
 def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
-    """What the batch script alone can tell of how the launchers ended, or of why they were not started."""
+    """Infer how the launchers ended, or why they did not start, from what the batch script alone knows."""
     if status == ExitStatus.NODE_LOST:
         return Outcome(attempts.NODE_FAILED, "the first node's launcher is gone")
     if status == ExitStatus.PREEMPTED:
@@ -75,7 +75,7 @@ def _outcome_without_record(folder: RunFolder, status: int) -> Outcome:
     ends = f": {said}; see {output}" if said else ""
     if stopped_at is not None:
         reason = f"the job's setup failed{f' at `{stopped_at}`' if stopped_at else ''}{ends}"
-        advice = f"mend the cluster's profile and submit the run again, or mend {folder.job_script}"
+        advice = f"fix the cluster's profile and submit the run again, or fix {folder.job_script}"
         return Outcome(attempts.FAILED, f"{reason}; {advice}", retry=False, output=lines)
     if status in _NOT_STARTED:
         return Outcome(attempts.FAILED, f"the launchers did not start{ends}", retry=False, output=lines)
@@ -87,8 +87,8 @@ class JobFinalizer:
     """Carries out a decision.
 
     Attributes:
-        end: of the last attempt, from attempts.jsonl.
-        status: of the launchers.
+        end: the end of the last attempt, from attempts.jsonl.
+        status: exit status of the launchers.
     """
 
     run: Path
@@ -100,7 +100,7 @@ class JobFinalizer:
     status: int
 
     def act(self) -> int:
-        """The job's exit status."""
+        """Carry out the decision and return the job's exit status."""
         match self.decision.action:
             case decisions.FINISH:
                 self._cancel_chain()
@@ -115,11 +115,11 @@ class JobFinalizer:
         return self._go_on()
 
     def _go_on(self) -> int:
-        """Continue the run: by Slurm itself, by the chain, by requeueing, or by the user."""
+        """Have the run continued: by Slurm itself, by the chain, by requeueing, or by the user."""
         settings, excluding = self.settings, self.decision.action == decisions.EXCLUDE
         ended = _ask(self.scheduler.ended_by_slurm, None)
-        if ended is not None:  # requeued already, or cancelled by a person
-            self._say(f"; the job is {ended}. If it is not queued again: {self._resubmit}")
+        if ended is not None:  # already requeued, or cancelled by a user
+            self._say(f"; the job is {ended}. If it is not requeued: {self._resubmit}")
         elif settings.chain > 1 and not excluding and self._chain():
             self._say("; the chain's next job continues")
         elif settings.requeue or excluding:
@@ -127,12 +127,12 @@ class JobFinalizer:
         elif self.end["status"] == attempts.PREEMPTED:
             self._say(f". Continue with: {self._resubmit}")
         else:
-            return self._give_up("; not continued: no --requeue and no further job of a chain")
+            return self._give_up("; not continued: no --requeue and no further job in a chain")
         return self.status
 
     def _requeue(self) -> int:
         if _ask(self.scheduler.is_requeued_by_slurm, False):
-            self._say("; preempted by another job, so that Slurm queues it again")
+            self._say("; preempted by another job, Slurm requeues it")
             return self.status
         without = f", without {', '.join(self.decision.nodes)}" if self.decision.nodes else ""
         self._say(f"; requeued{without}")
@@ -157,7 +157,7 @@ class JobFinalizer:
         return self.status or 1
 
     def _chain(self) -> list[str]:
-        """The jobs waiting for this one."""
+        """Return the ids of the jobs that wait for this one."""
         return _ask(lambda: self.scheduler.pending_after(RunFolder(self.run.absolute()).job_script), [])
 
     def _cancel_chain(self) -> None:

@@ -1,4 +1,4 @@
-"""Connections between launchers, and the first node's socket, which all connect to, with the coordinator behind it.
+"""Connections between launchers: the first node's socket, to which all connect, and the coordinator behind it.
 
 Messages are JSON objects, one per line, over non-blocking TCP sockets.
 """
@@ -21,15 +21,15 @@ from plt_megatron.launcher.records import LogFile, Records, merged_log, stamp
 
 BEAT_SECONDS = 2.0  # between heartbeats
 _CHUNK = 1 << 16
-_LONGEST = 1 << 24  # bytes of one message, far more than any of ours
+_LONGEST = 1 << 24  # maximum bytes of a message, far more than any of ours
 
 
 class Channel:
     """One connection.
 
     Attributes:
-        closed: the other side is gone, or sent something else than messages.
-        heard: `time.monotonic()` when something last came in.
+        closed: whether the other side is gone or sent something other than messages.
+        heard: `time.monotonic()` when data last came in.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -45,11 +45,11 @@ class Channel:
 
     @property
     def pending(self) -> bool:
-        """Whether data are waiting to be sent."""
+        """Whether data is waiting to be sent."""
         return bool(self._outgoing) and not self.closed
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message, now or with a later `flush`; nothing happens on a closed connection."""
+        """Send a message, now or with a later `flush`; does nothing on a closed connection."""
         if not self.closed:
             self._outgoing += json.dumps(message).encode() + b"\n"
             self.flush()
@@ -65,7 +65,7 @@ class Channel:
             self.closed = True
 
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come in."""
+        """Return the messages that have come in."""
         while not self.closed:
             try:
                 data = self._socket.recv(_CHUNK)
@@ -96,19 +96,19 @@ class Channel:
         return messages
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.closed = True
         self._socket.close()
 
 
 class Every:
-    """Something due at regular intervals, the first time at once."""
+    """Timer that is due at regular intervals, the first time immediately."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._next = seconds, 0.0
 
     def due(self) -> bool:
-        """Whether it is due; if so, the next interval starts."""
+        """Check whether it is due; if so, start the next interval."""
         now = time.monotonic()
         if now < self._next:
             return False
@@ -117,10 +117,10 @@ class Every:
 
 
 class Hub:
-    """Connections of all nodes, the first node's own included; writes the merged log.
+    """Connections of all nodes, including the first node's own; writes the merged log.
 
     Raises:
-        UserError: the port is taken on this node.
+        UserError: the port is already in use on this node.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class Hub:
         self.coordinator = Coordinator(allocation, settings, Records(run, allocation), self._send, self.say)
 
     def say(self, text: str) -> None:
-        """Write a line of the job itself to its output and to the merged log."""
+        """Write a message about the job to its output and to the merged log."""
         line = stamp(self.coordinator.attempt, f"launcher {self._allocation.node}", text)
         print(line, flush=True)
         self._merged.write([line])
 
     def turn(self) -> None:
-        """Do what is due: heartbeats, pending messages, and the coordinator's time-outs."""
+        """Handle what is due: heartbeats, pending messages, lost nodes, and the coordinator's time-outs."""
         if self._beat.due():
             for node in list(self._members):
                 self._send(node, {"type": "beat"})
@@ -157,7 +157,7 @@ class Hub:
 
     @property
     def pending(self) -> bool:
-        """Whether a message is pending or a node is still connected."""
+        """Whether a node is still connected, so that messages to it may be pending."""
         return bool(self._members)
 
     def close(self) -> None:
@@ -172,7 +172,7 @@ class Hub:
             self._members[node].send(message)
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it has hung up again
+        with contextlib.suppress(OSError):  # the peer has already hung up
             connection, _ = self._server.accept()
             channel = Channel(connection)
             self._strangers.append(channel)
@@ -192,7 +192,7 @@ class Hub:
             self._drop(channel)
 
     def _introduce(self, channel: Channel, message: dict[str, Any]) -> str | None:
-        """The node of this launcher; None if it is not one of this job's."""
+        """Return the node of the launcher that sent this first message; None if it is not one of this job's."""
         allocation, node = self._allocation, message.get("node")
         ours = (message.get("job_id"), message.get("restart_count")) == (allocation.job_id, allocation.restart_count)
         if message["type"] != "hello" or not ours or node not in allocation.nodes or node in self._members:
@@ -203,7 +203,7 @@ class Hub:
 
     def _hear(self, node: str, message: dict[str, Any]) -> None:
         if message["type"] == "hello" and node not in self._hellos:
-            # The message may have waited while this node checked itself: ask for the clock now.
+            # The message may have waited while the first node checked itself: ask for the clock now.
             self._hellos[node] = message
             self._send(node, {"type": "clock", "sent": time.time()})
             return
@@ -223,12 +223,12 @@ class Hub:
 
 
 def clock_skew(sent: float, theirs: float, received: float) -> float:
-    """Seconds that another clock is ahead of this one, beyond what the round trip may explain.
+    """Return the seconds that another clock is ahead of this one, beyond what the round trip can explain.
 
     Args:
-        sent: when it was asked, by this clock.
-        theirs: what it showed.
-        received: when the answer came, by this clock.
+        sent: time of the request, by this clock.
+        theirs: time that the other clock showed.
+        received: time of the answer, by this clock.
     """
     difference, doubt = theirs - (sent + received) / 2, (received - sent) / 2
     return math.copysign(max(0.0, abs(difference) - doubt), difference)
@@ -239,6 +239,6 @@ def _listen(port: int) -> socket.socket:
         return socket.create_server(("", port), backlog=1024, reuse_port=False)
     except OSError as error:
         raise UserError(
-            f"cannot listen on port {port} of {socket.gethostname()} ({error.strerror}): another job's? "
-            "The port is derived from the job's id: submit again"
+            f"cannot listen on port {port} of {socket.gethostname()} ({error.strerror}): another job may use it; the "
+            "port is derived from the job's id, so submit again"
         ) from error

@@ -1,7 +1,7 @@
-"""Inside a Slurm job, started as a file by its batch script: job.sbatch in the run's folder, written by plt submit.
+"""Entry point inside a Slurm job, run as a file by job.sbatch in the run's folder, which plt submit writes.
 
-    srun ... in_job.py node RUN        one launcher per node: checks it, starts the run's processes, watches over them
-    in_job.py finalize RUN --status N  once they have left: finish, requeue, go on without a bad node, or give up
+    srun ... in_job.py node RUN        one launcher per node: checks it, starts the run's processes and monitors them
+    in_job.py finalize RUN --status N  after they have exited: finish, requeue, exclude a bad node, or give up
 
 Exit status: 0 finished, 1 failed, 2 something for you to fix, 75 preempted, 76 a node failed the checks,
 77 a node was lost, 78 another job trains the run.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-# Python puts this file's folder first. The package is the one in the run's snapshot, two folders up.
+# Python puts this file's folder first; replace it with the root of the run's snapshot, two folders up.
 sys.path[0] = __file__.rsplit("/", 3)[0]
 
 import argparse  # noqa: E402
@@ -23,10 +23,10 @@ from plt_megatron.launcher.node import launch_node  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Inside a Slurm job; its batch script calls this.")
+    parser = argparse.ArgumentParser(description="Runs inside a Slurm job; called by its batch script.")
     commands = parser.add_subparsers(dest="command", required=True)
-    node = commands.add_parser("node", help="the launcher of one node, started by srun once on each")
-    finalize = commands.add_parser("finalize", help="what follows when the launchers have left")
+    node = commands.add_parser("node", help="the launcher of one node; srun starts it once per node")
+    finalize = commands.add_parser("finalize", help="decide what follows after the launchers have exited")
     for command in (node, finalize):
         command.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     finalize.add_argument("--status", metavar="N", type=int, required=True, help="srun's exit status")

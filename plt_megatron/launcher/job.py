@@ -1,4 +1,4 @@
-"""The job: what it asked for (`job.yaml` of the run's folder), and its allocation, from Slurm's variables."""
+"""A job's settings, from `job.yaml` in the run's folder, and its allocation, from Slurm's variables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from plt_megatron.run_folder.files import write_text
 from plt_megatron.run_folder.folder import RunFolder
 from plt_megatron.slurm.client import expand_nodes
 
-# Below Linux's ephemeral ports, which begin at 32768: no outgoing connection takes one of these.
+# Below Linux's ephemeral ports, which begin at 32768, so that no outgoing connection takes one of these.
 _FIRST_PORT, _PORTS_PER_JOB, _SLOTS = 16000, 4, 4000
-SCRATCH = "PLT_SCRATCH"  # the variable with the node's `scratch` folder
+SCRATCH = "PLT_SCRATCH"  # environment variable with the node's `scratch` folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSize:
-    """The share of a cluster that a job has."""
+    """A job's share of a cluster."""
 
     nodes: PositiveCount
     processes_per_node: PositiveCount
@@ -32,31 +32,31 @@ class JobSize:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
+        """Number of ranks."""
         return self.nodes * self.processes_per_node
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobHandling:
-    """What a cluster's profile says of all jobs there: their environment, and how failures are handled."""
+    """Settings of a cluster's profile for all of its jobs: their environment, and how failures are handled."""
 
     signal_margin_seconds: WholeSeconds = 300  # how long before the time limit the job is told to save
-    max_restarts: Count = 1  # inside one allocation
-    max_exclusions: Count = 2  # nodes the job may be requeued without
-    max_requeues_without_progress: Count = 1  # further attempts that made no step end the run
-    scratch: str | None = None  # a fast folder local to each node, TMPDIR of the job; $NAMES in it are the node's
+    max_restarts: Count = 1  # within one allocation
+    max_exclusions: Count = 2  # times the job may be requeued without bad nodes
+    max_requeues_without_progress: Count = 1  # further attempts without progress before the run is given up
+    scratch: str | None = None  # fast folder local to each node, the job's TMPDIR; $NAMES are expanded on the node
     environment: dict[str, str] = field(default_factory=dict)  # NCCL_SOCKET_IFNAME and the like; $NAMES are expanded
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobSettings(JobHandling, JobSize):
-    """What a run's Slurm job requests, and how it handles failures."""
+    """Settings of a run's Slurm job: what it requests, and how it handles failures."""
 
-    job_name: str  # of the single job; in an array the jobs carry the array's name
+    job_name: str  # of a single job; jobs in an array have the array's name
     time_limit_seconds: WholeSeconds
     python: str  # interpreter of the ranks; inside the container, if there is one
     requeue: bool = False
-    chain: PositiveCount = 1  # jobs that follow one another, each when the one before has ended
+    chain: PositiveCount = 1  # number of jobs, each starting when the one before has ended
     cluster: str | None = None
 
 
@@ -69,11 +69,11 @@ def load_settings(run: Path) -> JobSettings:
     """Read `RUN/job.yaml`.
 
     Raises:
-        UserError: it is missing or not YAML, or a setting is unknown, missing, of the wrong type or out of its range.
+        UserError: the file is missing or not YAML, or a setting is unknown, missing, of the wrong type or out of range.
     """
     path = RunFolder(run).job_file
     if not path.is_file():
-        raise UserError(f"there is no {path}; plt submit writes it")
+        raise UserError(f"{path} does not exist; plt submit writes it")
     settings = load(JobSettings, path)
     check(settings)
     return settings
@@ -84,12 +84,12 @@ class Allocation:
     """A job's nodes, and which of them this process runs on.
 
     Attributes:
-        job_id: Slurm's number.
-        scheduler_id: identifies this job alone to `scontrol`; for an array's member `ARRAY_TASK`, since one of them has
-            the array's own number.
+        job_id: Slurm's job number.
+        scheduler_id: the id that names only this job to `scontrol`; for a member of an array `ARRAY_TASK`, since one
+            member has the number of the array itself.
         restart_count: how often Slurm has requeued the job.
-        nodes: by name, in Slurm's order.
-        node_index: this node's place among them.
+        nodes: node names, in Slurm's order.
+        node_index: this node's index in `nodes`.
     """
 
     job_id: int
@@ -105,7 +105,7 @@ class Allocation:
 
     @property
     def first_node(self) -> str:
-        """The node that the others connect to."""
+        """Name of the node that the others connect to."""
         return self.nodes[0]
 
     @property
@@ -115,16 +115,16 @@ class Allocation:
 
     @property
     def launcher_port(self) -> int:
-        """Where the first node's launcher listens for the others."""
+        """Port on which the first node's launcher listens for the others."""
         return _FIRST_PORT + _PORTS_PER_JOB * (self.job_id % _SLOTS)
 
     def rendezvous_port(self, attempt: int) -> int:
-        """`MASTER_PORT` of one attempt's processes; each attempt has its own."""
+        """Return `MASTER_PORT` for the processes of one attempt; successive attempts use different ports."""
         return self.launcher_port + 1 + attempt % (_PORTS_PER_JOB - 1)
 
 
 def read_allocation(env: Mapping[str, str] | None = None) -> Allocation:
-    """The allocation of the job this process is in.
+    """Read the allocation of the job that this process runs in.
 
     Raises:
         UserError: this is not a Slurm job.

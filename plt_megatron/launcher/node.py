@@ -1,7 +1,7 @@
-"""The launcher of one node: `in_job.py node RUN`, started by srun once on each.
+"""The launcher of one node: `in_job.py node RUN`, which srun starts once per node.
 
 It connects to the first node's launcher, which also coordinates (`coordinator`), and follows its commands: it starts,
-watches and ends the node's processes and logs their output. It has one thread, which never blocks.
+monitors and ends the node's processes and logs their output. It has one thread, which never blocks.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from plt_megatron.runtime.local_processes import signals_handled
 from plt_megatron.slurm.client import job_at_work
 
 _TICK_SECONDS = 0.1
-_REPEAT_SECONDS = 2.0  # of the signal to processes that may not have been listening yet
+_REPEAT_SECONDS = 2.0  # between repeats of the signal, since processes may not have handled signals yet
 _CONNECT_SECONDS = 5.0
 _FLUSH_SECONDS = 5.0
 
 
 def launch_node(run: Path) -> int:
-    """Start one node's processes of the run and watch over them until all nodes are done.
+    """Start the run's processes on one node and monitor them until all nodes are done.
 
-    srun calls it once on each node of the job. Each process is `python -m plt_megatron.train.main RUN/config.yaml` with
+    srun calls this once per node of the job. Each process is `python -m plt_megatron.train.main RUN/config.yaml` with
     RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and OMP_NUM_THREADS set. SIGUSR1, SIGTERM
     and SIGINT make all of them save and exit. Writes attempts.jsonl and the logs.
 
@@ -53,11 +53,11 @@ def launch_node(run: Path) -> int:
     others = [str(event.get("job_id")) for event in attempts.unended(RunFolder(run).attempts())]
     other = job_at_work([job for job in others if job != allocation.scheduler_id])
     if other is not None:
-        # Two jobs would overwrite each other's work. Jobs of one script wait for one another; an array's do not.
+        # Two jobs would overwrite each other's work. Jobs of one script run one at a time; those of an array do not.
         print_error(f"job {other} is training {run}: wait until it has ended, or scancel {other}")
         return ExitStatus.RUN_BUSY
     if SCRATCH in os.environ:
-        os.environ["TMPDIR"] = os.environ[SCRATCH]  # srun has put /tmp there if it could not create the folder
+        os.environ["TMPDIR"] = os.environ[SCRATCH]  # srun has set it to /tmp if it could not create the folder
     launcher = NodeLauncher(run, settings, allocation)
     with launcher.signals():
         return launcher.launch()
@@ -86,7 +86,7 @@ class NodeLauncher:
         self._threads = config.training.threads_per_process
 
     def signals(self) -> contextlib.AbstractContextManager[None]:
-        """Listen to Slurm: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
+        """Handle Slurm's signals: SIGUSR1 before the time limit, SIGTERM on preemption and requeue."""
 
         def hear(number: int, frame: Any) -> None:
             self._asked_to_stop = True
@@ -94,7 +94,7 @@ class NodeLauncher:
         return signals_handled((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), hear)
 
     def launch(self) -> int:
-        """Run until the job is over; returns the exit status."""
+        """Run until the job is over and return the exit status."""
         allocation = self._allocation
         try:
             if allocation.is_first:
@@ -121,7 +121,7 @@ class NodeLauncher:
         }
 
     def _connect(self) -> bool:
-        """Connect to the first node's launcher, which may not be up yet."""
+        """Connect to the first node's launcher, which may not be up yet; return whether it worked."""
         address = (self._allocation.first_node, self._allocation.launcher_port)
         deadline = time.monotonic() + coordinator.JOIN_SECONDS
         while not self._asked_to_stop or self._hub is not None:
@@ -140,7 +140,7 @@ class NodeLauncher:
         return False
 
     def _turn(self) -> None:
-        """One turn of the loop: messages, ended processes, and what is due."""
+        """Run one iteration of the loop: messages, ended processes, and everything that is due."""
         for key, _ in self._selector.select(_TICK_SECONDS):
             key.data()
         self._tend_processes()
@@ -168,7 +168,7 @@ class NodeLauncher:
         channel.flush()
         silent = time.monotonic() - channel.heard > coordinator.SILENCE_SECONDS
         if self._status is None and (channel.closed or silent):
-            self._lose(f"{self._allocation.first_node}, which coordinates, is gone")
+            self._lose(f"the coordinating node {self._allocation.first_node} is gone")
 
     def _lose(self, why: str) -> None:
         print(stamp(self._attempt, f"launcher {self._allocation.node}", why), file=sys.stderr, flush=True)
@@ -178,7 +178,7 @@ class NodeLauncher:
         if self._channel is not None:
             self._channel.send(message)
 
-    # What the coordinator says.
+    # Commands of the coordinator.
 
     def _receive(self) -> None:
         assert self._channel is not None
@@ -201,7 +201,7 @@ class NodeLauncher:
     def _start(self, task: str, attempt: int, port: int) -> None:
         self._task, self._attempt = task, attempt
         per_node = self._settings.processes_per_node if task == "train" else coordinator.probes_per_node(self._settings)
-        # -P: import the package from the run's snapshot, where this file is, even if the job runs in a checkout.
+        # -P: import the package from the run's snapshot, which contains this file, even if the job runs in a checkout.
         command = [self._settings.python, "-P", "-m", "plt_megatron.launcher.preflight"]
         if task == "train":
             command = [*command[:-1], "plt_megatron.train.main", str(RunFolder(self._run).config_file)]
@@ -239,7 +239,7 @@ class NodeLauncher:
             "PROBE_SECONDS": str(coordinator.PROBE_SECONDS),
         }
 
-    # What the processes say.
+    # Output and exits of the processes.
 
     def _listen(self, worker: Worker) -> None:
         if not self._group.listen(worker):

@@ -1,7 +1,7 @@
-"""Checks every node before training, and finds the odd one out.
+"""Preflight checks: examine every node before training, and find the odd one out.
 
 The launcher asks each node for its facts. Then `python -m plt_megatron.launcher.preflight` runs once per device: each
-process tests its device; then all run an all-reduce and a ring of point-to-point messages, and compare the contents.
+process tests its device; then all run an all-reduce and a ring of point-to-point messages, and check the contents.
 Only these processes import torch.
 """
 
@@ -26,12 +26,12 @@ from typing import Any
 
 _DISTRIBUTIONS = ("torch", "megatron-core", "transformer-engine", "flash-attn", "numpy", "nvidia-nccl-cu12",
                   "nvidia-nccl-cu13")  # fmt: skip
-_LEAST_SHARED_MEMORY = 64 << 20  # used by NCCL and the loader's workers
+_LEAST_SHARED_MEMORY = 64 << 20  # used by NCCL and the data loader's workers
 _LEAST_TEMPORARY = 256 << 20
-LEAST_RUN_FOLDER = 1 << 30  # plt submit asks for it, too
+LEAST_RUN_FOLDER = 1 << 30  # plt submit requires it, too
 _LARGEST_SKEW = 5.0  # seconds
-_SLOW = 0.5  # of the median: worth a warning
-MARK = "probe "  # begins a line of results of the check of devices and links
+_SLOW = 0.5  # warn about a link below this share of the median bandwidth
+MARK = "probe "  # prefix of a line with results of the check of devices and links
 _CPU_BYTES, _GPU_BYTES = 4 << 20, 256 << 20
 
 Facts = dict[str, Any]
@@ -60,7 +60,7 @@ def gather_facts(run: Path, write_test: bool) -> Facts:
 
 
 def _devices() -> list[dict[str, str]]:
-    """Model and driver of each NVIDIA GPU that the driver lists."""
+    """List name, driver version and memory of each NVIDIA GPU that the driver lists."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -104,11 +104,11 @@ def _write_error(run: Path) -> str | None:
 
 
 def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
-    """node -> what is wrong with it, by itself or compared with the others.
+    """Find bad nodes: return node -> what is wrong with it, by itself or compared with the others.
 
     Args:
-        facts: of each node, the first node first; with `skew`, seconds its clock is ahead of the first node's.
-        gpus_per_node: devices each must have.
+        facts: facts by node, the first node first; with `skew`, the seconds its clock is ahead of the first node's.
+        gpus_per_node: devices that each node must have.
     """
     problems: dict[str, list[str]] = {node: list(_own_problems(facts[node], gpus_per_node)) for node in facts}
     if gpus_per_node:
@@ -125,7 +125,7 @@ def judge(facts: Mapping[str, Facts], gpus_per_node: int) -> dict[str, str]:
 def _own_problems(facts: Facts, gpus_per_node: int) -> list[str]:
     found = []
     if len(facts["devices"]) < gpus_per_node:
-        found.append(f"{len(facts['devices'])} GPUs answer instead of {gpus_per_node}")
+        found.append(f"{len(facts['devices'])} GPUs respond instead of {gpus_per_node}")
     shared, temporary = facts["space"]["/dev/shm"], facts["space"]["temporary"]
     for name, free, least in (
         ("/dev/shm", shared, _LEAST_SHARED_MEMORY),
@@ -147,7 +147,7 @@ def _kinds(devices: list[dict[str, str]]) -> str:
 
 
 def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
-    """The nodes whose value differs from the majority's; in a tie the first node's value counts."""
+    """Return the nodes whose value differs from the majority's; in a tie the first node's value counts."""
     counts = Counter(values.values())
     first = next(iter(values.values()))
     usual = max(counts, key=lambda value: (counts[value], value == first))
@@ -155,7 +155,7 @@ def odd_ones(values: Mapping[str, str], what: str) -> dict[str, str]:
 
 
 def shared_problem(facts: Facts) -> str | None:
-    """What is wrong with shared resources, where other nodes would not help."""
+    """Return what is wrong with shared resources, for which other nodes would not help; None if nothing is."""
     free = facts["space"]["run"]
     if free is not None and free < LEAST_RUN_FOLDER:
         return f"the run's folder: {free >> 20} MiB free, {LEAST_RUN_FOLDER >> 20} MiB needed"
@@ -163,7 +163,7 @@ def shared_problem(facts: Facts) -> str | None:
 
 
 def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str, str]:
-    """The nodes at fault for a failed check of the devices and links.
+    """Find the nodes at fault for a failed check of devices and links.
 
     Args:
         results: the last report of each rank of the check: the last `stage` it reached, and the `error` of its device,
@@ -171,7 +171,7 @@ def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str,
         node_of: the node of each rank.
 
     Returns:
-        node -> why; empty if it could be any of them.
+        node -> why; empty if it could be any node.
     """
     own = {node_of[rank]: result["error"] for rank, result in results.items() if result.get("error")}
     if own:
@@ -186,7 +186,7 @@ def blame(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> dict[str,
 
 
 def describe_links(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> list[str]:
-    """The measurements of the check of links, in lines; bandwidths in GB/s."""
+    """Format the measurements of the check of links as lines, with bandwidths in GB/s."""
     lines = []
     collective = [result["all_reduce"] for result in results.values() if result.get("all_reduce")]
     if collective:
@@ -209,10 +209,10 @@ def describe_links(results: Mapping[int, Facts], node_of: Mapping[int, str]) -> 
 
 
 def main() -> int:
-    """Check this process's device and links; the exit status is 0 if all is well.
+    """Check this process's device and links; return exit status 0 if all is well.
 
-    Prints its results as a line `probe {json}` after every stage, so that one that hangs has shown how far it came: 1
-    the device works, 2 all are connected, 3 the all-reduce, 4 the ring.
+    Prints its results as a line `probe {json}` after every stage, so that a process that hangs has shown how far it
+    got: 1 the device works, 2 all are connected, 3 the all-reduce, 4 the ring.
     """
     import torch
 
@@ -244,7 +244,7 @@ def _cuda(torch: Any) -> dict[str, str]:
 
 
 def _work_device(torch: Any) -> Any:
-    """Have the device compute something with a known result."""
+    """Compute something with a known result on the process's device, and return the device."""
     device = torch.device("cpu")
     if int(os.environ["GPUS_PER_NODE"]):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -269,7 +269,7 @@ def _check_links(torch: Any, device: Any, result: dict[str, Any]) -> None:
     outgoing, incoming = torch.full_like(data, rank), torch.empty_like(data)
     seconds = _time(torch, device, lambda: _ring(dist, outgoing, incoming))
     before = (rank - 1) % world
-    assert bool((incoming == before).all()), f"the message of process {before} arrived changed"
+    assert bool((incoming == before).all()), f"the message from process {before} arrived corrupted"
     result["receive"] = 4 * elements / seconds / 1e9
     _say(result | {"stage": 4})
     dist.destroy_process_group()
@@ -286,7 +286,7 @@ def _ring(dist: Any, outgoing: Any, incoming: Any) -> None:
 
 
 def _time(torch: Any, device: Any, run: Any) -> float:
-    """Seconds of the second run: the first makes the connections."""
+    """Return the seconds of the second run; the first one sets up the connections."""
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -1,6 +1,6 @@
-"""What a job writes into the run's folder: attempts.jsonl (`run_folder.attempts`), why.txt, and the ranks' logs.
+"""Files that a job writes into the run's folder: attempts.jsonl (`run_folder.attempts`), why.txt, and the ranks' logs.
 
-Restarts append to the logs, of which every line says when, which attempt and which rank.
+Restarts append to the logs; every line has its time, attempt and rank.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from plt_megatron.run_folder.attempts import KILLED, last_attempt, setup_warning
 from plt_megatron.run_folder.checkpoints import latest_of_full_size, latest_step
 from plt_megatron.run_folder.folder import RunFolder
 
-# From job.sbatch, a line each: failures that its setup passed over.
+# Set by job.sbatch: failures that its setup skipped, one per line.
 SETUP_WARNINGS = "PLT_SETUP_WARNINGS"
-_TAIL_BYTES = 1 << 14  # of the end of a job's output, in which its last lines are sought
-_SHELL = re.compile(r"^\S*: line \d+: ")  # where in its script bash met with what it reports
+_TAIL_BYTES = 1 << 14  # size of the end of a job's output that is searched for its last lines
+_SHELL = re.compile(r"^\S*: line \d+: ")  # bash's prefix of an error: its position in the script
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Failure:
 
     Attributes:
         exit: how it ended, as text.
-        lines: the last ones that it printed.
+        lines: the last lines that it printed.
     """
 
     rank: int
@@ -50,9 +50,9 @@ class Outcome:
         status: one of `run_folder.attempts`.
         reason: one line.
         retry: whether another attempt may succeed; not after a user error.
-        bad_nodes: node -> what is wrong with it; the job should continue without them.
-        failure: of a rank, if one failed.
-        output: the last lines of the job's output, where no rank says anything.
+        bad_nodes: node -> what is wrong with it; the job should continue without these.
+        failure: the failed rank, if one failed.
+        output: the last lines of the job's output, if no rank reports anything.
     """
 
     status: str
@@ -64,7 +64,7 @@ class Outcome:
 
 
 class Records:
-    """The records of one run, as one job sees them.
+    """One job's access to the records of its run.
 
     Args:
         run: the run's folder.
@@ -75,13 +75,13 @@ class Records:
         self._allocation = allocation
 
     def begin(self) -> int:
-        """Record the start of an attempt; returns its number. An earlier one without an end gets one now."""
+        """Record the start of an attempt and return its number. Earlier attempts without an end get one now."""
         events = self.folder.attempts()
         for event in unended(events):
             reason = "no exit record: its node was lost, or Slurm ended it (scancel, a limit) before it could write one"
             self._end(event, Outcome(KILLED, reason))
         attempt = last_attempt(events) + 1
-        if self.folder.why_file.exists():  # somebody runs it again all the same
+        if self.folder.why_file.exists():  # the run was given up, and someone has restarted it
             self.folder.why_file.replace(self.folder.logs / f"why-before-attempt-{attempt}.txt")
         start = {"event": "start", "attempt": attempt, **self._job(), "step": self.folder.last_step()}
         warnings = os.environ.get(SETUP_WARNINGS, "").splitlines()
@@ -93,11 +93,11 @@ class Records:
         self._end({"attempt": attempt, **self._job()}, outcome)
 
     def stop(self, attempt: int, reason: str) -> None:
-        """Record that the run is given up."""
+        """Record that the run has been given up."""
         self._append({"event": "stop", "attempt": attempt, **self._job(), "reason": reason})
 
     def of_this_start(self) -> dict[str, Any] | None:
-        """The end of this job's last attempt since Slurm started it; None if there is none."""
+        """Return the end of this job's last attempt since Slurm started it; None if there is none."""
         job = self._job()
         for event in reversed(self.folder.attempts()):
             if event["event"] != "stop" and event.get("job_id") == job["job_id"]:
@@ -136,12 +136,12 @@ class Records:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             json_lines.append(path, event, sync=True)
-        except OSError as error:  # a full disk: the run can continue without
+        except OSError as error:  # a full disk: the run can continue without the record
             print(f"error: {path}: {error.strerror}; not recorded: {json.dumps(event)}", file=sys.stderr)
 
 
 def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
-    """The text of why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
+    """Return the text of why.txt: why the run stopped, the failed rank and its last lines, and what is saved.
 
     Args:
         end: the end of the last attempt, from attempts.jsonl.
@@ -158,8 +158,8 @@ def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
         lines += ["", f"rank {failure['rank']} on {failure['node']} {failure['exit']}; its last lines:", ""]
         lines += [f"    {line}" for line in failure["lines"]]
     if end.get("output"):
-        lines += ["", "The job's output ends:", "", *(f"    {line}" for line in end["output"])]
-    lines += ["", f"All ranks' lines are in {folder.logs}, all attempts in {folder.attempts_file}."]
+        lines += ["", "Last lines of the job's output:", "", *(f"    {line}" for line in end["output"])]
+    lines += ["", f"The logs of all ranks are in {folder.logs}, all attempts in {folder.attempts_file}."]
     return "\n".join(lines) + "\n"
 
 
@@ -167,24 +167,24 @@ def describe_end(folder: RunFolder, reason: str, end: dict[str, Any]) -> str:
 
 
 def rank_log(run: Path, rank: int) -> Path:
-    """The log of one rank."""
+    """Return the path of one rank's log."""
     return RunFolder(run).logs / f"rank-{rank:04d}.log"
 
 
 def merged_log(run: Path) -> Path:
-    """The log of all ranks, in order of arrival."""
+    """Return the path of the log of all ranks, in order of arrival."""
     return RunFolder(run).logs / "merged.log"
 
 
 def own_output() -> Path | None:
-    """The file that this process writes its errors to: of a batch script and its children the job's output, unless
-    sbatch was told otherwise."""
+    """Return the file behind this process's stderr: for a batch script and its children the job's output file, unless
+    sbatch was told otherwise. None if it is not a file."""
     path = Path(os.path.realpath("/proc/self/fd/2"))
     return path if path.is_file() else None
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a text file that are not empty, bash's without their place in the script; none if it cannot be
+    """Return the last non-empty lines of a text file, bash's errors without their position; none if it cannot be
     read."""
     try:
         with path.open("rb") as file:
@@ -197,15 +197,15 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def stamp(attempt: int, who: str, text: str) -> str:
-    """A line of a log."""
+    """Format a log line with time, attempt and origin."""
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} attempt {attempt} {who}: {text}"
 
 
 class LogFile:
-    """A file that whole lines are appended to. A full disk costs lines, never the run.
+    """Log file to which whole lines are appended. A full disk costs lines, never the run.
 
     Attributes:
-        lost: lines that could not be written.
+        lost: number of lines that could not be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,7 +223,7 @@ class LogFile:
         data = ("\n" if self._torn else "") + "".join(f"{line}\n" for line in lines)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Opened each time: the file may be moved away, and a disk may come back.
+            # Opened each time, since the file may be moved away and a disk may come back.
             with self.path.open("ab", buffering=0) as file:
                 encoded = data.encode(errors="replace")
                 self._torn = file.write(encoded) != len(encoded)

@@ -1,8 +1,8 @@
-"""What each rank reports while it trains, and which rank the others wait for when they stop.
+"""Reports of each rank while it trains, and the analysis of which rank the others wait for in a hang.
 
-There are two kinds of evidence. If collectives block their caller (gloo), the stacks show who waits in one and who does
-not. If they return at once (NCCL), nobody is ever in one, and all ranks wait at the next value that the host needs;
-then the counts show who has started fewer collectives than the others of a process group.
+There are two kinds of evidence. If collectives block their caller (gloo), the stacks show which ranks wait in one and
+which do not. If they return at once (NCCL), no stack is ever inside one, and all ranks wait at the next value that the
+host needs; then the counts show which rank has started fewer collectives than the others in a process group.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _MOST_SHOWN = 8  # ranks in a message
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's report, made by its thread.
+    """A rank's report, made by its watchdog thread.
 
     Attributes:
-        count: of the notes, so that a frozen process shows without comparing clocks.
+        count: number of this report, which reveals a frozen process without comparing clocks.
         quiet_for: seconds since the training loop last gave a sign.
-        waits_in: the collective that the rank is waiting in; None outside of one.
-        at: where its main thread is: file, line and function.
-        turn: how far the training loop is: counts every phase and step, and the first microbatch in each. Ranks that
-            are equally far have the same.
-        collectives: started so far, by process group.
+        waits_in: the collective that the rank is waiting in; None if in none.
+        at: position of its main thread: file, line and function.
+        turn: progress of the training loop: counts every phase and step, and the first microbatch in each. It is equal
+            on ranks that are equally far.
+        collectives: number started so far, by process group.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class Sign:
 
 
 def describe_hang(signs: list[Sign]) -> str:
-    """Which ranks the others wait for, as far as their positions show it."""
+    """Describe which ranks the others wait for, as far as their positions show it."""
     moved = f"step {max(sign.step for sign in signs) + 1} has not moved for {max(s.quiet_for for s in signs):.0f} s"
     behind, outside = ranks_behind(signs), [sign for sign in signs if sign.waits_in is None]
     named = [sign for sign in behind if sign in outside] or outside or behind
@@ -57,16 +57,16 @@ def describe_hang(signs: list[Sign]) -> str:
 
 
 def describe_silence(signs: list[Sign], silent: dict[int, float]) -> str:
-    """Names the ranks whose threads have given no sign for so many seconds."""
+    """Name the ranks whose threads have given no sign, with `silent` seconds each."""
     hosts = {sign.rank: f" on {sign.host}" for sign in signs}
     named = ", ".join(f"rank {rank}{hosts.get(rank, '')} ({silent[rank]:.0f} s)" for rank in sorted(silent))
     return f"no sign of life from {named}: dead, stopped, or cut off"
 
 
 def ranks_behind(signs: list[Sign]) -> list[Sign]:
-    """The ranks that are behind others and do not themselves wait for one further behind.
+    """Return the ranks that are behind others and do not themselves wait for one further behind.
 
-    A rank waits if it has started a collective that another of its process group has not.
+    A rank waits if it has started a collective that another rank of its process group has not.
     """
     turns = {sign.rank: sign.turn for sign in signs}
     groups: dict[str, dict[int, int]] = defaultdict(dict)
@@ -89,32 +89,32 @@ def _where(sign: Sign) -> str:
 
 
 def collectives_started(backends: Collection[str] = ("nccl",)) -> dict[str, int]:
-    """How many collectives this rank has started in each of its process groups, as torch counts them.
+    """Return how many collectives this rank has started in each of its process groups, as torch counts them.
 
     Args:
-        backends: whose groups; gloo counts messages from one rank to another as well, which ranks do not share.
+        backends: backends of the groups to count; gloo also counts point-to-point messages, which ranks do not share.
     """
     from torch.distributed.distributed_c10d import _world
 
-    groups: list[tuple[Any, str]] = list(_world.pg_names.items())  # at once: the main thread may be making another
+    groups: list[tuple[Any, str]] = list(_world.pg_names.items())  # a copy: the main thread may be adding a group
     return {
         name: group._get_sequence_number_for_group() for group, name in groups if _world.pg_map[group][0] in backends
     }
 
 
 def collective(stack: list[traceback.FrameSummary]) -> str | None:
-    """The name of torch's collective that a stack is waiting in."""
+    """Return the name of the torch collective that a stack is waiting in; None if in none."""
     for frame in stack:
         if frame.filename.endswith("distributed_c10d.py") and not frame.name.startswith("_"):
             if frame.name not in ("wrapper", "init_process_group", "new_group"):
                 return frame.name
     last = stack[-1] if stack else None
-    # A collective's handle is waited for in C++, straight from the caller's line.
+    # Waiting for a collective's handle happens in C++, called directly from the caller's line.
     return "wait" if last is not None and ".wait(" in (last.line or "") else None
 
 
 def position(stack: list[traceback.FrameSummary]) -> str:
-    """The innermost line of this package in a stack, and the function it called if that is another's."""
+    """Return the innermost line of this package in a stack, and the function outside the package it is in, if any."""
     ours = [frame for frame in stack if f"{os.sep}plt_megatron{os.sep}" in frame.filename]
     frame = ours[-1] if ours else (stack[-1] if stack else None)
     if frame is None:

@@ -1,10 +1,10 @@
-"""Ends a job within a bounded time if a rank hangs or is gone, and names the rank.
+"""Watchdog that ends a job within a bounded time if a rank hangs or is gone, and names the rank.
 
-A rank that stops keeps all others waiting in a collective, where they can say nothing. So each process has a thread
-that writes its rank's progress and position to the job's store. Rank 0's watches all of them, the others rank
-0's, and that the store answers. Until the first step is done a rank may be quiet for `distributed_timeout_minutes`, as
-it may while it reads or writes checkpoints; after that for `distributed_timeout_seconds_after_init`, or five times its
-longest pause so far if that is longer: a slow machine is not a hung one.
+A rank that stops keeps all others waiting in a collective, where they can report nothing. So each process has a thread
+that writes its rank's progress and position to the job's store. Rank 0's thread watches all ranks; the others watch
+rank 0, and whether the store answers. Until the first step is done, and while it reads or writes checkpoints, a rank
+may be quiet for `distributed_timeout_minutes`; otherwise for `distributed_timeout_seconds_after_init`, or five times
+its longest pause so far if that is longer: a slow machine is not a hung one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from plt_megatron.run_folder.attempts import ExitStatus
 
 _NO_STORE = "rank 0, which holds the job's store, does not answer"
 _VERDICT = "watchdog/verdict"
-SLOW_PHASES = ("starting", "loading", "saving")  # limits of their own apply there: the long one
-_PAUSES = 5  # times the longest pause so far do not count as a hang
-_MISSED = 4  # intervals without a sign make a process frozen, if the job hangs
+SLOW_PHASES = ("starting", "loading", "saving")  # phases with the longer limit
+_PAUSES = 5  # up to this multiple of the longest pause so far, a pause is not a hang
+_MISSED = 4  # if the job hangs, a process without a sign for this many intervals is frozen
 
 
 class Store(Protocol):
-    """What is used of torch's stores."""
+    """The part of torch's stores that is used."""
 
     def set(self, key: str, value: str, /) -> Any: ...
     def get(self, key: str, /) -> bytes: ...
@@ -42,14 +42,14 @@ class Store(Protocol):
 
 
 class Watchdog:
-    """One rank's.
+    """One rank's watchdog.
 
     Args:
-        folder: the run's; what every rank was doing goes to `incidents/` in it when the job is ended.
+        folder: the run's folder; when the job is ended, every rank writes what it was doing to `incidents/` in it.
         store: this rank's own connection to the job's store.
         patience: seconds a rank may be quiet once the first step is done.
         slow_patience: seconds before that, and in the slow phases.
-        interval: seconds between two looks.
+        interval: seconds between two checks.
         end: ends the process; for tests.
     """
 
@@ -70,28 +70,28 @@ class Watchdog:
         self._interval = min(5.0, patience / 4) if interval is None else interval
         self._end = end
         self._main_thread = threading.get_ident()
-        self._seconds = 0.0  # while awake: a suspended process has not been quiet
+        self._seconds = 0.0  # counted only while awake: time in suspension is not quiet time
         self._last_beat, self._longest_pause = 0.0, 0.0
         self._phase, self._step, self._first_step = "starting", 0, 0
         self._turn = 0
         self._count = 0
-        self._heard: dict[int, tuple[int, float]] = {}  # of each rank: its last sign's count, and when that was new
+        self._heard: dict[int, tuple[int, float]] = {}  # by rank: count of its last sign, and when that was new
         self._verdict: str | None = None
         self._answered = 0.0
         self._closed = threading.Event()
-        # Two threads: a store on a frozen host blocks its callers for good.
+        # Two threads, since a store on a frozen host blocks its callers forever.
         self._threads = [
             threading.Thread(target=run, name=run.__name__, daemon=True) for run in (self._watch, self._talk)
         ]
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         for thread in self._threads:
             thread.start()
 
     def beat(self, phase: str, step: int) -> None:
-        """The training loop is alive: called by the main thread at every phase (starting, loading, training,
-        validating, saving), step and microbatch."""
+        """Report that the training loop is alive; the main thread calls this at every phase (starting, loading,
+        training, validating, saving), step and microbatch."""
         now = self._seconds
         if self._phase == "starting":
             self._first_step = step
@@ -101,13 +101,13 @@ class Watchdog:
         self._last_beat, self._phase, self._step = now, phase, step
 
     def _count_turn(self, phase: str, step: int) -> None:
-        """Even: the step's phase has started; odd: its first microbatch too. The order of further microbatches differs
-        between pipeline stages."""
+        """Count phases: even: a step's phase has started; odd: its first microbatch too. Further microbatches do not
+        count, since their order differs between pipeline stages."""
         same = (phase, step) == (self._phase, self._step)
         self._turn = self._turn | 1 if same else (self._turn | 1) + 1
 
     def close(self) -> None:
-        """Stop watching: the run is over."""
+        """Stop watching, since the run is over."""
         self._closed.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -117,7 +117,7 @@ class Watchdog:
         return self._step > self._first_step
 
     def limit(self) -> float:
-        """Seconds this rank may be quiet in its present phase."""
+        """Return the seconds that this rank may be quiet in its current phase."""
         if self._phase in SLOW_PHASES or not self._settled():
             return self._slow_patience
         return max(self._patience, _PAUSES * self._longest_pause)
@@ -146,7 +146,7 @@ class Watchdog:
                 return
 
     def _look(self) -> str | None:
-        """Report this rank's sign and check the others'; what is wrong, as text, or None."""
+        """Report this rank's sign and check the others'; return what is wrong, or None."""
         sign = self._sign()
         self._store.set(_key(self._rank), json.dumps(asdict(sign)))
         return self._look_at_all(sign) if self._rank == 0 else self._look_at_rank_0()
@@ -159,8 +159,8 @@ class Watchdog:
 
     def _look_at_all(self, own: Sign) -> str | None:
         silent = {rank: self._silent_for(rank) for rank in range(1, self._world_size)}
-        # A frozen process stalls the others at once. It is told from a stuck one by its thread's silence, once a living
-        # rank has had the time for another sign.
+        # A frozen process stalls the others immediately. Unlike with a stuck one, its thread is silent too, which shows
+        # once a living rank has had time for another sign.
         stalled = own.quiet_for > self.limit() + (_MISSED + 2) * self._interval
         if not stalled and max(silent.values(), default=0.0) <= self.limit():
             return None
@@ -188,11 +188,11 @@ class Watchdog:
         )
 
     def _read(self, rank: int) -> Sign | None:
-        """The last sign of a rank; None if it has not given one."""
+        """Return the last sign of a rank; None if it has not given one."""
         return Sign(**json.loads(self._store.get(_key(rank)))) if self._store.check([_key(rank)]) else None
 
     def _silent_for(self, rank: int) -> float:
-        """Seconds since a rank's thread has given a new sign; at most those since it was first looked for."""
+        """Return the seconds since a rank's thread gave a new sign, or since the first look for one."""
         sign = self._read(rank)
         count, (known, since) = sign.count if sign else 0, self._heard.get(rank, (-1, 0.0))
         if count != known:
@@ -210,10 +210,10 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # the disk may be what hangs; the job must end anyway
             print(f"error: {folder}: {error}", file=sys.stderr)
-        if self._rank == 0 or verdict.startswith("rank 0"):  # rank 0 reports all but its own silence
+        if self._rank == 0 or verdict.startswith("rank 0"):  # rank 0 reports everything but its own silence
             print(f"error: rank {self._rank}: {verdict}; stacks in {folder}", file=sys.stderr, flush=True)
         if self._rank == 0:
-            time.sleep(2 * self._interval)  # the store lives here: let the others read the verdict
+            time.sleep(2 * self._interval)  # the store lives in this process: let the others read the verdict
         self._end(ExitStatus.FAILED)
 
 
@@ -226,12 +226,12 @@ def _first_line(error: Exception) -> str:
 
 
 def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Watchdog:
-    """Start this rank's watchdog: it ends the process, with status 1, if any rank of the job hangs or is gone.
+    """Start this rank's watchdog, which ends the process with status 1 if any rank of the job hangs or is gone.
 
-    A trainer calls `beat` and `close` on it.
+    The trainer calls `beat` and `close` on it.
 
     Args:
-        folder: the run's; `incidents/` in it gets every rank's stack.
+        folder: the run's folder; `incidents/` in it gets every rank's stack.
         patience: seconds a rank may be quiet once the first step is done.
         slow_patience: seconds before that, and while it reads or writes checkpoints.
     """
@@ -240,7 +240,7 @@ def start_watchdog(folder: Path, *, patience: float, slow_patience: float) -> Wa
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     store: Store = HashStore()
     if world_size > 1:
-        # A connection of its own: the job's other one may be blocked in a call.
+        # A separate connection, since the job's other one may be blocked in a call.
         store = TCPStore(
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),

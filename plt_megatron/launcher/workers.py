@@ -1,4 +1,4 @@
-"""The processes of one node: bound to CPUs, started, read from, signalled and cleaned up."""
+"""The processes of one node: CPU binding, start, output, signals and cleanup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 @dataclass
 class Worker:
-    """One process. `tail` are the last lines that it printed."""
+    """One process. `tail` holds the last lines that it printed."""
 
     rank: int
     process: subprocess.Popen[bytes]
@@ -37,11 +37,11 @@ class WorkerGroup:
     """The processes of one task on this node.
 
     Args:
-        command: the same for all.
-        environments: of each, by rank.
-        cpus: that each is bound to; None: not bound.
-        on_lines: told the whole lines that a rank has printed.
-        on_exit: told each process's end, with its exit status, negative for a signal.
+        command: the command, the same for all.
+        environments: environment of each process, by rank.
+        cpus: CPUs that each process is bound to; None: not bound.
+        on_lines: called with a rank and the complete lines that it has printed.
+        on_exit: called when a process has ended, with its exit status, negative for a signal.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class WorkerGroup:
             raise
 
     def listen(self, worker: Worker) -> bool:
-        """Pass on what a process has printed by now; False when it has closed its output."""
+        """Pass on what a process has printed so far; return False once it has closed its output."""
         while True:
             try:
                 data = os.read(worker.fileno(), _CHUNK)
@@ -72,7 +72,7 @@ class WorkerGroup:
             if data and b"\n" not in worker.partial and len(worker.partial) < _LONGEST_LINE:
                 continue
             whole, newline, rest = worker.partial.rpartition(b"\n")
-            if not data or len(rest) >= _LONGEST_LINE:  # the end, or a line without one
+            if not data or len(rest) >= _LONGEST_LINE:  # end of output, or an overlong line
                 whole, rest = whole + newline + rest, bytearray()
             worker.partial = bytearray(rest)
             lines = [line.decode(errors="replace").rstrip("\r") for line in whole.split(b"\n")] if whole else []
@@ -84,12 +84,12 @@ class WorkerGroup:
                 return False
 
     def reap(self) -> None:
-        """Find processes that have ended; their last output is passed on first."""
+        """Report processes that have ended, after passing on their last output."""
         for worker in list(self.workers):
             returncode = worker.process.poll()
             if returncode is not None:
                 self.listen(worker)
-                if worker.partial:  # without a newline; its children may still hold the pipe
+                if worker.partial:  # a last line without newline; children may still hold the pipe
                     line = worker.partial.decode(errors="replace")
                     worker.tail.append(line)
                     self._on_lines(worker.rank, [line])
@@ -100,12 +100,12 @@ class WorkerGroup:
                 worker.process.stdout.close()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every process that runs."""
+        """Send a signal to every running process."""
         for worker in self.workers:
             worker.process.send_signal(number)
 
     def kill(self) -> None:
-        """End every process at once, with its children. `reap` reports them."""
+        """Kill every process and its children. `reap` reports the ends."""
         for worker in self.workers:
             _kill_group(worker)
 
@@ -117,10 +117,10 @@ def _kill_group(worker: Worker) -> None:
 
 def _start(command: Sequence[str], env: Mapping[str, str], cpus: set[int] | None) -> subprocess.Popen[bytes]:
     def prepare() -> None:
-        # The launcher has one thread only, so that this is safe between fork and exec.
+        # Safe between fork and exec, since the launcher has only one thread.
         die_with_parent(signal.SIGKILL)
-        # Until the trainer listens, a request to stop must not kill it: the launcher repeats its own, and Slurm's
-        # reaches every process of the step.
+        # Until the trainer handles signals, a request to stop must not kill it: the launcher repeats its signal, and
+        # Slurm's reaches every process of the step.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if cpus is not None:
@@ -145,13 +145,13 @@ def _start(command: Sequence[str], env: Mapping[str, str], cpus: set[int] | None
 
 
 def share_out(cpus: set[int], count: int, near: Sequence[set[int] | None] = ()) -> list[set[int] | None]:
-    """The CPUs of each of `count` processes, from those that the job may use.
+    """Divide the CPUs that the job may use among `count` processes.
 
     Args:
-        near: the CPUs close to each process's device, if known; its share then comes from those.
+        near: the CPUs close to each process's device, if known; its share is then taken from these.
 
     Returns:
-        One set per process, disjoint; or None for all if there are fewer CPUs than processes.
+        One set per process, disjoint; None for all if there are fewer CPUs than processes.
     """
     if len(cpus) < count:
         return [None] * count
@@ -173,13 +173,13 @@ def _overlap(groups: set[frozenset[int]]) -> bool:
 
 
 def threads(share: set[int] | None, cpus: set[int], count: int, cpus_per_process: int) -> int:
-    """Threads of one process: one per CPU, at most as many as the job requested."""
+    """Return the threads of one process: one per CPU, at most as many as the job requested."""
     available = len(share) if share is not None else len(cpus) // count
     return max(1, min(available, cpus_per_process))
 
 
 def cpus_near_gpus(count: int, devices: Path = _PCI_DEVICES) -> list[set[int] | None]:
-    """The CPUs on the same NUMA node as each of the first `count` GPUs; None where the system does not tell."""
+    """Return the CPUs on the same NUMA node as each of the first `count` GPUs; None where unknown."""
     command = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
@@ -199,7 +199,7 @@ def _local_cpus(devices: Path, bus_id: str) -> set[int] | None:
 
 
 def parse_cpu_list(text: str) -> set[int]:
-    """`"0-3,8"` as numbers."""
+    """Parse `"0-3,8"` as a set of numbers."""
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

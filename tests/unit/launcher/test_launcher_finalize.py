@@ -191,10 +191,10 @@ def outcome(job, status: int, output: str, monkeypatch, tmp_path) -> tuple[int, 
 @pytest.mark.parametrize(
     ("stopped_at", "output", "reason"),
     [
-        ("exit 3", "", "the job's setup failed at `exit 3`; mend"),
-        ("", "", "the job's setup failed; mend"),
+        ("exit 3", "", "the job's setup failed at `exit 3`; fix"),
+        ("", "", "the job's setup failed; fix"),
         ("cd $A || exit", "x\n/spool/slurm_script: line 51: cd: /a: No such file\n\n",
-         "the job's setup failed at `cd $A || exit`: cd: /a: No such file; see LOG; mend"),
+         "the job's setup failed at `cd $A || exit`: cd: /a: No such file; see LOG; fix"),
     ],
 )  # fmt: skip
 def test_a_setup_that_failed_is_not_tried_again(job, monkeypatch, tmp_path, stopped_at, output, reason):
@@ -205,7 +205,7 @@ def test_a_setup_that_failed_is_not_tried_again(job, monkeypatch, tmp_path, stop
     ended, said = outcome(job, 2, output, monkeypatch, tmp_path)
     assert (ended, job.asked) == (2, ["scancel 8"]) and said.startswith(reason) and "sbatch " not in said
     why = (job.run / "why.txt").read_text()
-    assert ("The job's output ends:" in why) == bool(output) and str(job.run / "job.sbatch") in why.splitlines()[0]
+    assert ("job's output" in why) == bool(output) and str(job.run / "job.sbatch") in why.splitlines()[0]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_equal_nodes_are_good():
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"devices": [H100] * 7}, "7 GPUs answer instead of 8"),
+        ({"devices": [H100] * 7}, "7 GPUs respond instead of 8"),
         ({"devices": [*[H100] * 7, {**H100, "name": "NVIDIA A100"}]}, "NVIDIA A100"),
         ({"devices": [{**H100, "driver": "535.2"}] * 8}, "driver 535.2 instead of 8 x NVIDIA H100"),
         ({"versions": {"torch": "2.13.0"}}, "torch 2.13.0 instead of 2.14.1"),
