@@ -1,1 +1,1 @@
-"""Devices, process groups and the CPU runtime."""
+"""Devices, process groups, the CPU runtime, and what this machine can run."""

@@ -1,11 +1,11 @@
-"""Runs megatron-core without CUDA.
+"""CPU runtime: run megatron-core without CUDA.
 
 megatron-core asks `torch.cuda` for its device, its stream and its random state, and creates tensors with
 `device="cuda"`. `enter_cpu_runtime` answers these few calls for a process that has no GPU, so that tensor, sequence,
 pipeline and data parallelism and the distributed optimizer run for real, with gloo, on any machine.
 
-Entered once, before megatron is imported (some of its modules look at the device when imported). On a machine with a
-working GPU it does nothing. The "CUDA" random state is the CPU's own, so data code must use its own generators.
+Enter it once, before megatron-core is imported (some of its modules query the device on import). On a machine with a
+working GPU it does nothing. The "CUDA" random state is the CPU's, so data code must use its own generators.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def enter_cpu_runtime(force: bool = False) -> bool:
     """Answer megatron-core's `torch.cuda` calls on the CPU; does nothing if a GPU can be used.
 
     Args:
-        force: enter even if there is a GPU (the parity tests).
+        force: enter even if there is a GPU (for the parity tests).
 
     Returns:
         Whether this process now runs on the CPU runtime.
@@ -46,25 +46,26 @@ def enter_cpu_runtime(force: bool = False) -> bool:
     if torch.cuda.is_available() and not force:
         return False
     _entered = True
-    # TE's and megatron's fused paths would otherwise compile kernels for a missing device.
+    # Otherwise TE's and megatron-core's fused paths would compile kernels for a missing device.
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
     _replace_device_queries()
-    _replace_factories()  # before megatron-core is imported, whose defaults (`init_fn=torch.empty`) keep what they find
+    _replace_factories()  # before importing megatron-core, whose defaults (`init_fn=torch.empty`) bind what exists then
     _replace_tensor_methods()
     _replace_random_state()
     return True
 
 
 def is_cpu_runtime() -> bool:
-    """Whether `enter_cpu_runtime` took effect in this process."""
+    """Check whether `enter_cpu_runtime` took effect in this process."""
     return _entered
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors, for processes that train.
+    """Make glibc keep the memory of freed tensors, for processes that train.
 
-    It returns a large free end of the heap, and every large block, to the kernel, which clears their pages again in the
-    next step: a few percent of a PLT's CPU time in fp32. Its loops free more at once than a plain stack's layers.
+    By default glibc returns a large free end of the heap, and every large block, to the kernel, which zeroes the pages
+    again in the next step: a few percent of a PLT's CPU time in fp32. Loops free more at once than a plain stack's
+    layers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -75,8 +76,8 @@ def keep_freed_memory() -> None:
 
 
 def patch_token_dispatcher() -> None:
-    """Have megatron-core's token dispatchers move their counts to the host as they do from a GPU, as numpy arrays where
-    asked for. Only models with experts import them."""
+    """Make megatron-core's token dispatchers convert their counts as if from a GPU, to numpy arrays where requested.
+    Only models with experts import the dispatchers."""
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -97,7 +98,7 @@ def _to_cpu(device: Any) -> Any:
 
 
 class Stream:
-    """A stream on a device that has none: everything queued has already run."""
+    """Stand-in for a CUDA stream: everything queued has already run."""
 
     device = torch.device("cpu")
     cuda_stream = 0
@@ -123,7 +124,7 @@ class Stream:
 
 
 class Event:
-    """An event that has already happened."""
+    """Stand-in for a CUDA event that has already happened."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -142,7 +143,7 @@ def _replace_device_queries() -> None:
     stream = Stream()
     cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     cuda.device_count = lambda: 1
-    # With PYTORCH_NVML_BASED_CUDA_CHECK=1, which importing DeepSpeed sets, torch would ask the count above.
+    # With PYTORCH_NVML_BASED_CUDA_CHECK=1, which importing DeepSpeed sets, torch would use the count above.
     cuda.is_available = lambda: False
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
@@ -155,7 +156,7 @@ def _replace_device_queries() -> None:
 
 
 def _replace_random_state() -> None:
-    # The stock setters do not raise without a GPU: they queue a call that never runs, silently.
+    # Without a GPU the stock setters do not raise: they silently queue a call that never runs.
     def get_rng_state(device: Any = "cpu") -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -163,7 +164,7 @@ def _replace_random_state() -> None:
         torch.set_rng_state(new_state)
 
     def manual_seed(seed: int) -> None:
-        # Not torch.manual_seed, which calls torch.cuda.manual_seed_all in its turn.
+        # Not torch.manual_seed, which in turn calls torch.cuda.manual_seed_all.
         torch.default_generator.manual_seed(int(seed))
 
     for module in (torch.cuda, torch.cuda.random):
@@ -183,8 +184,8 @@ def _replace_random_state() -> None:
 
 @contextlib.contextmanager
 def _compiled_when_called() -> Iterator[None]:
-    """What megatron-core decorates with torch.compile while it is imported is compiled when it is first called, which
-    on a CPU nothing is: importing the compiler takes as long as importing torch."""
+    """Defer torch.compile, as megatron-core applies it on import, to the first call of a function. On a CPU none of
+    them is called, and importing the compiler takes as long as importing torch."""
     stock = torch.compile
 
     def deferred(function: Callable) -> Callable:
@@ -211,8 +212,8 @@ def _map_device_keyword(function: Callable) -> Callable:
 
 
 def _replace_factories() -> None:
-    # `with torch.device("meta")` (transformers builds models in it) records the factories when it is
-    # first used: that must happen before they are replaced.
+    # `with torch.device("meta")` (in which transformers builds models) records the factories on first use, which must
+    # happen before they are replaced.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _map_device_keyword(getattr(torch, name)))
@@ -232,7 +233,7 @@ def _replace_tensor_methods() -> None:
 
     @functools.wraps(type_of)
     def cuda_type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # megatron's optimizer groups gradients by the names of CUDA tensor types.
+        # megatron-core's optimizer groups gradients by the names of CUDA tensor types.
         if dtype is None:
             return type_of(self).replace("torch.", "torch.cuda.", 1)
         if isinstance(dtype, str):

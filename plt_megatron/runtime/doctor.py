@@ -1,7 +1,7 @@
-"""What this machine can run, what it cannot and why, and what to install.
+"""plt doctor: what this machine can run, what it cannot and why, and what to install.
 
-`judge` draws the conclusions from what `machine.observe` saw, `render` prints them.
-Each rule covers one thing that a user may want to do: yes and on what, or no, why, and what to do about it.
+`judge` draws conclusions from what `machine.observe` found; `render` prints them. Each rule covers one thing that a
+user may want to do and answers yes and on what, or no, why, and what to do about it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _INSTALL_PROJECT = "make venv, and use .venv/bin/python" if is_checkout(ROOT) el
 _HOPPER, _BLACKWELL = (9, 0), (10, 0)
 _FIRST_WITH_FP8 = (8, 9)
 OLDEST_TRANSFORMER_ENGINE = "2.9"  # the first with te.autocast
-# Its torch part comes as source.
+# Transformer Engine's torch extension is distributed as source.
 _BUILD_TRANSFORMER_ENGINE = (
-    "use an NGC container (25.11 or newer), or with CUDA's nvcc and cuDNN's headers (CPATH) at hand "
+    "use an NGC container (25.11 or newer), or, with CUDA's nvcc and cuDNN's headers (CPATH), "
     f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST_TRANSFORMER_ENGINE}'"
 )
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Something about the machine, as it is."""
+    """A property of this machine."""
 
     name: str
     detail: str
@@ -54,7 +54,7 @@ class Capability:
 
 @dataclass(frozen=True)
 class Report:
-    """The doctor's answer."""
+    """The result of plt doctor."""
 
     can_train: bool
     facts: list[Fact]
@@ -65,7 +65,7 @@ class Report:
 
 
 def judge(machine: Machine) -> Report:
-    """Draw the conclusions."""
+    """Judge what this machine can run."""
     capabilities = []
     for name, rule in _RULES.items():
         answer = rule(machine)
@@ -121,8 +121,8 @@ def _describe(device: Device) -> str:
     return f"{device.name} (sm{major}{minor}, {_size(device.memory)})"
 
 
-# Rules: one for each thing that a user may want to do. A rule answers with a text, on what it can be done here, or with
-# why it cannot and the remedy.
+# Rules, one per thing that a user may want to do. A rule returns a text that says on what it can be done here, or the
+# reason why it cannot, and a remedy.
 
 Answer = str | tuple[str, str]
 
@@ -132,7 +132,7 @@ def _extra(name: str) -> str:
 
 
 def _core_problem(machine: Machine) -> tuple[str, str] | None:
-    """Why the project's own code cannot run, and the remedy; None if it can."""
+    """Return why the project's own code cannot run, and the remedy; None if it can."""
     major, minor, _ = machine.python
     if (major, minor) not in SUPPORTED_PYTHONS:
         known = " or ".join(f"{a}.{b}" for a, b in SUPPORTED_PYTHONS)
@@ -145,7 +145,7 @@ def _core_problem(machine: Machine) -> tuple[str, str] | None:
             return f"{name} {machine.packages[name]} is outside {wanted}", f"pip install '{name}{wanted}'"
     for name in ("torch", "megatron-core"):
         if name in machine.import_errors:
-            return f"{name} does not load: {machine.import_errors[name]}", "install it again, in a new environment"
+            return f"{name} does not load: {machine.import_errors[name]}", "reinstall it in a new environment"
     return None
 
 
@@ -154,9 +154,9 @@ def _in_range(version: str | None, wanted: str) -> bool:
         return False
     try:
         from packaging.specifiers import SpecifierSet
-    except ImportError:  # then `packaging`, one of the requirements, is already reported as missing
+    except ImportError:  # `packaging` is one of the requirements, and has already been reported as missing
         return True
-    # Containers ship builds such as 2.9.0a0+...: they count.
+    # Containers ship builds such as 2.9.0a0+..., which count.
     return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
@@ -188,7 +188,7 @@ def _train_on_gpu(machine: Machine) -> Answer:
 
 
 def _unless_no_gpu(machine: Machine, answer: Answer) -> Answer:
-    """The answer if GPUs work here."""
+    """Return the answer if GPUs work here, else why they do not."""
     gpu = _train_on_gpu(machine)
     return answer if isinstance(gpu, str) else gpu
 
@@ -213,7 +213,7 @@ def _fp8(machine: Machine) -> Answer:
         return "needs Transformer Engine on a GPU", ""
     oldest = min(device.capability for device in machine.devices)
     if oldest < _FIRST_WITH_FP8:
-        return f"sm{oldest[0]}{oldest[1]} has no FP8 units; Ada, Hopper and Blackwell have", ""
+        return f"sm{oldest[0]}{oldest[1]} has no FP8 units; Ada, Hopper and Blackwell do", ""
     if oldest < _HOPPER:
         return "linear layers; attention in BF16"
     wanted = ".".join(map(str, BLOCKWISE_CUDA))
@@ -233,7 +233,8 @@ def _flash_attention(machine: Machine) -> Answer:
 
 
 def _deterministic(machine: Machine) -> Answer:
-    """`training.deterministic` with Transformer Engine: config/rules/kernels.py, for the oldest card."""
+    """Apply the rules of config/rules/kernels.py for `training.deterministic` on Transformer Engine to the oldest
+    card."""
     if not isinstance(_transformer_engine(machine), str):
         return "needs Transformer Engine on a GPU; the torch backend is deterministic without it", ""
     oldest = min(device.capability for device in machine.devices)
@@ -259,7 +260,7 @@ def _torch_compile(machine: Machine) -> Answer:
 
 
 def _packages(*needed: str, remedy: str) -> Callable[[Machine], Answer]:
-    """A rule: these packages are installed, and load."""
+    """Make a rule that requires these packages to be installed and to load."""
 
     def rule(machine: Machine) -> Answer:
         missing = [package for package in needed if package not in machine.packages]
@@ -277,7 +278,7 @@ def _slurm(machine: Machine) -> Answer:
     return machine.slurm or ("no sbatch on the PATH", "run this on the cluster's login node")
 
 
-# The most important first.
+# Most important first.
 _RULES: dict[str, Callable[[Machine], Answer]] = {
     _TRAIN_ON_CPU: _train_on_cpu,
     _TRAIN_ON_GPU: _train_on_gpu,
@@ -306,7 +307,7 @@ _RULES: dict[str, Callable[[Machine], Answer]] = {
 
 
 def render(report: Report, stream: TextIO | None = None) -> None:
-    """Print for people: tables on a terminal, aligned plain text elsewhere."""
+    """Print the report: tables on a terminal, aligned plain text elsewhere."""
     stream = stream or sys.stdout
     found = [(item.state, item.name, _because(item)) for item in report.capabilities]
     facts = [(fact.name, fact.detail) for fact in report.facts]
@@ -325,7 +326,7 @@ def _show(title: str, rows: Sequence[tuple[str, ...]], stream: TextIO) -> None:
         from rich.console import Console
         from rich.markup import escape
         from rich.table import Table
-    except ImportError:  # a bare machine
+    except ImportError:  # nothing is installed
         print(title, *("  " + "  ".join(row) for row in rows), "", sep="\n", file=stream)
         return
     if not stream.isatty():

@@ -1,4 +1,4 @@
-"""Chooses FP8, kernels and fused operations, given a run's configuration and this machine's Transformer Engine."""
+"""Choose FP8, kernels and fused operations for a run's configuration and this machine's Transformer Engine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from plt_megatron.config.schema import RunConfig
 from plt_megatron.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Before it, backward read the gradients of a batch's losses in the order of their memory, which a transpose changes.
+# Earlier versions' backward read the gradients of a batch's losses in memory order, which a transpose changes.
 OLDEST_CROSS_ENTROPY = "2.11"
 
 
 def choose_fp8(config: RunConfig) -> Fp8Choice | None:
-    """What the run computes in FP8; None: nothing.
+    """Choose what the run computes in FP8; None: nothing.
 
     Raises:
-        UserError: the card has no kernels for it; the message names the rule, one line each.
+        UserError: the card has no kernels for it; the message names each violated rule in one line.
     """
     if config.training.fp8 is None:
         return None
@@ -47,7 +47,7 @@ def choose_fp8(config: RunConfig) -> Fp8Choice | None:
 def check_kernels(config: RunConfig) -> None:
     """Raise `UserError` if Transformer Engine has no kernel for this run with this machine's versions.
 
-    Nothing to check where there is no GPU; Transformer Engine must be usable otherwise.
+    Without a GPU there is nothing to check; with one, Transformer Engine must be usable.
     """
     if not torch.cuda.is_available():
         return
@@ -67,16 +67,16 @@ def _versions() -> Versions:
 
 
 def _version(text: str) -> Version | None:
-    """(2, 8, 3) of 2.8.3.post1."""
+    """Parse 2.8.3.post1 as (2, 8, 3)."""
     match = re.match(r"[0-9]+(\.[0-9]+)*", text)
     return tuple(map(int, match[0].split("."))) if match else None
 
 
 def choose_fusions(config: RunConfig, backend: str, vocab_size: int) -> Fusions:
-    """What the run fuses, with `backend` (`torch` or `te`) and a vocabulary of so many tokens.
+    """Choose what the run fuses, with `backend` (`torch` or `te`) and a vocabulary of `vocab_size` tokens.
 
     Raises:
-        UserError: a fusion that is asked for is not possible, one line each.
+        UserError: a requested fusion is not possible, one line each.
     """
     why = fusion_rules.obstacles(config, backend)
     if "cross_entropy_loss_fusion" not in why:
@@ -98,7 +98,7 @@ def _cross_entropy_obstacle(config: RunConfig, vocab_size: int) -> dict[str, str
     if not is_te_min_version(OLDEST_CROSS_ENTROPY):
         why = f"needs Transformer Engine {OLDEST_CROSS_ENTROPY}, this is {get_te_version()}: wrong gradients before"
     elif vocab_size <= (tp - 1) * rows:
-        why = f"with a vocabulary of {vocab_size} padded to {tp} x {rows}: the last rank would have no token at all"
+        why = f"with a vocabulary of {vocab_size} padded to {tp} x {rows}: the last rank would have only padding"
     else:
         return {}
     return {"cross_entropy_loss_fusion": why}

@@ -1,8 +1,8 @@
-"""Starts the processes of a run on this machine and watches over them. Does not import torch.
+"""Start the processes of a run on this machine and monitor them. Does not import torch.
 
-Like torchrun on one machine, with three differences: it starts in milliseconds, the
-exit status of the process that failed first is the status of the whole (torchrun makes every failure 1, and a
-preempted run must not look like a broken one), and Ctrl-C or a preemption signal reaches every process once.
+Like torchrun on one machine, with three differences: it starts in milliseconds; the exit status of the process that
+failed first is the status of the job (torchrun turns every failure into 1, and a preempted run must not look like a
+broken one); and Ctrl-C or a preemption signal reaches every process once.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def run_processes(
     """Run `count` copies of `command` as one distributed job and return its exit status.
 
     Each gets `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `LOCAL_WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT` on top of
-    `env` (default: this process's). SIGTERM, SIGINT and SIGUSR1 are passed on to all of them; a second SIGINT
-    kills them (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
+    `env` (default: this process's environment). SIGTERM, SIGINT and SIGUSR1 are forwarded to all of them; a second
+    SIGINT kills them (status 130). When one fails, the others get SIGTERM and, after `grace_seconds`, SIGKILL.
 
-    Signals that the caller has blocked come once they can be passed on; the processes begin with them blocked.
+    Signals that the caller has blocked are delivered once they can be forwarded; the processes start with them blocked.
 
-    Returns 0 if all finished, 75 if some were preempted and none failed, else the status of the first to
-    fail, 128 + n if signal n killed it. Must be called from the main thread.
+    Returns 0 if all finished, 75 if some were preempted and none failed, else the status of the first to fail, which is
+    128 + n if signal n killed it. Must be called from the main thread.
     """
     base = dict(os.environ if env is None else env)
     with _reserved_port() as port:
@@ -61,7 +61,7 @@ def run_processes(
 
 @contextlib.contextmanager
 def signals_handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """`handler` gets these signals while the block runs. In the main thread only."""
+    """Handle these signals with `handler` while the block runs. Only in the main thread."""
     previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -71,25 +71,25 @@ def signals_handled(numbers: Iterable[int], handler: Callable[[int, FrameType | 
 
 
 def threads_per_process(count: int) -> int:
-    """This machine's usable cores divided over `count` processes, at least one each."""
+    """Return this machine's usable cores divided by `count` processes, at least one each."""
     return max(1, usable_cores() // count)
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: its CPU affinity, within the container's CPU limit if there is one."""
+    """Return the number of cores this process may use: its CPU affinity, within the container's CPU limit if any."""
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):  # not Linux, or cgroups of another version
+    except (OSError, ValueError):  # not Linux, or not cgroups v2
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
 def local_gpus() -> list[str]:
-    """The GPUs that a process of this machine may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    """List the GPUs that a process on this machine may use, named as in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
@@ -115,10 +115,10 @@ def _rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free TCP port, reserved until rank 0 listens on it.
+    """Reserve a free TCP port until rank 0 listens on it.
 
     The socket is bound but never listens: with SO_REUSEADDR, which torch's store sets too, rank 0 may bind
-    the same port, while the kernel gives it to nobody asking for a free one.
+    the same port, while the kernel does not hand it out as a free one.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -135,16 +135,16 @@ class _Job:
         self.received: list[int] = []
 
     def start(self, command: Sequence[str], env: dict[str, str]) -> None:
-        # A process group of its own: the terminal's Ctrl-C then reaches a process through us only, once.
+        # In its own process group, so that the terminal's Ctrl-C reaches a process only through us, once.
         process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=die_with_parent
         )
         self.processes.append(process)
-        for number in self.received:  # before this process could receive it
+        for number in self.received:  # signals that came before this process existed
             process.send_signal(number)
 
     def wait(self) -> int:
-        """Block until all processes are done or one has failed; the status of the job."""
+        """Wait until all processes are done or one has failed; return the status of the job."""
         while True:
             running = self.running()
             failed = [(r, p.returncode) for r, p in enumerate(self.processes) if _has_failed(p)]
@@ -161,10 +161,10 @@ class _Job:
             time.sleep(_POLL_SECONDS)
 
     def stop(self, *, interrupted: bool = False) -> None:
-        """Ask the running processes to stop; those that do not in time are killed by `kill`.
+        """Ask the running processes to stop; `kill` kills those that do not stop in time.
 
-        `interrupted`: the user's SIGINT has asked them, and another signal could end them before they have put
-        things in order.
+        `interrupted`: the user's SIGINT has already asked them, and another signal could end them before they have
+        cleaned up.
         """
         running = self.running()
         if not running:
@@ -189,10 +189,10 @@ class _Job:
         return [process for process in self.processes if process.poll() is None]
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Forward a signal to all processes."""
         self.received.append(number)
         if self._killed_by_user():
-            return  # the waiting loop sees it and kills
+            return  # `wait` notices it, and the processes are killed
         for process in self.processes:
             process.send_signal(number)
 
@@ -201,9 +201,9 @@ class _Job:
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send a signal to this process if its parent is killed, so that nothing is left behind.
+    """Have the kernel send a signal to this process when its parent dies, so that nothing is left behind.
 
-    For a child between fork and exec (`preexec_fn`). Only Linux can; elsewhere it does nothing.
+    For a child between fork and exec (`preexec_fn`). Linux only; does nothing elsewhere.
     """
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, number)
@@ -214,6 +214,6 @@ def _has_failed(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _exit_status(returncodes: Sequence[int]) -> int:
-    """The most informative status: a 1 beside another status is often only an echo of that failure."""
+    """Return the most informative status: a 1 next to another status is often only an echo of that failure."""
     returncode = next((code for code in returncodes if code != 1), 1)
     return returncode if returncode >= 0 else 128 - returncode

@@ -1,4 +1,4 @@
-"""Inspects this machine: hardware, packages, tools. Works on a bare Python with nothing installed."""
+"""Inspect this machine: hardware, packages, tools. Works on a bare Python with nothing installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from plt_megatron.runtime.local_processes import usable_cores
 
 _IMPORT_TIMEOUT_SECONDS = 180
 
-# Distribution -> module. Compiled against torch or a driver, so being installed does not mean that they load.
+# Distribution -> module. These are compiled against torch or a driver, so installed does not mean that they load.
 _PROBED = {
     "torch": "torch",
     "megatron-core": "megatron.core",
@@ -49,7 +49,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU. `memory` in bytes."""
+    """A GPU; `memory` in bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -58,12 +58,12 @@ class Device:
 
 @dataclass
 class Machine:
-    """The result of `observe`. Sizes in bytes; None if something is absent or unreadable."""
+    """The result of `observe`. Sizes are in bytes; None: absent or unreadable."""
 
     python: tuple[int, int, int] = (0, 0, 0)
     executable: str = ""
-    packages: dict[str, str] = field(default_factory=dict)  # distribution -> version, only what is installed
-    requirements: dict[str, str] = field(default_factory=dict)  # distribution -> the range this project needs
+    packages: dict[str, str] = field(default_factory=dict)  # distribution -> version, if installed
+    requirements: dict[str, str] = field(default_factory=dict)  # distribution -> version range that this project needs
     import_errors: dict[str, str] = field(default_factory=dict)  # distribution -> why it does not load
     cuda_build: str | None = None  # the CUDA version torch was built for
     cudnn: int | None = None  # as cuDNN counts: 91900 is 9.19.0
@@ -81,7 +81,7 @@ class Machine:
 
 
 def observe() -> Machine:
-    """Inspect this machine. Takes seconds: heavy packages are imported, each in a process of its own."""
+    """Inspect this machine. Takes seconds, since it imports heavy packages, each in its own process."""
     machine = Machine(
         python=(sys.version_info.major, sys.version_info.minor, sys.version_info.micro),
         executable=sys.executable,
@@ -105,19 +105,19 @@ def observe() -> Machine:
 
 
 def _project_requirements() -> dict[str, str]:
-    """The ranges of `pyproject.toml`, or of the installed package's metadata."""
+    """Return the version ranges from `pyproject.toml`, or from the installed package's metadata."""
     if is_checkout(ROOT):
         pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         requirements = tomllib.loads(pyproject)["project"]["dependencies"]
     else:
         requirements = importlib.metadata.requires("plt-megatron") or []
-    # Those with markers belong to extras: our own dependencies carry none.
+    # Requirements with markers belong to extras: our own dependencies have none.
     parts = (re.match(r"([\w.-]+)(.*)", each) for each in requirements if ";" not in each)
     return {part[1]: part[2].strip() for part in parts if part is not None}
 
 
 def _probe_imports(machine: Machine) -> None:
-    """Import compiled packages, each in its own process, which a broken one may crash."""
+    """Import compiled packages, each in its own process, since a broken one may crash it."""
     present = [distribution for distribution in _PROBED if distribution in machine.packages]
     with ThreadPoolExecutor(max_workers=max(1, min(4, machine.cores))) as pool:
         outcomes = dict(zip(present, pool.map(_probe_import, present), strict=True))
@@ -129,8 +129,8 @@ def _probe_imports(machine: Machine) -> None:
 
 
 def _probe_import(distribution: str) -> tuple[str, str]:
-    """What the probe printed last, and the error ('' if there was none)."""
-    # torch first: Transformer Engine finds CUDA's libraries only through it.
+    """Return the last line that the probe printed, and the error ('' if there was none)."""
+    # torch first: Transformer Engine finds CUDA's libraries only through torch.
     program = _TORCH_PROBE if distribution == "torch" else f"import torch, {_PROBED[distribution]}"
     try:
         done = subprocess.run(
@@ -147,7 +147,7 @@ def _probe_import(distribution: str) -> tuple[str, str]:
         return "", f"importing it crashed ({signal.Signals(-done.returncode).name})"
     if done.returncode > 0:
         lines = done.stderr.strip().splitlines()
-        return "", lines[-1] if lines else f"importing it exits with status {done.returncode}"
+        return "", lines[-1] if lines else f"importing it exited with status {done.returncode}"
     lines = done.stdout.strip().splitlines()
     return (lines[-1] if lines else ""), ""
 
@@ -163,7 +163,7 @@ def _read_torch_probe(machine: Machine, output: str) -> None:
 
 
 def _first_line(*command: str) -> str | None:
-    """The first line a command prints; None if it is missing or fails."""
+    """Return the first line that a command prints; None if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
@@ -174,13 +174,13 @@ def _first_line(*command: str) -> str | None:
 
 
 def _memory() -> int | None:
-    """Memory of this machine, or of the container if that is less, in bytes."""
+    """Return the memory of this machine, or of the container if that is less, in bytes."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return None
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:  # no cgroup, or one of version 1
+    except OSError:  # no cgroup, or cgroup v1
         return total
     return min(total, int(limit)) if limit.isdigit() else total

@@ -14,7 +14,7 @@ from plt_megatron.errors import UserError
 
 
 def init_process_groups(parallel: ParallelConfig) -> None:
-    """Join the job that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe (absent: a job of one
+    """Join the job that `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` describe (if unset, a job of one
     process) and build the tensor, pipeline, context and data-parallel groups.
 
     Raises:
@@ -32,8 +32,8 @@ def init_process_groups(parallel: ParallelConfig) -> None:
         _init_torch_distributed(world_size, timeout)
     parallel_state.initialize_model_parallel(
         **layout.megatron_sizes,
-        expert_tensor_parallel_size=1,  # experts stay whole: they are distributed over tensor-parallel ranks too
-        # For checkpoints that are gathered on the host: ours are not, and each group costs connections at the start.
+        expert_tensor_parallel_size=1,  # experts are not split, but distributed over tensor-parallel ranks too
+        # Needed only for checkpoints gathered on the host, unlike ours; each group costs connections at start.
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, int(parallel.distributed_timeout_minutes)),
     )
@@ -50,7 +50,7 @@ def _init_torch_distributed(world_size: int, timeout: timedelta) -> None:
 
 
 def destroy_process_groups() -> None:
-    """Leave the job; the process can join another."""
+    """Leave the job; the process can then join another."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()

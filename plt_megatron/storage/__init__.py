@@ -1,1 +1,1 @@
-"""Copies of a run's exports and checkpoints elsewhere: buckets, folders and hubs."""
+"""Uploads of a run's exports and checkpoints to buckets, folders and hubs, and downloads of checkpoints."""

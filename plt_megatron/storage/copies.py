@@ -1,9 +1,9 @@
-"""Copies a folder to a place, so that it can be interrupted anywhere and no reader takes half of it.
+"""Copy a folder to a place so that the copy can be interrupted at any time and no reader takes an incomplete one.
 
-Its index has the names, sizes and SHA-256 of all files: a checkpoint's is its manifest.json, other folders get one,
-upload.json, in their copy. The index is written last, and removed first where another copy is replaced: without it, a
-folder is half a copy. Until then a journal there says which files have arrived, and what the place knew of them: what
-has not changed since is not sent again.
+An index has the names, sizes and SHA-256 of all files: for a checkpoint its manifest.json; other folders get an
+upload.json in their copy. The index is written last, and removed first when a copy is replaced: a folder without it is
+an incomplete copy. Until then a journal at the place lists the files that have arrived, with the mark the place had for
+each: files that have not changed since are not sent again.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from plt_megatron.storage.places import Place, Stored
 INDEX = "upload.json"
 FORMAT = 1
 JOURNAL = "upload.partial.json"
-_JOURNAL_EVERY_S = 5.0  # what is sent in between would be sent again
-_TRIES = 2  # to fetch a file
+_JOURNAL_EVERY_S = 5.0  # files sent since the last write may have to be sent again
+_TRIES = 2  # attempts to fetch a file
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Index:
     """The files of a folder.
 
     Attributes:
-        name: of its file.
-        text: the content of that file.
-        files: by path relative to the folder, with slashes; its own file is not one of them.
+        name: name of the index file.
+        text: content of the index file.
+        files: by path relative to the folder, with slashes; without the index file itself.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Index:
 
 
 def index_of(folder: Path) -> Index:
-    """The index of a folder, all of whose files are read.
+    """Return the index of a folder; reads all of its files.
 
     Raises:
         UserError: there is no such folder, it is empty, a checkpoint is damaged, or a file cannot be read.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
+        raise UserError(f"{folder}: no such folder")
     if (folder / checkpoints.MANIFEST).is_file():
         damage = checkpoints.damage(folder)
         if damage is not None:
@@ -76,13 +76,13 @@ def index_of(folder: Path) -> Index:
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be read, {error.strerror or error}") from error
     if not files:
-        raise UserError(f"{folder}: it is empty")
+        raise UserError(f"{folder}: the folder is empty")
     entries: dict[str, Any] = {name: vars(entry) for name, entry in files.items()}
     return Index(INDEX, json.dumps({"format": FORMAT, "files": entries}, indent=1) + "\n", files)
 
 
 def read_index(name: str, text: str) -> Index:
-    """An index from its file's text. Raises `ValueError` if it is none."""
+    """Parse an index file's text. Raises `ValueError` if it is not a valid index."""
     try:
         content = json.loads(text)
         if content["format"] > FORMAT:
@@ -102,7 +102,7 @@ def _entry(path: Path) -> Entry:
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What an upload has done: files and bytes of the folder, and of those what had to be sent."""
+    """Result of an upload: files and bytes of the folder, and how many of them had to be sent."""
 
     files: int
     bytes: int
@@ -111,15 +111,16 @@ class Uploaded:
 
 
 def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = False) -> Uploaded:
-    """Make `place` a copy of a folder; what is there already is not sent again.
+    """Make `place` a copy of a folder; files that are already there are not sent again.
 
     Args:
-        verify: read back what is there, rather than trust its size and what the place says of it.
-        owned: nothing else may be there, and what is goes. Otherwise only what an earlier upload has left.
+        verify: read back the files that are there, rather than trust their sizes and marks.
+        owned: the place belongs to this copy, and all other files in it are removed. Otherwise only those that an
+            earlier upload has left are.
 
     Raises:
-        UserError: the folder is damaged, the place has files of somebody else, or cannot be written; the next try goes
-            on from there.
+        UserError: the folder is damaged, or the place has files of someone else or cannot be written; the next attempt
+            continues from there.
     """
     index = index_of(folder)
     there = place.files()
@@ -127,7 +128,7 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
     complete = text == index.text
     journal = _read_journal(place) if JOURNAL in there else {}
     if there and not owned and text is None and JOURNAL not in there:
-        raise UserError(f"{place.url} is not empty, and what is there is no upload ({min(there)}); give another folder")
+        raise UserError(f"{place.url} is not empty and does not hold an upload ({min(there)}); give another folder")
     good = _good_files(place, index, there, {} if complete or verify else journal, complete=complete, verify=verify)
     missing = [name for name in index.files if name not in good]
     stale = there.keys() - index.files.keys() - {index.name, JOURNAL}
@@ -144,9 +145,9 @@ def upload(folder: Path, place: Place, *, verify: bool = False, owned: bool = Fa
 def _replace(
     folder: Path, place: Place, index: Index, missing: Collection[str], stale: Collection[str], good: dict[str, Stored]
 ) -> None:
-    """In an order in which a reader never finds an index over other files than its own."""
+    """Bring the place up to date in an order in which a reader never finds an index with files other than its own."""
     journal = {name: _noted(index.files[name], stored) for name, stored in good.items()}
-    place.write_text(JOURNAL, json.dumps(journal))  # from now on it is known to be an upload
+    place.write_text(JOURNAL, json.dumps(journal))  # also marks the place as an upload from now on
     place.remove(index.name)
     for name in sorted(stale):
         place.remove(name)
@@ -158,7 +159,7 @@ def _replace(
 def _names_in(name: str, text: str | None) -> Collection[str]:
     try:
         return set() if text is None else read_index(name, text).files.keys()
-    except ValueError:  # half of it
+    except ValueError:  # incomplete
         return set()
 
 
@@ -171,7 +172,7 @@ def _good_files(
     complete: bool,
     verify: bool,
 ) -> Collection[str]:
-    """Files that have arrived as they are to be."""
+    """Return the files that have arrived intact."""
 
     def is_good(name: str, entry: Entry) -> bool:
         stored = there.get(name)
@@ -190,12 +191,12 @@ def _send(folder: Path, place: Place, index: Index, names: Collection[str], jour
         for name in names:
             stored, entry = place.put(folder / name, name), index.files[name]
             if stored.bytes != entry.bytes:
-                raise UserError(f"{place.url}/{name}: {stored.bytes} bytes have arrived instead of {entry.bytes}")
+                raise UserError(f"{place.url}/{name}: {stored.bytes} bytes arrived instead of {entry.bytes}")
             journal[name] = _noted(entry, stored)
             if time.monotonic() - noted >= _JOURNAL_EVERY_S:
                 place.write_text(JOURNAL, json.dumps(journal))
                 noted = time.monotonic()
-    except BaseException:  # a signal too
+    except BaseException:  # also on a signal
         with contextlib.suppress(UserError):
             place.write_text(JOURNAL, json.dumps(journal))
         raise
@@ -208,7 +209,7 @@ def _noted(entry: Entry, stored: Stored) -> dict[str, Any]:
 def _read_journal(place: Place) -> dict[str, Any]:
     try:
         content = json.loads(place.read_text(JOURNAL) or "{}")
-    except ValueError:  # it was being written
+    except ValueError:  # interrupted while it was written
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -217,7 +218,7 @@ def _read_journal(place: Place) -> dict[str, Any]:
 
 
 def read_manifest(place: Place) -> Index:
-    """The index of a complete checkpoint. Raises `UserError` if it is none."""
+    """Return the index of a complete checkpoint. Raises `UserError` if there is none."""
     text = place.read_text(checkpoints.MANIFEST)
     if text is None:
         raise UserError(f"{place.url}: no complete checkpoint there, {checkpoints.MANIFEST} is missing")
@@ -228,10 +229,10 @@ def read_manifest(place: Place) -> Index:
 
 
 def read_progress(url: str) -> dict[str, Any]:
-    """The record of its run of the checkpoint that a URL means (see `find_checkpoint`).
+    """Read the progress record of the checkpoint that a URL refers to (see `find_checkpoint`).
 
     Raises:
-        UserError: there is none, or its record is damaged or a newer program's.
+        UserError: there is no checkpoint, or its record is damaged or from a newer version of this program.
     """
     place = find_checkpoint(url)
     text, entry = place.read_text(checkpoints.PROGRESS), read_manifest(place).files.get(checkpoints.PROGRESS)
@@ -241,8 +242,8 @@ def read_progress(url: str) -> dict[str, Any]:
 
 
 def find_checkpoint(url: str) -> Place:
-    """The checkpoint that a URL means: one, or of a folder of them, or of a run's folder, the one `latest` names or the
-    last complete one before it.
+    """Find the checkpoint that a URL refers to: a checkpoint, or a folder of checkpoints or a run's folder, in which it
+    is the one that `latest` names or the last complete one before it.
 
     Raises:
         UserError: there is none.
@@ -256,28 +257,28 @@ def find_checkpoint(url: str) -> Place:
     for step in sorted(steps_in(folder), reverse=True):
         candidate = folder / checkpoints.folder_name(step)
         if last is not None and step > last:
-            continue  # of a course of training that was rolled back
+            continue  # belongs to a course of training that was rolled back
         if candidate.read_text(checkpoints.MANIFEST) is not None:
             return candidate
     raise UserError(f"{url}: no complete checkpoint there")
 
 
 def steps_in(folder: Place) -> list[int]:
-    """Steps whose checkpoints a folder has, complete or not."""
+    """List the steps of a folder's checkpoints, complete or not."""
     return [checkpoints.step_of(Path(name)) for name in folder.folders() if checkpoints.NAME.fullmatch(name)]
 
 
 def latest_step(folder: Place) -> int | None:
-    """The step that a folder's `latest` names, if it does."""
+    """Return the step that a folder's `latest` file names, if any."""
     named = (folder.read_text(checkpoints.LATEST) or "").strip()
     return checkpoints.step_of(Path(named)) if checkpoints.NAME.fullmatch(named) else None
 
 
 def download_part(place: Place, index: Index, folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Fetch every `parts`-th file, from the `part`-th on; those that are there and right are not fetched again.
+    """Fetch every `parts`-th file, starting with the `part`-th; files that are already there and intact are skipped.
 
     Raises:
-        UserError: a file cannot be read, or is not what the index says, twice.
+        UserError: a file cannot be read, or twice does not match the index.
     """
     for name in sorted(index.files)[part::parts]:
         entry, local = index.files[name], folder / name
@@ -297,6 +298,6 @@ def download_part(place: Place, index: Index, folder: Path, part: int = 0, parts
 
 
 def finish_download(index: Index, partial: Path, folder: Path) -> None:
-    """Give a checkpoint that was fetched whole its name. Raises `OSError`."""
+    """Write the index of a completely fetched checkpoint and move it to its final name. Raises `OSError`."""
     write_text(partial / index.name, index.text)
     partial.rename(folder)

@@ -1,4 +1,4 @@
-"""Uploads models to a Hugging Face hub: a branch for each revision, which gets its name once it is complete."""
+"""Upload models to a Hugging Face hub: one branch per revision, which gets its final name once it is complete."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from plt_megatron.storage.copies import INDEX, Uploaded, index_of, read_index
 from plt_megatron.storage.places import failing
 
 MAIN = "main"
-_PARTIAL = "uploading-"  # begins the name of a branch that is not complete
+_PARTIAL = "uploading-"  # prefix of an incomplete branch's name
 _PROBE = "upload-check"
-_OWNER = "upload_id"  # a file of each branch: which run it is of
+_OWNER = "upload_id"  # file in each branch with the id of the run it belongs to
 
 
 class Repository:
-    """A repository of models, as hf://owner/name. All its methods raise `UserError`, one line without secrets.
+    """A model repository, hf://owner/name. All methods raise `UserError`, one line without secrets.
 
-    Who writes, and to which hub, is what `huggingface_hub` knows: `HF_TOKEN` or `hf auth login`, and `HF_ENDPOINT`.
+    `huggingface_hub` decides who writes and to which hub: by `HF_TOKEN` or `hf auth login`, and `HF_ENDPOINT`.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,30 +35,30 @@ class Repository:
         self._api = HfApi()
 
     def claim(self, run_id: str) -> None:
-        """Make sure that the repository exists (a new one is private), can be written, and has no other run's steps."""
+        """Ensure that the repository exists (a new one is private), can be written, and has no other run's steps."""
         with failing(f"{self.url} cannot be written"):
             self._api.create_repo(self._name, private=True, exist_ok=True)
             self._api.create_branch(self._name, branch=_PROBE, exist_ok=True)
             self._api.delete_branch(self._name, branch=_PROBE)
         owner = self.owner()
         if owner not in (None, run_id):
-            raise UserError(f"{self.url} has another run's exports in its branches: give another repository")
+            raise UserError(f"{self.url} has another run's exports in its branches: choose another repository")
 
     def owner(self) -> str | None:
-        """The id of the run whose exports its branches have; None: there is none."""
+        """Return the id of the run whose exports the branches hold; None if there is none."""
         with failing(f"{self.url} cannot be read"):
             steps = [name for name in self._branches() if NAME.fullmatch(name)]
             text = self._read(_OWNER, max(steps)) if steps else None
             return text.strip() if text else None
 
     def upload(self, folder: Path, revision: str, run_id: str | None = None) -> Uploaded:
-        """Make a branch, `revision`, a copy of a folder; what the hub has already is not sent again.
+        """Make the branch `revision` a copy of a folder; files that the hub already has are not sent again.
 
-        `main`, which cannot be replaced, is written in place, and keeps what no upload has put there.
+        `main`, which cannot be replaced, is written in place and keeps files that are not from an upload.
 
         Raises:
-            UserError: the folder is empty, the branch is somebody else's, or the hub refuses; the next try goes on from
-                there.
+            UserError: the folder is empty, the branch belongs to someone else, or the hub refuses; the next attempt
+                continues from there.
         """
         from huggingface_hub import CommitOperationAdd
 
@@ -69,9 +69,9 @@ class Repository:
             if before == index.text:
                 return Uploaded(len(index.files), index.total_bytes, 0, 0)
             if revision in branches and revision != MAIN and before is None:
-                raise UserError(f"{self.url} has a branch {revision} that is no upload; give another revision")
+                raise UserError(f"{self.url} has a branch {revision} that is not an upload; give another revision")
             partial = MAIN if revision == MAIN else _PARTIAL + revision
-            # A branch begins as a copy of main, of which nothing is to stay; of main only an earlier upload goes.
+            # A branch starts as a copy of main, none of which may stay; in main only an earlier upload is removed.
             stale = "*" if revision != MAIN else sorted(_files_of(before) - index.files.keys())
             self._api.create_branch(self._name, branch=partial, exist_ok=True)
             to: dict[str, Any] = {"repo_id": self._name, "revision": partial}

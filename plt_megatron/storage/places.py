@@ -1,4 +1,4 @@
-"""A folder anywhere that fsspec reaches: in a bucket, or on another file system."""
+"""A folder anywhere that fsspec can reach: in a bucket, or on another file system."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from plt_megatron.config.rules.uploads import packages_for, protocol_of
 from plt_megatron.errors import UserError
 from plt_megatron.extras import require
 
-# Of what a file system knows of a file, what changes with its content: the first that there is.
+# Attributes of a file that change with its content; the first that the file system has is used.
 _MARKS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified", "last_modified", "created")
 _SECRET_NAME = re.compile(r"SECRET|TOKEN|PASSWORD|CREDENTIAL|KEY|SAS", re.IGNORECASE)
-# Tokens of a hub, users and passwords in a URL, and its query, in which signatures are.
+# Hub tokens, user and password in a URL, and a URL's query, which may contain signatures.
 _SECRET = re.compile(r"hf_\w{8,}|(?<=://)[^/\s@]+@|(?<=\w)\?\S*[=&]\S*")
-_SHORTEST = 6  # characters of a secret: shorter words are in every message
-_LONGEST = 300  # characters of a message
+_SHORTEST = 6  # minimum characters of a secret: shorter words occur in every message
+_LONGEST = 300  # maximum characters of a message
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored file: its size in bytes, and what tells that it has not changed since (None: nothing does)."""
+    """A stored file: its size in bytes, and a mark that changes with its content (None: the place has none)."""
 
     bytes: int
     mark: str | None
 
 
 class Place:
-    """A folder by its URL. All its methods raise `UserError`, one line without secrets.
+    """A folder, given by its URL. All methods raise `UserError`, one line without secrets.
 
-    Folders need not exist, and appear with their first file.
+    Folders need not exist; they are created with their first file.
     """
 
     def __init__(self, url: str) -> None:
@@ -48,17 +48,17 @@ class Place:
             fs, root = fsspec.core.url_to_fs(self.url)
         except Exception as error:  # no such protocol, or a package that the extra does not install
             raise UserError(f"{self.url}: {reason(error)}") from error
-        # Where paths do not begin with a slash the first part is a bucket, in which folders are not made; some file
-        # systems would make the bucket.
+        # Where paths do not start with a slash, the first part is a bucket. Buckets need no folders, and on some file
+        # systems making one would create the bucket.
         self._has_folders = fs.root_marker == "/"
         self._fs = DirFileSystem(root, fs)
 
     def __truediv__(self, name: str) -> Place:
-        """The folder `name` in this one."""
+        """Return the folder `name` in this one."""
         return Place(f"{self.url}/{name}")
 
     def read_text(self, name: str) -> str | None:
-        """A file's text; None: there is no such file."""
+        """Read a file's text; None if there is no such file."""
         with failing(f"{self.url}/{name} cannot be read"):
             try:
                 return self._fs.cat_file(name).decode()
@@ -72,7 +72,7 @@ class Place:
             self._fs.pipe_file(name, text.encode())
 
     def put(self, local: Path, name: str) -> Stored:
-        """Copy a file there."""
+        """Copy a local file to the place."""
         with failing(f"{self.url}/{name} cannot be written"):
             self._make_folder_of(name)
             self._fs.put_file(str(local), name)
@@ -80,25 +80,25 @@ class Place:
             return _stored(self._fs.info(name))
 
     def get(self, name: str, local: Path) -> None:
-        """Copy a file from there."""
+        """Copy a file from the place."""
         with failing(f"{self.url}/{name} cannot be read"):
             self._fs.get_file(name, str(local))
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a remote file; reads all of it."""
+        """Return the SHA-256 of a remote file; reads all of it."""
         with failing(f"{self.url}/{name} cannot be read"):
             with self._fs.open(name, "rb") as source:
                 return hashlib.file_digest(source, "sha256").hexdigest()
 
     def files(self) -> dict[str, Stored]:
-        """All files, also those in folders of the folder, by relative path."""
+        """List all files, recursively, by relative path."""
         with failing(f"{self.url} cannot be read"):
             self._fs.invalidate_cache()
             found = self._fs.find("", detail=True) if self._fs.exists("") else {}
             return {path: _stored(info) for path, info in found.items()}
 
     def folders(self) -> list[str]:
-        """Names of the folders in the folder."""
+        """List the names of subfolders."""
         with failing(f"{self.url} cannot be read"):
             self._fs.invalidate_cache()
             try:
@@ -115,7 +115,7 @@ class Place:
                 self._fs.rm_file(name)
 
     def remove_all(self) -> None:
-        """Remove the folder."""
+        """Remove the whole folder."""
         with failing(f"{self.url} cannot be removed"):
             self._fs.invalidate_cache()
             if self._fs.exists(""):
@@ -131,32 +131,32 @@ def _stored(info: dict[str, Any]) -> Stored:
     return Stored(int(info["size"]), None if mark is None else str(mark))
 
 
-# What libraries say when they fail, in one line and without secrets.
+# Errors of libraries, in one line and without secrets.
 
 
 @contextmanager
 def failing(what: str) -> Iterator[None]:
-    """Any error of a library in the block becomes a `UserError`: "`what`: reason"."""
+    """Turn any library error in the block into a `UserError`: "`what`: reason"."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each library has its own, and they share no class
+    except Exception as error:  # the libraries' own errors have no common base class
         raise UserError(f"{what}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, without the secrets that this process has been given in its environment."""
+    """Format an error in one line, without the secrets in this process's environment."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, KeyError | IndexError | AttributeError | TypeError):  # says little without its class
+    elif isinstance(error, KeyError | IndexError | AttributeError | TypeError):  # unclear without the class name
         text = f"{type(error).__name__}: {text}"
     return redacted(text)[:_LONGEST]
 
 
 def redacted(text: str) -> str:
-    """A text without secrets."""
+    """Return the text with secrets replaced by asterisks."""
     secrets = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST]
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")

@@ -1,11 +1,11 @@
-"""What waits to be uploaded in a run's folder.
+"""Queue of exports and checkpoints to be uploaded, in a run's folder.
 
     uploading/
-      exports/step_00000100/          an export that waits, or whose upload has failed
+      exports/step_00000100/          an export that is waiting, or whose upload has failed
       checkpoints/step_00000100/      a checkpoint, likewise
-      checkpoints/step_00000050.now/  what is being uploaded, or was when its process ended
+      checkpoints/step_00000050.now/  being uploaded, or was when its process ended
 
-These are hard links: they take no room until the run removes its own, and outlive that.
+Files are hard links: they take no space until the run removes its own copies, and outlive them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _TEMPORARY = ".tmp"
 
 
 def link_folder(source: Path, target: Path) -> None:
-    """Make `target` a folder of hard links to the files of `source`, in one step. Raises `OSError`."""
+    """Make `target` a folder of hard links to the files of `source`, atomically. Raises `OSError`."""
     partial = target.with_suffix(_TEMPORARY)
     for path in (partial, target):
         shutil.rmtree(path, ignore_errors=True)
     try:
         shutil.copytree(source, partial, copy_function=os.link)
-    except shutil.Error as error:  # of each file
+    except shutil.Error as error:  # has the errors of all files
         raise OSError(None, str(error.args[0][0][2])) from error
     partial.rename(target)
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """An export or a checkpoint that waits. `folder` may have been renamed since."""
+    """An export or checkpoint in the queue. `folder` may have been renamed since."""
 
     kind: str
     step: int
@@ -46,19 +46,19 @@ class Waiting:
 
 
 class UploadQueue:
-    """The queue of a run. One process adds to it, and another one uploads what it holds."""
+    """The upload queue of a run. One process adds to it, and another one uploads."""
 
     def __init__(self, run: RunFolder) -> None:
         self.path = run.uploading
 
     def add(self, kind: str, folder: Path) -> None:
-        """Queue a finished folder, in the place of an earlier one of its step. Raises `OSError`."""
+        """Queue a finished folder, replacing an earlier one of the same step. Raises `OSError`."""
         waiting = self._folder(kind) / folder.name
         _remove(waiting.with_suffix(_NOW))
         link_folder(folder, waiting)
 
     def waiting(self) -> list[Waiting]:
-        """All there is: first what was being uploaded, then exports before checkpoints, earlier steps before later."""
+        """List all entries: first those being uploaded, then exports before checkpoints, earlier steps before later."""
         found = [
             (path.suffix != _NOW, index, Waiting(kind, step_of(path.with_suffix("")), path))
             for index, kind in enumerate(_FOLDERS)
@@ -67,7 +67,7 @@ class UploadQueue:
         return [entry for *_, entry in sorted(found, key=lambda item: (item[0], item[1], item[2].step))]
 
     def begin(self, entry: Waiting) -> Waiting | None:
-        """Take an entry to upload it, so that it is not dropped; None: it is gone."""
+        """Take an entry for upload, so that it is not dropped; None if it is gone."""
         taken = entry.folder.with_suffix(_NOW)
         try:
             entry.folder.rename(taken)
@@ -76,24 +76,24 @@ class UploadQueue:
         return Waiting(entry.kind, entry.step, taken)
 
     def put_back(self, entry: Waiting) -> None:
-        """Put an entry back whose upload has failed."""
+        """Put back an entry whose upload has failed."""
         waiting = entry.folder.with_suffix("")
         if entry.folder.is_dir() and not waiting.exists():
             entry.folder.rename(waiting)
 
     def done(self, entry: Waiting) -> None:
-        """Remove an entry."""
+        """Remove an uploaded entry."""
         _remove(entry.folder)
 
     def drop_older_checkpoints(self, step: int, keep_every: int) -> None:
-        """Drop waiting checkpoints before `step`, except permanent ones: uploads may be slower than saves."""
+        """Drop waiting checkpoints before `step`, except permanent ones, since uploads may be slower than saves."""
         for entry in self.waiting():
             permanent = keep_every > 0 and entry.step % keep_every == 0
             if entry.kind == CHECKPOINT and entry.step < step and not permanent and entry.folder.suffix != _NOW:
                 _remove(entry.folder)
 
     def drop_after(self, step: int) -> None:
-        """Remove what belongs to a course of training that was given up after `step`."""
+        """Remove entries after `step`, which belong to a course of training that was rolled back."""
         for entry in self.waiting():
             if entry.step > step:
                 _remove(entry.folder)
@@ -110,7 +110,7 @@ def _entries(directory: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name: one that is taken meanwhile keeps all of its files."""
+    """Remove a folder, renaming it first, so that an entry that is taken meanwhile keeps all of its files."""
     doomed = folder.with_suffix(_TEMPORARY)
     shutil.rmtree(doomed, ignore_errors=True)
     try:

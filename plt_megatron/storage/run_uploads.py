@@ -1,4 +1,4 @@
-"""Uploads what waits in a run's folder to where its configuration says."""
+"""Upload what is queued in a run's folder to the destinations in its configuration."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RunUploads:
     """The uploads of one run.
 
     Args:
-        config: the run's; its destinations are `checkpoint.export_upload_to` and `checkpoint.upload_to`.
-        say: gets progress messages.
+        config: the run's configuration, with destinations `checkpoint.export_upload_to` and `checkpoint.upload_to`.
+        say: called with progress messages.
 
     Raises:
         UserError: the configuration has no destination.
@@ -42,8 +42,8 @@ class RunUploads:
         self._to = {EXPORT: upload_rules.exports_of(config), CHECKPOINT: upload_rules.checkpoints_of(config)}
         if not any(self._to.values()):
             raise UserError(
-                f"{folder.config_file} has neither checkpoint.export_upload_to nor checkpoint.upload_to; upload an "
-                "export or a checkpoint of it with --to"
+                f"{folder.config_file} sets neither checkpoint.export_upload_to nor checkpoint.upload_to; upload an "
+                "export or a checkpoint of the run with --to"
             )
 
     def check(self) -> None:
@@ -57,7 +57,7 @@ class RunUploads:
                 raise UserError(f"{key}: {error}") from error
 
     def _claim(self, to: str) -> None:
-        """Mark a destination as this run's, which also shows that it can be written; once."""
+        """Mark a destination as this run's, once; this also shows that it can be written."""
         if to in self._claimed:
             return
         if protocol_of(to) == HUB:
@@ -83,10 +83,10 @@ class RunUploads:
                         self.queue.add(kind, path)
 
     def work(self, *, verify: bool = False) -> bool:
-        """Upload all that waits, also what comes meanwhile; one that fails goes on waiting. Returns whether none has.
+        """Upload all entries, also those added meanwhile; failed ones stay in the queue. Return whether none failed.
 
         Raises:
-            UserError: another process is at it.
+            UserError: another process is already uploading.
         """
         tried: set[tuple[str, int]] = set()
         failed = False
@@ -121,7 +121,7 @@ class RunUploads:
     def _send(self, entry: Waiting, name: str, verify: bool) -> tuple[str, Uploaded]:
         to = self._to[entry.kind]
         if to is None:
-            raise UserError("the configuration no longer says where to")
+            raise UserError("the configuration no longer has a destination for it")
         self._claim(to)
         if protocol_of(to) == HUB:
             return f"{to}@{name}", Repository(to).upload(entry.folder, name, self._id(to))
@@ -133,10 +133,10 @@ class RunUploads:
         return target.url, uploaded
 
     def _settle_checkpoints(self, place: Place) -> None:
-        """Name the latest of the checkpoints there, and remove those that need not be kept.
+        """Update `latest` at the destination, and remove checkpoints that need not be kept.
 
-        Later ones than the run's own last stay until the run gets there: the folder of the run may be an older one that
-        was restored, and what is there the only copy.
+        Checkpoints after the run's own last one stay until the run gets there: its folder may have been restored from
+        an older copy, and the destination may have the only copy of them.
         """
         last = self._last_step()
         steps = [step for step in steps_in(place) if last is None or step <= last]
@@ -146,7 +146,7 @@ class RunUploads:
         unfinished = {entry.step for entry in self.queue.waiting() if entry.kind == CHECKPOINT}
         for step in sorted(self._superseded(complete) | set(steps) - set(complete) - unfinished):
             doomed = place / checkpoints.folder_name(step)
-            doomed.remove(checkpoints.MANIFEST)  # first: half a checkpoint must not look like one
+            doomed.remove(checkpoints.MANIFEST)  # first, so that half a checkpoint never looks complete
             doomed.remove_all()
 
     def _superseded(self, steps: list[int]) -> set[int]:
@@ -155,12 +155,12 @@ class RunUploads:
         return checkpoints.superseded(steps, last, settings.upload_keep_last, settings.keep_every)
 
     def _last_step(self) -> int | None:
-        """Step of the run's own last checkpoint."""
+        """Return the step of the run's own last checkpoint."""
         latest = checkpoints.latest_checkpoint(self.folder.path, verify=False)
         return None if latest is None else checkpoints.step_of(latest)
 
     def _id(self, to: str) -> str:
-        """What tells this run's uploads from another's. A run that goes on from its own uploads takes theirs."""
+        """Return the id that marks this run's uploads. A run that continues from uploads at `to` takes their id."""
         path, load = self.folder.upload_id_file, self.config.checkpoint.load
         if not path.exists():
             theirs = None
@@ -173,7 +173,7 @@ class RunUploads:
 
 
 def upload_folder(folder: Path, url: str, *, verify: bool = False) -> Uploaded:
-    """Upload one folder to a URL of its own: a bucket's or another file system's folder, or hf://owner/name@revision.
+    """Upload one folder to a given URL: a folder in a bucket or another file system, or hf://owner/name@revision.
 
     Raises:
         UserError: the URL or the folder is unusable, or the destination cannot be written.
@@ -192,7 +192,7 @@ def upload_folder(folder: Path, url: str, *, verify: bool = False) -> Uploaded:
 
 
 def describe(target: str, uploaded: Uploaded, seconds: float) -> str:
-    """An upload in a line."""
+    """Describe an upload in one line."""
     sent = "nothing new" if uploaded.sent_files == 0 else f"{format_bytes(uploaded.sent_bytes)} sent"
     took = format_duration(seconds)
     return f"uploaded {target}: {plural(uploaded.files, 'file')}, {format_bytes(uploaded.bytes)}, {sent} in {took}"
@@ -202,7 +202,7 @@ def _claim_place(place: Place, run_id: str) -> None:
     owner = place.read_text(_OWNER)
     if owner is not None and owner.strip() != run_id:
         raise UserError(
-            f"{place.url} has the uploads of another run: give this one another name, or go on from them with "
+            f"{place.url} has the uploads of another run: give this run another name, or continue from them with "
             f"checkpoint.load={place.url}"
         )
     place.write_text(_OWNER, run_id + "\n")

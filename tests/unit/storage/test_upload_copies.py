@@ -164,7 +164,7 @@ def test_somebody_elses_files_are_neither_replaced_nor_removed(tmp_path, monkeyp
     home = tmp_path / "home"
     home.mkdir()
     (home / "config.json").write_text("mine")
-    with pytest.raises(UserError, match=r"home is not empty, and what is there is no upload \(config\.json\)"):
+    with pytest.raises(UserError, match=r"home is not empty and does not hold an upload \(config\.json\)"):
         upload(first, place_at(home))
     assert content(home) == {"config.json": b"mine"}
     (home / "config.json").unlink()
@@ -258,10 +258,10 @@ def test_an_index_from_elsewhere_is_not_trusted(text, problem):
 
 
 def test_what_there_is_nothing_of_is_not_uploaded(tmp_path):
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         index_of(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="it is empty"):
+    with pytest.raises(UserError, match="the folder is empty"):
         index_of(tmp_path / "empty")
 
 

@@ -170,7 +170,7 @@ def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_upl
     [
         (["nowhere"], "nowhere is not a run's folder: --to goes with it"),
         (["nowhere", "--to", "file:///tmp/x", "--check"], "nowhere is not a run's folder: --check and --waiting"),
-        (["nowhere", "--to", "file:///tmp/x"], "nowhere: there is no such folder"),
+        (["nowhere", "--to", "file:///tmp/x"], "nowhere: no such folder"),
         (["nowhere", "--to", "bucket/x"], "--to: bucket/x is not a URL"),
         (["nowhere", "--to", "hf://owner/name"], "hf://owner/name names no revision"),
         (["nowhere", "--to", "hf://owner/name@main", "--verify"], "a hub compares SHA-256 itself; leave --verify out"),
