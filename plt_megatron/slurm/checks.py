@@ -362,7 +362,7 @@ def _storage(ahead: Forecast) -> str:
     if not ahead.checkpoint_bytes:
         return "none: checkpoint.enabled is false, so the run cannot resume"
     return (
-        f"{format_bytes(ahead.checkpoint_bytes)} each, up to {format_bytes(ahead.storage_bytes)} more in all; "
+        f"{format_bytes(ahead.checkpoint_bytes)} each, up to {format_bytes(ahead.storage_bytes)} more in total; "
         f"{format_bytes(ahead.free_bytes)} free"
     )
 

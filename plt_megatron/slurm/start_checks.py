@@ -1,6 +1,6 @@
 """Checks, before a job is submitted, of what training would refuse about its data and its starting checkpoint.
 
-Of data, only headers and manifests are read.
+Only headers and manifests of the data are read.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class _Play:
         self.clock[rank] = self._now(rank, call)
         self.at[rank] += 1
 
-    # What is left.
+    # Calls and messages that are left over.
 
     def _report_stuck(self) -> None:
         stuck = {rank: call for rank in self.records if (call := self._next(rank)) is not None}

@@ -102,7 +102,7 @@ class Observer:
         self._recomputing += self.log.phase.startswith("backward")
 
     def leave_layer(self) -> None:
-        """Note that it has ended."""
+        """Note that the layer's forward, or its core attention's, has ended."""
         self._recomputing -= self.log.phase.startswith("backward")
 
     def waits_for_device(self, what: str) -> None:

@@ -247,7 +247,7 @@ def test_exports_take_space_too(folder, slurm, capsys):
     sizes = []
     for more in ((), ("checkpoint.export_interval=100",)):
         submit(Options("run.yaml", time="01:00:00", dry_run=True, overrides=[*steps, *more]), ROOT)
-        (size,) = re.findall(r"up to ([\d.]+) MB more in all", capsys.readouterr().out)
+        (size,) = re.findall(r"up to ([\d.]+) MB more in total", capsys.readouterr().out)
         sizes.append(float(size) * 1e6)
     parameters = count_parameters(load_config("run.yaml").model, load_config("run.yaml").model.vocab_size).total
     assert sizes[1] - sizes[0] == pytest.approx(3 * 2 * parameters, abs=2e4)
@@ -259,7 +259,7 @@ def test_too_little_free_space_for_all_of_an_array(folder, slurm, monkeypatch, c
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(RUN | {"name": name}))
     (folder / "list.txt").write_text("one.yaml\ntwo.yaml\n")
     submit(Options("run.yaml", time="01:00:00", dry_run=True), ROOT)
-    (each,) = re.findall(r"up to ([\d.]+) MB more in all", capsys.readouterr().out)
+    (each,) = re.findall(r"up to ([\d.]+) MB more in total", capsys.readouterr().out)
     monkeypatch.setattr(checks, "LEAST_RUN_FOLDER", 0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, round(1.9e6 * float(each))))
     assert_one_line(folder, slurm, refusal(array="list.txt"), "the checkpoints of 2 runs", "together", "fewer runs")
