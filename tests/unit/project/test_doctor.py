@@ -250,7 +250,7 @@ def test_requirements_are_those_of_pyproject():
     [
         ("raise ImportError('no such symbol')", "ImportError: no such symbol"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed (SIGSEGV)"),
-        ("raise SystemExit(3)", "exits with status 3"),
+        ("raise SystemExit(3)", "exited with status 3"),
     ],
 )
 def test_a_package_that_breaks_at_import_breaks_only_its_probe(tmp_path, monkeypatch, source, said):
