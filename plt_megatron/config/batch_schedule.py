@@ -1,7 +1,7 @@
-"""How many sequences each step of a run has: `training.batch_schedule`.
+"""Batch size of each step of a run: `training.batch_schedule`.
 
-A function of the configuration and of the tokens that the run has trained on: all ranks agree, a resumed run goes on as
-it would have, and estimates know a run's steps, none of which needs a state.
+It depends only on the configuration and on the tokens trained so far. Without any state, all ranks agree, a resumed run
+continues as it would have, and estimates know a run's steps.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from plt_megatron.config.schedules import find_order_problems, starts
 from plt_megatron.config.schema import BatchStage, RunConfig
 
-MAX_INCREMENTS = 10_000  # of a stage
+MAX_INCREMENTS = 10_000  # per stage
 
 
 class BatchSchedule:
-    """The batch sizes of a run's steps. Without a schedule, `training.global_batch_size` in all of them.
+    """Batch size of each step of a run; `training.global_batch_size` throughout without a schedule.
 
-    A size holds from the first step that begins at or after the number of tokens given for it: no step is divided.
+    A size takes effect at the first step that begins at or after the end of the previous one: no step is split.
 
     Attributes:
-        sizes: in sequences, in their order; the last one is `training.global_batch_size`.
+        sizes: batch sizes in sequences, in order of use; the last one is `training.global_batch_size`.
 
     Args:
-        config: validated.
+        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -35,7 +35,7 @@ class BatchSchedule:
         self.sizes: list[int] = []
         start, sizes_after = 0, [stage.global_batch_size for stage in training.batch_schedule[1:]]
         sizes_after.append(training.global_batch_size)
-        for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one more without any stage
+        for stage, after in zip(training.batch_schedule, sizes_after, strict=False):  # one size more without stages
             sizes = stage_sizes(stage, after)
             self._ends += [start + (stage.until - start) * part // len(sizes) for part in range(1, len(sizes) + 1)]
             self.sizes += sizes
@@ -43,15 +43,15 @@ class BatchSchedule:
         self.sizes.append(training.global_batch_size)
 
     def global_batch_size(self, tokens: int) -> int:
-        """Sequences of the step that follows `tokens`."""
+        """Return the number of sequences in the step that follows `tokens`."""
         return self.sizes[bisect_right(self._ends, tokens)]
 
     def step_tokens(self, tokens: int) -> int:
-        """Tokens of the step that follows `tokens`."""
+        """Return the number of tokens in the step that follows `tokens`."""
         return self.global_batch_size(tokens) * self._length
 
     def batches(self, tokens: int = 0) -> Iterator[int]:
-        """The sizes of the steps that follow `tokens`, endlessly."""
+        """Yield the batch sizes of the steps that follow `tokens`, endlessly."""
         while True:
             size = self.global_batch_size(tokens)
             yield size
@@ -60,8 +60,8 @@ class BatchSchedule:
     def stretches(
         self, tokens: int = 0, *, steps: int | None = None, end: int | None = None
     ) -> Iterator[tuple[int, int]]:
-        """(size, number) of successive steps of one size that follow `tokens`: of as many as `steps`, or as there are
-        whole ones up to `end` tokens."""
+        """Yield (size, number of steps) for each stretch of equal batches that follows `tokens`. The stretches cover
+        `steps` steps, or all whole steps up to `end` tokens."""
         number = bisect_right(self._ends, tokens)
         while number < len(self.sizes):
             size, stop = self.sizes[number], self._ends[number] if number < len(self._ends) else None
@@ -79,29 +79,29 @@ class BatchSchedule:
             number = bisect_right(self._ends, tokens)
 
     def steps(self, end: int, tokens: int = 0) -> int:
-        """Whole steps between `tokens` and `end` tokens."""
+        """Return the number of whole steps between `tokens` and `end` tokens."""
         return sum(number for _, number in self.stretches(tokens, end=end))
 
     def tokens(self, steps: int, tokens: int = 0) -> int:
-        """Tokens of the run after `steps` steps that follow `tokens`."""
+        """Return the tokens trained on after `steps` more steps, starting from `tokens`."""
         return tokens + self._length * sum(size * number for size, number in self.stretches(tokens, steps=steps))
 
     @property
     def step_in_words(self) -> str:
-        """A step's tokens: `8,192`, or `2,048 to 8,192`."""
+        """Tokens per step, as in `8,192` or `2,048 to 8,192`."""
         low, high = (f"{size * self._length:,}" for size in (min(self.sizes), max(self.sizes)))
         return low if low == high else f"{low} to {high}"
 
 
 def stage_sizes(stage: BatchStage, after: int) -> list[int]:
-    """The sizes of a stage that is followed by a batch of `after`: with an increment, all up to that."""
+    """Return a stage's batch sizes. With an increment, they grow up to the next stage's size `after`, exclusive."""
     if stage.increment is None:
         return [stage.global_batch_size]
     return list(range(stage.global_batch_size, after, stage.increment))
 
 
 def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
-    """The run whose every step has `size` sequences: what a step of them costs."""
+    """Return the configuration with `size` sequences in every step, to estimate what such a step costs."""
     training = dataclasses.replace(config.training, global_batch_size=size, batch_schedule=[])
     return dataclasses.replace(config, training=training)
 
@@ -110,8 +110,8 @@ def with_global_batch_size(config: RunConfig, size: int) -> RunConfig:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a schedule whose single numbers are in range, one line each. What its batches must be divisible
-    by is checked with the layout."""
+    """Yield a schedule's problems, one line each, assuming that each number is in range. Divisibility of the batches
+    is checked with the layout."""
     yield from find_order_problems("training.batch_schedule", config.training.batch_schedule)
     for number in range(len(config.training.batch_schedule)):
         yield from _check_stage(config, number)
@@ -122,7 +122,7 @@ def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
     stage, step = stages[number], stages[number].global_batch_size * config.data.sequence_length
     tokens = stage.until - starts(stages)[number]
     if 0 < tokens < step:
-        yield f"{key} is shorter than a step: it has {tokens:,} tokens, and its first step {step:,}"
+        yield f"{key} is shorter than one step: it has {tokens:,} tokens, its first step {step:,}"
     if stage.increment is not None:
         yield from _check_increment(config, number, stage.global_batch_size, stage.increment)
 
@@ -134,10 +134,10 @@ def _check_increment(config: RunConfig, number: int, size: int, increment: int) 
     if after - size > MAX_INCREMENTS * increment:
         yield (
             f"training.batch_schedule[{number}].increment {increment} makes {(after - size) // increment:,} batch "
-            f"sizes, more than {MAX_INCREMENTS:,}: give a larger one"
+            f"sizes, more than {MAX_INCREMENTS:,}: use a larger one"
         )
     elif after <= size or (after - size) % increment:
         yield (
-            f"training.batch_schedule[{number}].increment {increment}: no number of increments leads from its "
-            f"global_batch_size {size} to {name} {after}"
+            f"training.batch_schedule[{number}].increment {increment}: its global_batch_size {size} "
+            f"does not reach {name} {after} in a whole number of increments"
         )

@@ -1,7 +1,8 @@
-"""Decay branches: a run of WSD (warm-up, constant rate, decay) whose rate falls earlier or later than another's.
+"""Decay branches: WSD runs (warm-up, constant rate, decay) that start from another run's checkpoint.
 
-Until the rate falls, runs of one seed that differ in length alone take the same steps on the same samples. So one of
-them, the trunk, may take them for all: a branch begins with its checkpoint, and ends as a run of its length would have.
+Until the decay begins, runs with the same seed that differ only in length take the same steps on the same samples. One
+of them, the trunk, can take these steps for all: a branch starts from its checkpoint and ends as a run of the branch's
+length would have.
 """
 
 from __future__ import annotations
@@ -16,53 +17,54 @@ from plt_megatron.errors import UserError
 
 
 def first_decay_step(config: RunConfig) -> int:
-    """The last step with a constant rate: after it the rate falls."""
+    """Return the last step with a constant learning rate, after which it decays."""
     constant = float(derived.lr_decay_iters(config) - derived.lr_wsd_decay_iters(config))
     return bisect_right(range(derived.train_iters(config) + 1), constant, key=partial(derived.lr_position, config)) - 1
 
 
 def _warmup_steps(config: RunConfig) -> int:
-    """Steps until the rate is constant."""
+    """Return the number of steps until the learning rate is constant."""
     warmup = float(config.optimizer.lr_warmup_iters)
     return bisect_left(range(derived.train_iters(config)), warmup, key=partial(derived.lr_position, config))
 
 
 def decay_steps(step: int) -> int:
-    """Steps of decay that make a tenth of a run whose rate is constant up to `step`, WSD's default."""
+    """Return the decay steps that make up a tenth of a run with a constant rate up to `step`: WSD's default."""
     return max(1, round(step / 9))
 
 
 def stages_problem(config: RunConfig) -> str | None:
-    """Why a run's loops would not be its branches' too; None: they are."""
+    """Return why a run's loop schedule would not carry over to its branches; None if it would."""
     stages = len(config.training.loop_schedule)
     if stages < 2:
         return None
     return (
-        f"training.loop_schedule has {stages} stages, which end at shares of a run's own length: a branch would have "
-        "other loops in the same steps; give it one stage, or leave it out"
+        f"training.loop_schedule has {stages} stages, which end at shares of a run's own length: a branch would run "
+        "other loop counts in the same steps; use one stage, or leave it out"
     )
 
 
 def branch_settings(
     trunk: RunConfig, checkpoint: str, step: int, decay: int, order_samples: int | None = None
 ) -> list[str]:
-    """`key=value` settings that make a trunk's configuration that of a branch.
+    """Return the `key=value` settings that turn a trunk's configuration into a branch's.
 
     Args:
-        checkpoint: the trunk's, at `step`.
-        decay: steps over which the rate falls, the branch's last.
-        order_samples: samples whose order the checkpoint's run has drawn, where that is known: a run of so many tokens
-            may have begun with another batch.
+        checkpoint: the trunk's checkpoint at `step`.
+        decay: number of final steps over which the rate decays.
+        order_samples: length of the sample permutation that the checkpoint's run drew, if known. The configuration may
+            give another: a run whose length is in tokens may have begun with another batch size.
 
     Raises:
-        UserError: the trunk has no constant rate up to that step, or its loops follow from its length.
+        UserError: the trunk's rate is not constant at that step, its loops depend on its length, or its permutation is
+            too short for the branch.
     """
     problem = stages_problem(trunk)
     if problem is not None:
         raise UserError(f"{trunk.name} cannot branch: {problem}")
     if trunk.optimizer.lr_decay_style != "WSD":
         raise UserError(
-            f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only a run of WSD has a "
+            f"{trunk.name} has optimizer.lr_decay_style {trunk.optimizer.lr_decay_style}: only WSD runs have a "
             "constant rate to branch from"
         )
     # The branch counts its warm-up in its own steps.
@@ -77,8 +79,8 @@ def branch_settings(
     order = max(drawn, samples)
     if order > drawn:
         raise UserError(
-            f"a branch of {length} steps is longer than {trunk.name}, whose samples are drawn in the order of a run of "
-            f"{derived.train_iters(trunk)}: give that run data.order_samples={order} from its start, or a shorter decay"
+            f"a branch of {length} steps is longer than {trunk.name}, whose samples are shuffled for a run of "
+            f"{derived.train_iters(trunk)}: start that run with data.order_samples={order}, or use a shorter decay"
         )
     return [
         f"training.train_iters={length}",

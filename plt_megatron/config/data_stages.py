@@ -1,7 +1,7 @@
-"""Training data whose mix changes at numbers of tokens: `data.stages`.
+"""Training data whose mix changes at given token counts: `data.stages`.
 
-The order of a run's samples has those of the first stage first, then those of the next: which sample is the n-th
-depends neither on batches nor on ranks.
+A run reads the samples of the first stage, then those of the next: which sample is the n-th depends neither on batch
+sizes nor on ranks.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from plt_megatron.config.schema import DataConfig, DataSource
 
 
 def training_sources(data: DataConfig) -> list[DataSource]:
-    """Those of the last stage: the only one without `data.stages`."""
+    """Return the training sources of the last stage, the only one without `data.stages`."""
     return data.sources or data.train_sources
 
 
 def stage_sources(data: DataConfig) -> list[list[DataSource]]:
-    """The training sources of each stage, the last one included."""
+    """Return the training sources of each stage, the last one included."""
     return [*(stage.sources for stage in data.stages), training_sources(data)]
 
 
 def stage_of_sample(data: DataConfig, sample: int) -> int:
-    """The number of a sample's stage, from 0."""
+    """Return the index of a sample's stage."""
     return bisect_right([stage.until // data.sequence_length for stage in data.stages], sample)
 
 
 def stage_samples(data: DataConfig, samples: int) -> list[range]:
-    """The numbers of each stage's samples, of `samples` in all. A sample belongs to a stage if its last token does."""
+    """Return each stage's sample indices, out of `samples`. A sample belongs to a stage if its last token does."""
     ends = [min(samples, stage.until // data.sequence_length) for stage in data.stages]
     return [range(first, end) for first, end in zip([0, *ends], [*ends, samples], strict=True)]
 
 
 def distinct_sources(data: DataConfig) -> list[DataSource]:
-    """The training sources of all stages in the order of their first uses, each path once."""
+    """Return the training sources of all stages in order of first use, each path once."""
     found: dict[str, DataSource] = {}
     for sources in stage_sources(data):
         for source in sources:
@@ -45,7 +45,7 @@ def distinct_sources(data: DataConfig) -> list[DataSource]:
 
 
 def all_sources(data: DataConfig) -> Iterator[tuple[str, DataSource]]:
-    """Every source of every part, by its key."""
+    """Yield (dotted key, source) for every source of every part."""
     lists = {f"data.{name}": getattr(data, name) for name in ("sources", "train_sources", "validation_sources")}
     lists |= {f"data.stages[{number}].sources": stage.sources for number, stage in enumerate(data.stages)}
     for key, sources in (lists | {"data.test_sources": data.test_sources}).items():
@@ -56,12 +56,12 @@ def all_sources(data: DataConfig) -> Iterator[tuple[str, DataSource]]:
 
 
 def find_problems(data: DataConfig) -> Iterator[str]:
-    """The problems of stages whose single numbers are in range, one line each."""
+    """Yield the problems of the stages, one line each, assuming that each number is in range."""
     if not data.stages:
         return
     rates = [data.fim is not None and data.fim.rate, *(source.fim_rate for _, source in all_sources(data))]
     if any(rates):
-        yield "data.stages with data.fim is not proven: leave one of them out"
+        yield "data.stages with data.fim is not verified: leave one of them out"
     yield from find_order_problems("data.stages", data.stages)
     length, ends = data.sequence_length, starts(data.stages)
     for number, stage in enumerate(data.stages):
@@ -69,10 +69,10 @@ def find_problems(data: DataConfig) -> Iterator[str]:
         if not stage.sources:
             yield f"{key}.sources is empty: name at least one tokenized source"
         if ends[number] < stage.until and stage.until // length == ends[number] // length:
-            yield f"{key}.until {stage.until:,}: no sample of {length:,} tokens ends in it; make it longer"
+            yield f"{key}.until {stage.until:,}: no sample of {length:,} tokens ends in this stage; make it longer"
     keys = [*(f"data.stages[{number}].sources" for number in range(len(data.stages))), "data.sources"]
     for key, sources in zip(keys, stage_sources(data), strict=True):
         paths = [os.path.abspath(source.path) for source in sources]
         double = next((path for path in paths if paths.count(path) > 1), None)
         if double is not None:
-            yield f"{key}: {double} is there twice, which data.stages cannot tell apart: add up its weights"
+            yield f"{key}: {double} is listed twice, which data.stages cannot tell apart: add up its weights"

@@ -1,4 +1,4 @@
-"""Values derived from a configuration: sizes given as `None` or not at all.
+"""Values derived from a configuration: settings left at `None`, and quantities that are not settings.
 
 Every function assumes a configuration that `validation.validate` accepts.
 """
@@ -14,72 +14,72 @@ from plt_megatron.config.schema import DataConfig, DataSource, EvaluationConfig,
 
 
 def head_dim(model: ModelConfig) -> int:
-    """Channels of one attention head."""
+    """Return the channels of one attention head."""
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def num_query_groups(model: ModelConfig) -> int:
-    """Key/value heads."""
+    """Return the number of key/value heads."""
     return model.num_query_groups or model.num_attention_heads
 
 
 def looped_layers(model: ModelConfig) -> range:
-    """The layers that run in every loop, counted from 0; those before and after them run once."""
+    """Return the layers that run in every loop, counted from 0; those before and after them run once."""
     first, last = model.loop_span or (0, model.num_layers)
     return range(first, last)
 
 
 def looped_among(model: ModelConfig, layers: range) -> list[int]:
-    """Those of these layers that run in every loop."""
+    """Return which of the given layers run in every loop."""
     looped = looped_layers(model)
     return [layer for layer in layers if layer in looped]
 
 
 def run_layers(model: ModelConfig) -> list[int]:
-    """The layers that a token passes in a forward pass, each as often as it runs."""
+    """Return the layers that a token passes in a forward pass, each as often as it runs."""
     return [*range(model.num_layers), *(model.loop_count - 1) * [*looped_layers(model)]]
 
 
 def layer_runs(model: ModelConfig) -> int:
-    """How many they are."""
+    """Return the number of layer runs in a forward pass: the length of `run_layers`."""
     return model.num_layers + (model.loop_count - 1) * len(looped_layers(model))
 
 
 def has_gates(model: ModelConfig) -> bool:
-    """Whether the looped layers carry gate parameters: only loops >= 2 use them."""
+    """Return whether the looped layers have gate parameters, which only loops >= 2 use."""
     return model.loop_count > 1 and model.gated_window
 
 
 def shares_values(model: ModelConfig) -> bool:
-    """Whether loops >= 2 attend to the first loop's V, not to their own."""
+    """Return whether loops >= 2 attend to the first loop's V instead of their own."""
     return model.share_kv and model.share_values
 
 
 def later_loops_use_keys(model: ModelConfig) -> bool:
-    """Whether loops >= 2 attend to keys of their own: all or, in a window, the last ones."""
+    """Return whether loops >= 2 attend to keys of their own: to all of them or, in a window, to the last ones."""
     return has_gates(model) or not model.share_kv
 
 
 def later_loops_use_values(model: ModelConfig) -> bool:
-    """The same of values."""
+    """Return whether loops >= 2 attend to values of their own."""
     return has_gates(model) or not shares_values(model)
 
 
 def adds_embeddings(model: ModelConfig) -> bool:
-    """Whether loops >= 2 read the embeddings too, not only the loop before."""
+    """Return whether loops >= 2 read the embeddings in addition to the previous loop's output."""
     return model.cross_loop_parallel or model.input_injection
 
 
 def has_learned_hidden_scale(model: ModelConfig) -> bool:
-    """Whether the scale of h in the input of loops >= 2 is a parameter."""
+    """Return whether the scale of h in the input of loops >= 2 is a parameter."""
     return model.loop_count > 1 and adds_embeddings(model) and model.learned_hidden_scale != "none"
 
 
 def hidden_scale(model: ModelConfig) -> float:
-    """The factor of h in the input of loops >= 2, or the value that a learned one starts with.
+    """Return the factor of h in the input of loops >= 2, or its initial value if it is learned.
 
-    With a ratio, h has been normed to an RMS of 1 and the embeddings start with one of `init_method_std`. A prelude's
-    output does not: there a ratio is 0.
+    With `hidden_scale_ratio`, h is normalized to an RMS of 1 and the embeddings start with an RMS of `init_method_std`.
+    A prelude's output does not, so with a prelude the ratio is 0.
     """
     if model.hidden_scale_ratio is None:
         return model.hidden_scale
@@ -87,20 +87,20 @@ def hidden_scale(model: ModelConfig) -> float:
 
 
 def starts_as_one_loop(model: ModelConfig) -> bool:
-    """Whether loops >= 2 change nothing before training: they read E again, and their gates let the attention to the
-    first loop's K and V through."""
+    """Return whether loops >= 2 change nothing before training: they read E again, and their gates pass on the
+    attention to the first loop's K and V unchanged."""
     reads_embeddings = adds_embeddings(model) and model.embedding_scale == 1 and hidden_scale(model) == 0
     passes_on = (model.gate_activation, model.gate_side) == ("tanh", "local")
     return model.loop_count == 1 or (reads_embeddings and (passes_on or not model.gated_window))
 
 
 def yarn_factor(model: ModelConfig) -> float | None:
-    """Context extension by YaRN; None: RoPE is not scaled, or another way."""
+    """Return YaRN's context extension; None if RoPE is not scaled or scaled another way."""
     return model.rope_scaling.factor if model.rope_scaling is not None and model.rope_scaling.yarn is not None else None
 
 
 def residual_factor(model: ModelConfig) -> float:
-    """What the outputs of attention and FFN are multiplied by before they are added to the residual stream."""
+    """Return the factor of the outputs of attention and FFN before they are added to the residual stream."""
     if model.residual_scaling == "none":
         return 1.0
     if model.residual_scaling == "layers":
@@ -109,55 +109,55 @@ def residual_factor(model: ModelConfig) -> float:
 
 
 def residual_settings(factor: float, num_layers: int) -> dict[str, Any]:
-    """Settings with this `residual_factor`: by layers, so that it stays the same with another loop count."""
+    """Return settings with this `residual_factor`: by layers, so that it does not depend on the loop count."""
     return {} if factor == 1.0 else {"residual_scaling": "layers", "residual_scale": factor * num_layers}
 
 
 def output_init_std(model: ModelConfig) -> float:
-    """Initial standard deviation of the weights that write into the residual stream."""
+    """Return the initial standard deviation of the weights that write into the residual stream."""
     runs = layer_runs(model) if model.init_counts_loops else model.num_layers
     return model.init_method_std / math.sqrt(2 * runs)
 
 
 def mup_width_mult(model: ModelConfig) -> float:
-    """How many times as wide as muP's base model it is; without muP 1."""
+    """Return the model's width relative to muP's base width; 1 without muP."""
     return model.hidden_size / (model.mup_base_hidden_size or model.hidden_size)
 
 
 def expert_ffn_hidden_size(model: ModelConfig) -> int:
-    """Hidden channels of one expert."""
+    """Return the hidden channels of one expert."""
     return (model.moe.ffn_hidden_size if model.moe else None) or model.ffn_hidden_size
 
 
 def num_experts(model: ModelConfig) -> int:
-    """Experts of a layer that has any; 0: a dense model."""
+    """Return the number of experts per MoE layer; 0 for a dense model."""
     return 0 if model.moe is None else model.moe.num_experts
 
 
 def shared_expert_size(model: ModelConfig) -> int:
-    """Hidden channels of the expert that every token uses; 0: there is none."""
+    """Return the hidden channels of the shared expert, which every token uses; 0 if there is none."""
     return (model.moe.shared_expert_intermediate_size if model.moe else None) or 0
 
 
 def has_expert_bias(model: ModelConfig) -> bool:
-    """Whether a bias on each expert's score balances the load."""
+    """Return whether a bias on each expert's score balances the load."""
     return model.moe is not None and model.moe.router_bias_update_rate is not None
 
 
 def expert_layers(model: ModelConfig) -> range:
-    """The layers whose FFN is a mixture of experts, counted from 0."""
+    """Return the layers whose FFN is a mixture of experts, counted from 0."""
     dense = model.num_layers if model.moe is None else model.moe.first_k_dense_replace
     return range(dense, model.num_layers)
 
 
 def dense_layers(model: ModelConfig) -> range:
-    """The layers whose FFN is dense: those before the experts'."""
+    """Return the layers whose FFN is dense: those before the MoE layers."""
     return range(expert_layers(model).start)
 
 
 def split_ffns(model: ModelConfig) -> dict[str, int]:
-    """Hidden channels, by their settings, of the FFNs that tensor-parallel ranks split: experts stay whole but for a
-    shared one."""
+    """Return the hidden channels, by setting, of the FFNs that tensor-parallel ranks split: routed experts stay whole,
+    a shared one is split."""
     sizes = {"ffn_hidden_size": model.ffn_hidden_size} if dense_layers(model) else {}
     if expert_layers(model) and shared_expert_size(model):
         sizes["moe.shared_expert_intermediate_size"] = shared_expert_size(model)
@@ -165,18 +165,18 @@ def split_ffns(model: ModelConfig) -> dict[str, int]:
 
 
 def padded_vocab_size(model: ModelConfig, vocab_size: int, tensor_model_parallel_size: int = 1) -> int:
-    """Rows of the embedding table for a tokenizer of `vocab_size` ids, as megatron-core pads them."""
+    """Return the embedding rows for a tokenizer of `vocab_size` ids, padded as in megatron-core."""
     multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
 
 def tokens_per_step(config: RunConfig) -> int:
-    """Tokens of a step of `training.global_batch_size`, which each step has without `training.batch_schedule`."""
+    """Return the tokens of a step of `training.global_batch_size`: every step, unless there is a batch schedule."""
     return config.training.global_batch_size * config.data.sequence_length
 
 
 def train_iters(config: RunConfig) -> int:
-    """Optimizer steps of the run: as given, or as many whole ones as `train_tokens` holds, at least one."""
+    """Return the run's optimizer steps: as given, or the whole steps that fit in `train_tokens`, at least one."""
     training = config.training
     if training.train_iters is not None:
         return training.train_iters
@@ -185,18 +185,18 @@ def train_iters(config: RunConfig) -> int:
 
 
 def run_tokens(config: RunConfig) -> int:
-    """Tokens of all steps of the run."""
+    """Return the tokens of all steps of the run."""
     return BatchSchedule(config).tokens(train_iters(config))
 
 
 def mean_step_tokens(config: RunConfig, start: int = 0) -> float:
-    """Tokens of a step: the mean over the steps after `start`, or of the last step."""
+    """Return the mean tokens per step after `start`, or those of the last step if none follows."""
     start = min(start, train_iters(config) - 1)
     return (run_tokens(config) - BatchSchedule(config).tokens(start)) / (train_iters(config) - start)
 
 
 def last_step(config: RunConfig, step: int, tokens: int) -> int:
-    """The run's last step, when `step` steps have trained on `tokens`, perhaps in batches of another size."""
+    """Return the run's last step if `step` steps have trained on `tokens`, perhaps with other batch sizes."""
     training = config.training
     if training.train_tokens is None or step == 0:
         return train_iters(config)
@@ -204,19 +204,19 @@ def last_step(config: RunConfig, step: int, tokens: int) -> int:
 
 
 def tokens_left(config: RunConfig, step: int, tokens: int) -> int:
-    """Tokens of the steps still to come, when `step` steps have trained on `tokens`."""
+    """Return the tokens of the remaining steps if `step` steps have trained on `tokens`."""
     steps = max(0, last_step(config, step, tokens) - step)
     return BatchSchedule(config).tokens(steps, tokens) - tokens
 
 
 def order_samples(config: RunConfig) -> int:
-    """Training samples whose order is drawn: as given, or as many as the run reads."""
+    """Return the length of the training samples' permutation: as given, or as many as the run reads."""
     return config.data.order_samples or run_tokens(config) // config.data.sequence_length
 
 
 def lr_iters(config: RunConfig, step_tokens: int | None = None) -> int:
-    """The run in steps of its learning rate's schedule: the run's own, or where its length is given in tokens, steps of
-    `step_tokens`, by default of `training.global_batch_size`."""
+    """Return the run's length in steps of the learning-rate schedule: its own steps or, if its length is given in
+    tokens, steps of `step_tokens` tokens, by default those of `training.global_batch_size`."""
     training = config.training
     if training.train_tokens is None:
         return train_iters(config)
@@ -224,25 +224,25 @@ def lr_iters(config: RunConfig, step_tokens: int | None = None) -> int:
 
 
 def lr_position(config: RunConfig, step: int) -> float:
-    """Where the learning rate's schedule is after so many steps of the run."""
+    """Return the position in the learning-rate schedule after `step` steps of the run."""
     if config.training.train_tokens is None:
         return step
     return BatchSchedule(config).tokens(step) / tokens_per_step(config)
 
 
 def lr_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:
-    """Steps over which the learning rate falls, warm-up included. `step_tokens`: see `lr_iters`."""
+    """Return the steps over which the learning rate decays, warm-up included. `step_tokens`: see `lr_iters`."""
     return config.optimizer.lr_decay_iters or lr_iters(config, step_tokens)
 
 
 def lr_wsd_decay_iters(config: RunConfig, step_tokens: int | None = None) -> int:
-    """WSD: the last steps of `lr_decay_iters`, over which the rate falls; by default a tenth of them."""
+    """Return WSD's decay steps, the last of `lr_decay_iters`; by default a tenth of them."""
     given = config.optimizer.lr_wsd_decay_iters
     return max(1, lr_decay_iters(config, step_tokens) // 10) if given is None else given
 
 
 def overlap_param_gather(config: RunConfig) -> bool:
-    """Whether updated weights are gathered during the next forward pass."""
+    """Return whether updated weights are gathered during the next forward pass."""
     wanted = config.parallel.overlap_param_gather
     if wanted is not None:
         return wanted
@@ -251,58 +251,58 @@ def overlap_param_gather(config: RunConfig) -> bool:
 
 
 def validation_loop_counts(config: RunConfig) -> list[int]:
-    """Loop counts the validation loss is measured at; by default the model's own."""
+    """Return the loop counts at which the validation loss is measured; by default the model's own."""
     return config.validation.loop_counts or [config.model.loop_count]
 
 
 def evaluation(config: RunConfig) -> EvaluationConfig | None:
-    """How exports are evaluated; None: they are not, as where no task is named."""
+    """Return how exports are evaluated; None if they are not, for example because no task is named."""
     return config.evaluation if config.evaluation is not None and config.evaluation.tasks else None
 
 
 def loop_loss_weights(config: RunConfig, loop_count: int) -> list[float]:
-    """Weights of the losses on loops 1, 2, ... before a step's last; a single weight holds for all."""
+    """Return the loss weights of loops 1, 2, ... before a step's last; a single configured weight applies to all."""
     weights = config.training.loop_loss_weights
     return weights * (loop_count - 1) if len(weights) == 1 else weights[: loop_count - 1]
 
 
 def loops_with_loss(config: RunConfig, loop_count: int) -> list[int]:
-    """The loops of a training step of `loop_count` whose outputs have a loss: the last one, and those with a weight."""
+    """Return the loops with a loss in a training step of `loop_count` loops: the last one, and those with a weight."""
     weights = loop_loss_weights(config, loop_count)
     return [loop for loop, weight in enumerate(weights, start=1) if weight > 0] + [loop_count]
 
 
 def source_name(source: DataSource) -> str:
-    """As given, else its file's."""
+    """Return the source's name; by default its file's."""
     return source.name or Path(source.path).name
 
 
-SOURCE_PARTS = ".parts.json"  # what a source in parts has instead of a .bin (data/parts.py)
+SOURCE_PARTS = ".parts.json"  # replaces the .bin of a source in parts (data/parts.py)
 
 
 def missing_files(prefix: str) -> list[str]:
-    """Suffixes of the files that a source at this path prefix lacks."""
+    """Return the suffixes of the files that a source at this path prefix lacks."""
     tokens = () if Path(prefix + SOURCE_PARTS).is_file() else (".bin",)
     return [suffix for suffix in (*tokens, ".idx") if not Path(prefix + suffix).is_file()]
 
 
 def fim_rate(data: DataConfig, source: DataSource) -> float:
-    """Share of a training source's documents that are rearranged for fill-in-the-middle."""
+    """Return the share of a training source's documents that are rearranged for fill-in-the-middle."""
     return fim(data).rate if source.fim_rate is None else source.fim_rate
 
 
 def fim(data: DataConfig) -> FimConfig:
-    """How documents are rearranged, if any is: a source may have a rate of its own."""
+    """Return the fill-in-the-middle settings; by default with rate 0, since a source may have a rate of its own."""
     return data.fim or FimConfig(rate=0.0)
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where everything the run writes lies."""
+    """Return the folder for everything the run writes."""
     return Path(config.output_dir) / config.name
 
 
 def split_shares(split: str) -> tuple[float, float, float] | None:
-    """`"95,5,0"` to three shares that sum to one; None if not three numbers >= 0 with a positive sum."""
+    """Parse `"95,5,0"` into three shares that sum to 1; None if not three numbers >= 0 with a positive sum."""
     try:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
@@ -315,5 +315,5 @@ def split_shares(split: str) -> tuple[float, float, float] | None:
 
 
 def bucket_elements(data_parallel_size: int) -> int:
-    """Elements of a gradient bucket, where the reduction overlaps the backward pass: megatron-core's default."""
+    """Return megatron-core's default elements per gradient bucket when reduction overlaps the backward pass."""
     return max(40_000_000, 1_000_000 * data_parallel_size)

@@ -1,4 +1,4 @@
-"""How two configurations differ."""
+"""Differences between two configurations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plt_megatron.config.schema import RunConfig
 
 
 def config_differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
-    """Dotted key -> the difference in words, of every setting that is not the same."""
+    """Return dotted key -> the difference in words, for every setting that differs."""
     old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(now))
     keys = dict.fromkeys((*old, *new))  # a section may be missing in one of them
     return {key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys if new.get(key) != old.get(key)}

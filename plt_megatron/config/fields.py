@@ -1,12 +1,12 @@
-"""What a setting's type says beyond `int`, `float` or `Literal`: its range, and the name it had before.
+"""Metadata of a setting's type: its range, and the name it had before.
 
-Both are metadata of `typing.Annotated`, so that a schema states them once, where the setting is:
+Both are given with `typing.Annotated`, so that a schema states them once, where the setting is:
 
     window_size: Size = 64
     window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
 
-A dataclass whose fields exclude one another has `ALTERNATIVES`, sets of fields of which only one may be given.
-`loader` reads any dataclass of such fields; `find_range_problems` checks one however it was made.
+A dataclass with mutually exclusive fields has `ALTERNATIVES`, sets of fields of which only one may be given.
+`loader` reads any dataclass of such fields; `find_range_problems` checks an instance however it was made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_LOOP_COUNT = 8
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers from `low` to `high`."""
+    """Range of finite numbers from `low` to `high`."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -34,7 +34,7 @@ class Range:
     high_excluded: bool = False
 
     def problem(self, value: float) -> str | None:
-        """Why `value` is outside; None: it is inside."""
+        """Return why `value` is out of range; None if it is in range."""
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a finite number, got {value}"
         if value < self.low or (self.low_excluded and value == self.low):
@@ -59,7 +59,7 @@ class RenamedFrom:
     name: str
 
 
-# Upper ends are far above any use and far below what would only run out of memory or never end.
+# Upper limits are far above any real use and far below values that would run out of memory or never finish.
 Size = Annotated[int, Range(1, 2**24)]  # channels, heads, rows, tokens of a sequence
 Ranks = Annotated[int, Range(1, 2**20)]
 Steps = Annotated[int, Range(0, 10**9)]
@@ -80,14 +80,14 @@ Seconds = Annotated[float, Range(0, 10**8, low_excluded=True)]
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """Name -> type, metadata included, of the fields a dataclass is made from."""
+    """Return name -> type, metadata included, of the fields that a dataclass's constructor takes."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
 
 
 @functools.cache
 def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
-    """A field's type without its metadata and `None`, the metadata, and whether None is allowed."""
+    """Split a field's type into the type without metadata and `None`, the metadata, and whether None is allowed."""
     metadata: tuple[Any, ...] = ()
     optional = False
     while True:
@@ -102,12 +102,12 @@ def plain_type(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
 
 
 def from_plain(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass from what `dataclasses.asdict` makes of one. What is missing keeps its default."""
+    """Build a dataclass instance from the output of `dataclasses.asdict`; missing fields keep their defaults."""
     return cls(**{name: _from_plain(field_types(cls)[name], value) for name, value in values.items()})
 
 
 def unknown_keys(cls: type, values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys of such values that a dataclass, or a section in it, does not have."""
+    """Return the dotted keys of `values` that a dataclass, or a section in it, does not have."""
     found = [prefix + name for name in values if name not in field_types(cls)]
     for name, value in values.items():
         section = section_of(field_types(cls).get(name))
@@ -127,20 +127,20 @@ def _from_plain(hint: Any, value: Any) -> Any:
 
 @functools.cache
 def section_of(hint: Any) -> type | None:
-    """The dataclass that a field holds, if it is one."""
+    """Return the dataclass that a field holds; None if it holds none."""
     plain = plain_type(hint)[0]
     return plain if isinstance(plain, type) and dataclasses.is_dataclass(plain) else None
 
 
 def find_range_problems(settings: Any) -> Iterator[str]:
-    """A line for each number of a dataclass that is out of its range, which starts with its dotted key."""
+    """Yield a line, starting with the dotted key, for each number of a dataclass that is out of range."""
     return _out_of_range(type(settings), settings, "")
 
 
 @functools.cache
 def _ranged_fields(section: type) -> tuple[tuple[str, Any], ...]:
-    """The fields of a dataclass that are, or hold, numbers with a range, and their types: a search for layouts checks
-    thousands of configurations."""
+    """Return (name, type) of the dataclass fields that are or contain numbers with a range. Cached, since a search for
+    layouts checks thousands of configurations."""
     return tuple((name, hint) for name, hint in field_types(section).items() if _has_ranges(hint))
 
 

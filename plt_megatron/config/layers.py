@@ -1,4 +1,4 @@
-"""Layers of settings, one over the other: what a file or the command line gives over what was there before."""
+"""Layers of settings: those of a file or the command line override those of earlier layers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from plt_megatron.config.fields import field_types, section_of
 from plt_megatron.config.yaml_nodes import is_null, where
 from plt_megatron.errors import UserError
 
-# Sections as trees, values as the nodes they are read from.
+# Sections are trees, values the YAML nodes they are read from.
 Tree = dict[str, "Tree | yaml.Node"]
 
 
 def join(section: str, name: str) -> str:
-    """The dotted key of a name in a section; empty: the document."""
+    """Return the dotted key of a name in a section; the empty section is the document."""
     return f"{section}.{name}" if section else name
 
 
 def merge(tree: Tree, layer: Tree) -> None:
-    """Put `layer` over `tree`, key by key."""
+    """Merge `layer` into `tree` key by key; `layer` wins."""
     for name, value in layer.items():
         below = tree.get(name)
         if isinstance(value, dict) and isinstance(below, dict):
@@ -31,7 +31,7 @@ def merge(tree: Tree, layer: Tree) -> None:
 
 
 def supersede(cls: type, earlier: Tree, layer: Tree, key: str) -> None:
-    """Take out of `earlier` what excludes what `layer` gives. Raises `UserError` if it gives both."""
+    """Remove from `earlier` the alternatives to what `layer` gives. Raises `UserError` if `layer` gives several."""
     alternatives: Sequence[Sequence[str]] = getattr(cls, "ALTERNATIVES", ())
     given = [[name for name in names if not _is_nothing(layer.get(name))] for names in alternatives]
     first, *others = [names[0] for names in given if names] or [""]
@@ -51,5 +51,5 @@ def supersede(cls: type, earlier: Tree, layer: Tree, key: str) -> None:
 
 
 def _is_nothing(value: Tree | yaml.Node | None) -> bool:
-    """Whether a key is left out, null or an empty list."""
+    """Return whether a key is left out, null or an empty list."""
     return value is None or (isinstance(value, yaml.Node) and (is_null(value) or value.value == []))

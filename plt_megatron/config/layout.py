@@ -1,7 +1,7 @@
-"""How a run is spread over ranks: the parallel sizes, and which ranks form a group. Imports no torch.
+"""Parallel layout of a run: its sizes, and the ranks of each group. Imports no torch.
 
 Ranks are numbered in megatron-core's order: tensor parallelism varies fastest, then context, data, and pipeline
-parallelism. Experts have an order of their own over the same ranks: expert, expert-data, and pipeline parallelism.
+parallelism. Experts use another order over the same ranks: expert, expert-data, and pipeline parallelism.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from math import gcd
 
 from plt_megatron.config.schema import ParallelConfig, RunConfig
 
-# What reports call a dimension, its attribute here, and its setting.
+# A dimension's name in reports -> its attribute below, and its setting.
 DIMENSIONS = {
     "TP": ("tensor", "tensor_model_parallel_size"),
     "PP": ("pipeline", "pipeline_model_parallel_size"),
@@ -27,12 +27,12 @@ class ParallelLayout:
     """Sizes of the parallel dimensions.
 
     Attributes:
-        tensor, pipeline, context, data: ranks along each dimension. `data` does not contain `context`.
-        expert: ranks, of those that hold the same layers, that share out the experts, which stay whole.
-        loops: of the model; with a pipeline they are its virtual stages.
-        sequence_parallel: whether tensor-parallel ranks share out the rows between the layers' matrices.
+        tensor, pipeline, context, data: ranks along each dimension. `data` does not include `context`.
+        expert: ranks, among those that hold the same layers, over which whole experts are distributed.
+        loops: loops of the model; with a pipeline, its virtual stages.
+        sequence_parallel: whether tensor-parallel ranks split the rows between the layers' matrices.
         first_stage_layers, last_stage_layers: layers of the first and last pipeline stage; None: as many as the others.
-        embedding_as_layer, head_as_layer: whether they count as a layer each where layers are divided.
+        embedding_as_layer, head_as_layer: whether each counts as a layer when layers are divided among stages.
     """
 
     tensor: int = 1
@@ -49,10 +49,10 @@ class ParallelLayout:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, world_size: int | None = None, loops: int = 1) -> ParallelLayout:
-        """The layout on `world_size` ranks; None: as many as it asks for.
+        """Return the layout on `world_size` ranks; None: as many as it asks for.
 
-        Data parallelism is as configured, else what the others leave of `world_size`, else as little as the experts
-        need.
+        The data-parallel size is as configured, else what the other sizes leave of `world_size`, else the least that
+        the experts need.
         """
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         context, expert = parallel.context_parallel_size, parallel.expert_model_parallel_size
@@ -77,17 +77,17 @@ class ParallelLayout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The dimensions' sizes by the names of their settings."""
+        """Sizes of the dimensions, by setting."""
         return {setting: getattr(self, name) for name, setting in DIMENSIONS.values()}
 
     @property
     def megatron_sizes(self) -> dict[str, int]:
-        """`sizes` as megatron-core is told them: the data-parallel one follows from the number of ranks."""
+        """`sizes` without the data-parallel size, which megatron-core derives from the number of ranks."""
         return {setting: size for setting, size in self.sizes.items() if setting != "data_parallel_size"}
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that share one copy of the model's work: that hold parts of it, or parts of its sequences."""
+        """Ranks that share the work of one model copy: each holds part of the model or part of each sequence."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -96,12 +96,12 @@ class ParallelLayout:
 
     @property
     def shards(self) -> int:
-        """Ranks that hold the same weights, over which gradients are added up and optimizer state is divided."""
+        """Ranks that hold the same weights, over which gradients are summed and optimizer state is sharded."""
         return self.data * self.context
 
     @property
     def ranks_per_stage(self) -> int:
-        """Ranks of one pipeline stage, among which experts are shared out."""
+        """Ranks of one pipeline stage, over which experts are distributed."""
         return self.tensor * self.context * self.data
 
     @property
@@ -111,11 +111,11 @@ class ParallelLayout:
 
     @property
     def virtual_stages(self) -> int | None:
-        """Model chunks of a pipeline stage, one a loop, in megatron-core's interleaved schedule; None: another."""
+        """Model chunks per pipeline stage, one per loop, in the interleaved schedule; None: not interleaved."""
         return self.loops if self.pipeline > 1 and self.loops > 1 else None
 
     def stage_layers(self, num_layers: int) -> list[range]:
-        """The layers that each pipeline stage holds, of `num_layers`; none, where embedding or head is a stage."""
+        """Return the layers that each pipeline stage holds, of `num_layers`; empty for one of embedding or head."""
         ends = list(itertools.accumulate(self._stage_sizes(num_layers)))
         return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -131,15 +131,15 @@ class ParallelLayout:
         return sizes
 
     def fewest_stage_layers(self, num_layers: int) -> int:
-        """Layers of the stage that holds fewest, of those that hold any."""
+        """Return the layers of the smallest stage that holds any."""
         return min((len(layers) for layers in self.stage_layers(num_layers) if layers), default=0)
 
     def num_microbatches(self, global_batch_size: int, micro_batch_size: int) -> int:
-        """Microbatches that each copy of the model runs per optimizer step."""
+        """Return the microbatches that each copy of the model runs per optimizer step."""
         return global_batch_size // (micro_batch_size * self.data)
 
     def world_size_problem(self, world_size: int) -> str | None:
-        """Why the layout does not fill `world_size` ranks; None: it does."""
+        """Return why the layout does not fill `world_size` ranks; None if it does."""
         if world_size == self.world_size:
             return None
         if world_size % self.model_parallel_size:
@@ -148,16 +148,16 @@ class ParallelLayout:
         return f"{self.in_words()} parallel needs {self.world_size} processes, got {world_size}"
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """A rank's place along each dimension: `tp`, `cp`, `dp`, `pp`, and `ep` and `edp` of its experts."""
+        """Return a rank's position along each dimension: `tp`, `cp`, `dp`, `pp`, and `ep` and `edp` of its experts."""
         return {**_place(rank, self._dense()), **_place(rank, self._experts())}
 
     def groups(self, *dimensions: str) -> list[list[int]]:
-        """The ranks of each group along one or several dimensions of `coordinates`, ascending.
+        """Return the ranks of each group along one or several dimensions of `coordinates`, ascending.
 
-        Along `dp` and `cp` lie the ranks that hold the same weights.
+        Ranks along `dp` and `cp` hold the same weights.
 
         Raises:
-            ValueError: `tp`, `cp` or `dp` together with `ep` or `edp`, or another name.
+            ValueError: `tp`, `cp` or `dp` is combined with `ep` or `edp`, or a name is unknown.
         """
         sizes = next((sizes for sizes in (self._dense(), self._experts()) if set(dimensions) <= sizes.keys()), None)
         if sizes is None:
@@ -175,12 +175,12 @@ class ParallelLayout:
         return {"ep": self.expert, "edp": self.expert_shards, "pp": self.pipeline}
 
     def in_words(self, *, data: bool = True) -> str:
-        """`tensor 2 x pipeline 4 x data 8`."""
+        """Format the layout as in `tensor 2 x pipeline 4 x data 8`."""
         names = ["tensor", "pipeline", *(["context"] if self.context > 1 else []), *(["data"] if data else [])]
         return " x ".join(f"{name} {getattr(self, name)}" for name in names)
 
     def __str__(self) -> str:
-        """`TP2 SP PP4 DP8`."""
+        """Format the layout as in `TP2 SP PP4 DP8`."""
         always = ("TP", "PP", "DP")
         words = [
             f"{word}{getattr(self, name)}"
@@ -193,7 +193,7 @@ class ParallelLayout:
 
 
 def _place(rank: int, sizes: dict[str, int]) -> dict[str, int]:
-    """Coordinates of a rank where the first dimension varies fastest."""
+    """Return a rank's coordinates; the first dimension varies fastest."""
     place = {}
     for name, size in sizes.items():
         rank, place[name] = divmod(rank, size)
@@ -201,11 +201,11 @@ def _place(rank: int, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def layout_of(config: RunConfig, world_size: int | None = None) -> ParallelLayout:
-    """The layout of a configuration on `world_size` ranks; None: as many as it asks for."""
+    """Return a configuration's layout on `world_size` ranks; None: as many as it asks for."""
     return ParallelLayout.of(config.parallel, world_size, config.model.loop_count)
 
 
 def num_microbatches(config: RunConfig, world_size: int | None = None) -> int:
-    """Microbatches that each copy of the model runs per optimizer step."""
+    """Return the microbatches that each copy of the model runs per optimizer step."""
     training = config.training
     return layout_of(config, world_size).num_microbatches(training.global_batch_size, training.micro_batch_size)

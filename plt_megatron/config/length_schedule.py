@@ -1,8 +1,8 @@
-"""How long the rows are that each step of a run reads its samples as: `data.length_schedule`.
+"""Row length of each step of a run: `data.length_schedule`.
 
-A sample has `data.sequence_length` tokens throughout. In a stage of shorter rows it is read as several, each with a
-context of its own; samples, their order, batches and all that counts tokens stay as they are. As with the batches, a
-function of the configuration and of the tokens that the run has trained on.
+A sample always has `data.sequence_length` tokens. In a stage of shorter rows it is read as several rows, each with its
+own context; samples, their order, batch sizes and all token counts stay the same. Like the batch size, the row length
+depends only on the configuration and on the tokens trained so far.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from plt_megatron.config.schema import RunConfig
 
 
 class LengthSchedule:
-    """The row lengths of a run's steps. Without a schedule, `data.sequence_length` in all of them.
+    """Row length of each step of a run; `data.sequence_length` throughout without a schedule.
 
-    A length holds from the first step that begins at or after the number of tokens given for it.
+    A length takes effect at the first step that begins at or after the end of the previous one.
 
     Attributes:
-        lengths: in tokens, in their order; the last one is `data.sequence_length`.
+        lengths: row lengths in tokens, in order of use; the last one is `data.sequence_length`.
 
     Args:
-        config: validated.
+        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -33,12 +33,12 @@ class LengthSchedule:
         self.lengths = [*(stage.sequence_length for stage in stages), config.data.sequence_length]
 
     def sequence_length(self, tokens: int) -> int:
-        """Tokens of a row in the step that follows `tokens`."""
+        """Return the tokens per row in the step that follows `tokens`."""
         return self.lengths[bisect_right(self._ends, tokens)]
 
     def stretches(self, tokens: int, step_tokens: int, steps: int) -> Iterator[tuple[int, int]]:
-        """(length, number) of successive steps of one length among `steps` steps of `step_tokens` each that follow
-        `tokens`."""
+        """Yield (length, number of steps) for each stretch of equal row length among the `steps` steps of
+        `step_tokens` tokens each that follow `tokens`."""
         while steps:
             number = bisect_right(self._ends, tokens)
             taken = steps
@@ -49,7 +49,7 @@ class LengthSchedule:
 
 
 def with_sequence_length(config: RunConfig, length: int) -> RunConfig:
-    """The run whose every step reads as many tokens in rows of `length`: what a step of them costs."""
+    """Return the configuration with rows of `length` and as many tokens per step, to estimate what a step costs."""
     rows, training = config.data.sequence_length // length, config.training
     return dataclasses.replace(
         config,
@@ -66,8 +66,8 @@ def with_sequence_length(config: RunConfig, length: int) -> RunConfig:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a schedule whose single numbers are in range, one line each. What its lengths must be divisible
-    by is checked with the layout."""
+    """Yield a schedule's problems, one line each, assuming that each number is in range. Divisibility of the lengths
+    is checked with the layout."""
     longest = config.data.sequence_length
     for number, stage in enumerate(config.data.length_schedule):
         if stage.sequence_length >= longest or longest % stage.sequence_length:

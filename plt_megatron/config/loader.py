@@ -1,12 +1,12 @@
-"""YAML files and `key=value` overrides to any dataclass of `fields`: runs, sweeps, clusters, jobs.
+"""Load YAML files and `key=value` overrides into any dataclass of `fields`: runs, sweeps, clusters, jobs.
 
 A file holds any part of the schema. Its `include:` (one path or a list, see `_beside`) names files that are read
 first, in order. Each file is a layer, all overrides together are the last one, and later layers win: sections
-merge key by key, lists are replaced whole, and of `ALTERNATIVES` what a layer gives replaces what earlier ones gave.
-A preset (`PRESETS`) stands for its settings in the layer that names it; what that layer gives beside it wins.
+merge key by key, lists are replaced as a whole, and a setting replaces its `ALTERNATIVES` from earlier layers.
+A preset (`PRESETS`) expands to its settings in the layer that names it; other settings of that layer override it.
 
-Values are converted to the types the schema states, and every error names the file, the line and the key. What is read
-remembers where its values come from: `place` puts that before a problem that is found later.
+Values are converted to the types in the schema, and every error names the file, the line and the key. Loaded settings
+remember where their values come from: `place` prefixes that to problems found later.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from plt_megatron.errors import UserError
 from plt_megatron.installation import find_config
 
 INCLUDE = "include"
-WRITTEN = "config.yaml"  # the name of what `dump_config` wrote into a run folder
-_PLACES = "_places"  # attribute of what `load` returns: dotted key -> file and line, or override
+WRITTEN = "config.yaml"  # name of the configuration in a run folder, written by `dump_config`
+_PLACES = "_places"  # attribute of loaded settings: dotted key -> file and line, or override
 _KEY = re.compile(r"^\w+(?:\.\w+|\[\d+\])*|\w+(?:\.\w+|\[\d+\])+")
 
 
 def load_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool | None = None
 ) -> RunConfig:
-    """Read a run configuration; whether its values make sense is `validation.validate`'s question. See `load`.
+    """Load a run configuration as `load` does; `validation.validate` checks its values.
 
     Args:
-        accept_old_names: None: of a run folder's `config.yaml`, which an earlier version may have written.
+        accept_old_names: None: only in a run folder's `config.yaml`, which an earlier version may have written.
     """
     accept = Path(path).name == WRITTEN if accept_old_names is None else accept_old_names
     return load(RunConfig, path, overrides, accept_old_names=accept)
@@ -52,14 +52,14 @@ def load_config(
 def load[T](
     schema: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = (), *, accept_old_names: bool = False
 ) -> T:
-    """Read a file into the dataclass `schema` and apply `key=value` overrides (dotted keys, values in YAML).
+    """Load a file into the dataclass `schema` and apply `key=value` overrides (dotted keys, values in YAML).
 
     Args:
-        accept_old_names: read settings by the names they had in earlier versions: for files that programs wrote.
+        accept_old_names: accept settings under their names in earlier versions, for files written by programs.
 
     Raises:
-        UserError: a file is missing or malformed, a key is unknown, missing or has a new name, a value is of the wrong
-            type. Numbers out of their range are left to `fields.find_range_problems`.
+        UserError: a file is missing or malformed, a key is unknown, missing or renamed, or a value has the wrong type.
+            Numbers out of range are left to `fields.find_range_problems`.
     """
     found = find_config(path)
     reader = _Reader(schema, found, accept_old_names)
@@ -71,7 +71,7 @@ def load[T](
 
 
 def place(settings: Any, problems: Iterable[str]) -> list[str]:
-    """Problems of loaded settings, each after the file and line of the first key that it names."""
+    """Prefix each problem of loaded settings with the file and line of the first key that it names."""
     places: dict[str, str] = getattr(settings, _PLACES, {})
     found = []
     for problem in problems:
@@ -81,14 +81,14 @@ def place(settings: Any, problems: Iterable[str]) -> list[str]:
 
 
 def check(settings: Any, problems: Iterable[str] = ()) -> None:
-    """Raise `UserError`, one line each, for numbers of loaded settings that are out of range, and for `problems`."""
+    """Raise `UserError` with one line for each out-of-range number of loaded settings and for each of `problems`."""
     found = place(settings, [*find_range_problems(settings), *problems])
     if found:
         raise UserError("\n".join(found))
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML text that `load_config` reads back to an equal configuration."""
+    """Return YAML text that `load_config` reads back to an equal configuration."""
     return yaml_nodes.dump(dataclasses.asdict(config))
 
 
@@ -96,11 +96,11 @@ def dump_config(config: RunConfig) -> str:
 
 
 class _Reader:
-    """Collects layers in a tree that has the shape of `schema`, and builds it.
+    """Collects layers in a tree shaped like `schema`, and builds the dataclass from it.
 
     Attributes:
-        tree: what the layers so far set.
-        places: dotted key -> where it was set last.
+        tree: settings of the layers so far.
+        places: dotted key -> where it was last set.
     """
 
     def __init__(self, schema: type, path: Path, accept_old_names: bool) -> None:
@@ -109,7 +109,7 @@ class _Reader:
         self.places: dict[str, str] = {}
 
     def read_file(self, path: Path, including: tuple[Path, ...] = ()) -> None:
-        """Put a file over the tree, after the files it includes."""
+        """Add a file to the tree as a layer, after the files it includes."""
         if path.resolve() in [other.resolve() for other in including]:
             raise UserError(f"{including[-1]}: {INCLUDE} of {path} leads back to itself")
         try:
@@ -125,13 +125,13 @@ class _Reader:
         self._add_layer(self._section(self._schema, [entry for entry in entries if entry[0] != INCLUDE], ""))
 
     def _upgraded(self, root: yaml.Node | None) -> yaml.Node | None:
-        """A document, the former settings of a run under their new names if these are accepted."""
+        """Return the document, with a run's old settings under their new names if old names are accepted."""
         if self._accept_old_names and self._schema is RunConfig and isinstance(root, yaml.MappingNode):
             return upgrade(root)
         return root
 
     def read_overrides(self, overrides: Sequence[str]) -> None:
-        """Put `key=value` texts over the tree."""
+        """Add `key=value` texts to the tree as one layer."""
         layer: Tree = {}
         for override in overrides:
             key, equals, text = override.partition("=")
@@ -164,7 +164,7 @@ class _Reader:
                 self._expand_presets(inner, value, join(section, name))
 
     def _section(self, cls: type, entries: Iterable[tuple[str, yaml.Node, str]], key: str) -> Tree:
-        """The tree of a mapping, its keys checked against the dataclass `cls`."""
+        """Return the tree of a mapping, its keys checked against the dataclass `cls`."""
         section: Tree = {}
         for name, node, at in entries:
             for current, value in self._item(cls, name, node, at, key).items():
@@ -174,7 +174,7 @@ class _Reader:
         return section
 
     def _item(self, cls: type, name: str, node: yaml.Node, at: str, section: str) -> Tree:
-        """The tree of one key of a section."""
+        """Return the tree of one key of a section."""
         name = self._current_name(cls, name, at, section)
         key = join(section, name)
         plain, _, optional = plain_type(field_types(cls)[name])
@@ -196,7 +196,7 @@ class _Reader:
         return {name: self._section(inner, yaml_nodes.items(node, key), key)}
 
     def _mapping(self, value_type: Any, node: yaml.Node, key: str) -> Tree:
-        """The tree of a section whose keys are the user's own, or another program's (`Any`: as deep as they go)."""
+        """Return the tree of a section with keys of the user's or another program's (`Any`: nested to any depth)."""
         section: Tree = {}
         for name, value, at in yaml_nodes.items(node, key):
             if not name or (value_type is Any and "." in name):
@@ -209,7 +209,7 @@ class _Reader:
         return section
 
     def _path_to(self, cls: type, names: Sequence[str], node: yaml.Node, at: str, section: str) -> Tree:
-        """The tree in which nothing but one dotted key is set."""
+        """Return the tree in which only one dotted key is set."""
         name, *rest = names
         if not rest:
             return self._item(cls, name, node, at, section)
@@ -233,7 +233,7 @@ class _Reader:
     # ------------------------------------------------------------ the schema's types
 
     def build(self, cls: type, tree: Tree, key: str) -> Any:
-        """An instance of `cls` from a tree; what is not set keeps its default."""
+        """Build an instance of `cls` from a tree; unset fields keep their defaults."""
         values = {name: self._value(field_types(cls)[name], value, join(key, name)) for name, value in tree.items()}
         for field in dataclasses.fields(cls):
             missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -252,7 +252,7 @@ class _Reader:
         return {name: self._value(inner, item, join(key, name)) for name, item in value.items()}
 
     def _convert(self, hint: Any, node: yaml.Node, key: str) -> Any:
-        """The node's value as the type `hint` of the setting `key`. A type with `from_node` reads nodes itself."""
+        """Convert a node to the type `hint` of the setting `key`. A type with `from_node` reads nodes itself."""
         plain, _, optional = plain_type(hint)
         if optional and is_null(node):
             return None
@@ -278,7 +278,7 @@ class _Reader:
         return value
 
     def _file_path(self, node: yaml.Node, key: str) -> Path:
-        """A path relative to the file that gives it (`_beside`); on the command line, to the current directory."""
+        """Return a path relative to the file that gives it (`_beside`); on the command line, the current directory."""
         text = self._convert(str, node, key)
         name = node.start_mark.name
         return Path(text) if name.startswith(yaml_nodes.OVERRIDE) else _beside(Path(name), text)
@@ -296,7 +296,7 @@ class _Reader:
         raise self._unknown_key(at, cls, section, name)
 
     def _unknown_key(self, at: str, cls: type, section: str, name: str, whole: str = "") -> UserError:
-        """Names the nearest key of the same section, else the same or nearest name in any other section."""
+        """Return an error that suggests the nearest key of the section, else the nearest name in any other section."""
         refused = getattr(self._schema, "REFUSED", {}).get(name)
         if refused is not None:
             return UserError(f"{at}: {join(section, name)} is not supported: {refused}; leave it out")
@@ -316,14 +316,14 @@ class _Reader:
 
 
 def _hint(at: str) -> str:
-    """Where there is a file, the command that gives its settings their new names."""
+    """Return a hint at the command that renames settings, if they are in a file."""
     return "" if at.startswith(yaml_nodes.OVERRIDE) else f" ({UPGRADE})"
 
 
 def _beside(path: Path, included: str) -> Path:
-    """A path that the file `path` gives: relative to that file, without `..` where that names the same file.
+    """Resolve a path given in the file `path`: relative to that file, without `..` where that names the same file.
 
-    Where there is nothing, `configs/...` as the command line has it: from the current folder, else the shipped file.
+    If nothing is there, `configs/...` is resolved as on the command line: in the current folder, else the shipped file.
     """
     whole = path.parent / included
     short = Path(os.path.normpath(whole))
@@ -340,7 +340,7 @@ def _include_paths(node: yaml.Node) -> list[str]:
 
 
 def all_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """The settings of a schema: `model.loop_count`."""
+    """Yield the dotted keys of a schema's settings, such as `model.loop_count`."""
     for name, hint in field_types(cls).items():
         section = section_of(hint)
         if section is None:
@@ -361,7 +361,7 @@ def _choose(choices: Sequence[str], node: yaml.Node, key: str) -> str:
 
 
 def _convert_untyped(node: yaml.Node, key: str) -> Any:
-    """A value whose type no schema states: as YAML 1.2 reads it."""
+    """Convert a value without a type in the schema, as YAML 1.2 reads it."""
     if isinstance(node, yaml.SequenceNode):
         return [_convert_untyped(item, key) for item in node.value]
     if not isinstance(node, yaml.ScalarNode):

@@ -1,7 +1,7 @@
-"""How many loops each step of a run has: `training.loop_schedule`.
+"""Loop count of each step of a run: `training.loop_schedule`.
 
-A function of the configuration and of how far the run is, so that all ranks agree, a resumed run goes on as it would
-have, and estimates know what a run costs, none of which needs a state.
+It depends only on the configuration and on the run's progress. Without any state, all ranks agree, a resumed run
+continues as it would have, and estimates know what a run costs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from plt_megatron.config.schema import LoopStage, RunConfig
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage, by points of the run from 0 to 1. `shares`: of steps with 1, 2, ... loops."""
+    """Stage between two points of the run, from 0 to 1. `shares`: shares of steps with 1, 2, ... loops."""
 
     start: float
     end: float
@@ -32,7 +32,7 @@ class _Stage:
 
 
 class StepKind(NamedTuple):
-    """What a step's cost depends on: its loops, samples, and the tokens of the rows that these are read as."""
+    """Properties that determine a step's cost: loops, samples, and the tokens per row they are read in."""
 
     loop_count: int
     global_batch_size: int
@@ -40,10 +40,10 @@ class StepKind(NamedTuple):
 
 
 class LoopSchedule:
-    """The loops of a run's steps. Without a schedule, the model's in all of them.
+    """Loop count of each step of a run; the model's throughout without a schedule.
 
     Args:
-        config: validated.
+        config: validated configuration.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -57,11 +57,11 @@ class LoopSchedule:
         ]
 
     def loop_count(self, step: int, tokens: int) -> int:
-        """Loops of the step that follows `step` steps, which have trained on `tokens`."""
+        """Return the loops of the step that follows `step` steps, which have trained on `tokens`."""
         shares = self._shares_at(self._progress(step, tokens))
         if max(shares) == 1:
             return shares.index(1) + 1
-        drawn = random.Random(f"loops {self._config.training.seed} {step}").random()  # of a text: by its SHA-512
+        drawn = random.Random(f"loops {self._config.training.seed} {step}").random()  # hashes a string seed by SHA-512
         for loops, share in enumerate(shares, start=1):
             drawn -= share
             if drawn < 0:
@@ -69,7 +69,7 @@ class LoopSchedule:
         return max(loops for loops, share in enumerate(shares, start=1) if share > 0)  # shares add up to 1 - 1e-16
 
     def step_shares(self, start: int = 0) -> dict[StepKind, float]:
-        """The share of the steps after `start` that are of each kind, where loops are drawn the expected one."""
+        """Return each kind's share of the steps after `start`; the expected share where loops are drawn."""
         steps = derived.train_iters(self._config)
         start = first = min(start, steps - 1)
         found: defaultdict[StepKind, float] = defaultdict(float)
@@ -84,31 +84,31 @@ class LoopSchedule:
         return {kind: share for kind, share in sorted(found.items()) if share > 0}
 
     def mean_shares(self, start: int = 0) -> dict[int, float]:
-        """Loop count -> the share of the steps after `start` that have it."""
+        """Return loop count -> share of the steps after `start`."""
         return _by_loops(self.step_shares(start))
 
     def token_shares(self, start: int = 0) -> dict[int, float]:
-        """Loop count -> the share of the tokens of steps that have it: batches may change too."""
+        """Return loop count -> share of the tokens after `start`, which differs if batch sizes change."""
         return _by_loops(self.kind_token_shares(start))
 
     def kind_token_shares(self, start: int = 0) -> dict[StepKind, float]:
-        """The share of the tokens of the steps after `start` that steps of each kind have."""
+        """Return each kind's share of the tokens of the steps after `start`."""
         weighted = {kind: share * kind.global_batch_size for kind, share in self.step_shares(start).items()}
         total = sum(weighted.values())
         return {kind: weight / total for kind, weight in weighted.items()}
 
     def stage_steps(self) -> list[int]:
-        """How many of the run's steps begin in each stage."""
+        """Return the number of the run's steps that begin in each stage."""
         ends = self._first_steps([stage.end for stage in self._stages], derived.train_iters(self._config))
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def _first_steps(self, points: list[float], stop: int) -> list[int]:
-        """The first step that begins at each of these points of the run or after it, or `stop`."""
+        """Return, for each of these points of the run, the first step that begins at or after it, or `stop`."""
         return [bisect_left(range(stop), point, key=self._progress_of_step) for point in points]
 
     def _expected(self, start: int, stop: int) -> dict[int, float]:
-        """Loop count -> the expected number of the steps from `start` to `stop`, of equal batches, that have it."""
-        # Between these the shares are constant, or change by the same in every step.
+        """Return loop count -> expected number of steps from `start` to `stop`, all with equal batches."""
+        # Between these points the shares are constant or change by the same amount in every step.
         points = [point for stage in self._stages for point in (stage.ramp_end, stage.end)]
         bounds = [max(start, step) for step in self._first_steps(points, stop)]
         counts = [0.0] * self._config.model.loop_count
@@ -123,7 +123,7 @@ class LoopSchedule:
         return self._progress(step, self._batches.tokens(step))
 
     def _progress(self, step: int, tokens: int) -> float:
-        """The share of the run that is done, by its clock: tokens, or steps if its length is given in them."""
+        """Return the share of the run that is done, in tokens or, if its length is given in steps, in steps."""
         training = self._config.training
         if training.train_tokens is not None:
             return tokens / training.train_tokens
@@ -154,7 +154,7 @@ def _shares(stage: LoopStage, config: RunConfig) -> tuple[float, ...]:
 
 
 def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
-    """The run whose every step has `loop_count` loops: what a step of them costs."""
+    """Return the configuration with `loop_count` loops in every step, to estimate what such a step costs."""
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, loop_count=loop_count),
@@ -166,8 +166,8 @@ def with_loop_count(config: RunConfig, loop_count: int) -> RunConfig:
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a schedule, and of losses on other loops than the last, whose single numbers are in range, one
-    line each."""
+    """Yield the problems of a schedule and of the loss weights of earlier loops, one line each, assuming that each
+    number is in range."""
     yield from _check_loss_weights(config)
     stages = config.training.loop_schedule
     if not stages:
@@ -189,7 +189,7 @@ def _check_loss_weights(config: RunConfig) -> Iterator[str]:
     if given > max(earlier, 1):
         yield (
             f"training.loop_loss_weights has {given} weights, but {earlier} of "
-            f"model.loop_count {config.model.loop_count} loops come before the last, whose own is 1"
+            f"model.loop_count {config.model.loop_count} loops come before the last, whose weight is 1"
         )
 
 
@@ -205,7 +205,7 @@ def _check_stage(config: RunConfig, number: int) -> Iterator[str]:
     elif stage.loop_shares and abs(sum(stage.loop_shares) - 1) > 1e-6:
         yield f"{key}.loop_shares must add up to 1, not {sum(stage.loop_shares):g}"
     if stage.ramp and not before:
-        yield f"{key}.ramp {stage.ramp:g}: there is no stage before it to go over from"
+        yield f"{key}.ramp {stage.ramp:g}: there is no stage before it to ramp from"
 
 
 def _check_whole(config: RunConfig) -> Iterator[str]:
@@ -217,12 +217,12 @@ def _check_whole(config: RunConfig) -> Iterator[str]:
         yield "training.fp8 does not run with training.loop_schedule yet: leave one of them out"
     if config.parallel.overlap_param_gather:
         yield (
-            "parallel.overlap_param_gather with training.loop_schedule: nothing waits for weights that a step does not "
-            "use; set parallel.overlap_param_gather=false"
+            "parallel.overlap_param_gather with training.loop_schedule: nothing waits for weights that a step leaves "
+            "unused; set parallel.overlap_param_gather=false"
         )
     for number, own in enumerate(LoopSchedule(config).stage_steps()):
         if own == 0:
-            yield f"training.loop_schedule[{number}]: none of the run's {steps:,} steps begins in it; make it longer"
+            yield f"training.loop_schedule[{number}]: no step of the run's {steps:,} begins in it; make it longer"
 
 
 def _most(stage: LoopStage) -> int:

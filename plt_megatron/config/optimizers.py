@@ -1,7 +1,7 @@
-"""The optimizers of `optimizer.name`: state, settings, and names elsewhere.
+"""Registry of the optimizers of `optimizer.name`: their state, settings, and names in other libraries.
 
 An entry here and its settings in `schema.OptimizerConfig` suffice for training, checkpoints, estimates, validation and
-the model card. docs/extending.md adds one.
+the model card. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from plt_megatron.config.schema import OptimizerConfig
 
 FP32 = 4
-WHOLE_MATRICES = "whole_matrices"  # marks a parameter group of hidden matrices that are updated as wholes
+WHOLE_MATRICES = "whole_matrices"  # marks a parameter group of hidden matrices that are updated as a whole
 Settings = Callable[[OptimizerConfig], dict[str, Any]]
 
 
@@ -23,21 +23,22 @@ def _none(settings: OptimizerConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer.
+    """Registry entry of an optimizer.
 
     Attributes:
         title: name in messages.
         state: state of each parameter, name in checkpoints -> bytes per element.
-        settings: the fields of `OptimizerConfig` that not every optimizer reads.
-        megatron: megatron-core's settings, if its distributed optimizer supports it: Adam alone.
-        matrix_state: the state of hidden matrices (model/parameters.py), if they are updated as wholes, by a class of
-            their own (train/muon.py): each is then on one data-parallel rank. Adam updates the others.
-        package: of an extra (extras.py) that must be installed for it.
-        torch_class: otherwise, the class that replaces Adam there, such as `torch.optim.SGD`. It must treat each
-            element separately, since a rank holds pieces that follow no row or column.
-        arguments: of that class, besides the parameters, `lr` and `weight_decay`.
+        settings: fields of `OptimizerConfig` that it reads but not every optimizer does.
+        megatron: megatron-core's settings, if its distributed optimizer supports it: only Adam.
+        matrix_state: state of hidden matrices (model/parameters.py), if a class of their own (train/muon.py) updates
+            them as a whole: each is then on one data-parallel rank. Adam updates the other parameters.
+        package: package of an extra (extras.py) that must be installed for it.
+        torch_class: if megatron-core lacks it, the class that replaces Adam in the distributed optimizer, such as
+            `torch.optim.SGD`. It must treat each element separately, since a rank holds pieces that are not aligned
+            with rows or columns.
+        arguments: keyword arguments of that class, besides the parameters, `lr` and `weight_decay`.
         counts_steps: whether it counts its updates.
-        deepspeed: DeepSpeed's dotted settings of it; None: not with that engine.
+        deepspeed: DeepSpeed's settings for it, by dotted keys; None: not supported with that engine.
     """
 
     title: str
@@ -52,7 +53,7 @@ class OptimizerSpec:
     deepspeed: Settings | None = None
 
     def state_of(self, *, hidden_matrix: bool) -> Mapping[str, int]:
-        """The state of a parameter, name in checkpoints -> bytes per element, besides the main weights."""
+        """Return a parameter's state besides the main weights: name in checkpoints -> bytes per element."""
         return self.matrix_state if hidden_matrix and self.matrix_state is not None else self.state
 
 
@@ -116,10 +117,10 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def optimizer_spec(settings: OptimizerConfig) -> OptimizerSpec:
-    """The optimizer of a configuration."""
+    """Return the registry entry of a configuration's optimizer."""
     return OPTIMIZERS[settings.name]
 
 
 def settings_of_others(settings: OptimizerConfig) -> set[str]:
-    """The fields that the chosen optimizer does not read."""
+    """Return the fields that the chosen optimizer does not read."""
     return {field for spec in OPTIMIZERS.values() for field in spec.settings} - {*optimizer_spec(settings).settings}

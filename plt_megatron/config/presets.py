@@ -1,7 +1,7 @@
-"""How loops are parameterised, by name (`model.loop_preset`): the input of loops >= 2, gate, scales, initial weights.
+"""Named parameterisations of the loop (`model.loop_preset`): input of loops >= 2, gate, scales, initial weights.
 
-A preset stands for its settings in the file or on the command line that names it: what is set beside it or later wins.
-Which switches of the ablation are on, how many loops run and how large a window is are not a preset's business.
+A preset expands to its settings in the file or on the command line that names it; settings beside it or later win.
+A preset sets neither the switches of the ablation nor the loop count or window size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOOP_PRESETS: dict[str, dict[str, Any]] = {
         "embedding_scale": 0.707,
         "hidden_scale": 0.053,
     },
-    # What measurements chose (docs/decisions.md): h is normed, and comes in channel by channel as training asks for it.
+    # Chosen by measurements (docs/decisions.md): h is normalized, with a learned scale per channel that starts at 0.
     "recommended": {
         **_PAPER,
         "input_injection": True,

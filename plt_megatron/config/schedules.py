@@ -1,7 +1,7 @@
-"""What the four schedules have in common: stages that follow one another, each up to its `until`.
+"""Common parts of the four schedules: consecutive stages, each of which ends at its `until`.
 
-Batches, row lengths and data count tokens, which stay the same when a run gets longer; loops count shares of the run,
-which grow with it (docs/decisions.md).
+Batches, row lengths and data use token counts, which stay the same when a run gets longer; loops use shares of the
+run, which grow with it (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Stage(Protocol):
 
 
 def starts(stages: Sequence[Stage]) -> list[float]:
-    """Where each stage begins, and then where what follows the last one does."""
+    """Return where each stage begins, followed by where the last one ends."""
     return [0, *(stage.until for stage in stages)]
 
 
 def find_order_problems(key: str, stages: Sequence[Stage]) -> Iterator[str]:
-    """Stages of the schedule `key` that do not end after the one before them, one line each."""
+    """Yield a line for each stage of the schedule `key` that does not end after the stage before it."""
     for number, (stage, begin) in enumerate(zip(stages, starts(stages), strict=False)):
         if stage.until <= begin:
             yield f"{key}[{number}].until {stage.until:,} must be above {begin:,}, where it begins"

@@ -1,7 +1,7 @@
 """The run configuration: every setting of a run, its type, its default and its meaning.
 
-Plain dataclasses: no torch, so that a bad configuration is answered in milliseconds. A setting's type states its range
-(`fields`); `loader` loads, and `validation` checks settings against one another.
+Plain dataclasses without torch, so that a bad configuration is refused in milliseconds. A setting's type states its
+range (`fields`); `loader` loads settings, and `validation` checks them against one another.
 Names are megatron-core's where it has one.
 """
 
@@ -35,44 +35,45 @@ from plt_megatron.config.refused_settings import REFUSED
 
 @dataclass
 class YarnConfig:
-    """YaRN (arXiv 2309.00071): channels that turn often over the original length stay as they are, slow ones are
-    interpolated, and a ramp lies between them."""
+    """YaRN (arXiv 2309.00071): dimensions that rotate fast over the original length are kept, slow ones are
+    interpolated, with a ramp in between."""
 
-    original_max_position_embeddings: Size  # tokens of the texts that RoPE was trained with
-    beta_fast: Positive = 32.0  # channels with at least so many turns over the original length are not interpolated
-    beta_slow: Positive = 1.0  # those with at most so many are interpolated in full
-    correction_range_round_to_int: bool = True  # the ends of the ramp, in channels
+    original_max_position_embeddings: Size  # context length that RoPE was trained with, in tokens
+    beta_fast: Positive = 32.0  # dimensions with at least this many rotations over that length are not interpolated
+    beta_slow: Positive = 1.0  # dimensions with at most this many rotations are fully interpolated
+    correction_range_round_to_int: bool = True  # round the ends of the ramp to whole dimensions
 
 
 @dataclass
 class RopeScalingConfig:
-    """RoPE for longer texts than it was trained with: as in Llama 3.1, or YaRN (docs/model.md)."""
+    """RoPE scaling for contexts longer than it was trained with: Llama 3.1's or YaRN (docs/model.md)."""
 
-    factor: Annotated[float, Range(1)]  # context extension: target length / trained length, which is 8,192 in Llama 3.1
+    factor: Annotated[float, Range(1)]  # target length / trained length; the latter is 8,192 in Llama 3.1
     yarn: YarnConfig | None = None  # null: Llama 3.1's
 
 
 @dataclass
 class MoeConfig:
-    """Mixture of experts (docs/moe.md): a layer's FFN becomes `num_experts` of them, of which a token uses some.
+    """Mixture of experts (docs/moe.md): a layer's FFN becomes `num_experts` experts; a token uses `router_topk`.
 
     Names are megatron-core's without `moe_`.
     """
 
     num_experts: Annotated[int, Range(2, 2**16)]
-    first_k_dense_replace: Count = 0  # the first layers with a dense FFN of model.ffn_hidden_size instead
+    first_k_dense_replace: Count = 0  # first layers that have a dense FFN of model.ffn_hidden_size instead
     router_topk: Size = 2  # experts a token is sent to
-    ffn_hidden_size: Size | None = None  # of one expert; null: model.ffn_hidden_size
-    shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; null: none
+    ffn_hidden_size: Size | None = None  # per expert; null: model.ffn_hidden_size
+    shared_expert_intermediate_size: Size | None = None  # an additional expert that every token uses; null: none
     router_pre_softmax: bool = False  # softmax over all experts (true) or over the chosen ones (false)
     # sigmoid scores each expert by itself; a chosen one's weight is its share of the chosen scores.
     router_score_function: Literal["softmax", "sigmoid"] = "softmax"
-    # What the load is balanced over: each sequence (independent of layout and micro-batch size), or each microbatch.
+    # Balance the load over each sequence (independent of layout and micro-batch size), or over each microbatch.
     router_load_balancing_type: Literal["seq_aux_loss", "aux_loss", "none"] = "seq_aux_loss"
     aux_loss_coeff: NotNegative = 0.01
     z_loss_coeff: NotNegative = 0.0  # keeps the router's logits small
-    # Step of a bias per expert that balances the load: added to scores for the choice alone, raised after a step that
-    # gave the expert less than an even load over all loops, else lowered. Needs sigmoid; DeepSeek-V3: 1e-3; null: none.
+    # Update rate of a bias per expert that balances the load: added to scores only to choose experts, raised after a
+    # step that gave the expert less than an even load over all loops, else lowered. Needs sigmoid; DeepSeek-V3: 1e-3;
+    # null: no bias.
     router_bias_update_rate: Positive | None = None
     expert_capacity_factor: Positive | None = None  # an expert drops tokens beyond this times an even load; null: none
 
@@ -96,33 +97,33 @@ class ModelConfig:
     make_vocab_size_divisible_by: Size = 128  # the embedding is padded to a multiple of this times TP
     share_embeddings_and_output_weights: bool = True  # tied embeddings
     rotary_base: Positive = 10000.0
-    rope_scaling: RopeScalingConfig | None = None  # for longer texts; null: none
+    rope_scaling: RopeScalingConfig | None = None  # for longer contexts; null: none
     layernorm_epsilon: Positive = 1e-5
     qkv_bias: bool = False  # biases on the Q, K and V projections (Qwen2)
     qk_layernorm: bool = False  # RMSNorm on each head's Q and K
     ffn_output_norm: bool = False  # RMSNorm on the FFN's output, before the residual is added
-    # post: no norms on the inputs of attention and FFN but on their outputs, and qk_layernorm over all heads (OLMo-2)
+    # post: norms on the outputs of attention and FFN instead of their inputs, and qk_layernorm over all heads (OLMo-2)
     norm_placement: Literal["pre", "post"] = "pre"
-    # Takes keys from the previous token (model/key_shift.py): half of the groups, the slow half of each key's channels,
-    # or a learned share.
+    # Take keys from the previous token (model/key_shift.py): those of half the groups, the slow half of each key's
+    # channels, or a learned share.
     key_shift: Literal["none", "heads", "channels", "learned"] = "none"
     init_method_std: Positive = 0.02
     # The loop (paper section 3; published variants: see docs/model.md).
     # Expands to settings of the loop (config/presets.py); settings in the same file override it.
     loop_preset: Literal["paper", "loopcoder", "recommended"] | None = None
     loop_count: LoopCount = 2
-    # [first, last): the layers that loop, as in [1, 7]. Earlier layers (prelude) run once, and loops read their output
-    # instead of the embeddings; later ones (coda) run once after the last loop. null: all layers loop.
+    # Layers [first, last) that loop, as in [1, 7]. Earlier layers (prelude) run once, and loops read their output
+    # instead of the embeddings; later layers (coda) run once after the last loop. null: all layers loop.
     loop_span: list[Count] | None = None
     # layer: each layer runs all its loops before the next (1, 1, 2, 2), without cross_loop_parallel.
     loop_order: Literal["stack", "layer"] = "stack"
     cross_loop_parallel: bool = True  # loop l reads E + shift(h of loop l-1); False: h itself
-    input_injection: bool = False  # without cross_loop_parallel too, loop l reads E + h instead of h
+    input_injection: bool = False  # even without cross_loop_parallel, loop l reads E + h instead of h
     share_kv: bool = True  # loops >= 2 attend to the first loop's K and V
-    share_values: bool = True  # False: to the first loop's K and their own V
-    gated_window: bool = True  # ... and, through a gate per head, to a window of their own
-    window_size: Size = 64  # keys a query sees in the window, itself included
-    fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPUs, not measured on one yet
+    share_values: bool = True  # False: loops >= 2 attend to the first loop's K and their own V
+    gated_window: bool = True  # loops >= 2 also attend to a window of their own, blended in by a gate per head
+    window_size: Size = 64  # keys that a query sees in the window, its own included
+    fused_gated_window: bool = False  # window, blend and gate in one Triton kernel; GPU only, not yet measured on one
     gate_input: Literal["query", "hidden"] = "query"  # what the gate reads (model/gate.py)
     gate_side: Literal["local", "global"] = "local"  # which of the two attentions the gate multiplies
     # Applied to the gate's logit, which starts at zero: sigmoid starts with an even blend, tanh with only the attention
@@ -131,17 +132,17 @@ class ModelConfig:
     norm_between_loops: bool = False  # the final norm after every loop instead of after the last
     embedding_scale: Finite = 1.0  # B = embedding_scale * E + hidden_scale * shift(h), loops >= 2
     hidden_scale: Finite = 1.0
-    hidden_norm: bool = False  # h is divided by its RMS before it is scaled: an RMSNorm whose weight is the scale
-    learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # hidden_scale is where it starts
-    # Sets hidden_scale by RMS(scaled h) / RMS(scaled E) at initialization, at any width, depth and initial std. 0: the
-    # model starts as one loop.
+    hidden_norm: bool = False  # divide h by its RMS before scaling it: an RMSNorm whose weight is the scale
+    learned_hidden_scale: Literal["none", "model", "channel"] = "none"  # learn hidden_scale, starting from its value
+    # Set hidden_scale so that RMS(scaled h) / RMS(scaled E) has this value at initialization, at any width, depth and
+    # initial std. 0: the model starts as one loop.
     hidden_scale_ratio: NotNegative | None = None
-    # Multiplies what attention and FFN add to the residual stream, for N loops of L layers.
+    # Factor of what attention and FFN add to the residual stream, for N loops of L layers.
     # loops_sqrt_layers: residual_scale / (N sqrt(L)) (arXiv 2606.18524); layers: residual_scale / L (arXiv 2505.01618).
     residual_scaling: Literal["none", "loops_sqrt_layers", "layers"] = "none"
     residual_scale: Positive = 1.0
     init_counts_loops: bool = False  # initial std of output projections / sqrt(2 N L), not sqrt(2 L)
-    # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). None: none.
+    # muP: tune initial weights and rates at this width, transfer them to hidden_size (docs/model.md). None: no muP.
     mup_base_hidden_size: Size | None = None
     moe: MoeConfig | None = None  # null: a dense model
     backend: Literal["auto", "torch", "te"] = "auto"  # te: Transformer Engine; auto: te on a GPU that has it
@@ -149,25 +150,25 @@ class ModelConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the model is laid out over processes. Data parallelism takes what the others leave."""
+    """Parallel layout over processes. Data parallelism takes the ranks that the other sizes leave."""
 
     tensor_model_parallel_size: Ranks = 1
     pipeline_model_parallel_size: Ranks = 1  # loops are its virtual stages
-    # Layers of the first and last stage; None: as many as the others. Or count embedding and head as a layer each; they
-    # may be a stage of their own.
+    # Layers of the first and last stage; None: as many as the others. Or count embedding and head as a layer each; each
+    # may then be a stage of its own.
     num_layers_in_first_pipeline_stage: Size | None = None
     num_layers_in_last_pipeline_stage: Size | None = None
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
-    context_parallel_size: Ranks = 1  # ranks that share each sequence, for lengths that do not fit one
-    # How Transformer Engine exchanges rows between these ranks; the torch backend gathers keys and values.
-    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # the global attention; p2p: keys and values in a ring
-    # ... and the window, which has no p2p.
+    context_parallel_size: Ranks = 1  # ranks that split each sequence, for lengths that do not fit on one
+    # How Transformer Engine exchanges rows between context-parallel ranks; the torch backend gathers keys and values.
+    cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # for the global attention; p2p: ring of keys and values
+    # cp_comm_type for the window's attention, which has no p2p.
     window_cp_comm_type: Annotated[Literal["a2a", "all_gather"], RenamedFrom("local_cp_comm_type")] = "a2a"
     # Ranks that a layer's experts are distributed over, among those that hold the same layers (TP x CP x DP).
     expert_model_parallel_size: Ranks = 1
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"  # how tokens reach their experts
-    # None: world size / (TP * PP * CP); plt train: the machine's GPUs, without any 1 or as many as the experts need
+    # None: world size / (TP * PP * CP). plt train uses the machine's GPUs; without a GPU, 1 or as many as experts need.
     data_parallel_size: Ranks | None = None
     sequence_parallel: bool = False
     overlap_grad_reduce: bool = False
@@ -175,44 +176,44 @@ class ParallelConfig:
     overlap_param_gather: bool | None = None  # null: with overlap_grad_reduce, where possible
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     recompute_num_layers: PositiveCount = 1  # layers per recomputed unit, for "full"
-    # Parts of a layer that are recomputed, for "selective"; mlp: a dense FFN
+    # Parts of a layer to recompute with "selective"; mlp: a dense FFN
     recompute_modules: list[Literal["core_attn", "mlp", "shared_experts"]] = field(
         default_factory=lambda: ["core_attn"]  # type: ignore[list-item]
     )
-    # Fused operations of Transformer Engine (docs/throughput.md); null: on wherever they are possible.
-    gradient_accumulation_fusion: bool | None = None  # products add weight gradients to the fp32 buffer themselves
+    # Fused operations of Transformer Engine (docs/throughput.md); null: on where possible.
+    gradient_accumulation_fusion: bool | None = None  # matmuls add weight gradients directly to the fp32 buffer
     apply_rope_fusion: bool | None = None
     cross_entropy_loss_fusion: bool | None = None
-    # Limit after which a hung rank is named and the job ended: minutes until the first step ends and while checkpoints
-    # are read or written, seconds otherwise (at least five times the longest pause so far).
+    # Time limit after which a hung rank is named and the job ended: minutes until the first step ends and while
+    # checkpoints are read or written, seconds otherwise (at least five times the longest pause so far).
     distributed_timeout_minutes: Minutes = 10.0
     distributed_timeout_seconds_after_init: Seconds = 300.0
 
 
 @dataclass
 class DataSource:
-    """One tokenized source of a data mix: the path prefix of its .bin and .idx."""
+    """A tokenized source of a data mix; `path` is the prefix of its .bin and .idx."""
 
     path: str = ""
     weight: Positive = 1.0
     name: str | None = None
     max_epochs: Positive | None = None
-    fim_rate: Share | None = None  # for a training source; null: data.fim.rate
+    fim_rate: Share | None = None  # training sources only; null: data.fim.rate
 
 
 @dataclass
 class DataStage:
     """The mix of the training data up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount  # tokens of the run at which it ends
+    until: TokenCount  # tokens of the run at which the stage ends
     sources: list[DataSource]
 
 
 @dataclass
 class LengthStage:
-    """The rows of a run's steps up to a number of tokens (docs/schedules.md)."""
+    """The row length of a run's steps up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount  # tokens of the run at which it ends
+    until: TokenCount  # tokens of the run at which the stage ends
     sequence_length: Size  # a divisor of data.sequence_length
 
 
@@ -222,13 +223,13 @@ class FimConfig:
 
     rate: Share  # share of training documents to rearrange
     spm_rate: Share = 0.5  # share of those in the order suffix, prefix, middle (SPM)
-    # Tokens before prefix, middle and suffix; null: the known ones that the tokenizer has.
+    # Tokens before prefix, middle and suffix; null: known ones that the tokenizer has.
     tokens: list[str] | None = None
 
 
 @dataclass
 class DataConfig:
-    """The data. Either `sources` divided by `split`, or one list per part."""
+    """Data of a run: either `sources`, divided by `split`, or one list of sources per part."""
 
     ALTERNATIVES: ClassVar = (("sources",), ("train_sources", "validation_sources", "test_sources"))
 
@@ -244,9 +245,9 @@ class DataConfig:
     # Shorter rows to begin with: [{until: 20e9, sequence_length: 1024}] reads each sample as several rows.
     length_schedule: list[LengthStage] = field(default_factory=list)
     # Length of the sample permutation; a run reads a prefix. Set it to the longest branch's, so that all branches read
-    # the same samples. null: the run's own number.
+    # the same samples. null: the run's own number of samples.
     order_samples: Annotated[int, Range(1, 10**15)] | None = None
-    reset_at_document_boundaries: bool = False  # packed documents: attention, positions, shift, loss
+    reset_at_document_boundaries: bool = False  # packed documents: reset attention, positions, shift and loss
     eod_mask_loss: bool = False  # no loss on the token after an end of document, packed or not
     fim: FimConfig | None = None  # fill-in-the-middle; null: none
     index_cache: str | None = None  # directory for cached sample indices; None: the run's folder
@@ -254,18 +255,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RateFactors:
-    """Factors of the learning rate by kind of parameter (model/parameters.py), throughout the schedule."""
+    """Learning-rate factors by kind of parameter (model/parameters.py), throughout the schedule."""
 
-    embedding: NotNegative = 1.0  # and the head, if they are tied
+    embedding: NotNegative = 1.0  # also the head, if tied
     head: NotNegative = 1.0
     hidden: NotNegative = 1.0  # matrices of the layers
-    gates: NotNegative = 1.0  # and learned scales of a later loop's input
-    norms: NotNegative = 1.0  # and biases
+    gates: NotNegative = 1.0  # also learned scales of a later loop's input
+    norms: NotNegative = 1.0  # also biases
 
 
 @dataclass(frozen=True)
 class DecayFactors:
-    """Factors of the weight decay, by kind of parameter. Vectors do not decay; norms and biases can."""
+    """Weight-decay factors by kind of parameter. Vectors do not decay, except norms and biases if set."""
 
     embedding: NotNegative = 1.0
     head: NotNegative = 1.0
@@ -284,7 +285,7 @@ class OptimizerConfig:
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
     lr_warmup_iters: Steps = 0
     lr_decay_iters: PositiveSteps | None = None  # None: train_iters
-    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: number of final decay steps; None: a tenth
+    lr_wsd_decay_iters: PositiveSteps | None = None  # WSD: number of final decay steps; None: a tenth of lr_decay_iters
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "linear"
     weight_decay: NotNegative = 0.1
     lr_mult: RateFactors = field(default_factory=RateFactors)
@@ -292,12 +293,12 @@ class OptimizerConfig:
     adam_beta1: BelowOne = 0.9
     adam_beta2: BelowOne = 0.95
     adam_eps: Positive = 1e-8
-    # muon (docs/optimizers.md): for hidden matrices; Adam, with its own settings, for everything else
+    # muon (docs/optimizers.md) updates hidden matrices; Adam, with its own settings, updates everything else
     muon_momentum: BelowOne = 0.95
     muon_nesterov: bool = True
     muon_num_ns_steps: Annotated[int, Range(1, 20)] = 5  # Newton-Schulz iterations
-    muon_coefficient_type: Literal["quintic", "simple", "polar_express"] = "quintic"  # their polynomials
-    # Size of an update of a matrix [out, in]. spectral: sqrt(max(out, in)); shape_scaling: sqrt(max(1, out / in));
+    muon_coefficient_type: Literal["quintic", "simple", "polar_express"] = "quintic"  # Newton-Schulz polynomials
+    # Scale of the update of a matrix [out, in]. spectral: sqrt(max(out, in)); shape_scaling: sqrt(max(1, out / in));
     # unit_rms_norm: sqrt(out / in).
     muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = "spectral"
     # 0.2 with spectral matches Adam's update size, so that one rate and weight decay suit both.
@@ -311,20 +312,20 @@ class LoopStage:
     """A stage with a fixed or drawn number of loops per step (docs/schedules.md)."""
 
     until: Annotated[float, Range(0, 1, low_excluded=True)] = 1.0  # end, as a share of the run
-    loop_count: LoopCount | None = None  # in every step, or ...
-    loop_shares: list[Share] = field(default_factory=list)  # ... the shares of steps with 1, 2, ... loops
+    loop_count: LoopCount | None = None  # loops of every step; or give loop_shares
+    loop_shares: list[Share] = field(default_factory=list)  # shares of steps with 1, 2, ... loops
     # Share of the stage over which its loops phase in: their probability rises from 0 to 1, and other steps use the
-    # stage before.
+    # loops of the stage before.
     ramp: Share = 0.0
 
 
 @dataclass
 class BatchStage:
-    """The batch of a run's steps up to a number of tokens (docs/schedules.md)."""
+    """The batch size of a run's steps up to a number of tokens (docs/schedules.md)."""
 
-    until: TokenCount  # tokens of the run at which it ends
+    until: TokenCount  # tokens of the run at which the stage ends
     global_batch_size: Size
-    # Grow the batch by this much in equal parts of the stage, up to the next stage's; null: constant.
+    # Grow the batch by this much in equal parts of the stage, up to the next stage's size; null: constant.
     increment: Size | None = None
 
 
@@ -334,7 +335,7 @@ class Fp8Config:
 
     format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: E4M3, gradients in E5M2
     recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"  # auto: the card's best
-    attention: bool = False  # the global attention too; on Hopper with recipe delayed and head dimension 128
+    attention: bool = False  # also the global attention; on Hopper only with recipe delayed and head dimension 128
     # Layers at both ends of the stack whose linear layers stay in BF16, in every loop; not with recipe delayed.
     num_layers_at_start_in_bf16: Count = 0
     num_layers_at_end_in_bf16: Count = 0
@@ -342,7 +343,7 @@ class Fp8Config:
 
 @dataclass
 class TrainingConfig:
-    """Length and batches. Exactly one of `train_iters` and `train_tokens` is given."""
+    """Training of a run: length, batches, losses, precision. Give exactly one of `train_iters` and `train_tokens`."""
 
     ALTERNATIVES: ClassVar = (("train_iters",), ("train_tokens",))
 
@@ -354,14 +355,14 @@ class TrainingConfig:
     batch_schedule: list[BatchStage] = field(default_factory=list)
     # Loops per step: [{until: 0.5, loop_count: 1}, {loop_count: 2}]; empty: model.loop_count.
     loop_schedule: list[LoopStage] = field(default_factory=list)
-    # Weights of losses on the outputs of loops 1, 2, ...; the last loop's weight is 1. A single number holds for all
+    # Weights of losses on the outputs of loops 1, 2, ...; the last loop's weight is 1. A single number applies to all
     # earlier loops; empty: none.
     loop_loss_weights: list[NotNegative] = field(default_factory=list)
-    # Weight of PaLM's z-loss, log(Z)^2 of the last loop's logits, Z the sum of their exponentials; PaLM: 1e-4. Not part
-    # of the reported `loss`.
+    # Weight of PaLM's z-loss, log(Z)^2 with Z the sum of the exponentials of the last loop's logits; PaLM: 1e-4. Not
+    # part of the reported `loss`.
     z_loss_coeff: NotNegative = 0.0
     # Parameters to train, by parts of their names in a checkpoint, with *, ? and [0-9]: ["layers.2[0-9]", plt_gate].
-    # The others keep their values, and have neither gradients nor optimizer state. Empty: all are trained.
+    # The others keep their values and have neither gradients nor optimizer state. Empty: train all.
     trainable: list[str] = field(default_factory=list)
     seed: Annotated[int, Range(1, 2**31 - 1)] = 1234  # megatron-core refuses 0, numpy more than 32 bits
     precision: Literal["fp32", "bf16"] = "bf16"  # parameters; bf16 keeps an fp32 main copy
@@ -374,12 +375,12 @@ class TrainingConfig:
     # and continue with the data after the bad step.
     on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
-    # In standard deviations above the mean loss, over those of the last `spike_window` steps with the same loops, data
-    # stage and row length, and no larger batch.
+    # Standard deviations above the mean loss, both over those of the last `spike_window` steps that have the same
+    # loops, data stage and row length, and no larger batch.
     spike_threshold: Positive = 6.0
     # steps; detection begins once a quarter as many of that kind have run
     spike_window: Annotated[int, Range(2, 10**6)] = 128
-    # Limit in a row, and per 1,000 steps; more end the run. A restart with other settings resets the count.
+    # Limit on bad steps in a row and per 1,000 steps; more end the run. A restart with other settings resets the count.
     max_skipped_steps: Count = 10
 
 
@@ -390,7 +391,7 @@ class ValidationConfig:
     interval: Steps = 0  # steps; 0: only after the last
     iters: Count = 8  # global batches; 0: no validation
     loop_counts: list[LoopCount] = field(default_factory=list)  # empty: the model's own
-    # Validate `iters` batches of each source instead of the mix; reports loss and bits per byte of each and of all.
+    # Validate `iters` batches of each source instead of the mix; report loss and bits per byte of each and of all.
     by_source: bool = False
 
 
@@ -402,13 +403,13 @@ class CheckpointConfig:
     keep_last: PositiveCount = 2
     keep_every: Steps = 0  # keep checkpoints at multiples of this many steps permanently; 0: none
     export_interval: Steps = 0  # export to Hugging Face in <run folder>/exports: a multiple of save_interval; 0: never
-    # Upload finished exports there while training (docs/checkpoints.md); None: nowhere. A bucket or folder
+    # Upload finished exports here while training (docs/checkpoints.md); None: no upload. A bucket or folder
     # (s3://bucket/folder, file:///folder) gets a folder with the run's name, a hub (hf://owner/name) a branch each.
     export_upload_to: str | None = None
     upload_to: str | None = None  # upload checkpoints to this bucket or folder
-    upload_keep_last: PositiveCount = 2  # checkpoints to keep there, beside those of keep_every
+    upload_keep_last: PositiveCount = 2  # checkpoints to keep at upload_to, besides those of keep_every
     async_save: bool = False  # write while training continues; published at a later step
-    # Another run's folder or checkpoint to start from, here or where upload_to has put it; None: resume this run's own
+    # Another run's folder or checkpoint to start from, local or where upload_to put it; None: resume this run's own
     load: str | None = None
     weights_only: bool = False  # with `load`: load the weights only; reset optimizer, schedule, data and step
     allow_other_data: bool = False  # resume with other data, tokenizer or sampling than the checkpoint's
@@ -418,16 +419,16 @@ class CheckpointConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Tasks of lm-evaluation-harness for the exports of a run (`checkpoint.export_interval`), on the CPU beside it."""
+    """lm-evaluation-harness tasks for a run's exports (`checkpoint.export_interval`), on the CPU beside training."""
 
     tasks: list[str]
-    include_path: str | None = None  # a folder of task files; None: lm-evaluation-harness's own, whose data are cached
+    include_path: str | None = None  # folder of task files; None: lm-evaluation-harness's own, with cached data
     limit: PositiveCount | None = None  # rows of each task; None: all
 
 
 @dataclass
 class ProfileConfig:
-    """A trace of some steps by torch.profiler, in `<run folder>/profile`."""
+    """torch.profiler's trace of some steps, in `<run folder>/profile`."""
 
     step_end: PositiveSteps  # the last step
     step_start: Steps = 0  # the step before the first one
@@ -436,10 +437,10 @@ class ProfileConfig:
 
 @dataclass
 class StragglerConfig:
-    """Names ranks whose GPU is slow (docs/slurm.md), by nvidia-resiliency-ext."""
+    """Detection of ranks with a slow GPU (docs/slurm.md), by nvidia-resiliency-ext."""
 
     interval: PositiveSteps  # steps
-    threshold: Share = 0.75  # a GPU is slow below this share of the fastest one's speed, or of its own former
+    threshold: Share = 0.75  # a GPU is slow below this share of the fastest one's speed, or of its own earlier speed
 
 
 @dataclass

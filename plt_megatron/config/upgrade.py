@@ -1,7 +1,7 @@
-"""Configurations of earlier versions: settings that have moved, and files rewritten with their new names.
+"""Upgrade configurations of earlier versions to the current names of their settings.
 
-`upgrade` works on the nodes of a YAML document, which know their lines. `loader` uses it for files that programs
-wrote, and `plt config upgrade` for those of users; elsewhere an old name is refused with its new one.
+`upgrade` works on the nodes of a YAML document, which know their lines. `loader` uses it for files written by
+programs, and `plt config upgrade` for users' files; elsewhere an old name is refused, and the error gives the new one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOE = {
 _YARN = ("original_max_position_embeddings", "beta_fast", "beta_slow", "correction_range_round_to_int")
 _FIM_TOKENS = ("prefix", "middle", "suffix")
 _ENDS = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-# Old dotted key -> new one, where the value is the same.
+# Old dotted key -> new one, with the same value.
 _SAME_VALUE = {
     **{f"model.{old}": f"model.moe.{new}" for old, new in _MOE.items()},
     "model.rope_scaling_factor": "model.rope_scaling.factor",
@@ -62,7 +62,7 @@ _SAME_VALUE = {
     "zero.offload_optimizer": "deepspeed.offload_optimizer",
     "zero.offload_param": "deepspeed.offload_param",
 }
-# ... and where it is another.
+# Old dotted key -> new setting in words, with another value.
 _OTHER_VALUE = {
     "model.moe_router_enable_expert_bias": "model.moe.router_bias_update_rate (null: no bias)",
     "model.rope_scaling_type": "the section model.rope_scaling.yarn (null: Llama 3.1's)",
@@ -71,10 +71,10 @@ _OTHER_VALUE = {
     "engine": "the section deepspeed, which chooses that engine (null: megatron-core's)",
     "zero": "the section deepspeed",
 }
-# What is no setting any more, with what it is for all runs.
+# Removed settings -> what holds for all runs instead.
 _GONE = {
-    "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead "
-    "(plt preprocess --build-index)",
+    "data.index_timeout_minutes": "an hour for every run: leave it out, and build an index that takes longer ahead of "
+    "time (plt preprocess --build-index)",
 }
 UPGRADE = "plt config upgrade FILE rewrites a file"
 _DEEPSPEEDS_OWN = {key.partition(".")[0] for key in (*ADDABLE, *DECIDED_BY, *REFUSED)}
@@ -82,7 +82,7 @@ _BIAS_UPDATE_RATE = "1e-3"  # the former default
 
 
 def new_name(key: str) -> str | None:
-    """What a setting of an earlier version is now, in words; None: it has not moved."""
+    """Return what a setting of an earlier version is now, in words; None if it has not moved."""
     section, _, rest = key.partition(".")
     if section == "deepspeed" and rest.partition(".")[0] in _DEEPSPEEDS_OWN:
         return f"deepspeed.config.{rest}"
@@ -90,28 +90,28 @@ def new_name(key: str) -> str | None:
 
 
 def new_section(key: str, value: str) -> str | None:
-    """What a setting of an earlier version that has become a section is now; None: it is no such value."""
+    """Return what an old setting that became a section is now; None if `value` is not one of its old values."""
     if key != "training.fp8" or value not in ("none", "hybrid", "e4m3"):
         return None
     return "training.fp8=null" if value == "none" else f"training.fp8.format={value}"
 
 
 def upgrade(document: yaml.MappingNode) -> yaml.MappingNode:
-    """A document, or a part of a configuration, whose settings have their new names; itself if none has moved."""
+    """Return the document with the new names of its settings, or the document itself if none has moved."""
     settings = flat(document)
     if settings is None:
-        return document  # which the loader refuses
+        return document  # the loader refuses it
     moved = dict(settings)
     for step in _STEPS:
         moved = step(moved)
     sections = {key[: match.start()] for key in moved for match in re.finditer(r"\.", key)}
-    if moved == settings or sections & moved.keys():  # a section and its former settings: the loader says so
+    if moved == settings or sections & moved.keys():  # a section beside its old settings: the loader reports it
         return document
     return _nested(document, moved)
 
 
 def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of a configuration, as checkpoints have them, under their new names."""
+    """Return the plain values of a configuration, as checkpoints store them, under their new names."""
     origins: dict[int, Any] = {}
     document = _node(values, origins)
     new = upgrade(typing.cast(yaml.MappingNode, document))
@@ -119,7 +119,7 @@ def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _node(value: Any, origins: dict[int, Any]) -> yaml.Node:
-    """A node that stands for a plain value, which `origins` keeps by the node's identity."""
+    """Return a node that stands for a plain value; `origins` keeps the value by the node's id."""
     if isinstance(value, Mapping):
         entries = [(yaml.ScalarNode(_TEXT, key), _node(inner, origins)) for key, inner in value.items()]
         return yaml.MappingNode(_MAPPING, entries)
@@ -133,7 +133,7 @@ def _node(value: Any, origins: dict[int, Any]) -> yaml.Node:
 
 
 def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
-    """The plain value of a node, of no type that a schema states: as YAML 1.2 reads it."""
+    """Return the plain value of a node without a schema, as YAML 1.2 reads it."""
     if origins is not None and id(node) in origins:
         return origins[id(node)]
     if isinstance(node, yaml.MappingNode):
@@ -145,7 +145,7 @@ def plain(node: yaml.Node, origins: Mapping[int, Any] | None = None) -> Any:
     return next(value for kind in (bool, int, float, str) if (value := yaml_nodes.scalar(kind, node)) is not None)
 
 
-# ---------------------------------------------------------------- what moved
+# ---------------------------------------------------------------- settings that moved
 
 
 def _upgrade_moe(settings: Settings) -> Settings:
@@ -261,7 +261,7 @@ def _renamed(settings: Settings, section: str) -> Settings:
 
 
 def _switched_off(settings: Settings, old: list[str], section: str) -> Settings:
-    """With null for a section, in the place of its first old setting."""
+    """Replace the old settings of a section with null for it, in the place of the first one."""
     first = next(key for key in settings if key in old)
     found = {section if key == first else key: node for key, node in settings.items() if key == first or key not in old}
     return found | {section: _scalar("null", settings[first])}
@@ -291,7 +291,7 @@ def _scalar(text: str, like: yaml.Node) -> yaml.ScalarNode:
 
 
 def flat(document: yaml.MappingNode, prefix: str = "") -> Settings | None:
-    """The values of a document by their dotted keys, lists as they are; None: a key is given twice, or is none."""
+    """Return a document's values by dotted key, lists as they are; None if a key is repeated or not a plain name."""
     settings: Settings = {}
     for key, value in document.value:
         if not isinstance(key, yaml.ScalarNode) or "." in key.value or prefix + key.value in settings:
@@ -304,8 +304,8 @@ def flat(document: yaml.MappingNode, prefix: str = "") -> Settings | None:
 
 
 def _nested(document: yaml.MappingNode, settings: Settings) -> yaml.MappingNode:
-    """Settings as a document: each section where its first setting is, keys on the lines of their values or, if they
-    have not moved, their own."""
+    """Return settings as a document: each section where its first setting is, keys on the lines of their values or, if
+    they have not moved, on their own."""
     root = yaml.MappingNode(_MAPPING, [], document.start_mark, document.end_mark, flow_style=document.flow_style)
     for key, value in settings.items():
         *sections, last = key.split(".")
@@ -324,6 +324,6 @@ def _nested(document: yaml.MappingNode, settings: Settings) -> yaml.MappingNode:
 
 
 def _entry(section: yaml.Node, name: str) -> tuple[yaml.ScalarNode, yaml.Node] | None:
-    """The key and the value of a name in a section."""
+    """Return the key and value nodes of a name in a section; None if it is missing."""
     entries = section.value if isinstance(section, yaml.MappingNode) else []
     return next((entry for entry in entries if entry[0].value == name), None)

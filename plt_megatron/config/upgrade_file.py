@@ -1,4 +1,4 @@
-"""Text of a configuration file with the present names of its settings; comments and layout stay where they can."""
+"""Rewrite a configuration file with the current names of its settings, keeping comments and layout if possible."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from plt_megatron.errors import UserError
 
 
 def upgrade_text(text: str, name: str) -> str:
-    """A file's text with new names: a run's configuration, or a part of one for others to include.
+    """Return the text with new names of a run's configuration, or of a part of one for others to include.
 
     Sections without moved settings stay as they are; comments stay with the settings below or beside them.
 
     Raises:
-        UserError: it is no YAML document of sections, or gives a setting by its old and its new name.
+        UserError: the text is not a YAML document of sections, gives a setting under its old and its new name, or has
+            a layout that cannot be rewritten.
     """
     before = yaml_nodes.compose(text, name)
     if before is None:
@@ -33,25 +34,25 @@ def upgrade_text(text: str, name: str) -> str:
     upgraded = "\n".join(found) + "\n"
     written = yaml_nodes.compose(upgraded, name)
     if written is None or plain(written) != plain(after):
-        raise UserError(f"{name}: its layout is too unusual to be rewritten: change it by hand")
+        raise UserError(f"{name}: its layout is too unusual to rewrite: edit it by hand")
     return upgraded
 
 
 def _with_comments(lines: list[str], line: int, end: int) -> int:
-    """The first line of the comments right above a line, after line `end`."""
+    """Return the first line of the comments right above a line, but not above line `end`."""
     while line > end and lines[line - 1].lstrip().startswith("#"):
         line -= 1
     return line
 
 
 class _Writer:
-    """Writes sections of a document from the lines and texts of another."""
+    """Writes sections of a document, reusing lines and texts of another."""
 
     def __init__(self, text: str, before: yaml.MappingNode) -> None:
         self._text, self._lines, self._before = text, text.splitlines(), before
 
     def block(self, section: yaml.MappingNode, old: yaml.Node | None, depth: int) -> Iterator[str]:
-        """The lines of a section, one below the other."""
+        """Yield the lines of a section in block style."""
         former = {key.value: (key, value) for key, value in old.value} if isinstance(old, yaml.MappingNode) else {}
         for key, value in section.value:
             before = former.get(key.value)
@@ -71,7 +72,7 @@ class _Writer:
                 yield f"{indent}{key.value}: {self._inline(value)}{self._beside(value)}"
 
     def _untouched(self, section: yaml.Node | None, key: yaml.ScalarNode) -> list[str]:
-        """The lines of a setting with the comments above it, up to those of the next one."""
+        """Return the lines of a setting with the comments above it, up to those of the next one."""
         assert isinstance(section, yaml.MappingNode)
         starts = [each.start_mark.line for each, _ in section.value]
         number = starts.index(key.start_mark.line)
@@ -81,7 +82,7 @@ class _Writer:
         return self._lines[first:last]
 
     def _end(self, section: yaml.MappingNode) -> int:
-        """The line after a section's last one."""
+        """Return the line after a section's last one."""
         mark = section.end_mark
         return len(self._lines) if mark.index >= len(self._text) else mark.line
 
@@ -92,7 +93,7 @@ class _Writer:
         return [indent + text.strip() for text in self._lines[_with_comments(self._lines, line, 0) : line]]
 
     def _is_first(self, node: yaml.Node) -> bool:
-        """Whether nothing of another setting is before it in its line."""
+        """Return whether no other setting precedes the node in its line."""
         before = self._lines[node.start_mark.line][: node.start_mark.column]
         return "{" not in before and before.count(":") <= 1
 
@@ -107,7 +108,7 @@ class _Writer:
 
 
 def _same(one: yaml.Node, other: yaml.Node) -> bool:
-    """Whether they hold the same nodes."""
+    """Return whether two nodes hold the same value nodes."""
     if not isinstance(one, yaml.MappingNode) or not isinstance(other, yaml.MappingNode):
         return one is other
     before, after = flat(one) or {}, flat(other) or {}

@@ -1,4 +1,4 @@
-"""All checks of a configuration that need no torch, before a process group or a model exists.
+"""All checks of a configuration that work without torch, before a process group or a model exists.
 
 `validate` collects all problems, so that one run of a command shows them all. Checks that relate settings to
 one another assume that each setting is in its own range (`fields`), so they run only when all are.
@@ -42,10 +42,10 @@ def validate(
     have_te: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> None:
-    """Raise one `UserError` whose message holds one line per problem, if there is any.
+    """Raise one `UserError` with a line per problem, if there are any.
 
     `world_size`: number of processes the run gets; None: as many as the layout asks for (plt train).
-    `check_files`: also check what belongs to this machine: data files, tokenizer, folders, optional packages.
+    `check_files`: also check this machine: data files, tokenizer, folders, optional packages.
     `have_te`: whether Transformer Engine is installed; None: find out (without importing it).
     `capability`: the card's compute capability, if known: FP8 kernels depend on it.
     """
@@ -65,9 +65,9 @@ def find_problems(
     have_te: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> list[str]:
-    """The problems `validate` would raise, one line each, after the file and line of the first setting it names.
+    """Return the problems `validate` would raise, one line each, after the file and line of the first setting named.
 
-    `check_packages`: also look for optional packages; None: with `check_files`. In a container there are others.
+    `check_packages`: also look for optional packages; None: with `check_files`. A container has packages of its own.
     """
     problems = list(find_range_problems(config))
     problems += _check_required(config)
@@ -97,8 +97,8 @@ def find_problems(
 
 
 def processes_on(config: RunConfig, devices: int) -> int:
-    """Processes that a machine with so many devices runs: as many as the layout asks for and, where it leaves data
-    parallelism open, copies of it on the other devices as far as the batch can be shared out."""
+    """Return how many processes a machine with this many devices runs: as many as the layout asks for and, if it leaves
+    data parallelism open, copies of it on the other devices as far as the batch can be divided."""
     least = layout_of(config).world_size
     if config.parallel.data_parallel_size is None:
         for count in range(devices - devices % least, least, -least):
@@ -111,7 +111,7 @@ def processes_on(config: RunConfig, devices: int) -> int:
 
 
 def _check_required(config: RunConfig) -> Iterator[str]:
-    """Settings of which one or exactly one must be given."""
+    """Check settings of which at least or exactly one must be given."""
     training, data = config.training, config.data
     if (training.train_iters is None) == (training.train_tokens is None):
         given = "neither is" if training.train_iters is None else "both are"
@@ -134,7 +134,7 @@ def _check_required(config: RunConfig) -> Iterator[str]:
     if not config.name or Path(config.name).is_absolute() or ".." in parts or "\0" in config.name:
         yield f"name must be a folder name below output_dir, got {config.name!r}"
     elif too_long := next((part for part in parts if len(os.fsencode(part)) > _LONGEST_NAME), None):
-        yield f"name: {too_long[:20]}... has {len(os.fsencode(too_long))} bytes, a folder's has at most {_LONGEST_NAME}"
+        yield f"name: {too_long[:20]}... has {len(os.fsencode(too_long))} bytes, a folder name at most {_LONGEST_NAME}"
 
 
 # ---------------------------------------------------------------- this machine
@@ -171,7 +171,7 @@ def _check_source(source: DataSource, key: str) -> Iterator[str]:
 
 
 def _check_tokenizer(path: Path) -> Iterator[str]:
-    """Whether the library that will encode with the file, or the folder's, can read it."""
+    """Check that the library that will encode with the file, or with the folder's file, can read it."""
     if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         yield f"data.tokenizer: the folder {path} holds neither tokenizer.model nor tokenizer.json"
         return
@@ -191,7 +191,7 @@ def _check_tokenizer(path: Path) -> Iterator[str]:
             import sentencepiece
 
             sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except Exception as error:  # of types that neither library names
+    except Exception as error:  # neither library documents its exception types
         kind = "Hugging Face tokenizer.json" if file.suffix == ".json" else "sentencepiece model"
         yield f"data.tokenizer: {file} is not a {kind} ({' '.join(str(error).split())})"
 
@@ -205,7 +205,7 @@ def _check_writable(folder: Path, key: str) -> Iterator[str]:
 
 
 def _check_packages(config: RunConfig, have_te: bool | None) -> Iterator[str]:
-    """Each setting that takes modules of an extra which are not installed, and what to set to do without them."""
+    """Yield each setting that needs modules of an extra that are not installed, and how to do without them."""
     used = {
         "evaluation": (derived.evaluation(config) is not None, ["lm_eval", "accelerate", "transformers"], "null"),
         "checkpoint.export_interval": (config.checkpoint.export_interval, ["transformers"], "0"),

@@ -1,6 +1,6 @@
-"""YAML as nodes, which know their file and line.
+"""YAML parsed into nodes that know their file and line.
 
-Scalars are read as YAML 1.2 does: `1e-4` is a number and `yes` is a string.
+Scalars are read as in YAML 1.2: `1e-4` is a number and `yes` is a string.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import yaml
 
 from plt_megatron.errors import UserError
 
-OVERRIDE = "override "  # prefix of names for the command line, which has no lines
+OVERRIDE = "override "  # name prefix of nodes from the command line, which has no lines
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_LONGEST = 60  # characters of a value that a message repeats
+_LONGEST = 60  # characters of a value that a message quotes
 
 
-# libyaml where PyYAML was built with it, as its wheels are: a sweep reads and writes hundreds of files.
+# Use libyaml if PyYAML was built with it, as its wheels are: a sweep reads and writes hundreds of files.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _Named(io.StringIO):
-    """A text with a name for the marks of its nodes."""
+    """A text with a name, which the marks of its nodes carry."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
@@ -38,7 +38,7 @@ class _Named(io.StringIO):
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises `UserError` if it cannot be read."""
+    """Read a file's text. Raises `UserError` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -48,12 +48,12 @@ def read_text(path: Path) -> str:
 
 
 def dump(values: object) -> str:
-    """YAML text of plain values, keys in their order."""
+    """Return YAML text of plain values, keys in their order."""
     return str(yaml.dump(values, Dumper=_DUMPER, sort_keys=False, allow_unicode=True, width=110))
 
 
 def load(text: str) -> object:
-    """The plain values of such a text. Raises `yaml.YAMLError`."""
+    """Return the plain values of YAML text. Raises `yaml.YAMLError`."""
     return yaml.load(text, Loader=_LOADER)
 
 
@@ -67,7 +67,7 @@ def compose(text: str, name: str) -> yaml.Node | None:
             loader.dispose()
     except RecursionError as error:
         raise UserError(f"{name}: nested too deeply") from error
-    except UnicodeEncodeError as error:  # bytes of the command line that are no text
+    except UnicodeEncodeError as error:  # command-line bytes that are not text
         raise UserError(f"{name!a}: not UTF-8 text") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -77,7 +77,7 @@ def compose(text: str, name: str) -> yaml.Node | None:
 
 
 def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:
-    """(key, value, file and line of the key) of a mapping.
+    """Return (key, value, file and line of the key) for each entry of a mapping.
 
     Args:
         what: dotted key of the mapping, for messages; empty: the document.
@@ -101,7 +101,7 @@ def items(node: yaml.Node, what: str = "") -> list[tuple[str, yaml.Node, str]]:
 
 
 def scalar(hint: type, node: yaml.Node) -> str | bool | int | float | None:
-    """The node's value as `hint`, one of str, bool, int and float; None if it is not one."""
+    """Return the node's value as `hint`, one of str, bool, int and float; None if it is not one."""
     if not isinstance(node, yaml.ScalarNode) or is_null(node):
         return None
     text = str(node.value)
@@ -119,8 +119,8 @@ def scalar(hint: type, node: yaml.Node) -> str | bool | int | float | None:
 
 
 def _integer(text: str) -> int | None:
-    """`12`, `1_000` and whole numbers in exponent form: `4e11` tokens is an integer to its writer."""
-    with contextlib.suppress(ValueError):  # thousands of digits
+    """Parse `12`, `1_000` and whole numbers in exponent form: the writer of `4e11` tokens means an integer."""
+    with contextlib.suppress(ValueError):  # int() refuses thousands of digits
         if _INT.fullmatch(text):
             return int(text.replace("_", ""))
         if _FLOAT.fullmatch(text) and "e" in text.lower():
@@ -131,22 +131,22 @@ def _integer(text: str) -> int | None:
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Whether the node is an unquoted `null`, `~` or nothing."""
+    """Return whether the node is an unquoted `null`, `~` or nothing."""
     return isinstance(node, yaml.ScalarNode) and not node.style and bool(_NULL.fullmatch(node.value))
 
 
 def where(node: yaml.Node) -> str:
-    """File and line, or the override, that a node comes from."""
+    """Return the file and line, or the override, that a node comes from."""
     return where_mark(node.start_mark)
 
 
 def where_mark(mark: yaml.Mark) -> str:
-    """The same of a mark."""
+    """Return the file and line, or the override, of a mark."""
     return mark.name if mark.name.startswith(OVERRIDE) else f"{mark.name}:{mark.line + 1}"
 
 
 def describe(node: yaml.Node) -> str:
-    """A node in a message."""
+    """Describe a node for a message."""
     if isinstance(node, yaml.MappingNode):
         return "a mapping"
     if isinstance(node, yaml.SequenceNode):
@@ -156,14 +156,14 @@ def describe(node: yaml.Node) -> str:
 
 
 def text_of(value: bool | float | str | None) -> str:
-    """A scalar as YAML has it."""
+    """Format a scalar as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)
 
 
 def to_text(node: yaml.Node) -> str:
-    """The node as one line of YAML, scalars as their writer wrote them."""
+    """Format the node as one line of YAML, scalars as their writer wrote them."""
     if isinstance(node, yaml.ScalarNode):
         return str(node.value) if not node.style else yaml.serialize(node, width=10**9).strip()
     if isinstance(node, yaml.SequenceNode):

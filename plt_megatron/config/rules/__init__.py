@@ -1,1 +1,1 @@
-"""What settings ask of one another, one file for each part of a configuration; `validation` asks them all."""
+"""Rules between settings, one file for each part of a configuration; `validation` checks them all."""

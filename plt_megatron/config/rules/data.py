@@ -1,4 +1,4 @@
-"""Settings of the data that depend on one another."""
+"""Rules between the data settings; part of `validation`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from plt_megatron.config.schema import DataConfig, RunConfig
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """A line for each."""
+    """Yield the conflicts between data settings, one line each."""
     data = config.data
     if data.eod_mask_loss and data.tokenizer is None:
-        yield "data.eod_mask_loss needs data.tokenizer, which says what the end-of-document token is"
+        yield "data.eod_mask_loss needs data.tokenizer, which defines the end-of-document token"
     for part in ("validation_sources", "test_sources"):
         for index, source in enumerate(getattr(data, part)):
             if source.fim_rate is not None:
@@ -29,9 +29,9 @@ def _check_fill_in_middle(data: DataConfig) -> Iterator[str]:
     for index, source in enumerate(sources):
         rate = derived.fim_rate(data, source)
         if rates.setdefault(os.path.abspath(source.path), rate) != rate:
-            yield f"data.{key}[{index}].fim_rate {rate:g}: {source.path} is a source already, with another rate"
+            yield f"data.{key}[{index}].fim_rate {rate:g}: {source.path} is already a source, with another rate"
     if any(rates.values()) and data.tokenizer is None:
         yield "data.fim.rate needs data.tokenizer, which has the tokens that mark prefix, middle and suffix"
     given = derived.fim(data).tokens
     if given is not None and (len(given) != 3 or len(set(given)) < 3 or not all(given)):
-        yield f"data.fim.tokens {given}: give three different ones, for prefix, middle and suffix, or null"
+        yield f"data.fim.tokens {given}: give three different tokens, for prefix, middle and suffix, or null"

@@ -1,8 +1,8 @@
-"""DeepSpeed's configuration, generated from ours, and checks of the section `deepspeed`.
+"""DeepSpeed's configuration, generated from ours, and rules for the section `deepspeed`.
 
-Our configuration is the only authority: `written` says what it decides, and the raw `deepspeed.config` may add what
-`ADDABLE` names. Every problem names what to set instead. No torch here: a bad section is answered in milliseconds. The
-engine is `train/deepspeed`.
+Our configuration is the only authority: `written` returns what it decides, and the raw `deepspeed.config` may add only
+keys of `ADDABLE`. Every problem names what to set instead. Imports no torch, so that a bad section is refused in
+milliseconds. The engine is in `train/deepspeed`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from plt_megatron.extras import lacking
 VERSIONS = ">=0.19,<0.20"
 Kind = Literal["bool", "count", "positive"]
 
-# What the raw section may add: speed, memory and reports. `count`: a whole number >= 0, 5e8 included; `positive`: >= 1.
+# Keys that the raw section may add: speed, memory, reports. `count`: a whole number >= 0, also 5e8; `positive`: >= 1.
 ADDABLE: dict[str, Kind] = {
     "steps_per_print": "positive",
     "wall_clock_breakdown": "bool",
@@ -47,7 +47,7 @@ ADDABLE: dict[str, Kind] = {
     "zero_optimization.offload_param.pin_memory": "bool",
 }
 
-# What our settings decide, and which: a raw key may only repeat it.
+# Keys that our settings decide -> the setting; a raw key may only repeat its value.
 DECIDED_BY: dict[str, str] = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -64,12 +64,12 @@ DECIDED_BY: dict[str, str] = {
     "zero_optimization.offload_param.device": "deepspeed.offload_param",
 }
 
-# DeepSpeed's keys that are refused here: what to do instead. A key includes all below it.
+# Keys of DeepSpeed that are refused here -> what to do instead. A key includes all keys below it.
 REFUSED: dict[str, str] = {
     "fp16": "set training.precision=bf16",
     "amp": "set training.precision=bf16",
     "torch_autocast": "set training.precision=bf16",
-    "scheduler": "set the optimizer section's lr_decay_style and what belongs to it",
+    "scheduler": "set the optimizer section's lr_decay_style and related settings",
     "zero_optimization.overlap_comm": "it reduces gradients before the last loop has added to them; leave it out",
     "zero_optimization.offload_optimizer.ratio": "leave it out: all of the optimizer is offloaded",
     "zero_optimization.offload_optimizer.nvme_path": "set deepspeed.offload_optimizer=cpu",
@@ -116,13 +116,13 @@ _DEFAULTS: dict[str, Any] = {"steps_per_print": 10**9, "zero_optimization.reduce
 
 
 def zero_of(config: RunConfig) -> DeepSpeedConfig:
-    """The section of a configuration that has it."""
+    """Return the section `deepspeed` of a configuration that has it."""
     assert config.deepspeed is not None, "only for runs on DeepSpeed"
     return config.deepspeed
 
 
 def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
-    """What our configuration decides, by DeepSpeed's dotted keys.
+    """Return the values that our configuration decides, by DeepSpeed's dotted keys.
 
     Args:
         world_size: processes; None: as many as the layout asks for.
@@ -143,13 +143,13 @@ def written(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
         **(deepspeed_optimizer(optimizer) if deepspeed_optimizer is not None else {}),
     }
     if training.precision == "bf16":
-        settings["bf16.check_grad_overflow"] = True  # otherwise it updates with gradients that are not numbers
+        settings["bf16.check_grad_overflow"] = True  # otherwise it updates with NaN gradients
         settings["data_types.grad_accum_dtype"] = settings["communication_data_type"] = "fp32"
     return settings
 
 
 def raw(config: RunConfig) -> dict[str, Any]:
-    """`deepspeed.config` by dotted keys."""
+    """Return `deepspeed.config` by dotted keys."""
     return dict(_leaves(zero_of(config).config, ""))
 
 
@@ -162,7 +162,7 @@ def _leaves(section: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
-    """The dictionary for DeepSpeed. `config` must be validated."""
+    """Return the configuration dictionary for DeepSpeed. `config` must be validated."""
     whole = copy.deepcopy({**_DEFAULTS, **raw(config), **written(config, world_size)})
     nested: dict[str, Any] = {}
     for key, value in whole.items():
@@ -178,21 +178,21 @@ def deepspeed_config(config: RunConfig, world_size: int | None = None) -> dict[s
 
 
 def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
-    """The problems of a configuration whose single settings are in range, one line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     if config.deepspeed is None:
         return
     yield from _check_features(config)
     if config.deepspeed.offload_param != "none" and config.deepspeed.zero_stage != 3:
         yield (
-            f"deepspeed.offload_param {config.deepspeed.offload_param} needs deepspeed.zero_stage=3: below it every "
-            "rank holds all parameters; set that, or deepspeed.offload_param=none"
+            f"deepspeed.offload_param {config.deepspeed.offload_param} needs deepspeed.zero_stage=3: below that every "
+            "rank holds all parameters; set it, or deepspeed.offload_param=none"
         )
     if optimizer_spec(config.optimizer).deepspeed is not None:
         yield from _check_raw(config, world_size)
 
 
 def _check_features(config: RunConfig) -> Iterator[str]:
-    """Requested features that this engine lacks."""
+    """Yield requested features that this engine lacks."""
     parallel, training, name = config.parallel, config.training, config.optimizer.name
     lacks: dict[str, tuple[bool, str]] = {
         "parallel.pipeline_model_parallel_size": (parallel.pipeline_model_parallel_size > 1, "1"),
@@ -211,7 +211,7 @@ def _check_features(config: RunConfig) -> Iterator[str]:
     for setting, (wanted, off) in lacks.items():
         if wanted:
             key = setting.partition(" ")[0]
-            yield f"{setting} is not proven with deepspeed: set {key}={off}, or leave out the section deepspeed"
+            yield f"{setting} is not verified with deepspeed: set {key}={off}, or leave out the section deepspeed"
 
 
 def _check_raw(config: RunConfig, world_size: int | None) -> Iterator[str]:
@@ -258,7 +258,7 @@ def _unknown(key: str) -> str:
     if inside:
         return f"deepspeed.config.{key} is a section: set its keys, as in deepspeed.config.{inside[0]}"
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    hint = f"did you mean {close[0]}?" if close else "docs/deepspeed.md lists those that may be added"
+    hint = f"did you mean {close[0]}?" if close else "docs/deepspeed.md lists the keys that may be added"
     return f"deepspeed.config.{key} is unknown, and DeepSpeed would silently ignore it; {hint}"
 
 
@@ -275,7 +275,7 @@ def _text(value: Any) -> str:
 
 
 def find_package_problem(config: RunConfig) -> str | None:
-    """Whether DeepSpeed is installed if it is needed; does not import it."""
+    """Return why the installed DeepSpeed, if needed, cannot be used; None if it can. Does not import it."""
     if config.deepspeed is None:
         return None
     if lacking("deepspeed"):

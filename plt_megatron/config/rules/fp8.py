@@ -1,8 +1,8 @@
-"""FP8: what each generation of cards has kernels for, and what a run therefore computes in FP8.
+"""Rules for FP8: which kernels each generation of cards has, and what a run therefore computes in FP8.
 
-The rules are Transformer Engine's own (its recipe checks and its attention selector, 2.20), stated before a run starts
-instead of in its first step. Linear layers run in FP8; of a layer's two attentions the global one may, where there is a
-kernel for it, and the window stays in BF16.
+The rules are Transformer Engine's own (its recipe checks and its attention selector, 2.20), checked before a run starts
+instead of in its first step. Linear layers run in FP8; a layer's global attention may, where there is a kernel for it,
+and its window attention stays in BF16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from plt_megatron.config.schema import Fp8Config, RunConfig
 
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 HOPPER_ATTENTION_HEAD_DIM = 128
-# (channels, tokens) of what is multiplied come in multiples of these.
+# Matmul operands need (channels, tokens) in multiples of these.
 _ALIGNMENT = {"delayed": (16, 8), "tensorwise": (16, 8), "blockwise": (16, 8), "mxfp8": (32, 32)}
 Capability = tuple[int, int]
 
@@ -27,9 +27,9 @@ class Fp8Choice:
 
     Attributes:
         format: `hybrid` (E4M3, gradients in E5M2) or `e4m3`.
-        recipe: how values are scaled: `delayed`, `tensorwise`, `blockwise` or `mxfp8`.
-        attention: whether the global attention is in FP8 too.
-        layers_in_bf16: how many layers at the start and at the end of the stack are in BF16 instead.
+        recipe: scaling of values: `delayed`, `tensorwise`, `blockwise` or `mxfp8`.
+        attention: whether the global attention is also in FP8.
+        layers_in_bf16: number of layers at the start and at the end of the stack that stay in BF16.
     """
 
     format: str
@@ -45,10 +45,10 @@ class Fp8Choice:
 
 
 def choose(config: RunConfig, capability: Capability) -> Fp8Choice | None:
-    """What the configuration means on a card of this compute capability; None: no FP8.
+    """Return what a run computes in FP8 on a card of this compute capability; None: nothing.
 
-    `training.fp8.recipe: auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales are of
-    the very tensor that is rounded, or delayed where Hopper's attention kernel asks for it.
+    `training.fp8.recipe: auto` is mxfp8 on Blackwell, where it is native; elsewhere tensorwise, whose scales come from
+    the very tensor that is rounded, or delayed, which Hopper's attention kernel needs, with FP8 attention.
     """
     fp8 = config.training.fp8
     if fp8 is None:
@@ -66,9 +66,9 @@ def _recipe(fp8: Fp8Config, capability: Capability) -> str:
 
 
 def find_problems(config: RunConfig, capability: Capability | None = None) -> Iterator[str]:
-    """What does not fit together, one line each.
+    """Yield the conflicts of FP8 settings, one line each.
 
-    `capability`: the card's, where it is known; None: what no card can do.
+    `capability`: the card's compute capability, if known; None: yield only what no card can do.
     """
     fp8 = config.training.fp8
     if fp8 is None:
@@ -92,10 +92,10 @@ def find_problems(config: RunConfig, capability: Capability | None = None) -> It
 
 
 def _check_recomputation(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
-    """Recomputation that would not compute what was computed before.
+    """Yield recomputation that would not reproduce the forward pass.
 
-    With delayed scaling Transformer Engine keeps a module's scales first in, first out until they are needed again. A
-    looped module is recomputed last loop first, so each loop would get another loop's. And megatron-core recomputes
+    With delayed scaling, Transformer Engine queues a module's scales first in, first out for recomputation. A looped
+    module is recomputed last loop first, so each loop would get another loop's scales. And megatron-core recomputes
     attention outside of FP8, so the attention that is differentiated would not be the one that ran.
     """
     model, granularity = config.model, config.parallel.recompute_granularity
@@ -116,8 +116,8 @@ def _check_recomputation(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iter
 
 
 def _check_experts(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
-    """With delayed scaling an expert's scale would be of steps in which it may have seen other tokens, or none, and
-    ranks with other experts would put their largest values into one history."""
+    """Check that experts do not use delayed scaling. An expert's scale would come from steps in which it may have seen
+    other tokens, or none, and ranks with different experts would put their largest values into one history."""
     if config.model.moe is not None and recipe == "delayed":
         other = "tensorwise" if not fp8.attention else "tensorwise, and training.fp8.attention=false"
         yield (
@@ -127,7 +127,7 @@ def _check_experts(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[s
 
 
 def _check_ends(config: RunConfig, fp8: Fp8Config, recipe: str) -> Iterator[str]:
-    """First and last layers in BF16, as megatron-core has them."""
+    """Check the first and last layers in BF16, which follow megatron-core."""
     names = ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
     given = {f"training.fp8.{name}": getattr(fp8, name) for name in names if getattr(fp8, name)}
     if given and recipe == "delayed":
@@ -174,7 +174,7 @@ def _check_sizes(config: RunConfig, recipe: str) -> Iterator[str]:
 
 
 def _check_attention(config: RunConfig, fp8: Fp8Config, capability: Capability | None) -> Iterator[str]:
-    """FP8 attention in training; the window's is never asked for."""
+    """Check FP8 attention in training; the window's never uses FP8."""
     parallel, head = config.parallel, derived.head_dim(config.model)
     off = "or set training.fp8.attention=false"
     recipe = None if capability is None and fp8.recipe == "auto" else _recipe(fp8, capability or HOPPER)
@@ -200,5 +200,5 @@ def _check_attention(config: RunConfig, fp8: Fp8Config, capability: Capability |
 
 
 def card_name(capability: Capability) -> str:
-    """As in sm90."""
+    """Return the card's name, as in sm90."""
     return f"sm{capability[0]}{capability[1]}"

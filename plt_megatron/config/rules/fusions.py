@@ -1,6 +1,6 @@
-"""Megatron-LM's fused operations (`parallel.*_fusion`): where each can be on, and what a run gets where it is not set.
+"""Rules for Megatron-LM's fused operations (`parallel.*_fusion`): when each is possible, and when it is on by default.
 
-All are Transformer Engine's kernels. A setting that is null means: on, unless something here is in the way.
+All are Transformer Engine's kernels. A setting that is null means on, unless an obstacle below applies.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from plt_megatron.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class Fusions:
-    """What is fused, under megatron-core's names.
+    """Fused operations that are on, under megatron-core's names.
 
     Attributes:
-        gradient_accumulation_fusion: the matrix product of a linear layer's weight gradient adds it to the fp32
-            gradient buffer itself, once for each loop and microbatch.
+        gradient_accumulation_fusion: the matmul of a linear layer's weight gradient adds directly to the fp32 gradient
+            buffer, once per loop and microbatch.
         apply_rope_fusion: RoPE in one kernel.
-        cross_entropy_loss_fusion: cross-entropy in one kernel each way, without logits in fp32.
+        cross_entropy_loss_fusion: cross-entropy in one kernel per direction, without logits in fp32.
     """
 
     gradient_accumulation_fusion: bool = False
@@ -36,31 +36,31 @@ NAMES = tuple(field.name for field in dataclasses.fields(Fusions))
 
 
 def obstacles(config: RunConfig, backend: str) -> dict[str, str]:
-    """Fusion -> why it cannot be on, with `backend` (`torch` or `te`)."""
+    """Return fusion -> why it cannot be on with `backend` (`torch` or `te`)."""
     if backend != "te":
         return dict.fromkeys(NAMES, "needs Transformer Engine (model.backend=te)")
     if config.deepspeed is not None:
-        return dict.fromkeys(NAMES, "is not proven with deepspeed")
+        return dict.fromkeys(NAMES, "is not verified with deepspeed")
     if derived.yarn_factor(config.model) is not None:
-        return {"apply_rope_fusion": "with model.rope_scaling.yarn: the kernel does not scale what it turns"}
+        return {"apply_rope_fusion": "with model.rope_scaling.yarn: the kernel does not scale what it rotates"}
     if config.data.reset_at_document_boundaries:
-        why = "with data.reset_at_document_boundaries: the kernel knows one position a row, packed rows have their own"
+        why = "with data.reset_at_document_boundaries: the kernel uses one set of positions, packed rows their own"
         return {"apply_rope_fusion": why}
     return {}
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """Fusions that are asked for and cannot be, one line each. What `model.backend: auto` is, is not known here."""
+    """Yield requested fusions that are not possible, one line each. `model.backend: auto` is taken to be te."""
     return refusals(config, obstacles(config, "te" if config.model.backend == "auto" else config.model.backend))
 
 
 def refusals(config: RunConfig, why: dict[str, str]) -> Iterator[str]:
-    """A line for each fusion that is asked for and has an obstacle."""
+    """Yield a line for each requested fusion that has an obstacle."""
     for name in NAMES:
         if getattr(config.parallel, name) and name in why:
             yield f"parallel.{name} {why[name]}; set parallel.{name}=null (on where possible) or false"
 
 
 def choose(config: RunConfig, why: dict[str, str]) -> Fusions:
-    """What is on, given the obstacles."""
+    """Return the fusions that are on, given the obstacles."""
     return Fusions(**{name: getattr(config.parallel, name) is not False and name not in why for name in NAMES})

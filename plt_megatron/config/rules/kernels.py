@@ -1,7 +1,7 @@
-"""What a run on Transformer Engine asks of the versions that a machine has, beside its card (see `fp8`).
+"""Rules for the library versions that a run on Transformer Engine needs; for its card see `fp8`.
 
-The rules are those of Transformer Engine's own selectors (2.20), stated before a run starts. Where no fused attention
-is left it falls back, without a word, to one that holds all scores: that is refused.
+The rules are those of Transformer Engine's own selectors (2.20), checked before a run starts. Where no fused attention
+is left it silently falls back to one that holds all scores, which is refused here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ Version = tuple[int, ...]
 BLOCKWISE_CUDA = (12, 9)
 DETERMINISTIC_FP8_CUDNN = (9, 19)
 DETERMINISTIC_FLASH_ATTN = (2, 4, 1)
-# cuDNN's deterministic backward over packed documents takes some 128 bytes of workspace for each of
+# cuDNN's deterministic backward over packed documents takes about 128 bytes of workspace for each of
 # documents x heads x longest^2 on Hopper.
 DETERMINISTIC_PACKED_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
 class Versions:
-    """Versions of what a machine has; None: not there.
+    """Versions of a machine's libraries; None: not installed.
 
     Attributes:
-        cuda: that torch is built for.
-        cudnn: that Transformer Engine uses.
-        flash_attn: of the package flash-attn.
+        cuda: CUDA version that torch is built for.
+        cudnn: cuDNN version that Transformer Engine uses.
+        flash_attn: version of the package flash-attn.
     """
 
     cuda: Version | None
@@ -38,7 +38,7 @@ class Versions:
 
 
 def find_problems(config: RunConfig, capability: Capability, versions: Versions) -> Iterator[str]:
-    """What has no kernel on a card of this compute capability with these versions, one line each."""
+    """Yield settings without a kernel on a card of this compute capability with these versions, one line each."""
     choice = fp8_rules.choose(config, capability)
     if choice is not None and choice.recipe == "blockwise" and _older(versions.cuda, BLOCKWISE_CUDA):
         yield (
@@ -68,18 +68,18 @@ def _check_deterministic(
         if size >= DETERMINISTIC_PACKED_LIMIT:
             yield (
                 "training.deterministic with data.reset_at_document_boundaries: on sm90 cuDNN's deterministic "
-                f"attention ends at documents x heads x longest^2 of {DETERMINISTIC_PACKED_LIMIT:.1e}, a microbatch "
-                f"may have {size:.1e}; {install}"
+                f"attention is limited to documents x heads x longest^2 of {DETERMINISTIC_PACKED_LIMIT:.1e}, a "
+                f"microbatch may have {size:.1e}; {install}"
             )
 
 
 def _largest_packed_size(config: RunConfig) -> int:
-    """documents x heads x longest^2 of the worst microbatch: one long document, the rest of one token each."""
+    """Return documents x heads x longest^2 of the worst microbatch: one long document, the rest one token each."""
     longest, rows = config.data.sequence_length, config.training.micro_batch_size
     tokens = rows * longest
     longest = min(longest, max(1, 2 * tokens // 3))
     parallel = config.parallel
-    sharing = parallel.tensor_model_parallel_size * parallel.context_parallel_size  # both divide heads of packed rows
+    sharing = parallel.tensor_model_parallel_size * parallel.context_parallel_size  # both split heads of packed rows
     heads = config.model.num_attention_heads // sharing
     return (tokens - longest + 1) * heads * longest**2
 

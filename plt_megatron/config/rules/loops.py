@@ -1,4 +1,4 @@
-"""What a later loop's input, the layers that loop (`model.loop_span`) and their order (`model.loop_order`) ask for."""
+"""Rules for later loops' input, the layers that loop (`model.loop_span`) and their order (`model.loop_order`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plt_megatron.config.schema import ModelConfig, RunConfig
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a configuration whose single settings are in range, one line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     model = config.model
     yield from _check_input(model)
     yield from _check_order(config)
@@ -27,7 +27,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _check_input(model: ModelConfig) -> Iterator[str]:
-    """What the input of loops >= 2 needs. A model of one loop ignores it; loops by layer: see `_check_order`."""
+    """Check the input of loops >= 2. A one-loop model ignores it; for loops by layer see `_check_order`."""
     if model.loop_count == 1 or model.loop_order == "layer":
         return
     scaled = {
@@ -38,11 +38,11 @@ def _check_input(model: ModelConfig) -> Iterator[str]:
     first = next((name for name, given in scaled.items() if given), None)
     if first is not None and not derived.adds_embeddings(model):
         yield (
-            f"model.{first} is for E + h, but without model.cross_loop_parallel a loop reads h itself; "
+            f"model.{first} applies to E + h, but without model.cross_loop_parallel a loop reads h itself; "
             "set model.input_injection=true"
         )
     if model.hidden_norm and model.norm_between_loops:
-        yield "model.hidden_norm and model.norm_between_loops both norm h; set one of them to false"
+        yield "model.hidden_norm and model.norm_between_loops both normalize h; set one of them to false"
     if model.hidden_scale_ratio is not None and not (model.hidden_norm or model.norm_between_loops):
         yield (
             "model.hidden_scale_ratio needs h to have a known RMS; set model.hidden_norm=true or "
@@ -51,15 +51,15 @@ def _check_input(model: ModelConfig) -> Iterator[str]:
 
 
 def _check_order(config: RunConfig) -> Iterator[str]:
-    """What needs the whole stack to have run a loop before the next begins."""
+    """Check loops by layer for settings that need the whole stack to finish a loop before the next begins."""
     model = config.model
     if model.loop_order == "stack" or model.loop_count == 1:
         return
     order = f"with model.loop_order {model.loop_order}"
     if model.cross_loop_parallel:
         yield (
-            f"model.cross_loop_parallel {order}: a loop would need what the whole stack made of the token before, and "
-            "a layer has only its own output; set model.cross_loop_parallel=false, or model.loop_order=stack"
+            f"model.cross_loop_parallel {order}: a loop would need the whole stack's output for the token before, but "
+            "a layer has only its own; set model.cross_loop_parallel=false, or model.loop_order=stack"
         )
     given = {
         "model.input_injection=false": model.input_injection,
@@ -73,7 +73,7 @@ def _check_order(config: RunConfig) -> Iterator[str]:
         names = ", ".join(setting.partition("=")[0] for setting in off)
         yield f"{names} {order}: a layer's next loop reads its own output as it is; set {' '.join(off)}"
     if config.training.loop_loss_weights:
-        yield f"training.loop_loss_weights {order}: no loop but the last ends at the head; leave them out"
+        yield f"training.loop_loss_weights {order}: only the last loop ends at the head; leave them out"
     stages = config.parallel.pipeline_model_parallel_size
     if stages > 1:
         yield (
@@ -87,13 +87,13 @@ def _example(layers: int) -> list[int]:
 
 
 def _check_loops(config: RunConfig) -> Iterator[str]:
-    """What refers to the embeddings as the loops' input, or to the last layer as a loop's end."""
+    """Check settings that take the embeddings as the loops' input, or the last layer as a loop's end."""
     model, layers = config.model, derived.looped_layers(config.model)
     prelude, coda = layers.start > 0, layers.stop < model.num_layers
     if prelude and model.hidden_scale_ratio:
         yield (
-            f"model.hidden_scale_ratio {model.hidden_scale_ratio:g} is of the embeddings' initial size, but with "
-            f"model.loop_span {model.loop_span} loops read the prelude's output; set it to 0, or set "
+            f"model.hidden_scale_ratio {model.hidden_scale_ratio:g} is relative to the embeddings' initial size, but "
+            f"with model.loop_span {model.loop_span} loops read the prelude's output; set it to 0, or set "
             "model.hidden_scale_ratio=null and model.hidden_scale"
         )
     if (prelude or coda) and model.residual_scaling == "loops_sqrt_layers":

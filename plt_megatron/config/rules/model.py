@@ -1,4 +1,4 @@
-"""What the layers, their positions and the window's kernel ask of the model's settings."""
+"""Rules for the model's layers, their positions and the window's kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plt_megatron.config.schema import RunConfig
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a configuration whose single settings are in range, one line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     yield from _check_layers(config)
     yield from _check_rope_scaling(config)
     yield from _check_fused_window(config)
@@ -43,7 +43,7 @@ def _check_layers(config: RunConfig) -> Iterator[str]:
         )
     if model.loop_count > 1 and not model.share_values and not model.share_kv:
         yield (
-            "model.share_values=false is for shared keys, and model.share_kv=false shares neither; set "
+            "model.share_values=false applies to shared keys, but model.share_kv=false shares neither; set "
             "model.share_values=true or model.share_kv=true"
         )
 
@@ -55,8 +55,8 @@ def _check_rope_scaling(config: RunConfig) -> Iterator[str]:
     key, yarn, factor = "model.rope_scaling.yarn", scaling.yarn, scaling.factor
     if yarn.beta_fast <= yarn.beta_slow:
         yield (
-            f"{key}.beta_fast {yarn.beta_fast:g} must be above {key}.beta_slow {yarn.beta_slow:g}: both count turns "
-            "over the original length"
+            f"{key}.beta_fast {yarn.beta_fast:g} must be above {key}.beta_slow {yarn.beta_slow:g}: both count "
+            "rotations over the original length"
         )
     original = yarn.original_max_position_embeddings
     if config.data.sequence_length > factor * original:
@@ -67,7 +67,7 @@ def _check_rope_scaling(config: RunConfig) -> Iterator[str]:
 
 
 def _check_fused_window(config: RunConfig) -> Iterator[str]:
-    """What the fused kernel does not support. Whether there is a GPU is checked when the model is built."""
+    """Yield what the fused kernel does not support. A missing GPU is reported when the model is built."""
     model = config.model
     if not model.fused_gated_window:
         return

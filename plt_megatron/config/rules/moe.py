@@ -1,4 +1,4 @@
-"""Checks of a configuration whose layers are mixtures of experts (`model.moe`); part of `validation`."""
+"""Rules for mixtures of experts (`model.moe`); part of `validation`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from plt_megatron.config.schema import MoeConfig, RunConfig
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """The problems of a configuration whose single settings are in range, one line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     size, moe, layers = config.parallel.expert_model_parallel_size, config.model.moe, config.model.num_layers
     if moe is None:
         if size > 1:
@@ -19,7 +19,7 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         return
     if moe.first_k_dense_replace >= layers:
         yield (
-            f"model.moe.first_k_dense_replace {moe.first_k_dense_replace} leaves none of model.num_layers {layers} to "
+            f"model.moe.first_k_dense_replace {moe.first_k_dense_replace} leaves none of model.num_layers {layers} for "
             "experts"
         )
     yield from _check_routing(moe)
@@ -37,13 +37,13 @@ def _check_routing(moe: MoeConfig) -> Iterator[str]:
     if sigmoid and moe.router_pre_softmax:
         yield (
             "model.moe.router_pre_softmax with model.moe.router_score_function sigmoid: there is no softmax, and "
-            "weights are shares of the chosen; set model.moe.router_pre_softmax=false"
+            "weights are shares of the chosen scores; set model.moe.router_pre_softmax=false"
         )
     if moe.router_bias_update_rate is None:
         return
     if not sigmoid:
         yield (
-            "model.moe.router_bias_update_rate moves a bias on scores that do not depend on one another; set "
+            "model.moe.router_bias_update_rate needs scores that do not depend on one another; set "
             "model.moe.router_score_function=sigmoid"
         )
     if moe.expert_capacity_factor is not None:

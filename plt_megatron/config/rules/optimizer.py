@@ -1,4 +1,4 @@
-"""What an optimizer, its rates and their schedule need."""
+"""Rules for the optimizer, its rates and their schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_SAMPLES = 2**40
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """One line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     yield from _find_state_problems(config)
     yield from _find_mup_problems(config)
     yield from _find_schedule_problems(config)
@@ -24,7 +24,7 @@ def _find_mup_problems(config: RunConfig) -> Iterator[str]:
         return
     if model.norm_between_loops and model.loop_count > 1:
         yield (
-            "model.mup_base_hidden_size: the final norm's weight has muP's multiplier of the logits, and with "
+            "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
             "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true"
         )
     if optimizer.name == "sgd":
@@ -37,14 +37,14 @@ def _find_state_problems(config: RunConfig) -> Iterator[str]:
     optimizer = config.optimizer
     if config.training.ema_decay is not None and optimizer_spec(optimizer).matrix_state is not None:
         yield (
-            f"training.ema_decay is not proven with optimizer.name {optimizer.name}, whose ranks hold whole matrices; "
-            "leave it out and average checkpoints with plt average, or set optimizer.name=adam"
+            f"training.ema_decay is not verified with optimizer.name {optimizer.name}, whose ranks hold whole "
+            "matrices; leave it out and average checkpoints with plt average, or set optimizer.name=adam"
         )
     groups, tensor = derived.num_query_groups(config.model), config.parallel.tensor_model_parallel_size
     if optimizer_spec(optimizer).matrix_state is not None and groups < tensor:
         yield (
             f"optimizer.name {optimizer.name} with model.num_query_groups {groups} and "
-            f"parallel.tensor_model_parallel_size {tensor}: ranks hold pieces of a head's matrices; set "
+            f"parallel.tensor_model_parallel_size {tensor}: ranks would hold pieces of a head's matrices; set "
             f"parallel.tensor_model_parallel_size={groups}, or optimizer.name=adam"
         )
     if config.model.share_embeddings_and_output_weights:
@@ -62,12 +62,11 @@ def _find_schedule_problems(config: RunConfig) -> Iterator[str]:
     samples = derived.run_tokens(config) // config.data.sequence_length
     order = config.data.order_samples
     if order is not None and not samples <= order <= MAX_SAMPLES:
-        yield f"data.order_samples {order:,} must be from the {samples:,} that the run reads to {MAX_SAMPLES:,}"
+        yield f"data.order_samples {order:,} must be between the {samples:,} that the run reads and {MAX_SAMPLES:,}"
     if samples > MAX_SAMPLES:
         yield (
             f"training: {derived.train_iters(config):,} steps of training.global_batch_size "
-            f"{config.training.global_batch_size} are {samples:,} samples, of which an index holds at most "
-            f"{MAX_SAMPLES:,}"
+            f"{config.training.global_batch_size} are {samples:,} samples, but an index holds at most {MAX_SAMPLES:,}"
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"optimizer.lr {optimizer.lr:g} is below optimizer.min_lr {optimizer.min_lr:g}"

@@ -1,4 +1,4 @@
-"""What the parallel sizes of a configuration have to divide, and what they ask of one another; part of `validation`."""
+"""Rules for the parallel sizes: what they must divide, and how they combine; part of `validation`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plt_megatron.config.schema import RunConfig
 
 
 def find_problems(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
-    """The problems of a configuration whose single settings are in range, one line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     layout = layout_of(config, world_size)
     yield from _check_tensor(config, layout)
     yield from _check_pipeline(config, layout)
@@ -36,8 +36,8 @@ def _check_tensor(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
     groups = derived.num_query_groups(model)
     if groups % tp and (tp % groups or 2 * groups * derived.head_dim(model) % tp):
         yield (
-            f"model.num_query_groups {groups} with parallel.tensor_model_parallel_size {tp}: ranks share out the "
-            "key/value heads, or several ranks share one: one number must divide the other"
+            f"model.num_query_groups {groups} with parallel.tensor_model_parallel_size {tp}: ranks split the key/value "
+            "heads, or several ranks share one: one number must divide the other"
         )
     if layout.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1"
@@ -90,7 +90,7 @@ def _check_recomputation(config: RunConfig) -> Iterator[str]:
 
 
 def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    """What the sequence has to be divisible by, and what no kernel does."""
+    """Check that context parallelism can divide the rows."""
     cp, tp = layout.context, layout.tensor
     if cp == 1:
         return
@@ -108,7 +108,7 @@ def _check_context(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
 
 
 def _row_lengths(config: RunConfig) -> dict[str, int]:
-    """The lengths of the run's rows by their settings."""
+    """Return the lengths of the run's rows, by setting."""
     stages = enumerate(config.data.length_schedule)
     lengths = {f"data.length_schedule[{number}].sequence_length": stage.sequence_length for number, stage in stages}
     return lengths | {"data.sequence_length": config.data.sequence_length}
@@ -150,8 +150,8 @@ def _check_batches(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
 
 
 def _batch_sizes(config: RunConfig) -> dict[str, int]:
-    """The run's batch sizes by their settings. An increment stands for the batches that it leads to: where it and the
-    first one divide, they all do."""
+    """Return the run's batch sizes, by setting. An increment stands for the batches that it leads to: if it and the
+    first one are divisible, they all are."""
     training = config.training
     sizes = {
         f"training.batch_schedule[{number}].{name}": size
@@ -163,9 +163,9 @@ def _batch_sizes(config: RunConfig) -> dict[str, int]:
 
 
 def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
-    """What Transformer Engine's attention, which `auto` may mean, cannot do when ranks share a sequence.
+    """Yield what Transformer Engine's attention, which backend `auto` may use, cannot do when ranks split a sequence.
 
-    `have_te`: whether it is installed; None: look.
+    `have_te`: whether it is installed; None: find out.
     """
     parallel, model = config.parallel, config.model
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
@@ -182,12 +182,12 @@ def find_te_problems(config: RunConfig, have_te: bool | None) -> Iterator[str]:
     for name, kind in kinds:
         if packed and kind != "a2a":
             yield (
-                f"parallel.{name} {kind} with data.reset_at_document_boundaries: Transformer Engine would cut each "
-                f"document among the ranks, not the sequence; set parallel.{name}=a2a, {other}"
+                f"parallel.{name} {kind} with data.reset_at_document_boundaries: Transformer Engine would split each "
+                f"document over the ranks, not the sequence; set parallel.{name}=a2a, {other}"
             )
         elif kind == "a2a" and derived.num_query_groups(model) % (tp * cp):
             yield (
-                f"parallel.{name} a2a shares out the {derived.num_query_groups(model)} key/value heads "
+                f"parallel.{name} a2a splits the {derived.num_query_groups(model)} key/value heads "
                 f"(model.num_query_groups): not divisible by tensor {tp} x context {cp}; "
                 f"{'set data.reset_at_document_boundaries=false' if packed else 'use all_gather'}, {other}"
             )

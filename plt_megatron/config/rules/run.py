@@ -1,4 +1,4 @@
-"""What a run's validation, exports and traces ask of its other settings."""
+"""Rules for a run's validation, exports and profiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from plt_megatron.config.schema import RunConfig
 
 
 def find_problems(config: RunConfig, world_size: int | None) -> Iterator[str]:
-    """The problems of a configuration whose single settings are in range, one line each."""
+    """Yield conflicts between settings that are each in range, one line each."""
     yield from _check_validation(config)
     yield from _check_exports(config)
     yield from _check_profile(config, world_size)
@@ -32,19 +32,19 @@ def _check_validation(config: RunConfig) -> Iterator[str]:
     names = [derived.source_name(source) for source in (config.data.validation_sources or config.data.sources)]
     double = next((name for name in names if names.count(name) > 1), None)
     if config.validation.by_source and double is not None:
-        yield f"validation.by_source: two sources are called {double!r}: give each a name"
+        yield f"validation.by_source: two sources are named {double!r}: give each a name of its own"
 
 
 def _check_exports(config: RunConfig) -> Iterator[str]:
-    """Only what is saved can be exported, and only what is exported with a tokenizer evaluated."""
+    """Check that exports have saved checkpoints, and evaluations exports with a tokenizer."""
     checkpoint = config.checkpoint
     if derived.evaluation(config) is not None and (checkpoint.export_interval == 0 or config.data.tokenizer is None):
         missing = "checkpoint.export_interval" if checkpoint.export_interval == 0 else "data.tokenizer"
-        yield f"evaluation.tasks are for a run's exports, with their tokenizer: set {missing}"
+        yield f"evaluation.tasks need exports of the run and their tokenizer: set {missing}"
     if checkpoint.export_interval == 0:
         return
     if not checkpoint.enabled:
-        yield "checkpoint.export_interval exports checkpoints, and checkpoint.enabled=false writes none"
+        yield "checkpoint.export_interval exports checkpoints, but checkpoint.enabled=false writes none"
     elif checkpoint.save_interval == 0 or checkpoint.export_interval % checkpoint.save_interval:
         yield (
             f"checkpoint.export_interval {checkpoint.export_interval} must be a multiple of "
@@ -62,9 +62,9 @@ def _check_profile(config: RunConfig, world_size: int | None) -> Iterator[str]:
         )
     if config.logging.straggler is not None:
         yield (
-            "logging.straggler and logging.profile: both time kernels by CUPTI, which serves one at a time; leave one "
-            "of them out"
+            "logging.straggler and logging.profile: both time kernels with CUPTI, which serves one at a time; leave "
+            "one of them out"
         )
     ranks = layout_of(config).world_size if world_size is None else world_size
     if any(rank >= ranks for rank in profile.ranks):
-        yield f"logging.profile.ranks {profile.ranks}: the run has the ranks 0 to {ranks - 1}"
+        yield f"logging.profile.ranks {profile.ranks}: the run has ranks 0 to {ranks - 1}"

@@ -1,4 +1,4 @@
-"""How layers may be divided among pipeline stages; part of `validation`."""
+"""Rules for dividing layers among pipeline stages; part of `validation`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ UNEVEN = (*_GIVEN, *_COUNTED)
 
 
 def find_problems(config: RunConfig, layout: ParallelLayout) -> Iterator[str]:
-    """Divisions that do not come out, one line each."""
+    """Yield divisions that do not work out, one line each."""
     given = [name for name in _GIVEN if getattr(config.parallel, name) is not None]
     counted = [name for name in _COUNTED if getattr(config.parallel, name)]
     uneven = [*given, *counted]
     size = f"parallel.pipeline_model_parallel_size {layout.pipeline}"
     if uneven and layout.pipeline == 1:
-        yield f"parallel.{uneven[0]} is for the stages of a pipeline: leave it out, or raise {size}"
+        yield f"parallel.{uneven[0]} applies to the stages of a pipeline: leave it out, or raise {size}"
     elif given and counted:
-        yield f"parallel.{given[0]} and parallel.{counted[0]} both say what the first and last stage hold: use one"
+        yield f"parallel.{given[0]} and parallel.{counted[0]} both set what the first and last stage hold: use one"
     elif given:
         yield from _check_given(config, layout, given)
     else:
         yield from _check_counted(config, layout, counted)
     if uneven and config.training.fp8 is not None:
-        yield (f"training.fp8 is not proven with parallel.{uneven[0]}: leave one of them out")
+        yield (f"training.fp8 is not verified with parallel.{uneven[0]}: leave one of them out")
 
 
 def _check_given(config: RunConfig, layout: ParallelLayout, given: list[str]) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Destinations of uploads (`checkpoint.upload_to`, `checkpoint.export_upload_to`): what they look like.
+"""Rules for the form of upload destinations (`checkpoint.upload_to`, `checkpoint.export_upload_to`).
 
-Whether one can be written is found out by `storage`, before training.
+`storage` checks before training whether they can be written.
 """
 
 from __future__ import annotations
@@ -16,66 +16,66 @@ from plt_megatron.extras import lacking
 HUB = "hf"
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_EXAMPLES = "as s3://bucket/folder, file:///folder or hf://owner/name"
+_EXAMPLES = "such as s3://bucket/folder, file:///folder or hf://owner/name"
 
 
 def is_url(text: str) -> bool:
-    """Whether it names something outside this machine's folders."""
+    """Return whether the text is a URL instead of a path on this machine."""
     return "://" in text
 
 
 def protocol_of(url: str) -> str:
-    """`s3` of `s3://bucket/folder`."""
+    """Return the protocol of a URL: `s3` for `s3://bucket/folder`."""
     return url.partition("://")[0]
 
 
 def join(url: str, *names: str) -> str:
-    """A folder or file below a URL."""
+    """Return the URL of a folder or file below a URL."""
     return "/".join([url.rstrip("/"), *names])
 
 
 def exports_of(config: RunConfig) -> str | None:
-    """The destination of a run's exports, a folder of its own or a repository; None: they are not uploaded."""
+    """Return the destination of a run's exports, its own folder or a repository; None if they are not uploaded."""
     to = config.checkpoint.export_upload_to
     return to if to is None or protocol_of(to) == HUB else join(to, config.name)
 
 
 def checkpoints_of(config: RunConfig) -> str | None:
-    """The folder that has the run's name at the destination of checkpoints; None: they are not uploaded."""
+    """Return the run's folder at the destination of checkpoints; None if they are not uploaded."""
     to = config.checkpoint.upload_to
     return to if to is None else join(to, config.name)
 
 
 def url_problem(url: str) -> str | None:
-    """What is wrong with a URL by its looks alone; None: nothing. No secret in it is repeated."""
+    """Return what is wrong with the form of a URL; None if nothing is. Secrets in it are not repeated."""
     match = _URL.fullmatch(url)
     if match is None:
         return f"{url} is not a URL, {_EXAMPLES}"
     protocol, rest = match.groups()
     if protocol != HUB and ":" in rest.split("/")[0].rpartition("@")[0]:
-        return "it has a password in it, which belongs in the environment or its library's own configuration"
+        return "it contains a password, which belongs in the environment or its library's own configuration"
     if any(mark in url for mark in ("::", "?", "#", "*")):
-        return f"{protocol}://... has one of :: ? # *; give a plain URL, {_EXAMPLES}"
+        return f"{protocol}://... contains one of :: ? # *; give a plain URL, {_EXAMPLES}"
     if protocol == "file" and not rest.startswith("/"):
         return f"{url} is not absolute: file:///folder has three slashes"
     if protocol == HUB and _REPOSITORY.fullmatch(rest) is None:
-        return f"{url} is not a repository, as hf://owner/name"
+        return f"{url} is not a repository, such as hf://owner/name"
     return None
 
 
 def find_problems(config: RunConfig) -> Iterator[str]:
-    """What does not fit together, one line each."""
+    """Yield the conflicts between settings, one line each."""
     checkpoint = config.checkpoint
     for key, url in destinations(config):
         problem = url_problem(url)
         if problem is not None:
             yield f"{key}: {problem}"
         elif protocol_of(url) == "file" and _overlap(Path(url[7:]) / config.name, derived.run_folder(config)):
-            yield f"{key}: {url} has the run's own folder in it, or lies in it; give another one"
+            yield f"{key}: {url} contains the run's own folder, or lies in it; give another one"
     if checkpoint.upload_to is not None and protocol_of(checkpoint.upload_to) == HUB:
-        yield "checkpoint.upload_to: a hub is for models, checkpoint.export_upload_to; give a bucket or folder"
+        yield "checkpoint.upload_to: a hub holds only models (checkpoint.export_upload_to); give a bucket or folder"
     if checkpoint.upload_to is not None and not checkpoint.enabled:
-        yield "checkpoint.upload_to uploads checkpoints, and checkpoint.enabled=false writes none"
+        yield "checkpoint.upload_to uploads checkpoints, but checkpoint.enabled=false writes none"
     if checkpoint.export_upload_to is not None and checkpoint.export_interval == 0:
         yield "checkpoint.export_upload_to uploads a run's exports: set checkpoint.export_interval"
     if checkpoint.load is not None and is_url(checkpoint.load):
@@ -83,11 +83,11 @@ def find_problems(config: RunConfig) -> Iterator[str]:
         if problem is not None:
             yield f"checkpoint.load: {problem}"
         elif protocol_of(checkpoint.load) == HUB:
-            yield "checkpoint.load: a hub has models, no checkpoints; plt import makes one of a downloaded model"
+            yield "checkpoint.load: a hub holds models, not checkpoints; plt import converts a downloaded model"
 
 
 def find_package_problems(config: RunConfig) -> Iterator[str]:
-    """Packages that are missing, one line each."""
+    """Yield missing packages, one line each."""
     load = config.checkpoint.load
     used = [*destinations(config), *([("checkpoint.load", load)] if load is not None and is_url(load) else [])]
     for key, url in used:
@@ -97,14 +97,14 @@ def find_package_problems(config: RunConfig) -> Iterator[str]:
 
 
 def packages_for(protocol: str) -> tuple[str, ...]:
-    """What the extra `upload` installs of what the protocol needs."""
+    """Return the packages of the extra `upload` that a protocol needs."""
     if protocol == HUB:
         return ("huggingface_hub",)
     return ("fsspec", "s3fs") if protocol in ("s3", "s3a") else ("fsspec",)
 
 
 def destinations(config: RunConfig) -> list[tuple[str, str]]:
-    """(setting, URL) of what a run uploads to."""
+    """Return (setting, URL) for each destination of a run's uploads."""
     settings = config.checkpoint
     both = {"checkpoint.upload_to": settings.upload_to, "checkpoint.export_upload_to": settings.export_upload_to}
     return [(key, url) for key, url in both.items() if url is not None]

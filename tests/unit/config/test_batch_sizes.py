@@ -148,14 +148,14 @@ def test_a_schedule_is_read_and_written(tmp_path: Path):
         ([BatchStage(-1, 2)], {}, "training.batch_schedule[0].until must be at least 1, got -1"),
         ([BatchStage(125, 0)], {}, "training.batch_schedule[0].global_batch_size must be at least 1, got 0"),
         ([*STAGED, BatchStage(300, 8)], {}, "batch_schedule[2].until 300 must be above 300"),
-        ([BatchStage(125, 2), BatchStage(130, 4)], {}, "[1] is shorter than a step: it has 5 tokens, and its first"),
-        ([BatchStage(125, 2, 4)], {}, "increment 4: no number of increments leads from its global_batch"),
-        ([BatchStage(125, 2, 3), BatchStage(300, 4)], {}, "from its global_batch_size 2 to training.batch_schedule[1]"),
+        ([BatchStage(125, 2), BatchStage(130, 4)], {}, "[1] is shorter than one step: it has 5 tokens, its first"),
+        ([BatchStage(125, 2, 4)], {}, "increment 4: its global_batch_size 2 does not reach"),
+        ([BatchStage(125, 2, 3), BatchStage(300, 4)], {}, "its global_batch_size 2 does not reach training.batch"),
         ([BatchStage(10**15, 1, 1)], {"global_batch_size": 2**24}, "increment 1 makes 16,777,215 batch sizes, more"),
-        ([BatchStage(125, 8, 2)], {}, "leads from its global_batch_size 8 to training.global_batch_size 8"),
+        ([BatchStage(125, 8, 2)], {}, "its global_batch_size 8 does not reach training.global_batch_size 8"),
         ([BatchStage(125, 3)], {"micro_batch_size": 2}, "[0].global_batch_size 3 is not divisible by 2"),
         ([BatchStage(125, 2, 1)], {"micro_batch_size": 2}, "batch_schedule[0].increment 1 is not divisible by 2"),
-        (STAGED, {"train_tokens": None, "train_iters": 2, "order": 3}, "order_samples 3 must be from the 4 that"),
+        (STAGED, {"train_tokens": None, "train_iters": 2, "order": 3}, "order_samples 3 must be between the 4 that"),
     ],
 )  # fmt: skip
 def test_a_bad_schedule_is_refused_in_one_line(stages, changes, expected):
@@ -179,4 +179,4 @@ def test_every_batch_must_suit_the_ranks():
     config = run(STAGED)
     config.deepspeed = DeepSpeedConfig()
     (problem,) = find_problems(config, check_files=False)
-    assert "training.batch_schedule is not proven with deepspeed" in problem
+    assert "training.batch_schedule is not verified with deepspeed" in problem

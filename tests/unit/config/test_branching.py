@@ -76,7 +76,7 @@ def test_a_branch_decays_over_some_steps(trunk):
 @pytest.mark.parametrize(
     ("changes", "step", "decay", "said"),
     [
-        (["optimizer.lr_decay_style=cosine"], 36, 4, "lr_decay_style cosine: only a run of WSD"),
+        (["optimizer.lr_decay_style=cosine"], 36, 4, "lr_decay_style cosine: only WSD runs"),
         ([], 4, 4, "constant rate from step 5 to 90: it cannot branch at step 4"),
         ([], 91, 4, "it cannot branch at step 91"),
         ([], 90, 20, "a branch of 110 steps is longer than trunk.*data.order_samples=440"),
@@ -107,7 +107,7 @@ def test_a_branch_draws_the_trunks_loops():
 def test_the_order_of_samples_must_hold_the_runs(trunk):
     config = load_config("configs/runs/plt2_tiny.yaml", [*TRUNK, "data.order_samples=399"])
     (problem,) = [text for text in find_problems(config, check_files=False) if "order_samples" in text]
-    assert "data.order_samples 399 must be from the 400 that the run reads" in problem
+    assert "data.order_samples 399 must be between the 400 that the run reads" in problem
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_what_it_cannot_do_is_one_line_with_the_alternative(changes, expected, a
 
 def test_averages_are_refused():
     (line,) = problems(training__ema_decay=0.999)
-    assert line.startswith("training.ema_decay is not proven with deepspeed")
+    assert line.startswith("training.ema_decay is not verified with deepspeed")
     assert "training.ema_decay=null" in line
 
 

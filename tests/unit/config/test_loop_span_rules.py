@@ -60,7 +60,7 @@ def test_good_configurations_pass():
         ),
         (
             {"model__loop_order": "layer"},
-            "model.cross_loop_parallel with model.loop_order layer: a loop would need what the whole stack made",
+            "model.cross_loop_parallel with model.loop_order layer: a loop would need the whole stack's output",
         ),
         (
             {**BY_LAYER, "model__input_injection": True},
@@ -77,7 +77,7 @@ def test_good_configurations_pass():
         ),
         (
             {**BY_LAYER, "model__loop_span": None, "training__loop_loss_weights": [0.5]},
-            "no loop but the last ends at the head; leave them out",
+            "only the last loop ends at the head; leave them out",
         ),
         (
             {**BY_LAYER, "model__loop_span": None, "parallel__pipeline_model_parallel_size": 2},

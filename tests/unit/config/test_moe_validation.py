@@ -70,7 +70,7 @@ def test_dense_layers_are_split_beside_shared_experts():
         ({"model__moe__router_topk": 1}, "the router learns nothing; set model.moe.router_pre_softmax=true"),
         (
             {"model__moe__router_bias_update_rate": 1e-3},
-            "model.moe.router_bias_update_rate moves a bias on scores that do not depend on one another; set "
+            "model.moe.router_bias_update_rate needs scores that do not depend on one another; set "
             "model.moe.router_score_function=sigmoid",
         ),
         (
@@ -84,7 +84,7 @@ def test_dense_layers_are_split_beside_shared_experts():
         ({**BIASES, "model__moe__router_bias_update_rate": 0.0}, "model.moe.router_bias_update_rate must be above 0"),
         (
             {"model__moe__first_k_dense_replace": 4},
-            "model.moe.first_k_dense_replace 4 leaves none of model.num_layers 4 to experts",
+            "model.moe.first_k_dense_replace 4 leaves none of model.num_layers 4 for experts",
         ),
         ({"model__moe__aux_loss_coeff": -1.0}, "model.moe.aux_loss_coeff must be at least 0, got -1.0"),
         ({"model__moe__expert_capacity_factor": 0.0}, "model.moe.expert_capacity_factor must be above 0, got 0.0"),

@@ -49,7 +49,7 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
     [
         (
             ["optimizer.name=muon", "deepspeed={}"],
-            "optimizer.name muon is not proven with deepspeed: set optimizer.name=adam, or leave out the section "
+            "optimizer.name muon is not verified with deepspeed: set optimizer.name=adam, or leave out the section "
             "deepspeed",
         ),
         (
@@ -64,7 +64,7 @@ def test_what_deepspeed_is_told_of_an_optimizer_cannot_be_contradicted(name):
         ),
         (
             ["model.mup_base_hidden_size=64", "model.norm_between_loops=true"],
-            "model.mup_base_hidden_size: the final norm's weight has muP's multiplier of the logits, and with "
+            "model.mup_base_hidden_size: the final norm's weight carries muP's multiplier of the logits, but with "
             "model.norm_between_loops loops read it; set model.norm_between_loops=false and model.hidden_norm=true",
         ),
         (
@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused_in_one_line(settings, said):
         ("optimizer.lr_mult.biases=2", "optimizer.lr_mult.biases"),
         ("optimizer.lr_mult=2", "optimizer.lr_mult"),
         ("optimizer.name=dist_muon", "optimizer.name"),
-        ("optimizer.optimizer_cpu_offload=true", "checkpoints would not have its state"),
+        ("optimizer.optimizer_cpu_offload=true", "checkpoints would lack its state"),
         ("optimizer.exp_avg_dtype=bf16", "moments are fp32"),
         ("optimizer.decoupled_lr=1e-3", "set optimizer.lr_mult.embedding"),
         ("model.use_mup=true", "set model.mup_base_hidden_size"),

@@ -37,11 +37,11 @@ def problems(*settings: str, **kwargs: Any) -> str:
         ),
         (
             ["deepspeed={}", "parallel.cross_entropy_loss_fusion=true"],
-            "parallel.cross_entropy_loss_fusion is not proven with deepspeed",
+            "parallel.cross_entropy_loss_fusion is not verified with deepspeed",
         ),
         (
             ["deepspeed={}", "parallel.overlap_param_gather=true"],
-            "parallel.overlap_param_gather is not proven with deepspeed",
+            "parallel.overlap_param_gather is not verified with deepspeed",
         ),
         (
             ["parallel.overlap_param_gather=true"],

@@ -44,17 +44,17 @@ def test_what_looks_right(checkpoint):
 @pytest.mark.parametrize(
     ("checkpoint", "expected"),
     [
-        ({"upload_to": "bucket/folder"}, "checkpoint.upload_to: bucket/folder is not a URL, as s3://bucket/folder"),
+        ({"upload_to": "bucket/folder"}, "checkpoint.upload_to: bucket/folder is not a URL, such as s3://"),
         ({"upload_to": "file://folder"}, "file://folder is not absolute: file:///folder has three slashes"),
-        ({"upload_to": "s3://bucket/a?versionId=1"}, "s3://... has one of :: ? # *; give a plain URL"),
+        ({"upload_to": "s3://bucket/a?versionId=1"}, "s3://... contains one of :: ? # *; give a plain URL"),
         ({"upload_to": "simplecache::s3://bucket/a"}, "simplecache::s3://bucket/a is not a URL"),
-        ({"upload_to": "hf://owner/model"}, "checkpoint.upload_to: a hub is for models, checkpoint.export_upload_to"),
-        ({"export_upload_to": "hf://model"}, "hf://model is not a repository, as hf://owner/name"),
-        ({"export_upload_to": "hf://owner/model@main"}, "is not a repository, as hf://owner/name"),
-        ({"load": "hf://owner/model"}, "checkpoint.load: a hub has models, no checkpoints"),
+        ({"upload_to": "hf://owner/model"}, "checkpoint.upload_to: a hub holds only models"),
+        ({"export_upload_to": "hf://model"}, "hf://model is not a repository, such as hf://owner/name"),
+        ({"export_upload_to": "hf://owner/model@main"}, "is not a repository, such as hf://owner/name"),
+        ({"load": "hf://owner/model"}, "checkpoint.load: a hub holds models, not checkpoints"),
         ({"load": "s3:/bucket?"}, None),  # a folder of that name, which a machine may have
-        ({"upload_to": "file:///shared/runs"}, "has the run's own folder in it, or lies in it"),
-        ({"upload_to": "file:///shared/runs/mine/backup"}, "has the run's own folder in it, or lies in it"),
+        ({"upload_to": "file:///shared/runs"}, "contains the run's own folder, or lies in it"),
+        ({"upload_to": "file:///shared/runs/mine/backup"}, "contains the run's own folder, or lies in it"),
         ({"upload_to": "s3://b", "enabled": False, "export_interval": 0}, "checkpoint.enabled=false writes none"),
         ({"export_upload_to": "s3://b", "export_interval": 0}, "set checkpoint.export_interval"),
         ({"upload_to": "s3://b", "upload_keep_last": 0}, "checkpoint.upload_keep_last must be at least 1, got 0"),
@@ -70,7 +70,7 @@ def test_what_does_not(checkpoint, expected):
 
 def test_a_password_in_a_url_is_refused_and_not_repeated():
     (problem,) = problems(upload_to="sftp://me:s3cret@host/folder")
-    assert "a password in it, which belongs in the environment" in problem and "s3cret" not in problem
+    assert "a password, which belongs in the environment" in problem and "s3cret" not in problem
 
 
 def test_packages_that_are_missing_are_named_with_the_extra(monkeypatch, tmp_path):

@@ -93,11 +93,11 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ),
         (
             {"training__ema_decay": 0.9, "optimizer__name": "muon"},
-            "training.ema_decay is not proven with optimizer.name muon",
+            "training.ema_decay is not verified with optimizer.name muon",
         ),
         (
             {"evaluation__tasks": ["a"]},
-            "evaluation.tasks are for a run's exports, with their tokenizer: set",
+            "evaluation.tasks need exports of the run and their tokenizer: set",
         ),
         ({"checkpoint__export_interval": 30}, "multiple of checkpoint.save_interval, which is 0"),
         ({"checkpoint__export_interval": 30, "checkpoint__enabled": False}, "checkpoint.enabled=false writes none"),
@@ -111,12 +111,12 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             {"model__num_query_groups": 3},
             "num_attention_heads 4 is not divisible by model.num_query_groups 3",
         ),
-        ({"model__learned_hidden_scale": "model", **NAIVE}, "learned_hidden_scale model is for E + h, but"),
+        ({"model__learned_hidden_scale": "model", **NAIVE}, "learned_hidden_scale model applies to E + h, but"),
         ({"model__hidden_norm": True, **NAIVE}, "a loop reads h itself; set model.input_injection=true"),
-        ({"model__hidden_norm": True, "model__norm_between_loops": True}, "both norm h; set one of them to false"),
+        ({"model__hidden_norm": True, "model__norm_between_loops": True}, "both normalize h; set one of them to false"),
         (
             {"model__share_kv": False, "model__share_values": False, "model__gated_window": False},
-            "model.share_values=false is for shared keys, and model.share_kv=false shares neither; set",
+            "model.share_values=false applies to shared keys, but model.share_kv=false shares neither; set",
         ),
         ({"model__hidden_scale_ratio": 0.5}, "needs h to have a known RMS; set model.hidden_norm=true or"),
         ({"model__residual_scale": 0.0}, "model.residual_scale must be above 0, got 0.0"),
@@ -134,7 +134,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ),
         (
             {"parallel__num_layers_in_first_pipeline_stage": 2},
-            "first_pipeline_stage is for the stages of a pipeline: leave",
+            "first_pipeline_stage applies to the stages of a pipeline: leave",
         ),
         ({**PP2, "parallel__num_layers_in_first_pipeline_stage": 0}, "first_pipeline_stage must be at least 1, got 0"),
         (
@@ -142,7 +142,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
             "stage 4 leave 0 of model.num_layers 4 to the other",
         ),
         ({**PP2, FIRST: 3, LAST: 2}, "stage 2 must add up to model.num_layers 4: there is no stage between them"),
-        ({**PP2, FIRST: 3, HEAD: True}, "and parallel.account_for_loss_in_pipeline_split both say what the first and"),
+        ({**PP2, FIRST: 3, HEAD: True}, "and parallel.account_for_loss_in_pipeline_split both set what the first and"),
         (
             {**PP2, HEAD: True},
             "4 + 1 (parallel.account_for_loss_in_pipeline_split) is not divisible by parallel.pipeline",
@@ -153,7 +153,7 @@ TWO_PARTS = {"data__sources": [], "data__train_sources": [DataSource("a")]}
         ),
         (
             {**PP2, FIRST: 3, "training__fp8__format": "hybrid", "model__backend": "te"},
-            "training.fp8 is not proven with parallel.num_layers_in_first_pipeline_stage: leave",
+            "training.fp8 is not verified with parallel.num_layers_in_first_pipeline_stage: leave",
         ),
         ({"parallel__distributed_timeout_minutes": 0.0}, "distributed_timeout_minutes must be above 0"),
         ({"training__global_batch_size": 9, "training__micro_batch_size": 2}, "9 is not divisible by 2"),
@@ -215,7 +215,7 @@ def test_one_problem_is_one_line(settings, expected):
         ({"model__num_attention_heads": 6, "model__hidden_size": 96}, "model.num_attention_heads 6"),
         (
             {"model__num_attention_heads": 12, "model__hidden_size": 96, "model__num_query_groups": 6},
-            "model.num_query_groups 6 with parallel.tensor_model_parallel_size 4: ranks share out",
+            "model.num_query_groups 6 with parallel.tensor_model_parallel_size 4: ranks split",
         ),
         (
             {"model__num_query_groups": 1, "model__kv_channels": 1},
@@ -223,7 +223,7 @@ def test_one_problem_is_one_line(settings, expected):
         ),
         (
             {"model__num_query_groups": 2, "optimizer__name": "muon"},
-            "optimizer.name muon with model.num_query_groups 2 and parallel.tensor_model_parallel_size 4: ranks hold",
+            "optimizer.name muon with model.num_query_groups 2 and parallel.tensor_model_parallel_size 4: ranks would",
         ),
         ({"model__ffn_hidden_size": 386}, "model.ffn_hidden_size 386"),
         ({"data__sequence_length": 254, "parallel__sequence_parallel": True}, "data.sequence_length 254"),
@@ -297,9 +297,9 @@ def test_context_parallelism_counts_among_the_processes():
     [
         (
             {},
-            "parallel.window_cp_comm_type a2a shares out the 4 key/value heads (model.num_query_groups): not divisible",
+            "parallel.window_cp_comm_type a2a splits the 4 key/value heads (model.num_query_groups): not divisible",
         ),
-        ({"parallel__cp_comm_type": "a2a", "model__loop_count": 1}, "parallel.cp_comm_type a2a shares out"),
+        ({"parallel__cp_comm_type": "a2a", "model__loop_count": 1}, "parallel.cp_comm_type a2a splits"),
         (
             {
                 "parallel__cp_comm_type": "a2a",
@@ -307,12 +307,12 @@ def test_context_parallelism_counts_among_the_processes():
                 "parallel__context_parallel_size": 2,
                 "data__reset_at_document_boundaries": True,
             },
-            "Transformer Engine would cut each document among the ranks, not the sequence; set "
+            "Transformer Engine would split each document over the ranks, not the sequence; set "
             "parallel.window_cp_comm_type=a2a",
         ),
         (
             {"parallel__cp_comm_type": "p2p", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
-            "parallel.cp_comm_type p2p with data.reset_at_document_boundaries: Transformer Engine would cut",
+            "parallel.cp_comm_type p2p with data.reset_at_document_boundaries: Transformer Engine would split",
         ),
         (
             {"parallel__cp_comm_type": "a2a", "model__loop_count": 1, "data__reset_at_document_boundaries": True},
@@ -383,7 +383,7 @@ def test_the_samples_that_follow_are_bounded_too():
     (line,) = problems(training__train_iters=10**9, training__global_batch_size=2**12)
     assert "1,000,000,000 steps of training.global_batch_size 4096 are 4,096,000,000,000 samples" in line
     (line,) = problems(training__train_iters=None, training__train_tokens=10**15, data__sequence_length=64)
-    assert "samples, of which an index holds at most 1,099,511,627,776" in line
+    assert "samples, but an index holds at most 1,099,511,627,776" in line
 
 
 def test_a_problem_comes_after_the_file_and_line_of_the_first_setting_it_names(tmp_path):

@@ -280,16 +280,16 @@ def test_unusable_data(
         ({"fim_spm_rate": -0.1}, "data.fim.spm_rate must be at least 0"),
         ({"fim_rate": 0.5, "tokenizer": None}, "data.fim.rate needs data.tokenizer"),
         ({"eod_mask_loss": True, "tokenizer": None}, "data.eod_mask_loss needs data.tokenizer"),
-        ({"fim_tokens": ["<a>", "<b>"]}, "give three different ones"),
-        ({"fim_tokens": ["a", "a", "b"]}, "give three different ones"),
-        ({"fim_tokens": ["a", "", "b"]}, "give three different ones"),
+        ({"fim_tokens": ["<a>", "<b>"]}, "give three different tokens"),
+        ({"fim_tokens": ["a", "a", "b"]}, "give three different tokens"),
+        ({"fim_tokens": ["a", "", "b"]}, "give three different tokens"),
         (
             {"train_sources": [DataSource("a")], "validation_sources": [DataSource("v", fim_rate=0.5)]},
             "data.validation_sources[0].fim_rate: only training documents are rearranged; leave it out",
         ),
         (
             {"train_sources": [DataSource("a"), DataSource("./a", fim_rate=0.5)]},
-            "data.train_sources[1].fim_rate 0.5: ./a is a source already, with another rate",
+            "data.train_sources[1].fim_rate 0.5: ./a is already a source, with another rate",
         ),
     ],
 )

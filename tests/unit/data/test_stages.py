@@ -175,12 +175,12 @@ A, B = [DataSource("a")], [DataSource("b")]
     [
         ([DataStage(100, [])], {}, "data.stages[0].sources is empty: name at least one tokenized source"),
         ([DataStage(0, A)], {}, "data.stages[0].until must be at least 1, got 0"),
-        ([DataStage(7, A)], {}, "data.stages[0].until 7: no sample of 8 tokens ends in it"),
-        ([DataStage(16, A), DataStage(23, B)], {}, "[1].until 23: no sample of 8 tokens ends in it"),
+        ([DataStage(7, A)], {}, "data.stages[0].until 7: no sample of 8 tokens ends in this stage"),
+        ([DataStage(16, A), DataStage(23, B)], {}, "[1].until 23: no sample of 8 tokens ends in this stage"),
         ([DataStage(16, [*A, DataSource("./a", 2.0)])], {}, "data.stages[0].sources: "),
         ([DataStage(16, [DataSource("a", -1.0)])], {}, "data.stages[0].sources[0].weight must be above 0, got -1.0"),
         ([DataStage(16, A)], {"sources": B + B}, "data.sources: "),
-        ([DataStage(16, A)], {"fim": FimConfig(0.5), "tokenizer": "t"}, "data.stages with data.fim is not proven"),
+        ([DataStage(16, A)], {"fim": FimConfig(0.5), "tokenizer": "t"}, "data.stages with data.fim is not verified"),
         ([DataStage(16, [DataSource("a", fim_rate=0.5)])], {"tokenizer": "t"}, "data.stages with data.fim is not"),
     ],
 )  # fmt: skip

@@ -332,7 +332,7 @@ def test_a_decay_branch_has_a_folder_of_its_own_and_only_its_steps_ahead(folder,
         ({"branch_from": "runs/try@9", "config": "run.yaml"}, "give a configuration, as in configs/runs, or --branch-"),
         ({"branch_from": "runs/try@9", "array": "list.txt"}, "give a configuration, as in configs/runs, or --branch-"),
         ({"decay_steps": 3}, "--decay-steps needs --branch-from"),
-        ({"branch_from": "runs/try@9", "name": "try"}, "lr_decay_style cosine: only a run of WSD"),
+        ({"branch_from": "runs/try@9", "name": "try"}, "lr_decay_style cosine: only WSD runs"),
     ],
 )
 def test_what_is_no_branch_is_refused(folder, slurm, options, said):
