@@ -1,6 +1,6 @@
-"""The command `plt`: a module for each of its commands, with the arguments and a `main` that returns the exit status.
+"""The command `plt`: one module per subcommand, with its arguments and a `main` that returns the exit status.
 
-The table says what there is; a module is imported when its command is given. `python -m plt_megatron` is `plt`, and
+`GROUPS` lists the commands; a module is imported only when its command is given. `python -m plt_megatron` is `plt`, and
 the scripts of launch/ and tools/ start it from a checkout.
 """
 
@@ -22,8 +22,8 @@ from plt_megatron.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, hear_every_in
 GROUPS = {
     "set up": {
         "doctor": "show what this machine can run, and what is missing for the rest",
-        "completion": "print what completes plt in bash or zsh",
-        "config": "give an earlier version's configuration files their present names",
+        "completion": "print a completion script for bash or zsh",
+        "config": "rename old settings in configuration files of earlier versions",
     },
     "train": {
         "demo": "train a small PLT and its one-loop baseline on text this machine has",
@@ -37,7 +37,7 @@ GROUPS = {
     },
     "convert and serve": {
         "export": "write a checkpoint as a Hugging Face model",
-        "import": "make a checkpoint of a Hugging Face model, as the start of a PLT or as it is",
+        "import": "convert a Hugging Face model to a checkpoint, as it is or as the start of a PLT",
         "generate": "continue a text with an exported model",
         "evaluate": "run lm-evaluation-harness tasks on an exported model",
         "upload": "send exports and checkpoints to a bucket, a folder or a hub",
@@ -46,7 +46,7 @@ GROUPS = {
         "sweep": "train variants of one model: loop counts, ablation rows, sizes, seeds",
         "report": "compare the runs of a sweep, with error bars",
         "study": "find out which loop count to train, in rounds of small runs",
-        "archive": "keep the records of a sweep or study as one file",
+        "archive": "pack the records of a sweep or study into one file",
     },
     "cluster": {
         "submit": "train configurations on a Slurm cluster",
@@ -64,7 +64,7 @@ COMMANDS = {name: summary for group in GROUPS.values() for name, summary in grou
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Reads the arguments of `plt NAME`; has `--version`."""
+    """Argument parser of `plt NAME`, with `--version`."""
 
     def __init__(self, name: str, **options: Any) -> None:
         if "\n" in options["description"]:
@@ -73,7 +73,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"plt-megatron {plt_megatron.__version__}")
 
     def parse_known_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        """See argparse. An argument that is not UTF-8 is an error."""
+        """Parse as argparse does; an argument that is not UTF-8 is an error."""
         prepare_streams()
         for word in args:
             try:
@@ -83,13 +83,13 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """One line, like every other error, in the place of all options, and status 2."""
+        """Print one line, like every other error, instead of the usage, and exit with status 2."""
         print_error(f"{' '.join(message.split())}; see {self.prog} --help")
         sys.exit(EXIT_USER_ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the command that the first argument names."""
+    """Run the command that the first argument names."""
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] in COMMANDS:
         return load(words[0]).main(words[1:])
@@ -103,14 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load(name: str) -> ModuleType:
-    """The module of a command: inspect_data for inspect-data, import_ for import."""
+    """Import and return a command's module: inspect_data for inspect-data, import_ for import."""
     module = name.replace("-", "_") + "_" * keyword.iskeyword(name)
     return importlib.import_module(f"{__name__}.{module}")
 
 
 def _map() -> str:
-    """The commands by what they are for."""
-    lines = ["Pretrain Parallel Loop Transformers on megatron-core. `plt COMMAND --help` has the arguments of each."]
+    """Return the description of `plt`: its commands by group."""
+    lines = ["Pretrain Parallel Loop Transformers on megatron-core. `plt COMMAND --help` shows a command's arguments."]
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {name:18} {summary}" for name, summary in commands.items())]
     return "\n".join(lines)
@@ -124,7 +124,7 @@ def _nearest(given: str) -> str:
 
 
 def _end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C while a command's modules are being imported; everything later is `errors.run_command`'s."""
+    """End without a traceback on Ctrl-C while a command's modules are imported; later, `errors.run_command` does."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

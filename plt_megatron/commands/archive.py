@@ -1,9 +1,9 @@
-"""Keep the records of finished runs as one file, for a repository.
+"""Pack the records of finished runs into one file, for a repository.
 
     plt archive runs/sweeps/paper_ablation results/paper_ablation
 
-OUTPUT gets records.tar.xz, which plt report, plt study --report and benchmarks read as it is. The runs stay where they
-are; checkpoints, exports, logs, figures and reports are left out. The same records give the same bytes.
+Writes records.tar.xz to OUTPUT; plt report, plt study --report and benchmarks read it as it is. The runs stay where
+they are; checkpoints, exports, logs, figures and reports are left out. The same records give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from plt_megatron.run_folder.archive import ARCHIVE, write_archive
 def main(argv: Sequence[str]) -> int:
     parser = CommandParser("archive", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of a sweep or study, or of several")
-    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder of the archive; may be FOLDER")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the archive; may be FOLDER")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _archive(arguments.folder, arguments.output))
 

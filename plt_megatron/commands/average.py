@@ -1,4 +1,4 @@
-"""Average the weights of checkpoints of one model, saved in any layouts, in one process on a CPU.
+"""Average the weights of checkpoints of one model, saved in any layout, in one process on a CPU.
 
     plt average runs/mine --last 3 --output averaged
     plt average runs/mine@1000 runs/mine@2000 --weights 1 2 --output averaged
@@ -29,17 +29,17 @@ def _parser() -> CommandParser:
         help="RUN@STEP, or a checkpoint's folder; with --last, one run's folder",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument("--last", type=int, metavar="N", help="the run's last N checkpoints")
+    parser.add_argument("--last", type=int, metavar="N", help="average the run's last N checkpoints")
     parser.add_argument(
-        "--weights", type=float, nargs="+", default=[], metavar="W", help="one for each (default: equal ones)"
+        "--weights", type=float, nargs="+", default=[], metavar="W", help="one per checkpoint (default: equal weights)"
     )
     parser.add_argument(
         "--ema",
         action="store_true",
-        help="their moving averages (training.ema_decay) instead of their weights; one checkpoint will do",
+        help="use the moving averages (training.ema_decay) instead of the weights; one checkpoint is enough",
     )
     parser.add_argument(
-        "--dtype", dest="precision", choices=("fp32", "bf16"), help="of the result (default: the last checkpoint's)"
+        "--dtype", dest="precision", choices=("fp32", "bf16"), help="output precision (default: the last checkpoint's)"
     )
     return parser
 
@@ -53,7 +53,7 @@ def _average(arguments: argparse.Namespace) -> None:
 
     result = average(options)
     shares = ", ".join(f"{share:.4g}" for share in result.shares)
-    print(f"{result.checkpoint}: {result.tensors} tensors in {result.precision}, of shares {shares}")
+    print(f"{result.checkpoint}: {result.tensors} tensors in {result.precision}, with shares {shares}")
     print(f"start a run from it with checkpoint.load={result.output} checkpoint.weights_only=true")
 
 

@@ -2,7 +2,7 @@
 
     plt check-coordinates configs/runs/plt2_demo.yaml [key=value ...] [--axes depth loops] --output coordinates.png
 
-Tiny models of the configuration's kind take a few steps on random tokens, in seconds. Exit status 1: not flat.
+Trains tiny variants of the configuration for a few steps on random tokens, in seconds. Exit status 1: not flat.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, help="what to vary (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default 5)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="a plot: a .png, .svg or .pdf file")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write a plot to this .png, .svg or .pdf file")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")

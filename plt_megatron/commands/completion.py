@@ -3,7 +3,7 @@
     plt completion bash > ~/.plt_completion    # and in ~/.bashrc: source ~/.plt_completion
     plt completion zsh > ~/.plt_completion     # and in ~/.zshrc, after compinit: source ~/.plt_completion
 
-The script is of this version: print it again after an update.
+The script matches this version: print it again after an update.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from plt_megatron.commands import COMMANDS, CommandParser, load
 from plt_megatron.errors import run_command
 
-# `_plt_words COMMAND WORD` has what may be meant, before plt's first argument for an empty COMMAND.
+# `_plt_words COMMAND WORD` prints the candidates for WORD; an empty COMMAND stands for plt's first argument.
 _WORDS = """\
 _plt_words() {{
     case "$1 $2" in
@@ -60,7 +60,7 @@ def _print(arguments: argparse.Namespace) -> None:
 
 
 def _cases() -> Iterator[tuple[str, list[str]]]:
-    """Patterns of `COMMAND WORD`, each with the words that it may become."""
+    """Yield patterns of `COMMAND WORD`, each with its completions."""
     from plt_megatron.config.loader import all_keys
     from plt_megatron.config.schema import RunConfig
 

@@ -1,4 +1,4 @@
-"""Give the settings of an earlier version's configuration files their present names."""
+"""Rename old settings in configuration files of earlier versions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         "config",
         description=__doc__,
-        epilog="Run folders and checkpoints need none of it: they are read whatever version wrote them.",
+        epilog="Run folders and checkpoints do not need this: they are read whatever version wrote them.",
     )
-    parser.add_argument("action", choices=["upgrade"], help="upgrade: rewrite files of settings; comments stay")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run's configuration, or a part of one")
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a file has old names")
+    parser.add_argument("action", choices=["upgrade"], help="upgrade: rewrite the files, keeping comments")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a run's configuration, or part of one")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file has old names")
     return parser
 
 

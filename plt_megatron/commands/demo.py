@@ -9,9 +9,9 @@ from plt_megatron.errors import run_command
 
 
 def main(argv: Sequence[str]) -> int:
-    CommandParser(
-        "demo", description=__doc__, epilog="Everything it makes is in .demo, in the current folder."
-    ).parse_args(argv)
+    CommandParser("demo", description=__doc__, epilog="All output goes to .demo in the current folder.").parse_args(
+        argv
+    )
     return run_command(_demo, "interrupted: run it again to continue")
 
 

@@ -3,8 +3,8 @@
     plt diagnose runs/plt2_demo --data heldout.jsonl
     plt diagnose exported --data data/heldout --output diagnostics
 
-Step size, update cosine, effective rank, fixed-point gap, offset cost, gates, attention, head diversity and the logit
-lens, loop by loop, with 95 % bootstrap intervals, as a table here and as a page, JSON, CSV and PNGs in --output.
+Reports step size, update cosine, effective rank, fixed-point gap, offset cost, gates, attention, head diversity and the
+logit lens, loop by loop, with 95 % bootstrap intervals: a table here, and a page, JSON, CSV and PNGs in --output.
 docs/diagnostics.md defines each number.
 """
 
@@ -32,11 +32,15 @@ def _parser() -> CommandParser:
         help=f"text the model was not trained on: a .bin/.idx prefix, or a file or glob: {describe_formats()}",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: beside the checkpoint or the model")
-    parser.add_argument("--max-tokens", type=int, default=65536, metavar="N", help="to measure on (default: 65536)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=65536, metavar="N", help="tokens to measure on (default: 65536)"
+    )
     parser.add_argument(
         "--sequence-length", type=int, metavar="S", help="tokens per sequence (default: the model's, at most 2048)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="for choosing sequences and the bootstrap (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for choosing sequences and the bootstrap (default: 0)"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: the model's")
     parser.add_argument(
         "--reset-at-document-boundaries",

@@ -2,8 +2,8 @@
 
     plt evaluate --model exported --tasks reading,arithmetic --include-path tasks
 
-The scores are printed, and kept in the export's evaluation.json and on its card. Tasks' data are local files, or in the
-cache of Hugging Face: nothing is downloaded without --download. Python in the model's folder is not run.
+Prints the scores and stores them in the export's evaluation.json and model card. Task data are local files or in
+Hugging Face's cache: nothing is downloaded without --download. Python in the model's folder is not run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def _parser() -> CommandParser:
         epilog="Exit status: 0 evaluated, 2 something for you to fix.",
     )
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt export")
-    parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="separated by commas")
+    parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="task names, separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
     parser.add_argument(
-        "--download", action="store_true", help="fetch tasks' data from the Hugging Face hub where its cache lacks them"
+        "--download", action="store_true", help="download task data that Hugging Face's cache lacks from its hub"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
-    parser.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
+    parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     return parser
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if not arguments.tasks:
-        parser.error("--tasks names none")
+        parser.error("--tasks names no task")
     if arguments.limit is not None and arguments.limit < 1:
         parser.error("--limit must be above 0")
     from plt_megatron.hf.command_line import run_conversion

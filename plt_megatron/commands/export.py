@@ -40,7 +40,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, if it has moved")
     parser.add_argument(
-        "--ema", action="store_true", help="the moving average of the weights (training.ema_decay) instead of them"
+        "--ema", action="store_true", help="export the moving average of the weights (training.ema_decay) instead"
     )
     parser.add_argument(
         "--verify",

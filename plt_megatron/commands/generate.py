@@ -1,4 +1,4 @@
-"""Continue a text with an exported model, its loops decoded in parallel.
+"""Continue a text with an exported model, decoding its loops in parallel.
 
 plt generate --model exported --prompt 'def main():'
 
@@ -19,10 +19,10 @@ from plt_megatron.errors import run_command
 
 def _parser() -> CommandParser:
     parser = CommandParser("generate", description="Continue a text with an exported model.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="a folder that plt export has written")
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder written by plt export")
     parser.add_argument("--prompt", required=True)
     parser.add_argument(
-        "--chat", action="store_true", help="put the prompt into the tokenizer's chat template, and print the answer"
+        "--chat", action="store_true", help="apply the tokenizer's chat template to the prompt, and print the answer"
     )
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")

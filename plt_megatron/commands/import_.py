@@ -38,27 +38,27 @@ def _parser() -> CommandParser:
         "--loop-count",
         type=int,
         metavar="L",
-        help="loops (default: the model's own, 1 for a dense one); new gates start from zero",
+        help="loops (default: the model's own, 1 for a dense one); new gates start at zero",
     )
     parser.add_argument(
         "--loop-span",
         nargs=2,
         type=int,
         metavar=("FIRST", "LAST"),
-        help="the layers of a model of one loop that will loop, from FIRST (counted from 0) to before LAST; the others "
-        "run once (default: all loop)",
+        help="layers of a one-loop model that will loop: FIRST (counted from 0) up to, but not including, LAST; the "
+        "others run once (default: all loop)",
     )
     parser.add_argument(
         "--preset",
         choices=LOOP_PRESETS,
-        help="how the new loops of a model of one loop are parameterised, with the first logits its own: recommended "
-        "(default: as in the paper, with other logits)",
+        help="parameterisation of the new loops of a one-loop model; recommended keeps its logits until training "
+        "(default: as in the paper, which changes them)",
     )
     parser.add_argument(
         "--key-shift",
         action="store_true",
         help="let each layer learn to take a share of its keys and values from the previous token (model.key_shift: "
-        "learned); it starts at zero, so that the first logits stay",
+        "learned); it starts at zero, so the initial logits do not change",
     )
     parser.add_argument(
         "--dtype",
@@ -90,15 +90,15 @@ def _import(arguments: argparse.Namespace) -> None:
     loops = plural(result.model.loop_count, "loop")
     print(f"{result.checkpoint}: {result.family}, {loops}, {result.tensors} tensors in {result.precision}")
     if result.fresh:
-        print(f"{result.fresh} of them are new gates, scales or key shifts, with the values of a new model")
+        print(f"{result.fresh} of them are new gates, scales or key shifts, initialized as in a new model")
     if result.new_loops and derived.starts_as_one_loop(result.model):
-        print("its first logits are the model's own: until they are trained, later loops change nothing")
+        print("its initial logits are the model's own: later loops change nothing until they are trained")
     elif result.new_loops:
-        print("its first logits are not the model's own; with --preset recommended they are")
+        print("its initial logits are not the model's own; with --preset recommended they are")
     if result.dropped:
-        print(f"{result.dropped} tensors of gates or scales are dropped: a model of one loop has none")
+        print(f"{result.dropped} tensors of gates or scales are dropped: a one-loop model has none")
     if result.tokenizer is None:
-        print("no tokenizer was there: name one in data.tokenizer")
+        print("the model has no tokenizer: name one in data.tokenizer")
     print(f"start from it with `include: {(result.output / MODEL_YAML).absolute()}`")
 
 

@@ -1,10 +1,10 @@
-"""Show what a run's batches really hold, and find validation text in the training data.
+"""Show what a run's batches contain, and find validation text in the training data.
 
     plt inspect-data configs/runs/plt2_tiny.yaml --batch 3
     plt inspect-data configs/runs/plt2_tiny.yaml --duplicates --html data.html
 
-Each sample's text, the documents it is cut from, and the tokens that the loss asks for. Builds the run's sample index
-if it is missing, as the run would. docs/data.md says more.
+Shows each sample's text, the documents it is cut from, and the tokens with a loss. Builds the run's sample index if it
+is missing, as the run would. See docs/data.md.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--part", choices=("train", "validation"), default="train", help="default: train")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="the N-th global batch, from 1; default: 1")
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples shown of it; default: 4")
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="samples of that batch to show; default: 4")
     parser.add_argument(
-        "--width", type=int, default=2000, metavar="N", help="characters shown of a document; 0: all; default: 2000"
+        "--width", type=int, default=2000, metavar="N", help="characters of a document to show; 0: all; default: 2000"
     )
-    parser.add_argument("--html", metavar="FILE", help="write all of it as a page, too")
+    parser.add_argument("--html", metavar="FILE", help="also write everything as an HTML page")
     parser.add_argument(
         "--duplicates",
         action="store_true",

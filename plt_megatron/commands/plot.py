@@ -1,4 +1,4 @@
-"""Plot what runs recorded: losses, gradients, speed, memory, gates and hidden states per loop, time by part of a step.
+"""Plot runs' records: losses, gradients, speed, memory, gates and hidden states per loop, time by part of a step.
 
     plt plot runs/plt2_demo [runs/other ...] --output metrics.png
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> int:
     parser = CommandParser("plot", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a .png, .svg or .pdf file")
-    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders'")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="names of the runs; default: their folders' names")
     arguments = parser.parse_args(argv)
     if arguments.labels is not None and len(arguments.labels) != len(arguments.runs):
         parser.error(f"{len(arguments.labels)} labels for {len(arguments.runs)} runs")

@@ -30,15 +30,15 @@ def _parser() -> CommandParser:
     parser.add_argument("overrides", nargs="*", help="with --build-index: key=value settings of the configuration")
     data = parser.add_argument_group("input and output")
     data.add_argument("--input", nargs="+", metavar="FILE", help=INPUT_HELP)
-    data.add_argument("--output-prefix", metavar="PREFIX", help="path of the .bin and .idx without the suffix")
+    data.add_argument("--output-prefix", metavar="PREFIX", help="path of the .bin and .idx, without the suffix")
     data.add_argument("--tokenizer", metavar="FILE", help="a sentencepiece .model or a Hugging Face tokenizer.json")
     data.add_argument(
         "--join",
         nargs="+",
         metavar="PREFIX",
-        help="instead of --input: make one source of tokenized ones, which stay where they are; a glob's by name",
+        help="instead of --input: make one source of tokenized ones, which stay in place; a glob's in order of name",
     )
-    data.add_argument("--overwrite", action="store_true", help="replace an output with other contents")
+    data.add_argument("--overwrite", action="store_true", help="replace an existing output with other contents")
     reading = parser.add_argument_group("documents")
     add_reading_arguments(reading)
     reading.add_argument(
@@ -61,13 +61,17 @@ def _parser() -> CommandParser:
         "--shard",
         metavar="I/N",
         help="tokenize the Ith of N portions of the input, as one of N machines, to <output-prefix>.shard-I-of-N; "
-        "--join makes one source of all",
+        "--join makes one source of them",
     )
     work.add_argument("--shard-mb", type=float, default=64, help="input per unit of work, in MiB (default: 64)")
     jobs = parser.add_argument_group("on a cluster")
-    jobs.add_argument("--cluster", metavar="NAME", help="submit it to Slurm: a name in configs/clusters, or a path")
-    jobs.add_argument("--nodes", type=int, default=1, metavar="N", help="shards of the input, a node each (default: 1)")
-    jobs.add_argument("--time", metavar="LIMIT", help="time limit of each, as in 24:00:00 (default: the profile's)")
+    jobs.add_argument(
+        "--cluster", metavar="NAME", help="submit to Slurm with this profile: a name in configs/clusters, or a path"
+    )
+    jobs.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="shards of the input, one node each (default: 1)"
+    )
+    jobs.add_argument("--time", metavar="LIMIT", help="time limit per job, as in 24:00:00 (default: the profile's)")
     index = parser.add_argument_group("sample index")
     index.add_argument(
         "--build-index",
@@ -103,7 +107,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
 
 
 def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    """Submit the same command, as an array of its shards, and one that joins them."""
+    """Submit this command as an array of its shards, and a job that joins them."""
     from plt_megatron.data.joining import check_output
     from plt_megatron.data.preprocess import check_options, shard_prefix
     from plt_megatron.slurm.preprocessing import submit_preprocessing
@@ -127,7 +131,7 @@ def _submit(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def _without(argv: Sequence[str], *options: str) -> list[str]:
-    """Arguments without some options that have a value."""
+    """Return the arguments without the given options and their values."""
     left, kept = iter(argv), []
     for argument in left:
         name, equals, _ = argument.partition("=")
@@ -170,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
         return run_command(lambda: _build_index(arguments))
     if arguments.join:
         if arguments.input or arguments.shard:
-            parser.error("--join takes sources that are tokenized: leave --input and --shard out")
+            parser.error("--join takes tokenized sources: leave --input and --shard out")
         if not arguments.output_prefix:
             parser.error("missing --output-prefix")
         return run_command(lambda: _join(arguments))

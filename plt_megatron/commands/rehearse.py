@@ -2,7 +2,7 @@
 
     plt rehearse configs/runs/loopcoder_7b.yaml --nodes 128 --gpus-per-node 8
 
-docs/estimates.md says what it sees, and what it cannot.
+docs/estimates.md says which problems it finds and which it cannot.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument("--gpu", default="h100", metavar="CARD", help="h100 (default), h200, a100, b200, l40s ...")
-    parser.add_argument("--processes", type=int, metavar="N", help="ranks at a time; default: the cores, at most 4")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="ranks to run at a time; default: the number of cores, at most 4"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with every call of every rank")
     return parser
 

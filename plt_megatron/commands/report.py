@@ -2,8 +2,8 @@
 
     plt report runs/sweeps/paper_ablation --measure-decode
 
-Writes index.html (one page, works offline and prints), report.md, CSVs and PNGs to SWEEP_DIR/report. A sweep that is
-not finished can be reported on: what is missing is said.
+Writes index.html (one page, works offline and prints), report.md, CSVs and PNGs to SWEEP_DIR/report. Also reports on an
+unfinished sweep, and says what is missing.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def _parser() -> CommandParser:
     decode.add_argument(
         "--measure-decode",
         action="store_true",
-        help="export a finished run of each row and time its decoding here; kept for later reports",
+        help="export a finished run of each row and time its decoding here; later reports reuse the times",
     )
     decode.add_argument("--decode-batch", type=int, default=4, metavar="N", help="sequences in a batch (default: 4)")
     decode.add_argument(
-        "--decode-prefill", type=int, default=128, metavar="N", help="tokens in the cache before (default: 128)"
+        "--decode-prefill", type=int, default=128, metavar="N", help="tokens in the cache beforehand (default: 128)"
     )
-    decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens decoded (default: 96)")
+    decode.add_argument("--decode-tokens", type=int, default=96, metavar="N", help="tokens to decode (default: 96)")
     return parser
 
 

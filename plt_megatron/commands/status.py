@@ -1,9 +1,9 @@
-"""Show runs: their jobs' states, steps, speed, time left, restarts and why, and the last checkpoint.
+"""Show runs: job states, steps, speed, time left, restarts with their reasons, and the last checkpoint.
 
     plt status                # all runs in runs/
     plt status runs/plt2_1b   # one, or all below a folder
 
-Asks Slurm and the runs' folders; without Slurm, the folders alone.
+Reads Slurm and the runs' folders; without Slurm, only the folders.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which loop count should I train? A study over sizes, loops and tokens, in rounds of the runs that tell the most.
+"""Which loop count should I train? A study over sizes, loops and tokens, in rounds of the most informative runs.
 
     plt study configs/studies/smoke.yaml --dry-run
     plt study configs/studies/loop_law.yaml --jobs 2 --budget 40h
     plt study configs/studies/cluster.yaml --slurm --cluster mine
 
-Each round is printed before it runs, with what it will tell. Finished runs are skipped and others resume where they
+Each round is printed before it runs, with what it will show. Finished runs are skipped and others resume where they
 stopped, so the same command continues a study. docs/sweeps.md describes the file.
 """
 
@@ -31,9 +31,9 @@ def _parser() -> CommandParser:
         metavar="key=value",
         help="a setting of the study (rounds=2, seeds=[1,2]) or of every run",
     )
-    parser.add_argument("--budget", metavar="TIME", help="of training, all runs together: 40h, 90min, 2d")
-    parser.add_argument("--report", action="store_true", help="report on what is there, and run nothing")
-    parser.add_argument("--retry-failed", action="store_true", help="try runs again that have failed")
+    parser.add_argument("--budget", metavar="TIME", help="training time of all runs together: 40h, 90min, 2d")
+    parser.add_argument("--report", action="store_true", help="report on the existing runs, and run nothing")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed runs again")
     sweep.add_options(parser)
     return parser
 

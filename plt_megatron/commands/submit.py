@@ -74,7 +74,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _rehearsed(config: RunConfig, vocab_size: int, resources: Resources) -> list[str]:
-    """A rehearsal's problems; the rest of what it finds is printed."""
+    """Return a rehearsal's problems; print its other findings."""
     if resources.card == "cpu":
         return ["--rehearse is for jobs on GPUs: leave it out"]
     from plt_megatron.predict.rehearsal.rehearse import rehearse
@@ -92,7 +92,7 @@ def _rehearsed(config: RunConfig, vocab_size: int, resources: Resources) -> list
 
 
 def read_options(argv: Sequence[str]) -> Options:
-    """The options alone, for a caller that supplies the runs and settings."""
+    """Parse the options for a caller that supplies the runs and settings."""
     arguments = _parser().parse_args(argv)
     if arguments.arguments or arguments.follow or arguments.rehearse:
         raise UserError(

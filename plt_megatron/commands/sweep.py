@@ -41,7 +41,7 @@ def _parser() -> CommandParser:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Where runs run, and whether they do."""
+    """Add the options for where to run, and whether to run at all."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--local", action="store_true", help="run on this machine (the default)")
     where.add_argument("--slurm", action="store_true", help="submit a job array; needs --cluster")
@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End the command where options contradict each other."""
+    """Exit with an error if options contradict each other."""
     if arguments.slurm != (arguments.cluster is not None):
         parser.error("--slurm and --cluster NAME go together")
     if (arguments.max_concurrent is not None or arguments.submit) and not arguments.slurm:
@@ -89,7 +89,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def submit_options(arguments: argparse.Namespace) -> Options:
-    """Options of the jobs that `--slurm` submits."""
+    """Return the options of the jobs that `--slurm` submits."""
     given = ["--cluster", arguments.cluster, *shlex.split(arguments.submit)]
     if arguments.max_concurrent is not None:
         given += ["--max-concurrent", str(arguments.max_concurrent)]

@@ -40,7 +40,7 @@ from plt_megatron.slurm import run_files
 from plt_megatron.slurm.run_files import check_no_active_job
 from plt_megatron.storage.queue import UploadQueue
 
-_OPEN_FILES = 128  # of a process that trains; it has not been seen to need more
+_OPEN_FILES = 128  # enough for a training process, as far as observed
 
 
 def _parser() -> CommandParser:
@@ -92,7 +92,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _check_environment()
     folder, start = RunFolder.of(config), resuming.find_start(config)
     done = start is not None and start.is_own and _has_nothing_to_do(config, start, folder)
-    if done or (start is None and arguments.dry_run):  # without numpy: nothing reads the data
+    if done or (start is None and arguments.dry_run):  # nothing reads the data, so numpy is not imported
         problems = resuming.start_problems(start, config, config.model.vocab_size) if start is not None else []
     else:
         problems = _start_problems(config)
@@ -110,12 +110,12 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     check_no_active_job(run_files.absolute_run_folder(config))
     with locked(folder.path, "training") as lock:
-        # Until the processes can end what begins here: else Ctrl-C would leave half of it.
+        # Until the processes can clean up after themselves: else Ctrl-C would leave a half-started run.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         folder.try_config(config)
         env = os.environ | threads | {"PYTHONPATH": python_path()}
         if count > 1:
-            go_on_without_readers()  # as the processes do
+            go_on_without_readers()  # as the training processes do
             return run_processes(command, count, env=env)
         sys.stdout.flush()
         os.set_inheritable(lock.fileno(), True)  # held until the training ends
@@ -123,21 +123,21 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _check_environment() -> None:
-    """Raise `UserError` in a process of another launcher, each of which would start the whole run, and where libraries
-    could not open their files."""
+    """Raise `UserError` under another launcher, each process of which would start the whole run, and if libraries could
+    not open their files."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < _OPEN_FILES:
-        raise UserError(f"at most {files} files may be open here, training needs {_OPEN_FILES}: ulimit -n 1024")
+        raise UserError(f"the limit of open files is {files}, training needs {_OPEN_FILES}: raise it (ulimit -n 1024)")
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
         raise UserError(
-            f"WORLD_SIZE={processes} is set, as a launcher of several processes does, but plt train starts its own on "
+            f"WORLD_SIZE={processes} is set, as launchers of several processes do, but plt train starts its own on "
             "this machine: unset WORLD_SIZE, or have the launcher start python -m plt_megatron.train.main CONFIG.yaml"
         )
 
 
 def _start_problems(config: RunConfig) -> list[str]:
-    """Why the data or the checkpoint that the run would begin with cannot be used, one line each."""
+    """Return why the run's data or starting checkpoint cannot be used, one line each."""
     from plt_megatron.slurm.start_checks import data_problems, open_tokenizer, start_problems
 
     tokenizer, problems = open_tokenizer(config)
@@ -147,7 +147,7 @@ def _start_problems(config: RunConfig) -> list[str]:
 
 
 def _has_nothing_to_do(config: RunConfig, start: resuming.Start, folder: RunFolder) -> bool:
-    """Whether the last step is done, and no export or upload waits."""
+    """Return whether the last step is done and no export or upload is waiting."""
     waiting = checkpoint_folders(folder.exporting) or UploadQueue(folder).waiting()
     return not waiting and resuming.is_finished(config, start.progress)
 
@@ -163,7 +163,7 @@ def _finished(config: RunConfig, start: resuming.Start, folder: RunFolder) -> st
 
 
 def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
-    """Threads of one process: the configured number, else the environment's, else a fair share."""
+    """Return the threads of one process: the configured number, else the environment's, else a fair share."""
     threads = config.training.threads_per_process
     if threads is None and "OMP_NUM_THREADS" in os.environ:
         return {}
@@ -171,7 +171,7 @@ def thread_settings(config: RunConfig, count: int) -> dict[str, str]:
 
 
 def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], command: list[str]) -> str:
-    """What the run would do, for --dry-run."""
+    """Describe what the run would do, for --dry-run."""
     on = f"on {count} of {gpus} GPUs" if gpus else "on the CPU"
     rows = [
         ("run folder", str(derived.run_folder(config))),
@@ -196,14 +196,14 @@ def describe(config: RunConfig, count: int, gpus: int, threads: dict[str, str], 
 
 
 def _batches(config: RunConfig) -> list[tuple[str, str]]:
-    """The steps of each batch size, where there are several."""
+    """Return the steps of each batch size, if there are several."""
     stretches = BatchSchedule(config).stretches(steps=derived.train_iters(config))
     rows = [f"{steps:,} steps of {size:,} sequences" for size, steps in stretches]
     return _under("batches", rows) if len(rows) > 1 else []
 
 
 def _lengths(config: RunConfig) -> list[tuple[str, str]]:
-    """The steps of each row length, where there are several."""
+    """Return the steps of each row length, if there are several."""
     if not config.data.length_schedule:
         return []
     steps = dict.fromkeys(LengthSchedule(config).lengths, 0.0)

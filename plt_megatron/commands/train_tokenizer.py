@@ -46,7 +46,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--max-sample-mb", type=int, default=200, help="train on at most this much text (default: 200 MB)"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="for sampling the text")
+    parser.add_argument("--seed", type=int, default=1234, help="seed for sampling the text")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     add_reading_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")

@@ -3,9 +3,9 @@
     plt upload runs/mine
     plt upload exported --to hf://owner/name@main
 
-A run's go where its configuration says (checkpoint.export_upload_to and checkpoint.upload_to): those that its training
-has not uploaded, and whatever else is not there yet. What has arrived is not sent again. The file that makes a copy
-complete is written last.
+A run's exports and checkpoints go where its configuration says (checkpoint.export_upload_to and checkpoint.upload_to):
+those that its training has queued, and whatever else is not there yet. What has arrived is not sent again. The file
+that marks a copy as complete is written last.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def _parser() -> CommandParser:
     parser = CommandParser(
         "upload",
         description=__doc__,
-        epilog="Exit status: 0 all is there, 1 an upload of a run has failed, 2 something for you to fix.",
+        epilog="Exit status: 0 everything is there, 1 an upload of a run failed, 2 something for you to fix.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a run's folder, or an export or a checkpoint")
     parser.add_argument(
         "--to",
         metavar="URL",
-        help="where to, for one export or checkpoint: s3://bucket/folder, file:///folder, hf://owner/name@revision",
+        help="destination of one export or checkpoint: s3://bucket/folder, file:///folder, hf://owner/name@revision",
     )
-    parser.add_argument("--check", action="store_true", help="only say whether a run's destinations can be written")
+    parser.add_argument("--check", action="store_true", help="only check that a run's destinations can be written")
     parser.add_argument(
-        "--verify", action="store_true", help="read back what a bucket or folder has, to compare SHA-256"
+        "--verify", action="store_true", help="read copies back from a bucket or folder and compare their SHA-256"
     )
-    parser.add_argument("--waiting", action="store_true", help="only what a run's training has queued")
+    parser.add_argument("--waiting", action="store_true", help="upload only what a run's training has queued")
     return parser
 
 
@@ -48,14 +48,14 @@ def _upload(arguments: argparse.Namespace) -> int:
     run = RunFolder(arguments.folder)
     if not run.config_file.is_file():
         if arguments.to is None or arguments.check or arguments.waiting:
-            what = "--to goes with it" if arguments.to is None else "--check and --waiting are for runs"
+            what = "give --to URL" if arguments.to is None else "--check and --waiting are for runs"
             raise UserError(f"{arguments.folder} is not a run's folder: {what}")
         started = time.monotonic()
         uploaded = upload_folder(arguments.folder, arguments.to, verify=arguments.verify)
         print(describe(arguments.to, uploaded, time.monotonic() - started))
         return 0
     if arguments.to is not None:
-        raise UserError("--to is for one export or checkpoint; a run's configuration says where its own go")
+        raise UserError("--to is for one export or checkpoint; a run's configuration names its destinations")
     uploads = RunUploads(run.config(), run, lambda line: print(line, flush=True))
     if arguments.check:
         uploads.check()
@@ -69,4 +69,4 @@ def _upload(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return run_command(lambda: _upload(arguments), "interrupted: the same command goes on")
+    return run_command(lambda: _upload(arguments), "interrupted: the same command continues")

@@ -71,7 +71,7 @@ def test_errors(folder, monkeypatch, capsys, model, task, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tasks", ","], "--tasks names none"),
+        (["--tasks", ","], "--tasks names no task"),
         (["--tasks", "choice", "--limit", "0"], "--limit must be above 0"),
         (["--tasks", "choice", "--device", "cuda:99"], "error: --device cuda:99: "),
         (["--tasks", "choice", "--device", "nonsense"], "error: --device nonsense: "),

@@ -91,7 +91,7 @@ def test_it_is_exported_with_what_it_is_of(tmp_path, capsys):
     arguments = [str(tmp_path / "mine"), "--last", "2", "--output", str(tmp_path / "out"), "--dtype", "fp32"]
     assert command.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert f"{tmp_path / 'out'}/checkpoints/step_00000006: " in printed and "of shares 0.5, 0.5" in printed
+    assert f"{tmp_path / 'out'}/checkpoints/step_00000006: " in printed and "with shares 0.5, 0.5" in printed
     assert f"checkpoint.load={tmp_path / 'out'} checkpoint.weights_only=true" in printed
     export(ExportOptions(tmp_path / "out", tmp_path / "hf"), say=lambda line: None)
     both = [random_weights(make_model(), seed=step) for step in (4, 6)]

@@ -526,10 +526,10 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert command.main(arguments) == 0
     out = capsys.readouterr().out
     assert "step_00000000: llama, 2 loops, 19 tensors in fp32" in out and "4 of them are new gates" in out
-    assert "its first logits are not the model's own; with --preset recommended they are" in out
+    assert "its initial logits are not the model's own; with --preset recommended they are" in out
     assert open_source(tmp_path / "run").model.loop_count == 2
     assert command.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'run'} exists")
     arguments[3] = str(tmp_path / "other")
     assert command.main([*arguments, "--preset", "recommended"]) == 0
-    assert "its first logits are the model's own: until they are trained" in capsys.readouterr().out
+    assert "its initial logits are the model's own: later loops" in capsys.readouterr().out

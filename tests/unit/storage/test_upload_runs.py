@@ -168,7 +168,7 @@ def test_another_run_of_that_name_is_refused_and_a_run_that_goes_on_from_its_upl
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["nowhere"], "nowhere is not a run's folder: --to goes with it"),
+        (["nowhere"], "nowhere is not a run's folder: give --to URL"),
         (["nowhere", "--to", "file:///tmp/x", "--check"], "nowhere is not a run's folder: --check and --waiting"),
         (["nowhere", "--to", "file:///tmp/x"], "nowhere: no such folder"),
         (["nowhere", "--to", "bucket/x"], "--to: bucket/x is not a URL"),
