@@ -28,8 +28,8 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
     """Run a command's `main`; returns its exit status.
 
     Each line of a `UserError` becomes an `error:` line on stderr, status 2, and so does an error of the operating
-    system: no space, no permission, no such folder. Ctrl-C is the line `interrupted`, status 130. A command whose
-    reader has left, as `head` does, ends as one that SIGPIPE has killed.
+    system: no space, no permission, no such folder. Ctrl-C prints the line `interrupted`, status 130. A command whose
+    reader has left, as `head` does, exits as if killed by SIGPIPE.
     """
     prepare_streams()
     try:
@@ -64,7 +64,7 @@ def run_command(main: Callable[[], int | None], interrupted: str = "interrupted"
 
 
 def describe_os_error(error: OSError) -> str:
-    """In one line, with the file it is about."""
+    """Format the error as one line that names the file."""
     where = f"{error.filename}: " if error.filename is not None else ""
     if error.filename2 is not None:
         where = f"{error.filename} to {error.filename2}: "
@@ -72,17 +72,17 @@ def describe_os_error(error: OSError) -> str:
 
 
 def prepare_streams() -> None:
-    """Have the standard streams take whatever a command prints.
+    """Make the standard streams accept whatever a command prints.
 
-    One that the caller has closed becomes /dev/null: else the next file that is opened would get its number. What its
-    encoding lacks is written as an escape.
+    One that the caller has closed becomes /dev/null; otherwise the next opened file would get its number. Characters
+    that the encoding lacks are escaped.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, number)  # inheritable, as opposed to what `open` returns
+            os.dup2(null, number)  # inheritable, unlike what `open` returns
             if null != number:
                 os.close(null)
         if getattr(sys, name) is None:
@@ -93,7 +93,7 @@ def prepare_streams() -> None:
 
 
 def hear_every_interrupt() -> None:
-    """Have a Ctrl-C that comes while an object is freed, which Python would report as ignored, come again."""
+    """Raise a Ctrl-C again that comes while an object is freed, which Python would only report as ignored."""
 
     def hear(found: sys.UnraisableHookArgs) -> None:
         if not issubclass(found.exc_type, KeyboardInterrupt):
@@ -106,7 +106,7 @@ def hear_every_interrupt() -> None:
 
 
 def go_on_without_readers() -> None:
-    """From now on what the standard streams cannot take is dropped: the reader has left, or the disk is full."""
+    """From now on, drop what the standard streams cannot take: the reader has left, or the disk is full."""
     prepare_streams()
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
@@ -121,14 +121,14 @@ class _Lossy(io.FileIO):
             written = super().write(data)
         except OSError:
             written = None
-        return len(data) if written is None else written  # None, too: a pipe that does not wait is full
+        return len(data) if written is None else written  # None means that a non-blocking pipe is full
 
 
 def _check_current_folder() -> None:
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UserError("the current folder does not exist any more: go to another one (cd)") from None
+        raise UserError("the current folder no longer exists: change to another one (cd)") from None
 
 
 def _lost_its_reader(stream: TextIO) -> bool:
@@ -138,8 +138,8 @@ def _lost_its_reader(stream: TextIO) -> bool:
 
 
 def _output_cannot_be_written() -> bool:
-    """What was printed last is still in the buffer, so that writing it fails again. Without a buffer (python -u) only
-    another line tells."""
+    """Return whether stdout cannot be written. The last output is still in the buffer, so flushing it fails again.
+    Without a buffer (python -u), only writing another line tells."""
     try:
         if getattr(sys.stdout, "write_through", False):
             sys.stdout.write("\n")
@@ -150,18 +150,18 @@ def _output_cannot_be_written() -> bool:
 
 
 def _drop_output() -> None:
-    """For the flush at exit."""
+    """Send stdout to /dev/null, so that the flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(error: Exception | str) -> None:
-    """The error on stderr, without a traceback."""
+    """Print the error on stderr, without a traceback."""
     for line in str(error).splitlines():
         _say(f"error: {line}")
 
 
 def _say(line: str) -> None:
-    """On stderr, or nowhere if that is full or has lost its reader: the exit status says it too."""
+    """Print a line on stderr, or drop it if stderr is full or has lost its reader: the exit status says it too."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:

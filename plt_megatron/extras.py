@@ -1,6 +1,6 @@
-"""Optional packages: which extra of pyproject.toml installs each module, and the one line that says so.
+"""Optional packages: the extra of pyproject.toml that installs each module, and the message when one is missing.
 
-Looking for a module does not import it, so a command asks before it begins and before it imports what takes seconds.
+Modules are looked up without importing them, so that a command can check before it begins and before slow imports.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXTRAS = {
 
 
 def lacking(*modules: str) -> str:
-    """`needs the packages ...: pip install ...`, of those that are not installed; empty if all are."""
+    """Return `needs the packages ...: pip install ...` for those that are not installed; empty if all are."""
     missing = [module for module in modules if not _is_here(module)]
     extras = dict.fromkeys(EXTRAS[module] for module in missing)
     if not missing:

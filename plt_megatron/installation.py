@@ -12,7 +12,7 @@ CONFIGS = next((path for path in (PACKAGE / "configs", ROOT / "configs") if path
 
 
 def find_config(path: str | os.PathLike[str]) -> Path:
-    """The given file, or the shipped one of that name: `configs/runs/plt2_tiny.yaml` works from any folder."""
+    """Return the given file, or the shipped one of that name: `configs/runs/plt2_tiny.yaml` works from any folder."""
     given = Path(path)
     if not given.exists() and given.parts[:1] == ("configs",):
         shipped = CONFIGS.joinpath(*given.parts[1:])
@@ -21,12 +21,12 @@ def find_config(path: str | os.PathLike[str]) -> Path:
 
 
 def is_checkout(root: Path) -> bool:
-    """Whether the folder that holds the package is the project's own, not site-packages."""
+    """Return whether the folder that holds the package is the project's own, not site-packages."""
     return (root / "pyproject.toml").is_file()
 
 
 def python_path() -> str:
-    """PYTHONPATH for processes that import this package: a checkout comes first.
+    """Return PYTHONPATH for processes that import this package: a checkout comes first.
 
     An installed package is not added: site-packages must not precede the standard library.
     """

@@ -120,12 +120,12 @@ install() {
         "fix that and run 'make venv' again"
 }
 
-# A second one beside it would take the unfinished environment for a dead one's, and remove it. The lock ends with us.
+# A second instance would take the unfinished environment for an abandoned one and remove it. The lock ends with us.
 wait_for_others() {
     command -v flock >/dev/null || return 0 # not on macOS
     exec 9<"${BASH_SOURCE[0]}"
     flock --nonblock 9 && return 0
-    say "another $(basename "${BASH_SOURCE[0]}") of this project is at work; waiting for it"
+    say "another $(basename "${BASH_SOURCE[0]}") of this project is running; waiting for it"
     flock 9
 }
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parents[1]
-    sys.path[: not sys.flags.safe_path] = [str(root)]  # instead of this folder, whose names packages may have, too
+    sys.path[: not sys.flags.safe_path] = [str(root)]  # instead of this folder, whose names would shadow packages
     from plt_megatron.commands import main
 
     name = Path(__file__).stem.replace("_", "-")

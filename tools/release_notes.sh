@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Prints the changelog's section of a version, for a release of it.
+# Prints the changelog's section of a version, for its release.
 #
 #   tools/release_notes.sh 0.1.0
 #
-# Fails if the package has another version, or the changelog no such section.
+# Fails if the package has another version or the changelog has no such section.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs while an image is built: installs the project over the base's torch and Transformer Engine, which stay as they are.
+# Runs while an image is built: installs the project on the base's torch and Transformer Engine, which stay as they are.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 

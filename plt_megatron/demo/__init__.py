@@ -1,4 +1,4 @@
-"""The demo: a corpus that the machine has, a tokenizer, two small models, and a table that compares them.
+"""The demo: a corpus of text on this machine, a tokenizer, two small models, and a table that compares them.
 
-`steps` makes the corpus and its data, for sweeps too; `run` is the whole demo.
+`steps` makes the corpus and its data, also for sweeps; `run` is the whole demo.
 """

@@ -1,7 +1,7 @@
-"""The demo: everything once, on this machine's CPU.
+"""The demo: every step of the project once, on this machine's CPU.
 
-A corpus of text that the machine has, a tokenizer, tokenized data, a small PLT of two loops, the same model with one
-loop on the same tokens, and a table that compares them. Finished steps are skipped.
+Makes a corpus of text on this machine, a tokenizer and tokenized data; trains a small PLT of two loops, and the same
+model with one loop on the same tokens; prints a table that compares them. Finished steps are skipped.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ DEMO_RUNS = (
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One run's line of the final table. Losses in nats per token."""
+    """One run's row of the final table. Losses in nats per token."""
 
     label: str
     parameters: int
@@ -75,9 +75,9 @@ class ResultRow:
 
 
 def run_demo() -> None:
-    """Run the steps that are not finished, in the current folder, and print the table.
+    """Run the unfinished steps in the current folder and print the table.
 
-    Raises `UserError` when a step fails; what was finished before is kept.
+    Raises `UserError` when a step fails; finished steps are kept.
     """
     begun = time.monotonic()
     package = optimizer_spec(load_config(CONFIG).optimizer).package
@@ -106,7 +106,7 @@ def run_demo() -> None:
 
 
 def results_table(rows: Sequence[ResultRow]) -> str:
-    """Aligned columns; validation at a loop count that a model was not validated at is a dash."""
+    """Format results in aligned columns, with a dash where a model was not validated at a loop count."""
     loop_counts = sorted({loops for row in rows for loops in row.validation_losses})
     header = ["model", "parameters", "tokens", "train loss"]
     header += [f"val. loss, {plural(loops, 'loop')}" for loops in loop_counts]
@@ -171,7 +171,7 @@ def _result(run: DemoRun, stamp: Stamp, metrics: RunMetrics) -> ResultRow:
 
 
 def start(command: str, *arguments: str) -> None:
-    """Run a command in a process of its own, since it sets torch up, with its output shown here.
+    """Run a command in a process of its own, since it sets up torch, with its output shown here.
 
     Args:
         command: a command of `plt`.
@@ -185,7 +185,7 @@ def start(command: str, *arguments: str) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        # The terminal sent it to the whole group: the command ends by itself, cleanly if we let it.
+        # The terminal sent it to the whole process group: the command ends by itself, cleanly if we let it.
         process.wait()
         raise
     if status != 0:

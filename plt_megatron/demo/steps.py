@@ -2,8 +2,8 @@
 
 Each step leaves a stamp, and is skipped as long as the stamp is valid: while everything that the step depends on (its
 settings, the content of its input files) is unchanged and its outputs exist with the same sizes. An interrupted step
-runs again on what it left, so that it can continue where it stopped; if something that it depends on has changed, its
-outputs are removed first.
+runs again on its partial outputs, so that it can continue where it stopped; if something that it depends on has
+changed, its outputs are removed first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """The data of `make demo`, with a tokenizer of another size, made before the first run; and of further domains."""
+    """Data of `make demo` with a tokenizer of another size, and data of further domains, made before the first run."""
 
     vocab_size: Size = 2048
     folder: str = ".demo/vocab_2048"
@@ -43,10 +43,10 @@ class DemoCorpus:
 
 
 def prepare_demo_corpus(settings: DemoCorpus) -> None:
-    """Make what is missing or outdated of a sweep's corpus, tokenizer and tokenized data.
+    """Make whatever is missing or outdated of a sweep's corpus, tokenizer and tokenized data.
 
-    The corpus, in the folder above `settings.folder`, is that of `make demo`, whose texts are code; each reuses the
-    other's. Further domains lie beside it, and beside its data as `prose_train_text_document` and so on.
+    The corpus, in the folder above `settings.folder`, is the code corpus of `make demo`; each reuses the other's.
+    Further domains are stored beside it, and beside its data as `prose_train_text_document` and so on.
     Raises `UserError` when a step fails.
     """
     folder = Path(settings.folder)
@@ -65,12 +65,12 @@ def prepare_demo_corpus(settings: DemoCorpus) -> None:
 def data_steps(
     corpus: Path, tokenizer: Path, data: Path, *, vocab_size: int, prefix: str = "", domains: Sequence[str] = ()
 ) -> list[Step]:
-    """Corpus, further domains, tokenizer, data.
+    """Return the steps for corpus, further domains, tokenizer and data.
 
     Args:
         corpus, tokenizer, data: folders.
-        prefix: of the stamps' names, where several tokenizers share a corpus and a folder of stamps.
-        domains: of `domain_corpus.DOMAINS`, beside the demo's.
+        prefix: prefix of the stamps' names, if several tokenizers share a corpus and a folder of stamps.
+        domains: names in `domain_corpus.DOMAINS`, in addition to the demo's corpus.
     """
     code = [corpus / f"{part}.jsonl" for part in PARTS]
     others = {domain: domain_files(corpus, domain) for domain in domains}
@@ -127,7 +127,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def _versions(domain: str) -> str:
-    """What the domain's texts depend on."""
+    """Return the versions that the domain's texts depend on."""
     return " ".join([sys.version, *(version(package) for package in DOMAINS[domain])])
 
 
@@ -153,12 +153,12 @@ class Step:
     """One piece of work.
 
     Attributes:
-        name: of its stamp.
-        title: what the user reads.
+        name: name of its stamp.
+        title: description shown to the user.
         settings: whatever the result depends on besides the inputs, as text.
         inputs: files whose content it depends on; they exist when the step's turn comes.
-        outputs: files or folders that it makes and nothing else does.
-        run: does the work. It may be called again after an interruption.
+        outputs: files or folders that only this step makes.
+        run: does the work; may be called again after an interruption.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Step:
 
 @dataclass
 class Stamp:
-    """What is known of a step's last run. `seconds` is its working time, interrupted attempts included."""
+    """Record of a step's last run. `seconds` is its working time, interrupted attempts included."""
 
     key: str
     finished: bool
@@ -180,9 +180,9 @@ class Stamp:
 
 
 def run_step(step: Step, stamps: Path, number: int, total: int) -> Stamp:
-    """Run the step unless it has a valid stamp in the folder `stamps`; print which of the two.
+    """Run the step unless it has a valid stamp in the folder `stamps`; print which is the case.
 
-    Raises whatever `step.run` raises, and `UserError` if it made less than it should have.
+    Raises whatever `step.run` raises, and `UserError` if an output is missing afterwards.
     """
     path = stamps / f"{step.name}.json"
     key, stamp = _key(step), _read(path)
@@ -220,7 +220,7 @@ def _key(step: Step) -> str:
 
 
 def _sizes(step: Step) -> dict[str, int]:
-    """Bytes of each output; a folder counts as the sum of its files. What is missing is left out."""
+    """Return the bytes of each output, a folder as the sum of its files. Missing outputs are left out."""
     sizes = {}
     for output in step.outputs:
         if output.is_dir():
@@ -241,7 +241,7 @@ def _remove(outputs: Sequence[Path]) -> None:
 def _read(path: Path) -> Stamp | None:
     try:
         return Stamp(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):  # none, or not one of this version
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):  # no stamp, or one of another version
         return None
 
 

@@ -176,7 +176,7 @@ def test_two_at_once_do_not_remove_each_others_environment(machine):
     with (machine.home / "go").open("w"):  # opens once pip reads it: the first one is in the middle of its work
         other = machine.start(str(machine.venv))
         assert other.stdout is not None
-        assert "another make_venv.sh of this project is at work" in other.stdout.readline()
+        assert "another make_venv.sh of this project is running" in other.stdout.readline()
     for process in (slow, other):
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
