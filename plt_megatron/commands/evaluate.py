@@ -24,9 +24,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="a folder written by plt export")
     parser.add_argument("--tasks", required=True, type=_names, metavar="NAMES", help="task names, separated by commas")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder of task files")
-    parser.add_argument(
-        "--download", action="store_true", help="download task data that Hugging Face's cache lacks from its hub"
-    )
+    parser.add_argument("--download", action="store_true", help="download task data missing from Hugging Face's cache")
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task (default: all)")
     parser.add_argument("--chat", action="store_true", help="apply the tokenizer's chat template")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")

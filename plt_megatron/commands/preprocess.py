@@ -36,9 +36,9 @@ def _parser() -> CommandParser:
         "--join",
         nargs="+",
         metavar="PREFIX",
-        help="instead of --input: make one source of tokenized ones, which stay in place; a glob's in order of name",
+        help="instead of --input: make one source of tokenized ones, which stay in place; glob matches in name order",
     )
-    data.add_argument("--overwrite", action="store_true", help="replace an existing output with other contents")
+    data.add_argument("--overwrite", action="store_true", help="replace an existing output that has other contents")
     reading = parser.add_argument_group("documents")
     add_reading_arguments(reading)
     reading.add_argument(

@@ -63,7 +63,7 @@ class MoeConfig:
     first_k_dense_replace: Count = 0  # first layers that have a dense FFN of model.ffn_hidden_size instead
     router_topk: Size = 2  # experts a token is sent to
     ffn_hidden_size: Size | None = None  # per expert; null: model.ffn_hidden_size
-    shared_expert_intermediate_size: Size | None = None  # an additional expert that every token uses; null: none
+    shared_expert_intermediate_size: Size | None = None  # of an additional expert that every token uses; null: none
     router_pre_softmax: bool = False  # softmax over all experts (true) or over the chosen ones (false)
     # sigmoid scores each expert by itself; a chosen one's weight is its share of the chosen scores.
     router_score_function: Literal["softmax", "sigmoid"] = "softmax"
@@ -160,7 +160,7 @@ class ParallelConfig:
     num_layers_in_last_pipeline_stage: Size | None = None
     account_for_embedding_in_pipeline_split: bool = False
     account_for_loss_in_pipeline_split: bool = False
-    context_parallel_size: Ranks = 1  # ranks that split each sequence, for lengths that do not fit on one
+    context_parallel_size: Ranks = 1  # ranks that split each sequence, for lengths that do not fit on one rank
     # How Transformer Engine exchanges rows between context-parallel ranks; the torch backend gathers keys and values.
     cp_comm_type: Literal["p2p", "a2a", "all_gather"] = "p2p"  # for the global attention; p2p: ring of keys and values
     # cp_comm_type for the window's attention, which has no p2p.
@@ -335,7 +335,7 @@ class Fp8Config:
 
     format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: E4M3, gradients in E5M2
     recipe: Literal["auto", "delayed", "tensorwise", "blockwise", "mxfp8"] = "auto"  # auto: the card's best
-    attention: bool = False  # also the global attention; on Hopper only with recipe delayed and head dimension 128
+    attention: bool = False  # also the global attention; Hopper needs recipe delayed and head dimension 128
     # Layers at both ends of the stack whose linear layers stay in BF16, in every loop; not with recipe delayed.
     num_layers_at_start_in_bf16: Count = 0
     num_layers_at_end_in_bf16: Count = 0
@@ -375,7 +375,7 @@ class TrainingConfig:
     # and continue with the data after the bad step.
     on_nonfinite: Literal["fail", "skip", "rollback"] = "skip"  # loss or gradient norm is infinite or not a number
     on_spike: Literal["ignore", "skip", "rollback"] = "ignore"  # the loss jumps
-    # Standard deviations above the mean loss, both over those of the last `spike_window` steps that have the same
+    # Standard deviations above the mean, over the losses of those of the last `spike_window` steps that have the same
     # loops, data stage and row length, and no larger batch.
     spike_threshold: Positive = 6.0
     # steps; detection begins once a quarter as many of that kind have run
