@@ -3,8 +3,8 @@
 `GatedSlidingWindowAttention` is the `core_attention` of an otherwise stock megatron-core layer. It receives Q, K and V
 after RoPE. In the first loop it is plain causal attention and publishes K and V. In later loops:
 
-    y_global = Attn(Q, K_1, V_1)        the first loop's K and V, causal; without `share_values` its K and the own V
-    y_local  = SWA(Q, K, V, w)          this loop's own, a window of w keys
+    y_global = Attn(Q, K_1, V_1)        causal, with the first loop's K and V (this loop's V without `share_values`)
+    y_local  = SWA(Q, K, V, w)          with this loop's K and V, in a window of w keys
     y        = g * y_local + (1 - g) * y_global
 """
 
@@ -38,7 +38,7 @@ from plt_megatron.runtime.cpu_runtime import is_cpu_runtime
 
 
 class TorchAttention(nn.Module):
-    """Causal attention in plain torch, within a window where `window_size` is given."""
+    """Causal attention in plain torch, within a sliding window if `window_size` is given."""
 
     def __init__(self, softmax_scale: float | None, window_size: int | None) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class TorchAttention(nn.Module):
 
 
 class ContextParallelTorchAttention(nn.Module):
-    """The same under context parallelism: a rank's queries attend to the whole sequence's keys and values or, within a
-    window, to this rank's own and the `window_size - 1` before each run of them."""
+    """`TorchAttention` under context parallelism: a rank's queries attend to the whole sequence's keys and values or,
+    with a window, to the rank's own and to the `window_size - 1` rows before each of its runs."""
 
     def __init__(self, softmax_scale: float | None, window_size: int | None, rows: SequenceShard) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class ContextParallelTorchAttention(nn.Module):
         self.rows = rows
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
-        """query [s / CP, b, heads, d], key and value [s, b, groups, d] or, within a window, [s / CP, b, groups, d]
+        """query [s / CP, b, heads, d], key and value [s, b, groups, d] or, with a window, [s / CP, b, groups, d]
         -> [s / CP, b, heads, d]."""
         runs = self.rows.runs(query.shape[0] * self.rows.size)
         kwargs: dict[str, Any] = {"softmax_scale": self.softmax_scale, "documents": documents}
@@ -75,7 +75,7 @@ class ContextParallelTorchAttention(nn.Module):
 
 
 class FusedGatedWindow(nn.Module):
-    """Window, blend and gate in one kernel (`gated_window_kernel`), beside any backend's global attention."""
+    """Window, blend and gate in one kernel (`gated_window_kernel`); works with any backend's global attention."""
 
     def __init__(self, plt: ModelConfig, softmax_scale: float | None) -> None:
         super().__init__()
@@ -92,12 +92,12 @@ class FusedGatedWindow(nn.Module):
         gate: nn.Module,
         documents: Documents | None,
     ) -> Tensor:
-        """query and y_global [s, b, heads, d], key and value [s, b, groups, d], logits [s, b, heads] or None where the
+        """query and y_global [s, b, heads, d], key and value [s, b, groups, d], logits [s, b, heads] or None if the
         gate reads the query -> y [s, b, heads, d]."""
         from plt_megatron.model.gated_window_kernel import gated_window
 
         if logits is None and not isinstance(gate, QueryGate):
-            logits = gate(query)  # the kernel itself computes the paper's only
+            logits = gate(query)  # the kernel itself computes only the paper's gate
         of_query: dict[str, Any] = {} if logits is not None else {"weight": gate.weight, "bias": gate.bias}
         return gated_window(
             query,
@@ -124,12 +124,12 @@ def require_fused_gated_window() -> None:
 
 
 class GatedSlidingWindowAttention(MegatronModule):
-    """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` says which loop runs.
+    """megatron-core `core_attention` of a PLT layer; each call's `packed_seq_params` tells it which loop runs.
 
     Subclasses choose the kernels of the two attentions.
 
     Attributes:
-        loops: whether the layer runs in every loop; one that runs once has plain causal attention and no gate.
+        loops: whether the layer runs in every loop; a layer that runs once has plain causal attention and no gate.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class GatedSlidingWindowAttention(MegatronModule):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        cp_comm_type: str | None = None,  # as in `config`, where the local attention's is too
+        cp_comm_type: str | None = None,  # unused: `config` has it, and the local attention's too
         softmax_scale: float | None = None,
         pg_collection: Any = None,
     ) -> None:
@@ -163,18 +163,18 @@ class GatedSlidingWindowAttention(MegatronModule):
         raise NotImplementedError
 
     def reads_own(self, context: LoopContext) -> tuple[bool, bool]:
-        """Whether a loop attends to the keys, and to the values, that it computes: not to those that it shares with the
-        first loop, unless it has a window beside."""
+        """Return whether a loop attends to the keys, and to the values, that it computes itself. A later loop that
+        shares the first loop's does so only if it has a window."""
         if context.loop == 1 or not self.loops:
             return True, True
         return derived.later_loops_use_keys(self.plt), derived.later_loops_use_values(self.plt)
 
     def _for_global_attention(self, documents: Documents | None, *own: Tensor) -> tuple[Tensor, ...]:
-        """K and V, or one of them, as the global attention takes them, in this loop and, if shared, in later ones."""
+        """Prepare K and V, or one of them, for the global attention of this loop and, if shared, of later ones."""
         return own
 
     def _for_both(self, query: Tensor, documents: Documents | None) -> Tensor:
-        """Q as both attentions take it without a copy of their own."""
+        """Lay out Q so that neither attention has to copy it."""
         return aligned(query)
 
     def forward(
@@ -187,13 +187,13 @@ class GatedSlidingWindowAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: LoopContext | None = None,
     ) -> Tensor:
-        """Attention of one loop.
+        """Run one loop's attention.
 
         Args:
             query: [s / CP, b, heads / TP, d], with one more channel, the gate's logit, if the gate reads hidden
                 states.
             key, value: [s / CP, b, groups / TP, d].
-            packed_seq_params: the loop's context; None stands for the only loop of a plain transformer.
+            packed_seq_params: the loop's context; None means the only loop of a plain transformer.
 
         Returns:
             [s / CP, b, heads / TP * d].
@@ -232,14 +232,14 @@ class GatedSlidingWindowAttention(MegatronModule):
         return torch.lerp(y_local, y_global, gate)
 
     def _gate(self, query: Tensor, logits: Tensor | None) -> Tensor:
-        """[s, b, heads / TP, 1]; `logits`: from a gate that reads hidden states."""
+        """Return gate values [s, b, heads / TP, 1]; `logits` come from a gate that reads hidden states."""
         assert self.plt_gate is not None
         logits = self.plt_gate(query) if logits is None else logits
         return ACTIVATIONS[self.plt.gate_activation](logits).unsqueeze(-1)
 
     @torch.no_grad()
     def _add_gate_statistics(self, query: Tensor, logits: Tensor | None, context: LoopContext) -> None:
-        """Record gate values of a logged step: the fused kernel does not return them."""
+        """Recompute and record a logged step's gate values, which the fused kernel does not return."""
         assert context.statistics is not None
         context.statistics.add_gate(context.loop, self.layer_number, self._gate(query, logits))
 
@@ -284,11 +284,11 @@ class TEGatedAttention(GatedSlidingWindowAttention):
 
 
 class PLTSelfAttention(SelfAttention):
-    """megatron-core's self-attention, whose keys may be the previous token's (`model.key_shift`), and which lets the
-    `hidden` gate read the residual stream.
+    """megatron-core's self-attention, with optionally shifted keys (`model.key_shift`) and access to the residual
+    stream for the `hidden` gate.
 
-    The gate's logit is one more channel of each head's query: RoPE ignores channels beyond the head dimension, and
-    recomputation treats it like any tensor argument.
+    The gate's logit travels as an extra channel of each head's query: RoPE ignores channels beyond the head dimension,
+    and recomputation treats it like any tensor argument.
     """
 
     def __init__(self, config: PLTTransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -297,21 +297,21 @@ class PLTSelfAttention(SelfAttention):
         self.key_shift = KeyShift(config, config.plt, self.pg_collection) if shifts else None
 
     def forward(self, *args: Any, packed_seq_params: LoopContext | None = None, **kwargs: Any) -> Any:
-        """As megatron-core's, with the context as `key_value_states` too, which only cross-attention has otherwise:
-        megatron-core hands it to `get_query_key_value_tensors`."""
+        """Run megatron-core's forward with the context also passed as `key_value_states`: megatron-core, which uses
+        that argument only for cross-attention, hands it to `get_query_key_value_tensors`."""
         return super().forward(*args, key_value_states=packed_seq_params, packed_seq_params=packed_seq_params, **kwargs)
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: LoopContext | None = None, **kwargs: Any
     ) -> Any:
-        """As megatron-core's, with query [s, b, heads / TP, d + 1] if the gate reads hidden states."""
+        """Same as megatron-core's, but query is [s, b, heads / TP, d + 1] if the gate reads hidden states."""
         query, key, value = super().get_query_key_value_tensors(hidden_states, None, **kwargs)
         context = key_value_states or LoopContext()
         reads_key, reads_value = self.core_attention.reads_own(context)
         if self.key_shift is not None and (reads_key or reads_value):
             key, value = self.key_shift(key, value, context)
         if not reads_key:
-            # Recomputation would tell K's norm of a gradient, and pass none.
+            # With recomputation, K's norm would otherwise run its backward without a gradient.
             key = key.detach()
         gate = self.core_attention.plt_gate
         if getattr(gate, "reads_hidden_states", False):

@@ -1,4 +1,4 @@
-"""Builds this rank's part of a configuration's model, with its initial weights."""
+"""Construction of this rank's part of the model, with its initial weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from plt_megatron.runtime.kernels import check_kernels, choose_fp8, choose_fusio
 
 
 def build_stage(config: RunConfig, vocab_size: int) -> LoopedGPT:
-    """This rank's part of the model with its initial weights, on the device in the run's precision.
+    """Build this rank's part of the model with its initial weights, on the device and in the run's precision.
 
-    Process groups must exist. Also seeds megatron-core's random states.
+    Process groups must exist. Also seeds megatron-core's RNG states.
     """
     training, parallel = config.training, config.parallel
     if resolve_backend(config.model) == "te":

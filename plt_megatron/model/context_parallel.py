@@ -1,9 +1,9 @@
-"""Context parallelism: a sequence's rows spread over ranks in megatron-core's zigzag order.
+"""Context parallelism: a sequence's rows sharded over ranks in megatron-core's zigzag order.
 
-A sequence is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r, which balances the
-work of causal attention. Sequence parallelism divides a rank's rows further, in one piece per tensor-parallel rank.
-Rows of other ranks are fetched here: all of K and V for global attention, the few rows right before a rank's own
-for the window and the cross-loop shift, or all rows of a part of the heads.
+A sequence is cut into 2 * cp chunks, and rank r holds chunks r and 2 * cp - 1 - r, which balances the work of causal
+attention. Sequence parallelism divides a rank's rows further, in one piece per tensor-parallel rank. This module
+fetches other ranks' rows: all of K and V for global attention, the few rows right before a rank's own for the window
+and the cross-loop shift, or all rows of some of the heads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int) -> list[range]:
-    """The rows of a sequence of `length` that a rank holds, in its own order, as one or two runs of neighbors.
+    """Return the rows of a sequence of `length` that a rank holds, in its order, as one or two contiguous runs.
 
     Args:
         context_ranks: context-parallel size; 1: none.
@@ -36,7 +36,7 @@ def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int)
     for run in held:
         own = run[max(first, 0) : max(first + rows, 0)]
         first -= len(run)
-        if runs and own and runs[-1].stop == own.start:  # the last rank's chunks are neighbors
+        if runs and own and runs[-1].stop == own.start:  # the last rank's chunks are adjacent
             runs[-1] = range(runs[-1].start, own.stop)
         elif own:
             runs.append(own)
@@ -44,22 +44,22 @@ def zigzag_runs(length: int, context_ranks: int, sequence_ranks: int, rank: int)
 
 
 def _held_chunks(rank: int, ranks: int) -> tuple[int, int]:
-    """The two of a sequence's 2 * ranks chunks that a rank holds."""
+    """Return the two of a sequence's 2 * ranks chunks that a rank holds."""
     return rank, 2 * ranks - 1 - rank
 
 
 def _chunk_holders(ranks: int) -> list[tuple[int, int]]:
-    """The rank that holds each chunk of a sequence, and whether it is that rank's first or second."""
+    """Return, for each chunk of a sequence, the rank that holds it and whether it is that rank's first or second."""
     return [(rank, 0) for rank in range(ranks)] + [(rank, 1) for rank in reversed(range(ranks))]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the rows before each rank's runs are exchanged.
+    """Plan for exchanging the rows before each rank's runs.
 
     Attributes:
-        send: int64 [rows sent], this rank's rows to send, by receiving rank.
-        send_counts, receive_counts: rows to and from each rank.
+        send: int64 [rows sent], this rank's rows to send, ordered by receiving rank.
+        send_counts, receive_counts: rows sent to and received from each rank.
         sizes: rows received for each of this rank's runs.
         order: int64, positions of the wanted rows among those received; None: they arrive in order.
     """
@@ -72,10 +72,10 @@ class _Plan:
 
 
 class SequenceShard:
-    """The share of each sequence's rows that this rank holds, and access to others' rows.
+    """This rank's share of each sequence's rows, with access to other ranks' rows.
 
     Args:
-        group: the ranks that share the rows, tensor-parallel ranks innermost; None: this rank holds all.
+        group: the ranks that share the rows, tensor-parallel ranks innermost; None: this rank holds all rows.
         context_ranks, sequence_ranks: see `zigzag_runs`; their product is the group's size.
     """
 
@@ -90,7 +90,7 @@ class SequenceShard:
 
     @classmethod
     def of(cls, groups: Any, sequence_parallel: bool) -> SequenceShard:
-        """The rows of hidden states in the layout of megatron-core's process groups."""
+        """Return the sharding of hidden states under megatron-core's process groups."""
         context, tensor = groups.cp.size(), groups.tp.size() if sequence_parallel else 1
         if context * tensor == 1:
             return cls()
@@ -99,18 +99,18 @@ class SequenceShard:
         return cls(groups.tp if context == 1 else groups.tp_cp, context, tensor)
 
     def runs(self, length: int) -> list[range]:
-        """This rank's rows of a sequence of `length`."""
+        """Return this rank's rows of a sequence of `length`."""
         return zigzag_runs(length, self.context_ranks, self.sequence_ranks, self.rank)
 
     def select(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's rows of a tensor that holds all of them in dimension `dim`."""
+        """Return this rank's rows of a tensor that holds all rows in dimension `dim`."""
         if self.size == 1:
             return whole
         parts = [whole.narrow(dim, run.start, len(run)) for run in self.runs(whole.shape[dim])]
         return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
     def gather(self, *own: Tensor) -> tuple[Tensor, ...]:
-        """All ranks' rows in the sequence's order. Gradients are summed over the ranks. Context parallelism only.
+        """Gather all ranks' rows in the sequence's order, and sum gradients over the ranks. Context parallelism only.
 
         Args:
             own: tensors of one shape [s / CP, ...], this rank's rows.
@@ -122,17 +122,17 @@ class SequenceShard:
         return own if self.size == 1 else _Gather.apply(self.group, *own)
 
     def to_heads(self, *own: Tensor) -> tuple[Tensor, ...]:
-        """This rank's rows of all heads, exchanged for all rows of its part of the heads. Context parallelism only.
+        """Exchange this rank's rows of all heads for all rows of its share of the heads. Context parallelism only.
 
         Args:
-            own: tensors [s / CP, b, heads, d], each of a number of heads that the ranks divide.
+            own: tensors [s / CP, b, heads, d], each with a number of heads divisible by the number of ranks.
 
         Returns:
             Tensors [s, b, heads / CP, d], rows in the sequence's order.
         """
         assert self.sequence_ranks == 1
         rows, batch, _, channels = own[0].shape
-        parts = [tensor.reshape(rows * batch, self.size, -1) for tensor in own]  # a rank's heads are neighbors
+        parts = [tensor.reshape(rows * batch, self.size, -1) for tensor in own]  # a rank's heads are contiguous
         widths = [part.shape[2] for part in parts]
         received = all_to_all_sp2hp(torch.cat(parts, dim=2).flatten(1), self.group)
         chunks = received.view(self.size, 2, rows // 2, batch, -1)
@@ -140,7 +140,7 @@ class SequenceShard:
         return tuple(part.unflatten(-1, (-1, channels)) for part in whole.split(widths, dim=-1))
 
     def from_heads(self, whole: Tensor) -> Tensor:
-        """The way back: [s, b, heads / CP, d] -> [s / CP, b, heads, d]."""
+        """Invert `to_heads`: [s, b, heads / CP, d] -> [s / CP, b, heads, d]."""
         length, batch, _, channels = whole.shape
         chunks = whole.reshape(2 * self.size, length // (2 * self.size), batch, -1)
         held = [chunks[chunk] for rank in range(self.size) for chunk in _held_chunks(rank, self.size)]
@@ -148,7 +148,7 @@ class SequenceShard:
         return received.view(length // self.size, batch, -1, channels)
 
     def halo(self, count: int, *own: Tensor) -> list[tuple[Tensor, ...]]:
-        """The rows right before each of this rank's runs; only these are sent, and gradients are sent back.
+        """Fetch the rows right before each of this rank's runs; only these are sent, and their gradients sent back.
 
         Args:
             count: rows wanted; fewer at the start of the sequence.
@@ -175,7 +175,7 @@ class SequenceShard:
         sources = [_held_by([row for part in parts for row in part], runs) for parts in wanted]
         send = [[row for owner, row in rows if owner == self.rank] for rows in sources]
         owners = [owner for owner, _ in sources[self.rank]]
-        arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each in the wanted order
+        arrival = sorted(range(len(owners)), key=owners.__getitem__)  # by sender, each sender's in the wanted order
         order = [0] * len(arrival)
         for place, index in enumerate(arrival):
             order[index] = place
@@ -189,7 +189,7 @@ class SequenceShard:
 
 
 def _held_by(rows: list[int], runs: list[list[range]]) -> list[tuple[int, int]]:
-    """(rank, its local row) of each of the sequence's `rows`."""
+    """Return (rank, local row) for each of the sequence's `rows`."""
     spans = []
     for rank, held in enumerate(runs):
         first = 0
@@ -204,7 +204,7 @@ def _held_by(rows: list[int], runs: list[list[range]]) -> list[tuple[int, int]]:
 
 
 class _RowsBefore(torch.autograd.Function):
-    """Tensors [own rows, ...] -> the wanted rows of other ranks (and of this one) of each, one run after another."""
+    """Tensors [own rows, ...] -> for each, the wanted rows from other ranks and this one, one run after another."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
@@ -240,13 +240,13 @@ def _all_to_all(rows: Tensor, send_counts: list[int], receive_counts: list[int],
 
 
 class _Gather(torch.autograd.Function):
-    """Tensors [s / CP, ...] in zigzag order -> [s, ...]; in backward, the gradients' sum over the ranks."""
+    """Tensors [s / CP, ...] in zigzag order -> [s, ...]; the backward sums gradients over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, *own: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         ranks, (rows, *rest) = group.size(), own[0].shape
-        # One collective for all: [ranks, tensors, first and second chunk, rows of a chunk, ...].
+        # One collective for all tensors: [ranks, tensors, first and second chunk, rows of a chunk, ...].
         gathered = own[0].new_empty((ranks, len(own), 2, rows // 2, *rest))
         dist.all_gather_into_tensor(gathered.flatten(), torch.stack(own).flatten(), group=group)
         holders = _chunk_holders(ranks)

@@ -1,7 +1,7 @@
-"""Statistics of a training step's experts, by loop: how even their load is, whether later loops choose others than the
-first, dropped tokens, and the auxiliary losses.
+"""Per-loop statistics of a training step's experts: how even their load is, whether later loops choose other experts
+than the first, dropped tokens, and the auxiliary losses.
 
-Collected from one microbatch of each data-parallel rank at logging intervals, as `LoopStatistics` are.
+Collected from one microbatch of each data-parallel rank at logging intervals, like `LoopStatistics`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class ExpertStatistics:
     """Sums over the tokens and layers of one microbatch, added up over the ranks by `reduce`. Layers that run once
     count with the first loop.
 
-    Recomputation runs a layer twice: the first run counts. The losses exist only in the run that is differentiated.
+    Recomputation runs a layer twice; the first run counts. The losses exist only in the run that is differentiated.
 
     Args:
         parts: ranks that share a microbatch's tokens (TP x CP).
@@ -38,7 +38,7 @@ class ExpertStatistics:
 
     @torch.no_grad()
     def add_routing(self, loop: int, layer_number: int, chosen: Tensor, kept: Tensor) -> None:
-        """One layer's routing in one loop, bool [tokens, experts]: the router's choice, and what capacity left."""
+        """Add one layer's routing in one loop, bool [tokens, experts]: the router's choice, and what capacity kept."""
         if (loop, layer_number) in self._seen:
             return
         self._seen.add((loop, layer_number))
@@ -51,25 +51,25 @@ class ExpertStatistics:
 
     @torch.no_grad()
     def add_loss(self, name: str, loop: int, loss: Tensor) -> None:
-        """One layer's `aux_loss` or `z_loss` in one loop, without its coefficient: this rank's part of it."""
+        """Add this rank's part of one layer's `aux_loss` or `z_loss` in one loop, without its coefficient."""
         self._losses[name][loop - 1, 0] += loss
         self._losses[name][loop - 1, 1] += 1
 
     def reduce(self) -> dict[str, list]:
-        """One entry per loop, None where no layer with experts runs in it. Collective over all ranks.
+        """Reduce the sums to one entry per loop, None if no layer with experts runs in it. Collective over all ranks.
 
         Returns:
-            `expert_load`: a list of each expert's load, busiest first, relative to an even load, mean over layers;
-            `expert_load_max`: the first of it. `expert_overlap`: the share of a token's experts that its first loop
+            `expert_load`: each expert's load relative to an even load, busiest first, mean over layers;
+            `expert_load_max`: its first value. `expert_overlap`: the share of a token's experts that its first loop
             chose too, None for the first loop. `dropped_tokens`: how often an expert at its capacity dropped a token;
-            `dropped_share`: of all assignments. `aux_loss` and `z_loss`, if enabled: mean over layers, without their
-            coefficients.
+            `dropped_share`: the same as a share of all assignments. `aux_loss` and `z_loss`, if enabled: mean over
+            layers, without their coefficients.
         """
         for tensor in (self._chosen, self._dropped, self._as_first, *self._losses.values()):
             dist.all_reduce(tensor)
         totals = self._chosen.sum(dim=(1, 2))
         even = self._chosen.mean(dim=2, keepdim=True).clamp(min=1.0)
-        ran = (self._chosen.sum(dim=2) > 0).sum(dim=1, keepdim=True).clamp(min=1)  # layers, some in one loop only
+        ran = (self._chosen.sum(dim=2) > 0).sum(dim=1, keepdim=True).clamp(min=1)  # layers; some run in one loop only
         load = (self._chosen / even).sort(dim=2, descending=True).values.sum(dim=1) / ran
         overlap = (self._as_first / totals.clamp(min=1.0)).tolist()
         record: dict[str, list] = {

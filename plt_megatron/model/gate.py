@@ -1,8 +1,8 @@
 """The gate of the gated sliding-window attention: one scalar per head and token (paper section 3.3).
 
-`query`: g = sigmoid(w_h . Q_h + b_h), the paper's. `hidden`: g = sigmoid(w_h . RMSNorm(x) + b_h) with x the layer's
-input residual stream and a norm of its own, LoopCoder-v2's. Weights start at zero, so that g = 1/2.
-`model.gate_activation` may be tanh instead: g starts at 0, with gradients, as in Flamingo (arXiv 2204.14198).
+`query` (the paper): g = sigmoid(w_h . Q_h + b_h). `hidden` (LoopCoder-v2): g = sigmoid(w_h . RMSNorm(x) + b_h), with x
+the layer's input residual stream and the norm the gate's own. Weights start at zero, so that g = 1/2. With
+`model.gate_activation: tanh`, g starts at 0, with gradients, as in Flamingo (arXiv 2204.14198).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _zeros(config: TransformerConfig, *shape: int) -> nn.Parameter:
 
 
 def _zeros_by_head(config: TransformerConfig, *shape: int) -> nn.Parameter:
-    """A parameter of zeros for this tensor-parallel rank's heads."""
+    """Return a parameter of zeros for this tensor-parallel rank's heads."""
     parameter = _zeros(config, *shape)
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter
@@ -43,7 +43,7 @@ class GateByHead(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's modules have it."""
+        """Same signature as megatron-core's modules; shards every parameter along its first dimension."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), sharded_offsets)
 
@@ -64,8 +64,8 @@ class QueryGate(GateByHead):
 
 
 class HiddenGate(nn.Module):
-    """Gate logits from the residual stream. Weight [heads, hidden], bias [heads], norm [hidden], whole on every rank:
-    each computes all heads for its rows, and only the logits are exchanged."""
+    """Gate logits from the residual stream. Weight [heads, hidden], bias [heads] and norm [hidden] are replicated on
+    every rank: each computes all heads for its rows, and only the logits are exchanged."""
 
     reads_hidden_states = True
 
@@ -83,7 +83,7 @@ class HiddenGate(nn.Module):
         """hidden_states [s (/ TP), b, hidden] -> logits [s, b, heads / TP]."""
         logits = nn.functional.linear(self.gate_norm(hidden_states), self.weight, self.bias)
         if self.sequence_parallel:
-            # Every rank's gradient covers all heads after the scatter's backward, so no reduction is due here.
+            # Every rank's gradient covers all heads after the scatter's backward, so no reduction is needed here.
             logits = gather_from_sequence_parallel_region(
                 logits, tensor_parallel_output_grad=False, group=self.tp_group
             )

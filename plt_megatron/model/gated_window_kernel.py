@@ -5,20 +5,20 @@ Given the first loop's attention `y_global`, from whatever kernel the backend us
     y_local = softmax(Q K^T * scale within the window) V
     y       = lerp(y_global, y_local, g)   (gate_side local; global: the other way round),   g = sigmoid(logit)
 
-are computed by one kernel, which reads each query once: for the scores, for the paper's gate (logit = w_h . q + b_h),
-with the row of `y_global` that it is blended with. Neither `y_local` nor the gate is written to memory; the backward
-recomputes them. The global attention stays a separate kernel: at training lengths it is bound by arithmetic, where
-vendor kernels are hard to match, and the blend needs only its output, since each softmax is normalized separately.
+are computed by one kernel, which reads each query once, for the scores and the paper's gate (logit = w_h . q + b_h),
+together with the row of `y_global` to blend. Neither `y_local` nor the gate is written to memory; the backward
+recomputes them. The global attention stays a separate kernel: at training lengths it is compute-bound, where vendor
+kernels are hard to match, and the blend needs only its output, since each softmax is normalized separately.
 
 Memory traffic of one layer and later loop, in units of one [s, b, heads, d] tensor; K and V count 1/r each, with
 r = heads / groups:
 
-    forward, apart      6 + 2/r     window: Q, K, V, y_local; gate: Q; blend: y_local, y_global, y
-    forward, fused      3 + 2/r     Q, K, V, y_global, y
-    backward, apart    14 + 4/r     blend 5, gate 2, sum of the two dQ 3, window 4 + 4/r
-    backward, fused     7 + 6/r     over queries: Q, dy, y_global, K, V, dQ, dy_global; over keys: Q, dy, K, V, dK, dV
+    forward, unfused     6 + 2/r    window: Q, K, V, y_local; gate: Q; blend: y_local, y_global, y
+    forward, fused       3 + 2/r    Q, K, V, y_global, y
+    backward, unfused   14 + 4/r    blend 5, gate 2, sum of the two dQ 3, window 4 + 4/r
+    backward, fused      7 + 6/r    over queries: Q, dy, y_global, K, V, dQ, dy_global; over keys: Q, dy, K, V, dK, dV
 
-and `y_local` is not kept for the backward.
+The fused kernel also does not keep `y_local` for the backward.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)  # a kernel reads no other globals
+LOG2_E = tl.constexpr(1.4426950408889634)  # kernels can only read globals that are constexpr
 
 
 @triton.jit
 def _rows(pointer, rows, columns, row_stride, row_end, head_dim: tl.constexpr):
-    """Rows of a tensor whose last dimension is contiguous; zero beyond its end."""
+    """Load rows of a tensor whose last dimension is contiguous, with zeros beyond its end."""
     inside = (rows[:, None] < row_end) & (columns[None, :] < head_dim)
     return tl.load(pointer + rows[:, None].to(tl.int64) * row_stride + columns[None, :], mask=inside, other=0.0)
 
@@ -52,7 +52,7 @@ def _store_rows(pointer, value, rows, columns, row_stride, row_end, head_dim: tl
 
 @triton.jit
 def _first_keys(starts, rows, s, window: tl.constexpr, packed: tl.constexpr):
-    """The first key that each query sees: the window's, or its document's if later."""
+    """Return the first key that each query sees: the window's first or, if later, its document's."""
     first = rows - window + 1
     if packed:
         first = tl.maximum(first, tl.load(starts + rows, mask=rows < s, other=0))
@@ -61,7 +61,7 @@ def _first_keys(starts, rows, s, window: tl.constexpr, packed: tl.constexpr):
 
 @triton.jit
 def _scores(q, k, queries, keys, first, s, scale, precision: tl.constexpr):
-    """Scores in base 2, -inf where a query does not see a key."""
+    """Compute scores in base 2, -inf where a query does not see a key."""
     scores = tl.dot(q, tl.trans(k), input_precision=precision) * scale
     seen = (keys[None, :] <= queries[:, None]) & (keys[None, :] >= first[:, None]) & (keys[None, :] < s)
     return tl.where(seen, scores, float("-inf"))
@@ -69,7 +69,7 @@ def _scores(q, k, queries, keys, first, s, scale, precision: tl.constexpr):
 
 @triton.jit
 def _gate(q, logits, weight, bias, rows, columns, s, head_dim: tl.constexpr, from_query: tl.constexpr):
-    """sigmoid(logit) of each query, float32."""
+    """Compute sigmoid(logit) of each query, float32."""
     if from_query:
         w = tl.load(weight + columns, mask=columns < head_dim, other=0.0).to(tl.float32)
         z = tl.sum(q.to(tl.float32) * w[None, :], axis=1) + tl.load(bias).to(tl.float32)
@@ -107,7 +107,7 @@ def _forward_kernel(
         k = _rows(k_ptr, keys, columns, k_stride_s, s, head_dim)
         scores = _scores(q, k, queries, keys, first, s, scale, precision)
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # a row may see nothing of this block
+        reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # a row may see no key of this block
         p = tl.exp2(scores - reference[:, None])
         shrink = tl.exp2(largest - reference)
         total = total * shrink + tl.sum(p, axis=1)
@@ -140,9 +140,10 @@ def _backward_queries_kernel(
     block_m: tl.constexpr, block_n: tl.constexpr, packed: tl.constexpr, from_query: tl.constexpr,
     gate_local: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, b * heads + h): gradients of queries, of `y_global` and of the gate; per query, what the keys need.
+    """Program (i, b * heads + h): gradients of queries, `y_global` and the gate; per query, inputs of the keys' kernel.
 
-    `own_stride` are those of dq and dglobal. Per query, float32: delta = dy . y_local, share = y_local's part of y.
+    `own_stride_*` are the strides of dq and dglobal. Per query, float32: delta = dy . y_local, share = y_local's weight
+    in y.
     """
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -177,7 +178,7 @@ def _backward_queries_kernel(
         dp = tl.dot(dout, tl.trans(v), input_precision=precision)
         ds = p * (dp - delta[:, None]) * share[:, None]
         dq += tl.dot(ds.to(k.dtype), k, input_precision=precision)
-    dq = dq * (scale / LOG2_E)  # the scores' scale without the base's
+    dq = dq * (scale / LOG2_E)  # the softmax scale, without the factor of base 2
 
     global_ptr += batch * global_stride_b + head * global_stride_h
     y_global = _rows(global_ptr, queries, columns, global_stride_s, s, head_dim).to(tl.float32)
@@ -246,7 +247,7 @@ def _backward_keys_kernel(
 
 
 def block_sizes(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Tiles of queries x keys, and how many warps work on one: so many that the assembler spills no registers."""
+    """Return the tile of queries x keys and the number of warps per tile, such that ptxas spills no registers."""
     side = 32 if head_dim > 128 or itemsize > 2 else 64
     return {"block_m": side, "block_n": side, "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2}
 
@@ -320,7 +321,7 @@ class _GatedWindow(torch.autograd.Function):
             *_strides(query, key, value, dout, dk), s, key.shape[2], ctx.scale, **ctx.settings,
         )  # fmt: skip
         if dweight is not None and dbias is not None:
-            # Summed in a fixed order, for identical bits every time.
+            # Summed in a fixed order, for bitwise reproducibility.
             dweight, dbias = dweight.sum(dim=(0, 2)).to(weight.dtype), dbias.sum(dim=(0, 2)).to(bias.dtype)
         return dq, dk, dv, dglobal, dlogits, dweight, dbias, None, None, None, None
 
@@ -346,8 +347,8 @@ def gated_window(
         key, value: [s, b, groups, d] of this loop; a group serves heads / groups consecutive heads.
         y_global: [s, b, heads, d], the attention over the first loop's keys and values.
         window_size: keys that a query sees, its own included.
-        logits: [s, b, heads], the gate's; or
-        weight, bias: [heads, d] and [heads], where the gate reads the query: logit = weight . query + bias.
+        logits: [s, b, heads], the gate's; None if `weight` and `bias` are given.
+        weight, bias: [heads, d] and [heads], for a gate that reads the query: logit = weight . query + bias.
         gate_side: `local`: y = g * y_local + (1 - g) * y_global; `global`: g and 1 - g exchanged.
         softmax_scale: default d ** -0.5.
         document_starts: int32 [b, s], the index in its row of the first token of each token's document; None: a row is

@@ -19,19 +19,19 @@ from plt_megatron.config import derived
 from plt_megatron.model.looped_gpt import LoopedGPT
 from plt_megatron.model.parameters import Sizes, find, is_buffer
 
-# An expert's weight: one of several modules, or one of several parameters of a grouped GEMM.
+# An expert's weight: of its own module, or one of a grouped GEMM's numbered parameters.
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)(?:local_experts\.(\d+)\.(.*)|(.*\.weight)(\d+))")
 
 
 def global_names(stage: LoopedGPT) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name in the whole model, parameter): layers are numbered over all pipeline stages, a layer's experts over all
-    expert-parallel ranks, from 0."""
+    """Yield (name in the whole model, parameter). Layers are numbered over all pipeline stages, a layer's experts over
+    all expert-parallel ranks, from 0."""
     for name, parameter in stage.named_parameters():
         yield _global_name(name, stage), parameter
 
 
 def global_tensors(stage: LoopedGPT) -> Iterator[tuple[str, Tensor]]:
-    """The same of all that a checkpoint has of the model: parameters, then buffers."""
+    """Yield (name in the whole model, tensor) for all that a checkpoint has of the model: parameters, then buffers."""
     yield from global_names(stage)
     for name, buffer in stage.named_buffers():
         if is_buffer(name):
@@ -59,14 +59,14 @@ def _global_expert(name: str, stage: LoopedGPT) -> str:
 
 @torch.no_grad()
 def initialize(stage: LoopedGPT, seed: int) -> None:
-    """Give this stage's parameters their initial values."""
+    """Set this stage's parameters to their initial values."""
     for name, parameter in global_names(stage):
         parameter.copy_(initial_value(stage, name, seed))
 
 
 def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
-    """This tensor-parallel rank's part of a parameter before training, by the table (`model/parameters.py`); fp32, on
-    the CPU. `name`: in the whole model."""
+    """Return this tensor-parallel rank's part of a parameter's initial value, as the table (`model/parameters.py`)
+    defines it; fp32, on the CPU. `name` is the one in the whole model."""
     parameter = find(stage.plt, name)
     shape = Sizes.of(stage.plt, stage.padded_vocab_size).shape(parameter.dims)
     constant = parameter.constant(stage.plt)
@@ -79,8 +79,8 @@ def initial_value(stage: LoopedGPT, name: str, seed: int) -> Tensor:
 
 
 def _draw(name: str, seed: int, shape: tuple[int, ...], std: float) -> Tensor:
-    # The embedding's padding rows must not move the others: one stream, in fp32. torch draws it in blocks of 16 and
-    # redraws the last 16 if they are not a whole block: ask for whole blocks.
+    # Padding rows of the embedding must not change the others: draw one stream, in fp32. torch draws in blocks of 16
+    # and redraws the last 16 values if they are not a whole block, so ask for whole blocks.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     size = math.prod(shape)

@@ -1,14 +1,15 @@
-"""Keys of the previous token (`model.key_shift`): a query then finds what followed an earlier copy of its own token.
+"""Keys shifted by one token (`model.key_shift`), so that a query finds what followed an earlier copy of its own token.
 
-An induction head needs keys that know the token before theirs; here some of each key is that token's, so that one layer
-suffices. The first token of a text has zeros there. Keys are shifted after their norm and before RoPE, in every loop:
-RoPE still turns them by the position that they are found at, and later loops attend to the first loop's shifted keys.
+An induction head needs keys that know the token before theirs; here part of the keys comes from that token, so that one
+layer suffices. For the first token of a text that part is zero. Keys are shifted after their norm and before RoPE, in
+every loop: RoPE still rotates them by the position they end up at, and later loops attend to the first loop's shifted
+keys.
 
 - heads: whole keys of the second half of the key/value groups
-- channels: of every key, the half of the channels that RoPE turns slowly ("partial key offset" of the nanoGPT speed
+- channels: in every key, the half of the channels that RoPE rotates slowly ("partial key offset" of the nanoGPT speed
   records)
-- learned: k_t becomes k_t + a (k_(t-1) - k_t), and v_t the same with b, a scalar each for a group, zero at first, so
-  that an imported model stays as it is ("KV shifting attention", arXiv 2411.19574; its scale is the projection's)
+- learned: k_t becomes k_t + a (k_(t-1) - k_t), and v_t likewise with b; a and b are scalars per group, initially zero,
+  so that an imported model is unchanged ("KV shifting attention", arXiv 2411.19574; the projection covers its scale)
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from plt_megatron.model.shift import shift
 
 
 class KeyShift(nn.Module):
-    """Shifts K, and V where that is learned, of this tensor-parallel rank's groups and context-parallel rank's rows.
+    """Shift of K, and of V if learned, for this tensor-parallel rank's groups and this context-parallel rank's rows.
 
-    Learned factors `key` and `value` [groups] are whole on every rank: their gradients are summed over the ranks in the
-    backward pass, also where there are fewer groups than ranks.
+    The learned factors `key` and `value` [groups] are replicated on every rank: the backward pass sums their gradients
+    over the ranks, also if there are fewer groups than ranks.
     """
 
     def __init__(self, config: TransformerConfig, plt: ModelConfig, pg_collection: Any) -> None:
@@ -41,7 +42,7 @@ class KeyShift(nn.Module):
         groups = config.num_query_groups
         assert groups is not None
         first = self.tp_group.rank() * groups // self.tp_group.size()
-        self.groups = range(first, first + max(groups // self.tp_group.size(), 1))  # among the whole model's
+        self.groups = range(first, first + max(groups // self.tp_group.size(), 1))  # this rank's, of the whole model's
         self.first_shifted = groups // 2
         if self.form == "learned":
             kwargs: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
@@ -54,7 +55,7 @@ class KeyShift(nn.Module):
             if kept < len(self.groups):
                 key = torch.cat((key[:, :, :kept], self._before(key[:, :, kept:], context)), dim=2)
         elif self.form == "channels":
-            quarters = key.unflatten(-1, (2, 2, -1))  # RoPE turns channel i with i + d / 2, the slower the larger i
+            quarters = key.unflatten(-1, (2, 2, -1))  # RoPE rotates pairs (i, i + d / 2), slower for larger i
             slow = self._before(quarters[..., 1, :], context)
             key = torch.stack((quarters[..., 0, :], slow), dim=-2).flatten(-3)
         else:
@@ -66,6 +67,6 @@ class KeyShift(nn.Module):
         return torch.lerp(own, self._before(own, context), whole[self.groups.start : self.groups.stop, None])
 
     def _before(self, part: Tensor, context: LoopContext) -> Tensor:
-        """The previous token's of each token of its document, zero for the first; [s / CP, b, ...]."""
+        """Return the previous token's `part` for each token of a document, zero for the first; [s / CP, b, ...]."""
         starts = None if context.documents is None else context.documents.starts
         return shift(part, starts, self.rows)

@@ -1,4 +1,4 @@
-"""Some of a block's layers, run as megatron-core runs a block: with its recomputation and precision contexts."""
+"""Part of a block's layers, run the way megatron-core runs a block: with its recomputation and precision contexts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import nn
 
 
 def part_of(block: TransformerBlock, layers: range) -> TransformerBlock:
-    """The layers of `block` with these indices, as a block: a view, which owns no parameters.
+    """Return the layers of `block` with these indices as a block: a view, which owns no parameters.
 
-    Made for each pass, so that it is in the mode of `block`; recomputation, which runs it again later, keeps it.
+    Created for each pass, so that it has the training mode of `block`; recomputation, which runs it again later, keeps
+    a reference to it.
     """
     part = copy.copy(block)
     part._modules = {**block._modules, "layers": nn.ModuleList(block.layers[layers.start : layers.stop])}

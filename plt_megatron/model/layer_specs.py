@@ -40,7 +40,7 @@ class _OutputNorm:
         self.output_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As megatron-core's: ([s (/ TP), b, h], bias or None)."""
+        """Same signature as megatron-core's; returns (normed output [s (/ TP), b, h], None)."""
         output, bias = super().forward(*args, **kwargs)  # type: ignore[misc]
         assert bias is None
         return self.output_norm(output), None
@@ -53,14 +53,14 @@ class OutputNormMLP(_OutputNorm, MLP):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, which would take the norm's copies on tensor-parallel ranks for one rank's."""
+        """Same as megatron-core's, which would mistake the norm's copies on all tensor-parallel ranks for rank 0's."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         norm = (self.output_norm, f"{prefix}output_norm.", sharded_offsets, metadata)
         return state | sharded_state_dict_default(*norm, tp_group=self.tp_group)
 
 
 class OutputNormMoELayer(_OutputNorm, MoELayer):
-    """megatron-core's mixture of experts with an RMSNorm on its output, as `OutputNormMLP`."""
+    """megatron-core's mixture of experts with an RMSNorm on its output, like `OutputNormMLP`."""
 
 
 class OutputNormSelfAttention(_OutputNorm, PLTSelfAttention):
@@ -80,20 +80,20 @@ class _Kit:
 
 
 def layer_specs(model: ModelConfig, backend: str, layers: range) -> TransformerBlockSubmodules:
-    """The specs of some of the model's layers, counted from 0. See `layer_spec`."""
+    """Return the specs of some of the model's layers, counted from 0. See `layer_spec`."""
     experts = derived.expert_layers(model)
     specs = {kind: layer_spec(model, backend, experts=kind) for kind in {layer in experts for layer in layers}}
     return TransformerBlockSubmodules(layer_specs=[specs[layer in experts] for layer in layers])
 
 
 def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> ModuleSpec:
-    """The spec of a PLT layer on `backend` (`torch` or `te`).
+    """Return the spec of a PLT layer on `backend` (`torch` or `te`).
 
     Args:
-        experts: whether its FFN is a mixture of them.
+        experts: whether the layer's FFN is a mixture of experts.
 
     Raises:
-        UserError: `te` without Transformer Engine, or with one that is too old.
+        UserError: `te` without Transformer Engine, or with too old a version.
     """
     if backend == "torch":
         linears = ColumnParallelLinear, NormColumnParallelLinear, RowParallelLinear
@@ -111,7 +111,7 @@ def layer_spec(model: ModelConfig, backend: str, *, experts: bool = False) -> Mo
 
 
 def norm_class(backend: str) -> type:
-    """The RMSNorm of `backend`."""
+    """Return the RMSNorm class of `backend`."""
     if backend == "torch":
         return RMSNorm
     require_transformer_engine()
@@ -121,7 +121,7 @@ def norm_class(backend: str) -> type:
 
 
 def _all_heads_norms(model: ModelConfig) -> tuple[partial, partial]:
-    """Q's and K's norm over all heads together."""
+    """Return Q's and K's norms, each over all heads together."""
     heads = (model.num_attention_heads, derived.num_query_groups(model))
     query_norm, key_norm = (partial(AllHeadsRMSNorm, num_heads=count) for count in heads)
     return query_norm, key_norm
@@ -147,7 +147,7 @@ def _layer_spec(model: ModelConfig, kit: _Kit, experts: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=residual_add,
-            # A router needs the normed states by themselves; an MLP's first linear layer norms its input.
+            # A router needs the normed states themselves; an MLP's first linear layer norms its own input.
             pre_mlp_layernorm=kit.norm if experts and not post else IdentityOp,
             mlp=_ffn(model, kit, experts),
             mlp_bda=residual_add,
@@ -156,7 +156,7 @@ def _layer_spec(model: ModelConfig, kit: _Kit, experts: bool) -> ModuleSpec:
 
 
 def _residual_add(factor: float) -> Callable[..., Any]:
-    """How a layer adds to the residual stream, as megatron-core's layers take it: residual + factor * output."""
+    """Return megatron-core's hook for adding to the residual stream: residual + factor * output."""
     if factor == 1.0:
         return get_bias_dropout_add
 

@@ -1,7 +1,7 @@
-"""What a layer knows about the current pass: its loop, the first loop's K and V, document boundaries.
+"""State that a layer needs during a pass: the loop, the first loop's K and V, document boundaries.
 
 It is passed as the `packed_seq_params` argument, which megatron-core hands to `core_attention` on every path, including
-activation recomputation. It is not a global, since recomputation and pipelines run a loop again later.
+activation recomputation. It is not a global, since recomputation and pipelines return to a loop later.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from plt_megatron.model.shared_kv import FirstLoopKV
 
 
 def document_lengths(starts: Tensor) -> list[int]:
-    """The lengths in tokens of packed documents, row after row; they add up to b * s.
+    """Return the lengths of packed documents in tokens, row after row; they add up to b * s.
 
     Args:
-        starts: bool [b, s], True at each document's first token. On a GPU the host waits for it.
+        starts: bool [b, s], True at each document's first token. On a GPU this blocks the host.
     """
     starts = starts.clone()
     starts[:, 0] = True
@@ -30,11 +30,11 @@ def document_lengths(starts: Tensor) -> list[int]:
 
 
 class Documents:
-    """The documents packed into a microbatch's rows: whole rows, whatever part of them a rank holds.
+    """The documents packed into a microbatch's rows: whole rows, even if a rank holds only part of them.
 
     Args:
         starts: bool [b, s], True at each document's first token.
-        lengths: `document_lengths(starts)`, if known; with them nothing is read from the device.
+        lengths: `document_lengths(starts)`, if known, which avoids reading from the device.
 
     Attributes:
         starts: bool [b, s], True at each document's first token. A row's first token always starts a document.
@@ -82,7 +82,7 @@ class Documents:
     def cu_seqlens(self) -> Tensor:
         """int32 [documents + 1]: where each document begins in the concatenated rows."""
         if self._cu_seqlens is None:
-            # From what is on the device already: a list would be copied to it, for which the host waits.
+            # Computed on the device: copying a list to it would block the host.
             first = torch.nonzero_static(self.starts.flatten(), size=len(self.lengths)).flatten()
             self._cu_seqlens = F.pad(first, (0, 1), value=self.starts.numel()).int()
         return self._cu_seqlens
@@ -94,7 +94,7 @@ class LoopContext(PackedSeqParams):
 
     Attributes:
         loop: 1 for the first loop.
-        loop_count: of this pass; an evaluation or a phase of training may differ from the model's.
+        loop_count: loops of this pass; in an evaluation or a phase of training it may differ from the model's.
         first_loop_kv: K and V of this microbatch's first loop.
         documents: the packed documents, or None if a row is one text.
         statistics: collects the loops' statistics, or None.
@@ -112,5 +112,5 @@ class LoopContext(PackedSeqParams):
         return self.loop == self.loop_count
 
     def at_loop(self, loop: int) -> LoopContext:
-        """The same microbatch's context in another loop."""
+        """Return the same microbatch's context in another loop."""
         return replace(self, loop=loop)

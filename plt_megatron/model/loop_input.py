@@ -1,8 +1,7 @@
-"""What loops >= 2 read: B = embedding_scale * E + s * N(h), h the loop before's output (paper section 3.1).
+"""Input of loops >= 2: B = embedding_scale * E + s * N(h), with h the previous loop's output (paper section 3.1).
 
-`model.hidden_norm` and `model.learned_hidden_scale` say what N and s are. The paper's is E + h. Where the scale is an
-RMSNorm's weight, B starts with a stated ratio of h to E and keeps it while h grows in training
-(`model.hidden_scale_ratio`).
+`model.hidden_norm` and `model.learned_hidden_scale` choose N and s; the paper uses E + h. If the scale is an RMSNorm's
+weight, B starts with a set ratio of h to E (`model.hidden_scale_ratio`) and keeps it while h grows in training.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from plt_megatron.model.transformer_config import PLTTransformerConfig
 
 
 class LoopInput(nn.Module):
-    """Joins the embeddings and the output of the loop before. `hidden_scale` is a parameter, [1] or [h], where it is
-    learned."""
+    """Combination of the embeddings and the previous loop's output. If learned, `hidden_scale` is a parameter, [1] or
+    [h]."""
 
     def __init__(self, config: PLTTransformerConfig) -> None:
         super().__init__()
@@ -30,11 +29,11 @@ class LoopInput(nn.Module):
             size = config.hidden_size if plt.learned_hidden_scale == "channel" else 1
             device = torch.cuda.current_device()
             self.hidden_scale = nn.Parameter(torch.full((size,), scale, dtype=config.params_dtype, device=device))
-            # Each tensor-parallel rank has some of the rows: megatron-core sums the gradients.
+            # With sequence parallelism each rank has some of the rows: megatron-core sums the gradients.
             self.hidden_scale.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, embeddings: Tensor, hidden_states: Tensor) -> Tensor:
-        """embeddings and hidden_states, shifted with cross-loop parallelism, [s, b, h] -> [s, b, h]."""
+        """embeddings and hidden_states (already shifted under cross-loop parallelism), [s, b, h] -> [s, b, h]."""
         if self.norm:
             hidden_states = rms_norm(hidden_states, None, self.eps)
         return _scaled(embeddings, self.embedding_scale) + _scaled(hidden_states, self.hidden_scale)

@@ -1,7 +1,7 @@
-"""Statistics of a training step's loops at almost no cost: gate means, and how far each loop moves the hidden states.
+"""Nearly free per-loop statistics of a training step: gate means, and how far each loop moves the hidden states.
 
-Collected from one microbatch at logging intervals. The names are LoopCoder-v2's diagnostics (arXiv 2606.18023,
-section 3.2), here over training text.
+Collected from one microbatch at logging intervals. Names follow LoopCoder-v2's diagnostics (arXiv 2606.18023, section
+3.2), computed here over training text.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class LoopStatistics:
 
     @torch.no_grad()
     def add_gate(self, loop: int, layer_number: int, gate: Tensor) -> None:
-        """Gate values of one layer in one loop, any shape."""
+        """Add one layer's gate values in one loop, in any shape."""
         self._gates[loop - 1, layer_number - 1, 0] += gate.double().sum()
         self._gates[loop - 1, layer_number - 1, 1] += gate.numel()
 
     @torch.no_grad()
     def add_hidden(self, loop: int, hidden_states: Tensor) -> None:
-        """h^(loop) as passed to the next loop, [s (/ TP), b, h]; loop 0 is what the first loop
-        reads. In order of loops."""
+        """Add h^(loop) as passed to the next loop, [s (/ TP), b, h]; loop 0 is the first loop's input. Call this in
+        order of loops."""
         hidden_states = hidden_states.detach().float()
         if loop > 0:
             self._hidden[loop - 1, 0] += hidden_states.norm(dim=-1).double().sum()
@@ -47,12 +47,12 @@ class LoopStatistics:
         self._previous = hidden_states
 
     def reduce(self) -> dict[str, list]:
-        """Means over tokens, one entry per loop. Collective over all ranks.
+        """Reduce the sums to means over tokens, one entry per loop. Collective over all ranks.
 
         Returns:
-            `gate_mean` (over heads and layers; None without gates), `hidden_norm` (L2) and `step_size`
-            (L2 of h^(r) - h^(r-1); None in the first loop of a pipeline, whose last stage never sees the
-            embeddings), and the experts'.
+            `gate_mean` (over heads and layers; None without gates), `hidden_norm` (L2), `step_size` (L2 of
+            h^(r) - h^(r-1); None in the first loop of a pipeline, whose last stage never sees the embeddings), and
+            the experts' statistics.
         """
         self._previous = None
         dist.all_reduce(self._gates)

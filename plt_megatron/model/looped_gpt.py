@@ -4,12 +4,12 @@ With E the token embeddings and f the shared stack,
 
     h^(1) = f(E),    h^(l) = f(E + shift(h^(l-1)))    for l = 2 .. L,    logits = Head(norm(h^(L))).
 
-With `model.loop_span` f is the layers of that range only. Those before it are the prelude, whose output replaces E,
-those after it the coda: logits = Head(norm(coda(h^(L)))). With `model.loop_order: layer` each layer of f runs all its
-loops before the next one.
+With `model.loop_span`, f is only the layers of that range. The layers before it are the prelude, whose output replaces
+E; those after it are the coda: logits = Head(norm(coda(h^(L)))). With `model.loop_order: layer` each layer of f runs
+all its loops before the next one.
 
-`LoopedGPT` holds one pipeline stage of it: its share of the layers, once, and the embedding or the head at the ends.
-`run_loop` runs one loop through this stage; `forward` chains all loops if one stage holds everything.
+`LoopedGPT` is one pipeline stage of this model: its share of the layers, held once, and the embedding or the head at
+the ends. `run_loop` runs one loop through the stage; `forward` chains all loops if one stage holds everything.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from plt_megatron.model.z_loss import HeadZLoss
 
 @dataclass
 class MicroBatch:
-    """One microbatch's inputs, all [b, s]. Under context parallelism the model gets those of `shard_for_cp`.
+    """One microbatch's inputs, all [b, s]. Under context parallelism the model gets what `shard_for_cp` returns.
 
     Attributes:
         tokens: int64 token ids.
@@ -54,8 +54,8 @@ class MicroBatch:
         labels: int64, or None for logits instead of losses.
         loss_mask: float, 1 where a token counts in the loss; None: everywhere.
         document_starts: bool, True at each packed document's first token; None: a row is one text.
-        document_lengths: their lengths (`loop_context.document_lengths`); None: computed where they are needed.
-        sample_ids: int64 [b] on the CPU, numbers of the data set's samples, for reports.
+        document_lengths: the documents' lengths (`loop_context.document_lengths`); None: computed when needed.
+        sample_ids: int64 [b] on the CPU, numbers of the samples in the data set, for reports.
         statistics: collects the loops' statistics, or None.
     """
 
@@ -69,13 +69,13 @@ class MicroBatch:
     statistics: LoopStatistics | None = None
 
     def context(self, loop_count: int) -> LoopContext:
-        """A fresh context for this microbatch's loops."""
+        """Create a fresh context for this microbatch's loops."""
         starts = self.document_starts
         documents = None if starts is None else Documents(starts, self.document_lengths)
         return LoopContext(loop_count=loop_count, documents=documents, statistics=self.statistics)
 
     def shard_for_cp(self, rows: SequenceShard) -> MicroBatch:
-        """A context-parallel rank's part: its own rows, [b, s / CP], but all document starts."""
+        """Return a context-parallel rank's part: its own rows, [b, s / CP], but all document starts."""
         if rows.size == 1:
             return self
 
@@ -96,17 +96,18 @@ class LoopedGPT(LanguageModule):
 
     Args:
         config: the layers' configuration; `config.plt` says how the loops are joined.
-        vocab_size: the tokenizer's.
+        vocab_size: the tokenizer's vocabulary size.
         padded_vocab_size: rows of the embedding table, as the tensor-parallel layout requires. Padding never enters the
-            softmax, so that every layout computes the same loss.
-        max_sequence_length: tokens of a row.
+            softmax, so every layout computes the same loss.
+        max_sequence_length: tokens per row.
         pre_process: whether this stage holds the embedding.
-        post_process: whether it holds the final norm and the output layer.
+        post_process: whether this stage holds the final norm and the output layer.
 
     Attributes:
-        loop_loss_weights: of the losses on the outputs of loops 1, 2, ... in training; none at first.
-        loss_gradient: what the engine's backward gives each token's loss; earlier loops' losses do not pass through it.
-        z_loss: adds to the gradient of the last loop's losses in training; None at first.
+        loop_loss_weights: weights of the training losses on the outputs of loops 1, 2, ...; empty at construction.
+        loss_gradient: gradient that the engine's backward gives each token's loss; scales earlier loops' losses, which
+            do not pass through the engine.
+        z_loss: adds to the gradient of the last loop's losses in training; None at construction.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class LoopedGPT(LanguageModule):
             )
             self.loop_input = LoopInput(config)
         self.rotary_angles = RotaryAngles(config, self.pg_collection.cp)
-        # The final norm is the model's, not the block's: it closes the last loop only, or every loop.
+        # The final norm belongs to the model, not the block: it closes the last loop only, or every loop.
         self.decoder = TransformerBlock(
             config=config,
             spec=layer_specs(self.plt, backend, self._own_layers()),
@@ -159,7 +160,7 @@ class LoopedGPT(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def _own_layers(self) -> range:
-        """This stage's, counted from 0 over the whole model."""
+        """Return this stage's layers, counted from 0 over the whole model."""
         config, rank = self.config, self.pg_collection.pp.rank()
         first = get_transformer_layer_offset(config, pp_rank=rank)
         return range(first, first + get_num_layers_to_build(config, pp_rank=rank))
@@ -169,7 +170,7 @@ class LoopedGPT(LanguageModule):
         self.final_layernorm = norm_class(backend)(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
-        # Transformer Engine has no such layer; megatron-core's would add up its gradient with a kernel of apex.
+        # Transformer Engine has no such layer; megatron-core's would accumulate its gradient with an apex kernel.
         head_config = copy.copy(config)
         head_config.gradient_accumulation_fusion = False
         self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -188,10 +189,10 @@ class LoopedGPT(LanguageModule):
 
         Args:
             batch: the microbatch.
-            loop_count: fewer or more loops than the model was built with, for evaluation.
+            loop_count: number of loops, if other than the model was built with (for evaluation).
 
         Returns:
-            Loss of each token, float32 [b, s / CP], or logits [b, s / CP, vocab / TP] if `batch` has no labels.
+            Per-token losses, float32 [b, s / CP], or logits [b, s / CP, vocab / TP] if `batch` has no labels.
         """
         assert self.pre_process and self.post_process, "a pipeline stage runs one loop at a time"
         loop_count = loop_count or self.plt.loop_count
@@ -212,13 +213,13 @@ class LoopedGPT(LanguageModule):
         hidden_states: Tensor | None,
         embeddings: Tensor | None = None,
     ) -> Tensor:
-        """One loop through this stage.
+        """Run one loop through this stage.
 
         Args:
-            context: the loop's; the same first-loop K/V in all loops of a microbatch.
-            hidden_states: [s / CP (/ TP), b, h], what the stage before sent: the previous stage's output of this loop
-                or, on the first stage, the last stage's of the loop before. None in the first stage's first loop.
-            embeddings: of `embed`, if computed for an earlier loop.
+            context: the loop's context; all loops of a microbatch share the first loop's K and V.
+            hidden_states: [s / CP (/ TP), b, h], the stage's input: the previous stage's output of this loop or, on the
+                first stage, the last stage's output of the previous loop. None in the first stage's first loop.
+            embeddings: output of `embed`, if computed for an earlier loop.
 
         Returns:
             Hidden states for the next stage or, from the last stage's last loop, what `forward` returns.
@@ -230,7 +231,7 @@ class LoopedGPT(LanguageModule):
         hidden_states = self._run_layers(looped, hidden_states, batch, context)
         if not self.post_process:
             return hidden_states
-        to_coda = context.is_last_loop and looped.stop < self.plt.num_layers  # which reads h^(L) as it is
+        to_coda = context.is_last_loop and looped.stop < self.plt.num_layers  # the coda reads h^(L) without the norm
         is_normed = self.plt.norm_between_loops and (not to_coda or context.statistics is not None)
         normed = self.final_layernorm(hidden_states) if is_normed else hidden_states
         if context.statistics is not None:
@@ -242,8 +243,8 @@ class LoopedGPT(LanguageModule):
         return self._close(hidden_states, batch, context)
 
     def _run_layer_by_layer(self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor) -> Tensor:
-        """Each layer's loops before the next layer's. Statistics of hidden states are those of the last layer that
-        loops."""
+        """Run all loops of each layer before the next layer's. Statistics of hidden states are those of the last looped
+        layer."""
         looped = derived.looped_layers(self.plt)
         for layer in looped:
             counted = context.statistics if layer == looped[-1] else None
@@ -257,16 +258,16 @@ class LoopedGPT(LanguageModule):
         return self._close(hidden_states, batch, context)
 
     def _close(self, hidden_states: Tensor, batch: MicroBatch, context: LoopContext) -> Tensor:
-        """h^(L) through the coda, the final norm and the head: what `forward` returns."""
+        """Run h^(L) through the coda, the final norm and the head, and return what `forward` does."""
         coda = range(derived.looped_layers(self.plt).stop, self.plt.num_layers)
         if coda:
             hidden_states = self._run_layers(coda, hidden_states, batch, context.at_loop(1))
         return self._output(self.final_layernorm(hidden_states), batch)
 
     def _run_layers(self, layers: range, hidden_states: Tensor, batch: MicroBatch, context: LoopContext) -> Tensor:
-        """Some of the model's layers, [s / CP (/ TP), b, h] -> the same. A pipeline stage has its share of all."""
+        """Run some of the model's layers, [s / CP (/ TP), b, h] -> the same. A pipeline stage runs its share of all."""
         if not self.decoder.layers:
-            hidden_states = hidden_states.clone()  # as megatron-core's empty blocks: not the tensor that the stage got
+            hidden_states = hidden_states.clone()  # like megatron-core's empty blocks: not the stage's input itself
         whole = len(layers) == self.plt.num_layers
         return (self.decoder if whole else part_of(self.decoder, layers))(
             hidden_states=hidden_states,
@@ -276,8 +277,8 @@ class LoopedGPT(LanguageModule):
         )
 
     def _with_loop_loss(self, batch: MicroBatch, loop: int, hidden_states: Tensor, normed: Tensor) -> Tensor:
-        """What a loop but the last passes on. In training the loss on its output, through final norm and head, is
-        attached, if it has a weight."""
+        """Return what a loop other than the last passes on. In training, if the loop's loss has a weight, attach the
+        loss on its output, taken through the final norm and the head."""
         weight = self.loop_loss_weights[loop - 1] if loop <= len(self.loop_loss_weights) else 0.0
         if weight == 0 or not self.training or batch.labels is None:
             return normed
@@ -286,10 +287,10 @@ class LoopedGPT(LanguageModule):
         return attach_loss(normed, self.loss_gradient * weight * loss_sum)
 
     def embed(self, batch: MicroBatch, context: LoopContext) -> Tensor:
-        """Token embeddings E, or with a prelude its output, [s / CP (/ TP), b, h]."""
+        """Return the token embeddings E or, with a prelude, its output, [s / CP (/ TP), b, h]."""
         embeddings = self.embedding(input_ids=batch.tokens, position_ids=None)
         if self.training and not embeddings.requires_grad:
-            # Of a frozen table: a layer that is recomputed gets gradients only if its input asks for one.
+            # The table is frozen: a recomputed layer gets gradients only if its input requires one.
             embeddings.requires_grad_(torch.is_grad_enabled())
         prelude = range(derived.looped_layers(self.plt).start)
         return self._run_layers(prelude, embeddings, batch, context.at_loop(1)) if prelude else embeddings
@@ -297,7 +298,8 @@ class LoopedGPT(LanguageModule):
     def _loop_input(
         self, batch: MicroBatch, context: LoopContext, hidden_states: Tensor | None, embeddings: Tensor | None
     ) -> Tensor:
-        """The stack's input: E in the first loop, then E + shift(h) or, without cross-loop parallelism, h or E + h."""
+        """Return the stack's input: E in the first loop, later E + shift(h) or, without cross-loop parallelism, h or
+        E + h."""
         if context.loop > 1 and not derived.adds_embeddings(self.plt):
             assert hidden_states is not None
             return hidden_states
@@ -316,8 +318,8 @@ class LoopedGPT(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As megatron-core's, which stacks each kind of tensor over all layers: those that only some have (gates, a
-        dense FFN, experts) are saved by their layers' names."""
+        """Same as megatron-core's, which stacks each kind of tensor over all layers, except that tensors of only some
+        layers (gates, a dense FFN, experts) are saved under their layers' names."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if all(tensor.in_all_layers(self.plt) for tensor in tensors_of(self.plt) if tensor.per_layer):
             return state
@@ -330,12 +332,13 @@ class LoopedGPT(LanguageModule):
         return state
 
     def _is_in_all_layers(self, name: str) -> bool:
-        """Whether every layer has this tensor or, for extra state, its weight; an attention's extra state has none."""
+        """Return whether every layer has this tensor or, for extra state, the weight it belongs to; an attention's
+        extra state belongs to none."""
         weight = name.replace("._extra_state", ".weight")
         return all(tensor.in_all_layers(self.plt) for tensor in tensors_of(self.plt) if tensor.is_named(weight))
 
     def _rotary_embedding(self, batch: MicroBatch, context: LoopContext) -> Tensor:
-        """RoPE angles, [s / CP, 1 or b, 1, head_dim]: the token's own index in every loop."""
+        """Return RoPE angles, [s / CP, 1 or b, 1, head_dim], for each token's own index in every loop."""
         length = batch.tokens.shape[1] * self.context_rows.size
         if context.documents is None:
             return self.rotary_angles(length)
@@ -346,7 +349,7 @@ class LoopedGPT(LanguageModule):
         return angles[:, 0, 0][positions.transpose(0, 1)].unsqueeze(2)
 
     def _output(self, hidden_states: Tensor, batch: MicroBatch) -> Tensor:
-        """What `forward` returns, of the last loop's normed hidden states."""
+        """Compute what `forward` returns from the last loop's normed hidden states."""
         if self.z_loss is None or not self.training or batch.labels is None:
             return self._head(hidden_states, batch.labels)
         logits, cross_entropy = self._logits(hidden_states), self.compute_language_model_loss
@@ -359,7 +362,7 @@ class LoopedGPT(LanguageModule):
         return self.compute_language_model_loss(labels, logits)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        """[s / CP, b, vocab / TP], -inf in the table's padding."""
+        """Return logits [s / CP, b, vocab / TP], -inf for the table's padding."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
         own_rows = logits.shape[-1]

@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def sum_of_losses(losses: Tensor, loss_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(sum of the losses that count, their number) of one microbatch.
+    """Return (sum of the losses that count, their number) of one microbatch.
 
     Args:
-        losses: float [b, s], of each token.
-        loss_mask: float [b, s], or None where every token counts.
+        losses: float [b, s], one per token.
+        loss_mask: float [b, s], or None if every token counts.
     """
     losses = losses.float()
     if loss_mask is None:
@@ -34,8 +34,8 @@ class _Attached(torch.autograd.Function):
 
 
 def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
-    """`carrier`, whose backward pass differentiates `loss` too: a scalar, as if it were added to the step's loss.
+    """Return `carrier`, whose backward also differentiates the scalar `loss`, as if it were added to the step's loss.
 
-    So a loss in the middle of a pipeline needs no way of its own to the schedule.
+    This way a loss in the middle of a pipeline need not be passed to the schedule.
     """
     return _Attached.apply(carrier, loss)

@@ -1,8 +1,8 @@
 """Mixture-of-experts layers: megatron-core's router, dispatchers and experts, with a router that knows its loop.
 
 Each loop of a layer routes again and has its own auxiliary losses: a model of L loops has L times as many as a plain
-one. Their gradients are the same in every layout: megatron-core multiplies them by a microbatch's tokens, and all
-gradients are divided by the step's tokens at the end.
+one. Their gradients are the same in every layout: megatron-core multiplies them by the number of tokens in a
+microbatch, and all gradients are divided by the step's number of tokens at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LoopRouter(TopKRouter):
     """megatron-core's router, which also records statistics of its loop.
 
     Attributes:
-        context: the current pass, if any.
+        context: the current pass's context, or None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +37,8 @@ class LoopRouter(TopKRouter):
         self.number = 0
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Set by the layer. megatron-core's own is left unset: its tracker of losses would add up the loops."""
+        """Store the number that the layer sets. megatron-core's own is left unset: its loss tracker would add up the
+        loops."""
         self.number = layer_number
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,15 +54,15 @@ class LoopRouter(TopKRouter):
         return weights, kept
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count where the tokens go, as megatron-core does, which compiles the one sum: for each router anew, and on a
-        CPU with a compiler that need not be there."""
+        """Count each expert's tokens like megatron-core, but uncompiled: megatron-core compiles this one sum, anew for
+        each router and, on a CPU, with a compiler that may not be installed."""
         assert padding_mask is None
         if self.enable_expert_bias and torch.is_grad_enabled():
             self.local_tokens_per_expert += routing_map.sum(dim=0)
 
     def _maintain_float32_expert_bias(self) -> None:
-        """megatron-core calls it before it uses or saves the bias, and leaves the counts in the model's precision. bf16
-        has 8 bits: a count of 256 would not take another token."""
+        """Keep the token counts in fp32 too: megatron-core, which calls this before it uses or saves the bias, leaves
+        them in the model's precision. bf16 has 8 bits, so a count would stop at 256."""
         super()._maintain_float32_expert_bias()
         if self.local_tokens_per_expert is not None:
             self.local_tokens_per_expert.data = self.local_tokens_per_expert.data.float()
@@ -69,21 +70,21 @@ class LoopRouter(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """As megatron-core's, which calls it where the loss is differentiated."""
+        """Record the auxiliary loss. Same signature as megatron-core's; called where the loss is differentiated."""
         if noted := self._noted():
             statistics, loop = noted
             statistics.add_loss("aux_loss", loop, aux_loss / aux_loss_coeff)
         return super().attach_and_log_load_balancing_loss(activation, aux_loss_coeff, aux_loss, *args, **kwargs)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """As megatron-core's."""
+        """Record the z-loss. Same signature as megatron-core's."""
         if self.config.moe_z_loss_coeff is not None and torch.is_grad_enabled() and (noted := self._noted()):
             statistics, loop = noted
             statistics.add_loss("z_loss", loop, z_loss_func(logits.detach(), 1.0))
         return super().apply_z_loss(logits, padding_mask)
 
     def _noted(self) -> tuple[ExpertStatistics, int] | None:
-        """The statistics to record this pass in, and its loop; None: do not record."""
+        """Return the statistics to record this pass in, and its loop, or None if nothing is to be recorded."""
         statistics = None if self.context is None else self.context.statistics
         if self.context is None or statistics is None or statistics.experts is None:
             return None
@@ -91,7 +92,7 @@ class LoopRouter(TopKRouter):
 
 
 class MoETransformerLayer(TransformerLayer):
-    """A layer that passes its context to the router at every call: recomputation runs a loop again later."""
+    """Layer that passes its context to the router at every call, since recomputation runs a loop again later."""
 
     def _forward_mlp(self, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Any:
         self.mlp.router.context = packed_seq_params
@@ -102,7 +103,8 @@ class MoETransformerLayer(TransformerLayer):
 
 
 def moe_submodules(backend: str, linear: type, row_linear: type) -> MoESubmodules:
-    """Experts one after another in torch, a grouped GEMM in Transformer Engine; a shared one is an ordinary MLP."""
+    """Return the submodules of an MoE layer: experts that run one after another in torch, a grouped GEMM in Transformer
+    Engine; a shared expert is an ordinary MLP."""
     patch_token_dispatcher()
     provider: Any
     if backend == "te":

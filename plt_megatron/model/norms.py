@@ -1,7 +1,7 @@
 """RMSNorm for the torch backend, alone and in front of a column-parallel linear layer.
 
 megatron-core's own torch norm refuses sequence parallelism; this one marks its weight, so that megatron-core sums the
-weight's gradient over the tensor-parallel ranks. Parameter names are Transformer Engine's: weights move between the
+weight's gradient over the tensor-parallel ranks. Parameter names are Transformer Engine's, so weights move between the
 two backends without renaming.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in fp32 or wider, returned in x's dtype."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's dtype; computed in fp32 or wider."""
     if hidden_states.dtype in (torch.float32, torch.float64):
         return torch.rms_norm(hidden_states, (hidden_states.shape[-1],), weight, eps)
     wide = hidden_states.float()
@@ -31,7 +31,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor | None, eps: float) -> Tensor
 
 
 def norm_weight(config: TransformerConfig, size: int) -> nn.Parameter:
-    """A norm's weight, ones, marked for megatron-core's gradient reduction over sequence-parallel ranks."""
+    """Create a norm's weight: ones, marked for megatron-core's gradient reduction over sequence-parallel ranks."""
     weight = nn.Parameter(torch.ones(size, dtype=config.params_dtype, device=torch.cuda.current_device()))
     weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return weight
@@ -51,9 +51,10 @@ class RMSNorm(nn.Module):
 
 
 class AllHeadsRMSNorm(nn.Module):
-    """One root-mean-square norm over the channels of all heads (OLMo-2's Q and K norm), whose heads are split over the
-    tensor-parallel ranks; of fewer key heads than ranks, several have the same one. The weight [num_heads * head_dim]
-    is whole on every rank: megatron-core sums the gradients of Q's and K's norms over the ranks, by their names."""
+    """One root-mean-square norm over the channels of all heads (OLMo-2's Q and K norm), with the heads split over the
+    tensor-parallel ranks; if there are fewer key heads than ranks, several ranks hold the same one. The weight
+    [num_heads * head_dim] is replicated on every rank: megatron-core recognizes Q's and K's norms by their names and
+    sums their gradients over the ranks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int) -> None:
         super().__init__()
@@ -61,14 +62,14 @@ class AllHeadsRMSNorm(nn.Module):
         self.weight = norm_weight(config, num_heads * hidden_size)
 
     def forward(self, heads: Tensor) -> Tensor:
-        """[s, b, heads / TP, or one of fewer heads, head_dim] -> the same shape and dtype."""
+        """[s, b, heads / TP (1 if there are fewer heads than ranks), head_dim] -> the same shape and dtype."""
         group = parallel_state.get_tensor_model_parallel_group()
         flat = heads.flatten(2).float()
         parts = self.weight.numel() // flat.shape[-1]
         holders = group.size() // parts  # ranks with the same heads
         squares = flat.square().sum(dim=-1, keepdim=True)
         if group.size() > 1:
-            # Summed forwards, and its gradient backwards: every rank's output depends on every rank's heads.
+            # All-reduced in forward, and its gradient in backward: every rank's output depends on every rank's heads.
             squares = copy_to_tensor_model_parallel_region(
                 reduce_from_tensor_model_parallel_region(squares / holders, group=group), group=group
             )
@@ -78,9 +79,9 @@ class AllHeadsRMSNorm(nn.Module):
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
-    """RMSNorm, then a column-parallel linear layer, as Transformer Engine's TELayerNormColumnParallelLinear.
+    """RMSNorm, then a column-parallel linear layer, like Transformer Engine's TELayerNormColumnParallelLinear.
 
-    One module, so that self-attention sees the residual stream itself (the `hidden` gate reads it).
+    It is one module, so that self-attention sees the residual stream itself (the `hidden` gate reads it).
     """
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any) -> None:

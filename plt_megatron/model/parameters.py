@@ -1,9 +1,9 @@
-"""The table of every parameter that a PLT can have, and of buffers that are kept with them: names, shapes, splits,
-initial values, and use.
+"""The table of every parameter that a PLT can have, and of the buffers stored with them: names, shapes, splits, initial
+values, and use.
 
 Derived from this table: the Hugging Face mapping (`hf/param_mapping.py`), counts and FLOPs (`predict`), initial
-weights (`model/initialization.py`), weight decay, what a checkpoint of one loop lacks (`train/checkpoint`), and in how
-many parts DeepSpeed gets a gradient. It does not import torch, since estimates read it.
+weights (`model/initialization.py`), weight decay, what a one-loop checkpoint lacks (`train/checkpoint`), and in how
+many parts DeepSpeed gets a gradient. This module does not import torch, since estimates read it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 LAYER, EXPERT = "{layer}", "{expert}"  # in a name: one parameter for each, counted from 0 over the whole model
 _OURS, _THEIRS = f"decoder.layers.{LAYER}.", f"model.layers.{LAYER}."
 
-# How one of ours is made of Hugging Face's. qkv: rows by query group, its queries, its key, its value;
+# How a parameter of ours is built from Hugging Face's. qkv: rows by query group: its queries, its key, its value;
 # gate_up: SwiGLU's gate rows, then its up rows.
 Form = Literal["direct", "qkv", "gate_up"]
-_WIDTHS = ("hidden", "query", "ffn", "expert_ffn", "shared_ffn")  # dimensions that muP takes to grow in proportion
+_WIDTHS = ("hidden", "query", "ffn", "expert_ffn", "shared_ffn")  # dimensions that muP assumes to grow in proportion
 _THEIR_ROWS = {"qkv": ("query", "key_value", "key_value"), "gate_up": ("ffn", "ffn")}
-# A constant; normal: of `init_method_std`; output: normal, divided by sqrt(2 * num_layers), for what writes into the
-# residual stream (Megatron's scaled initialization); hidden_scale: the constant that the settings say; final_norm: 1,
-# or what muP multiplies the logits by.
+# A constant; normal: with std `init_method_std`; output: normal, divided by sqrt(2 * num_layers), for layers that write
+# into the residual stream (Megatron's scaled initialization); hidden_scale: the constant that the settings define;
+# final_norm: 1, or muP's multiplier of the logits.
 Init = float | Literal["normal", "output", "hidden_scale", "final_norm"]
 Component = Literal[
     "embedding", "loop_input", "attention", "ffn", "norms", "gates", "router", "experts", "final_norm", "output_layer"
@@ -42,7 +42,7 @@ Kind = Literal["embedding", "head", "hidden", "gates", "norms"]  # fields of the
 
 @dataclass(frozen=True)
 class Sizes:
-    """The dimensions used by shapes in the table."""
+    """Sizes of the dimensions named in the table."""
 
     hidden: int
     ffn: int  # of a dense FFN
@@ -59,7 +59,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: ModelConfig, vocab_size: int) -> Sizes:
-        """`vocab_size`: rows of the embedding, with padding or without."""
+        """Return a model's sizes. `vocab_size`: rows of the embedding, with or without padding."""
         heads, groups, head_dim = model.num_attention_heads, derived.num_query_groups(model), derived.head_dim(model)
         return cls(
             hidden=model.hidden_size,
@@ -100,28 +100,28 @@ class Sizes:
         return 2 * self.shared_ffn
 
     def shape(self, dims: str) -> tuple[int, ...]:
-        """Sizes of dimensions given by name, such as `"qkv hidden"`."""
+        """Return the sizes of dimensions given by name, such as `"qkv hidden"`."""
         return tuple(getattr(self, name) for name in dims.split())
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
-        name: megatron-core's over the whole model, with `LAYER` and `EXPERT`.
+        name: megatron-core's name in the whole model, with `LAYER` and `EXPERT`.
         dims: names of its dimensions, attributes of `Sizes`.
-        component: for counting, and for optimizers to group by.
+        component: what parameters are counted by, and what optimizers group them by.
         hf: Hugging Face's names, with `LAYER` and `EXPERT`: Llama's and PLT's gate, the same in all families we read.
-        form: how it is made from those.
-        split: over tensor-parallel ranks, gate and up rows each; None: whole on each.
-        init: its value before training.
-        exists: the models that have it, if they have such layers.
-        ffn: the layers that have it, by their FFN; None: all.
-        gate_logit: negated, the gate multiplies the other of the two attentions, as in LoopCoder-v2's files.
-        in_core_attention: used in the core attention of loops >= 2, not in the layer around it.
-        copy: the name of its copy in a pipeline's last stage, which trains it too.
-        is_buffer: set by the training loop, not learned; in fp32 whatever the model's precision.
+        form: how it is built from the tensors of `hf`.
+        split: how tensor-parallel ranks split it, gate and up rows separately; None: replicated.
+        init: initial value.
+        exists: whether a model that has such layers has it.
+        ffn: kind of FFN of the layers that have it; None: all layers.
+        gate_logit: whether negating it makes the gate multiply the other attention, as in LoopCoder-v2's files.
+        in_core_attention: whether it is used in the core attention of loops >= 2, not in the layer around it.
+        copy: name of its copy in a pipeline's last stage, which trains it too.
+        is_buffer: whether the training loop sets it instead of learning it; fp32 whatever the model's precision.
     """
 
     name: str
@@ -140,28 +140,29 @@ class Parameter:
 
     @property
     def hf_dims(self) -> list[str]:
-        """Names of the dimensions of each of Hugging Face's."""
+        """Dimension names of each tensor of `hf`."""
         if self.form == "direct":
             return [self.dims]
         return [self.dims.replace(self.form, rows) for rows in _THEIR_ROWS[self.form]]
 
     @property
     def is_matrix(self) -> bool:
-        """Matrices decay and, but for the embedding, are multiplied with tokens; vectors (norms, biases) do neither."""
+        """Whether it is a matrix: these decay and, except for the embedding, are multiplied with tokens, unlike vectors
+        (norms, biases)."""
         return " " in self.dims
 
     @property
     def is_hidden_matrix(self) -> bool:
-        """Whether it maps hidden states to hidden states inside a layer: what Muon orthogonalizes.
+        """Whether it maps hidden states to hidden states inside a layer; Muon orthogonalizes these matrices.
 
-        A gate's rows are vectors, one for each head, which nothing relates.
+        A gate is not one: its rows are unrelated vectors, one per head.
         """
         return self.is_matrix and self.component in ("attention", "ffn", "experts", "router")
 
     @property
     def follows_width(self) -> bool:
-        """Whether muP gives it a rate of its own: matrices that sum over a width, and the final norm, whose weight has
-        in it what muP multiplies the logits by."""
+        """Whether muP gives it a learning rate of its own: matrices that sum over a width, and the final norm, whose
+        weight contains muP's multiplier of the logits."""
         if self.component == "final_norm":
             return True
         sums_over_width = self.dims.split()[-1] in _WIDTHS
@@ -182,7 +183,7 @@ class Parameter:
 
     @property
     def only_in_loops(self) -> bool:
-        """Whether it exists only in models of several loops."""
+        """Whether it exists only in models with several loops."""
         return self.component in ("gates", "loop_input")
 
     @property
@@ -190,7 +191,8 @@ class Parameter:
         return LAYER in self.name
 
     def layers(self, model: ModelConfig) -> range:
-        """The layers that have one, counted from 0: gates are for layers that loop. For what is in no layer, one."""
+        """Return the layers that have one, counted from 0: gates exist only in looped layers. Outside the layers:
+        `range(1)`."""
         if not self.per_layer:
             return range(1)
         if self.ffn is not None:
@@ -198,11 +200,11 @@ class Parameter:
         return derived.looped_layers(model) if self.only_in_loops else range(model.num_layers)
 
     def in_all_layers(self, model: ModelConfig) -> bool:
-        """Whether each layer has one: checkpoints stack these over the layers."""
+        """Return whether each layer has one: checkpoints stack such parameters over the layers."""
         return self.per_layer and len(self.layers(model)) == model.num_layers
 
     def in_layer(self, layer: int) -> str:
-        """Its name in a layer, counted from 0."""
+        """Return its name in a layer, counted from 0."""
         return self.name.replace(LAYER, str(layer))
 
     @property
@@ -210,7 +212,7 @@ class Parameter:
         return EXPERT in self.name
 
     def constant(self, model: ModelConfig) -> float | None:
-        """The initial value of all its elements; None: they are drawn."""
+        """Return the initial value of all its elements, or None if they are drawn."""
         if self.init == "hidden_scale":
             return derived.hidden_scale(model)
         if self.init == "final_norm":
@@ -218,16 +220,16 @@ class Parameter:
         return self.init if isinstance(self.init, float) else None
 
     def std(self, model: ModelConfig) -> float:
-        """The initial standard deviation of its elements, where they are drawn."""
+        """Return the standard deviation that its initial elements are drawn with."""
         std = derived.output_init_std(model) if self.init == "output" else model.init_method_std
         return std / math.sqrt(derived.mup_width_mult(model)) if self.follows_width else std
 
     def size(self, sizes: Sizes) -> int:
-        """Elements of one."""
+        """Return the number of elements of one instance."""
         return math.prod(sizes.shape(self.dims))
 
     def part_of_rank(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """The part of the whole tensor that one of `size` tensor-parallel ranks holds."""
+        """Return the part of the whole tensor that one of `size` tensor-parallel ranks holds."""
         if self.split is None:
             return whole
         if self.form == "gate_up":
@@ -235,8 +237,8 @@ class Parameter:
         return whole.chunk(size, dim=1 if self.split == "columns" else 0)[rank]
 
     def is_named(self, name: str) -> bool:
-        """Whether a name is this parameter's or its copy's: in a model or a stage, behind a prefix (a wrapper's, an
-        optimizer state's), as a checkpoint's key, or Hugging Face's."""
+        """Return whether a name is this parameter's or its copy's: in a model or a stage, after a prefix (a wrapper's,
+        an optimizer state's), as a checkpoint key, or Hugging Face's."""
         return self._pattern.fullmatch(name) is not None
 
     @cached_property
@@ -244,7 +246,7 @@ class Parameter:
         copy = () if self.copy is None else (self.copy,)
         names = "|".join(re.escape(name) for name in (self.name, *copy, *self.hf))
         names = names.replace(re.escape(f"{LAYER}."), r"(?:\d+\.)?")
-        if self.per_expert:  # a module each, or a parameter of a grouped GEMM with the expert's number behind it
+        if self.per_expert:  # a module per expert, or a grouped GEMM's parameter that ends with the expert's number
             names = names.replace(re.escape(f"{EXPERT}."), r"(?:\w+\.)*").replace("weight", r"weight\d*")
         return re.compile(rf"(?:.*\.)?(?:{names})")
 
@@ -304,7 +306,7 @@ def _norm(name: str, hf: str, dims: str = "hidden", **how: Any) -> Parameter:
 
 
 def _in_layers(*parameters: Parameter) -> Iterator[Parameter]:
-    """Named over the whole model."""
+    """Yield the parameters with their names in the whole model."""
     for parameter in parameters:
         yield replace(parameter, name=_OURS + parameter.name, hf=tuple(_THEIRS + name for name in parameter.hf))
 
@@ -377,17 +379,17 @@ TABLE = (
 
 
 def tensors_of(model: ModelConfig) -> list[Parameter]:
-    """The parameters that a model has, and its buffers, in the order of the table."""
+    """Return the parameters and buffers that a model has, in the order of the table."""
     return [tensor for tensor in TABLE if tensor.exists(model) and tensor.layers(model)]
 
 
 def parameters_of(model: ModelConfig) -> list[Parameter]:
-    """The parameters that a model has, in the order of the table."""
+    """Return the parameters that a model has, in the order of the table."""
     return [tensor for tensor in tensors_of(model) if not tensor.is_buffer]
 
 
 def find(model: ModelConfig, name: str) -> Parameter:
-    """The parameter or buffer of a model by a name that `Parameter.is_named` knows.
+    """Return a model's parameter or buffer by a name that `Parameter.is_named` accepts.
 
     Raises:
         KeyError: the model has none of this name.
@@ -395,9 +397,9 @@ def find(model: ModelConfig, name: str) -> Parameter:
     return _first(tensors_of(model), name)
 
 
-@cache  # a parameter is asked for once for each group of an optimizer
+@cache  # called for each parameter once per optimizer group
 def find_in_any(name: str) -> Parameter:
-    """The parameter of a name that `Parameter.is_named` knows, in any model.
+    """Return the parameter or buffer of any model by a name that `Parameter.is_named` accepts.
 
     Raises:
         KeyError: no model has one.
@@ -406,7 +408,8 @@ def find_in_any(name: str) -> Parameter:
 
 
 def hidden_matrix(name: str) -> Parameter | None:
-    """The parameter of a name that `Parameter.is_named` knows, in any model, if it is a hidden matrix.
+    """Return the parameter by a name that `Parameter.is_named` accepts, in any model, or None if it is not a hidden
+    matrix.
 
     Raises:
         KeyError: no model has one.
@@ -416,18 +419,18 @@ def hidden_matrix(name: str) -> Parameter | None:
 
 
 def only_in_loops(name: str) -> bool:
-    """Whether a name, ours or Hugging Face's, is that of a parameter that models of one loop lack."""
+    """Return whether a name, ours or Hugging Face's, is that of a parameter that one-loop models lack."""
     return any(parameter.only_in_loops and parameter.is_named(name) for parameter in TABLE)
 
 
 @cache
 def is_buffer(name: str) -> bool:
-    """Whether a name, ours or Hugging Face's, is that of a buffer."""
+    """Return whether a name, ours or Hugging Face's, is that of a buffer."""
     return any(tensor.is_buffer and tensor.is_named(name) for tensor in TABLE)
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a parameter by its name with the layer's number in the whole model; None: it is in no layer."""
+    """Return a parameter's layer from its name in the whole model, or None if it is in no layer."""
     match = re.search(r"\blayers\.(\d+)\.", name)
     return None if match is None else int(match[1])
 

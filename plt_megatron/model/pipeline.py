@@ -1,8 +1,8 @@
 """Loops as virtual pipeline stages: loop l of a stage is model chunk l of megatron-core's interleaved schedule.
 
 All chunks of a rank share the stage's weights; a chunk is a view that knows its loop. The last stage's output of loop l
-arrives at the first stage as the input of loop l+1: exactly cross-loop parallelism's. The bubble shrinks to
-(P - 1) / (L * M) of the work, at no memory for weights.
+arrives at the first stage as the input of loop l+1, exactly as in cross-loop parallelism. The bubble shrinks to
+(P - 1) / (L * M) of the work, without extra memory for weights.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class MicroBatches:
         self._contexts: list[LoopContext | None] = [None] * len(batches)
 
     def context(self, index: int, loop: int, loop_count: int) -> LoopContext:
-        """The context of microbatch `index` in `loop`; dropped here after its last loop, so that autograd alone
-        decides how long K and V live."""
+        """Return the context of microbatch `index` in `loop`. It is dropped here after the last loop, so that autograd
+        alone decides how long K and V live."""
         context = (self._contexts[index] or self.batches[index].context(loop_count)).at_loop(loop)
         self._contexts[index] = None if context.is_last_loop else context
         return context
@@ -66,7 +66,7 @@ class LoopChunk(nn.Module):
         self._next = 0
 
     def forward(self, batches: MicroBatches) -> tuple[Tensor, MicroBatch]:
-        """This loop over the next microbatch: (hidden states or losses, the microbatch)."""
+        """Run this loop over the next microbatch and return (hidden states or losses, the microbatch)."""
         index, self._next = self._next, self._next + 1
         batch = batches.batches[index]
         if self.loop is None:
@@ -76,7 +76,7 @@ class LoopChunk(nn.Module):
 
 
 def build_chunks(stage: LoopedGPT, config: Any, loop_count: int) -> list[LoopChunk]:
-    """The schedule's model chunks: one per loop in a pipeline, one for all loops in a single stage."""
+    """Return the schedule's model chunks: one per loop in a pipeline, one for all loops in a single stage."""
     if stage.pre_process and stage.post_process:
         return [LoopChunk(stage, config, None, loop_count)]
     return [LoopChunk(stage, config, loop, loop_count) for loop in range(1, loop_count + 1)]

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: megatron-core's, plain, with Llama 3.1's scaling or with YaRN's (arXiv 2309.00071)."""
+"""megatron-core's rotary position embeddings: plain, with Llama 3.1's scaling or with YaRN's (arXiv 2309.00071)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from plt_megatron.model.transformer_config import PLTTransformerConfig
 
 
 class _YarnAngles(YarnRotaryEmbedding):
-    """megatron-core's, without tables of cosines and sines, which only its inference reads."""
+    """megatron-core's YaRN embedding without the cosine and sine tables, which only its inference reads."""
 
     def _set_cos_sin_cache(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
 class RotaryAngles:
-    """The angles by which the channels of a head turn, by position.
+    """Rotation angles of a head's channels, by position.
 
     Args:
-        config: the layers' configuration; attention multiplies by YaRN's factor (`yarn_rotary_scaling_factor`).
+        config: the layers' configuration; attention itself applies YaRN's factor (`yarn_rotary_scaling_factor`).
         cp_group: ranks that share a sequence.
     """
 
@@ -39,7 +39,8 @@ class RotaryAngles:
         self._embedding = _build(config.plt, common)
 
     def __call__(self, length: int, whole: bool = False) -> Tensor:
-        """float32 [length (/ CP), 1, 1, head_dim]; `whole`: of the whole row, whatever this rank's part of it."""
+        """Return the angles, float32 [length (/ CP), 1, 1, head_dim]; with `whole`, those of the whole row instead of
+        this rank's part."""
         angles = self._embedding(length, packed_seq=whole)
         return angles[0] if isinstance(angles, tuple) else angles
 

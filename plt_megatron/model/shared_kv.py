@@ -5,8 +5,8 @@ accumulate there, and an identity function in the first loop's graph adds them w
 are separate autograd graphs connected only by hidden states: the same code serves one process, activation recomputation
 and pipelines, where a loop's backward runs long after its forward.
 
-It is exact because a loop's input depends on the previous loop's output: every backward of loop l is over before the
-backward of loop l-1 starts, in any schedule.
+The gradients are exact because a loop's input depends on the previous loop's output: every backward of loop l is over
+before the backward of loop l-1 starts, in any schedule.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class AccumulateSharedKVGrad(torch.autograd.Function):
 
 
 class FirstLoopKV:
-    """K and V of the first loop of one microbatch, per layer of this pipeline stage."""
+    """The first loop's K and V of one microbatch, per layer of this pipeline stage."""
 
     def __init__(self) -> None:
         self._leaves: dict[int, tuple[Tensor, Tensor]] = {}
@@ -60,5 +60,5 @@ class FirstLoopKV:
         return AccumulateSharedKVGrad.apply(key, value, self._leaves[layer_number])
 
     def read(self, layer_number: int) -> tuple[Tensor, Tensor]:
-        """K and V of the first loop, as leaves that collect gradients; shapes as in `publish`."""
+        """Return K and V of the first loop, as leaves that collect gradients; shapes as in `publish`."""
         return self._leaves[layer_number]

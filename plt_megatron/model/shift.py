@@ -18,11 +18,11 @@ def shift(hidden_states: Tensor, starts: Tensor | None = None, rows: SequenceSha
 
     Args:
         hidden_states: [s, b, ...], or this rank's rows of it.
-        starts: bool [b, s] over the whole sequence, True where the zero vector belongs besides the first position.
+        starts: bool [b, s] over the whole sequence, True where the zero vector belongs, besides the first position.
         rows: which rows this rank holds; None: all.
 
     Returns:
-        A tensor of the same shape; equal to the unsharded shift whatever the layout.
+        A tensor of the same shape, equal to the unsharded shift in every layout.
     """
     if rows is None or rows.size == 1:
         shifted = torch.cat((torch.zeros_like(hidden_states[:1]), hidden_states[:-1]))
@@ -40,7 +40,7 @@ def _shift_runs(hidden_states: Tensor, rows: SequenceShard) -> Tensor:
     for run, (before,) in zip(runs, rows.halo(1, hidden_states), strict=True):
         if run.start == 0:
             parts.append(torch.zeros_like(hidden_states[:1]))
-        # An empty tensor if nothing comes before, so that all ranks take part in the exchange's backward.
+        # Used even if empty (nothing precedes the run), so that all ranks take part in the exchange's backward.
         parts += [before, hidden_states[first : first + len(run) - 1]]
         first += len(run)
     return torch.cat(parts)

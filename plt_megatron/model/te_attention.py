@@ -2,8 +2,8 @@
 
 The global one follows the configuration, FP8 included; the local one is a second TEDotProductAttention whose window
 is set at construction and which always computes in BF16, since Hopper has no FP8 sliding-window kernel. Under context
-parallelism each exchanges rows in its own way; both keep megatron-core's zigzag order. Packed documents are not theirs
-to exchange: they would divide each document among the ranks, not the row. There the ranks divide the heads.
+parallelism each exchanges rows in its own way; both keep megatron-core's zigzag order. They cannot exchange packed
+documents, since they would divide each document among the ranks, not the row; instead the ranks divide the heads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from plt_megatron.runtime.doctor import OLDEST_TRANSFORMER_ENGINE
 def require_transformer_engine() -> None:
     """Raise `UserError` unless Transformer Engine can be used.
 
-    Without it megatron-core's TE classes are mocks that compute nothing, silently.
+    Without it megatron-core's TE classes are mocks that silently compute nothing.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.utils import get_te_version, is_te_min_version
@@ -44,18 +44,18 @@ def require_transformer_engine() -> None:
 
 
 def laid_out(tensor: Tensor, documents: Documents | None) -> Tensor:
-    """The tensor [s, b, heads, d] as a TEAttention reads it without a copy: V is a part of each row of the fused
-    projection, and packed documents are read row after row."""
+    """Lay out a tensor [s, b, heads, d] so that TEAttention reads it without a copy: V is a part of each row of the
+    fused projection, and packed documents are read row after row."""
     if documents is None:
         return tensor.contiguous()
     return tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 class TEAttention(nn.Module):
-    """One TEDotProductAttention over [s, b, heads, d], causal, optionally within a window.
+    """One causal TEDotProductAttention over [s, b, heads, d], optionally within a window.
 
-    Transformer Engine remembers only the last call's choice of kernels. A layer's two attentions alternate, so each
-    kind has a memory of its own, which all layers share.
+    Transformer Engine caches only the last call's choice of kernels. A layer's two attentions alternate, so each kind
+    has its own cache, which all layers share.
     """
 
     _selections: ClassVar[dict[bool, dict[str, Any]]] = {}
@@ -71,7 +71,7 @@ class TEAttention(nn.Module):
         self.local = window_size is not None
         self.rows = SequenceShard.of(kwargs["pg_collection"], sequence_parallel=False)
         self.divides_heads = config.packed_documents and self.rows.size > 1
-        if self.divides_heads:  # it computes some heads over whole rows, and exchanges nothing
+        if self.divides_heads:  # TE then computes some heads over whole rows, and exchanges nothing
             config.context_parallel_size = 1
             config.num_attention_heads //= self.rows.size
             config.num_query_groups //= self.rows.size
@@ -98,7 +98,7 @@ class TEAttention(nn.Module):
         s, b, heads, d = query.shape
         packed = None
         if documents is not None:
-            # Rows laid end to end: [b * s, heads, d], one entry of cu_seqlens a document.
+            # Rows laid end to end: [b * s, heads, d], one entry of cu_seqlens per document.
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
             longest = max(documents.lengths)
             packed = PackedSeqParams(

@@ -1,6 +1,6 @@
 """Causal and sliding-window attention in plain torch, for CPUs and for GPUs without Transformer Engine.
 
-The causal one is torch's fused kernel. The local one costs O(n * w): blocks of `w` queries against the `2w` keys
+Causal attention is torch's fused kernel. Window attention costs O(n * w): blocks of `w` queries against the `2w` keys
 that they can see, never an n x n score matrix. Packed documents do not see each other. Under context parallelism the
 queries are runs of a sequence's rows (`..._of_runs`): the same attention, without queries and keys that see nothing.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from plt_megatron.model.loop_context import Documents
 
-_MASKED_ROWS = 512  # if a kernel needs a mask, it is made for this many queries at a time
+_MASKED_ROWS = 512  # queries per mask, for a kernel that needs one
 
 
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float | None = None, documents: Documents | None = None
 ) -> Tensor:
-    """softmax(Q K^T * scale) V over the keys up to and including each query's own.
+    """Compute softmax(Q K^T * scale) V over the keys up to and including each query's own.
 
     Args:
         query: [s, b, heads, d].
@@ -49,12 +49,12 @@ def causal_attention_of_runs(
     softmax_scale: float | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """`causal_attention` for some of a sequence's queries.
+    """Compute `causal_attention` for some of a sequence's queries.
 
     Args:
         query: [rows, b, heads, d], the queries of `runs`.
-        key, value: [s, b, groups, d], the whole sequence's.
-        runs: where in the sequence the queries are.
+        key, value: [s, b, groups, d], of the whole sequence.
+        runs: positions of the queries in the sequence.
         softmax_scale, documents: as in `causal_attention`; the documents of the whole sequence.
 
     Returns:
@@ -83,16 +83,16 @@ def causal_attention_of_runs(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """The tensor, copied if a GPU's fused attention could not load its rows in units of 16 bytes.
+    """Return the tensor, copied if a GPU's fused attention could not load its rows in units of 16 bytes.
 
-    This is so for Q beside the hidden gate's logit: a slice of rows of head_dim + 1 channels.
+    Q next to the hidden gate's logit is such a tensor: a slice of rows of head_dim + 1 channels.
     """
     rows_are_aligned = all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:-1])
     return tensor if tensor.device.type == "cpu" or rows_are_aligned else tensor.contiguous()
 
 
 def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None) -> Tensor:
-    """query [b, heads, n, d] are the last n of the m tokens of key and value [b, groups, m, d]."""
+    """Causal attention of query [b, heads, n, d], the last n of the m tokens of key and value [b, groups, m, d]."""
     grouped = query.shape[1] != key.shape[1]
     n, m = query.shape[2], key.shape[2]
     if n == m:
@@ -118,9 +118,9 @@ def _fused_causal(query: Tensor, key: Tensor, value: Tensor, softmax_scale: floa
 
 
 def _lower_right(n: int, m: int, device: torch.device) -> Tensor:
-    """The causal mask of the last n of m tokens; on a GPU only a description, since flash attention needs no mask."""
+    """Return the causal mask of the last n of m tokens; on a GPU a mere descriptor: flash attention needs no mask."""
     if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right  # imports the compiler: a second on a CPU's start
+        from torch.nn.attention.bias import causal_lower_right  # imports the compiler: costs CPU runs a second at start
 
         return causal_lower_right(n, m)
     return torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
@@ -135,11 +135,11 @@ def window_attention(
     softmax_scale: float | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """Sliding-window attention: a query sees the last `window_size` keys, its own included (paper section 3.3).
+    """Compute sliding-window attention: a query sees the last `window_size` keys, its own included (paper section 3.3).
 
-    Shapes and `documents` as in `causal_attention`. Time and memory are O(s * window_size): each block of w queries is
-    multiplied with its own block of keys and the one before it. Blocks are the outermost dimension in
-    memory, so that "the previous block" is a view.
+    Shapes and `documents` are as in `causal_attention`. Time and memory are O(s * window_size): each block of w queries
+    is multiplied with its own block of keys and the one before it. Blocks are the outermost dimension in memory, so
+    that "the previous block" is a view.
     """
     if window_size >= query.shape[0]:
         return causal_attention(query, key, value, softmax_scale=softmax_scale, documents=documents)
@@ -158,13 +158,13 @@ def window_attention_of_runs(
     softmax_scale: float | None = None,
     documents: Documents | None = None,
 ) -> Tensor:
-    """`window_attention` for some of a sequence's rows.
+    """Compute `window_attention` for some of a sequence's rows.
 
     Args:
         query: [rows, b, heads, d], of `runs`.
         key, value: [rows, b, groups, d], of `runs`.
         before: for each run, keys and values [min(window_size - 1, run.start), b, groups, d] of the rows before it.
-        runs: where in the sequence the rows are.
+        runs: positions of the rows in the sequence.
         window_size, softmax_scale, documents: as in `window_attention`; the documents of the whole sequence.
 
     Returns:
@@ -191,7 +191,8 @@ def _window_with_mask(
     softmax_scale: float | None,
     segments: Tensor | None,
 ) -> Tensor:
-    """A window at least as long as the run of queries: one product with all keys that any of them sees."""
+    """Compute attention in a window at least as long as the run of queries: one product with all keys that any of them
+    sees."""
     n = query.shape[0]
     key, value = (torch.cat(parts) for parts in zip(before, (key, value), strict=True))
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -215,7 +216,7 @@ def _window_in_blocks(
     softmax_scale: float | None,
     segments: Tensor | None,
 ) -> Tensor:
-    """Window attention of rows [s, b, .., d] and the fewer than w rows of keys and values that come before them.
+    """Compute window attention of rows [s, b, .., d], given the fewer than w rows of keys and values before them.
 
     `segments` [b, rows before + s] tells the keys' documents apart.
     """
@@ -251,8 +252,8 @@ def _in_blocks(tensor: Tensor, blocks: int, w: int, groups: int) -> Tensor:
 
 
 def _with_block_before(tensor: Tensor, before: Tensor | None) -> Tensor:
-    """[blocks, b, groups, w, d] -> [(blocks + 1) * b * groups, w, d]: a block of zeros, ending in the rows
-    `before` [rows, b, groups, d], stands before the first."""
+    """[blocks, b, groups, w, d] -> [(blocks + 1) * b * groups, w, d]: prepend a block of zeros that ends with the rows
+    `before` [rows, b, groups, d]."""
     if before is None:
         first = torch.zeros_like(tensor[:1])
     else:
@@ -273,10 +274,11 @@ def _window_bias(
     segments: Tensor | None,
     like: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """0 where a query of a block sees a key of the block before it, and of its own block; -inf elsewhere.
+    """Return two biases, for the keys of the block before and of a query's own: 0 where it sees a key, -inf elsewhere.
 
-    Query i of a block sees key j of the block before if j > i, of its own if j <= i; of its own document only, and
-    nothing before the first `rows_before`. Each is broadcastable to [blocks * b * groups, per_group * w, w].
+    Query i of a block sees key j of the block before if j > i, and of its own block if j <= i; only within its own
+    document, and nothing further back than `rows_before` rows before the first block. Each bias is broadcastable to
+    [blocks * b * groups, per_group * w, w].
     """
     if segments is None:
         return _causal_bias(b * groups, per_group, w, blocks, rows_before, like.dtype, like.device)
@@ -296,7 +298,7 @@ def _window_bias(
 def _causal_bias(
     rows: int, per_group: int, w: int, blocks: int, rows_before: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """`_window_bias` without documents: the same for every layer, loop and step."""
+    """Return `_window_bias` without documents, which is the same for every layer, loop and step."""
     i = torch.arange(w, device=device)
     own = (i[None, :] <= i[:, None]).repeat(per_group, 1)[None]
     before = (~own).expand(blocks, -1, -1).clone()

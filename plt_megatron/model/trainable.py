@@ -1,9 +1,9 @@
-"""Which of a model's parameters a run trains: `training.trainable`.
+"""Selection of the parameters that a run trains: `training.trainable`.
 
-Names are megatron-core's over the whole model, as in a checkpoint: `decoder.layers.3.mlp.linear_fc1.weight`. The
-experts of a layer share one: `decoder.layers.3.mlp.experts.linear_fc1.weight`. No torch here: estimates and checks
-before a start read it. A pattern stands for whole parts of a name, wherever they are in it: `plt_gate` for all gates,
-`layers.2[0-9]` for ten layers, `mlp.linear_fc*.weight` for what it names in every layer.
+Names are megatron-core's in the whole model, as in a checkpoint: `decoder.layers.3.mlp.linear_fc1.weight`. The experts
+of a layer share one name: `decoder.layers.3.mlp.experts.linear_fc1.weight`. A pattern matches whole dotted parts
+anywhere in a name: `plt_gate` matches all gates, `layers.2[0-9]` ten layers, `mlp.linear_fc*.weight` those weights in
+every layer. This module does not import torch, since estimates and checks before a start read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"(?<=\.mlp\.experts\.)(\d+|\{expert\})\.")
 
 
 def trains(config: RunConfig) -> Callable[[str], bool]:
-    """Whether a run trains a parameter, by its name.
+    """Return a predicate that tells by a parameter's name whether the run trains it.
 
     Raises:
         UserError: a pattern of `training.trainable` matches no parameter of the model.
@@ -35,18 +35,18 @@ def trains(config: RunConfig) -> Callable[[str], bool]:
 
 
 def selection(config: RunConfig) -> Callable[[str], bool] | None:
-    """`trains` for counting; None: all are trained, and no name need be asked for."""
+    """Return `trains` for counting, or None if all parameters are trained and no name needs a lookup."""
     return trains(config) if config.training.trainable else None
 
 
 def trains_head(config: RunConfig) -> bool:
-    """Whether it trains the output layer's weight, which may be the embedding's."""
+    """Return whether the run trains the output layer's weight, which may be the embedding's."""
     tied = config.model.share_embeddings_and_output_weights
     return trains(config)(EMBEDDING if tied else "output_layer.weight")
 
 
 def is_trained(patterns: Sequence[str], name: str) -> bool:
-    """Whether `training.trainable` has a parameter trained; without patterns it has all."""
+    """Return whether the patterns of `training.trainable` select a parameter; without patterns all are selected."""
     return not patterns or any(_matches(_EXPERT.sub("", name), pattern) for pattern in patterns)
 
 
@@ -55,7 +55,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def find_problems(config: RunConfig) -> list[str]:
-    """The patterns of `training.trainable` that match no parameter of the model, one line each."""
+    """List the patterns of `training.trainable` that match no parameter of the model, one line each."""
     patterns = config.training.trainable
     names = list(_names(config.model)) if patterns else []
     return [_unmatched(each, names) for each in patterns if not any(_matches(name, each) for name in names)]
@@ -68,4 +68,4 @@ def _names(model: ModelConfig) -> Iterator[str]:
 
 def _unmatched(pattern: str, names: list[str]) -> str:
     near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)[0]
-    return f"training.trainable: {pattern!r} matches no parameter of this model; one of them is {near}"
+    return f"training.trainable: {pattern!r} matches no parameter of this model; the closest name is {near}"

@@ -1,4 +1,4 @@
-"""Our run configuration as megatron-core's TransformerConfig."""
+"""Translation of our run configuration into megatron-core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class PLTTransformerConfig(TransformerConfig):
-    """megatron-core's configuration of a layer stack, and PLT's own beside it as `plt`.
+    """megatron-core's configuration of a layer stack, with PLT's own as `plt`.
 
     `cp_comm_type` is how the global attention communicates under context parallelism, `window_cp_comm_type` how the
-    local one does; both for Transformer Engine. From `yarn_rotary_scaling_factor` attention has the factor of queries
-    and keys after RoPE, 0.1 ln(it) + 1; 1: no YaRN.
+    local one does; both apply to Transformer Engine. Attention multiplies queries and keys after RoPE by
+    0.1 ln(`yarn_rotary_scaling_factor`) + 1; a scaling factor of 1 means no YaRN.
     `packed_documents`: whether rows are packed with documents that do not see each other.
     """
 
@@ -42,7 +42,7 @@ class PLTTransformerConfig(TransformerConfig):
 
 
 def resolve_backend(model: ModelConfig) -> str:
-    """`torch` or `te`: what `model.backend: auto` selects on this machine."""
+    """Return `torch` or `te`, resolving `model.backend: auto` for this machine."""
     if model.backend != "auto":
         return model.backend
     if is_cpu_runtime():
@@ -62,7 +62,7 @@ def transformer_config(
     fusions: Fusions | None = None,
     packed_documents: bool = False,
 ) -> PLTTransformerConfig:
-    """The layers' configuration.
+    """Build the layers' configuration.
 
     It has no virtual pipeline size: a stage holds its layers once, however many loops run through them.
 
@@ -73,7 +73,7 @@ def transformer_config(
     if fp8 is not None and backend != "te":
         raise UserError("training.fp8 needs Transformer Engine, which cannot be used here; set training.fp8=null")
     if deterministic and backend == "te":
-        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # its attention requires it and chooses kernels by it
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # TE's attention requires it and chooses kernels by it
     return PLTTransformerConfig(
         plt=model,
         packed_documents=packed_documents,
@@ -84,10 +84,10 @@ def transformer_config(
         params_dtype=DTYPES[precision],
         pipeline_dtype=DTYPES[precision],
         bf16=precision == "bf16",
-        # Initialization is ours (model/initialization.py), the same in every layout.
+        # We initialize ourselves (model/initialization.py), the same way in every layout.
         perform_initialization=False,
         use_cpu_initialization=is_cpu_runtime(),
-        # The mean over the global batch's tokens, however they fall into microbatches and ranks.
+        # Average over the global batch's tokens, however they are split into microbatches and ranks.
         calculate_per_token_loss=True,
         deterministic_mode=deterministic,
         masked_softmax_fusion=False,
@@ -95,7 +95,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         **dataclasses.asdict(fusions or Fusions()),
         cross_entropy_fusion_impl="te",
-        # megatron-core writes it into the process's environment: one value, whatever backends a process builds.
+        # megatron-core writes this into the process's environment, so use one value whatever backends a process builds.
         attention_backend=AttnBackend.auto,
     )
 
@@ -139,7 +139,7 @@ def _parallel_settings(parallel: ParallelConfig) -> dict[str, Any]:
         "recompute_method": "uniform" if full else None,
         "recompute_num_layers": parallel.recompute_num_layers if full else None,
         "recompute_modules": list(parallel.recompute_modules),
-        # With batched p2p and two stages the interleaved schedule mixes up messages between the ranks, silently.
+        # With batched p2p and two stages the interleaved schedule silently mixes up messages between the ranks.
         "batch_p2p_comm": False,
         "overlap_p2p_comm": layout.pipeline > 1,
     }
@@ -176,15 +176,15 @@ def _fp8_settings(fp8: Fp8Choice) -> dict[str, Any]:
         "first_last_layers_bf16": any(fp8.layers_in_bf16),
         "num_layers_at_start_in_bf16": fp8.layers_in_bf16[0],
         "num_layers_at_end_in_bf16": fp8.layers_in_bf16[1],
-        # Delayed scaling: loops have value ranges of their own and share a module's history, so a scale must hold for
-        # the largest value of many calls. megatron-core's default is the last call's.
+        # Delayed scaling: loops have different value ranges but share a module's history, so a scale must cover the
+        # largest value of many calls. megatron-core's default covers only the last call.
         "fp8_amax_history_len": AMAX_HISTORY_LENGTH,
         "fp8_amax_compute_algo": "max",
     }
 
 
 def schedule_config(config: PLTTransformerConfig, loop_count: int) -> PLTTransformerConfig:
-    """The pipeline schedule's view of the configuration: the loops are virtual stages."""
+    """Return the pipeline schedule's copy of the configuration, in which the loops are virtual stages."""
     config = copy.copy(config)
     layout = ParallelLayout(pipeline=config.pipeline_model_parallel_size, loops=loop_count)
     config.virtual_pipeline_model_parallel_size = layout.virtual_stages

@@ -1,8 +1,9 @@
 """The z-loss of the language-model head (PaLM, arXiv 2204.02311): coefficient * log(Z)^2 of each token, with
 Z = sum of exp(logits), which keeps the logits from drifting away together.
 
-log(Z) is the token's cross-entropy plus its label's logit. So whatever computes the cross-entropy, fused or not, split
-over tensor-parallel ranks or not, gives the softmax in backward too, and no second pass over the logits is needed.
+log(Z) is the token's cross-entropy plus its label's logit. So any implementation of the cross-entropy, fused or not,
+split over tensor-parallel ranks or not, also provides the softmax in backward, and no second pass over the logits is
+needed.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from plt_megatron.model.loss import sum_of_losses
 
 
 class HeadZLoss:
-    """Gives losses the z-loss's gradient, and adds up its values.
+    """Adds the z-loss's gradient to the losses, and accumulates its values.
 
     Args:
-        coefficient: of the squares, in nats^2.
+        coefficient: factor of log(Z)^2, which is in nats^2.
         tp_group: ranks that share the vocabulary.
     """
 
@@ -36,7 +37,7 @@ class HeadZLoss:
         loss_mask: Tensor | None,
         cross_entropy: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """The cross-entropies themselves, float32 [b, s], whose gradient is that of cross-entropy and z-loss.
+        """Return the plain cross-entropies, float32 [b, s], whose gradient is that of cross-entropy plus z-loss.
 
         Args:
             logits: [s, b, vocab / TP], which `cross_entropy` may overwrite.
@@ -56,7 +57,7 @@ class HeadZLoss:
         self._total = total if self._total is None else self._total + total
 
     def take(self) -> Tensor | float:
-        """The sum of log(Z)^2 over the tokens that counted since the last call, float64 []; 0.0 if there were none."""
+        """Return the sum of log(Z)^2 over the tokens that counted since the last call, float64 []; 0.0 if none did."""
         total, self._total = self._total, None
         return 0.0 if total is None else total
 
@@ -64,7 +65,7 @@ class HeadZLoss:
 class _LabelLogits(torch.autograd.Function):
     """logits [s, b, vocab / TP], labels [s, b] -> (the logits, float32 [s, b]: each label's logit).
 
-    The second output's gradient is added to the first's in place: one of its own would be as large as the logits.
+    The second output's gradient is added to the first's in place: a separate one would be as large as the logits.
     """
 
     @staticmethod
@@ -77,7 +78,7 @@ class _LabelLogits(torch.autograd.Function):
         if group.size() > 1:
             dist.all_reduce(found, group=group)
         ctx.save_for_backward(own, elsewhere)
-        ctx.mark_dirty(logits)  # not a view of them: the cross-entropy may overwrite it
+        ctx.mark_dirty(logits)  # returned itself, not as a view: the cross-entropy may overwrite it
         return logits, found
 
     @staticmethod
