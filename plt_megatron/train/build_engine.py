@@ -1,4 +1,4 @@
-"""Builds the engine that a configuration names."""
+"""Choice of the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from plt_megatron.train.engine import Engine
 
 
 def build_engine(config: RunConfig, vocab_size: int) -> Engine:
-    """`config` must be validated and process groups must exist. DeepSpeed is imported only if configured."""
+    """Build the engine. `config` must be validated and process groups must exist; DeepSpeed is imported only if
+    configured."""
     if config.deepspeed is None:
         from plt_megatron.train.megatron_engine import MegatronEngine
 

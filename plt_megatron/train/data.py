@@ -1,4 +1,4 @@
-"""A run's text: its tokenizer, its samples, and this rank's microbatches of them."""
+"""A run's data: its tokenizer, its samples, and this rank's microbatches."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from plt_megatron.train.checkpoint.collective import on_rank_0
 
 
 class RunData:
-    """Training and validation data. Building it is collective; process groups exist.
+    """Training and validation data. Construction is collective and needs process groups.
 
     Attributes:
-        vocab_size: the model's.
+        vocab_size: the model's vocabulary size.
         train, validation: samples.
-        by_source: with `validation.by_source`, each source's validation samples by its name; else, or without a
-            validation, empty.
-        fingerprint: what the sequence of training samples depends on.
+        by_source: with `validation.by_source`, validation samples by source name; empty otherwise, or without
+            validation.
+        fingerprint: everything that the sequence of training samples depends on.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -89,7 +89,7 @@ class RunData:
         return found
 
     def validation_bytes(self, source: str) -> int | None:
-        """Bytes of text that a source's validation samples ask to predict; None without a tokenizer."""
+        """Return the bytes of text to predict in a source's validation samples, or None without a tokenizer."""
         if self.tokenizer is None:
             return None
         if source not in self._bytes:
@@ -99,23 +99,23 @@ class RunData:
         return self._bytes[source]
 
     def describe(self) -> str:
-        """A table of the sources."""
+        """Return a table of the sources."""
         return describe_mix(self._config.data, derived.run_tokens(self._config), self._shares)
 
     def epochs(self, consumed_samples: int) -> dict[str, float]:
-        """Passes over each training source so far, by its name."""
+        """Return the passes over each training source so far, by source name."""
         return consumed_epochs(self._shares, consumed_samples, self._samples)
 
     def training_batches(self, consumed_samples: int, trained_tokens: int) -> Generator[list[MicroBatch]]:
-        """This rank's microbatches of one global batch after another. How many come with each, and the length of
-        their rows, depends on the tokens that the run has been trained on."""
+        """Yield this rank's microbatches, one global batch after another. Their number and their row length depend on
+        the tokens that the run has been trained on."""
         steps = partial(_steps, self._config, trained_tokens)
-        # Only after a rollback has skipped some samples: on with the last stage's.
+        # Samples run out only after a rollback has skipped some: continue with the last stage's.
         wrap_to = [among.start for among in stage_samples(self._config.data, len(self.train)) if among][-1]
         return self._global_batches(self.train, steps, consumed_samples, wrap_to)
 
     def validation_batches(self, source: str | None = None) -> Generator[list[MicroBatch]]:
-        """The same of the validation data, or of one source's, from their start."""
+        """Yield this rank's microbatches of the validation data, or of one source's, from the start."""
         samples = self.validation if source is None else self.by_source[source]
         assert samples is not None
         step = self._config.training.global_batch_size, self._config.data.sequence_length
@@ -149,7 +149,7 @@ class RunData:
 
 
 def _steps(config: RunConfig, tokens: int) -> Iterator[tuple[int, int]]:
-    """(global batch size, row length) of the steps that follow `tokens`, endlessly."""
+    """Yield (global batch size, row length) of the steps that follow after `tokens`, endlessly."""
     lengths = LengthSchedule(config)
     for size in BatchSchedule(config).batches(tokens):
         yield size, lengths.sequence_length(tokens)
@@ -157,12 +157,12 @@ def _steps(config: RunConfig, tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def in_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
-    """A collated microbatch's samples as rows of `length` tokens, each with a context of its own: tensors [samples,
-    tokens] as [rows, length]. `sample_ids` stay."""
+    """Cut a collated microbatch's samples into rows of `length` tokens, each with a context of its own: tensors
+    [samples, tokens] become [rows, length]. `sample_ids` stay."""
     if length == batch["tokens"].shape[1]:
         return batch
     rows = {name: value if name == "sample_ids" else value.reshape(-1, length) for name, value in batch.items()}
-    # Of what began before the row; a document that begins in it has smaller ones.
+    # Positions restart where the row cuts a document; one that begins within the row has smaller positions already.
     rows["position_ids"] = rows["position_ids"].minimum(torch.arange(length))
     if "document_starts" in rows:
         rows["document_starts"] = rows["document_starts"].clone()
@@ -171,7 +171,7 @@ def in_rows(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tens
 
 
 def _samples_of_upload(config: RunConfig) -> int | None:
-    """`training_samples` by a checkpoint that the run is still to fetch."""
+    """Return `training_samples` as of a checkpoint that the run has yet to fetch, or None if there is none to use."""
     settings, training = config.checkpoint, config.training
     if training.train_tokens is None or config.data.order_samples is not None:
         return None
@@ -187,7 +187,7 @@ def _samples_of_upload(config: RunConfig) -> int | None:
 def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
     given = config.model.vocab_size
     if tokenizer is None:
-        assert given is not None, "validate() asks for a tokenizer or model.vocab_size"
+        assert given is not None, "validate() requires a tokenizer or model.vocab_size"
         return given
     if given is not None and given < tokenizer.vocab_size:
         raise UserError(
@@ -198,11 +198,11 @@ def _vocab_size(config: RunConfig, tokenizer: Tokenizer | None) -> int:
 
 
 def _to_microbatch(batch: dict[str, torch.Tensor]) -> MicroBatch:
-    """A collated microbatch of the data set, on this rank's device."""
+    """Move a collated microbatch of the data set to this rank's device."""
     sample_ids, starts = batch.pop("sample_ids"), batch.get("document_starts")
     device = torch.cuda.current_device()
     moved: dict[str, Any] = {
         name: tensor.pin_memory().to(device=device, non_blocking=True) for name, tensor in batch.items()
     }
-    lengths = None if starts is None else document_lengths(starts)  # while they are on the host
+    lengths = None if starts is None else document_lengths(starts)  # while `starts` is on the host
     return MicroBatch(**moved, document_lengths=lengths, sample_ids=sample_ids)

@@ -1,4 +1,4 @@
-"""The interface of an engine (`MegatronEngine` or `DeepSpeedEngine`) for the trainer and checkpoints."""
+"""The engine interface that the trainer and checkpoints use (`MegatronEngine`, `DeepSpeedEngine`)."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class StepResult:
 
     Attributes:
         loss: mean cross-entropy over the step's tokens that count, in nats.
-        grad_norm: of the whole model's gradient, before clipping.
+        grad_norm: norm of the whole model's gradient, before clipping.
         lr: the learning rate this step used.
         loss_tokens: tokens that counted in the loss.
         updated: whether the weights were updated.
-        head_z_loss: with `training.z_loss_coeff`, the mean of log(Z)^2 over those tokens, without the coefficient.
+        head_z_loss: with `training.z_loss_coeff`, the mean of log(Z)^2 over the same tokens, without the coefficient.
     """
 
     loss: float
@@ -38,12 +38,12 @@ class StepResult:
 
 
 def finite_step(loss: float, grad_norm: float) -> bool:
-    """Whether loss and gradient norm are finite."""
+    """Return whether loss and gradient norm are finite."""
     return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 def nothing() -> None:
-    """The default of `on_progress`."""
+    """Do nothing; the default of `on_progress`."""
 
 
 class Engine(Protocol):
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
     Attributes:
         stage: this rank's part of the model.
-        times: where the time of steps goes.
+        times: host time spent in each part of a step.
         on_progress: called at every forward pass of a microbatch through a stage.
     """
 
@@ -65,7 +65,7 @@ class Engine(Protocol):
 
     @property
     def state(self) -> EngineState:
-        """Model and optimizer for checkpoints."""
+        """State of model and optimizer for checkpoints."""
 
     def train_step(
         self,
@@ -73,17 +73,17 @@ class Engine(Protocol):
         accept: Callable[[float, float], bool] = finite_step,
         loop_count: int | None = None,
     ) -> StepResult:
-        """Forward and backward over this rank's microbatches, then the optimizer.
+        """Run forward and backward over this rank's microbatches, then the optimizer.
 
         Args:
             batches: this rank's microbatches.
-            accept: given loss and gradient norm, equal on all ranks, whether the weights may be updated. A step that
-                is not accepted leaves weights and optimizer state as they were; the learning rate's schedule continues.
-            loop_count: of this step; None: the model's.
+            accept: decides from loss and gradient norm, equal on all ranks, whether the weights may be updated. A
+                rejected step leaves weights and optimizer state unchanged; the learning-rate schedule continues.
+            loop_count: loops of this step; None: the model's.
         """
 
     def evaluate(self, batches: list[MicroBatch], loop_count: int) -> tuple[float, int]:
-        """(sum of token losses, tokens that count) of the same weights run for `loop_count` loops."""
+        """Return (sum of token losses, tokens that count) of the current weights run for `loop_count` loops."""
 
     def gather_parameters(self) -> None:
         """Complete the weights that the last step updated, before anything but a forward pass reads them. Collective;
@@ -91,13 +91,14 @@ class Engine(Protocol):
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
-        """(sum of token losses, tokens that count) of each microbatch run last, on the last stage. Collective over the
-        ranks that share its sequences."""
+        """(sum of token losses, tokens that count) of each microbatch of the latest step or evaluation, on the last
+        stage. Collective over the ranks that share a microbatch's sequences."""
 
 
 class StepTimes:
-    """Adds up host seconds by name. What runs on a GPU counts where the host waits for it, once a step: loss and
-    gradient norm are read after forward and backward, which are whole; the optimizer's kernels run on into the next."""
+    """Accumulates host seconds by name. GPU work counts where the host waits for it, once per step, when it reads loss
+    and gradient norm after forward and backward: these are timed whole, while the optimizer's kernels run on into the
+    next step."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
@@ -117,7 +118,7 @@ class StepTimes:
         self._steps += 1
 
     def take(self) -> dict[str, float]:
-        """Mean seconds per step of each block since the last call."""
+        """Return the mean seconds per step of each block since the last call."""
         steps = max(1, self._steps)
         means = {name: seconds / steps for name, seconds in self._seconds.items()}
         self._seconds.clear()

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 from plt_megatron.config.schema import TrainingConfig
 from plt_megatron.train.engine import finite_step
 
-_PER_STEPS = 1000  # max_skipped_steps is also a rate
+_PER_STEPS = 1000  # max_skipped_steps also limits the rejected steps among this many
 
 
 class StepKind(NamedTuple):
-    """What a run's schedules give a step: losses of other kinds say nothing about its own.
+    """The properties that a run's schedules give a step; losses of different kinds of steps are not comparable.
 
     Attributes:
-        first_stage, last_stage: of `data.stages`, those of the step's first and last sample.
-        sequence_length: of its rows.
-        loop_count: its loops.
-        global_batch_size: in samples. Losses of smaller batches scatter more, and are a measure of larger ones.
+        first_stage, last_stage: stages of `data.stages` that the step's first and last sample belong to.
+        sequence_length: tokens per row.
+        loop_count: loops of the step.
+        global_batch_size: in samples. Losses of smaller batches scatter more, so they can judge larger batches too.
     """
 
     first_stage: int = 0
@@ -33,18 +33,18 @@ class StepKind(NamedTuple):
     global_batch_size: int = 0
 
     def can_be_judged_by(self, other: StepKind) -> bool:
-        """Whether losses of steps of another kind are a measure of this one's."""
+        """Return whether losses of the kind `other` can judge those of this kind."""
         return self[:-1] == other[:-1] and self.global_batch_size >= other.global_batch_size
 
 
 class StepGuard:
-    """Judges steps and counts those that were not accepted.
+    """Judges steps and counts the rejected ones.
 
     Attributes:
-        kind: of the step to be judged.
+        kind: kind of the step to be judged.
         problem: what was wrong with the last judged step, as text; None if nothing.
-        action: what to do about it: `fail`, `skip` or `rollback`.
-        too_many: whether so many were not accepted that the run is to end.
+        action: what to do about the problem: `fail`, `skip` or `rollback`.
+        too_many: whether so many steps were rejected that the run must end.
     """
 
     def __init__(self, training: TrainingConfig) -> None:
@@ -59,7 +59,7 @@ class StepGuard:
         self.too_many = False
 
     def accept(self, loss: float, grad_norm: float) -> bool:
-        """Whether the weights may be updated with this step's gradients. One call per step."""
+        """Return whether the weights may be updated with this step's gradients. Call this once per step."""
         self._step += 1
         self.problem = self._judge(loss, grad_norm)
         if self.problem is None:
@@ -74,7 +74,7 @@ class StepGuard:
         return False
 
     def _losses(self) -> list[float]:
-        """The recent accepted ones that a step like this is measured by."""
+        """Return the recent accepted losses that a step of the current kind is judged by."""
         return [loss for kind, loss in self._recent if self.kind.can_be_judged_by(kind)]
 
     def _judge(self, loss: float, grad_norm: float) -> str | None:
@@ -90,7 +90,7 @@ class StepGuard:
         if loss <= mean + self._training.spike_threshold * max(deviation, 1e-6 * abs(mean)):
             return None
         self.action = self._training.on_spike
-        return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(losses)} steps like it"
+        return f"loss spike: {loss:.4f}, {mean:.4f} +- {deviation:.4f} over the last {len(losses)} comparable steps"
 
     def _too_many(self) -> bool:
         limit = self._training.max_skipped_steps
@@ -98,7 +98,7 @@ class StepGuard:
         return self._in_a_row > limit or recent > limit
 
     def statistics(self) -> dict[str, Any]:
-        """The recent accepted losses that the last step was measured by, for a report."""
+        """Summarize the recent accepted losses that the last step was judged by, for a report."""
         losses = self._losses()
         if not losses:
             return {"steps": 0}
@@ -111,7 +111,7 @@ class StepGuard:
         }
 
     def state(self) -> dict[str, Any]:
-        """The state for a resumed run."""
+        """Return the state for a resumed run."""
         return {
             "recent": [[list(kind), loss] for kind, loss in self._recent],
             "skipped": list(self._skipped),
@@ -126,12 +126,12 @@ class StepGuard:
         self._step, self._in_a_row = state["step"], state["in_a_row"]
 
     def restore_losses(self, state: dict[str, Any]) -> None:
-        """Restore only the losses that `state` returned; keep the count of steps that were not accepted."""
+        """Restore only the losses that `state` returned; keep the count of rejected steps."""
         self._recent.clear()
-        # Checkpoints once had losses without their kinds.
+        # Older checkpoints have losses without their kinds.
         self._recent.extend((StepKind(*kind), loss) for kind, loss in state.get("recent", []))
 
     def forgive(self) -> None:
-        """Count steps that are not accepted anew."""
+        """Reset the count of rejected steps."""
         self._skipped.clear()
         self._in_a_row = 0

@@ -1,6 +1,6 @@
-"""The process that trains: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
+"""The training process: `python -m plt_megatron.train.main CONFIG.yaml [key=value ...]`, one per rank.
 
-Launchers start it (plt train on one machine) with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+Launchers (plt train on one machine) start it with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 Exit status: 0 finished, 2 something for the user to fix, 75 stopped on request with its state saved, 1 failed.
 """
 
@@ -24,12 +24,12 @@ from plt_megatron.runtime.environment import quiet_imports, set_cuda_environment
 
 
 def main(arguments: list[str]) -> int:
-    """Train one rank's part of the run; returns the exit status."""
+    """Train one rank's part of the run and return the exit status."""
     hear_every_interrupt()
-    go_on_without_readers()  # metrics.jsonl has what is printed
-    first = os.environ.get("RANK", "0") == "0"  # the others would print the same
+    go_on_without_readers()  # metrics.jsonl has everything that is printed
+    first = os.environ.get("RANK", "0") == "0"  # the other ranks would print the same
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which plt train has blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked by plt train
         config = load_config(arguments[0], arguments[1:])
         validate(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return train(config)
@@ -38,15 +38,15 @@ def main(arguments: list[str]) -> int:
             print_error(error)
             RunFolder(Path(arguments[0]).parent).restore_config()
         return ExitStatus.USER_ERROR
-    except KeyboardInterrupt:  # before the training loop listens
+    except KeyboardInterrupt:  # before the training loop handles signals
         if first:
-            print("interrupted before the first step: the same command starts it again", file=sys.stderr)
+            print("interrupted before the first step: run the same command to start again", file=sys.stderr)
             RunFolder(Path(arguments[0]).parent).restore_config()
         return EXIT_INTERRUPTED
 
 
 def train(config: RunConfig) -> int:
-    """Set this process up, train, and leave the job."""
+    """Set up this process, train, and leave the job."""
     set_cuda_environment(config)
     import torch
 
@@ -67,7 +67,7 @@ def train(config: RunConfig) -> int:
     from plt_megatron.train.callbacks.uploads import check_destinations
     from plt_megatron.train.trainer import Trainer
 
-    faulthandler.enable()  # a data file truncated under its memory map is a SIGBUS
+    faulthandler.enable()  # a data file truncated under its memory map raises SIGBUS
     init_process_groups(config.parallel)
     check_destinations(config)
     watchdog = start_watchdog(
@@ -97,7 +97,7 @@ def train(config: RunConfig) -> int:
 
 
 def _describe_failure(error: OSError | RuntimeError) -> str | None:
-    """What went wrong on this rank, if that needs no traceback; else None."""
+    """Describe what went wrong on this rank, or return None if that needs a traceback."""
     if isinstance(error, OSError):
         return str(error)
     text = str(error)
@@ -107,7 +107,8 @@ def _describe_failure(error: OSError | RuntimeError) -> str | None:
 
 
 def _quiet_streams() -> None:
-    """On a full disk torch's checkpoint writer fails, which is reported, and once more as its streams are dropped."""
+    """Silence errors of streams that are garbage-collected: on a full disk torch's checkpoint writer fails, which is
+    reported, and fails again when its streams are dropped."""
     report = sys.unraisablehook
     sys.unraisablehook = lambda found: None if isinstance(found.object, io.IOBase) else report(found)
 

@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation, on megatron-core: its schedules, DistributedDataParallel and optimizer.
+"""Optimizer steps and evaluations on megatron-core: its schedules, DistributedDataParallel and optimizer.
 
 The engine knows how to run microbatches through the model in this process's part of the layout. When, how often and on
 what data is up to the trainer.
@@ -44,11 +44,11 @@ from plt_megatron.train.unused_parameters import (
 
 
 class MegatronEngine:
-    """An `Engine`.
+    """The `Engine` on megatron-core.
 
     Args:
-        config: a validated configuration; process groups exist.
-        vocab_size: the tokenizer's.
+        config: a validated configuration; process groups must exist.
+        vocab_size: the tokenizer's vocabulary size.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
@@ -94,7 +94,7 @@ class MegatronEngine:
         with self.times.measure("forward_backward"):
             sums = self._run(batches, loop_count, forward_only=False)
             self.optimizer.prepare_grads()
-            # The one time in a step that the host waits for a GPU.
+            # The only point in a step where the host waits for the GPU.
             loss_sum, tokens, z_loss, squared = torch.cat((sums, squared_grad_norm(self.optimizer))).tolist()
         loss, grad_norm, lr = loss_sum / max(tokens, 1), squared**0.5, self.scheduler.lr
         with self.times.measure("optimizer"):
@@ -141,7 +141,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def _await_gathering(self) -> None:
-        """Wait for buckets that no layer has waited for: an evaluation of one loop leaves out the gates."""
+        """Wait for buckets that no layer has waited for: a one-loop evaluation skips the gates."""
         for group in self._bucket_groups:
             if group.param_gather_handle is not None:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
@@ -161,7 +161,8 @@ class MegatronEngine:
         return [(loss, int(tokens)) for loss, tokens in results.tolist()]
 
     def _run(self, batches: list[MicroBatch], loop_count: int, forward_only: bool) -> Tensor:
-        """float64 [3] on the device, the same on all ranks: sum of losses, tokens that count in it, sum of z-losses."""
+        """Run the schedule and return, as float64 [3] on the device, equal on all ranks: sum of losses, tokens that
+        count in it, sum of z-losses."""
         chunks, config = self._schedule(loop_count)
         for chunk in chunks:
             chunk.rewind()
@@ -198,9 +199,9 @@ class MegatronEngine:
         return output, partial(_loss, batch.loss_mask)
 
     def _finalize(self, chunks: list[LoopChunk], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        # The chunks are views of one stage: its gradients are reduced once.
+        # The chunks are views of one stage, so its gradients are reduced once.
         self.on_progress()
-        with self.times.measure("gradient_reduction"):  # inside forward_backward
+        with self.times.measure("gradient_reduction"):  # nested in forward_backward
             finalize_model_grads([self.ddp], num_tokens, **kwargs)
 
     def _reduce(self, results: list[Tensor]) -> Tensor:
@@ -217,7 +218,8 @@ class MegatronEngine:
 
 
 def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss to differentiate, tokens, what is logged): the schedule divides by all tokens of the step at its end."""
+    """Return (loss to differentiate, tokens, values to log); the schedule divides by all tokens of the step at its
+    end."""
     loss_sum, tokens = sum_of_losses(output, loss_mask)
     # A copy: the schedule may scale the loss in place.
     logged = torch.stack((loss_sum.detach().double(), tokens.double()))
@@ -227,21 +229,21 @@ def _loss(loss_mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Ten
 def zero_gradients(ddp: DistributedDataParallel) -> None:
     """Zero the gradient buffers for a step.
 
-    A layer whose products add up the gradients themselves returns dummies for autograd, which DistributedDataParallel
-    counts where it overlaps the reduction. Where it does not, they would only cost memory: of all loops in one graph,
-    autograd adds them up. Transformer Engine returns none for a weight that lacks the attribute.
+    A layer with fused gradient accumulation returns dummy gradients to autograd, which DistributedDataParallel counts
+    if it overlaps the reduction. Without overlap they would only cost memory, since autograd adds up those of all loops
+    in one graph. Transformer Engine returns none for a weight that lacks the attribute.
     """
     ddp.zero_grad_buffer()
     if ddp.config.gradient_accumulation_fusion and not ddp.ddp_config.overlap_grad_reduce:
         for module in ddp.module.modules():
             if getattr(module, "fuse_wgrad_accumulation", False):
                 for name, parameter in module.named_parameters(recurse=False):
-                    if parameter.requires_grad and name.startswith("weight"):  # of several experts: weight0, weight1 ..
+                    if parameter.requires_grad and name.startswith("weight"):  # several experts: weight0, weight1 ..
                         del parameter.grad_added_to_main_grad
 
 
 def hidden_matrices(stage: MegatronModule) -> list[nn.Parameter]:
-    """A stage's parameters that an optimizer of matrices takes."""
+    """Return a stage's parameters that a matrix optimizer updates."""
     named = stage.named_parameters()
     return [each for name, each in named if each.requires_grad and hidden_matrix(name) is not None]
 
@@ -253,14 +255,14 @@ def wrap_ddp(
     overlap_param_gather: bool = False,
     whole: Sequence[nn.Parameter] = (),
 ) -> DistributedDataParallel:
-    """One DistributedDataParallel around a stage: its loops share the weights and so the gradient buffers.
+    """Wrap a stage in one DistributedDataParallel: its loops share the weights and so the gradient buffers.
 
-    With overlap, a bucket is reduced when each of its parameters has had as many gradients as in the first step after
-    synchronization was enabled; loops and recomputation change that count, but it stays constant across steps. A
-    bucket of weights is waited for by the first layer that uses it, in whichever loop, and counts as gathered until the
-    gradients of the step have been reduced.
+    With overlap, a bucket is reduced when each of its parameters has received as many gradients as in the first step
+    after synchronization was enabled; loops and recomputation change that count, but it stays constant across steps.
+    The first layer that uses a bucket of weights waits for it, in whichever loop, and the bucket counts as gathered
+    until the gradients of the step have been reduced.
 
-    `whole`: parameters that the distributed optimizer must not divide: in buffers of their own, each on one rank.
+    `whole`: parameters that the distributed optimizer must not divide; they get their own buffers, each on one rank.
     """
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -272,7 +274,7 @@ def wrap_ddp(
     data_parallel_size = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     buckets = overlap_grad_reduce and parallel_state.is_pipeline_first_stage()
     with _in_buffers_of_their_own(whole):
-        # As the distributed optimizer's own, but for these.
+        # The distributed optimizer's own layout, except for these parameters.
         layout = LayerWiseDistributedOptimizer.compute_full_param_layout(
             [parameter for parameter in stage.parameters() if parameter.requires_grad],
             derived.bucket_elements(data_parallel_size) if buckets else None,
@@ -285,8 +287,8 @@ def wrap_ddp(
 
 @contextmanager
 def _in_buffers_of_their_own(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """megatron-core asks for this mark here; later, its distributed optimizer would leave marked buckets to another
-    class, which has no checkpoints that reshard."""
+    """Mark parameters that get their own buffers. megatron-core reads the mark here; later, its distributed optimizer
+    would leave marked buckets to another class, whose checkpoints cannot be resharded."""
     for parameter in parameters:
         parameter.is_managed_by_layer_wise_optimizer = True  # type: ignore[attr-defined]
     yield

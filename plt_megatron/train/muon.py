@@ -1,9 +1,9 @@
-"""Muon for hidden matrices, beside Adam for everything else, on megatron-core's distributed optimizer.
+"""Muon for hidden matrices, with Adam for everything else, on megatron-core's distributed optimizer.
 
-megatron-core has an optimizer of its own for this, whose checkpoints belong to a data-parallel size. Here its layout of
-buffers, in which each matrix is whole on one data-parallel rank, is the distributed optimizer's (`wrap_ddp`): what
-reduces, gathers, clips and saves flat pieces of parameters then needs no change, and a piece of a matrix is the matrix.
-The update is megatron-core's `TensorParallelMuon`, with the Newton-Schulz iteration of `emerging-optimizers`.
+megatron-core's own optimizer for this ties checkpoints to a data-parallel size. Here the distributed optimizer takes
+over that optimizer's buffer layout, in which each matrix is whole on one data-parallel rank (`wrap_ddp`): the code that
+reduces, gathers, clips and saves flat pieces of parameters needs no change, and a piece of a matrix is the matrix. The
+update is megatron-core's `TensorParallelMuon`, with the Newton-Schulz iteration of `emerging-optimizers`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from plt_megatron.model.parameters import Parameter, hidden_matrix
 
 
 def give_matrices_to_muon(part: DistributedOptimizer, stage: LoopedGPT, config: RunConfig) -> None:
-    """Have Muon update the groups of hidden matrices that Adam was built with."""
+    """Let Muon update the groups of hidden matrices that Adam was built with."""
     muon = Muon(config, stage, dict(_matrices(part, stage, config.model)))
     part.optimizer = MuonAndAdam(muon, part.optimizer)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A rank's part of a hidden matrix, in terms that `TensorParallelMuon` reads of a parameter.
+    """A rank's part of a hidden matrix, with the attributes that `TensorParallelMuon` reads from a parameter.
 
     Attributes:
         shape: [rows, columns] on this rank.
-        partition_dim: along which tensor-parallel ranks divide it; None: each has all of it.
-        qkv_split_shapes: rows of the matrices that it is made of, again and again; None: it is one.
+        partition_dim: dimension that tensor-parallel ranks divide; None: each rank has all of the matrix.
+        qkv_split_shapes: rows of the matrices it consists of, in a repeating pattern; None: it is a single matrix.
     """
 
     shape: torch.Size
@@ -46,10 +46,10 @@ class Matrix:
 
     @classmethod
     def of(cls, parameter: Parameter, model: ModelConfig, shape: torch.Size, tensor: int) -> Matrix:
-        """What Hugging Face has as several matrices is several to Muon too.
+        """Describe a parameter's part. What Hugging Face stores as several matrices, Muon treats as several too.
 
         Args:
-            parameter: the table's.
+            parameter: the parameter's entry in the table.
             tensor: number of tensor-parallel ranks.
         """
         head = derived.head_dim(model)
@@ -60,7 +60,7 @@ class Matrix:
 
 
 def _matrices(part: DistributedOptimizer, stage: LoopedGPT, model: ModelConfig) -> Any:
-    """(flat main parameter, what it is) of the hidden matrices that this rank updates."""
+    """Yield (flat main parameter, its `Matrix`) of the hidden matrices that this rank updates."""
     for name, own in stage.named_parameters():
         parameter = hidden_matrix(name)
         if parameter is None or own not in part.model_param_group_index_map:
@@ -74,16 +74,16 @@ def _matrices(part: DistributedOptimizer, stage: LoopedGPT, model: ModelConfig) 
 class Muon(TensorParallelMuon):
     """megatron-core's Muon over flat main parameters.
 
-    The iteration runs in bf16 when the model does, as everywhere else; in fp32 otherwise.
+    The iteration runs in bf16 if the model does, as usual, and in fp32 otherwise.
 
     Args:
-        matrices: what they are.
+        matrices: the `Matrix` of each main parameter.
     """
 
     def __init__(self, config: RunConfig, stage: LoopedGPT, matrices: dict[Tensor, Matrix]) -> None:
         settings = config.optimizer
         super().__init__(
-            [torch.empty(0)],  # pieces of fp32 parameters are views, which torch's constructors refuse
+            [torch.empty(0)],  # pieces of fp32 parameters are views, which torch's constructors reject
             lr=settings.lr,
             momentum=settings.muon_momentum,
             nesterov=settings.muon_nesterov,
@@ -100,17 +100,17 @@ class Muon(TensorParallelMuon):
         self._matrices = matrices
 
     def orthogonalize(self, p: Tensor, grad: Tensor, **kwargs: Any) -> Tensor:
-        """See megatron-core: `grad` is the momentum of the main parameter `p`, both flat, as is what is returned."""
+        """See megatron-core. `grad` is the momentum of the main parameter `p`; both are flat, and so is the result."""
         matrix = self._matrices[p]
         return super().orthogonalize(matrix, grad.view(matrix.shape), **kwargs).reshape(-1)
 
 
 class MuonAndAdam:
-    """What megatron-core's distributed optimizer takes for the one optimizer of its parameter groups.
+    """Muon and Adam as the one inner optimizer that megatron-core's distributed optimizer expects.
 
     Attributes:
-        param_groups: those that Adam was built with; each of the two steps its own.
-        state: both optimizers'.
+        param_groups: the groups that Adam was built with; each of the two optimizers steps its own.
+        state: state of both optimizers.
     """
 
     def __init__(self, muon: Muon, adam: Any) -> None:
@@ -123,6 +123,6 @@ class MuonAndAdam:
             group["momentum"] = muon.defaults["momentum"]
 
     def step(self) -> None:
-        """One update of all parameters. Collective over tensor-parallel ranks."""
+        """Update all parameters once. Collective over tensor-parallel ranks."""
         self.adam.step()
         self.muon.step()

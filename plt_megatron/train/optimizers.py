@@ -1,4 +1,4 @@
-"""A configuration's optimizer on megatron-core's distributed optimizer, and the schedule of its learning rate."""
+"""A configuration's optimizer on megatron-core's distributed optimizer, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from plt_megatron.train.unused_parameters import later_loops_override
 
 
 def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
-    """megatron-core's optimizer, made of one distributed optimizer or several."""
+    """Build megatron-core's optimizer, which consists of one or several distributed optimizers."""
     optimizer = get_megatron_optimizer(
         megatron_settings(config), [ddp], group_overrides(config), use_gloo_process_groups=False
     )
     for part in distributed_parts(optimizer)[:-1]:
-        # Each would gather all weights after its own step, those of experts and others alike: the last one does.
+        # Each would gather all weights, experts' and others', after its own step: leave that to the last one.
         part._defer_param_sync = True
     spec = optimizer_spec(config.optimizer)
     if spec.torch_class is not None:
         for part in distributed_parts(optimizer):
             _exchange(part, spec, config.optimizer)
     if spec.matrix_state is not None:
-        from plt_megatron.train.muon import give_matrices_to_muon  # an extra
+        from plt_megatron.train.muon import give_matrices_to_muon  # needs an extra
 
         for part in distributed_parts(optimizer):
             give_matrices_to_muon(part, ddp.module, config)
@@ -49,12 +49,12 @@ def build_optimizer(config: RunConfig, ddp: DistributedDataParallel) -> Any:
 
 
 def distributed_parts(optimizer: Any) -> list[DistributedOptimizer]:
-    """The distributed optimizers that megatron-core's optimizer is made of."""
+    """Return the distributed optimizers that megatron-core's optimizer consists of."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _groups_built(parts: list[DistributedOptimizer]) -> Iterator[tuple[nn.Parameter, dict[str, Any] | None]]:
-    """(parameter of the model, the group of what this rank updates of it, if it does)."""
+    """Yield (parameter of the model, the group in which this rank updates its part of it, or None)."""
     for part in parts:
         for parameter in (own for buffer in part.buffers for own in buffer.param_index_map):
             group, _ = part.model_param_group_index_map.get(parameter, (None, None))
@@ -63,9 +63,10 @@ def _groups_built(parts: list[DistributedOptimizer]) -> Iterator[tuple[nn.Parame
 
 @torch.no_grad()
 def squared_grad_norm(optimizer: Any) -> Tensor:
-    """float64 [1] on the device: the square of the whole model's gradient norm. Collective over all ranks.
+    """Return the square of the whole model's gradient norm, float64 [1] on the device. Collective over all ranks.
 
-    With Transformer Engine it is megatron-core's own; without, megatron-core would read each parameter's norm.
+    With Transformer Engine it is megatron-core's own; without it, megatron-core would read each parameter's norm on the
+    host.
     """
     if clip_grads.multi_tensor_scale_tensor_impl is not None:
         return optimizer.get_grad_norm().double().square().reshape(1)
@@ -79,34 +80,34 @@ def squared_grad_norm(optimizer: Any) -> Tensor:
 
 
 class ElementwiseOptimizer(DistributedOptimizer):
-    """megatron-core's distributed optimizer around a torch optimizer that is not Adam."""
+    """megatron-core's distributed optimizer around a torch optimizer other than Adam."""
 
     spec: OptimizerSpec
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
-        """Names of the state of each parameter; megatron-core's own property knows only Adam's and Lion's."""
+        """Names of each parameter's state; megatron-core's own property knows only Adam's and Lion's."""
         return tuple(self.spec.state)
 
 
 def _exchange(part: DistributedOptimizer, spec: OptimizerSpec, settings: OptimizerConfig) -> None:
     """Replace Adam with another torch optimizer over the same pieces of parameters.
 
-    megatron-core builds its distributed optimizer only around Adam, but uses only its step.
+    megatron-core builds its distributed optimizer only around Adam, but uses nothing of it except its step.
     """
     module, _, name = (spec.torch_class or "").rpartition(".")
     build = getattr(import_module(module), name)
-    # Built over nothing: pieces of fp32 parameters are views, which torch's constructors refuse.
+    # Built over a dummy: pieces of fp32 parameters are views, which torch's constructors reject.
     inner = build([torch.empty(0)], lr=settings.lr, **spec.arguments(settings))
     inner.param_groups = part.optimizer.param_groups
-    for group in inner.param_groups:  # with each group's current rate
+    for group in inner.param_groups:  # each group keeps its current rate
         group |= {key: value for key, value in inner.defaults.items() if key not in ("lr", "weight_decay")}
     part.optimizer, part.spec = inner, spec
     part.__class__ = ElementwiseOptimizer
 
 
 def megatron_settings(config: RunConfig) -> MegatronOptimizerConfig:
-    """megatron-core's settings of the optimizer."""
+    """Return megatron-core's optimizer settings."""
     optimizer, training = config.optimizer, config.training
     return MegatronOptimizerConfig(
         lr=optimizer.lr,
@@ -125,7 +126,7 @@ class Group:
     """Parameters with the same rates.
 
     Attributes:
-        name: in messages.
+        name: name in messages.
         rate, decay, eps: factors of learning rate, weight decay and Adam's epsilon.
     """
 
@@ -137,15 +138,15 @@ class Group:
 
     @property
     def key(self) -> ParamKey:
-        """By which megatron-core finds them."""
+        """The key by which megatron-core finds the parameters."""
         return ParamKey(with_name_predicate=ParamWithNamePredicate(self.name, lambda tensor, name: self.has(name)))
 
     def has(self, name: str) -> bool:
-        """Whether the parameter of this name is one of them."""
+        """Return whether the parameter of this name is in the group."""
         return any(parameter.is_named(name) for parameter in self.parameters)
 
     def override(self, settings: OptimizerConfig) -> dict[str, float]:
-        """What megatron-core's parameter group has of its own."""
+        """Return the settings that megatron-core's parameter group overrides."""
         override: dict[str, float] = {}
         if self.rate != 1:
             override |= {"max_lr": self.rate * settings.lr, "min_lr": self.rate * settings.min_lr}
@@ -157,12 +158,12 @@ class Group:
 
 
 def groups(config: RunConfig) -> list[Group]:
-    """A model's parameters by kind, matrices and vectors apart.
+    """Group a model's parameters by kind, matrices and vectors separately.
 
-    With muP also by whether its rules are for them (arXiv 2203.03466, table 3; 2505.01618, table 1): what sums over a
-    width m times the base's has 1 / m of the rate, and m times the decay, so that rate x decay is the base's.
-    megatron-core's `use_mup` has these rates but for an untied head's, and multiplies the logits in the forward pass,
-    where here the final norm's weight does.
+    With muP, also by whether its rules apply to them (arXiv 2203.03466, table 3; 2505.01618, table 1): parameters that
+    sum over a width m times the base's get 1 / m of the rate and m times the decay, so that rate x decay stays the
+    base's. megatron-core's `use_mup` has the same rates except for an untied head, and multiplies the logits in the
+    forward pass; here the final norm's weight does that.
     """
     has_mup = config.model.mup_base_hidden_size is not None
     found = defaultdict(list)
@@ -184,7 +185,7 @@ def _group(
         and optimizer_spec(settings).matrix_state is not None
         and settings.muon_scale_mode != "spectral"
     ):
-        width = 1.0  # these updates have the sizes that muP asks for; spectral makes them as large as Adam's
+        width = 1.0  # these updates already have the sizes muP requires; spectral makes them as large as Adam's
     decay = getattr(settings.wd_mult, kind) if is_matrix or kind == "norms" else 0.0  # a gate's bias does not decay
     name = kind if is_matrix or kind == "norms" else f"{kind} (vectors)"
     return Group(
@@ -197,7 +198,7 @@ def _group(
 
 
 def kind_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """The same as megatron-core's parameter groups."""
+    """Return `groups` as overrides of megatron-core's parameter groups."""
     overrides = {group.key: group.override(config.optimizer) for group in groups(config)}
     return {key: cast(ParamGroupOverride, override) for key, override in overrides.items() if override}
 
@@ -205,10 +206,10 @@ def kind_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
 def check_groups(
     config: RunConfig, stage: nn.Module, built: Iterable[tuple[nn.Parameter, dict[str, Any] | None]]
 ) -> None:
-    """Assert that each parameter of a stage that is trained is in one group of the optimizer, with its kind's rates.
+    """Assert that each trained parameter of a stage is in exactly one group of the optimizer, with its kind's rates.
 
     Args:
-        built: (parameter, its group, or None where another rank updates it).
+        built: (parameter, its group, or None if another rank updates it).
     """
     settings, own, of = config.optimizer, groups(config), list(built)
     trained = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
@@ -225,7 +226,7 @@ def check_groups(
 
 
 def described(config: RunConfig) -> str:
-    """The optimizer, and each kind's highest rate and weight decay, in a line."""
+    """Describe the optimizer and each kind's peak learning rate and weight decay, in one line."""
     settings = config.optimizer
     parts = [
         f"{group.name} {group.rate * settings.lr:.3g}, {group.decay * settings.weight_decay:.3g}"
@@ -235,8 +236,8 @@ def described(config: RunConfig) -> str:
 
 
 def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
-    """The same, and groups of what only later loops use, which may have had fewer updates, and of hidden matrices, if
-    these are updated as wholes."""
+    """Return `kind_overrides`, plus groups for parameters that only later loops use, which may have had fewer updates,
+    and for hidden matrices, if these are updated as whole matrices."""
     overrides = kind_overrides(config) | later_loops_override(config)
     if optimizer_spec(config.optimizer).matrix_state is not None:
         matrices = ParamWithNamePredicate("hidden matrices", lambda parameter, name: hidden_matrix(name) is not None)
@@ -245,13 +246,13 @@ def group_overrides(config: RunConfig) -> dict[ParamKey, ParamGroupOverride]:
 
 
 class LearningRate(OptimizerParamScheduler):
-    """The learning rate's schedule over the parameter groups of an optimizer, which begins at step 0.
+    """Learning-rate schedule over an optimizer's parameter groups, starting at step 0.
 
-    It counts steps. Where the run's length is given in tokens, these are steps of the `training.global_batch_size` that
-    the run began with, whatever its batches are now, so that a rate belongs to a number of tokens.
+    It counts steps. If the run's length is given in tokens, these are steps of the `training.global_batch_size` that
+    the run began with, whatever the batch size is now, so that a rate belongs to a number of tokens.
 
     Attributes:
-        step_tokens: of one step that it counts.
+        step_tokens: tokens of one counted step.
     """
 
     def __init__(self, config: RunConfig, optimizer: Any, step_tokens: int | None = None) -> None:
@@ -278,15 +279,15 @@ class LearningRate(OptimizerParamScheduler):
 
     @property
     def lr(self) -> float:
-        """The rate at this step, without any kind's factor."""
+        """The learning rate at this step, without any kind's factor."""
         return float(self.get_lr({}))
 
     def count_step(self) -> None:
-        """A step of the run is done."""
+        """Advance the schedule by one step of the run."""
         self.go_to(self._run_step + 1, self._run_tokens + self._batches.step_tokens(self._run_tokens))
 
     def go_to(self, step: int, tokens: int) -> None:
-        """Where the run is after so many steps and tokens."""
+        """Move the schedule to the run's given number of steps and tokens."""
         self._run_step, self._run_tokens = step, tokens
         self.num_steps = tokens / self.step_tokens if self._in_tokens else step
         self.step(0)

@@ -1,7 +1,7 @@
 """Requests to stop or save: by a signal, or by a file named STOP or SAVE in the run folder.
 
-Ranks receive a signal at different times, so they agree at the step boundary: if one was asked, all save at the same
-step. STOP saves and exits, SAVE saves and continues; rank 0 looks for the files and removes them.
+Ranks receive a signal at different times, so they agree at the step boundary: if any rank was asked, all save at the
+same step. STOP saves and exits, SAVE saves and continues; rank 0 looks for the files and removes them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class StopRequest:
     def __init__(self, folder: RunFolder) -> None:
         self.requested = False
         self._folder = folder
-        self._signaled = False  # never taken back: a signal during a collective counts at the next step boundary
+        self._signaled = False  # never reset: a signal during a collective counts at the next step boundary
         self._previous = {number: signal.signal(number, self._hear) for number in _SIGNALS}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._signaled = True
 
     def agree(self) -> bool:
-        """Ask all ranks, at a step boundary: True if a checkpoint is due now. Collective."""
+        """Agree with all ranks at a step boundary; return True if a checkpoint is due now. Collective."""
         asked = _STOP if self._signaled else _NOTHING
         if dist.get_rank() == 0:
             asked = max(asked, self._look_for_files())

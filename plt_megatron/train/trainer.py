@@ -28,15 +28,15 @@ from plt_megatron.train.checkpoint.store import CheckpointStore
 from plt_megatron.train.data import RunData
 from plt_megatron.train.stop import StopRequest
 
-_TURN_S = 0.5  # between two looks at what callbacks still work on
+_TURN_S = 0.5  # between checks of whether callbacks are still working
 
 
 class Trainer:
-    """A run: its model, data and progress; a `Run` to its callbacks. Process groups must exist.
+    """A run: its model, data and progress; its callbacks see it as a `Run`. Process groups must exist.
 
     Args:
-        config: validated.
-        heartbeat: called at every turn with this rank's phase and step.
+        config: a validated configuration.
+        heartbeat: called at every sign of life with this rank's phase and step.
     """
 
     def __init__(self, config: RunConfig, heartbeat: Callable[[str, int], Any] | None = None) -> None:
@@ -57,7 +57,7 @@ class Trainer:
         self.callbacks = [callback(self) for callback in CALLBACKS]
 
     def run(self) -> bool:
-        """Train to the end, or until asked to stop. Returns whether the run is finished."""
+        """Train to the end, or until asked to stop; return whether the run is finished."""
         self._resume()
         if self.is_first_rank:
             self.folder.keep_config()
@@ -91,8 +91,8 @@ class Trainer:
             self._save()
 
     def _wait_for_callbacks(self) -> bool:
-        """Let callbacks finish what they work on, on all ranks, since one that ends early would be missed. False: they
-        have not, as the run is to stop before."""
+        """Wait on all ranks until the callbacks of every rank have finished their work, since a rank that ends early
+        would be missed. Return False if the run is asked to stop before that."""
         while any_rank(any(self._each(Callback.is_working))):
             self.beat("waiting")
             self.stop.agree()
@@ -112,7 +112,7 @@ class Trainer:
         return all(self._each(Callback.accept, loss, grad_norm))
 
     def _each(self, hook: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What each callback, in their order, returns from one of its methods."""
+        """Call one method of each callback, in order, and return the results."""
         return [getattr(callback, hook.__name__)(*arguments) for callback in self.callbacks]
 
     def _move_clock(self, step: Step) -> None:
@@ -156,11 +156,11 @@ class Trainer:
             callback.on_rollback(progress.get(callback.name, {}))
         self._save()  # otherwise a crash before the next save would repeat the bad data
         self.checkpoints.close()
-        self._batches.close()  # of what comes next, batches may be of another size
+        self._batches.close()  # the next batches may have another size
         self._batches = self.data.training_batches(self.clock.samples, self.clock.tokens)
 
     def _load(self) -> dict[str, Any] | None:
-        """Restore engine and clock, but not the data, from the checkpoint; its progress, or None without one."""
+        """Restore engine and clock, but not the data, from the checkpoint; return its progress, or None without one."""
         self.beat("loading")
         progress = self.checkpoints.load(self.engine, self._kept())
         if progress is not None:
@@ -178,7 +178,7 @@ class Trainer:
             self.checkpoints.save(self.engine, progress | states, self._kept())
 
     def _kept(self) -> Kept:
-        """The callbacks' tensors of the parameters."""
+        """Return the tensors that callbacks keep of the parameters."""
         kept = {callback.name: callback.parameter_state() for callback in self.callbacks}
         return {name: tensors for name, tensors in kept.items() if tensors}
 
@@ -194,7 +194,7 @@ class Trainer:
     # Signs of life.
 
     def beat(self, phase: str | None = None) -> None:
-        """Report a sign of life; without a `phase`, in the last one."""
+        """Report a sign of life; without `phase`, in the current phase."""
         self._phase = phase or self._phase
         if self._heartbeat is not None:
             self._heartbeat(self._phase, self.clock.step)

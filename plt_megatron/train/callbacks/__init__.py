@@ -1,1 +1,1 @@
-"""What a run does besides training: `base` has the interface, `registry` the list."""
+"""Callbacks, for everything a run does besides training: `base` has the interface, `registry` the list."""

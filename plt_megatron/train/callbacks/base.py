@@ -1,4 +1,4 @@
-"""The interface of callbacks, and what they may use of the run."""
+"""The callback interface, and the part of the run that callbacks may use."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Clock:
 
     Attributes:
         step: optimizer steps, including those without an update.
-        samples: taken from the training data, including those skipped by rollbacks.
-        tokens: trained on.
+        samples: samples taken from the training data, including those skipped by rollbacks.
+        tokens: tokens trained on.
     """
 
     step: int = 0
@@ -40,10 +40,10 @@ class Step:
     Attributes:
         number: 1 for the run's first.
         batches: this rank's microbatches.
-        loop_count: of this step. A callback may change it before the step, to the same number on all ranks.
-        global_batch_size: samples of this step, of all ranks together.
-        sequence_length: tokens of the rows that they are read as.
-        seconds: time of data, passes and update, once it is done.
+        loop_count: loops of this step. A callback may change it before the step, to the same number on all ranks.
+        global_batch_size: samples of this step over all ranks.
+        sequence_length: tokens of the rows that samples are cut into.
+        seconds: duration of data loading, passes and update, once the step is done.
     """
 
     number: int
@@ -70,14 +70,14 @@ class Run(Protocol):
         """The number of the last step."""
 
     def is_due(self, interval: int, step: int | None = None) -> bool:
-        """Whether something done every `interval` steps (0: never) and after the last one is due after `step`, by
-        default the one just done."""
+        """Return whether something done every `interval` steps (0: never) and after the last one is due after `step`,
+        by default the one just done."""
 
     def beat(self, phase: str | None = None) -> None:
         """Report a sign of life before long work; `phase` names it."""
 
     def say(self, line: str) -> None:
-        """A line for the people who watch."""
+        """Show a line to people who watch the run."""
 
     def report(self, record: dict[str, Any]) -> None:
         """Pass a record of `kind`, `step`, `tokens` and numbers to all callbacks' `on_record`."""
@@ -86,7 +86,7 @@ class Run(Protocol):
         """Return to the last checkpoint's weights, and continue with the next data. Collective."""
 
     def what_is_saved(self) -> str:
-        """One sentence for an error message."""
+        """Return a sentence on the last checkpoint, for an error message."""
 
 
 class Callback:
@@ -96,7 +96,7 @@ class Callback:
     order of that list, so that they may communicate. A class reads its settings from `run.config`.
 
     Attributes:
-        name: of its state in checkpoints; not needed without state.
+        name: name of its state in checkpoints; not needed without state.
     """
 
     name = ""
@@ -110,74 +110,75 @@ class Callback:
         """Restore what `state_dict` returned, in a resumed run."""
 
     def on_start(self) -> None:
-        """Before the first step of a new or resumed run."""
+        """Called before the first step of a new or resumed run."""
 
     # In every step.
 
     def before_step(self, step: Step) -> None:
-        """Before each step, with its data."""
+        """Called before each step, with its data."""
 
     def accept(self, loss: float, grad_norm: float) -> bool:
-        """Whether the weights may be updated with the step's gradients; all callbacks must agree. Called once per step,
-        with the same numbers on all ranks."""
+        """Return whether the weights may be updated with the step's gradients; all callbacks must agree. Called once
+        per step, with the same numbers on all ranks."""
         return True
 
     def on_rejected(self, step: Step, result: StepResult) -> bool:
-        """The weights were not updated. Returns whether the run rolled back; then `after_step` is not called."""
+        """Called if the weights were not updated. Return whether the run rolled back; if so, no `after_step`."""
         return False
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """After each step, with the run's clock advanced."""
+        """Called after each step, with the run's clock advanced."""
 
     # Reports.
 
     def on_log(self) -> dict[str, Any]:
-        """What it adds to the training record of the last step. Collective."""
+        """Return what it adds to the training record of the last step. Collective."""
         return {}
 
     def other_weights(self) -> dict[str, AbstractContextManager[None]]:
-        """Weights that validation measures beside the run's own, by what its fields begin with (`ema`: `ema_loss`): in
-        its context, which all ranks enter together, the engine's model has them."""
+        """Return weights that validation measures besides the run's own, by the prefix of their fields (`ema`:
+        `ema_loss`). Each is a context, which all ranks enter together and within which the engine's model has them."""
         return {}
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """A record of training or validation."""
+        """Handle a record of training or validation."""
 
     def say(self, line: str) -> None:
-        """A line for the people who watch."""
+        """Show a line to people who watch the run."""
 
     # Around checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state for a resumed run: JSON, the same on all ranks."""
+        """Return its state for a resumed run: JSON, the same on all ranks."""
         return {}
 
     def parameter_state(self) -> dict[Any, Any]:
-        """State in tensors, such as averages of weights: each in the shape of one of `engine.stage`'s parameters, by
-        its name. They are saved like parameters, and loading a checkpoint in any layout fills them. After a step,
-        weights are complete on a rank only once `engine.gather_parameters()` was called on all. Or, nested in
-        dictionaries, megatron-core's sharded tensors, whose keys begin with `kept.` and the callback's name."""
+        """Return state in tensors, such as averages of weights: either tensors in the shapes of `engine.stage`'s
+        parameters, by parameter name, or, nested in dictionaries, megatron-core's sharded tensors, whose keys begin
+        with `kept.` and the callback's name. They are saved like parameters, and loading a checkpoint in any layout
+        fills them. After a step, weights are complete on a rank only once `engine.gather_parameters()` was called on
+        all ranks."""
         return {}
 
     def on_save(self, checkpoint: Path) -> None:
-        """A complete checkpoint has been published."""
+        """Called when a complete checkpoint has been published."""
 
     def on_export(self, export: Path) -> None:
-        """An export of a checkpoint is finished, its evaluation too. On the first rank only."""
+        """Called on the first rank only, when an export of a checkpoint and its evaluation are finished."""
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """The run has rolled back to a checkpoint with this state."""
+        """Called when the run has rolled back to a checkpoint with this state."""
         self.load_state_dict(state)
 
     # At the end.
 
     def is_working(self) -> bool:
-        """Whether it still works on something beside the run. Asked time and again after the last step: the run ends
-        when no callback of any rank does, or when it is asked to stop."""
+        """Return whether it is still working on something beside the run. Polled after the last step: the run ends when
+        no callback of any rank is, or when it is asked to stop."""
         return False
 
     def on_end(self) -> None:
-        """After the last step, or when the run stops on request."""
+        """Called after the last step, or when the run stops on request."""
 
     def close(self) -> None:
         """Release resources, however the run ended. Not collective."""

@@ -1,4 +1,4 @@
-"""Processes beside training: of low priority, without a GPU, and no part of the job."""
+"""Processes that run beside training: at low priority, without a GPU, and not as part of the job."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 
 import psutil
 
-_GRACE_S = 10.0  # to tidy up, once it is to end
-# What a rank's launcher sets: a library might join the run's job, and wait for its other ranks.
+_GRACE_S = 10.0  # for a process to clean up after it was asked to end
+# Variables set by a rank's launcher: with them a library might join the run's job and wait for its other ranks.
 _OF_A_RANK = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_", "PMI", "OMPI_", "MV2_")
 
 
 class BesideProcess:
-    """A command of `plt`.
+    """A `plt` command that runs beside training.
 
     Args:
-        command: its name and its arguments.
-        log: gets what it says on stderr.
+        command: the command's name and arguments.
+        log: file that receives its stderr.
     """
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
@@ -38,16 +38,16 @@ class BesideProcess:
             )
 
     def poll(self) -> int | None:
-        """Its exit status; None while it runs."""
+        """Return its exit status, or None while it runs."""
         return self._process.poll()
 
     def last_words(self) -> str:
-        """The last line of its log, as a reason for its exit status."""
+        """Return the last line of its log, as the reason for its exit status."""
         words = self._log.read_text(errors="replace").strip().splitlines()
         return words[-1].removeprefix("error: ") if words else f"exit status {self._process.returncode}"
 
     def quiet_seconds(self) -> float:
-        """For how long it has neither read nor written anything; 0 where the system does not say."""
+        """Return for how long it has neither read nor written anything; 0 if the system does not say."""
         try:
             counters = tuple(psutil.Process(self._process.pid).io_counters())
         except (psutil.Error, AttributeError, OSError):
@@ -57,16 +57,16 @@ class BesideProcess:
         return time.monotonic() - self._moved
 
     def end(self) -> None:
-        """Have it end: on request, else by force."""
+        """Ask it to end, and kill it if it does not."""
         self._process.terminate()
         try:
             self._process.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:  # it waits for something that hears no signals
+        except subprocess.TimeoutExpired:  # stuck in something that ignores signals
             self._process.kill()
             self._process.wait()
 
 
 def environment() -> dict[str, str]:
-    """This process's, for one that is no rank."""
+    """Return this process's environment, for a process that is not a rank."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
     return own | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -19,10 +19,10 @@ class Exports(Callback):
     """Exports checkpoints to `<run folder>/exports/step_00000100`, and evaluates the exports (`evaluation.tasks`), one
     after the other.
 
-    The first rank starts a process of low priority for each that reads the checkpoint one tensor at a time and has no
-    GPU. A checkpoint that waits for its turn lies in `<run folder>/exporting` too, as hard links: the run may remove
-    its own, and an export that a kill or a time limit cut short is made by the job that goes on. What fails is
-    reported and does not end the run.
+    For each, the first rank starts a low-priority process without a GPU, which reads the checkpoint one tensor at a
+    time. A checkpoint waiting for its turn is also kept in `<run folder>/exporting`, as hard links: the run may remove
+    its own, and the next job redoes an export that a kill or a time limit cut short. A failure is reported and does not
+    end the run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -30,17 +30,18 @@ class Exports(Callback):
         self._interval = run.config.checkpoint.export_interval
         self._works = run.is_first_rank and self._interval > 0
         self._process: BesideProcess | None = None
-        self._checkpoint = Path()  # that the process is for
-        self._evaluates = False  # it exports first
+        self._checkpoint = Path()  # the one that the process works on
+        self._evaluates = False  # False while the process exports
         self._rolled_back_to: int | None = None
 
     def on_start(self) -> None:
-        """Go on with what an earlier job has left."""
+        """Continue with what an earlier job left."""
         if self._works:
             self._start_next()
 
     def on_save(self, checkpoint: Path) -> None:
-        """Queue the checkpoint if its step is due. The one that a rollback goes back to is saved again, unchanged."""
+        """Queue the checkpoint if its step is due. A rollback saves its checkpoint again, unchanged: do not queue that
+        one twice."""
         step = step_of(checkpoint)
         if not self._works or not self.run.is_due(self._interval, step):
             return
@@ -56,7 +57,7 @@ class Exports(Callback):
             self._advance()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """What waits of later steps belongs to a course of training that is given up."""
+        """Drop waiting checkpoints of later steps, which belong to abandoned training."""
         if not self._works:
             return
         step = self._rolled_back_to = self.run.clock.step
@@ -69,13 +70,13 @@ class Exports(Callback):
         self._start_next()
 
     def is_working(self) -> bool:
-        """Whether an export is under way."""
+        """Return whether an export is under way."""
         if self._works:
             self._advance()
         return self._process is not None
 
     def close(self) -> None:
-        """End an export that is not done; the next job makes it."""
+        """Stop an unfinished export; the next job redoes it."""
         self._cancel()
 
     # The first rank's queue.
@@ -87,14 +88,14 @@ class Exports(Callback):
         try:
             link_folder(checkpoint, waiting)
         except OSError as error:
-            self.run.say(f"warning: {checkpoint} is not exported, since it cannot be kept for that: {error}")
+            self.run.say(f"warning: {checkpoint} is not exported, since keeping it for the export failed: {error}")
 
     def _start_next(self) -> None:
         waiting = checkpoint_folders(self.run.folder.exporting)
         if self._process is not None or not waiting:
             return
         self._checkpoint = waiting[0]
-        shutil.rmtree(self._export, ignore_errors=True)  # of the same step, before it was trained again
+        shutil.rmtree(self._export, ignore_errors=True)  # from before the same step was trained again
         self._start(_export_command(self._checkpoint, self._export), evaluates=False)
 
     def _start(self, command: list[str], *, evaluates: bool) -> None:

@@ -20,7 +20,7 @@ from plt_megatron.train.guard import StepGuard, StepKind
 
 
 class Incidents(Callback):
-    """Acts on what `guard` finds."""
+    """Acts on the verdicts of `guard`."""
 
     name = "guard"
     _current: Step
@@ -32,26 +32,27 @@ class Incidents(Callback):
         self._first_sample = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The guard's."""
+        """Return the guard's state."""
         return self.guard.state() | {"settings": self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The guard's. In a run of other settings bad steps are counted anew: somebody has seen to what made them."""
+        """Restore the guard's state. A run with other settings resets the count of bad steps: someone has addressed
+        their cause."""
         self.guard.restore(state)
         if state.get("settings") != self._settings:
             self.guard.forgive()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """The guard remembers the bad step: too many of them end the run."""
+        """Restore only the guard's losses. It still remembers the bad step: too many of them end the run."""
         self.guard.restore_losses(state)
 
     def before_step(self, step: Step) -> None:
-        """Note which samples it has."""
+        """Remember the step and its first sample."""
         self._first_sample = self.run.clock.samples
         self._current = step
 
     def accept(self, loss: float, grad_norm: float) -> bool:
-        """The guard's verdict."""
+        """Return the guard's verdict."""
         step, data = self._current, self.run.config.data
         ends = self._first_sample, self._first_sample + step.global_batch_size - 1
         first, last = (stage_of_sample(data, sample) for sample in ends)
@@ -79,13 +80,13 @@ class Incidents(Callback):
         if not self.guard.too_many:
             return ""
         return (
-            f"; more steps than training.max_skipped_steps {self.run.config.training.max_skipped_steps} were not "
-            f"accepted, see {self.run.folder.incidents}: change what makes them bad, or training.on_spike, "
-            "training.spike_threshold or training.max_skipped_steps, and start the run again: it then counts anew"
+            f"; more steps than training.max_skipped_steps {self.run.config.training.max_skipped_steps} were "
+            f"rejected, see {self.run.folder.incidents}: fix their cause, or change training.on_spike, "
+            "training.spike_threshold or training.max_skipped_steps, and restart the run, which then counts anew"
         )
 
     def _describe_microbatches(self, step: Step) -> list[dict[str, Any]]:
-        """Loss and documents of each of the step's microbatches, on all data-parallel ranks. Collective."""
+        """Return loss and documents of each of the step's microbatches on all data-parallel ranks. Collective."""
         own, train = [], self.run.data.train
         losses = self.run.engine.microbatch_losses
         for number, ((loss, tokens), batch) in enumerate(zip(losses, step.batches, strict=False)):
@@ -95,20 +96,20 @@ class Incidents(Callback):
             row = {"rank": dist.get_rank(), "microbatch": number, "loss": loss / max(tokens, 1), "tokens": tokens}
             own.append(row | {"samples": documents})
         if parallel_state.get_tensor_model_parallel_rank() > 0 or parallel_state.get_context_parallel_rank() > 0:
-            own = []  # the same rows as its first tensor-parallel and context-parallel rank
+            own = []  # the same rows as the first tensor-parallel and context-parallel rank's
         rows: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(rows, own)
         return [row for part in rows for row in part]
 
 
 def _digest_of_settings(config: RunConfig) -> str:
-    """Digest of the settings that losses and their judgement follow from; not of name, layout, checkpoints, logs."""
+    """Return a digest of the settings that losses and verdicts depend on; not of name, layout, checkpoints, logs."""
     parts = [dataclasses.asdict(part) for part in (config.model, config.data, config.training, config.optimizer)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _jsonable(value: Any) -> Any:
-    """Numbers that are not finite as strings."""
+    """Replace non-finite numbers by strings."""
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

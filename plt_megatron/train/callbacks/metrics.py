@@ -14,7 +14,7 @@ from plt_megatron.train.callbacks.base import Callback, Run
 
 
 class Metrics(Callback):
-    """Writes every record, on the first rank."""
+    """Writes every record on the first rank."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -32,7 +32,7 @@ class Metrics(Callback):
             self._wandb = self._open_wandb(config.logging.wandb_project)
 
     def _open_wandb(self, project: str) -> Any:
-        """One W&B run per run folder, however often the run is restarted."""
+        """Open the run folder's one W&B run, however often the run is restarted."""
         require("logging.wandb_project", "wandb")
         import wandb
 
@@ -47,7 +47,7 @@ class Metrics(Callback):
             config=dataclasses.asdict(config),
             resume="allow",
         )
-        # Our own axis: W&B drops what is logged at an earlier step than its own, as after a rollback.
+        # Our own axis: W&B drops values logged at an earlier step than its own, as after a rollback.
         for kind in ("train", "validation", "evaluation"):
             opened.define_metric(f"{kind}/*", step_metric="step")
         return opened
@@ -60,7 +60,7 @@ class Metrics(Callback):
             self._rewind()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """Remove what was written after the step that the run goes back to."""
+        """Remove what was written after the step that the run returns to."""
         if self.run.is_first_rank:
             self._rewind()
 
@@ -68,7 +68,7 @@ class Metrics(Callback):
         json_lines.rewind(self._path, lambda record: record["step"] <= self.run.clock.step)
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """Write it."""
+        """Write the record."""
         if not self.run.is_first_rank:
             return
         json_lines.append(self._path, record)
@@ -89,7 +89,7 @@ class Metrics(Callback):
 
 
 def _numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, number) of a record; a list has one entry per loop, a mapping one per name."""
+    """Yield (tag, number) for a record; a list has one entry per loop, a mapping one per name."""
     suffix = f"_loops_{record['loop_count']}" if record["kind"] == "validation" else ""
     for name, value in record.items():
         if name in ("kind", "step") or (suffix and name == "loop_count"):

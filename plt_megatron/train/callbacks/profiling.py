@@ -27,7 +27,7 @@ class Profiling(Callback):
         self._profiler: Any = None
 
     def before_step(self, step: Step) -> None:
-        """Start or end the trace if due."""
+        """Start or stop the trace if due."""
         if not self._wanted:
             return
         if self._profiler is not None and step.number > self._last:
@@ -48,4 +48,4 @@ class Profiling(Callback):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self._path))
         self._profiler = None
-        self.run.say(f"wrote the profiler's trace {self._path}")
+        self.run.say(f"wrote profiler trace {self._path}")

@@ -17,7 +17,7 @@ from plt_megatron.train.engine import StepResult
 
 
 class ProgressBar(Callback):
-    """The first rank's."""
+    """Progress display of the first rank."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -51,9 +51,9 @@ class ProgressBar(Callback):
             self._bar.update(self._task, completed=step.number, loss=f"{result.loss:.4f}")
 
     def on_record(self, record: dict[str, Any]) -> None:
-        """A line of it."""
+        """Print a line about the record."""
         if record["kind"] == "validation":
-            average = f", of the average {record['ema_loss']:.4f}" if "ema_loss" in record else ""
+            average = f", EMA loss {record['ema_loss']:.4f}" if "ema_loss" in record else ""
             self.say(f"  validation, {record['loop_count']} loop(s): loss {record['loss']:.4f}{average}")
         elif record["kind"] == "evaluation":
             scores = ", ".join(f"{name} {value:.4f}" for name, value in record["scores"].items())
@@ -78,7 +78,7 @@ class ProgressBar(Callback):
         return f", {format_duration((time.monotonic() - self._started) / done * left)} left"
 
     def say(self, line: str) -> None:
-        """A line of text above the bar."""
+        """Print a line above the bar."""
         if not self.run.is_first_rank:
             return
         if self._bar is not None:

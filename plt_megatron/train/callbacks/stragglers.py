@@ -1,4 +1,4 @@
-"""GPUs that are slower than the others (`logging.straggler`), as nvidia-resiliency-ext finds them."""
+"""Detection of GPUs that are slower than the others (`logging.straggler`), with nvidia-resiliency-ext."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from plt_megatron.errors import UserError
 from plt_megatron.train.callbacks.base import Callback, Run, Step
 from plt_megatron.train.engine import StepResult
 
-_TIMED = 10  # steps whose kernels are timed between two looks
+_TIMED = 10  # steps with timed kernels per report
 
 
 class Stragglers(Callback):
-    """Names the ranks whose GPU is slow.
+    """Names the ranks with a slow GPU.
 
-    The CUDA kernels of some steps are timed on every rank, but for NCCL's, which wait for the slowest. A rank's score
-    is the fastest rank's time for the same kernels over its own; or, of a GPU that has become slower, its own best
-    time so far over that of now.
+    The CUDA kernels of some steps are timed on every rank, except for NCCL's, which wait for the slowest rank. A rank's
+    score is the fastest rank's time for the same kernels divided by its own; or, for a GPU that has become slower, its
+    own best time so far divided by its current one.
     """
 
     def __init__(self, run: Run) -> None:
@@ -32,17 +32,17 @@ class Stragglers(Callback):
         self._detector = _start_detector(self._interval) if self._interval else None
 
     def before_step(self, step: Step) -> None:
-        """Begin to time the step's kernels."""
+        """Start timing the step's kernels."""
         if self._detector is not None:
             self._section.enter_context(self._detector.detection_section("step"))
 
     def on_rejected(self, step: Step, result: StepResult) -> bool:
-        """The step has ended."""
+        """Stop timing the step."""
         self._section.close()
         return False
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """The step has ended; compare the ranks if that is due. Collective."""
+        """Stop timing the step, and compare the ranks if due. Collective."""
         self._section.close()
         if self._detector is not None and step.number % self._interval == 0:
             report = self._detector.generate_report()
@@ -57,7 +57,7 @@ class Stragglers(Callback):
             self._detector = None
 
     def _tell(self, report: Any) -> None:
-        """Record the scores, and say whose are low."""
+        """Record the scores, and warn of low ones."""
         known = [score for score in report.gpu_relative_perf_scores.values() if not math.isnan(score)]
         if not known:
             return
@@ -65,21 +65,21 @@ class Stragglers(Callback):
         clock, numbers = self.run.clock, {"slowest": min(known), "median": statistics.median(known)}
         ranks: dict[str, float] = {}
         for kind, scores, than in (
-            ("straggler_gpus_relative", report.gpu_relative_perf_scores, "the fastest one's"),
-            ("straggler_gpus_individual", report.gpu_individual_perf_scores, "its own before"),
+            ("straggler_gpus_relative", report.gpu_relative_perf_scores, "the fastest GPU's"),
+            ("straggler_gpus_individual", report.gpu_individual_perf_scores, "its own earlier"),
         ):
             for found in sorted(slow[kind], key=lambda each: each.rank):
                 name, score = f"rank_{found.rank}", scores[found.rank]
                 ranks[name] = min(score, ranks.get(name, score))  # slow by both measures: the worse one
-                self.run.say(f"warning: the GPU of rank {found.rank} on {found.node} has {score:.0%} of {than} speed")
+                self.run.say(f"warning: the GPU of rank {found.rank} on {found.node} is at {score:.0%} of {than} speed")
         record = {"kind": "stragglers", "step": clock.step, "tokens": clock.tokens, **numbers}
         self.run.report(record | ({"slow": ranks} if ranks else {}))
 
 
 def _start_detector(interval: int) -> Any:
-    """The process's detector, at work. Raises `UserError` without a GPU."""
+    """Start the process's detector and return it. Raises `UserError` without a GPU."""
     if not _has_gpu():
-        raise UserError("logging.straggler times the kernels of NVIDIA GPUs, and there is none; leave it out")
+        raise UserError("logging.straggler times the kernels of NVIDIA GPUs, but there is none: remove the setting")
     from nvidia_resiliency_ext.attribution.straggler import Detector
 
     Detector.initialize(gather_on_rank0=True, profiling_interval=max(1, interval // _TIMED))

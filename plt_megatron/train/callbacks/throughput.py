@@ -24,7 +24,7 @@ from plt_megatron.train.engine import StepResult
 
 
 class Throughput(Callback):
-    """Adds up steps between two records. Rates are of the whole job. Building it is collective."""
+    """Accumulates steps between two records. Rates are those of the whole job. Construction is collective."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -33,7 +33,7 @@ class Throughput(Callback):
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
 
     def flops_per_token(self, loop_count: int, sequence_length: int) -> float:
-        """Training FLOPs per token with this many loops, in rows of so many tokens."""
+        """Return training FLOPs per token with this many loops, in rows of this many tokens."""
         kind = loop_count, sequence_length
         if kind not in self._flops_per_token:
             config = self.run.config
@@ -43,7 +43,7 @@ class Throughput(Callback):
         return self._flops_per_token[kind]
 
     def on_start(self) -> None:
-        """A line about the model and the peak for its MFU."""
+        """Print a line about the model and the peak that its MFU is based on."""
         config = self.run.config
         peak = f"{self.peak:.3g} TFLOP/s ({self.peak_source})" if self.peak else f"unknown ({self.peak_source})"
         counted = parameters.count_parameters(
@@ -65,7 +65,8 @@ class Throughput(Callback):
         self.run.engine.times.count_step()
 
     def on_log(self) -> dict[str, Any]:
-        """Rates since the last record (`mfu` is None if the peak is unknown), memory, and time by part of a step."""
+        """Return rates since the last record (`mfu` is None if the peak is unknown), memory, and time by part of a
+        step."""
         seconds = self._seconds or 1.0
         rate, achieved = self._tokens / seconds, self._flops / seconds / 1e12
         self._tokens, self._flops, self._seconds = 0, 0.0, 0.0
@@ -79,7 +80,7 @@ class Throughput(Callback):
 
 
 def _job_peak(config: RunConfig) -> tuple[float | None, str]:
-    """Dense peak TFLOP/s of all devices together, and its source."""
+    """Return the dense peak TFLOP/s of all devices together, and its source."""
     devices, precision = dist.get_world_size(), config.training.precision
     if config.logging.peak_tflops is not None:
         return config.logging.peak_tflops * devices, "logging.peak_tflops"
@@ -95,7 +96,7 @@ def _job_peak(config: RunConfig) -> tuple[float | None, str]:
 
 
 def peak_memory_bytes() -> int:
-    """The peak memory of any rank: of its GPU, or on a CPU of its process. Collective."""
+    """Return the highest peak memory of any rank: its GPU's or, on a CPU, its process's. Collective."""
     if is_cpu_runtime():
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     else:
@@ -106,7 +107,7 @@ def peak_memory_bytes() -> int:
 
 
 def measure_matmul_tflops(dtype: torch.dtype, size: int = 1024, repetitions: int = 5) -> float:
-    """Rate of a `size` cubed matrix product on this process's CPU threads, in TFLOP/s: the best of a few.
+    """Measure the rate of a `size` cubed matrix product on this process's CPU threads, in TFLOP/s: the best of a few.
 
     All ranks measure at the same time, so that shared cores are counted once.
     """

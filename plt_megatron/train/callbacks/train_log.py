@@ -1,4 +1,4 @@
-"""The training record of a step, which all callbacks add to, and what the run says before the first one."""
+"""The training record of a step, which all callbacks add to, and the lines printed before the first step."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from plt_megatron.train.optimizers import described
 
 
 class DataProgress(Callback):
-    """Reports the data mix before the first step, and passes over its sources in every record."""
+    """Reports the data mix before the first step, and the passes over its sources in every record."""
 
     def on_start(self) -> None:
-        """A table of the sources."""
+        """Print a table of the sources."""
         self.run.say(self.run.data.describe())
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Note its batch and its rows."""
+        """Remember the step for its batch size and row length."""
         self._step = step
 
     def on_log(self) -> dict[str, Any]:
-        """`source_epochs`, and of the last step what a `training.batch_schedule` or `data.length_schedule` changes:
-        `global_batch_size`, `sequence_length`."""
+        """Return `source_epochs` and, for the last step, what a `training.batch_schedule` or `data.length_schedule`
+        changes: `global_batch_size`, `sequence_length`."""
         config = self.run.config
         found: dict[str, Any] = {"source_epochs": self.run.data.epochs(self.run.clock.samples)}
         if config.training.batch_schedule:
@@ -41,17 +41,17 @@ class DataProgress(Callback):
 
 
 class OptimizerSettings(Callback):
-    """Says before the first step how each kind of parameter is updated."""
+    """Prints, before the first step, how each kind of parameter is updated."""
 
     def on_start(self) -> None:
-        """The line."""
+        """Print the line."""
         self.run.say(described(self.run.config))
 
 
 class LoopLosses(Callback):
-    """Under a `training.loop_schedule`: the loops of the last step, and the losses of steps with as many.
+    """Reports, under a `training.loop_schedule`, the last step's loop count and the losses by loop count.
 
-    They are means since the last record: the loss of a record alone is one step's, of whatever loops it had.
+    The losses are means since the last record: a record's own loss is that of one step, whatever its loop count.
     """
 
     def __init__(self, run: Run) -> None:
@@ -60,13 +60,13 @@ class LoopLosses(Callback):
         self._loop_count = 0
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Note the loss."""
+        """Record the step's loss under its loop count."""
         self._loop_count = step.loop_count
         if result.updated:
             self._losses[step.loop_count].append(result.loss)
 
     def on_log(self) -> dict[str, Any]:
-        """`loop_count` of the step, and `loss_by_loops`: mean losses by loop count."""
+        """Return `loop_count` of the step, and `loss_by_loops`: mean losses by loop count."""
         if not self.run.config.training.loop_schedule:
             return {}
         means = {str(loops): sum(losses) / len(losses) for loops, losses in sorted(self._losses.items())}
@@ -82,13 +82,13 @@ class LoopMeasures(Callback):
         self._statistics: LoopStatistics | None = None
 
     def before_step(self, step: Step) -> None:
-        """Give the first microbatch an object to collect in."""
+        """Give the first microbatch of a step that will be logged an object to collect in."""
         self._statistics = None
         if self.run.is_due(self.run.config.logging.log_interval, step.number):
             self._statistics = step.batches[0].statistics = _empty(self.run.config.model, step.loop_count)
 
     def on_log(self) -> dict[str, Any]:
-        """Gate means, norms and step sizes, one entry per loop."""
+        """Return gate means, norms and step sizes, one entry per loop."""
         return {} if self._statistics is None else self._statistics.reduce()
 
 

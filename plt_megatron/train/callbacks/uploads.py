@@ -19,16 +19,16 @@ from plt_megatron.train.callbacks.base import Callback, Run
 from plt_megatron.train.callbacks.beside import BesideProcess, environment
 from plt_megatron.train.checkpoint.collective import on_rank_0
 
-_LOOK_S = 5.0  # between two looks at whether an upload still moves
-_SHARE = 0.8  # of the time that the other ranks wait at most
+_LOOK_S = 5.0  # between checks of whether an upload still makes progress
+_SHARE = 0.8  # of the longest time that the other ranks wait
 
 
 class Uploads(Callback):
-    """Queues what is to be uploaded, and keeps a process beside the first rank that uploads it (plt upload).
+    """Queues uploads, and runs a process beside the first rank that performs them (plt upload).
 
-    What waits lies in `<run folder>/uploading` as hard links: the run may remove its own, and an upload that a kill or
-    a time limit cut short is finished by the job that goes on. What fails is reported, does not end the run, and is
-    tried again when something is added, and once more after the last step.
+    Waiting folders are kept in `<run folder>/uploading` as hard links: the run may remove its own, and the next job
+    finishes an upload that a kill or a time limit cut short. A failure is reported, does not end the run, and is
+    retried when something is added, and once more after the last step.
     """
 
     def __init__(self, run: Run) -> None:
@@ -39,25 +39,25 @@ class Uploads(Callback):
         self._queue = UploadQueue(run.folder)
         self._process: BesideProcess | None = None
         self._looked = 0.0
-        self._reported = 0  # records of uploads.jsonl
+        self._reported = 0  # number of records of uploads.jsonl
         self._trying_again = False  # after the last step
         self._failed: set[tuple[str, int]] = set()  # since something was added
-        # An upload that has moved nothing for as long as a rank may be quiet while it saves will not move any more.
+        # An upload is stuck if it makes no progress for as long as a rank may be silent while it saves.
         self._patience_s = 60 * run.config.parallel.distributed_timeout_minutes
 
     def on_start(self) -> None:
-        """Go on with what an earlier job has left."""
+        """Continue with what an earlier job left."""
         if self._works:
             self._reported = len(self._records())
             self._start()
 
     def on_export(self, export: Path) -> None:
-        """Queue it."""
+        """Queue the export."""
         if self._works and self._wanted[EXPORT]:
             self._add(EXPORT, export)
 
     def on_save(self, checkpoint: Path) -> None:
-        """Queue it, in the place of earlier ones that have not been begun."""
+        """Queue the checkpoint, in place of earlier ones whose upload has not started."""
         if self._works and self._wanted[CHECKPOINT]:
             self._add(CHECKPOINT, checkpoint)
 
@@ -67,14 +67,14 @@ class Uploads(Callback):
             self._advance()
 
     def on_rollback(self, state: dict[str, Any]) -> None:
-        """What waits of later steps belongs to a course of training that is given up."""
+        """Drop waiting folders of later steps, which belong to abandoned training."""
         if self._works:
             self._cancel()
             self._queue.drop_after(self.run.clock.step)
             self._start()
 
     def is_working(self) -> bool:
-        """Whether an upload is under way. After the last step what failed is tried once more."""
+        """Return whether an upload is under way. After the last step, retry what failed once more."""
         if not self._works:
             return False
         if not self._trying_again:
@@ -87,17 +87,17 @@ class Uploads(Callback):
         return self._process is not None
 
     def on_end(self) -> None:
-        """Say what has failed, unless the run stops while an upload is under way."""
+        """Report what has failed, unless the run stops while an upload is under way."""
         if self._trying_again and self._process is None and self._queue.waiting():
             self.run.say(
-                f"warning: {self._what_waits()} could not be uploaded; go on with plt upload {self.run.folder.path}"
+                f"warning: {self._what_waits()} could not be uploaded; retry with plt upload {self.run.folder.path}"
             )
 
     def close(self) -> None:
-        """End an upload that is not done; the next job, or plt upload, goes on with it."""
+        """Stop an unfinished upload; the next job, or plt upload, continues it."""
         self._cancel()
 
-    # The first rank's.
+    # On the first rank.
 
     def _add(self, kind: str, folder: Path) -> None:
         step = step_of(folder)
@@ -106,7 +106,7 @@ class Uploads(Callback):
         try:
             self._queue.add(kind, folder)
         except OSError as error:
-            self.run.say(f"warning: {folder} is not uploaded, since it cannot be kept for that: {error}")
+            self.run.say(f"warning: {folder} is not uploaded, since keeping it for the upload failed: {error}")
             return
         if kind == CHECKPOINT:
             self._queue.drop_older_checkpoints(step, self.run.config.checkpoint.keep_every)
@@ -127,12 +127,12 @@ class Uploads(Callback):
             self._look()
             return
         process, self._process = self._process, None
-        if status not in (0, 1):  # it could not begin, or has died
+        if status not in (0, 1):  # it could not start, or died
             self._fail_all(process.last_words())
-        self._start()  # with what has come while it was ending
+        self._start()  # with what was added while it was ending
 
     def _report(self) -> None:
-        """Pass on what the process has noted since the last time."""
+        """Pass on what the process has recorded since the last call."""
         for record in self._records()[self._reported :]:
             self._reported += 1
             if "error" in record:
@@ -143,7 +143,7 @@ class Uploads(Callback):
             self._note({key: value for key, value in record.items() if key != "time"})
 
     def _note(self, record: dict[str, Any]) -> None:
-        """In the metrics, at the step of now: `of_step` is the export's or checkpoint's."""
+        """Report the record to the metrics at the current step; `of_step` is the export's or checkpoint's step."""
         clock = {"step": self.run.clock.step, "tokens": self.run.clock.tokens}
         self.run.report({"kind": "upload", **clock, "of_step": record.pop("step"), **record})
 
@@ -156,14 +156,14 @@ class Uploads(Callback):
             self._note({"what": entry.kind, "step": entry.step, "error": reason})
 
     def _look(self) -> None:
-        """End a process that will not move any more."""
+        """Stop a process that is stuck."""
         if time.monotonic() - self._looked < _LOOK_S or self._process is None:
             return
         self._looked = time.monotonic()
         quiet = self._process.quiet_seconds()
         if quiet > self._patience_s:
             self._cancel()
-            self._fail_all(f"it has not moved for {quiet:.0f} seconds")
+            self._fail_all(f"no progress for {quiet:.0f} seconds")
 
     def _cancel(self) -> None:
         if self._process is not None:
@@ -187,9 +187,9 @@ def _name(record: dict[str, Any]) -> str:
 
 
 def check_destinations(config: RunConfig) -> None:
-    """Raise `UserError` on all ranks if a destination of uploads cannot be written. Collective.
+    """Raise `UserError` on all ranks if an upload destination cannot be written to. Collective.
 
-    Another process looks: libraries of remote storage bring threads and connections, which training need not have.
+    A separate process checks this: remote-storage libraries bring threads and connections that training can do without.
     """
     settings = config.checkpoint
     if settings.upload_to is not None or settings.export_upload_to is not None:
@@ -198,7 +198,7 @@ def check_destinations(config: RunConfig) -> None:
 
 def _check(config: RunConfig) -> None:
     folder = RunFolder.of(config)
-    if not folder.config_file.is_file():  # training was started without plt train; the uploads read it
+    if not folder.config_file.is_file():  # training was started without plt train; uploads read this file
         folder.save_config(config)
     command = [sys.executable, "-m", "plt_megatron", "upload", str(folder.path), "--check"]
     minutes = _SHARE * config.parallel.distributed_timeout_minutes
@@ -207,7 +207,7 @@ def _check(config: RunConfig) -> None:
             command, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * minutes
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"the destination of uploads has not answered in {minutes:g} minutes") from error
+        raise UserError(f"the upload destination has not answered within {minutes:g} minutes") from error
     if found.returncode != 0:
         words = found.stderr.strip().splitlines() or [f"plt upload --check: exit status {found.returncode}"]
         raise UserError(words[-1].removeprefix("error: "))

@@ -1,4 +1,4 @@
-"""Loss of the same weights on the same held-out text, at each of the configured loop counts; and of their average."""
+"""Validation loss on the same held-out text at each configured loop count, of the weights and of their average."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from plt_megatron.train.engine import StepResult
 
 
 class Validation(Callback):
-    """Every `validation.interval` steps and after the last one."""
+    """Validates every `validation.interval` steps and after the last one."""
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Validate if it is due."""
+        """Validate if due."""
         settings = self.run.config.validation
         if not self.run.is_due(settings.interval) or settings.iters == 0 or self.run.data.validation is None:
             return
@@ -35,7 +35,7 @@ class Validation(Callback):
             self.run.report({**record, **values})
 
     def _measure(self, loop_count: int) -> dict[str, Any]:
-        """Nats per token and, with `validation.by_source`, the same and bits per byte of each source."""
+        """Measure nats per token and, with `validation.by_source`, nats per token and bits per byte of each source."""
         sources = list(self.run.data.by_source)
         if not sources:
             loss_sum, tokens = self._losses(loop_count)
@@ -52,7 +52,7 @@ class Validation(Callback):
         return measured
 
     def _losses(self, loop_count: int, source: str | None = None) -> tuple[float, int]:
-        """(sum of token losses, tokens that count)."""
+        """Return (sum of token losses, tokens that count)."""
         loss_sum, tokens = 0.0, 0
         with contextlib.closing(self.run.data.validation_batches(source)) as data:
             for _ in range(self.run.config.validation.iters):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class WeightEMA(Callback):
-    """Follows the weights after each update. A run that had none begins with the weights of its next update."""
+    """Updates the average after each update of the weights. A run without one starts from its next update's weights."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
@@ -28,45 +28,46 @@ class WeightEMA(Callback):
         if self._decay is not None:
             from plt_megatron.train.megatron_engine import MegatronEngine
 
-            assert isinstance(run.engine, MegatronEngine), "validation refuses it with another"
+            assert isinstance(run.engine, MegatronEngine), "validation rejects training.ema_decay with other engines"
             self.name = EMA
             self._average = WeightAverage(run.engine)
 
     def after_step(self, step: Step, result: StepResult) -> None:
-        """Follow the weights if they were updated."""
+        """Update the average if the weights were updated."""
         if self._average is not None and self._decay is not None and result.updated:
             self._average.update(self._decay)
 
     def other_weights(self) -> dict[str, AbstractContextManager[None]]:
-        """The average, once there is one."""
+        """Return the average, once there is one."""
         if self._average is None or self._average.updates == 0:
             return {}
         return {EMA: self._average.applied()}
 
     def state_dict(self) -> dict[str, Any]:
-        """How many updates went into it."""
+        """Return how many updates went into the average."""
         return {} if self._average is None else {"updates": self._average.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; without that, from the next update."""
+        """Continue from the saved count or, without one, start with the next update."""
         if self._average is not None:
             self._average.updates = state.get("updates", 0)
 
     def parameter_state(self) -> dict[Any, Any]:
-        """The average."""
+        """Return the average."""
         return {} if self._average is None else self._average.sharded(EMA)
 
 
 class WeightAverage:
     """Moving average of each weight over the updates, in fp32; starts from the weights after the first one.
 
-    A rank keeps what it owns of the main weights: 4 bytes a parameter over the ranks that hold the same ones.
+    A rank keeps the average of the main weights it owns: 4 bytes per parameter, spread over the ranks that hold the
+    same parameters.
 
     Args:
-        engine: whose main weights are averaged.
+        engine: the engine with the main weights to average.
 
     Attributes:
-        updates: so many went into it. Before the first, it holds the weights that the engine had when this was built.
+        updates: number of updates averaged. Before the first, the average holds the engine's weights at construction.
     """
 
     def __init__(self, engine: MegatronEngine) -> None:
@@ -76,12 +77,12 @@ class WeightAverage:
         self._pieces = [{index: main.detach().clone() for index, main in part.items()} for part in self._main]
 
     def tensors(self) -> Iterator[Tensor]:
-        """This rank's pieces, flat."""
+        """Return this rank's pieces, flat."""
         return (piece for part in self._pieces for piece in part.values())
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """The weights have changed: `decay` of the average, and the rest of them. Not collective."""
+        """Move the average to `decay` of itself plus the rest of the current weights. Not collective."""
         average, main = list(self.tensors()), [piece for part in self._main for piece in part.values()]
         if not average:  # a rank may own nothing
             pass
@@ -92,8 +93,8 @@ class WeightAverage:
         self.updates += 1
 
     def sharded(self, name: str) -> dict[int, Any]:
-        """As megatron-core's sharded tensors, which share its memory: keys and shapes are those of the whole model, so
-        that it is loaded in any layout. `name`: of what keeps it."""
+        """Return the average as megatron-core's sharded tensors, which share its memory. Keys and shapes are those of
+        the whole model, so that any layout can load it. `name` is the callback's."""
         model = state.model_state(self._engine.stage)
         prefix = f"{state.KEPT_PREFIX}{name}."
         parts = zip(self._engine.state.parts, self._pieces, strict=True)
@@ -101,11 +102,12 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the engine computes with the average, rounded to the model's precision. Collective; no step in it.
+        """Make the engine compute with the average, rounded to the model's precision, within this block. Collective; no
+        step may run inside.
 
-        What it replaces comes back bit for bit.
+        The replaced weights are restored bit for bit.
         """
-        self._engine.gather_parameters()  # a step's weights may be under way
+        self._engine.gather_parameters()  # the last step's weights may still be in flight
         own = [part.model_pieces() for part in self._engine.state.parts]
         before = [{index: piece.clone() for index, piece in part.items()} for part in own]
         self._put(own, self._pieces)

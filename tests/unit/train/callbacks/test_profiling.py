@@ -30,7 +30,7 @@ def test_a_trace_holds_the_chosen_steps_alone(tmp_path, rank):
         with torch.profiler.record_function(f"step {number}"):
             torch.ones(3).sum()
     path = tmp_path / "profile" / "rank_0001_steps_3-4.json.gz"
-    line = f"wrote the profiler's trace {path}"
+    line = f"wrote profiler trace {path}"
     assert written == [[], [], [], [], [line], [line]]
     names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
     assert {name for name in names if str(name).startswith("step ")} == {"step 3", "step 4"}

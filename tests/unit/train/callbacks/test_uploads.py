@@ -156,7 +156,7 @@ def test_at_the_end_what_cannot_be_uploaded_is_left_to_the_command(run, monkeypa
     fail(monkeypatch)
     save(run, callback, 10)
     finish(callback)
-    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; go on with plt upload {run.folder.path}"
+    assert run.said[-1] == f"warning: 1 checkpoint could not be uploaded; retry with plt upload {run.folder.path}"
 
 
 def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch):
@@ -173,7 +173,7 @@ def test_a_process_that_dies_or_does_not_move_is_reported_once(run, monkeypatch)
     assert len(StandIn.started) == 2 and not StandIn.started[1].ended
     StandIn.started[1].quiet = 60 * run.config.parallel.distributed_timeout_minutes + 1
     callback.after_step()
-    assert StandIn.started[1].ended and "it has not moved for 601 seconds" in run.said[-1]
+    assert StandIn.started[1].ended and "no progress for 601 seconds" in run.said[-1]
     StandIn.stuck = False
     callback.on_export(an_export(run.folder.exports / "step_00000004"))
     callback.after_step()
