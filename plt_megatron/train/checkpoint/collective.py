@@ -15,8 +15,8 @@ def on_rank_0[T](function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and give every rank its result. Collective.
 
     Raises:
-        UserError: on all ranks, if it raised an OSError or a UserError on rank 0. Any other error is rank 0's own, and
-            the other ranks raise a RuntimeError instead of waiting for it.
+        UserError: on all ranks, if it raised an OSError or a UserError on rank 0. Any other error is raised unchanged
+            on rank 0, and the other ranks raise a RuntimeError instead of waiting.
     """
     outcome: list[Any] = [None, None, True]
     unexpected: Exception | None = None
@@ -37,21 +37,21 @@ def on_rank_0[T](function: Callable[[], T]) -> T:
 
 
 def first_of_all_ranks(message: str | None) -> str | None:
-    """The lowest rank's message, if any rank has one. Collective."""
+    """Return the lowest rank's message, if any rank has one. Collective."""
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
     return next((text for text in messages if text), None)
 
 
 def any_rank(state: bool) -> bool:
-    """Whether it is so on any rank. Collective."""
+    """Return whether `state` is true on any rank. Collective."""
     found = torch.tensor(float(state), device=torch.cuda.current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: the system's message about a file, or the error's own."""
+    """Describe an error in one line: the system's message about a file, or the error's own."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = str(error).strip() or type(error).__name__

@@ -33,22 +33,24 @@ logger = logging.getLogger(__name__)
 def load_checkpoint(
     engine: Engine, path: Path | str, *, kept: state.Kept | None = None, allow_other_schedule: bool = False
 ) -> dict[str, Any]:
-    """Restore the saved state in the engine, new or not. Collective.
+    """Restore the saved state in a new or used engine. Collective.
 
-    In the layout that saved it the run resumes bit for bit; in another one with the same numbers, but its own random
-    states. Gates missing from a checkpoint of one loop keep their initial values, with zero moments; gates that one
-    loop does not use are dropped. Both are logged.
+    In the layout that saved it the run resumes bit for bit; in another layout, with the same numbers but random states
+    of its own. Gates missing from a one-loop checkpoint keep their initial values, with zero moments; gates that a
+    one-loop model does not use are dropped. Both are logged.
 
     Args:
-        path: a checkpoint, or a folder of them or a run's folder for the last complete one; damaged ones are logged.
-        kept: as for `save_checkpoint`: filled with what the checkpoint has of it, else left alone.
+        path: a checkpoint; or a folder of checkpoints or a run's folder, for its last complete one. Damaged ones are
+            logged.
+        kept: as for `save_checkpoint`: filled with what the checkpoint has of it, otherwise unchanged.
         allow_other_schedule: resume even if the optimizer's settings differ from the saved ones.
 
     Returns:
-        What `save_checkpoint` was given as `progress`, and `config`, `schedule`, `layout`, `versions`, `vocab_size`.
+        The `progress` given to `save_checkpoint`, plus `config`, `schedule`, `layout`, `versions`, `vocab_size`.
 
     Raises:
-        UserError: on all ranks. No complete checkpoint, or it does not fit this engine: the message says why.
+        UserError: on all ranks, if there is no complete checkpoint or it does not fit this engine; the message says
+            why.
     """
     path, progress = _find(Path(path))
     if progress.get("weights_only"):
@@ -59,7 +61,7 @@ def load_checkpoint(
     has_new = _fit(path, request)
     loaded = engine.state.load(request, partial(_read, path, sharing=engine.groups.dp_cp))
     step = loaded["optimizer_step"]
-    # Once all parameters were used in every step.
+    # Older checkpoints lack the second number: every step used all parameters.
     engine.state.set_step(step, 0 if has_new else loaded.get("optimizer_later_step", step))
     engine.scheduler = LearningRate(engine.config, engine.optimizer, resuming.schedule_step_tokens(progress))
     engine.scheduler.go_to(progress["step"], checkpoints.trained_tokens(progress))
@@ -74,7 +76,7 @@ def load_checkpoint(
 def load_weights(engine: Engine, path: Path | str) -> dict[str, Any]:
     """Start another run from a checkpoint's weights: optimizer, schedule and step stay new. Collective.
 
-    See `load_checkpoint` for arguments, errors, and what is returned.
+    See `load_checkpoint` for arguments, errors and return value.
     """
     path, progress = _find(Path(path))
     _check_vocabulary(engine, path, progress)
@@ -93,25 +95,25 @@ def _load_kept(engine: Engine, path: Path, kept: state.Kept) -> None:
     for name, tensors in kept.items():
         request = _of_those(state.kept_tensors(engine.stage, name, tensors), saved)
         if not any(key.startswith(f"{state.KEPT_PREFIX}{name}.") for key in saved):
-            _say(f"{path} has no state of {name}, which is reset")
+            _say(f"{path} has no state of {name}: it is reset")
             continue
-        # What holds no tensors of this rank does not come back.
+        # Entries without tensors of this rank are not returned.
         for own, value in _read(path, {"kept": request}, engine.groups.dp_cp).get("kept", {}).items():
             if isinstance(value, Tensor):  # sharded tensors are read in place
                 tensors[own].copy_(value)
 
 
 def _of_those(kept: dict[Any, Any], saved: Collection[str]) -> dict[Any, Any]:
-    """What a checkpoint with these keys has of it."""
+    """Return the part of `kept` that a checkpoint with the keys `saved` has."""
     inside = {own: _of_those(value, saved) if isinstance(value, dict) else value for own, value in kept.items()}
     return {own: value for own, value in inside.items() if isinstance(value, dict) or value.key in saved}
 
 
-# Which checkpoint.
+# Finding the checkpoint.
 
 
 def _find(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The last complete checkpoint that `path` means, and its progress. Ranks share the checking."""
+    """Return the last complete checkpoint that `path` refers to, and its progress. Ranks share the checking."""
     candidates = on_rank_0(partial(checkpoints.candidates, path))
     damages: list[str] = []
     for candidate in candidates:
@@ -144,18 +146,18 @@ def _tell_differences(engine: Engine, progress: dict[str, Any]) -> None:
             _say(f"{section}.{name}: {before} in the checkpoint, now {now}")
 
 
-# Whether it fits.
+# Checking that it fits.
 
 
 def _fit(path: Path, request: dict[str, Any]) -> bool:
-    """Compare the checkpoint's tensors with those the engine needs, and take from `request` the gates it lacks: all of
-    them, or none. Returns whether it lacks them."""
+    """Compare the checkpoint's tensors with those the engine needs, and remove from `request` the gates that the
+    checkpoint lacks: all of them, or none. Return whether it lacks them."""
     saved, objects = on_rank_0(partial(_saved_entries, path))
     saved = {key: shape for key, shape in saved.items() if not key.startswith(state.KEPT_PREFIX)}
     request["model"] = {
         name: value
         for name, value in request["model"].items()
-        # Extra states come and go with the backend.
+        # Extra states depend on the backend.
         if not isinstance(value, ShardedObject) or value.unique_key in objects
     }
     needed = _needed_shapes(request)
@@ -192,14 +194,14 @@ def _model_first(key: str) -> tuple[bool, str]:
 
 
 def _saved_entries(path: Path) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """(shapes of the tensors by key, keys of the objects)."""
+    """Return (shapes of the tensors by key, keys of the objects)."""
     entries = FileSystemReader(path).read_metadata().state_dict_metadata
     shapes = {key: tuple(entry.size) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     return shapes, entries.keys() - shapes.keys()
 
 
 def _needed_shapes(request: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    """Shapes by key over all ranks; None where padding may differ."""
+    """Return shapes by key over all ranks; None if padding may differ."""
     own = {
         tensor.key: None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
         for tensor in state.sharded_tensors(request)
@@ -210,7 +212,7 @@ def _needed_shapes(request: dict[str, Any]) -> dict[str, tuple[int, ...] | None]
 
 
 def _take_out(request: dict[str, Any], keys: set[str]) -> None:
-    """Remove the model's tensors with these keys, and the parameters with such optimizer state."""
+    """Remove the model's tensors with these keys, and the parameters whose optimizer state has such a key."""
     request["model"] = {name: value for name, value in request["model"].items() if value.key not in keys}
     for index, parameters in request.get("optimizer", {}).items():
         request["optimizer"][index] = {
@@ -224,16 +226,16 @@ def _take_out(request: dict[str, Any], keys: set[str]) -> None:
 
 
 def _read(path: Path, request: dict[str, Any], sharing: dist.ProcessGroup | None = None) -> dict[str, Any]:
-    """Every rank reads what it asks for; a rank that cannot is an error on all.
+    """Read each rank's request; a failure on any rank is an error on all.
 
     Args:
-        sharing: of ranks that ask for the same tensors: one of them reads it and sends it to the others.
+        sharing: ranks that request the same tensors: one of them reads a tensor and sends it to the others.
     """
     loaded, problem, strategy = None, None, _AgreedLoad(path)
     try:
         shared = FullyParallelLoadStrategyWrapper(strategy, sharing) if sharing else strategy
         loaded = dist_checkpointing.load(request, str(path), shared)
-    except UserError:  # all ranks have it
+    except UserError:  # raised on all ranks
         raise
     except (Exception, CheckpointException) as error:  # whatever it is, the other ranks must hear of it
         problem = _cannot_load(path, error)
@@ -245,7 +247,7 @@ def _read(path: Path, request: dict[str, Any], sharing: dist.ProcessGroup | None
 
 
 class _AgreedLoad(TorchDistLoadShardedStrategy):
-    """Reads files, and raises a UserError on all ranks if one cannot, before they wait for what it should send."""
+    """Reads files. If one rank cannot, raises a UserError on all before they wait for what it should send."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

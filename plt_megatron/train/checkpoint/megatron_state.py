@@ -1,10 +1,10 @@
 """The state of the megatron engine: a model on megatron-core's distributed optimizers.
 
-An optimizer's state is allocated, cut out for checkpoints, and put back. Keys and shapes are those of the whole model,
-so that any layout can load what any other has saved: the same as megatron-core's `fully_reshardable`, without its
-gathering. A data-parallel rank owns a flat range of each buffer. Of a matrix that is at most three boxes: the end of a
-row, whole rows, the start of a row. Each is a sharded tensor that shares the optimizer's memory, so that saving copies
-only what a rank writes and loading reads into place.
+This module allocates an optimizer's state, cuts it into sharded tensors for checkpoints, and restores it. Keys and
+shapes are those of the whole model, so that any layout can load what any other has saved, as with megatron-core's
+`fully_reshardable`, but without its gathering. A data-parallel rank owns a flat range of each buffer. Within a matrix
+the range is at most three boxes: the end of a row, whole rows, the start of a row. Each box is a sharded tensor that
+shares the optimizer's memory, so that saving copies only what a rank writes and loading reads in place.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _STACKED = re.compile(r"(.*\.decoder\.layers\.)(\D.*)")
 
 
 class OptimizerPart:
-    """One distributed optimizer, of which an engine's optimizer may have several.
+    """One of the distributed optimizers that an engine's optimizer consists of.
 
     Args:
-        optimizer: megatron-core's.
-        spec: what it is.
-        matrices: parameters that are updated as whole matrices, with state of their own and no count of steps.
-        by_layer: save each layer's state by the layer's name, not stacked over all layers: some are not trained.
+        optimizer: megatron-core's distributed optimizer.
+        spec: the kind of optimizer.
+        matrices: parameters that are updated as whole matrices, with state of their own and no step count.
+        by_layer: save each layer's state by the layer's name, not stacked over all layers, since some are not trained.
     """
 
     def __init__(
@@ -50,23 +50,23 @@ class OptimizerPart:
         by_layer: bool = False,
     ) -> None:
         self.optimizer, self._by_layer = optimizer, by_layer
-        self.inner: Any = optimizer.optimizer  # torch's, or what has its attributes
+        self.inner: Any = optimizer.optimizer  # torch's, or an object with its attributes
         self._spec, self._matrices = spec, {*matrices}
-        # Transformer Engine's optimizers count the steps of a parameter group.
+        # Transformer Engine's optimizers count steps per parameter group.
         self._torchs = type(getattr(self.inner, "adam", self.inner)).__module__.startswith("torch.")
 
     # Steps.
 
     @property
     def step(self) -> int:
-        """How many updates it has made, where it keeps count: less than the run's steps where some were skipped."""
+        """Number of updates made, if it keeps count: fewer than the run's steps if some were skipped."""
         counters = self.inner.state.values() if self._torchs else self.inner.param_groups
         return max((int(counter["step"]) for counter in counters if "step" in counter), default=0)
 
     def set_step(self, step: int, later: Collection[Tensor] = (), later_step: int = 0) -> None:
-        """Go on from `step` updates, or `later_step` of the model parameters `later`.
+        """Set the number of updates to `step`, or to `later_step` for the model parameters `later`.
 
-        Where steps are counted for groups, it is the group's if it has no other parameters.
+        If steps are counted per group, `later_step` is for groups that have no other parameters.
         """
         if not self._spec.counts_steps:
             return
@@ -83,9 +83,9 @@ class OptimizerPart:
                 self.inner.state[main]["step"] = torch.tensor(float(later_step if id(main) in own else step))
 
     def allocate(self) -> None:
-        """Give an optimizer that has not made a step yet its state, zero.
+        """Allocate zero state for an optimizer that has not made a step yet.
 
-        megatron-core's own way for torch's AdamW is a step with zero gradients, which decays the weights.
+        megatron-core itself would make a step with zero gradients for torch's AdamW, which decays the weights.
         """
         if self.inner.state:
             return
@@ -101,13 +101,13 @@ class OptimizerPart:
                 self.inner.state[main] = {key: torch.zeros_like(main) for key in self._keys(parameter)}
         self.set_step(0)
 
-    # Main parameters and what is kept beside them.
+    # Main parameters and their state.
 
     def sharded(self, model: dict[str, Any]) -> dict[int, dict[str, dict[int, ShardedTensor]]]:
-        """This data-parallel rank's part of the main parameters and their state, as sharded tensors that share its
-        memory: by the parameter's index in its buffers, the state's name (`param`, `exp_avg`, ...) and number.
+        """Return this data-parallel rank's part of the main parameters and their state, as sharded tensors that share
+        its memory: by the parameter's index in its buffers, the state's name (`param`, `exp_avg`, ...) and the box.
 
-        Parameter groups are not part of it: they follow from the configuration.
+        Parameter groups are not included: they follow from the configuration.
 
         Args:
             model: the model's sharded tensors.
@@ -125,13 +125,13 @@ class OptimizerPart:
     def sharded_beside(
         self, model: dict[str, Any], pieces: Mapping[int, Tensor], prefix: str
     ) -> dict[int, dict[int, ShardedTensor]]:
-        """What else is kept of the main parameters, as sharded tensors that share its memory: by the parameter's index
-        in its buffers and number.
+        """Return other tensors kept of the main parameters, as sharded tensors that share their memory: by the
+        parameter's index in its buffers and the box.
 
         Args:
             model: the model's sharded tensors.
-            pieces: in the shapes of `pieces`, by the same indices.
-            prefix: of keys; what follows is the parameter's.
+            pieces: tensors in the shapes of the method `pieces`, by the same indices.
+            prefix: prefix of keys; the parameter's key follows.
         """
         wholes = _wholes(model)
         return {
@@ -147,25 +147,25 @@ class OptimizerPart:
         prefix: str,
         flat: Tensor,
     ) -> dict[int, ShardedTensor]:
-        """`_boxes_of`, by number."""
+        """Return the boxes of `_boxes_of`, by number."""
         found = _boxes_of(whole, parameter, start, prefix, flat)
         return dict(enumerate(map(_of_its_layer, found) if self._by_layer else found))
 
     def pieces(self) -> dict[int, Tensor]:
-        """This rank's parts of the main parameters, flat, in fp32, by the parameter's index in its buffers."""
+        """Return this rank's parts of the main parameters, flat, in fp32, by the parameter's index in its buffers."""
         return {index: self.main_parameter(parameter) for index, (parameter, _) in self._owned()}
 
     def model_pieces(self) -> dict[int, Tensor]:
-        """The same parts of the model's parameters: views, in the model's precision."""
+        """Return the same parts of the model's parameters, as views in the model's precision."""
         return {index: parameter.detach().view(-1)[part.start : part.end] for index, (parameter, part) in self._owned()}
 
     def _owned(self) -> Iterator[tuple[int, tuple[Tensor, Any]]]:
-        """(index in its buffers, (parameter, range)) of those of which this rank owns a part."""
+        """Yield (index in its buffers, (parameter, range)) of the parameters that this rank owns a part of."""
         return (each for each in enumerate(self.parameter_parts()) if each[1][1] is not None)
 
     @torch.no_grad()
     def reset_others(self, loaded: dict[int, Any]) -> None:
-        """Start what was not loaded, by the parameter's index, with what the model holds and with state zero."""
+        """Reset what was not loaded (`loaded` is by the parameter's index) to the model's values and zero state."""
         self.allocate()
         for index, (parameter, part) in enumerate(self.parameter_parts()):
             if part is None or index in loaded:
@@ -176,31 +176,31 @@ class OptimizerPart:
                 tensor.zero_()
 
     def tensors(self) -> Iterator[Tensor]:
-        """This rank's parts of all main parameters and what is kept of them."""
+        """Yield this rank's parts of all main parameters and of their state."""
         for parameter, part in self.parameter_parts():
             if part is not None:
                 yield from self._tensors(parameter).values()
 
     def _tensors(self, parameter: Tensor) -> dict[str, Tensor]:
-        """This rank's part of a main parameter, and what is kept of it, flat."""
+        """Return this rank's part of a main parameter and of its state, flat."""
         main = self.main_parameter(parameter)
         return {"param": main, **{key: self.inner.state[main][key] for key in self._keys(parameter)}}
 
     def _keys(self, parameter: Tensor) -> Collection[str]:
-        """Names of the state of a model parameter."""
+        """Return the names of a model parameter's state."""
         return self._spec.state_of(hidden_matrix=parameter in self._matrices)
 
     def main_parameter(self, parameter: Tensor) -> Tensor:
-        """This rank's part of a model parameter, flat, in fp32."""
+        """Return this rank's part of a model parameter, flat, in fp32."""
         group, order = self.optimizer.model_param_group_index_map[parameter]
         return self.inner.param_groups[group]["params"][order]
 
     def own_main_parameter(self, parameter: Tensor) -> Tensor | None:
-        """The same, or None if all of it is in other ranks' hands, or another optimizer's."""
+        """Return `main_parameter`, or None if all of it belongs to other ranks or another optimizer."""
         return self.main_parameter(parameter) if parameter in self.optimizer.model_param_group_index_map else None
 
     def parameter_parts(self) -> Iterator[tuple[Tensor, Any]]:
-        """(parameter, the range of it that this rank owns, or None), in the order of `sharded`."""
+        """Yield (parameter, the range of it that this rank owns, or None), in the order of `sharded`."""
         for buffer, ranges in zip(self.optimizer.buffers, self.optimizer.gbuf_ranges, strict=True):
             owned = {
                 parameter: parts["param"]
@@ -213,18 +213,18 @@ class OptimizerPart:
 
 
 def _wholes(model: dict[str, Any]) -> dict[Tensor, ShardedTensor | ShardedTensorFactory]:
-    """The model's sharded tensors by its parameters."""
+    """Return the model's sharded tensors by its parameters."""
     return {value.data: value for value in model.values() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
 
 
 def _boxes_of(
     whole: ShardedTensor | ShardedTensorFactory, parameter: Tensor, start: int, prefix: str, flat: Tensor
 ) -> Iterator[ShardedTensor]:
-    """The part of a parameter's state that begins at its element `start`, as boxes of the whole model's tensor.
+    """Yield the part of a parameter's state that begins at element `start`, as boxes of the whole model's tensor.
 
     Args:
-        whole: the parameter's.
-        prefix: what its key begins with in the state's.
+        whole: the parameter's sharded tensor.
+        prefix: prefix of the state's key; the parameter's key follows.
         flat: the part.
     """
     for tensor in sharding.sharded_tensors({"": whole}):
@@ -251,7 +251,7 @@ def _boxes_of(
 
 
 def _of_its_layer(box: ShardedTensor) -> ShardedTensor:
-    """A box of what is stacked over all layers, as one of its layer's own tensor."""
+    """Convert a box of a tensor stacked over all layers to a box of its layer's own tensor."""
     stacked = _STACKED.fullmatch(box.key)
     if stacked is None:
         return box
@@ -267,7 +267,7 @@ def _of_its_layer(box: ShardedTensor) -> ShardedTensor:
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, shape) of the boxes that are the elements `start` .. `stop` of a row-major tensor, in their order."""
+    """Yield (offset, shape) of the boxes that make up elements `start` .. `stop` of a row-major tensor, in order."""
     row = math.prod(shape[1:])
     while start < stop:
         index, inside = divmod(start, row)
@@ -283,12 +283,12 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple
 
 
 class MegatronState:
-    """An `EngineState`.
+    """The `EngineState` of `MegatronEngine`.
 
     Args:
         stage: the model.
-        optimizers: megatron-core's, all of `spec`'s kind.
-        seed: the run's; parameters that a checkpoint lacks start as they are built.
+        optimizers: megatron-core's distributed optimizers, all of `spec`'s kind.
+        seed: the run's seed; parameters that a checkpoint lacks start with their initial values.
         matrices: parameters that are updated as whole matrices.
         by_layer: as for `OptimizerPart`.
 
@@ -354,7 +354,7 @@ class MegatronState:
 
     @torch.no_grad()
     def _build_gates(self, loaded: dict[str, Any]) -> None:
-        """As built, where none are loaded: an engine that has trained already may be loaded too."""
+        """Reset gates that were not loaded to their initial values: the engine may have trained already."""
         stage = self._stage
         for own_name, (name, parameter) in zip(dict(stage.named_parameters()), global_names(stage), strict=True):
             if only_in_loops(name) and own_name not in loaded:

@@ -1,6 +1,6 @@
 """Publishes checkpoints: each is complete when it gets its name (`run_folder.checkpoints`), and old ones are removed.
 
-All of it is done by one process; any `OSError` leaves the last checkpoint intact.
+One process does all of this; any `OSError` leaves the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from plt_megatron.run_folder.checkpoints import (
 from plt_megatron.run_folder.files import write_json, write_text
 
 _TEMPORARY = ".tmp"  # being written, or being removed
-_REPLACED = ".old"  # about to give way to a newer one of the same step
+_REPLACED = ".old"  # about to be replaced by a newer one of the same step
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that writes a checkpoint."""
+    """Return the versions of the software that writes a checkpoint."""
     import torch
 
     try:
@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Folders left by a crash, partly written or partly removed."""
+    """Return folders left by a crash, partly written or partly removed."""
     if not directory.is_dir():
         return []
     names = (rf"{NAME.pattern}({re.escape(suffix)})" for suffix in (_TEMPORARY, _REPLACED))
@@ -77,7 +77,7 @@ def recover(directory: Path) -> None:
 
 
 def discard(temporary: Path) -> None:
-    """Remove a temporary folder, as far as that works: its disk space may be needed."""
+    """Remove a temporary folder as far as possible: its disk space may be needed."""
     shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -85,7 +85,7 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
     """Make a complete temporary folder the run's latest checkpoint.
 
     Args:
-        checksums: SHA-256 of the files whose writers have computed it; the others' are computed here.
+        checksums: SHA-256 of the files whose writers have computed it; computed here for the others.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": checksums.get(path.name) or sha256(path, sync=True)}
@@ -94,7 +94,7 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
     missing = checksums.keys() - files.keys()
     if missing:
         raise FileNotFoundError(
-            2, "files that another process has written are missing: is the folder not shared?", missing.pop()
+            2, "files written by another process are missing: is the folder shared by all nodes?", missing.pop()
         )
     write_json(temporary / MANIFEST, {"format": FORMAT, "files": files})
     published = temporary.with_suffix("")
@@ -110,7 +110,7 @@ def publish(temporary: Path, checksums: dict[str, str]) -> Path:
 
 
 def prune(published: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Remove the checkpoints that need not be kept (`superseded`), `published` being the newest; returns those."""
+    """Remove the checkpoints that need not be kept (`superseded`), `published` being the newest; return those."""
     found = checkpoint_folders(published.parent)
     steps = superseded([step_of(path) for path in found], step_of(published), keep_last, keep_every)
     removed = [path for path in found if step_of(path) in steps]

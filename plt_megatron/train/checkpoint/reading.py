@@ -25,13 +25,13 @@ _PREFIXES: dict[Part, str] = {"weights": "", "main weights": "optimizer.state.pa
 _LAYERS = re.compile(r"(decoder\.layers\.)(.+)")
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _EXPERT = re.compile(r"(mlp\.experts\.)(\d+)\.(.+)")
-STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's, within a key
+STACKED_EXPERTS = ".mlp.experts.experts."  # megatron-core's name for them, within a key
 _NO_WEIGHTS = ("optimizer.", "kept.")
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights") -> Iterator[tuple[str, Tensor]]:
-    """(global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
+    """Yield (global name, tensor) of each of the model's parameters, on the CPU, whatever layout saved them.
 
     Args:
         path: a checkpoint, or a run's folder for its last complete one. Unpickles metadata: read only what you trust.
@@ -51,10 +51,10 @@ def read_weights(path: Path | str, verify: bool = True, *, part: Part = "weights
 
 
 def stored_at(name: str, *, in_all_layers: bool = True) -> tuple[str, tuple[int, ...]]:
-    """(key on disk, place in what is stacked under it: the layer, and of an expert its number).
+    """Return (key on disk, index in the tensor stacked under it: the layer and, for an expert, its number).
 
-    What only some of the layers have (gates with `model.loop_span`, a dense FFN or experts with
-    `model.moe.first_k_dense_replace`) is not stacked over them: its key names the layer.
+    Tensors that only some layers have (gates with `model.loop_span`, a dense FFN or experts with
+    `model.moe.first_k_dense_replace`) are not stacked over layers: their keys name the layer.
     """
     layer = _LAYER.fullmatch(name)
     if layer is None:
@@ -67,7 +67,7 @@ def stored_at(name: str, *, in_all_layers: bool = True) -> tuple[str, tuple[int,
 
 
 class Weights:
-    """A model's parameters in a checkpoint, each read when it is asked for.
+    """A model's parameters in a checkpoint, each read on demand.
 
     Names are megatron-core's, layers and experts numbered over the whole model from 0:
     `decoder.layers.3.mlp.linear_fc1.weight`, `decoder.layers.3.mlp.experts.7.linear_fc2.weight`.
@@ -75,13 +75,13 @@ class Weights:
     value), the vocabulary without its padding rows.
 
     Args:
-        checkpoint: complete.
-        part: `weights`, in the dtype that the model was trained in; in fp32 the optimizer's `main weights`, or `ema`,
-            their moving average. What was not trained (`training.trainable`) has neither, and is the model's own. So
-            are buffers, in fp32, with any.
+        checkpoint: a complete checkpoint.
+        part: `weights`, in the dtype that the model was trained in; or, in fp32, the optimizer's `main weights` or
+            `ema`, their moving average. Parameters that were not trained (`training.trainable`) have neither: they are
+            read from the model. So are buffers, in fp32, for every part.
 
     Attributes:
-        names: of all of them; none if the checkpoint lacks the part.
+        names: names of all parameters; empty if the checkpoint lacks the part.
     """
 
     def __init__(self, checkpoint: Path, part: Part = "weights") -> None:
@@ -90,11 +90,11 @@ class Weights:
         self._reader = _Reader(checkpoint, _PREFIXES[part])
         self._patterns = progress["config"]["training"].get("trainable", []) if _PREFIXES[part] else []
         self._model = _Reader(checkpoint) if self._patterns and self._reader.keys else self._reader
-        self._stack: tuple[str, int, Tensor] | None = None  # the experts of a layer
+        self._stack: tuple[str, int, Tensor] | None = None  # a layer's experts
         self.names = [name for key in self._model.keys for name in self._names_of(key)]
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU. Raises `KeyError` if there is none of that name."""
+        """Return a tensor, on the CPU. Raises `KeyError` if there is none of that name."""
         is_kept = is_trained(self._patterns, name)
         reader = self._reader if is_kept else self._model
         key, place = stored_at(name)
@@ -106,7 +106,7 @@ class Weights:
             read = reader.read(key, place[0], 1)[0]
         else:
             if self._stack is None or self._stack[:2] != (key, place[0]):
-                self._stack = None  # before the next is read
+                self._stack = None  # free it before reading the next
                 self._stack = (key, place[0], reader.read(key, place[0], 1)[0])
             read = self._stack[2][place[1]]
         return read if is_kept else read.float()
@@ -127,11 +127,11 @@ class _Reader:
     """Reads ranges of rows of a checkpoint's tensors.
 
     Args:
-        prefix: of their keys; none: the model's.
+        prefix: prefix of their keys; empty: the model's.
 
     Attributes:
-        keys: without the prefix; layers are stacked, `decoder.layers.mlp.linear_fc1.weight` is [layers, ...], but for
-            what only some have. Buffers have no prefix, and go with any.
+        keys: keys without the prefix. Layers are stacked (`decoder.layers.mlp.linear_fc1.weight` is [layers, ...]),
+            except for tensors that only some have. Buffers have no prefix and are included with any.
     """
 
     def __init__(self, path: Path, prefix: str = "") -> None:
@@ -154,7 +154,7 @@ class _Reader:
         return self._tensors[self._stored[key]].size
 
     def read(self, key: str, start: int, length: int) -> Tensor:
-        """Rows `start` .. `start + length` of the tensor."""
+        """Read rows `start` .. `start + length` of a tensor."""
         key = self._stored[key]
         entry = self._tensors[key]
         sizes = torch.Size((length, *entry.size[1:]))
@@ -166,7 +166,7 @@ class _Reader:
 
 
 class _Into(DefaultLoadPlanner):
-    """Collects everything read in one tensor."""
+    """Load planner that reads everything into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         super().__init__()

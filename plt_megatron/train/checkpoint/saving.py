@@ -1,4 +1,4 @@
-"""Saves: every rank writes its part into a temporary folder, and rank 0 publishes it once it is complete.
+"""Saving: every rank writes its part into a temporary folder, and rank 0 publishes it once it is complete.
 
 An error on any rank, such as a full disk, is an error on all of them, and leaves the last checkpoint intact.
 """
@@ -38,9 +38,9 @@ from plt_megatron.train.checkpoint.state import sharded_tensors
 from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
-Place = tuple[str, tuple[int, ...]]  # a tensor's key, and where it begins in the whole one
-_AT_ONCE = 1 << 22  # elements that are read as integers, 8 bytes each
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by an element's bytes
+Place = tuple[str, tuple[int, ...]]  # a tensor's key, and its offset in the whole tensor
+_AT_ONCE = 1 << 22  # elements summed at a time as integers, 8 bytes each
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
 
 def save_checkpoint(
@@ -56,8 +56,8 @@ def save_checkpoint(
 
     Args:
         directory: the run's folder of checkpoints, the same on all ranks; created if needed.
-        progress: `step`, and whatever else the trainer needs again, as JSON (tokens, fingerprints, ...).
-        kept: what else is kept of the model's parameters, see `state.Kept`.
+        progress: `step`, and whatever else the trainer needs to resume, as JSON (tokens, fingerprints, ...).
+        kept: other tensors kept of the model's parameters, see `state.Kept`.
         keep_last: checkpoints to keep; older ones are removed.
         keep_every: keep multiples of this step permanently; 0: none.
 
@@ -65,7 +65,7 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        UserError: on all ranks, if it could not be written, or ranks that should hold the same do not; the last
+        UserError: on all ranks, if it could not be written, or if ranks that should hold equal copies do not; the last
             checkpoint is intact.
     """
     save = begin_save(engine, directory, progress, kept)
@@ -90,7 +90,7 @@ def begin_save(
     saved = _state(engine, kept)
     different = replica_difference(engine, saved)
     if different is not None:
-        reason = f"{different}, of which a checkpoint has one: they drifted apart, or a device computes wrongly"
+        reason = f"{different}, of which a checkpoint stores one: they drifted apart, or a device is faulty"
         raise _cannot_save(progress["step"], reason, directory)
     try:
         temporary = on_rank_0(lambda: publishing.prepare(directory, progress["step"]))
@@ -121,10 +121,10 @@ class PendingSave:
 
     Attributes:
         temporary: the folder it is written to.
-        writer: megatron-core's, which turns all ranks' results into the checkpoint's metadata.
+        writer: megatron-core's writer, which turns all ranks' results into the checkpoint's metadata.
         global_metadata: all ranks' plans, on rank 0.
-        buckets: what this rank writes, by file.
-        step: what the checkpoint is named for.
+        buckets: the data that this rank writes, by file.
+        step: the step that the checkpoint is named after.
         progress: the content of progress.json, fixed when the save began.
     """
 
@@ -139,7 +139,7 @@ class PendingSave:
     error: str | None = None
 
     def write(self) -> None:
-        """Write this rank's files. Not collective; an error waits for `publish`. May run in a thread of its own."""
+        """Write this rank's files. Not collective: `publish` raises its error. May run in a thread of its own."""
         transforms = [self.writer.transforms] if hasattr(self.writer, "transforms") else []
         try:
             for index, bucket in enumerate(self.buckets):
@@ -156,7 +156,7 @@ class PendingSave:
         self.buckets = []
 
     def publish(self, keep_last: int, keep_every: int) -> Path:
-        """Make it the latest checkpoint. Collective. See `save_checkpoint`."""
+        """Make the save the latest checkpoint. Collective. See `save_checkpoint`."""
         try:
             error = first_of_all_ranks(self.error)
             if error is not None:
@@ -181,18 +181,18 @@ class PendingSave:
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):
-    """Plans the save and stops there: writing and publishing are `PendingSave`'s.
+    """Plans the save and stops there: `PendingSave` writes and publishes.
 
-    megatron-core's own end of a save leaves the other ranks waiting if rank 0 cannot write its part, and hands results
-    over through a process that outlives a killed rank and keeps its sockets open.
+    The rest of megatron-core's own save leaves the other ranks waiting if rank 0 cannot write its part, and hands
+    results over through a process that outlives a killed rank and keeps its sockets open.
     """
 
     writer: Any
     global_metadata: Any
 
     def async_save(self, *args: Any, **kwargs: Any) -> AsyncRequest:
-        """Plan; the request does nothing."""
-        # Needed by the planning alone: an existing queue keeps it from starting that process.
+        """Plan the save; the returned request does nothing."""
+        # Only planning needs the queue, and an existing one keeps it from starting that process.
         filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
         return super().async_save(*args, **kwargs)
 
@@ -214,7 +214,7 @@ def _state(engine: Engine, kept: state.Kept) -> dict[str, Any]:
 
 
 def _copy_live(buckets: list[Any], engine: Engine, kept: state.Kept) -> list[Any]:
-    """The buckets, with copies of tensors that training will change: on a CPU nothing else copies them."""
+    """Return the buckets with copies of the tensors that training will change: on a CPU nothing else copies them."""
     tensors = (*engine.state.live_tensors(), *map(state.data_of, nested_values(dict(kept))))
     live = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
@@ -228,7 +228,7 @@ def _copy_live(buckets: list[Any], engine: Engine, kept: state.Kept) -> list[Any
 
 
 def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's progress, and what readers need to know of the run."""
+    """Return the trainer's progress, and what readers need to know about the run."""
     return {
         **progress,
         "format": checkpoints.FORMAT,
@@ -243,7 +243,7 @@ def describe_run(engine: Engine, progress: dict[str, Any]) -> dict[str, Any]:
 
 
 def layout(engine: Engine) -> dict[str, int]:
-    """How the model lies over the processes. Random states are restored only in the same one."""
+    """Return the model's layout over the processes. Random states are restored only in the same layout."""
     return layout_of(engine.config, dist.get_world_size()).sizes
 
 
@@ -261,18 +261,16 @@ def _prune(published: Path, keep_last: int, keep_every: int) -> None:
         return
     given_up = [path.name for path in removed if checkpoints.step_of(path) > checkpoints.step_of(published)]
     if given_up:
-        logger.info(
-            "removed %s: later than %s, before which training was rolled back", ", ".join(given_up), published.name
-        )
+        logger.info("removed %s: later than %s, and training was rolled back", ", ".join(given_up), published.name)
 
 
-# Whether ranks agree on what several of them hold, of which a checkpoint has one: what each tensor-parallel rank has
-# whole, and a tied embedding, which a pipeline's first and last stage have. Data-parallel ranks get their weights from
-# one another in every step.
+# Comparison of copies that several ranks hold and of which a checkpoint stores one: parameters replicated over
+# tensor-parallel ranks, and a tied embedding, which a pipeline's first and last stages have. Data-parallel ranks are
+# not compared, since they get their weights from one another in every step.
 
 
 def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
-    """Which ranks hold different copies of which tensor, in one line; None: none do. Collective.
+    """Return in one line which ranks hold different copies of which tensor, or None if none do. Collective.
 
     Args:
         saved: what the engine is about to save: the sharded tensors of `model` and `optimizer`.
@@ -281,7 +279,7 @@ def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
     if groups.tp.size() == groups.pp.size() == 1:
         return None
     state, found = {name: saved[name] for name in ("model", "optimizer")}, None
-    # Groups that training uses too. Stages between the first and the last are in none of the embedding's.
+    # Training uses the same groups. Stages between the first and the last are not in the embedding's group.
     for group, is_held in ((groups.tp, _is_whole), (groups.embd if tied else None, _is_in_two_stages)):
         if group is not None and group.size() > 1:
             found = _difference(dict(_checksums(state, is_held)), group) or found
@@ -289,7 +287,8 @@ def replica_difference(engine: Engine, saved: dict[str, Any]) -> str | None:
 
 
 def _is_whole(parameter: Parameter) -> bool:
-    """On each tensor-parallel rank. Experts are some ranks' own, which are each other's data-parallel ranks."""
+    """Return whether each tensor-parallel rank has all of it. An expert is only on some ranks, and those are
+    data-parallel ranks of each other."""
     return parameter.split is None and not parameter.per_expert
 
 
@@ -298,7 +297,7 @@ def _is_in_two_stages(parameter: Parameter) -> bool:
 
 
 def _checksums(state: dict[str, Any], is_held: Callable[[Parameter], bool]) -> Iterator[tuple[Place, int]]:
-    """Checksums of these parameters' entries in the state."""
+    """Yield (place, checksum) of the state's entries for parameters that satisfy `is_held`."""
     held: list[ShardedTensor] = [tensor for tensor in sharded_tensors(state) if is_held(find_in_any(tensor.key))]
     if held:
         sums = torch.stack([_checksum(tensor.data) for tensor in held]).tolist()
@@ -306,7 +305,7 @@ def _checksums(state: dict[str, Any], is_held: Callable[[Parameter], bool]) -> I
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """int64: the sum of its bits, taken for integers. Any single change changes it."""
+    """Return the sum of the elements' bits as integers, int64; any single change changes it."""
     bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
     return torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_AT_ONCE)]).sum()
 

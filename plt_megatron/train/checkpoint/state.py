@@ -26,18 +26,18 @@ from plt_megatron.model.looped_gpt import LoopedGPT
 RNG_KEY = "rng_state"
 OPTIMIZER_PREFIX = "optimizer.state."
 KEPT_PREFIX = "kept."  # callbacks' tensors
-# What callbacks keep, by their names: tensors in the shapes of the stage's parameters by their names, or, nested,
-# sharded tensors.
+# State that callbacks keep, by callback name: tensors in the shapes of the stage's parameters, by parameter name, or
+# nested sharded tensors.
 Kept = Mapping[str, Mapping[Any, Any]]
-# Reads what a request of sharded tensors asks for, and what all ranks have in common.
+# Reads the sharded tensors of a request, and the values that all ranks have in common.
 Reader = Callable[[dict[str, Any]], dict[str, Any]]
 _TRUST_VARIABLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
 def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]:
-    """The stage's parameters by their local names. Extra states count only where a backend (FP8) has some.
+    """Return the stage's parameters by local name. Extra states are included only if a backend (FP8) has some.
 
-    `is_loading`: a layer that has not run in FP8 yet has no state, but will take one.
+    `is_loading`: include the extra state of layers that have not run in FP8 yet; they have none, but accept one.
     """
     metadata = {"singleton_local_shards": False, "dp_cp_group": stage.pg_collection.dp_cp}
     state = stage.sharded_state_dict(metadata=metadata)
@@ -48,10 +48,11 @@ def model_state(stage: LoopedGPT, *, is_loading: bool = False) -> dict[str, Any]
 
 
 def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The tensors that callback `name` keeps of the model's parameters, as sharded ones, in the same order.
+    """Return the tensors that callback `name` keeps of the model's parameters as sharded tensors, in the same order.
 
     Args:
-        tensors: in the shape of the stage's parameters, by their names; possibly not of all. Or sharded ones, nested.
+        tensors: tensors in the shapes of the stage's parameters, or of some of them, by parameter name; or nested
+            sharded tensors.
     """
     if not any(isinstance(tensor, Tensor) for tensor in tensors.values()):
         return dict(tensors)
@@ -69,9 +70,9 @@ def kept_tensors(stage: LoopedGPT, name: str, tensors: Mapping[Any, Any]) -> dic
 
 @contextmanager
 def pickled_fp8_state_is_trusted() -> Iterator[None]:
-    """Within this block, Transformer Engine's layers accept the pickled scales and histories of delayed scaling.
+    """Let Transformer Engine's layers accept the pickled scales and histories of delayed scaling within this block.
 
-    A checkpoint is unpickled anyway, by megatron-core, after its checksums have been compared.
+    megatron-core unpickles a checkpoint anyway, after its checksums have been compared.
     """
     before = os.environ.get(_TRUST_VARIABLE)
     os.environ[_TRUST_VARIABLE] = "1"
@@ -90,7 +91,7 @@ def _is_empty_object(value: Any) -> bool:
 
 
 def random_state() -> ShardedObject:
-    """This rank's random states."""
+    """Return this rank's random states."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -113,12 +114,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def data_of(value: Any) -> Tensor:
-    """A tensor's own data, sharded or not."""
+    """Return a tensor's own data, sharded or not."""
     return value if isinstance(value, Tensor) else value.data
 
 
 def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
-    """The tensors of a sharded state dict, those that a factory makes (the gate and up halves of SwiGLU) included."""
+    """Yield the tensors of a sharded state dict, including those a factory makes (the gate and up halves of SwiGLU)."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):
             yield from nested_values(value.build())
@@ -127,27 +128,29 @@ def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
 
 
 class EngineState(Protocol):
-    """The interface of an engine's model and optimizer for saving and loading. All methods are collective.
+    """The interface to an engine's model and optimizer for saving and loading. All methods are collective.
 
-    They are sharded tensors: `model` by local names, `optimizer` by optimizer and parameter.
+    The state consists of sharded tensors: `model` by local names, `optimizer` by optimizer and parameter.
 
-    Both engines' states have the same keys and shapes, those of the whole model: checkpoints do not depend on the
+    Both engines' states have the same keys and shapes, those of the whole model, so checkpoints do not depend on the
     engine.
     """
 
     def to_save(self) -> dict[str, Any]:
-        """`model` and `optimizer` with their data, which may be the engine's own; `optimizer_step` and
+        """Return `model` and `optimizer` with their data, which may share the engine's memory, and `optimizer_step` and
         `optimizer_later_step`."""
 
     def live_tensors(self) -> Iterable[Tensor]:
-        """The tensors that training changes and `to_save` may refer to. Not collective."""
+        """Return the tensors that training changes and `to_save` may refer to. Not collective."""
 
     def request(self, *, optimizer: bool) -> dict[str, Any]:
-        """`model`, and `optimizer` if wanted, to be loaded. What is taken out of it stays as it is built: gates."""
+        """Return a request to load `model` and, if wanted, `optimizer`. Entries removed from it (gates) keep their
+        initial values."""
 
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
-        """Read the request, as changed by the caller, and load it. Without `optimizer` in
-        the request, the optimizer's state is zero. Returns what was read."""
+        """Read the request, as changed by the caller, load it, and return what was read. Without `optimizer` in the
+        request, the optimizer's state is reset to zero."""
 
     def set_step(self, step: int, later_step: int) -> None:
-        """Set the optimizer's number of updates to `step`; of what only later loops use, to `later_step`."""
+        """Set the optimizer's number of updates to `step`, or to `later_step` for parameters that only later loops
+        use."""

@@ -32,7 +32,7 @@ from plt_megatron.train.checkpoint.state import Kept
 from plt_megatron.train.engine import Engine
 
 logger = logging.getLogger(__name__)
-_SOURCE = "source"  # a file with the URL
+_SOURCE = "source"  # name of a file with the URL
 _TURN_S = 0.2
 
 
@@ -41,15 +41,15 @@ def _nobody_listens(*_: Any) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. All its methods but `latest` are collective.
+    """The checkpoints of one run. All methods except `latest` are collective.
 
-    With `checkpoint.async_save` a save returns when its data is copied; `poll` at later step boundaries, the next save
-    or `close` publish it. One is under way at a time.
+    With `checkpoint.async_save` a save returns once its data is copied; `poll` at a later step boundary, the next save
+    or `close` publishes it. Only one is in flight at a time.
 
     Args:
         directory: the run's folder of checkpoints.
-        config: the run's; `checkpoint` says what to keep and where to start from.
-        data_fingerprint: `data.mix.fingerprint`'s; a run resumes only with the data it was saved with.
+        config: the run's configuration; `checkpoint` says what to keep and where to start from.
+        data_fingerprint: from `data.mix.fingerprint`; a run resumes only with the data it was saved with.
         on_publish: called with each published checkpoint of this run, on all ranks.
         beat: called while a checkpoint to start from is fetched.
     """
@@ -99,7 +99,7 @@ class CheckpointStore:
         self._inherited = checkpoints.inherited(progress, self.config.data.sequence_length)
         self._say(f"resuming from {source}, step {progress['step']}")
         if progress.get("data_fingerprint") != self.data_fingerprint:
-            self._say("warning: its samples came from other data or in another order: some may come twice, some never")
+            self._say("warning: it was saved with other data or another order: some samples may repeat or be missed")
         return progress
 
     def _other(self, load: str) -> Path:
@@ -155,7 +155,7 @@ class CheckpointStore:
         return self._publish(pending)
 
     def latest(self) -> Path | None:
-        """The checkpoint published last, unchecked."""
+        """Return the checkpoint published last, unchecked."""
         return checkpoints.latest_checkpoint(self.directory, verify=False)
 
     def _look_for_own(self) -> bool:
@@ -177,20 +177,20 @@ class CheckpointStore:
             logger.info("%s", message)
 
 
-# Fetching the checkpoint that a run starts from, if it is not on this machine, into the run's folder. The ranks share
-# the files. A download that was cut short goes on: what has arrived and is right is not fetched again.
+# Fetching a remote checkpoint that a run starts from into the run's folder. The ranks divide the files among them. An
+# interrupted download resumes: files that have arrived intact are not fetched again.
 
 
 def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], None]) -> Path:
-    """The checkpoint that `url` means, in `directory`, which all ranks share. Collective.
+    """Fetch the checkpoint that `url` refers to into `directory`, which all ranks share; return its folder. Collective.
 
     Args:
-        url: of a checkpoint, or of a run's folder or a folder of checkpoints for the last complete one.
-        directory: for this checkpoint alone; what it has of another one is removed.
+        url: URL of a checkpoint; or of a run's folder or a folder of checkpoints, for its last complete one.
+        directory: folder for this checkpoint alone; files of another one are removed.
         beat: called while files arrive.
 
     Raises:
-        UserError: on all ranks. There is no complete checkpoint, or it could not be read.
+        UserError: on all ranks, if there is no complete checkpoint or it could not be read.
     """
     at, index, folder, there = on_rank_0(partial(_begin, url, directory))
     if there:
@@ -204,7 +204,7 @@ def fetch_checkpoint(url: str, directory: Path, beat: Callable[[], None]) -> Pat
 
 
 def _begin(url: str, directory: Path) -> tuple[str, Index, Path, bool]:
-    """The checkpoint's URL, its index, its folder here, and whether that is complete."""
+    """Return the checkpoint's URL, its index, its local folder, and whether that is complete."""
     place = find_checkpoint(url)
     folder, source = directory / place.url.rpartition("/")[2], directory / _SOURCE
     if not source.is_file() or source.read_text(encoding="utf-8").strip() != place.url:
@@ -213,7 +213,7 @@ def _begin(url: str, directory: Path) -> tuple[str, Index, Path, bool]:
     index = read_manifest(place)
     there = folder.is_dir() and (folder / index.name).read_text(encoding="utf-8") == index.text
     if not there:
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step, before it was trained again
+        shutil.rmtree(folder, ignore_errors=True)  # from before the same step was trained again
         folder.with_suffix(".tmp").mkdir(exist_ok=True)
     return place.url, index, folder, there
 
@@ -223,7 +223,7 @@ def _fetch(url: str, index: Index, folder: Path) -> None:
 
 
 def _in_turns(work: Callable[[], None], beat: Callable[[], None]) -> str | None:
-    """Work in a thread, however long it takes; the first rank's problem with it. Collective."""
+    """Do the work in a thread, however long it takes, and return the lowest rank's problem with it. Collective."""
     problems: list[str] = []
 
     def try_it() -> None:
@@ -236,5 +236,5 @@ def _in_turns(work: Callable[[], None], beat: Callable[[], None]) -> str | None:
     thread.start()
     while any_rank(thread.is_alive()):
         beat()
-        time.sleep(_TURN_S)  # in all ranks alike, whether theirs is done or not
+        time.sleep(_TURN_S)  # on all ranks alike, whether their own work is done or not
     return first_of_all_ranks(problems[0] if problems else None)

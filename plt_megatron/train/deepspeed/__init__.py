@@ -1,1 +1,1 @@
-"""Training on DeepSpeed: ZeRO 1 to 3 and offload. Its settings and their rules are `config/rules/deepspeed.py`."""
+"""Training on DeepSpeed: ZeRO 1 to 3 and offload. Its settings and their rules are in `config/rules/deepspeed.py`."""

@@ -1,7 +1,7 @@
-"""One optimizer step, and one evaluation, on DeepSpeed: ZeRO 1, 2, 3 and offload to CPU memory, TP x DP.
+"""Optimizer steps and evaluations on DeepSpeed: ZeRO 1, 2, 3 and offload to CPU memory, TP x DP.
 
-The same model, data, losses and learning rates as `MegatronEngine`; ZeRO distributes weights, gradients and optimizer
-state over the data-parallel ranks.
+Model, data, losses and learning rates are the same as with `MegatronEngine`; ZeRO distributes weights, gradients and
+optimizer state over the data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from plt_megatron.train.unused_parameters import leaves_later_loops_out
 
 
 class DeepSpeedEngine:
-    """An `Engine`. At ZeRO 3 the stage's parameters are empty outside of forward and backward.
+    """The `Engine` on DeepSpeed. With ZeRO 3 the stage's parameters are empty outside of forward and backward.
 
     Args:
-        config: a validated configuration with `deepspeed`; process groups exist.
-        vocab_size: the tokenizer's.
+        config: a validated configuration with `deepspeed`; process groups must exist.
+        vocab_size: the tokenizer's vocabulary size.
     """
 
     def __init__(self, config: RunConfig, vocab_size: int) -> None:
@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         self.optimizer = self.deepspeed.optimizer
         self.scheduler = LearningRate(config, self.optimizer)
         if config.training.loop_schedule:
-            self.state.allocate()  # a step may update some parameters only, and all are saved
+            self.state.allocate()  # a step may update only some parameters, but all are saved
         self._leave_alone = _LeaveAlone(self.optimizer, self.state.later_groups)
         self._verdict = _Verdict(self.optimizer, zero_of(config).zero_stage)
         self.times = StepTimes()
@@ -91,7 +91,7 @@ class DeepSpeedEngine:
             return self._run(batches, loop_count, None)[:2]
 
     def gather_parameters(self) -> None:
-        """See `Engine`. DeepSpeed's step has done it; what stage 3 shards, only DeepSpeed reads."""
+        """See `Engine`. DeepSpeed's step has already done this; only DeepSpeed reads what stage 3 shards."""
 
     @property
     def microbatch_losses(self) -> list[tuple[float, int]]:
@@ -99,8 +99,8 @@ class DeepSpeedEngine:
         return [(float(loss), int(tokens)) for loss, tokens in self._results]
 
     def _count_tokens(self, batches: list[MicroBatch]) -> int:
-        """Tokens of the whole step that count in the loss: DeepSpeed averages gradients, so each microbatch's loss is
-        divided by all of them beforehand."""
+        """Count the tokens of the whole step that count in the loss: DeepSpeed averages gradients, so each microbatch's
+        loss is divided by their number beforehand."""
         device = torch.cuda.current_device()
         own = sum(
             batch.loss_mask.sum().double() if batch.loss_mask is not None else batch.tokens.numel() for batch in batches
@@ -110,10 +110,10 @@ class DeepSpeedEngine:
         return int(total)
 
     def _run(self, batches: list[MicroBatch], loop_count: int, step_tokens: int | None) -> tuple[float, int, float]:
-        """Each microbatch through the model, and back if `step_tokens` is given; sums of losses, tokens that count and
-        z-losses over data-parallel ranks."""
+        """Run each microbatch forward and, if `step_tokens` is given, backward. Return the sums of losses, tokens that
+        count and z-losses over data-parallel ranks."""
         self._results = []
-        # The mean over data-parallel ranks is DeepSpeed's; over tokens, ours.
+        # DeepSpeed averages over data-parallel ranks; we average over tokens.
         gradient = self.stage.loss_gradient = self.groups.dp.size() / (step_tokens or 1)
         for index, batch in enumerate(batches):
             self.on_progress()
@@ -133,14 +133,14 @@ class DeepSpeedEngine:
 
 
 class _LeaveAlone:
-    """Skips the optimizer's step of parameter groups that a step does not use.
+    """Skips the optimizer's step for parameter groups that a training step does not use.
 
     Args:
-        optimizer: DeepSpeed's.
+        optimizer: DeepSpeed's optimizer.
         later_groups: numbers of the groups that only later loops use.
 
     Attributes:
-        unused: whether the step that is about to begin does not use them. Set it before its first backward.
+        unused: whether the upcoming step leaves these groups unused. Set it before the step's first backward.
     """
 
     def __init__(self, optimizer: Any, later_groups: set[int]) -> None:
@@ -162,14 +162,14 @@ class _LeaveAlone:
         self._unused = unused
         kept = getattr(self._optimizer, "grad_partitions_flat_buffer", None)
         if unused and kept is not None:
-            kept.zero_()  # stage 3 would take the last step's gradient of what has none in this one
+            kept.zero_()  # stage 3 would use the last step's gradient for parameters that have none in this one
 
 
 class _Verdict:
     """Lets the caller decide on a step once its gradient norm is known.
 
     DeepSpeed computes the norm within its step. A norm that is not a number makes it drop the gradients and keep
-    weights and optimizer state: it is given one for steps that are not accepted.
+    weights and optimizer state, so a rejected step gives it such a norm.
     """
 
     def __init__(self, optimizer: Any, stage: int) -> None:
@@ -185,10 +185,10 @@ class _Verdict:
             optimizer.scaled_global_norm = lambda *args: self._judged(global_norm(*args))
 
     def step(self, engine: Any, judge: Callable[[float], bool]) -> tuple[float, bool]:
-        """DeepSpeed's step; (gradient norm before clipping, whether the weights were updated)."""
+        """Run DeepSpeed's step and return (gradient norm before clipping, whether the weights were updated)."""
         self._judge, self._norm = judge, float("nan")
         engine.step()
-        if self._judge is not None:  # it has seen gradients that are not numbers, and skipped the norm
+        if self._judge is not None:  # DeepSpeed has seen gradients that are not numbers, and skipped the norm
             updated = self._judge(self._norm)
             assert not updated, "a step whose gradients are not numbers cannot be accepted"
         return self._norm, not engine.optimizer.overflow
@@ -197,13 +197,13 @@ class _Verdict:
         judge, self._judge = self._judge, None
         assert judge is not None
         value = float(norm)
-        if math.isfinite(value) and value >= 0:  # -1 is DeepSpeed's mark of one that is no number
+        if math.isfinite(value) and value >= 0:  # -1 is DeepSpeed's mark for a norm that is not a number
             self._norm = value
         return norm if judge(self._norm) else torch.full_like(norm, -1.0)
 
 
 def _parameter_groups(config: RunConfig, stage: torch.nn.Module) -> list[dict[str, Any]]:
-    """megatron-core's, as the other engine has them."""
+    """Return megatron-core's parameter groups, the same as `MegatronEngine`'s."""
     groups = _get_param_groups([stage], megatron_settings(config), group_overrides(config))
     check_groups(config, stage, ((parameter, group) for group in groups for parameter in group["params"]))
     return groups

@@ -1,10 +1,10 @@
-"""Makes DeepSpeed work in our process and with a looped model: device, process groups, gradients, nothing compiled.
+"""Makes DeepSpeed work in our process and with a looped model: device, process groups, gradients, no compilation.
 
-DeepSpeed's own launcher is never used: it joins the groups that `runtime/process_groups.py` made.
+DeepSpeed's own launcher is never used: DeepSpeed joins the groups that `runtime/process_groups.py` made.
 
-A recomputed region has a separate backward for every loop, so that a parameter in it gets its gradient in several
-parts. DeepSpeed reduces a gradient when its hook fires: `GradientParts` holds each parameter back (`ds_grad_is_ready`)
-until its last part has arrived. And under sequence parallelism some parameters see a slice of the sequence on each
+A recomputed region has a separate backward for every loop, so a parameter in it gets its gradient in several parts.
+DeepSpeed reduces a gradient when its hook fires: `GradientParts` holds each parameter back (`ds_grad_is_ready`) until
+its last part has arrived. Under sequence parallelism some parameters see a slice of the sequence on each
 tensor-parallel rank: their parts are added up first, as megatron-core does at the end of a step.
 """
 
@@ -33,18 +33,19 @@ _engines: weakref.WeakSet[Any] = weakref.WeakSet()  # of this process, while the
 
 
 def import_deepspeed() -> ModuleType:
-    """DeepSpeed, ready for this machine. It is an extra of the project, imported nowhere else at import time."""
+    """Import DeepSpeed and set it up for this machine. It is an extra, imported nowhere else at import time."""
     if is_cpu_runtime():
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # Else DeepSpeed has torch count devices to see whether there is CUDA; the CPU runtime answers one.
+        # Otherwise DeepSpeed has torch count devices to detect CUDA; the CPU runtime reports one.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")  # required although the device is already chosen
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if is_cpu_runtime():
-        # Else it compiles a helper for collectives when it starts: a minute, and a lock that a killed build leaves, at
-        # which later runs hang. Assigned whole: what is there is a probe that runs compilers when first looked at.
+        # Otherwise it compiles a helper for collectives when it starts, which takes a minute, and a killed build leaves
+        # a lock that later runs hang on. Replaced as a whole: the original is a probe that runs compilers when first
+        # accessed.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
@@ -56,9 +57,9 @@ def join_process_groups(deepspeed: ModuleType) -> None:
 
     assert dist.is_initialized()
     for engine in _engines:
-        engine.destroy()  # autograd's nodes hold its hooks, and so all of it, process groups and their threads included
+        engine.destroy()  # autograd nodes hold its hooks, and so all of it, with process groups and their threads
     _engines.clear()
-    # Numbers go on from one engine to the next, and ranks compare them. Engines would live on in the stack.
+    # Ids continue from one engine to the next, and ranks compare them. The module stack would keep engines alive.
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
     partition_parameters.Init.param_id = 0
     parameter_offload.FWD_MODULE_STACK.clear()
@@ -72,7 +73,7 @@ def join_process_groups(deepspeed: ModuleType) -> None:
 class ModelParallelUnit:
     """megatron-core's process groups under the names that DeepSpeed asks for.
 
-    Without it DeepSpeed takes tensor-parallel ranks for data-parallel ones, silently.
+    Without it DeepSpeed silently takes tensor-parallel ranks for data-parallel ones.
     """
 
     get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
@@ -87,24 +88,24 @@ class ModelParallelUnit:
 
     @staticmethod
     def get_data_parallel_group_ranks() -> list[int]:
-        """Global ranks of this rank's data-parallel group."""
+        """Return the global ranks of this rank's data-parallel group."""
         return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
 
 
 def start_deepspeed(
     deepspeed: ModuleType, model: nn.Module, parameter_groups: list[dict[str, Any]], config: dict[str, Any]
 ) -> Any:
-    """DeepSpeed's engine around a model.
+    """Build DeepSpeed's engine around a model.
 
     Args:
-        parameter_groups: as torch's optimizers take them.
-        config: DeepSpeed's.
+        parameter_groups: parameter groups as torch's optimizers take them.
+        config: DeepSpeed's configuration.
     """
     from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
     class ZeroEngine(deepspeed.DeepSpeedEngine):  # type: ignore[name-defined,misc]
-        """Stage 1 in BF16 with DeepSpeed's ZeRO as well. Its own choice there is another optimizer, which reduces whole
-        gradients and has other ways to everything."""
+        """Engine that uses DeepSpeed's ZeRO for stage 1 in BF16 too. DeepSpeed itself would choose another optimizer
+        there, which reduces whole gradients and has a different interface throughout."""
 
         def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
             super()._do_optimizer_sanity_check(basic_optimizer)
@@ -125,8 +126,8 @@ def start_deepspeed(
 
 
 class GradientParts:
-    """Counts the parts of gradients in each microbatch's backward. Hooks go on the parameters when it is built, which
-    must be before DeepSpeed's."""
+    """Counts the parts of gradients in each microbatch's backward. Construction puts hooks on the parameters and must
+    precede DeepSpeed's."""
 
     def __init__(self, stage: LoopedGPT, config: RunConfig) -> None:
         self._config = config
@@ -143,7 +144,7 @@ class GradientParts:
                 parameter.register_hook(partial(self._count, name, parameter))
 
     def expect(self, loop_count: int) -> None:
-        """The microbatches that follow have so many loops."""
+        """Expect microbatches with this many loops from now on."""
         for name, parameter in self._counted.items():
             self._expected[name] = expected_parts(name, self._config, loop_count)
             parameter.ds_grad_is_ready = self._expected[name] == 1  # type: ignore[attr-defined]
@@ -153,14 +154,14 @@ class GradientParts:
         parameter.ds_grad_is_ready = self._seen[name] == self._expected[name]  # type: ignore[attr-defined]
 
     def finish_microbatch(self) -> None:
-        """After a microbatch's backward: check that every part has arrived, and no more.
+        """Check after a microbatch's backward that every part has arrived, and no more.
 
         Raises:
-            RuntimeError: not so. DeepSpeed would train on without some of the gradient.
+            RuntimeError: if not: DeepSpeed would train on without some of the gradient.
         """
         for name, expected in self._expected.items():
             if self._seen[name] != expected:
-                raise RuntimeError(f"the gradient of {name} came in {self._seen[name]} parts instead of {expected}")
+                raise RuntimeError(f"the gradient of {name} arrived in {self._seen[name]} parts instead of {expected}")
         self._seen.clear()
 
 
@@ -171,15 +172,15 @@ def _all_reduce(group: dist.ProcessGroup, grad: Tensor) -> Tensor:
 
 
 def summed_over_tensor_parallel(name: str, parameter: nn.Parameter, stage: LoopedGPT) -> bool:
-    """Whether each tensor-parallel rank has a part of the gradient: megatron-core's own rule."""
+    """Return whether each tensor-parallel rank has a part of the gradient; the rule is megatron-core's own."""
     if stage.config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
         return True
     return stage.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
 
 def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
-    """In how many parts a parameter's gradient comes in one microbatch's backward through so many loops: one, or in a
-    recomputed region one for each loop that uses it. 0: there is none."""
+    """Return in how many parts a parameter's gradient arrives in one microbatch's backward through `loop_count` loops:
+    one or, in a recomputed region, one for each loop that uses it. 0 means no gradient."""
     model = config.model
     parameter = find(model, name)
     if loop_count == 1 and parameter.only_in_loops:
@@ -197,8 +198,8 @@ def expected_parts(name: str, config: RunConfig, loop_count: int) -> int:
 
 
 def _is_recomputed(name: str, parameter: Parameter, parallel: ParallelConfig) -> bool:
-    """Whether a looped layer's parameter is used in a recomputed region."""
+    """Return whether a looped layer's parameter is used in a recomputed region."""
     if parallel.recompute_granularity != "selective":
         return parallel.recompute_granularity == "full"
-    modules = {"core_attn": parameter.in_core_attention, "mlp": ".mlp." in name}  # its norms too; there are no experts
+    modules = {"core_attn": parameter.in_core_attention, "mlp": ".mlp." in name}  # norms included; there are no experts
     return any(modules.get(module, False) for module in parallel.recompute_modules)

@@ -1,8 +1,8 @@
 """The state of a DeepSpeed engine, in the format of the megatron engine's checkpoints.
 
-ZeRO cuts a parameter's fp32 copy and its moments into flat pieces that follow no row or column. Each parameter is put
-together when it is saved, kept by one data-parallel rank, and cut again when it is loaded, a few at a time: no rank
-holds all of it.
+ZeRO cuts a parameter's fp32 copy and its moments into flat pieces, regardless of rows and columns. Saving reassembles
+each parameter and keeps it on one data-parallel rank; loading cuts it again. Both handle a few parameters at a time, so
+that no rank holds the whole state.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from plt_megatron.model.parameters import only_in_loops
 from plt_megatron.train.checkpoint import state
 from plt_megatron.train.checkpoint.state import Reader
 
-_MAIN = "param"  # the fp32 copy, by its name in checkpoints
+_MAIN = "param"  # the fp32 copy's name in checkpoints
 _ELEMENTS_AT_ONCE = 100_000_000  # read in one go: 1.2 GB in fp32 with both moments
 
 
 @dataclass
 class _Entry:
-    """One parameter: how its part on this tensor-parallel rank lies in the whole model."""
+    """One parameter, and where this tensor-parallel rank's part of it lies in the whole model."""
 
     parameter: nn.Parameter
     sharded: ShardedTensor | ShardedTensorFactory  # without data
@@ -36,20 +36,20 @@ class _Entry:
     dtype: torch.dtype
 
     def with_data(self, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
-        """The model's tensor."""
+        """Return the model's sharded tensor with this data."""
         return replace(self.sharded, data=data)
 
     def optimizer_tensor(self, key: str, data: Tensor) -> ShardedTensor | ShardedTensorFactory:
-        """The tensor of the optimizer's state `key`."""
+        """Return the sharded tensor of the optimizer's state `key`."""
         return make_sharded_optimizer_tensor(self.sharded, data, f"{state.OPTIMIZER_PREFIX}{key}")
 
 
 class DeepSpeedState:
-    """An `EngineState`.
+    """The `EngineState` of `DeepSpeedEngine`.
 
     Args:
-        engine: a `DeepSpeedEngine` under construction: its stage's parameters are whole still.
-        keys: what its optimizer keeps of each parameter.
+        engine: a `DeepSpeedEngine` under construction, while its stage's parameters are still whole.
+        keys: names of the state that its optimizer keeps of each parameter.
 
     Attributes:
         later_step: updates of the parameters that only later loops use.
@@ -73,7 +73,7 @@ class DeepSpeedState:
     # Saving.
 
     def to_save(self) -> dict[str, Any]:
-        """See `EngineState`. Each data-parallel rank has its share of the parameters, whole, in CPU memory."""
+        """See `EngineState`. Each data-parallel rank gets its share of the parameters, each whole, in CPU memory."""
         self._optimizer.allocate()
         model: dict[str, Any] = {}
         optimizer: dict[int, Any] = {}
@@ -84,18 +84,18 @@ class DeepSpeedState:
                 continue
             own = replace(entry, sharded=_only_copy(entry.sharded))
             tensors = {key: tensor.cpu().view(entry.shape) for key, tensor in whole.items()}
-            # DeepSpeed's weights are the fp32 copy's, rounded.
+            # DeepSpeed's weights are the rounded fp32 copy.
             model[name] = own.with_data(tensors[_MAIN].to(entry.dtype))
             optimizer[number] = {key: own.optimizer_tensor(key, tensor) for key, tensor in tensors.items()}
         steps = {"optimizer_step": self._optimizer.step, "optimizer_later_step": self.later_step}
         return {"model": model, "optimizer": {0: optimizer}, **steps}
 
     def live_tensors(self) -> Iterator[Tensor]:
-        """See `EngineState`. What is saved was gathered."""
+        """See `EngineState`. The tensors of `to_save` are gathered copies."""
         yield from (*self._engine.stage.parameters(), *self._engine.stage.buffers())
 
     def _owners(self) -> Iterator[tuple[str, int]]:
-        """(name, data-parallel rank that saves it): equal shares, the same on all ranks."""
+        """Yield (name, data-parallel rank that saves it): equal shares, the same on all ranks."""
         load = [0] * self._engine.groups.dp.size()
         for name, entry in self._entries.items():
             owner = load.index(min(load))
@@ -117,7 +117,7 @@ class DeepSpeedState:
 
     @torch.no_grad()
     def load(self, request: dict[str, Any], read: Reader) -> dict[str, Any]:
-        """See `EngineState`. What is returned has no weights and no optimizer state."""
+        """See `EngineState`. The returned dictionary has no weights and no optimizer state."""
         common = read({key: value for key, value in request.items() if key not in ("model", "optimizer")})
         self._optimizer.allocate()
         numbers = {name: number for number, name in enumerate(self._entries)}
@@ -148,7 +148,7 @@ class DeepSpeedState:
             self._optimizer.scatter(entry.parameter, key, torch.zeros(entry.shape) if moment is None else moment)
 
     def _portions(self) -> Iterator[list[str]]:
-        """Names of parameters, few enough at a time to be read whole by every rank."""
+        """Yield names of parameters, few enough at a time that every rank can read them whole."""
         names: list[str] = []
         elements = 0
         for name, entry in self._entries.items():
@@ -165,12 +165,12 @@ class DeepSpeedState:
         self._optimizer.set_step(step, later_step, self.later_groups)
 
     def allocate(self) -> None:
-        """Give a new optimizer its state, zero."""
+        """Allocate zero state for a new optimizer."""
         self._optimizer.allocate()
 
     @property
     def later_groups(self) -> set[int]:
-        """Numbers of the optimizer's groups of nothing but parameters that only later loops use."""
+        """Numbers of the optimizer's groups whose parameters are all used by later loops only."""
         optimizer = self._engine.optimizer
         groups = optimizer.fp16_groups if zero_of(self._engine.config).zero_stage == 3 else optimizer.bit16_groups
         later = {id(parameter) for name, parameter in self._engine.stage.named_parameters() if only_in_loops(name)}
@@ -192,7 +192,7 @@ def _empty(entry: _Entry, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _only_copy(sharded: ShardedTensor | ShardedTensorFactory) -> ShardedTensor | ShardedTensorFactory:
-    """With the data-parallel rank, its replica number's last part, taken for the first: no other has it."""
+    """Set the last part of the replica id, the data-parallel rank, to 0: no other rank has a copy."""
     return replace(sharded, replica_id=(*sharded.replica_id[:-1], 0))
 
 
@@ -200,7 +200,7 @@ def _only_copy(sharded: ShardedTensor | ShardedTensorFactory) -> ShardedTensor |
 
 
 class _ZeroPieces:
-    """ZeRO's flat fp32 pieces of the parameters, what the optimizer keeps of them (`keys`), and its step."""
+    """ZeRO's flat fp32 pieces of the parameters, the optimizer's state of them (`keys`), and its step."""
 
     def __init__(self, optimizer: Any, flat: list[Tensor], keys: tuple[str, ...]) -> None:
         self.optimizer = optimizer
@@ -209,7 +209,7 @@ class _ZeroPieces:
         self.inner = optimizer.optimizer  # torch's AdamW
 
     def allocate(self) -> None:
-        """Give an optimizer that has not made a step yet its moments, zero."""
+        """Allocate zero moments for an optimizer that has not made a step yet."""
         for piece in self.flat:
             if not self.inner.state[piece]:
                 moments = {key: torch.zeros_like(piece) for key in self.keys}
@@ -221,12 +221,12 @@ class _ZeroPieces:
         return max(int(self.inner.state[piece]["step"]) for piece in self.flat)
 
     def set_step(self, step: int, later_step: int, later_groups: set[int]) -> None:
-        """Go on from there."""
+        """Set the number of updates to `step`, or to `later_step` for `later_groups`."""
         for number, piece in enumerate(self.flat):
             self.inner.state[piece]["step"] = torch.tensor(float(later_step if number in later_groups else step))
 
     def gather(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """A parameter's fp32 copy or moment, whole, on every data-parallel rank. Collective."""
+        """Return a parameter's whole fp32 copy or moment on every data-parallel rank. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         whole = safe_get_full_fp32_param(parameter) if key == _MAIN else safe_get_full_optimizer_state(parameter, key)
@@ -238,7 +238,7 @@ class _ZeroPieces:
         raise NotImplementedError
 
     def update_weights(self) -> None:
-        """Make the weights the fp32 copies. Collective."""
+        """Update the weights from the fp32 copies. Collective."""
         raise NotImplementedError
 
 
@@ -250,7 +250,7 @@ class _Zero12Pieces(_ZeroPieces):
 
     def allocate(self) -> None:
         super().allocate()
-        # DeepSpeed does so after the first group's first step, when the other groups have no moments yet.
+        # DeepSpeed links them after the first group's first step, when the other groups have no moments yet.
         self.optimizer._hp_optimizer_states_linked = False
         self.optimizer._lazy_init_hp_params_optimizer_state()
 
